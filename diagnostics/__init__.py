@@ -1,0 +1,33 @@
+"""opd-diagnostics: which of a teacher's token-level signals can this student learn from?
+
+Names load on first use, so `import diagnostics` stays cheap and needs neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "types": ("Bank", "Context", "DiagnosticsError", "Prompt", "SCHEMA", "read_bank", "read_tokens", "validate_tokens"),
+    "criteria": ("criteria", "criterion", "normalise", "score_criterion", "select"),
+    "pairs": ("Pair", "load_pair"),
+    "prompts": ("load_prompts",),
+    "rollouts": ("rollout",),
+    "scores": ("score",),
+    "probe": ("probe",),
+    "analysis": ("correlate", "q3_contrast"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"diagnostics.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,295 @@
+"""The nouns of the instrument and the schema of its token table.
+
+Read this file first: everything else speaks in these terms.
+
+A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A response
+of T tokens gives T *positions*; position t is the prefix that ends just before response token t. At a
+position, p is the student's next-token distribution, q the teacher's and y the token the student
+sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms are natural:
+entropies and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class DiagnosticsError(ValueError):
+    """An input that cannot be used. The message says what was wrong, the value seen, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for the student."""
+
+    prompt_id: str
+    """Stable name; the cluster of every interval."""
+    prompt: str
+    """Text as the tokenizer will see it, chat template already applied."""
+    answer: str | None = None
+    """Reference answer where the task can be verified."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prompt with the response that the student sampled, frozen."""
+
+    context_id: str
+    prompt_id: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    response: str
+    response_ids: tuple[int, ...]
+    finished: bool
+    """True where the response ended by itself; its last id is then the end-of-sequence token."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and response ids in one sequence."""
+        return self.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Frozen contexts in a fixed order; the unit that stages pass along."""
+
+    contexts: tuple[Context, ...]
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(self.contexts)
+
+    def __getitem__(self, index: int) -> Context:
+        return self.contexts[index]
+
+    @property
+    def positions(self) -> int:
+        """Number of response positions over all contexts."""
+        return sum(len(context.response_ids) for context in self.contexts)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a context, with the columns of `contexts.parquet`."""
+        import pandas as pd
+
+        columns = list(Context.__dataclass_fields__)
+        rows = [[getattr(context, name) for name in columns] for context in self.contexts]
+        frame = pd.DataFrame(rows, columns=columns)
+        for name in ("prompt_ids", "response_ids"):
+            frame[name] = [list(ids) for ids in frame[name]]
+        return frame
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame) -> Bank:
+        """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id repeats."""
+        require_columns(frame, Context.__dataclass_fields__, what="a context table")
+        repeated = frame.context_id[frame.context_id.duplicated()]
+        if len(repeated):
+            raise DiagnosticsError(
+                f"context_id {repeated.iloc[0]!r} appears more than once. Give every context its own id."
+            )
+        return cls(tuple(_context(row) for row in frame.to_dict("records")))
+
+
+def _context(row: dict) -> Context:
+    return Context(
+        context_id=str(row["context_id"]),
+        prompt_id=str(row["prompt_id"]),
+        prompt=str(row["prompt"]),
+        prompt_ids=tuple(int(i) for i in row["prompt_ids"]),
+        response=str(row["response"]),
+        response_ids=tuple(int(i) for i in row["response_ids"]),
+        finished=bool(row["finished"]),
+    )
+
+
+Stage = Literal["key", "before", "after", "outcome"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the token table."""
+
+    name: str
+    dtype: str
+    unit: str
+    stage: Stage
+    """*key* names the row; *before* was measured with theta0 and may predict; *after* was measured
+    with another student and may not; *outcome* is what is predicted."""
+    meaning: str
+    by_support: bool = False
+    """True where the value depends on K; other K are stored as `<name>_k<K>`."""
+
+
+def _columns(stage: Stage, dtype: str, *rows: tuple[str, str, str], by_support: bool = False) -> list[Column]:
+    return [Column(name, dtype, unit, stage, meaning, by_support) for name, unit, meaning in rows]
+
+
+SCHEMA: dict[str, Column] = {
+    column.name: column
+    for column in [
+        *_columns(
+            "key", "string",
+            ("context_id", "", "context that the position belongs to"),
+            ("prompt_id", "", "prompt of the context; the cluster of every interval"),
+            ("token", "", "the sampled token as text"),
+            ("split", "", "`step`: its context carried the step's loss; `held_out`: it did not"),
+        ),
+        *_columns(
+            "key", "int32",
+            ("position", "tokens", "index of the response token, from 0"),
+            ("response_length", "tokens", "number of response positions of the context"),
+            ("token_id", "", "id of the sampled token y"),
+        ),
+        *_columns("key", "bool", ("is_special", "", "y is a special token of the tokenizer")),
+        *_columns(
+            "before", "float64",
+            ("student_entropy", "nats", "H(p)"),
+            ("teacher_entropy", "nats", "H(q)"),
+            ("forward_kl", "nats", "KL(q||p), teacher first"),
+            ("reverse_kl", "nats", "KL(p||q), student first"),
+            ("js", "nats", "Jensen-Shannon divergence, at most ln 2"),
+            ("hellinger", "", "Hellinger distance sqrt(1 - sum sqrt(p q)) over the whole vocabulary"),
+            ("student_logprob", "nats", "ln p(y)"),
+            ("teacher_logprob", "nats", "ln q(y)"),
+            ("advantage", "nats", "ln q(y) - ln p(y)"),
+            ("acceptance", "probability", "min(1, q(y)/p(y))"),
+            ("student_margin", "probability", "p of the student's first choice minus p of its second"),
+            ("student_dropped_mass", "probability", "student mass outside the shared vocabulary"),
+            ("teacher_dropped_mass", "probability", "teacher mass outside the shared vocabulary"),
+        ),
+        *_columns(
+            "before", "float64",
+            ("compatibility", "probability", "teacher mass on the student's top K"),
+            ("compatibility_intersection", "probability", "teacher mass on the tokens in both top-K lists"),
+            ("topk_overlap", "fraction", "share of the K that both lists hold"),
+            ("topk_jaccard", "fraction", "tokens in both lists over tokens in either"),
+            ("shared_student_mass", "probability", "student mass on the tokens in both lists"),
+            ("bhattacharyya", "", "sum over U of sqrt(p q), both renormalised on U"),
+            ("union_forward_kl", "nats", "KL(q||p) with both renormalised on U"),
+            ("union_forward_kl_released", "nats", "the same as the released training code computes it: each "
+             "model's probability outside its own list is zero, floored at 1e-12"),
+            ("union_log_ratio_variance", "nats^2", "variance under p renormalised on U of ln q - ln p"),
+            by_support=True,
+        ),
+        *_columns(
+            "before", "bool",
+            ("teacher_top1_in_topk", "", "the teacher's first choice is in the student's top K"),
+            ("sampled_in_teacher_topk", "", "y is in the teacher's top K"),
+            by_support=True,
+        ),
+        *_columns(
+            "before", "bool",
+            ("top1_match", "", "both models have the same first choice"),
+            ("student_top1_in_teacher_top5", "", "the student's first choice is in the teacher's top 5"),
+        ),
+        *_columns(
+            "after", "float64",
+            ("forward_kl_after", "nats", "KL(q||p) with the updated student"),
+            ("reverse_kl_after", "nats", "KL(p||q) with the updated student"),
+        ),
+        *_columns(
+            "outcome", "float64",
+            ("gain", "nats", "forward_kl before minus after"),
+            ("relative_gain", "fraction", "gain over forward_kl before; NaN where that is under 1e-3 nats"),
+            ("relative_gain_released", "fraction", "gain over (forward_kl before + 1e-12), no floor"),
+            ("reverse_gain", "nats", "reverse_kl before minus after"),
+            ("placebo_gain", "nats", "gain after a random step of the same norm"),
+            ("placebo_relative_gain", "fraction", "relative_gain after that random step"),
+            ("placebo_reverse_gain", "nats", "reverse_gain after that random step"),
+            ("first_order_gain", "nats", "gain predicted by the derivative along the step"),
+        ),
+    ]
+}
+"""Every column that a token table may hold, in the order in which it is written."""
+
+KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "token")
+"""Columns that every token table has."""
+
+RELATIVE_GAIN_FLOOR = 1e-3
+"""Nats of forward KL under which a relative gain is undefined."""
+
+
+def column(name: str) -> Column | None:
+    """Schema of a column, also for `<name>_k<K>`; None where the name is not the instrument's own."""
+    base, _, k = name.rpartition("_k")
+    if base in SCHEMA and SCHEMA[base].by_support and k.isdigit():
+        return SCHEMA[base]
+    return SCHEMA.get(name)
+
+
+def support_column(name: str, k: int | None) -> str:
+    """Name of a support-dependent column for another K: `compatibility`, 8 -> `compatibility_k8`."""
+    return name if k is None else f"{name}_k{k}"
+
+
+def require_columns(frame: pd.DataFrame, names: Iterable[str], *, what: str) -> None:
+    """Raise DiagnosticsError where `frame` lacks one of the columns."""
+    missing = [name for name in names if name not in frame.columns]
+    if missing:
+        raise DiagnosticsError(
+            f"{what} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; this one has "
+            f"{', '.join(map(str, frame.columns[:40])) or 'none'}. Write the missing ones, or run the stage that does."
+        )
+
+
+def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Check a token table against the schema and return it with the schema's dtypes and order.
+
+    Unknown columns are kept, last. Raises DiagnosticsError for a missing key, a column that cannot take
+    its dtype, or a position that appears twice.
+    """
+    require_columns(tokens, KEYS, what="a token table")
+    known = [name for name in tokens.columns if column(name)]
+    order = sorted(known, key=lambda name: list(SCHEMA).index(column(name).name))
+    tokens = tokens[order + [name for name in tokens.columns if name not in known]].copy()
+    for name in known:
+        tokens[name] = _cast(tokens[name], column(name).dtype)
+    twice = tokens.duplicated(["context_id", "position"])
+    if twice.any():
+        row = tokens[twice].iloc[0]
+        raise DiagnosticsError(
+            f"Position {row.position} of context {row.context_id!r} appears more than once. "
+            "A token table has one row a response position; drop the repeats."
+        )
+    return tokens.reset_index(drop=True)
+
+
+def _cast(values: pd.Series, dtype: str) -> pd.Series:
+    try:
+        return values.astype("str" if dtype == "string" else dtype)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"Column {values.name} should hold {dtype}, and holds {values.dtype} ({error}). Mend the file that it came from."
+        ) from error
+
+
+def read_parquet(path: str | Path) -> pd.DataFrame:
+    """Read one parquet file. Raises DiagnosticsError where it is missing or damaged."""
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DiagnosticsError(
+            f"{path} cannot be read as parquet ({reason}). Check the path, or run the stage that writes it again."
+        ) from error
+
+
+def read_tokens(path: str | Path) -> pd.DataFrame:
+    """Read and validate a `tokens.parquet` that this project wrote."""
+    return validate_tokens(read_parquet(path))
+
+
+def read_bank(path: str | Path) -> Bank:
+    """Read a `contexts.parquet` that this project wrote."""
+    return Bank.from_frame(read_parquet(path))
