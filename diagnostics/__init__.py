@@ -10,7 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "types": ("Bank", "Context", "DiagnosticsError", "Prompt", "SCHEMA", "read_bank", "read_tokens", "validate_tokens"),
+    "types": ("Bank", "Context", "DiagnosticsError", "Prompt", "SCHEMA", "read_bank", "validate_tokens"),
     "criteria": ("criteria", "criterion", "normalise", "score_criterion", "select"),
     "pairs": ("Pair", "load_pair"),
     "prompts": ("load_prompts",),

@@ -97,7 +97,7 @@ class _Chooser:
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
         self.streams, self.temperature, self.vocabulary = streams, temperature, vocabulary
-        self.warpers = [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1)
+        self.warpers = ([TopKLogitsWarper(top_k)] if top_k > 0 else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
 
     def __call__(self, ids_BT: Tensor, logits_BV: Tensor) -> Tensor:
         scores_BV = logits_BV.double() / self.temperature

@@ -129,23 +129,34 @@ class Run:
         return self.directory / name
 
     def stage(
-        self, name: str, *, settings: dict[str, Any], inputs: Iterable[str] = (), outputs: Iterable[str], work: Callable[[], Any]
+        self,
+        name: str,
+        *,
+        settings: dict[str, Any],
+        inputs: Iterable[str] = (),
+        outputs: Iterable[str] | Callable[[], Iterable[str]],
+        work: Callable[[], Any],
+        derived: bool = False,
     ) -> bool:
         """Do `work()` once. It writes `outputs`, reads `inputs` and may return facts for the manifest.
 
-        Returns True where the work was done, False where an earlier, intact result was kept.
-        Raises DiagnosticsError where the directory holds this stage with other settings or inputs.
+        `outputs` may be a function, called after the work. Returns True where the work was done, False where
+        an earlier, intact result was kept. Raises DiagnosticsError where the directory holds this stage with
+        other settings or inputs; a *derived* stage is done again instead.
         """
         inputs = {file: self._input_hash(name, file) for file in inputs}
         identity = json.loads(json.dumps({"settings": settings, "inputs": inputs}))
         earlier = self.manifest["stages"].get(name)
         if earlier is not None:
-            self._refuse_difference(name, earlier, identity)
-            if self._intact(earlier["files"]):
+            same = {part: earlier[part] for part in identity} == identity
+            if not same and not derived:
+                self._refuse_difference(name, earlier, identity)
+            if same and self._intact(earlier["files"]):
                 log.info("%s: kept from the earlier run", name)
                 return False
         facts = work()
-        files = {file: sha256_file(self.path(file)) for file in outputs}
+        written = outputs() if callable(outputs) else outputs
+        files = {file: sha256_file(self.path(file)) for file in written}
         self.manifest["stages"][name] = {**identity, "files": files, **({"facts": facts} if facts else {})}
         write_json(self.manifest_path, self.manifest)
         return True
@@ -167,11 +178,10 @@ class Run:
             for key in sorted(earlier[part].keys() | now[part].keys())
             if earlier[part].get(key) != now[part].get(key)
         ]
-        if differences:
-            raise DiagnosticsError(
-                f"{self.directory} holds stage {name!r} of another configuration ({'; '.join(differences)}). "
-                "Nothing was overwritten. Choose another --output-dir, or the earlier settings."
-            )
+        raise DiagnosticsError(
+            f"{self.directory} holds stage {name!r} of another configuration ({'; '.join(differences)}). "
+            "Nothing was overwritten. Choose another --output-dir, or the earlier settings."
+        )
 
 
 @contextmanager

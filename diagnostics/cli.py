@@ -1,0 +1,135 @@
+"""The command line: `python -m diagnostics STAGE --output-dir DIR …`.
+
+Exit codes: 0 done; 2 the input cannot be used (one paragraph on stderr says why and what to do); 130 stopped
+by the user. Anything else is a fault of this program and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diagnostics.config import Parser, add_flags, read_flags
+from diagnostics.types import DiagnosticsError
+
+log = logging.getLogger("diagnostics")
+
+EXAMPLES = {
+    "run": "python -m diagnostics run --pair embedded --output-dir reports/demo\n"
+    "  python -m diagnostics run --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/mine",
+    "rollout": "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine",
+    "score": "python -m diagnostics score --pair embedded --output-dir reports/mine",
+    "probe": "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine",
+    "analyze": "python -m diagnostics analyze --output-dir reports/mine\n"
+    "  python -m diagnostics analyze --tokens token_bank.csv --output-dir reports/theirs",
+    "report": "python -m diagnostics report --output-dir reports/mine",
+    "criteria": "python -m diagnostics criteria",
+}
+PURPOSE = {
+    "run": "the whole main job: rollout, score, probe, analyze, report",
+    "rollout": "sample one response a prompt from the student and freeze it",
+    "score": "measure every response position of the frozen contexts",
+    "probe": "take one OPD step, re-score the same positions, restore the student",
+    "analyze": "write the tables of the study from tokens.parquet",
+    "report": "draw the figures and write report.html from the run's files",
+    "criteria": "list the registered selection criteria",
+}
+
+
+STAGES = {
+    "rollout": ("pairs.PairConfig", "prompts.PromptConfig", "rollouts.RolloutConfig"),
+    "score": ("pairs.PairConfig", "scores.ScoreConfig"),
+    "probe": ("pairs.PairConfig", "probe.ProbeConfig", "scores.ScoreConfig"),
+    "analyze": ("stages.AnalysisConfig",),
+    "report": (),
+}
+STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
+
+
+def _configs(command: str) -> tuple[type, ...]:
+    """A command's dataclasses; loaded by name so that commands without a model never import torch."""
+    pairs = (name.split(".") for name in STAGES.get(command, ()))
+    return tuple(getattr(importlib.import_module(f"diagnostics.{module}"), config) for module, config in pairs)
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser with one subcommand a stage; with `only`, the other subcommands get no flags."""
+    parser = Parser(prog="python -m diagnostics", description="Which of a teacher's token-level signals can this student learn from?")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+    for name in PURPOSE:
+        command = commands.add_parser(
+            name, help=PURPOSE[name], description=PURPOSE[name], epilog=f"example:\n  {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        configs = _configs(name) if only in (None, name) else ()
+        command.set_defaults(configs=configs)
+        command.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        if name in STAGES:
+            command.add_argument("--output-dir", required=True, help="the run's directory")
+            add_flags(command, *configs)
+        if name == "analyze":
+            command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+            command.add_argument("--tokens", help="analyse this token table (ours, or one of the released scripts') instead of the run's own")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
+        _log_to_stderr(quiet=parsed.quiet or parsed.json)
+        result = _criteria() if parsed.command == "criteria" else _stage(parsed)
+    except DiagnosticsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=2) if parsed.json else result.pop("text", "") or _plain(result))
+    return 0
+
+
+def _plain(result: dict) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in result.items())
+
+
+def _log_to_stderr(*, quiet: bool) -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO, force=True)
+    for noisy in ("httpx", "matplotlib", "fontTools", "huggingface_hub", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _criteria() -> dict:
+    from diagnostics.criteria import criteria
+
+    table = criteria()
+    return {"text": table.drop(columns=["mine"]).to_string(), "criteria": table.reset_index().to_dict("records")}
+
+
+def _stage(parsed: argparse.Namespace) -> dict:
+    from diagnostics import stages
+    from diagnostics.runs import open_run
+
+    configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
+    with open_run(parsed.output_dir) as run:
+        models = stages.Models(configs["PairConfig"]) if "PairConfig" in configs else None
+        if parsed.command in ("run", "rollout"):
+            stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"])
+        if parsed.command in ("run", "score"):
+            stages.score_stage(run, models, configs["ScoreConfig"])
+        if parsed.command in ("run", "probe"):
+            stages.probe_stage(run, models, configs["ProbeConfig"], batch_tokens=configs["ScoreConfig"].batch_tokens)
+        if parsed.command in ("run", "analyze"):
+            if getattr(parsed, "tokens", None):
+                stages.import_tokens(run, Path(parsed.tokens))
+            stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed)
+        if parsed.command in ("run", "report"):
+            return {"report": str(stages.report_stage(run))}
+        return {"output_dir": str(run.directory)}

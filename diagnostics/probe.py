@@ -1,0 +1,356 @@
+"""One OPD step on frozen contexts, and what it did to every position.
+
+    gain_i = D_i(theta0) - D_i(theta0 + a*d),   D = KL(q||p), teacher first, in nats
+
+The prompts are split in two: the *step* half carries the loss, the *held-out* half shows what spills over.
+The direction d is the one that training would take first: `adamw` is AdamW's bias-corrected first step,
+-g/(|g| + eps), so that the step size a is its learning rate; `sgd` is -g/|g|, so that a is the update's norm.
+Step size `auto` is the largest tried whose realised drop in mean loss is at least 80 % of the first-order
+prediction -a*<g, d>. A *placebo* moves every weight by the same amount with a random sign: same norm, no
+teacher; the correlation that it shows is what the presence of D in both sides of a comparison gives alone.
+
+Before and after come from the same code on the same batches, so a step of size 0 gives gains of exactly 0.
+The student is restored from a copy afterwards and its weight hash is compared.
+
+Departures from the scripts released with arXiv 2605.26844: predictors are those of theta0; a relative gain
+is undefined where D is under 1e-3 nats (`relative_gain_released` has no floor).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diagnostics import losses, scores
+from diagnostics.pairs import Pair, weights_sha256
+from diagnostics.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
+
+log = logging.getLogger("diagnostics")
+ADAM_EPS = 1e-8
+LINEAR_ENOUGH = 0.8
+FIRST_TRIAL_DROP = 0.02
+"""Share of the loss that the first calibration trial is predicted to remove."""
+CALIBRATION_TRIALS = 4
+"""On the step half these cost as much as two forward passes over the bank."""
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The step and its controls."""
+
+    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss of the step", "choices": losses.LOSSES})
+    beta: float = field(default=0.5, metadata={"help": "teacher's share in the mixture of jsd"})
+    optimizer: str = field(default="adamw", metadata={"help": "direction of the step", "choices": OPTIMIZERS})
+    step: str = field(default="auto", metadata={"help": "auto, or a number: learning rate (adamw) or update norm (sgd)"})
+    held_out: float = field(default=0.5, metadata={"help": "share of prompts that carry no loss"})
+    seed: int = field(default=0, metadata={"help": "seed of the split and of the placebo"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was done to the student, for the record. Losses in nats a selected position."""
+
+    loss: str
+    beta: float
+    optimizer: str
+    step_size: float
+    update_norm: float
+    relative_norm: float
+    """Norm of the update over the norm of the weights."""
+    gradient_norm: float
+    loss_before: float
+    predicted_drop: float
+    realised_drop: float
+    step_positions: int
+    held_out_positions: int
+    weights_sha256: str
+    """Hash of the student before the step, found again after it."""
+
+
+@dataclass
+class ProbeResult:
+    """Token table with gains, the calibration curve of the step, and the step's record."""
+
+    tokens: pd.DataFrame
+    calibration: pd.DataFrame
+    step: Step
+
+    def _repr_html_(self) -> str:
+        gains = self.tokens.groupby("split")[["gain", "relative_gain", "placebo_gain"]].mean()
+        step = pd.Series(asdict(self.step)).drop("weights_sha256").to_frame("step")
+        return f"<p>Mean gain (nats; relative as a fraction)</p>{gains.to_html(float_format='%.3g')}{step.to_html()}"
+
+
+class Workbench:
+    """A frozen bank, its teacher states and a student that can be moved along a direction and put back.
+
+    Everything that takes a step stands on it: the probe, the intervention, the attribution. The teacher
+    is run once, when the bench is set up.
+    """
+
+    def __init__(self, pair: Pair, bank: Bank, tokens: pd.DataFrame, split: np.ndarray, *, batch_tokens: int = scores.BATCH_TOKENS):
+        self.pair, self.bank, self.tokens, self.split = pair, bank, tokens, split
+        self.parameters = [p for p in pair.student.model.parameters() if p.is_floating_point()]
+        _require_precision(self.parameters)
+        on_step = split == "step"
+        self.step_batches = scores.batches(bank, batch_tokens=batch_tokens, keep=on_step)
+        self.all_batches = self.step_batches + scores.batches(bank, batch_tokens=batch_tokens, keep=~on_step)
+        self.teacher = scores.teacher_states(pair, self.all_batches)
+        self.origin = [p.detach().clone() for p in self.parameters]
+        self.origin_sha256 = weights_sha256(pair.student.model)
+        self.weight_norm = _norm(self.origin)
+
+    def mean_loss(self, weights_N: np.ndarray, *, loss: str, beta: float, backward: bool = False) -> float:
+        """Weighted mean of the loss, weights summing over all positions; with `backward` also its gradient.
+
+        weights_N: float [N], 0 where a position carries no loss. The denominator is the sum of all weights,
+        so neither the batch size nor the number of batches changes value or gradient. The advantage of
+        `sampled` is held at theta0's.
+        """
+        total, denominator = 0.0, float(weights_N.sum())
+        advantage_N = self.tokens["advantage"].to_numpy()
+        with torch.set_grad_enabled(backward):
+            for batch, teacher_nH in zip(self.step_batches, self.teacher):
+                rows = batch.rows_n.numpy()
+                if not weights_N[rows].any():
+                    continue
+                part = losses.chunked_loss(
+                    batch.states(self.pair.student), self.pair.student.logits, teacher_nH, self.pair.teacher.logits, batch.sampled_n,
+                    loss=loss, beta=beta, weights_N=torch.from_numpy(weights_N[rows]), denominator=denominator,
+                    advantage_N=torch.from_numpy(advantage_N[rows]),
+                )
+                total += float(part.detach())
+                if backward:
+                    part.backward()
+        return total
+
+    def direction(self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str) -> Direction:
+        """Gradient at theta0 and the optimiser's first direction along it."""
+        for p in self.parameters:
+            p.grad = None
+        value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        norm = _norm(gradient)
+        if not np.isfinite(value) or not np.isfinite(norm):
+            raise DiagnosticsError(f"The {loss} loss is {value} with gradient norm {norm}. Check the models' logits for NaN or inf, or use float32.")
+        slope, update = 0.0, []
+        for g in gradient:
+            d = -g / (g.abs() + ADAM_EPS) if optimizer == "adamw" else -g / max(norm, torch.finfo(g.dtype).tiny)
+            slope += float((g.double() * d.double()).sum())
+            update.append(d)
+        return Direction(update, value, norm, slope, _norm(update))
+
+    @contextmanager
+    def moved(self, direction: list[Tensor], step_size: float, *, placebo_seed: int | None = None) -> Iterator[None]:
+        """The student at theta0 + step_size * direction; with a seed, every coordinate under a random sign."""
+        try:
+            with torch.no_grad():
+                for p, o, d in zip(self.parameters, self.origin, _signed(direction, placebo_seed)):
+                    p.copy_(o + step_size * d)
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put theta0 back, bit for bit."""
+        for p, o in zip(self.parameters, self.origin):
+            p.copy_(o)
+
+    def rescore(self, description: str) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and reverse KL [N] of the whole bank with the student as it is now."""
+        return scores.rescore(self.pair, self.all_batches, self.teacher, positions=len(self.tokens), description=description)
+
+    def require_restored(self) -> None:
+        """Raise RuntimeError unless the student's weights hash as they did at the start."""
+        now = weights_sha256(self.pair.student.model)
+        if now != self.origin_sha256:
+            raise RuntimeError(f"student weights hash to {now} after the probe, {self.origin_sha256} before")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """An optimiser's first direction at theta0: theta1 = theta0 + step_size * update."""
+
+    update: list[Tensor]
+    loss: float
+    gradient_norm: float
+    slope: float
+    """<gradient, update>: change of the mean loss in nats for a step of size 1, to first order."""
+    norm: float
+
+
+def probe(
+    pair: Pair,
+    bank: Bank,
+    *,
+    tokens: pd.DataFrame | None = None,
+    loss: str = "reverse_kl",
+    beta: float = 0.5,
+    optimizer: str = "adamw",
+    step: str | float = "auto",
+    held_out: float = 0.5,
+    seed: int = 0,
+    batch_tokens: int = scores.BATCH_TOKENS,
+) -> ProbeResult:
+    """Take one OPD step on the step half of the prompts and measure the gain at every position.
+
+    tokens: the bank's table as `score` wrote it; scored here where None. `step` is `auto` or a number
+    (learning rate for adamw, update norm for sgd); 0 changes nothing, exactly. The student must be in
+    float32 or float64 and ends as it began. Returns the table with the columns `split, forward_kl_after,
+    reverse_kl_after, gain, relative_gain, relative_gain_released, reverse_gain` and the placebo's gains.
+    Raises DiagnosticsError for an unknown loss or optimiser, a step that is not a number, a table of another
+    bank, or a share that leaves one half without prompts.
+    """
+    step_size = _check(loss, optimizer, step)
+    tokens = scores.score(pair, bank, batch_tokens=batch_tokens) if tokens is None else tokens
+    require_same_bank(bank, tokens)
+    split = split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
+    bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
+    weights_N = loss_weights(tokens, split)
+    direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
+    calibration = calibrate(bench, direction, weights_N, loss=loss, beta=beta, step_size=step_size)
+    chosen = calibration[calibration["chosen"]].iloc[0]
+    before = bench.rescore("before")
+    with bench.moved(direction.update, chosen.step_size):
+        after = bench.rescore("after")
+    with bench.moved(direction.update, chosen.step_size, placebo_seed=seed):
+        placebo = bench.rescore("placebo")
+    bench.require_restored()
+    record = Step(
+        loss, beta, optimizer, float(chosen.step_size), float(chosen.step_size * direction.norm), float(chosen.relative_norm),
+        direction.gradient_norm, direction.loss, float(chosen.predicted_drop), float(chosen.realised_drop),
+        int((weights_N > 0).sum()), int((split == "held_out").sum()), bench.origin_sha256,
+    )
+    return ProbeResult(validate_tokens(tokens.assign(split=split, **gains(before, after, placebo))), calibration, record)
+
+
+def gains(before: tuple, after: tuple, placebo: tuple) -> dict[str, np.ndarray]:
+    """Outcome columns [N] from (forward KL, reverse KL) before and after the step, and after the placebo.
+
+    Relative gains are NaN where the forward KL before is under 1e-3 nats.
+    """
+    gain, reverse_gain = before[0] - after[0], before[1] - after[1]
+    placebo_gain = before[0] - placebo[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        base = np.where(before[0] >= RELATIVE_GAIN_FLOOR, before[0], np.nan)
+        return {
+            "forward_kl_after": after[0], "reverse_kl_after": after[1],
+            "gain": gain, "relative_gain": gain / base, "relative_gain_released": gain / (before[0] + 1e-12),
+            "reverse_gain": reverse_gain,
+            "placebo_gain": placebo_gain, "placebo_relative_gain": placebo_gain / base,
+            "placebo_reverse_gain": before[1] - placebo[1],
+        }
+
+
+def calibrate(
+    bench: Workbench, direction: Direction, weights_N: np.ndarray, *, loss: str, beta: float, step_size: float | None = None
+) -> pd.DataFrame:
+    """Realised against predicted drop of the mean loss along a direction.
+
+    With `step_size` that size alone is tried and chosen. Otherwise up to four: each trial puts a parabola
+    through the last one and aims at a ratio a little above 0.8. The largest size with a ratio of at least
+    0.8 is chosen, the smallest size where there is none, with a warning.
+    Returns columns step_size, relative_norm, predicted_drop, realised_drop (nats), ratio, chosen.
+    """
+    first = -FIRST_TRIAL_DROP * abs(direction.loss) / direction.slope if direction.slope < 0 else 0.0
+    size, rows = (first if step_size is None else step_size), []
+    for _ in range(CALIBRATION_TRIALS if step_size is None else 1):
+        with bench.moved(direction.update, size):
+            realised = direction.loss - bench.mean_loss(weights_N, loss=loss, beta=beta)
+        predicted = -size * direction.slope
+        ratio = realised / predicted if predicted else np.nan
+        rows.append((size, size * direction.norm / bench.weight_norm, predicted, realised, ratio))
+        if predicted == 0:
+            break
+        short = 1 - ratio if np.isfinite(ratio) else np.inf
+        size *= 4.0 if short < 0.05 else max(0.1, 0.95 * (1 - LINEAR_ENOUGH) / short)
+    table = pd.DataFrame(rows, columns=["step_size", "relative_norm", "predicted_drop", "realised_drop", "ratio"])
+    return table.assign(chosen=table.index == _choose(table, step_size is None)).sort_values("step_size", ignore_index=True)
+
+
+def _choose(table: pd.DataFrame, automatic: bool) -> int:
+    enough = table[table["ratio"] >= LINEAR_ENOUGH]
+    if len(enough):
+        return enough["step_size"].idxmax()
+    if automatic and table["ratio"].notna().any():
+        log.warning("no step tried was linear (best ratio %.2f); the smallest is used", table["ratio"].max())
+    return table["step_size"].idxmin()
+
+
+def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.ndarray:
+    """`step` or `held_out` for each position; contexts of one prompt stay together."""
+    prompts = sorted(prompt_ids.unique())
+    count = round(held_out * len(prompts))
+    if not 0 < count < len(prompts):
+        raise DiagnosticsError(
+            f"held_out={held_out} leaves {len(prompts) - count} step and {count} held-out prompts of {len(prompts)}. "
+            "Each half needs one at least; use more prompts or another share."
+        )
+    chosen = set(np.random.default_rng([seed, 0]).permutation(prompts)[:count])
+    return np.where(prompt_ids.isin(chosen), "held_out", "step").astype(object)
+
+
+def loss_weights(tokens: pd.DataFrame, split: np.ndarray) -> np.ndarray:
+    """1.0 at step positions whose measurements are finite, 0.0 elsewhere."""
+    return ((split == "step") & np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(tokens["reverse_kl"].to_numpy())).astype(float)
+
+
+def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
+    """Refuse a token table whose rows are not the bank's positions in order."""
+    require_columns(tokens, ("context_id", "token_id", "forward_kl", "reverse_kl", "advantage"), what="A probe's token table")
+    expected = [(context.context_id, token) for context in bank for token in context.response_ids]
+    found = list(zip(tokens["context_id"], tokens["token_id"]))
+    if expected != found:
+        raise DiagnosticsError(
+            f"The token table ({len(found)} rows) does not list the bank's {len(expected)} positions in order. Score this bank again."
+        )
+
+
+def _check(loss: str, optimizer: str, step: str | float) -> float | None:
+    if loss not in losses.LOSSES:
+        raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(losses.LOSSES)}.")
+    if optimizer not in OPTIMIZERS:
+        raise DiagnosticsError(f"Unknown optimizer {optimizer!r}. Known are {', '.join(OPTIMIZERS)}.")
+    if step == "auto":
+        return None
+    try:
+        size = float(step)
+    except (TypeError, ValueError):
+        size = float("nan")
+    if not (np.isfinite(size) and size >= 0):
+        raise DiagnosticsError(f"The step is 'auto' or a number of at least 0; got {step!r}.")
+    return size
+
+
+def _require_precision(parameters: list[Tensor]) -> None:
+    coarse = next((p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64)), None)
+    if coarse is not None:
+        raise DiagnosticsError(
+            f"The student is in {str(coarse).removeprefix('torch.')}, where a step this small vanishes in rounding. "
+            "Load it with dtype='float32' (teacher_dtype may stay lower)."
+        )
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(sum((t.double() ** 2).sum() for t in tensors) ** 0.5)
+
+
+def _signed(direction: list[Tensor], seed: int | None) -> Iterator[Tensor]:
+    if seed is None:
+        yield from direction
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for d in direction:
+        sign = torch.randint(0, 2, d.shape, generator=generator).mul_(2).sub_(1)
+        yield d * sign.to(d.device, d.dtype)

@@ -1,0 +1,159 @@
+"""The stages on a run directory: each reads files, calls one function, writes files.
+
+    rollout -> contexts.parquet     score -> scores.parquet     probe -> gains.parquet, tables/calibration.csv
+    analyze -> tables/*.csv         report -> figures/*, report.html
+
+`tokens.parquet` is scores and gains side by side, written anew whenever either appears. Settings of rollout,
+score and probe are fixed once their files exist; tables and report are derived, and made again when what
+they come from, or how they are asked for, has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from diagnostics.runs import Run, sha256_file, write_csv, write_json, write_parquet
+from diagnostics.types import KEYS, Bank, DiagnosticsError, Prompt, column, read_bank, read_parquet, validate_tokens
+
+EMBEDDED_CONTEXTS = 192
+GAIN_KEYS = ("context_id", "position")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisConfig:
+    """How intervals are made."""
+
+    draws: int = dataclasses.field(default=1000, metadata={"help": "bootstrap draws over prompts"})
+    level: float = dataclasses.field(default=0.95, metadata={"help": "level of the intervals"})
+
+
+class Models:
+    """The pair of a command, loaded when a stage first needs it, and its identity for the manifest."""
+
+    def __init__(self, config):
+        self.config = config
+
+    @cached_property
+    def pair(self):
+        """The loaded pair."""
+        from diagnostics.pairs import load_pair
+
+        return load_pair(**dataclasses.asdict(self.config))
+
+    @property
+    def settings(self) -> dict:
+        """What names the pair; devices are left out, since they do not name it."""
+        return {key: value for key, value in dataclasses.asdict(self.config).items() if "device" not in key}
+
+
+def choose_prompts(models: Models, config) -> list[Prompt]:
+    """Prompts from the file, or those that a named pair brings."""
+    from diagnostics.pairs import DATA
+    from diagnostics.prompts import load_prompts
+    from diagnostics.tasks import sums
+
+    options = dataclasses.asdict(config)
+    path, kwargs = options.pop("prompts"), _json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
+    if path is None and models.config.pair == "embedded":
+        return sums(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe")
+    if path is None and models.config.pair == "smollm2":
+        path = DATA / "prompts.jsonl"
+    if path is None:
+        raise DiagnosticsError("No prompts were given, and this pair brings none. Name a file with --prompts.")
+    return load_prompts(path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options)
+
+
+def _json_object(text: str, flag: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise DiagnosticsError(f"{flag} takes a JSON object; got {text!r}.")
+    return value
+
+
+def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
+    """Sample and freeze contexts."""
+    from diagnostics.rollouts import rollout as sample
+
+    path = prompts.prompts
+    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout)}
+    if path is not None and Path(path).is_file():
+        settings["prompts_sha256"] = sha256_file(Path(path))
+
+    def work() -> dict:
+        bank = sample(models.pair, choose_prompts(models, prompts), **dataclasses.asdict(rollout))
+        write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        return {**models.pair.facts, "contexts": len(bank), "positions": bank.positions, "first_prompt": bank[0].prompt}
+
+    run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work)
+
+
+def score_stage(run: Run, models: Models, config) -> None:
+    """Measure every response position."""
+    from diagnostics.scores import score
+
+    def work() -> dict:
+        tokens = score(models.pair, read_bank(run.path("contexts.parquet")), **dataclasses.asdict(config))
+        write_parquet(run.path("scores.parquet"), tokens)
+        return models.pair.facts
+
+    run.stage("score", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet"],
+              outputs=["scores.parquet"], work=work)
+    join_tokens(run)
+
+
+def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
+    """Take the step and measure the gains."""
+    from diagnostics.probe import probe
+
+    def work() -> dict:
+        bank, tokens = read_bank(run.path("contexts.parquet")), validate_tokens(read_parquet(run.path("scores.parquet")))
+        result = probe(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(config))
+        added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
+        write_parquet(run.path("gains.parquet"), result.tokens[added])
+        write_csv(run.path("tables/calibration.csv"), result.calibration)
+        return dataclasses.asdict(result.step)
+
+    run.stage("probe", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet", "scores.parquet"],
+              outputs=["gains.parquet", "tables/calibration.csv"], work=work)
+    join_tokens(run)
+
+
+def join_tokens(run: Run) -> None:
+    """Write tokens.parquet from the files that hold its columns."""
+    tokens = read_parquet(run.path("scores.parquet"))
+    if run.path("gains.parquet").exists():
+        tokens = tokens.merge(read_parquet(run.path("gains.parquet")), on=list(GAIN_KEYS), how="left", validate="one_to_one")
+    write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
+
+
+def analyze_stage(run: Run, config, *, seed: int) -> None:
+    """Write every table that the token table allows."""
+    from diagnostics.analysis import study
+
+    tables = {}
+
+    def work() -> None:
+        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        if "gain" not in tokens:
+            raise DiagnosticsError(f"{run.path('tokens.parquet')} has no gains. Run the probe stage first.")
+        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed))
+        for name, table in tables.items():
+            write_csv(run.path(f"tables/{name}.csv"), table)
+
+    run.stage("analyze", settings={**dataclasses.asdict(config), "seed": seed}, inputs=["tokens.parquet"],
+              outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True)
+
+
+def report_stage(run: Run) -> Path:
+    """Draw the figures and write the report."""
+    from diagnostics.report import build
+
+    return build(run.directory)

@@ -1,0 +1,67 @@
+"""Tiny random models over one word-level tokenizer: real architectures, milliseconds a forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diagnostics.types import Bank, Context, Prompt
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def make_tokenizer(words=WORDS, *, pad_is_eos: bool = False):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<pad>", "<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>" if pad_is_eos else "<pad>"
+    )
+
+
+def make_model(seed: int, *, vocabulary: int = 64, hidden: int = 32, layers: int = 2, **options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3, **options,
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    torch.random.set_rng_state(state)
+    return model
+
+
+def make_pair(student_seed: int = 1, teacher_seed: int = 2, **options):
+    from diagnostics.pairs import assemble
+
+    return assemble("tiny", make_model(student_seed, **options), make_model(teacher_seed, hidden=48, **options), make_tokenizer())
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"p{i}", " ".join(WORDS[(7 * i + j) % 60] for j in range(2 + i % 5))) for i in range(count)]
+
+
+def make_bank(lengths, *, prompt_lengths=None, seed: int = 0) -> Bank:
+    generator = torch.Generator().manual_seed(seed)
+    contexts = []
+    for i, length in enumerate(lengths):
+        prompt = [0] + torch.randint(4, 64, (prompt_lengths[i] if prompt_lengths else 2 + i % 4,), generator=generator).tolist()
+        response = torch.randint(4, 64, (length,), generator=generator).tolist()
+        contexts.append(Context(f"c{i}", f"p{i}", "prompt", tuple(prompt), "response", tuple(response), False))
+    return Bank(tuple(contexts))
+
+
+@pytest.fixture(scope="session")
+def pair():
+    return make_pair()
+
+
+@pytest.fixture
+def bank():
+    return make_bank([5, 9, 1, 7, 12, 4])
