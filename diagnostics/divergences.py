@@ -242,7 +242,7 @@ def _ln_probability(logits_NV: Tensor, norm_N: Tensor, ids_NK: Tensor) -> Tensor
     return logits_NV.gather(1, ids_NK).double() - norm_N[:, None]
 
 
-def _top(logits_NV: Tensor, k: int) -> Tensor:
+def top_ids(logits_NV: Tensor, k: int) -> Tensor:
     """Ids [N, k] of the largest logits, largest first, ties to the lower id."""
     return logits_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
@@ -250,14 +250,14 @@ def _top(logits_NV: Tensor, k: int) -> Tensor:
 def _supports(student_NV, student_norm_N, teacher_NV, teacher_norm_N, sampled_N, *, k: int, sweep: Sequence[int]) -> dict[str, Tensor]:
     """Measurements of the top-K lists, for k and for each other K in `sweep`."""
     largest = min(max(k, SELECTKD_TOP, *sweep), student_NV.shape[1])
-    s_NK, t_NK = _top(student_NV, largest), _top(teacher_NV, largest)
+    s_NK, t_NK = top_ids(student_NV, largest), top_ids(teacher_NV, largest)
     values = {
         "p_s": _ln_probability(student_NV, student_norm_N, s_NK), "q_s": _ln_probability(teacher_NV, teacher_norm_N, s_NK),
         "p_t": _ln_probability(student_NV, student_norm_N, t_NK), "q_t": _ln_probability(teacher_NV, teacher_norm_N, t_NK),
     }
     top_p_N2 = values["p_s"][:, :2].exp()
     out = {
-        "student_margin": 2 * top_p_N2[:, 0] - top_p_N2.sum(-1) if largest > 1 else top_p_N2[:, 0],
+        "student_margin": top_p_N2[:, 0] - top_p_N2[:, 1:].sum(-1),
         "top1_match": (s_NK[:, 0] == t_NK[:, 0]).double(),
         "student_top1_in_teacher_top5": (s_NK[:, :1] == t_NK[:, :SELECTKD_TOP]).any(-1).double(),
     }
