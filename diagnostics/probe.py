@@ -6,7 +6,8 @@ The prompts are split in two: the *step* half carries the loss, the *held-out* h
 The direction d is the one that training would take first: `adamw` is AdamW's bias-corrected first step,
 -g/(|g| + eps), so that the step size a is its learning rate; `sgd` is -g/|g|, so that a is the update's norm.
 Step size `auto` is the largest tried whose realised drop in mean loss is at least 80 % of the first-order
-prediction -a*<g, d>. A *placebo* moves every weight by the same amount with a random sign: same norm, no
+prediction -a*<g, d>. (`sampled` is a linear surrogate whose own value bounds no step: its size is calibrated
+on the reverse KL that it estimates.) A *placebo* moves every weight by the same amount with a random sign: same norm, no
 teacher; the correlation that it shows is what the presence of D in both sides of a comparison gives alone.
 
 Before and after come from the same code on the same batches, so a step of size 0 gives gains of exactly 0.
@@ -37,9 +38,12 @@ ADAM_EPS = 1e-8
 LINEAR_ENOUGH = 0.8
 FIRST_TRIAL_DROP = 0.02
 """Share of the loss that the first calibration trial is predicted to remove."""
+CLOSE_ENOUGH = 0.84
+"""Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
 """On the step half these cost as much as two forward passes over the bank."""
 OPTIMIZERS = ("adamw", "sgd")
+YARDSTICK = {"sampled": "reverse_kl"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Step:
     """Norm of the update over the norm of the weights."""
     gradient_norm: float
     loss_before: float
+    """Mean of the loss at theta0; for `sampled` of the reverse KL, which its size is calibrated on."""
     predicted_drop: float
     realised_drop: float
     step_positions: int
@@ -132,23 +137,30 @@ class Workbench:
                     part.backward()
         return total
 
-    def direction(self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str) -> Direction:
-        """Gradient at theta0 and the optimiser's first direction along it."""
+    def gradient(self, weights_N: np.ndarray, *, loss: str, beta: float) -> tuple[float, list[Tensor]]:
+        """Mean loss at theta0 in nats and its gradient, one tensor a parameter."""
         for p in self.parameters:
             p.grad = None
         value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
+        if not np.isfinite(value) or not np.isfinite(_norm(gradient)):
+            raise DiagnosticsError(
+                f"The {loss} loss is {value} with gradient norm {_norm(gradient)}. Check the models' logits for NaN or inf, or use float32."
+            )
+        return value, gradient
+
+    def direction(self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str) -> Direction:
+        """The optimiser's first direction at theta0, and the loss that its size is calibrated on."""
+        value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
         norm = _norm(gradient)
-        if not np.isfinite(value) or not np.isfinite(norm):
-            raise DiagnosticsError(f"The {loss} loss is {value} with gradient norm {norm}. Check the models' logits for NaN or inf, or use float32.")
-        slope, update = 0.0, []
-        for g in gradient:
-            d = -g / (g.abs() + ADAM_EPS) if optimizer == "adamw" else -g / max(norm, torch.finfo(g.dtype).tiny)
-            slope += float((g.double() * d.double()).sum())
-            update.append(d)
-        return Direction(update, value, norm, slope, _norm(update))
+        scale = max(norm, torch.finfo(torch.float32).tiny)
+        update = [-g / (g.abs() + ADAM_EPS) if optimizer == "adamw" else -g / scale for g in gradient]
+        yardstick = YARDSTICK.get(loss, loss)
+        if yardstick != loss:
+            value, gradient = self.gradient(weights_N, loss=yardstick, beta=beta)
+        return Direction(update, yardstick, value, norm, _dot(gradient, update), _norm(update))
 
     @contextmanager
     def moved(self, direction: list[Tensor], step_size: float, *, placebo_seed: int | None = None) -> Iterator[None]:
@@ -183,10 +195,13 @@ class Direction:
     """An optimiser's first direction at theta0: theta1 = theta0 + step_size * update."""
 
     update: list[Tensor]
-    loss: float
+    yardstick: str
+    """Loss whose drop decides the step's size: the step's own, save for `sampled`."""
+    value: float
+    """Mean of the yardstick at theta0, nats."""
     gradient_norm: float
     slope: float
-    """<gradient, update>: change of the mean loss in nats for a step of size 1, to first order."""
+    """Change of the yardstick's mean in nats for a step of size 1, to first order."""
     norm: float
 
 
@@ -219,7 +234,7 @@ def probe(
     bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
     weights_N = loss_weights(tokens, split)
     direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
-    calibration = calibrate(bench, direction, weights_N, loss=loss, beta=beta, step_size=step_size)
+    calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
     chosen = calibration[calibration["chosen"]].iloc[0]
     before = bench.rescore("before")
     with bench.moved(direction.update, chosen.step_size):
@@ -229,7 +244,7 @@ def probe(
     bench.require_restored()
     record = Step(
         loss, beta, optimizer, float(chosen.step_size), float(chosen.step_size * direction.norm), float(chosen.relative_norm),
-        direction.gradient_norm, direction.loss, float(chosen.predicted_drop), float(chosen.realised_drop),
+        direction.gradient_norm, direction.value, float(chosen.predicted_drop), float(chosen.realised_drop),
         int((weights_N > 0).sum()), int((split == "held_out").sum()), bench.origin_sha256,
     )
     return ProbeResult(validate_tokens(tokens.assign(split=split, **gains(before, after, placebo))), calibration, record)
@@ -254,7 +269,7 @@ def gains(before: tuple, after: tuple, placebo: tuple) -> dict[str, np.ndarray]:
 
 
 def calibrate(
-    bench: Workbench, direction: Direction, weights_N: np.ndarray, *, loss: str, beta: float, step_size: float | None = None
+    bench: Workbench, direction: Direction, weights_N: np.ndarray, *, beta: float, step_size: float | None = None
 ) -> pd.DataFrame:
     """Realised against predicted drop of the mean loss along a direction.
 
@@ -263,15 +278,15 @@ def calibrate(
     0.8 is chosen, the smallest size where there is none, with a warning.
     Returns columns step_size, relative_norm, predicted_drop, realised_drop (nats), ratio, chosen.
     """
-    first = -FIRST_TRIAL_DROP * abs(direction.loss) / direction.slope if direction.slope < 0 else 0.0
+    first = -FIRST_TRIAL_DROP * abs(direction.value) / direction.slope if direction.slope < 0 else 0.0
     size, rows = (first if step_size is None else step_size), []
     for _ in range(CALIBRATION_TRIALS if step_size is None else 1):
         with bench.moved(direction.update, size):
-            realised = direction.loss - bench.mean_loss(weights_N, loss=loss, beta=beta)
+            realised = direction.value - bench.mean_loss(weights_N, loss=direction.yardstick, beta=beta)
         predicted = -size * direction.slope
         ratio = realised / predicted if predicted else np.nan
         rows.append((size, size * direction.norm / bench.weight_norm, predicted, realised, ratio))
-        if predicted == 0:
+        if predicted == 0 or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH:
             break
         short = 1 - ratio if np.isfinite(ratio) else np.inf
         size *= 4.0 if short < 0.05 else max(0.1, 0.95 * (1 - LINEAR_ENOUGH) / short)
@@ -344,6 +359,10 @@ def _require_precision(parameters: list[Tensor]) -> None:
 
 def _norm(tensors: list[Tensor]) -> float:
     return float(sum((t.double() ** 2).sum() for t in tensors) ** 0.5)
+
+
+def _dot(left: list[Tensor], right: list[Tensor]) -> float:
+    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right)))
 
 
 def _signed(direction: list[Tensor], seed: int | None) -> Iterator[Tensor]:
