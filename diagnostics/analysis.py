@@ -16,7 +16,7 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics import statistics
-from diagnostics.statistics import Estimate, Prompts
+from diagnostics.statistics import Estimate, Prompts, Variable
 from diagnostics.types import DiagnosticsError, require_columns
 
 OUTCOMES = ("gain", "relative_gain", "reverse_gain")
@@ -86,12 +86,13 @@ def correlate(
     """
     scored, rows = scores(tokens, criteria, seed=seed), []
     for split in splits(tokens, draws=draws, seed=seed):
+        variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
         for outcome in outcomes(tokens):
-            values, placebo = _values(tokens, outcome, split), _values(tokens, f"placebo_{outcome}", split)
-            for name, score in scored.items():
+            values, placebo = (Variable(_values(tokens, name, split)) for name in (outcome, f"placebo_{outcome}"))
+            for name, score in variables.items():
                 for method, function in METHODS.items():
-                    estimate = function(score[split.mask], values, split.prompts)
-                    control = function(score[split.mask], placebo, split.prompts).value
+                    estimate = function(score, values, split.prompts)
+                    control = function(score, placebo, split.prompts).value
                     key = {"outcome": outcome, "criterion": name, "split": split.name, "method": method}
                     rows.append(key | _interval(estimate, level, placebo=control))
     return pd.DataFrame(rows)

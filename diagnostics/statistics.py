@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import stats
 
 BLOCK = 128
 """Side of the blocks in `_earlier_and_lower`; 128 was fastest of 32 to 128 at 57,600 positions."""
@@ -49,18 +49,15 @@ class Prompts:
         shares = np.full(self.count, 1 / self.count)
         return np.random.default_rng(self.seed).multinomial(self.count, shares, size=self.draws).astype(np.float64)
 
-    @cached_property
-    def _membership(self) -> sparse.csr_array:
-        ones = np.ones(len(self.codes))
-        return sparse.csr_array((ones, (self.codes, np.arange(len(self.codes)))), shape=(self.count, len(self.codes)))
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums [prompts, ...] over each prompt's positions of values [N, ...]."""
-        return self._membership @ np.asarray(values, dtype=np.float64)
+    def sums(self, *columns: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Sums [prompts, columns] over each prompt's positions; each column holds [N], or [mask.sum()] with a mask."""
+        codes = self.codes if mask is None else self.codes[mask]
+        totals = [np.bincount(codes, weights=column, minlength=self.count) for column in columns]
+        return np.stack(totals, axis=1).astype(np.float64)
 
     def present(self, mask: np.ndarray) -> int:
         """Number of prompts with a position under the mask [N]."""
-        return len(np.unique(self.codes[mask]))
+        return int(np.count_nonzero(np.bincount(self.codes[mask], minlength=self.count)))
 
 
 @dataclass(frozen=True)
@@ -111,36 +108,47 @@ class Estimate:
 # --- correlations -----------------------------------------------------------------------------------
 
 
-def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[N, 6] whose sums give Pearson's correlation; centred and scaled first for accuracy."""
-    x, y = (_standard(v) for v in (x, y))
-    return np.column_stack([np.ones_like(x), x, y, x * x, y * y, x * y])
+class Variable:
+    """Values [N], with their ranks under a mask worked out once however many partners they meet."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values, dtype=np.float64)
+        self.finite = np.isfinite(self.values)
+        self._ranked: dict[bytes, Ranked] = {}
+
+    def ranked(self, mask: np.ndarray) -> Ranked:
+        """Ranks of the values under the mask."""
+        key = np.packbits(mask).tobytes()
+        if key not in self._ranked:
+            self._ranked[key] = Ranked(self.values[mask])
+        return self._ranked[key]
 
 
-def _standard(values: np.ndarray) -> np.ndarray:
-    centred = values - values.mean()
-    spread = np.sqrt(np.mean(centred**2))
-    return centred / spread if spread > 1e-14 * max(np.abs(values).max(), 1e-300) else np.zeros_like(centred)
+class Ranked:
+    """For each of n finite values, how many are smaller and how many equal (itself included)."""
+
+    def __init__(self, values: np.ndarray):
+        self.order = np.argsort(values)
+        self.below, self.ties = np.empty((2, len(values)), dtype=np.int64)
+        self.below[self.order], self.ties[self.order] = _runs(values[self.order])
+        self.untied = bool((self.ties == 1).all())
+
+    @property
+    def average(self) -> np.ndarray:
+        """Ranks from 1, averaged over ties."""
+        return self.below + (self.ties + 1) / 2
 
 
-def _pearson(sums: np.ndarray) -> np.ndarray:
-    n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = np.sqrt((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2))
-        return np.where(spread > 1e-12, np.clip((xy / n - x * y / n**2) / spread, -1, 1), np.nan)
+def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First index and length of the run of equal values that each element of a sorted array lies in."""
+    new = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    lengths = np.diff(np.r_[new, len(ordered)])
+    return np.repeat(new, lengths), np.repeat(lengths, lengths)
 
 
-def pearson(x: np.ndarray, y: np.ndarray, prompts: Prompts) -> Estimate:
-    """Pearson's correlation of x [N] and y [N] over the positions where both are finite; NaN for a constant."""
-    mask = np.isfinite(x) & np.isfinite(y)
-    if mask.sum() < 3:
-        return undefined(mask, prompts)
-    products = np.zeros((len(x), 6))
-    products[mask] = _products(x[mask], y[mask])
-    sums = prompts.sums(products)
-    return Estimate(
-        float(_pearson(sums.sum(0))), _pearson(prompts.weights @ sums), int(mask.sum()), prompts.present(mask), True
-    )
+def _pair(x, y) -> tuple[Variable, Variable, np.ndarray]:
+    x, y = (v if isinstance(v, Variable) else Variable(v) for v in (x, y))
+    return x, y, x.finite & y.finite
 
 
 def undefined(mask: np.ndarray, prompts: Prompts) -> Estimate:
@@ -148,44 +156,48 @@ def undefined(mask: np.ndarray, prompts: Prompts) -> Estimate:
     return Estimate(np.nan, np.full(prompts.draws, np.nan), int(mask.sum()), prompts.present(mask))
 
 
-def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First index and length of the run of equal values that each element of a sorted array lies in."""
-    n = len(ordered)
-    new = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    lengths = np.diff(np.r_[new, n])
-    return np.repeat(new, lengths), np.repeat(lengths, lengths)
+def pearson(x, y, prompts: Prompts) -> Estimate:
+    """Pearson's correlation of x [N] and y [N], arrays or Variables, where both are finite; NaN for a constant."""
+    x, y, mask = _pair(x, y)
+    return _pearson(x.values[mask], y.values[mask], mask, prompts)
 
 
-def below_and_ties(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each finite value, how many are smaller and how many are equal (itself included)."""
-    order = np.argsort(values)
-    below, ties = np.empty((2, len(values)), dtype=np.int64)
-    below[order], ties[order] = _runs(values[order])
-    return below, ties
-
-
-def ranks(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Average ranks [N], from 1, of the values under the mask; NaN elsewhere."""
-    result = np.full(len(values), np.nan)
-    below, ties = below_and_ties(values[mask])
-    result[mask] = below + (ties + 1) / 2
-    return result
-
-
-def spearman(x: np.ndarray, y: np.ndarray, prompts: Prompts) -> Estimate:
+def spearman(x, y, prompts: Prompts) -> Estimate:
     """Spearman's correlation; positions are ranked once and the ranks resampled."""
-    mask = np.isfinite(x) & np.isfinite(y)
-    return pearson(ranks(x, mask), ranks(y, mask), prompts)
+    x, y, mask = _pair(x, y)
+    return _pearson(x.ranked(mask).average, y.ranked(mask).average, mask, prompts)
 
 
-def kendall(x: np.ndarray, y: np.ndarray, prompts: Prompts) -> Estimate:
+def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: Prompts) -> Estimate:
+    if len(x) < 3:
+        return undefined(mask, prompts)
+    x, y = _standard(x), _standard(y)
+    sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, mask=mask)
+    value, draws = _pearson_from_sums(sums.sum(0)), _pearson_from_sums(prompts.weights @ sums)
+    return Estimate(float(value), draws, len(x), int(np.count_nonzero(sums[:, 0])), correlation=True)
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    """Centred and scaled, for accuracy; zeros for a constant."""
+    centred = values - values.mean()
+    spread = np.sqrt(np.mean(centred**2))
+    constant = spread <= 1e-14 * np.abs(values).max()
+    return np.zeros_like(centred) if constant else centred / spread
+
+
+def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.sqrt((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2))
+        return np.where(spread > 1e-12, np.clip((xy / n - x * y / n**2) / spread, -1, 1), np.nan)
+
+
+def kendall(x, y, prompts: Prompts) -> Estimate:
     """Kendall's tau-b; draws resample its projection on prompts (the U-statistic's first-order term)."""
-    mask = np.isfinite(x) & np.isfinite(y)
+    x, y, mask = _pair(x, y)
     if mask.sum() < 3:
         return undefined(mask, prompts)
-    signs = np.zeros((len(x), 3))
-    signs[mask] = concordance(x[mask], y[mask])
-    sums = prompts.sums(signs)
+    sums = prompts.sums(*concordance(x.ranked(mask), y.ranked(mask)), mask=mask)
     both, x_untied, y_untied = sums.sum(0)
     if min(x_untied, y_untied) == 0:
         return undefined(mask, prompts)
@@ -193,38 +205,40 @@ def kendall(x: np.ndarray, y: np.ndarray, prompts: Prompts) -> Estimate:
     tau = both / scale
     influence = 2 * sums[:, 0] / scale - tau * (sums[:, 1] / x_untied + sums[:, 2] / y_untied)
     draws = np.clip(tau + prompts.weights @ influence, -1, 1)
-    return Estimate(float(tau), draws, int(mask.sum()), prompts.present(mask), True)
+    return Estimate(float(tau), draws, int(mask.sum()), prompts.present(mask), correlation=True)
 
 
-def concordance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[N, 3]: for each i the sums over j of sgn(xi - xj) sgn(yi - yj), of [xi != xj] and of [yi != yj].
+def concordance(x: Ranked, y: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each i the sums over j of sgn(xi - xj) sgn(yi - yj), of [xi != xj] and of [yi != yj].
 
     With P = [xj < xi], E = [xj = xi], and Q, F the same for y, the product of signs is
     (2P + E - 1)(2Q + F - 1). EQ and PF fall out of two lexicographic sorts, and PQ out of counting,
     along the one, the earlier elements that are lower in the other.
     """
-    n = len(x)
-    (p, e), (q, f) = below_and_ties(x), below_and_ties(y)
-    by_x, eq, ef, repeat = _lexicographic(p, q)
-    by_y, pf, _, _ = _lexicographic(q, p)
+    n = len(x.order)
+    by_x, eq, ef, repeat = _lexicographic(x, y)
+    by_y, pf, _, _ = _lexicographic(y, x)
     level = np.empty(n, dtype=np.int32)
     level[by_y] = np.arange(n, dtype=np.int32)
     pq = np.empty(n, dtype=np.int64)
     pq[by_x] = _earlier_and_lower(level[by_x])
     pq -= eq + pf + repeat
-    both = 4 * pq + 2 * eq + 2 * pf + ef - 2 * p - e - 2 * q - f + n
-    return np.column_stack([both, n - e, n - f]).astype(np.float64)
+    both = 4 * pq + 2 * eq + 2 * pf + ef - 2 * x.below - x.ties - 2 * y.below - y.ties + n
+    return both, n - x.ties, n - y.ties
 
 
-def _lexicographic(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Stable order by (first, second), and for each element: how many share `first` and lie below in
-    `second`, how many share both, and how many of those come earlier. `first` counts what lies below."""
-    key = first * np.int64(len(first)) + second
-    order = np.argsort(key, kind="stable")
+def _lexicographic(first: Ranked, second: Ranked) -> tuple[np.ndarray, ...]:
+    """Order by (first, second, index), and for each element: how many share `first` and lie below in
+    `second`, how many share both, and how many of those come earlier."""
+    if first.untied:
+        zeros = np.zeros_like(first.below)
+        return first.order, zeros, zeros + 1, zeros
+    key = first.below * np.int64(len(first.below)) + second.below
+    order = np.argsort(key, kind=None if second.untied else "stable")
     start, length = _runs(key[order])
-    below, same, repeat = np.empty((3, len(first)), dtype=np.int64)
-    below[order], same[order], repeat[order] = start, length, np.arange(len(first)) - start
-    return order, below - first, same, repeat
+    below, same, repeat = np.empty((3, len(key)), dtype=np.int64)
+    below[order], same[order], repeat[order] = start, length, np.arange(len(key)) - start
+    return order, below - first.below, same, repeat
 
 
 def _earlier_and_lower(level: np.ndarray) -> np.ndarray:
@@ -258,7 +272,7 @@ def mean(values: np.ndarray, prompts: Prompts, mask: np.ndarray | None = None) -
     mask = np.isfinite(values) if mask is None else mask & np.isfinite(values)
     if not mask.any():
         return undefined(mask, prompts)
-    sums = prompts.sums(np.column_stack([mask, np.where(mask, values, 0.0)]))
+    sums = prompts.sums(np.ones(mask.sum()), values[mask], mask=mask)
     count, total = (prompts.weights @ sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = np.where(count > 0, total / count, np.nan)
@@ -282,6 +296,6 @@ def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarr
     mask = mask & np.isfinite(score)
     result = np.zeros(len(score), dtype=int)
     if mask.any():
-        share = (ranks(score, mask)[mask] - 0.5) / mask.sum()
+        share = (Ranked(score[mask]).average - 0.5) / mask.sum()
         result[mask] = 1 + np.floor(share * groups).astype(int)
     return result
