@@ -38,7 +38,9 @@ ADAM_EPS = 1e-8
 LINEAR_ENOUGH = 0.8
 FIRST_TRIAL_DROP = 0.02
 """Share of the loss that the first calibration trial is predicted to remove."""
-CLOSE_ENOUGH = 0.84
+AIM = 0.85
+"""A trial aims at this share of the size where the last trial's parabola meets LINEAR_ENOUGH."""
+CLOSE_ENOUGH = 0.86
 """Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
 """On the step half these cost as much as two forward passes over the bank."""
@@ -289,7 +291,7 @@ def calibrate(
         if predicted == 0 or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH:
             break
         short = 1 - ratio if np.isfinite(ratio) else np.inf
-        size *= 4.0 if short < 0.05 else max(0.1, 0.95 * (1 - LINEAR_ENOUGH) / short)
+        size *= min(8.0, max(0.1, AIM * (1 - LINEAR_ENOUGH) / max(short, 1e-3)))
     table = pd.DataFrame(rows, columns=["step_size", "relative_norm", "predicted_drop", "realised_drop", "ratio"])
     return table.assign(chosen=table.index == _choose(table, step_size is None)).sort_values("step_size", ignore_index=True)
 
