@@ -36,7 +36,8 @@ Axes: N positions, n of a chunk, r of a row block, H hidden size, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import log
 
 import torch
@@ -51,6 +52,10 @@ RELEASED_FLOOR = 1e-12
 SELECTKD_TOP = 5
 CHUNK_BYTES = 160 * 2**20
 """Size of both models' float32 logits for one chunk of positions."""
+BLOCK_BYTES = 12 * 2**20
+"""Size of the buffers of one row block on the CPU: small enough for the last-level cache."""
+GROUP = 64
+"""Ids whose largest logit stands for them in the top-K search, and whose terms are summed in float32."""
 ABSENT = 2000.0
 """Nats below the row's maximum that stand for a logit of -inf: exp(-2000) is 0 in float64."""
 
@@ -69,24 +74,20 @@ def measure(
     DiagnosticsError where shapes differ, a sampled id is outside the vocabulary, or a K is not positive.
     """
     _check(student_logits_NV, teacher_logits_NV, sampled_N, (k, *sweep))
-    student_NV, teacher_NV = _working(student_logits_NV), _working(teacher_logits_NV)
-    dense = _dense(student_NV, teacher_NV)
-    broken_N = ~(dense["student_entropy"] + dense["teacher_entropy"]).isfinite()
-    if broken_N.any():
-        fixed = _dense_with_absent(student_NV[broken_N].double(), teacher_NV[broken_N].double())
-        for name, values_N in dense.items():
-            values_N[broken_N] = fixed[name]
-    student_norm_N, teacher_norm_N = dense.pop("student_norm"), dense.pop("teacher_norm")
-    out = dense | _sampled(student_NV, student_norm_N, teacher_NV, teacher_norm_N, sampled_N)
-    out |= _supports(student_NV, student_norm_N, teacher_NV, teacher_norm_N, sampled_N, k=k, sweep=sweep)
-    undefined_N = dense["student_entropy"].isnan() | dense["teacher_entropy"].isnan()
+    out = _rows(student_logits_NV, teacher_logits_NV)
+    student, teacher = (_Model(x_NV, out.pop(f"{name}_norm"), out.pop(f"{name}_maxima")) for name, x_NV in (
+        ("student", student_logits_NV), ("teacher", teacher_logits_NV),
+    ))
+    out |= _sampled(student, teacher, sampled_N) | _supports(student, teacher, sampled_N, k=k, sweep=sweep)
+    undefined_N = out["student_entropy"].isnan()
     return {name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()}
 
 
 @torch.no_grad()
 def kl_pair(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q||p) (teacher first) and KL(p||q) [N] in nats, float64; bit for bit the columns of `measure`."""
-    out = measure(student_logits_NV, teacher_logits_NV, torch.zeros(len(student_logits_NV), dtype=torch.long), k=1)
+    _check(student_logits_NV, teacher_logits_NV)
+    out = _rows(student_logits_NV, teacher_logits_NV, kls_only=True)
     return out["forward_kl"], out["reverse_kl"]
 
 
@@ -107,12 +108,14 @@ def measure_hidden(
     The two models may sit on different devices; the result is on the student's. chunk: positions, None picks a
     number from the vocabulary's size. Same chunk, same bits; another chunk changes results by rounding alone.
     """
-    parts: dict[str, list[Tensor]] = {}
-    for rows, student_nV, teacher_nV in _chunks(student_hidden_NH, student_logits, teacher_hidden_NH, teacher_logits, chunk):
-        measured = measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep)
-        for name, values_n in measured.items():
-            parts.setdefault(name, []).append(values_n)
-    return {name: torch.cat(values) for name, values in parts.items()}
+
+    def part(rows: slice) -> dict[str, Tensor]:
+        student_nV = student_logits(student_hidden_NH[rows])
+        teacher_nV = teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
+        return measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep)
+
+    parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
+    return {name: torch.cat([measured[name] for measured in parts]) for name in parts[0]}
 
 
 @torch.no_grad()
@@ -125,9 +128,13 @@ def kl_pair_hidden(
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kl_pair` from hidden states, chunk by chunk; bit for bit the columns of `measure_hidden` with the same chunk."""
-    chunks = _chunks(student_hidden_NH, student_logits, teacher_hidden_NH, teacher_logits, chunk)
-    pairs = [kl_pair(student_nV, teacher_nV) for _, student_nV, teacher_nV in chunks]
-    return torch.cat([forward for forward, _ in pairs]), torch.cat([reverse for _, reverse in pairs])
+
+    def part(rows: slice) -> tuple[Tensor, Tensor]:
+        student_nV = student_logits(student_hidden_NH[rows])
+        return kl_pair(student_nV, teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device))
+
+    parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
+    return torch.cat([forward for forward, _ in parts]), torch.cat([reverse for _, reverse in parts])
 
 
 @torch.no_grad()
@@ -136,12 +143,12 @@ def mass_outside(hidden_NH: Tensor, logits: Logits, outside_logits: Logits, *, c
 
     logits, outside_logits: the same head's logits over the shared and over the other ids.
     """
-    parts = []
-    for rows in _slices(hidden_NH, logits, chunk):
-        inside_n = _working(logits(hidden_NH[rows])).logsumexp(-1).double()
-        outside_n = _working(outside_logits(hidden_NH[rows])).logsumexp(-1).double()
-        parts.append(torch.sigmoid(outside_n - inside_n))
-    return torch.cat(parts)
+
+    def part(rows: slice) -> Tensor:
+        inside_n = _log_normaliser(logits(hidden_NH[rows]))
+        return torch.sigmoid(_log_normaliser(outside_logits(hidden_NH[rows])) - inside_n)
+
+    return torch.cat([part(rows) for rows in _slices(hidden_NH, logits, chunk)])
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -149,10 +156,8 @@ def chunk_size(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (2 * 4 * vocabulary))
 
 
-def _chunks(student_hidden_NH, student_logits, teacher_hidden_NH, teacher_logits, chunk) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    for rows in _slices(student_hidden_NH, student_logits, chunk):
-        student_nV = student_logits(student_hidden_NH[rows])
-        yield rows, student_nV, teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
+def _block_bytes(device: torch.device) -> int:
+    return BLOCK_BYTES if device.type == "cpu" else 16 * BLOCK_BYTES
 
 
 def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]:
@@ -162,7 +167,7 @@ def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]
     return [slice(start, start + step) for start in range(0, max(1, len(hidden_NH)), step)]
 
 
-def _check(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, sizes: Sequence[int]) -> None:
+def _check(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor | None = None, sizes: Sequence[int] = (1,)) -> None:
     if student_NV.shape != teacher_NV.shape or student_NV.dim() != 2:
         raise DiagnosticsError(
             f"Student logits have shape {tuple(student_NV.shape)} and teacher logits {tuple(teacher_NV.shape)}; both must be "
@@ -170,52 +175,142 @@ def _check(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, sizes: Seq
         )
     if min(sizes) < 1:
         raise DiagnosticsError(f"A support of K = {min(sizes)} tokens was asked for; K must be at least 1.")
-    if sampled_N.shape != student_NV.shape[:1]:
-        raise DiagnosticsError(f"{len(student_NV)} positions have {tuple(sampled_N.shape)} sampled tokens; give one id a position.")
-    outside_N = (sampled_N < 0) | (sampled_N >= student_NV.shape[1])
+    if sampled_N is not None:
+        _check_sampled(sampled_N, student_NV.shape)
+
+
+def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
+    if sampled_N.shape != shape[:1]:
+        raise DiagnosticsError(
+            f"There are {shape[0]} positions and sampled tokens of shape {tuple(sampled_N.shape)}; give one id a position."
+        )
+    outside_N = (sampled_N < 0) | (sampled_N >= shape[1])
     if outside_N.any():
         raise DiagnosticsError(
-            f"Sampled token id {int(sampled_N[outside_N][0])} is outside the vocabulary of {student_NV.shape[1]}. "
+            f"Sampled token id {int(sampled_N[outside_N][0])} is outside the vocabulary of {shape[1]}. "
             "The contexts were sampled with another tokenizer; sample them again."
         )
 
 
-def _working(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+@dataclass(frozen=True)
+class _Side:
+    """One model on a row block, in buffers that later steps overwrite."""
+
+    centred_rV: Tensor
+    """Logits minus the row's maximum."""
+    weight_rV: Tensor
+    """Its exponential; divided by `total_r` it is the distribution."""
+    total_r: Tensor
+    norm_r: Tensor
+    """ln of the sum of exp of the logits."""
+    maxima_rG: Tensor
+    """Largest logit of each group of `GROUP` ids."""
+
+
+def _side(logits_rV: Tensor, centred_rV: Tensor, weight_rV: Tensor) -> _Side:
+    if logits_rV.dtype != centred_rV.dtype:
+        logits_rV = centred_rV.copy_(logits_rV)
+    maxima_rG = _group(logits_rV, torch.amax)
+    largest_r = maxima_rG.amax(-1, keepdim=True)
+    torch.sub(logits_rV, largest_r, out=centred_rV)
+    torch.exp(centred_rV, out=weight_rV)
+    total_r = _total(weight_rV)
+    return _Side(centred_rV, weight_rV, total_r, total_r.log() + _exact(largest_r[:, 0]), maxima_rG)
+
+
+def _log_normaliser(logits_nV: Tensor) -> Tensor:
+    return torch.cat([_exact(block_rV.float() if block_rV.dtype != torch.float64 else block_rV).logsumexp(-1) for block_rV in logits_nV.split(8)])
+
+
+def _group(values_rV: Tensor, reduction: Callable) -> Tensor:
+    """`reduction` over each run of GROUP ids, the last run being shorter: [r, ceil(V / GROUP)]."""
+    whole = values_rV.shape[1] - values_rV.shape[1] % GROUP
+    parts = [reduction(values_rV[:, :whole].unflatten(1, (-1, GROUP)), -1)] if whole else []
+    if whole < values_rV.shape[1]:
+        parts.append(reduction(values_rV[:, whole:], -1, keepdim=True))
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _total(terms_rV: Tensor) -> Tensor:
-    return terms_rV.sum(-1, dtype=torch.float64)
+    """Sum [r] over the vocabulary: short float32 sums, added up in float64."""
+    return _exact(_group(terms_rV, torch.sum)).sum(-1)
 
 
-def _dense(student_rV: Tensor, teacher_rV: Tensor) -> dict[str, Tensor]:
-    """Vocabulary-wide sums; `*_norm` are the log-normalisers. A row with a non-finite logit has a NaN entropy."""
-    student_norm_r, teacher_norm_r = student_rV.double().logsumexp(-1), teacher_rV.double().logsumexp(-1)
-    ln_p_rV = student_rV - student_norm_r.to(student_rV.dtype)[:, None]
-    ratio_rV = teacher_rV - student_rV - (teacher_norm_r - student_norm_r).to(student_rV.dtype)[:, None]
-    p_rV, q_rV = ln_p_rV.exp(), (ln_p_rV + ratio_rV).exp()
-    forward_r, reverse_r = _total(q_rV * ratio_rV), -_total(p_rV * ratio_rV)
-    mean_ratio_rV = ((p_rV + q_rV) / 2).clamp_(min=torch.finfo(p_rV.dtype).tiny).log_() - ln_p_rV
+def _exact(values: Tensor) -> Tensor:
+    """float64, on the CPU where the device has none."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
+def _kls(p: _Side, q: _Side, spare_rV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q||p) and KL(p||q) [r]; leaves ln q - ln p in `q.centred_rV`."""
+    shift_r = q.total_r.log() - p.total_r.log()
+    rounded_r1 = shift_r[:, None].to(spare_rV)
+    ratio_rV = q.centred_rV.sub_(p.centred_rV).sub_(rounded_r1)
+    missing_r = shift_r - _exact(rounded_r1[:, 0])
+    forward_r = _total(torch.mul(q.weight_rV, ratio_rV, out=spare_rV)) / q.total_r - missing_r
+    reverse_r = missing_r - _total(torch.mul(p.weight_rV, ratio_rV, out=spare_rV)) / p.total_r
+    return forward_r, reverse_r
+
+
+def _dense(student_rV: Tensor, teacher_rV: Tensor, buffers_5rV: Tensor, *, kls_only: bool = False) -> dict[str, Tensor]:
+    """Vocabulary-wide sums of a row block. A row with a logit that is not finite has a NaN divergence.
+
+    `*_norm` are log-normalisers, `*_maxima` feed the top-K search.
+    """
+    p, q, spare_rV = _side(student_rV, *buffers_5rV[:2]), _side(teacher_rV, *buffers_5rV[2:4]), buffers_5rV[4]
+    if kls_only:
+        return dict(zip(("forward_kl", "reverse_kl"), _kls(p, q, spare_rV)))
+    entropies = [x.total_r.log() - _total(torch.mul(x.weight_rV, x.centred_rV, out=spare_rV)) / x.total_r for x in (p, q)]
+    forward_r, reverse_r = _kls(p, q, spare_rV)
+    p_rV, q_rV = (x.weight_rV.mul_((1 / x.total_r)[:, None].to(x.weight_rV)) for x in (p, q))
     return {
-        "student_entropy": -_total(p_rV * ln_p_rV),
-        "teacher_entropy": -_total(q_rV * ln_p_rV) - forward_r,
+        "student_entropy": entropies[0],
+        "teacher_entropy": entropies[1],
         "forward_kl": forward_r,
         "reverse_kl": reverse_r,
-        "js": (_total(q_rV * (ratio_rV - mean_ratio_rV)) - _total(p_rV * mean_ratio_rV)) / 2,
-        "hellinger": (_total((p_rV.sqrt() - q_rV.sqrt()).square()) / 2).sqrt(),
-        "student_norm": student_norm_r,
-        "teacher_norm": teacher_norm_r,
+        "js": _mixture_entropy(p_rV, q_rV, p.centred_rV, spare_rV) - (entropies[0] + entropies[1]) / 2,
+        "hellinger": (_total(p_rV.sqrt_().sub_(q_rV.sqrt_()).square_()) / 2).sqrt(),
+        "student_norm": p.norm_r,
+        "teacher_norm": q.norm_r,
+        "student_maxima": p.maxima_rG,
+        "teacher_maxima": q.maxima_rG,
     }
+
+
+def _mixture_entropy(p_rV: Tensor, q_rV: Tensor, sum_rV: Tensor, ln_rV: Tensor) -> Tensor:
+    """H((p + q)/2) from ln(p + q); the last two arguments are overwritten."""
+    torch.add(p_rV, q_rV, out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
+    terms_rV = torch.log(sum_rV, out=ln_rV).mul_(sum_rV)
+    return log(2) - _total(terms_rV) / 2
+
+
+def _rows(student_NV: Tensor, teacher_NV: Tensor, *, kls_only: bool = False) -> dict[str, Tensor]:
+    """`_dense` over row blocks that stay in cache; rows that hold a logit of -inf, NaN or +inf are done again apart."""
+    count, vocabulary = student_NV.shape
+    step = max(1, min(count, _block_bytes(student_NV.device) // (20 * vocabulary)))
+    dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
+    buffers = torch.empty(5, step, vocabulary, dtype=dtype, device=student_NV.device)
+    parts = []
+    for start in range(0, count, step):
+        student_rV, teacher_rV = student_NV[start : start + step], teacher_NV[start : start + step]
+        part = _dense(student_rV, teacher_rV, buffers[:, : len(student_rV)], kls_only=kls_only)
+        for row in (~part["forward_kl"].isfinite()).nonzero()[:, 0].tolist():
+            mended = _dense_with_absent(student_rV[row : row + 1].double(), teacher_rV[row : row + 1].double())
+            for name in part.keys() & mended.keys():
+                part[name][row] = mended[name][0]
+        parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor) -> dict[str, Tensor]:
     """`_dense` of float64 rows that may hold -inf (probability 0), NaN or +inf (NaN in every measurement)."""
     no_student_rV, no_teacher_rV = student_rV == -torch.inf, teacher_rV == -torch.inf
-    out = _dense(_filled(student_rV, no_student_rV), _filled(teacher_rV, no_teacher_rV))
+    buffers = torch.empty(5, *student_rV.shape, dtype=torch.float64, device=student_rV.device)
+    out = _dense(_filled(student_rV, no_student_rV), _filled(teacher_rV, no_teacher_rV), buffers)
     out["forward_kl"][(no_student_rV & ~no_teacher_rV).any(-1)] = torch.inf
     out["reverse_kl"][(no_teacher_rV & ~no_student_rV).any(-1)] = torch.inf
     undefined_r = ~(_finite_or_absent(student_rV) & _finite_or_absent(teacher_rV))
-    return {name: values_r.masked_fill(undefined_r, float("nan")) for name, values_r in out.items()}
+    return {name: values_r.masked_fill(undefined_r, float("nan")) for name, values_r in out.items() if values_r.dim() == 1}
 
 
 def _filled(logits_rV: Tensor, absent_rV: Tensor) -> Tensor:
@@ -226,35 +321,67 @@ def _finite_or_absent(logits_rV: Tensor) -> Tensor:
     return ~(logits_rV.isnan() | (logits_rV == torch.inf)).any(-1) & (logits_rV > -torch.inf).any(-1)
 
 
-def _sampled(student_NV, student_norm_N, teacher_NV, teacher_norm_N, sampled_N) -> dict[str, Tensor]:
-    ln_p_N = _ln_probability(student_NV, student_norm_N, sampled_N[:, None])[:, 0]
-    ln_q_N = _ln_probability(teacher_NV, teacher_norm_N, sampled_N[:, None])[:, 0]
-    advantage_N = ln_q_N - ln_p_N
+@dataclass(frozen=True)
+class _Model:
+    """One model's logits on a chunk, with what the dense pass found in them."""
+
+    logits_NV: Tensor
+    norm_N: Tensor
+    maxima_NG: Tensor
+
+    def ln(self, ids_NK: Tensor) -> Tensor:
+        """Log-probabilities [N, K] of the ids, float64."""
+        return _exact(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
+
+    def top(self, k: int) -> Tensor:
+        """Ids [N, k] of the most likely tokens, most likely first, ties to the lower id."""
+        return top_ids(self.logits_NV, k, maxima_NG=self.maxima_NG)
+
+
+def _sampled(student: _Model, teacher: _Model, sampled_N: Tensor) -> dict[str, Tensor]:
+    ln_p_N, ln_q_N = student.ln(sampled_N[:, None])[:, 0], teacher.ln(sampled_N[:, None])[:, 0]
     return {
         "student_logprob": ln_p_N,
         "teacher_logprob": ln_q_N,
-        "advantage": advantage_N,
-        "acceptance": advantage_N.clamp(max=0).exp(),
+        "advantage": ln_q_N - ln_p_N,
+        "acceptance": (ln_q_N - ln_p_N).clamp(max=0).exp(),
     }
 
 
-def _ln_probability(logits_NV: Tensor, norm_N: Tensor, ids_NK: Tensor) -> Tensor:
-    return logits_NV.gather(1, ids_NK).double() - norm_N[:, None]
+def top_ids(logits_NV: Tensor, k: int, *, maxima_NG: Tensor | None = None) -> Tensor:
+    """Ids [N, min(k, V)] of the largest logits, largest first, ties to the lower id. Exact.
+
+    The k best ids lie in the k groups of GROUP ids whose maxima are largest (ties again to the lower), so
+    only those groups are searched. maxima_NG: [N, ceil(V / GROUP)] the groups' maxima where already known.
+    """
+    vocabulary = logits_NV.shape[1]
+    k = min(k, vocabulary)
+    maxima_NG = _group(logits_NV, torch.amax) if maxima_NG is None else maxima_NG
+    groups_Nk = _largest(maxima_NG, min(k, maxima_NG.shape[1])).sort(-1).values
+    ids_NC = (groups_Nk[:, :, None] * GROUP + torch.arange(GROUP, device=groups_Nk.device)).flatten(1)
+    beyond_NC = ids_NC >= vocabulary
+    candidates_NC = logits_NV.gather(1, ids_NC.clamp(max=vocabulary - 1)).masked_fill(beyond_NC, -torch.inf)
+    return ids_NC.gather(1, _largest(candidates_NC, k))
 
 
-def top_ids(logits_NV: Tensor, k: int) -> Tensor:
-    """Ids [N, k] of the largest logits, largest first, ties to the lower id."""
-    return logits_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+def _largest(values_NC: Tensor, k: int) -> Tensor:
+    """Indices [N, k] of the largest values, largest first, ties to the lower index.
+
+    float32 and narrower: the value's bits, ordered as integers, and the index make one unique key each.
+    """
+    if values_NC.dtype == torch.float64:
+        return values_NC.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    bits_NC = (values_NC.float() + 0.0).view(torch.int32)
+    ordered_NC = (bits_NC ^ ((bits_NC >> 31) & 0x7FFFFFFF)).long()
+    keys_NC = (ordered_NC << 32) - torch.arange(values_NC.shape[1], device=values_NC.device)
+    return keys_NC.topk(k, dim=-1).indices
 
 
-def _supports(student_NV, student_norm_N, teacher_NV, teacher_norm_N, sampled_N, *, k: int, sweep: Sequence[int]) -> dict[str, Tensor]:
+def _supports(student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sweep: Sequence[int]) -> dict[str, Tensor]:
     """Measurements of the top-K lists, for k and for each other K in `sweep`."""
-    largest = min(max(k, SELECTKD_TOP, *sweep), student_NV.shape[1])
-    s_NK, t_NK = top_ids(student_NV, largest), top_ids(teacher_NV, largest)
-    values = {
-        "p_s": _ln_probability(student_NV, student_norm_N, s_NK), "q_s": _ln_probability(teacher_NV, teacher_norm_N, s_NK),
-        "p_t": _ln_probability(student_NV, student_norm_N, t_NK), "q_t": _ln_probability(teacher_NV, teacher_norm_N, t_NK),
-    }
+    largest = min(max(k, SELECTKD_TOP, *sweep), student.logits_NV.shape[1])
+    s_NK, t_NK = student.top(largest), teacher.top(largest)
+    values = {"p_s": student.ln(s_NK), "q_s": teacher.ln(s_NK), "p_t": student.ln(t_NK), "q_t": teacher.ln(t_NK)}
     top_p_N2 = values["p_s"][:, :2].exp()
     out = {
         "student_margin": top_p_N2[:, 0] - top_p_N2[:, 1:].sum(-1),
