@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -250,6 +250,7 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
 
 
 def _from_source(loader, source, what: str, **options):
+    _quiet_bars_in_logs()
     if not isinstance(source, (str, Path)):
         raise DiagnosticsError(f"No {what} came with {type(source).__name__}. Pass tokenizer=… beside models in memory.")
     try:
@@ -260,6 +261,14 @@ def _from_source(loader, source, what: str, **options):
             f"No {what} can be loaded from {str(source)!r} ({reason}). Give a local folder with config.json, "
             "*.safetensors and tokenizer files, or a Hugging Face id while online."
         ) from error
+
+
+def _quiet_bars_in_logs() -> None:
+    """Loading bars are for terminals, as ours are."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:

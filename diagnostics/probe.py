@@ -59,6 +59,9 @@ class ProbeConfig:
     held_out: float = field(default=0.5, metadata={"help": "share of prompts that carry no loss"})
     seed: int = field(default=0, metadata={"help": "seed of the split and of the placebo"})
 
+    def __post_init__(self):
+        _check(self.loss, self.optimizer, self.step)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -11,6 +11,7 @@ they come from, or how they are asked for, has changed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -88,9 +89,13 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
         settings["prompts_sha256"] = sha256_file(Path(path))
 
     def work() -> dict:
-        bank = sample(models.pair, choose_prompts(models, prompts), **dataclasses.asdict(rollout))
+        pair = models.pair
+        chosen = choose_prompts(models, prompts)
+        bank = sample(pair, chosen, **dataclasses.asdict(rollout))
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        return {**models.pair.facts, "contexts": len(bank), "positions": bank.positions, "first_prompt": bank[0].prompt}
+        rendered = hashlib.sha256(json.dumps([prompt.prompt for prompt in chosen]).encode()).hexdigest()
+        return {**pair.facts, "contexts": len(bank), "positions": bank.positions,
+                "first_prompt": chosen[0].prompt, "rendered_prompts_sha256": rendered}
 
     run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work)
 
@@ -124,6 +129,18 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
     run.stage("probe", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet", "scores.parquet"],
               outputs=["gains.parquet", "tables/calibration.csv"], work=work)
     join_tokens(run)
+
+
+def import_tokens(run: Run, path: Path) -> None:
+    """Bring a token table from elsewhere into the run as its tokens.parquet."""
+    from diagnostics.interop import read_tokens
+
+    def work() -> None:
+        write_parquet(run.path("tokens.parquet"), read_tokens(path))
+
+    if not path.is_file():
+        raise DiagnosticsError(f"{path} is not a file. Name a token table in CSV, JSONL or parquet with --tokens.")
+    run.stage("import", settings={"tokens": path.name, "sha256": sha256_file(path)}, outputs=["tokens.parquet"], work=work)
 
 
 def join_tokens(run: Run) -> None:

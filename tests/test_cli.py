@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diagnostics.cli import PURPOSE, STAGES, build_parser, main
+from tests.test_stages import folders  # noqa: F401  (a fixture)
+
+SURFACE = {
+    "run": "batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens no-chat optimizer "
+    "output-dir pair prompt-column prompts quiet samples-per-prompt seed step student student-revision sweep teacher teacher-device "
+    "teacher-dtype teacher-revision temperature top-k top-p",
+    "analyze": "draws json level output-dir quiet seed tokens",
+    "report": "json output-dir quiet",
+    "criteria": "json quiet",
+}
+
+
+def flags(command):
+    actions = build_parser()._subparsers._group_actions[0].choices[command]._actions
+    return " ".join(sorted(name[2:] for action in actions for name in action.option_strings if name.startswith("--") and name != "--help"))
+
+
+@pytest.mark.parametrize("command", SURFACE)
+def test_the_command_line_is_frozen(command):
+    assert flags(command) == SURFACE[command]
+
+
+def test_every_stage_says_what_it_does(capsys):
+    for command in PURPOSE:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert "example:" in capsys.readouterr().out
+    assert set(STAGES) <= set(PURPOSE)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["run", "--pair", "nowhere", "--output-dir", "{tmp}/out"], "Unknown pair 'nowhere'. Known are embedded, smollm2"),
+    (["run", "--output-dir", "{tmp}/out"], "A pair needs both models"),
+    (["run", "{models}", "--prompts", "{tmp}/none.jsonl", "--output-dir", "{tmp}/out"], "none.jsonl cannot be read (No such file or directory)"),
+    (["run", "{models}", "--prompts", "{tmp}/empty.jsonl", "--output-dir", "{tmp}/out"], "empty.jsonl holds no rows"),
+    (["run", "{models}", "--prompts", "{tmp}/column.jsonl", "--output-dir", "{tmp}/out"], "has no column 'prompt' or 'messages'; it has text"),
+    (["run", "{models}", "--output-dir", "{tmp}/out"], "No prompts were given"),
+    (["run", "--pair", "embedded", "--loss", "hinge", "--output-dir", "{tmp}/out"], "invalid choice: 'hinge'"),
+    (["run", "--pair", "embedded", "--step", "much", "--contexts", "4", "--output-dir", "{tmp}/out"], "The step is 'auto' or a number"),
+    (["run", "--pair", "embedded", "--chat-template-kwargs", "[1]", "--output-dir", "{tmp}/out"], "--chat-template-kwargs takes a JSON object; got '[1]'"),
+    (["run", "--pair", "embedded", "--output-dir", "{tmp}"], "and no manifest.json, so it is not a run of this project"),
+    (["run", "--pair", "embedded", "--output-dir", "{tmp}/empty.jsonl"], "cannot be used as output directory"),
+    (["score", "--pair", "embedded", "--output-dir", "{tmp}/out"], "Run the stage that writes it first"),
+    (["analyze", "--output-dir", "{tmp}/out"], "Run the stage that writes it first"),
+    (["analyze", "--tokens", "{tmp}/none.csv", "--output-dir", "{tmp}/out"], "none.csv is not a file"),
+    (["analyze", "--tokens", "{tmp}/column.jsonl", "--output-dir", "{tmp}/out"], "column"),
+    (["report", "--output-dir", "{tmp}/out"], "manifest.json"),
+    (["fly"], "invalid choice: 'fly'"),
+    ([], "the following arguments are required"),
+])
+def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):  # noqa: F811
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "column.jsonl").write_text('{"text": "w1"}\n')
+    expanded = [part for a in arguments for part in (folders[:4] if a == "{models}" else [a.format(tmp=tmp_path)])]
+    assert main(expanded) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ") and words in error
+    assert (tmp_path / "column.jsonl").read_text() == '{"text": "w1"}\n'
+
+
+def test_a_stranger_sees_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "diagnostics", "analyze", "--output-dir", str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_criteria_are_listed(capsys):
+    assert main(["criteria"]) == 0
+    assert "teachability" in capsys.readouterr().out
+    assert main(["criteria", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["criteria"]
+    assert {"name", "formula", "kind"} <= listed[0].keys()
+
+
+def test_listing_needs_no_torch():
+    code = "import sys; from diagnostics.cli import main; main(['criteria']); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().endswith("False")
+
+
+def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
+    from diagnostics import stages
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "rollout_stage", interrupted)
+    assert main(["rollout", "--pair", "embedded", "--output-dir", str(tmp_path / "x")]) == 130
+    assert "what was finished is kept" in capsys.readouterr().err
