@@ -5,7 +5,7 @@
     dx.plot.correlations(table, width=dx.plot.SINGLE).savefig("correlations.pdf")
 
 Every function takes `width` in inches (SINGLE = 3.3 for one column, DOUBLE = 6.9 for two) and `dark` for
-a dark page. Panels sit side by side at DOUBLE and below one another at SINGLE where they would not fit.
+a dark page; those with intervals take the `level` that the table was made at, for the caption. Panels sit side by side at DOUBLE and below one another at SINGLE where they would not fit.
 Intervals are drawn as the table gives them; the numbers of prompts and positions stand below the figure.
 Both gains are shown in the order absolute, relative. Colours are Okabe and Ito's, and marker or line
 style always repeats what the colour says.
@@ -130,6 +130,12 @@ def _rows(table: pd.DataFrame, what: str, needs: Iterable[str], where: dict | No
     return table.reset_index(drop=True)
 
 
+def _halves(table: pd.DataFrame) -> pd.DataFrame:
+    """Step and held-out rows where the table has both; rows over all positions would show them twice."""
+    both = {"step", "held_out"} <= set(table.split)
+    return table[table.split != "all"].reset_index(drop=True) if both else table
+
+
 def _present(values: pd.Series, order: Iterable[str]) -> list[str]:
     """Distinct values, those of `order` first and in its order."""
     seen = list(dict.fromkeys(values))
@@ -166,10 +172,9 @@ def _counts(table: pd.DataFrame) -> str:
     return text[0].upper() + text[1:]
 
 
-def _bars(table: pd.DataFrame) -> str:
-    """What the bars are; the level where the table names it."""
-    level = f"{table.level.iloc[0]:.0%} " if "level" in table else ""
-    return f"Bars: {level}intervals over prompts."
+def _bars(level: float | None, what: str = "Bars") -> str:
+    """What the bars are; the table does not know the level that it was made at."""
+    return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over prompts."
 
 
 def _caption(figure: Figure, *sentences: str) -> None:
@@ -210,6 +215,7 @@ def correlations(
     method: str = "spearman",
     outcomes: Sequence[str] = ("gain", "relative_gain"),
     criteria: Sequence[str] | None = None,
+    level: float | None = None,
     width: float = DOUBLE,
     dark: bool = False,
 ) -> Figure:
@@ -218,11 +224,11 @@ def correlations(
     table: columns outcome, criterion, split, method, estimate, low, high, placebo, positions, prompts.
     Filled marks are estimates with their intervals, one colour and shape a split; a hollow diamond is what
     a random step of the same norm shows, so only the distance from it speaks for the criterion. Criteria
-    are ordered by the first outcome's estimate on the last split. Raises DiagnosticsError where nothing is left.
+    are ordered by the first outcome's estimate on the held-out split. Raises DiagnosticsError where nothing is left.
     """
     needs = ("outcome", "criterion", "split", "method", "estimate", "low", "high", "placebo")
     where = {"method": method, "outcome": outcomes} | ({"criterion": criteria} if criteria is not None else {})
-    table = _rows(table, "figures.correlations", needs, where)
+    table = _halves(_rows(table, "figures.correlations", needs, where))
     outcomes, splits = _present(table.outcome, outcomes), _present(table.split, SPLITS)
     names = _forest_order(table, outcomes[0], splits[-1])
     figure, axes = _canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
@@ -234,7 +240,7 @@ def correlations(
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
     placebo = Line2D([], [], linestyle="none", label="placebo step", **_diamond(matplotlib.rcParams["xtick.color"]))
     _legend(figure, axes[0, 0], 3, placebo)
-    _caption(figure, _counts(table), _bars(table))
+    _caption(figure, _counts(table), _bars(level))
     return figure
 
 
@@ -334,30 +340,31 @@ def q3_gain(
     *,
     outcomes: Sequence[str] = ("gain", "relative_gain"),
     scores: Sequence[str] | None = None,
+    level: float | None = None,
     width: float = DOUBLE,
     dark: bool = False,
 ) -> Figure:
     """Mean gain by tertile of each score within Q3: `dx.plot.q3_gain(dx.analysis.q3_groups(tokens))`.
 
-    table: columns outcome, split, score, group, mean, low, high, positions, prompts. For each score the groups run from its
-    bottom to its top; a rising line means that the gain rises with the score among confident, wrong positions.
+    table: columns outcome, split, score, group (1 is the lowest), mean, low, high, positions,
+    prompts. For each score the marks run from its bottom to its top; a rising line means that the gain rises with the score among confident, wrong positions.
     """
     needs = ("outcome", "split", "score", "group", "mean", "low", "high")
     where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
-    table = _rows(table, "figures.q3_gain", needs, where)
+    table = _halves(_rows(table, "figures.q3_gain", needs, where))
     outcomes = _present(table.outcome, outcomes)
     rows, columns = _panels(len(outcomes), width)
-    figure, axes = _canvas(width, 0.75 + 1.75 * rows, rows, columns, sharex=True)
+    figure, axes = _canvas(width, 0.75 + 1.85 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         _group_lines(ax, table[table.outcome == outcome], _present(table.score, scores or ()))
         ax.set_ylabel(f"mean {_with_unit(outcome)}")
     _legend(figure, axes[0, 0], 3)
-    _caption(figure, _counts(table), "Each group of marks: bottom to top of the score within Q3.", _bars(table))
+    _caption(figure, _counts(table), "Each group of marks: bottom to top of the score within Q3.", _bars(level))
     return figure
 
 
 def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
-    groups, splits = _present(table.group, ("bottom", "middle", "top")), _present(table.split, SPLITS)
+    groups, splits = sorted(table.group.unique()), _present(table.split, SPLITS)
     _zero(ax)
     ax.grid(axis="x", visible=False)
     for index, split in enumerate(splits):

@@ -11,7 +11,7 @@ import pandas as pd
 from diagnostics.types import validate_tokens
 
 CRITERIA = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
-SPLITS = ("step", "held_out")
+SPLITS = ("all", "step", "held_out")
 BOTH = ("gain", "relative_gain")
 
 
@@ -52,12 +52,12 @@ def correlations(names=CRITERIA, seed: int = 0) -> pd.DataFrame:
 
 
 def q3_groups(scores=("compatibility", "teachability", "incompatible")) -> pd.DataFrame:
-    """Bottom, middle and top of each score, rising except for `incompatible`."""
+    """Groups 1 (lowest) to 3 of each score, rising except for `incompatible`."""
     rows = []
     for outcome in BOTH:
         for split in SPLITS:
             for score in scores:
-                for k, group in enumerate(("bottom", "middle", "top")):
+                for k, group in enumerate((1, 2, 3)):
                     mean = 0.02 + 0.01 * k * (-0.4 if score == "incompatible" else 1) + 0.001 * len(split)
                     rows.append({
                         "outcome": outcome, "split": split, "score": score, "group": group, "mean": mean, "low": 0.8 * mean,
@@ -72,13 +72,14 @@ def q3_contrast() -> pd.DataFrame:
     for outcome in BOTH:
         for split in SPLITS:
             for score in ("compatibility", "teachability", "incompatible"):
-                difference = -0.008 if score == "incompatible" else 0.02
-                reach = 0.005 if outcome == "gain" else 0.05
-                rows.append({
-                    "outcome": outcome, "split": split, "score": score, "groups": 3, "difference": difference,
-                    "low": difference - reach, "high": difference + reach, "bottom_mean": 0.02, "top_mean": 0.02 + difference,
-                    "placebo_difference": 0.001, "positions": 122, "prompts": 16,
-                })
+                for groups in ("tertile", "quartile"):
+                    difference = (-0.008 if score == "incompatible" else 0.02) * (1.2 if groups == "quartile" else 1)
+                    reach = 0.005 if outcome == "gain" else 0.05
+                    rows.append({
+                        "outcome": outcome, "split": split, "score": score, "groups": groups, "difference": difference,
+                        "low": difference - reach, "high": difference + reach, "bottom_mean": 0.02, "top_mean": 0.02 + difference,
+                        "placebo_difference": 0.001, "positions": 122, "prompts": 16,
+                    })
     return pd.DataFrame(rows)
 
 

@@ -1,0 +1,51 @@
+"use strict";
+// Tables: a click on a column's head sorts, a button copies what is shown as CSV at full precision.
+(() => {
+  const value = (cell) => cell.dataset.v ?? cell.textContent;
+  const number = (text) => (text.trim() === "" ? NaN : Number(text));
+
+  function compare(a, b) {
+    const [x, y] = [number(a), number(b)];
+    if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
+    if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;
+    return a.localeCompare(b);
+  }
+
+  function sort(head) {
+    const table = head.closest("table"), body = table.tBodies[0], column = head.cellIndex;
+    const down = head.getAttribute("aria-sort") === "ascending";
+    const rows = [...body.rows].sort((a, b) => compare(value(a.cells[column]), value(b.cells[column])));
+    if (down) rows.reverse();
+    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    body.append(...rows);
+  }
+
+  const quoted = (text) => (/[",\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text);
+
+  function csv(table) {
+    return [...table.rows].map((row) => [...row.cells].map((cell) => quoted(value(cell))).join(",")).join("\n") + "\n";
+  }
+
+  async function copy(button) {
+    const text = csv(button.closest("details").querySelector("table"));
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const area = document.body.appendChild(document.createElement("textarea"));
+      area.value = text;
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    const label = button.textContent;
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = label; }, 1500);
+  }
+
+  document.addEventListener("click", (event) => {
+    const head = event.target.closest("th button");
+    if (head) sort(head.parentElement);
+    if (event.target.matches("button.copy")) copy(event.target);
+  });
+})();

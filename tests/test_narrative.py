@@ -1,0 +1,111 @@
+"""Sentences follow the tables: numbers are theirs, and a claim needs an interval."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diagnostics import narrative
+from diagnostics.narrative import Material
+from tests import study_tables
+
+
+def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05, placebo=0.1):
+    return {"outcome": outcome, "criterion": criterion, "split": split, "method": "spearman", "estimate": estimate,
+            "low": estimate - half, "high": estimate + half, "placebo": placebo, "positions": 500, "prompts": 20}
+
+
+def material(*rows, **tables) -> Material:
+    return Material(study_tables.manifest(), {"correlations": pd.DataFrame(rows), **tables})
+
+
+@pytest.mark.parametrize("value, digits, text", [
+    (0.0234, 2, "0.023"), (-0.5, 2, "−0.50"), (12345.6, 3, "12,346"), (0.0, 2, "0"), (3.2e-7, 2, "3.2e-07"),
+    (float("nan"), 2, "–"), (float("inf"), 2, "–"), (0.996, 2, "1.00"),
+])
+def test_number(value, digits, text):
+    assert narrative.number(value, digits) == text
+
+
+def test_setup_names_loss_optimiser_prompts_and_positions():
+    table = pd.DataFrame([row("tip", 0.4), row("tip", 0.5, split="step") | {"prompts": 12, "positions": 300}, row("tip", 0.4, split="all")])
+    assert narrative.setup(Material(study_tables.manifest(), {"correlations": table})) == (
+        "The student took AdamW's first step of the reverse kl loss on 12 step prompts (300 positions) and was re-scored there and on "
+        "20 held-out prompts (500 positions); its loss fell from 0.810 to 0.784 nats a position, 82% of the first-order prediction."
+    )
+
+
+def test_leader_names_its_interval_its_placebo_and_teachability():
+    text = narrative.leader(material(row("random", 0.9), row("divergence", 0.6), row("teachability", 0.4, placebo=0.2)), "gain")
+    assert text == (
+        "By gain in nats, divergence follows the held-out positions best: Spearman +0.60 (95% interval +0.55 to +0.65), placebo +0.10; "
+        "teachability reaches +0.40 (+0.35 to +0.45), placebo +0.20; no other criterion's interval reaches it."
+    )
+
+
+def test_leader_admits_what_it_cannot_tell_apart():
+    text = narrative.leader(material(*(row(name, 0.6 - i / 100) for i, name in enumerate(["a_b", "c", "d", "e", "f"]))), "gain")
+    assert text.endswith("not told apart from it: c, d, e and 1 more.")
+
+
+def test_relative_gain_is_named_as_such():
+    text = narrative.leader(material(row("teachability", 0.2, outcome="relative_gain")), "relative_gain")
+    assert text.startswith("By relative gain, teachability follows the held-out positions best: Spearman +0.20")
+
+
+def test_turnover():
+    rows = [row("divergence", 0.6), row("teachability", 0.5), row("divergence", -0.1, outcome="relative_gain"),
+            row("teachability", 0.2, outcome="relative_gain")]
+    assert narrative.turnover(material(*rows)) == (
+        "The order turns over with the definition of gain: divergence is first of 2 in nats and 2nd in relative terms, "
+        "teachability first in relative terms and 2nd in nats."
+    )
+    rows[2]["estimate"] = 0.9
+    assert narrative.turnover(material(*rows)) == (
+        "Both gains put divergence first, so the recommendation does not hinge on how gain is defined."
+    )
+
+
+def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
+    assert narrative.q3(material(q3_contrast=study_tables.q3_contrast())) == (
+        "Among confident, wrong positions (Q3), the third with the highest compatibility gained 0.020 nats more than the third with the "
+        "lowest (0.015 to 0.025), and 0.020 of the divergence more than the third with the lowest (−0.030 to 0.070, which leaves the sign open)."
+    )
+
+
+def test_certainty_names_prompts_width_and_what_would_change_it():
+    text = narrative.certainty(material(row("a", 0.5, half=0.04), row("b", 0.4, half=0.06), row("c", 0.3, half=0.05), calibration=study_tables.calibration()))
+    assert text.startswith("The correlations' intervals come from resampling 20 prompts and typically reach 0.05 to either side, ")
+    assert "step size (here 1.6e-05)" in text
+
+
+def test_numbers_are_the_tables():
+    """Every estimate that the answer quotes changes with the table."""
+    tables = {"correlations": study_tables.correlations(), "q3_contrast": study_tables.q3_contrast(), "calibration": study_tables.calibration()}
+    before = narrative.answer(Material(study_tables.manifest(), tables))
+    tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
+    after = narrative.answer(Material(study_tables.manifest(), tables))
+    assert len(before) == len(after) == 6
+    assert [a == b for a, b in zip(before, after)] == [False, False, False, False, True, False]
+
+
+def test_without_tables_nothing_is_claimed():
+    assert narrative.answer(Material()) == []
+    assert narrative.answer(Material(study_tables.manifest(), {})) == [
+        "The student took AdamW's first step of the reverse kl loss; its loss fell from 0.810 to 0.784 nats a position, 82% of the first-order prediction."
+    ]
+
+
+def test_undefined_estimates_never_lead():
+    rows = [row("broken", np.nan), row("tip", 0.2)]
+    assert narrative.ranked(material(*rows), "gain").criterion.tolist() == ["tip"]
+
+
+@pytest.mark.parametrize("pair, expected", [
+    ("embedded", "The embedded pair: which of the teacher's signals can the student learn from?"),
+    ("custom", "Which of large's signals can small learn from?"),
+    (None, "Which of the teacher's signals can the student learn from?"),
+])
+def test_title(pair, expected):
+    manifest = study_tables.manifest()
+    manifest["stages"]["rollout"]["facts"]["pair"] = pair
+    assert narrative.title(Material(manifest if pair else {})) == expected
