@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from diagnostics.criteria import quadrants
 from diagnostics.types import DiagnosticsError, require_columns
@@ -78,7 +78,7 @@ def _style(width: float, dark: bool) -> dict:
         "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
         "lines.linewidth": 1.3, "lines.markersize": 3.8, "legend.frameon": False, "legend.handlelength": 1.6,
         "legend.columnspacing": 1.2, "legend.labelcolor": page["ink"], "svg.hashsalt": "opd-diagnostics",
-        "pdf.fonttype": 42, "savefig.dpi": 200, "figure.dpi": 150, "mathtext.default": "regular",
+        "figure.autolayout": False, "figure.constrained_layout.use": False, "pdf.fonttype": 42, "savefig.dpi": 200, "figure.dpi": 150, "mathtext.default": "regular",
     }
 
 
@@ -91,7 +91,7 @@ def _plate(draw: Callable) -> Callable:
         with matplotlib.rc_context(_style(width, dark)):
             figure = draw(table, *rest, **options)
             figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+            figure.set_layout_engine(None)  # a later save then draws once, not twice
         return figure
 
     return drawn
@@ -191,6 +191,27 @@ def _legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
     handles, labels = [*handles, *extra], [*labels, *(line.get_label() for line in extra)]
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+
+
+def _powers(*axes) -> None:
+    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more than the rest."""
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        decades = LogLocator(subs=(1.0,) if high > 60 * low else (1.0, 2.0, 5.0), numticks=7)
+        axis.set_major_locator(decades if high > 4 * low else MaxNLocator(3))
+        axis.set_major_formatter(FuncFormatter(_power))
+        axis.set_minor_locator(NullLocator())
+
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _power(value: float, _=None) -> str:
+    if 0.0099 < value < 1000 or value <= 0:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+    return power if mantissa == "1.0" else f"{mantissa.removesuffix('.0')}×{power}"
 
 
 def _zero(ax, axis: str = "y") -> None:
@@ -311,6 +332,7 @@ def _hexagons(figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int) ->
     ax.grid(visible=False)
     hexagons = ax.hexbin(x, y, C=values[kept], gridsize=(bins, int(bins * 0.6)), xscale="log", yscale="log",
                          linewidths=0.15, edgecolors="face")
+    _powers(ax.xaxis, ax.yaxis)
     shown = np.asarray(hexagons.get_array(), float)
     low, high = np.percentile(shown, [2, 98]) if len(shown) else (0.0, 1.0)
     signed, reach = low < 0, max(abs(low), abs(high), 1e-12)
@@ -398,11 +420,11 @@ def calibration(table: pd.DataFrame, *, ratio: float = 0.8, width: float = DOUBL
     share.axhline(ratio, color=ORANGE, linestyle=DASHES[1], linewidth=0.9)
     _ring(share, table, "ratio")
     _zero(share)
+    share.set_ylim(top=max(1.08, share.get_ylim()[1]))
     share.set_ylabel("realised / predicted")
     for ax in axes[-1]:
         ax.set_xlabel("step size (learning rate)")
-        ax.xaxis.set_major_locator(LogLocator(numticks=6))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        _powers(ax.xaxis)
     _legend(figure, drop, 4 if width > 5 else 2)
     _caption(figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}.")
     return figure
@@ -413,12 +435,12 @@ def _drops(ax, table: pd.DataFrame) -> None:
     fell = table.realised_drop.where(table.realised_drop > 0)
     ax.plot(table.step_size, table.predicted_drop, color=ORANGE, linestyle=DASHES[1], marker="s", label="predicted (first order)")
     ax.plot(table.step_size, fell, color=BLUE, marker="o", label="realised")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log")
     _ring(ax, table, "realised_drop", label="chosen")
     rose = table.step_size[table.realised_drop <= 0]
     if len(rose):
         ax.plot(rose, np.full(len(rose), 0.04), "X", color=PURPLE, transform=ax.get_xaxis_transform(), label="loss rose")
+    _powers(ax.yaxis)
     ax.set_ylabel("drop of the loss (nats)")
 
 

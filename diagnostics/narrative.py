@@ -7,7 +7,7 @@ Both gains are always named side by side, since the order of criteria can turn o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,23 +159,22 @@ def _challengers(material: Material, rows: pd.DataFrame, outcome: str) -> str:
     """Who cannot be told apart from the leader: by paired differences where the run has them, else by intervals."""
     first, rest = rows.iloc[0], rows.iloc[1:]
     paired = material.table("differences")
-    if paired is not None and {"first", "second", "low", "high"} <= set(paired.columns):
-        close = [name for name in rest.criterion if not _apart(paired, first, name, outcome)]
+    if paired is None:
+        close, alone = rest[rest.high >= first.low].criterion.tolist(), "no other criterion's interval reaches it"
     else:
-        close = rest[rest.high >= first.low].criterion.tolist()
+        close, alone = _not_apart(paired, first, rest.criterion, outcome), "in paired draws it leads every other criterion"
     if not close:
-        return "no other criterion's interval reaches it" if paired is None else "it leads every other criterion in paired draws"
+        return alone
     shown = ", ".join(map(_name, close[:3])) + (f" and {len(close) - 3} more" if len(close) > 3 else "")
     return f"not told apart from it: {shown}"
 
 
-def _apart(paired: pd.DataFrame, first, name: str, outcome: str) -> bool:
-    same = paired[(paired.outcome == outcome) & (paired.split == first.split)]
-    for a, b, side in ((first.criterion, name, "low"), (name, first.criterion, "high")):
-        rows = same[(same["first"] == a) & (same["second"] == b)]
-        if len(rows):
-            return bool(rows.low.iloc[0] > 0) if side == "low" else bool(rows.high.iloc[0] < 0)
-    return False
+def _not_apart(paired: pd.DataFrame, first, names: Iterable[str], outcome: str) -> list[str]:
+    """Those of `names` over which the leader's lead has an interval with zero in it, or none."""
+    same = paired[(paired.outcome == outcome) & (paired.split == first.split) & (paired.method == first.method)]
+    ahead = set(same.other[(same.criterion == first.criterion) & (same.low > 0)])
+    ahead |= set(same.criterion[(same.other == first.criterion) & (same.high < 0)])
+    return [name for name in names if name not in ahead]
 
 
 def turnover(material: Material) -> str:

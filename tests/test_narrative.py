@@ -47,6 +47,18 @@ def test_leader_admits_what_it_cannot_tell_apart():
     assert text.endswith("not told apart from it: c, d, e and 1 more.")
 
 
+def test_paired_differences_decide_where_there_are_any():
+    def pair(criterion, other, low, high):
+        return {"outcome": "gain", "criterion": criterion, "other": other, "split": "held_out", "method": "spearman",
+                "difference": (low + high) / 2, "low": low, "high": high}
+
+    rows = [row("a", 0.6), row("b", 0.58), row("c", 0.57)]
+    apart = pd.DataFrame([pair("a", "b", 0.01, 0.03), pair("c", "a", -0.05, -0.01)])
+    assert narrative.leader(material(*rows, differences=apart), "gain").endswith("; in paired draws it leads every other criterion.")
+    apart.loc[1, "high"] = 0.01
+    assert narrative.leader(material(*rows, differences=apart), "gain").endswith("; not told apart from it: c.")
+
+
 def test_relative_gain_is_named_as_such():
     text = narrative.leader(material(row("teachability", 0.2, outcome="relative_gain")), "relative_gain")
     assert text.startswith("By relative gain, teachability follows the held-out positions best: Spearman +0.20")
