@@ -52,8 +52,8 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(layers=4, width=128, heads=4, feed_forward=352, steps=1600, peak_lr=2e-3),
-    "student": Recipe(layers=3, width=96, heads=4, feed_forward=256, steps=1600, peak_lr=2e-3),
+    "teacher": Recipe(layers=4, width=128, heads=4, feed_forward=352, steps=900, peak_lr=2e-3),
+    "student": Recipe(layers=3, width=96, heads=4, feed_forward=256, steps=900, peak_lr=2e-3),
 }
 
 # property -> (lowest, highest) accepted value
