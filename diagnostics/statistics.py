@@ -1,45 +1,55 @@
 """Statistics for positions that come in clusters, one cluster a prompt.
 
-    w ~ Multinomial(G; 1/G, ..., 1/G)           a draw: how often each of G prompts is taken
-    T*(w) = f(sum_g w_g s_g)                    its statistic, from per-prompt sums s_g
-    interval = h^-1(h(T) +- t(G - 1) * sd(h(T*)) * sqrt(G / (G - 1)))
+    w ~ Multinomial(G; 1/G, ..., 1/G)        a draw: how often each of the G prompts is taken
+    T*(w) = f(sum_g w_g s_g)                 its statistic, a function of per-prompt sums s_g
+    T(-g) = f(sum_{h != g} s_h)              the statistic without prompt g
+    SE^2  = max( G/(G-1) var h(T*),  (G-1)/G sum_g (h(T(-g)) - h(T))^2 )
+    interval = h^-1( h(T) +- t(G-1) SE )
 
 h is Fisher's arctanh for a correlation and the identity otherwise. Prompts are resampled whole; positions
-within a prompt never are, because they are not independent. A statistic that is a function of sums costs one
-product [draws, G] @ [G, sums] for all draws together.
+within a prompt never are, because they are not independent. A statistic of sums costs one product
+[draws, G] @ [G, sums] for all draws together.
 
-Exact and approximate: means, Pearson, partial correlations, regressions, medians and trimmed means are
-recomputed exactly in each draw. Spearman ranks the positions once and resamples the ranks; Kendall resamples its
-projection on prompts. `benchmarks/CALIBRATION.md` has the measured differences and the coverage.
+Exact in every draw: means, Pearson, partial correlations, regressions, medians and trimmed means.
+Approximate: Spearman ranks once and resamples ranks, Kendall resamples its projection on prompts, groups
+and winsorising limits are cut once. `benchmarks/CALIBRATION.md` has the measured differences.
 
-References: Efron and Tibshirani 1993, ch. 6 and 12; Cameron and Miller 2015 (clusters); Hoeffding 1948
-(the projection). Departure: the usual percentile interval is too short for some tens of prompts, hence t(G - 1).
+Departures: with some tens of prompts the percentile interval is too short (92 % for 95 % at 20 prompts)
+and BCa shorter still (88 %), so the interval is a t interval, and the bootstrap's standard error, biased
+downwards, is replaced by the jackknife's, biased upwards, where that is larger.
+References: Efron and Stein 1981; Efron and Tibshirani 1993, ch. 11-14; Cameron and Miller 2015; MacKinnon,
+Nielsen and Webb 2023 (t(G-1) with the cluster jackknife); Hoeffding 1948 (projection).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, spatial, stats
 
 BLOCK = 128
-"""Side of the blocks in `_earlier_and_lower`; 128 was fastest of 32 to 128 at 57,600 positions."""
+"""Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions."""
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
+SINGULAR = 1e-10
+"""Determinant of a correlation matrix under which its columns count as linearly dependent."""
+CHUNK = 2_000_000
+"""Elements of a [draws, positions] block that are held at a time."""
 
 
 class Prompts:
-    """The prompts of a set of positions, and how often each draw takes each.
+    """The prompts of N positions, and how often each draw takes each.
 
-    ids: [N] cluster of each position. Two statistics of one `Prompts` share their draws, so that their
-    difference is a paired one.
+    ids: [N] prompt of each position. Statistics that share one `Prompts` share its draws, so that their
+    differences are paired.
     """
 
     def __init__(self, ids, *, draws: int = 1000, seed: int = 0):
-        names, self.codes = np.unique(np.asarray(ids), return_inverse=True)
-        self.names, self.count, self.draws, self.seed = names, len(names), draws, seed
+        self.names, self.codes = np.unique(np.asarray(ids, dtype=object).astype(str), return_inverse=True)
+        self.count, self.draws, self.seed = len(self.names), draws, seed
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -49,11 +59,17 @@ class Prompts:
         shares = np.full(self.count, 1 / self.count)
         return np.random.default_rng(self.seed).multinomial(self.count, shares, size=self.draws).astype(np.float64)
 
-    def sums(self, *columns: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Sums [prompts, columns] over each prompt's positions; each column holds [N], or [mask.sum()] with a mask."""
-        codes = self.codes if mask is None else self.codes[mask]
-        totals = [np.bincount(codes, weights=column, minlength=self.count) for column in columns]
-        return np.stack(totals, axis=1).astype(np.float64)
+    def sums(self, *columns: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
+        """Sums [prompts, columns] over each prompt's positions.
+
+        columns: [N] each, or one value for each position that `at`, a mask or row numbers, picks.
+        """
+        codes = self.codes if at is None else self.codes[at]
+        return np.stack([np.bincount(codes, weights=column, minlength=self.count) for column in columns], axis=1)
+
+    def without_draws(self) -> Prompts:
+        """The same prompts for statistics whose interval is not wanted."""
+        return Prompts(self.names[self.codes], draws=0)
 
     def present(self, mask: np.ndarray) -> int:
         """Number of prompts with a position under the mask [N]."""
@@ -62,47 +78,82 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, its bootstrap draws, and what it rests on."""
+    """A statistic with what its interval needs and what it rests on."""
 
     value: float
     draws: np.ndarray
+    """[draws] its bootstrap replicates."""
     positions: int
     prompts: int
     correlation: bool = False
     """True where the interval is taken on Fisher's scale."""
+    left_out: np.ndarray | None = None
+    """[prompts] its value without each prompt; None where the jackknife does not apply."""
 
     def __sub__(self, other: Estimate) -> Estimate:
         """Paired difference; both must come from the same `Prompts`."""
+        either = self.left_out is None or other.left_out is None
         return Estimate(
             self.value - other.value, self.draws - other.draws,
             min(self.positions, other.positions), min(self.prompts, other.prompts),
+            left_out=None if either else self.left_out - other.left_out,
         )
 
-    @property
+    def times(self, factor: float) -> Estimate:
+        """The estimate in another unit."""
+        left_out = None if self.left_out is None else self.left_out * factor
+        return Estimate(self.value * factor, self.draws * factor, self.positions, self.prompts, left_out=left_out)
+
+    @cached_property
     def standard_error(self) -> float:
-        """On the interval's scale; NaN with fewer than two prompts or too few defined draws."""
+        """On the interval's scale; NaN with one prompt, or where too few draws or left-out values are defined."""
         draws = self._scale(self.draws)
         draws = draws[np.isfinite(draws)]
         if self.prompts < 2 or len(draws) < max(2, ENOUGH_DRAWS * len(self.draws)):
             return np.nan
-        return float(np.std(draws, ddof=1) * np.sqrt(self.prompts / (self.prompts - 1)))
+        inflation = self.prompts / (self.prompts - 1)
+        bootstrap = np.std(draws, ddof=1) * np.sqrt(inflation)
+        if self.left_out is None:
+            return float(bootstrap)
+        jackknife = np.sqrt(np.sum((self._scale(self.left_out) - self._scale(self.value)) ** 2) / inflation)
+        return float(np.maximum(bootstrap, jackknife))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Low and high end of the t interval with prompts - 1 degrees of freedom."""
-        reach = stats.t.ppf((1 + level) / 2, max(self.prompts - 1, 1)) * self.standard_error
+        reach = float(stats.t.ppf((1 + level) / 2, max(self.prompts - 1, 1))) * self.standard_error
         middle = self._scale(self.value)
-        ends = middle - reach, middle + reach
-        return tuple(float(np.tanh(end)) if self.correlation else float(end) for end in ends)
+        low, high = middle - reach, middle + reach
+        return (float(np.tanh(low)), float(np.tanh(high))) if self.correlation else (float(low), float(high))
 
+    @property
     def p_value(self) -> float:
-        """Two-sided, against 0; below 1 - level exactly where the interval at that level excludes 0."""
-        error = self.standard_error
-        if not error > 0:
+        """Two-sided, against 0; at most 1 - level exactly where the interval at that level excludes 0."""
+        if not self.standard_error > 0:
             return np.nan
-        return float(2 * stats.t.sf(abs(self._scale(self.value)) / error, self.prompts - 1))
+        return float(2 * stats.t.sf(abs(self._scale(self.value)) / self.standard_error, self.prompts - 1))
 
     def _scale(self, value):
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
+
+
+def undefined(prompts: Prompts, mask: np.ndarray | None = None) -> Estimate:
+    """What a statistic is where too little is finite."""
+    mask = np.zeros(len(prompts.codes), dtype=bool) if mask is None else mask
+    left_out = np.full(prompts.count, np.nan)
+    return Estimate(np.nan, np.full(prompts.draws, np.nan), int(mask.sum()), prompts.present(mask), left_out=left_out)
+
+
+def of_sums(function: Callable, sums: np.ndarray, prompts: Prompts, mask: np.ndarray, **options) -> list[Estimate]:
+    """Estimates of a vector-valued function of summed per-prompt sums.
+
+    function: sums [..., S] -> values [..., P]; sums: [prompts, S]; mask: [N] positions that they cover.
+    """
+    total = sums.sum(0)
+    value, draws, left_out = function(total), function(prompts.weights @ sums), function(total - sums)
+    counts = int(mask.sum()), prompts.present(mask)
+    return [
+        Estimate(float(value[i]), draws[:, i], *counts, left_out=left_out[:, i], **options) for i in range(value.shape[-1])
+    ]
 
 
 # --- correlations -----------------------------------------------------------------------------------
@@ -116,21 +167,31 @@ class Variable:
         self.finite = np.isfinite(self.values)
         self._ranked: dict[bytes, Ranked] = {}
 
-    def ranked(self, mask: np.ndarray) -> Ranked:
-        """Ranks of the values under the mask."""
-        key = np.packbits(mask).tobytes()
+    def ranked(self, mask: np.ndarray, prompts: Prompts | None = None) -> Ranked:
+        """Ranks of the values under the mask, among all of them or, with prompts, within each prompt."""
+        key = np.packbits(mask).tobytes() + (b"within" if prompts else b"")
         if key not in self._ranked:
-            self._ranked[key] = Ranked(self.values[mask])
+            whole = self.ranked(mask).order if prompts else None
+            self._ranked[key] = Ranked(self.values[mask], within=prompts and prompts.codes[mask], order=whole)
         return self._ranked[key]
 
 
 class Ranked:
-    """For each of n finite values, how many are smaller and how many equal (itself included)."""
+    """For each of n finite values, how many are smaller and how many equal (itself included).
 
-    def __init__(self, values: np.ndarray):
-        self.order = np.argsort(values)
+    within: where given, [n] groups, and only values of one's own group are counted; `order` may then
+    give the order of the values over all groups.
+    """
+
+    def __init__(self, values: np.ndarray, *, within: np.ndarray | None = None, order: np.ndarray | None = None):
+        self.order = np.argsort(values) if order is None else order
+        if within is not None:
+            small = np.uint16 if within.max(initial=0) < 2**16 else np.int64
+            self.order = self.order[np.argsort(within[self.order].astype(small), kind="stable")]
         self.below, self.ties = np.empty((2, len(values)), dtype=np.int64)
-        self.below[self.order], self.ties[self.order] = _runs(values[self.order])
+        ordered = values[self.order] if within is None else np.stack([within[self.order], values[self.order]])
+        start, self.ties[self.order] = _runs(ordered)
+        self.below[self.order] = start if within is None else start - _runs(within[self.order])[0]
         self.untied = bool((self.ties == 1).all())
 
     @property
@@ -140,20 +201,16 @@ class Ranked:
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First index and length of the run of equal values that each element of a sorted array lies in."""
-    new = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    lengths = np.diff(np.r_[new, len(ordered)])
+    """First index and length of the run of equal columns that each element of a sorted array lies in."""
+    ordered = np.atleast_2d(ordered)
+    new = np.flatnonzero(np.r_[True, (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)][: ordered.shape[1]])
+    lengths = np.diff(np.r_[new, ordered.shape[1]])
     return np.repeat(new, lengths), np.repeat(lengths, lengths)
 
 
 def _pair(x, y) -> tuple[Variable, Variable, np.ndarray]:
     x, y = (v if isinstance(v, Variable) else Variable(v) for v in (x, y))
     return x, y, x.finite & y.finite
-
-
-def undefined(mask: np.ndarray, prompts: Prompts) -> Estimate:
-    """What a statistic is where too little is finite."""
-    return Estimate(np.nan, np.full(prompts.draws, np.nan), int(mask.sum()), prompts.present(mask))
 
 
 def pearson(x, y, prompts: Prompts) -> Estimate:
@@ -163,49 +220,58 @@ def pearson(x, y, prompts: Prompts) -> Estimate:
 
 
 def spearman(x, y, prompts: Prompts) -> Estimate:
-    """Spearman's correlation; positions are ranked once and the ranks resampled."""
+    """Spearman's correlation.
+
+    Positions are ranked once and their ranks resampled, which is not the same as ranking each draw anew:
+    see `benchmarks/CALIBRATION.md` for how little the standard errors differ.
+    """
     x, y, mask = _pair(x, y)
     return _pearson(x.ranked(mask).average, y.ranked(mask).average, mask, prompts)
 
 
 def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: Prompts) -> Estimate:
     if len(x) < 3:
-        return undefined(mask, prompts)
-    x, y = _standard(x), _standard(y)
-    sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, mask=mask)
-    value, draws = _pearson_from_sums(sums.sum(0)), _pearson_from_sums(prompts.weights @ sums)
-    return Estimate(float(value), draws, len(x), int(np.count_nonzero(sums[:, 0])), correlation=True)
-
-
-def _standard(values: np.ndarray) -> np.ndarray:
-    """Centred and scaled, for accuracy; zeros for a constant."""
-    centred = values - values.mean()
-    spread = np.sqrt(np.mean(centred**2))
-    constant = spread <= 1e-14 * np.abs(values).max()
-    return np.zeros_like(centred) if constant else centred / spread
+        return undefined(prompts, mask)
+    x, y = standardise(x), standardise(y)
+    sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, at=mask)
+    return of_sums(_pearson_from_sums, sums, prompts, mask, correlation=True)[0]
 
 
 def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = np.sqrt((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2))
-        return np.where(spread > 1e-12, np.clip((xy / n - x * y / n**2) / spread, -1, 1), np.nan)
+        return np.where(spread > 1e-12, np.clip((xy / n - x * y / n**2) / spread, -1, 1), np.nan)[..., None]
+
+
+def standardise(values: np.ndarray) -> np.ndarray:
+    """Mean 0 and standard deviation 1 (divisor n); zeros for a constant."""
+    centred = values - values.mean()
+    spread = np.sqrt(np.mean(centred**2))
+    constant = spread <= 1e-14 * np.abs(values).max()
+    return np.zeros_like(centred) if constant else centred / spread
 
 
 def kendall(x, y, prompts: Prompts) -> Estimate:
-    """Kendall's tau-b; draws resample its projection on prompts (the U-statistic's first-order term)."""
+    """Kendall's tau-b, exact; its draws and left-out values resample its projection on prompts.
+
+    The projection is the first-order term of the U-statistic: 2/n^2 times the sum over a prompt's
+    positions of their signs against all others, less the same for the tie counts in the denominator.
+    """
     x, y, mask = _pair(x, y)
     if mask.sum() < 3:
-        return undefined(mask, prompts)
-    sums = prompts.sums(*concordance(x.ranked(mask), y.ranked(mask)), mask=mask)
-    both, x_untied, y_untied = sums.sum(0)
+        return undefined(prompts, mask)
+    sums = prompts.sums(*concordance(x.ranked(mask), y.ranked(mask)), np.ones(mask.sum()), at=mask)
+    both, x_untied, y_untied, n = sums.sum(0)
     if min(x_untied, y_untied) == 0:
-        return undefined(mask, prompts)
+        return undefined(prompts, mask)
     scale = np.sqrt(x_untied * y_untied)
     tau = both / scale
     influence = 2 * sums[:, 0] / scale - tau * (sums[:, 1] / x_untied + sums[:, 2] / y_untied)
-    draws = np.clip(tau + prompts.weights @ influence, -1, 1)
-    return Estimate(float(tau), draws, int(mask.sum()), prompts.present(mask), correlation=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left_out = tau - influence / (1 - sums[:, 3] / n) ** 2
+    draws, left_out = (np.clip(v, -1, 1) for v in (tau + prompts.weights @ influence, left_out))
+    return Estimate(float(tau), draws, int(n), prompts.present(mask), correlation=True, left_out=left_out)
 
 
 def concordance(x: Ranked, y: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -264,27 +330,103 @@ def _earlier_and_lower_in_block(values: np.ndarray) -> np.ndarray:
     return counts.T.ravel()
 
 
+def within_prompts(x, y, prompts: Prompts, *, ranked: bool = True, least: int = 5) -> Estimate:
+    """Mean over prompts of the correlation within each, Spearman's or Pearson's; prompts count alike.
+
+    A prompt takes part with at least `least` positions where both are finite and neither is constant.
+    """
+    x, y, mask = _pair(x, y)
+    if not mask.any():
+        return undefined(prompts, mask)
+    codes = prompts.codes[mask]
+    x, y = (v.ranked(mask, prompts).average if ranked else v.values[mask] for v in (x, y))
+    n, sx, sy = prompts.sums(np.ones_like(x), x, y, at=mask).T
+    x, y = (v - (s / np.maximum(n, 1))[codes] for v, s in ((x, sx), (y, sy)))
+    xx, yy, xy = prompts.sums(x * x, y * y, x * y, at=mask).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.where((n >= least) & (xx > 0) & (yy > 0), xy / np.sqrt(xx * yy), np.nan)
+    used = np.isfinite(each)
+    sums = np.stack([used, np.where(used, each, 0.0)], axis=1).astype(np.float64)
+    return of_sums(_ratio, sums, prompts, mask & used[prompts.codes])[0]
+
+
+def partial(x, y, controls: Sequence, prompts: Prompts, *, ranked: bool = True) -> Estimate:
+    """Correlation of x [N] and y [N] given the controls, each [N]; of ranks (ranked once) or of values.
+
+    NaN where x or y is a linear combination of the controls. All may be arrays or Variables.
+    """
+    columns = [v if isinstance(v, Variable) else Variable(v) for v in (x, y, *controls)]
+    mask = np.logical_and.reduce([v.finite for v in columns])
+    if mask.sum() < len(columns) + 1:
+        return undefined(prompts, mask)
+    columns = [standardise(v.ranked(mask).average if ranked else v.values[mask]) for v in columns]
+    sums = cross_products(columns, prompts, mask)
+    return of_sums(lambda s: _partial_from_sums(s, len(columns) + 1), sums, prompts, mask, correlation=True)[0]
+
+
+def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.ndarray) -> np.ndarray:
+    """Sums [prompts, q * q] of the products of all pairs of [1, *columns], each column [mask.sum()]."""
+    columns = [np.ones(int(mask.sum())), *columns]
+    q = len(columns)
+    upper = [(i, j) for i in range(q) for j in range(i, q)]
+    sums = prompts.sums(*(columns[i] * columns[j] for i, j in upper), at=mask)
+    full = np.empty((prompts.count, q, q))
+    for (i, j), column in zip(upper, sums.T):
+        full[:, i, j] = full[:, j, i] = column
+    return full.reshape(prompts.count, q * q)
+
+
+def _partial_from_sums(sums: np.ndarray, q: int) -> np.ndarray:
+    products = sums.reshape(*sums.shape[:-1], q, q)
+    controls = [0, *range(3, q)]
+    inverse = _inverse(products[..., controls, :][..., controls])
+    across = products[..., 1:3, :][..., controls]
+    left = products[..., 1:3, 1:3] - across @ inverse @ np.swapaxes(across, -1, -2)
+    whole = np.diagonal(products[..., 1:3, 1:3], axis1=-2, axis2=-1)
+    spread = np.diagonal(left, axis1=-2, axis2=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        free = (spread > SINGULAR * whole).all(-1)
+        r = np.where(free, left[..., 0, 1] / np.sqrt(spread.prod(-1)), np.nan)
+    return np.clip(r, -1, 1)[..., None]
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly dependent."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
+        scaled = matrix / (scale[..., :, None] * scale[..., None, :])
+    scaled = np.where(np.isfinite(scaled), scaled, 0.0)
+    regular = np.linalg.det(scaled) > SINGULAR
+    safe = np.where(regular[..., None, None], scaled, np.eye(matrix.shape[-1]))
+    inverse = np.linalg.inv(safe)
+    scale = np.where(regular[..., None], scale, np.nan)
+    return inverse / (scale[..., :, None] * scale[..., None, :])
+
+
 # --- means ------------------------------------------------------------------------------------------
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(sums[..., :1] > 0, sums[..., 1:2] / sums[..., :1], np.nan)
 
 
 def mean(values: np.ndarray, prompts: Prompts, mask: np.ndarray | None = None) -> Estimate:
     """Mean over the finite values [N] under the mask."""
     mask = np.isfinite(values) if mask is None else mask & np.isfinite(values)
     if not mask.any():
-        return undefined(mask, prompts)
-    sums = prompts.sums(np.ones(mask.sum()), values[mask], mask=mask)
-    count, total = (prompts.weights @ sums).T
-    with np.errstate(invalid="ignore", divide="ignore"):
-        draws = np.where(count > 0, total / count, np.nan)
-    return Estimate(float(values[mask].mean()), draws, int(mask.sum()), prompts.present(mask))
+        return undefined(prompts, mask)
+    return of_sums(_ratio, prompts.sums(np.ones(mask.sum()), values[mask], at=mask), prompts, mask)[0]
 
 
 def mean_difference(values: np.ndarray, prompts: Prompts, top: np.ndarray, bottom: np.ndarray) -> Estimate:
-    """Mean over the positions of `top` minus mean over those of `bottom`, both masks [N]."""
-    finite = np.isfinite(values)
-    difference = mean(values, prompts, top) - mean(values, prompts, bottom)
-    used = finite & (top | bottom)
-    return Estimate(difference.value, difference.draws, int(used.sum()), prompts.present(used))
+    """Mean over the positions of `top` minus mean over those of `bottom`, disjoint masks [N]."""
+    used = (top | bottom) & np.isfinite(values)
+    if not (used & top).any() or not (used & bottom).any():
+        return undefined(prompts, used)
+    y, upper, lower = values[used], top[used].astype(np.float64), bottom[used].astype(np.float64)
+    sums = prompts.sums(upper, upper * y, lower, lower * y, at=used)
+    return of_sums(lambda s: _ratio(s[..., :2]) - _ratio(s[..., 2:]), sums, prompts, used)[0]
 
 
 def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarray:
@@ -299,3 +441,192 @@ def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarr
         share = (Ranked(score[mask]).average - 0.5) / mask.sum()
         result[mask] = 1 + np.floor(share * groups).astype(int)
     return result
+
+
+def winsorise(values: np.ndarray, share: float) -> np.ndarray:
+    """Values [N] clipped at their quantiles `share` and 1 - share; NaN stays NaN."""
+    finite = np.isfinite(values)
+    if not finite.any() or share == 0:
+        return np.where(finite, values, np.nan)
+    return np.where(finite, np.clip(values, *np.quantile(values[finite], [share, 1 - share])), np.nan)
+
+
+def locations(values: np.ndarray, prompts: Prompts, mask: np.ndarray, *, share: float = 0.05) -> dict[str, Estimate]:
+    """Median, trimmed mean and winsorised mean of the finite values [N] under the mask.
+
+    k = floor(share * n) positions at each end are dropped (trimmed) or set to the next one kept
+    (winsorised). Every draw is sorted anew, so all three are exact; their jackknife is not used.
+    """
+    mask = mask & np.isfinite(values)
+    names = ("median", "trimmed_mean", "winsorised_mean")
+    if not mask.any():
+        return dict.fromkeys(names, undefined(prompts, mask))
+    order = np.argsort(values[mask])
+    ordered, codes = values[mask][order], prompts.codes[mask][order]
+    rows = max(1, CHUNK // len(codes))
+    blocks = [prompts.weights[i : i + rows] for i in range(0, prompts.draws, rows)]
+    draws = np.concatenate([_locations(ordered, block[:, codes], share) for block in blocks])
+    value = _locations(ordered, np.ones((1, len(codes))), share)[0]
+    counts = int(mask.sum()), prompts.present(mask)
+    return {name: Estimate(float(value[i]), draws[:, i], *counts) for i, name in enumerate(names)}
+
+
+def _locations(ordered: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """[draws, 3] for sorted values [n] with whole weights [draws, n]; NaN for a draw without any."""
+    counts = np.cumsum(weights, axis=1)
+    sums = np.cumsum(weights * ordered, axis=1)
+    return np.array([_location(ordered, *draw, share) for draw in zip(counts, sums)]).reshape(-1, 3)
+
+
+def _location(ordered: np.ndarray, counts: np.ndarray, sums: np.ndarray, share: float) -> tuple[float, float, float]:
+    """Median, trimmed and winsorised mean from cumulated counts [n] and sums [n] of sorted values."""
+    total = counts[-1]
+    if total == 0:
+        return np.nan, np.nan, np.nan
+    cut = np.floor(share * total)
+    ranks = np.array([(total - 1) // 2, total // 2, cut, total - cut - 1])
+    at = np.searchsorted(counts, ranks, side="right")
+    low, high = ordered[at[2]], ordered[at[3]]
+    below = (sums[at[2]] - low * counts[at[2]]) + low * cut
+    upto = (sums[at[3]] - high * counts[at[3]]) + high * (total - cut)
+    inner = upto - below
+    return ordered[at[:2]].mean(), inner / (total - 2 * cut), (inner + cut * (low + high)) / total
+
+
+def design_effect(values: np.ndarray, prompts: Prompts) -> float:
+    """Variance of the mean with clusters over its variance without; NaN where either is undefined."""
+    estimate, finite = mean(values, prompts), values[np.isfinite(values)]
+    if len(finite) < 2 or not np.var(finite) > 0:
+        return np.nan
+    return float(estimate.standard_error**2 / (np.var(finite, ddof=1) / len(finite)))
+
+
+def effective_clusters(sizes: np.ndarray) -> float:
+    """(sum n)^2 / sum n^2: how many clusters of equal size would weigh the same."""
+    sizes = np.asarray(sizes, dtype=np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if sizes.any() else 0.0
+
+
+# --- matching ---------------------------------------------------------------------------------------
+
+
+def match(
+    features: np.ndarray, treated: np.ndarray, control: np.ndarray, codes: np.ndarray, *, replacement: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pair treated with control positions of the same prompt, nearest in Euclidean distance.
+
+    features: [N, F], all finite where a position is treated or control (masks [N]); codes: [N] prompts.
+    With replacement each treated position takes its nearest control; without, the pairs of each prompt
+    minimise the summed distance and the larger side keeps some unpaired. Returns row numbers of both.
+    """
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    rows = np.flatnonzero(treated | control)
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    for group in np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1):
+        t, c = group[treated[group]], group[control[group]]
+        if len(t) and len(c):
+            distance = spatial.distance.cdist(features[t], features[c])
+            chosen = (np.arange(len(t)), distance.argmin(1)) if replacement else optimize.linear_sum_assignment(distance)
+            pairs.append((t[chosen[0]], c[chosen[1]]))
+    if not pairs:
+        return np.empty(0, dtype=int), np.empty(0, dtype=int)
+    return tuple(np.concatenate(side) for side in zip(*pairs))
+
+
+def matched_difference(values: np.ndarray, prompts: Prompts, pairs: tuple[np.ndarray, np.ndarray]) -> Estimate:
+    """Mean over pairs of values at the treated minus values at the control position; `positions` counts pairs."""
+    treated, control = pairs
+    difference = values[treated] - values[control]
+    kept = np.isfinite(difference)
+    rows = treated[kept]
+    if not kept.any():
+        return undefined(prompts)
+    mask = np.zeros(len(values), dtype=bool)
+    mask[rows] = True
+    estimate = of_sums(_ratio, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask)[0]
+    return replace(estimate, positions=len(rows))
+
+
+def standardised_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:
+    """Difference of means over a given standard deviation; NaN where a side is empty or the scale 0."""
+    if not len(first) or not len(second) or not scale > 0:
+        return np.nan
+    return float((first.mean() - second.mean()) / scale)
+
+
+# --- regression -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Least squares on standardised columns, with an intercept that is 0 and left out."""
+
+    coefficients: dict[str, Estimate]
+    """Standardised, by term; intervals from the cluster jackknife and bootstrap as everywhere."""
+    robust_error: dict[str, float]
+    """The usual cluster-robust standard error (statsmodels, CR1), by term."""
+    inflation: dict[str, float]
+    """Variance inflation factor by term."""
+    r_squared: Estimate
+    fitted: np.ndarray
+    """[N] fitted values of the standardised outcome, NaN outside the mask."""
+    spread: dict[str, float]
+    """Standard deviation by which each term, and the outcome under `outcome`, was divided."""
+
+
+def regress(outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts, *, robust: bool = True) -> Regression | None:
+    """Regress an outcome [N] on terms, each [N], over the positions where all are finite.
+
+    All columns are standardised over those positions, once. `robust=False` leaves the CR1 errors out.
+    None where there are too few positions or a term is constant or a combination of others.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in (*terms.values(), outcome)]
+    mask = np.all(np.isfinite(columns), axis=0)
+    if mask.sum() < len(columns) + 2:
+        return None
+    spread = dict(zip([*terms, "outcome"], (float(column[mask].std()) for column in columns)))
+    scaled = [standardise(column[mask]) for column in columns]
+    sums, q = cross_products(scaled, prompts, mask), len(columns) + 1
+    values = of_sums(lambda s: _coefficients_and_fit(s, q), sums, prompts, mask)
+    if not np.isfinite(values[0].value):
+        return None
+    design = np.stack(scaled[:-1], axis=1)
+    fitted = np.full(len(outcome), np.nan)
+    fitted[mask] = design @ [estimate.value for estimate in values[:-1]]
+    inflation = np.diag(_inverse(np.atleast_2d(design.T @ design / len(design))))
+    errors = _cluster_robust_errors(scaled[-1], design, prompts.codes[mask]) if robust else [np.nan] * len(terms)
+    by_term = (dict(zip(terms, map(float, side))) for side in (errors, inflation))
+    return Regression(dict(zip(terms, values)), *by_term, values[-1], fitted, spread)
+
+
+def _coefficients_and_fit(sums: np.ndarray, q: int) -> np.ndarray:
+    """[..., q - 2 coefficients + R^2] from the cross products of [1, terms, outcome]."""
+    products = sums.reshape(*sums.shape[:-1], q, q)
+    inverse = _inverse(products[..., :-1, :-1])
+    with_outcome = products[..., :-1, -1]
+    beta = (inverse @ with_outcome[..., None])[..., 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = products[..., -1, -1] - products[..., 0, -1] ** 2 / products[..., 0, 0]
+        residual = products[..., -1, -1] - (beta * with_outcome).sum(-1)
+        fit = np.where(total > 0, 1 - residual / total, np.nan)
+    return np.concatenate([beta[..., 1:], fit[..., None]], axis=-1)
+
+
+def _cluster_robust_errors(outcome: np.ndarray, design: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    from statsmodels.regression.linear_model import OLS
+
+    if len(np.unique(codes)) < 2:
+        return np.full(design.shape[1], np.nan)
+    model = OLS(outcome, np.column_stack([np.ones(len(design)), design]))
+    return model.fit(cov_type="cluster", cov_kwds={"groups": codes}, use_t=True).bse[1:]
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p values, which bound the chance of any false rejection; NaN stays NaN and is not counted."""
+    p_values = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(p_values.shape, np.nan)
+    order = np.argsort(p_values)
+    order = order[np.isfinite(p_values[order])]
+    steps = np.arange(len(order), 0, -1) * p_values[order]
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
+    return adjusted
