@@ -24,14 +24,18 @@ weight of projected-gradient selection, and student_top1_in_teacher_top5 the tes
 Departures: every sum is exact over the vocabulary. The released training code sees only each model's own
 list; its divergence is kept under the name `released` for comparison. Top-K ties go to the lower token id.
 
-Numbers: logits are upcast to float32 (float64 stays) before any softmax; vocabulary-wide terms are formed from
-the log-ratio ln q - ln p, so that what cancels has cancelled before it is multiplied, and are added up in
-float64. KLs may come out negative by rounding and are returned so.
+Numbers: logits are upcast to float32 (float64 stays) before any softmax. Both KLs are formed from ln q - ln p, so
+that what cancels has cancelled before it is multiplied; sums over the vocabulary end in float64. A KL or a JS may
+come out negative by rounding (about 1e-7 nats) and is returned so.
 
 Undefined is NaN: a position with a NaN or +inf logit in either model is NaN in every measurement. A logit of -inf
 is probability 0, and 0 ln 0 = 0; KL(q||p) is inf where q > 0 and p = 0.
 
-Axes: N positions, n of a chunk, r of a row block, H hidden size, V vocabulary, K support.
+Cost: a chunk of positions is projected at a time, and measured a few rows at a time, so that the passes over the
+vocabulary stay in the processor's cache. Per row and model there is one exp2, and for the row one log2.
+
+Axes: N positions, n of a chunk, r of a row block, 2 student and teacher, H hidden size, V vocabulary, K support,
+G groups of ids, U entries of both lists.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,12 +55,17 @@ Logits = Callable[[Tensor], Tensor]
 
 RELEASED_FLOOR = 1e-12
 SELECTKD_TOP = 5
-CHUNK_BYTES = 160 * 2**20
-"""Size of both models' float32 logits for one chunk of positions."""
-BLOCK_BYTES = 12 * 2**20
-"""Size of the buffers of one row block on the CPU: small enough for the last-level cache."""
+CHUNK_BYTES = 192 * 2**20
+"""Both models' float32 logits for one chunk of positions, on the CPU; larger chunks project little faster."""
+BLOCK_BYTES = 16 * 2**20
+"""Buffers of one row block on the CPU: few enough for its last-level cache."""
+ACCELERATOR_FACTOR = 8
+"""How much larger chunks and row blocks are elsewhere, where launches cost more than misses."""
 GROUP = 64
-"""Ids whose largest logit stands for them in the top-K search, and whose terms are summed in float32."""
+"""Ids whose largest logit stands for them in the top-K search."""
+RUNS = 64
+"""Sums over equal parts of the vocabulary that are formed before float64 takes over."""
+LN2 = log(2)
 ABSENT = 2000.0
 """Nats below the row's maximum that stand for a logit of -inf: exp(-2000) is 0 in float64."""
 
@@ -73,22 +83,36 @@ def measure(
     Returns float64 tensors [N], named and in the units of `types.SCHEMA`; indicators are 0 or 1. Raises
     DiagnosticsError where shapes differ, a sampled id is outside the vocabulary, or a K is not positive.
     """
-    _check(student_logits_NV, teacher_logits_NV, sampled_N, (k, *sweep))
-    out = _rows(student_logits_NV, teacher_logits_NV)
-    student, teacher = (_Model(x_NV, out.pop(f"{name}_norm"), out.pop(f"{name}_maxima")) for name, x_NV in (
-        ("student", student_logits_NV), ("teacher", teacher_logits_NV),
-    ))
+    out, _ = _measure(student_logits_NV, teacher_logits_NV, sampled_N, k=k, sweep=sweep)
+    return out
+
+
+def _measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, *, k: int, sweep: Sequence[int]) -> tuple[dict, dict]:
+    """Measurements by name, and each model's log-normaliser [N]."""
+    _check(student_NV, teacher_NV, sampled_N, (k, *sweep))
+    out = _rows(student_NV, teacher_NV)
+    norms = {name: out.pop(f"{name}_norm") for name in ("student", "teacher")}
+    student = _Model(student_NV, norms["student"], out.pop("student_maxima"))
+    teacher = _Model(teacher_NV, norms["teacher"], out.pop("teacher_maxima"))
     out |= _sampled(student, teacher, sampled_N) | _supports(student, teacher, sampled_N, k=k, sweep=sweep)
     undefined_N = out["student_entropy"].isnan()
-    return {name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()}
+    return {name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()}, norms
 
 
 @torch.no_grad()
 def kl_pair(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q||p) (teacher first) and KL(p||q) [N] in nats, float64; bit for bit the columns of `measure`."""
     _check(student_logits_NV, teacher_logits_NV)
-    out = _rows(student_logits_NV, teacher_logits_NV, kls_only=True)
+    out = _rows(student_logits_NV, teacher_logits_NV, upto="kl")
     return out["forward_kl"], out["reverse_kl"]
+
+
+@torch.no_grad()
+def kls_and_js(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(q||p) (teacher first), KL(p||q) and JS [N] in nats, float64; bit for bit the columns of `measure`."""
+    _check(student_logits_NV, teacher_logits_NV)
+    out = _rows(student_logits_NV, teacher_logits_NV, upto="js")
+    return out["forward_kl"], out["reverse_kl"], out["js"]
 
 
 @torch.no_grad()
@@ -102,17 +126,26 @@ def measure_hidden(
     k: int = 16,
     sweep: Sequence[int] = (),
     chunk: int | None = None,
+    student_dropped: Logits | None = None,
+    teacher_dropped: Logits | None = None,
 ) -> dict[str, Tensor]:
     """`measure` from hidden states [N, H], projected `chunk` positions at a time; nothing larger than a chunk is held.
 
     The two models may sit on different devices; the result is on the student's. chunk: positions, None picks a
     number from the vocabulary's size. Same chunk, same bits; another chunk changes results by rounding alone.
+    student_dropped, teacher_dropped: the head's logits over ids outside the shared vocabulary, where there are
+    any; then `student_dropped_mass`, `teacher_dropped_mass` are measured too.
     """
 
     def part(rows: slice) -> dict[str, Tensor]:
         student_nV = student_logits(student_hidden_NH[rows])
         teacher_nV = teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
-        return measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep)
+        out, norms = _measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep)
+        if student_dropped is not None:
+            out["student_dropped_mass"] = _mass_outside(student_dropped(student_hidden_NH[rows]), norms["student"])
+        if teacher_dropped is not None:
+            out["teacher_dropped_mass"] = _mass_outside(teacher_dropped(teacher_hidden_NH[rows]), norms["teacher"])
+        return out
 
     parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
     return {name: torch.cat([measured[name] for measured in parts]) for name in parts[0]}
@@ -125,16 +158,18 @@ def kl_pair_hidden(
     teacher_hidden_NH: Tensor,
     teacher_logits: Logits,
     *,
+    js: bool = False,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`kl_pair` from hidden states, chunk by chunk; bit for bit the columns of `measure_hidden` with the same chunk."""
+) -> tuple[Tensor, ...]:
+    """`kl_pair`, or with `js` `kls_and_js`, chunk by chunk; bit for bit the columns of `measure_hidden` with the same chunk."""
+    measured = kls_and_js if js else kl_pair
 
-    def part(rows: slice) -> tuple[Tensor, Tensor]:
+    def part(rows: slice) -> tuple[Tensor, ...]:
         student_nV = student_logits(student_hidden_NH[rows])
-        return kl_pair(student_nV, teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device))
+        return measured(student_nV, teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device))
 
     parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
-    return torch.cat([forward for forward, _ in parts]), torch.cat([reverse for _, reverse in parts])
+    return tuple(torch.cat(columns) for columns in zip(*parts))
 
 
 @torch.no_grad()
@@ -146,24 +181,36 @@ def mass_outside(hidden_NH: Tensor, logits: Logits, outside_logits: Logits, *, c
 
     def part(rows: slice) -> Tensor:
         inside_n = _log_normaliser(logits(hidden_NH[rows]))
-        return torch.sigmoid(_log_normaliser(outside_logits(hidden_NH[rows])) - inside_n)
+        return _mass_outside(outside_logits(hidden_NH[rows]), inside_n)
 
     return torch.cat([part(rows) for rows in _slices(hidden_NH, logits, chunk)])
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Positions of a chunk when none is asked for."""
-    return max(1, CHUNK_BYTES // (2 * 4 * vocabulary))
+def _mass_outside(outside_nW: Tensor, inside_n: Tensor) -> Tensor:
+    return torch.sigmoid(_log_normaliser(outside_nW).to(inside_n.device) - inside_n)
 
 
-def _block_bytes(device: torch.device) -> int:
-    return BLOCK_BYTES if device.type == "cpu" else 16 * BLOCK_BYTES
+def _log_normaliser(logits_nV: Tensor) -> Tensor:
+    """ln of the sum of exp [n], float64, a few rows at a time."""
+    dtype = torch.promote_types(logits_nV.dtype, torch.float32)
+    return torch.cat([_exact(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)])
+
+
+def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
+    """Positions of a chunk when none is asked for; beyond 16 a multiple of 16, as matrix products like it."""
+    positions = _budget(CHUNK_BYTES, device) // (2 * torch.float32.itemsize * vocabulary)
+    return max(1, positions - positions % 16 if positions > 16 else positions)
+
+
+def _budget(cpu_bytes: int, device: torch.device | str) -> int:
+    return cpu_bytes if torch.device(device).type == "cpu" else ACCELERATOR_FACTOR * cpu_bytes
 
 
 def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]:
     if chunk is not None and chunk < 1:
         raise DiagnosticsError(f"chunk is {chunk}; give a positive number of positions, or None to have one picked.")
-    step = chunk or chunk_size(logits(hidden_NH[:1]).shape[-1])
+    nothing_0V = logits(hidden_NH[:0])
+    step = chunk or chunk_size(nothing_0V.shape[-1], nothing_0V.device)
     return [slice(start, start + step) for start in range(0, max(1, len(hidden_NH)), step)]
 
 
@@ -192,48 +239,94 @@ def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One model on a row block, in buffers that later steps overwrite."""
-
-    centred_rV: Tensor
-    """Logits minus the row's maximum."""
-    weight_rV: Tensor
-    """Its exponential; divided by `total_r` it is the distribution."""
-    total_r: Tensor
-    norm_r: Tensor
-    """ln of the sum of exp of the logits."""
-    maxima_rG: Tensor
-    """Largest logit of each group of `GROUP` ids."""
-
-
-def _side(logits_rV: Tensor, centred_rV: Tensor, weight_rV: Tensor) -> _Side:
-    if logits_rV.dtype != centred_rV.dtype:
-        logits_rV = centred_rV.copy_(logits_rV)
-    maxima_rG = _group(logits_rV, torch.amax)
-    largest_r = maxima_rG.amax(-1, keepdim=True)
-    torch.sub(logits_rV, largest_r, out=centred_rV)
-    torch.exp(centred_rV, out=weight_rV)
-    total_r = _total(weight_rV)
-    return _Side(centred_rV, weight_rV, total_r, total_r.log() + _exact(largest_r[:, 0]), maxima_rG)
+def _rows(student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "all"] = "all") -> dict[str, Tensor]:
+    """`_dense` over row blocks that stay in cache; rows that hold a logit of -inf, NaN or +inf are done again apart."""
+    count, vocabulary = student_NV.shape
+    dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
+    step = max(1, min(count, _budget(BLOCK_BYTES, student_NV.device) // (6 * dtype.itemsize * vocabulary)))
+    buffers = torch.empty(3, step, 2, vocabulary, dtype=dtype, device=student_NV.device)
+    parts = []
+    for start in range(0, max(1, count), step):
+        student_rV, teacher_rV = student_NV[start : start + step], teacher_NV[start : start + step]
+        parts.append(_dense(student_rV, teacher_rV, buffers[:, : len(student_rV)], upto=upto))
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for row in (~out["forward_kl"].isfinite()).nonzero()[:, 0].tolist():
+        mended = _dense_with_absent(_exact(student_NV[row : row + 1]), _exact(teacher_NV[row : row + 1]))
+        for name in out.keys() & mended.keys():
+            out[name][row] = mended[name][0]
+    return out
 
 
-def _log_normaliser(logits_nV: Tensor) -> Tensor:
-    return torch.cat([_exact(block_rV.float() if block_rV.dtype != torch.float64 else block_rV).logsumexp(-1) for block_rV in logits_nV.split(8)])
+def _dense(student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor, *, upto: str = "all") -> dict[str, Tensor]:
+    """Vocabulary-wide measurements of a row block. A row with a logit that is not finite has a KL that is not.
+
+    Works in bits inside, since exp2 takes little more than half the time of exp, with both models side by side
+    so that a pass is one operation. `*_norm` are log-normalisers, `*_maxima` feed `top_ids`.
+    """
+    centred_r2V, weight_r2V, spare_r2V = buffers_3r2V
+    offset_r2, maxima = _centre(student_rV, teacher_rV, centred_r2V)
+    total_r2 = _total(torch.exp2(centred_r2V, out=weight_r2V))
+    if upto == "kl":
+        return _kls(centred_r2V, weight_r2V, total_r2, spare_r2V)
+    entropy_r2 = LN2 * (total_r2.log2() - _total(torch.mul(weight_r2V, centred_r2V, out=spare_r2V)) / total_r2)
+    out = _kls(centred_r2V, weight_r2V, total_r2, spare_r2V)
+    weight_r2V.mul_((1 / total_r2)[:, :, None].to(weight_r2V))
+    out["js"] = _mixture_entropy(weight_r2V, spare_r2V) - entropy_r2.mean(-1)
+    if upto == "js":
+        return out
+    columns = {"entropy": entropy_r2, "norm": LN2 * (total_r2.log2() - offset_r2)}
+    for i, model in enumerate(("student", "teacher")):
+        out |= {f"{model}_{name}": values_r2[:, i] for name, values_r2 in columns.items()} | {f"{model}_maxima": maxima[i]}
+    return out | {"hellinger": _hellinger(weight_r2V)}
 
 
-def _group(values_rV: Tensor, reduction: Callable) -> Tensor:
-    """`reduction` over each run of GROUP ids, the last run being shorter: [r, ceil(V / GROUP)]."""
-    whole = values_rV.shape[1] - values_rV.shape[1] % GROUP
-    parts = [reduction(values_rV[:, :whole].unflatten(1, (-1, GROUP)), -1)] if whole else []
-    if whole < values_rV.shape[1]:
-        parts.append(reduction(values_rV[:, whole:], -1, keepdim=True))
+def _centre(student_rV: Tensor, teacher_rV: Tensor, centred_r2V: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Fill the buffer with logits in bits plus an offset that makes the row's largest about 0; offsets and group maxima."""
+    maxima, offsets = [], []
+    for logits_rV, target_rV in zip((student_rV, teacher_rV), centred_r2V.unbind(1)):
+        logits_rV = logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
+        maxima.append(_group(logits_rV, GROUP, torch.amax))
+        offset_r1 = maxima[-1].amax(-1, keepdim=True) / -LN2
+        torch.add(offset_r1, logits_rV, alpha=1 / LN2, out=target_rV)  # one fused multiply-add: one rounding
+        offsets.append(_exact(offset_r1))
+    return torch.cat(offsets, -1), maxima
+
+
+def _kls(centred_r2V: Tensor, weight_r2V: Tensor, total_r2: Tensor, spare_r2V: Tensor) -> dict[str, Tensor]:
+    """KL(q||p) and KL(p||q) [r] in nats; leaves log2 q - log2 p in the teacher's half of `centred_r2V`."""
+    shift_r1 = (total_r2[:, 1:] / total_r2[:, :1]).log2()
+    rounded_r1 = shift_r1.to(spare_r2V)
+    ratio_rV = centred_r2V[:, 1].sub_(centred_r2V[:, 0]).sub_(rounded_r1)
+    mean_r2 = _total(torch.mul(weight_r2V, ratio_rV[:, None], out=spare_r2V)) / total_r2 + (_exact(rounded_r1) - shift_r1)
+    return {"forward_kl": LN2 * mean_r2[:, 1], "reverse_kl": -LN2 * mean_r2[:, 0]}
+
+
+def _mixture_entropy(distribution_r2V: Tensor, spare_r2V: Tensor) -> Tensor:
+    """H((p + q)/2) [r] in nats, from log2(p + q)."""
+    sum_rV, ln_rV = spare_r2V.unbind(1)
+    torch.add(*distribution_r2V.unbind(1), out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
+    return LN2 * (1 - _total(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
+
+
+def _hellinger(distribution_r2V: Tensor) -> Tensor:
+    """From sum (sqrt p - sqrt q)^2 / 2, which is 1 - sum sqrt(p q) without its cancellation; overwrites its argument."""
+    student_rV, teacher_rV = distribution_r2V.sqrt_().unbind(1)
+    return (_total(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
+
+
+def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
+    """`reduction` over each run of `length` entries of the last dimension, the last run being shorter."""
+    runs, rest = divmod(values.shape[-1], length)
+    whole = runs * length
+    parts = [reduction(values[..., :whole].view(*values.shape[:-1], runs, length), -1)]
+    if rest:
+        parts.append(reduction(values[..., whole:], -1, keepdim=True))
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
-def _total(terms_rV: Tensor) -> Tensor:
-    """Sum [r] over the vocabulary: short float32 sums, added up in float64."""
-    return _exact(_group(terms_rV, torch.sum)).sum(-1)
+def _total(terms: Tensor) -> Tensor:
+    """Sum over the vocabulary: `RUNS` sums in the terms' dtype, added up in float64."""
+    return _exact(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -241,71 +334,10 @@ def _exact(values: Tensor) -> Tensor:
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
-def _kls(p: _Side, q: _Side, spare_rV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q||p) and KL(p||q) [r]; leaves ln q - ln p in `q.centred_rV`."""
-    shift_r = q.total_r.log() - p.total_r.log()
-    rounded_r1 = shift_r[:, None].to(spare_rV)
-    ratio_rV = q.centred_rV.sub_(p.centred_rV).sub_(rounded_r1)
-    missing_r = shift_r - _exact(rounded_r1[:, 0])
-    forward_r = _total(torch.mul(q.weight_rV, ratio_rV, out=spare_rV)) / q.total_r - missing_r
-    reverse_r = missing_r - _total(torch.mul(p.weight_rV, ratio_rV, out=spare_rV)) / p.total_r
-    return forward_r, reverse_r
-
-
-def _dense(student_rV: Tensor, teacher_rV: Tensor, buffers_5rV: Tensor, *, kls_only: bool = False) -> dict[str, Tensor]:
-    """Vocabulary-wide sums of a row block. A row with a logit that is not finite has a NaN divergence.
-
-    `*_norm` are log-normalisers, `*_maxima` feed the top-K search.
-    """
-    p, q, spare_rV = _side(student_rV, *buffers_5rV[:2]), _side(teacher_rV, *buffers_5rV[2:4]), buffers_5rV[4]
-    if kls_only:
-        return dict(zip(("forward_kl", "reverse_kl"), _kls(p, q, spare_rV)))
-    entropies = [x.total_r.log() - _total(torch.mul(x.weight_rV, x.centred_rV, out=spare_rV)) / x.total_r for x in (p, q)]
-    forward_r, reverse_r = _kls(p, q, spare_rV)
-    p_rV, q_rV = (x.weight_rV.mul_((1 / x.total_r)[:, None].to(x.weight_rV)) for x in (p, q))
-    return {
-        "student_entropy": entropies[0],
-        "teacher_entropy": entropies[1],
-        "forward_kl": forward_r,
-        "reverse_kl": reverse_r,
-        "js": _mixture_entropy(p_rV, q_rV, p.centred_rV, spare_rV) - (entropies[0] + entropies[1]) / 2,
-        "hellinger": (_total(p_rV.sqrt_().sub_(q_rV.sqrt_()).square_()) / 2).sqrt(),
-        "student_norm": p.norm_r,
-        "teacher_norm": q.norm_r,
-        "student_maxima": p.maxima_rG,
-        "teacher_maxima": q.maxima_rG,
-    }
-
-
-def _mixture_entropy(p_rV: Tensor, q_rV: Tensor, sum_rV: Tensor, ln_rV: Tensor) -> Tensor:
-    """H((p + q)/2) from ln(p + q); the last two arguments are overwritten."""
-    torch.add(p_rV, q_rV, out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
-    terms_rV = torch.log(sum_rV, out=ln_rV).mul_(sum_rV)
-    return log(2) - _total(terms_rV) / 2
-
-
-def _rows(student_NV: Tensor, teacher_NV: Tensor, *, kls_only: bool = False) -> dict[str, Tensor]:
-    """`_dense` over row blocks that stay in cache; rows that hold a logit of -inf, NaN or +inf are done again apart."""
-    count, vocabulary = student_NV.shape
-    step = max(1, min(count, _block_bytes(student_NV.device) // (20 * vocabulary)))
-    dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
-    buffers = torch.empty(5, step, vocabulary, dtype=dtype, device=student_NV.device)
-    parts = []
-    for start in range(0, count, step):
-        student_rV, teacher_rV = student_NV[start : start + step], teacher_NV[start : start + step]
-        part = _dense(student_rV, teacher_rV, buffers[:, : len(student_rV)], kls_only=kls_only)
-        for row in (~part["forward_kl"].isfinite()).nonzero()[:, 0].tolist():
-            mended = _dense_with_absent(student_rV[row : row + 1].double(), teacher_rV[row : row + 1].double())
-            for name in part.keys() & mended.keys():
-                part[name][row] = mended[name][0]
-        parts.append(part)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor) -> dict[str, Tensor]:
     """`_dense` of float64 rows that may hold -inf (probability 0), NaN or +inf (NaN in every measurement)."""
     no_student_rV, no_teacher_rV = student_rV == -torch.inf, teacher_rV == -torch.inf
-    buffers = torch.empty(5, *student_rV.shape, dtype=torch.float64, device=student_rV.device)
+    buffers = torch.empty(3, len(student_rV), 2, student_rV.shape[1], dtype=torch.float64, device=student_rV.device)
     out = _dense(_filled(student_rV, no_student_rV), _filled(teacher_rV, no_teacher_rV), buffers)
     out["forward_kl"][(no_student_rV & ~no_teacher_rV).any(-1)] = torch.inf
     out["reverse_kl"][(no_teacher_rV & ~no_student_rV).any(-1)] = torch.inf
@@ -356,7 +388,7 @@ def top_ids(logits_NV: Tensor, k: int, *, maxima_NG: Tensor | None = None) -> Te
     """
     vocabulary = logits_NV.shape[1]
     k = min(k, vocabulary)
-    maxima_NG = _group(logits_NV, torch.amax) if maxima_NG is None else maxima_NG
+    maxima_NG = _group(logits_NV, GROUP, torch.amax) if maxima_NG is None else maxima_NG
     groups_Nk = _largest(maxima_NG, min(k, maxima_NG.shape[1])).sort(-1).values
     ids_NC = (groups_Nk[:, :, None] * GROUP + torch.arange(GROUP, device=groups_Nk.device)).flatten(1)
     beyond_NC = ids_NC >= vocabulary
@@ -382,6 +414,7 @@ def _supports(student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sw
     largest = min(max(k, SELECTKD_TOP, *sweep), student.logits_NV.shape[1])
     s_NK, t_NK = student.top(largest), teacher.top(largest)
     values = {"p_s": student.ln(s_NK), "q_s": teacher.ln(s_NK), "p_t": student.ln(t_NK), "q_t": teacher.ln(t_NK)}
+    s_NK, t_NK, sampled_N = (ids.to(student.norm_N.device) for ids in (s_NK, t_NK, sampled_N))
     top_p_N2 = values["p_s"][:, :2].exp()
     out = {
         "student_margin": top_p_N2[:, 0] - top_p_N2[:, 1:].sum(-1),
