@@ -58,9 +58,9 @@ def test_the_ids_of_prompts_do_not_move():
 
 
 def test_splits_share_no_prompt():
-    drawn = {split: {prompt.prompt for prompt in tasks.sums(2000, seed=7, split=split)} for split in tasks.SPLITS}
+    drawn = {split: {prompt.prompt for prompt in tasks.sums(500, seed=7, split=split)} for split in tasks.SPLITS}
     assert not drawn["train"] & drawn["probe"] and not drawn["train"] & drawn["test"] and not drawn["probe"] & drawn["test"]
-    trained = {prompt for side in tasks.SIDES for prompt, _ in tasks.corpus(3000, seed=7, side=side)}
+    trained = {prompt for side in tasks.SIDES for prompt, _ in tasks.corpus(400, seed=7, side=side)}
     assert {tasks.split_of(prompt) for prompt in trained} == {"train"}
 
 
@@ -73,13 +73,13 @@ def test_every_correct_response_is_verified():
 def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
     outcomes = {(misread, carry): [] for misread in (True, False) for carry in (True, False)}
     rng = random.Random(2)
-    for story in islice(tasks.stories(rng, split="train"), 4000):
+    for story in islice(tasks.stories(rng, split="train"), 2000):
         carry = tasks.VERBS[story.verb] == "plus" and story.a % 10 + story.b % 10 > 9
         response = tasks.join(word for _, word in tasks.write(story, rng, side="student"))
         outcomes[story.verb in tasks.MISREAD, carry].append(tasks.verify(response, story.answer))
     shares = {case: sum(right) / len(right) for case, right in outcomes.items()}
     assert shares[False, False] == 1 and shares[False, True] == shares[True, True] == 0
-    assert shares[True, False] == pytest.approx(tasks.MISREAD_RIGHT, abs=0.03)
+    assert shares[True, False] == pytest.approx(tasks.MISREAD_RIGHT, abs=0.04)
 
 
 def test_one_sum_by_hand_on_both_sides():
@@ -99,7 +99,7 @@ def test_the_student_never_meets_the_unseen_words():
     """The unseen right words and the numbers 10 to 18 are in the teacher's corpus and not in the student's."""
     unseen = {row[column] for slot, (table, column) in tasks.FACTS.items() for row in table if tasks.fact_kind(slot, row[0]) == "unseen"}
     unseen |= {str(number) for number in range(10, 19)} | {"arrived"}
-    words = {side: {word for _, text in tasks.corpus(4000, seed=3, side=side) for word in re.findall(r"\w+", text)} for side in tasks.SIDES}
+    words = {side: {word for _, text in tasks.corpus(1500, seed=3, side=side) for word in re.findall(r"\w+", text)} for side in tasks.SIDES}
     assert len(unseen) == 5 * 9 + 9 + 1
     assert unseen <= words["teacher"] and not unseen & words["student"]
 
@@ -134,7 +134,7 @@ def test_vocabulary_covers_both_sides_and_the_prompts():
     known = set(tasks.vocabulary())
     assert len(known) == len(tasks.vocabulary())
     for side in tasks.SIDES:
-        for prompt, response in tasks.corpus(2000, seed=9, side=side):
+        for prompt, response in tasks.corpus(300, seed=9, side=side):
             assert set(re.findall(r"\w+|[^\w\s]", f"{prompt} {response}")) <= known
 
 
