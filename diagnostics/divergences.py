@@ -40,7 +40,7 @@ G groups of ids, U entries of both lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Literal
@@ -193,7 +193,7 @@ def _mass_outside(outside_nW: Tensor, inside_n: Tensor) -> Tensor:
 def _log_normaliser(logits_nV: Tensor) -> Tensor:
     """ln of the sum of exp [n], float64, a few rows at a time."""
     dtype = torch.promote_types(logits_nV.dtype, torch.float32)
-    return torch.cat([_exact(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)])
+    return torch.cat([exact(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)])
 
 
 def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
@@ -239,79 +239,100 @@ def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _rows(student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "all"] = "all") -> dict[str, Tensor]:
-    """`_dense` over row blocks that stay in cache; rows that hold a logit of -inf, NaN or +inf are done again apart."""
+class Block:
+    """Both models on a few rows, in buffers that stay in cache. Works in bits: exp2 takes half the time of exp.
+
+    Every row-wise sum is float64. The methods are to be called in their order, since later ones overwrite.
+    """
+
+    def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
+        self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
+        self._centre(student_rV, teacher_rV)
+        self.total_r2 = total(torch.exp2(self.centred_r2V, out=self._weight_r2V))
+
+    def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
+        """Logits in bits plus an offset that takes the row's largest to 0; the maxima of groups of ids on the way."""
+        self.maxima, offsets = [], []
+        for logits_rV, target_rV in zip((student_rV, teacher_rV), self.centred_r2V.unbind(1)):
+            logits_rV = logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
+            self.maxima.append(_group(logits_rV, GROUP, torch.amax))
+            offset_r1 = self.maxima[-1].amax(-1, keepdim=True) / -LN2
+            torch.add(offset_r1, logits_rV, alpha=1 / LN2, out=target_rV)  # a fused multiply-add: one rounding
+            offsets.append(exact(offset_r1))
+        self.offset_r2 = torch.cat(offsets, -1)
+
+    def norms(self) -> Tensor:
+        """ln of the sum of exp of the logits [r, 2]."""
+        return LN2 * (self.total_r2.log2() - self.offset_r2)
+
+    def entropies(self) -> Tensor:
+        """H(p), H(q) [r, 2] in nats."""
+        mean_r2 = total(torch.mul(self._weight_r2V, self.centred_r2V, out=self.spare_r2V)) / self.total_r2
+        return LN2 * (self.total_r2.log2() - mean_r2)
+
+    def kls(self) -> tuple[Tensor, Tensor]:
+        """KL(q||p) and KL(p||q) [r] in nats; `ratio_rV` then holds log2 q - log2 p."""
+        shift_r1 = (self.total_r2[:, 1:] / self.total_r2[:, :1]).log2()
+        rounded_r1 = shift_r1.to(self.spare_r2V)
+        student_rV, self.ratio_rV = self.centred_r2V.unbind(1)
+        self.ratio_rV.sub_(student_rV).sub_(rounded_r1)
+        mean_r2 = total(torch.mul(self._weight_r2V, self.ratio_rV[:, None], out=self.spare_r2V)) / self.total_r2
+        mean_r2 += exact(rounded_r1) - shift_r1
+        return LN2 * mean_r2[:, 1], -LN2 * mean_r2[:, 0]
+
+    def distributions(self) -> Tensor:
+        """p and q as [r, 2, V]."""
+        return self._weight_r2V.mul_((1 / self.total_r2)[:, :, None].to(self._weight_r2V))
+
+
+def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Block]]:
+    """The rows in turn, as many at a time as stay in cache. A block's buffers are used again for the next."""
     count, vocabulary = student_NV.shape
     dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
     step = max(1, min(count, _budget(BLOCK_BYTES, student_NV.device) // (6 * dtype.itemsize * vocabulary)))
-    buffers = torch.empty(3, step, 2, vocabulary, dtype=dtype, device=student_NV.device)
-    parts = []
+    buffers_3r2V = torch.empty(3, step, 2, vocabulary, dtype=dtype, device=student_NV.device)
     for start in range(0, max(1, count), step):
-        student_rV, teacher_rV = student_NV[start : start + step], teacher_NV[start : start + step]
-        parts.append(_dense(student_rV, teacher_rV, buffers[:, : len(student_rV)], upto=upto))
+        rows = slice(start, min(start + step, count))
+        yield rows, Block(student_NV[rows], teacher_NV[rows], buffers_3r2V[:, : rows.stop - rows.start])
+
+
+def _rows(student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "all"] = "all") -> dict[str, Tensor]:
+    """Vocabulary-wide measurements of every row; those that hold a logit of -inf, NaN or +inf are done again apart."""
+    parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for row in (~out["forward_kl"].isfinite()).nonzero()[:, 0].tolist():
-        mended = _dense_with_absent(_exact(student_NV[row : row + 1]), _exact(teacher_NV[row : row + 1]))
-        for name in out.keys() & mended.keys():
-            out[name][row] = mended[name][0]
+        mended = _dense_with_absent(student_NV[row : row + 1], teacher_NV[row : row + 1], upto=upto)
+        for name, value_1 in mended.items():
+            out[name][row] = value_1[0]
     return out
 
 
-def _dense(student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor, *, upto: str = "all") -> dict[str, Tensor]:
-    """Vocabulary-wide measurements of a row block. A row with a logit that is not finite has a KL that is not.
-
-    Works in bits inside, since exp2 takes little more than half the time of exp, with both models side by side
-    so that a pass is one operation. `*_norm` are log-normalisers, `*_maxima` feed `top_ids`.
-    """
-    centred_r2V, weight_r2V, spare_r2V = buffers_3r2V
-    offset_r2, maxima = _centre(student_rV, teacher_rV, centred_r2V)
-    total_r2 = _total(torch.exp2(centred_r2V, out=weight_r2V))
+def _dense(block: Block, *, upto: str) -> dict[str, Tensor]:
+    """A row with a logit that is not finite has a KL that is not. `*_norm` are log-normalisers, `*_maxima` feed `top_ids`."""
     if upto == "kl":
-        return _kls(centred_r2V, weight_r2V, total_r2, spare_r2V)
-    entropy_r2 = LN2 * (total_r2.log2() - _total(torch.mul(weight_r2V, centred_r2V, out=spare_r2V)) / total_r2)
-    out = _kls(centred_r2V, weight_r2V, total_r2, spare_r2V)
-    weight_r2V.mul_((1 / total_r2)[:, :, None].to(weight_r2V))
-    out["js"] = _mixture_entropy(weight_r2V, spare_r2V) - entropy_r2.mean(-1)
+        return dict(zip(("forward_kl", "reverse_kl"), block.kls()))
+    columns = {"entropy": block.entropies(), "norm": block.norms()}
+    out = dict(zip(("forward_kl", "reverse_kl"), block.kls()))
+    distributions_r2V = block.distributions()
+    out["js"] = _mixture_entropy(distributions_r2V, block.spare_r2V) - columns["entropy"].mean(-1)
     if upto == "js":
         return out
-    columns = {"entropy": entropy_r2, "norm": LN2 * (total_r2.log2() - offset_r2)}
     for i, model in enumerate(("student", "teacher")):
-        out |= {f"{model}_{name}": values_r2[:, i] for name, values_r2 in columns.items()} | {f"{model}_maxima": maxima[i]}
-    return out | {"hellinger": _hellinger(weight_r2V)}
+        out |= {f"{model}_{name}": values_r2[:, i] for name, values_r2 in columns.items()} | {f"{model}_maxima": block.maxima[i]}
+    return out | {"hellinger": _hellinger(distributions_r2V)}
 
 
-def _centre(student_rV: Tensor, teacher_rV: Tensor, centred_r2V: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Fill the buffer with logits in bits plus an offset that makes the row's largest about 0; offsets and group maxima."""
-    maxima, offsets = [], []
-    for logits_rV, target_rV in zip((student_rV, teacher_rV), centred_r2V.unbind(1)):
-        logits_rV = logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
-        maxima.append(_group(logits_rV, GROUP, torch.amax))
-        offset_r1 = maxima[-1].amax(-1, keepdim=True) / -LN2
-        torch.add(offset_r1, logits_rV, alpha=1 / LN2, out=target_rV)  # one fused multiply-add: one rounding
-        offsets.append(_exact(offset_r1))
-    return torch.cat(offsets, -1), maxima
-
-
-def _kls(centred_r2V: Tensor, weight_r2V: Tensor, total_r2: Tensor, spare_r2V: Tensor) -> dict[str, Tensor]:
-    """KL(q||p) and KL(p||q) [r] in nats; leaves log2 q - log2 p in the teacher's half of `centred_r2V`."""
-    shift_r1 = (total_r2[:, 1:] / total_r2[:, :1]).log2()
-    rounded_r1 = shift_r1.to(spare_r2V)
-    ratio_rV = centred_r2V[:, 1].sub_(centred_r2V[:, 0]).sub_(rounded_r1)
-    mean_r2 = _total(torch.mul(weight_r2V, ratio_rV[:, None], out=spare_r2V)) / total_r2 + (_exact(rounded_r1) - shift_r1)
-    return {"forward_kl": LN2 * mean_r2[:, 1], "reverse_kl": -LN2 * mean_r2[:, 0]}
-
-
-def _mixture_entropy(distribution_r2V: Tensor, spare_r2V: Tensor) -> Tensor:
+def _mixture_entropy(distributions_r2V: Tensor, spare_r2V: Tensor) -> Tensor:
     """H((p + q)/2) [r] in nats, from log2(p + q)."""
     sum_rV, ln_rV = spare_r2V.unbind(1)
-    torch.add(*distribution_r2V.unbind(1), out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
-    return LN2 * (1 - _total(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
+    torch.add(*distributions_r2V.unbind(1), out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
+    return LN2 * (1 - total(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
 
 
-def _hellinger(distribution_r2V: Tensor) -> Tensor:
+def _hellinger(distributions_r2V: Tensor) -> Tensor:
     """From sum (sqrt p - sqrt q)^2 / 2, which is 1 - sum sqrt(p q) without its cancellation; overwrites its argument."""
-    student_rV, teacher_rV = distribution_r2V.sqrt_().unbind(1)
-    return (_total(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
+    student_rV, teacher_rV = distributions_r2V.sqrt_().unbind(1)
+    return (total(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
 
 
 def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
@@ -324,29 +345,36 @@ def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
-def _total(terms: Tensor) -> Tensor:
-    """Sum over the vocabulary: `RUNS` sums in the terms' dtype, added up in float64."""
-    return _exact(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
+def total(terms: Tensor) -> Tensor:
+    """Sum over the last dimension: RUNS sums in the terms' dtype, added up in float64."""
+    return exact(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
 
 
-def _exact(values: Tensor) -> Tensor:
+def exact(values: Tensor) -> Tensor:
     """float64, on the CPU where the device has none."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
-def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor) -> dict[str, Tensor]:
-    """`_dense` of float64 rows that may hold -inf (probability 0), NaN or +inf (NaN in every measurement)."""
-    no_student_rV, no_teacher_rV = student_rV == -torch.inf, teacher_rV == -torch.inf
-    buffers = torch.empty(3, len(student_rV), 2, student_rV.shape[1], dtype=torch.float64, device=student_rV.device)
-    out = _dense(_filled(student_rV, no_student_rV), _filled(teacher_rV, no_teacher_rV), buffers)
-    out["forward_kl"][(no_student_rV & ~no_teacher_rV).any(-1)] = torch.inf
-    out["reverse_kl"][(no_teacher_rV & ~no_student_rV).any(-1)] = torch.inf
+def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor, *, upto: str) -> dict[str, Tensor]:
+    """`_dense` of rows that may hold -inf (probability 0), NaN or +inf (NaN in every measurement)."""
+    student_rV, teacher_rV = exact(student_rV), exact(teacher_rV)
+    (_, block), = blocks(filled(student_rV), filled(teacher_rV))
+    out = _dense(block, upto=upto)
+    out["forward_kl"][beyond(teacher_rV, student_rV)] = torch.inf
+    out["reverse_kl"][beyond(student_rV, teacher_rV)] = torch.inf
     undefined_r = ~(_finite_or_absent(student_rV) & _finite_or_absent(teacher_rV))
     return {name: values_r.masked_fill(undefined_r, float("nan")) for name, values_r in out.items() if values_r.dim() == 1}
 
 
-def _filled(logits_rV: Tensor, absent_rV: Tensor) -> Tensor:
-    return torch.where(absent_rV, logits_rV.amax(-1, keepdim=True) - ABSENT, logits_rV)
+def filled(logits_rV: Tensor) -> Tensor:
+    """Logits of -inf become so low that their probability is exactly 0, and finite; NaN and +inf make a row NaN."""
+    floor_r1 = logits_rV.amax(-1, keepdim=True) - ABSENT
+    return torch.where(logits_rV == -torch.inf, floor_r1, logits_rV)
+
+
+def beyond(logits_rV: Tensor, reference_rV: Tensor) -> Tensor:
+    """Rows [r] where a token that `reference_rV` excludes (-inf) has probability under `logits_rV`."""
+    return ((reference_rV == -torch.inf) & (logits_rV > -torch.inf)).any(-1)
 
 
 def _finite_or_absent(logits_rV: Tensor) -> Tensor:
@@ -363,7 +391,7 @@ class _Model:
 
     def ln(self, ids_NK: Tensor) -> Tensor:
         """Log-probabilities [N, K] of the ids, float64."""
-        return _exact(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
+        return exact(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
 
     def top(self, k: int) -> Tensor:
         """Ids [N, k] of the most likely tokens, most likely first, ties to the lower id."""
