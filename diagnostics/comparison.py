@@ -36,8 +36,8 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics import statistics
-from diagnostics.analysis import scores, splits
 from diagnostics.statistics import Estimate, Prompts, Variable
+from diagnostics.tables import scores, splits
 from diagnostics.types import DiagnosticsError, require_columns
 
 log = logging.getLogger("diagnostics")
