@@ -15,6 +15,8 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diagnostics import parallel
 from diagnostics.runs import sha256_file
 from diagnostics.types import DiagnosticsError
 
@@ -46,6 +49,7 @@ class Readout:
         self.full_vocabulary = config.vocab_size
         self.vocabulary = vocabulary or self.full_vocabulary
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._spare_head: tuple[Tensor, Tensor | None] | None = None
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         self.apart = self._reproduces_logits()
         if not self.apart:
@@ -72,11 +76,18 @@ class Readout:
     def _project(self, hidden_nH: Tensor, ids: slice) -> Tensor:
         if not self.apart:
             return hidden_nH[:, ids]
-        bias = None if self.head.bias is None else self.head.bias[ids]
-        logits_nV = F.linear(hidden_nH.to(self.head.weight.device), self.head.weight[ids], bias)
+        weight, bias = self._spare_head or (self.head.weight, self.head.bias)
+        logits_nV = F.linear(hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids])
         if self._scale != 1.0:
             logits_nV = logits_nV * self._scale
         return logits_nV if self._softcap is None else torch.tanh(logits_nV / self._softcap) * self._softcap
+
+    def park(self) -> None:
+        """Move the model to main memory, leaving a copy of its head where it was: states can still be projected."""
+        if self.apart and self._spare_head is None:
+            bias = None if self.head.bias is None else self.head.bias.detach().clone()
+            self._spare_head = (self.head.weight.detach().clone(), bias)
+        self.model.to("cpu")
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:
@@ -104,11 +115,25 @@ class Pair:
     tokenizer: object
     facts: dict = field(default_factory=dict)
     """What the manifest records: model identities, dtypes, vocabulary, template hash."""
+    offload_teacher: bool = False
+    """The teacher is on the device only while its states are computed; its head stays."""
 
     @property
     def vocabulary(self) -> int:
         """Number of shared ids."""
         return self.student.vocabulary
+
+    @contextmanager
+    def teachers_turn(self) -> Iterator[None]:
+        """The student waits in main memory while the teacher has the device; afterwards the other way round."""
+        device = self.student.device
+        self.student.model.to("cpu")
+        self.teacher.model.to(device)
+        try:
+            yield
+        finally:
+            self.teacher.park()
+            self.student.model.to(device)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -131,6 +156,7 @@ class PairConfig:
     teacher_dtype: str | None = field(default=None, metadata={"help": "teacher's dtype; the student's where not given", "choices": tuple(DTYPES)})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"})
     teacher_device: str | None = field(default=None, metadata={"help": "another device for the teacher"})
+    offload_teacher: bool = field(default=False, metadata={"help": "models take turns on the device; the teacher's states wait in main memory"})
 
 
 def load_pair(
@@ -145,6 +171,7 @@ def load_pair(
     teacher_dtype: str | None = None,
     device: str = "auto",
     teacher_device: str | None = None,
+    offload_teacher: bool = False,
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
 
@@ -164,8 +191,10 @@ def load_pair(
                   for source, revision in ((student, student_revision), (teacher, teacher_revision))]
     require_same_tokens(*tokenizers)
     models = (load_model(student, student_revision, dtype=dtype, device=device),
-              load_model(teacher, teacher_revision, dtype=teacher_dtype, device=teacher_device or device))
-    return assemble(pair or "custom", *models, tokenizers[0])
+              load_model(teacher, teacher_revision, dtype=teacher_dtype, device=teacher_device or ("cpu" if offload_teacher else device)))
+    assembled = assemble(pair or "custom", *models, tokenizers[0])
+    assembled.offload_teacher = offload_teacher
+    return assembled
 
 
 def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pair:
@@ -240,7 +269,7 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
     """One causal language model in eval mode on its device. A model already in memory is moved, not copied."""
     from transformers import AutoModelForCausalLM
 
-    place = resolve_device(device)
+    place = resolve_device(parallel.local_device(device))
     if isinstance(source, nn.Module):
         return source.to(place).eval()
     if dtype not in DTYPES:

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics import losses, scores
+from diagnostics import losses, parallel, scores
 from diagnostics.pairs import Pair, weights_sha256
 from diagnostics.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
 
@@ -44,6 +44,8 @@ CLOSE_ENOUGH = 0.86
 """Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
 """On the step half these cost as much as two forward passes over the bank."""
+RESCUE_TRIALS = 3
+"""Further trials where none of the planned ones was linear."""
 OPTIMIZERS = ("adamw", "sgd")
 YARDSTICK = {"sampled": "reverse_kl"}
 
@@ -60,7 +62,7 @@ class ProbeConfig:
     seed: int = field(default=0, metadata={"help": "seed of the split and of the placebo"})
 
     def __post_init__(self):
-        _check(self.loss, self.optimizer, self.step)
+        requested_step(self.loss, self.optimizer, self.step)
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class Workbench:
         self.parameters = [p for p in pair.student.model.parameters() if p.is_floating_point()]
         _require_precision(self.parameters)
         on_step = split == "step"
-        self.step_batches = scores.batches(bank, batch_tokens=batch_tokens, keep=on_step)
-        self.all_batches = self.step_batches + scores.batches(bank, batch_tokens=batch_tokens, keep=~on_step)
-        self.teacher = scores.teacher_states(pair, self.all_batches)
+        self.step_batches = scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=on_step))
+        held_out = scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=~on_step))
+        states = scores.teacher_states(pair, self.step_batches + held_out)
+        self.held_out_batches, self.held_out_teacher = held_out, states[len(self.step_batches) :]
+        self.step_teacher = states[: len(self.step_batches)]
         self.origin = [p.detach().clone() for p in self.parameters]
         self.origin_sha256 = weights_sha256(pair.student.model)
-        self.weight_norm = _norm(self.origin)
+        self.weight_norm = tensor_norm(self.origin)
 
     def mean_loss(self, weights_N: np.ndarray, *, loss: str, beta: float, backward: bool = False) -> float:
         """Weighted mean of the loss, weights summing over all positions; with `backward` also its gradient.
@@ -125,47 +129,69 @@ class Workbench:
         so neither the batch size nor the number of batches changes value or gradient. The advantage of
         `sampled` is held at theta0's.
         """
-        total, denominator = 0.0, float(weights_N.sum())
-        advantage_N = self.tokens["advantage"].to_numpy()
+        total = 0.0
         with torch.set_grad_enabled(backward):
-            for batch, teacher_nH in zip(self.step_batches, self.teacher):
-                rows = batch.rows_n.numpy()
-                if not weights_N[rows].any():
+            for batch, teacher_nH in zip(self.step_batches, self.step_teacher):
+                if not weights_N[batch.rows_n.numpy()].any():
                     continue
-                part = losses.chunked_loss(
-                    batch.states(self.pair.student), self.pair.student.logits, teacher_nH, self.pair.teacher.logits, batch.sampled_n,
-                    loss=loss, beta=beta, weights_N=torch.from_numpy(weights_N[rows]), denominator=denominator,
-                    advantage_N=torch.from_numpy(advantage_N[rows]),
-                )
+                part = self.batch_loss(batch, batch.states(self.pair.student), teacher_nH, weights_N, loss=loss, beta=beta)
                 total += float(part.detach())
                 if backward:
                     part.backward()
-        return total
+        return float(parallel.total(np.array([total]))[0])
+
+    def batch_loss(
+        self, batch: scores.Batch, student_nH: Tensor, teacher_nH: Tensor, weights_N: np.ndarray, *, loss: str, beta: float
+    ) -> Tensor:
+        """One batch's part of the weighted mean loss over all positions, from states [n, H] of both models."""
+        rows = batch.rows_n.numpy()
+        return losses.chunked_loss(
+            student_nH, self.pair.student.logits, teacher_nH, self.pair.teacher.logits, batch.sampled_n,
+            loss=loss, beta=beta, weights_N=torch.from_numpy(weights_N[rows]), denominator=float(weights_N.sum()),
+            advantage_N=torch.from_numpy(self.tokens["advantage"].to_numpy()[rows]),
+        )
 
     def gradient(self, weights_N: np.ndarray, *, loss: str, beta: float) -> tuple[float, list[Tensor]]:
-        """Mean loss at theta0 in nats and its gradient, one tensor a parameter."""
-        for p in self.parameters:
-            p.grad = None
-        value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
+        """Mean loss at theta0 in nats and its gradient, one tensor a parameter.
+
+        Out of memory, every batch is halved and the gradient is started again.
+        """
+        value = None
+        while value is None:
+            self._clear_gradients()
+            try:
+                value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve_step_batches(error)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        if not np.isfinite(value) or not np.isfinite(_norm(gradient)):
+        parallel.sum_(gradient)
+        self._clear_gradients()
+        if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
             raise DiagnosticsError(
-                f"The {loss} loss is {value} with gradient norm {_norm(gradient)}. Check the models' logits for NaN or inf, or use float32."
+                f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the models' logits for NaN or inf, or use float32."
             )
         return value, gradient
+
+    def _clear_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def _halve_step_batches(self, error: BaseException) -> None:
+        halves = [batch.halves(error) for batch in self.step_batches]
+        self.step_teacher = [
+            part for pair, states in zip(halves, self.step_teacher) for part in states.split([len(half.rows_n) for half in pair])
+        ]
+        self.step_batches = [half for pair in halves for half in pair]
 
     def direction(self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str) -> Direction:
         """The optimiser's first direction at theta0, and the loss that its size is calibrated on."""
         value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
-        norm = _norm(gradient)
-        scale = max(norm, torch.finfo(torch.float32).tiny)
-        update = [-g / (g.abs() + ADAM_EPS) if optimizer == "adamw" else -g / scale for g in gradient]
+        norm = tensor_norm(gradient)
+        update = first_update(gradient, optimizer)
         yardstick = YARDSTICK.get(loss, loss)
         if yardstick != loss:
             value, gradient = self.gradient(weights_N, loss=yardstick, beta=beta)
-        return Direction(update, yardstick, value, norm, _dot(gradient, update), _norm(update))
+        return Direction(update, yardstick, value, norm, _dot(gradient, update), tensor_norm(update))
 
     @contextmanager
     def moved(self, direction: list[Tensor], step_size: float, *, placebo_seed: int | None = None) -> Iterator[None]:
@@ -184,9 +210,20 @@ class Workbench:
         for p, o in zip(self.parameters, self.origin):
             p.copy_(o)
 
-    def rescore(self, description: str) -> tuple[np.ndarray, np.ndarray]:
-        """Forward and reverse KL [N] of the whole bank with the student as it is now."""
-        return scores.rescore(self.pair, self.all_batches, self.teacher, positions=len(self.tokens), description=description)
+    def rescore(self, description: str, *, js: bool = False) -> tuple[np.ndarray, ...]:
+        """Forward KL, reverse KL and with `js` JS [N] of the whole bank with the student as it is now."""
+        positions = len(self.tokens)
+        return scores.rescore(self.pair, self.all_batches, self.teacher, positions=positions, description=description, js=js)
+
+    @property
+    def all_batches(self) -> list[scores.Batch]:
+        """This process's batches, step contexts first."""
+        return self.step_batches + self.held_out_batches
+
+    @property
+    def teacher(self) -> list[Tensor]:
+        """The teacher's states for `all_batches`."""
+        return self.step_teacher + self.held_out_teacher
 
     def require_restored(self) -> None:
         """Raise RuntimeError unless the student's weights hash as they did at the start."""
@@ -208,6 +245,14 @@ class Direction:
     slope: float
     """Change of the yardstick's mean in nats for a step of size 1, to first order."""
     norm: float
+
+
+def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
+    """The optimiser's first update from a gradient, for a step of size 1: -g/(|g| + eps) by coordinate, or -g/|g|."""
+    if optimizer == "adamw":
+        return [-g / (g.abs() + ADAM_EPS) for g in gradient]
+    scale = max(tensor_norm(gradient), torch.finfo(torch.float32).tiny)
+    return [-g / scale for g in gradient]
 
 
 def probe(
@@ -232,7 +277,7 @@ def probe(
     Raises DiagnosticsError for an unknown loss or optimiser, a step that is not a number, a table of another
     bank, or a share that leaves one half without prompts.
     """
-    step_size = _check(loss, optimizer, step)
+    step_size = requested_step(loss, optimizer, step)
     tokens = scores.score(pair, bank, batch_tokens=batch_tokens) if tokens is None else tokens
     require_same_bank(bank, tokens)
     split = split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
@@ -255,19 +300,23 @@ def probe(
     return ProbeResult(validate_tokens(tokens.assign(split=split, **gains(before, after, placebo))), calibration, record)
 
 
-def gains(before: tuple, after: tuple, placebo: tuple) -> dict[str, np.ndarray]:
-    """Outcome columns [N] from (forward KL, reverse KL) before and after the step, and after the placebo.
+def gains(before: tuple, after: tuple, placebo: tuple | None = None) -> dict[str, np.ndarray]:
+    """Outcome columns [N] from (forward KL, reverse KL) before and after the step, and after the placebo if there is one.
 
     Relative gains are NaN where the forward KL before is under 1e-3 nats.
     """
     gain, reverse_gain = before[0] - after[0], before[1] - after[1]
-    placebo_gain = before[0] - placebo[0]
     with np.errstate(divide="ignore", invalid="ignore"):
         base = np.where(before[0] >= RELATIVE_GAIN_FLOOR, before[0], np.nan)
-        return {
+        columns = {
             "forward_kl_after": after[0], "reverse_kl_after": after[1],
             "gain": gain, "relative_gain": gain / base, "relative_gain_released": gain / (before[0] + 1e-12),
             "reverse_gain": reverse_gain,
+        }
+        if placebo is None:
+            return columns
+        placebo_gain = before[0] - placebo[0]
+        return columns | {
             "placebo_gain": placebo_gain, "placebo_relative_gain": placebo_gain / base,
             "placebo_reverse_gain": before[1] - placebo[1],
         }
@@ -278,25 +327,37 @@ def calibrate(
 ) -> pd.DataFrame:
     """Realised against predicted drop of the mean loss along a direction.
 
-    With `step_size` that size alone is tried and chosen. Otherwise up to four: each trial puts a parabola
-    through the last one and aims at a ratio a little above 0.8. The largest size with a ratio of at least
-    0.8 is chosen, the smallest size where there is none, with a warning.
+    With `step_size` that size alone is tried and chosen. Otherwise up to four: what is missing to a ratio of
+    1 is taken to grow as a power of the size, the power read off the last two trials, and each trial aims at
+    a ratio a little above 0.8. Where none of the four reaches 0.8, up to three smaller ones follow. The
+    largest size with a ratio of at least 0.8 is chosen; with a warning, the smallest where there is none.
     Returns columns step_size, relative_norm, predicted_drop, realised_drop (nats), ratio, chosen.
     """
     first = -FIRST_TRIAL_DROP * abs(direction.value) / direction.slope if direction.slope < 0 else 0.0
     size, rows = (first if step_size is None else step_size), []
-    for _ in range(CALIBRATION_TRIALS if step_size is None else 1):
+    for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
         with bench.moved(direction.update, size):
             realised = direction.value - bench.mean_loss(weights_N, loss=direction.yardstick, beta=beta)
         predicted = -size * direction.slope
         ratio = realised / predicted if predicted else np.nan
         rows.append((size, size * direction.norm / bench.weight_norm, predicted, realised, ratio))
-        if predicted == 0 or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH:
+        linear = any(row[-1] >= LINEAR_ENOUGH for row in rows)
+        if predicted == 0 or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH or (linear and trial + 1 >= CALIBRATION_TRIALS):
             break
-        short = 1 - ratio if np.isfinite(ratio) else np.inf
-        size *= min(8.0, max(0.1, AIM * (1 - LINEAR_ENOUGH) / max(short, 1e-3)))
+        size = _next_size([(row[0], 1 - row[-1]) for row in rows])
     table = pd.DataFrame(rows, columns=["step_size", "relative_norm", "predicted_drop", "realised_drop", "ratio"])
     return table.assign(chosen=table.index == _choose(table, step_size is None)).sort_values("step_size", ignore_index=True)
+
+
+def _next_size(trials: list[tuple[float, float]]) -> float:
+    """Size at which the shortfall, a power of the size through the last two trials, is AIM of what is allowed."""
+    size, short = trials[-1]
+    short = max(short, 1e-3) if np.isfinite(short) else np.inf
+    power = 1.0
+    if len(trials) > 1 and min(trials[-2][1], short) > 1e-3 and np.isfinite(short) and np.isfinite(trials[-2][1]):
+        power = np.log(trials[-2][1] / short) / np.log(trials[-2][0] / size)
+    power = power if 0.05 < power < 4 else 1.0
+    return size * float(np.clip((AIM * (1 - LINEAR_ENOUGH) / short) ** (1 / power), 0.1, 8.0))
 
 
 def _choose(table: pd.DataFrame, automatic: bool) -> int:
@@ -337,7 +398,8 @@ def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
         )
 
 
-def _check(loss: str, optimizer: str, step: str | float) -> float | None:
+def requested_step(loss: str, optimizer: str, step: str | float) -> float | None:
+    """The step size asked for, None for `auto`. Raises DiagnosticsError for an unknown loss or optimiser, or no size."""
     if loss not in losses.LOSSES:
         raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(losses.LOSSES)}.")
     if optimizer not in OPTIMIZERS:
@@ -362,7 +424,8 @@ def _require_precision(parameters: list[Tensor]) -> None:
         )
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def tensor_norm(tensors: list[Tensor]) -> float:
+    """Euclidean norm over all tensors together."""
     return float(sum((t.double() ** 2).sum() for t in tensors) ** 0.5)
 
 

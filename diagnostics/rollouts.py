@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diagnostics import parallel
 from diagnostics.pairs import Pair
 from diagnostics.runs import progress
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
@@ -57,14 +58,16 @@ def rollout(
     empty = next((request for request in requests if not request.prompt_ids), None)
     if empty is not None:
         raise DiagnosticsError(f"Prompt {empty.prompt.prompt_id!r} has no tokens ({empty.prompt.prompt[:60]!r}). Remove it, or add a start token.")
-    written: dict[int, list[int]] = {}
-    with progress(total=len(requests), description="rollout", unit=" contexts") as bar:
-        for batch in _batches(requests, batch_tokens, max_new_tokens):
-            chooser = _Chooser([requests[i].stream(seed) for i in batch], temperature, top_p, top_k, pair.vocabulary)
-            for i, ids in zip(batch, _generate(pair, [requests[i].prompt_ids for i in batch], chooser, max_new_tokens)):
-                written[i] = ids
+    written = np.zeros((len(requests), max_new_tokens))  # id + 1; 0 after the end
+    todo = parallel.share(list(_batches(requests, batch_tokens, max_new_tokens)), len)
+    with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
+        for batch in todo:
+            chooser = Chooser([requests[i].stream(seed) for i in batch], temperature, top_p, top_k, pair.vocabulary)
+            for i, ids in zip(batch, generate(pair.student.model, [requests[i].prompt_ids for i in batch], chooser, end_ids=pair.end_ids, max_new_tokens=max_new_tokens)):
+                written[i, : len(ids)] = np.array(ids) + 1
             bar.update(len(batch))
-    return Bank(tuple(_freeze(pair, request, written[i]) for i, request in enumerate(requests)))
+    ids_NT = parallel.total(written).astype(int)
+    return Bank(tuple(_freeze(pair, request, (row[row > 0] - 1).tolist()) for request, row in zip(requests, ids_NT)))
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,13 @@ class _Request:
     prompt_ids: tuple[int, ...]
 
     def stream(self, seed: int) -> np.random.Generator:
-        name = f"{seed}/{self.prompt.prompt_id}/{self.sample}".encode()
-        return np.random.default_rng(int.from_bytes(hashlib.sha256(name).digest()[:16], "big"))
+        return stream(seed, self.prompt.prompt_id, self.sample)
+
+
+def stream(*name) -> np.random.Generator:
+    """The random stream of that name: the same parts give the same draws, other parts others."""
+    text = "/".join(map(str, name)).encode()
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:16], "big"))
 
 
 def _batches(requests: list[_Request], batch_tokens: int, max_new_tokens: int) -> Iterator[list[int]]:
@@ -90,7 +98,7 @@ def _batches(requests: list[_Request], batch_tokens: int, max_new_tokens: int) -
     yield batch
 
 
-class _Chooser:
+class Chooser:
     """Picks each row's next token from its own stream; a logits processor for greedy `generate`."""
 
     def __init__(self, streams: list[np.random.Generator], temperature: float, top_p: float, top_k: int, vocabulary: int):
@@ -112,22 +120,24 @@ class _Chooser:
 
 
 @torch.no_grad()
-def _generate(pair: Pair, prompts: list[tuple[int, ...]], chooser: _Chooser, max_new_tokens: int) -> list[list[int]]:
-    """Continue left-padded prompts; each result stops after its first end token."""
+def generate(
+    model: nn.Module, prompts: Sequence[Sequence[int]], chooser: Chooser, *, end_ids: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Continue prompts (ids, padded on the left here); each result stops after its first end token, which it keeps."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    model, width = pair.student.model, max(map(len, prompts))
-    filler = pair.end_ids[0] if pair.end_ids else 0
-    ids_BT = torch.tensor([[filler] * (width - len(ids)) + list(ids) for ids in prompts], device=pair.student.device)
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=pair.student.device)
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(pair.end_ids) or None, pad_token_id=filler)
+    width, device = max(map(len, prompts)), next(model.parameters()).device
+    filler = end_ids[0] if end_ids else 0
+    ids_BT = torch.tensor([[filler] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids) or None, pad_token_id=filler)
     output_BT = model.generate(
         input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, logits_processor=LogitsProcessorList([chooser])
     )
-    return [_until_end(row, pair.end_ids) for row in output_BT[:, width:].tolist()]
+    return [_until_end(row, end_ids) for row in output_BT[:, width:].tolist()]
 
 
-def _until_end(ids: list[int], end_ids: tuple[int, ...]) -> list[int]:
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     ends = [place for place, i in enumerate(ids) if i in end_ids]
     return ids[: ends[0] + 1] if ends else ids
 

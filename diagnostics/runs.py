@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics import parallel
 from diagnostics.types import DiagnosticsError
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: str | Path, content: bytes) -> Path:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Of several processes only the first writes.
+    """
     path = Path(path)
+    if not parallel.is_main():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -87,7 +93,8 @@ def progress(iterable: Iterable | None = None, *, total: int, description: str, 
     """A tqdm bar that shows rate and time left, and disappears where the output is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(iterable, total=total, desc=description, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+    hidden = None if parallel.is_main() else True
+    return tqdm(iterable, total=total, desc=description, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
 
 
 def versions() -> dict[str, str]:
@@ -155,10 +162,12 @@ class Run:
                 log.info("%s: kept from the earlier run", name)
                 return False
         facts = work()
+        parallel.barrier()
         written = outputs() if callable(outputs) else outputs
         files = {file: sha256_file(self.path(file)) for file in written}
         self.manifest["stages"][name] = {**identity, "files": files, **({"facts": facts} if facts else {})}
         write_json(self.manifest_path, self.manifest)
+        parallel.barrier()
         return True
 
     def _input_hash(self, stage: str, file: str) -> str:
@@ -192,6 +201,9 @@ def open_run(directory: str | Path):
     is in use by another process.
     """
     directory = Path(directory)
+    if not parallel.is_main():
+        yield Run(directory)
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")

@@ -10,7 +10,7 @@ Axes: B contexts, T tokens, n response positions of a batch, N of the bank, H hi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics import divergences
+from diagnostics import divergences, parallel
 from diagnostics.pairs import Pair, Readout
 from diagnostics.runs import progress
 from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
@@ -51,9 +51,38 @@ class Batch:
     """Rows of the token table that the positions fill."""
 
     def states(self, model: Readout) -> Tensor:
-        """States [n, H] of the response positions, on the model's device."""
-        hidden_BTH = model.hidden(self.ids_BT, self.mask_BT)
-        return hidden_BTH[self.at_n[0].to(hidden_BTH.device), self.at_n[1].to(hidden_BTH.device)]
+        """States [n, H] of the response positions, on the model's device.
+
+        Out of memory, the contexts are run in two halves, again and again down to one.
+        """
+        try:
+            hidden_BTH = model.hidden(self.ids_BT, self.mask_BT)
+            return hidden_BTH[self.at_n[0].to(hidden_BTH.device), self.at_n[1].to(hidden_BTH.device)]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            halves = self.halves(error)
+        return torch.cat([half.states(model) for half in halves])
+
+    def halves(self, error: BaseException) -> list[Batch]:
+        """The batch in two, after it did not fit. Raises DiagnosticsError where it is one context already."""
+        contexts = len(self.ids_BT)
+        if contexts == 1:
+            raise DiagnosticsError(
+                f"One context of {self.ids_BT.shape[1]} tokens does not fit in memory ({str(error).splitlines()[0]}). "
+                "Use --teacher-dtype bfloat16, --offload-teacher, a larger device or shorter contexts."
+            ) from error
+        log.warning("%d tokens do not fit in memory at once: halved", self.ids_BT.numel())
+        return [self._part(0, contexts // 2), self._part(contexts // 2, contexts)]
+
+    def _part(self, first: int, last: int) -> Batch:
+        mine_n = (self.at_n[0] >= first) & (self.at_n[0] < last)
+        width = int(self.mask_BT[first:last].sum(1).max())
+        at_n = (self.at_n[0][mine_n] - first, self.at_n[1][mine_n])
+        return Batch(self.ids_BT[first:last, :width], self.mask_BT[first:last, :width], at_n, self.sampled_n[mine_n], self.rows_n[mine_n])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the forward pass, padding included."""
+        return self.ids_BT.numel()
 
 
 def batches(bank: Bank, *, batch_tokens: int = BATCH_TOKENS, keep: np.ndarray | None = None) -> list[Batch]:
@@ -97,15 +126,30 @@ def score(
     """
     check_bank(pair, bank)
     columns: dict[str, np.ndarray] = {}
-    for batch, student_nH, teacher_nH in _forward(pair, batches(bank, batch_tokens=batch_tokens), "score"):
+    for batch, student_nH, teacher_nH in _forward(pair, mine(batches(bank, batch_tokens=batch_tokens)), "score"):
         measured = divergences.measure_hidden(
             student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep)
         )
         measured |= _dropped(pair, student_nH, teacher_nH)
         for name, values_n in measured.items():
-            columns.setdefault(name, np.full(bank.positions, np.nan))[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
+            columns.setdefault(name, np.zeros(bank.positions))[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
+    columns = _gathered(columns, bank.positions)
     _check_finite(columns["student_entropy"] + columns["teacher_entropy"], bank)
     return validate_tokens(pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1))
+
+
+def mine(todo: list[Batch]) -> list[Batch]:
+    """This process's batches."""
+    return parallel.share(todo, lambda batch: batch.tokens)
+
+
+def _gathered(columns: dict[str, np.ndarray], positions: int) -> dict[str, np.ndarray]:
+    """Columns with every process's rows; a process without batches brings none of its own."""
+    if parallel.world() == 1:
+        return columns
+    names = sorted(parallel.names(columns))
+    whole = parallel.total(np.stack([columns.get(name, np.zeros(positions)) for name in names]))
+    return dict(zip(names, whole))
 
 
 def check_bank(pair: Pair, bank: Bank) -> None:
@@ -125,34 +169,46 @@ def check_bank(pair: Pair, bank: Bank) -> None:
 
 @torch.no_grad()
 def _forward(pair: Pair, todo: list[Batch], description: str) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    kept = iter(teacher_states(pair, todo)) if pair.offload_teacher else None
+    for batch in _with_progress(todo, description):
+        yield batch, batch.states(pair.student), batch.states(pair.teacher) if kept is None else next(kept)
+
+
+def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
     with progress(total=sum(len(batch.rows_n) for batch in todo), description=description) as bar:
         for batch in todo:
-            yield batch, batch.states(pair.student), batch.states(pair.teacher)
+            yield batch
             bar.update(len(batch.rows_n))
 
 
 @torch.no_grad()
 def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
-    """The teacher's states [n, H] for each batch: one forward pass, kept for every later re-score."""
-    with progress(total=sum(len(batch.rows_n) for batch in todo), description="teacher") as bar:
-        states = []
-        for batch in todo:
-            states.append(batch.states(pair.teacher))
-            bar.update(len(batch.rows_n))
-    return states
+    """The teacher's states [n, H] for each batch: one forward pass, kept for every later re-score.
+
+    With `offload_teacher` the two models take turns on the device, and the states wait in main memory.
+    """
+    if not pair.offload_teacher:
+        return [batch.states(pair.teacher) for batch in _with_progress(todo, "teacher")]
+    with pair.teachers_turn():
+        return [batch.states(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")]
 
 
 @torch.no_grad()
-def rescore(pair: Pair, todo: list[Batch], teacher: list[Tensor], *, positions: int, description: str) -> tuple[np.ndarray, np.ndarray]:
-    """Forward KL (teacher first) and reverse KL [N] in nats with the student as it is now; NaN where not scored."""
-    forward, reverse = np.full(positions, np.nan), np.full(positions, np.nan)
-    with progress(total=sum(len(batch.rows_n) for batch in todo), description=description) as bar:
-        for batch, teacher_nH in zip(todo, teacher):
-            pairs_n = divergences.kl_pair_hidden(batch.states(pair.student), pair.student.logits, teacher_nH, pair.teacher.logits)
-            for target, values_n in zip((forward, reverse), pairs_n):
-                target[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
-            bar.update(len(batch.rows_n))
-    return forward, reverse
+def rescore(
+    pair: Pair, todo: list[Batch], teacher: list[Tensor], *, positions: int, description: str, js: bool = False
+) -> tuple[np.ndarray, ...]:
+    """Forward KL (teacher first), reverse KL and with `js` JS [N] in nats with the student as it is now; 0 where not scored.
+
+    todo, teacher: this process's batches and the teacher's states for them.
+    """
+    columns = np.zeros((3 if js else 2, positions))
+    for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
+        measured = divergences.kl_pair_hidden(
+            batch.states(pair.student), pair.student.logits, teacher_nH, pair.teacher.logits, js=js
+        )
+        for row, values_n in zip(columns, measured):
+            row[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
+    return tuple(parallel.total(columns))
 
 
 def _dropped(pair: Pair, student_nH: Tensor, teacher_nH: Tensor) -> dict[str, Tensor]:

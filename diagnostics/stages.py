@@ -22,6 +22,7 @@ from diagnostics.runs import Run, sha256_file, write_csv, write_json, write_parq
 from diagnostics.types import KEYS, Bank, DiagnosticsError, Prompt, column, read_bank, read_parquet, validate_tokens
 
 EMBEDDED_CONTEXTS = 192
+WHERE = ("device", "teacher_device", "offload_teacher")
 GAIN_KEYS = ("context_id", "position")
 
 
@@ -48,8 +49,8 @@ class Models:
 
     @property
     def settings(self) -> dict:
-        """What names the pair; devices are left out, since they do not name it."""
-        return {key: value for key, value in dataclasses.asdict(self.config).items() if "device" not in key}
+        """What names the pair; where it runs is left out."""
+        return {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
 
 
 def choose_prompts(models: Models, config) -> list[Prompt]:

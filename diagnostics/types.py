@@ -218,9 +218,15 @@ RELATIVE_GAIN_FLOOR = 1e-3
 
 
 def column(name: str) -> Column | None:
-    """Schema of a column, also for `<name>_k<K>`; None where the name is not the instrument's own."""
+    """Schema of a column, also for `<name>_k<K>` and for an outcome after n steps of training, `<name>_step_<n>`.
+
+    None where the name is not the instrument's own.
+    """
     base, _, k = name.rpartition("_k")
     if base in SCHEMA and SCHEMA[base].by_support and k.isdigit():
+        return SCHEMA[base]
+    base, _, step = name.rpartition("_step_")
+    if base in SCHEMA and SCHEMA[base].stage == "outcome" and step.isdigit():
         return SCHEMA[base]
     return SCHEMA.get(name)
 
@@ -248,7 +254,7 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
     """
     require_columns(tokens, KEYS, what="a token table")
     known = [name for name in tokens.columns if column(name)]
-    order = sorted(known, key=lambda name: list(SCHEMA).index(column(name).name))
+    order = sorted(known, key=_place)
     tokens = tokens[order + [name for name in tokens.columns if name not in known]].copy()
     for name in known:
         tokens[name] = _cast(tokens[name], column(name).dtype)
@@ -260,6 +266,12 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
             "A token table has one row a response position; drop the repeats."
         )
     return tokens.reset_index(drop=True)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Schema order; the run's own K first, then other K, or later steps, from small to large."""
+    base = column(name).name
+    return list(SCHEMA).index(base), 0 if name == base else int(name.rpartition("_")[2].removeprefix("k"))
 
 
 def _cast(values: pd.Series, dtype: str) -> pd.Series:

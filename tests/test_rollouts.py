@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diagnostics.pairs import assemble
-from diagnostics.rollouts import _Chooser, rollout
+from diagnostics.rollouts import Chooser, rollout
 from diagnostics.types import DiagnosticsError, Prompt
 from tests.conftest import make_model, make_prompts, make_tokenizer
 
@@ -41,7 +41,7 @@ def test_responses_end_at_their_first_end_token(pad_is_eos):
 
 def test_chosen_tokens_follow_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3, 0.0]]))
-    chooser = _Chooser([np.random.default_rng(0)], 1.0, 1.0, 0, 4)
+    chooser = Chooser([np.random.default_rng(0)], 1.0, 1.0, 0, 4)
     counts = np.zeros(4)
     for _ in range(4000):
         counts[int(chooser(torch.zeros(1, 1, dtype=torch.long), logits).argmax())] += 1
@@ -53,7 +53,7 @@ def test_chosen_tokens_follow_the_distribution():
 def test_sampling_settings_narrow_the_choice(options, allowed):
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3]]))
     temperature, top_p, top_k, vocabulary = (*options, 3)[:4]
-    chooser = _Chooser([np.random.default_rng(0)], temperature, top_p, top_k, vocabulary)
+    chooser = Chooser([np.random.default_rng(0)], temperature, top_p, top_k, vocabulary)
     assert {int(chooser(torch.zeros(1, 1, dtype=torch.long), logits).argmax()) for _ in range(200)} == allowed
 
 

@@ -147,3 +147,35 @@ def test_rescore_equals_score_bit_for_bit(pair, bank):
     forward, reverse = scores.rescore(pair, todo, scores.teacher_states(pair, todo), positions=bank.positions, description="x")
     tokens = score(pair, bank)
     assert (forward == tokens.forward_kl).all() and (reverse == tokens.reverse_kl).all()
+
+
+def crowded(pair, monkeypatch, limit):
+    """The student runs out of memory over `limit` tokens."""
+    real = pair.student.hidden
+
+    def hidden(ids_BT, mask_BT):
+        if ids_BT.numel() > limit:
+            raise torch.OutOfMemoryError("injected")
+        return real(ids_BT, mask_BT)
+
+    monkeypatch.setattr(pair.student, "hidden", hidden)
+
+
+def test_out_of_memory_halves_the_batch(pair, bank, monkeypatch, caplog):
+    reference = score(pair, bank)
+    crowded(pair, monkeypatch, 40)
+    tokens = score(pair, bank)
+    assert "tokens do not fit in memory at once: halved" in caplog.text
+    np.testing.assert_allclose(tokens.forward_kl, reference.forward_kl, atol=1e-5)
+
+
+def test_one_context_that_does_not_fit_names_the_remedy(pair, bank, monkeypatch):
+    crowded(pair, monkeypatch, 3)
+    with pytest.raises(DiagnosticsError, match=r"^One context of \d+ tokens does not fit in memory \(injected\)\. Use --teacher-dtype"):
+        score(pair, bank)
+
+
+def test_models_that_take_turns_score_the_same(bank):
+    pair, reference = (assemble("tiny", make_model(1), make_model(2, tie_word_embeddings=True), make_tokenizer()) for _ in range(2))
+    pair.offload_teacher = True
+    assert score(pair, bank).equals(score(reference, bank))

@@ -1,0 +1,68 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diagnostics import parallel
+from diagnostics.runs import sha256_file
+from tests.test_stages import finished, folders  # noqa: F401  (fixtures)
+
+
+def torchrun(processes, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_process_s_tables(finished, folders, tmp_path):  # noqa: F811
+    # small batches, so that both processes have some of each half
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    from diagnostics.cli import main
+
+    options = [*folders, "--batch-tokens", "60"]
+    assert main(["run", *options, "--output-dir", str(alone)]) == 0
+    done = torchrun(2, "-m", "diagnostics", "run", *options, "--output-dir", str(together))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("contexts.parquet", "scores.parquet"):
+        assert sha256_file(alone / name) == sha256_file(together / name), name
+    one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (alone, together))
+    assert (one[["context_id", "position"]] == two[["context_id", "position"]]).all(None)
+    for name in one.select_dtypes("float"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-6, rtol=1e-4, err_msg=name)
+    assert (together / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_as_one_does(folders, tmp_path):  # noqa: F811
+    done = torchrun(2, "-m", "diagnostics", "run", "--pair", "nowhere", "--output-dir", str(tmp_path / "x"))
+    assert done.returncode != 0 and "error: Unknown pair 'nowhere'" in done.stderr and "Traceback (most recent call last):\n  File \"<frozen runpy>" not in done.stderr
+
+
+def test_alone_everything_is_the_identity():
+    assert parallel.world() == 1 and parallel.is_main()
+    assert parallel.share([3, 1, 2], float) == [3, 1, 2]
+    values = np.arange(3.0)
+    assert parallel.total(values) is values and parallel.names(["a"]) == {"a"}
+    assert parallel.barrier() is None and parallel.local_device("auto") == "auto"
+
+
+def test_shares_are_disjoint_complete_and_even(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    costs = [9, 1, 5, 4, 4, 3, 7, 2]
+    parts = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        parts.append(parallel.share(list(enumerate(costs)), lambda item: item[1]))
+    assert sorted(index for part in parts for index, _ in part) == list(range(8))
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(cost for _, cost in part) for part in parts]
+    assert max(loads) - min(loads) <= 2
