@@ -10,9 +10,9 @@ h is Fisher's arctanh for a correlation and the identity otherwise. Prompts are 
 within a prompt never are, because they are not independent. A statistic of sums costs one product
 [draws, G] @ [G, sums] for all draws together.
 
-Exact in every draw: means, Pearson, partial correlations, regressions, medians and trimmed means.
-Approximate: Spearman ranks once and resamples ranks, Kendall resamples its projection on prompts, groups
-and winsorising limits are cut once. `benchmarks/CALIBRATION.md` has the measured differences.
+Exact in every draw: means, differences, Pearson, regressions, medians. Approximate: Spearman ranks once and
+resamples ranks, partial correlations take residuals once, Kendall and trimmed means resample their first-order
+term, groups and winsorising limits are cut once. `benchmarks/CALIBRATION.md` has the measured differences.
 
 Departures: with some tens of prompts the percentile interval is too short (92 % for 95 % at 20 prompts)
 and BCa shorter still (88 %), so the interval is a t interval, and the bootstrap's standard error, biased
@@ -350,18 +350,40 @@ def within_prompts(x, y, prompts: Prompts, *, ranked: bool = True, least: int = 
     return of_sums(_ratio, sums, prompts, mask & used[prompts.codes])[0]
 
 
-def partial(x, y, controls: Sequence, prompts: Prompts, *, ranked: bool = True) -> Estimate:
-    """Correlation of x [N] and y [N] given the controls, each [N]; of ranks (ranked once) or of values.
+class Controls:
+    """Columns [N] to hold fixed, with the space that they span under a mask worked out once."""
 
-    NaN where x or y is a linear combination of the controls. All may be arrays or Variables.
+    def __init__(self, columns: Sequence):
+        self.columns = [v if isinstance(v, Variable) else Variable(v) for v in columns]
+        self.finite = np.logical_and.reduce([v.finite for v in self.columns])
+        self._bases: dict[tuple[bytes, bool], np.ndarray] = {}
+
+    def residual(self, values: np.ndarray, mask: np.ndarray, *, ranked: bool) -> np.ndarray:
+        """What a least-squares fit of values [mask.sum()] on an intercept and the columns leaves; zeros for nothing."""
+        key = np.packbits(mask).tobytes(), ranked
+        if key not in self._bases:
+            columns = [v.ranked(mask).average if ranked else v.values[mask] for v in self.columns]
+            design = np.stack([np.ones(int(mask.sum())), *map(standardise, columns)], axis=1)
+            left, size, _ = np.linalg.svd(design, full_matrices=False)
+            self._bases[key] = left[:, size > 1e-8 * size[0]]
+        basis, centred = self._bases[key], standardise(values)
+        rest = centred - basis @ (basis.T @ centred)
+        return rest if np.mean(rest**2) > SINGULAR else np.zeros_like(rest)
+
+
+def partial(x, y, controls: Controls, prompts: Prompts, *, ranked: bool = True) -> Estimate:
+    """Correlation of x [N] and y [N] given the controls; of ranks (ranked once) or of values.
+
+    The correlation of the two residuals. Residuals are taken once: they are orthogonal to the controls, so
+    a draw's own fit would change its value in the second order only. NaN where x or y is a linear
+    combination of the controls.
     """
-    columns = [v if isinstance(v, Variable) else Variable(v) for v in (x, y, *controls)]
-    mask = np.logical_and.reduce([v.finite for v in columns])
-    if mask.sum() < len(columns) + 1:
+    x, y, mask = _pair(x, y)
+    mask = mask & controls.finite
+    if mask.sum() < len(controls.columns) + 3:
         return undefined(prompts, mask)
-    columns = [standardise(v.ranked(mask).average if ranked else v.values[mask]) for v in columns]
-    sums = cross_products(columns, prompts, mask)
-    return of_sums(lambda s: _partial_from_sums(s, len(columns) + 1), sums, prompts, mask, correlation=True)[0]
+    columns = (v.ranked(mask).average if ranked else v.values[mask] for v in (x, y))
+    return _pearson(*(controls.residual(column, mask, ranked=ranked) for column in columns), mask, prompts)
 
 
 def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.ndarray) -> np.ndarray:
@@ -374,20 +396,6 @@ def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.nda
     for (i, j), column in zip(upper, sums.T):
         full[:, i, j] = full[:, j, i] = column
     return full.reshape(prompts.count, q * q)
-
-
-def _partial_from_sums(sums: np.ndarray, q: int) -> np.ndarray:
-    products = sums.reshape(*sums.shape[:-1], q, q)
-    controls = [0, *range(3, q)]
-    inverse = _inverse(products[..., controls, :][..., controls])
-    across = products[..., 1:3, :][..., controls]
-    left = products[..., 1:3, 1:3] - across @ inverse @ np.swapaxes(across, -1, -2)
-    whole = np.diagonal(products[..., 1:3, 1:3], axis1=-2, axis2=-1)
-    spread = np.diagonal(left, axis1=-2, axis2=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        free = (spread > SINGULAR * whole).all(-1)
-        r = np.where(free, left[..., 0, 1] / np.sqrt(spread.prod(-1)), np.nan)
-    return np.clip(r, -1, 1)[..., None]
 
 
 def _inverse(matrix: np.ndarray) -> np.ndarray:
@@ -454,43 +462,50 @@ def winsorise(values: np.ndarray, share: float) -> np.ndarray:
 def locations(values: np.ndarray, prompts: Prompts, mask: np.ndarray, *, share: float = 0.05) -> dict[str, Estimate]:
     """Median, trimmed mean and winsorised mean of the finite values [N] under the mask.
 
-    k = floor(share * n) positions at each end are dropped (trimmed) or set to the next one kept
-    (winsorised). Every draw is sorted anew, so all three are exact; their jackknife is not used.
+    Of n positions the floor(share * n) at each end are dropped (trimmed) or set to the next one kept
+    (winsorised). Order statistics are exact in every draw; the trimmed mean moves with its winsorised values
+    over 1 - 2 share, its influence function. The jackknife, wrong for order statistics, is used for none.
     """
     mask = mask & np.isfinite(values)
-    names = ("median", "trimmed_mean", "winsorised_mean")
     if not mask.any():
-        return dict.fromkeys(names, undefined(prompts, mask))
+        return dict.fromkeys(("median", "trimmed_mean", "winsorised_mean"), undefined(prompts, mask))
     order = np.argsort(values[mask])
     ordered, codes = values[mask][order], prompts.codes[mask][order]
-    rows = max(1, CHUNK // len(codes))
-    blocks = [prompts.weights[i : i + rows] for i in range(0, prompts.draws, rows)]
-    draws = np.concatenate([_locations(ordered, block[:, codes], share) for block in blocks])
-    value = _locations(ordered, np.ones((1, len(codes))), share)[0]
-    counts = int(mask.sum()), prompts.present(mask)
-    return {name: Estimate(float(value[i]), draws[:, i], *counts) for i, name in enumerate(names)}
+    cut, counts = int(share * len(ordered)), (len(ordered), prompts.present(mask))
+    middle = [_order_statistic(ordered, codes, prompts, 0.5, lambda total, s=s: (total + s) // 2) for s in (-1, 0)]
+    low = _order_statistic(ordered, codes, prompts, share, lambda total: np.floor(share * total))
+    high = _order_statistic(ordered, codes, prompts, 1 - share, lambda total: total - np.floor(share * total) - 1)
+    clipped = mean(np.clip(values, ordered[cut], ordered[-cut - 1]), prompts, mask)
+    trimmed = float(ordered[cut : len(ordered) - cut].mean())
+    moved = trimmed + (clipped.draws - clipped.value) / (1 - 2 * share)
+    ends = (low - ordered[cut]) + (high - ordered[-cut - 1])
+    winsorised = clipped.value + (1 - 2 * share) * (moved - trimmed) + share * ends
+    return {
+        "median": Estimate(float(np.median(ordered)), (middle[0] + middle[1]) / 2, *counts),
+        "trimmed_mean": Estimate(trimmed, moved, *counts),
+        "winsorised_mean": Estimate(clipped.value, winsorised, *counts),
+    }
 
 
-def _locations(ordered: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
-    """[draws, 3] for sorted values [n] with whole weights [draws, n]; NaN for a draw without any."""
-    counts = np.cumsum(weights, axis=1)
-    sums = np.cumsum(weights * ordered, axis=1)
-    return np.array([_location(ordered, *draw, share) for draw in zip(counts, sums)]).reshape(-1, 3)
+def _order_statistic(ordered: np.ndarray, codes: np.ndarray, prompts: Prompts, near: float, rank: Callable) -> np.ndarray:
+    """[draws] the value of rank(total weight), from 0, among sorted values [n]; NaN for a draw without weight.
 
-
-def _location(ordered: np.ndarray, counts: np.ndarray, sums: np.ndarray, share: float) -> tuple[float, float, float]:
-    """Median, trimmed and winsorised mean from cumulated counts [n] and sums [n] of sorted values."""
-    total = counts[-1]
-    if total == 0:
-        return np.nan, np.nan, np.nan
-    cut = np.floor(share * total)
-    ranks = np.array([(total - 1) // 2, total // 2, cut, total - cut - 1])
-    at = np.searchsorted(counts, ranks, side="right")
-    low, high = ordered[at[2]], ordered[at[3]]
-    below = (sums[at[2]] - low * counts[at[2]]) + low * cut
-    upto = (sums[at[3]] - high * counts[at[3]]) + high * (total - cut)
-    inner = upto - below
-    return ordered[at[:2]].mean(), inner / (total - 2 * cut), (inner + cut * (low + high)) / total
+    It is looked for within a twentieth of the ranks on either side of the share `near`, and everywhere if that fails.
+    """
+    n = len(ordered)
+    for start, stop in ((int(max(near - 0.05, 0) * n), int(np.ceil(min(near + 0.05, 1) * n))), (0, n)):
+        before, total = (prompts.weights @ np.bincount(part, minlength=prompts.count) for part in (codes[:start], codes))
+        wanted, within = rank(total), prompts.weights @ np.bincount(codes[start:stop], minlength=prompts.count)
+        if ((before <= wanted) & (wanted < before + within) | (total == 0)).all():
+            break
+    found, rows = np.full(len(total), np.nan), max(1, CHUNK // (stop - start))
+    for first in range(0, len(total), rows):
+        block = np.arange(first, min(first + rows, len(total)))
+        block = block[total[block] > 0]
+        upto = np.cumsum(prompts.weights[block][:, codes[start:stop]], axis=1)
+        at = [np.searchsorted(counts, rest, side="right") for counts, rest in zip(upto, (wanted - before)[block])]
+        found[block] = ordered[start + np.array(at, dtype=int)]
+    return found
 
 
 def design_effect(values: np.ndarray, prompts: Prompts) -> float:

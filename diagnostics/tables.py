@@ -24,7 +24,7 @@ import pandas as pd
 from diagnostics import criteria as registry
 from diagnostics import statistics
 from diagnostics.criteria import normalise, relative_position
-from diagnostics.statistics import Estimate, Prompts, Variable
+from diagnostics.statistics import Controls, Estimate, Prompts, Variable
 from diagnostics.types import DiagnosticsError, require_columns
 
 OUTCOMES = ("gain", "relative_gain", "reverse_gain")
@@ -214,7 +214,7 @@ def _each(tokens: pd.DataFrame, statistic: Callable, criteria, *, draws: int, le
     scored, held, rows = scores(tokens, criteria, seed=seed), [f(tokens) for f in CONTROLS.values()], []
     for split in splits(tokens, draws=draws, seed=seed):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-        controls, bare = [Variable(control[split.mask]) for control in held], split.prompts.without_draws()
+        controls, bare = Controls([control[split.mask] for control in held]), split.prompts.without_draws()
         for outcome in outcomes(tokens):
             y, placebo = (Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}"))
             for name, x in variables.items():
