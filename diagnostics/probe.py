@@ -138,6 +138,7 @@ class Workbench:
                 total += float(part.detach())
                 if backward:
                     part.backward()
+                    self._collect_gradients()
         return float(parallel.total(np.array([total]))[0])
 
     def batch_loss(
@@ -154,27 +155,32 @@ class Workbench:
     def gradient(self, weights_N: np.ndarray, *, loss: str, beta: float) -> tuple[float, list[Tensor]]:
         """Mean loss at theta0 in nats and its gradient, one tensor a parameter.
 
-        Out of memory, every batch is halved and the gradient is started again.
+        Batches are added up in float64: AdamW's first step divides a gradient by its own size, which would
+        turn the rounding of another order of summation into a different step. Out of memory, every batch is
+        halved and the gradient is started again.
         """
         value = None
         while value is None:
-            self._clear_gradients()
+            self._sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.parameters]
             try:
                 value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve_step_batches(error)
-        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        parallel.sum_(gradient)
-        self._clear_gradients()
+        parallel.sum_(self._sums)
+        gradient = [total.to(p.dtype) for p, total in zip(self.parameters, self._sums)]
+        self._sums = []
         if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
             raise DiagnosticsError(
                 f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the models' logits for NaN or inf, or use float32."
             )
         return value, gradient
 
-    def _clear_gradients(self) -> None:
-        for p in self.parameters:
-            p.grad = None
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        for p, total in zip(self.parameters, self._sums):
+            if p.grad is not None:
+                total += p.grad
+                p.grad = None
 
     def _halve_step_batches(self, error: BaseException) -> None:
         halves = [batch.halves(error) for batch in self.step_batches]
