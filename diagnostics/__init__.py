@@ -17,13 +17,17 @@ _HOMES = {
     "rollouts": ("rollout",),
     "scores": ("score",),
     "probe": ("probe",),
-    "analysis": ("correlate", "q3_contrast"),
+    "tasks": ("sums", "verify"),
+    "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),
 }
+_MODULES = {"plot": "figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)
+__all__ = sorted({*_HOME, *_MODULES})
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"diagnostics.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"diagnostics.{_HOME[name]}"), name)
     raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
