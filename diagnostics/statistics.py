@@ -398,7 +398,7 @@ def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.nda
     return full.reshape(prompts.count, q * q)
 
 
-def _inverse(matrix: np.ndarray) -> np.ndarray:
+def inverse(matrix: np.ndarray) -> np.ndarray:
     """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly dependent."""
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
@@ -406,9 +406,8 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
     scaled = np.where(np.isfinite(scaled), scaled, 0.0)
     regular = np.linalg.det(scaled) > SINGULAR
     safe = np.where(regular[..., None, None], scaled, np.eye(matrix.shape[-1]))
-    inverse = np.linalg.inv(safe)
     scale = np.where(regular[..., None], scale, np.nan)
-    return inverse / (scale[..., :, None] * scale[..., None, :])
+    return np.linalg.inv(safe) / (scale[..., :, None] * scale[..., None, :])
 
 
 # --- means ------------------------------------------------------------------------------------------
@@ -608,7 +607,7 @@ def regress(outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts,
     design = np.stack(scaled[:-1], axis=1)
     fitted = np.full(len(outcome), np.nan)
     fitted[mask] = design @ [estimate.value for estimate in values[:-1]]
-    inflation = np.diag(_inverse(np.atleast_2d(design.T @ design / len(design))))
+    inflation = np.diag(inverse(np.atleast_2d(design.T @ design / len(design))))
     errors = _cluster_robust_errors(scaled[-1], design, prompts.codes[mask]) if robust else [np.nan] * len(terms)
     by_term = (dict(zip(terms, map(float, side))) for side in (errors, inflation))
     return Regression(dict(zip(terms, values)), *by_term, values[-1], fitted, spread)
@@ -617,9 +616,9 @@ def regress(outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts,
 def _coefficients_and_fit(sums: np.ndarray, q: int) -> np.ndarray:
     """[..., q - 2 coefficients + R^2] from the cross products of [1, terms, outcome]."""
     products = sums.reshape(*sums.shape[:-1], q, q)
-    inverse = _inverse(products[..., :-1, :-1])
+    normal = inverse(products[..., :-1, :-1])
     with_outcome = products[..., :-1, -1]
-    beta = (inverse @ with_outcome[..., None])[..., 0]
+    beta = (normal @ with_outcome[..., None])[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
         total = products[..., -1, -1] - products[..., 0, -1] ** 2 / products[..., 0, 0]
         residual = products[..., -1, -1] - (beta * with_outcome).sum(-1)
