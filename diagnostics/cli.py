@@ -23,11 +23,14 @@ EXAMPLES = {
     "run": "python -m diagnostics run --pair embedded --output-dir reports/demo\n"
     "  python -m diagnostics run --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/mine",
     "rollout": "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine",
-    "score": "python -m diagnostics score --pair embedded --output-dir reports/mine",
+    "score": "python -m diagnostics score --pair embedded --output-dir reports/mine\n"
+    "  python -m diagnostics score --pair embedded --after reports/trained/student --output-dir reports/mine",
     "probe": "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine",
     "analyze": "python -m diagnostics analyze --output-dir reports/mine\n"
     "  python -m diagnostics analyze --tokens token_bank.csv --output-dir reports/theirs",
     "report": "python -m diagnostics report --output-dir reports/mine",
+    "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
+    "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
     "criteria": "python -m diagnostics criteria",
 }
 PURPOSE = {
@@ -37,6 +40,7 @@ PURPOSE = {
     "probe": "take one OPD step, re-score the same positions, restore the student",
     "analyze": "write the tables of the study from tokens.parquet",
     "report": "draw the figures and write report.html from the run's files",
+    "train": "TA-OPD: train the student on the positions that a criterion selects",
     "criteria": "list the registered selection criteria",
 }
 
@@ -49,6 +53,7 @@ STAGES = {
     "report": (),
 }
 STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
+STAGES["train"] = ("pairs.PairConfig", "prompts.PromptConfig", "training.TrainConfig", "training.EngineConfig", "evaluation.EvaluationConfig")
 
 
 def _configs(command: str) -> tuple[type, ...]:
@@ -73,6 +78,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         if name in STAGES:
             command.add_argument("--output-dir", required=True, help="the run's directory")
             add_flags(command, *configs)
+        if name == "score":
+            command.add_argument("--after", help="a trained student: add its after-columns and gains to the table")
         if name == "analyze":
             command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
             command.add_argument("--tokens", help="analyse this token table (ours, or one of the released scripts') instead of the run's own")
@@ -124,6 +131,10 @@ def _stage(parsed: argparse.Namespace) -> dict:
             stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"])
         if parsed.command in ("run", "score"):
             stages.score_stage(run, models, configs["ScoreConfig"])
+        if getattr(parsed, "after", None):
+            stages.after_stage(run, models, parsed.after, batch_tokens=configs["ScoreConfig"].batch_tokens)
+        if parsed.command == "train":
+            stages.train_stage(run, models, *(configs[name] for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")))
         if parsed.command in ("run", "probe"):
             stages.probe_stage(run, models, configs["ProbeConfig"], batch_tokens=configs["ScoreConfig"].batch_tokens)
         if parsed.command in ("run", "analyze"):

@@ -55,12 +55,12 @@ class FrozenBank:
     Under several processes each holds a share of the batches; results are whole on all.
     """
 
-    def __init__(self, pair: Pair, bank: Bank):
+    def __init__(self, pair: Pair, bank: Bank, *, batch_tokens: int | None = None):
         from diagnostics import scores
 
         scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
-        self.todo = scores.mine(scores.batches(bank))
+        self.todo = scores.mine(scores.batches(bank, batch_tokens=batch_tokens or scores.BATCH_TOKENS))
         self.teacher = scores.teacher_states(pair, self.todo)
         self.prompt_ids = np.repeat([context.prompt_id for context in bank], [len(context.response_ids) for context in bank])
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("diagnostics")
-LIBRARIES = ("torch", "transformers", "numpy", "pandas", "scipy", "statsmodels", "matplotlib", "pyarrow")
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "numpy", "pandas", "scipy", "statsmodels", "matplotlib", "pyarrow")
 
 
 def sha256_file(path: Path) -> str:

@@ -2,10 +2,12 @@
 
     rollout -> contexts.parquet     score -> scores.parquet     probe -> gains.parquet, tables/calibration.csv
     analyze -> tables/*.csv         report -> figures/*, report.html
+    score --after -> gains.parquet from a checkpoint in place of the probe's
+    train -> training_gains.parquet and what `training` lists        validate -> what `validation` lists
 
 `tokens.parquet` is scores and gains side by side, written anew whenever either appears. Settings of rollout,
-score and probe are fixed once their files exist; tables and report are derived, and made again when what
-they come from, or how they are asked for, has changed.
+score, probe and train are fixed once their files exist; tables and report are derived, and made again when
+what they come from, or how they are asked for, has changed.
 """
 
 from __future__ import annotations
@@ -144,12 +146,94 @@ def import_tokens(run: Run, path: Path) -> None:
     run.stage("import", settings={"tokens": path.name, "sha256": sha256_file(path)}, outputs=["tokens.parquet"], work=work)
 
 
+def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
+    """Gains of a student that was trained anywhere: the frozen positions scored again with it."""
+    from diagnostics.evaluation import FrozenBank
+    from diagnostics.pairs import load_pair, named_pair
+    from diagnostics.probe import gains
+
+    def work() -> dict:
+        options = dataclasses.asdict(models.config)
+        name = options.pop("pair")
+        teacher = {} if name is None else {"teacher": named_pair(name)[1]}
+        pair = load_pair(**options | teacher | {"student": checkpoint, "student_revision": None})
+        before = read_parquet(run.path("scores.parquet"))
+        after = FrozenBank(pair, read_bank(run.path("contexts.parquet")), batch_tokens=batch_tokens).divergences()
+        columns = gains((before["forward_kl"].to_numpy(), before["reverse_kl"].to_numpy()), after)
+        write_parquet(run.path("gains.parquet"), before[list(GAIN_KEYS)].assign(**columns))
+        return pair.facts
+
+    if "probe" in run.manifest["stages"]:
+        raise DiagnosticsError(f"{run.directory} holds the gains of a probe. Score the same contexts in another --output-dir, and the checkpoint there.")
+    run.stage("after", settings={**models.settings, "after": checkpoint, "batch_tokens": batch_tokens},
+              inputs=["contexts.parquet", "scores.parquet"], outputs=["gains.parquet"], work=work)
+    join_tokens(run)
+
+
 def join_tokens(run: Run) -> None:
     """Write tokens.parquet from the files that hold its columns."""
     tokens = read_parquet(run.path("scores.parquet"))
-    if run.path("gains.parquet").exists():
-        tokens = tokens.merge(read_parquet(run.path("gains.parquet")), on=list(GAIN_KEYS), how="left", validate="one_to_one")
+    for name in ("gains.parquet", "training_gains.parquet"):
+        if run.path(name).exists():
+            added = read_parquet(run.path(name))
+            added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
+            tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
+
+
+def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and prompts to hold out.
+
+    The embedded pair writes as many of both as are `needed`; a file gives up its last `eval_contexts`, unless there is a
+    file of held-out prompts.
+    """
+    from diagnostics.tasks import sums
+
+    count = evaluation.eval_contexts
+    if prompts.prompts is None and models.config.pair == "embedded":
+        return sums(prompts.contexts or needed, seed=seed, split="train"), sums(count, seed=0, split="test") if count else []
+    found = choose_prompts(models, prompts)
+    if evaluation.eval_prompts:
+        return found, choose_prompts(models, dataclasses.replace(prompts, prompts=evaluation.eval_prompts, contexts=count)) if count else []
+    return found[: len(found) - count], found[len(found) - count :]
+
+
+def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) -> Bank | None:
+    """The run's contexts; where there are none, the untouched student answers the held-out prompts."""
+    from diagnostics.rollouts import rollout
+
+    if run.path("contexts.parquet").exists():
+        return read_bank(run.path("contexts.parquet"))
+    if not held_out:
+        return None
+    bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
+    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    return bank
+
+
+def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
+    """Train the student; gains on the frozen bank join the token table where there is one."""
+    from diagnostics.training import train
+
+    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
+                **dataclasses.asdict(evaluation)}
+    settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
+
+    def work() -> dict:
+        write_json(run.manifest_path, run.manifest)
+        data, held_out = training_prompts(models, prompts, evaluation, needed=config.steps * config.batch, seed=config.seed)
+        bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
+        train(models.pair, data, output_dir=run.directory, config=config, engine=engine, evaluation=evaluation, held_out=held_out, bank=bank)
+        return {**models.pair.facts, "prompts": len(data), "held_out": len(held_out)}
+
+    def outputs() -> list[str]:
+        names = ("train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet", "training_gains.parquet")
+        weights = sorted(run.path("student").glob("*.safetensors"))
+        return [name for name in names if run.path(name).exists()] + [f"student/{path.name}" for path in weights]
+
+    run.stage("train", settings=settings, outputs=outputs, work=work)
+    if run.path("scores.parquet").exists():
+        join_tokens(run)
 
 
 def analyze_stage(run: Run, config, *, seed: int) -> None:

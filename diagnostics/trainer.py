@@ -286,7 +286,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             student_BTH[valid_BT], _gathered(self.pair.student).logits, inputs["teacher_states"][valid_BT], _gathered(self.pair.teacher).logits,
             inputs["completion_ids"][valid_BT], loss=self.selection.loss, beta=self.selection.beta, k=self.selection.k,
             weights_N=inputs["loss_weights"][valid_BT], denominator=float(num_items_in_batch),
-        )
+        ).float()
 
     @torch.no_grad()
     def _check_parity(self, unwrapped_student, inputs, num_items_in_batch, loss: Tensor) -> None:

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("diagnostics")
 
 FULL_RATE, LORA_RATE = 1e-6, 2e-4
-PAIR_RATES = {"embedded": 5e-4, "smollm2": 2e-5}
-"""Learning rates of the named pairs, which are far smaller than the paper's models."""
+PAIR_RATES = {"embedded": 1e-4, "smollm2": 1e-5}
+"""Of the named pairs, far smaller than the paper's models. embedded: of 1e-4 and 3e-4 the larger at which *full* OPD still ends 95 %
+of its responses after 60 steps (0.97 and 0.88). smollm2: twice what is still linear for one step."""
 OURS = ("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_completion_length",
         "beta", "temperature", "shuffle_dataset", "seed", "logging_steps", "save_strategy", "save_steps", "remove_unused_columns",
         "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "max_tool_calling_iterations")
@@ -292,6 +293,7 @@ def _save_student(trainer, pair: Pair, folder: Path) -> None:
         trainer.save_model(str(folder))
     if parallel.is_main():
         pair.tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 # --- watching ---------------------------------------------------------------------------------------

@@ -1,0 +1,226 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from diagnostics import criteria, losses, rollouts, scores, trainer
+from diagnostics.pairs import assemble
+from diagnostics.trainer import SelectedDistillationTrainer, Selection, check_contract
+from diagnostics.types import Bank, Context, DiagnosticsError
+from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+class Recording(SelectedDistillationTrainer):
+    """Keeps every narrowed batch."""
+
+    def _narrow(self, batch):
+        self.narrowed = [*getattr(self, "narrowed", []), super()._narrow(batch)]
+        return self.narrowed[-1]
+
+
+def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-3, **options):
+    prompts = make_prompts(steps * batch)
+    made = Recording(
+        pair, selection,
+        args=DistillationConfig(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch // accumulation, gradient_accumulation_steps=accumulation,
+            learning_rate=rate, max_completion_length=8, bf16=False, activation_checkpointing=False, report_to="none", logging_steps=1,
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, **options,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in prompts], "row": list(range(len(prompts)))}),
+    )
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made
+
+
+def logged(made, step=0):
+    return [entry for entry in made.state.log_history if "loss" in entry][step]
+
+
+def bank_of(batch):
+    """A narrowed batch as frozen contexts."""
+    contexts = []
+    for i, mask in enumerate(batch["completion_mask"].bool()):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+        contexts.append(Context(str(i), str(i), "", tuple(prompt), "", tuple(batch["completion_ids"][i][mask].tolist()), True))
+    return Bank(tuple(contexts))
+
+
+def on_positions(batch, name):
+    return batch[name][batch["completion_mask"].bool()].numpy()
+
+
+def plain_losses(pair, bank, **options):
+    """Loss [N] at every position, one context at a time, from full float64 logits."""
+    found = []
+    for context in bank:
+        ids = torch.tensor([context.ids])
+        rows = slice(len(context.prompt_ids) - 1, len(context.ids) - 1)
+        with torch.no_grad():
+            student, teacher = (readout.model.double()(ids).logits[0, rows] for readout in (pair.student, pair.teacher))
+        found.append(losses.per_position(student, teacher, torch.tensor(context.response_ids), **options))
+        pair.student.model.float(), pair.teacher.model.float()
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("criterion, budget", [("teachability", 0.1), ("entropy", 0.3), ("incompatible", None), ("full", 0.05), ("acceptance", 0.2)])
+def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, budget):
+    made = train(tmp_path, make_pair(), Selection(criterion, budget))
+    batch, pair = made.narrowed[0], make_pair()
+    bank = bank_of(batch)
+    tokens = scores.score(pair, bank, k=16, sweep=())
+    expected = criteria.select(tokens, criterion, budget=budget)
+    np.testing.assert_array_equal(on_positions(batch, "tool_mask") == 1, expected)
+    assert batch["tool_mask"].sum() == batch["num_items_in_batch"] == expected.sum()
+    reverse = plain_losses(pair, bank, loss="reverse_kl")
+    assert logged(made)["loss"] == pytest.approx(reverse[expected].mean(), rel=1e-5)
+    log = logged(made)
+    assert log["selected"] == expected.sum() and log["positions"] == bank.positions and log["selected_share"] == pytest.approx(expected.mean())
+    for name in ("forward_kl", "compatibility", "student_entropy"):
+        assert log[f"{name}/all"] == pytest.approx(tokens[name].mean(), rel=1e-5)
+        assert log[f"{name}/selected"] == pytest.approx(tokens[name][expected].mean(), rel=1e-5)
+    if criterion != "tip":
+        other = criteria.select(tokens, "tip", budget=budget or criteria.find(criterion).budget)
+        assert log["jaccard/tip"] == pytest.approx((other & expected).sum() / (other | expected).sum())
+
+
+@pytest.mark.parametrize("loss, beta", [("forward_kl", 0.5), ("jsd", 0.3), ("jsd", 1.0), ("sampled", 0.5), ("topk_reverse", 0.5)])
+def test_every_loss_is_ours(tmp_path, loss, beta):
+    made = train(tmp_path, make_pair(), Selection("divergence", 0.3, loss=loss, beta=beta))
+    batch, pair = made.narrowed[0], make_pair()
+    values = plain_losses(pair, bank_of(batch), loss=loss, beta=beta, k=16)
+    assert logged(made)["loss"] == pytest.approx(values[on_positions(batch, "tool_mask") == 1].mean(), rel=1e-4)
+    assert logged(made)["grad_norm"] > 0
+
+
+def test_a_soft_weight_weighs(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("acceptance"))
+    batch, pair = made.narrowed[0], make_pair()
+    bank = bank_of(batch)
+    weights = scores.score(pair, bank, sweep=())["acceptance"].to_numpy()
+    values = plain_losses(pair, bank, loss="reverse_kl")
+    assert np.ptp(weights) > 0.1
+    assert logged(made)["loss"] == pytest.approx((weights * values).sum() / weights.sum(), rel=1e-4)
+    assert on_positions(batch, "loss_weights").mean() == pytest.approx(1)
+
+
+def test_accumulation_changes_neither_masks_nor_weights(tmp_path):
+    whole, parts = (train(tmp_path / str(n), make_pair(), Selection("teachability", 0.2), steps=2, batch=8, accumulation=n) for n in (1, 4))
+    for one, other in zip(whole.narrowed, parts.narrowed):
+        assert torch.equal(one["completion_ids"], other["completion_ids"]) and torch.equal(one["tool_mask"], other["tool_mask"])
+    for step in (0, 1):
+        assert logged(whole, step)["loss"] == pytest.approx(logged(parts, step)["loss"], rel=1e-6)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+def test_gradient_is_that_of_the_selected_mean(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("entropy", 0.25), max_grad_norm=0.0)
+    batch, pair = made.narrowed[0], make_pair()
+    for readout in (pair.student, pair.teacher):
+        readout.model.double()
+    total = 0.0
+    for context, mask in zip(bank_of(batch), batch["tool_mask"]):
+        ids, rows = torch.tensor([context.ids]), slice(len(context.prompt_ids) - 1, len(context.ids) - 1)
+        ln_p, ln_q = (readout.model(ids).logits[0, rows].log_softmax(-1) for readout in (pair.student, pair.teacher))
+        total = total + ((ln_p.exp() * (ln_p - ln_q.detach())).sum(-1) * mask[: len(context.response_ids)]).sum()
+    (total / batch["tool_mask"].sum()).backward()
+    norm = sum(p.grad.square().sum() for p in pair.student.model.parameters()).sqrt()
+    assert logged(made)["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_responses_come_from_the_streams_of_their_rows(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("full", seed=5), steps=2, rate=0.0)
+    pair, prompts = make_pair(), make_prompts(8)
+    streams = [rollouts.stream(5, "train", row) for row in range(4, 8)]
+    expected = rollouts.generate(
+        pair.student.model, [pair.tokenizer(p.prompt)["input_ids"] for p in prompts[4:]], rollouts.Chooser(streams, 1.0, 1.0, 0, 64),
+        end_ids=pair.end_ids, max_new_tokens=8,
+    )
+    assert [list(c.response_ids) for c in bank_of(made.narrowed[1])] == expected
+
+
+def test_random_selection_is_seeded_by_step():
+    tokens = scores.score(make_pair(), rollouts.rollout(make_pair(), make_prompts(6), max_new_tokens=8), sweep=())
+    first, again, later, other = (Selection("random", 0.2, seed=s).weights(tokens, step=n) for s, n in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert (first == again).all() and (first != later).any() and (first != other).any()
+    assert first.sum() == later.sum() == criteria.budget_count(len(tokens), 0.2)
+
+
+def test_a_position_that_is_not_finite_carries_no_loss():
+    tokens = scores.score(make_pair(), rollouts.rollout(make_pair(), make_prompts(3), max_new_tokens=8), sweep=())
+    tokens.loc[2, "forward_kl"] = np.nan
+    weights = Selection("full").weights(tokens, step=0)
+    assert weights[2] == 0 and weights.sum() == len(tokens) - 1
+    tokens["forward_kl"] = np.nan
+    with pytest.raises(DiagnosticsError, match=rf"^Criterion 'full' selects none of the {len(tokens)} positions of step 3\. Use a larger batch or budget\.$"):
+        Selection("full").weights(tokens, step=3)
+
+
+def test_a_larger_teacher_head_is_cut(tmp_path):
+    pair = assemble("tiny", make_model(1), make_model(2, hidden=48, vocabulary=72), make_tokenizer())
+    kept = pair.teacher.model.lm_head.weight[:64].clone()
+    made = train(tmp_path, pair, Selection("divergence", 0.2))
+    torch.testing.assert_close(made.teacher_model.lm_head.weight, kept, rtol=0, atol=0)
+    assert logged(made)["reverse_kl/selected"] == pytest.approx(logged(made)["loss"], rel=1e-5)
+
+
+def test_a_larger_student_head_is_refused(tmp_path):
+    pair = assemble("tiny", make_model(1, vocabulary=72), make_model(2, hidden=48), make_tokenizer())
+    message = (r"^The student's head has 72 ids and the teacher's 64; training compares whole distributions\. "
+               r"Cut the student's first: model\.resize_token_embeddings\(64\)\.$")
+    with pytest.raises(DiagnosticsError, match=message):
+        train(tmp_path, pair, Selection("full"))
+
+
+def test_another_loss_in_trl_is_noticed(tmp_path, monkeypatch):
+    from trl.trainer import distillation_trainer
+
+    original = distillation_trainer._chunked_divergence_loss
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", lambda *a, **k: (2 * original(*a, **k)[0], *original(*a, **k)[1:]))
+    with pytest.raises(DiagnosticsError, match=r"^TRL .* computes a reverse_kl loss of .* on the selected positions, where it is .* Install trl==1\.16\.0\.$"):
+        train(tmp_path, make_pair(), Selection("teachability", 0.2))
+
+
+def test_the_installed_trl_keeps_the_contract():
+    check_contract()
+    source = inspect.getsource(DistillationTrainer._compute_loss)
+    assert 'completion_mask * inputs["tool_mask"]' in source and 'completion_mask * tool_mask' in inspect.getsource(DistillationTrainer._generate_and_score_completions)
+    assert 'inputs["num_items_in_batch"]' in inspect.getsource(DistillationTrainer.compute_loss)
+
+
+def test_a_changed_trl_is_refused():
+    class Renamed:
+        """A release without the method that is overridden first."""
+
+    class Reordered(DistillationTrainer):
+        """A release that takes its arguments in another order."""
+
+        def _compute_loss(self, inputs, unwrapped_student, num_items_in_batch):
+            return None
+
+    start = r"^TRL 9\.9 is not the release that training was written for: DistillationTrainer\."
+    with pytest.raises(DiagnosticsError, match=start + r"_generate_and_score_completions is missing, and \(self, inputs, …\) is relied on\. Install trl==1\.16\.0\.$"):
+        check_contract(Renamed, "9.9")
+    with pytest.raises(DiagnosticsError, match=start + r"_compute_loss takes \(self, inputs, unwrapped_student, num_items_in_batch\), and "):
+        check_contract(Reordered, "9.9")
+
+
+def test_a_batch_without_its_mask_is_refused(tmp_path, monkeypatch):
+    original = DistillationTrainer._generate_and_score_completions
+
+    def renamed(self, inputs):
+        batch = original(self, inputs)
+        batch["response_mask"] = batch.pop("completion_mask")
+        return batch
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", renamed)
+    with pytest.raises(DiagnosticsError, match=rf"^TRL {trainer.trl_version} is not the release .*: the batch lacks completion_mask\. Install trl==1\.16\.0\.$"):
+        train(tmp_path, make_pair(), Selection("full"))
