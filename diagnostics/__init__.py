@@ -18,6 +18,7 @@ _HOMES = {
     "scores": ("score",),
     "probe": ("probe",),
     "tasks": ("sums", "verify"),
+    "interop": ("read_tokens",),
     "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),
 }
 _MODULES = {"plot": "figures"}
