@@ -1,36 +1,47 @@
 """On-policy distillation objectives per position, and their reduction with bounded memory.
 
-With p the student's distribution, q the teacher's, y the sampled token, S the student's top K:
+With p the student's distribution, q the teacher's, y the sampled token, S the student's top K, z the student's
+logits, the value of a position in nats and its derivative in z:
 
-    forward_kl      KL(q||p) = sum q (ln q - ln p)              teacher first
-    reverse_kl      KL(p||q) = sum p (ln p - ln q)              student first
-    jsd             beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p
-    sampled         -A ln p(y), A = ln q(y) - ln p(y) detached: the policy gradient whose mean is KL(p||q)'s
-    topk_reverse    KL(p_S||q_S), both renormalised on S; S itself carries no gradient
+    forward_kl     KL(q||p), teacher first                                     p - q
+    reverse_kl     KL(p||q), student first                                     p (ln p - ln q - KL(p||q))
+    jsd            beta KL(q||m) + (1 - beta) KL(p||m),                        (1 - beta) p (ln p - ln m - KL(p||m))
+                   m = beta q + (1 - beta) p
+    sampled        -A ln p(y), A = ln q(y) - ln p(y) without derivative        A (p - [y])
+    topk_reverse   KL(p_S||q_S), both renormalised on S                        reverse_kl's, on S
 
+`sampled` is the policy gradient on the sampled token: over y ~ p its derivative averages to reverse_kl's.
 beta = 0 of jsd is forward_kl and beta = 1 is reverse_kl, as in TRL's and Liger's generalised JSD: the interior
-form tends to 0 at both ends, so the ends are special cases, not limits. Values are in nats.
+form tends to 0 at both ends, so the ends are special cases, not limits.
 
-Reference: arXiv 2306.13649 (generalised JSD), arXiv 2605.26844 (sampled-token loss).
+Reference: arXiv 2306.13649 (generalised JSD), arXiv 2605.26844 (loss on the sampled token).
 
 The reduction is the sum over positions of weight times value, over a denominator that the caller counts
-globally; accumulation and data parallelism then leave the gradient unchanged.
+globally, so that accumulation and data parallelism leave the gradient unchanged.
 
-Numbers: logits are upcast to float32 (float64 stays). A token that both models exclude (-inf logits)
-contributes 0. The teacher never receives a gradient.
+Departures: derivatives are written out, not traced, so a chunk of positions costs its logits once and its
+derivative once; `chunked_loss` takes them while the logits are in hand, where checkpointing would project twice.
+There is no second derivative. The values of both KLs are those of `divergences`, bit for bit.
 
-Axes: N positions, n of a chunk, H hidden size, V vocabulary, K support.
+Undefined is NaN, value and derivative: a NaN or +inf logit in either model. A token that both models exclude
+(-inf) contributes 0; one that only the second distribution of a KL excludes makes it inf.
+
+Axes: N positions, n of a chunk, r of a row block, H hidden size, V vocabulary, K support.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
-from diagnostics.divergences import Logits, chunk_size, top_ids
+from diagnostics.divergences import LN2, Block, Logits, beyond, blocks, chunk_size, exact, filled, top_ids, total
 from diagnostics.types import DiagnosticsError
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
@@ -47,25 +58,15 @@ def per_position(
     k: int = 16,
     advantage_N: Tensor | None = None,
 ) -> Tensor:
-    """The objective [N] of each position in nats, differentiable in the student's logits.
+    """The objective [N] of each position in nats, float64, differentiable once in the student's logits.
 
     student_logits_NV, teacher_logits_NV: [N, V] over the same ids. sampled_N: [N] ids, used by `sampled` only.
     beta: used by `jsd` only. k: used by `topk_reverse` only. advantage_N: [N] replaces ln q(y) - ln p(y) in
-    `sampled` (an advantage frozen at rollout). Raises DiagnosticsError for an unknown loss or a beta outside [0, 1].
+    `sampled` (an advantage frozen earlier). Raises DiagnosticsError for an unknown loss or a beta outside [0, 1].
     """
-    check_loss(loss, beta=beta, k=k)
-    ln_p_NV, ln_q_NV = _log_softmax(student_logits_NV), _log_softmax(teacher_logits_NV.detach())
-    if loss == "sampled":
-        return _sampled(ln_p_NV, ln_q_NV, sampled_N, advantage_N)
-    if loss == "topk_reverse":
-        ids_NK = top_ids(student_logits_NV.detach(), k)
-        return _kl(ln_p_NV.gather(1, ids_NK).log_softmax(-1), ln_q_NV.gather(1, ids_NK).log_softmax(-1))
-    if loss == "forward_kl" or (loss == "jsd" and beta == 0):
-        return _kl(ln_q_NV, ln_p_NV)
-    if loss == "reverse_kl" or beta == 1:
-        return _kl(ln_p_NV, ln_q_NV)
-    ln_m_NV = (beta * ln_q_NV.exp() + (1 - beta) * ln_p_NV.exp()).clamp(min=torch.finfo(ln_p_NV.dtype).tiny).log()
-    return beta * _kl(ln_q_NV, ln_m_NV) + (1 - beta) * _kl(ln_p_NV, ln_m_NV)
+    objective = _objective(loss, beta=beta, k=k)
+    positions = _Positions(sampled_N, advantage_N)
+    return _PerPosition.apply(student_logits_NV, teacher_logits_NV.detach(), positions, objective)
 
 
 def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
@@ -83,8 +84,7 @@ def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
 
     A position of weight 0 does not count, whatever its value. Raises DiagnosticsError for a denominator <= 0.
     """
-    if not denominator > 0:
-        raise DiagnosticsError(f"The denominator of the loss is {denominator}; select at least one position.")
+    _check_denominator(denominator)
     kept_N = weights_N != 0
     return (values_N[kept_N] * weights_N[kept_N]).sum() / denominator
 
@@ -104,43 +104,319 @@ def chunked_loss(
     advantage_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The reduced objective, a scalar in nats; logits live for one chunk of positions, in forward and in backward.
+    """The reduced objective, a scalar in nats; logits and their derivative live for one chunk of positions.
 
-    Differentiable in student_hidden_NH [N, H] and in whatever parameters `student_logits` uses. weights_N: [N];
-    positions of weight 0 are never projected. denominator: global, see `reduce`. chunk: positions.
+    Differentiable once in student_hidden_NH [N, H] and in the parameters that `student_logits` uses. The
+    derivatives are taken during the forward; the backward hands them over. weights_N: [N]; positions of weight
+    0 are never projected. denominator: global, see `reduce`. chunk: positions. The rest as in `per_position`.
     """
-    check_loss(loss, beta=beta, k=k)
-    kept_N = weights_N.nonzero()[:, 0]
-    step = chunk or chunk_size(student_logits(student_hidden_NH[:1].detach()).shape[-1])
+    _check_denominator(denominator)
+    objective = _objective(loss, beta=beta, k=k)
+    nothing_0V = student_logits(student_hidden_NH[:0].detach())
+    leaves = _leaves(nothing_0V)
+    kept_n = weights_N.nonzero()[:, 0]
+    chunks = kept_n.split(chunk or chunk_size(nothing_0V.shape[-1], nothing_0V.device)) if len(kept_n) else ()
 
-    def part(hidden_nH: Tensor, at_n: Tensor) -> Tensor:
+    def chunk_value(at_n: Tensor, gradients: _Gradients | None) -> Tensor:
+        """One chunk's part of the sum; its derivative goes to `gradients`."""
+        hidden_nH = _at(student_hidden_NH, at_n).detach()
+        positions = _Positions(_at(sampled_N, at_n), _at(advantage_N, at_n), exact(_at(weights_N, at_n)) / denominator)
         with torch.no_grad():
-            teacher_nV = teacher_logits(teacher_hidden_NH[at_n.to(teacher_hidden_NH.device)])
-        student_nV = student_logits(hidden_nH)
-        advantage_n = None if advantage_N is None else advantage_N[at_n]
-        values_n = per_position(
-            student_nV, teacher_nV.to(student_nV.device), sampled_N[at_n], loss=loss, beta=beta, k=k, advantage_N=advantage_n
-        )
-        return reduce(values_n, weights_N[at_n], denominator)
+            teacher_nV = teacher_logits(_at(teacher_hidden_NH, at_n))
+        if gradients is None:
+            student_nV, slope_nV = student_logits(hidden_nH), None
+        else:
+            student_nV = gradients.trace(student_logits, hidden_nH)
+            slope_nV = torch.empty_like(student_nV, requires_grad=False)
+        values_n = _evaluate(objective, student_nV.detach(), teacher_nV.to(student_nV.device), positions, slope_NV=slope_nV)
+        del teacher_nV
+        if gradients is not None:
+            gradients.add(student_nV, slope_nV, at_n)
+        return (values_n * positions.scale_N.to(values_n.device)).sum()
 
-    parts = [checkpoint(part, student_hidden_NH[at_n], at_n, use_reentrant=False) for at_n in kept_N.split(step)]
-    return torch.stack(parts).sum() if parts else student_hidden_NH.sum() * 0
-
-
-def _log_softmax(logits_NV: Tensor) -> Tensor:
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return logits_NV.log_softmax(-1)
-
-
-def _kl(ln_a_NV: Tensor, ln_b_NV: Tensor) -> Tensor:
-    """KL(a||b) [N], 0 where a is 0."""
-    present_NV = ln_a_NV > -torch.inf
-    terms_NV = ln_a_NV.exp() * (ln_a_NV.masked_fill(~present_NV, 0.0) - ln_b_NV.masked_fill(~present_NV, 0.0))
-    return terms_NV.sum(-1)
+    if torch.is_grad_enabled() and (student_hidden_NH.requires_grad or leaves):
+        return _Chunked.apply(chunk_value, chunks, student_hidden_NH, *leaves)
+    return _sum((chunk_value(at_n, None) for at_n in chunks), student_hidden_NH.device)
 
 
-def _sampled(ln_p_NV: Tensor, ln_q_NV: Tensor, sampled_N: Tensor, advantage_N: Tensor | None) -> Tensor:
-    ln_p_N = ln_p_NV.gather(1, sampled_N[:, None])[:, 0]
-    if advantage_N is None:
-        advantage_N = ln_q_NV.gather(1, sampled_N[:, None])[:, 0] - ln_p_N
-    return -advantage_N.detach() * ln_p_N
+@dataclass(frozen=True)
+class _Objective:
+    """A checked loss with its settings."""
+
+    loss: str
+    beta: float
+    k: int
+
+
+def _objective(loss: str, *, beta: float, k: int) -> _Objective:
+    check_loss(loss, beta=beta, k=k)
+    if loss == "jsd" and beta in (0, 1):
+        loss = "reverse_kl" if beta else "forward_kl"
+    return _Objective(loss, beta, k)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """What a loss takes besides logits."""
+
+    sampled_N: Tensor
+    advantage_N: Tensor | None
+    scale_N: Tensor | None = None
+    """Factor of the derivative; 1 where None."""
+
+    def __getitem__(self, rows: slice) -> _Positions:
+        return _Positions(*(None if x is None else x[rows] for x in (self.sampled_N, self.advantage_N, self.scale_N)))
+
+
+@torch.no_grad()
+def _evaluate(objective: _Objective, student_NV: Tensor, teacher_NV: Tensor, positions: _Positions, *, slope_NV: Tensor | None) -> Tensor:
+    """Values [N], float64; fills `slope_NV`, where given, with their derivative in the student's logits times the scale."""
+    values = []
+    for rows, block in blocks(student_NV, teacher_NV):
+        values.append(_rule(objective, block, student_NV[rows], teacher_NV[rows], positions[rows], None if slope_NV is None else slope_NV[rows]))
+    values_N = torch.cat(values)
+    for row in (~values_N.isfinite()).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        student_1V, teacher_1V = exact(student_NV[one]), exact(teacher_NV[one])
+        (_, block), = blocks(filled(student_1V), filled(teacher_1V))
+        value_1 = _rule(objective, block, student_1V, teacher_1V, positions[one], None if slope_NV is None else slope_NV[one])
+        values_N[one] = torch.where(_infinite(objective, student_1V, teacher_1V) & ~value_1.isnan(), torch.inf, value_1)
+    return values_N
+
+
+def _infinite(objective: _Objective, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
+    """Rows [r] whose KL is inf because only its second distribution excludes a token."""
+    if objective.loss == "forward_kl":
+        return beyond(teacher_rV, student_rV)
+    return beyond(student_rV, teacher_rV) & (objective.loss == "reverse_kl")
+
+
+def _rule(
+    objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions, slope_rV: Tensor | None
+) -> Tensor:
+    value_r, write = _RULES[objective.loss](objective, block, student_rV, teacher_rV, positions)
+    if slope_rV is not None:
+        derivative_rV = write()
+        scale_r = torch.ones_like(value_r) if positions.scale_N is None else positions.scale_N
+        slope_rV.copy_(derivative_rV.mul_(scale_r[:, None].to(derivative_rV)))
+    return value_r
+
+
+# Each rule returns the values [r] and a function that gives the derivative [r, V] in one of the block's buffers.
+Rule = tuple[Tensor, Callable[[], Tensor]]
+
+
+def _forward_kl(objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions) -> Rule:
+    forward_r, _ = block.kls()
+
+    def derivative() -> Tensor:
+        p_rV, q_rV = block.distributions().unbind(1)
+        return p_rV.sub_(q_rV)
+
+    return forward_r, derivative
+
+
+def _reverse_kl(objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions) -> Rule:
+    _, reverse_r = block.kls()
+
+    def derivative() -> Tensor:
+        return block.ratio_rV.mul_(-LN2).sub_(reverse_r[:, None].to(block.ratio_rV)).mul_(block.distributions()[:, 0])
+
+    return reverse_r, derivative
+
+
+def _jsd(objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions) -> Rule:
+    beta, (forward_r, _) = objective.beta, block.kls()
+    distributions_r2V = block.distributions()
+    excess_rV = _log_mixture_over_p(beta, block, distributions_r2V)
+    mean_r2 = LN2 * total(torch.mul(distributions_r2V, excess_rV[:, None], out=block.spare_r2V))
+    from_student_r, from_teacher_r = -mean_r2[:, 0], forward_r - mean_r2[:, 1]  # KL(p||m), KL(q||m)
+
+    def derivative() -> Tensor:
+        slope_rV = excess_rV.mul_(-LN2).sub_(from_student_r[:, None].to(excess_rV))
+        return slope_rV.mul_(distributions_r2V[:, 0]).mul_(1 - beta)
+
+    return beta * from_teacher_r + (1 - beta) * from_student_r, derivative
+
+
+def _log_mixture_over_p(beta: float, block: Block, distributions_r2V: Tensor) -> Tensor:
+    """log2 m - log2 p [r, V], m = beta q + (1 - beta) p, in the block's buffer of log2 p."""
+    mixture_rV, ln_rV = block.spare_r2V.unbind(1)
+    torch.lerp(*distributions_r2V.unbind(1), beta, out=mixture_rV).clamp_(min=torch.finfo(mixture_rV.dtype).tiny)
+    centred_rV = block.centred_r2V[:, 0]
+    return torch.sub(torch.log2(mixture_rV, out=ln_rV), centred_rV, out=centred_rV).add_(block.total_r2[:, :1].log2().to(centred_rV))
+
+
+def _sampled(objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions) -> Rule:
+    norm_r2, y_r1 = block.norms(), positions.sampled_N[:, None].to(student_rV.device)
+    ln_p_r, ln_q_r = (exact(x_rV.gather(1, y_r1))[:, 0] - norm_r2[:, i] for i, x_rV in enumerate((student_rV, teacher_rV)))
+    advantage_r = ln_q_r - ln_p_r if positions.advantage_N is None else exact(positions.advantage_N).to(ln_p_r.device)
+
+    def derivative() -> Tensor:
+        p_rV = block.distributions()[:, 0]
+        factor_r1 = advantage_r[:, None].to(p_rV)
+        return p_rV.mul_(factor_r1).scatter_add_(1, y_r1, -factor_r1)
+
+    return -advantage_r * ln_p_r, derivative
+
+
+def _topk_reverse(objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions) -> Rule:
+    ids_rK = top_ids(student_rV, objective.k)
+    ln_p_rK, ln_q_rK = (exact(x_rV.gather(1, ids_rK)).log_softmax(-1) for x_rV in (student_rV, teacher_rV))
+    ratio_rK = torch.where(ln_p_rK > -torch.inf, ln_p_rK - ln_q_rK, 0.0)
+    value_r = (ln_p_rK.exp() * ratio_rK).sum(-1) + 0 * block.total_r2.sum(-1)  # NaN where any logit is
+
+    def derivative() -> Tensor:
+        slope_rK = ln_p_rK.exp() * (ratio_rK - value_r[:, None])
+        return block.centred_r2V[:, 0].zero_().scatter_(1, ids_rK, slope_rK.to(block.centred_r2V))
+
+    return value_r, derivative
+
+
+_RULES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "sampled": _sampled, "topk_reverse": _topk_reverse}
+
+
+class _PerPosition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_NV: Tensor, teacher_NV: Tensor, positions: _Positions, objective: _Objective) -> Tensor:
+        slope_NV = torch.empty_like(student_NV) if ctx.needs_input_grad[0] else None
+        values_N = _evaluate(objective, student_NV, teacher_NV, positions, slope_NV=slope_NV)
+        ctx.save_for_backward(slope_NV)
+        return values_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_N: Tensor) -> tuple:
+        (slope_NV,) = ctx.saved_tensors
+        return slope_NV * gradient_N[:, None].to(slope_NV), None, None, None
+
+
+class _Chunked(torch.autograd.Function):
+    """Sum of the chunks' values, and the derivative that was taken with them."""
+
+    @staticmethod
+    def forward(ctx, chunk_value: Callable, chunks: Sequence[Tensor], hidden_NH: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.gradients = _Gradients(hidden_NH, leaves)
+        return _sum((chunk_value(at_n, ctx.gradients) for at_n in chunks), hidden_NH.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple:
+        if ctx.gradients is None:
+            raise RuntimeError("chunked_loss frees its derivative in the first backward; call it again for a second.")
+        hidden_NH, sums = ctx.gradients.result()
+        ctx.gradients = None
+        factor = float(gradient)
+        scaled = (x if x is None or factor == 1 else x.mul_(factor) for x in (hidden_NH, *sums))
+        return None, None, *scaled
+
+
+class _Gradients:
+    """Derivative of a chunked loss in hidden states and parameters, added up chunk by chunk."""
+
+    def __init__(self, hidden_NH: Tensor, leaves: tuple[Tensor, ...]):
+        self._hidden_NH = torch.zeros_like(hidden_NH) if hidden_NH.requires_grad else None
+        self._leaves = leaves
+        self._sums: dict[int, Tensor] = {}
+        self._input_nH: Tensor | None = None
+
+    def trace(self, student_logits: Logits, hidden_nH: Tensor) -> Tensor:
+        """The chunk's logits, with the graph that leads to them."""
+        self._input_nH = hidden_nH.requires_grad_(self._hidden_NH is not None)
+        with torch.enable_grad(), _LinearsAddInPlace(self):
+            return student_logits(self._input_nH)
+
+    def add(self, logits_nV: Tensor, slope_nV: Tensor, at_n: Tensor) -> None:
+        """Carry a derivative in the chunk's logits on to hidden states and parameters."""
+        inputs = [x for x in (self._input_nH, *self._leaves) if x.requires_grad]
+        # Retained, since what a head uses may share a graph between chunks; this chunk's goes with its logits.
+        parts = dict(zip(map(id, inputs), torch.autograd.grad(logits_nV, inputs, slope_nV, retain_graph=True, allow_unused=True)))
+        if self._hidden_NH is not None and parts[id(self._input_nH)] is not None:
+            self._hidden_NH[at_n.to(self._hidden_NH.device)] = parts[id(self._input_nH)]
+        for leaf in self._leaves:
+            if parts[id(leaf)] is not None:
+                self.sum_of(leaf).add_(parts[id(leaf)])
+        self._input_nH = None
+
+    def sum_of(self, leaf: Tensor) -> Tensor:
+        """The running derivative in a parameter."""
+        if id(leaf) not in self._sums:
+            self._sums[id(leaf)] = torch.zeros_like(leaf)
+        return self._sums[id(leaf)]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """True for one of the parameters."""
+        return any(tensor is leaf for leaf in self._leaves)
+
+    def result(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Derivative in the hidden states and in each parameter."""
+        return self._hidden_NH, [self._sums.get(id(leaf)) for leaf in self._leaves]
+
+
+class _LinearsAddInPlace(TorchFunctionMode):
+    """Inside, F.linear with a parameter (or a slice of one) as weight adds the weight's derivative to the running sum.
+
+    Autograd would make one [V, H] tensor more for each chunk, which at full vocabulary is most of the memory.
+    """
+
+    def __init__(self, gradients: _Gradients):
+        super().__init__()
+        self._gradients = gradients
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and self._applies(*args):
+            return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._gradients)
+        return func(*args, **(kwargs or {}))
+
+    def _applies(self, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> bool:
+        leaf = weight_VH if weight_VH._base is None else weight_VH._base
+        plain = type(weight_VH) in (Tensor, torch.nn.Parameter) and type(leaf) in (Tensor, torch.nn.Parameter)
+        same = input_nH.dim() == 2 and input_nH.dtype == weight_VH.dtype == leaf.dtype and leaf.is_contiguous()
+        return plain and same and self._gradients.holds(leaf) and not torch.is_autocast_enabled(weight_VH.device.type)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, gradients: _Gradients) -> Tensor:
+        ctx.save_for_backward(input_nH, weight_VH)
+        ctx.gradients = gradients
+        return F.linear(input_nH, weight_VH, bias_V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_nV: Tensor) -> tuple:
+        input_nH, weight_VH = ctx.saved_tensors
+        leaf = weight_VH if weight_VH._base is None else weight_VH._base
+        place = weight_VH.size(), weight_VH.stride(), weight_VH.storage_offset() - leaf.storage_offset()
+        ctx.gradients.sum_of(leaf).as_strided(*place).addmm_(gradient_nV.T, input_nH)
+        to_input = gradient_nV @ weight_VH if ctx.needs_input_grad[0] else None
+        return to_input, None, gradient_nV.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _leaves(output: Tensor) -> tuple[Tensor, ...]:
+    """The parameters at the roots of an output's graph, in a fixed order."""
+    found, seen, todo = [], set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return tuple(found)
+
+
+def _at(values_N: Tensor | None, at_n: Tensor) -> Tensor | None:
+    return None if values_N is None else values_N[at_n.to(values_N.device)]
+
+
+def _sum(values: Iterable[Tensor], device: torch.device) -> Tensor:
+    """float64 scalar, float32 where the device has no more."""
+    out = sum(values, torch.zeros((), dtype=torch.float64))
+    return out.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def _check_denominator(denominator: float) -> None:
+    if not denominator > 0:
+        raise DiagnosticsError(f"The denominator of the loss is {denominator}; select at least one position.")
