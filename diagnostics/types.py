@@ -205,6 +205,7 @@ SCHEMA: dict[str, Column] = {
             ("placebo_relative_gain", "fraction", "relative_gain after that random step"),
             ("placebo_reverse_gain", "nats", "reverse_gain after that random step"),
             ("first_order_gain", "nats", "gain predicted by the derivative along the step"),
+            ("lift", "nats", "what the position's own loss adds, to first order, to the mean gain of the held-out positions"),
         ),
     ]
 }
