@@ -5,236 +5,50 @@
     dx.plot.correlations(table, width=dx.plot.SINGLE).savefig("correlations.pdf")
 
 Every function takes `width` in inches (SINGLE = 3.3 for one column, DOUBLE = 6.9 for two) and `dark` for
-a dark page; those with intervals take the `level` that the table was made at, for the caption. Panels sit side by side at DOUBLE and below one another at SINGLE where they would not fit.
-Intervals are drawn as the table gives them; the numbers of prompts and positions stand below the figure.
-Both gains are shown in the order absolute, relative. Colours are Okabe and Ito's, and marker or line
-style always repeats what the colour says.
+a dark page; those with intervals take the `level` that the table was made at, for the caption. Panels sit
+side by side at DOUBLE and below one another at SINGLE where they would not fit. Intervals are drawn as the
+table gives them; the numbers of prompts and positions stand below the figure. Both gains are shown in the
+order absolute, relative. Every function raises DiagnosticsError where its table lacks a column or has no
+row to show. The style lives in `plates`.
 """
 
 from __future__ import annotations
 
-import functools
-import io
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from diagnostics.criteria import quadrants
-from diagnostics.types import DiagnosticsError, require_columns
+from diagnostics import plates
+from diagnostics.criteria import quadrants as quadrant_of
+from diagnostics.plates import BLUE, CYCLE, DASHES, DOUBLE, GREEN, MARKERS, ORANGE, PURPLE, SINGLE
+from diagnostics.types import SCHEMA
 
-SINGLE, DOUBLE = 3.3, 6.9
-"""Inches: one column and two columns of a paper."""
+__all__ = [
+    "DOUBLE", "SINGLE", "calibration", "correlations", "distributions", "entropy_divergence", "intervention", "placebo_excess",
+    "q3_contrast", "q3_gain", "quadrants", "selection_curves", "selection_overlap", "selection_profile", "selection_summary",
+]
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER)
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
-
-LIGHT = {"ink": "#1F2328", "quiet": "#59636E", "rule": "#D1D9E0", "paper": "#FFFFFF"}
-DARK = {"ink": "#F0F3F6", "quiet": "#A3ADB8", "rule": "#3D444D", "paper": "#14181D"}
-"""Colours that depend on the page; a report exchanges LIGHT for its own variables."""
-
-SPLITS = {"step": (ORANGE, "s", "step contexts"), "held_out": (BLUE, "o", "held-out contexts"), "all": (GREEN, "^", "all contexts")}
-"""Colour, marker and words of each split."""
-
-OUTCOMES = {
-    "gain": "gain", "relative_gain": "relative gain", "reverse_gain": "reverse gain",
-    "relative_gain_released": "relative gain, released form", "first_order_gain": "first-order gain",
-}
-UNITS = {"gain": "nats", "relative_gain": "fraction of D", "reverse_gain": "nats", "first_order_gain": "nats"}
+BOTH = ("gain", "relative_gain")
+METHODS = {"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendall τ"}
 FLOOR = 1e-3
 """Nats below which the logarithmic axes of the entropy-divergence plane do not look."""
-
-
-class Plate(Figure):
-    """A Figure that shows itself in a notebook even where no pyplot backend was started."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
-
-
-def _style(width: float, dark: bool) -> dict:
-    """The one style of all figures: matplotlib settings for a width and a page."""
-    page = DARK if dark else LIGHT
-    size = 7.0 if width < 5 else 8.0
-    return {
-        "font.family": "DejaVu Sans", "font.size": size, "axes.titlesize": size + 0.5, "axes.labelsize": size,
-        "xtick.labelsize": size - 0.5, "ytick.labelsize": size - 0.5, "legend.fontsize": size - 0.5,
-        "figure.facecolor": page["paper"], "axes.facecolor": page["paper"], "savefig.facecolor": page["paper"],
-        "text.color": page["ink"], "axes.labelcolor": page["ink"], "axes.titlecolor": page["ink"],
-        "xtick.color": page["quiet"], "ytick.color": page["quiet"], "xtick.labelcolor": page["ink"],
-        "ytick.labelcolor": page["ink"], "axes.edgecolor": page["quiet"], "grid.color": page["rule"],
-        "axes.grid": True, "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.linewidth": 0.6,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold",
-        "axes.titlepad": 4.0, "axes.prop_cycle": matplotlib.cycler(color=CYCLE), "axes.unicode_minus": True,
-        "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-        "lines.linewidth": 1.3, "lines.markersize": 3.8, "legend.frameon": False, "legend.handlelength": 1.6,
-        "legend.columnspacing": 1.2, "legend.labelcolor": page["ink"], "svg.hashsalt": "opd-diagnostics",
-        "figure.autolayout": False, "figure.constrained_layout.use": False, "pdf.fonttype": 42, "savefig.dpi": 200, "figure.dpi": 150, "mathtext.default": "regular",
-    }
-
-
-def _plate(draw: Callable) -> Callable:
-    """Draw in the one style, settle the layout once, and leave a figure that can be saved at once."""
-
-    @functools.wraps(draw)
-    def drawn(table: pd.DataFrame, *rest, **options) -> Figure:
-        width, dark = options.get("width", DOUBLE), options.get("dark", False)
-        with matplotlib.rc_context(_style(width, dark)):
-            figure = draw(table, *rest, **options)
-            figure.draw_without_rendering()
-            figure.set_layout_engine(None)  # a later save then draws once, not twice
-        return figure
-
-    return drawn
-
-
-def _canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Plate, np.ndarray]:
-    """A figure with its axes [rows, columns]; ticks added later keep the style."""
-    figure = Plate(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.03, hspace=0.04)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat:
-        ax.tick_params(which="both", color=matplotlib.rcParams["xtick.color"], labelcolor=matplotlib.rcParams["xtick.labelcolor"],
-                       labelsize=matplotlib.rcParams["xtick.labelsize"], width=0.6)
-    return figure, axes
-
-
-def _panels(count: int, width: float) -> tuple[int, int]:
-    """Rows and columns for panels that need half a page each."""
-    return (count, 1) if width < 5 else (1, count)
-
-
-def _rows(table: pd.DataFrame, what: str, needs: Iterable[str], where: dict | None = None) -> pd.DataFrame:
-    """The rows that a figure shows. Raises DiagnosticsError where a column or every row is missing."""
-    require_columns(table, needs, what=what)
-    for name, wanted in (where or {}).items():
-        allowed = [wanted] if isinstance(wanted, str) else list(wanted)
-        kept = table[table[name].isin(allowed)]
-        if kept.empty:
-            raise DiagnosticsError(
-                f"{what} found no row with {name} in {', '.join(map(repr, allowed))}; the table has "
-                f"{', '.join(map(repr, table[name].unique()[:12])) or 'no rows'}. Pass a table that holds it."
-            )
-        table = kept
-    if table.empty:
-        raise DiagnosticsError(f"{what} got a table without rows. Pass the table that the analysis made.")
-    return table.reset_index(drop=True)
-
-
-def _halves(table: pd.DataFrame) -> pd.DataFrame:
-    """Step and held-out rows where the table has both; rows over all positions would show them twice."""
-    both = {"step", "held_out"} <= set(table.split)
-    return table[table.split != "all"].reset_index(drop=True) if both else table
-
-
-def _present(values: pd.Series, order: Iterable[str]) -> list[str]:
-    """Distinct values, those of `order` first and in its order."""
-    seen = list(dict.fromkeys(values))
-    known = [name for name in order if name in seen]
-    return known + [name for name in seen if name not in known]
-
-
-def _words(name: str) -> str:
-    return OUTCOMES.get(name, str(name).replace("_", " "))
-
-
-def _with_unit(outcome: str) -> str:
-    return f"{_words(outcome)} ({UNITS[outcome]})" if outcome in UNITS else _words(outcome)
-
-
-def _split_style(split: str, index: int = 0) -> tuple[str, str, str]:
-    return SPLITS.get(split, (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], _words(split)))
-
-
-def _range(values: pd.Series) -> str:
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
-def _counts(table: pd.DataFrame) -> str:
-    """`step: 16 prompts, 734 positions; held-out: …` from the table's own columns."""
-    if not {"prompts", "positions"} <= set(table.columns):
-        return ""
-    groups = [("", table)] if "split" not in table else [
-        (_split_style(split)[2] + ": ", table[table.split == split]) for split in _present(table.split, SPLITS)
-    ]
-    parts = [f"{name}{_range(rows.prompts)} prompts, {_range(rows.positions)} positions" for name, rows in groups]
-    text = "; ".join(parts) + "."
-    return text[0].upper() + text[1:]
-
-
-def _bars(level: float | None, what: str = "Bars") -> str:
-    """What the bars are; the table does not know the level that it was made at."""
-    return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over prompts."
-
-
-def _caption(figure: Figure, *sentences: str) -> None:
-    """Small print below the figure, wrapped to its width."""
-    size = matplotlib.rcParams["font.size"] - 1
-    characters = int(figure.get_figwidth() * 72 / (size * 0.56))
-    text = textwrap.fill(" ".join(sentence for sentence in sentences if sentence), characters)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=size, color=matplotlib.rcParams["xtick.color"])
-
-
-def _legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
-    """One legend for the whole figure, above the panels: the axes' labelled artists, then `extra`."""
-    handles, labels = ax.get_legend_handles_labels()
-    handles, labels = [*handles, *extra], [*labels, *(line.get_label() for line in extra)]
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
-
-
-def _powers(*axes) -> None:
-    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more than the rest."""
-    for axis in axes:
-        low, high = axis.get_view_interval()
-        decades = LogLocator(subs=(1.0,) if high > 60 * low else (1.0, 2.0, 5.0), numticks=7)
-        axis.set_major_locator(decades if high > 4 * low else MaxNLocator(3))
-        axis.set_major_formatter(FuncFormatter(_power))
-        axis.set_minor_locator(NullLocator())
-
-
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _power(value: float, _=None) -> str:
-    if 0.0099 < value < 1000 or value <= 0:
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
-    return power if mantissa == "1.0" else f"{mantissa.removesuffix('.0')}×{power}"
-
-
-def _zero(ax, axis: str = "y") -> None:
-    line = ax.axhline if axis == "y" else ax.axvline
-    line(0, color=matplotlib.rcParams["axes.edgecolor"], linewidth=0.7, zorder=1.5)
-
-
-def _interval_y(ax, x, rows: pd.DataFrame, value: str, **options):
-    """Points with their intervals, upright; a missing end leaves the point alone."""
-    middle = rows[value].to_numpy(float)
-    reach = np.vstack([middle - rows["low"].to_numpy(float), rows["high"].to_numpy(float) - middle])
-    return ax.errorbar(x, middle, yerr=np.clip(reach, 0, None), elinewidth=1.1, capsize=0, **options)
+CURVES = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
+"""Criteria that a figure of lines shows where none are named and the table has more than six."""
 
 
 # --- the main job -----------------------------------------------------------------------------------
 
 
-@_plate
+@plates.plate
 def correlations(
     table: pd.DataFrame,
     *,
     method: str = "spearman",
-    outcomes: Sequence[str] = ("gain", "relative_gain"),
+    outcomes: Sequence[str] = BOTH,
     criteria: Sequence[str] | None = None,
     level: float | None = None,
     width: float = DOUBLE,
@@ -242,54 +56,69 @@ def correlations(
 ) -> Figure:
     """Forest of each criterion's correlation with both gains: `dx.plot.correlations(dx.correlate(tokens))`.
 
-    table: columns outcome, criterion, split, method, estimate, low, high, placebo, positions, prompts.
-    Filled marks are estimates with their intervals, one colour and shape a split; a hollow diamond is what
-    a random step of the same norm shows, so only the distance from it speaks for the criterion. Criteria
-    are ordered by the first outcome's estimate on the held-out split. Raises DiagnosticsError where nothing is left.
+    table: columns outcome, criterion, split, method, estimate, low, high, placebo, positions, prompts; the
+    partial and within-prompt tables have the same. Filled marks are estimates with their intervals, one
+    colour and shape a split; a hollow diamond is what a random step of the same norm shows, so only the
+    distance from it speaks for the criterion. Criteria are ordered by the first outcome on held-out contexts.
     """
-    needs = ("outcome", "criterion", "split", "method", "estimate", "low", "high", "placebo")
+    return _criteria_forest(table, "figures.correlations", "estimate", method, outcomes, criteria, level, width)
+
+
+@plates.plate
+def placebo_excess(
+    table: pd.DataFrame,
+    *,
+    method: str = "spearman",
+    outcomes: Sequence[str] = BOTH,
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Forest of correlation minus the placebo's: `dx.plot.placebo_excess(dx.study(tokens)["placebo_excess"])`.
+
+    table: columns outcome, criterion, split, method, excess, low, high, positions, prompts. To the right of
+    zero a criterion says more than the mere presence of the divergence on both sides.
+    """
+    return _criteria_forest(table, "figures.placebo_excess", "excess", method, outcomes, criteria, level, width)
+
+
+def _criteria_forest(table, what, value, method, outcomes, criteria, level, width) -> Figure:
+    needs = ("outcome", "criterion", "split", "method", value, "low", "high")
     where = {"method": method, "outcome": outcomes} | ({"criterion": criteria} if criteria is not None else {})
-    table = _halves(_rows(table, "figures.correlations", needs, where))
-    outcomes, splits = _present(table.outcome, outcomes), _present(table.split, SPLITS)
-    names = _forest_order(table, outcomes[0], splits[-1])
-    figure, axes = _canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    table = plates.halves(plates.keep(table, what, needs, where))
+    outcomes, splits = plates.present(table.outcome, outcomes), plates.present(table.split, plates.SPLITS)
+    names = _forest_order(table, outcomes[0], splits[-1], value)
+    figure, axes = plates.canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    label = METHODS.get(method, method) + (" excess" if value == "excess" else "")
     for ax, outcome in zip(axes[0], outcomes, strict=True):
-        _forest(ax, table[table.outcome == outcome], names, splits)
-        ax.set_title(_words(outcome))
-        ax.set_xlabel({"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendall τ"}.get(method, method))
-    axes[0, 0].set_yticks(range(len(names)), [_words(name) for name in names])
-    axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    placebo = Line2D([], [], linestyle="none", label="placebo step", **_diamond(matplotlib.rcParams["xtick.color"]))
-    _legend(figure, axes[0, 0], 3, placebo)
-    _caption(figure, _counts(table), _bars(level))
+        _forest(ax, table[table.outcome == outcome], names, splits, value)
+        ax.set_title(plates.words(outcome))
+        ax.set_xlabel(label)
+    plates.names_down(axes[0, 0], names)
+    plates.legend(figure, axes[0, 0], 3, *([plates.placebo_key()] if "placebo" in table else []))
+    plates.caption(figure, plates.counts(table), plates.bars(level))
     return figure
 
 
-def _forest_order(table: pd.DataFrame, outcome: str, split: str) -> list[str]:
+def _forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
     rows = table[(table.outcome == outcome) & (table.split == split)]
-    ordered = rows.sort_values("estimate", ascending=False, kind="stable").criterion.tolist()
-    return _present(table.criterion, ordered)
+    ordered = rows.sort_values(value, ascending=False, kind="stable").criterion.tolist()
+    return plates.present(table.criterion, ordered)
 
 
-def _forest(ax, table: pd.DataFrame, names: list[str], splits: list[str]) -> None:
-    offsets = np.linspace(-0.19, 0.19, len(splits)) if len(splits) > 1 else [0.0]
-    _zero(ax, "x")
-    ax.grid(axis="y", visible=False)
-    ax.tick_params(axis="y", length=0)
-    for index, (split, offset) in enumerate(zip(splits, offsets, strict=True)):
-        color, marker, words = _split_style(split, index)
-        rows = table[table.split == split].set_index("criterion").reindex(names)
-        y, middle = np.arange(len(names)) + offset, rows.estimate.to_numpy(float)
-        reach = np.vstack([middle - rows.low.to_numpy(float), rows.high.to_numpy(float) - middle])
-        ax.errorbar(middle, y, xerr=np.clip(reach, 0, None), fmt=marker, color=color, elinewidth=1.1, label=words, zorder=3)
-        ax.plot(rows.placebo.to_numpy(float), y, linestyle="none", zorder=2, label=f"_placebo {split}", **_diamond(color))
+def _forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: str) -> None:
+    plates.zero(ax, "x")
+    ax.xaxis.set_major_locator(MaxNLocator(5 if ax.figure.get_figwidth() > 5 else 3))
+    for index, (split, offset) in enumerate(zip(splits, plates.offsets(len(splits), 0.38), strict=True)):
+        color, marker, words = plates.split_style(split, index)
+        rows, y = table[table.split == split].set_index("criterion").reindex(names), np.arange(len(names)) + offset
+        plates.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
+        if "placebo" in rows:
+            ax.plot(rows.placebo.to_numpy(float), y, zorder=2, label=f"_placebo {split}", **plates.diamond(color))
 
 
-def _diamond(color: str) -> dict:
-    return {"marker": "D", "markersize": 3.2, "markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 0.8}
-
-
-@_plate
+@plates.plate
 def entropy_divergence(
     tokens: pd.DataFrame,
     *,
@@ -303,24 +132,23 @@ def entropy_divergence(
     tokens: a token table. Each hexagon shows the mean of one column over its positions; the lines are the
     medians that split the quadrants, with each quadrant's share of positions in its corner. Axes are
     logarithmic in nats and start at 1e-3; what lies below is drawn on the edge. The scale of `color` ends
-    at the 2nd and 98th percentile of the hexagons. Raises DiagnosticsError where a column is missing.
+    at the 2nd and 98th percentile of the hexagons.
     """
     needs = ("student_entropy", "forward_kl", "prompt_id", *color)
-    tokens = _rows(tokens, "figures.entropy_divergence", needs)
+    tokens = plates.keep(tokens, "figures.entropy_divergence", needs)
     defined = np.isfinite(tokens[list(needs[:2])].to_numpy(float)).all(axis=1)
     tokens = tokens[defined].reset_index(drop=True)
-    rows, columns = _panels(len(color), width)
-    panel = 2.45 if columns == 1 else 2.75
-    figure, axes = _canvas(width, 0.45 + panel * rows, rows, columns, sharex=True, sharey=True)
+    rows, columns = plates.panels(len(color), width)
+    figure, axes = plates.canvas(width, 0.45 + (2.45 if columns == 1 else 2.75) * rows, rows, columns, sharex=True, sharey=True)
     for ax, name in zip(axes.flat, color, strict=True):
         _hexagons(figure, ax, tokens, name, bins)
         _quadrant_lines(ax, tokens)
-        ax.set_title(f"mean {_words(name)}")
+        ax.set_title(f"mean {plates.words(name)}")
     for ax in axes[-1]:
         ax.set_xlabel("student entropy H(p) (nats)")
     for ax in axes[:, 0]:
         ax.set_ylabel("forward KL(q‖p) (nats)")
-    _caption(figure, f"{tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions. Lines: medians. Q3 is confident and wrong.")
+    plates.caption(figure, f"{tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions. Lines: medians. Q3 is confident and wrong.")
     return figure
 
 
@@ -332,76 +160,35 @@ def _hexagons(figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int) ->
     ax.grid(visible=False)
     hexagons = ax.hexbin(x, y, C=values[kept], gridsize=(bins, int(bins * 0.6)), xscale="log", yscale="log",
                          linewidths=0.15, edgecolors="face")
-    _powers(ax.xaxis, ax.yaxis)
+    plates.powers(ax.xaxis, ax.yaxis)
     shown = np.asarray(hexagons.get_array(), float)
     low, high = np.percentile(shown, [2, 98]) if len(shown) else (0.0, 1.0)
     signed, reach = low < 0, max(abs(low), abs(high), 1e-12)
     hexagons.set_cmap("PuOr" if signed else "cividis")
     hexagons.set_clim(*((-reach, reach) if signed else (low, high if high > low else low + 1e-12)))
-    bar = figure.colorbar(hexagons, ax=ax, pad=0.02, aspect=28, extend="both" if signed else "neither")
+    _color_bar(figure, ax, hexagons, extend="both" if signed else "neither")
+
+
+def _color_bar(figure: Figure, ax, artist, **options) -> None:
+    bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
     bar.outline.set_linewidth(0.4)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     bar.ax.tick_params(width=0.5, length=2)
 
 
 def _quadrant_lines(ax, tokens: pd.DataFrame) -> None:
-    """Median lines and each quadrant's share, in the page's colours over a haze of paper."""
-    ax.axvline(tokens.student_entropy.median(), color=matplotlib.rcParams["text.color"], linewidth=0.8)
-    ax.axhline(tokens.forward_kl.median(), color=matplotlib.rcParams["text.color"], linewidth=0.8)
-    share = pd.Series(quadrants(tokens)).value_counts(normalize=True)
+    """Median lines and each quadrant's share, over a haze of paper."""
+    ax.axvline(tokens.student_entropy.median(), color=plates.ink(), linewidth=0.8)
+    ax.axhline(tokens.forward_kl.median(), color=plates.ink(), linewidth=0.8)
+    share = pd.Series(quadrant_of(tokens)).value_counts(normalize=True)
     corners = {1: (0.97, 0.97), 2: (0.97, 0.03), 3: (0.03, 0.97), 4: (0.03, 0.03)}
-    haze = {"facecolor": matplotlib.rcParams["axes.facecolor"], "edgecolor": "none", "alpha": 0.8, "pad": 1.2}
+    haze = {"facecolor": plates.paper(), "edgecolor": "none", "alpha": 0.8, "pad": 1.2}
     for quadrant, (x, y) in corners.items():
         ax.text(x, y, f"Q{quadrant} {share.get(quadrant, 0):.0%}", transform=ax.transAxes, bbox=haze, gid=f"Q{quadrant}",
                 ha="right" if x > 0.5 else "left", va="top" if y > 0.5 else "bottom")
 
 
-@_plate
-def q3_gain(
-    table: pd.DataFrame,
-    *,
-    outcomes: Sequence[str] = ("gain", "relative_gain"),
-    scores: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
-) -> Figure:
-    """Mean gain by tertile of each score within Q3: `dx.plot.q3_gain(dx.analysis.q3_groups(tokens))`.
-
-    table: columns outcome, split, score, group (1 is the lowest), mean, low, high, positions,
-    prompts. For each score the marks run from its bottom to its top; a rising line means that the gain rises with the score among confident, wrong positions.
-    """
-    needs = ("outcome", "split", "score", "group", "mean", "low", "high")
-    where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
-    table = _halves(_rows(table, "figures.q3_gain", needs, where))
-    outcomes = _present(table.outcome, outcomes)
-    rows, columns = _panels(len(outcomes), width)
-    figure, axes = _canvas(width, 0.75 + 1.85 * rows, rows, columns, sharex=True)
-    for ax, outcome in zip(axes.flat, outcomes, strict=True):
-        _group_lines(ax, table[table.outcome == outcome], _present(table.score, scores or ()))
-        ax.set_ylabel(f"mean {_with_unit(outcome)}")
-    _legend(figure, axes[0, 0], 3)
-    _caption(figure, _counts(table), "Each group of marks: bottom to top of the score within Q3.", _bars(level))
-    return figure
-
-
-def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
-    groups, splits = sorted(table.group.unique()), _present(table.split, SPLITS)
-    _zero(ax)
-    ax.grid(axis="x", visible=False)
-    for index, split in enumerate(splits):
-        color, marker, words = _split_style(split, index)
-        shift = (index - (len(splits) - 1) / 2) * 0.07
-        for place, score in enumerate(scores):
-            rows = table[(table.split == split) & (table.score == score)].set_index("group").reindex(groups)
-            x = place + shift + np.linspace(-0.25, 0.25, len(groups))
-            _interval_y(ax, x, rows, "mean", fmt=marker, linestyle="-", linewidth=0.9, color=color, zorder=3,
-                        label=words if place == 0 else f"_{score}")
-    ax.set_xticks(range(len(scores)), [_words(score) for score in scores])
-    ax.set_xlim(-0.5, len(scores) - 0.5)
-
-
-@_plate
+@plates.plate
 def calibration(table: pd.DataFrame, *, ratio: float = 0.8, width: float = DOUBLE, dark: bool = False) -> Figure:
     """How linear the step is: `dx.plot.calibration(result.calibration)`.
 
@@ -410,23 +197,23 @@ def calibration(table: pd.DataFrame, *, ratio: float = 0.8, width: float = DOUBL
     least share of the first-order prediction that a step may realise.
     """
     needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
-    table = _rows(table, "figures.calibration", needs).sort_values("step_size", ignore_index=True)
-    table = table[table.step_size > 0]
-    rows, columns = _panels(2, width)
-    figure, axes = _canvas(width, 0.55 + 1.8 * rows, rows, columns, sharex=True)
+    table = plates.keep(table, "figures.calibration", needs).sort_values("step_size", ignore_index=True)
+    table = plates.keep(table[table.step_size > 0], "figures.calibration", needs)
+    rows, columns = plates.panels(2, width)
+    figure, axes = plates.canvas(width, 0.55 + 1.8 * rows, rows, columns, sharex=True)
     drop, share = axes.flat
     _drops(drop, table)
     share.plot(table.step_size, table.ratio, color=BLUE, marker="o")
     share.axhline(ratio, color=ORANGE, linestyle=DASHES[1], linewidth=0.9)
     _ring(share, table, "ratio")
-    _zero(share)
+    plates.zero(share)
     share.set_ylim(top=max(1.08, share.get_ylim()[1]))
     share.set_ylabel("realised / predicted")
     for ax in axes[-1]:
         ax.set_xlabel("step size (learning rate)")
-        _powers(ax.xaxis)
-    _legend(figure, drop, 4 if width > 5 else 2)
-    _caption(figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}.")
+        plates.powers(ax.xaxis)
+    plates.legend(figure, drop, 4 if width > 5 else 2)
+    plates.caption(figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}.")
     return figure
 
 
@@ -440,7 +227,7 @@ def _drops(ax, table: pd.DataFrame) -> None:
     rose = table.step_size[table.realised_drop <= 0]
     if len(rose):
         ax.plot(rose, np.full(len(rose), 0.04), "X", color=PURPLE, transform=ax.get_xaxis_transform(), label="loss rose")
-    _powers(ax.yaxis)
+    plates.powers(ax.yaxis)
     ax.set_ylabel("drop of the loss (nats)")
 
 
@@ -457,3 +244,415 @@ def _calibration_words(table: pd.DataFrame) -> str:
     row = chosen.iloc[0]
     norm = f", relative update norm {row.relative_norm:.2g}" if "relative_norm" in table else ""
     return f"Ringed: the chosen step, size {row.step_size:.2g}{norm}, realises {row.ratio:.0%} of its first-order prediction."
+
+
+# --- quadrants and Q3 -------------------------------------------------------------------------------
+
+
+@plates.plate
+def quadrants(
+    table: pd.DataFrame, *, statistic: str = "mean", outcomes: Sequence[str] = BOTH, level: float | None = None,
+    width: float = DOUBLE, dark: bool = False,
+) -> Figure:
+    """Gain in each quadrant: `dx.plot.quadrants(dx.study(tokens)["quadrants"])`.
+
+    table: columns outcome, split, quadrant, statistic, estimate, low, high, share, positions, prompts. Below each
+    quadrant's name stands its share of the positions; `all` is the mean over all of them.
+    """
+    needs = ("outcome", "split", "quadrant", "statistic", "estimate", "low", "high", "share")
+    table = plates.halves(plates.keep(table, "figures.quadrants", needs, {"outcome": outcomes, "statistic": statistic}))
+    outcomes, names = plates.present(table.outcome, outcomes), sorted(table.quadrant.unique())
+    share = table[table.split == plates.preferred(table)].drop_duplicates("quadrant").set_index("quadrant").share
+    rows, columns = plates.panels(len(outcomes), width)
+    figure, axes = plates.canvas(width, 0.8 + 1.85 * rows, rows, columns, sharex=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
+        _beside(ax, table[table.outcome == outcome], "quadrant", names, "estimate")
+        ax.set_xticks(range(len(names)), [f"{name}\n{share.get(name, np.nan):.0%}" for name in names])
+        ax.set_ylabel(f"{statistic} {plates.with_unit(outcome)}")
+    plates.legend(figure, axes[0, 0], 3)
+    plates.caption(figure, plates.counts(table), "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right.",
+                   plates.bars(level))
+    return figure
+
+
+def _beside(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
+    """One mark a category and split, splits side by side."""
+    splits = plates.present(table.split, plates.SPLITS)
+    plates.zero(ax)
+    ax.grid(axis="x", visible=False)
+    for index, (split, offset) in enumerate(zip(splits, plates.offsets(len(splits), 0.16), strict=True)):
+        color, marker, words = plates.split_style(split, index)
+        rows = table[table.split == split].set_index(key).reindex(names)
+        plates.upright(ax, np.arange(len(names)) + offset, rows, value, fmt=marker, color=color, label=words, zorder=3)
+    ax.set_xlim(-0.5, len(names) - 0.5)
+
+
+@plates.plate
+def q3_gain(
+    table: pd.DataFrame,
+    *,
+    outcomes: Sequence[str] = BOTH,
+    scores: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Mean gain by tertile of each score within Q3: `dx.plot.q3_gain(dx.study(tokens)["q3_groups"])`.
+
+    table: columns outcome, split, score, group (1 is the lowest), mean, low, high, positions,
+    prompts. For each score the marks run from its bottom to its top; a rising line means that the gain rises
+    with the score among confident, wrong positions.
+    """
+    needs = ("outcome", "split", "score", "group", "mean", "low", "high")
+    where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
+    table = plates.halves(plates.keep(table, "figures.q3_gain", needs, where))
+    outcomes = plates.present(table.outcome, outcomes)
+    rows, columns = plates.panels(len(outcomes), width)
+    figure, axes = plates.canvas(width, 0.75 + 1.85 * rows, rows, columns, sharex=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
+        _group_lines(ax, table[table.outcome == outcome], plates.present(table.score, scores or ()))
+        ax.set_ylabel(f"mean {plates.with_unit(outcome)}")
+    plates.legend(figure, axes[0, 0], 3)
+    plates.caption(figure, plates.counts(table), "Each group of marks: bottom to top of the score within Q3.", plates.bars(level))
+    return figure
+
+
+def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
+    groups, splits = sorted(table.group.unique()), plates.present(table.split, plates.SPLITS)
+    plates.zero(ax)
+    ax.grid(axis="x", visible=False)
+    for index, (split, shift) in enumerate(zip(splits, plates.offsets(len(splits), 0.07), strict=True)):
+        color, marker, words = plates.split_style(split, index)
+        for place, score in enumerate(scores):
+            rows = table[(table.split == split) & (table.score == score)].set_index("group").reindex(groups)
+            x = place + shift + np.linspace(-0.25, 0.25, len(groups))
+            plates.upright(ax, x, rows, "mean", marker=marker, linestyle="-", linewidth=0.9, color=color, zorder=3,
+                           label=words if place == 0 else f"_{score}")
+    ax.set_xticks(range(len(scores)), [plates.words(score) for score in scores])
+    ax.set_xlim(-0.5, len(scores) - 0.5)
+
+
+@plates.plate
+def q3_contrast(
+    table: pd.DataFrame,
+    matching: pd.DataFrame | None = None,
+    *,
+    groups: str = "tertile",
+    outcomes: Sequence[str] = BOTH,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Top minus bottom group of each score within Q3: `dx.plot.q3_contrast(tables["q3_contrast"], tables["matching"])`.
+
+    table: columns outcome, split, score, groups, difference, low, high, placebo_difference, positions, prompts.
+    matching: the same differences between positions of one prompt with like entropy, divergence and place,
+    with a column replacement; drawn hollow, with replacement. Diamonds are the placebo's differences.
+    """
+    needs = ("outcome", "split", "score", "difference", "low", "high", "placebo_difference")
+    table = plates.halves(plates.keep(table, "figures.q3_contrast", (*needs, "groups"), {"outcome": outcomes, "groups": groups}))
+    outcomes, scores = plates.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
+    if matching is not None:
+        matching = plates.halves(plates.keep(matching, "figures.q3_contrast", (*needs, "replacement"), {"outcome": outcomes, "replacement": True}))
+    figure, axes = plates.canvas(width, 1.25 + (0.32 if matching is None else 0.5) * len(scores), 1, len(outcomes), sharey=True)
+    for ax, outcome in zip(axes[0], outcomes, strict=True):
+        pair = None if matching is None else matching[matching.outcome == outcome]
+        _contrast_rows(ax, table[table.outcome == outcome], pair, scores)
+        ax.set_title(plates.words(outcome))
+        ax.set_xlabel(f"top − bottom ({plates.UNITS.get(outcome, '')})")
+        ax.xaxis.set_major_locator(MaxNLocator(4 if width > 5 else 3))
+    plates.names_down(axes[0, 0], scores)
+    plates.legend(figure, axes[0, 0], 3 if width > 5 else 2, plates.placebo_key())
+    plates.caption(figure, plates.counts(table), f"Top minus bottom {groups} within Q3.",
+                   "" if matching is None else "Hollow: matched within a prompt on entropy, divergence and place.", plates.bars(level))
+    return figure
+
+
+def _contrast_rows(ax, table: pd.DataFrame, matching: pd.DataFrame | None, scores: list[str]) -> None:
+    kinds = [(table, None, "")] + ([] if matching is None else [(matching, plates.paper(), ", matched")])
+    splits = plates.present(table.split, plates.SPLITS)
+    places = iter(plates.offsets(len(kinds) * len(splits), 0.38 if matching is None else 0.2))
+    plates.zero(ax, "x")
+    for index, split in enumerate(splits):
+        color, marker, words = plates.split_style(split, index)
+        for rows, face, more in kinds:
+            rows, y = rows[rows.split == split].set_index("score").reindex(scores), np.arange(len(scores)) + next(places)
+            plates.lying(ax, y, rows, "difference", marker=marker, color=color, markerfacecolor=face or color, label=words + more, zorder=3)
+            ax.plot(rows.placebo_difference.to_numpy(float), y, zorder=2, label=f"_placebo {split}{more}", **plates.diamond(color))
+
+
+# --- selection --------------------------------------------------------------------------------------
+
+
+def _some(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
+    """The named criteria, or all where six lines can hold them, or the usual six."""
+    names = [name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")]
+    if criteria is not None:
+        return [name for name in criteria if name in names]
+    return names if len(names) <= len(CYCLE) else [name for name in CURVES if name in names] or names[: len(CYCLE)]
+
+
+def _line(index: int) -> dict:
+    """Colour, dash and marker of the criterion with that index."""
+    return {"color": CYCLE[index % len(CYCLE)], "linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.2}
+
+
+@plates.plate
+def selection_curves(
+    table: pd.DataFrame,
+    *,
+    criteria: Sequence[str] | None = None,
+    outcomes: Sequence[str] = BOTH,
+    split: str | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Share of the total gain captured at each budget: `dx.plot.selection_curves(dx.selection_curves(tokens))`.
+
+    table: columns outcome, criterion, split, budget, captured_share, low, high, random_low, random_high,
+    oracle, positions, prompts. The grey band holds random selections, the dotted line is the oracle, which ranks
+    by the gain itself. Shows up to six criteria on one split, held-out where there is one.
+    """
+    needs = ("outcome", "criterion", "split", "budget", "captured_share", "low", "high", "random_low", "random_high", "oracle")
+    table = plates.keep(table, "figures.selection_curves", needs, {"outcome": outcomes})
+    table = plates.keep(table, "figures.selection_curves", needs, {"split": split or plates.preferred(table)})
+    names, outcomes = _some(table, criteria), plates.present(table.outcome, outcomes)
+    rows, columns = plates.panels(len(outcomes), width)
+    figure, axes = plates.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
+        _budget_curves(ax, table[table.outcome == outcome].sort_values("budget"), names)
+        ax.set_ylabel(f"share of total {plates.words(outcome)}")
+    for ax in axes[-1]:
+        ax.set_xlabel("budget (share of positions)")
+    plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    plates.caption(figure, plates.counts(table), plates.bars(level, "Bands"))
+    return figure
+
+
+def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
+    ax.set_xscale("log")
+    common = table.drop_duplicates("budget")
+    plates.band(ax, common.budget, common, plates.quiet(), "random_low", "random_high", label="random")
+    for index, name in enumerate(names):
+        rows = table[table.criterion == name]
+        plates.band(ax, rows.budget, rows, CYCLE[index % len(CYCLE)])
+        ax.plot(rows.budget, rows.captured_share, label=plates.words(name), **_line(index))
+    ax.plot(common.budget, common.oracle, color=plates.ink(), linestyle=DASHES[2], linewidth=1.0, label="oracle")
+    plates.zero(ax)
+    top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
+    ax.set_ylim(top=min(top, ax.get_ylim()[1]) if np.isfinite(top) else None)
+    plates.powers(ax.xaxis)
+    ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
+    ax.yaxis.set_major_formatter(FuncFormatter(plates.percent))
+
+
+@plates.plate
+def selection_summary(
+    table: pd.DataFrame,
+    *,
+    budget: float | None = None,
+    outcomes: Sequence[str] = BOTH,
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Normalised area, or enrichment at a budget: `dx.plot.selection_summary(tables["selection_summary"], budget=0.05)`.
+
+    table: columns outcome, criterion, split, statistic, budget, estimate, low, high, baseline, positions, prompts. Without
+    `budget` the area (0 random, 1 oracle); with one, how many times its own share of the gain a criterion captures
+    (1 is random). The line is the baseline.
+    """
+    needs = ("outcome", "criterion", "split", "statistic", "budget", "estimate", "low", "high", "baseline")
+    where = {"outcome": outcomes, "statistic": "area"} if budget is None else {"outcome": outcomes, "statistic": "enrichment", "budget": budget}
+    where |= {"criterion": criteria} if criteria is not None else {}
+    table = plates.halves(plates.keep(table, "figures.selection_summary", needs, where))
+    outcomes, splits = plates.present(table.outcome, outcomes), plates.present(table.split, plates.SPLITS)
+    names = _forest_order(table, outcomes[0], splits[-1], "estimate")
+    figure, axes = plates.canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    for ax, outcome in zip(axes[0], outcomes, strict=True):
+        _forest(ax, table[table.outcome == outcome], names, splits, "estimate")
+        plates.zero(ax, "x", float(table.baseline.iloc[0]))
+        ax.set_title(plates.words(outcome))
+        ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
+    plates.names_down(axes[0, 0], names)
+    plates.legend(figure, axes[0, 0], 3)
+    plates.caption(figure, plates.counts(table), plates.bars(level))
+    return figure
+
+
+@plates.plate
+def selection_overlap(
+    table: pd.DataFrame, *, budget: float = 0.05, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """Heat map of how many positions two criteria share: `dx.plot.selection_overlap(tables["selection_overlap"])`.
+
+    table: columns criterion, other, statistic, budget, estimate, chance, positions, prompts, each pair once. A cell is
+    the Jaccard index of the two selections at `budget`.
+    """
+    needs = ("criterion", "other", "statistic", "budget", "estimate", "chance")
+    table = plates.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard", "budget": budget})
+    names = list(dict.fromkeys([*table.criterion, *table.other]))
+    names = [name for name in criteria if name in names] if criteria is not None else names
+    matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for row in table[table.criterion.isin(names) & table.other.isin(names)].itertuples():
+        matrix.loc[row.criterion, row.other] = matrix.loc[row.other, row.criterion] = row.estimate
+    figure, axes = plates.canvas(width, min(width, 1.0 + 0.4 * len(names)) + 0.9)
+    _heat_map(figure, axes[0, 0], matrix, "Jaccard index")
+    chance = table.chance.median()
+    plates.caption(figure, plates.counts(table), f"Budget {budget:.0%}. Two independent selections of that size share {chance:.2g}.")
+    return figure
+
+
+def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
+    """Numbers in the cells while they fit; dark cells take light ink."""
+    image = ax.imshow(matrix.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="equal")
+    pitch = 72 * (figure.get_figwidth() - 1.2) / len(matrix)
+    size = min(matplotlib.rcParams["xtick.labelsize"], 0.8 * pitch)
+    ax.set_xticks(range(len(matrix.columns)), [plates.words(name) for name in matrix.columns], rotation=90, fontsize=size)
+    ax.set_yticks(range(len(matrix)), [plates.words(name) for name in matrix.index], fontsize=size)
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    if pitch > 16:
+        for (i, j), value in np.ndenumerate(matrix.to_numpy(float)):
+            ax.text(j, i, f"{value:.2f}".removeprefix("0") if value < 1 else "1", ha="center", va="center",
+                    fontsize=matplotlib.rcParams["font.size"] - 2, color="#FFFFFF" if value < 0.55 else "#000000")
+    bar = figure.colorbar(image, ax=ax, location="top", pad=0.02, aspect=40, shrink=0.6, label=label)
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(width=0.5, length=2)
+
+
+PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "number", "punctuation", "special")}
+
+
+@plates.plate
+def selection_profile(
+    table: pd.DataFrame, *, budget: float = 0.05, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """What each criterion selects, as shares of its selection: `dx.plot.selection_profile(tables["selection_profile"])`.
+
+    table: columns criterion, budget, measure, estimate, full, positions, prompts. The lowest bar is all positions.
+    """
+    needs = ("criterion", "budget", "measure", "estimate", "full")
+    table = plates.keep(table, "figures.selection_profile", needs, {"budget": budget})
+    groups = {title: [name for name in measures if (table.measure == name).any()] for title, measures in PROFILES.items()}
+    groups = {title: measures for title, measures in groups.items() if measures}
+    names = list(dict.fromkeys(table.criterion)) if criteria is None else list(criteria)
+    rows, columns = plates.panels(max(len(groups), 1), width)
+    figure, axes = plates.canvas(width, 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True)
+    for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
+        _stacks(ax, table[table.measure.isin(measures)], measures, names)
+        ax.set_title(title)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.02 - 0.25 / len(names) ** 0.5), ncols=4, handlelength=0.9, columnspacing=0.8)
+    plates.names_down(axes[0, 0], [*names, "all positions"])
+    plates.caption(figure, plates.counts(table), f"Shares of the selection at a budget of {budget:.0%}.")
+    return figure
+
+
+HATCHES = ("", "////", "....", "xxxx")
+
+
+def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) -> None:
+    wide = table.pivot(index="criterion", columns="measure", values="estimate").reindex(names)
+    wide.loc["all positions"] = table.drop_duplicates("measure").set_index("measure").full
+    left = np.zeros(len(wide))
+    for index, name in enumerate(measures):
+        shares = wide[name].to_numpy(float)
+        ax.barh(np.arange(len(wide)), shares, left=left, height=0.72, color=CYCLE[index], hatch=HATCHES[index], edgecolor=plates.paper(),
+                linewidth=0.4, label=plates.words(name).upper() if name[0] == "q" else plates.words(name))
+        left = left + np.nan_to_num(shares)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(len(wide) - 0.4, -0.6)
+    ax.xaxis.set_ticks_position("top")
+    ax.set_xticks([0.25, 0.5, 0.75])
+    ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
+    ax.grid(visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+@plates.plate
+def intervention(
+    table: pd.DataFrame,
+    *,
+    measure: str = "forward_kl",
+    groups: Sequence[str] = ("held_out", "step"),
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What a step on the selected positions alone does: `dx.plot.intervention(dx.intervene(pair, bank))`.
+
+    table: columns criterion, budget, group, measure, reduction, low, high, positions, prompts. One line a criterion over
+    its budgets; the level lines are the step on all positions and the placebo.
+    """
+    needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
+    table = plates.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
+    names, groups = _some(table, criteria), plates.present(table.group, groups)
+    rows, columns = plates.panels(len(groups), width)
+    figure, axes = plates.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    for ax, group in zip(axes.flat, groups, strict=True):
+        _reductions(ax, table[table.group == group].sort_values("budget"), names)
+        ax.set_title({"held_out": "held-out positions", "step": "step positions"}.get(group, plates.words(group)))
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"drop of {plates.words(measure)} (nats)")
+    for ax in axes[-1]:
+        ax.set_xlabel("budget (share of step positions)")
+    plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    plates.caption(figure, plates.counts(table.drop(columns="group")), plates.bars(level, "Bands"))
+    return figure
+
+
+def _reductions(ax, table: pd.DataFrame, names: list[str]) -> None:
+    ax.set_xscale("log")
+    for name, line in (("full", {"color": plates.ink(), "linestyle": "-"}), ("placebo", {"color": plates.quiet(), "linestyle": DASHES[2]})):
+        for row in table[table.criterion == name].head(1).itertuples():
+            ax.axhline(row.reduction, linewidth=1.0, label=name, **line)
+            ax.axhspan(row.low, row.high, color=line["color"], alpha=0.08, linewidth=0)
+    rows = table[table.criterion == "random"]
+    if len(rows):
+        plates.band(ax, rows.budget, rows, plates.quiet())
+        ax.plot(rows.budget, rows.reduction, color=plates.quiet(), marker="x", markersize=3.5, label="random")
+    for index, name in enumerate(names):
+        rows = table[table.criterion == name]
+        plates.band(ax, rows.budget, rows, CYCLE[index % len(CYCLE)])
+        ax.plot(rows.budget, rows.reduction, label=plates.words(name), **_line(index))
+    plates.zero(ax)
+    plates.powers(ax.xaxis)
+    ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
+
+
+# --- the token table --------------------------------------------------------------------------------
+
+MEASURES = (
+    "student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "js", "compatibility", "topk_overlap", "advantage",
+    "acceptance", "student_margin", "gain", "relative_gain",
+)
+
+
+@plates.plate
+def distributions(tokens: pd.DataFrame, *, columns: Sequence[str] | None = None, bins: int = 40, width: float = DOUBLE, dark: bool = False) -> Figure:
+    """Histogram of every measurement: `dx.plot.distributions(tokens)`.
+
+    tokens: a token table; `columns` default to those of the usual twelve that it has. Counts are on a logarithmic
+    axis, since most mass often sits at one end.
+    """
+    names = list(columns) if columns is not None else [name for name in MEASURES if name in tokens]
+    tokens = plates.keep(tokens, "figures.distributions", ("prompt_id", *(names or MEASURES[:1])))
+    across = min(4 if width > 5 else 2, len(names))
+    down = -(-len(names) // across)
+    figure, axes = plates.canvas(width, 0.35 + 1.15 * down, down, across)
+    figure.get_layout_engine().set(w_pad=0.1)  # ticks at the very end of an axis hang over
+    for ax, name in zip(axes.flat, names, strict=False):
+        values = tokens[name].to_numpy(float)
+        ax.hist(values[np.isfinite(values)], bins=bins, color=BLUE, linewidth=0, log=True)
+        unit = SCHEMA[name].unit if name in SCHEMA else ""
+        ax.set_xlabel(plates.words(name) + (f" ({unit})" if unit else ""))
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        plates.powers(ax.yaxis)
+    for ax in axes.flat[len(names):]:
+        ax.set_visible(False)
+    plates.caption(figure, f"Number of positions. {tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions.")
+    return figure

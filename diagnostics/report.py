@@ -24,7 +24,7 @@ import pandas as pd
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 
-from diagnostics import figures, narrative
+from diagnostics import figures, narrative, plates
 from diagnostics.narrative import Material
 from diagnostics.runs import write_atomic
 from diagnostics.types import DiagnosticsError, read_tokens
@@ -173,7 +173,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r'\bid="(?!DejaVu)([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#(?!DejaVu)([^"]+)"', rf'href="#{name}-\1"', text).replace("url(#", f"url(#{name}-")
     text = re.sub(r"\n\s*", "\n", text)
-    for variable, color in figures.LIGHT.items():
+    for variable, color in plates.LIGHT.items():
         text = text.replace(color.lower(), f"var(--{variable})")
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', text, count=1)
 
@@ -233,7 +233,7 @@ def verdict_cards(material: Material) -> str:
 def _card(row: dict) -> str:
     verdict = str(row["verdict"])
     kind = verdict if verdict in ("supported", "refuted", "inconclusive") else "inconclusive"
-    outcome = f" · {figures.OUTCOMES.get(row['outcome'], row['outcome'])}" if isinstance(row.get("outcome"), str) else ""
+    outcome = f" · {plates.OUTCOMES.get(row['outcome'], row['outcome'])}" if isinstance(row.get("outcome"), str) else ""
     sentence = row.get("sentence") if isinstance(row.get("sentence"), str) else ""
     return (f'<li class="card {kind}"><h3>{html.escape(str(row["claim"]) + outcome)}</h3>'
             f'<span class="verdict">{html.escape(verdict)}</span><p>{html.escape(sentence)}</p></li>')

@@ -93,6 +93,103 @@ def calibration() -> pd.DataFrame:
     })
 
 
+def placebo_excess() -> pd.DataFrame:
+    """Estimate minus placebo of `correlations`."""
+    table = correlations()
+    table = table[table.method == "spearman"]
+    return table.assign(excess=table.estimate - table.placebo, low=table.low - table.placebo, high=table.high - table.placebo).drop(columns=["estimate", "placebo"])
+
+
+def quadrants() -> pd.DataFrame:
+    """Four quadrants and all, means and medians."""
+    rows = []
+    for outcome in BOTH:
+        for split in SPLITS:
+            for k, quadrant in enumerate(("all", "Q1", "Q2", "Q3", "Q4")):
+                for statistic in ("mean", "median"):
+                    estimate = 0.01 * (k + 1) + 0.001 * len(split) + (0.05 if statistic == "median" else 0)
+                    rows.append({"outcome": outcome, "split": split, "quadrant": quadrant, "statistic": statistic, "estimate": estimate,
+                                 "low": 0.8 * estimate, "high": 1.1 * estimate, "share": 1.0 if k == 0 else 0.1 * k, "positions": 100, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def matching() -> pd.DataFrame:
+    """Matched differences in place of `q3_contrast`'s, with and without replacement."""
+    table = q3_contrast()
+    table = table[table.groups == "tertile"].drop(columns=["groups", "bottom_mean", "top_mean"])
+    shifted = table.assign(difference=0.7 * table.difference, low=0.7 * table.difference - 0.01, high=0.7 * table.difference + 0.01, placebo_difference=0.002)
+    return pd.concat([shifted.assign(replacement=True), shifted.assign(replacement=False, difference=9.0)], ignore_index=True)
+
+
+def selection_curves(names=("divergence", "teachability")) -> pd.DataFrame:
+    """Shares at four budgets for each criterion and random."""
+    rows = []
+    for outcome in BOTH:
+        for split in SPLITS:
+            for k, criterion in enumerate(("random", *names)):
+                for budget in (0.01, 0.05, 0.3, 1.0):
+                    share = budget ** (1 / (1 + 0.3 * k)) * (1 if outcome == "gain" else 0.9)
+                    rows.append({
+                        "outcome": outcome, "criterion": criterion, "split": split, "budget": budget, "selected": int(500 * budget), "tied": 0,
+                        "captured_share": share, "low": 0.9 * share, "high": min(1.05 * share, 1), "random": budget,
+                        "random_low": 0.8 * budget, "random_high": min(1.2 * budget, 1.0), "oracle": budget**0.3, "positions": 500, "prompts": 16,
+                    })
+    return pd.DataFrame(rows)
+
+
+def selection_summary() -> pd.DataFrame:
+    """Area, and enrichment at two budgets."""
+    rows = []
+    for outcome in BOTH:
+        for split in SPLITS:
+            for k, criterion in enumerate(("divergence", "teachability", "tip")):
+                for statistic, budget, baseline in (("area", np.nan, 0.0), ("enrichment", 0.01, 1.0), ("enrichment", 0.05, 1.0)):
+                    estimate = baseline + 0.1 * (k + 1) + (0.05 if budget == 0.05 else 0)
+                    rows.append({
+                        "outcome": outcome, "criterion": criterion, "split": split, "statistic": statistic, "budget": budget, "estimate": estimate,
+                        "low": estimate - 0.08, "high": estimate + 0.06, "baseline": baseline, "best": "tip", "behind_best": 0.1 * (k - 2),
+                        "behind_best_low": 0.1 * (k - 2) - 0.05, "behind_best_high": 0.1 * (k - 2) + 0.05, "positions": 500, "prompts": 16,
+                    })
+    return pd.DataFrame(rows)
+
+
+def selection_overlap() -> pd.DataFrame:
+    """Three pairs of three criteria, Jaccard at two budgets and Spearman."""
+    rows = []
+    for k, (one, other) in enumerate((("divergence", "teachability"), ("divergence", "tip"), ("teachability", "tip"))):
+        for statistic, budget in (("spearman", np.nan), ("jaccard", 0.01), ("jaccard", 0.05)):
+            estimate = 0.15 + 0.2 * k + (0.05 if budget == 0.05 else 0)
+            rows.append({"criterion": one, "other": other, "statistic": statistic, "budget": budget, "estimate": estimate, "low": estimate - 0.02,
+                         "high": estimate + 0.02, "chance": 0.026, "positions": 500, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def selection_profile() -> pd.DataFrame:
+    """Quadrant and token shares of two criteria."""
+    rows = []
+    measures = {"q1": 0.1, "q2": 0.2, "q3": 0.3, "q4": 0.4, "word": 0.6, "number": 0.3, "punctuation": 0.1}
+    for k, criterion in enumerate(("divergence", "teachability")):
+        for budget in (0.01, 0.05):
+            for measure, share in measures.items():
+                rows.append({"criterion": criterion, "budget": budget, "measure": measure, "estimate": share * (1 - 0.1 * k), "low": 0.0, "high": 1.0,
+                             "full": share, "minus_full": -0.1 * k * share, "minus_full_low": -0.1, "minus_full_high": 0.1, "positions": 25, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def intervention() -> pd.DataFrame:
+    """Full, placebo, random and two criteria at three budgets."""
+    rows = []
+    for group in ("selected", "unselected", "step", "held_out"):
+        for measure in ("forward_kl", "reverse_kl", "js"):
+            cells = [("full", 1.0, 0.02), ("placebo", 1.0, -0.001)]
+            cells += [(name, budget, 0.02 * budget**0.5 * (1 + 0.2 * k)) for k, name in enumerate(("random", "divergence", "teachability")) for budget in (0.05, 0.1, 0.3)]
+            for criterion, budget, reduction in cells:
+                reduction += 0.001 * len(group)
+                rows.append({"criterion": criterion, "budget": budget, "group": group, "measure": measure, "reduction": reduction,
+                             "low": reduction - 0.002, "high": reduction + 0.003, "positions": 250, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
 def manifest() -> dict:
     """A manifest with everything that the report reads, and a prompt that tries to be markup."""
     model = {"revision": None, "architecture": "LlamaForCausalLM", "parameters": 123456, "dtype": "float32"}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import figures, narrative, report
+from diagnostics import narrative, plates, report
 from diagnostics.types import DiagnosticsError
 from tests import study_tables
 
@@ -100,7 +100,7 @@ def test_figures_stand_at_both_widths_with_a_reading(source):
 
 def test_page_colours_are_variables(source):
     drawings = "".join(re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL))
-    for name, color in figures.LIGHT.items():
+    for name, color in plates.LIGHT.items():
         assert color.lower() not in drawings
         assert f"--{name}:" in source
     assert "var(--ink)" in drawings and "var(--rule)" in drawings
