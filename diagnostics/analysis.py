@@ -1,26 +1,146 @@
-"""The study: every table from one token table.
+"""The study: every table from one token table, without torch or a model.
 
-Neither torch nor a model is needed. The tables themselves live in `tables`.
+    import diagnostics as dx
+    tables = dx.analysis.study(dx.read_tokens("tokens.parquet"))
+    tables["verdicts"]
+
+What the table's columns do not allow is left out and listed in `left_out` with the reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 import pandas as pd
 
-from diagnostics import tables
-from diagnostics.tables import correlate, q3_contrast, q3_groups, scores, splits
+from diagnostics import cautions, regressions, robustness, tables, verdicts
+from diagnostics import criteria as registry
+from diagnostics.regressions import residual_curves
+from diagnostics.robustness import coverage, gain_robustness, saturation
+from diagnostics.tables import (
+    OUTCOMES, balance, correlate, matching, outcomes, partial_correlations, q3_contrast, q3_groups,
+    quadrant_means, scores, splits, within_prompt_correlations,
+)
+from diagnostics.types import support_column
 
-__all__ = ["correlate", "q3_contrast", "q3_groups", "scores", "splits", "study"]
+__all__ = [
+    "balance", "correlate", "coverage", "gain_robustness", "matching", "outcomes", "partial_correlations",
+    "q3_contrast", "q3_groups", "quadrant_means", "residual_curves", "saturation", "scores", "splits", "study",
+    "within_prompt_correlations",
+]
+
+_PLANE = ("student_entropy", "forward_kl")
+_Q3 = (*_PLANE, "compatibility")
+_HELD = (*_PLANE, "position", "response_length")
+_CLAIMS = regressions.NEEDS
 
 
-def study(tokens: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Every table that the token table allows, by file name."""
+def study(
+    tokens: pd.DataFrame,
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    training: pd.DataFrame | None = None,
+    losses: Mapping[str, pd.DataFrame] | None = None,
+    base_k: int = robustness.BASE_K,
+) -> dict[str, pd.DataFrame]:
+    """Every table that the token table allows, by file name.
+
+    training: runs for claim C5, see `verdicts.training_verdict`; losses: token tables of steps with other losses,
+    by loss; base_k: K of the columns without a suffix. The tables are correlations, placebo_excess, differences,
+    partial, within_prompt, quadrants, q3_contrast, q3_groups, matching, balance, regressions, decomposition,
+    residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
+    (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
+    """
+    outcomes(tokens)
     options = {"draws": draws, "level": level, "seed": seed}
-    associations = tables.associate(tokens, draws=draws, seed=seed)
+    plan = _plan(tokens, options, losses, base_k)
+    made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
+    for needs, make in plan:
+        missing = [name for name in needs if name not in tokens]
+        for name, table in make(missing).items():
+            if table is not None and len(table):
+                made[name] = table
+            else:
+                why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
+                left_out.append((name, "the whole table", why))
+    if training is not None:
+        runs = verdicts.training_verdict(training, level=level)
+        made["verdicts"] = pd.concat([made["verdicts"], runs], ignore_index=True) if "verdicts" in made else runs
+    made["warnings"] = cautions.warnings(tokens, made)
+    made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
+    return made
+
+
+def _plan(tokens: pd.DataFrame, options: dict, losses, base_k: int) -> list[tuple[tuple[str, ...], Callable]]:
+    """(columns needed, missing columns -> tables by name); a step with missing columns makes None."""
+
+    def one(name: str, function: Callable, **more) -> Callable:
+        return lambda missing: {name: None if missing else function(tokens, **more)}
+
+    def several(names: tuple[str, ...], function: Callable) -> Callable:
+        return lambda missing: dict.fromkeys(names) if missing else function()
+
+    return [
+        ((), several((), lambda: _correlations(tokens, **options))),
+        (_HELD, one("partial", partial_correlations, **options)),
+        ((), one("within_prompt", within_prompt_correlations, **options)),
+        (_PLANE, one("quadrants", quadrant_means, **options)),
+        (_Q3, one("q3_contrast", q3_contrast, **options)),
+        (_Q3, one("q3_groups", q3_groups, **options)),
+        (_CLAIMS, one("matching", matching, **options)),
+        (_CLAIMS, one("balance", balance, seed=options["seed"])),
+        (_CLAIMS, several(("regressions", "decomposition"), lambda: regressions.regressions(tokens, **options))),
+        (_CLAIMS, one("residual_curves", residual_curves, **options)),
+        (_CLAIMS, several(("support_robustness", "verdicts"), lambda: _claims(tokens, base_k=base_k, **options))),
+        (_CLAIMS, one("gain_robustness", gain_robustness, losses=losses, **options)),
+        ((), one("saturation", saturation)),
+        ((), one("coverage", coverage, draws=options["draws"], seed=options["seed"])),
+    ]
+
+
+def _correlations(tokens: pd.DataFrame, *, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
+    found = tables.associate(tokens, draws=draws, seed=seed)
     return {
-        "correlations": tables.correlation_table(associations, level=level),
-        "placebo_excess": tables.placebo_excess(associations, level=level),
-        "differences": tables.correlation_differences(associations, level=level),
-        "q3_contrast": tables.q3_contrast(tokens, **options),
-        "q3_groups": tables.q3_groups(tokens, **options),
+        "correlations": tables.correlation_table(found, level=level),
+        "placebo_excess": tables.placebo_excess(found, level=level),
+        "differences": tables.correlation_differences(found, level=level),
     }
+
+
+def _claims(tokens: pd.DataFrame, *, base_k: int, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
+    found = robustness.findings(tokens, base_k=base_k, draws=draws, seed=seed)
+    return {
+        "support_robustness": robustness.support_robustness(found, level=level),
+        "verdicts": verdicts.verdicts(found, level=level, placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens]),
+    }
+
+
+def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
+    """What the columns do not allow although its table is made."""
+    for name in registry.criteria().index:
+        missing = [need for need in registry.find(name).needs if need not in tokens]
+        if missing:
+            yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"
+    for outcome in OUTCOMES:
+        if outcome not in tokens:
+            yield "all", f"outcome {outcome}", f"no column {outcome}"
+        elif f"placebo_{outcome}" not in tokens:
+            yield "all", f"placebo of {outcome}", f"no column placebo_{outcome}"
+    if "split" not in tokens or not {"step", "held_out"} <= set(tokens["split"]):
+        yield "all", "step and held-out positions apart", "no column split with both"
+    for k in robustness.SUPPORTS:
+        if k != base_k and support_column("compatibility", k) not in tokens:
+            yield "support_robustness", f"K = {k}", f"no column {support_column('compatibility', k)}"
+    for proxy in robustness.PROXIES:
+        if proxy not in tokens:
+            yield "support_robustness", f"proxy {proxy}", f"no column {proxy}"
+    if "is_special" not in tokens:
+        yield "gain_robustness", "without special tokens", "no column is_special"
+    if "teacher_entropy" not in tokens:
+        yield "regressions", "teacher entropy as a term", "no column teacher_entropy"
+    if not losses:
+        yield "gain_robustness", "other losses", "no token tables of steps with other losses were given"
+    if training is None:
+        yield "verdicts", "claim C5", "no training results were given"

@@ -32,6 +32,7 @@ METHODS: dict[str, Callable] = {
     "spearman": statistics.spearman, "pearson": statistics.pearson, "kendall": statistics.kendall,
 }
 Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
+MATCHED_SCORES = ("compatibility", "teachability", "incompatible")
 GROUPS = {"tertile": 3, "quartile": 4}
 CONTROLS = {
     "student_entropy": lambda tokens: normalise(tokens["student_entropy"]),
@@ -352,7 +353,7 @@ def pair_up(contrast: Contrast, space: np.ndarray, *, replacement: bool) -> tupl
 
 
 def matching(
-    tokens: pd.DataFrame, *, by: Iterable[str] = Q3_SCORES, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d, position).
 
@@ -374,7 +375,7 @@ def matching(
     return pd.DataFrame(rows)
 
 
-def balance(tokens: pd.DataFrame, *, by: Iterable[str] = Q3_SCORES, seed: int = 0) -> pd.DataFrame:
+def balance(tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, seed: int = 0) -> pd.DataFrame:
     """Standardised mean differences of what was matched on, top minus bottom tertile, before and after.
 
     The scale is the root mean variance of the two groups before matching, throughout. Returns columns split,
