@@ -28,6 +28,9 @@ EXAMPLES = {
     "probe": "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine",
     "analyze": "python -m diagnostics analyze --output-dir reports/mine\n"
     "  python -m diagnostics analyze --tokens token_bank.csv --output-dir reports/theirs",
+    "compare": "python -m diagnostics compare --output-dir reports/mine --criteria divergence,teachability,tip --budgets 0.01,0.05,0.1",
+    "intervene": "python -m diagnostics intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3 --output-dir reports/mine",
+    "attribute": "python -m diagnostics attribute --pair embedded --full-kernel --output-dir reports/mine",
     "report": "python -m diagnostics report --output-dir reports/mine",
     "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
     "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
@@ -39,6 +42,9 @@ PURPOSE = {
     "score": "measure every response position of the frozen contexts",
     "probe": "take one OPD step, re-score the same positions, restore the student",
     "analyze": "write the tables of the study from tokens.parquet",
+    "compare": "what each criterion would have captured of the gains, at each budget",
+    "intervene": "one step with loss on the selected positions only, for each criterion and budget",
+    "attribute": "first-order gains, and where a position's gain comes from",
     "report": "draw the figures and write report.html from the run's files",
     "train": "TA-OPD: train the student on the positions that a criterion selects",
     "criteria": "list the registered selection criteria",
@@ -53,6 +59,9 @@ STAGES = {
     "report": (),
 }
 STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
+STAGES["compare"] = ("comparison.ComparisonConfig", "stages.AnalysisConfig")
+STAGES["intervene"] = ("pairs.PairConfig", "probe.ProbeConfig", "intervention.InterventionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
+STAGES["attribute"] = ("pairs.PairConfig", "probe.ProbeConfig", "attribution.AttributionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
 STAGES["train"] = ("pairs.PairConfig", "prompts.PromptConfig", "training.TrainConfig", "training.EngineConfig", "evaluation.EvaluationConfig")
 
 
@@ -80,9 +89,9 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             add_flags(command, *configs)
         if name == "score":
             command.add_argument("--after", help="a trained student: add its after-columns and gains to the table")
-        if name == "analyze":
+        if name in ("analyze", "compare"):
             command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
-            command.add_argument("--tokens", help="analyse this token table (ours, or one of the released scripts') instead of the run's own")
+            command.add_argument("--tokens", help="read this token table (ours, or one of the released scripts') instead of the run's own")
     return parser
 
 
@@ -137,9 +146,14 @@ def _stage(parsed: argparse.Namespace) -> dict:
             stages.train_stage(run, models, *(configs[name] for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")))
         if parsed.command in ("run", "probe"):
             stages.probe_stage(run, models, configs["ProbeConfig"], batch_tokens=configs["ScoreConfig"].batch_tokens)
+        if parsed.command in ("intervene", "attribute"):
+            stage, own = (stages.intervene_stage, "InterventionConfig") if parsed.command == "intervene" else (stages.attribute_stage, "AttributionConfig")
+            stage(run, models, *(configs[name] for name in ("ProbeConfig", own, "AnalysisConfig")), batch_tokens=configs["ScoreConfig"].batch_tokens)
+        if getattr(parsed, "tokens", None):
+            stages.import_tokens(run, Path(parsed.tokens))
+        if parsed.command == "compare":
+            stages.compare_stage(run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed)
         if parsed.command in ("run", "analyze"):
-            if getattr(parsed, "tokens", None):
-                stages.import_tokens(run, Path(parsed.tokens))
             stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed)
         if parsed.command in ("run", "report"):
             return {"report": str(stages.report_stage(run))}

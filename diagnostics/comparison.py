@@ -14,10 +14,11 @@ cancels; it is defined wherever the outcome varies.)
 
 Scores are normalised over the whole table; budgets are of the positions of a split, and a selection is
 made among them. A position whose outcome is undefined can be selected and then captures nothing; one whose
-score is undefined is never selected. Masks are fixed by the scores, so the bootstrap reweights sums
-per prompt (see `statistics`): all draws together cost one matrix product. The gain is that of a step on all
-positions: what a step on the selected ones alone does is a question for `intervention`, and `agreement`
-tells whether the two answers agree.
+score is undefined is never selected. `lift` belongs to the step positions and is shown for them alone.
+
+Masks are fixed by the scores, so the bootstrap reweights sums per prompt (see `statistics`): all draws together cost
+one matrix product. The gain is that of a step on all positions: what a step on the selected ones alone
+does is a question for `intervention`, and `agreement` tells whether the two answers agree.
 
 Reference: captured share over budget is the concentration (Lorenz) curve of the outcome along a score; the
 normalised area is the ratio known from uplift curves as the Qini coefficient.
@@ -42,6 +43,7 @@ from diagnostics.types import DiagnosticsError, require_columns
 
 log = logging.getLogger("diagnostics")
 OUTCOMES = ("gain", "relative_gain", "positive_gain")
+ALL_OUTCOMES = (*OUTCOMES, "first_order_gain", "lift")
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 ENRICHMENT_BUDGETS = (0.01, 0.05, 0.1, 0.3)
 RANDOM_SELECTIONS = 200
@@ -211,7 +213,7 @@ def parts(
     scored = _scored(tokens, criteria, seed)
     for split in splits(tokens, draws=draws, seed=seed):
         values = {name: outcome_values(tokens, name)[split.mask] for name in outcomes}
-        values = {name: v for name, v in values.items() if np.isfinite(v).any()}
+        values = {name: v for name, v in values.items() if np.isfinite(v).any() and (name != "lift" or split.name == "step")}
         here = {name: score[split.mask] for name, score in scored.items()}
         yield Part(split.name, split.prompts, tokens.loc[split.mask, ["position"]].reset_index(drop=True), budgets, values, here)
 

@@ -2,6 +2,8 @@
 
     rollout -> contexts.parquet     score -> scores.parquet     probe -> gains.parquet, tables/calibration.csv
     analyze -> tables/*.csv         report -> figures/*, report.html
+    compare -> tables/selection_*.csv, tables/offline_*.csv      intervene -> interventions.parquet, tables/intervention.csv, cells/*
+    attribute -> first_order.parquet, tables/{linearity,kernel,kernel_shares,lift}.csv
     score --after -> gains.parquet from a checkpoint in place of the probe's
     train -> training_gains.parquet and what `training` lists        validate -> what `validation` lists
 
@@ -173,7 +175,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
 def join_tokens(run: Run) -> None:
     """Write tokens.parquet from the files that hold its columns."""
     tokens = read_parquet(run.path("scores.parquet"))
-    for name in ("gains.parquet", "training_gains.parquet"):
+    for name in ("gains.parquet", "first_order.parquet", "training_gains.parquet"):
         if run.path(name).exists():
             added = read_parquet(run.path(name))
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
@@ -252,6 +254,82 @@ def analyze_stage(run: Run, config, *, seed: int) -> None:
 
     run.stage("analyze", settings={**dataclasses.asdict(config), "seed": seed}, inputs=["tokens.parquet"],
               outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True)
+
+
+def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
+    """Compare criteria on the gains at hand, and with interventions where there are any."""
+    from diagnostics.agreement import agreement, answers
+    from diagnostics.comparison import ALL_OUTCOMES, compare
+
+    tables = {}
+    effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+
+    def work() -> None:
+        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        options = {**dataclasses.asdict(analysis), "seed": seed}
+        tables.update(compare(tokens, outcomes=ALL_OUTCOMES, criteria=config.criteria, budgets=config.budgets, **options))
+        if effects:
+            sums = read_parquet(run.path(effects))
+            tables.update(offline_agreement=agreement(tokens, sums, **options), offline_answers=answers(tokens, sums))
+        for name, table in tables.items():
+            write_csv(run.path(f"tables/{name}.csv"), table)
+
+    run.stage("compare", settings={**dataclasses.asdict(config), **dataclasses.asdict(analysis), "seed": seed},
+              inputs=["tokens.parquet", *([effects] if effects else [])], outputs=lambda: [f"tables/{name}.csv" for name in tables],
+              work=work, derived=True)
+
+
+def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_tokens: int) -> None:
+    """One step a criterion and budget. Finished cells are kept in `cells`, so that a wider grid goes on from there."""
+    from diagnostics.intervention import interventions, summarise
+
+    _require_probe_settings(run, probe, what="An intervention")
+
+    def work() -> dict:
+        bank, tokens = read_bank(run.path("contexts.parquet")), validate_tokens(read_parquet(run.path("scores.parquet")))
+        result = interventions(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, cache=run.path("cells"),
+                               **dataclasses.asdict(probe), **dataclasses.asdict(config))
+        write_parquet(run.path("interventions.parquet"), result.by_prompt())
+        write_csv(run.path("tables/intervention.csv"), summarise(result, **dataclasses.asdict(analysis), seed=probe.seed))
+        chosen = result.calibration[result.calibration["chosen"]].iloc[0]
+        return {"cells": len(result.cells), "step_size": float(chosen.step_size), "relative_norm": float(chosen.relative_norm)}
+
+    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
+    run.stage("intervene", settings=settings, inputs=["contexts.parquet", "scores.parquet"],
+              outputs=["interventions.parquet", "tables/intervention.csv"], work=work, derived=True)
+
+
+def attribute_stage(run: Run, models: Models, probe, config, analysis, *, batch_tokens: int) -> None:
+    """Attribute the probe's step to the positions that took part in it."""
+    from diagnostics.attribution import attribute
+
+    _require_probe_settings(run, probe, what="An attribution")
+    names = ("linearity", "kernel", "kernel_shares", "lift")
+
+    def work() -> None:
+        bank, tokens = read_bank(run.path("contexts.parquet")), validate_tokens(read_parquet(run.path("scores.parquet")))
+        result = attribute(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(probe),
+                           **dataclasses.asdict(config), **dataclasses.asdict(analysis))
+        write_parquet(run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]])
+        for name, table in zip(names, (result.linearity, result.kernel, result.shares, result.lift), strict=True):
+            write_csv(run.path(f"tables/{name}.csv"), table)
+
+    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
+    run.stage("attribute", settings=settings, inputs=["contexts.parquet", "scores.parquet", "gains.parquet"],
+              outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in names)], work=work, derived=True)
+    join_tokens(run)
+
+
+def _require_probe_settings(run: Run, probe, *, what: str) -> None:
+    """The step of a run's tables is one step: the probe's, where there is one."""
+    earlier = run.manifest["stages"].get("probe", {}).get("settings", {})
+    different = [f"{name}: {earlier[name]!r} there, {value!r} now" for name, value in dataclasses.asdict(probe).items()
+                 if name in earlier and earlier[name] != value]
+    if different:
+        raise DiagnosticsError(
+            f"{what} explains the step of the run's probe, and {run.directory} holds one with other settings ({'; '.join(different)}). "
+            "Use the probe's settings, or another --output-dir."
+        )
 
 
 def report_stage(run: Run) -> Path:
