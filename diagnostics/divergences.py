@@ -251,19 +251,21 @@ class Block:
         self.total_r2 = total(torch.exp2(self.centred_r2V, out=self._weight_r2V))
 
     def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
-        """Logits in bits plus an offset that takes the row's largest to 0; the maxima of groups of ids on the way."""
-        self.maxima, offsets = [], []
+        """Logits in bits plus an offset that takes the row's largest close to 0; the maxima of groups of ids on the way."""
+        self.maxima, largest, peaks = [], [], []
         for logits_rV, target_rV in zip((student_rV, teacher_rV), self.centred_r2V.unbind(1)):
             logits_rV = logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
             self.maxima.append(_group(logits_rV, GROUP, torch.amax))
-            offset_r1 = self.maxima[-1].amax(-1, keepdim=True) / -LN2
+            largest_r1 = self.maxima[-1].amax(-1, keepdim=True)
+            offset_r1 = largest_r1 / -LN2
             torch.add(offset_r1, logits_rV, alpha=1 / LN2, out=target_rV)  # a fused multiply-add: one rounding
-            offsets.append(exact(offset_r1))
-        self.offset_r2 = torch.cat(offsets, -1)
+            largest.append(exact(largest_r1))
+            peaks.append(exact(torch.add(offset_r1, largest_r1, alpha=1 / LN2)))
+        self._largest_r2, self._peak_r2 = torch.cat(largest, -1), torch.cat(peaks, -1)
 
     def norms(self) -> Tensor:
         """ln of the sum of exp of the logits [r, 2]."""
-        return LN2 * (self.total_r2.log2() - self.offset_r2)
+        return self._largest_r2 + LN2 * (self.total_r2.log2() - self._peak_r2)
 
     def entropies(self) -> Tensor:
         """H(p), H(q) [r, 2] in nats."""
