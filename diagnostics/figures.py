@@ -644,7 +644,7 @@ def distributions(tokens: pd.DataFrame, *, columns: Sequence[str] | None = None,
     across = min(4 if width > 5 else 2, len(names))
     down = -(-len(names) // across)
     figure, axes = plates.canvas(width, 0.35 + 1.15 * down, down, across)
-    figure.get_layout_engine().set(w_pad=0.1)  # ticks at the very end of an axis hang over
+    figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
     for ax, name in zip(axes.flat, names, strict=False):
         values = tokens[name].to_numpy(float)
         ax.hist(values[np.isfinite(values)], bins=bins, color=BLUE, linewidth=0, log=True)
