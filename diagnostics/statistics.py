@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy import optimize, spatial, stats
+from scipy import optimize, spatial, special
 
 BLOCK = 128
 """Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions."""
@@ -120,7 +120,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Low and high end of the t interval with prompts - 1 degrees of freedom."""
-        reach = float(stats.t.ppf((1 + level) / 2, max(self.prompts - 1, 1))) * self.standard_error
+        reach = float(special.stdtrit(max(self.prompts - 1, 1), (1 + level) / 2)) * self.standard_error
         middle = self._scale(self.value)
         low, high = middle - reach, middle + reach
         return (float(np.tanh(low)), float(np.tanh(high))) if self.correlation else (float(low), float(high))
@@ -130,7 +130,7 @@ class Estimate:
         """Two-sided, against 0; at most 1 - level exactly where the interval at that level excludes 0."""
         if not self.standard_error > 0:
             return np.nan
-        return float(2 * stats.t.sf(abs(self._scale(self.value)) / self.standard_error, self.prompts - 1))
+        return float(2 * special.stdtr(self.prompts - 1, -abs(self._scale(self.value)) / self.standard_error))
 
     def _scale(self, value):
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
@@ -502,7 +502,7 @@ def _order_statistic(ordered: np.ndarray, codes: np.ndarray, prompts: Prompts, n
         block = np.arange(first, min(first + rows, len(total)))
         block = block[total[block] > 0]
         upto = np.cumsum(prompts.weights[block][:, codes[start:stop]], axis=1)
-        at = [np.searchsorted(counts, rest, side="right") for counts, rest in zip(upto, (wanted - before)[block])]
+        at = [counts.searchsorted(rest, side="right") for counts, rest in zip(upto, (wanted - before)[block])]
         found[block] = ordered[start + np.array(at, dtype=int)]
     return found
 
