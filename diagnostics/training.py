@@ -231,16 +231,15 @@ def _trl_fields(path: str | None) -> dict[str, Any]:
     return fields
 
 
-def trl_config(directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float):
+def trl_config(directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float, cpu: bool = True):
     """TRL's DistillationConfig. Full precision and no activation checkpointing unless the file asks for them.
 
-    Raises DiagnosticsError for a field that TRL does not know or refuses.
+    cpu: the student is there; several processes join on the CPU only when told so. Raises DiagnosticsError for a field that TRL does not know or refuses.
     """
-    import torch
     from trl import DistillationConfig
 
     fields = {"bf16": False, "activation_checkpointing": False, "disable_dropout": True, "disable_tqdm": True, "save_total_limit": 2,
-              "dataloader_pin_memory": torch.cuda.is_available()}
+              "dataloader_pin_memory": not cpu, "use_cpu": cpu}
     fields |= {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none"} | _trl_fields(engine.trl)
     try:
         return DistillationConfig(
@@ -263,12 +262,16 @@ def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: Engine
     trainer = SelectedDistillationTrainer(
         pair,
         Selection(config.criterion, config.budget, loss=config.loss, beta=config.beta, k=config.k, seed=config.seed),
-        args=trl_config(directory, config, engine, rate=config.rate(pair.name, engine.lora_rank)),
+        args=trl_config(directory, config, engine, rate=config.rate(pair.name, engine.lora_rank), cpu=pair.student.device.type == "cpu"),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in order], "row": list(range(len(order)))}),
         callbacks=[watcher.callback()],
         peft_config=_lora(engine.lora_rank),
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.accelerator.num_processes != parallel.world():
+        raise DiagnosticsError(
+            f"{parallel.world()} processes were started and TRL trains in {trainer.accelerator.num_processes}. Start them with torchrun or `accelerate launch --multi_gpu`."
+        )
     watcher.require_whole(trainer)
     return trainer
 
