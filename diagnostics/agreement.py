@@ -72,9 +72,9 @@ def agreement(
     cells = _cells(effects)
     answers = _answers(tokens, effects, cells, outcomes, measures, draws=draws, seed=seed)
     rows = []
-    for scope, pairs in _scopes(cells):
+    for scope, pairs in scopes(cells):
         for x, y in _pairings(answers):
-            estimate = _kendall(x, y, pairs)
+            estimate = kendall(x, y, pairs)
             low, high = estimate.interval(level)
             rows.append({"scope": scope, "x": x.name, "y": y.name, "kendall": estimate.value, "low": low, "high": high,
                          "cells": int(pairs.any(axis=1).sum()), "prompts": estimate.prompts})
@@ -171,7 +171,7 @@ def _reduction(effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: 
     return Answer(f"{split}_{measure}", over.sum(axis=1) / under.sum(axis=1), draws, prompts.count)
 
 
-def _scopes(cells: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+def scopes(cells: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
     """Name and pairs [C, C] of each scope."""
     budget = cells["budget"].to_numpy()
     distinct = ~np.eye(len(cells), dtype=bool)
@@ -190,7 +190,7 @@ def _pairings(found: list[Answer]) -> Iterator[tuple[Answer, Answer]]:
     yield from ((x, y) for x in offline for y in found if y not in offline)
 
 
-def _kendall(x: Answer, y: Answer, pairs: np.ndarray) -> Estimate:
+def kendall(x: Answer, y: Answer, pairs: np.ndarray) -> Estimate:
     """Tau-b over the pairs, with its draws; NaN where an answer ties every pair."""
     a, b = x.signs[:, pairs], y.signs[:, pairs]
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -34,6 +34,7 @@ EXAMPLES = {
     "report": "python -m diagnostics report --output-dir reports/mine",
     "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
     "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
+    "validate": "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir reports/validation",
     "criteria": "python -m diagnostics criteria",
 }
 PURPOSE = {
@@ -47,6 +48,7 @@ PURPOSE = {
     "attribute": "first-order gains, and where a position's gain comes from",
     "report": "draw the figures and write report.html from the run's files",
     "train": "TA-OPD: train the student on the positions that a criterion selects",
+    "validate": "a grid of short trainings: do the probe's conclusions survive them?",
     "criteria": "list the registered selection criteria",
 }
 
@@ -63,6 +65,7 @@ STAGES["compare"] = ("comparison.ComparisonConfig", "stages.AnalysisConfig")
 STAGES["intervene"] = ("pairs.PairConfig", "probe.ProbeConfig", "intervention.InterventionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
 STAGES["attribute"] = ("pairs.PairConfig", "probe.ProbeConfig", "attribution.AttributionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
 STAGES["train"] = ("pairs.PairConfig", "prompts.PromptConfig", "training.TrainConfig", "training.EngineConfig", "evaluation.EvaluationConfig")
+STAGES["validate"] = ("pairs.PairConfig", "prompts.PromptConfig", "validation.ValidateConfig", "evaluation.EvaluationConfig", "stages.AnalysisConfig")
 
 
 def _configs(command: str) -> tuple[type, ...]:
@@ -87,6 +90,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         if name in STAGES:
             command.add_argument("--output-dir", required=True, help="the run's directory")
             add_flags(command, *configs)
+        if name == "validate":
+            command.add_argument("--offline", help="run directory of a finished main job, whose answers are compared with the trainings")
         if name == "score":
             command.add_argument("--after", help="a trained student: add its after-columns and gains to the table")
         if name in ("analyze", "compare"):
@@ -144,6 +149,9 @@ def _stage(parsed: argparse.Namespace) -> dict:
             stages.after_stage(run, models, parsed.after, batch_tokens=configs["ScoreConfig"].batch_tokens)
         if parsed.command == "train":
             stages.train_stage(run, models, *(configs[name] for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")))
+        if parsed.command == "validate":
+            stages.validate_stage(run, models, *(configs[name] for name in ("PromptConfig", "ValidateConfig", "EvaluationConfig")),
+                                  offline=parsed.offline, analysis=configs["AnalysisConfig"])
         if parsed.command in ("run", "probe"):
             stages.probe_stage(run, models, configs["ProbeConfig"], batch_tokens=configs["ScoreConfig"].batch_tokens)
         if parsed.command in ("intervene", "attribute"):

@@ -337,3 +337,26 @@ def report_stage(run: Run) -> Path:
     from diagnostics.report import build
 
     return build(run.directory)
+
+
+def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, offline: str | None, analysis) -> None:
+    """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it."""
+    from diagnostics import validation
+
+    folder = run.path("cells")
+    job = validation.Job(folder, *map(dataclasses.asdict, (models.config, prompts, evaluation, config)))
+    cells, made = validation.grid(config), {}
+    write_json(run.manifest_path, run.manifest)
+    validation.run_grid(job, cells, workers=config.workers)
+
+    def work() -> None:
+        answers = validation.offline_answers(Path(offline)) if offline else None
+        rows = validation.read_outcomes(folder, cells)
+        made.update(validation.tables(rows, answers, **dataclasses.asdict(analysis)))
+        for name, table in made.items():
+            write_csv(run.path(f"tables/{name}.csv"), table)
+
+    settings = {**models.settings, **dataclasses.asdict(config), **dataclasses.asdict(evaluation), **dataclasses.asdict(analysis), "offline": offline}
+    names = ["untouched", *(cell.name for cell in cells)]
+    run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
+              outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True)

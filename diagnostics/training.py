@@ -116,18 +116,19 @@ def train(
     evaluation: EvaluationConfig = EvaluationConfig(),
     held_out: Sequence[Prompt] = (),
     bank: Bank | None = None,
+    untouched: pd.DataFrame | None = None,
 ) -> TrainResult:
     """Distil the pair's teacher into its student, in place, on the student's own responses to `prompts`.
 
     held_out: prompts that are evaluated and never trained on; none turns evaluation off. bank: frozen contexts for
-    evaluation and `probe_every`. Under `accelerate launch` or `torchrun` every process calls this alike; `batch` is
+    evaluation and `probe_every`. untouched: an evaluation of the student as it is, where one was made already. Under `accelerate launch` or `torchrun` every process calls this alike; `batch` is
     the global one. Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory
     with an unfinished training (unless `engine.resume`), or one of other settings.
     """
     directory = Path(output_dir)
     _check_data(prompts, held_out, config, engine)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
-    watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank)
+    watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
     trainer = _trainer(pair, prompts, directory, config, engine, watcher)
     with warnings.catch_warnings():
         # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
@@ -305,9 +306,9 @@ def _save_student(trainer, pair: Pair, folder: Path) -> None:
 class Watcher:
     """Writes metrics, evaluations and gains while TRL trains; knows which steps are due."""
 
-    def __init__(self, pair, directory: Path, config: TrainConfig, engine: EngineConfig, evaluation: EvaluationConfig, held_out, bank):
+    def __init__(self, pair, directory: Path, config: TrainConfig, engine: EngineConfig, evaluation: EvaluationConfig, held_out, bank, untouched=None):
         self.pair, self.directory, self.config, self.engine, self.evaluation = pair, directory, config, engine, evaluation
-        self.held_out = list(held_out)
+        self.held_out, self.untouched = list(held_out), untouched
         self.verify = find_verifier(evaluation.verifier, pair=pair.name, prompts=self.held_out) if self.held_out else None
         self.frozen = FrozenBank(pair, bank) if bank is not None else None
         if engine.probe_every and bank is None:
@@ -387,10 +388,11 @@ class Watcher:
     def _evaluate(self, step: int) -> None:
         if not self.held_out:
             return
-        rows = evaluate(
+        rows = self.untouched if step == 0 and self.untouched is not None else evaluate(
             self.pair, self.held_out, bank=self.frozen, verify=self.verify, samples=self.evaluation.eval_samples,
             max_new_tokens=self.engine.max_new_tokens,
-        ).assign(step=step)
+        )
+        rows = rows.assign(step=step)
         earlier = read_parquet(self.path("evaluations.parquet")) if step and self.path("evaluations.parquet").exists() else rows[:0]
         rows = pd.concat([earlier[earlier["step"] < step], rows], ignore_index=True) if len(earlier) else rows
         parallel.barrier()

@@ -1,0 +1,525 @@
+"""Do the probe's conclusions survive real training? A grid of short trainings, their outcomes, and who foresaw them.
+
+A *cell* is one criterion at one budget; each is trained once a seed, with equal steps and optimiser settings, from
+the same student, and evaluated on the same held-out prompts with the same random numbers (`evaluation`). `full`
+has one cell. With S seeds and G held-out prompts, total T_sg and count N_sg of a measure,
+
+    value = 1/S sum_s v_s,   v_s = sum_g T_sg / sum_g N_sg
+    error^2 = E_S + E_G,     E_S = var_s(v_s) / S,   E_G = G/(G - 1) var over prompt draws of the value
+    interval = value +- t(f) * error,   f = error^4 / (E_S^2/(S - 1) + E_G^2/(G - 1))
+
+so seeds and prompts are crossed, and f is Welch and Satterthwaite's. (E_S holds some of what prompts and seeds do
+together, and E_G the rest: the interval errs to the long side.) Differences between cells are paired: v_s and the
+draws are subtracted before any error is taken. With one seed E_S is undefined, and so is the interval.
+
+Gain of a training = untouched - trained for divergences, trained - untouched for accuracies: larger is better.
+
+    C5  TA-OPD at 5 % matches or beats full OPD and the entropy, divergence and TIP baselines.
+        Against each rival: supported where the interval of gain(teachability) - gain(rival) reaches no lower than -margin,
+        refuted where it lies below, inconclusive otherwise or with fewer than 3 seeds; margin = 10 % of the gain of full
+        (0 where full gains nothing). Overall: supported where all are, refuted where one is.
+
+Agreement with offline answers is Kendall's tau over cells (`agreement`); its draws resample prompts and seeds of the
+training outcomes, while an offline answer read from another run is taken as it stands.
+
+Reference: Satterthwaite 1946; Owen 2007 (crossed resampling); the claim is arXiv 2605.26844's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from diagnostics import agreement as ranks
+from diagnostics import criteria as registry
+from diagnostics.agreement import Answer
+from diagnostics.statistics import Prompts
+from diagnostics.types import DiagnosticsError, require_columns
+
+log = logging.getLogger("diagnostics")
+
+LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_kl")
+HIGHER_IS_BETTER = ("accuracy", "accuracy_greedy")
+JUDGED = ("reverse_kl", "forward_kl", "accuracy", "accuracy_greedy")
+"""Measures that verdicts and agreement are about."""
+CLAIMANT, RIVALS, CLAIM_BUDGET = "teachability", ("full", "entropy", "divergence", "tip"), 0.05
+MARGIN = 0.1
+"""Share of full's gain by which a criterion may fall short and still match."""
+SEEDS_NEEDED = 3
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """The grid of trainings. Equal settings for every cell, fixed before any outcome was seen."""
+
+    criteria: tuple[str, ...] = field(
+        default=("full", "random", "entropy", "divergence", "tip", "teachability", "incompatible"), metadata={"help": "criteria to train with"})
+    budgets: tuple[float, ...] = field(default=(0.05, 0.1, 0.3), metadata={"help": "budgets of each but full"})
+    seeds: int = field(default=3, metadata={"help": "trainings of each cell, seeds 0, 1, …"})
+    steps: int = field(default=100, metadata={"help": "optimiser steps of each training"})
+    batch: int = field(default=16, metadata={"help": "responses in a step"})
+    learning_rate: float | None = field(default=None, metadata={"help": "1e-6, or the named pair's where not given"})
+    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss", "choices": ("forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse")})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
+    workers: int = field(default=2, metadata={"help": "trainings at the same time, one thread each"})
+
+    def __post_init__(self):
+        if self.seeds < 1 or self.workers < 1 or not self.criteria:
+            raise DiagnosticsError(f"A grid needs criteria, seeds and workers; got {len(self.criteria)}, {self.seeds} and {self.workers}.")
+        for name in self.criteria:
+            registry.find(name)
+        for budget in self.budgets:
+            registry.budget_count(1, budget)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    criterion: str
+    budget: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.criterion}-{self.budget:g}-seed{self.seed}"
+
+
+def grid(config: ValidateConfig) -> list[Cell]:
+    """Every training, seed by seed, so that an interrupted grid holds whole comparisons."""
+    cells = []
+    for seed in range(config.seeds):
+        for criterion in config.criteria:
+            whole = registry.find(criterion).kind == "all"
+            cells += [Cell(criterion, budget, seed) for budget in ((1.0,) if whole else config.budgets)]
+    return cells
+
+
+# --- running the grid -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs for any cell: names and numbers only."""
+
+    folder: Path
+    pair: dict
+    """Fields of `PairConfig`."""
+    prompts: dict
+    """Fields of `PromptConfig`."""
+    evaluation: dict
+    """Fields of `EvaluationConfig`."""
+    grid: dict
+    """Fields of `ValidateConfig`."""
+
+    @property
+    def identity(self) -> dict:
+        """Settings that a finished cell must share; which other cells there are is not among them."""
+        grid = {key: value for key, value in self.grid.items() if key not in ("criteria", "budgets", "seeds", "workers")}
+        pair = {key: value for key, value in self.pair.items() if "device" not in key and key != "offload_teacher"}
+        return json.loads(json.dumps(pair | self.prompts | self.evaluation | grid))
+
+    def finished(self, name: str) -> bool:
+        """True where the cell is done with these settings. Raises DiagnosticsError where it is with others."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return False
+        earlier = json.loads(path.read_text())["settings"]
+        different = [f"{key}: was {earlier.get(key)!r}, now {value!r}" for key, value in self.identity.items() if earlier.get(key) != value]
+        if different:
+            raise DiagnosticsError(f"{path} was trained with other settings ({'; '.join(different)}). Choose another --output-dir.")
+        return True
+
+
+def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
+    """Evaluate the untouched student, then train every cell that is not finished. Each leaves its files when it ends."""
+    if not job.finished("untouched"):
+        run_untouched(job)
+    missing = [cell for cell in cells if not job.finished(cell.name)]
+    log.info("%d of %d trainings to do", len(missing), len(cells))
+    if workers == 1 or len(missing) < 2:
+        for cell in missing:
+            run_cell(job, cell)
+        return
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool:
+        futures = [pool.submit(run_cell, job, cell) for cell in missing]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                log.info("%s (%d of %d)", future.result(), done, len(missing))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _quiet_worker() -> None:
+    """One thread a worker: models this small lose time to a second one."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("diagnostics").setLevel(logging.WARNING)
+
+
+def _pair_and_prompts(job: Job, seed: int):
+    from diagnostics import stages
+    from diagnostics.evaluation import EvaluationConfig
+    from diagnostics.pairs import PairConfig
+    from diagnostics.prompts import PromptConfig
+
+    models, evaluation = stages.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
+    data, held_out = stages.training_prompts(
+        models, PromptConfig(**job.prompts), evaluation, needed=job.grid["steps"] * job.grid["batch"], seed=seed)
+    if not held_out:
+        raise DiagnosticsError("A validation compares students on held-out prompts, and there are none. Raise --eval-contexts.")
+    return models.pair, data, held_out, evaluation
+
+
+def run_untouched(job: Job) -> None:
+    """Freeze the bank and evaluate the untouched student, once for the whole grid."""
+    from diagnostics.evaluation import FrozenBank, evaluate, find_verifier
+    from diagnostics.rollouts import rollout
+    from diagnostics.runs import write_parquet
+
+    pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
+    bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])
+    write_parquet(job.folder / "contexts.parquet", bank.to_frame())
+    rows = evaluate(
+        pair, held_out, bank=FrozenBank(pair, bank), verify=find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out),
+        samples=evaluation.eval_samples, max_new_tokens=job.grid["max_new_tokens"])
+    _finish(job, "untouched", rows, facts=pair.facts)
+
+
+def run_cell(job: Job, cell: Cell) -> str:
+    """Train one cell and leave its evaluation, its curve and then its record. Returns what to log."""
+    import time
+    from tempfile import TemporaryDirectory
+
+    from diagnostics.runs import write_parquet
+    from diagnostics.training import EngineConfig, TrainConfig, train
+    from diagnostics.types import read_bank, read_parquet
+
+    began, grid = time.perf_counter(), job.grid
+    pair, data, held_out, evaluation = _pair_and_prompts(job, cell.seed)
+    config = TrainConfig(
+        criterion=cell.criterion, budget=cell.budget, seed=cell.seed, **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss")})
+    engine = EngineConfig(max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"])
+    untouched = read_parquet(job.folder / "untouched.parquet")
+    with TemporaryDirectory(dir=job.folder, prefix=".") as scratch:
+        result = train(pair, data, output_dir=scratch, config=config, engine=engine, evaluation=evaluation, held_out=held_out,
+                       bank=read_bank(job.folder / "contexts.parquet"), untouched=untouched)
+        rows = read_parquet(Path(scratch) / "evaluations.parquet").query("step > 0").drop(columns="step")
+        gains = read_parquet(Path(scratch) / "training_gains.parquet")
+    write_parquet(job.folder / f"{cell.name}.curve.parquet", result.metrics)
+    seconds = time.perf_counter() - began
+    _finish(job, cell.name, pd.concat([rows, _first_gains(gains, read_bank(job.folder / "contexts.parquet"))], ignore_index=True),
+            cell=asdict(cell), seconds=round(seconds, 1))
+    return f"{cell.name}: {seconds:.0f} s"
+
+
+def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:
+    """Gain of the frozen positions after the first step, as rows of an evaluation."""
+    prompt_ids = np.repeat([context.prompt_id for context in bank], [len(context.response_ids) for context in bank])
+    frames = []
+    for measure, column in (("one_step_gain", "gain_step_1"), ("one_step_reverse_gain", "reverse_gain_step_1"), ("one_step_relative_gain", "relative_gain_step_1")):
+        by_prompt = gains[column].groupby(prompt_ids)
+        frames.append(pd.DataFrame({"total": by_prompt.sum(), "count": by_prompt.count()}).rename_axis("prompt_id").reset_index().assign(measure=measure))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
+    from diagnostics.runs import write_json, write_parquet
+
+    write_parquet(job.folder / f"{name}.parquet", rows)
+    write_json(job.folder / f"{name}.json", record | {"settings": job.identity})
+
+
+def read_outcomes(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
+    """Evaluations of the untouched student and of the finished cells, one row a training, measure and prompt.
+
+    Columns criterion (`untouched` for the first), budget, seed, measure, prompt_id, total, count.
+    """
+    from diagnostics.types import read_parquet
+
+    frames = [read_parquet(folder / "untouched.parquet").assign(criterion="untouched", budget=0.0, seed=-1)]
+    frames += [read_parquet(folder / f"{cell.name}.parquet").assign(**asdict(cell)) for cell in cells if (folder / f"{cell.name}.json").exists()]
+    return pd.concat(frames, ignore_index=True)
+
+
+# --- crossed seeds and prompts ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """A value over seeds and prompts, with what its interval is made of."""
+
+    seeds_S: np.ndarray
+    """Value of each seed over all prompts; one entry for a value without seeds."""
+    draws_DS: np.ndarray
+    """The same in each draw of prompts."""
+    prompts: int
+    fixed: bool = False
+    """True for the untouched student, which has no seeds and no spread over them."""
+
+    @property
+    def value(self) -> float:
+        """Mean over seeds."""
+        return float(self.seeds_S.mean())
+
+    def __neg__(self) -> Crossed:
+        return Crossed(-self.seeds_S, -self.draws_DS, self.prompts, self.fixed)
+
+    def __sub__(self, other: Crossed) -> Crossed:
+        """Paired by seed and by prompt; a fixed value is the same for every seed."""
+        if len(self.seeds_S) != len(other.seeds_S) and not (self.fixed or other.fixed):
+            raise DiagnosticsError(f"Cells with {len(self.seeds_S)} and {len(other.seeds_S)} seeds cannot be paired. Finish the grid.")
+        return Crossed(self.seeds_S - other.seeds_S, self.draws_DS - other.draws_DS, self.prompts, self.fixed and other.fixed)
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """E_S and E_G of the module's head."""
+        seeds = 0.0 if self.fixed else self.seeds_S.var(ddof=1) / len(self.seeds_S) if len(self.seeds_S) > 1 else np.nan
+        means_D = self.draws_DS.mean(axis=1)
+        prompts = np.var(means_D[np.isfinite(means_D)], ddof=1) * self.prompts / (self.prompts - 1) if self.prompts > 1 else np.nan
+        return float(seeds), float(prompts)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Low and high end; NaN with one seed or one prompt."""
+        seeds, prompts = self.errors
+        error = seeds + prompts
+        if not error > 0:
+            return (self.value, self.value) if error == 0 else (np.nan, np.nan)
+        freedom = error**2 / ((0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)) + prompts**2 / (self.prompts - 1))
+        reach = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(error)
+        return self.value - reach, self.value + reach
+
+    def resampled(self, seed: int) -> np.ndarray:
+        """Draws [D] over prompts and seeds at once; the same seeds are taken for every value of a grid."""
+        count = self.draws_DS.shape[1]
+        taken_DS = np.random.default_rng([seed, 11]).integers(count, size=(len(self.draws_DS), count))
+        return np.take_along_axis(self.draws_DS, taken_DS, axis=1).mean(axis=1)
+
+
+class Outcomes:
+    """The grid's evaluations as crossed values, on shared draws of the held-out prompts."""
+
+    def __init__(self, rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0):
+        require_columns(rows, ("criterion", "budget", "seed", "measure", "prompt_id", "total", "count"), what="A table of training outcomes")
+        self.draws, self.seed = draws, seed
+        self._prompts: dict[tuple, Prompts] = {}
+        self.tables = {measure: part for measure, part in rows.groupby("measure", sort=False)}
+        cells = rows.loc[rows["criterion"] != "untouched", ["criterion", "budget"]].drop_duplicates()
+        self.cells = list(cells.itertuples(index=False, name=None))
+
+    def of(self, measure: str, criterion: str, budget: float) -> Crossed:
+        """The measure of one cell. Raises DiagnosticsError where the grid does not hold it."""
+        part = self.tables.get(measure, pd.DataFrame(columns=["criterion", "budget"]))
+        part = part[(part["criterion"] == criterion) & (part["budget"] == budget)]
+        if part.empty:
+            raise DiagnosticsError(f"The grid holds no {measure} of {criterion} at {budget:g}. Train that cell first.")
+        total_SG, count_SG = (part.pivot(index="seed", columns="prompt_id", values=name).sort_index(axis=1) for name in ("total", "count"))
+        prompts = self._shared(tuple(total_SG.columns))
+        total_SG, count_SG = total_SG.to_numpy(dtype=np.float64), count_SG.to_numpy(dtype=np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws_DS = (prompts.weights @ total_SG.T) / (prompts.weights @ count_SG.T)
+            return Crossed(total_SG.sum(1) / count_SG.sum(1), draws_DS, prompts.count, fixed=criterion == "untouched")
+
+    def gain(self, measure: str, criterion: str, budget: float) -> Crossed:
+        """Improvement over the untouched student; positive is better. A measure that is a gain already stays."""
+        value = self.of(measure, criterion, budget)
+        if measure not in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER):
+            return value
+        change = value - self.of(measure, "untouched", 0.0)
+        return -change if measure in LOWER_IS_BETTER else change
+
+    def measures(self, wanted: Iterable[str]) -> list[str]:
+        """Those of the wanted measures that the grid holds."""
+        return [name for name in wanted if name in self.tables]
+
+    def _shared(self, names: tuple) -> Prompts:
+        """Equal prompts have equal draws, whatever the measure."""
+        if names not in self._prompts:
+            self._prompts[names] = Prompts(np.array(names, dtype=object).astype(str), draws=self.draws, seed=self.seed)
+        return self._prompts[names]
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def cells_table(outcomes: Outcomes) -> pd.DataFrame:
+    """Mean of each measure of each single training: columns criterion, budget, seed, measure, value."""
+    rows = []
+    for measure, part in outcomes.tables.items():
+        sums = part.groupby(["criterion", "budget", "seed"], sort=False)[["total", "count"]].sum().reset_index()
+        rows.append(sums.assign(measure=measure, value=sums["total"] / sums["count"]))
+    return pd.concat(rows, ignore_index=True)[["criterion", "budget", "seed", "measure", "value"]]
+
+
+def outcome_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
+    """Every measure of every cell over seeds and prompts, and what it is paired against.
+
+    Returns columns criterion, budget, measure, mean, low, high; gain (improvement over the untouched student, positive is
+    better), gain_low, gain_high; minus_full and minus_random (paired differences of gains; random at the same budget)
+    with their _low and _high; seeds, prompts. What cannot be is NaN.
+    """
+    rows = []
+    for measure in outcomes.tables:
+        judged = measure in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
+        if "untouched" in set(outcomes.tables[measure]["criterion"]):
+            start = outcomes.of(measure, "untouched", 0.0)
+            rows.append({"criterion": "untouched", "budget": 0.0, "measure": measure, "seeds": 0, "prompts": start.prompts} | _ends("mean", start, level))
+        for criterion, budget in outcomes.cells:
+            value = outcomes.of(measure, criterion, budget)
+            row = {"criterion": criterion, "budget": budget, "measure": measure} | _ends("mean", value, level)
+            if judged or measure.startswith("one_step"):
+                gain = outcomes.gain(measure, criterion, budget)
+                row |= _ends("gain", gain, level) if judged else {}
+                row |= _paired(outcomes, measure, criterion, budget, gain, level)
+            rows.append(row | {"seeds": len(value.seeds_S), "prompts": value.prompts})
+    names = [f"{part}{end}" for part in ("mean", "gain", "minus_full", "minus_random") for end in ("", "_low", "_high")]
+    names[1:3] = ["low", "high"]
+    return pd.DataFrame(rows).reindex(columns=["criterion", "budget", "measure", *names, "seeds", "prompts"])
+
+
+def _ends(name: str, value: Crossed, level: float) -> dict:
+    low, high = value.interval(level)
+    prefix = "" if name == "mean" else f"{name}_"
+    return {name: value.value, f"{prefix}low": low, f"{prefix}high": high}
+
+
+def _paired(outcomes: Outcomes, measure: str, criterion: str, budget: float, gain: Crossed, level: float) -> dict:
+    row = {}
+    for rival, at in (("full", 1.0), ("random", budget)):
+        if (rival, at) in outcomes.cells and (criterion, budget) != (rival, at):
+            row |= _ends(f"minus_{rival}", gain - outcomes.gain(measure, rival, at), level)
+    return row
+
+
+def verdict_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
+    """C5 for each measure: against each rival, and overall (`rival` = all); also at the grid's other budgets.
+
+    Returns columns claim, measure, budget, rival, difference (of gains, teachability minus rival), low, high, margin, beats
+    (the interval lies above 0), verdict, seeds, prompts. The claim is about 5 %; its name at another budget is `C5 at
+    <budget>`. A rival that was not trained is left out, and then the overall verdict is inconclusive.
+    """
+    rows = []
+    budgets = sorted({budget for criterion, budget in outcomes.cells if criterion == CLAIMANT}, key=lambda b: (b != CLAIM_BUDGET, b))
+    for measure in outcomes.measures(JUDGED):
+        for budget in budgets:
+            claim = "C5" if budget == CLAIM_BUDGET else f"C5 at {budget:g}"
+            each = [_against(outcomes, measure, budget, rival, level) for rival in RIVALS if (rival, _budget_of(rival, budget)) in outcomes.cells]
+            overall = _overall([row["verdict"] for row in each], complete=len(each) == len(RIVALS))
+            last = {"rival": "all", "verdict": overall, **{key: each[0][key] for key in ("margin", "seeds", "prompts") if each}}
+            rows += [{"claim": claim, "measure": measure, "budget": budget} | row for row in [last, *each]]
+    order = ["claim", "measure", "budget", "rival", "difference", "low", "high", "margin", "beats", "verdict", "seeds", "prompts"]
+    return pd.DataFrame(rows).reindex(columns=order)
+
+
+def _budget_of(rival: str, budget: float) -> float:
+    return 1.0 if rival == "full" else budget
+
+
+def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level: float) -> dict:
+    margin = np.nan
+    if ("full", 1.0) in outcomes.cells:
+        margin = MARGIN * max(0.0, outcomes.gain(measure, "full", 1.0).value)
+    difference = outcomes.gain(measure, CLAIMANT, budget) - outcomes.gain(measure, rival, _budget_of(rival, budget))
+    low, high = difference.interval(level)
+    seeds = len(difference.seeds_S)
+    verdict = "inconclusive"
+    if seeds >= SEEDS_NEEDED and np.isfinite([low, high, margin]).all():
+        verdict = "supported" if low >= -margin else "refuted" if high < -margin else verdict
+    return {"rival": rival, "difference": difference.value, "low": low, "high": high, "margin": margin, "beats": bool(low > 0),
+            "verdict": verdict, "seeds": seeds, "prompts": difference.prompts}
+
+
+def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
+    if "refuted" in verdicts:
+        return "refuted"
+    return "supported" if complete and all(verdict == "supported" for verdict in verdicts) else "inconclusive"
+
+
+# --- agreement --------------------------------------------------------------------------------------
+
+
+def agreement_table(outcomes: Outcomes, offline: pd.DataFrame | None = None, *, level: float = 0.95) -> pd.DataFrame:
+    """Kendall's tau between what was foreseen and the gain of training, over the cells but full.
+
+    offline: columns criterion, budget, answer, value (see `offline_answers`); the gain after each training's own first
+    step is added. Returns columns scope (all, within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`), kendall,
+    low, high, cells, prompts. Only cells that both sides hold are compared; fewer than three give no row.
+    """
+    rows = []
+    trained = outcomes.measures(JUDGED)
+    for name, values in _foreseen(outcomes, offline):
+        cells = [cell for cell in outcomes.cells if cell[0] != "full" and cell in values]
+        if len(cells) < 3:
+            continue
+        frame = pd.DataFrame(cells, columns=["criterion", "budget"])
+        answer = _answer(name, [values[cell] for cell in cells], outcomes)
+        gains = [_answer(f"trained_{m}", [outcomes.gain(m, *cell) for cell in cells], outcomes) for m in trained]
+        for scope, pairs in ranks.scopes(frame):
+            for gain in gains:
+                tau = ranks.kendall(answer, gain, pairs)
+                low, high = tau.interval(level)
+                rows.append({"scope": scope, "x": name, "y": gain.name, "kendall": tau.value, "low": low, "high": high,
+                             "cells": int(pairs.any(axis=1).sum()), "prompts": tau.prompts})
+    return pd.DataFrame(rows, columns=["scope", "x", "y", "kendall", "low", "high", "cells", "prompts"])
+
+
+def _foreseen(outcomes: Outcomes, offline: pd.DataFrame | None) -> Iterator[tuple[str, dict]]:
+    for measure in outcomes.measures(("one_step_gain", "one_step_reverse_gain", "one_step_relative_gain")):
+        yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
+    for name, part in ([] if offline is None else offline.groupby("answer", sort=False)):
+        yield name, {(row.criterion, row.budget): row.value for row in part.itertuples() if np.isfinite(row.value)}
+
+
+def _answer(name: str, values: Sequence[Crossed | float], outcomes: Outcomes) -> Answer:
+    """Values of some cells with their draws; a plain number does not move."""
+    numbers = [v.value if isinstance(v, Crossed) else v for v in values]
+    draws = [v.resampled(outcomes.seed) if isinstance(v, Crossed) else np.full(outcomes.draws, v) for v in values]
+    prompts = min((v.prompts for v in values if isinstance(v, Crossed)), default=np.iinfo(np.int64).max)
+    return Answer(name, np.array(numbers), np.stack(draws, axis=1), prompts)
+
+
+def offline_answers(directory: Path) -> pd.DataFrame:
+    """What a finished main job says of each cell, from its tables: columns criterion, budget, answer, value.
+
+    captured_<outcome>: share of the outcome that the criterion captures at the budget, over all positions.
+    intervention_<measure>: mean reduction at held-out positions after a step on the selected ones alone.
+    Raises DiagnosticsError where the directory has neither table.
+    """
+    frames, tables = [], directory / "tables"
+    if (tables / "selection_curves.csv").exists():
+        curves = pd.read_csv(tables / "selection_curves.csv").query("split == 'all'")
+        frames.append(pd.DataFrame({"criterion": curves["criterion"], "budget": curves["budget"], "answer": "captured_" + curves["outcome"],
+                                    "value": curves["captured_share"]}))
+    if (tables / "intervention.csv").exists():
+        steps = pd.read_csv(tables / "intervention.csv").query("group == 'held_out'")
+        frames.append(pd.DataFrame({"criterion": steps["criterion"], "budget": steps["budget"], "answer": "intervention_" + steps["measure"],
+                                    "value": steps["reduction"]}))
+    if not frames:
+        raise DiagnosticsError(
+            f"{directory} holds neither tables/selection_curves.csv nor tables/intervention.csv. Name a run directory whose main job is finished."
+        )
+    return pd.concat(frames, ignore_index=True).drop_duplicates(["criterion", "budget", "answer"])
+
+
+def tables(rows: pd.DataFrame, offline: pd.DataFrame | None = None, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """All tables of a validation by file name. rows: see `read_outcomes`; offline: see `offline_answers`."""
+    outcomes = Outcomes(rows, draws=draws, seed=seed)
+    return {
+        "validation_cells": cells_table(outcomes),
+        "validation_outcomes": outcome_table(outcomes, level=level),
+        "validation_verdicts": verdict_table(outcomes, level=level),
+        "validation_agreement": agreement_table(outcomes, offline, level=level),
+    }
