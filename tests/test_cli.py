@@ -8,10 +8,15 @@ from diagnostics.cli import PURPOSE, STAGES, build_parser, main
 from tests.test_stages import folders  # noqa: F401  (a fixture)
 
 SURFACE = {
-    "run": "batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens no-chat optimizer "
-    "output-dir pair prompt-column prompts quiet samples-per-prompt seed step student student-revision sweep teacher teacher-device "
+    "run": "batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens no-chat no-offload-teacher "
+    "offload-teacher optimizer output-dir pair prompt-column prompts quiet samples-per-prompt seed step student student-revision sweep teacher teacher-device "
     "teacher-dtype teacher-revision temperature top-k top-p",
     "analyze": "draws json level output-dir quiet seed tokens",
+    "compare": "budgets criteria draws json level output-dir quiet seed tokens",
+    "intervene": "batch-tokens beta budgets criteria device draws dtype held-out json k level loss match no-offload-teacher offload-teacher optimizer "
+    "output-dir pair quiet random-draws seed step student student-revision sweep teacher teacher-device teacher-dtype teacher-revision",
+    "attribute": "batch-tokens beta device draws dtype full-kernel held-out json k level loss no-full-kernel no-offload-teacher offload-teacher "
+    "optimizer output-dir pair quiet sample seed step student student-revision sweep teacher teacher-device teacher-dtype teacher-revision",
     "report": "json output-dir quiet",
     "criteria": "json quiet",
 }
