@@ -77,19 +77,22 @@ def criterion(
     """Register `function(tokens) -> one score a position`; a `seed` argument makes it a seeded one.
 
     Raises DiagnosticsError where a built-in criterion or another's alias has the name already;
-    registering one's own name again replaces it, as rerunning a notebook cell does.
+    registering one's own name again replaces it, as rerunning a notebook cell does. The function is given the
+    columns that `needs` names and no others, so that nothing from after the step can slip into a score.
     """
+    needs, aliases = tuple(needs), tuple(aliases)
 
     def register(function: Callable) -> Callable:
         mine = function.__module__ != __name__
-        taken = name in _ALIASES or (name in _REGISTRY and not _REGISTRY[name].mine)
-        if taken:
-            raise DiagnosticsError(f"Criterion {name!r} is built in. Register yours under another name.")
+        for word in (name, *aliases):
+            owner = _ALIASES.get(word, word)
+            if owner in _REGISTRY and not (owner == name and _REGISTRY[owner].mine):
+                raise DiagnosticsError(f"Criterion {word!r} is taken, by {owner!r}. Register yours under another name.")
         _REGISTRY[name] = Criterion(
-            name, function, tuple(needs), formula or (inspect.getdoc(function) or "").split("\n")[0],
-            kind, direction, budget, source, tuple(aliases), mine,
+            name, function, needs, formula or (inspect.getdoc(function) or "").split("\n")[0],
+            kind, direction, budget, source, aliases, mine,
         )
-        _ALIASES.update({alias: name for alias in aliases})
+        _ALIASES.update({alias: name for alias in aliases if alias != name})
         return function
 
     return register
@@ -149,15 +152,26 @@ def score_criterion(
     substitute = {new: old for new, old in (substitute or {}).items() if new in entry.needs}
     require_columns(tokens, [substitute.get(need, need) for need in entry.needs], what=f"Criterion {name!r}")
     _refuse_outcomes(entry, substitute)
-    if substitute:
-        tokens = tokens.assign(**{new: tokens[old] for new, old in substitute.items()})
-    seeded = "seed" in inspect.signature(entry.function).parameters
-    scores = np.asarray(entry.function(tokens, seed=seed) if seeded else entry.function(tokens), dtype=np.float64)
+    declared = pd.DataFrame({need: tokens[substitute.get(need, need)] for need in entry.needs})
+    scores = np.asarray(_call(entry, declared, set(tokens.columns), seed), dtype=np.float64)
     if scores.shape != (len(tokens),):
         raise DiagnosticsError(
             f"Criterion {name!r} returned shape {scores.shape} for {len(tokens)} positions. Return one score a row."
         )
     return np.where(np.isfinite(scores), scores, np.nan)
+
+
+def _call(entry: Criterion, declared: pd.DataFrame, columns: set, seed: int):
+    seeded = {"seed": seed} if "seed" in inspect.signature(entry.function).parameters else {}
+    try:
+        return entry.function(declared, **seeded)
+    except (KeyError, AttributeError) as error:
+        name = error.args[0] if isinstance(error, KeyError) else error.name
+        if name in columns - set(entry.needs):
+            raise DiagnosticsError(
+                f"Criterion {entry.name!r} reads {name}, which its needs ({', '.join(entry.needs)}) do not name. Add it to needs."
+            ) from error
+        raise
 
 
 def _refuse_outcomes(entry: Criterion, substitute: Mapping[str, str]) -> None:
