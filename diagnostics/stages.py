@@ -20,10 +20,9 @@ import json
 from functools import cached_property
 from pathlib import Path
 
-import pandas as pd
 
 from diagnostics.runs import Run, sha256_file, write_csv, write_json, write_parquet
-from diagnostics.types import KEYS, Bank, DiagnosticsError, Prompt, column, read_bank, read_parquet, validate_tokens
+from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
 EMBEDDED_CONTEXTS = 192
 WHERE = ("device", "teacher_device", "offload_teacher")
