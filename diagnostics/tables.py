@@ -341,7 +341,8 @@ def q3_groups(
 def features(tokens: pd.DataFrame) -> np.ndarray:
     """[N, 3] h, d and relative position, each over its standard deviation: the space that matching measures in."""
     columns = [function(tokens) for function in CONTROLS.values()]
-    return np.stack([column / (np.nanstd(column) or 1.0) for column in columns], axis=1)
+    spreads = [column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in columns]
+    return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
 
 
 def pair_up(contrast: Contrast, space: np.ndarray, *, replacement: bool) -> tuple[np.ndarray, np.ndarray]:

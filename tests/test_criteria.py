@@ -151,7 +151,7 @@ def test_three_positions_by_hand():
     tokens = pd.DataFrame({"student_entropy": [0.0, 1, 2], "forward_kl": [0.0, 2, 1], "compatibility": [1, 0, 0.5], "position": [0, 1, 2], "response_length": 3})
     assert score_criterion(tokens, "teachability") == pytest.approx([0, 0, 0.25])
     assert score_criterion(tokens, "incompatible") == pytest.approx([0, 1, 0.25])
-    assert score_criterion(tokens, "tip").tolist() == [0, 1, 1]
+    assert score_criterion(tokens, "tip") == pytest.approx([0, 1, 1])
     assert score_criterion(tokens, "late").tolist() == [0, 0.5, 1]
 
 
