@@ -12,8 +12,11 @@ trivial part, that a larger budget captures and teaches more; and each budget al
 In each draw both answers are worked out anew. Step and held-out prompts are resampled apart, since
 the split was given: x and y share draws where they rest on the same prompts.
 
-Reference: Kendall 1945 (tau-b). Departure: the interval is on Fisher's scale with prompts - 1 degrees of freedom, as for
-every correlation here; the cells are fixed, not a sample of criteria.
+A share of a total says nothing where a resampled total is not positive; cells are therefore ranked by captured sums, which
+rank them as shares do where there are shares.
+
+Reference: Kendall 1945 (tau-b). Departure: tau's interval is on its own scale and ends at -1 and 1. Over a few cells
+it often is 1 exactly in a draw, where Fisher's scale has no end. The cells are fixed, not a sample of criteria.
 """
 
 from __future__ import annotations
@@ -43,12 +46,24 @@ class Answer:
     value_C: np.ndarray
     draws_DC: np.ndarray
     prompts: int
+    unit: float = 1.0
+    """What the values are divided by to be shown: for captured sums, the total."""
 
     @cached_property
     def signs(self) -> np.ndarray:
         """[1 + D, C, C] signs of differences between cells; the estimate first, then the draws."""
         both = np.vstack([self.value_C[None], self.draws_DC])
         return np.sign(both[:, :, None] - both[:, None, :])
+
+
+@dataclass(frozen=True)
+class Tau(Estimate):
+    """A Kendall's tau, with an interval that ends at -1 and 1."""
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Low and high end of the t interval with prompts - 1 degrees of freedom."""
+        low, high = super().interval(level)
+        return float(np.maximum(low, -1.0)), float(np.minimum(high, 1.0))
 
 
 def agreement(
@@ -91,8 +106,8 @@ def answers(
     cells = _cells(effects)
     table = cells.copy()
     for answer in _answers(tokens, effects, cells, outcomes, measures, draws=2, seed=0):
-        table[answer.name] = answer.value_C
-        table[f"{answer.name}_rank"] = table.groupby("budget")[answer.name].rank(ascending=False, method="min")
+        table[answer.name] = answer.value_C / answer.unit if answer.unit > 0 else np.nan
+        table[f"{answer.name}_rank"] = pd.Series(answer.value_C).groupby(table["budget"]).rank(ascending=False, method="min")
     return table
 
 
@@ -140,20 +155,20 @@ def _present(tokens: pd.DataFrame, outcomes: Iterable[str], on_step: np.ndarray)
 
 
 def _captured(tokens: pd.DataFrame, on_step: np.ndarray, cells: pd.DataFrame, outcome: str, prompts: Prompts, seed: int) -> Answer:
-    """Captured share of the outcome over the step positions, cell by cell; for random its expectation."""
+    """Captured sum of the outcome over the step positions, cell by cell; for random its expectation."""
     names = [name for name in dict.fromkeys(cells["criterion"]) if not is_baseline(name)]
     scored = {name: registry.score_criterion(tokens, name, seed=seed)[on_step] for name in names}
     budgets = tuple(sorted(set(cells["budget"])))
     positions = tokens.loc[on_step, ["position"]].reset_index(drop=True)
-    part = Part("step", prompts, positions, budgets, {outcome: outcome_values(tokens, outcome)[on_step]}, scored)
-    shares = {name: dict(zip(budgets, part.shares(choice, outcome), strict=True)) for name, choice in part.choices.items()}
-    value, draws = [], []
+    values = outcome_values(tokens, outcome)[on_step]
+    part = Part("step", prompts, positions, budgets, {outcome: values}, scored)
+    inside, total = {name: part.inside(choice, values) for name, choice in part.choices.items()}, part.total(values)
+    sums = []
     for criterion, budget in cells.itertuples(index=False):
-        expected = registry.budget_count(len(positions), budget) / len(positions)
-        share = None if is_baseline(criterion) else shares[criterion][budget]
-        value.append(share.value if share else expected)
-        draws.append(share.draws if share else np.full(prompts.draws, expected))
-    return Answer(f"captured_{outcome}", np.array(value), np.stack(draws, axis=1), prompts.count)
+        expected = total[:, 0] * registry.budget_count(len(positions), budget) / len(positions)
+        sums.append(expected if is_baseline(criterion) else inside[criterion][:, budgets.index(budget)])
+    sums = np.stack(sums, axis=1)
+    return Answer(f"captured_{outcome}", sums.sum(axis=0), prompts.weights @ sums, prompts.count, unit=float(total.sum()))
 
 
 def _reduction(effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: str, prompts: Prompts) -> Answer:
@@ -190,9 +205,9 @@ def _pairings(found: list[Answer]) -> Iterator[tuple[Answer, Answer]]:
     yield from ((x, y) for x in offline for y in found if y not in offline)
 
 
-def kendall(x: Answer, y: Answer, pairs: np.ndarray) -> Estimate:
+def kendall(x: Answer, y: Answer, pairs: np.ndarray) -> Tau:
     """Tau-b over the pairs, with its draws; NaN where an answer ties every pair."""
     a, b = x.signs[:, pairs], y.signs[:, pairs]
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    return Estimate(float(tau[0]), tau[1:], int(pairs.any(axis=1).sum()), min(x.prompts, y.prompts), correlation=True)
+    return Tau(float(tau[0]), tau[1:], int(pairs.any(axis=1).sum()), min(x.prompts, y.prompts))
