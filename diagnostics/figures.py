@@ -28,8 +28,9 @@ from diagnostics.plates import BLUE, CYCLE, DASHES, DOUBLE, GREEN, MARKERS, ORAN
 from diagnostics.types import SCHEMA
 
 __all__ = [
-    "DOUBLE", "SINGLE", "calibration", "correlations", "distributions", "entropy_divergence", "intervention", "placebo_excess",
-    "q3_contrast", "q3_gain", "quadrants", "selection_curves", "selection_overlap", "selection_profile", "selection_summary",
+    "DOUBLE", "SINGLE", "agreement", "calibration", "coefficients", "correlations", "distributions", "entropy_divergence", "gain_robustness",
+    "intervention", "kernel_shares", "lift", "linearity", "placebo_excess", "q3_contrast", "q3_gain", "quadrants", "residual_curves",
+    "selection_curves", "selection_overlap", "selection_profile", "selection_summary", "support_robustness",
 ]
 
 BOTH = ("gain", "relative_gain")
@@ -381,6 +382,271 @@ def _contrast_rows(ax, table: pd.DataFrame, matching: pd.DataFrame | None, score
             ax.plot(rows.placebo_difference.to_numpy(float), y, zorder=2, label=f"_placebo {split}{more}", **plates.diamond(color))
 
 
+# --- regressions and robustness ---------------------------------------------------------------------
+
+STATISTICS = {
+    "decomposition": "β(d̂ĉ) − β(d̂(1−ĉ))", "tertile_difference": "top − bottom", "matched_difference": "matched difference",
+    "spearman_difference": "ρ(d̂ĉ) − ρ(d̂)",
+}
+
+
+@plates.plate
+def coefficients(
+    table: pd.DataFrame,
+    *,
+    model: str = "decomposition",
+    winsorised: float = 0.0,
+    outcomes: Sequence[str] = BOTH,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Standardised coefficients of one regression: `dx.plot.coefficients(tables["regressions"])`.
+
+    table: columns outcome, split, winsorised, model, term, coefficient, low, high, r_squared, positions, prompts. model:
+    interaction, compatibility or decomposition. In the last, teachability above incompatible is claim C3.
+    """
+    needs = ("outcome", "split", "winsorised", "model", "term", "coefficient", "low", "high")
+    where = {"outcome": outcomes, "model": model, "winsorised": winsorised}
+    table = plates.halves(plates.keep(table, "figures.coefficients", needs, where))
+    outcomes, splits = plates.present(table.outcome, outcomes), plates.present(table.split, plates.SPLITS)
+    terms = list(dict.fromkeys(table.term))
+    table = table.rename(columns={"term": "criterion"})
+    figure, axes = plates.canvas(width, 1.25 + 0.24 * len(terms), 1, len(outcomes), sharey=True)
+    for ax, outcome in zip(axes[0], outcomes, strict=True):
+        _forest(ax, table[table.outcome == outcome], terms, splits, "coefficient")
+        ax.set_title(plates.words(outcome))
+        ax.set_xlabel("standardised β")
+    plates.names_down(axes[0, 0], terms)
+    plates.legend(figure, axes[0, 0], 3)
+    tails = f"Outcome winsorised at {winsorised:.0%}." if winsorised else ""
+    plates.caption(figure, plates.counts(table), tails, plates.bars(level))
+    return figure
+
+
+@plates.plate
+def support_robustness(
+    table: pd.DataFrame,
+    *,
+    statistic: str = "decomposition",
+    outcomes: Sequence[str] = BOTH,
+    split: str = "all",
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """A claim's statistic for every compatibility proxy and K: `dx.plot.support_robustness(tables["support_robustness"])`.
+
+    table: columns proxy, k, outcome, split, statistic, estimate, low, high, positions, prompts. statistic: decomposition,
+    tertile_difference or matched_difference. A claim that does not hang on the support stays on one side of zero.
+    """
+    needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
+    table = plates.keep(table, "figures.support_robustness", needs, {"outcome": outcomes, "statistic": statistic, "split": split})
+    series = [(f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i], table[table.k == k]) for i, k in enumerate(sorted(table.k.unique()))]
+    return _statistic_forest(table, "proxy", series, statistic, outcomes, level, width)
+
+
+@plates.plate
+def gain_robustness(
+    table: pd.DataFrame,
+    *,
+    statistic: str = "decomposition",
+    outcomes: Sequence[str] = BOTH,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """A claim's statistic under other forms of the gain: `dx.plot.gain_robustness(tables["gain_robustness"])`.
+
+    table: columns variant, outcome, split, statistic, estimate, low, high, positions, prompts. The variant `nothing` leaves the
+    table as it is; others winsorise the gain, leave out special tokens or first positions, or take another loss.
+    """
+    needs = ("variant", "outcome", "split", "statistic", "estimate", "low", "high")
+    table = plates.halves(plates.keep(table, "figures.gain_robustness", needs, {"outcome": outcomes, "statistic": statistic}))
+    series = []
+    for split in plates.present(table.split, plates.SPLITS):
+        color, marker, words = plates.split_style(split)
+        series.append((words, color, marker, table[table.split == split]))
+    return _statistic_forest(table, "variant", series, statistic, outcomes, level, width)
+
+
+def _statistic_forest(table, key, series, statistic, outcomes, level, width) -> Figure:
+    """Rows by `key`, one mark for each of the series (words, colour, marker, rows), a panel for each outcome."""
+    names, outcomes = list(dict.fromkeys(table[key])), plates.present(table.outcome, outcomes)
+    spread = 0.7 / max(len(series), 2)
+    figure, axes = plates.canvas(width, 1.2 + (0.14 * len(series) + 0.06) * len(names), 1, len(outcomes), sharey=True)
+    for ax, outcome in zip(axes[0], outcomes, strict=True):
+        plates.zero(ax, "x")
+        ax.xaxis.set_major_locator(MaxNLocator(5 if width > 5 else 3))
+        for offset, (words, color, marker, rows) in zip(plates.offsets(len(series), spread), series, strict=True):
+            rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
+            plates.lying(ax, np.arange(len(names)) + offset, rows, "estimate", marker=marker, color=color, label=words, zorder=3)
+        unit = "" if statistic == "spearman_difference" or statistic == "decomposition" else f" ({plates.UNITS.get(outcome, '')})"
+        ax.set_title(plates.words(outcome))
+        ax.set_xlabel(STATISTICS.get(statistic, plates.words(statistic)) + (unit if width > 5 else ""))
+    plates.names_down(axes[0, 0], names)
+    plates.legend(figure, axes[0, 0], 4)
+    where = {"tertile_difference": "Tertiles of Q3.", "matched_difference": "Q3, matched within a prompt."}.get(statistic, "")
+    plates.caption(figure, plates.counts(table), where, plates.bars(level))
+    return figure
+
+
+@plates.plate
+def residual_curves(
+    table: pd.DataFrame,
+    *,
+    outcomes: Sequence[str] = BOTH,
+    scores: Sequence[str] | None = None,
+    split: str | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What is left of the gain along a score: `dx.plot.residual_curves(tables["residual_curves"])`.
+
+    table: columns outcome, split, score, curve (decile, spline), at, residual, low, high, positions, prompts: the gain after
+    a regression on student entropy, divergence, position and teacher entropy. Marks are deciles, the band a spline.
+    """
+    needs = ("outcome", "split", "score", "curve", "at", "residual", "low", "high")
+    where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
+    table = plates.keep(table, "figures.residual_curves", needs, where)
+    table = plates.keep(table, "figures.residual_curves", needs, {"split": split or plates.preferred(table)})
+    outcomes, scores = plates.present(table.outcome, outcomes), plates.present(table.score, scores or ())
+    down, across = (len(outcomes), len(scores)) if width > 5 else (len(scores), len(outcomes))
+    figure, axes = plates.canvas(width, 0.5 + 1.5 * down, down, across)
+    for (i, j), ax in np.ndenumerate(axes):
+        outcome, score = (outcomes[i], scores[j]) if width > 5 else (outcomes[j], scores[i])
+        _residuals(ax, table[(table.outcome == outcome) & (table.score == score)].sort_values("at"))
+        ax.set_xlabel(f"{plates.words(score)} score")
+        if j == 0 or width < 5:
+            ax.set_ylabel(f"residual {plates.words(outcome)}" if width > 5 else "")
+        if width < 5:
+            ax.set_title(plates.with_unit(outcome) if i == 0 else "")
+    plates.caption(figure, plates.counts(table), "Gain after regression on both entropies, divergence and position: deciles and spline.",
+                   plates.bars(level, "Bars and band"))
+    return figure
+
+
+def _residuals(ax, table: pd.DataFrame) -> None:
+    decile, spline = table[table.curve == "decile"], table[table.curve == "spline"]
+    plates.zero(ax)
+    plates.band(ax, spline["at"], spline, ORANGE)
+    ax.plot(spline["at"], spline.residual, color=ORANGE, linestyle=DASHES[1], label="spline")
+    plates.upright(ax, decile["at"], decile, "residual", fmt="o", color=BLUE, label="decile", zorder=3)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+
+
+# --- attribution ------------------------------------------------------------------------------------
+
+
+@plates.plate
+def linearity(table: pd.DataFrame, *, level: float | None = None, width: float = DOUBLE, dark: bool = False) -> Figure:
+    """Realised gain against its first-order prediction, by step size: `dx.plot.linearity(tables["linearity"])`.
+
+    table: columns fraction, step_size, split, slope, slope_low, slope_high, r2, r2_low, r2_high, positions, prompts. A slope of
+    1 means that the step is small enough for the prediction; r2 tells how well it orders positions.
+    """
+    needs = ("step_size", "split", "slope", "slope_low", "slope_high", "r2", "r2_low", "r2_high")
+    table = plates.halves(plates.keep(table, "figures.linearity", needs))
+    rows, columns = plates.panels(2, width)
+    figure, axes = plates.canvas(width, 0.75 + 1.8 * rows, rows, columns, sharex=True)
+    for ax, value, label in zip(axes.flat, ("slope", "r2"), ("slope, realised on predicted", "r²"), strict=True):
+        plates.zero(ax, at=1.0)
+        for index, split in enumerate(plates.present(table.split, plates.SPLITS)):
+            color, marker, words = plates.split_style(split, index)
+            part = _ends(table[table.split == split].sort_values("step_size"), value)
+            plates.upright(ax, part.step_size, part, value, marker=marker, linestyle="-", color=color, label=words)
+        ax.set_ylabel(label)
+        ax.set_xscale("log")
+        plates.powers(ax.xaxis)
+    for ax in axes[-1]:
+        ax.set_xlabel("step size (learning rate)")
+    plates.legend(figure, axes[0, 0], 3)
+    plates.caption(figure, plates.counts(table), plates.bars(level))
+    return figure
+
+
+def _ends(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The table with the ends of that value's interval as low and high."""
+    return table.assign(low=table[f"{value}_low"], high=table[f"{value}_high"])
+
+
+SOURCES = {"self": "itself", "own_context": "own context", "own_prompt": "own prompt's other contexts", "other_prompts": "other prompts"}
+
+
+@plates.plate
+def kernel_shares(
+    table: pd.DataFrame, *, kernel: str | None = None, groups: Sequence[str] | None = None, level: float | None = None,
+    width: float = DOUBLE, dark: bool = False,
+) -> Figure:
+    """Where a position's first-order gain comes from: `dx.plot.kernel_shares(tables["kernel_shares"])`.
+
+    table: columns kernel, group, part (self, own_context, own_prompt, other_prompts), share, share_low, share_high,
+    positions, prompts. kernel: output_layer or full; the widest that is there by default. Shares of a group sum to 1.
+    """
+    needs = ("kernel", "group", "part", "share", "share_low", "share_high")
+    table = plates.keep(table, "figures.kernel_shares", needs, {"part": list(SOURCES)} | ({"group": groups} if groups is not None else {}))
+    kernel = kernel or ("full" if (table.kernel == "full").any() else str(table.kernel.iloc[0]))
+    table = plates.keep(table, "figures.kernel_shares", needs, {"kernel": kernel})
+    names, parts = plates.present(table.group, groups or ()), plates.present(table.part, SOURCES)
+    figure, axes = plates.canvas(width, 1.1 + 0.3 * len(names))
+    ax = axes[0, 0]
+    plates.zero(ax, "x")
+    for index, part in enumerate(parts):
+        rows = _ends(table[table.part == part], "share").set_index("group").reindex(names)
+        place = np.arange(len(names)) + plates.offsets(len(parts), 0.18)[index]
+        plates.lying(ax, place, rows, "share", marker=MARKERS[index], color=CYCLE[index], label=SOURCES[part], zorder=3)
+    ax.set_xlabel("share of the first-order gain")
+    ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
+    plates.names_down(ax, names)
+    plates.legend(figure, ax, 4 if width > 5 else 2)
+    plates.caption(figure, plates.counts(table), f"Kernel: {plates.words(kernel)}.", plates.bars(level))
+    return figure
+
+
+@plates.plate
+def lift(table: pd.DataFrame, *, level: float | None = None, width: float = DOUBLE, dark: bool = False) -> Figure:
+    """How much each group's losses do for held-out prompts: `dx.plot.lift(tables["lift"])`.
+
+    table: columns group, enrichment, enrichment_low, enrichment_high, positions, prompts. At 1 a group lifts others as much as
+    any position does on average.
+    """
+    table = plates.keep(table, "figures.lift", ("group", "enrichment", "enrichment_low", "enrichment_high"))
+    rows = _ends(table, "enrichment")
+    figure, axes = plates.canvas(width, 0.8 + 0.2 * len(rows))
+    plates.zero(axes[0, 0], "x", 1.0)
+    plates.lying(axes[0, 0], np.arange(len(rows)), rows, "enrichment", marker="o", color=BLUE, label="enrichment")
+    axes[0, 0].set_xlabel("share of the lift / share of positions")
+    plates.names_down(axes[0, 0], rows.group)
+    plates.caption(figure, plates.counts(table), plates.bars(level))
+    return figure
+
+
+@plates.plate
+def agreement(
+    table: pd.DataFrame, *, scope: str = "all", answer: str = "held_out_forward_kl", level: float | None = None, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """How far the offline answers agree with interventions: `dx.plot.agreement(tables["agreement"])`.
+
+    table: columns scope, x, y, kendall, low, high, cells, prompts. Rows are the other answers, each compared with `answer` over
+    the cells of `scope` (all, within_budget, budget_<share>).
+    """
+    needs = ("scope", "x", "y", "kendall", "low", "high")
+    table = plates.keep(table, "figures.agreement", needs, {"scope": scope})
+    sides = [table[table.y == answer].rename(columns={"x": "other"}), table[table.x == answer].rename(columns={"y": "other"})]
+    rows = plates.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
+    figure, axes = plates.canvas(width, 0.85 + 0.2 * len(rows))
+    plates.zero(axes[0, 0], "x")
+    plates.lying(axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement")
+    axes[0, 0].set_xlim(-1.05, 1.05)
+    axes[0, 0].set_xlabel(f"Kendall τ with {plates.words(answer)}")
+    plates.names_down(axes[0, 0], rows.other)
+    cells = f"{int(rows.cells.max())} cells, {int(rows.prompts.max())} prompts." if {"cells", "prompts"} <= set(rows) else ""
+    plates.caption(figure, cells, plates.bars(level))
+    return figure
+
+
 # --- selection --------------------------------------------------------------------------------------
 
 
@@ -647,7 +913,7 @@ def distributions(tokens: pd.DataFrame, *, columns: Sequence[str] | None = None,
     figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
     for ax, name in zip(axes.flat, names, strict=False):
         values = tokens[name].to_numpy(float)
-        ax.hist(values[np.isfinite(values)], bins=bins, color=BLUE, linewidth=0, log=True)
+        ax.hist(values[np.isfinite(values)], bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
         unit = SCHEMA[name].unit if name in SCHEMA else ""
         ax.set_xlabel(plates.words(name) + (f" ({unit})" if unit else ""))
         ax.xaxis.set_major_locator(MaxNLocator(3))

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.types import Bank
+
 WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
@@ -28,6 +30,9 @@ class Material:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     tokens: pd.DataFrame | None = None
+    bank: Bank | None = None
+    tops: pd.DataFrame | None = None
+    """Both models' likeliest tokens, see `tokenview.show`."""
 
     def table(self, name: str) -> pd.DataFrame | None:
         """The table of that name where the run has one with rows."""
@@ -68,9 +73,13 @@ def title(material: Material) -> str:
 
 
 def answer(material: Material) -> list[str]:
-    """The finding in about five sentences with numbers: what was done, what led, Q3, how sure, what would change it."""
-    sentences = [setup(material), *(leader(material, outcome) for outcome in WORDS), turnover(material), q3(material), certainty(material)]
-    return [sentence for sentence in sentences if sentence]
+    """The finding in about five short paragraphs with numbers.
+
+    What was done; which criteria follow each gain, and whether both gains agree; what a small budget captures; Q3; how
+    sure that is and what would change it. What the run has no table for is left out.
+    """
+    paragraphs = [setup(material), signals(material), budget(material), q3(material), certainty(material)]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -131,28 +140,39 @@ def ranked(material: Material, outcome: str) -> pd.DataFrame:
     return rows.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
-def leader(material: Material, outcome: str) -> str:
-    """Which criterion follows one gain best, beside teachability and the placebo."""
-    rows = ranked(material, outcome)
-    if rows.empty:
+def signals(material: Material) -> str:
+    """Which criterion follows each gain best, what teachability reaches, and whether both gains agree."""
+    tables = {outcome: table for outcome in WORDS if not (table := ranked(material, outcome)).empty}
+    if not tables:
         return ""
+    leaders = [_leader(material, table, outcome) for outcome, table in tables.items()]
+    parts = [_sentence("; ".join(leaders)), _reference(tables), _turnover(tables)]
+    return " ".join(part for part in parts if part)
+
+
+def _leader(material: Material, rows: pd.DataFrame, outcome: str) -> str:
     first = rows.iloc[0]
-    where = "held-out " if first.split == "held_out" else ""
-    text = f"By {WORDS[outcome]}, {_name(first.criterion)} follows the {where}positions best: Spearman {_interval(first, material.level)}, placebo {signed(first.placebo)}"
-    others = rows[rows.criterion == REFERENCE]
-    if first.criterion != REFERENCE and len(others):
-        other = others.iloc[0]
-        text += f"; {REFERENCE} reaches {_interval(other, None)}, placebo {signed(other.placebo)}"
-    return f"{text}; {_challengers(material, rows, outcome)}."
+    where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(first.split, "")
+    return (f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman {signed(first.estimate)}, {material.level:.0%} interval {signed(first.low)} to {signed(first.high)}, "
+            f"placebo {signed(first.placebo)}; {_challengers(material, rows, outcome)})")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _name(criterion: str) -> str:
     return str(criterion).replace("_", " ")
 
 
-def _interval(row, level: float | None) -> str:
-    what = "" if level is None else f"{level:.0%} interval "
-    return f"{signed(row.estimate)} ({what}{signed(row.low)} to {signed(row.high)})"
+def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Where teachability stands, wherever it does not lead both."""
+    found = {outcome: rows[rows.criterion == REFERENCE] for outcome, rows in tables.items()}
+    if any(rows.empty for rows in found.values()) or all(rows.index[0] == 0 for rows in found.values()):
+        return ""
+    rows = {outcome: found[outcome].iloc[0] for outcome in tables}
+    parts = [f"{signed(row.estimate)} ({signed(row.low)} to {signed(row.high)}; placebo {signed(row.placebo)}) with {WORDS[outcome]}" for outcome, row in rows.items()]
+    return f"{REFERENCE.capitalize()} reaches {' and '.join(parts)}."
 
 
 def _challengers(material: Material, rows: pd.DataFrame, outcome: str) -> str:
@@ -160,13 +180,13 @@ def _challengers(material: Material, rows: pd.DataFrame, outcome: str) -> str:
     first, rest = rows.iloc[0], rows.iloc[1:]
     paired = material.table("differences")
     if paired is None:
-        close, alone = rest[rest.high >= first.low].criterion.tolist(), "no other criterion's interval reaches it"
+        close, alone = rest[rest.high >= first.low].criterion.tolist(), "no other interval reaches it"
     else:
-        close, alone = _not_apart(paired, first, rest.criterion, outcome), "in paired draws it leads every other criterion"
+        close, alone = _not_apart(paired, first, rest.criterion, outcome), "ahead of every other in paired draws"
     if not close:
         return alone
     shown = ", ".join(map(_name, close[:3])) + (f" and {len(close) - 3} more" if len(close) > 3 else "")
-    return f"not told apart from it: {shown}"
+    return f"not told apart from {shown}"
 
 
 def _not_apart(paired: pd.DataFrame, first, names: Iterable[str], outcome: str) -> list[str]:
@@ -177,24 +197,49 @@ def _not_apart(paired: pd.DataFrame, first, names: Iterable[str], outcome: str) 
     return [name for name in names if name not in ahead]
 
 
-def turnover(material: Material) -> str:
-    """Whether both gains agree on the order, seen from raw divergence and teachability."""
-    tables = [ranked(material, outcome) for outcome in WORDS]
-    if any(table.empty for table in tables):
+def _turnover(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Whether both gains agree on who leads."""
+    if len(tables) < 2:
         return ""
-    first, second = (table.criterion.iloc[0] for table in tables)
-    places = [{name: i + 1 for i, name in enumerate(table.criterion)} for table in tables]
+    orders = [table.criterion.tolist() for table in tables.values()]
+    first, second = orders[0][0], orders[1][0]
     if first == second:
-        return f"Both gains put {_name(first)} first, so the recommendation does not hinge on how gain is defined."
-    return (f"The order turns over with the definition of gain: {_name(first)} is first of {len(places[0])} in nats and "
-            f"{_ordinal(places[1].get(first))} in relative terms, {_name(second)} first in relative terms and {_ordinal(places[0].get(second))} in nats.")
+        return f"Both gains put {_name(first)} first, so the choice does not hinge on how gain is defined."
+    return (f"The order turns over with the definition of gain: {_name(first)} is {_place(orders[1], first)} in relative terms, "
+            f"{_name(second)} {_place(orders[0], second)} in nats.")
 
 
-def _ordinal(place: int | None) -> str:
-    if place is None:
-        return "absent"
+def _place(order: list[str], name: str) -> str:
+    if name not in order:
+        return "unranked"
+    place = order.index(name) + 1
     ending = "th" if 10 <= place % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
-    return f"{place}{ending}"
+    return f"{place}{ending} of {len(order)}"
+
+
+def budget(material: Material, share: float = 0.05) -> str:
+    """What the best criterion and teachability capture of each gain at one budget, against random and the oracle."""
+    table = material.table("selection_curves")
+    if table is None:
+        return ""
+    rows = table[np.isclose(table.budget, share) & table.outcome.isin(list(WORDS)) & table.captured_share.notna()]
+    if rows.empty:
+        return ""
+    rows = rows[rows.split == preferred_split(rows)]
+    parts = [_captured(rows[rows.outcome == outcome], outcome) for outcome in WORDS if (rows.outcome == outcome).any()]
+    return f"With {share:.0%} of the positions, " + "; ".join(parts) + "."
+
+
+def _captured(rows: pd.DataFrame, outcome: str) -> str:
+    best = rows[~rows.criterion.isin(NOT_SIGNALS)].sort_values("captured_share", ascending=False, kind="stable")
+    if best.empty:
+        return f"no criterion is defined for the {WORDS[outcome]}"
+    first, reference = best.iloc[0], best[best.criterion == REFERENCE]
+    text = (f"{_name(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]} ({first.low:.1%} to {first.high:.1%}; "
+            f"random {first.random_low:.1%} to {first.random_high:.1%}, oracle {first.oracle:.1%})")
+    if first.criterion != REFERENCE and len(reference):
+        text += f", {REFERENCE} {reference.captured_share.iloc[0]:.1%}"
+    return text.replace("-", "−")
 
 
 def q3(material: Material) -> str:

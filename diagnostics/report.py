@@ -23,15 +23,22 @@ import matplotlib
 import pandas as pd
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
+from PIL import Image
 
-from diagnostics import figures, narrative, plates
+from diagnostics import figures, narrative, plates, tokenview
 from diagnostics.narrative import Material
 from diagnostics.runs import write_atomic
-from diagnostics.types import DiagnosticsError, read_tokens
+from diagnostics.tokenview import script_json, show
+from diagnostics.types import DiagnosticsError, read_bank, read_parquet, validate_tokens
 
 STATIC = Path(__file__).parent / "static"
-ROWS_SHOWN = 1000
-"""Rows of a table that the page shows; the CSV file has them all."""
+ROWS_WRITTEN = 60
+"""Rows up to which a table is written out as HTML; longer ones are packed."""
+
+
+WARNINGS_OPEN = 4
+CONTEXTS = 24
+"""Contexts that the page shows token by token."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Sheet:
     """How to read it."""
     needs: tuple[str, ...] = ()
     """Columns without which there is nothing to draw."""
+    beside: tuple[str, ...] = ()
+    """Arguments of `draw` that are tables of that name, where the run has them."""
 
 
 CORE = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
@@ -62,40 +71,110 @@ SHEETS = (
           "Every hexagon is the mean over the positions that fall into it; left the teacher's mass on the student's top K, "
           "right the gain. Upper left is Q3: the student is confident and the teacher disagrees. If teachability is right, "
           "gains there should sit where compatibility is high.", ("compatibility", "gain")),
+    Sheet("quadrants", "Gain by quadrant", "quadrants", figures.quadrants,
+          "Below each quadrant stands its share of the positions. A quadrant with a high mean and a small share can hold less "
+          "of the whole gain than one with a low mean and a large share."),
     Sheet("q3_gain", "Gain within Q3, from the bottom to the top of each score", "q3_groups", figures.q3_gain,
           "Each group of marks runs from the third of Q3 with the lowest score to the third with the highest. A line that rises "
           "with compatibility says that, among confident errors, those within the student's reach gained more."),
+    Sheet("q3_contrast", "The contrast within Q3, raw and matched", "q3_contrast", figures.q3_contrast,
+          "Top minus bottom third of each score. Hollow marks compare only positions of one prompt with like entropy, divergence "
+          "and place, so they answer the objection that the groups differ in something else. Claim C2 needs both to the right of zero.",
+          beside=("matching",)),
+    Sheet("coefficients", "Compatible and incompatible divergence in one regression", "regressions", figures.coefficients,
+          "Standardised coefficients, with entropies and position held fixed. Claim C3 says that teachability (d̂ĉ) lies to the right "
+          "of incompatible (d̂(1−ĉ))."),
+    Sheet("support_robustness", "Does it hang on the support?", "support_robustness", figures.support_robustness,
+          "The difference of those two coefficients for every proxy of compatibility and every K. Claim C4 asks that it stay on one "
+          "side of zero."),
+    Sheet("gain_robustness", "Does it hang on the form of the gain?", "gain_robustness", figures.gain_robustness,
+          "The same difference with the gain winsorised and with special tokens or first positions left out."),
+    Sheet("residual_curves", "What a score adds", "residual_curves", figures.residual_curves,
+          "The gain that a regression on both entropies, divergence and position leaves over, along each score. A flat curve at zero "
+          "means that the score adds nothing to them."),
+    Sheet("selection_curves", "How much of the gain a selection captures", "selection_curves", figures.selection_curves,
+          "Share of the total gain in the best positions of each criterion. Above the grey band a criterion beats random selection at that "
+          "budget; the dotted line is what choosing by the gain itself would capture."),
+    Sheet("selection_summary", "Selection in one number", "selection_summary", functools.partial(figures.selection_summary, criteria=CORE),
+          "Area between a criterion's curve and that of random selection, as a share of the oracle's: 0 is random, 1 is the oracle, below "
+          "0 it selects positions with less gain than random ones."),
+    Sheet("selection_overlap", "Do two criteria select the same positions?", "selection_overlap",
+          functools.partial(figures.selection_overlap, criteria=CORE),
+          "Jaccard index at a budget of 5%. Criteria with like rank correlations can share few positions at a small budget."),
+    Sheet("selection_profile", "What each criterion selects", "selection_profile", functools.partial(figures.selection_profile, criteria=CORE),
+          "Shares of the selection at a budget of 5%, beside those of all positions."),
+    Sheet("intervention", "A step on the selected positions alone", "intervention", figures.intervention,
+          "From the same student, one step per criterion and budget in which only selected positions carry loss, at the norm of the step on "
+          "all positions. Only lines above random and its band speak for a criterion; the placebo is a random direction."),
+    Sheet("agreement", "Do captured gain and intervention agree?", "agreement", figures.agreement,
+          "Rank agreement over criteria and budgets between each offline answer and the drop of the divergence on held-out positions."),
+    Sheet("linearity", "Is the first-order prediction any good?", "linearity", figures.linearity,
+          "Slope and squared correlation of realised on predicted gain, by step size. Attribution below stands on this prediction."),
+    Sheet("kernel_shares", "Whose loss moved a position?", "kernel_shares", figures.kernel_shares,
+          "The first-order gain split by the position whose loss caused it. If *itself* is small, a position that gains is not thereby "
+          "a position worth its own loss."),
+    Sheet("lift", "Whose loss helps the others?", "lift", figures.lift,
+          "Each group's share of what the step does for held-out prompts, over its share of positions."),
     Sheet("calibration", "How linear the step was", "calibration", figures.calibration,
           "Left the drop of the step's own loss, predicted by the slope and realised; right their ratio. The chosen step is the "
           "largest tried that keeps at least four fifths of the prediction. Far to the right the loss rises again, and gains "
           "measured there say nothing about the signal."),
+    Sheet("distributions", "What was measured", "tokens", figures.distributions,
+          "Positions by value, on a logarithmic axis. A compatibility that is one nearly everywhere leaves a criterion nothing to tell apart."),
 )
 
 TABLES = {
     "verdicts": "Each claim against its interval, for both gains.",
     "warnings": "Where a conclusion would rest on too little.",
     "correlations": "Correlation of each gain with each criterion; estimate with interval, placebo beside it.",
+    "placebo_excess": "The same minus the placebo's, paired.",
     "differences": "Paired differences between two criteria's correlations.",
+    "partial": "Correlations given entropy, divergence and position.",
+    "within_prompt": "Mean of the correlations within a prompt.",
+    "quadrants": "Mean, median, trimmed and winsorised gain in each quadrant.",
     "q3_contrast": "Within Q3: mean gain of the top group minus that of the bottom group.",
-    "q3_groups": "Within Q3: mean gain of each group.",
+    "q3_groups": "Within Q3: mean gain of each third.",
+    "matching": "Within Q3: the contrast between matched positions of one prompt.",
+    "balance": "What was matched on, before and after, in standard deviations.",
+    "regressions": "Standardised coefficients of three models, cluster-robust.",
+    "decomposition": "Difference of the coefficients of compatible and incompatible divergence.",
+    "residual_curves": "Residual gain along each score.",
+    "support_robustness": "The claims' statistics for each proxy and K.",
+    "gain_robustness": "The claims' statistics under other forms of the gain.",
+    "selection_curves": "Share of the gain captured at each budget.",
+    "selection_summary": "Normalised area and enrichment.",
+    "selection_overlap": "Jaccard index and rank correlation between criteria.",
+    "selection_profile": "What each criterion selects.",
+    "intervention": "One step a criterion and budget; drops in nats a position.",
+    "agreement": "Kendall's tau between the answers.",
+    "answers": "Value and rank of each criterion by every answer.",
+    "linearity": "Realised against first-order gain by step size.",
+    "kernel_shares": "Sources of the first-order gain by group.",
+    "kernel": "Sources of the first-order gain at each sampled position.",
+    "lift": "What each group's losses do for held-out prompts.",
+    "saturation": "Quantiles of every measurement and how much is clipped.",
+    "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
+    "left_out": "What the columns did not allow.",
 }
 """What each table holds, in the order of the page; others follow by name."""
 
 
-def build(run_dir: str | Path) -> Path:
-    """Draw the figures and write report.html from the files of a run directory.
+def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
+    """Draw the figures and write report.html and report.md from the files of a run directory.
 
-    Reads DIR/manifest.json, DIR/tables/*.csv and, where it is there, DIR/tokens.parquet; writes
-    DIR/figures/*.png, *.pdf and DIR/report.html, each atomically. Returns the page's path. Raises
-    DiagnosticsError where the manifest or every table is missing, or a file cannot be read.
+    Reads DIR/manifest.json, DIR/tables/*.csv and, where they are there, DIR/tokens.parquet, DIR/contexts.parquet and
+    DIR/tops.parquet; writes DIR/figures/*.png, *.pdf, DIR/report.html and DIR/report.md, each atomically. contexts: how
+    many are shown token by token, 0 for none. Returns the page's path. Raises DiagnosticsError where the manifest
+    or every table is missing, or a file cannot be read.
     """
     directory = Path(run_dir)
     material = read_material(directory)
     drawn, left_out = draw_all(material)
-    for name, plates in drawn.items():
-        write_files(directory / "figures", name, plates[0])
-    return write_atomic(directory / "report.html", page(material, drawn, left_out).encode())
+    for name, pair in drawn.items():
+        write_files(directory / "figures", name, pair[0])
+    write_atomic(directory / "report.md", markdown(material, drawn, left_out).encode())
+    return write_atomic(directory / "report.html", page(material, drawn, left_out, contexts=contexts).encode())
 
 
 def read_material(directory: Path) -> Material:
@@ -104,8 +183,11 @@ def read_material(directory: Path) -> Material:
     tables = {path.stem: _read_csv(path) for path in sorted((directory / "tables").glob("*.csv"))}
     if not tables:
         raise DiagnosticsError(f"{directory / 'tables'} holds no table. Run `python -m diagnostics analyze --output-dir {directory}` first.")
-    tokens = directory / "tokens.parquet"
-    return Material(manifest, tables, read_tokens(tokens) if tokens.exists() else None)
+    paths = {name: directory / f"{name}.parquet" for name in ("tokens", "contexts", "tops")}
+    tokens = validate_tokens(read_parquet(paths["tokens"])) if paths["tokens"].exists() else None
+    bank = read_bank(paths["contexts"]) if paths["contexts"].exists() else None
+    tops = read_parquet(paths["tops"]) if paths["tops"].exists() else None
+    return Material(manifest, tables, tokens, bank, tops)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -141,7 +223,8 @@ def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict
             left_out[sheet.name] = f"no column {missing[0]} in the {sheet.table} table" if missing else f"no table {sheet.table}"
             continue
         try:
-            options = {"level": material.level} if "level" in inspect.signature(sheet.draw).parameters else {}
+            options = {name: material.table(name) for name in sheet.beside}
+            options |= {"level": material.level} if "level" in inspect.signature(sheet.draw).parameters else {}
             drawn[sheet.name] = tuple(sheet.draw(table, width=width, **options) for width in (figures.DOUBLE, figures.SINGLE))
         except DiagnosticsError as error:
             left_out[sheet.name] = str(error)
@@ -153,47 +236,52 @@ def write_files(folder: Path, name: str, figure: Figure) -> None:
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-        write_atomic(folder / f"{name}.{kind}", buffer.getvalue())
+        write_atomic(folder / f"{name}.{kind}", with_palette(buffer) if kind == "png" else buffer.getvalue())
+
+
+def with_palette(png: io.BytesIO) -> bytes:
+    """The same PNG in 256 colours: a third of the size, no difference to see."""
+    buffer = io.BytesIO()
+    with Image.open(png) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", dpi=(200, 200), optimize=True)
+    return buffer.getvalue()
 
 
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element: own ids, page colours as variables, meshes of many cells as a bitmap.
 
-    Glyphs keep their font's ids, which are the same in all figures; `share_glyphs` moves them together.
+    Text stays text: it can be searched and read aloud, and Verdana has the widths of DejaVu Sans.
     """
     for mesh in figure.findobj(lambda artist: isinstance(artist, (PolyCollection, QuadMesh))):
         mesh.set_rasterized(True)
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", dpi=160, transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", text)
-    text = re.sub(r'\bid="(?!DejaVu)([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'href="#(?!DejaVu)([^"]+)"', rf'href="#{name}-\1"', text).replace("url(#", f"url(#{name}-")
-    text = re.sub(r"\n\s*", "\n", text)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text).replace("url(#", f"url(#{name}-")
+    text = re.sub(r"\n\s*", "\n", text).replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    text = re.sub(r"(?<![\d.#])([1-9]\d*\.\d{2})\d+", r"\1", text)
     for variable, color in plates.LIGHT.items():
         text = text.replace(color.lower(), f"var(--{variable})")
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', text, count=1)
 
 
-def share_glyphs(content: str) -> str:
-    """The same HTML with every glyph of its SVGs once, in an invisible SVG at its head."""
-    glyph = re.compile(r'<path id="(DejaVu[^"]+)"[^>]*/>')
-    shapes = {match.group(1): re.sub(r"\s+", " ", match.group(0)) for match in glyph.finditer(content)}
-    sheet = "".join(shapes[name] for name in sorted(shapes))
-    return f'<svg class="glyphs" width="0" height="0" aria-hidden="true"><defs>{sheet}</defs></svg>{glyph.sub("", content)}'
-
-
 # --- the page ---------------------------------------------------------------------------------------
 
 
-def page(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]) -> str:
-    """The whole page as one string of HTML."""
+def page(
+    material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str], *, contexts: int = CONTEXTS
+) -> str:
+    """The whole page as one string of HTML, with the first `contexts` as tokens."""
     sections = [
         ("verdicts", "Verdicts", verdict_cards(material)),
-        ("figures", "Figures", share_glyphs("".join(_figure(sheet, drawn[sheet.name]) for sheet in SHEETS if sheet.name in drawn))),
+        ("warnings", "Warnings", warning_list(material)),
+        ("figures", "Figures", "".join(_figure(sheet, drawn[sheet.name]) for sheet in SHEETS if sheet.name in drawn)),
+        ("tokens", "Tokens", token_view(material, contexts)),
         ("tables", "Tables", "".join(_table(name, material.tables[name]) for name in _table_order(material))),
         ("methods", "Methods", METHODS),
         ("provenance", "Provenance", provenance(material)),
@@ -203,6 +291,7 @@ def page(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_ou
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
     title, style, script = html.escape(narrative.title(material)), _static("report.css"), _static("report.js")
+    style, script = style + tokenview.style(), script + tokenview.script()
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="referrer" content="no-referrer"><title>{title}</title>\n<style>\n{style}</style></head>\n<body><main>'
@@ -223,20 +312,60 @@ def _over(material: Material) -> str:
 
 
 def verdict_cards(material: Material) -> str:
-    """One card a claim and gain, with its sentence; empty where the run has no verdicts."""
+    """One card a claim with both gains side by side; empty where the run has no verdicts."""
     table = material.table("verdicts")
     if table is None or not {"claim", "verdict"} <= set(table.columns):
         return ""
-    return f'<ul class="cards">{"".join(_card(row) for row in table.to_dict("records"))}</ul>'
+    shown = table[table.primary.astype(bool)] if "primary" in table else table
+    cards = "".join(_card(claim, rows.to_dict("records")) for claim, rows in shown.groupby("claim", sort=False))
+    more = "" if len(shown) == len(table) else '<p class="quiet">The same claims on step and held-out positions apart: table verdicts.</p>'
+    return f'<ul class="cards">{cards}</ul>{more}'
 
 
-def _card(row: dict) -> str:
-    verdict = str(row["verdict"])
-    kind = verdict if verdict in ("supported", "refuted", "inconclusive") else "inconclusive"
-    outcome = f" · {plates.OUTCOMES.get(row['outcome'], row['outcome'])}" if isinstance(row.get("outcome"), str) else ""
-    sentence = row.get("sentence") if isinstance(row.get("sentence"), str) else ""
-    return (f'<li class="card {kind}"><h3>{html.escape(str(row["claim"]) + outcome)}</h3>'
-            f'<span class="verdict">{html.escape(verdict)}</span><p>{html.escape(sentence)}</p></li>')
+VERDICTS = ("supported", "refuted", "inconclusive")
+
+
+def _card(claim: str, rows: list[dict]) -> str:
+    statement = rows[0].get("statement")
+    heading = f"{claim}: {statement}" if isinstance(statement, str) else str(claim)
+    return f'<li class="card {_agreed(rows)}"><h3>{html.escape(heading)}</h3>{"".join(map(_look, rows))}</li>'
+
+
+def _agreed(rows: list[dict]) -> str:
+    """The verdict of all of a card's rows, inconclusive where they differ."""
+    verdicts = {str(row["verdict"]) for row in rows}
+    only = verdicts.pop() if len(verdicts) == 1 else ""
+    return only if only in VERDICTS else "inconclusive"
+
+
+def _look(row: dict) -> str:
+    verdict, outcome, sentence = str(row["verdict"]), row.get("outcome"), row.get("sentence")
+    named = f"{plates.OUTCOMES.get(outcome, outcome)}: " if isinstance(outcome, str) else ""
+    kind = verdict if verdict in VERDICTS else "inconclusive"
+    return (f'<p>{html.escape(named)}<span class="verdict {kind}">{html.escape(verdict)}</span></p>'
+            f'<p class="quiet">{html.escape(sentence if isinstance(sentence, str) else "")}</p>')
+
+
+def warnings(material: Material) -> list[str]:
+    """What the analysis warns of."""
+    table = material.table("warnings")
+    return [] if table is None or "message" not in table else table.message.astype(str).tolist()
+
+
+def warning_list(material: Material) -> str:
+    """The warnings as paragraphs; those beyond a handful folded away."""
+    lines = [f'<p class="warning">{html.escape(message)}</p>' for message in warnings(material)]
+    rest = f"<details><summary>{len(lines) - WARNINGS_OPEN} more</summary>{''.join(lines[WARNINGS_OPEN:])}</details>" if len(lines) > WARNINGS_OPEN else ""
+    return "".join(lines[:WARNINGS_OPEN]) + rest
+
+
+def token_view(material: Material, contexts: int) -> str:
+    """The first contexts token by token; empty where the run has no contexts, or none are wanted."""
+    if material.bank is None or material.tokens is None or not contexts:
+        return ""
+    color = "gain" if "gain" in material.tokens else "forward_kl"
+    shown = range(min(contexts, len(material.bank)))
+    return show(material.bank, material.tokens, list(shown), color=color, tops=material.tops).fragment
 
 
 def _figure(sheet: Sheet, plates: tuple[Figure, Figure]) -> str:
@@ -252,26 +381,40 @@ def _table_order(material: Material) -> list[str]:
 
 
 def _table(name: str, table: pd.DataFrame) -> str:
-    shown = table.head(ROWS_SHOWN)
-    note = f"{len(table):,} rows" + (f", the first {ROWS_SHOWN:,} shown" if len(table) > ROWS_SHOWN else "")
+    """A folded table; long ones are packed, and built by the page's script when they are opened."""
     head = "".join(f'<th scope="col"><button type="button">{html.escape(str(column))}</button></th>' for column in table.columns)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in shown.itertuples(index=False))
+    if len(table) <= ROWS_WRITTEN:
+        rows, packed = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.itertuples(index=False)), ""
+    else:
+        rows, packed = "", f'<script type="application/json">{_packed(table)}</script>'
     return (f'<details id="table-{html.escape(name)}"><summary><b>{html.escape(name)}</b> {html.escape(TABLES.get(name, ""))} '
-            f'<span class="quiet">{note}; tables/{html.escape(name)}.csv</span></summary>'
+            f'<span class="quiet">{len(table):,} rows; tables/{html.escape(name)}.csv</span></summary>'
             f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
-            f'<button type="button" class="copy">Copy as CSV</button></details>')
+            f'<button type="button" class="copy">Copy as CSV</button>{packed}</details>')
 
 
 def _cell(value: Any) -> str:
-    """A number rounded to four digits, with the full value beside it for sorting and copying."""
+    """A number rounded to four digits, with six beside it for sorting and copying."""
     if isinstance(value, float):
         if pd.isna(value):
             return '<td class="number" data-v=""></td>'
-        text = narrative.number(value, 4) if value != int(value) or abs(value) >= 1e6 else f"{value:.0f}"
-        return f'<td class="number" data-v="{value!r}">{text}</td>'
+        return f'<td class="number" data-v="{value:.6g}">{narrative.number(value, 4) if value != int(value) else f"{value:,.0f}"}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="number" data-v="{value}">{value:,}</td>'
     return f"<td>{html.escape(str(value))}</td>"
+
+
+def _packed(table: pd.DataFrame) -> str:
+    """Columns as JSON: numbers with six digits, null where undefined; text as distinct values and an index."""
+    columns: list[Any] = []
+    for name in table:
+        values = table[name]
+        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            columns.append([None if pd.isna(value) else float(f"{value:.6g}") if value != int(value) else int(value) for value in values])
+        else:
+            codes, texts = pd.factorize(values.astype(str))
+            columns.append({"texts": list(texts), "codes": codes.tolist()})
+    return script_json(columns)
 
 
 def provenance(material: Material) -> str:
@@ -298,25 +441,64 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 PARTS = {
     "verdicts": "verdicts on the claims C1 to C4",
-    "differences": "paired differences between criteria",
     "regressions": "the decomposition into compatible and incompatible divergence",
     "selection_curves": "captured gain by budget",
     "intervention": "the step with only the selected positions carrying loss, at matched norm",
-    "attribution": "the split of each gain into its own token's share and others'",
-    "training": "training runs (claim C5); a one-step gain does not stand in for them",
-    "validation": "the comparison of the probe's ranking with training",
+    "kernel_shares": "the split of each gain into its own position's share and others'",
+    "training_runs": "training runs (claim C5); a one-step gain does not stand in for them",
 }
 """Parts of the study that a run may lack, by the table that would hold them."""
 
 
-def not_run(material: Material, left_out: Mapping[str, str]) -> str:
-    """What the reader should not look for here: stages and tables that this run lacks, figures left out and why."""
-    absent = [text for name, text in PARTS.items() if material.table(name) is None]
-    titles = {sheet.name: sheet.title for sheet in SHEETS}
-    lines = [html.escape(text[0].upper() + text[1:] + ".") for text in absent]
-    lines += [f"Figure “{html.escape(titles[name])}”: {html.escape(reason)}." for name, reason in left_out.items()]
-    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else "<p>Nothing: every part of the study has its table.</p>"
+def missing(material: Material, left_out: Mapping[str, str]) -> list[str]:
+    """Sentences on what the reader should not look for here: parts of the study, parts of tables, figures."""
+    lines = [text[0].upper() + text[1:] + "." for name, text in PARTS.items() if material.table(name) is None]
+    table = material.table("left_out")
+    if table is not None:
+        lines += [f"{row.table}, {row.what}: {row.why}." for row in table.itertuples()]
+    drawable = {sheet.name: sheet for sheet in SHEETS if sheet.table == "tokens" or material.table(sheet.table) is not None}
+    lines += [f"Figure “{drawable[name].title}”: {reason.rstrip('.')}." for name, reason in left_out.items() if name in drawable]
+    return lines
 
+
+def not_run(material: Material, left_out: Mapping[str, str]) -> str:
+    """`missing` as a list."""
+    lines = missing(material, left_out)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if lines else "<p>Nothing: every part of the study has its table.</p>"
+
+
+# --- markdown ---------------------------------------------------------------------------------------
+
+
+def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]) -> str:
+    """The report for a repository's page: answer, verdicts, figures as links, what was not run, provenance in short."""
+    blocks = [f"# {_plain(narrative.title(material))}", *map(_plain, narrative.answer(material)), *_verdict_rows(material)]
+    blocks += [f"> {_plain(message)}" for message in warnings(material)]
+    for sheet in SHEETS:
+        if sheet.name in drawn:
+            blocks += [f"## {sheet.title}", f"![{sheet.title}](figures/{sheet.name}.png)", sheet.reading]
+    blocks += ["## What was not run", "\n".join(f"- {_plain(line)}" for line in missing(material, left_out)) or "Nothing."]
+    versions = ", ".join(f"{name} {version}" for name, version in material.manifest.get("versions", {}).items())
+    blocks += ["## Provenance", _plain(f"{versions}. Settings, models and the sha256 of each file: manifest.json; every number: tables/*.csv.")]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _verdict_rows(material: Material) -> list[str]:
+    table = material.table("verdicts")
+    if table is None or not {"claim", "outcome", "verdict", "sentence"} <= set(table.columns):
+        return []
+    shown = table[table.primary.astype(bool)] if "primary" in table else table
+    rows = [f"| {_plain(str(row.claim))} | {_plain(str(row.outcome))} | {_plain(str(row.verdict))} | {_plain(str(row.sentence))} |" for row in shown.itertuples()]
+    return ["\n".join(["| claim | gain | verdict | why |", "|---|---|---|---|", *rows])]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+
+
+# --- methods ----------------------------------------------------------------------------------------
 
 METHODS = """
 <p>A prompt goes to the student, which samples one response; the pair is frozen. At a response position, <i>p</i> is the

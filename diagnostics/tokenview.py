@@ -235,9 +235,14 @@ def _pairs(cell: Any) -> list[tuple[str, float]]:
     return [(one["token"], one["probability"]) if isinstance(one, dict) else (one[0], float(one[1])) for one in cell]
 
 
-def _fragment(payload: dict[str, Any]) -> str:
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def script_json(content: Any) -> str:
+    """JSON that can stand inside a script element: no character of it can end the element."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return (f'<div class="tokenview"><script type="application/json">{text}</script>'
+    return text
+
+
+def _fragment(payload: dict[str, Any]) -> str:
+    return (f'<div class="tokenview"><script type="application/json">{script_json(payload)}</script>'
             "<noscript>The token view needs JavaScript; it loads nothing from elsewhere.</noscript></div>")

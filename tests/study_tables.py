@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.types import validate_tokens
+from diagnostics.types import Bank, Context, validate_tokens
 
 CRITERIA = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
 SPLITS = ("all", "step", "held_out")
@@ -33,6 +33,14 @@ def tokens(prompts: int = 8, length: int = 20, seed: int = 0) -> pd.DataFrame:
                 "relative_gain": gain / d if d > 1e-3 else np.nan, "placebo_gain": 0.01 * d * rng.normal(),
             })
     return validate_tokens(pd.DataFrame(rows))
+
+
+def bank_of(table: pd.DataFrame) -> Bank:
+    """The bank that a synthetic token table could have come from; its prompts try to be markup."""
+    contexts = []
+    for name, rows in table.groupby("context_id", sort=False):
+        contexts.append(Context(name, rows.prompt_id.iloc[0], f"What <b>is</b> {name}?", (1, 2), "".join(rows.token), tuple(rows.token_id), True))
+    return Bank(tuple(contexts))
 
 
 def correlations(names=CRITERIA, seed: int = 0) -> pd.DataFrame:
@@ -190,6 +198,113 @@ def intervention() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def regressions() -> pd.DataFrame:
+    """Two models, raw and winsorised."""
+    rows = []
+    for outcome in BOTH:
+        for split in SPLITS:
+            for winsorised in (0.0, 0.05):
+                for model, terms in (("interaction", ("student_entropy", "divergence")), ("decomposition", ("student_entropy", "teachability", "incompatible"))):
+                    for k, term in enumerate(terms):
+                        coefficient = 0.1 * (k + 1) + winsorised + 0.001 * len(split)
+                        rows.append({"outcome": outcome, "split": split, "winsorised": winsorised, "model": model, "term": term, "coefficient": coefficient,
+                                     "low": coefficient - 0.05, "high": coefficient + 0.06, "r_squared": 0.1, "positions": 500, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def _claims(rows: list[dict]) -> pd.DataFrame:
+    """Both claims' statistics for every key."""
+    found = []
+    for i, key in enumerate(rows):
+        for outcome in BOTH:
+            for split in SPLITS:
+                for statistic in ("tertile_difference", "decomposition"):
+                    estimate = 0.01 * (i + 1) + (0.1 if statistic == "decomposition" else 0)
+                    found.append(key | {"outcome": outcome, "split": split, "statistic": statistic, "estimate": estimate, "low": estimate - 0.02,
+                                        "high": estimate + 0.03, "p_value": 0.01, "positions": 500, "prompts": 16})
+    return pd.DataFrame(found)
+
+
+def support_robustness() -> pd.DataFrame:
+    """Two proxies at two K."""
+    return _claims([{"proxy": proxy, "k": k} for proxy in ("compatibility", "topk_overlap") for k in (4, 16)])
+
+
+def gain_robustness() -> pd.DataFrame:
+    """Three variants of the gain."""
+    return _claims([{"variant": variant} for variant in ("nothing", "winsorised_0.05", "no_special_tokens")])
+
+
+def residual_curves() -> pd.DataFrame:
+    """Deciles and spline of two scores."""
+    rows = []
+    for outcome in BOTH:
+        for split in SPLITS:
+            for score in ("compatibility", "teachability"):
+                for curve, count in (("decile", 10), ("spline", 25)):
+                    for at in np.linspace(0.02, 0.98, count):
+                        residual = 0.01 * np.sin(3 * at) * (2 if score == "teachability" else 1)
+                        rows.append({"outcome": outcome, "split": split, "score": score, "curve": curve, "at": at, "residual": residual,
+                                     "low": residual - 0.003, "high": residual + 0.004, "positions": 500, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def linearity() -> pd.DataFrame:
+    """Four step sizes."""
+    rows = []
+    for fraction in (0.25, 0.5, 1.0, 2.0):
+        for split in SPLITS:
+            slope, r2 = 1 - 0.2 * fraction, 0.98 - 0.1 * fraction
+            rows.append({"fraction": fraction, "step_size": 1e-5 * fraction, "relative_norm": 1e-4 * fraction, "split": split, "slope": slope,
+                         "slope_low": slope - 0.05, "slope_high": slope + 0.04, "r2": r2, "r2_low": r2 - 0.05, "r2_high": r2 + 0.01, "positions": 500, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+GROUPS = ("all", "Q1", "Q3", "compatibility_1", "compatibility_3")
+
+
+def kernel_shares() -> pd.DataFrame:
+    """Sources of five groups for both kernels."""
+    rows = []
+    for kernel in ("output_layer", "full"):
+        for i, group in enumerate(GROUPS):
+            for part, share in {"self": 0.2, "own_context": 0.3, "own_prompt": 0.05, "other_prompts": 0.45, "total": 1.0}.items():
+                share += (0.01 * i if part == "self" else 0) + (0.02 if kernel == "full" else 0)
+                rows.append({"kernel": kernel, "group": group, "part": part, "mean": share / 100, "low": 0.0, "high": 0.1, "share": share,
+                             "share_low": share - 0.05, "share_high": share + 0.06, "positions": 64, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
+def lift() -> pd.DataFrame:
+    """Enrichment of five groups."""
+    return pd.DataFrame([
+        {"group": group, "lift_share": 0.2, "low": 0.1, "high": 0.3, "position_share": 0.2, "enrichment": 0.8 + 0.1 * i, "enrichment_low": 0.7 + 0.1 * i,
+         "enrichment_high": 1.0 + 0.1 * i, "positions": 100, "prompts": 16}
+        for i, group in enumerate(GROUPS)
+    ])
+
+
+def agreement() -> pd.DataFrame:
+    """Three answers against the held-out drop, over all cells and within a budget."""
+    pairs = [("captured_gain", "held_out_forward_kl"), ("captured_relative_gain", "held_out_forward_kl"), ("held_out_forward_kl", "step_forward_kl"),
+             ("captured_gain", "captured_relative_gain")]
+    return pd.DataFrame([
+        {"scope": scope, "x": x, "y": y, "kendall": 0.6 - 0.2 * i - shift, "low": 0.4 - 0.2 * i, "high": 0.7 - 0.2 * i, "cells": 35, "prompts": 16}
+        for scope, shift in (("all", 0.0), ("within_budget", 0.05)) for i, (x, y) in enumerate(pairs)
+    ])
+
+
+def verdicts() -> pd.DataFrame:
+    """C1 turned over, C2 supported by both gains; on all positions and held out."""
+    rows = []
+    for split, primary in (("all", True), ("held_out", False)):
+        for claim, statement, found in (("C1", "teachability ranks better", ("refuted", "supported")), ("C2", "compatible <gains> more", ("supported", "supported"))):
+            for outcome, verdict in zip(BOTH, found, strict=True):
+                rows.append({"claim": claim, "statement": statement, "outcome": outcome, "split": split, "primary": primary, "verdict": verdict,
+                             "estimate": 0.1, "low": 0.05, "high": 0.15, "sentence": f"{claim} is {verdict} for the {outcome}.", "positions": 500, "prompts": 16})
+    return pd.DataFrame(rows)
+
+
 def manifest() -> dict:
     """A manifest with everything that the report reads, and a prompt that tries to be markup."""
     model = {"revision": None, "architecture": "LlamaForCausalLM", "parameters": 123456, "dtype": "float32"}
@@ -211,6 +326,8 @@ def write_run(directory: Path, **tables: pd.DataFrame) -> Path:
     (directory / "tables").mkdir(parents=True)
     for name, table in tables.items():
         table.to_csv(directory / "tables" / f"{name}.csv", index=False)
-    tokens().to_parquet(directory / "tokens.parquet", index=False)
+    table = tokens()
+    table.to_parquet(directory / "tokens.parquet", index=False)
+    bank_of(table).to_frame().to_parquet(directory / "contexts.parquet", index=False)
     (directory / "manifest.json").write_text(json.dumps(manifest()), encoding="utf-8")
     return directory

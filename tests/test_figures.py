@@ -31,6 +31,14 @@ EVERY = {
     "selection_profile": (figures.selection_profile, study_tables.selection_profile),
     "intervention": (figures.intervention, study_tables.intervention),
     "distributions": (figures.distributions, study_tables.tokens),
+    "coefficients": (figures.coefficients, study_tables.regressions),
+    "support_robustness": (figures.support_robustness, study_tables.support_robustness),
+    "gain_robustness": (figures.gain_robustness, study_tables.gain_robustness),
+    "residual_curves": (figures.residual_curves, study_tables.residual_curves),
+    "linearity": (figures.linearity, study_tables.linearity),
+    "kernel_shares": (figures.kernel_shares, study_tables.kernel_shares),
+    "lift": (figures.lift, study_tables.lift),
+    "agreement": (figures.agreement, study_tables.agreement),
 }
 
 
@@ -339,8 +347,69 @@ def test_distributions_count_every_finite_value():
     table = study_tables.tokens()
     figure = figures.distributions(table, columns=["forward_kl", "relative_gain"])
     for ax, name in zip(figure.axes, ("forward_kl", "relative_gain"), strict=True):
-        assert sum(patch.get_height() for patch in ax.patches) == np.isfinite(table[name]).sum()
+        corners = np.diff(ax.patches[0].get_xy()[:81], axis=0)  # a step outline of 40 bins: across, up or down, across ...
+        heights = ax.patches[0].get_xy()[1:81:2, 1]
+        assert len(corners) == 80 and round(heights[heights >= 1].sum()) == np.isfinite(table[name]).sum()
     assert [ax.get_xlabel() for ax in figure.axes[:2]] == ["forward KL (nats)", "relative gain (fraction)"]
+
+
+def test_coefficients_show_one_model():
+    table = study_tables.regressions()
+    figure = figures.coefficients(table, winsorised=0.05)
+    rows = table[(table.outcome == "relative_gain") & (table.split == "step") & (table.winsorised == 0.05) & (table.model == "decomposition")]
+    place, values, ends = errorbars(figure.axes[1])["step contexts"]
+    np.testing.assert_allclose(values, rows.coefficient)
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["student entropy", "teachability", "incompatible"]
+    assert "winsorised at 5%" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_robustness_shows_every_support_and_variant():
+    table = study_tables.support_robustness()
+    figure = figures.support_robustness(table, statistic="tertile_difference")
+    bars = errorbars(figure.axes[0])
+    for k in (4, 16):
+        rows = table[(table.outcome == "gain") & (table.split == "all") & (table.k == k) & (table.statistic == "tertile_difference")]
+        np.testing.assert_allclose(bars[f"K = {k}"][1], rows.estimate)
+        np.testing.assert_allclose(bars[f"K = {k}"][2], rows[["low", "high"]])
+    table = study_tables.gain_robustness()
+    rows = table[(table.outcome == "gain") & (table.split == "held_out") & (table.statistic == "decomposition")]
+    np.testing.assert_allclose(errorbars(figures.gain_robustness(table).axes[0])["held-out contexts"][1], rows.estimate)
+
+
+def test_residual_curves_show_deciles_and_spline():
+    table = study_tables.residual_curves()
+    figure = figures.residual_curves(table)
+    rows = table[(table.outcome == "relative_gain") & (table.split == "held_out") & (table.score == "teachability")]
+    ax = figure.axes[3]
+    decile, spline = rows[rows.curve == "decile"], rows[rows.curve == "spline"]
+    place, values, ends = errorbars(ax)["decile"]
+    np.testing.assert_allclose(place.astype(float), decile["at"])
+    np.testing.assert_allclose(ends, decile[["low", "high"]])
+    np.testing.assert_allclose(next(line for line in ax.lines if line.get_label() == "spline").get_ydata(), spline.residual)
+    np.testing.assert_allclose(bands(ax)[0][:, 1:], spline[["low", "high"]])
+
+
+def test_attribution_figures_show_their_tables():
+    table = study_tables.linearity()
+    rows = table[table.split == "held_out"]
+    place, values, ends = errorbars(figures.linearity(table).axes[1])["held-out contexts"]
+    np.testing.assert_allclose(values, rows.r2)
+    np.testing.assert_allclose(ends, rows[["r2_low", "r2_high"]])
+    table = study_tables.kernel_shares()
+    rows = table[(table.kernel == "full") & (table.part == "self")]
+    place, values, ends = errorbars(figures.kernel_shares(table).axes[0])["itself"]
+    np.testing.assert_allclose(values, rows.share)
+    np.testing.assert_allclose(ends, rows[["share_low", "share_high"]])
+    table = study_tables.lift()
+    np.testing.assert_allclose(errorbars(figures.lift(table).axes[0])["enrichment"][1], table.enrichment)
+
+
+def test_agreement_finds_the_answer_on_either_side():
+    figure = figures.agreement(study_tables.agreement(), scope="within_budget")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["captured gain", "captured relative gain", "step forward KL"]
+    np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.55, 0.35, 0.15])
+    assert figure.get_supxlabel() == "35 cells, 16 prompts. Bars: intervals over prompts."
 
 
 @pytest.mark.parametrize("value, text", [(1e-5, "10⁻⁵"), (2e-6, "2×10⁻⁶"), (0.01, "0.01"), (100, "100"), (1e4, "10⁴"), (0, "0")])

@@ -34,17 +34,17 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
     )
 
 
-def test_leader_names_its_interval_its_placebo_and_teachability():
-    text = narrative.leader(material(row("random", 0.9), row("divergence", 0.6), row("teachability", 0.4, placebo=0.2)), "gain")
-    assert text == (
-        "By gain in nats, divergence follows the held-out positions best: Spearman +0.60 (95% interval +0.55 to +0.65), placebo +0.10; "
-        "teachability reaches +0.40 (+0.35 to +0.45), placebo +0.20; no other criterion's interval reaches it."
+def test_signals_name_the_leader_its_interval_its_placebo_and_teachability():
+    rows = [row("random", 0.9), row("divergence", 0.6), row("teachability", 0.4, placebo=0.2), row("tip", 0.3)]
+    assert narrative.signals(material(*rows)) == (
+        "Gain in nats on held-out positions follows divergence best (Spearman +0.60, 95% interval +0.55 to +0.65, placebo +0.10; no other "
+        "interval reaches it). Teachability reaches +0.40 (+0.35 to +0.45; placebo +0.20) with gain in nats."
     )
 
 
-def test_leader_admits_what_it_cannot_tell_apart():
-    text = narrative.leader(material(*(row(name, 0.6 - i / 100) for i, name in enumerate(["a_b", "c", "d", "e", "f"]))), "gain")
-    assert text.endswith("not told apart from it: c, d, e and 1 more.")
+def test_signals_admit_what_they_cannot_tell_apart():
+    text = narrative.signals(material(*(row(name, 0.6 - i / 100) for i, name in enumerate(["a_b", "c", "d", "e", "f"]))))
+    assert text.startswith("Gain in nats on held-out positions follows a b best") and "; not told apart from c, d, e and 1 more)." in text
 
 
 def test_paired_differences_decide_where_there_are_any():
@@ -54,27 +54,29 @@ def test_paired_differences_decide_where_there_are_any():
 
     rows = [row("a", 0.6), row("b", 0.58), row("c", 0.57)]
     apart = pd.DataFrame([pair("a", "b", 0.01, 0.03), pair("c", "a", -0.05, -0.01)])
-    assert narrative.leader(material(*rows, differences=apart), "gain").endswith("; in paired draws it leads every other criterion.")
+    assert narrative.signals(material(*rows, differences=apart)).endswith("; ahead of every other in paired draws).")
     apart.loc[1, "high"] = 0.01
-    assert narrative.leader(material(*rows, differences=apart), "gain").endswith("; not told apart from it: c.")
+    assert narrative.signals(material(*rows, differences=apart)).endswith("; not told apart from c).")
 
 
-def test_relative_gain_is_named_as_such():
-    text = narrative.leader(material(row("teachability", 0.2, outcome="relative_gain")), "relative_gain")
-    assert text.startswith("By relative gain, teachability follows the held-out positions best: Spearman +0.20")
-
-
-def test_turnover():
+def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
     rows = [row("divergence", 0.6), row("teachability", 0.5), row("divergence", -0.1, outcome="relative_gain"),
             row("teachability", 0.2, outcome="relative_gain")]
-    assert narrative.turnover(material(*rows)) == (
-        "The order turns over with the definition of gain: divergence is first of 2 in nats and 2nd in relative terms, "
-        "teachability first in relative terms and 2nd in nats."
-    )
+    text = narrative.signals(material(*rows))
+    assert "; relative gain on held-out positions follows teachability best (Spearman +0.20" in text
+    assert text.endswith("The order turns over with the definition of gain: divergence is 2nd of 2 in relative terms, teachability 2nd of 2 in nats.")
     rows[2]["estimate"] = 0.9
-    assert narrative.turnover(material(*rows)) == (
-        "Both gains put divergence first, so the recommendation does not hinge on how gain is defined."
+    assert narrative.signals(material(*rows)).endswith("Both gains put divergence first, so the choice does not hinge on how gain is defined.")
+
+
+def test_budget_names_random_and_oracle():
+    table = study_tables.selection_curves()
+    assert narrative.budget(material(selection_curves=table)) == (
+        "With 5% of the positions, teachability captures 15.4% of the gain in nats (13.8% to 16.1%; random 4.0% to 6.0%, oracle 40.7%); "
+        "teachability captures 13.8% of the relative gain (12.5% to 14.5%; random 4.0% to 6.0%, oracle 40.7%)."
     )
+    undefined = table.assign(captured_share=table.captured_share.where(table.criterion != "teachability"))
+    assert "divergence captures 10.0% of the gain in nats" in narrative.budget(material(selection_curves=undefined))
 
 
 def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
@@ -96,8 +98,8 @@ def test_numbers_are_the_tables():
     before = narrative.answer(Material(study_tables.manifest(), tables))
     tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
     after = narrative.answer(Material(study_tables.manifest(), tables))
-    assert len(before) == len(after) == 6
-    assert [a == b for a, b in zip(before, after)] == [False, False, False, False, True, False]
+    assert len(before) == len(after) == 4
+    assert [a == b for a, b in zip(before, after)] == [False, False, True, False]
 
 
 def test_without_tables_nothing_is_claimed():

@@ -1,6 +1,8 @@
 """The report: complete from files, self-contained, escaped, the same bytes for the same files."""
 
+import dataclasses
 import html
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -11,7 +13,7 @@ import pytest
 
 from diagnostics import narrative, plates, report
 from diagnostics.types import DiagnosticsError
-from tests import study_tables
+from tests import browser, study_tables
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -21,7 +23,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.links, self.resources, self.words, self.tags = [], [], [], [], [], []
+        self.open, self.ids, self.links, self.resources, self.words, self.tags, self.scripts = [], [], [], [], [], [], 0
         self.feed(text)
         self.close()
         assert self.open == []
@@ -33,6 +35,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
+        self.scripts += tag == "script" and not attributes
         for key, value in attributes:
             if key == "id":
                 self.ids.append(value)
@@ -63,10 +66,14 @@ def source(run):
     return (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_writes_figures_and_page_only(run):
+DRAWN = ("calibration", "correlations", "distributions", "entropy_divergence", "q3_contrast", "q3_gain")
+
+
+def test_writes_figures_and_pages_only(run):
     names = sorted(path.name for path in (run / "figures").iterdir())
-    assert names == sorted(f"{sheet}.{kind}" for sheet in ("correlations", "entropy_divergence", "q3_gain", "calibration") for kind in ("pdf", "png"))
-    assert sorted(path.name for path in run.iterdir()) == ["figures", "manifest.json", "report.html", "tables", "tokens.parquet"]
+    assert names == sorted(f"{sheet}.{kind}" for sheet in DRAWN for kind in ("pdf", "png"))
+    assert sorted(path.name for path in run.iterdir()) == [
+        "contexts.parquet", "figures", "manifest.json", "report.html", "report.md", "tables", "tokens.parquet"]
 
 
 def test_nests_and_asks_the_network_for_nothing(source):
@@ -85,16 +92,16 @@ def test_is_small(source):
 
 def test_holds_the_answer_from_the_tables(run, source):
     sentences = narrative.answer(report.read_material(run))
-    assert len(sentences) == 6
+    assert len(sentences) == 4
     for sentence in sentences:
         assert f"<p>{html.escape(sentence)}</p>" in source
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
     page = Page(source)
-    assert page.tags.count("svg") == 1 + 2 * 4
+    assert page.tags.count("svg") == 2 * len(DRAWN)
     for sheet in report.SHEETS:
-        if sheet.name in ("correlations", "entropy_divergence", "q3_gain", "calibration"):
+        if sheet.name in DRAWN:
             assert f"{sheet.title} {sheet.reading}" in page.text
 
 
@@ -107,14 +114,27 @@ def test_page_colours_are_variables(source):
 
 
 def test_tables_hold_every_value(run, source):
+    kinds = set()
     for path in (run / "tables").glob("*.csv"):
         table = pd.read_csv(path)
         block = source[source.index(f'<details id="table-{path.stem}">'):]
-        block = block[:block.index("</details>")]
-        rows = re.findall(r"<tr>(.*?)</tr>", block, flags=re.DOTALL)[1:]
-        assert len(rows) == len(table)
-        first = [html.unescape(value or text) for value, text in re.findall(r'<td(?: class="number")?(?: data-v="([^"]*)")?>(.*?)</td>', rows[0])]
-        assert first == [str(value) for value in next(table.itertuples(index=False))]
+        found = _read_block(block[:block.index("</details>")], list(table.columns))
+        kinds.add(len(table) > report.ROWS_WRITTEN)
+        pd.testing.assert_frame_equal(found, table.astype({name: float for name in table.select_dtypes("number")}), check_dtype=False, rtol=1e-5)
+    assert kinds == {True, False}
+
+
+def _read_block(block: str, names: list[str]) -> pd.DataFrame:
+    """A table as the page has it, written out or packed."""
+    packed = re.search(r'<script type="application/json">(.*?)</script>', block, flags=re.DOTALL)
+    if packed:
+        columns = [column if isinstance(column, list) else [column["texts"][code] for code in column["codes"]] for column in json.loads(packed.group(1))]
+        frame = pd.DataFrame(dict(zip(names, columns, strict=True)))
+    else:
+        rows = re.findall(r"<tr>(<td.*?)</tr>", block, flags=re.DOTALL)
+        cells = [[html.unescape(value or text) for value, text in re.findall(r'<td(?: class="number")?(?: data-v="([^"]*)")?>(.*?)</td>', row)] for row in rows]
+        frame = pd.read_csv(io.StringIO(pd.DataFrame(cells, columns=names).to_csv(index=False)))
+    return frame.astype({name: float for name in frame.select_dtypes("number")})
 
 
 def test_provenance_and_untrusted_text(source):
@@ -122,7 +142,7 @@ def test_provenance_and_untrusted_text(source):
     for word in ("torch", "2.13.0", "max_new_tokens", "ab" * 32, "chat_template_sha256", "student.dtype", "seed"):
         assert word in page.text
     assert "<script>alert(1)" not in source
-    assert page.tags.count("script") == 1
+    assert page.scripts == 1 and page.tags.count("img") == 0 and "<b>is</b>" not in source
     assert 'Tom <script>alert(1)</script> has "onload=" apples' in page.text
 
 
@@ -139,15 +159,62 @@ def test_same_files_same_bytes(run, tmp_path):
         assert path.read_bytes() == (other / path.relative_to(run)).read_bytes(), path.name
 
 
-def test_verdicts_become_cards_and_leave_the_list_of_what_is_missing():
-    verdicts = pd.DataFrame({"claim": ["C1", "C1"], "outcome": ["gain", "relative_gain"], "verdict": ["refuted", "odd <b>"],
-                             "sentence": ["Raw divergence leads by 0.12.", np.nan]})
-    material = narrative.Material({}, {"verdicts": verdicts})
+def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_missing():
+    material = narrative.Material({}, {"verdicts": study_tables.verdicts()})
     cards = report.verdict_cards(material)
-    assert '<li class="card refuted"><h3>C1 · gain</h3><span class="verdict">refuted</span><p>Raw divergence leads by 0.12.</p></li>' in cards
-    assert '<li class="card inconclusive"><h3>C1 · relative gain</h3><span class="verdict">odd &lt;b&gt;</span><p></p></li>' in cards
+    assert cards.count("<li") == 2
+    assert '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
+    assert '<p>relative gain: <span class="verdict supported">supported</span></p><p class="quiet">C1 is supported for the relative_gain.</p></li>' in cards
+    assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
     assert "Verdicts on the claims" in report.not_run(narrative.Material(), {})
     assert "Verdicts on the claims" not in report.not_run(material, {})
+    odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
+    assert '<li class="card inconclusive"><h3>mine</h3><p><span class="verdict inconclusive">perhaps &lt;b&gt;</span></p>' in report.verdict_cards(
+        narrative.Material({}, {"verdicts": odd}))
+
+
+def test_warnings_stand_open_up_to_a_handful():
+    table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
+    text = report.warning_list(narrative.Material({}, {"warnings": table}))
+    assert text.count('<p class="warning">Beware &lt;') == 6
+    assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
+    assert report.warning_list(narrative.Material()) == ""
+
+
+def test_what_the_analysis_left_out_is_listed():
+    table = pd.DataFrame({"table": ["verdicts"], "what": ["claim C5"], "why": ["no training results were given"]})
+    assert "verdicts, claim C5: no training results were given." in report.missing(narrative.Material({}, {"left_out": table}), {})
+
+
+def test_token_view_is_there_and_can_be_left_out(run, source):
+    assert source.count('<div class="tokenview">') == 1
+    assert report.token_view(report.read_material(run), 0) == ""
+    shown = json.loads(re.search(r'<div class="tokenview"><script type="application/json">(.*?)</script>', source, flags=re.DOTALL).group(1))
+    assert [context["id"] for context in shown["contexts"]] == [f"c{i}" for i in range(8)]
+
+
+def test_markdown_for_a_repository(run):
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Which of large's signals can small learn from?\n\nThe student took AdamW's first step of the reverse kl loss")
+    for name in DRAWN:
+        assert f"](figures/{name}.png)" in text
+    assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
+    material = narrative.Material(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
+    assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in report.markdown(material, {}, {})
+    assert report._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| \\`x\\`"
+
+
+def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
+    made = {name: getattr(study_tables, name)() for name in (
+        "quadrants", "matching", "regressions", "support_robustness", "gain_robustness", "residual_curves", "selection_curves", "selection_summary",
+        "selection_overlap", "selection_profile", "intervention", "agreement", "linearity", "kernel_shares", "lift")}
+    material = report.read_material(study_tables.write_run(tmp_path / "run", **made))
+    calls = {}
+    sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options)) for sheet in report.SHEETS]
+    monkeypatch.setattr(report, "SHEETS", sheets)
+    drawn, left_out = report.draw_all(material)
+    assert set(drawn) == {sheet.name for sheet in sheets} and left_out == {}
+    pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
 
 
 def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
@@ -155,16 +222,16 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     study_tables.tokens().drop(columns="compatibility").to_parquet(directory / "tokens.parquet", index=False)
     pd.DataFrame(columns=["step_size"]).to_csv(directory / "tables" / "calibration.csv", index=False)
     drawn, left_out = report.draw_all(report.read_material(directory))
-    assert set(drawn) == {"correlations", "q3_gain"}
+    assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
     assert left_out["calibration"] == "no table calibration"
 
 
-def test_long_tables_say_that_they_go_on(monkeypatch):
-    monkeypatch.setattr(report, "ROWS_SHOWN", 2)
-    text = report._table("mine<", pd.DataFrame({"a": [1.0, 2.5, np.nan]}))
-    assert "3 rows, the first 2 shown; tables/mine&lt;.csv" in text
-    assert '<td class="number" data-v="2.5">2.500</td>' in text and '<td class="number" data-v="1.0">1</td>' in text
+def test_numbers_in_tables_are_rounded_and_keep_six_digits():
+    text = report._table("mine<", pd.DataFrame({"a": [1.0, 2.56789123, np.nan], "b": [1, 20000, 3], "c": ["<i>", "x", "y"]}))
+    assert "3 rows; tables/mine&lt;.csv" in text
+    assert '<td class="number" data-v="2.56789">2.568</td><td class="number" data-v="20000">20,000</td><td>x</td>' in text
+    assert '<td class="number" data-v="1">1</td>' in text and '<td class="number" data-v=""></td>' in text and "<td>&lt;i&gt;</td>" in text
 
 
 def test_nothing_to_report(tmp_path):
@@ -182,3 +249,49 @@ def test_nothing_to_report(tmp_path):
         report.build(tmp_path)
     assert str(error.value) == f"{tmp_path / 'tables'} holds no table. Run `python -m diagnostics analyze --output-dir {tmp_path}` first."
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@browser.needed
+def test_in_a_browser(run, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    with browser.chromium(tmp_path / "profile") as driver:
+        driver.get((run / "report.html").as_uri())
+
+        def rows(name: str, column: int) -> list[str]:
+            return driver.execute_script(
+                "return [...document.querySelectorAll(`#table-${arguments[0]} tbody tr`)].map(r => r.cells[arguments[1]].dataset.v ?? r.cells[arguments[1]].textContent)", name, column)
+
+        # a packed table is built when it is opened, and sorts by number both ways
+        table = pd.read_csv(run / "tables" / "correlations.csv")
+        assert rows("correlations", 4) == []
+        driver.find_element(By.CSS_SELECTOR, "#table-correlations summary").click()
+        assert [float(value) for value in rows("correlations", 4)] == pytest.approx(table.estimate.tolist(), rel=1e-5)
+        head = driver.find_elements(By.CSS_SELECTOR, "#table-correlations th button")[4]
+        for reverse in (False, True):
+            head.click()
+            assert [float(value) for value in rows("correlations", 4)] == pytest.approx(sorted(table.estimate, reverse=reverse), rel=1e-5)
+
+        # copy: as CSV, in the order shown
+        driver.execute_script("Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => { window.copied = text; }}});")
+        driver.find_element(By.CSS_SELECTOR, "#table-correlations .copy").click()
+        copied = pd.read_csv(io.StringIO(driver.execute_script("return window.copied")))
+        assert copied.columns.tolist() == table.columns.tolist()
+        assert copied.criterion.tolist() == table.sort_values("estimate", ascending=False).criterion.tolist()
+
+        # narrow: the phone drawings, nothing wider than the page
+        assert driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True})
+        assert driver.find_element(By.CSS_SELECTOR, "figure .narrow").is_displayed()
+        assert not driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+
+        # dark: page and drawings change together
+        ink = "return getComputedStyle(document.querySelector('figure .narrow svg text')).fill"
+        light = driver.execute_script(ink)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+        assert (light, driver.execute_script(ink)) == ("rgb(31, 35, 40)", "rgb(240, 243, 246)")
+        assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+
+        assert browser.complaints(driver) == []
+        assert browser.outside_requests(driver) == []

@@ -10,17 +10,10 @@ import pytest
 
 from diagnostics import criteria, tokenview
 from diagnostics.criteria import criterion, score_criterion, select
-from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
+from diagnostics.types import DiagnosticsError, validate_tokens
 from tests import browser, study_tables
 
 NASTY = ['<script>', '"onload="', "&amp;", "</script>", "\n", "  ", "plain"]
-
-
-def bank_of(tokens: pd.DataFrame) -> Bank:
-    contexts = []
-    for name, rows in tokens.groupby("context_id", sort=False):
-        contexts.append(Context(name, rows.prompt_id.iloc[0], f"What <b>is</b> {name}?", (1, 2), "".join(rows.token), tuple(rows.token_id), True))
-    return Bank(tuple(contexts))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def bank(tokens):
-    return bank_of(tokens)
+    return study_tables.bank_of(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +123,7 @@ def test_fifty_long_contexts_stay_under_two_megabytes():
     frame = validate_tokens(frame)
     lists = [[(f" token{i}", 0.2) for i in row] for row in rng.integers(0, 5000, (size, 5))]
     tops = pd.DataFrame({"context_id": frame.context_id, "position": frame.position, "student_top": lists, "teacher_top": lists})
-    assert len(tokenview.show(bank_of(frame), frame, tops=tops).html.encode()) < 2_000_000
+    assert len(tokenview.show(study_tables.bank_of(frame), frame, tops=tops).html.encode()) < 2_000_000
 
 
 def test_refusals(bank, tokens):

@@ -43,6 +43,38 @@
     setTimeout(() => { button.textContent = label; }, 1500);
   }
 
+  // Long tables come packed by column and are built when they are first opened.
+  function shown(number) {
+    if (Number.isInteger(number)) return number.toLocaleString("en");
+    const size = Math.abs(number);
+    const text = size < 1e-4 || size >= 1e6 ? number.toExponential(3) : number.toPrecision(4);
+    return text.replace("-", "\u2212");
+  }
+
+  function build(details) {
+    const packed = details.querySelector('script[type="application/json"]');
+    if (!packed) return;
+    const columns = JSON.parse(packed.textContent), body = details.querySelector("tbody");
+    packed.remove();
+    const count = Array.isArray(columns[0]) ? columns[0].length : columns[0].codes.length;
+    for (let i = 0; i < count; i++) {
+      const row = body.insertRow();
+      for (const column of columns) {
+        const cell = row.insertCell();
+        if (!Array.isArray(column)) {
+          cell.textContent = column.texts[column.codes[i]];
+          continue;
+        }
+        const number = column[i];
+        cell.className = "number";
+        cell.dataset.v = number ?? "";
+        cell.textContent = number === null ? "" : shown(number);
+      }
+    }
+  }
+
+  document.addEventListener("toggle", (event) => { if (event.target.open) build(event.target); }, true);
+
   document.addEventListener("click", (event) => {
     const head = event.target.closest("th button");
     if (head) sort(head.parentElement);
