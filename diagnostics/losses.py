@@ -167,19 +167,27 @@ class _Positions:
     def __getitem__(self, rows: slice) -> _Positions:
         return _Positions(*(None if x is None else x[rows] for x in (self.sampled_N, self.advantage_N, self.scale_N)))
 
+    def scaled(self, derivative_NV: Tensor) -> Tensor:
+        """The derivative times the scale, in place."""
+        return derivative_NV if self.scale_N is None else derivative_NV.mul_(self.scale_N[:, None].to(derivative_NV))
+
 
 @torch.no_grad()
 def _evaluate(objective: _Objective, student_NV: Tensor, teacher_NV: Tensor, positions: _Positions, *, slope_NV: Tensor | None) -> Tensor:
     """Values [N], float64; fills `slope_NV`, where given, with their derivative in the student's logits times the scale."""
-    values = []
-    for rows, block in blocks(student_NV, teacher_NV):
-        values.append(_rule(objective, block, student_NV[rows], teacher_NV[rows], positions[rows], None if slope_NV is None else slope_NV[rows]))
-    values_N = torch.cat(values)
-    for row in (~values_N.isfinite()).nonzero()[:, 0].tolist():
+
+    def fill(rows: slice, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
+        value_r, derivative = _RULES[objective.loss](objective, block, student_rV, teacher_rV, positions[rows])
+        if slope_NV is not None:
+            slope_NV[rows] = positions[rows].scaled(derivative())
+        return value_r
+
+    values_N = torch.cat([fill(rows, block, student_NV[rows], teacher_NV[rows]) for rows, block in blocks(student_NV, teacher_NV)])
+    for row in (~values_N.isfinite()).nonzero()[:, 0].tolist():  # -inf as logit, or truly not finite
         one = slice(row, row + 1)
         student_1V, teacher_1V = exact(student_NV[one]), exact(teacher_NV[one])
         (_, block), = blocks(filled(student_1V), filled(teacher_1V))
-        value_1 = _rule(objective, block, student_1V, teacher_1V, positions[one], None if slope_NV is None else slope_NV[one])
+        value_1 = fill(one, block, student_1V, teacher_1V)
         values_N[one] = torch.where(_infinite(objective, student_1V, teacher_1V) & ~value_1.isnan(), torch.inf, value_1)
     return values_N
 
@@ -189,17 +197,6 @@ def _infinite(objective: _Objective, student_rV: Tensor, teacher_rV: Tensor) -> 
     if objective.loss == "forward_kl":
         return beyond(teacher_rV, student_rV)
     return beyond(student_rV, teacher_rV) & (objective.loss == "reverse_kl")
-
-
-def _rule(
-    objective: _Objective, block: Block, student_rV: Tensor, teacher_rV: Tensor, positions: _Positions, slope_rV: Tensor | None
-) -> Tensor:
-    value_r, write = _RULES[objective.loss](objective, block, student_rV, teacher_rV, positions)
-    if slope_rV is not None:
-        derivative_rV = write()
-        scale_r = torch.ones_like(value_r) if positions.scale_N is None else positions.scale_N
-        slope_rV.copy_(derivative_rV.mul_(scale_r[:, None].to(derivative_rV)))
-    return value_r
 
 
 # Each rule returns the values [r] and a function that gives the derivative [r, V] in one of the block's buffers.
