@@ -9,7 +9,7 @@ What the table's columns do not allow is left out and listed in `left_out` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 
@@ -31,13 +31,13 @@ __all__ = [
 
 _PLANE = ("student_entropy", "forward_kl")
 _Q3 = (*_PLANE, "compatibility")
-_HELD = (*_PLANE, "position", "response_length")
 _CLAIMS = regressions.NEEDS
 
 
 def study(
     tokens: pd.DataFrame,
     *,
+    criteria: Iterable[str] | None = None,
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -47,15 +47,16 @@ def study(
 ) -> dict[str, pd.DataFrame]:
     """Every table that the token table allows, by file name.
 
-    training: runs for claim C5, see `verdicts.training_verdict`; losses: token tables of steps with other losses,
-    by loss; base_k: K of the columns without a suffix. The tables are correlations, placebo_excess, differences,
-    partial, within_prompt, quadrants, q3_contrast, q3_groups, matching, balance, regressions, decomposition,
-    residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
-    (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
+    criteria: those to correlate, None takes all that the columns allow; training: runs for claim C5, see
+    `verdicts.training_verdict`; losses: token tables of steps with other losses, by loss; base_k: K of the columns
+    without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants,
+    q3_contrast, q3_groups, matching, balance, regressions, decomposition, residual_curves, support_robustness,
+    gain_robustness, saturation, coverage, verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
     """
     outcomes(tokens)
     options = {"draws": draws, "level": level, "seed": seed}
-    plan = _plan(tokens, options, losses, base_k)
+    criteria = None if criteria is None else list(criteria)
+    plan = _plan(tokens, criteria, options, losses, base_k)
     made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
     for needs, make in plan:
         missing = [name for name in needs if name not in tokens]
@@ -73,7 +74,7 @@ def study(
     return made
 
 
-def _plan(tokens: pd.DataFrame, options: dict, losses, base_k: int) -> list[tuple[tuple[str, ...], Callable]]:
+def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losses, base_k: int) -> list[tuple[tuple[str, ...], Callable]]:
     """(columns needed, missing columns -> tables by name); a step with missing columns makes None."""
 
     def one(name: str, function: Callable, **more) -> Callable:
@@ -83,9 +84,9 @@ def _plan(tokens: pd.DataFrame, options: dict, losses, base_k: int) -> list[tupl
         return lambda missing: dict.fromkeys(names) if missing else function()
 
     return [
-        ((), several((), lambda: _correlations(tokens, **options))),
-        (_HELD, one("partial", partial_correlations, **options)),
-        ((), one("within_prompt", within_prompt_correlations, **options)),
+        ((), several((), lambda: _correlations(tokens, criteria, **options))),
+        (tables.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
+        ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
         (_PLANE, one("quadrants", quadrant_means, **options)),
         (_Q3, one("q3_contrast", q3_contrast, **options)),
         (_Q3, one("q3_groups", q3_groups, **options)),
@@ -100,8 +101,8 @@ def _plan(tokens: pd.DataFrame, options: dict, losses, base_k: int) -> list[tupl
     ]
 
 
-def _correlations(tokens: pd.DataFrame, *, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
-    found = tables.associate(tokens, draws=draws, seed=seed)
+def _correlations(tokens: pd.DataFrame, criteria: list[str] | None, *, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
+    found = tables.associate(tokens, criteria=criteria, draws=draws, seed=seed)
     return {
         "correlations": tables.correlation_table(found, level=level),
         "placebo_excess": tables.placebo_excess(found, level=level),

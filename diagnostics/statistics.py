@@ -355,7 +355,7 @@ class Controls:
 
     def __init__(self, columns: Sequence):
         self.columns = [v if isinstance(v, Variable) else Variable(v) for v in columns]
-        self.finite = np.logical_and.reduce([v.finite for v in self.columns])
+        self.finite = np.logical_and.reduce([v.finite for v in self.columns]) if self.columns else True
         self._bases: dict[tuple[bytes, bool], np.ndarray] = {}
 
     def residual(self, values: np.ndarray, mask: np.ndarray, *, ranked: bool) -> np.ndarray:

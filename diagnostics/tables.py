@@ -34,12 +34,7 @@ METHODS: dict[str, Callable] = {
 Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
 MATCHED_SCORES = ("compatibility", "teachability", "incompatible")
 GROUPS = {"tertile": 3, "quartile": 4}
-CONTROLS = {
-    "student_entropy": lambda tokens: normalise(tokens["student_entropy"]),
-    "forward_kl": lambda tokens: normalise(tokens["forward_kl"]),
-    "position": relative_position,
-}
-"""What partial correlations and matching hold fixed: h, d and t/(T - 1)."""
+HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 QUADRANTS = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
@@ -91,6 +86,13 @@ def scores(tokens: pd.DataFrame, names: Iterable[str] | None = None, *, seed: in
     if names is None:
         names = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
     return {name: registry.score_criterion(tokens, name, seed=seed) for name in names}
+
+
+def controls(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What partial correlations and matching hold fixed: h, d and t/(T - 1), each [N]."""
+    require_columns(tokens, HELD_COLUMNS, what="Holding entropy, divergence and position fixed")
+    h, d = (normalise(tokens[name]) for name in ("student_entropy", "forward_kl"))
+    return {"student_entropy": h, "forward_kl": d, "position": relative_position(tokens)}
 
 
 def row(estimate: Estimate, level: float, *, named: str = "estimate", **more) -> dict:
@@ -190,10 +192,10 @@ def partial_correlations(
     Columns as `correlate`; method is spearman (of ranks) or pearson. NaN where the controls determine the
     criterion, as they do `entropy`.
     """
-    def statistic(x, y, controls, prompts, ranked):
-        return statistics.partial(x, y, controls, prompts, ranked=ranked)
+    def statistic(x, y, held, prompts, ranked):
+        return statistics.partial(x, y, held, prompts, ranked=ranked)
 
-    return _each(tokens, statistic, criteria, draws=draws, level=level, seed=seed)
+    return _each(tokens, statistic, criteria, controls(tokens), draws=draws, level=level, seed=seed)
 
 
 def within_prompt_correlations(
@@ -204,26 +206,28 @@ def within_prompt_correlations(
     Columns as `correlate`; method is spearman or pearson. Prompts with fewer than five defined positions, or
     with a constant, are left out and not counted.
     """
-    def statistic(x, y, controls, prompts, ranked):
+    def statistic(x, y, held, prompts, ranked):
         return statistics.within_prompts(x, y, prompts, ranked=ranked)
 
-    return _each(tokens, statistic, criteria, draws=draws, level=level, seed=seed)
+    return _each(tokens, statistic, criteria, {}, draws=draws, level=level, seed=seed)
 
 
-def _each(tokens: pd.DataFrame, statistic: Callable, criteria, *, draws: int, level: float, seed: int) -> pd.DataFrame:
-    """statistic(x, y, controls, prompts, ranked) for every outcome, criterion, split and method."""
-    scored, held, rows = scores(tokens, criteria, seed=seed), [f(tokens) for f in CONTROLS.values()], []
+def _each(
+    tokens: pd.DataFrame, statistic: Callable, criteria, fixed: dict[str, np.ndarray], *, draws: int, level: float, seed: int
+) -> pd.DataFrame:
+    """statistic(x, y, what is held fixed, prompts, ranked) for every outcome, criterion, split and method."""
+    scored, rows = scores(tokens, criteria, seed=seed), []
     for split in splits(tokens, draws=draws, seed=seed):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-        controls, bare = Controls([control[split.mask] for control in held]), split.prompts.without_draws()
+        held, bare = Controls([column[split.mask] for column in fixed.values()]), split.prompts.without_draws()
         for outcome in outcomes(tokens):
             y, placebo = (Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}"))
             for name, x in variables.items():
                 for method in ("spearman", "pearson"):
                     ranked = method == "spearman"
                     key = {"outcome": outcome, "criterion": name, "split": split.name, "method": method}
-                    control = statistic(x, placebo, controls, bare, ranked).value
-                    rows.append(key | row(statistic(x, y, controls, split.prompts, ranked), level, placebo=control))
+                    control = statistic(x, placebo, held, bare, ranked).value
+                    rows.append(key | row(statistic(x, y, held, split.prompts, ranked), level, placebo=control))
     return pd.DataFrame(rows)
 
 
@@ -340,7 +344,7 @@ def q3_groups(
 
 def features(tokens: pd.DataFrame) -> np.ndarray:
     """[N, 3] h, d and relative position, each over its standard deviation: the space that matching measures in."""
-    columns = [function(tokens) for function in CONTROLS.values()]
+    columns = controls(tokens).values()
     spreads = [column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in columns]
     return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
 
@@ -382,7 +386,7 @@ def balance(tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, seed: i
     The scale is the root mean variance of the two groups before matching, throughout. Returns columns split,
     score, covariate, replacement, before, after, positions (pairs), prompts.
     """
-    columns, space, rows = {name: f(tokens) for name, f in CONTROLS.items()}, features(tokens), []
+    columns, space, rows = controls(tokens), features(tokens), []
     for contrast in _contrasts(tokens, by, [3], 2, seed):
         split = contrast.split
         for replacement in (True, False):

@@ -14,8 +14,8 @@ are eight looks: Holm's correction holds the chance of any false verdict among t
 shown is the one at the level that Holm leaves to its row. The primary split is `all`; `step` and `held_out`
 are reported with a correction of their own.
 
-C5 pairs runs by seed: supported where TA-OPD is at most a margin worse than each rival, otherwise refuted where it
-is worse than some rival; held-out KL and accuracy have a row each, Bonferroni over all comparisons.
+C5 pairs runs by seed: supported where TA-OPD is at most a margin worse than each rival, refuted where it is worse than
+some rival and the margin is not held; held-out KL and accuracy have a row each, Bonferroni over all comparisons.
 """
 
 from __future__ import annotations
@@ -237,9 +237,9 @@ def _training_row(measure: str, advantages: dict[str, np.ndarray], looks: int, l
     weakest = min(found, key=lambda rival: found[rival][1]) if found and seeds >= MINIMUM_SEEDS else None
     value, low, high = found[weakest] if weakest else (np.nan, np.nan, np.nan)
     verdict = "inconclusive"
-    if set(found) == set(RIVALS) and low > -MARGINS[measure]:
-        verdict = "supported"
-    elif weakest and min(ends[2] for ends in found.values()) < 0:
+    if low > -MARGINS[measure]:
+        verdict = "supported" if set(found) == set(RIVALS) else verdict
+    elif any(ends[1] <= -MARGINS[measure] and ends[2] < 0 for ends in found.values()) and weakest:
         weakest = min(found, key=lambda rival: found[rival][2])
         (value, low, high), verdict = found[weakest], "refuted"
     return {

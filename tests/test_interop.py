@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis import study
 from diagnostics.interop import read_tokens
 from diagnostics.types import DiagnosticsError
 from tests.test_types import keys
@@ -71,3 +72,78 @@ def test_another_table_is_refused(tmp_path):
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(DiagnosticsError, match=r"a\.csv is no token table: neither context_id nor sample_index and tok_pos .* \(a\)\. Give a tokens\.parquet"):
         read_tokens(tmp_path / "a.csv")
+
+
+def read(frame, tmp_path, name="bank.parquet"):
+    frame.to_parquet(tmp_path / name)
+    return read_tokens(tmp_path / name)
+
+
+def codes(tokens):
+    return [code for code, _, _ in tokens.attrs["warnings"]]
+
+
+def test_scores_of_theta0_joined_with_gains_are_before(tmp_path):
+    same = {f"{name}_base": bank()[name] for name in ("KLf_full", "KLr_full", "Hs_full")}
+    tokens = read(bank(**same, G_KLf=[0.5, 0.2, -0.1, 0.0]), tmp_path)
+    assert codes(tokens) == [] and tokens.compatibility.tolist() == [0.9, 0.5, 0.99, 0.1]
+    np.testing.assert_allclose(tokens.gain, [0.25, 0.2, -0.02, 0.0], rtol=1e-9)
+    np.testing.assert_allclose(tokens.forward_kl_after, [0.25, 0.8, 0.22, 4e-4], rtol=1e-9)
+
+
+def test_warnings_travel_with_the_table_into_the_study(tmp_path):
+    tokens = read(bank(KLf_full_base=[1.0, 1.5, 0.2, 0.3]), tmp_path)
+    (code, subject, message), = tokens.attrs["warnings"]
+    assert (code, subject) == ("read_after", "student_entropy, compatibility, topk_overlap, teacher_top1_in_topk") and "contain the outcome" in message
+    tables = study(tokens, criteria=["teachability"], draws=10)
+    assert tables["warnings"].code[0] == "read_after" and "correlations" in tables
+
+
+def test_without_groups_every_sample_is_a_prompt(tmp_path):
+    for frame in (bank().drop(columns="group_index"), bank(group_index=[1, 1, None, None])):
+        tokens = read(frame, tmp_path)
+        assert tokens.prompt_id.tolist() == ["sample-3", "sample-3", "sample-4", "sample-4"] and codes(tokens) == ["no_prompts"]
+
+
+def test_rollouts_keep_samples_apart_and_whole_floats_are_whole(tmp_path):
+    tokens = read(bank(rollout_id=[0, 0, 1, 1], sample_index=[3.0] * 4, group_index=[1.0, 1.0, 2.0, 2.0], tok_pos=[0, 1, 0, 1]), tmp_path)
+    assert tokens.context_id.unique().tolist() == ["rollout-0-sample-3", "rollout-1-sample-3"] and tokens.prompt_id.unique().tolist() == ["group-1", "group-2"]
+
+
+def test_positions_outside_the_loss_mask_are_dropped(tmp_path):
+    tokens = read(bank(loss_mask_original=[1, 0, 1, 1]), tmp_path)
+    assert len(tokens) == 3 and tokens.attrs["warnings"] == [["unsupervised", "loss_mask_original", "1 positions outside the loss mask were dropped."]]
+
+
+def test_what_follows_from_other_columns(tmp_path):
+    tokens = read(bank(student_logp_sampled=[-1.0, -2, -3, -4], teacher_logp_sampled=[-2.0, -2, -1, -5]), tmp_path)
+    assert tokens.advantage.tolist() == [-1, 0, 2, -1]
+    np.testing.assert_allclose(tokens.acceptance, np.exp([-1.0, 0, 0, -1]))
+    np.testing.assert_allclose(tokens.topk_jaccard, [1 / 3, 1 / 7, 1, 0])
+
+
+def test_supports_of_the_training_bank(tmp_path):
+    frame = bank(schema_version=2, Cmass_true=None, Cmass=[0.8, 0.4, 0.9, 0.2], Cmass_exact=0, KLf_union=[0.1, 0.2, 0.3, 0.4])
+    tokens = read(frame.drop(columns=["Hs_full", "Ht_full", "KLf_full", "KLr_full"]), tmp_path)
+    assert "compatibility" not in tokens and tokens.compatibility_intersection.tolist() == [0.8, 0.4, 0.9, 0.2]
+    assert tokens.union_forward_kl_released.tolist() == [0.1, 0.2, 0.3, 0.4] and "union_forward_kl" not in tokens
+    exact = read(frame.assign(Cmass_exact=1), tmp_path)
+    assert exact.compatibility.tolist() == [0.8, 0.4, 0.9, 0.2] and "compatibility_intersection" not in exact
+    assert read(bank(KLf_union=[0.1] * 4), tmp_path).union_forward_kl.tolist() == [0.1] * 4
+
+
+def test_our_own_csv_keeps_its_words_and_ids(tmp_path):
+    frame = keys(token=["null", "NA"], context_id=["007", "007"], gain=[0.1, np.nan])
+    frame.to_csv(tmp_path / "tokens.csv", index=False)
+    tokens = read_tokens(tmp_path / "tokens.csv")
+    assert tokens.token.tolist() == ["null", "NA"] and tokens.context_id.tolist() == ["007", "007"] and np.isnan(tokens.gain[1])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("t.txt", "a", r"t\.txt ends in '\.txt'"), ("t.parquet", "not parquet", r"t\.parquet cannot be read as parquet"), ("t.jsonl", "{\n", r"t\.jsonl cannot be read \(line 1 is not JSON"),
+    ("t.csv", "sample_index,tok_pos\n", r"t\.csv holds no rows"), ("u.csv", "sample_index,tok_pos\n1,0\n", r"A released token bank needs the column token_id; this one has sample_index, tok_pos\."),
+])
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DiagnosticsError, match=message):
+        read_tokens(tmp_path / name)
