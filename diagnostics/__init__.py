@@ -21,6 +21,8 @@ _HOMES = {
     "agreement": ("agreement",),
     "intervention": ("intervene", "interventions"),
     "attribution": ("attribute",),
+    "training": ("EngineConfig", "TrainConfig", "train"),
+    "evaluation": ("EvaluationConfig", "evaluate", "find_verifier", "summarise_evaluation"),
     "tasks": ("sums", "verify"),
     "interop": ("read_tokens",),
     "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),

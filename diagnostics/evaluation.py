@@ -144,7 +144,7 @@ def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimat
         return Estimate(float(np.divide(*whole)), np.where(count > 0, total / count, np.nan), int(whole[1]), prompts.count)
 
 
-def summarise(rows: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def summarise_evaluation(rows: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Mean and prompt-bootstrap interval of each measure of an evaluation.
 
     Returns columns measure, mean, low, high, count (positions or responses), prompts.

@@ -223,7 +223,8 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     def work() -> dict:
         write_json(run.manifest_path, run.manifest)
         data, held_out = training_prompts(models, prompts, evaluation, needed=config.steps * config.batch, seed=config.seed)
-        bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
+        wanted = held_out or engine.probe_every
+        bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens) if wanted else None
         train(models.pair, data, output_dir=run.directory, config=config, engine=engine, evaluation=evaluation, held_out=held_out, bank=bank)
         return {**models.pair.facts, "prompts": len(data), "held_out": len(held_out)}
 

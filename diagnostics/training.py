@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import parallel
-from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise
+from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise_evaluation
 from diagnostics.losses import LOSSES
 from diagnostics.runs import write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_parquet
@@ -129,10 +129,10 @@ def train(
     _check_data(prompts, held_out, config, engine)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
-    trainer = _trainer(pair, prompts, directory, config, engine, watcher)
     with warnings.catch_warnings():
         # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        trainer = _trainer(pair, prompts, directory, config, engine, watcher)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _save_student(trainer, pair, directory / "student")
     parallel.barrier()
@@ -406,7 +406,7 @@ class Watcher:
         """Mean and interval of each measure at each evaluated step."""
         if rows is None:
             rows = read_parquet(self.path("evaluations.parquet")) if self.held_out else pd.DataFrame({"step": []})
-        tables = [summarise(part).assign(step=step) for step, part in rows.groupby("step")]
+        tables = [summarise_evaluation(part).assign(step=step) for step, part in rows.groupby("step")]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["step", "measure", "mean"])
 
     def _start_gains(self) -> None:

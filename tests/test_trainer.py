@@ -224,3 +224,38 @@ def test_a_batch_without_its_mask_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", renamed)
     with pytest.raises(DiagnosticsError, match=rf"^TRL {trainer.trl_version} is not the release .*: the batch lacks completion_mask\. Install trl==1\.16\.0\.$"):
         train(tmp_path, make_pair(), Selection("full"))
+
+
+@pytest.mark.parametrize("head_apart", [False, True])
+@pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
+def test_a_head_sharded_by_fsdp_gives_the_same_gradient(head_apart, loss):
+    """One process is enough: FSDP2 keeps DTensors all the same."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    def gradients(shard):
+        pair = make_pair()
+        student, ids = pair.student.model, torch.tensor([[0, 5, 6, 7, 8, 9]])
+        for module in [*student.model.layers, *([student.lm_head] if head_apart else []), student] if shard else []:
+            fully_shard(module)
+        kinds = []
+
+        def forward(*_, **__):
+            kinds.append(hasattr(student.lm_head.weight, "full_tensor"))
+            states, teacher = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[0], pair.teacher.hidden(ids, torch.ones_like(ids))[0]
+            return losses.chunked_loss(states, trainer._gathered(pair.student).logits, teacher.detach(), trainer._gathered(pair.teacher).logits,
+                                       torch.tensor([5, 6, 7, 8, 9, 3]), loss=loss, weights_N=torch.ones(6), denominator=6.0)
+
+        student.forward = forward
+        student().backward()
+        assert kinds == [shard and head_apart]
+        return {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in student.named_parameters()}
+
+    whole = gradients(False)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = gradients(True)
+    finally:
+        distributed.destroy_process_group()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=0, atol=1e-7)

@@ -1,10 +1,12 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -197,6 +199,40 @@ def test_trl_fields_come_from_a_file(tmp_path):
             trl_config(tmp_path, TrainConfig(), EngineConfig(trl=str(path)), rate=1e-4)
 
 
+CONFIGS = Path(training.__file__).resolve().parent.parent / "configs"
+
+
+def test_the_configs_at_scale_are_read(tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    engine = EngineConfig(max_new_tokens=4096, accumulation=4, trl=str(CONFIGS / "qwen3-4b-to-1.7b.json"))
+    made = trl_config(tmp_path, TrainConfig(batch=64, steps=300), engine, rate=1e-6)
+    assert made.use_vllm and made.vllm_mode == "colocate" and made.bf16 and made.activation_checkpointing and made.save_steps == 50
+    assert made.vllm_max_model_length > engine.max_new_tokens and made.per_device_train_batch_size == 16
+    launch = load_config_from_file(str(CONFIGS / "fsdp2-8gpu.yaml"))
+    assert (launch.distributed_type.value, launch.num_processes, launch.fsdp_config["fsdp_version"]) == ("FSDP", 8, 2)
+
+
+def test_the_command_of_the_scale_page_is_understood():
+    text = (CONFIGS.parent / "docs/scale.md").read_text()
+    command = text.split("-m diagnostics ")[1].split("```")[0].replace("\\\n", " ")
+    from diagnostics.cli import build_parser
+
+    parsed = build_parser("train").parse_args(shlex.split(command))
+    assert (parsed.criterion, parsed.budget, parsed.batch, parsed.eval_contexts) == ("teachability", 0.05, 64, 0)
+    assert (CONFIGS.parent / parsed.trl).exists()
+
+
+def test_a_sharded_student_is_not_evaluated():
+    watcher = training.Watcher(make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), HELD_OUT, None)
+    sharded = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    message = (r"^The student is sharded, and a shard cannot be evaluated during training\. Pass --eval-contexts 0, "
+               r"and evaluate checkpoints afterwards with diagnostics\.evaluate\.$")
+    with pytest.raises(DiagnosticsError, match=message):
+        watcher.require_whole(sharded)
+    training.Watcher(make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), [], None).require_whole(sharded)
+
+
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     (tmp_path / "m.jsonl").write_text(training._line({"step": 1, "loss": float("nan")}) + training._line({"step": 2, "loss": 0.5}) + '{"step": 3, "l')
     lines = read_lines(tmp_path / "m.jsonl")
@@ -240,6 +276,12 @@ def test_training_and_its_gains_on_the_command_line(folders, tmp_path, capsys):
     np.testing.assert_allclose(after["gain"], after["gain_step_4"], rtol=0, atol=1e-7)
     np.testing.assert_allclose(after["forward_kl"] - after["forward_kl_after"], after["gain"], rtol=0, atol=1e-12)
     assert main(["analyze", "--draws", "20", "--quiet", "--output-dir", str(tmp_path)]) == 0
+
+
+def test_training_without_evaluation(folders, tmp_path):
+    assert main(flags(folders, tmp_path, "--eval-contexts", "0", "--criterion", "random")) == 0
+    assert not (tmp_path / "evaluations.csv").exists() and not (tmp_path / "contexts.parquet").exists()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4 and (tmp_path / "student" / "model.safetensors").exists()
 
 
 def test_the_same_student_scores_gains_of_zero(folders, tmp_path):
