@@ -24,7 +24,7 @@ import pandas as pd
 from scipy.interpolate import BSpline
 
 from diagnostics import statistics
-from diagnostics.criteria import normalise, relative_position
+from diagnostics.criteria import normalise, relative_position, score_criterion
 from diagnostics.statistics import Estimate, Prompts, Regression
 from diagnostics.tables import Split, outcomes, row, splits
 from diagnostics.types import require_columns
@@ -50,7 +50,7 @@ def terms(tokens: pd.DataFrame, *, substitute: Mapping[str, str] | None = None) 
     """
     require_columns(tokens, NEEDS, what="A regression of the gain")
     h, d = normalise(tokens["student_entropy"]), normalise(tokens["forward_kl"])
-    c = normalise(tokens[(substitute or {}).get("compatibility", "compatibility")])
+    c = score_criterion(tokens, "compatibility", substitute=substitute)
     found = {
         "student_entropy": h, "divergence": d, "entropy_x_divergence": h * d, "position": relative_position(tokens),
         "compatibility": c, "teachability": d * c, "incompatible": d * (1 - c),

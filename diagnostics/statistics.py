@@ -30,8 +30,9 @@ from functools import cached_property
 import numpy as np
 from scipy import optimize, spatial, special
 
-BLOCK = 128
-"""Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions."""
+LEAST_BLOCK = 128
+"""Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions. Longer arrays take
+blocks of half the root of their length, so that the table of blocks grows no faster than they do."""
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
 SINGULAR = 1e-10
@@ -309,23 +310,24 @@ def _lexicographic(first: Ranked, second: Ranked) -> tuple[np.ndarray, ...]:
 
 def _earlier_and_lower(level: np.ndarray) -> np.ndarray:
     """For a permutation: how many earlier elements are lower. Whole blocks by a table, the rest pairwise."""
-    n, blocks = len(level), -(-len(level) // BLOCK)
-    levels = np.arange(blocks * BLOCK, dtype=np.int32)
+    n, side = len(level), max(LEAST_BLOCK, int(np.sqrt(len(level)) / 2))
+    blocks = -(-n // side)
+    levels = np.arange(blocks * side, dtype=np.int32)
     levels[:n] = level
     places = np.empty_like(levels)
-    places[levels] = np.arange(blocks * BLOCK, dtype=np.int32)
-    row, column = np.arange(blocks * BLOCK) // BLOCK, levels // BLOCK
+    places[levels] = np.arange(blocks * side, dtype=np.int32)
+    row, column = np.arange(blocks * side) // side, levels // side
     table = np.bincount(row * blocks + column, minlength=blocks**2).reshape(blocks, blocks)
     counts = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))[row, column]
-    counts += _earlier_and_lower_in_block(levels)
-    counts[places] += _earlier_and_lower_in_block(places // BLOCK)
+    counts += _earlier_and_lower_in_block(levels, side)
+    counts[places] += _earlier_and_lower_in_block(places // side, side)
     return counts[:n]
 
 
-def _earlier_and_lower_in_block(values: np.ndarray) -> np.ndarray:
-    columns = np.ascontiguousarray(values.reshape(-1, BLOCK).T)
+def _earlier_and_lower_in_block(values: np.ndarray, side: int) -> np.ndarray:
+    columns = np.ascontiguousarray(values.reshape(-1, side).T)
     counts = np.zeros(columns.shape, dtype=np.int16)
-    for step in range(1, BLOCK):
+    for step in range(1, side):
         counts[step:] += columns[:-step] < columns[step:]
     return counts.T.ravel()
 

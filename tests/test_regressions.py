@@ -80,6 +80,8 @@ def test_a_given_difference_of_slopes_is_recovered():
 def test_another_support_takes_the_place_of_compatibility(tokens):
     found = R.terms(tokens, substitute={"compatibility": "topk_overlap"})
     assert found["compatibility"] == pytest.approx(normalise(tokens.topk_overlap))
+    with pytest.raises(DiagnosticsError, match="^Criterion 'compatibility' reads gain, which is known only after the step"):
+        R.terms(tokens, substitute={"compatibility": "gain"})
     assert found["teachability"] + found["incompatible"] == pytest.approx(found["divergence"])
 
 

@@ -127,6 +127,13 @@ def test_concordance_equals_the_double_loop(ties):
     assert (x_untied == (x[:, None] != x).sum(1)).all() and (y_untied == (y[:, None] != y).sum(1)).all()
 
 
+def test_long_arrays_take_larger_blocks(monkeypatch):
+    monkeypatch.setattr(S, "LEAST_BLOCK", 4)
+    x, y = np.random.default_rng(0).normal(size=(2, 700))
+    both, _, _ = S.concordance(S.Ranked(x), S.Ranked(y))
+    assert (both == (np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum(1)).all()
+
+
 def test_pearson_draws_and_left_out_equal_recomputation():
     codes, x, y, _ = clustered()
     prompts = Prompts(codes, draws=20)
