@@ -24,7 +24,7 @@ from pathlib import Path
 from diagnostics.runs import Run, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
-EMBEDDED_CONTEXTS = 192
+EMBEDDED_CONTEXTS = 128
 WHERE = ("device", "teacher_device", "offload_teacher")
 GAIN_KEYS = ("context_id", "position")
 
