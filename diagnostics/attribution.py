@@ -422,7 +422,8 @@ def sample_positions(tokens: pd.DataFrame, weights_N: np.ndarray, *, count: int,
 
 
 def linearity(
-    tokens: pd.DataFrame, realised: dict[float, np.ndarray], step_size: float, *, norm: float, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, realised: dict[float, np.ndarray], step_size: float, *, norm: float, draws: int = 1000, level: float = 0.95,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Realised gain against the first-order prediction, by step size.
 
