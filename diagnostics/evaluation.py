@@ -107,28 +107,29 @@ def evaluate(
     return pd.concat(frames, ignore_index=True)
 
 
-def _rows(measure: str, prompt_ids: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
-    """Totals and counts of the finite values by prompt."""
+def by_prompt(measure: str, prompt_ids: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
+    """One measure as rows of an evaluation: totals and counts of the finite values by prompt."""
     values = pd.Series(np.asarray(values, dtype=np.float64))
     groups = values.groupby(np.asarray(prompt_ids, dtype=object))
-    return pd.DataFrame({"total": groups.sum(), "count": groups.count()}).rename_axis("prompt_id").reset_index().assign(measure=measure)[list(COLUMNS)]
+    sums = pd.DataFrame({"total": groups.sum(), "count": groups.count()}).rename_axis("prompt_id").reset_index()
+    return sums.assign(measure=measure)[list(COLUMNS)]
 
 
 def _divergences(bank: FrozenBank, prefix: str) -> list[pd.DataFrame]:
     names = (f"{prefix}forward_kl", f"{prefix}reverse_kl")
-    return [_rows(name, bank.prompt_ids, values) for name, values in zip(names, bank.divergences())]
+    return [by_prompt(name, bank.prompt_ids, values) for name, values in zip(names, bank.divergences())]
 
 
 def _responses(bank: Bank) -> list[pd.DataFrame]:
     prompt_ids = [context.prompt_id for context in bank]
-    return [_rows("response_length", prompt_ids, [len(context.response_ids) for context in bank]),
-            _rows("finished", prompt_ids, [context.finished for context in bank])]
+    return [by_prompt("response_length", prompt_ids, [len(context.response_ids) for context in bank]),
+            by_prompt("finished", prompt_ids, [context.finished for context in bank])]
 
 
 def _accuracy(measure: str, bank: Bank, prompts: Sequence[Prompt], verify: Verify) -> pd.DataFrame:
     answers = {prompt.prompt_id: prompt.answer for prompt in prompts if prompt.answer is not None}
     judged = [context for context in bank if context.prompt_id in answers]
-    return _rows(measure, [c.prompt_id for c in judged], [verify(c.response, answers[c.prompt_id]) for c in judged])
+    return by_prompt(measure, [c.prompt_id for c in judged], [verify(c.response, answers[c.prompt_id]) for c in judged])
 
 
 def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimate:

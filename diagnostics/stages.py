@@ -342,7 +342,9 @@ def report_stage(run: Run) -> Path:
 def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, offline: str | None, analysis) -> None:
     """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it."""
     from diagnostics import validation
+    from diagnostics.losses import check_loss
 
+    check_loss(config.loss)
     folder = run.path("cells")
     job = validation.Job(folder, *map(dataclasses.asdict, (models.config, prompts, evaluation, config)))
     cells, made = validation.grid(config), {}

@@ -24,7 +24,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,12 +121,13 @@ def train(
     """Distil the pair's teacher into its student, in place, on the student's own responses to `prompts`.
 
     held_out: prompts that are evaluated and never trained on; none turns evaluation off. bank: frozen contexts for
-    evaluation and `probe_every`. untouched: an evaluation of the student as it is, where one was made already. Under `accelerate launch` or `torchrun` every process calls this alike; `batch` is
-    the global one. Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory
-    with an unfinished training (unless `engine.resume`), or one of other settings.
+    evaluation and `probe_every`. untouched: an evaluation of the student as it is, where one was made already.
+    Under `accelerate launch` or `torchrun` every process calls this alike; `batch` is the global one.
+    Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory with an unfinished
+    training (unless `engine.resume`), or one of other settings.
     """
     directory = Path(output_dir)
-    _check_data(prompts, held_out, config, engine)
+    _check_data(pair, prompts, held_out, config, engine)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
     with warnings.catch_warnings():
@@ -142,7 +143,9 @@ def train(
 # --- data and identity ------------------------------------------------------------------------------
 
 
-def _check_data(prompts: Sequence[Prompt], held_out: Sequence[Prompt], config: TrainConfig, engine: EngineConfig) -> None:
+def _check_data(pair, prompts: Sequence[Prompt], held_out: Sequence[Prompt], config: TrainConfig, engine: EngineConfig) -> None:
+    if pair.offload_teacher:
+        raise DiagnosticsError("Training needs teacher and student on the device at once. Leave out --offload-teacher; --teacher-dtype bfloat16 saves memory.")
     parts = engine.accumulation * parallel.world()
     if config.batch % parts:
         raise DiagnosticsError(
@@ -189,7 +192,8 @@ def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None
                 "or choose another --output-dir."
             )
         earlier, now = json.loads(path.read_text()), json.loads(json.dumps(fingerprint))
-        different = [f"{key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in sorted(earlier.keys() | now.keys()) if earlier.get(key) != now.get(key)]
+        keys = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+        different = [f"{key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in keys]
         if different:
             raise DiagnosticsError(f"{directory} holds a training with other settings ({'; '.join(different)}). Resume with the earlier ones.")
     parallel.barrier()
@@ -235,7 +239,8 @@ def _trl_fields(path: str | None) -> dict[str, Any]:
 def trl_config(directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float, cpu: bool = True):
     """TRL's DistillationConfig. Full precision and no activation checkpointing unless the file asks for them.
 
-    cpu: the student is there; several processes join on the CPU only when told so. Raises DiagnosticsError for a field that TRL does not know or refuses.
+    cpu: the student is there; several processes join on the CPU only when told so. Raises DiagnosticsError for a field
+    that TRL does not know or refuses.
     """
     from trl import DistillationConfig
 
@@ -271,7 +276,8 @@ def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: Engine
     trainer.remove_callback(PrinterCallback)
     if trainer.accelerator.num_processes != parallel.world():
         raise DiagnosticsError(
-            f"{parallel.world()} processes were started and TRL trains in {trainer.accelerator.num_processes}. Start them with torchrun or `accelerate launch --multi_gpu`."
+            f"{parallel.world()} processes were started and TRL trains in {trainer.accelerator.num_processes}. "
+            "Start them with torchrun or `accelerate launch --multi_gpu`."
         )
     watcher.require_whole(trainer)
     return trainer
@@ -306,7 +312,9 @@ def _save_student(trainer, pair: Pair, folder: Path) -> None:
 class Watcher:
     """Writes metrics, evaluations and gains while TRL trains; knows which steps are due."""
 
-    def __init__(self, pair, directory: Path, config: TrainConfig, engine: EngineConfig, evaluation: EvaluationConfig, held_out, bank, untouched=None):
+    def __init__(
+        self, pair, directory: Path, config: TrainConfig, engine: EngineConfig, evaluation: EvaluationConfig, held_out, bank, untouched=None
+    ):
         self.pair, self.directory, self.config, self.engine, self.evaluation = pair, directory, config, engine, evaluation
         self.held_out, self.untouched = list(held_out), untouched
         self.verify = find_verifier(evaluation.verifier, pair=pair.name, prompts=self.held_out) if self.held_out else None

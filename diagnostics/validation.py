@@ -42,6 +42,7 @@ from diagnostics import criteria as registry
 from diagnostics.agreement import Answer
 from diagnostics.statistics import Prompts
 from diagnostics.types import DiagnosticsError, require_columns
+from diagnostics.verdicts import MINIMUM_SEEDS, RIVALS, TA_BUDGET
 
 log = logging.getLogger("diagnostics")
 
@@ -49,10 +50,9 @@ LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_
 HIGHER_IS_BETTER = ("accuracy", "accuracy_greedy")
 JUDGED = ("reverse_kl", "forward_kl", "accuracy", "accuracy_greedy")
 """Measures that verdicts and agreement are about."""
-CLAIMANT, RIVALS, CLAIM_BUDGET = "teachability", ("full", "entropy", "divergence", "tip"), 0.05
+CLAIMANT = "teachability"
 MARGIN = 0.1
 """Share of full's gain by which a criterion may fall short and still match."""
-SEEDS_NEEDED = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ValidateConfig:
     steps: int = field(default=100, metadata={"help": "optimiser steps of each training"})
     batch: int = field(default=16, metadata={"help": "responses in a step"})
     learning_rate: float | None = field(default=None, metadata={"help": "1e-6, or the named pair's where not given"})
-    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss", "choices": ("forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse")})
+    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss: forward_kl, reverse_kl, jsd, sampled or topk_reverse"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
     workers: int = field(default=2, metadata={"help": "trainings at the same time, one thread each"})
 
@@ -133,7 +133,7 @@ class Job:
         if not path.exists():
             return False
         earlier = json.loads(path.read_text())["settings"]
-        different = [f"{key}: was {earlier.get(key)!r}, now {value!r}" for key, value in self.identity.items() if earlier.get(key) != value]
+        different = [f"{key}: was {earlier.get(key)!r}, now {now!r}" for key, now in self.identity.items() if earlier.get(key) != now]
         if different:
             raise DiagnosticsError(f"{path} was trained with other settings ({'; '.join(different)}). Choose another --output-dir.")
         return True
@@ -226,14 +226,16 @@ def run_cell(job: Job, cell: Cell) -> str:
     return f"{cell.name}: {seconds:.0f} s"
 
 
+FIRST_STEP = {"one_step_gain": "gain_step_1", "one_step_reverse_gain": "reverse_gain_step_1", "one_step_relative_gain": "relative_gain_step_1"}
+"""Measure -> column of training_gains.parquet."""
+
+
 def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:
     """Gain of the frozen positions after the first step, as rows of an evaluation."""
+    from diagnostics.evaluation import by_prompt
+
     prompt_ids = np.repeat([context.prompt_id for context in bank], [len(context.response_ids) for context in bank])
-    frames = []
-    for measure, column in (("one_step_gain", "gain_step_1"), ("one_step_reverse_gain", "reverse_gain_step_1"), ("one_step_relative_gain", "relative_gain_step_1")):
-        by_prompt = gains[column].groupby(prompt_ids)
-        frames.append(pd.DataFrame({"total": by_prompt.sum(), "count": by_prompt.count()}).rename_axis("prompt_id").reset_index().assign(measure=measure))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([by_prompt(measure, prompt_ids, gains[column]) for measure, column in FIRST_STEP.items()], ignore_index=True)
 
 
 def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
@@ -376,7 +378,8 @@ def outcome_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
         judged = measure in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
         if "untouched" in set(outcomes.tables[measure]["criterion"]):
             start = outcomes.of(measure, "untouched", 0.0)
-            rows.append({"criterion": "untouched", "budget": 0.0, "measure": measure, "seeds": 0, "prompts": start.prompts} | _ends("mean", start, level))
+            key = {"criterion": "untouched", "budget": 0.0, "measure": measure}
+            rows.append(key | _ends("mean", start, level) | {"seeds": 0, "prompts": start.prompts})
         for criterion, budget in outcomes.cells:
             value = outcomes.of(measure, criterion, budget)
             row = {"criterion": criterion, "budget": budget, "measure": measure} | _ends("mean", value, level)
@@ -412,14 +415,14 @@ def verdict_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
     <budget>`. A rival that was not trained is left out, and then the overall verdict is inconclusive.
     """
     rows = []
-    budgets = sorted({budget for criterion, budget in outcomes.cells if criterion == CLAIMANT}, key=lambda b: (b != CLAIM_BUDGET, b))
+    budgets = sorted({budget for criterion, budget in outcomes.cells if criterion == CLAIMANT}, key=lambda b: (b != TA_BUDGET, b))
     for measure in outcomes.measures(JUDGED):
         for budget in budgets:
-            claim = "C5" if budget == CLAIM_BUDGET else f"C5 at {budget:g}"
+            claim = "C5" if budget == TA_BUDGET else f"C5 at {budget:g}"
             each = [_against(outcomes, measure, budget, rival, level) for rival in RIVALS if (rival, _budget_of(rival, budget)) in outcomes.cells]
             overall = _overall([row["verdict"] for row in each], complete=len(each) == len(RIVALS))
-            last = {"rival": "all", "verdict": overall, **{key: each[0][key] for key in ("margin", "seeds", "prompts") if each}}
-            rows += [{"claim": claim, "measure": measure, "budget": budget} | row for row in [last, *each]]
+            shared = {key: each[0][key] for key in ("margin", "seeds", "prompts")} if each else {}
+            rows += [{"claim": claim, "measure": measure, "budget": budget} | row for row in [{"rival": "all", "verdict": overall} | shared, *each]]
     order = ["claim", "measure", "budget", "rival", "difference", "low", "high", "margin", "beats", "verdict", "seeds", "prompts"]
     return pd.DataFrame(rows).reindex(columns=order)
 
@@ -436,7 +439,7 @@ def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level:
     low, high = difference.interval(level)
     seeds = len(difference.seeds_S)
     verdict = "inconclusive"
-    if seeds >= SEEDS_NEEDED and np.isfinite([low, high, margin]).all():
+    if seeds >= MINIMUM_SEEDS and np.isfinite([low, high, margin]).all():
         verdict = "supported" if low >= -margin else "refuted" if high < -margin else verdict
     return {"rival": rival, "difference": difference.value, "low": low, "high": high, "margin": margin, "beats": bool(low > 0),
             "verdict": verdict, "seeds": seeds, "prompts": difference.prompts}
@@ -477,7 +480,7 @@ def agreement_table(outcomes: Outcomes, offline: pd.DataFrame | None = None, *, 
 
 
 def _foreseen(outcomes: Outcomes, offline: pd.DataFrame | None) -> Iterator[tuple[str, dict]]:
-    for measure in outcomes.measures(("one_step_gain", "one_step_reverse_gain", "one_step_relative_gain")):
+    for measure in outcomes.measures(FIRST_STEP):
         yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
     for name, part in ([] if offline is None else offline.groupby("answer", sort=False)):
         yield name, {(row.criterion, row.budget): row.value for row in part.itertuples() if np.isfinite(row.value)}
@@ -514,7 +517,9 @@ def offline_answers(directory: Path) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).drop_duplicates(["criterion", "budget", "answer"])
 
 
-def tables(rows: pd.DataFrame, offline: pd.DataFrame | None = None, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, pd.DataFrame]:
+def tables(
+    rows: pd.DataFrame, offline: pd.DataFrame | None = None, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, pd.DataFrame]:
     """All tables of a validation by file name. rows: see `read_outcomes`; offline: see `offline_answers`."""
     outcomes = Outcomes(rows, draws=draws, seed=seed)
     return {

@@ -179,6 +179,13 @@ def test_numbers_of_steps_and_prompts_are_checked(tmp_path):
         train(make_pair(), [], output_dir=tmp_path)
 
 
+def test_models_that_take_turns_cannot_train(tmp_path):
+    pair = make_pair()
+    pair.offload_teacher = True
+    with pytest.raises(DiagnosticsError, match=r"^Training needs teacher and student on the device at once\. Leave out --offload-teacher; --teacher-dtype bfloat16 saves memory\.$"):
+        train(pair, PROMPTS, output_dir=tmp_path)
+
+
 def test_learning_rates():
     assert TrainConfig().rate("custom", 0) == 1e-6 and TrainConfig().rate("custom", 8) == 2e-4
     assert TrainConfig().rate("embedded", 0) == 1e-4 and TrainConfig(learning_rate=3e-5).rate("embedded", 0) == 3e-5
