@@ -112,10 +112,12 @@ def _correlations(tokens: pd.DataFrame, criteria: list[str] | None, *, draws: in
 
 def _claims(tokens: pd.DataFrame, *, base_k: int, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
     found = robustness.findings(tokens, base_k=base_k, draws=draws, seed=seed)
-    return {
-        "support_robustness": robustness.support_robustness(found, level=level),
-        "verdicts": verdicts.verdicts(found, level=level, placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens]),
-    }
+    pairs = balance(tokens, by=["compatibility"], seed=seed).query("design == 'with_replacement'")
+    made = verdicts.verdicts(
+        found, level=level, placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens],
+        imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
+    )
+    return {"support_robustness": robustness.support_robustness(found, level=level), "verdicts": made}
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:

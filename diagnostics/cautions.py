@@ -13,6 +13,7 @@ import pandas as pd
 
 from diagnostics.criteria import quadrants
 from diagnostics.tables import OUTCOMES
+from diagnostics.verdicts import UNBALANCED
 
 FEW_PROMPTS = 20
 """Clusters under which intervals were not calibrated (`benchmarks/CALIBRATION.md`)."""
@@ -20,7 +21,6 @@ SATURATED, SATURATED_SHARE = 0.99, 0.75
 RARE_QUADRANT = 0.05
 UNDEFINED_SHARE = 0.2
 INFLATED = 10.0
-UNBALANCED = 0.1
 DROPPED_MASS = 0.01
 COLUMNS = ("code", "subject", "value", "limit", "message")
 
@@ -86,14 +86,25 @@ def _inflated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 
 def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    table = tables.get("balance")
-    if table is not None and len(table):
-        tables = {"balance": table.assign(after=table["after"].abs())}
+    table = tables.get("balance", pd.DataFrame())
+    if len(table):
+        tables = {"balance": table[table["design"] == "with_replacement"].assign(after=table["after"].abs())}
     for (score, split), value in _largest(tables, "balance", ["score", "split"], "after"):
         if value > UNBALANCED:
             yield ("unbalanced", f"{score}, {split}", value, UNBALANCED,
                    f"Pairs matched for {score} on {split} still differ by up to {value:.2f} standard deviations in what they "
-                   "were matched on (table balance).")
+                   "were matched on; the design `caliper` in the tables matching and balance keeps the near ones alone.")
+
+
+def _scale_of_c3(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
+    table = tables.get("decomposition", pd.DataFrame())
+    for key, rows in table.groupby(["outcome", "split", "winsorised"], sort=False) if len(table) else ():
+        by = rows.set_index("scale")
+        sure = ((by.low > 0) | (by.high < 0)).all()
+        if sure and np.sign(by.difference["standardised"]) != np.sign(by.difference["per_unit"]):
+            yield ("scale", f"{key[0]}, {key[1]}, winsorised {key[2]:g}", by.difference["per_unit"], 0.0,
+                   f"For {key[0]} on {key[1]} (winsorised {key[2]:g}) d*c weighs {'more' if by.difference['standardised'] > 0 else 'less'} than "
+                   "d*(1 - c) for a standard deviation and the other way round for a unit of d: C3 turns over with the scale.")
 
 
 def _no_placebo(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
@@ -117,7 +128,7 @@ def _from_reader(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 RULES: tuple[Callable, ...] = (
     _from_reader, _few_prompts, _undefined_outcomes, _saturated, _constant, _rare_quadrants, _inflated, _unbalanced,
-    _no_placebo, _dropped,
+    _scale_of_c3, _no_placebo, _dropped,
 )
 
 

@@ -6,6 +6,8 @@ Four statistics carry claims C1-C3 (arXiv 2605.26844), each for one outcome on o
     tertile_difference     mean outcome, top minus bottom tertile of c within Q3
     matched_difference     the same within prompts at like (h, d, position), with replacement
     decomposition          beta(d*c) - beta(d*(1 - c)), standardised (see `regressions`)
+    decomposition_per_unit the same for a unit of d; not a claim's test, but the standardised one can differ from it in
+                           sign where d*c and d*(1 - c) vary differently
 
 Here they are repeated with every proxy of compatibility and every K, for every form of the gain, and without
 special tokens and first positions, so that a reader sees at one glance what moves.
@@ -15,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
 
 from diagnostics import regressions, statistics
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
-from diagnostics.statistics import Estimate, Prompts, Variable
+from diagnostics.statistics import Estimate, Prompts, Regression, Variable
 from diagnostics.tables import Contrast, Split, contrasts, features, outcomes, pair_up, row, splits
 from diagnostics.types import SCHEMA, support_column
 
@@ -31,13 +34,13 @@ PROXIES = (
 SUPPORTS = (4, 8, 16, 32)
 BASE_K = 16
 """K of the columns without a suffix."""
-STATISTICS = ("spearman_difference", "tertile_difference", "matched_difference", "decomposition")
+STATISTICS = ("spearman_difference", "tertile_difference", "matched_difference", "decomposition", "decomposition_per_unit")
 GAINS = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 class Claims:
-    """The four statistics of one table, with one column in the place of compatibility."""
+    """The statistics of one table, with one column in the place of compatibility."""
 
     def __init__(self, tokens: pd.DataFrame, *, proxy: str = "compatibility"):
         self.tokens, self.proxy = tokens, proxy
@@ -53,11 +56,21 @@ class Claims:
             statistics.winsorise(split.values(self.tokens, name), winsorised) for name in (outcome, f"placebo_{outcome}")
         )
         contrast = self.contrast(split)
+
+        @cache
+        def decomposition() -> Regression | None:
+            return regressions.fit("decomposition", values, self.predictors, split, robust=False)
+
+        def difference(per_unit: bool) -> Estimate:
+            found = decomposition()
+            return regressions.decomposition_difference(found, per_unit=per_unit) if found else statistics.undefined(split.prompts)
+
         make = {
             "spearman_difference": lambda: self._beyond_placebo(split, values, placebo),
             "tertile_difference": lambda: contrast.difference(values),
             "matched_difference": lambda: statistics.matched_difference(values, split.prompts, self._pairs(contrast)),
-            "decomposition": lambda: self._decomposition(split, values),
+            "decomposition": lambda: difference(per_unit=False),
+            "decomposition_per_unit": lambda: difference(per_unit=True),
         }
         return {name: make[name]() for name in names}
 
@@ -66,7 +79,7 @@ class Claims:
         return next(contrasts({self.proxy: self.predictors["compatibility"]}, self.in_q3, split, 3))
 
     def _pairs(self, contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
-        return pair_up(contrast, self.space[contrast.split.mask], replacement=True)
+        return pair_up(contrast, self.space[contrast.split.mask])
 
     def _beyond_placebo(self, split: Split, values: np.ndarray, placebo: np.ndarray) -> Estimate:
         difference = self._difference(split, values)
@@ -79,14 +92,10 @@ class Claims:
         )
         return first - second
 
-    def _decomposition(self, split: Split, values: np.ndarray) -> Estimate:
-        found = regressions.fit("decomposition", values, self.predictors, split, robust=False)
-        return regressions.decomposition_difference(found) if found else statistics.undefined(split.prompts)
-
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the four statistics, and which proxy, K, outcome and split it is for."""
+    """One of the statistics, and which proxy, K, outcome and split it is for."""
 
     proxy: str
     k: int
@@ -111,7 +120,7 @@ def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, i
 
 
 def findings(tokens: pd.DataFrame, *, base_k: int = BASE_K, draws: int = 1000, seed: int = 0) -> list[Finding]:
-    """All four statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
+    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
     found = []
     parts = list(splits(tokens, draws=draws, seed=seed))
     for proxy, k, name in supports(tokens, base_k=base_k):
@@ -136,7 +145,7 @@ def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
 def gain_robustness(
     tokens: pd.DataFrame, *, losses: Mapping[str, pd.DataFrame] | None = None, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """All four statistics under every form of the gain.
+    """All statistics under every form of the gain.
 
     losses: token tables of steps with other losses on the same bank, by loss. Returns columns variant (what is
     different: nothing, winsorised_0.01, winsorised_0.05, no_special_tokens, no_first_position, neither, or

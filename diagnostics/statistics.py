@@ -37,6 +37,8 @@ ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
 SINGULAR = 1e-10
 """Determinant of a correlation matrix under which its columns count as linearly dependent."""
+TOO_FAR = 1e9
+"""Cost of a pair outside the caliper, so that an assignment takes it only for want of another."""
 CHUNK = 2_000_000
 """Elements of a [draws, positions] block that are held at a time."""
 
@@ -527,13 +529,14 @@ def effective_clusters(sizes: np.ndarray) -> float:
 
 
 def match(
-    features: np.ndarray, treated: np.ndarray, control: np.ndarray, codes: np.ndarray, *, replacement: bool
+    features: np.ndarray, treated: np.ndarray, control: np.ndarray, codes: np.ndarray, *, replacement: bool, caliper: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pair treated with control positions of the same prompt, nearest in Euclidean distance.
 
     features: [N, F], all finite where a position is treated or control (masks [N]); codes: [N] prompts.
     With replacement each treated position takes its nearest control; without, the pairs of each prompt
-    minimise the summed distance and the larger side keeps some unpaired. Returns row numbers of both.
+    minimise the summed distance and the larger side keeps some unpaired. Pairs further apart than the caliper
+    are dropped. Returns row numbers of both.
     """
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     rows = np.flatnonzero(treated | control)
@@ -542,8 +545,10 @@ def match(
         t, c = group[treated[group]], group[control[group]]
         if len(t) and len(c):
             distance = spatial.distance.cdist(features[t], features[c])
-            chosen = (np.arange(len(t)), distance.argmin(1)) if replacement else optimize.linear_sum_assignment(distance)
-            pairs.append((t[chosen[0]], c[chosen[1]]))
+            cost = np.where(distance > caliper, TOO_FAR, distance)
+            i, j = (np.arange(len(t)), distance.argmin(1)) if replacement else optimize.linear_sum_assignment(cost)
+            near = distance[i, j] <= caliper
+            pairs.append((t[i[near]], c[j[near]]))
     if not pairs:
         return np.empty(0, dtype=int), np.empty(0, dtype=int)
     return tuple(np.concatenate(side) for side in zip(*pairs))

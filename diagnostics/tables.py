@@ -9,7 +9,7 @@ Q3, the confident and wrong positions, is h <= median and d >= median (see `crit
 
 Departures from the scripts released with arXiv 2605.26844: predictors come from before the step only; the
 cluster is the prompt, not the context; matching pairs the top with the bottom tertile of all Q3 positions
-(there: above with below the prompt's own median), with replacement as there and without.
+(there: above with below the prompt's own median), with replacement as there, without, and within a caliper.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
 MATCHED_SCORES = ("compatibility", "teachability", "incompatible")
 GROUPS = {"tertile": 3, "quartile": 4}
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
+DESIGNS = ("with_replacement", "without_replacement", "caliper")
+CALIPER = 0.5
+"""Distance, in standard deviations within Q3, beyond which the design `caliper` (with replacement) drops a pair."""
 QUADRANTS = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
@@ -343,17 +346,18 @@ def q3_groups(
 
 
 def features(tokens: pd.DataFrame) -> np.ndarray:
-    """[N, 3] h, d and relative position, each over its standard deviation: the space that matching measures in."""
-    columns = controls(tokens).values()
-    spreads = [column[np.isfinite(column)].std() if np.isfinite(column).any() else 0.0 for column in columns]
+    """[N, 3] h, d and relative position, each over its standard deviation within Q3: the space to match in."""
+    columns, in_q3 = controls(tokens).values(), registry.quadrants(tokens) == 3
+    spreads = [column[in_q3].std() if in_q3.any() else 0.0 for column in columns]
     return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
 
 
-def pair_up(contrast: Contrast, space: np.ndarray, *, replacement: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of top with bottom positions of a contrast; space: [n, F] features on its split."""
+def pair_up(contrast: Contrast, space: np.ndarray, design: str = "with_replacement") -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of top with bottom positions of a contrast by one of DESIGNS; space: [n, F] features on its split."""
     defined = np.isfinite(space).all(axis=1)
     return statistics.match(
-        space, contrast.top & defined, contrast.bottom & defined, contrast.split.prompts.codes, replacement=replacement
+        space, contrast.top & defined, contrast.bottom & defined, contrast.split.prompts.codes,
+        replacement=design != "without_replacement", caliper=CALIPER if design == "caliper" else np.inf,
     )
 
 
@@ -362,20 +366,20 @@ def matching(
 ) -> pd.DataFrame:
     """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d, position).
 
-    Returns columns outcome, split, score, replacement, difference, low, high, placebo_difference, matched
+    Returns columns outcome, split, score, design (with_replacement, without_replacement, caliper), difference, low, high, placebo_difference, matched
     (share of top positions with a partner), positions (pairs), prompts.
     """
     space, rows = features(tokens), []
     for contrast in _contrasts(tokens, by, [3], draws, seed):
-        for replacement in (True, False):
-            pairs = pair_up(contrast, space[contrast.split.mask], replacement=replacement)
+        for design in DESIGNS:
+            pairs = pair_up(contrast, space[contrast.split.mask], design)
             matched = len(pairs[0]) / max(int(contrast.top.sum()), 1)
             for outcome in outcomes(tokens):
                 found, placebo = (
                     statistics.matched_difference(contrast.split.values(tokens, name), contrast.split.prompts, pairs)
                     for name in (outcome, f"placebo_{outcome}")
                 )
-                key = {"outcome": outcome, "split": contrast.split.name, "score": contrast.score, "replacement": replacement}
+                key = {"outcome": outcome, "split": contrast.split.name, "score": contrast.score, "design": design}
                 rows.append(key | row(found, level, named="difference", placebo_difference=placebo.value, matched=matched))
     return pd.DataFrame(rows)
 
@@ -384,17 +388,17 @@ def balance(tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, seed: i
     """Standardised mean differences of what was matched on, top minus bottom tertile, before and after.
 
     The scale is the root mean variance of the two groups before matching, throughout. Returns columns split,
-    score, covariate, replacement, before, after, positions (pairs), prompts.
+    score, covariate, design, before, after, positions (pairs), prompts.
     """
     columns, space, rows = controls(tokens), features(tokens), []
     for contrast in _contrasts(tokens, by, [3], 2, seed):
         split = contrast.split
-        for replacement in (True, False):
-            pairs = pair_up(contrast, space[split.mask], replacement=replacement)
+        for design in DESIGNS:
+            pairs = pair_up(contrast, space[split.mask], design)
             prompts = len(np.unique(split.prompts.codes[pairs[0]]))
             for name, values in columns.items():
                 before, after = _imbalance(values[split.mask], contrast, pairs)
-                key = {"split": split.name, "score": contrast.score, "covariate": name, "replacement": replacement}
+                key = {"split": split.name, "score": contrast.score, "covariate": name, "design": design}
                 rows.append(key | {"before": before, "after": after, "positions": len(pairs[0]), "prompts": prompts})
     return pd.DataFrame(rows)
 

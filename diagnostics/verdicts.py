@@ -20,7 +20,7 @@ some rival and the margin is not held; held-out KL and accuracy have a row each,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,8 @@ PARTS = {
 }
 OUTCOME_WORDS = {"gain": "absolute gain", "relative_gain": "relative gain"}
 UNITS = {"gain": "nats", "relative_gain": "of D"}
+UNBALANCED = 0.1
+"""Standard deviations by which matched pairs may differ before it is said."""
 TA_BUDGET = 0.05
 RIVALS = ("full", "entropy", "divergence", "tip")
 MARGINS = {"held_out_kl": 0.02, "accuracy": 0.01}
@@ -94,11 +96,14 @@ def _p(finding: Finding) -> float:
     return finding.estimate.p_value
 
 
-def verdicts(found: Sequence[Finding], *, level: float = 0.95, placebo: Collection[str] = GAINS) -> pd.DataFrame:
+def verdicts(
+    found: Sequence[Finding], *, level: float = 0.95, placebo: Collection[str] = GAINS, imbalance: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """C1-C4 for both gains on every split.
 
     found: the statistics of `robustness.findings`; placebo: outcomes that have one, so that C1 went beyond
-    it. Returns columns
+    it; imbalance: by how many standard deviations matched pairs still differ, by split, to be said where it is more than
+    a tenth. Returns columns
     claim, statement, outcome, split, primary, verdict, statistic (of the deciding part), estimate, low, high, p_value,
     p_corrected, looks, parts, sentence, positions, prompts.
     """
@@ -109,9 +114,24 @@ def verdicts(found: Sequence[Finding], *, level: float = 0.95, placebo: Collecti
         corrected = statistics.holm([look.p_value for look in looks])
         levels = _holm_levels([look.p_value for look in looks], level)
         rows += [
-            _row(look, p, at, len(looks), level, placebo) for look, p, at in zip(looks, corrected, levels, strict=True)
+            _row(look, p, at, len(looks), level, _remark(look, here, level, placebo, (imbalance or {}).get(split, 0.0)))
+            for look, p, at in zip(looks, corrected, levels, strict=True)
         ]
     return pd.DataFrame(rows)
+
+
+def _remark(look: Look, found: Sequence[Finding], level: float, placebo: Collection[str], imbalance: float) -> str:
+    """What the sentence of a claim should not leave out."""
+    if look.claim == "C1":
+        return " beyond the placebo's" if look.outcome in placebo else ", without a placebo"
+    if look.claim == "C2" and imbalance > UNBALANCED:
+        return f"; matched pairs still differ by up to {imbalance:.1f} standard deviations in what they were matched on"
+    if look.claim == "C3":
+        units = [f for f in found if (f.statistic, f.outcome) == ("decomposition_per_unit", look.outcome) and f.proxy == found[0].proxy and f.k == found[0].k]
+        if units:
+            low, high = units[0].estimate.interval(level)
+            return f", per unit of d {units[0].estimate.value:+.3g} [{low:+.3g}, {high:+.3g}] {UNITS[look.outcome]}"
+    return ""
 
 
 def _has(found: Sequence[Finding], outcome: str) -> bool:
@@ -144,7 +164,7 @@ def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
     return levels
 
 
-def _row(look: Look, p: float, at: float, looks: int, level: float, placebo: Collection[str]) -> dict:
+def _row(look: Look, p: float, at: float, looks: int, level: float, remark: str) -> dict:
     verdict, part = look.verdict(p, level), look.deciding
     if part is not None and part.estimate.value < 0:
         at = 1 - (1 - at) / len(look.parts)
@@ -154,12 +174,12 @@ def _row(look: Look, p: float, at: float, looks: int, level: float, placebo: Col
         "claim": look.claim, "statement": STATEMENTS[look.claim], "outcome": look.outcome, "split": look.split,
         "primary": look.split == "all", "verdict": verdict, "statistic": part.statistic if part else "",
         "estimate": estimate.value, "low": low, "high": high, "p_value": look.p_value, "p_corrected": p, "looks": looks,
-        "parts": len(look.parts), "sentence": _sentence(look, verdict, low, high, p, looks, placebo),
+        "parts": len(look.parts), "sentence": _sentence(look, verdict, low, high, p, looks, remark),
         "positions": estimate.positions, "prompts": estimate.prompts,
     }
 
 
-def _sentence(look: Look, verdict: str, low: float, high: float, p: float, looks: int, placebo: Collection[str]) -> str:
+def _sentence(look: Look, verdict: str, low: float, high: float, p: float, looks: int, remark: str) -> str:
     """One plain sentence with the numbers."""
     about = f"{look.claim} is {verdict} for the {OUTCOME_WORDS[look.outcome]} on {_where(look.split)}: "
     part = look.deciding
@@ -168,14 +188,14 @@ def _sentence(look: Look, verdict: str, low: float, high: float, p: float, looks
                         else "its statistics are undefined here.")
     numbers = f"{part.estimate.value:+.3g} [{low:+.3g}, {high:+.3g}]"
     text = {
-        "C1": f"Spearman of d*c minus Spearman of d is {numbers}" + (" beyond the placebo's" if look.outcome in placebo else ", without a placebo"),
+        "C1": f"Spearman of d*c minus Spearman of d is {numbers}",
         "C2": f"the top less the bottom tertile of compatibility in Q3 {_kind(part)} {numbers} {UNITS[look.outcome]}",
         "C3": f"beta(d*c) minus beta(d*(1 - c)) is {numbers}",
         "C4": f"{_agreeing(look)} of {len(look.parts)} statistics over {_variants(look)} lie above 0, and the one that decides, "
               f"{part.statistic.replace('_', ' ')} with {part.proxy} at K = {part.k}, is {numbers}",
     }[look.claim]
     missing = f"; {look.undefined} more could not be computed" if look.undefined else ""
-    return f"{about}{text}{missing} ({part.estimate.prompts} prompts; p = {p:.2g} after Holm over {looks} looks)."
+    return f"{about}{text}{remark}{missing} ({part.estimate.prompts} prompts; p = {p:.2g} after Holm over {looks} looks)."
 
 
 def _where(split: str) -> str:

@@ -58,8 +58,16 @@ def test_constants_rare_quadrants_dropped_mass_and_no_placebo(tokens):
 def test_collinear_terms_and_pairs_that_differ(tokens):
     terms = pd.DataFrame({"model": ["m", "m"], "term": ["a", "b"], "inflation": [11.0, 3.0]})
     assert codes(tokens, regressions=terms) == [("collinear", "m: a")]
-    balance = pd.DataFrame({"score": ["c", "c"], "split": ["all", "all"], "after": [-0.4, 0.05]})
+    balance = pd.DataFrame({"score": ["c", "c"], "split": ["all", "all"], "after": [-0.4, 0.05], "design": "with_replacement"})
     assert codes(tokens, balance=balance) == [("unbalanced", "c, all")] and codes(tokens, balance=balance[1:]) == []
+    assert codes(tokens, balance=balance.assign(design="caliper")) == []
+
+
+def test_a_decomposition_that_turns_over_with_the_scale(tokens):
+    rows = pd.DataFrame({"outcome": "gain", "split": "all", "winsorised": 0.01, "scale": ["standardised", "per_unit"], "difference": [0.2, -0.1], "low": [0.1, -0.2], "high": [0.3, -0.05]})
+    assert codes(tokens, decomposition=rows) == [("scale", "gain, all, winsorised 0.01")]
+    assert codes(tokens, decomposition=rows.assign(difference=[0.2, 0.1], high=[0.3, 0.3], low=[0.1, 0.05])) == []
+    assert codes(tokens, decomposition=rows.assign(high=[0.3, 0.05])) == []
 
 
 def test_what_a_reader_noted_comes_first(tokens):

@@ -20,12 +20,13 @@ def found(tokens):
     return R.findings(tokens, **DRAWS)
 
 
-def test_the_four_statistics_are_those_of_the_other_tables(tokens, found):
+def test_the_statistics_are_those_of_the_other_tables(tokens, found):
     mine = {f.statistic: f.estimate.value for f in found if (f.proxy, f.outcome, f.split, f.k) == ("compatibility", "gain", "all", 16)}
     assert mine["tertile_difference"] == pytest.approx(one(tables.q3_contrast(tokens, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile").difference)
-    assert mine["matched_difference"] == pytest.approx(one(tables.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", replacement=True).difference)
+    assert mine["matched_difference"] == pytest.approx(one(tables.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", design="with_replacement").difference)
     test = regressions.regressions(tokens, draws=5)["decomposition"]
     assert mine["decomposition"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference)
+    assert mine["decomposition_per_unit"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference)
     rho = {(name, y): stats.spearmanr(score_criterion(tokens, name), tokens[y]).statistic for name in ("teachability", "divergence") for y in ("gain", "placebo_gain")}
     gap = {y: rho["teachability", y] - rho["divergence", y] for y in ("gain", "placebo_gain")}
     assert mine["spearman_difference"] == pytest.approx(gap["gain"] - gap["placebo_gain"])
@@ -46,7 +47,7 @@ def test_every_proxy_and_k_of_the_columns(tokens):
 def test_support_table(tokens, found):
     table = R.support_robustness(found, level=0.95)
     assert list(table.columns) == ["proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high", "p_value", "positions", "prompts"]
-    assert len(table) == 4 * 3 * 3 * 3 and "spearman_difference" not in set(table.statistic)
+    assert len(table) == 4 * 3 * 3 * 4 and "spearman_difference" not in set(table.statistic)
     row = one(table, proxy="compatibility", k=8, outcome="gain", split="all", statistic="tertile_difference")
     in_q3 = tokens[quadrants(tokens) == 3]
     share = (in_q3.compatibility_k8.rank() - 0.5) / len(in_q3)

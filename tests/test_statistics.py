@@ -346,6 +346,10 @@ def test_matching_by_hand():
     assert [side.tolist() for side in again] == [[0, 1], [2, 2]]
     once = S.match(features, treated, control, codes, replacement=False)
     assert sorted(zip(*(side.tolist() for side in once))) in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])
+    near = S.match(features, treated, control, codes, replacement=True, caliper=1.0)
+    assert [side.tolist() for side in near] == [[1], [2]]
+    near = S.match(features, treated, control, codes, replacement=False, caliper=1.0)
+    assert [side.tolist() for side in near] == [[1], [2]]
     empty = S.match(features, treated, control & (codes == 1), codes, replacement=True)
     assert len(empty[0]) == 0 and np.isnan(S.matched_difference(features[:, 0], Prompts(codes), empty).value)
 

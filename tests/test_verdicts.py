@@ -50,6 +50,11 @@ def test_columns_and_sentence():
         "decides, matched difference with compatibility at K = 8, is +6.5 ["
     ) and row.sentence.endswith("after Holm over 8 looks).")
     assert "beyond the placebo's" in one(table, claim="C1", outcome="gain").sentence
+    unit = Finding("compatibility", 16, "gain", "all", "decomposition_per_unit", estimate(-2.0))
+    told = V.verdicts([*both(STRONG), unit], imbalance={"all": 1.34})
+    assert ", per unit of d -2 [" in one(told, claim="C3", outcome="gain").sentence and "] nats (101 prompts" in one(told, claim="C3", outcome="gain").sentence
+    assert "matched pairs still differ by up to 1.3 standard deviations" in one(told, claim="C2", outcome="gain").sentence
+    assert "still differ" not in one(V.verdicts(both(STRONG), imbalance={"all": 0.05}), claim="C2", outcome="gain").sentence
     assert "without a placebo" in one(V.verdicts(both(STRONG), placebo=["gain"]), claim="C1", outcome="relative_gain").sentence
 
 
