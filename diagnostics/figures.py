@@ -28,9 +28,10 @@ from diagnostics.plates import BLUE, CYCLE, DASHES, DOUBLE, GREEN, MARKERS, ORAN
 from diagnostics.types import SCHEMA
 
 __all__ = [
-    "DOUBLE", "SINGLE", "agreement", "calibration", "coefficients", "correlations", "distributions", "entropy_divergence", "gain_robustness",
-    "intervention", "kernel_shares", "lift", "linearity", "placebo_excess", "q3_contrast", "q3_gain", "quadrants", "residual_curves",
-    "selection_curves", "selection_overlap", "selection_profile", "selection_summary", "support_robustness",
+    "DOUBLE", "SINGLE", "agreement", "calibration", "coefficients", "correlations", "distributions", "entropy_divergence", "evaluations",
+    "gain_robustness", "intervention", "kernel_shares", "lift", "linearity", "placebo_excess", "position_gain", "q3_contrast", "q3_gain", "quadrants",
+    "residual_curves", "runs", "selection_curves", "selection_overlap", "selection_profile", "selection_summary", "support_robustness",
+    "training_curves", "validation", "validation_scatter",
 ]
 
 BOTH = ("gain", "relative_gain")
@@ -481,7 +482,7 @@ def _statistic_forest(table, key, series, statistic, outcomes, level, width) -> 
         for offset, (words, color, marker, rows) in zip(plates.offsets(len(series), spread), series, strict=True):
             rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
             plates.lying(ax, np.arange(len(names)) + offset, rows, "estimate", marker=marker, color=color, label=words, zorder=3)
-        unit = "" if statistic == "spearman_difference" or statistic == "decomposition" else f" ({plates.UNITS.get(outcome, '')})"
+        unit = f" ({plates.UNITS.get(outcome, '')})" if statistic in ("tertile_difference", "matched_difference") else ""
         ax.set_title(plates.words(outcome))
         ax.set_xlabel(STATISTICS.get(statistic, plates.words(statistic)) + (unit if width > 5 else ""))
     plates.names_down(axes[0, 0], names)
@@ -871,23 +872,190 @@ def intervention(
     return figure
 
 
-def _reductions(ax, table: pd.DataFrame, names: list[str]) -> None:
+def _reductions(ax, table: pd.DataFrame, names: list[str], *, bars: bool = False) -> None:
+    """A line a criterion over its budgets, with bands, or with bars side by side where budgets are few."""
     ax.set_xscale("log")
     for name, line in (("full", {"color": plates.ink(), "linestyle": "-"}), ("placebo", {"color": plates.quiet(), "linestyle": DASHES[2]})):
         for row in table[table.criterion == name].head(1).itertuples():
             ax.axhline(row.reduction, linewidth=1.0, label=name, **line)
             ax.axhspan(row.low, row.high, color=line["color"], alpha=0.08, linewidth=0)
-    rows = table[table.criterion == "random"]
-    if len(rows):
-        plates.band(ax, rows.budget, rows, plates.quiet())
-        ax.plot(rows.budget, rows.reduction, color=plates.quiet(), marker="x", markersize=3.5, label="random")
-    for index, name in enumerate(names):
+    lines = {"random": {"color": plates.quiet(), "marker": "x", "markersize": 3.5, "linestyle": "-"}}
+    lines |= {name: _line(index) for index, name in enumerate(names)}
+    for (name, line), shift in zip(lines.items(), plates.offsets(len(lines), 0.045), strict=True):
         rows = table[table.criterion == name]
-        plates.band(ax, rows.budget, rows, CYCLE[index % len(CYCLE)])
-        ax.plot(rows.budget, rows.reduction, label=plates.words(name), **_line(index))
+        x = rows.budget * np.exp(shift if bars else 0.0)
+        if bars and len(rows):
+            plates.upright(ax, x, rows, "reduction", label=plates.words(name), **line | {"linewidth": 0.8})
+        elif len(rows):
+            plates.band(ax, x, rows, line["color"])
+            ax.plot(x, rows.reduction, label=plates.words(name), **line)
     plates.zero(ax)
     plates.powers(ax.xaxis)
     ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+TRAINED = ("forward_kl", "reverse_kl", "accuracy", "accuracy_greedy")
+MEASURE_UNITS = {"accuracy": "share", "accuracy_greedy": "share", "finished": "share", "response_length": "tokens"}
+
+
+def _measured(name: str) -> str:
+    """A measure of an evaluation with its unit."""
+    return f"{plates.words(name)} ({MEASURE_UNITS.get(name, 'nats')})"
+
+
+@plates.plate
+def training_curves(
+    table: pd.DataFrame,
+    *,
+    measures: Sequence[str] = ("loss", "forward_kl/all", "selected_share"),
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What training logged, step by step, one thin line a seed: `dx.plot.training_curves(result.metrics)`.
+
+    table: a column step, the measures, and where there are several trainings criterion, budget and seed. A colour is a
+    criterion at a budget.
+    """
+    names = [name for name in measures if name in table] or list(measures)
+    table = plates.keep(table, "figures.training_curves", ("step", *names))
+    keys = [name for name in ("criterion", "budget") if name in table]
+    cells = list(table.groupby(keys, sort=False)) if keys else [((), table)]
+    rows, columns = plates.panels(len(names), width)
+    figure, axes = plates.canvas(width, 0.7 + 1.6 * rows, rows, columns, sharex=True)
+    for ax, name in zip(axes.flat, names, strict=True):
+        for index, (key, cell) in enumerate(cells):
+            words = plates.words(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "") if key else "training"
+            for number, (_, seed) in enumerate(cell.groupby("seed") if "seed" in cell else [(0, cell)]):
+                ax.plot(seed.step, seed[name], color=CYCLE[index % len(CYCLE)], linestyle=DASHES[index // len(CYCLE) % len(DASHES)],
+                        linewidth=0.9, label=words if number == 0 else f"_{words}")
+        ax.set_ylabel({"loss": "loss (nats)", "selected_share": "selected share"}.get(name, plates.words(name.replace("/", ", "))))
+    for ax in axes[-1]:
+        ax.set_xlabel("optimiser step")
+    plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    seeds = f"{table.seed.nunique()} seeds, a line each. " if "seed" in table else ""
+    plates.caption(figure, f"{seeds}Training batches, not held-out prompts.")
+    return figure
+
+
+@plates.plate
+def evaluations(
+    table: pd.DataFrame, *, measures: Sequence[str] = TRAINED, level: float | None = None, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """The student on held-out prompts before, during and after training: `dx.plot.evaluations(result.evaluations)`.
+
+    table: columns step, measure, mean, low, high, count, prompts. The dashed line is the untouched student.
+    """
+    table = plates.keep(table, "figures.evaluations", ("step", "measure", "mean", "low", "high"), {"measure": measures})
+    names = plates.present(table.measure, measures)
+    rows, columns = plates.panels(len(names), width)
+    figure, axes = plates.canvas(width, 0.6 + 1.6 * rows, rows, columns, sharex=True)
+    for ax, name in zip(axes.flat, names, strict=True):
+        part = table[table.measure == name].sort_values("step")
+        plates.upright(ax, part.step, part, "mean", marker="o", linestyle="-", color=BLUE, label=name)
+        ax.axhline(part["mean"].iloc[0], color=plates.quiet(), linestyle=DASHES[1], linewidth=0.9)
+        ax.set_ylabel(_measured(name))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for ax in axes[-1]:
+        ax.set_xlabel("optimiser step")
+    prompts = f"{int(table.prompts.max()):,} held-out prompts." if "prompts" in table else ""
+    plates.caption(figure, prompts, plates.bars(level))
+    return figure
+
+
+@plates.plate
+def validation(
+    table: pd.DataFrame,
+    *,
+    measures: Sequence[str] = TRAINED,
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What trainings gained on held-out prompts, by budget: `dx.plot.validation(tables["validation_outcomes"])`.
+
+    table: columns criterion, budget, measure, gain, gain_low, gain_high (improvement over the untouched student), seeds,
+    prompts. The level line is full OPD; bars are intervals over seeds and prompts.
+    """
+    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
+    table = _ends(plates.keep(table, "figures.validation", needs, {"measure": measures}), "gain")
+    table = table.rename(columns={"gain": "reduction"})
+    names, shown = _some(table[table.criterion != "untouched"], criteria), plates.present(table.measure, measures)
+    down, across = (-(-len(shown) // 2), min(2, len(shown))) if width > 5 else (len(shown), 1)
+    figure, axes = plates.canvas(width, 0.8 + 2.0 * down, down, across)
+    for ax, name in zip(axes.flat, shown, strict=False):
+        _reductions(ax, table[table.measure == name].sort_values("budget"), names, bars=True)
+        ax.set_ylabel(f"gain in {_measured(name)}")
+        ax.set_xlabel("budget (share of positions)")
+    for ax in axes.flat[len(shown):]:
+        ax.set_visible(False)
+    plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    trained = table[table.criterion != "untouched"]
+    counted = f"{int(trained.seeds.max())} seeds, {int(trained.prompts.max()):,} held-out prompts." if {"seeds", "prompts"} <= set(table) else ""
+    plates.caption(figure, counted, f"Bars: {'' if level is None else f'{level:.0%} '}intervals over seeds and prompts.")
+    return figure
+
+
+@plates.plate
+def validation_scatter(
+    table: pd.DataFrame,
+    offline: pd.DataFrame | None = None,
+    *,
+    answer: str = "one_step_gain",
+    measure: str = "forward_kl",
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Foreseen against trained, one mark a cell: `dx.plot.validation_scatter(tables["validation_outcomes"], offline, answer="captured_gain")`.
+
+    table: as `validation` has it. offline: columns criterion, budget, answer, value; without it `answer` is a measure of the
+    table itself, such as the gain after the first step. A colour and shape is a criterion, a larger mark a larger budget.
+    """
+    needs = ("criterion", "budget", "measure", "mean", "gain", "gain_low", "gain_high")
+    trained = _ends(plates.keep(table, "figures.validation_scatter", needs, {"measure": measure}), "gain")
+    source = plates.keep(table, "figures.validation_scatter", needs, {"measure": answer}).rename(columns={"mean": "value"}) if offline is None else (
+        plates.keep(offline, "figures.validation_scatter", ("criterion", "budget", "answer", "value"), {"answer": answer}))
+    both = trained.merge(source[["criterion", "budget", "value"]], on=["criterion", "budget"])
+    both = plates.keep(both[both.criterion != "untouched"], "figures.validation_scatter", ("value",))
+    figure, axes = plates.canvas(width, min(width, 4.2) * 0.75 + 0.6)
+    for index, (name, cells) in enumerate(both.groupby("criterion", sort=False)):
+        for number, cell in enumerate(cells.sort_values("budget").to_dict("records")):
+            plates.upright(axes[0, 0], [cell["value"]], pd.DataFrame([cell]), "gain", marker=MARKERS[index % len(MARKERS)], markersize=3.5 + 1.5 * number,
+                           color=CYCLE[index % len(CYCLE)], linestyle="none", label=plates.words(name) if number == 0 else f"_{name} {number}")
+    plates.zero(axes[0, 0])
+    axes[0, 0].set_xlabel(f"foreseen: {plates.words(answer)}")
+    axes[0, 0].set_ylabel(f"trained: gain in {_measured(measure)}")
+    plates.legend(figure, axes[0, 0], 5 if width > 5 else 3)
+    plates.caption(figure, f"{len(both)} cells; a larger mark is a larger budget.", f"Bars: {'' if level is None else f'{level:.0%} '}intervals over seeds and prompts.")
+    return figure
+
+
+# --- several runs -----------------------------------------------------------------------------------
+
+
+@plates.plate
+def runs(
+    table: pd.DataFrame,
+    *,
+    key: str = "criterion",
+    value: str = "estimate",
+    label: str = "Spearman ρ",
+    outcomes: Sequence[str] = BOTH,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """One statistic of several runs, side by side: `dx.plot.runs(dx.compare_runs([DIR1, DIR2]).tables["correlations"])`.
+
+    table: columns run, outcome, `key` (what the rows are), `value`, low, high; one row a run, outcome and key.
+    """
+    table = plates.keep(table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes})
+    table = table.rename(columns={value: "estimate"})
+    series = [(name, CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.run == name]) for i, name in enumerate(dict.fromkeys(table.run))]
+    return _statistic_forest(table, key, series, label, outcomes, level, width)
 
 
 # --- the token table --------------------------------------------------------------------------------
@@ -896,6 +1064,34 @@ MEASURES = (
     "student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "js", "compatibility", "topk_overlap", "advantage",
     "acceptance", "student_margin", "gain", "relative_gain",
 )
+
+
+@plates.plate
+def position_gain(
+    table: pd.DataFrame, *, outcomes: Sequence[str] = BOTH, level: float | None = None, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """Mean gain along the response: `dx.plot.position_gain(tables["positions"])`.
+
+    table: columns outcome, split, position (middle of a bin of relative positions, 0 to 1), mean, low, high, positions, prompts.
+    """
+    needs = ("outcome", "split", "position", "mean", "low", "high")
+    table = plates.halves(plates.keep(table, "figures.position_gain", needs, {"outcome": outcomes}))
+    outcomes = plates.present(table.outcome, outcomes)
+    rows, columns = plates.panels(len(outcomes), width)
+    figure, axes = plates.canvas(width, 0.75 + 1.8 * rows, rows, columns, sharex=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
+        plates.zero(ax)
+        for index, split in enumerate(plates.present(table.split, plates.SPLITS)):
+            color, marker, words = plates.split_style(split, index)
+            part = table[(table.outcome == outcome) & (table.split == split)].sort_values("position")
+            plates.band(ax, part.position, part, color)
+            ax.plot(part.position, part["mean"], color=color, marker=marker, markersize=3, linestyle=DASHES[index], label=words)
+        ax.set_ylabel(f"mean {plates.with_unit(outcome)}")
+    for ax in axes[-1]:
+        ax.set_xlabel("relative position in the response")
+    plates.legend(figure, axes[0, 0], 3)
+    plates.caption(figure, plates.counts(table), plates.bars(level, "Bands"))
+    return figure
 
 
 @plates.plate

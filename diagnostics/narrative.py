@@ -75,10 +75,10 @@ def title(material: Material) -> str:
 def answer(material: Material) -> list[str]:
     """The finding in about five short paragraphs with numbers.
 
-    What was done; which criteria follow each gain, and whether both gains agree; what a small budget captures; Q3; how
-    sure that is and what would change it. What the run has no table for is left out.
+    What was done; which criteria follow each gain, and whether both gains agree; what a small budget captures; Q3; what
+    trainings gained and who foresaw it; how sure that is and what would change it. What the run has no table for is left out.
     """
-    paragraphs = [setup(material), signals(material), budget(material), q3(material), certainty(material)]
+    paragraphs = [setup(material), signals(material), budget(material), q3(material), trained(material), foreseen(material), certainty(material)]
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
@@ -261,6 +261,78 @@ def _q3_part(row, outcome: str) -> str:
     clear = "" if row.low > 0 or row.high < 0 else ", which leaves the sign open"
     return (f"{number(abs(row.difference))}{unit} {direction} than the third with the lowest "
             f"({number(row.low)} to {number(row.high)}{clear})")
+
+
+MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "accuracy": "accuracy", "accuracy_greedy": "greedy accuracy"}
+
+
+def trained(material: Material, share: float = 0.05) -> str:
+    """What trainings gained over the untouched student, or how one training went."""
+    table = material.table("validation_outcomes")
+    if table is None:
+        return _one_training(material)
+    parts = [_gains(table[table.measure == measure], words, share) for measure, words in MEASURES.items()]
+    parts = [part for part in parts if part]
+    if not parts:
+        return ""
+    rows, steps = table[table.criterion != "untouched"], material.stage("validate").get("steps")
+    head = f"Trained {f'for {steps} steps ' if steps else ''}with {int(rows.seeds.max())} seeds and judged on {int(rows.prompts.max()):,} held-out prompts"
+    return f"{head}, the gain over the untouched student is " + "; ".join(parts) + "."
+
+
+def _gains(rows: pd.DataFrame, words: str, share: float) -> str:
+    """Full, then teachability, random and the best other criterion at one budget."""
+    def gain(criterion: str, budget: float) -> str:
+        row = rows[(rows.criterion == criterion) & np.isclose(rows.budget, budget)]
+        if row.empty or not np.isfinite(row.gain.iloc[0]):
+            return ""
+        ends = row.iloc[0]
+        interval = f" ({number(ends.gain_low)} to {number(ends.gain_high)})" if np.isfinite(ends.gain_low) else ""
+        return f"{number(ends.gain)}{interval}"
+
+    named = [("full OPD", gain("full", 1.0)), (f"{REFERENCE} at {share:.0%}", gain(REFERENCE, share)), ("random", gain("random", share))]
+    shown = ", ".join(f"{text} with {name}" for name, text in named if text)
+    return f"in {words} {shown}" if shown else ""
+
+
+def _one_training(material: Material) -> str:
+    """First and last evaluation of a single training."""
+    table = material.table("evaluations")
+    if table is None or table.step.nunique() < 2:
+        return ""
+    first, last = (table[table.step == step].set_index("measure") for step in (table.step.min(), table.step.max()))
+    parts = [
+        f"{words} from {number(first.loc[name, 'mean'])} to {number(last.loc[name, 'mean'])} ({number(last.loc[name, 'low'])} to {number(last.loc[name, 'high'])})"
+        for name, words in MEASURES.items() if name in first.index and name in last.index
+    ]
+    return f"Over {int(table.step.max()):,} steps of training, held-out prompts show " + ", ".join(parts) + "." if parts else ""
+
+
+def foreseen(material: Material) -> str:
+    """How far the gain after one step ranked the trainings as their outcome did."""
+    table = material.table("validation_agreement")
+    if table is None:
+        return ""
+    rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"])
+    if rows.empty:
+        return ""
+    parts = [f"{_name(row.x)} τ = {signed(row.kendall)} ({signed(row.low)} to {signed(row.high)})" for row in rows.itertuples()]
+    return f"Over {int(rows.cells.max())} trainings, the rank agreement with the trained gain in forward KL is: " + "; ".join(parts) + "."
+
+
+def training_claims(material: Material) -> pd.DataFrame:
+    """Claim C5 as rows of verdicts: claim, statement, outcome (the measure), verdict, sentence."""
+    table = material.table("validation_verdicts")
+    if table is None:
+        return pd.DataFrame()
+    rows = []
+    for row in table[table.rival == "all"].itertuples():
+        rivals = table[(table.claim == row.claim) & (table.measure == row.measure) & (table.rival != "all")]
+        shown = "; ".join(f"minus {_name(rival.rival)} {number(rival.difference)} ({number(rival.low)} to {number(rival.high)})" for rival in rivals.itertuples())
+        sentence = f"Gain of {REFERENCE} {shown}. It may fall short by {number(row.margin)} and still match."
+        rows.append({"claim": row.claim, "statement": f"trained on {row.budget:.0%}, {REFERENCE} matches or beats full OPD and the other criteria",
+                     "outcome": MEASURES.get(row.measure, row.measure), "verdict": row.verdict, "sentence": sentence})
+    return pd.DataFrame(rows)
 
 
 def certainty(material: Material) -> str:

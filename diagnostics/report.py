@@ -74,6 +74,8 @@ SHEETS = (
     Sheet("quadrants", "Gain by quadrant", "quadrants", figures.quadrants,
           "Below each quadrant stands its share of the positions. A quadrant with a high mean and a small share can hold less "
           "of the whole gain than one with a low mean and a large share."),
+    Sheet("position_gain", "Gain along the response", "positions", figures.position_gain,
+          "Mean gain by place in the response, 0 its start and 1 its end. A criterion that prefers a place inherits this curve."),
     Sheet("q3_gain", "Gain within Q3, from the bottom to the top of each score", "q3_groups", figures.q3_gain,
           "Each group of marks runs from the third of Q3 with the lowest score to the third with the highest. A line that rises "
           "with compatibility says that, among confident errors, those within the student's reach gained more."),
@@ -115,6 +117,18 @@ SHEETS = (
           "a position worth its own loss."),
     Sheet("lift", "Whose loss helps the others?", "lift", figures.lift,
           "Each group's share of what the step does for held-out prompts, over its share of positions."),
+    Sheet("validation", "What training gained", "validation_outcomes", figures.validation,
+          "Gain over the untouched student on held-out prompts, by budget. Full OPD is the level line. Bars cross seeds with prompts; where "
+          "they overlap, read the paired differences in the table instead."),
+    Sheet("validation_scatter", "Did one step foresee training?", "validation_outcomes", figures.validation_scatter,
+          "Each mark is one criterion at one budget: the gain after its first step against the gain after all of them."),
+    Sheet("validation_agreement", "Which offline answer foresaw training?", "validation_agreement",
+          functools.partial(figures.agreement, answer="trained_forward_kl"),
+          "Rank agreement over criteria and budgets between each answer and the trained gain in forward KL."),
+    Sheet("evaluations", "Held-out prompts during training", "evaluations", figures.evaluations,
+          "The dashed line is the untouched student. Divergences should fall below it, accuracies rise above."),
+    Sheet("training_curves", "What training logged", "training_metrics", figures.training_curves,
+          "Loss on the selected positions, divergence on all of them, and the share that was selected, on the training batches."),
     Sheet("calibration", "How linear the step was", "calibration", figures.calibration,
           "Left the drop of the step's own loss, predicted by the slope and realised; right their ratio. The chosen step is the "
           "largest tried that keeps at least four fifths of the prediction. Far to the right the loss rises again, and gains "
@@ -132,6 +146,7 @@ TABLES = {
     "partial": "Correlations given entropy, divergence and position.",
     "within_prompt": "Mean of the correlations within a prompt.",
     "quadrants": "Mean, median, trimmed and winsorised gain in each quadrant.",
+    "positions": "Mean gain along the response.",
     "q3_contrast": "Within Q3: mean gain of the top group minus that of the bottom group.",
     "q3_groups": "Within Q3: mean gain of each third.",
     "matching": "Within Q3: the contrast between matched positions of one prompt.",
@@ -152,6 +167,12 @@ TABLES = {
     "kernel_shares": "Sources of the first-order gain by group.",
     "kernel": "Sources of the first-order gain at each sampled position.",
     "lift": "What each group's losses do for held-out prompts.",
+    "validation_verdicts": "Claim C5 against each rival, and overall.",
+    "validation_outcomes": "Every measure of every training, over seeds and prompts.",
+    "validation_agreement": "Kendall's tau between what was foreseen and what was trained.",
+    "validation_cells": "Every single training.",
+    "evaluations": "The student on held-out prompts during training.",
+    "training_metrics": "What training logged at each step.",
     "saturation": "Quantiles of every measurement and how much is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
@@ -181,13 +202,28 @@ def read_material(directory: Path) -> Material:
     """Everything that the report is made of. Raises DiagnosticsError where it is missing or damaged."""
     manifest = _read_manifest(directory / "manifest.json")
     tables = {path.stem: _read_csv(path) for path in sorted((directory / "tables").glob("*.csv"))}
-    if not tables:
+    if not tables and not (directory / "evaluations.csv").exists():
         raise DiagnosticsError(f"{directory / 'tables'} holds no table. Run `python -m diagnostics analyze --output-dir {directory}` first.")
+    tables |= training_tables(directory)
     paths = {name: directory / f"{name}.parquet" for name in ("tokens", "contexts", "tops")}
     tokens = validate_tokens(read_parquet(paths["tokens"])) if paths["tokens"].exists() else None
     bank = read_bank(paths["contexts"]) if paths["contexts"].exists() else None
     tops = read_parquet(paths["tops"]) if paths["tops"].exists() else None
     return Material(manifest, tables, tokens, bank, tops)
+
+
+def training_tables(directory: Path) -> dict[str, pd.DataFrame]:
+    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of every step."""
+    found = {}
+    if (directory / "evaluations.csv").exists():
+        found["evaluations"] = _read_csv(directory / "evaluations.csv")
+    if (directory / "metrics.jsonl").exists():
+        found["training_metrics"] = pd.read_json(directory / "metrics.jsonl", lines=True)
+    curves = []
+    for path in sorted((directory / "cells").glob("*.curve.parquet")):
+        record = json.loads(path.with_name(path.name.removesuffix(".curve.parquet") + ".json").read_text(encoding="utf-8"))
+        curves.append(read_parquet(path).assign(**record["cell"]))
+    return found | ({"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -282,22 +318,27 @@ def page(
         ("warnings", "Warnings", warning_list(material)),
         ("figures", "Figures", "".join(_figure(sheet, drawn[sheet.name]) for sheet in SHEETS if sheet.name in drawn)),
         ("tokens", "Tokens", token_view(material, contexts)),
-        ("tables", "Tables", "".join(_table(name, material.tables[name]) for name in _table_order(material))),
+        ("tables", "Tables", "".join(table_block(name, material.tables[name]) for name in _table_order(material))),
         ("methods", "Methods", METHODS),
         ("provenance", "Provenance", provenance(material)),
         ("not-run", "What was not run", not_run(material, left_out)),
     ]
+    lead = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in narrative.answer(material))
+    return shell(narrative.title(material), _over(material), lead, sections, tokens=True)
+
+
+def shell(title: str, over: str, lead: str, sections: Iterable[tuple[str, str, str]], *, tokens: bool = False) -> str:
+    """A self-contained page: title, lead (HTML), links to its sections (id, heading, HTML), of which empty ones are left out."""
     sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
-    title, style, script = html.escape(narrative.title(material)), _static("report.css"), _static("report.js")
-    style, script = style + tokenview.style(), script + tokenview.script()
+    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
+    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{content}</section>' for name, heading, content in sections)
+    style = _static("report.css") + (tokenview.style() if tokens else "")
+    script = _static("report.js") + (tokenview.script() if tokens else "")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="referrer" content="no-referrer"><title>{title}</title>\n<style>\n{style}</style></head>\n<body><main>'
-        f"<header>{_over(material)}<h1>{title}</h1>"
-        f'<div class="answer">{"".join(f"<p>{html.escape(sentence)}</p>" for sentence in narrative.answer(material))}</div>'
-        f"<nav>{links}</nav></header>\n{body}</main>\n<script>\n{script}</script></body></html>\n"
+        f'<meta name="referrer" content="no-referrer"><title>{html.escape(title)}</title>\n<style>\n{style}</style></head>\n<body><main>'
+        f'<header>{over}<h1>{html.escape(title)}</h1><div class="answer">{lead}</div><nav>{links}</nav></header>\n{body}</main>\n'
+        f"<script>\n{script}</script></body></html>\n"
     )
 
 
@@ -312,14 +353,22 @@ def _over(material: Material) -> str:
 
 
 def verdict_cards(material: Material) -> str:
-    """One card a claim with both gains side by side; empty where the run has no verdicts."""
-    table = material.table("verdicts")
-    if table is None or not {"claim", "verdict"} <= set(table.columns):
+    """One card a claim with both gains side by side, then C5 by measure; empty where the run has no verdicts."""
+    shown, more = claims(material)
+    if shown.empty:
         return ""
-    shown = table[table.primary.astype(bool)] if "primary" in table else table
     cards = "".join(_card(claim, rows.to_dict("records")) for claim, rows in shown.groupby("claim", sort=False))
-    more = "" if len(shown) == len(table) else '<p class="quiet">The same claims on step and held-out positions apart: table verdicts.</p>'
-    return f'<ul class="cards">{cards}</ul>{more}'
+    note = '<p class="quiet">The same claims on step and held-out positions apart: table verdicts.</p>' if more else ""
+    return f'<ul class="cards">{cards}</ul>{note}'
+
+
+def claims(material: Material) -> tuple[pd.DataFrame, bool]:
+    """Primary verdicts with those of training, and whether the table has others."""
+    table = material.table("verdicts")
+    table = pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
+    shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
+    trained = narrative.training_claims(material)
+    return pd.concat([part for part in (shown, trained) if len(part)] or [shown], ignore_index=True), len(shown) < len(table)
 
 
 VERDICTS = ("supported", "refuted", "inconclusive")
@@ -380,7 +429,7 @@ def _table_order(material: Material) -> list[str]:
     return [name for name in TABLES if name in names] + [name for name in names if name not in TABLES]
 
 
-def _table(name: str, table: pd.DataFrame) -> str:
+def table_block(name: str, table: pd.DataFrame) -> str:
     """A folded table; long ones are packed, and built by the page's script when they are opened."""
     head = "".join(f'<th scope="col"><button type="button">{html.escape(str(column))}</button></th>' for column in table.columns)
     if len(table) <= ROWS_WRITTEN:
@@ -445,7 +494,7 @@ PARTS = {
     "selection_curves": "captured gain by budget",
     "intervention": "the step with only the selected positions carrying loss, at matched norm",
     "kernel_shares": "the split of each gain into its own position's share and others'",
-    "training_runs": "training runs (claim C5); a one-step gain does not stand in for them",
+    "validation_outcomes": "training runs (claim C5); a one-step gain does not stand in for them",
 }
 """Parts of the study that a run may lack, by the table that would hold them."""
 
@@ -485,12 +534,11 @@ def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], lef
 
 
 def _verdict_rows(material: Material) -> list[str]:
-    table = material.table("verdicts")
-    if table is None or not {"claim", "outcome", "verdict", "sentence"} <= set(table.columns):
+    shown, _ = claims(material)
+    if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
         return []
-    shown = table[table.primary.astype(bool)] if "primary" in table else table
     rows = [f"| {_plain(str(row.claim))} | {_plain(str(row.outcome))} | {_plain(str(row.verdict))} | {_plain(str(row.sentence))} |" for row in shown.itertuples()]
-    return ["\n".join(["| claim | gain | verdict | why |", "|---|---|---|---|", *rows])]
+    return ["\n".join(["| claim | by | verdict | why |", "|---|---|---|---|", *rows])]
 
 
 def _plain(text: str) -> str:

@@ -39,6 +39,12 @@ EVERY = {
     "kernel_shares": (figures.kernel_shares, study_tables.kernel_shares),
     "lift": (figures.lift, study_tables.lift),
     "agreement": (figures.agreement, study_tables.agreement),
+    "validation": (figures.validation, study_tables.validation_outcomes),
+    "validation_scatter": (figures.validation_scatter, study_tables.validation_outcomes),
+    "evaluations": (figures.evaluations, study_tables.evaluations),
+    "training_curves": (figures.training_curves, study_tables.training_metrics),
+    "position_gain": (figures.position_gain, study_tables.positions),
+    "runs": (figures.runs, study_tables.of_runs),
 }
 
 
@@ -410,6 +416,64 @@ def test_agreement_finds_the_answer_on_either_side():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["captured gain", "captured relative gain", "step forward KL"]
     np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.55, 0.35, 0.15])
     assert figure.get_supxlabel() == "35 cells, 16 prompts. Bars: intervals over prompts."
+
+
+def test_every_figure_is_drawn_and_named():
+    assert set(EVERY) == set(figures.__all__) - {"DOUBLE", "SINGLE"}
+
+
+def test_validation_shows_gains_with_full_as_level():
+    table = study_tables.validation_outcomes()
+    figure = figures.validation(table)
+    rows = table[(table.measure == "forward_kl") & (table.criterion == "teachability")]
+    place, values, ends = errorbars(figure.axes[0])["teachability"]
+    np.testing.assert_allclose(values, rows.gain)
+    np.testing.assert_allclose(ends, rows[["gain_low", "gain_high"]])
+    full = next(line for line in figure.axes[0].lines if line.get_label() == "full")
+    assert set(full.get_ydata()) == set(table[(table.measure == "forward_kl") & (table.criterion == "full")].gain)
+    assert figure.get_supxlabel() == "3 seeds, 24 held-out prompts. Bars: intervals over seeds and prompts."
+
+
+def test_validation_scatter_joins_cells():
+    table = study_tables.validation_outcomes()
+    marks = errorbars(figures.validation_scatter(table).axes[0])
+    rows = table.set_index(["measure", "criterion", "budget"])
+    for label, (criterion, budget) in {"full": ("full", 1.0), "random": ("random", 0.05), "_random 1": ("random", 0.3)}.items():
+        x, y, _ = marks[label]
+        assert (x[0], y[0]) == (rows.loc[("one_step_gain", criterion, budget), "mean"], rows.loc[("forward_kl", criterion, budget), "gain"])
+    offline = pd.DataFrame({"criterion": ["teachability"], "budget": [0.3], "answer": ["captured_gain"], "value": [0.42]})
+    marks = errorbars(figures.validation_scatter(table, offline, answer="captured_gain", measure="accuracy").axes[0])
+    assert list(marks) == ["teachability"] and marks["teachability"][0][0] == 0.42
+
+
+def test_training_figures_show_every_seed_and_evaluation():
+    table = study_tables.training_metrics()
+    figure = figures.training_curves(table)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["full", "_full", "teachability 5%", "_teachability 5%"]
+    np.testing.assert_allclose(figure.axes[0].lines[3].get_ydata(), table[(table.criterion == "teachability") & (table.seed == 1)].loss)
+    assert len(figures.training_curves(table[(table.criterion == "full") & (table.seed == 0)].drop(columns=["criterion", "budget", "seed"])).axes[0].lines) == 1
+    table = study_tables.evaluations()
+    place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]
+    rows = table[table.measure == "forward_kl"]
+    np.testing.assert_allclose(values, rows["mean"])
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
+
+
+def test_position_gain_shows_means_and_bands():
+    table = study_tables.positions()
+    ax = figures.position_gain(table).axes[1]
+    rows = table[(table.outcome == "relative_gain") & (table.split == "held_out")]
+    np.testing.assert_allclose(next(line for line in ax.lines if line.get_label() == "held-out contexts").get_ydata(), rows["mean"])
+    np.testing.assert_allclose(bands(ax)[1][:, 1:], rows[["low", "high"]])
+
+
+def test_runs_stand_side_by_side():
+    table = study_tables.of_runs()
+    marks = errorbars(figures.runs(table).axes[0])
+    for run in ("one", "two"):
+        rows = table[(table.run == run) & (table.outcome == "gain")]
+        np.testing.assert_allclose(marks[run][1], rows.estimate)
+        np.testing.assert_allclose(marks[run][2], rows[["low", "high"]])
 
 
 @pytest.mark.parametrize("value, text", [(1e-5, "10⁻⁵"), (2e-6, "2×10⁻⁶"), (0.01, "0.01"), (100, "100"), (1e4, "10⁴"), (0, "0")])

@@ -86,6 +86,28 @@ def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
     )
 
 
+def test_trainings_and_who_foresaw_them():
+    tables = {"validation_outcomes": study_tables.validation_outcomes(), "validation_agreement": study_tables.validation_agreement()}
+    found = Material({"stages": {"validate": {"settings": {"steps": 60}}}}, tables)
+    assert narrative.trained(found) == (
+        "Trained for 60 steps with 3 seeds and judged on 24 held-out prompts, the gain over the untouched student is in forward KL 0.30 (0.24 to 0.39) "
+        "with full OPD, 0.13 (0.10 to 0.17) with teachability at 5%, 0.12 (0.100 to 0.16) with random; in accuracy 0.10 (0.080 to 0.13) with full OPD, "
+        "0.043 (0.035 to 0.056) with teachability at 5%, 0.042 (0.033 to 0.054) with random."
+    )
+    assert narrative.foreseen(found) == (
+        "Over 18 trainings, the rank agreement with the trained gain in forward KL is: one step gain τ = +0.60 (+0.40 to +0.70); "
+        "captured gain τ = +0.30 (+0.10 to +0.40)."
+    )
+
+
+def test_training_claims_name_every_rival():
+    row = narrative.training_claims(Material({}, {"validation_verdicts": study_tables.validation_verdicts()})).iloc[0]
+    assert (row.claim, row.outcome, row.verdict) == ("C5", "forward KL", "refuted")
+    assert row.sentence == (
+        "Gain of teachability minus full −0.15 (−0.20 to −0.10); minus entropy 0.020 (0.010 to 0.030). It may fall short by 0.030 and still match."
+    )
+
+
 def test_certainty_names_prompts_width_and_what_would_change_it():
     text = narrative.certainty(material(row("a", 0.5, half=0.04), row("b", 0.4, half=0.06), row("c", 0.3, half=0.05), calibration=study_tables.calibration()))
     assert text.startswith("The correlations' intervals come from resampling 20 prompts and typically reach 0.05 to either side, ")

@@ -207,8 +207,12 @@ def test_markdown_for_a_repository(run):
 def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     made = {name: getattr(study_tables, name)() for name in (
         "quadrants", "matching", "regressions", "support_robustness", "gain_robustness", "residual_curves", "selection_curves", "selection_summary",
-        "selection_overlap", "selection_profile", "intervention", "agreement", "linearity", "kernel_shares", "lift")}
-    material = report.read_material(study_tables.write_run(tmp_path / "run", **made))
+        "selection_overlap", "selection_profile", "intervention", "agreement", "linearity", "kernel_shares", "lift", "validation_outcomes",
+        "validation_agreement", "positions")}
+    directory = study_tables.write_run(tmp_path / "run", **made)
+    study_tables.evaluations().to_csv(directory / "evaluations.csv", index=False)
+    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
+    material = report.read_material(directory)
     calls = {}
     sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options)) for sheet in report.SHEETS]
     monkeypatch.setattr(report, "SHEETS", sheets)
@@ -227,8 +231,27 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     assert left_out["calibration"] == "no table calibration"
 
 
+def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
+    (tmp_path / "cells").mkdir()
+    for name, cell in {"a": {"criterion": "tip", "budget": 0.05, "seed": 0}, "b": {"criterion": "full", "budget": 1.0, "seed": 1}}.items():
+        pd.DataFrame({"step": [1, 2], "loss": [0.5, 0.25]}).to_parquet(tmp_path / "cells" / f"{name}.curve.parquet")
+        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps({"cell": cell}))
+    table = report.training_tables(tmp_path)["training_metrics"]
+    assert table[["criterion", "budget", "seed", "step", "loss"]].values.tolist() == [
+        ["tip", 0.05, 0, 1, 0.5], ["tip", 0.05, 0, 2, 0.25], ["full", 1.0, 1, 1, 0.5], ["full", 1.0, 1, 2, 0.25]]
+    assert report.training_tables(tmp_path / "nowhere") == {}
+
+
+def test_a_training_directory_has_a_report_too(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"train": {"settings": {"criterion": "tip"}}}}))
+    study_tables.evaluations().to_csv(tmp_path / "evaluations.csv", index=False)
+    text = report.build(tmp_path).read_text(encoding="utf-8")
+    assert "Over 40 steps of training, held-out prompts show forward KL from 0.50 to 0.30 (0.25 to 0.35), accuracy from 0.50 to 0.70 (0.65 to 0.75)." in text
+    assert [path.name for path in (tmp_path / "figures").glob("*.png")] == ["evaluations.png"]
+
+
 def test_numbers_in_tables_are_rounded_and_keep_six_digits():
-    text = report._table("mine<", pd.DataFrame({"a": [1.0, 2.56789123, np.nan], "b": [1, 20000, 3], "c": ["<i>", "x", "y"]}))
+    text = report.table_block("mine<", pd.DataFrame({"a": [1.0, 2.56789123, np.nan], "b": [1, 20000, 3], "c": ["<i>", "x", "y"]}))
     assert "3 rows; tables/mine&lt;.csv" in text
     assert '<td class="number" data-v="2.56789">2.568</td><td class="number" data-v="20000">20,000</td><td>x</td>' in text
     assert '<td class="number" data-v="1">1</td>' in text and '<td class="number" data-v=""></td>' in text and "<td>&lt;i&gt;</td>" in text
