@@ -26,6 +26,8 @@ _HOMES = {
     "tasks": ("sums", "verify"),
     "interop": ("read_tokens",),
     "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),
+    "tokenview": ("show",),
+    "sidebyside": ("compare_runs",),
 }
 _MODULES = {"plot": "figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
