@@ -50,7 +50,7 @@ def study(
     criteria: those to correlate, None takes all that the columns allow; training: runs for claim C5, see
     `verdicts.training_verdict`; losses: token tables of steps with other losses, by loss; base_k: K of the columns
     without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants,
-    q3_contrast, q3_groups, matching, balance, regressions, decomposition, residual_curves, support_robustness,
+    q3_contrast, q3_groups, matching and balance (also within a caliper: ..._caliper), regressions, decomposition, residual_curves, support_robustness,
     gain_robustness, saturation, coverage, verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
     """
     outcomes(tokens)
@@ -92,6 +92,8 @@ def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losse
         (_Q3, one("q3_groups", q3_groups, **options)),
         (_CLAIMS, one("matching", matching, **options)),
         (_CLAIMS, one("balance", balance, seed=options["seed"])),
+        (_CLAIMS, one("matching_caliper", matching, caliper=tables.CALIPER, **options)),
+        (_CLAIMS, one("balance_caliper", balance, caliper=tables.CALIPER, seed=options["seed"])),
         (_CLAIMS, several(("regressions", "decomposition"), lambda: regressions.regressions(tokens, **options))),
         (_CLAIMS, one("residual_curves", residual_curves, **options)),
         (_CLAIMS, several(("support_robustness", "verdicts"), lambda: _claims(tokens, base_k=base_k, **options))),
@@ -112,7 +114,8 @@ def _correlations(tokens: pd.DataFrame, criteria: list[str] | None, *, draws: in
 
 def _claims(tokens: pd.DataFrame, *, base_k: int, draws: int, level: float, seed: int) -> dict[str, pd.DataFrame]:
     found = robustness.findings(tokens, base_k=base_k, draws=draws, seed=seed)
-    pairs = balance(tokens, by=["compatibility"], seed=seed).query("design == 'with_replacement'")
+    pairs = balance(tokens, by=["compatibility"], seed=seed)
+    pairs = pairs[pairs["replacement"]]
     made = verdicts.verdicts(
         found, level=level, placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens],
         imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),

@@ -88,12 +88,12 @@ def _inflated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     table = tables.get("balance", pd.DataFrame())
     if len(table):
-        tables = {"balance": table[table["design"] == "with_replacement"].assign(after=table["after"].abs())}
+        tables = {"balance": table[table["replacement"]].assign(after=table["after"].abs())}
     for (score, split), value in _largest(tables, "balance", ["score", "split"], "after"):
         if value > UNBALANCED:
             yield ("unbalanced", f"{score}, {split}", value, UNBALANCED,
                    f"Pairs matched for {score} on {split} still differ by up to {value:.2f} standard deviations in what they "
-                   "were matched on; the design `caliper` in the tables matching and balance keeps the near ones alone.")
+                   "were matched on; the table matching_caliper keeps the near pairs alone.")
 
 
 def _scale_of_c3(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:

@@ -9,7 +9,8 @@ Q3, the confident and wrong positions, is h <= median and d >= median (see `crit
 
 Departures from the scripts released with arXiv 2605.26844: predictors come from before the step only; the
 cluster is the prompt, not the context; matching pairs the top with the bottom tertile of all Q3 positions
-(there: above with below the prompt's own median), with replacement as there, without, and within a caliper.
+(there: above with below the prompt's own median), with replacement as there, without, and within a
+caliper.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
 MATCHED_SCORES = ("compatibility", "teachability", "incompatible")
 GROUPS = {"tertile": 3, "quartile": 4}
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
-DESIGNS = ("with_replacement", "without_replacement", "caliper")
 CALIPER = 0.5
-"""Distance, in standard deviations within Q3, beyond which the design `caliper` (with replacement) drops a pair."""
+"""Distance, in standard deviations within Q3, beyond which two positions do not count as alike."""
 QUADRANTS = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
@@ -352,53 +352,54 @@ def features(tokens: pd.DataFrame) -> np.ndarray:
     return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
 
 
-def pair_up(contrast: Contrast, space: np.ndarray, design: str = "with_replacement") -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of top with bottom positions of a contrast by one of DESIGNS; space: [n, F] features on its split."""
+def pair_up(
+    contrast: Contrast, space: np.ndarray, *, replacement: bool = True, caliper: float = np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of top with bottom positions of a contrast, within prompts; space: [n, F] features on its split."""
     defined = np.isfinite(space).all(axis=1)
-    return statistics.match(
-        space, contrast.top & defined, contrast.bottom & defined, contrast.split.prompts.codes,
-        replacement=design != "without_replacement", caliper=CALIPER if design == "caliper" else np.inf,
-    )
+    top, bottom = contrast.top & defined, contrast.bottom & defined
+    return statistics.match(space, top, bottom, contrast.split.prompts.codes, replacement=replacement, caliper=caliper)
 
 
 def matching(
-    tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, caliper: float = np.inf, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d, position).
 
-    Returns columns outcome, split, score, design (with_replacement, without_replacement, caliper), difference, low, high, placebo_difference, matched
-    (share of top positions with a partner), positions (pairs), prompts.
+    caliper: distance, in standard deviations within Q3, beyond which a pair is dropped. Returns columns outcome,
+    split, score, replacement, difference, low, high, placebo_difference, matched (share of top positions with a
+    partner), positions (pairs), prompts.
     """
     space, rows = features(tokens), []
     for contrast in _contrasts(tokens, by, [3], draws, seed):
-        for design in DESIGNS:
-            pairs = pair_up(contrast, space[contrast.split.mask], design)
+        for replacement in (True, False):
+            pairs = pair_up(contrast, space[contrast.split.mask], replacement=replacement, caliper=caliper)
             matched = len(pairs[0]) / max(int(contrast.top.sum()), 1)
             for outcome in outcomes(tokens):
                 found, placebo = (
                     statistics.matched_difference(contrast.split.values(tokens, name), contrast.split.prompts, pairs)
                     for name in (outcome, f"placebo_{outcome}")
                 )
-                key = {"outcome": outcome, "split": contrast.split.name, "score": contrast.score, "design": design}
+                key = {"outcome": outcome, "split": contrast.split.name, "score": contrast.score, "replacement": replacement}
                 rows.append(key | row(found, level, named="difference", placebo_difference=placebo.value, matched=matched))
     return pd.DataFrame(rows)
 
 
-def balance(tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, seed: int = 0) -> pd.DataFrame:
+def balance(tokens: pd.DataFrame, *, by: Iterable[str] = MATCHED_SCORES, caliper: float = np.inf, seed: int = 0) -> pd.DataFrame:
     """Standardised mean differences of what was matched on, top minus bottom tertile, before and after.
 
     The scale is the root mean variance of the two groups before matching, throughout. Returns columns split,
-    score, covariate, design, before, after, positions (pairs), prompts.
+    score, covariate, replacement, before, after, positions (pairs), prompts.
     """
     columns, space, rows = controls(tokens), features(tokens), []
     for contrast in _contrasts(tokens, by, [3], 2, seed):
         split = contrast.split
-        for design in DESIGNS:
-            pairs = pair_up(contrast, space[split.mask], design)
+        for replacement in (True, False):
+            pairs = pair_up(contrast, space[split.mask], replacement=replacement, caliper=caliper)
             prompts = len(np.unique(split.prompts.codes[pairs[0]]))
             for name, values in columns.items():
                 before, after = _imbalance(values[split.mask], contrast, pairs)
-                key = {"split": split.name, "score": contrast.score, "covariate": name, "design": design}
+                key = {"split": split.name, "score": contrast.score, "covariate": name, "replacement": replacement}
                 rows.append(key | {"before": before, "after": after, "positions": len(pairs[0]), "prompts": prompts})
     return pd.DataFrame(rows)
 

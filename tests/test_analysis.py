@@ -13,8 +13,8 @@ from tests.test_criteria import registry  # noqa: F401
 from tests.test_verdicts import EQUAL, runs
 
 TABLES = {
-    "correlations", "placebo_excess", "differences", "partial", "within_prompt", "quadrants", "q3_contrast", "q3_groups", "matching", "balance", "regressions",
-    "decomposition", "residual_curves", "support_robustness", "verdicts", "gain_robustness", "saturation", "coverage", "warnings", "left_out",
+    "correlations", "placebo_excess", "differences", "partial", "within_prompt", "quadrants", "q3_contrast", "q3_groups", "matching", "balance", "matching_caliper",
+    "balance_caliper", "regressions", "decomposition", "residual_curves", "support_robustness", "verdicts", "gain_robustness", "saturation", "coverage", "warnings", "left_out",
 }
 
 
@@ -40,7 +40,7 @@ def test_every_table_says_what_it_rests_on(made):
     for name, table in made.items():
         if name not in ("warnings", "left_out"):
             assert {"positions", "prompts"} <= set(table.columns), name
-        if name not in ("warnings", "left_out", "balance", "saturation"):
+        if name not in ("warnings", "left_out", "balance", "balance_caliper", "saturation"):
             assert {"outcome", "split"} <= set(table.columns), name
 
 

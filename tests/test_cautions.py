@@ -58,9 +58,9 @@ def test_constants_rare_quadrants_dropped_mass_and_no_placebo(tokens):
 def test_collinear_terms_and_pairs_that_differ(tokens):
     terms = pd.DataFrame({"model": ["m", "m"], "term": ["a", "b"], "inflation": [11.0, 3.0]})
     assert codes(tokens, regressions=terms) == [("collinear", "m: a")]
-    balance = pd.DataFrame({"score": ["c", "c"], "split": ["all", "all"], "after": [-0.4, 0.05], "design": "with_replacement"})
+    balance = pd.DataFrame({"score": ["c", "c"], "split": ["all", "all"], "after": [-0.4, 0.05], "replacement": True})
     assert codes(tokens, balance=balance) == [("unbalanced", "c, all")] and codes(tokens, balance=balance[1:]) == []
-    assert codes(tokens, balance=balance.assign(design="caliper")) == []
+    assert codes(tokens, balance=balance.assign(replacement=False)) == []
 
 
 def test_a_decomposition_that_turns_over_with_the_scale(tokens):

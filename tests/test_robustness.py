@@ -23,7 +23,7 @@ def found(tokens):
 def test_the_statistics_are_those_of_the_other_tables(tokens, found):
     mine = {f.statistic: f.estimate.value for f in found if (f.proxy, f.outcome, f.split, f.k) == ("compatibility", "gain", "all", 16)}
     assert mine["tertile_difference"] == pytest.approx(one(tables.q3_contrast(tokens, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile").difference)
-    assert mine["matched_difference"] == pytest.approx(one(tables.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", design="with_replacement").difference)
+    assert mine["matched_difference"] == pytest.approx(one(tables.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", replacement=True).difference)
     test = regressions.regressions(tokens, draws=5)["decomposition"]
     assert mine["decomposition"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference)
     assert mine["decomposition_per_unit"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference)

@@ -207,16 +207,22 @@ def test_a_given_tertile_contrast_is_recovered():
 
 def test_matching_and_balance_agree(tokens):
     table, balance = T.matching(tokens, **DRAWS), T.balance(tokens)
-    assert len(table) == len(balance) == 3 * 3 * 3 * 3
-    pairs = table[table.outcome == "gain"].set_index(["split", "score", "design"]).positions
-    assert (balance.set_index(["split", "score", "design"]).positions == pairs.loc[list(zip(balance.split, balance.score, balance.design))].to_numpy()).all()
+    assert len(table) == len(balance) == 3 * 3 * 2 * 3
+    pairs = table[table.outcome == "gain"].set_index(["split", "score", "replacement"]).positions
+    assert (balance.set_index(["split", "score", "replacement"]).positions == pairs.loc[list(zip(balance.split, balance.score, balance.replacement))].to_numpy()).all()
     assert ((table.matched >= 0) & (table.matched <= 1)).all()
-    once, near, again = (table[table.design == d].positions.to_numpy() for d in ("without_replacement", "caliper", "with_replacement"))
-    assert (once <= again).all() and (once < again).any() and (near <= again).all() and (near < again).any()
+    once, again = (table[table.replacement == r].positions.to_numpy() for r in (False, True))
+    assert (once <= again).all() and (once < again).any()
+
+
+def test_a_caliper_keeps_the_near_pairs(tokens):
+    wide, near = (T.matching(tokens, caliper=c, **DRAWS) for c in (np.inf, T.CALIPER))
+    assert (near.positions <= wide.positions).all() and (near.positions < wide.positions).any()
+    assert len(T.balance(tokens, caliper=1e-9)) and T.balance(tokens, caliper=1e-9).after.isna().all()
 
 
 def test_balance_before_equals_the_usual_formula(tokens):
-    row = one(T.balance(tokens), split="all", score="compatibility", covariate="forward_kl", design="caliper")
+    row = one(T.balance(tokens), split="all", score="compatibility", covariate="forward_kl", replacement=True)
     in_q3 = tokens[quadrants(tokens) == 3]
     share = (in_q3.compatibility.rank() - 0.5) / len(in_q3)
     d = pd.Series(normalise(tokens.forward_kl))
@@ -227,8 +233,8 @@ def test_balance_before_equals_the_usual_formula(tokens):
 def test_matching_improves_balance_with_enough_positions():
     tokens = made_tokens(prompts=40, length=60)
     tokens["compatibility"] = 0.5 * normalise(tokens.student_entropy) + 0.5 * tokens.compatibility
-    table = T.balance(tokens, by=["compatibility"])
-    nearest, caliper = (one(table, split="all", covariate="student_entropy", design=d) for d in ("with_replacement", "caliper"))
+    pick = dict(split="all", covariate="student_entropy", replacement=True)
+    nearest, caliper = (one(T.balance(tokens, by=["compatibility"], caliper=c), **pick) for c in (np.inf, T.CALIPER))
     assert abs(caliper.after) < abs(nearest.after) < 0.6 * abs(nearest.before) and nearest.before > 0.3
 
 
