@@ -29,8 +29,8 @@ from diagnostics.types import SCHEMA
 
 __all__ = [
     "DOUBLE", "SINGLE", "agreement", "calibration", "coefficients", "correlations", "distributions", "entropy_divergence", "evaluations",
-    "gain_robustness", "intervention", "kernel_shares", "lift", "linearity", "placebo_excess", "position_gain", "q3_contrast", "q3_gain", "quadrants",
-    "residual_curves", "runs", "selection_curves", "selection_overlap", "selection_profile", "selection_summary", "support_robustness",
+    "gain_robustness", "intervention", "kernel_shares", "lift", "linearity", "placebo_excess", "position_gain", "q3_contrast",
+    "q3_gain", "quadrants", "residual_curves", "runs", "selection_curves", "selection_overlap", "selection_profile", "selection_summary", "support_robustness",
     "training_curves", "validation", "validation_scatter",
 ]
 
@@ -272,8 +272,8 @@ def quadrants(
         ax.set_xticks(range(len(names)), [f"{name}\n{share.get(name, np.nan):.0%}" for name in names])
         ax.set_ylabel(f"{statistic} {plates.with_unit(outcome)}")
     plates.legend(figure, axes[0, 0], 3)
-    plates.caption(figure, plates.counts(table), "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right.",
-                   plates.bars(level))
+    legend = "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right."
+    plates.caption(figure, plates.counts(table), legend, plates.bars(level))
     return figure
 
 
@@ -355,7 +355,8 @@ def q3_contrast(
     table = plates.halves(plates.keep(table, "figures.q3_contrast", (*needs, "groups"), {"outcome": outcomes, "groups": groups}))
     outcomes, scores = plates.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
     if matching is not None:
-        matching = plates.halves(plates.keep(matching, "figures.q3_contrast", (*needs, "replacement"), {"outcome": outcomes, "replacement": True}))
+        where = {"outcome": outcomes, "replacement": True}
+        matching = plates.halves(plates.keep(matching, "figures.q3_contrast", (*needs, "replacement"), where))
     figure, axes = plates.canvas(width, 1.25 + (0.32 if matching is None else 0.5) * len(scores), 1, len(outcomes), sharey=True)
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         pair = None if matching is None else matching[matching.outcome == outcome]
@@ -626,7 +627,8 @@ def lift(table: pd.DataFrame, *, level: float | None = None, width: float = DOUB
 
 @plates.plate
 def agreement(
-    table: pd.DataFrame, *, scope: str = "all", answer: str = "held_out_forward_kl", level: float | None = None, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame, *, scope: str = "all", answer: str = "held_out_forward_kl", level: float | None = None,
+    width: float = DOUBLE, dark: bool = False,
 ) -> Figure:
     """How far the offline answers agree with interventions: `dx.plot.agreement(tables["agreement"])`.
 
@@ -661,7 +663,11 @@ def _some(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
 
 def _line(index: int) -> dict:
     """Colour, dash and marker of the criterion with that index."""
-    return {"color": CYCLE[index % len(CYCLE)], "linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.2}
+    return {**_mark(index), "linestyle": DASHES[index % len(DASHES)], "markersize": 3.2}
+
+
+def _mark(index: int) -> dict:
+    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 @plates.plate
@@ -732,8 +738,8 @@ def selection_summary(
     (1 is random). The line is the baseline.
     """
     needs = ("outcome", "criterion", "split", "statistic", "budget", "estimate", "low", "high", "baseline")
-    where = {"outcome": outcomes, "statistic": "area"} if budget is None else {"outcome": outcomes, "statistic": "enrichment", "budget": budget}
-    where |= {"criterion": criteria} if criteria is not None else {}
+    where = {"outcome": outcomes, "statistic": "area" if budget is None else "enrichment"}
+    where |= ({} if budget is None else {"budget": budget}) | ({} if criteria is None else {"criterion": criteria})
     table = plates.halves(plates.keep(table, "figures.selection_summary", needs, where))
     outcomes, splits = plates.present(table.outcome, outcomes), plates.present(table.split, plates.SPLITS)
     names = _forest_order(table, outcomes[0], splits[-1], "estimate")
@@ -806,7 +812,7 @@ def selection_profile(
     table = plates.keep(table, "figures.selection_profile", needs, {"budget": budget})
     groups = {title: [name for name in measures if (table.measure == name).any()] for title, measures in PROFILES.items()}
     groups = {title: measures for title, measures in groups.items() if measures}
-    names = list(dict.fromkeys(table.criterion)) if criteria is None else list(criteria)
+    names = list(dict.fromkeys(table.criterion)) if criteria is None else [n for n in criteria if (table.criterion == n).any()]
     rows, columns = plates.panels(max(len(groups), 1), width)
     figure, axes = plates.canvas(width, 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True)
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
@@ -818,7 +824,7 @@ def selection_profile(
     return figure
 
 
-HATCHES = ("", "////", "....", "xxxx")
+HATCHES = ("", "////", "\\\\\\\\", "xxxx")
 
 
 def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) -> None:
@@ -993,8 +999,9 @@ def validation(
         ax.set_visible(False)
     plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
     trained = table[table.criterion != "untouched"]
-    counted = f"{int(trained.seeds.max())} seeds, {int(trained.prompts.max()):,} held-out prompts." if {"seeds", "prompts"} <= set(table) else ""
-    plates.caption(figure, counted, f"Bars: {'' if level is None else f'{level:.0%} '}intervals over seeds and prompts.")
+    known = {"seeds", "prompts"} <= set(table)
+    counted = f"{int(trained.seeds.max())} seeds, {int(trained.prompts.max()):,} held-out prompts." if known else ""
+    plates.caption(figure, counted, plates.bars(level, over="seeds and prompts"))
     return figure
 
 
@@ -1009,27 +1016,30 @@ def validation_scatter(
     width: float = DOUBLE,
     dark: bool = False,
 ) -> Figure:
-    """Foreseen against trained, one mark a cell: `dx.plot.validation_scatter(tables["validation_outcomes"], offline, answer="captured_gain")`.
+    """Foreseen against trained, one mark a cell: `dx.plot.validation_scatter(tables["validation_outcomes"])`.
 
     table: as `validation` has it. offline: columns criterion, budget, answer, value; without it `answer` is a measure of the
     table itself, such as the gain after the first step. A colour and shape is a criterion, a larger mark a larger budget.
     """
     needs = ("criterion", "budget", "measure", "mean", "gain", "gain_low", "gain_high")
     trained = _ends(plates.keep(table, "figures.validation_scatter", needs, {"measure": measure}), "gain")
-    source = plates.keep(table, "figures.validation_scatter", needs, {"measure": answer}).rename(columns={"mean": "value"}) if offline is None else (
-        plates.keep(offline, "figures.validation_scatter", ("criterion", "budget", "answer", "value"), {"answer": answer}))
+    if offline is None:
+        source = plates.keep(table, "figures.validation_scatter", needs, {"measure": answer}).rename(columns={"mean": "value"})
+    else:
+        source = plates.keep(offline, "figures.validation_scatter", ("criterion", "budget", "answer", "value"), {"answer": answer})
     both = trained.merge(source[["criterion", "budget", "value"]], on=["criterion", "budget"])
     both = plates.keep(both[both.criterion != "untouched"], "figures.validation_scatter", ("value",))
     figure, axes = plates.canvas(width, min(width, 4.2) * 0.75 + 0.6)
     for index, (name, cells) in enumerate(both.groupby("criterion", sort=False)):
         for number, cell in enumerate(cells.sort_values("budget").to_dict("records")):
-            plates.upright(axes[0, 0], [cell["value"]], pd.DataFrame([cell]), "gain", marker=MARKERS[index % len(MARKERS)], markersize=3.5 + 1.5 * number,
-                           color=CYCLE[index % len(CYCLE)], linestyle="none", label=plates.words(name) if number == 0 else f"_{name} {number}")
+            label = plates.words(name) if number == 0 else f"_{name} {number}"
+            plates.upright(axes[0, 0], [cell["value"]], pd.DataFrame([cell]), "gain", linestyle="none", label=label,
+                           markersize=3.5 + 1.5 * number, **_mark(index))
     plates.zero(axes[0, 0])
     axes[0, 0].set_xlabel(f"foreseen: {plates.words(answer)}")
     axes[0, 0].set_ylabel(f"trained: gain in {_measured(measure)}")
     plates.legend(figure, axes[0, 0], 5 if width > 5 else 3)
-    plates.caption(figure, f"{len(both)} cells; a larger mark is a larger budget.", f"Bars: {'' if level is None else f'{level:.0%} '}intervals over seeds and prompts.")
+    plates.caption(figure, f"{len(both)} cells; a larger mark is a larger budget.", plates.bars(level, over="seeds and prompts"))
     return figure
 
 
@@ -1054,7 +1064,7 @@ def runs(
     """
     table = plates.keep(table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes})
     table = table.rename(columns={value: "estimate"})
-    series = [(name, CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.run == name]) for i, name in enumerate(dict.fromkeys(table.run))]
+    series = [(name, *_mark(i).values(), table[table.run == name]) for i, name in enumerate(dict.fromkeys(table.run))]
     return _statistic_forest(table, key, series, label, outcomes, level, width)
 
 
@@ -1095,7 +1105,9 @@ def position_gain(
 
 
 @plates.plate
-def distributions(tokens: pd.DataFrame, *, columns: Sequence[str] | None = None, bins: int = 40, width: float = DOUBLE, dark: bool = False) -> Figure:
+def distributions(
+    tokens: pd.DataFrame, *, columns: Sequence[str] | None = None, bins: int = 40, width: float = DOUBLE, dark: bool = False
+) -> Figure:
     """Histogram of every measurement: `dx.plot.distributions(tokens)`.
 
     tokens: a token table; `columns` default to those of the usual twelve that it has. Counts are on a logarithmic

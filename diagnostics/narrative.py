@@ -78,7 +78,7 @@ def answer(material: Material) -> list[str]:
     What was done; which criteria follow each gain, and whether both gains agree; what a small budget captures; Q3; what
     trainings gained and who foresaw it; how sure that is and what would change it. What the run has no table for is left out.
     """
-    paragraphs = [setup(material), signals(material), budget(material), q3(material), trained(material), foreseen(material), certainty(material)]
+    paragraphs = (part(material) for part in (setup, signals, budget, q3, trained, foreseen, certainty))
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
@@ -97,6 +97,11 @@ def signed(value: float) -> str:
     return "–" if not np.isfinite(value) else f"{value:+.2f}".replace("-", "−")
 
 
+def between(value: float, low: float, high: float, *, show=number) -> str:
+    """A value with its interval in brackets."""
+    return f"{show(value)} ({show(low)} to {show(high)})"
+
+
 def setup(material: Material) -> str:
     """What was done: loss, optimiser, prompts, positions, and what the step did to its own loss."""
     step, table = material.stage("probe"), material.table("correlations")
@@ -108,9 +113,9 @@ def setup(material: Material) -> str:
     if table is not None:
         text += " on " + " and was re-scored there and on ".join(_halves(table))
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
-        share = step["realised_drop"] / step["predicted_drop"] if step["predicted_drop"] else float("nan")
-        text += (f"; its loss fell from {number(step['loss_before'], 3)} to {number(step['loss_before'] - step['realised_drop'], 3)} nats a position"
-                 + (f", {share:.0%} of the first-order prediction" if np.isfinite(share) else ""))
+        before, drop = step["loss_before"], step["realised_drop"]
+        text += f"; its loss fell from {number(before, 3)} to {number(before - drop, 3)} nats a position"
+        text += f", {drop / step['predicted_drop']:.0%} of the first-order prediction" if step["predicted_drop"] else ""
     return text + "."
 
 
@@ -153,7 +158,8 @@ def signals(material: Material) -> str:
 def _leader(material: Material, rows: pd.DataFrame, outcome: str) -> str:
     first = rows.iloc[0]
     where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(first.split, "")
-    return (f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman {signed(first.estimate)}, {material.level:.0%} interval {signed(first.low)} to {signed(first.high)}, "
+    interval = f"{material.level:.0%} interval {signed(first.low)} to {signed(first.high)}"
+    return (f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman {signed(first.estimate)}, {interval}, "
             f"placebo {signed(first.placebo)}; {_challengers(material, rows, outcome)})")
 
 
@@ -171,7 +177,10 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
     if any(rows.empty for rows in found.values()) or all(rows.index[0] == 0 for rows in found.values()):
         return ""
     rows = {outcome: found[outcome].iloc[0] for outcome in tables}
-    parts = [f"{signed(row.estimate)} ({signed(row.low)} to {signed(row.high)}; placebo {signed(row.placebo)}) with {WORDS[outcome]}" for outcome, row in rows.items()]
+    parts = []
+    for outcome, row in rows.items():
+        interval = f"{signed(row.low)} to {signed(row.high)}; placebo {signed(row.placebo)}"
+        parts.append(f"{signed(row.estimate)} ({interval}) with {WORDS[outcome]}")
     return f"{REFERENCE.capitalize()} reaches {' and '.join(parts)}."
 
 
@@ -276,7 +285,8 @@ def trained(material: Material, share: float = 0.05) -> str:
     if not parts:
         return ""
     rows, steps = table[table.criterion != "untouched"], material.stage("validate").get("steps")
-    head = f"Trained {f'for {steps} steps ' if steps else ''}with {int(rows.seeds.max())} seeds and judged on {int(rows.prompts.max()):,} held-out prompts"
+    length = f"for {steps} steps " if steps else ""
+    head = f"Trained {length}with {int(rows.seeds.max())} seeds and judged on {int(rows.prompts.max()):,} held-out prompts"
     return f"{head}, the gain over the untouched student is " + "; ".join(parts) + "."
 
 
@@ -286,9 +296,9 @@ def _gains(rows: pd.DataFrame, words: str, share: float) -> str:
         row = rows[(rows.criterion == criterion) & np.isclose(rows.budget, budget)]
         if row.empty or not np.isfinite(row.gain.iloc[0]):
             return ""
-        ends = row.iloc[0]
-        interval = f" ({number(ends.gain_low)} to {number(ends.gain_high)})" if np.isfinite(ends.gain_low) else ""
-        return f"{number(ends.gain)}{interval}"
+        found = row.iloc[0]
+        known = np.isfinite(found.gain_low)
+        return between(found.gain, found.gain_low, found.gain_high) if known else number(found.gain)
 
     named = [("full OPD", gain("full", 1.0)), (f"{REFERENCE} at {share:.0%}", gain(REFERENCE, share)), ("random", gain("random", share))]
     shown = ", ".join(f"{text} with {name}" for name, text in named if text)
@@ -302,7 +312,7 @@ def _one_training(material: Material) -> str:
         return ""
     first, last = (table[table.step == step].set_index("measure") for step in (table.step.min(), table.step.max()))
     parts = [
-        f"{words} from {number(first.loc[name, 'mean'])} to {number(last.loc[name, 'mean'])} ({number(last.loc[name, 'low'])} to {number(last.loc[name, 'high'])})"
+        f"{words} from {number(first.loc[name, 'mean'])} to {between(*last.loc[name, ['mean', 'low', 'high']])}"
         for name, words in MEASURES.items() if name in first.index and name in last.index
     ]
     return f"Over {int(table.step.max()):,} steps of training, held-out prompts show " + ", ".join(parts) + "." if parts else ""
@@ -316,7 +326,7 @@ def foreseen(material: Material) -> str:
     rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"])
     if rows.empty:
         return ""
-    parts = [f"{_name(row.x)} τ = {signed(row.kendall)} ({signed(row.low)} to {signed(row.high)})" for row in rows.itertuples()]
+    parts = [f"{_name(row.x)} τ = {between(row.kendall, row.low, row.high, show=signed)}" for row in rows.itertuples()]
     return f"Over {int(rows.cells.max())} trainings, the rank agreement with the trained gain in forward KL is: " + "; ".join(parts) + "."
 
 
@@ -328,10 +338,12 @@ def training_claims(material: Material) -> pd.DataFrame:
     rows = []
     for row in table[table.rival == "all"].itertuples():
         rivals = table[(table.claim == row.claim) & (table.measure == row.measure) & (table.rival != "all")]
-        shown = "; ".join(f"minus {_name(rival.rival)} {number(rival.difference)} ({number(rival.low)} to {number(rival.high)})" for rival in rivals.itertuples())
-        sentence = f"Gain of {REFERENCE} {shown}. It may fall short by {number(row.margin)} and still match."
-        rows.append({"claim": row.claim, "statement": f"trained on {row.budget:.0%}, {REFERENCE} matches or beats full OPD and the other criteria",
-                     "outcome": MEASURES.get(row.measure, row.measure), "verdict": row.verdict, "sentence": sentence})
+        shown = "; ".join(f"minus {_name(one.rival)} {between(one.difference, one.low, one.high)}" for one in rivals.itertuples())
+        rows.append({
+            "claim": row.claim, "statement": f"trained on {row.budget:.0%}, {REFERENCE} matches or beats full OPD and the other criteria",
+            "outcome": MEASURES.get(row.measure, row.measure), "verdict": row.verdict,
+            "sentence": f"Gain of {REFERENCE} {shown}. It may fall short by {number(row.margin)} and still match.",
+        })
     return pd.DataFrame(rows)
 
 
@@ -345,6 +357,6 @@ def certainty(material: Material) -> str:
     step = ""
     if chosen is not None and chosen.chosen.astype(bool).any():
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
-    return (f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and typically reach {number(half, 1)} to either side, "
-            f"so smaller differences stay open; another loss, optimiser or step size{step}, another split or more prompts could change "
+    return (f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and typically reach "
+            f"{number(half, 1)} to either side, so smaller differences stay open; another loss, optimiser or step size{step}, another split or more prompts could change "
             "the order, and one step is not a training run.")

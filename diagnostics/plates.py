@@ -191,9 +191,9 @@ def counts(table: pd.DataFrame) -> str:
     return text[0].upper() + text[1:]
 
 
-def bars(level: float | None, what: str = "Bars") -> str:
+def bars(level: float | None, what: str = "Bars", *, over: str = "prompts") -> str:
     """What the bars are; the table does not know the level that it was made at."""
-    return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over prompts."
+    return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over {over}."
 
 
 def caption(figure: Figure, *sentences: str) -> None:
@@ -271,7 +271,8 @@ def band(ax, x, rows: pd.DataFrame, color: str, low: str = "low", high: str = "h
 
 def diamond(color: str) -> dict:
     """Style of a placebo's mark."""
-    return {"marker": "D", "markersize": 3.2, "markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 0.8, "linestyle": "none"}
+    edge = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 0.8}
+    return {"marker": "D", "markersize": 3.2, "linestyle": "none", **edge}
 
 
 def placebo_key() -> Line2D:

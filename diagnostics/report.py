@@ -291,12 +291,16 @@ def png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
+def _is_mesh(artist) -> bool:
+    return isinstance(artist, QuadMesh) or (isinstance(artist, PolyCollection) and len(artist.get_offsets()) > 50)
+
+
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element: own ids, page colours as variables, meshes of many cells as a bitmap.
 
-    Text stays text: it can be searched and read aloud, and Verdana has the widths of DejaVu Sans.
+    Text stays text, to be searched and read aloud; the page names its fonts.
     """
-    for mesh in figure.findobj(lambda artist: isinstance(artist, (PolyCollection, QuadMesh))):
+    for mesh in figure.findobj(_is_mesh):
         mesh.set_rasterized(True)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -307,7 +311,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", text)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text).replace("url(#", f"url(#{name}-")
-    text = re.sub(r"\n\s*", "\n", text).replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    text = re.sub(r"\n\s*", "\n", text).replace("<g/>\n", "")
+    text = re.sub(r"font-family: 'DejaVu Sans'; | transform=\"rotate\(-0 [^\"]*\"", "", text)
     text = re.sub(r"(?<![\d.#])([1-9]\d*\.\d{2})\d+", r"\1", text)
     for variable, color in plates.LIGHT.items():
         text = text.replace(color.lower(), f"var(--{variable})")
@@ -412,8 +417,8 @@ def warnings(material: Material) -> list[str]:
 def warning_list(material: Material) -> str:
     """The warnings as paragraphs; those beyond a handful folded away."""
     lines = [f'<p class="warning">{html.escape(message)}</p>' for message in warnings(material)]
-    rest = f"<details><summary>{len(lines) - WARNINGS_OPEN} more</summary>{''.join(lines[WARNINGS_OPEN:])}</details>" if len(lines) > WARNINGS_OPEN else ""
-    return "".join(lines[:WARNINGS_OPEN]) + rest
+    first, rest = lines[:WARNINGS_OPEN], lines[WARNINGS_OPEN:]
+    return "".join(first) + (f"<details><summary>{len(rest)} more</summary>{''.join(rest)}</details>" if rest else "")
 
 
 def token_view(material: Material, contexts: int) -> str:
@@ -484,7 +489,8 @@ def provenance(material: Material) -> str:
 
 
 def _facts(values: Mapping[str, Any]) -> str:
-    rows = "".join(f'<tr><th scope="row">{html.escape(key)}</th><td><code>{html.escape(text)}</code></td></tr>' for key, text in _flat(values))
+    pairs = ((html.escape(key), html.escape(text)) for key, text in _flat(values))
+    rows = "".join(f'<tr><th scope="row">{key}</th><td><code>{text}</code></td></tr>' for key, text in pairs)
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
 
@@ -545,7 +551,8 @@ def _verdict_rows(material: Material) -> list[str]:
     shown, _ = claims(material)
     if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
         return []
-    rows = [f"| {_plain(str(row.claim))} | {_plain(str(row.outcome))} | {_plain(str(row.verdict))} | {_plain(str(row.sentence))} |" for row in shown.itertuples()]
+    cells = shown[["claim", "outcome", "verdict", "sentence"]].astype(str).map(_plain)
+    rows = [f"| {' | '.join(row)} |" for row in cells.itertuples(index=False)]
     return ["\n".join(["| claim | by | verdict | why |", "|---|---|---|---|", *rows])]
 
 

@@ -51,8 +51,9 @@ class RunComparison:
     @property
     def verdicts(self) -> pd.DataFrame:
         """Verdict of each claim and gain, one column a run."""
-        found = {name: report.claims(material)[0] for name, material in self.materials.items()}
-        frames = [table.assign(run=name)[["claim", "outcome", "verdict", "run"]] for name, table in found.items() if {"claim", "outcome", "verdict"} <= set(table)]
+        names = ["claim", "outcome", "verdict"]
+        found = {run: report.claims(material)[0] for run, material in self.materials.items()}
+        frames = [table[names].assign(run=run) for run, table in found.items() if set(names) <= set(table)]
         if not frames:
             return pd.DataFrame()
         table = pd.concat(frames, ignore_index=True).drop_duplicates(["claim", "outcome", "run"])
@@ -81,7 +82,8 @@ class RunComparison:
         return write_atomic(path, self.html.encode())
 
     def _repr_html_(self) -> str:
-        return "".join(f"<h4>{title}</h4>{table.to_html()}" for title, table in (("What differs", self.settings), ("Verdicts", self.verdicts)) if len(table))
+        blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
+        return "".join(f"<h4>{title}</h4>{table.to_html()}" for title, table in blocks.items() if len(table))
 
 
 def compare_runs(directories: Sequence[str | Path], *, names: Sequence[str] | None = None) -> RunComparison:
@@ -94,7 +96,8 @@ def compare_runs(directories: Sequence[str | Path], *, names: Sequence[str] | No
     names = list(names) if names is not None else _folder_names(paths)
     if len(paths) < 2 or len(names) != len(paths) or len(set(names)) != len(names):
         raise DiagnosticsError(
-            f"A comparison needs two or more runs, each with a name of its own; got {len(paths)} and the names {', '.join(map(str, names)) or 'none'}. "
+            f"A comparison needs two or more runs, each with a name of its own; got {len(paths)} and the names "
+            f"{', '.join(map(str, names)) or 'none'}. "
             "Name more directories, or pass names=[…]."
         )
     materials = {str(name): report.read_material(path) for name, path in zip(names, paths, strict=True)}
@@ -153,14 +156,16 @@ def _drawable(tables: Mapping[str, pd.DataFrame]) -> Iterable[tuple[str, pd.Data
         table = tables[name]
         for column, wanted in where.items():
             table = table[table[column].isin([wanted] if isinstance(wanted, str) else wanted)]
-        table = pd.concat([rows[rows.split == narrative.preferred_split(rows)] for _, rows in table.groupby("run", sort=False)]) if len(table) else table
-        if table.get("run", pd.Series(dtype=str)).nunique() > 1:
-            yield name, table.reset_index(drop=True), options, caption
+        parts = [rows[rows.split == narrative.preferred_split(rows)] for _, rows in table.groupby("run", sort=False)]
+        if len(parts) > 1:
+            yield name, pd.concat(parts, ignore_index=True), options, caption
 
 
 def _figure(name: str, caption: str, wide, narrow) -> str:
-    drawings = "".join(f'<div class="{size}">{report.inline_svg(plate, f"{name}-{size}")}</div>' for size, plate in (("wide", wide), ("narrow", narrow)))
-    return f'<figure id="figure-{name}">{drawings}<figcaption>{html.escape(caption)} Every run has its own prompts and its own intervals.</figcaption></figure>'
+    plates = {"wide": wide, "narrow": narrow}
+    drawings = "".join(f'<div class="{size}">{report.inline_svg(plate, f"{name}-{size}")}</div>' for size, plate in plates.items())
+    text = html.escape(f"{caption} Every run has its own prompts and its own intervals.")
+    return f'<figure id="figure-{name}">{drawings}<figcaption>{text}</figcaption></figure>'
 
 
 def _grid(table: pd.DataFrame, kind: str) -> str:

@@ -102,11 +102,12 @@ def show(
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     contexts = _chosen(bank, context)
     rows = _rows(tokens, contexts)
-    names = _criteria(tokens, criteria)
+    names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
     payload = {
-        "total": len(tokens), "color": color, "budgets": _stops(len(tokens)), "budget": int(np.abs(np.log(np.divide(BUDGETS, budget))).argmin()),
+        "total": len(tokens), "color": color, "budgets": _stops(len(tokens)),
+        "budget": int(np.abs(np.log(np.divide(BUDGETS, budget))).argmin()),
         "measures": [*_measurements(tokens, rows), *_scores(tokens, rows, names)], "contexts": _contexts(contexts),
-        "tokens": tokens["token"].iloc[rows].astype(str).tolist(), "gapped": not tokens["token"].astype(str).str.startswith((" ", "\n")).any(),
+        "tokens": texts.iloc[rows].tolist(), "gapped": not texts.str.startswith((" ", "\n")).any(),
         "tops": None if tops is None else _tops(tops, tokens.iloc[rows]),
     }
     known = [measure["name"] for measure in payload["measures"]]
@@ -125,8 +126,8 @@ def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list
     if None in found or not found:
         missing = wanted[found.index(None)] if found else wanted
         raise DiagnosticsError(
-            f"There is no context {missing!r}: the bank holds {len(bank)}, from {bank[0].context_id!r} to {bank[len(bank) - 1].context_id!r}. "
-            "Give an index, a context_id, or a list of them."
+            f"There is no context {missing!r}: the bank holds {len(bank)}, from {bank[0].context_id!r} to "
+            f"{bank[len(bank) - 1].context_id!r}. Give an index, a context_id, or a list of them."
         )
     return found
 
@@ -141,8 +142,8 @@ def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
         here = here[np.argsort(order[here], kind="stable")]
         if order[here].tolist() != list(range(len(context.response_ids))):
             raise DiagnosticsError(
-                f"The token table has {len(here)} positions for context {context.context_id!r}, whose response has {len(context.response_ids)}. "
-                "Pass the table that was scored from this bank."
+                f"The token table has {len(here)} positions for context {context.context_id!r}, whose response has "
+                f"{len(context.response_ids)}. Pass the table that was scored from this bank."
             )
         rows.append(here)
     return np.concatenate(rows)
@@ -179,8 +180,8 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
         order = registry.ranking(tokens, scores)
         ranks[order] = np.arange(1, len(order) + 1)
         shown = f"{name} (criterion)" if name in measured else name
-        found.append({"name": shown, "kind": "criterion", "unit": registry.find(name).formula, **_scale(scores), "data": pack(scores[rows], "<f4"),
-                      "ranks": pack(ranks[rows], width), "width": width})
+        found.append({"name": shown, "kind": "criterion", "unit": registry.find(name).formula, **_scale(scores),
+                      "data": pack(scores[rows], "<f4"), "ranks": pack(ranks[rows], width), "width": width})
     return found
 
 
