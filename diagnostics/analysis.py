@@ -18,13 +18,13 @@ from diagnostics import criteria as registry
 from diagnostics.regressions import residual_curves
 from diagnostics.robustness import coverage, gain_robustness, saturation
 from diagnostics.tables import (
-    OUTCOMES, balance, correlate, matching, outcomes, partial_correlations, q3_contrast, q3_groups,
+    OUTCOMES, balance, correlate, matching, outcomes, partial_correlations, position_means, q3_contrast, q3_groups,
     quadrant_means, scores, splits, within_prompt_correlations,
 )
 from diagnostics.types import support_column
 
 __all__ = [
-    "balance", "correlate", "coverage", "gain_robustness", "matching", "outcomes", "partial_correlations",
+    "balance", "correlate", "coverage", "gain_robustness", "matching", "outcomes", "partial_correlations", "position_means",
     "q3_contrast", "q3_groups", "quadrant_means", "residual_curves", "saturation", "scores", "splits", "study",
     "within_prompt_correlations",
 ]
@@ -49,7 +49,7 @@ def study(
 
     criteria: those to correlate, None takes all that the columns allow; training: runs for claim C5, see
     `verdicts.training_verdict`; losses: token tables of steps with other losses, by loss; base_k: K of the columns
-    without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants,
+    without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants, positions,
     q3_contrast, q3_groups, matching and balance (also within a caliper: ..._caliper), regressions, decomposition, residual_curves, support_robustness,
     gain_robustness, saturation, coverage, verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
     """
@@ -88,6 +88,7 @@ def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losse
         (tables.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
         ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
         (_PLANE, one("quadrants", quadrant_means, **options)),
+        (("position", "response_length"), one("positions", position_means, **options)),
         (_Q3, one("q3_contrast", q3_contrast, **options)),
         (_Q3, one("q3_groups", q3_groups, **options)),
         (_CLAIMS, one("matching", matching, **options)),

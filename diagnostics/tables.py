@@ -258,6 +258,24 @@ def quadrant_means(
     return pd.DataFrame(rows)
 
 
+def position_means(
+    tokens: pd.DataFrame, *, bins: int = 10, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Mean of every outcome along the response, in `bins` equal bins of relative position t/(T - 1).
+
+    Returns columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high, positions, prompts. A bin without
+    positions has no row.
+    """
+    place, rows = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1), []
+    for split in splits(tokens, draws=draws, seed=seed):
+        for outcome in outcomes(tokens):
+            values, here = split.values(tokens, outcome), place[split.mask]
+            for number in np.unique(here):
+                key = {"outcome": outcome, "split": split.name, "position": (number + 0.5) / bins}
+                rows.append(key | row(statistics.mean(values, split.prompts, here == number), level, named="mean"))
+    return pd.DataFrame(rows)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Top and bottom group of a score among the Q3 positions of a split."""

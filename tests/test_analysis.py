@@ -13,7 +13,7 @@ from tests.test_criteria import registry  # noqa: F401
 from tests.test_verdicts import EQUAL, runs
 
 TABLES = {
-    "correlations", "placebo_excess", "differences", "partial", "within_prompt", "quadrants", "q3_contrast", "q3_groups", "matching", "balance", "matching_caliper",
+    "correlations", "placebo_excess", "differences", "partial", "within_prompt", "quadrants", "positions", "q3_contrast", "q3_groups", "matching", "balance", "matching_caliper",
     "balance_caliper", "regressions", "decomposition", "residual_curves", "support_robustness", "verdicts", "gain_robustness", "saturation", "coverage", "warnings", "left_out",
 }
 

@@ -157,6 +157,21 @@ def test_within_prompt_correlations_equal_a_loop(tokens):
 # --- quadrants and Q3 -------------------------------------------------------------------------------
 
 
+def test_position_means_equal_a_loop(tokens):
+    table = T.position_means(tokens, bins=4, **DRAWS)
+    assert list(table.columns) == ["outcome", "split", "position", "mean", "low", "high", "positions", "prompts"]
+    assert sorted(table.position.unique()) == [0.125, 0.375, 0.625, 0.875]
+    for row in table.itertuples():
+        part = tokens if row.split == "all" else tokens[tokens.split == row.split]
+        values = [
+            value for value, t, length in zip(part[row.outcome], part.position, part.response_length)
+            if min(3, int(4 * t / max(length - 1, 1))) == 4 * row.position - 0.5 and np.isfinite(value)
+        ]
+        assert row.positions == len(values)
+        assert row.mean == pytest.approx(sum(values) / len(values), abs=1e-12)
+        assert row.low <= row.mean <= row.high
+
+
 def test_quadrant_means_equal_a_loop(tokens):
     table = T.quadrant_means(tokens, **DRAWS)
     assert len(table) == 3 * 3 * 5 * 4
