@@ -77,9 +77,9 @@ def plate(draw: Callable) -> Callable:
     """Draw in the one style, settle the layout once, and leave a figure that can be saved at once."""
 
     @functools.wraps(draw)
-    def drawn(table: pd.DataFrame, *rest, **options) -> Figure:
+    def drawn(*tables, **options) -> Figure:
         with matplotlib.rc_context(style(options.get("width", DOUBLE), options.get("dark", False))):
-            figure = draw(table, *rest, **options)
+            figure = draw(*tables, **options)
             figure.draw_without_rendering()
             figure.set_layout_engine(None)  # a later save then draws once, not twice
         return figure
