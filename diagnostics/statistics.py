@@ -14,9 +14,9 @@ Exact in every draw: means, differences, Pearson, regressions, medians. Approxim
 resamples ranks, partial correlations take residuals once, Kendall and trimmed means resample their first-order
 term, groups and winsorising limits are cut once. `benchmarks/CALIBRATION.md` has the measured differences.
 
-Departures: with some tens of prompts the percentile interval is too short (92 % for 95 % at 20 prompts)
-and BCa shorter still (88 %), so the interval is a t interval, and the bootstrap's standard error, biased
-downwards, is replaced by the jackknife's, biased upwards, where that is larger.
+Departures: with some tens of prompts the percentile interval is too short (it covers 87-93 % for 95 % at 20
+prompts) and BCa shorter still (82-93 %), so the interval is a t interval, and the bootstrap's standard error,
+biased downwards, is replaced by the jackknife's, biased upwards, where that is larger (94-97.5 %).
 References: Efron and Stein 1981; Efron and Tibshirani 1993, ch. 11-14; Cameron and Miller 2015; MacKinnon,
 Nielsen and Webb 2023 (t(G-1) with the cluster jackknife); Hoeffding 1948 (projection).
 """
