@@ -194,7 +194,7 @@ def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
     Returns columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at or beyond
     the 5 % and 95 % quantile), distinct, undefined, positions, prompts.
     """
-    prompts, rows = Prompts(tokens["prompt_id"].to_numpy(), draws=0), []
+    prompts, rows = Prompts(tokens["prompt_id"], draws=0), []
     for name in tokens.columns:
         if name in SCHEMA and SCHEMA[name].stage == "before":
             values = tokens[name].to_numpy(dtype=np.float64)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, spatial, special
 
 LEAST_BLOCK = 128
@@ -51,7 +52,7 @@ class Prompts:
     """
 
     def __init__(self, ids, *, draws: int = 1000, seed: int = 0):
-        self.names, self.codes = np.unique(np.asarray(ids, dtype=object).astype(str), return_inverse=True)
+        self.codes, self.names = pd.factorize(pd.Series(ids), sort=True)
         self.count, self.draws, self.seed = len(self.names), draws, seed
 
     @cached_property
@@ -65,14 +66,19 @@ class Prompts:
     def sums(self, *columns: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
         """Sums [prompts, columns] over each prompt's positions.
 
-        columns: [N] each, or one value for each position that `at`, a mask or row numbers, picks.
+        columns: [N] each, or one value for each position that `at`, a mask or row numbers, picks. Fastest where a
+        prompt's positions stand together.
         """
         codes = self.codes if at is None else self.codes[at]
-        return np.stack([np.bincount(codes, weights=column, minlength=self.count) for column in columns], axis=1)
+        if not len(codes):
+            return np.zeros((self.count, len(columns)))
+        starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+        runs = (np.add.reduceat(np.asarray(column, dtype=np.float64), starts) for column in columns)
+        return np.stack([np.bincount(codes[starts], weights=run, minlength=self.count) for run in runs], axis=1)
 
     def without_draws(self) -> Prompts:
         """The same prompts for statistics whose interval is not wanted."""
-        return Prompts(self.names[self.codes], draws=0)
+        return Prompts(self.codes, draws=0)
 
     def present(self, mask: np.ndarray) -> int:
         """Number of prompts with a position under the mask [N]."""

@@ -62,12 +62,15 @@ def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterato
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):
         raise DiagnosticsError("The token table has no rows, so there is nothing to analyse. Score a bank with responses.")
+    nameless = int(tokens["prompt_id"].isna().sum())
+    if nameless:
+        raise DiagnosticsError(f"{nameless} positions have no prompt_id, so their cluster is not known. Fill it in, or drop them.")
     names = ["all"]
     if "split" in tokens and {"step", "held_out"} <= set(tokens["split"]):
         names += ["step", "held_out"]
     for name in names:
         mask = np.ones(len(tokens), dtype=bool) if name == "all" else (tokens["split"] == name).to_numpy(dtype=bool)
-        yield Split(name, mask, Prompts(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed))
+        yield Split(name, mask, Prompts(tokens["prompt_id"][mask], draws=draws, seed=seed))
 
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:

@@ -88,6 +88,12 @@ def test_tables_that_cannot_be_analysed(tokens, change, message):
         T.correlate(broken, criteria=["entropy"], draws=5)
 
 
+def test_positions_without_a_prompt_are_refused(tokens):
+    broken = tokens.assign(prompt_id=tokens.prompt_id.where(tokens.index > 2))
+    with pytest.raises(DiagnosticsError, match=r"^3 positions have no prompt_id, so their cluster is not known\. Fill it in, or drop them\.$"):
+        T.correlate(broken, criteria=["entropy"], draws=5)
+
+
 def test_a_criterion_without_its_columns_and_one_from_after(tokens):
     with pytest.raises(DiagnosticsError, match=r"^Criterion 'jsd' needs the column js;"):
         T.correlate(tokens, criteria=["jsd"], draws=5)
