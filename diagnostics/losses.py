@@ -115,7 +115,9 @@ def chunked_loss(
     nothing_0V = student_logits(student_hidden_NH[:0].detach())
     leaves = _leaves(nothing_0V)
     kept_n = weights_N.nonzero()[:, 0]
-    chunks = kept_n.split(chunk or chunk_size(nothing_0V.shape[-1], nothing_0V.device)) if len(kept_n) else ()
+    # Half of scoring's chunk: the logits' derivative stands beside them, and the head's gradient beside both.
+    step = chunk or max(1, chunk_size(nothing_0V.shape[-1], nothing_0V.device) // 2)
+    chunks = kept_n.split(step) if len(kept_n) else ()
 
     def chunk_value(at_n: Tensor, gradients: _Gradients | None) -> Tensor:
         """One chunk's part of the sum; its derivative goes to `gradients`."""
