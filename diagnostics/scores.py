@@ -128,9 +128,9 @@ def score(
     columns: dict[str, np.ndarray] = {}
     for batch, student_nH, teacher_nH in _forward(pair, mine(batches(bank, batch_tokens=batch_tokens)), "score"):
         measured = divergences.measure_hidden(
-            student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep)
+            student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep),
+            student_dropped=_dropped(pair.student), teacher_dropped=_dropped(pair.teacher),
         )
-        measured |= _dropped(pair, student_nH, teacher_nH)
         for name, values_n in measured.items():
             columns.setdefault(name, np.zeros(bank.positions))[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
     columns = _gathered(columns, bank.positions)
@@ -211,13 +211,9 @@ def rescore(
     return tuple(parallel.total(columns))
 
 
-def _dropped(pair: Pair, student_nH: Tensor, teacher_nH: Tensor) -> dict[str, Tensor]:
-    """Mass that each model gives to ids outside the shared vocabulary; columns only for a model that has any."""
-    dropped = {}
-    for name, model, hidden_nH in (("student", pair.student, student_nH), ("teacher", pair.teacher, teacher_nH)):
-        if model.full_vocabulary > model.vocabulary:
-            dropped[f"{name}_dropped_mass"] = divergences.mass_outside(hidden_nH, model.logits, model.dropped_logits)
-    return dropped
+def _dropped(model: Readout) -> divergences.Logits | None:
+    """Logits of the ids outside the shared vocabulary, for a model that has any."""
+    return model.dropped_logits if model.full_vocabulary > model.vocabulary else None
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:

@@ -17,7 +17,6 @@ reverse KL whose expectation that is.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
