@@ -24,6 +24,7 @@ Nielsen and Webb 2023 (t(G-1) with the cluster jackknife); Hoeffding 1948 (proje
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -38,6 +39,8 @@ ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
 SINGULAR = 1e-10
 """Determinant of a correlation matrix under which its columns count as linearly dependent."""
+ROUNDING = 1e-26
+"""Centred over uncentred sum of squares under which a prompt's values count as constant."""
 TOO_FAR = 1e9
 """Cost of a pair outside the caliper, so that an assignment takes it only for want of another."""
 CHUNK = 2_000_000
@@ -203,6 +206,12 @@ class Ranked:
         self.below[self.order] = start if within is None else start - _runs(within[self.order])[0]
         self.untied = bool((self.ties == 1).all())
 
+    def shifted(self, start: np.ndarray) -> Ranked:
+        """Ranks within groups as ranks over all, groups laid end to end; start: [n] where each one's group begins."""
+        whole = copy(self)
+        whole.below = self.below + start
+        return whole
+
     @property
     def average(self) -> np.ndarray:
         """Ranks from 1, averaged over ties."""
@@ -340,24 +349,44 @@ def _earlier_and_lower_in_block(values: np.ndarray, side: int) -> np.ndarray:
     return counts.T.ravel()
 
 
-def within_prompts(x, y, prompts: Prompts, *, ranked: bool = True, least: int = 5) -> Estimate:
-    """Mean over prompts of the correlation within each, Spearman's or Pearson's; prompts count alike.
+def within_prompts(x, y, prompts: Prompts, *, method: str = "spearman", least: int = 5) -> Estimate:
+    """Mean over prompts of the correlation within each, Spearman's, Pearson's or Kendall's; prompts count alike.
 
     A prompt takes part with at least `least` positions where both are finite and neither is constant.
     """
     x, y, mask = _pair(x, y)
     if not mask.any():
         return undefined(prompts, mask)
-    codes = prompts.codes[mask]
-    x, y = (v.ranked(mask, prompts).average if ranked else v.values[mask] for v in (x, y))
-    n, sx, sy = prompts.sums(np.ones_like(x), x, y, at=mask).T
-    x, y = (v - (s / np.maximum(n, 1))[codes] for v, s in ((x, sx), (y, sy)))
-    xx, yy, xy = prompts.sums(x * x, y * y, x * y, at=mask).T
+    n, xx, yy, xy = (_concordance_within if method == "kendall" else _moments_within)(x, y, mask, prompts, method)
     with np.errstate(invalid="ignore", divide="ignore"):
         each = np.where((n >= least) & (xx > 0) & (yy > 0), xy / np.sqrt(xx * yy), np.nan)
     used = np.isfinite(each)
     sums = np.stack([used, np.where(used, each, 0.0)], axis=1).astype(np.float64)
     return of_sums(_ratio, sums, prompts, mask & used[prompts.codes])[0]
+
+
+def _moments_within(x: Variable, y: Variable, mask: np.ndarray, prompts: Prompts, method: str) -> tuple[np.ndarray, ...]:
+    """[prompts] each: positions, and centred sums of squares and products of values or of ranks within the prompt."""
+    codes = prompts.codes[mask]
+    x, y = (v.ranked(mask, prompts).average if method == "spearman" else v.values[mask] for v in (x, y))
+    n, sx, sy, *sizes = prompts.sums(np.ones_like(x), x, y, x * x, y * y, at=mask).T
+    x, y = (v - (s / np.maximum(n, 1))[codes] for v, s in ((x, sx), (y, sy)))
+    xx, yy, xy = prompts.sums(x * x, y * y, x * y, at=mask).T
+    xx, yy = (np.where(v > ROUNDING * size, v, 0) for v, size in zip((xx, yy), sizes, strict=True))
+    return n, xx, yy, xy
+
+
+def _concordance_within(x: Variable, y: Variable, mask: np.ndarray, prompts: Prompts, _: str) -> tuple[np.ndarray, ...]:
+    """[prompts] each: positions, untied pairs in x, in y, and concordant less discordant pairs, of the prompt's own.
+
+    With the prompts' values laid end to end, two positions of different prompts always agree: they are taken off.
+    """
+    codes = prompts.codes[mask]
+    size = np.bincount(codes, minlength=prompts.count)
+    start = (np.cumsum(size) - size)[codes]
+    both, x_untied, y_untied = concordance(*(v.ranked(mask, prompts).shifted(start) for v in (x, y)))
+    others = len(codes) - size[codes]
+    return tuple(prompts.sums(np.ones(len(codes)), x_untied - others, y_untied - others, both - others, at=mask).T)
 
 
 class Controls:

@@ -15,6 +15,7 @@ caliper.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -173,19 +174,19 @@ def placebo_excess(associations: list[Association], *, level: float) -> pd.DataF
     ])
 
 
-def correlation_differences(associations: list[Association], *, level: float, method: str = "spearman") -> pd.DataFrame:
-    """Correlation of `criterion` minus correlation of `other`, for every pair, paired over prompts.
+def correlation_differences(associations: list[Association], *, level: float) -> pd.DataFrame:
+    """Correlation of `criterion` minus correlation of `other`, for every pair and method, paired over prompts.
 
     Returns columns outcome, criterion, other, split, method, difference, low, high, p_value (against 0, not
     corrected for the number of pairs), positions, prompts.
     """
-    rows = []
-    wanted = [a for a in associations if a.method == method]
-    for first, second in combinations(wanted, 2):
-        if (first.outcome, first.split) == (second.outcome, second.split):
+    rows, alike = [], defaultdict(list)
+    for association in associations:
+        alike[association.outcome, association.split, association.method].append(association)
+    for (outcome, split, method), same in alike.items():
+        for first, second in combinations(same, 2):
             difference = first.estimate - second.estimate
-            key = {"outcome": first.outcome, "criterion": first.criterion, "other": second.criterion}
-            key |= {"split": first.split, "method": method}
+            key = {"outcome": outcome, "criterion": first.criterion, "other": second.criterion, "split": split, "method": method}
             rows.append(key | row(difference, level, named="difference", p_value=difference.p_value))
     return pd.DataFrame(rows)
 
@@ -198,10 +199,10 @@ def partial_correlations(
     Columns as `correlate`; method is spearman (of ranks) or pearson. NaN where the controls determine the
     criterion, as they do `entropy`.
     """
-    def statistic(x, y, held, prompts, ranked):
-        return statistics.partial(x, y, held, prompts, ranked=ranked)
+    def statistic(x, y, held, prompts, method):
+        return statistics.partial(x, y, held, prompts, ranked=method == "spearman")
 
-    return _each(tokens, statistic, criteria, controls(tokens), draws=draws, level=level, seed=seed)
+    return _each(tokens, statistic, ("spearman", "pearson"), criteria, controls(tokens), draws=draws, level=level, seed=seed)
 
 
 def within_prompt_correlations(
@@ -209,19 +210,19 @@ def within_prompt_correlations(
 ) -> pd.DataFrame:
     """Mean over prompts of the correlation within a prompt, so that no difference between prompts enters.
 
-    Columns as `correlate`; method is spearman or pearson. Prompts with fewer than five defined positions, or
+    Columns as `correlate`. Prompts with fewer than five defined positions, or
     with a constant, are left out and not counted.
     """
-    def statistic(x, y, held, prompts, ranked):
-        return statistics.within_prompts(x, y, prompts, ranked=ranked)
+    def statistic(x, y, held, prompts, method):
+        return statistics.within_prompts(x, y, prompts, method=method)
 
-    return _each(tokens, statistic, criteria, {}, draws=draws, level=level, seed=seed)
+    return _each(tokens, statistic, METHODS, criteria, {}, draws=draws, level=level, seed=seed)
 
 
 def _each(
-    tokens: pd.DataFrame, statistic: Callable, criteria, fixed: dict[str, np.ndarray], *, draws: int, level: float, seed: int
+    tokens: pd.DataFrame, statistic: Callable, methods: Iterable[str], criteria, fixed: dict[str, np.ndarray], *, draws: int, level: float, seed: int
 ) -> pd.DataFrame:
-    """statistic(x, y, what is held fixed, prompts, ranked) for every outcome, criterion, split and method."""
+    """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, split and method."""
     scored, rows = scores(tokens, criteria, seed=seed), []
     for split in splits(tokens, draws=draws, seed=seed):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
@@ -229,11 +230,10 @@ def _each(
         for outcome in outcomes(tokens):
             y, placebo = (Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}"))
             for name, x in variables.items():
-                for method in ("spearman", "pearson"):
-                    ranked = method == "spearman"
+                for method in methods:
                     key = {"outcome": outcome, "criterion": name, "split": split.name, "method": method}
-                    control = statistic(x, placebo, held, bare, ranked).value
-                    rows.append(key | row(statistic(x, y, held, split.prompts, ranked), level, placebo=control))
+                    control = statistic(x, placebo, held, bare, method).value
+                    rows.append(key | row(statistic(x, y, held, split.prompts, method), level, placebo=control))
     return pd.DataFrame(rows)
 
 

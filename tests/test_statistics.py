@@ -199,16 +199,16 @@ def test_ranks_within_groups():
     assert ranked.average.tolist() == [2, 1.5, 1.5, 1, 3]
 
 
-@pytest.mark.parametrize("ranked", [True, False])
-def test_within_prompts_equals_a_loop(ranked):
+@pytest.mark.parametrize("method, oracle", [("spearman", stats.spearmanr), ("pearson", stats.pearsonr), ("kendall", stats.kendalltau)])
+def test_within_prompts_equals_a_loop(method, oracle):
     codes, x, y, _ = clustered(ties=True)
     x[3] = NAN
     frame = pd.DataFrame({"g": codes, "x": x, "y": y}).dropna()
     each = [
-        (stats.spearmanr if ranked else stats.pearsonr)(part.x, part.y).statistic
+        oracle(part.x, part.y).statistic
         for _, part in frame.groupby("g") if len(part) >= 5 and part.x.nunique() > 1 and part.y.nunique() > 1
     ]
-    estimate = S.within_prompts(x, y, Prompts(codes), ranked=ranked)
+    estimate = S.within_prompts(x, y, Prompts(codes), method=method)
     assert estimate.value == pytest.approx(np.mean(each), abs=1e-12) and estimate.prompts == len(each)
     error = np.std(each, ddof=1) / np.sqrt(len(each))
     assert estimate.standard_error == pytest.approx(error, rel=0.08)
@@ -218,8 +218,9 @@ def test_within_prompts_ignores_differences_between_prompts():
     codes = np.repeat(np.arange(6), 8)
     x = np.tile(np.arange(8.0), 6)
     between = np.random.default_rng(0).normal(size=6)[codes] * 100
-    assert S.within_prompts(x + between, -x + between, Prompts(codes)).value == pytest.approx(-1)
-    assert np.isnan(S.within_prompts(between, x, Prompts(codes)).value)
+    for method in ("spearman", "pearson", "kendall"):
+        assert S.within_prompts(x + between, -x + between, Prompts(codes), method=method).value == pytest.approx(-1)
+        assert np.isnan(S.within_prompts(between, x, Prompts(codes), method=method).value)
 
 
 def test_partial_by_hand():

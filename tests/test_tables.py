@@ -127,8 +127,8 @@ def test_a_constant_score_and_a_single_prompt(tokens):
 def test_differences_are_paired_and_cover_every_pair(tokens):
     found = T.associate(tokens, criteria=NAMES, **DRAWS)
     table = T.correlation_differences(found, level=0.95)
-    assert len(table) == 3 * 3 * 6 and set(table.method) == {"spearman"}
-    row = one(table, outcome="gain", split="all", criterion="teachability", other="divergence")
+    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(T.METHODS)
+    row = one(table, outcome="gain", split="all", criterion="teachability", other="divergence", method="spearman")
     first, second = (next(a for a in found if (a.outcome, a.criterion, a.split, a.method) == ("gain", name, "all", "spearman")) for name in ("teachability", "divergence"))
     assert row.difference == pytest.approx(first.estimate.value - second.estimate.value)
     paired = np.std(first.estimate.draws - second.estimate.draws)
@@ -152,11 +152,12 @@ def test_partial_correlations_equal_residuals(tokens):
     assert row.estimate == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-10)
 
 
-def test_within_prompt_correlations_equal_a_loop(tokens):
+@pytest.mark.parametrize("method, oracle", [("spearman", stats.spearmanr), ("pearson", stats.pearsonr), ("kendall", stats.kendalltau)])
+def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
     table = T.within_prompt_correlations(tokens, criteria=["divergence"], **DRAWS)
-    row = one(table, outcome="gain", split="all", method="spearman")
+    row = one(table, outcome="gain", split="all", method=method)
     x = pd.Series(score_criterion(tokens, "divergence"))
-    each = [stats.spearmanr(x[rows.index], rows.gain).statistic for _, rows in tokens.groupby("prompt_id") if len(rows) >= 5]
+    each = [oracle(x[rows.index], rows.gain).statistic for _, rows in tokens.groupby("prompt_id") if len(rows) >= 5]
     assert row.estimate == pytest.approx(np.mean(each), abs=1e-10) and row.prompts == len(each)
 
 
