@@ -90,6 +90,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         if name in STAGES:
             command.add_argument("--output-dir", required=True, help="the run's directory")
             add_flags(command, *configs)
+        if "pairs.PairConfig" in STAGES.get(name, ()):
+            command.add_argument("--accept-code", action="store_true", help="keep finished stages that another version of this program measured")
         if name == "validate":
             command.add_argument("--offline", help="run directory of a finished main job, whose answers are compared with the trainings")
         if name == "score":
@@ -139,7 +141,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
     from diagnostics.runs import open_run
 
     configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
-    with open_run(parsed.output_dir) as run:
+    with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
         models = stages.Models(configs["PairConfig"]) if "PairConfig" in configs else None
         if parsed.command in ("run", "rollout"):
             stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"])

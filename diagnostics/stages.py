@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 
-from diagnostics.runs import Run, sha256_file, write_csv, write_json, write_parquet
+from diagnostics.runs import Run, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
 EMBEDDED_CONTEXTS = 128
@@ -54,6 +54,25 @@ class Models:
     def settings(self) -> dict:
         """What names the pair; where it runs is left out."""
         return {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
+
+    def fingerprint(self) -> dict[str, str]:
+        """What each model is made of: a hash over its local files, or the commit of a Hugging Face id."""
+        return dict(self._fingerprint)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        from diagnostics.pairs import SMOLLM2_SHA256, named_pair
+
+        settings = self.settings
+        if settings["pair"] == "smollm2":
+            return {"gguf": SMOLLM2_SHA256}
+        if settings["pair"] is not None:
+            settings |= dict(zip(("student", "teacher"), map(str, named_pair(settings["pair"]))))
+        local = {name: Path(value) for name, value in settings.items()
+                 if name not in ("pair", "dtype", "teacher_dtype") and isinstance(value, str) and value and Path(value).exists()}
+        remote = [name for name in ("student", "teacher") if settings[name] and name not in local]  # their commit is known once loaded
+        commits = {name: self.pair.facts.get(name, {}).get("revision") for name in remote}
+        return {name: fingerprint_files(path) for name, path in local.items()} | {name: commit for name, commit in commits.items() if commit}
 
 
 def choose_prompts(models: Models, config) -> list[Prompt]:
@@ -88,9 +107,7 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
     from diagnostics.rollouts import rollout as sample
 
     path = prompts.prompts
-    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout)}
-    if path is not None and Path(path).is_file():
-        settings["prompts_sha256"] = sha256_file(Path(path))
+    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
 
     def work() -> dict:
         pair = models.pair
@@ -101,7 +118,13 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
         return {**pair.facts, "contexts": len(bank), "positions": bank.positions,
                 "first_prompt": chosen[0].prompt, "rendered_prompts_sha256": rendered}
 
-    run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work)
+    run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work,
+              code=("rollouts", "prompts", "tasks", "pairs"), models=models.fingerprint)
+
+
+def _file_hash(name: str, path: str | None) -> dict[str, str]:
+    """The hash of a file of prompts, for the settings of the stage that reads it."""
+    return {f"{name}_sha256": sha256_file(Path(path))} if path and Path(path).is_file() else {}
 
 
 def score_stage(run: Run, models: Models, config) -> None:
@@ -114,7 +137,7 @@ def score_stage(run: Run, models: Models, config) -> None:
         return models.pair.facts
 
     run.stage("score", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet"],
-              outputs=["scores.parquet"], work=work)
+              outputs=["scores.parquet"], work=work, code=("scores",), models=models.fingerprint)
     join_tokens(run)
 
 
@@ -131,7 +154,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
         return dataclasses.asdict(result.step)
 
     run.stage("probe", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet", "scores.parquet"],
-              outputs=["gains.parquet", "tables/calibration.csv"], work=work)
+              outputs=["gains.parquet", "tables/calibration.csv"], work=work, code=("probe",), models=models.fingerprint)
     join_tokens(run)
 
 
@@ -144,7 +167,8 @@ def import_tokens(run: Run, path: Path) -> None:
 
     if not path.is_file():
         raise DiagnosticsError(f"{path} is not a file. Name a token table in CSV, JSONL or parquet with --tokens.")
-    run.stage("import", settings={"tokens": path.name, "sha256": sha256_file(path)}, outputs=["tokens.parquet"], work=work)
+    run.stage("import", settings={"tokens": path.name, "sha256": sha256_file(path)}, outputs=["tokens.parquet"], work=work,
+              code=("interop",))
 
 
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
@@ -164,10 +188,12 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         write_parquet(run.path("gains.parquet"), before[list(GAIN_KEYS)].assign(**columns))
         return pair.facts
 
+    trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
     if "probe" in run.manifest["stages"]:
         raise DiagnosticsError(f"{run.directory} holds the gains of a probe. Score the same contexts in another --output-dir, and the checkpoint there.")
     run.stage("after", settings={**models.settings, "after": checkpoint, "batch_tokens": batch_tokens},
-              inputs=["contexts.parquet", "scores.parquet"], outputs=["gains.parquet"], work=work)
+              inputs=["contexts.parquet", "scores.parquet"], outputs=["gains.parquet"], work=work, code=("probe", "evaluation"),
+              models=lambda: models.fingerprint() | trained)
     join_tokens(run)
 
 
@@ -180,6 +206,7 @@ def join_tokens(run: Run) -> None:
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
+    run.record_file("tokens.parquet")
 
 
 def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -217,7 +244,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     from diagnostics.training import train
 
     settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
-                **dataclasses.asdict(evaluation)}
+                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
     def work() -> dict:
@@ -233,7 +260,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         weights = sorted(run.path("student").glob("*.safetensors"))
         return [name for name in names if run.path(name).exists()] + [f"student/{path.name}" for path in weights]
 
-    run.stage("train", settings=settings, outputs=outputs, work=work)
+    run.stage("train", settings=settings, outputs=outputs, work=work, code=("training", "trainer"), models=models.fingerprint)
     if run.path("scores.parquet").exists():
         join_tokens(run)
 
@@ -253,7 +280,7 @@ def analyze_stage(run: Run, config, *, seed: int) -> None:
             write_csv(run.path(f"tables/{name}.csv"), table)
 
     run.stage("analyze", settings={**dataclasses.asdict(config), "seed": seed}, inputs=["tokens.parquet"],
-              outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True)
+              outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True, code=("analysis",))
 
 
 def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
@@ -276,7 +303,7 @@ def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
 
     run.stage("compare", settings={**dataclasses.asdict(config), **dataclasses.asdict(analysis), "seed": seed},
               inputs=["tokens.parquet", *([effects] if effects else [])], outputs=lambda: [f"tables/{name}.csv" for name in tables],
-              work=work, derived=True)
+              work=work, derived=True, code=("comparison", "agreement"))
 
 
 def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_tokens: int) -> None:
@@ -296,7 +323,8 @@ def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_
 
     settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
     run.stage("intervene", settings=settings, inputs=["contexts.parquet", "scores.parquet"],
-              outputs=["interventions.parquet", "tables/intervention.csv"], work=work, derived=True)
+              outputs=["interventions.parquet", "tables/intervention.csv"], work=work, derived=True, code=("intervention",),
+              models=models.fingerprint)
 
 
 def attribute_stage(run: Run, models: Models, probe, config, analysis, *, batch_tokens: int) -> None:
@@ -316,7 +344,8 @@ def attribute_stage(run: Run, models: Models, probe, config, analysis, *, batch_
 
     settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
     run.stage("attribute", settings=settings, inputs=["contexts.parquet", "scores.parquet", "gains.parquet"],
-              outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in names)], work=work, derived=True)
+              outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in names)], work=work, derived=True,
+              code=("attribution",), models=models.fingerprint)
     join_tokens(run)
 
 
@@ -361,4 +390,5 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     settings = {**models.settings, **dataclasses.asdict(config), **dataclasses.asdict(evaluation), **dataclasses.asdict(analysis), "offline": offline}
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
-              outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True)
+              outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True, code=("validation", "training"),
+              models=models.fingerprint)

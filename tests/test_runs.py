@@ -4,6 +4,7 @@ import os
 import pandas as pd
 import pytest
 
+from diagnostics import runs
 from diagnostics.runs import Run, open_run, sha256_file, versions, write_atomic, write_csv, write_parquet
 from diagnostics.types import DiagnosticsError
 
@@ -47,6 +48,113 @@ def test_a_derived_stage_follows_its_input(tmp_path):
     assert (tmp_path / "a.txt").read_bytes() == b"second"
 
 
+def stage(run, **changed):
+    write_atomic(run.path("in.txt"), b"1")
+    options = dict(settings={}, inputs=["in.txt"], outputs=["a.txt"], work=write(run, b"hello"), code=("statistics",), models=lambda: {"student": "s1"})
+    return run.stage("one", **options | changed)
+
+
+@pytest.fixture
+def other_code(monkeypatch):
+    """From the call on, the modules hash as if one of them had been edited."""
+    return lambda: monkeypatch.setattr(runs, "code_version", lambda *_: "0.0.0 0123456789abcdef")
+
+
+def test_other_models_are_refused_with_the_difference(tmp_path):
+    with open_run(tmp_path) as run:
+        assert stage(run)
+        for name in ("one", "two"):  # by the stage itself, and by any other of the same directory
+            with pytest.raises(DiagnosticsError, match=r"holds stage 'one' of another configuration \(model student: was 's1', now 's2'\)\. Nothing was"):
+                run.stage(name, settings={}, outputs=["a.txt"], inputs=["in.txt"], work=write(run, b"x"), models=lambda: {"student": "s2"}, derived=name == "two")
+    assert (tmp_path / "a.txt").read_bytes() == b"hello"
+
+
+def test_other_code_is_refused_with_the_difference(tmp_path, other_code):
+    with open_run(tmp_path) as run:
+        stage(run)
+        was = run.manifest["stages"]["one"]["code"]["version"]
+        other_code()
+        with pytest.raises(DiagnosticsError) as refused:
+            stage(run, work=write(run, b"other"))
+    assert str(refused.value) == (
+        f"{tmp_path} holds stage 'one' of another version of this program (code version: was {was!r}, now '0.0.0 0123456789abcdef'). "
+        "Nothing was overwritten. Choose another --output-dir, that version, or --accept-code to keep what it measured."
+    )
+    assert (tmp_path / "a.txt").read_bytes() == b"hello"
+
+
+def test_what_other_code_measured_can_be_kept(tmp_path, other_code, caplog):
+    with open_run(tmp_path) as run:
+        stage(run)
+    record = json.loads((tmp_path / "manifest.json").read_text())["stages"]["one"]
+    other_code()
+    with open_run(tmp_path, accept_code=True) as run:
+        assert not stage(run, work=write(run, b"other"))
+    assert "one: kept, though another version of this program measured it (code version: was" in caplog.text
+    assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["one"] == record
+
+
+def test_tables_follow_the_code(tmp_path, other_code):
+    with open_run(tmp_path) as run:
+        assert stage(run, derived=True) and not stage(run, derived=True)
+        other_code()
+        assert stage(run, derived=True, work=write(run, b"newer"))
+    assert (tmp_path / "a.txt").read_bytes() == b"newer"
+
+
+def test_a_code_version_covers_what_is_imported_and_no_more(tmp_path, monkeypatch):
+    for name, source in {"types": "X = 1", "base": "from diagnostics.types import X", "top": "def f():\n    from diagnostics import base, runs\n",
+                         "apart": "Y = 2", "runs": "Z = 3"}.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    (tmp_path / "diagnostics").symlink_to(tmp_path)
+    monkeypatch.setattr(runs, "PACKAGE", tmp_path / "diagnostics")
+    code_version = runs.code_version.__wrapped__
+    before = code_version("top")
+    for name, changes in (("apart", False), ("runs", False), ("types", True)):
+        (tmp_path / f"{name}.py").write_text("W = 9")
+        assert (code_version("top") != before) == changes, name
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    before = runs.fingerprint_files(folder)
+    (folder / "README.md").write_text("words change nothing")
+    assert runs.fingerprint_files(folder) == before
+    (folder / "model.safetensors").write_bytes(b"weighTs")
+    flipped = runs.fingerprint_files(folder)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert len({before, flipped, runs.fingerprint_files(folder)}) == 3
+    assert runs.fingerprint_files(folder / "other.safetensors") == sha256_file(folder / "other.safetensors")
+
+
+def test_a_damaged_input_is_not_read(tmp_path):
+    with open_run(tmp_path) as run:
+        run.stage("one", settings={}, outputs=["a.txt"], work=write(run, b"hello"))
+        (tmp_path / "a.txt").write_bytes(b"hellx")
+        with pytest.raises(DiagnosticsError, match=r"Stage 'two' reads .*a\.txt, which is not as it was written: its sha256 is .*Run the stage that writes it again\."):
+            run.stage("two", settings={}, inputs=["a.txt"], outputs=[], work=dict)
+
+
+def test_a_joined_file_s_damage_is_seen(tmp_path):
+    with open_run(tmp_path) as run:
+        write_atomic(run.path("joined.txt"), b"hello")
+        run.record_file("joined.txt")
+        run.stage("two", settings={}, inputs=["joined.txt"], outputs=[], work=dict, derived=True)
+        (tmp_path / "joined.txt").write_bytes(b"hellx")
+        with pytest.raises(DiagnosticsError, match="is not as it was written"):
+            run.stage("two", settings={}, inputs=["joined.txt"], outputs=[], work=dict, derived=True)
+
+
+def test_an_older_record_is_not_asked_for_what_it_does_not_know(tmp_path):
+    with open_run(tmp_path) as run:
+        stage(run)
+        record = run.manifest["stages"]["one"]
+        del record["models"], record["code"]
+        assert not stage(run, settings={"new": None})
+
+
 def test_missing_input_names_the_remedy(tmp_path):
     with open_run(tmp_path) as run, pytest.raises(DiagnosticsError, match=r"Stage 'two' reads .*b\.txt, which is not there\. Run the stage"):
         run.stage("two", settings={}, inputs=["b.txt"], outputs=[], work=dict)
@@ -86,7 +194,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiagnosticsError, match=r"a cannot be written \(No space left on device\)\. Nothing finished was lost\. Make room or choose another"):
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
