@@ -123,6 +123,12 @@ class Pair:
         """Number of shared ids."""
         return self.student.vocabulary
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that both models' position range holds; None where neither names one."""
+        sizes = [getattr(readout.model.config.get_text_config(), "max_position_embeddings", None) for readout in (self.student, self.teacher)]
+        return min((size for size in sizes if size), default=None)
+
     @contextmanager
     def teachers_turn(self) -> Iterator[None]:
         """The student waits in main memory while the teacher has the device; afterwards the other way round."""

@@ -1,8 +1,9 @@
-"""Prompt files become prompts with stable ids.
+"""Prompt files and data sets become prompts with stable ids.
 
-JSONL, parquet or CSV with a `prompt` column (text, or a list of chat messages), or `messages`, or any
-column by name; optional `answer` and `prompt_id`. Rows that cannot be used are counted and said, never
-dropped in silence.
+JSONL, parquet or CSV, or a Hugging Face data set (`hf:NAME`), with a `prompt` column (text, or a list of chat
+messages), or `messages`, or any column by name; optional `answer` and `prompt_id`. A teacher that sees more than the
+student gets it from `teacher_prompt` (text or messages, whole) or `hint` (text put before the last user message).
+Rows that cannot be used are counted and said, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,51 +23,114 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("diagnostics")
+DATASET = "hf:"
+LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
 
 
 @dataclass(frozen=True)
 class PromptConfig:
     """Which prompts, and how they are rendered."""
 
-    prompts: str | None = field(default=None, metadata={"help": "JSONL, parquet or CSV of prompts; a named pair brings its own"})
+    prompts: str | None = field(default=None, metadata={
+        "help": "JSONL, parquet or CSV of prompts, or hf:NAME[:CONFIG][@REVISION] of a Hugging Face data set; a named pair brings its own"})
+    prompts_split: str | None = field(default=None, metadata={"help": "split of a Hugging Face data set; train where not given"})
     prompt_column: str | None = field(default=None, metadata={"help": "column with the prompt; `prompt` or `messages` where not given"})
     contexts: int | None = field(default=None, metadata={"help": "use the first so many prompts"})
+    max_prompt_tokens: int | None = field(default=None, metadata={
+        "help": "leave out longer prompts; what the models' windows leave beside the response where not given"})
     chat: bool = field(default=True, metadata={"help": "render text prompts with the tokenizer's chat template where it has one"})
     chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON object passed to the chat template"})
 
 
-def load_prompts(
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in file order, and what became of the rows."""
+
+    prompts: list[Prompt]
+    counts: dict[str, int]
+    """rows read, prompts used, rows left out (empty, repeated, over_long), replies_cut (a chat that ended with the
+    assistant's turn lost it), not_needed (usable, beyond the number asked for)."""
+
+
+def load_prompts(path: str | Path, **options) -> list[Prompt]:
+    """The prompts of a file or data set; arguments and errors as in `read_prompts`."""
+    return read_prompts(path, **options).prompts
+
+
+def read_prompts(
     path: str | Path,
     *,
     tokenizer,
+    prompts_split: str | None = None,
     prompt_column: str | None = None,
     contexts: int | None = None,
+    max_prompt_tokens: int | None = None,
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[Prompt]:
-    """Read and render prompts.
+) -> PromptSet:
+    """Read and render prompts, and count what was left out.
 
-    Message lists always go through the tokenizer's chat template, text only with `chat` and where there is
-    a template; both ask for a reply. Empty prompts and repeats of an earlier one are left out and counted in
-    a warning. Returns the first `contexts` prompts, all where None.
-    Raises DiagnosticsError for a file that is missing, empty or unreadable, a missing column, a prompt of
-    another type, or fewer prompts than asked for.
+    path: a file, or `hf:NAME[:CONFIG][@REVISION]` with `prompts_split`. Message lists always go through the
+    tokenizer's chat template, text only with `chat` and where there is a template; both ask for a reply. Empty
+    prompts, repeats of an earlier one and those of more than `max_prompt_tokens` tokens (None: the tokenizer's own
+    limit) are left out and counted in a warning. Returns the first `contexts` prompts, all where None.
+    Raises DiagnosticsError for a source that is missing, empty or unreadable, a missing column, a prompt of another
+    type, an id with two prompts, or fewer prompts than asked for.
     """
-    frame = read_rows(Path(path))
+    frame = _read_source(str(path), prompts_split)
     column = _prompt_column(frame, prompt_column, path)
-    rendered = [_render(value, tokenizer, chat, chat_template_kwargs or {}, f"{path}, row {row + 1}") for row, value in enumerate(frame[column])]
+    renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
+    limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
+    counts: Counter = Counter(rows=len(frame), prompts=0, empty=0, repeated=0, over_long=0, replies_cut=0, not_needed=0)
     prompts: dict[str, Prompt] = {}
-    empty = repeated = 0
-    for row, text in enumerate(rendered):
-        if not text.strip():
-            empty += 1
-            continue
-        prompt = Prompt(_identity(frame, row, text), text, _answer(frame, row))
-        repeated += prompt.prompt_id in prompts
-        prompts.setdefault(prompt.prompt_id, prompt)
-    if empty or repeated:
-        log.warning("%s: %d empty and %d repeated prompts left out of %d", path, empty, repeated, len(frame))
-    return take(list(prompts.values()), contexts, str(path))
+    for prompt in _rendered(frame, column, renderer, path):
+        kind = _unusable(prompt, prompts, tokenizer, limit, path)
+        counts[kind or "prompts"] += 1
+        if kind is None:
+            prompts[prompt.prompt_id] = prompt
+    counts["replies_cut"] = renderer.replies_cut
+    _say(counts, path, limit)
+    chosen = take(list(prompts.values()), contexts, str(path))
+    counts["not_needed"] = len(prompts) - len(chosen)
+    counts["prompts"] = len(chosen)
+    return PromptSet(chosen, dict(counts))
+
+
+def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
+    for row, value in enumerate(frame[column]):
+        where = f"{path}, row {row + 1}"
+        text, teacher = renderer(value, where), _teacher_prompt(frame, row, value, renderer, where)
+        identity = _text(frame, "prompt_id", row) or digest(text + (teacher or ""))
+        yield Prompt(identity, text, _text(frame, "answer", row), teacher)
+
+
+def _unusable(prompt: Prompt, earlier: dict[str, Prompt], tokenizer, limit: int | None, path) -> str | None:
+    """Why a prompt is left out, None where it is not. Raises DiagnosticsError for an id that names another prompt."""
+    if not prompt.prompt.strip():
+        return "empty"
+    same = earlier.get(prompt.prompt_id)
+    if same is not None and (same.prompt, same.teacher_prompt) != (prompt.prompt, prompt.teacher_prompt):
+        raise DiagnosticsError(
+            f"{path}: prompt_id {prompt.prompt_id!r} names two prompts ({same.prompt[:40]!r} and {prompt.prompt[:40]!r}). Give each its own id."
+        )
+    if same is not None:
+        return "repeated"
+    texts = [text for text in (prompt.prompt, prompt.teacher_prompt) if text is not None]
+    return "over_long" if limit and any(_longer(text, limit, tokenizer) for text in texts) else None
+
+
+def _longer(text: str, limit: int, tokenizer) -> bool:
+    """More tokens than `limit`; a text of fewer bytes than that is not tokenised to find out."""
+    return len(text.encode("utf-8", "surrogatepass")) + 8 > limit and len(encode_prompt(tokenizer, text)) > limit
+
+
+def _say(counts: Counter, path, limit: int | None) -> None:
+    if any(counts[kind] for kind in LEFT_OUT):
+        left_out = ", ".join(f"{counts[kind]} {word}" + (f" (more than {limit} tokens)" if kind == "over_long" and counts[kind] else "")
+                             for kind, word in LEFT_OUT.items())
+        log.warning("%s: %s prompts left out of %d", path, left_out, counts["rows"])
+    if counts["replies_cut"]:
+        log.warning("%s: %d chats end with the assistant's turn, which was cut off: the student writes it", path, counts["replies_cut"])
 
 
 def take(prompts: list[Prompt], contexts: int | None, source: str) -> list[Prompt]:
@@ -75,11 +141,28 @@ def take(prompts: list[Prompt], contexts: int | None, source: str) -> list[Promp
     return prompts[:wanted]
 
 
-def read_rows(path: Path) -> pd.DataFrame:
-    """A JSONL, parquet or CSV file as a table. Raises DiagnosticsError with the line that cannot be read."""
+def encode_prompt(tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a rendered prompt. A start token that both the text and the tokenizer bring stands once."""
+    ids, start = tokenizer(text)["input_ids"], getattr(tokenizer, "bos_token_id", None)
+    return tuple(ids[1:] if start is not None and list(ids[:2]) == [start, start] else ids)
+
+
+def digest(text: str) -> str:
+    """Short stable name of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
+    """A JSONL, parquet or CSV file as a table. Raises DiagnosticsError with the line that cannot be read.
+
+    text: values stay as they are written; otherwise a CSV's cells become numbers, words such as NA gaps, and a
+    JSONL column of whole numbers with a gap floats.
+    """
     import pandas as pd
 
-    readers = {".jsonl": _read_jsonl, ".parquet": read_parquet, ".csv": pd.read_csv}
+    csv_options = {"dtype": "str", "keep_default_na": False} if text else {}
+    readers = {".jsonl": lambda file: pd.DataFrame(_read_jsonl(file), dtype=object if text else None), ".parquet": read_parquet,
+               ".csv": lambda file: pd.read_csv(file, **csv_options)}
     if path.suffix not in readers:
         raise DiagnosticsError(f"{path} ends in {path.suffix!r}; prompt files are .jsonl, .parquet or .csv. Convert it to one of these.")
     try:
@@ -94,9 +177,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     return frame
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
+def _read_jsonl(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -108,7 +189,44 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         if not isinstance(row, dict):
             raise ValueError(f"line {number} holds a {type(row).__name__}, not an object")
         rows.append(row)
-    return pd.DataFrame(rows)
+    return rows
+
+
+def _read_source(source: str, split: str | None) -> pd.DataFrame:
+    if source.startswith(DATASET):
+        return _read_dataset(source.removeprefix(DATASET), split or "train")
+    if split is not None:
+        raise DiagnosticsError(f"--prompts-split {split} belongs to a data set, and {source} is a file. Write hf:{source}, or leave the split out.")
+    return read_rows(Path(source), text=True)
+
+
+def _read_dataset(name: str, split: str) -> pd.DataFrame:
+    """One split of a Hugging Face data set, or of a local folder of its files (also one that `save_to_disk` wrote)."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DiagnosticsError("Prompts from a data set need the package datasets. Run `pip install datasets`, or give a file.") from error
+    datasets.disable_progress_bars()
+    try:
+        return _open_dataset(datasets, name, split).to_pandas()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DiagnosticsError(
+            f"{DATASET}{name}, split {split!r}, cannot be read ({reason}). Check name, configuration and --prompts-split; a name needs a network, a local folder does not."
+        ) from error
+
+
+def _open_dataset(datasets, name: str, split: str):
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(name)[split]
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(name)
+    if folder.is_dir():
+        return datasets.load_dataset(name, split=split)
+    name, _, revision = name.partition("@")
+    name, _, configuration = name.partition(":")
+    return datasets.load_dataset(name, configuration or None, split=split, revision=revision or None)
 
 
 def _prompt_column(frame: pd.DataFrame, wanted: str | None, path) -> str:
@@ -121,30 +239,70 @@ def _prompt_column(frame: pd.DataFrame, wanted: str | None, path) -> str:
     )
 
 
-def _render(value, tokenizer, chat: bool, kwargs: dict, where: str) -> str:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(value, str):
-        if not (chat and has_template) or not value.strip():
-            return value
-        value = [{"role": "user", "content": value}]
-    messages = list(value) if hasattr(value, "__iter__") else None
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-        if value is None or value != value:
+class Renderer:
+    """Text or chat messages as the text that the tokenizer will see."""
+
+    def __init__(self, tokenizer, chat: bool = True, kwargs: dict[str, Any] | None = None):
+        self.tokenizer, self.kwargs = tokenizer, kwargs or {}
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.wraps_text = chat and self.has_template
+        self.replies_cut = 0
+
+    def __call__(self, value, where: str) -> str:
+        """The rendered prompt, "" for a missing one. Raises DiagnosticsError for anything else than text or messages."""
+        if missing(value):
             return ""
+        if isinstance(value, str):
+            if not self.wraps_text or not value.strip():
+                return value
+            value = [{"role": "user", "content": value}]
+        messages = self.question(as_messages(value, where))
+        if not self.has_template:
+            raise DiagnosticsError(f"{where} holds chat messages, and the tokenizer has no chat template. Give text prompts, or a chat model.")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.kwargs)
+
+    def question(self, messages: list[dict]) -> list[dict]:
+        """The chat up to the reply that is asked for."""
+        answered = messages[-1]["role"] == "assistant" and len(messages) > 1
+        self.replies_cut += answered
+        return messages[:-1] if answered else messages
+
+    def with_hint(self, value, hint: str, where: str) -> str:
+        """The prompt with a hint before the last user message's text, or before the text."""
+        if isinstance(value, str):
+            return self(f"{hint}\n\n{value}", where)
+        messages = self.question(as_messages(value, where))
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None:
+            raise DiagnosticsError(f"{where} has a hint and no user message to put it before. Give a teacher_prompt instead.")
+        hinted = [*messages[:last], {**messages[last], "content": f"{hint}\n\n{messages[last]['content']}"}, *messages[last + 1 :]]
+        return self(hinted, where)
+
+
+def as_messages(value, where: str) -> list[dict]:
+    """A list of chat messages with a role and text content. Raises DiagnosticsError for anything else."""
+    messages = list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, dict)) else None
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
         raise DiagnosticsError(f"{where}: a prompt is text or a list of {{role, content}} messages; found {str(value)[:80]!r}. Mend that row.")
-    if not has_template:
-        raise DiagnosticsError(f"{where} holds chat messages, and the tokenizer has no chat template. Give text prompts, or a chat model.")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+    return messages
 
 
-def _identity(frame: pd.DataFrame, row: int, text: str) -> str:
-    if "prompt_id" in frame.columns:
-        return str(frame["prompt_id"].iloc[row])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+def missing(value) -> bool:
+    """None, or the NaN that stands for a gap in a column."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
-def _answer(frame: pd.DataFrame, row: int) -> str | None:
-    if "answer" not in frame.columns:
-        return None
-    value = frame["answer"].iloc[row]
-    return None if value is None or value != value else str(value)
+def _teacher_prompt(frame: pd.DataFrame, row: int, value, renderer: Renderer, where: str) -> str | None:
+    whole = frame["teacher_prompt"].iloc[row] if "teacher_prompt" in frame else None
+    hint = _text(frame, "hint", row)
+    if not missing(whole) and not (isinstance(whole, str) and not whole.strip()):
+        if hint:
+            raise DiagnosticsError(f"{where} has a teacher_prompt and a hint. Give one: the whole of what the teacher reads, or what it reads besides.")
+        return renderer(whole, where)
+    return renderer.with_hint(value, hint, where) if hint and not missing(value) else None
+
+
+def _text(frame: pd.DataFrame, column: str, row: int) -> str | None:
+    """A cell as text, None where the column or the value is missing."""
+    value = frame[column].iloc[row] if column in frame else None
+    return None if missing(value) or (isinstance(value, str) and not value) else str(value)

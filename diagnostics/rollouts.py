@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from diagnostics import parallel
 from diagnostics.pairs import Pair
-from diagnostics.runs import progress
+from diagnostics.prompts import encode_prompt
+from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
 
 
@@ -44,30 +45,40 @@ def rollout(
     samples_per_prompt: int = 1,
     seed: int = 0,
     batch_tokens: int = 8192,
+    shards: Shards | None = None,
 ) -> Bank:
     """Sample `samples_per_prompt` responses to each prompt from the student and freeze them.
 
     Responses end at an end-of-sequence token, which is kept as their last id, or after `max_new_tokens`.
-    Returns a Bank in prompt order. Raises DiagnosticsError for settings out of range or a prompt without tokens.
+    Returns a Bank in prompt order. shards: where finished batches are kept, and taken from. Raises DiagnosticsError for settings out of range or a prompt without tokens.
     """
     if max_new_tokens < 1 or samples_per_prompt < 1 or temperature <= 0:
         raise DiagnosticsError(
             f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt} and temperature={temperature} must be positive."
         )
-    requests = [_Request(prompt, sample, tuple(pair.tokenizer(prompt.prompt)["input_ids"])) for prompt in prompts for sample in range(samples_per_prompt)]
+    requests = [_Request(prompt, sample, encode_prompt(pair.tokenizer, prompt.prompt)) for prompt in prompts for sample in range(samples_per_prompt)]
     empty = next((request for request in requests if not request.prompt_ids), None)
     if empty is not None:
         raise DiagnosticsError(f"Prompt {empty.prompt.prompt_id!r} has no tokens ({empty.prompt.prompt[:60]!r}). Remove it, or add a start token.")
     written = np.zeros((len(requests), max_new_tokens))  # id + 1; 0 after the end
+    options, shards = (temperature, top_p, top_k, pair.vocabulary), shards or Shards()
     todo = parallel.share(list(_batches(requests, batch_tokens, max_new_tokens)), len)
     with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
         for batch in todo:
-            chooser = Chooser([requests[i].stream(seed) for i in batch], temperature, top_p, top_k, pair.vocabulary)
-            for i, ids in zip(batch, generate(pair.student.model, [requests[i].prompt_ids for i in batch], chooser, end_ids=pair.end_ids, max_new_tokens=max_new_tokens)):
+            found = shards.take(batch)
+            responses = _responses(pair, [requests[i] for i in batch], seed, options, max_new_tokens) if found is None else found["ids"]
+            if found is None:
+                shards.add(batch, {"ids": responses})
+            for i, ids in zip(batch, responses):
                 written[i, : len(ids)] = np.array(ids) + 1
             bar.update(len(batch))
     ids_NT = parallel.total(written).astype(int)
     return Bank(tuple(_freeze(pair, request, (row[row > 0] - 1).tolist()) for request, row in zip(requests, ids_NT)))
+
+
+def _responses(pair: Pair, requests: list[_Request], seed: int, options: tuple, max_new_tokens: int) -> list[list[int]]:
+    chooser = Chooser([request.stream(seed) for request in requests], *options)
+    return generate(pair.student.model, [request.prompt_ids for request in requests], chooser, end_ids=pair.end_ids, max_new_tokens=max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class Prompt:
     """Text as the tokenizer will see it, chat template already applied."""
     answer: str | None = None
     """Reference answer where the task can be verified."""
+    teacher_prompt: str | None = None
+    """What the teacher reads in its place, rendered; the student's prompt where None."""
 
 
 @dataclass(frozen=True)

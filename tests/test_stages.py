@@ -53,6 +53,8 @@ def test_the_manifest_hashes_every_file(finished):
     for stage in manifest["stages"].values():
         for file, digest in stage["files"].items():
             assert sha256_file(finished / file) == digest
+    counts = manifest["stages"]["rollout"]["facts"]["prompts"]
+    assert counts["rows"] == 30 and counts["prompts"] == 20 and counts["not_needed"] == 10 and counts["empty"] == counts["over_long"] == 0
     assert manifest["versions"]["torch"].startswith("2.") and len(manifest["stages"]["rollout"]["facts"]["student"]["weights_sha256"]) == 64
 
 
