@@ -47,8 +47,8 @@ def study(
 ) -> dict[str, pd.DataFrame]:
     """Every table that the token table allows, by file name.
 
-    criteria: those to correlate, None takes all that the columns allow; training: runs for claim C5, see
-    `verdicts.training_verdict`; losses: token tables of steps with other losses, by loss; base_k: K of the columns
+    criteria: those to correlate, None takes all that the columns allow; training: the verdicts of a grid of
+    trainings (`validation.verdict_table`), for claim C5; losses: token tables of steps with other losses, by loss; base_k: K of the columns
     without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants, positions,
     q3_contrast, q3_groups, matching and balance (also within a caliper: ..._caliper), regressions, decomposition, residual_curves, support_robustness,
     gain_robustness, saturation, coverage, verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
@@ -67,8 +67,7 @@ def study(
                 why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
                 left_out.append((name, "the whole table", why))
     if training is not None:
-        runs = verdicts.training_verdict(training, level=level)
-        made["verdicts"] = pd.concat([made["verdicts"], runs], ignore_index=True) if "verdicts" in made else runs
+        made["verdicts"] = pd.concat([*([made["verdicts"]] if "verdicts" in made else []), verdicts.of_training(training)], ignore_index=True)
     made["warnings"] = cautions.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
     return made

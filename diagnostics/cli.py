@@ -96,6 +96,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             command.add_argument("--offline", help="run directory of a finished main job, whose answers are compared with the trainings")
         if name == "score":
             command.add_argument("--after", help="a trained student: add its after-columns and gains to the table")
+        if name == "analyze":
+            command.add_argument("--training", help="run directory of a finished validation, for claim C5")
         if name in ("analyze", "compare"):
             command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
             command.add_argument("--tokens", help="read this token table (ours, or one of the released scripts') instead of the run's own")
@@ -164,7 +166,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
         if parsed.command == "compare":
             stages.compare_stage(run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed)
         if parsed.command in ("run", "analyze"):
-            stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed)
+            stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed, training=getattr(parsed, "training", None))
         if parsed.command in ("run", "report"):
             return {"report": str(stages.report_stage(run))}
         return {"output_dir": str(run.directory)}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics import verdicts
 from diagnostics.types import Bank
 
 WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
@@ -331,20 +332,11 @@ def foreseen(material: Material) -> str:
 
 
 def training_claims(material: Material) -> pd.DataFrame:
-    """Claim C5 as rows of verdicts: claim, statement, outcome (the measure), verdict, sentence."""
-    table = material.table("validation_verdicts")
-    if table is None:
+    """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was trained."""
+    table, known = material.table("validation_verdicts"), material.table("verdicts")
+    if table is None or (known is not None and known.claim.str.startswith("C5").any()):
         return pd.DataFrame()
-    rows = []
-    for row in table[table.rival == "all"].itertuples():
-        rivals = table[(table.claim == row.claim) & (table.measure == row.measure) & (table.rival != "all")]
-        shown = "; ".join(f"minus {_name(one.rival)} {between(one.difference, one.low, one.high)}" for one in rivals.itertuples())
-        rows.append({
-            "claim": row.claim, "statement": f"trained on {row.budget:.0%}, {REFERENCE} matches or beats full OPD and the other criteria",
-            "outcome": MEASURES.get(row.measure, row.measure), "verdict": row.verdict,
-            "sentence": f"Gain of {REFERENCE} {shown}. It may fall short by {number(row.margin)} and still match.",
-        })
-    return pd.DataFrame(rows)
+    return verdicts.of_training(table)
 
 
 def certainty(material: Material) -> str:

@@ -402,7 +402,7 @@ def _agreed(rows: list[dict]) -> str:
 
 def _look(row: dict) -> str:
     verdict, outcome, sentence = str(row["verdict"]), row.get("outcome"), row.get("sentence")
-    named = f"{plates.OUTCOMES.get(outcome, outcome)}: " if isinstance(outcome, str) else ""
+    named = f"{plates.OUTCOMES.get(outcome) or narrative.MEASURES.get(outcome, outcome)}: " if isinstance(outcome, str) else ""
     kind = verdict if verdict in VERDICTS else "inconclusive"
     return (f'<p>{html.escape(named)}<span class="verdict {kind}">{html.escape(verdict)}</span></p>'
             f'<p class="quiet">{html.escape(sentence if isinstance(sentence, str) else "")}</p>')

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 
 from diagnostics.runs import Run, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
@@ -124,7 +125,7 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
     def work() -> dict:
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
-        bank = sample(pair, found.prompts, **dataclasses.asdict(rollout))
+        bank = sample(pair, found.prompts, **dataclasses.asdict(rollout), shards=run.shards("responses"))
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         rendered = hashlib.sha256(json.dumps([prompt.prompt for prompt in found.prompts]).encode()).hexdigest()
         return {**pair.facts, "contexts": len(bank), "positions": bank.positions, "prompts": found.counts,
@@ -144,7 +145,7 @@ def score_stage(run: Run, models: Models, config) -> None:
     from diagnostics.scores import score
 
     def work() -> dict:
-        tokens = score(models.pair, read_bank(run.path("contexts.parquet")), **dataclasses.asdict(config))
+        tokens = score(models.pair, read_bank(run.path("contexts.parquet")), **dataclasses.asdict(config), shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         return models.pair.facts
 
@@ -159,7 +160,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
 
     def work() -> dict:
         bank, tokens = read_bank(run.path("contexts.parquet")), validate_tokens(read_parquet(run.path("scores.parquet")))
-        result = probe(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(config))
+        result = probe(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(config), shards=run.shards)
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
         write_csv(run.path("tables/calibration.csv"), result.calibration)
@@ -278,22 +279,32 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         join_tokens(run)
 
 
-def analyze_stage(run: Run, config, *, seed: int) -> None:
-    """Write every table that the token table allows."""
+def analyze_stage(run: Run, config, *, seed: int, training: str | None = None) -> None:
+    """Write every table that the token table allows; training: directory of a finished validation, for claim C5."""
     from diagnostics.analysis import study
 
-    tables = {}
+    tables, source = {}, table_path(training, "validation_verdicts", what="validation") if training else None
+    trained = pd.read_csv(source) if source else None
+    settings = {**dataclasses.asdict(config), "seed": seed} | ({"training": sha256_file(source)} if source else {})
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(f"{run.path('tokens.parquet')} has no gains. Run the probe stage first.")
-        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed))
+        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed, training=trained))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    run.stage("analyze", settings={**dataclasses.asdict(config), "seed": seed}, inputs=["tokens.parquet"],
+    run.stage("analyze", settings=settings, inputs=["tokens.parquet"],
               outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True, code=("analysis",))
+
+
+def table_path(directory: str, name: str, *, what: str) -> Path:
+    """Where another run keeps a table. Raises DiagnosticsError where it has none of that name."""
+    path = Path(directory) / "tables" / f"{name}.csv"
+    if not path.exists():
+        raise DiagnosticsError(f"{path} does not exist. Name the directory of a run whose {what} is finished.")
+    return path
 
 
 def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
@@ -385,6 +396,7 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it."""
     from diagnostics import validation
     from diagnostics.losses import check_loss
+    from diagnostics.verdicts import of_training
 
     check_loss(config.loss)
     folder = run.path("cells")
@@ -397,6 +409,7 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
         answers = validation.offline_answers(Path(offline)) if offline else None
         rows = validation.read_outcomes(folder, cells)
         made.update(validation.tables(rows, answers, **dataclasses.asdict(analysis)))
+        made["verdicts"] = pd.concat([*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True)
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -405,3 +418,9 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
               outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True, code=("validation", "training"),
               models=models.fingerprint)
+
+
+def _claims_of(directory: str | None) -> list[pd.DataFrame]:
+    """The verdicts of a finished main job, as the beginning of a validation's."""
+    path = Path(directory) / "tables/verdicts.csv" if directory else None
+    return [pd.read_csv(path).query("split != 'training'")] if path and path.exists() else []

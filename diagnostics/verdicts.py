@@ -14,8 +14,7 @@ are eight looks: Holm's correction holds the chance of any false verdict among t
 shown is the one at the level that Holm leaves to its row. The primary split is `all`; `step` and `held_out`
 are reported with a correction of their own.
 
-C5 pairs runs by seed: supported where TA-OPD is at most a margin worse than each rival, refuted where it is worse than
-some rival and the margin is not held; held-out KL and accuracy have a row each, Bonferroni over all comparisons.
+C5 is judged in `validation`, over seeds and prompts; here it only takes the form of the others.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from diagnostics import criteria as registry
 from diagnostics import statistics
 from diagnostics.robustness import GAINS, Finding
 from diagnostics.statistics import Estimate
@@ -50,8 +47,6 @@ UNBALANCED = 0.1
 """Standard deviations by which matched pairs may differ before it is said."""
 TA_BUDGET = 0.05
 RIVALS = ("full", "entropy", "divergence", "tip")
-MARGINS = {"held_out_kl": 0.02, "accuracy": 0.01}
-"""How much worse still *matches*: nats of held-out KL, and share of tasks solved."""
 MINIMUM_SEEDS = 3
 
 
@@ -219,71 +214,43 @@ def _variants(look: Look) -> str:
 # --- C5 ---------------------------------------------------------------------------------------------
 
 
-def training_verdict(training: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """C5 from training runs, in the columns of `verdicts`; outcome is the measure, positions and prompts are 0.
+def of_training(table: pd.DataFrame) -> pd.DataFrame:
+    """C5 in the columns of `verdicts`: a row for each measure and budget of `validation.verdict_table`.
 
-    training: one row a run with criterion, budget, seed, held_out_kl (nats) and accuracy (share). Teachability
-    at 5 % is compared, paired by seed, with each of full, entropy, divergence and tip at 5 % (full at its own).
+    outcome is the measure, split `training`; the numbers are those of the rival that decides: the one closest to overtaking
+    where the claim is supported, the one furthest ahead where it is refuted. positions is 0. Raises DiagnosticsError
+    where columns are missing.
     """
-    require_columns(training, ("criterion", "budget", "seed", *MARGINS), what="The table of training runs")
-    training = training.assign(criterion=[registry.find(name).name for name in training["criterion"]])
-    rivals = [rival for rival in RIVALS if _runs(training, rival, "accuracy") is not None]
-    looks = len(rivals) * len(MARGINS)
-    return pd.DataFrame([
-        _training_row(measure, {rival: _advantage(training, rival, measure) for rival in rivals}, looks, level) for measure in MARGINS
-    ])
+    require_columns(table, ("claim", "measure", "budget", "rival", "difference", "low", "high", "margin", "verdict", "seeds", "prompts"),
+                    what="A table of training verdicts")
+    overall = table[table["rival"] == "all"]
+    return pd.DataFrame([_of_grid(row, _rivals(table, row)) for row in overall.itertuples()])
 
 
-def _runs(training: pd.DataFrame, criterion: str, measure: str) -> pd.Series | None:
-    """Measure by seed of a criterion at its budget; None where there is no such run."""
-    mine = training[training["criterion"] == criterion]
-    if criterion != "full":
-        mine = mine[np.isclose(mine["budget"], TA_BUDGET)]
-    return mine.groupby("seed")[measure].mean() if len(mine) else None
+def _rivals(table: pd.DataFrame, row) -> pd.DataFrame:
+    same = (table["claim"] == row.claim) & (table["measure"] == row.measure) & (table["rival"] != "all")
+    return table[same]
 
 
-def _advantage(training: pd.DataFrame, rival: str, measure: str) -> np.ndarray:
-    """[seeds] by how much teachability is better than the rival; lower is better for a KL."""
-    mine, other = _runs(training, "teachability", measure), _runs(training, rival, measure)
-    if mine is None:
-        return np.empty(0)
-    difference = (mine - other).dropna().to_numpy()
-    return -difference if measure == "held_out_kl" else difference
-
-
-def _training_row(measure: str, advantages: dict[str, np.ndarray], looks: int, level: float) -> dict:
-    seeds = min((len(values) for values in advantages.values()), default=0)
-    found = {rival: _t_interval(values, 1 - (1 - level) / max(looks, 1)) for rival, values in advantages.items()}
-    weakest = min(found, key=lambda rival: found[rival][1]) if found and seeds >= MINIMUM_SEEDS else None
-    value, low, high = found[weakest] if weakest else (np.nan, np.nan, np.nan)
-    verdict = "inconclusive"
-    if low > -MARGINS[measure]:
-        verdict = "supported" if set(found) == set(RIVALS) else verdict
-    elif any(ends[1] <= -MARGINS[measure] and ends[2] < 0 for ends in found.values()) and weakest:
-        weakest = min(found, key=lambda rival: found[rival][2])
-        (value, low, high), verdict = found[weakest], "refuted"
+def _of_grid(row, rivals: pd.DataFrame) -> dict:
+    ends = rivals.dropna(subset=["low", "high"])
+    by = "high" if row.verdict == "refuted" else "low"
+    part = ends.loc[ends[by].idxmin()] if len(ends) else None
+    number = {name: part[name] if part is not None else np.nan for name in ("difference", "low", "high")}
     return {
-        "claim": "C5", "statement": STATEMENTS["C5"], "outcome": measure, "split": "training", "primary": True,
-        "verdict": verdict, "statistic": f"advantage_over_{weakest}" if weakest else "", "estimate": value, "low": low,
-        "high": high, "p_value": np.nan, "p_corrected": np.nan, "looks": looks, "parts": len(found),
-        "sentence": _training_sentence(measure, verdict, weakest, (value, low, high), seeds, set(RIVALS) - set(found)),
-        "positions": 0, "prompts": 0,
+        "claim": row.claim, "statement": STATEMENTS["C5"].replace("5 %", f"{row.budget:.0%}".replace("%", " %")), "outcome": row.measure,
+        "split": "training", "primary": True, "verdict": row.verdict, "statistic": f"gain_over_{part['rival']}" if part is not None else "",
+        "estimate": number["difference"], "low": number["low"], "high": number["high"], "p_value": np.nan, "p_corrected": np.nan,
+        "looks": len(rivals), "parts": len(rivals), "sentence": _grid_sentence(row, rivals), "positions": 0, "prompts": row.prompts,
     }
 
 
-def _t_interval(values: np.ndarray, level: float) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return (float(values.mean()) if len(values) else np.nan), np.nan, np.nan
-    reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - reach), float(values.mean() + reach)
-
-
-def _training_sentence(measure: str, verdict: str, weakest: str | None, ends, seeds: int, missing: set[str]) -> str:
-    about = f"C5 is {verdict} for {measure.replace('_', ' ')}: "
-    if weakest is None:
-        return about + f"{seeds} paired seeds are fewer than {MINIMUM_SEEDS}, or teachability at 5 % was not run."
-    gap = f"; not run: {', '.join(sorted(missing))}" if missing else ""
-    return about + (
-        f"teachability at 5 % is better than {weakest}, its closest rival, by {ends[0]:+.3g} [{ends[1]:+.3g}, {ends[2]:+.3g}] "
-        f"over {seeds} seeds (a margin of {MARGINS[measure]:g} still matches){gap}."
-    )
+def _grid_sentence(row, rivals: pd.DataFrame) -> str:
+    about = f"{row.claim} is {row.verdict} for {row.measure.replace('_', ' ')}: "
+    if not row.seeds >= MINIMUM_SEEDS:
+        return about + f"fewer than {MINIMUM_SEEDS} seeds were trained."
+    parts = [f"{one.rival} {one.difference:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in rivals.itertuples()]
+    missing = sorted(set(RIVALS) - set(rivals["rival"]))
+    gap = f"; not trained: {', '.join(missing)}" if missing else ""
+    return (f"{about}the gain of teachability minus that of {'; '.join(parts)} ({row.seeds:.0f} seeds, {row.prompts:.0f} prompts; "
+            f"it may fall short by {row.margin:.3g} and still match){gap}.")

@@ -11,7 +11,7 @@ SURFACE = {
     "run": "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher "
     "offload-teacher optimizer output-dir pair prompt-column prompts prompts-split quiet samples-per-prompt seed step student student-revision sweep teacher teacher-device "
     "teacher-dtype teacher-revision temperature top-k top-p",
-    "analyze": "draws json level output-dir quiet seed tokens",
+    "analyze": "draws json level output-dir quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": "accept-code batch-tokens beta budgets criteria device draws dtype held-out json k level loss match no-offload-teacher offload-teacher optimizer "
     "output-dir pair quiet random-draws seed step student student-revision sweep teacher teacher-device teacher-dtype teacher-revision",

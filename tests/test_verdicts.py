@@ -124,44 +124,34 @@ def test_c3_on_made_tables(learnable, incompatible, verdict):
 # --- C5 ---------------------------------------------------------------------------------------------
 
 
-def runs(seeds=4, **offsets):
-    """Runs whose KL and accuracy differ from 0.5 and 0.6 by criterion, with a little noise by seed."""
-    rng, rows = np.random.default_rng(0), []
-    for criterion, (kl, accuracy) in offsets.items():
-        for seed in range(seeds):
-            rows.append({"criterion": criterion, "budget": 1.0 if criterion == "full" else 0.05, "seed": seed,
-                         "held_out_kl": 0.5 + kl + 0.001 * rng.normal(), "accuracy": 0.6 + accuracy + 0.001 * rng.normal()})
+def trained(verdict, seeds=3, **rivals):
+    """Verdicts of a grid for one measure: (difference, low, high) of each rival."""
+    key = {"claim": "C5", "measure": "forward_kl", "budget": 0.05, "margin": 0.01, "seeds": seeds, "prompts": 40}
+    rows = [key | {"rival": "all", "verdict": verdict, "difference": np.nan, "low": np.nan, "high": np.nan}]
+    rows += [key | {"rival": name, "verdict": "", "difference": d, "low": low, "high": high} for name, (d, low, high) in rivals.items()]
     return pd.DataFrame(rows)
 
 
-EQUAL = dict(teachability=(0, 0), full=(0, 0), entropy=(0.1, -0.1), divergence=(0.1, -0.1), tip=(0.1, -0.1))
+FOUR = {"full": (0.0, -0.005, 0.005), "entropy": (0.1, 0.05, 0.15), "divergence": (0.2, 0.1, 0.3), "tip": (0.02, 0.01, 0.03)}
 
 
-@pytest.mark.parametrize("change, kl, accuracy", [
-    ({}, "supported", "supported"), ({"full": (-0.1, 0)}, "refuted", "supported"), ({"tip": (0, 0.2)}, "supported", "refuted"), ({"tip": (-0.02, 0)}, "inconclusive", "supported"),
-])
-def test_c5_by_margin(change, kl, accuracy):
-    training = runs(**(EQUAL | change))
-    if change == {"tip": (-0.02, 0)}:
-        training.loc[training.criterion == "tip", "held_out_kl"] += np.array([-0.05, 0.05, -0.04, 0.04])
-    table = V.training_verdict(training)
-    assert table.set_index("outcome").verdict.to_dict() == {"held_out_kl": kl, "accuracy": accuracy}
-    assert (table.looks == 8).all() and (table.parts == 4).all()
-
-
-def test_c5_names_its_closest_rival_and_accepts_aliases():
-    table = V.training_verdict(runs(**EQUAL).replace({"criterion": {"full": "pure_opd", "teachability": "dlearn_high"}}))
-    row = one(table, outcome="held_out_kl")
-    assert row.statistic == "advantage_over_full" and row.low < 0 < row.high + 0.02
-    assert row.sentence.startswith("C5 is supported for held out kl: teachability at 5 % is better than full, its closest rival, by ")
+def test_c5_shows_the_rival_that_decides():
+    row = V.of_training(trained("supported", **FOUR)).iloc[0]
+    assert (row.statistic, row.estimate, row.low, row.high, row.split, row.parts) == ("gain_over_full", 0, -0.005, 0.005, "training", 4)
+    assert row.sentence == (
+        "C5 is supported for forward kl: the gain of teachability minus that of full +0 [-0.005, +0.005]; entropy +0.1 [+0.05, +0.15]; "
+        "divergence +0.2 [+0.1, +0.3]; tip +0.02 [+0.01, +0.03] (3 seeds, 40 prompts; it may fall short by 0.01 and still match)."
+    )
+    ahead = FOUR | {"tip": (-0.2, -0.3, -0.1), "entropy": (-0.2, -0.5, 0.1)}
+    assert V.of_training(trained("refuted", **ahead)).iloc[0].statistic == "gain_over_tip"
 
 
 def test_c5_with_too_little():
-    few = V.training_verdict(runs(seeds=2, **EQUAL))
-    assert set(few.verdict) == {"inconclusive"} and few.sentence[0].endswith("2 paired seeds are fewer than 3, or teachability at 5 % was not run.")
-    gap = V.training_verdict(runs(**{name: EQUAL[name] for name in ("teachability", "full")}))
-    assert set(gap.verdict) == {"inconclusive"} and "; not run: divergence, entropy, tip." in gap.sentence[0]
-    alone = V.training_verdict(runs(teachability=(0, 0)))
-    assert set(alone.verdict) == {"inconclusive"}
-    with pytest.raises(DiagnosticsError, match=r"^The table of training runs needs the column accuracy; this one has criterion, budget, seed, held_out_kl\."):
-        V.training_verdict(runs(**EQUAL).drop(columns="accuracy"))
+    few = V.of_training(trained("inconclusive", seeds=2, **FOUR)).iloc[0]
+    assert few.sentence == "C5 is inconclusive for forward kl: fewer than 3 seeds were trained."
+    gap = V.of_training(trained("inconclusive", full=FOUR["full"])).iloc[0]
+    assert gap.sentence.endswith("still match); not trained: divergence, entropy, tip.")
+    alone = V.of_training(trained("inconclusive")).iloc[0]
+    assert alone.statistic == "" and np.isnan(alone.estimate)
+    with pytest.raises(DiagnosticsError, match=r"^A table of training verdicts needs the column margin; this one has claim"):
+        V.of_training(trained("supported", **FOUR).drop(columns="margin"))
