@@ -19,8 +19,9 @@ is undefined where D is under 1e-3 nats (`relative_gain_released` has no floor).
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from diagnostics import losses, parallel, scores
 from diagnostics.pairs import Pair, weights_sha256
+from diagnostics.runs import Shards, no_shards
 from diagnostics.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
 
 log = logging.getLogger("diagnostics")
@@ -216,10 +218,10 @@ class Workbench:
         for p, o in zip(self.parameters, self.origin):
             p.copy_(o)
 
-    def rescore(self, description: str, *, js: bool = False) -> tuple[np.ndarray, ...]:
+    def rescore(self, description: str, *, js: bool = False, shards: Shards | None = None) -> tuple[np.ndarray, ...]:
         """Forward KL, reverse KL and with `js` JS [N] of the whole bank with the student as it is now."""
         positions = len(self.tokens)
-        return scores.rescore(self.pair, self.all_batches, self.teacher, positions=positions, description=description, js=js)
+        return scores.rescore(self.pair, self.all_batches, self.teacher, positions=positions, description=description, js=js, shards=shards)
 
     @property
     def all_batches(self) -> list[scores.Batch]:
@@ -252,6 +254,11 @@ class Direction:
     """Change of the yardstick's mean in nats for a step of size 1, to first order."""
     norm: float
 
+    def name(self, step_size: float) -> str:
+        """A step's name: its numbers to the last bit, hashed. Another rounding of the gradient gives another name."""
+        numbers = (self.yardstick, self.value, self.gradient_norm, self.slope, self.norm, float(step_size))
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+
 
 def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
     """The optimiser's first update from a gradient, for a step of size 1: -g/(|g| + eps) by coordinate, or -g/|g|."""
@@ -273,12 +280,14 @@ def probe(
     held_out: float = 0.5,
     seed: int = 0,
     batch_tokens: int = scores.BATCH_TOKENS,
+    shards: Callable[[str], Shards] = no_shards,
 ) -> ProbeResult:
     """Take one OPD step on the step half of the prompts and measure the gain at every position.
 
     tokens: the bank's table as `score` wrote it; scored here where None. `step` is `auto` or a number
     (learning rate for adamw, update norm for sgd); 0 changes nothing, exactly. The student must be in
-    float32 or float64 and ends as it began. Returns the table with the columns `split, forward_kl_after,
+    float32 or float64 and ends as it began. shards: where each pass keeps its finished batches; those of a moved student
+    count only for the very same step. Returns the table with the columns `split, forward_kl_after,
     reverse_kl_after, gain, relative_gain, relative_gain_released, reverse_gain` and the placebo's gains.
     Raises DiagnosticsError for an unknown loss or optimiser, a step that is not a number, a table of another
     bank, or a share that leaves one half without prompts.
@@ -292,11 +301,11 @@ def probe(
     direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
     calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
     chosen = calibration[calibration["chosen"]].iloc[0]
-    before = bench.rescore("before")
+    before, step_name = bench.rescore("before", shards=shards("before")), direction.name(chosen.step_size)
     with bench.moved(direction.update, chosen.step_size):
-        after = bench.rescore("after")
+        after = bench.rescore("after", shards=shards(f"after-{step_name}"))
     with bench.moved(direction.update, chosen.step_size, placebo_seed=seed):
-        placebo = bench.rescore("placebo")
+        placebo = bench.rescore("placebo", shards=shards(f"placebo-{step_name}"))
     bench.require_restored()
     record = Step(
         loss, beta, optimizer, float(chosen.step_size), float(chosen.step_size * direction.norm), float(chosen.relative_norm),

@@ -246,6 +246,11 @@ class Shards:
         self._pending, self._since = [], time.monotonic()
 
 
+def no_shards(name: str) -> Shards:
+    """Shards of a pass that keeps nothing on disk; what a pass has where there is no run directory."""
+    return Shards()
+
+
 class Run:
     """An output directory and its manifest. Use `open_run`, which holds the directory's lock.
 

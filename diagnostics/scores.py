@@ -10,7 +10,7 @@ Axes: B contexts, T tokens, n response positions of a batch, N of the bank, H hi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diagnostics import divergences, parallel
 from diagnostics.pairs import Pair, Readout
-from diagnostics.runs import progress
+from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
 
 log = logging.getLogger("diagnostics")
@@ -115,27 +115,47 @@ def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray 
 
 
 def score(
-    pair: Pair, bank: Bank, *, k: int = 16, sweep: Sequence[int] = (4, 8, 32), batch_tokens: int = BATCH_TOKENS
+    pair: Pair, bank: Bank, *, k: int = 16, sweep: Sequence[int] = (4, 8, 32), batch_tokens: int = BATCH_TOKENS, shards: Shards | None = None
 ) -> pd.DataFrame:
     """Measure every response position of the bank, exactly over the shared vocabulary.
 
     Returns the token table (`types.SCHEMA`): one row a position, in bank order, KLs and entropies in nats;
     support-dependent columns also for each other K in `sweep`. A position with NaN or infinite logits is NaN
-    in every measurement and counted in a warning. Raises DiagnosticsError for an empty bank, ids outside the
-    vocabulary, a prompt without tokens, or more than 1 % such positions.
+    in every measurement and counted in a warning. shards: where finished batches are kept, and taken from. Raises
+    DiagnosticsError for an empty bank, ids outside the vocabulary, a prompt without tokens, or more than 1 % such positions.
     """
     check_bank(pair, bank)
+    shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
-    for batch, student_nH, teacher_nH in _forward(pair, mine(batches(bank, batch_tokens=batch_tokens)), "score"):
+    todo = _take_up(mine(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions)
+    for batch, student_nH, teacher_nH in _forward(pair, todo, "score"):
         measured = divergences.measure_hidden(
             student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep),
             student_dropped=_dropped(pair.student), teacher_dropped=_dropped(pair.teacher),
         )
-        for name, values_n in measured.items():
-            columns.setdefault(name, np.zeros(bank.positions))[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
+        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
+        shards.add(batch.rows_n.numpy(), values)
+        _fill(columns, batch, values, bank.positions)
     columns = _gathered(columns, bank.positions)
     _check_finite(columns["student_entropy"] + columns["teacher_entropy"], bank)
     return validate_tokens(pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1))
+
+
+def _fill(columns: dict[str, np.ndarray], batch: Batch, values: Mapping[str, Sequence], positions: int) -> None:
+    for name in values:
+        columns.setdefault(name, np.zeros(positions))[batch.rows_n.numpy()] = values[name]
+
+
+def _take_up(todo: list[Batch], shards: Shards, columns: dict[str, np.ndarray], positions: int) -> list[Batch]:
+    """Fill in what an interrupted run measured; returns the batches that are left."""
+    left = []
+    for batch in todo:
+        found = shards.take(batch.rows_n.numpy())
+        if found is None:
+            left.append(batch)
+        else:
+            _fill(columns, batch, {name: found[name].to_numpy() for name in found}, positions)
+    return left
 
 
 def mine(todo: list[Batch]) -> list[Batch]:
@@ -195,20 +215,25 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
 
 @torch.no_grad()
 def rescore(
-    pair: Pair, todo: list[Batch], teacher: list[Tensor], *, positions: int, description: str, js: bool = False
+    pair: Pair, todo: list[Batch], teacher: list[Tensor], *, positions: int, description: str, js: bool = False, shards: Shards | None = None
 ) -> tuple[np.ndarray, ...]:
     """Forward KL (teacher first), reverse KL and with `js` JS [N] in nats with the student as it is now; 0 where not scored.
 
-    todo, teacher: this process's batches and the teacher's states for them.
+    todo, teacher: this process's batches and the teacher's states for them. shards: as for `score`.
     """
-    columns = np.zeros((3 if js else 2, positions))
+    shards, names = shards or Shards(), ("forward_kl", "reverse_kl", "js") if js else ("forward_kl", "reverse_kl")
+    columns: dict[str, np.ndarray] = {name: np.zeros(positions) for name in names}
+    left = {id(batch) for batch in _take_up(todo, shards, columns, positions)}
     for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
+        if id(batch) not in left:
+            continue
         measured = divergences.kl_pair_hidden(
             batch.states(pair.student), pair.student.logits, teacher_nH, pair.teacher.logits, js=js
         )
-        for row, values_n in zip(columns, measured):
-            row[batch.rows_n.numpy()] = values_n.double().cpu().numpy()
-    return tuple(parallel.total(columns))
+        values = {name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)}
+        shards.add(batch.rows_n.numpy(), values)
+        _fill(columns, batch, values, positions)
+    return tuple(parallel.total(np.stack(list(columns.values()))))
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:

@@ -1,11 +1,12 @@
 import json
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from diagnostics import runs
-from diagnostics.runs import Run, open_run, sha256_file, versions, write_atomic, write_csv, write_parquet
+from diagnostics.runs import Run, Shards, open_run, sha256_file, versions, write_atomic, write_csv, write_parquet
 from diagnostics.types import DiagnosticsError
 
 
@@ -208,3 +209,90 @@ def test_equal_tables_give_equal_bytes(tmp_path):
 
 def test_versions_name_what_decides_numbers():
     assert {"python", "opd-diagnostics", "torch", "transformers", "pandas"} <= versions().keys()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every batch is written when it is done."""
+    monkeypatch.setattr(runs, "SHARD_SECONDS", 0.0)
+
+
+def test_shards_give_back_what_was_kept_in_the_order_asked(tmp_path, at_once):
+    first = Shards(tmp_path / "pass")
+    first.add([4, 2], {"x": np.array([0.1, -0.0]), "y": np.array([np.nan, np.inf])})
+    first.add([7], {"x": np.array([1e-300]), "y": np.array([-np.inf])})
+    again = Shards(tmp_path / "pass")
+    assert again.take([2, 7, 4]).x.tolist() == [-0.0, 1e-300, 0.1] and np.signbit(again.take([2]).x.iloc[0])
+    assert again.take([7, 4]).y.iloc[0] == -np.inf and np.isnan(again.take([7, 4]).y.iloc[1])
+    assert again.take([2, 3]) is None and Shards(tmp_path / "other").take([2]) is None
+
+
+def test_a_damaged_shard_is_left_out(tmp_path, at_once, caplog):
+    shards = Shards(tmp_path)
+    shards.add([0], {"x": np.array([1.0])})
+    shards.add([1], {"x": np.array([2.0])})
+    path = next(path for path in tmp_path.iterdir() if pd.read_parquet(path).row[0] == 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = Shards(tmp_path)
+    assert again.take([0]).x.tolist() == [1.0] and again.take([1]) is None
+    assert f"{path} is damaged and left out" in caplog.text
+
+
+def test_shards_wait_until_a_write_is_worth_it(tmp_path):
+    shards = Shards(tmp_path)
+    shards.add([0], {"x": np.array([1.0])})
+    assert os.listdir(tmp_path) == []
+    shards._since -= runs.SHARD_SECONDS
+    shards.add([1], {"x": np.array([2.0])})
+    assert len(os.listdir(tmp_path)) == 1 and Shards(tmp_path).take([0, 1]).x.tolist() == [1.0, 2.0]
+
+
+def test_a_full_disk_does_not_stop_a_stage_that_could_end(tmp_path, at_once, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    Shards(tmp_path).add([0], {"x": np.array([1.0])})
+    assert "cannot be written (No space left on device): a killed run would do this part again" in caplog.text
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_stage_clears_its_shards_when_it_ends_and_only_then(tmp_path, at_once):
+    def work(end):
+        shards = run.shards("pass")
+        seen.append(shards.take([0]) is not None)
+        shards.add([0], {"x": np.array([1.0])})
+        if not end:
+            raise KeyboardInterrupt
+        write_atomic(run.path("a.txt"), b"x")
+
+    seen = []
+    with open_run(tmp_path) as run:
+        for settings, end in (({"k": 1}, False), ({"k": 2}, False), ({"k": 1}, True)):
+            try:
+                run.stage("one", settings=settings, outputs=["a.txt"], work=lambda end=end: work(end))
+            except KeyboardInterrupt:
+                assert (tmp_path / ".partial").is_dir()
+    assert seen == [False, False, True]  # another fingerprint takes up nothing
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path):
+    with open_run(tmp_path) as run:
+        run.stage("one", settings={}, outputs=["a.txt"], work=write(run, b"hello"))
+    (tmp_path / ".a.txt.k3j2.tmp").write_bytes(b"hel")
+    with open_run(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "a.txt", "manifest.json"]
+
+
+def test_a_directory_is_ours_from_the_first_file_on(tmp_path):
+    def killed():
+        write_atomic(run.path("tokens.parquet"), b"x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path) as run:
+        run.stage("import", settings={}, outputs=["tokens.parquet"], work=killed)
+    with open_run(tmp_path) as run:
+        assert run.manifest["stages"] == {}
