@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diagnostics import parallel
 from diagnostics.pairs import Pair
+from diagnostics.prompts import encode_prompt
 from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
 
@@ -55,7 +56,7 @@ def rollout(
         raise DiagnosticsError(
             f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt} and temperature={temperature} must be positive."
         )
-    requests = [_Request(prompt, sample, tuple(pair.tokenizer(prompt.prompt)["input_ids"])) for prompt in prompts for sample in range(samples_per_prompt)]
+    requests = [_Request(prompt, sample, encode_prompt(pair.tokenizer, prompt.prompt)) for prompt in prompts for sample in range(samples_per_prompt)]
     empty = next((request for request in requests if not request.prompt_ids), None)
     if empty is not None:
         raise DiagnosticsError(f"Prompt {empty.prompt.prompt_id!r} has no tokens ({empty.prompt.prompt[:60]!r}). Remove it, or add a start token.")

@@ -19,13 +19,20 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pandas as pd
 
 from diagnostics.runs import Run, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
+if TYPE_CHECKING:
+    from diagnostics.prompts import PromptSet
+
 EMBEDDED_CONTEXTS = 128
 WHERE = ("device", "teacher_device", "offload_teacher")
+LATER = ("prompts_split", "max_prompt_tokens")
+"""Options that earlier runs' manifests do not name; None is what those runs did."""
 GAIN_KEYS = ("context_id", "position")
 
 
@@ -53,7 +60,7 @@ class Models:
     @property
     def settings(self) -> dict:
         """What names the pair; where it runs is left out."""
-        return {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
+        return {key: value for key, value in _settings(self.config).items() if key not in WHERE}
 
     def fingerprint(self) -> dict[str, str]:
         """What each model is made of: a hash over its local files, or the commit of a Hugging Face id."""
@@ -75,21 +82,27 @@ class Models:
         return {name: fingerprint_files(path) for name, path in local.items()} | {name: commit for name, commit in commits.items() if commit}
 
 
-def choose_prompts(models: Models, config) -> list[Prompt]:
-    """Prompts from the file, or those that a named pair brings."""
+def _settings(config) -> dict:
+    """A stage's settings as the manifest has them: an option that came later is named only where it is used."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if value is not None or key not in LATER}
+
+
+def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
+    """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for a response."""
     from diagnostics.pairs import DATA
-    from diagnostics.prompts import load_prompts
+    from diagnostics.prompts import PromptSet, read_prompts
     from diagnostics.tasks import sums
 
     options = dataclasses.asdict(config)
     path, kwargs = options.pop("prompts"), _json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
     if path is None and models.config.pair == "embedded":
-        return sums(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe")
+        return PromptSet(sums(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe"), {})
     if path is None and models.config.pair == "smollm2":
         path = DATA / "prompts.jsonl"
     if path is None:
         raise DiagnosticsError("No prompts were given, and this pair brings none. Name a file with --prompts.")
-    return load_prompts(path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options)
+    options["max_prompt_tokens"] = config.max_prompt_tokens or (models.pair.window and max(1, models.pair.window - room))
+    return read_prompts(path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options)
 
 
 def _json_object(text: str, flag: str) -> dict:
@@ -107,16 +120,16 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
     from diagnostics.rollouts import rollout as sample
 
     path = prompts.prompts
-    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
+    settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
 
     def work() -> dict:
         pair = models.pair
-        chosen = choose_prompts(models, prompts)
-        bank = sample(pair, chosen, **dataclasses.asdict(rollout), shards=run.shards("responses"))
+        found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
+        bank = sample(pair, found.prompts, **dataclasses.asdict(rollout), shards=run.shards("responses"))
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        rendered = hashlib.sha256(json.dumps([prompt.prompt for prompt in chosen]).encode()).hexdigest()
-        return {**pair.facts, "contexts": len(bank), "positions": bank.positions,
-                "first_prompt": chosen[0].prompt, "rendered_prompts_sha256": rendered}
+        rendered = hashlib.sha256(json.dumps([prompt.prompt for prompt in found.prompts]).encode()).hexdigest()
+        return {**pair.facts, "contexts": len(bank), "positions": bank.positions, "prompts": found.counts,
+                "first_prompt": found.prompts[0].prompt, "rendered_prompts_sha256": rendered}
 
     run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work,
               code=("rollouts", "prompts", "tasks", "pairs"), models=models.fingerprint)
@@ -220,9 +233,10 @@ def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: 
     count = evaluation.eval_contexts
     if prompts.prompts is None and models.config.pair == "embedded":
         return sums(prompts.contexts or needed, seed=seed, split="train"), sums(count, seed=0, split="test") if count else []
-    found = choose_prompts(models, prompts)
+    found = choose_prompts(models, prompts).prompts
     if evaluation.eval_prompts:
-        return found, choose_prompts(models, dataclasses.replace(prompts, prompts=evaluation.eval_prompts, contexts=count)) if count else []
+        held_out = dataclasses.replace(prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count)
+        return found, choose_prompts(models, held_out).prompts if count else []
     return found[: len(found) - count], found[len(found) - count :]
 
 
@@ -243,7 +257,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     """Train the student; gains on the frozen bank join the token table where there is one."""
     from diagnostics.training import train
 
-    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
+    settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
                 **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
@@ -265,22 +279,32 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         join_tokens(run)
 
 
-def analyze_stage(run: Run, config, *, seed: int) -> None:
-    """Write every table that the token table allows."""
+def analyze_stage(run: Run, config, *, seed: int, training: str | None = None) -> None:
+    """Write every table that the token table allows; training: directory of a finished validation, for claim C5."""
     from diagnostics.analysis import study
 
-    tables = {}
+    tables, source = {}, table_path(training, "validation_verdicts", what="validation") if training else None
+    trained = pd.read_csv(source) if source else None
+    settings = {**dataclasses.asdict(config), "seed": seed} | ({"training": sha256_file(source)} if source else {})
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(f"{run.path('tokens.parquet')} has no gains. Run the probe stage first.")
-        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed))
+        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed, training=trained))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    run.stage("analyze", settings={**dataclasses.asdict(config), "seed": seed}, inputs=["tokens.parquet"],
+    run.stage("analyze", settings=settings, inputs=["tokens.parquet"],
               outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True, code=("analysis",))
+
+
+def table_path(directory: str, name: str, *, what: str) -> Path:
+    """Where another run keeps a table. Raises DiagnosticsError where it has none of that name."""
+    path = Path(directory) / "tables" / f"{name}.csv"
+    if not path.exists():
+        raise DiagnosticsError(f"{path} does not exist. Name the directory of a run whose {what} is finished.")
+    return path
 
 
 def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
@@ -372,10 +396,11 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it."""
     from diagnostics import validation
     from diagnostics.losses import check_loss
+    from diagnostics.verdicts import of_training
 
     check_loss(config.loss)
     folder = run.path("cells")
-    job = validation.Job(folder, *map(dataclasses.asdict, (models.config, prompts, evaluation, config)))
+    job = validation.Job(folder, *map(_settings, (models.config, prompts, evaluation, config)))
     cells, made = validation.grid(config), {}
     write_json(run.manifest_path, run.manifest)
     validation.run_grid(job, cells, workers=config.workers)
@@ -384,6 +409,7 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
         answers = validation.offline_answers(Path(offline)) if offline else None
         rows = validation.read_outcomes(folder, cells)
         made.update(validation.tables(rows, answers, **dataclasses.asdict(analysis)))
+        made["verdicts"] = pd.concat([*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True)
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -392,3 +418,9 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
               outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True, code=("validation", "training"),
               models=models.fingerprint)
+
+
+def _claims_of(directory: str | None) -> list[pd.DataFrame]:
+    """The verdicts of a finished main job, as the beginning of a validation's."""
+    path = Path(directory) / "tables/verdicts.csv" if directory else None
+    return [pd.read_csv(path).query("split != 'training'")] if path and path.exists() else []
