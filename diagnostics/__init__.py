@@ -15,6 +15,7 @@ _HOMES = {
     "pairs": ("Pair", "load_pair"),
     "prompts": ("load_prompts",),
     "rollouts": ("rollout",),
+    "banks": ("read_rollouts",),
     "scores": ("score",),
     "probe": ("probe",),
     "comparison": ("compare", "selection_curves", "selection_overlap", "selection_profile", "selection_summary"),

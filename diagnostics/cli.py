@@ -22,7 +22,8 @@ log = logging.getLogger("diagnostics")
 EXAMPLES = {
     "run": "python -m diagnostics run --pair embedded --output-dir reports/demo\n"
     "  python -m diagnostics run --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/mine",
-    "rollout": "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine",
+    "rollout": "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine\n"
+    "  python -m diagnostics rollout --student ./small --teacher ./large --rollouts rollout_data/40.jsonl --prompts prompts.jsonl --output-dir reports/mine",
     "score": "python -m diagnostics score --pair embedded --output-dir reports/mine\n"
     "  python -m diagnostics score --pair embedded --after reports/trained/student --output-dir reports/mine",
     "probe": "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine",
@@ -39,7 +40,7 @@ EXAMPLES = {
 }
 PURPOSE = {
     "run": "the whole main job: rollout, score, probe, analyze, report",
-    "rollout": "sample one response a prompt from the student and freeze it",
+    "rollout": "sample one response a prompt from the student and freeze it, or freeze responses that were sampled elsewhere",
     "score": "measure every response position of the frozen contexts",
     "probe": "take one OPD step, re-score the same positions, restore the student",
     "analyze": "write the tables of the study from tokens.parquet",
@@ -54,7 +55,7 @@ PURPOSE = {
 
 
 STAGES = {
-    "rollout": ("pairs.PairConfig", "prompts.PromptConfig", "rollouts.RolloutConfig"),
+    "rollout": ("pairs.PairConfig", "prompts.PromptConfig", "rollouts.RolloutConfig", "banks.BankConfig"),
     "score": ("pairs.PairConfig", "scores.ScoreConfig"),
     "probe": ("pairs.PairConfig", "probe.ProbeConfig", "scores.ScoreConfig"),
     "analyze": ("stages.AnalysisConfig",),
@@ -146,7 +147,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
         models = stages.Models(configs["PairConfig"]) if "PairConfig" in configs else None
         if parsed.command in ("run", "rollout"):
-            stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"])
+            stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"], configs["BankConfig"])
         if parsed.command in ("run", "score"):
             stages.score_stage(run, models, configs["ScoreConfig"])
         if getattr(parsed, "after", None):

@@ -115,10 +115,12 @@ def _json_object(text: str, flag: str) -> dict:
     return value
 
 
-def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
-    """Sample and freeze contexts."""
+def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
+    """Sample and freeze contexts; with `elsewhere.rollouts`, freeze what was sampled elsewhere."""
     from diagnostics.rollouts import rollout as sample
 
+    if elsewhere is not None and elsewhere.rollouts is not None:
+        return freeze_stage(run, models, prompts, elsewhere)
     path = prompts.prompts
     settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
 
@@ -133,6 +135,24 @@ def rollout_stage(run: Run, models: Models, prompts, rollout) -> None:
 
     run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work,
               code=("rollouts", "prompts", "tasks", "pairs"), models=models.fingerprint)
+
+
+def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
+    """Freeze a file of rollouts as the run's contexts; --prompts names the prompts that they came from."""
+    from diagnostics.banks import freeze
+
+    files = {**_file_hash("rollouts", elsewhere.rollouts), **_file_hash("prompts", prompts.prompts)}
+
+    def work() -> dict:
+        originals = choose_prompts(models, dataclasses.replace(prompts, contexts=None)).prompts if prompts.prompts else []
+        kwargs = _json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
+        bank, counts = freeze(models.pair, elsewhere.rollouts, rollouts_format=elsewhere.rollouts_format, prompts=originals,
+                              contexts=prompts.contexts, chat=prompts.chat, chat_template_kwargs=kwargs)
+        write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        return {**models.pair.facts, "contexts": len(bank), "positions": bank.positions, "rollouts": counts, "first_prompt": bank[0].prompt}
+
+    run.stage("rollout", settings={**models.settings, **_settings(prompts), **dataclasses.asdict(elsewhere), **files},
+              outputs=["contexts.parquet"], work=work, code=("banks", "prompts", "pairs"), models=models.fingerprint)
 
 
 def _file_hash(name: str, path: str | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tests.test_stages import folders  # noqa: F401  (a fixture)
 
 SURFACE = {
     "run": "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher "
-    "offload-teacher optimizer output-dir pair prompt-column prompts prompts-split quiet samples-per-prompt seed step student student-revision sweep teacher teacher-device "
+    "offload-teacher optimizer output-dir pair prompt-column prompts prompts-split quiet rollouts rollouts-format samples-per-prompt seed step student student-revision sweep teacher teacher-device "
     "teacher-dtype teacher-revision temperature top-k top-p",
     "analyze": "draws json level output-dir quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",

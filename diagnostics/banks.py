@@ -1,0 +1,421 @@
+"""Rollouts that were sampled elsewhere become frozen contexts.
+
+    format     columns that tell it                    what wrote it
+    contexts   context_id, prompt_ids, finished …      this project
+    released   tokens, resp_len                        the context bank of the scripts of arXiv 2605.26844
+    slime      tokens, response_length                 slime's debug rollouts: the .pt archive, or its samples as JSONL
+    verl       input, output                           verl's rollout dumps, JSONL
+    trl        prompt, completion                      TRL's logged completions, parquet
+    plain      prompt, response                        anything: text, chat messages, or prompt_ids and response_ids
+
+Ids are taken as they stand. Text is encoded by the pair's tokenizer, prompt and response together, so that the response
+begins where its first token would have; the prompt goes through the chat template as a prompt file's does, unless it
+holds special tokens already or the format stores rendered text.
+
+Three things can go wrong without a trace in such files, and are looked for in every context. *Re-tokenisation drift*:
+the ids decode to a text that encodes to other ids, so that positions exist that the student never saw. *Other text*:
+the ids decode to something else than the file's text. *Lost special tokens*: dumps that were decoded without them give
+prompts that no model was asked; where the prompt file is named as well, its prompts are put back in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.archives import Opaque, read_archive
+from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows
+from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
+
+if TYPE_CHECKING:
+    from diagnostics.pairs import Pair
+
+log = logging.getLogger("diagnostics")
+FOREIGN_SHARE = 0.5
+"""Share of contexts whose ids spell another text than the file's, from which the file is another tokenizer's."""
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """Responses that were sampled elsewhere, in place of sampling."""
+
+    rollouts: str | None = field(default=None, metadata={"help": "file of prompts with responses; nothing is sampled then"})
+    rollouts_format: str = field(default="auto", metadata={"help": "who wrote it", "choices": ("auto", "contexts", "released", "slime", "verl", "trl", "plain")})
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One row of such a file: text, or ids, or both."""
+
+    prompt: Any = None
+    """Text or chat messages."""
+    response: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    response_ids: tuple[int, ...] | None = None
+    prompt_id: str | None = None
+    context_id: str | None = None
+    rendered: bool = False
+    """The prompt's text is what the tokenizer saw; no template is put around it."""
+    own: tuple[bool, ...] | None = None
+    """Response tokens that the student wrote; None where it wrote all."""
+
+
+def read_rollouts(pair: Pair, path: str | Path, **options) -> Bank:
+    """Contexts from a file of rollouts; arguments and errors as in `freeze`, what it counts goes to the log alone."""
+    return freeze(pair, path, **options)[0]
+
+
+def freeze(
+    pair: Pair,
+    path: str | Path,
+    *,
+    rollouts_format: str = "auto",
+    prompts: Sequence[Prompt] = (),
+    contexts: int | None = None,
+    chat: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[Bank, dict[str, Any]]:
+    """Read a file of rollouts and freeze it with the pair's tokenizer.
+
+    prompts: where the dump lost special tokens, the prompts it came from. contexts: take the first so many, all where
+    None. Responses without tokens and contexts longer than the models' windows are left out.
+    Returns the bank in file order and what was counted, which is also logged: rows, contexts, positions, from_text,
+    retokenised, other_text, joined (a response whose first token would have merged with the prompt's last),
+    without_special, restored, cut, empty, over_long, repeated, not_needed.
+    Raises DiagnosticsError for a file that cannot be read or is of no known format, a row that holds neither text nor
+    ids, ids outside the vocabulary, ids that mostly spell another text than the file's, or fewer contexts than asked for.
+    """
+    path = Path(path)
+    frame = _frame(path)
+    kind = _format(frame, rollouts_format, path)
+    freezer = _Freezer(pair, Renderer(pair.tokenizer, chat, chat_template_kwargs), prompts)
+    found = [freezer(read_row(FORMATS[kind], row, f"{path}, row {number + 1}"), f"{path}, row {number + 1}")
+             for number, row in enumerate(frame.to_dict("records"))]
+    kept = [context for context in found if context is not None]
+    wanted = len(kept) if contexts is None else contexts
+    counts = freezer.counts
+    _require_own_tokenizer(counts, path)
+    if not kept or not 1 <= wanted <= len(kept):
+        raise DiagnosticsError(f"{path} holds {len(kept)} usable contexts of {len(frame)}, and {wanted} are asked for. Name a larger file or lower --contexts.")
+    bank = Bank(tuple(_named(kept[:wanted], path)))
+    facts = {"format": kind, "rows": len(frame), "contexts": len(bank), "positions": bank.positions,
+             **{name: counts[name] for name in COUNTED}, "not_needed": len(kept) - wanted}
+    _say(facts, path)
+    return bank, facts
+
+
+COUNTED = {
+    "from_text": "given as text, so their tokens are those of re-encoding",
+    "retokenised": "whose ids decode to a text that encodes to other ids (re-tokenisation drift)",
+    "other_text": "whose ids decode to another text than the file's",
+    "joined": "whose response would have shared a token with the prompt, and was encoded apart",
+    "without_special": "whose prompt has no special token although the chat template writes some: the dump has lost them. Name the prompt file with --prompts",
+    "restored": "whose prompt's special tokens were put back from --prompts",
+    "cut": "cut at the first token that the student did not write",
+    "empty": "without response tokens, left out",
+    "over_long": "longer than the models' windows, left out",
+    "repeated": "with the tokens of an earlier one",
+}
+"""What is counted, in the words of the log."""
+HARMLESS = ("from_text", "restored")
+
+
+def _say(facts: dict[str, Any], path: Path) -> None:
+    log.info("%s (%s): %d contexts, %d positions of %d rows", path, facts["format"], facts["contexts"], facts["positions"], facts["rows"])
+    for name, words in COUNTED.items():
+        if facts[name]:
+            log.log(logging.INFO if name in HARMLESS else logging.WARNING, "%s: %d contexts %s", path, facts[name], words)
+
+
+def _require_own_tokenizer(counts: Counter, path: Path) -> None:
+    if counts["spelled"] and counts["other_spelling"] > FOREIGN_SHARE * counts["spelled"]:
+        raise DiagnosticsError(
+            f"{path}: {counts['other_spelling']} of {counts['spelled']} responses decode to another text than the file's, so another tokenizer wrote "
+            "their ids. Use the model that sampled them as --student, or give the text alone."
+        )
+
+
+# --- files and their rows -----------------------------------------------------------------------------
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    if path.suffix != ".pt":
+        return read_rows(path, text=True)
+    held = read_archive(path)
+    samples = held.get("samples") if isinstance(held, dict) else None
+    if not isinstance(samples, list) or not samples or not all(isinstance(sample, dict) for sample in samples):
+        raise DiagnosticsError(f"{path} holds no list of samples, so it is no debug rollout of slime. Write its rows as JSONL with prompt and response.")
+    return pd.DataFrame(samples, dtype=object)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one framework's rows are told and read."""
+
+    needs: tuple[str, ...]
+    """A row of this format has all of these columns."""
+    read: Callable[[Row], Rollout]
+
+
+class Row:
+    """A row with typed access to its values; the errors say where."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def get(self, name: str) -> Any:
+        """A value, None where it is missing."""
+        value = self.values.get(name)
+        return None if missing(value) else value
+
+    def text(self, name: str) -> str | None:
+        """A value as text or None. Raises DiagnosticsError for another type."""
+        value = self.get(name)
+        if value is None or isinstance(value, str):
+            return value
+        raise DiagnosticsError(f"{self.where}: {name} should be text; found {str(value)[:60]!r}. Mend that row.")
+
+    def name(self, name: str) -> str | None:
+        """An id as text; 3.0, as a column that once had gaps holds it, is 3."""
+        value = self.get(name)
+        return None if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+    def whole(self, name: str) -> int | None:
+        """A whole number or None. Raises DiagnosticsError for anything else."""
+        value = self.name(name)
+        if value is None or value.lstrip("-").isdecimal():
+            return None if value is None else int(value)
+        raise DiagnosticsError(f"{self.where}: {name} should be a whole number; found {value[:60]!r}. Mend that row.")
+
+    def ids(self, name: str) -> tuple[int, ...] | None:
+        """A list of whole numbers, also written as JSON, or None. Raises DiagnosticsError for anything else."""
+        value = self.get(name)
+        if isinstance(value, str):
+            value = _parsed(value) if value else None
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and 0 <= i < 2**31 for i in value):
+            raise DiagnosticsError(f"{self.where}: {name} should be a list of token ids; found {str(self.get(name))[:60]!r}. Mend that row.")
+        return tuple(int(i) for i in value)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_row(kind: Format, values: dict[str, Any], where: str) -> Rollout:
+    """One row in this module's terms. Raises DiagnosticsError where it has neither text nor ids of both parts."""
+    rollout = kind.read(Row(values, where))
+    if any(isinstance(part, Opaque) for part in (rollout.prompt, rollout.response)):
+        raise DiagnosticsError(f"{where} holds a value that only code could build. Write the rows as JSONL with prompt and response.")
+    if (missing(rollout.prompt) and rollout.prompt_ids is None) or (rollout.response is None and rollout.response_ids is None):
+        raise DiagnosticsError(f"{where} lacks {'a prompt' if missing(rollout.prompt) and rollout.prompt_ids is None else 'a response'}. Mend or remove that row.")
+    return rollout
+
+
+def _contexts(row: Row) -> Rollout:
+    return Rollout(row.text("prompt"), row.text("response"), row.ids("prompt_ids"), row.ids("response_ids"),
+                   row.name("prompt_id"), row.name("context_id"), rendered=True)
+
+
+def _released(row: Row) -> Rollout:
+    """`tokens` is prompt and response in one; samples and groups are named as `interop` names them in token banks."""
+    tokens, length, first = row.ids("tokens"), row.whole("resp_len"), row.whole("prompt_len")
+    total = row.whole("total_len")
+    if tokens is None or length is None:
+        raise DiagnosticsError(f"{row.where} lacks {'tokens' if tokens is None else 'resp_len'}. Mend or remove that row.")
+    first = len(tokens) - length if first is None else first
+    if length < 0 or first < 1 or first + length > len(tokens) or (total is not None and total != len(tokens)):
+        raise DiagnosticsError(f"{row.where}: {len(tokens)} tokens cannot be a prompt of {first} and a response of {length} (total_len {total}). Mend that row.")
+    sample, group, rollout = row.name("sample_index"), row.name("group_index"), row.name("rollout_id")
+    context = None if sample is None else f"sample-{sample}" if rollout is None else f"rollout-{rollout}-sample-{sample}"
+    return Rollout(prompt_ids=tokens[:first], response_ids=tokens[first : first + length],
+                   prompt_id=None if group is None else f"group-{group}", context_id=context)
+
+
+def _slime(row: Row) -> Rollout:
+    """Of a chat with tools, `loss_mask` tells which response tokens are the student's."""
+    tokens, length, mask = row.ids("tokens"), row.whole("response_length"), row.ids("loss_mask")
+    if tokens is None or length is None:
+        raise DiagnosticsError(f"{row.where} lacks {'tokens' if tokens is None else 'response_length'}. Mend or remove that row.")
+    if not 0 <= length < len(tokens) or (mask is not None and len(mask) != length):
+        raise DiagnosticsError(f"{row.where}: {len(tokens)} tokens with a response of {length}"
+                               f"{'' if mask is None else f' and a loss mask of {len(mask)}'} do not fit together. Mend that row.")
+    first, group = len(tokens) - length, row.name("group_index")
+    return Rollout(row.get("prompt"), row.text("response"), tokens[:first], tokens[first:], None if group is None else f"group-{group}",
+                   rendered=True, own=None if mask is None else tuple(map(bool, mask)))
+
+
+def _verl(row: Row) -> Rollout:
+    return Rollout(row.text("input"), row.text("output"), rendered=True)
+
+
+def _trl(row: Row) -> Rollout:
+    """Prompts are decoded text, or messages with the reply as messages too."""
+    completion = row.get("completion")
+    if completion is not None and not isinstance(completion, str):
+        completion = "".join(message["content"] for message in as_messages(completion, row.where))
+    return Rollout(row.get("prompt"), completion, rendered=True)
+
+
+def _plain(row: Row) -> Rollout:
+    prompt = row.get("prompt")
+    return Rollout(row.get("messages") if prompt is None else prompt, row.text("response"), row.ids("prompt_ids"), row.ids("response_ids"),
+                   row.name("prompt_id"), row.name("context_id"))
+
+
+FORMATS: dict[str, Format] = {
+    "contexts": Format(("context_id", "prompt_ids", "response_ids", "finished"), _contexts),
+    "slime": Format(("tokens", "response_length"), _slime),
+    "released": Format(("tokens", "resp_len"), _released),
+    "verl": Format(("input", "output"), _verl),
+    "trl": Format(("prompt", "completion"), _trl),
+    "plain": Format((), _plain),
+}
+"""In the order in which they are looked for."""
+
+
+def _format(frame: pd.DataFrame, wanted: str, path: Path) -> str:
+    fitting = [name for name, kind in FORMATS.items() if kind.needs and set(kind.needs) <= set(frame.columns)]
+    if {"prompt", "messages", "prompt_ids"} & set(frame.columns) and {"response", "response_ids"} & set(frame.columns):
+        fitting.append("plain")
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return wanted
+    if wanted not in ("auto", *FORMATS):
+        raise DiagnosticsError(f"Unknown format {wanted!r} of rollouts. Known are auto, {', '.join(FORMATS)}.")
+    known = "; ".join(f"{name}: {', '.join(kind.needs) or 'prompt, response'}" for name, kind in FORMATS.items() if wanted in ("auto", name))
+    raise DiagnosticsError(
+        f"{path} holds no rollouts{'' if wanted == 'auto' else f' of format {wanted}'}: it has {', '.join(map(str, frame.columns[:12]))}, and needed are {known}. Rename its columns."
+    )
+
+
+# --- text and ids --------------------------------------------------------------------------------------
+
+
+class _Freezer:
+    """Turns rows into contexts and counts what it meets."""
+
+    def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
+        self.tokenizer, self.end_ids, self.vocabulary, self.window = pair.tokenizer, pair.end_ids, pair.vocabulary, pair.window
+        self.renderer, self.counts = renderer, Counter()
+        self.special = [token for token in self.tokenizer.all_special_tokens if token]
+        self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
+        self.writes_special = renderer.has_template and self._has_special(renderer([{"role": "user", "content": "a"}], "the chat template"))
+        self.seen: set[tuple] = set()
+
+    def __call__(self, rollout: Rollout, where: str) -> Context | None:
+        """The context, or None for one that is left out."""
+        rollout = self._with_prompt(rollout, where)
+        prompt_ids, response_ids = self._ids(rollout)
+        outside = [i for i in (*prompt_ids, *response_ids) if i >= self.vocabulary]
+        if outside:
+            raise DiagnosticsError(f"{where} holds token id {outside[0]}, and the shared vocabulary has {self.vocabulary}. Another tokenizer wrote it; give the text alone.")
+        response_ids = self._own(response_ids, rollout.own)
+        usable = self._usable(prompt_ids, response_ids)
+        if usable:
+            self._inspect(rollout, prompt_ids, response_ids)
+        return self._context(rollout, prompt_ids, response_ids) if usable else None
+
+    def _with_prompt(self, rollout: Rollout, where: str) -> Rollout:
+        """The prompt as rendered text; one that lost its special tokens is looked up among the prompts."""
+        if missing(rollout.prompt) or rollout.prompt_ids is not None:
+            text = rollout.prompt if isinstance(rollout.prompt, str) else None
+            return replace(rollout, prompt=text)
+        original = self.stripped.get(rollout.prompt.strip()) if rollout.rendered and isinstance(rollout.prompt, str) else None
+        if original is not None:
+            self.counts["restored"] += 1
+            return replace(rollout, prompt=original.prompt, prompt_id=rollout.prompt_id or original.prompt_id)
+        raw = isinstance(rollout.prompt, str) and (rollout.rendered or self._has_special(rollout.prompt))
+        text = rollout.prompt if raw else self.renderer(rollout.prompt, where)
+        self.counts["without_special"] += self.writes_special and not self._has_special(text)
+        return replace(rollout, prompt=text)
+
+    def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        prompt_ids = rollout.prompt_ids if rollout.prompt_ids is not None else encode_prompt(self.tokenizer, rollout.prompt)
+        if rollout.response_ids is not None:
+            return prompt_ids, rollout.response_ids
+        self.counts["from_text"] += 1
+        before = rollout.prompt if rollout.prompt_ids is None else self._text(prompt_ids)
+        together = self._encode(before + rollout.response) if rollout.prompt_ids is not None else encode_prompt(self.tokenizer, before + rollout.response)
+        if together[: len(prompt_ids)] == prompt_ids:
+            return prompt_ids, together[len(prompt_ids) :]
+        self.counts["joined"] += 1
+        return prompt_ids, self._encode(rollout.response)
+
+    def _own(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> tuple[int, ...]:
+        """The response up to the first token that the student did not write."""
+        if own is None or all(own):
+            return response_ids
+        self.counts["cut"] += 1
+        return response_ids[: own.index(False)]
+
+    def _usable(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> bool:
+        over_long = self.window is not None and len(prompt_ids) + len(response_ids) > self.window
+        self.counts["empty"] += not response_ids
+        self.counts["over_long"] += over_long and bool(response_ids)
+        return bool(response_ids) and not over_long
+
+    def _inspect(self, rollout: Rollout, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> None:
+        """Count drift, other text and repeats."""
+        ids = prompt_ids + response_ids
+        self.counts["retokenised"] += self._encode(self._text(ids)) != ids
+        self.counts["repeated"] += (prompt_ids, response_ids) in self.seen
+        self.seen.add((prompt_ids, response_ids))
+        if rollout.response is not None and (rollout.own is None or all(rollout.own)):
+            spelled = self._spells(prompt_ids, response_ids, rollout.response)
+            self.counts["other_text"] += not spelled
+            if rollout.response_ids is not None:
+                self.counts["spelled"] += 1
+                self.counts["other_spelling"] += not spelled
+
+    def _spells(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...], response: str) -> bool:
+        """The ids decode to the text, special tokens written or left out."""
+        whole = self._text(prompt_ids + response_ids)
+        forms = (whole[len(self._text(prompt_ids)) :], self._text(response_ids), self.tokenizer.decode(response_ids, skip_special_tokens=True))
+        return any(form.strip() == response.strip() for form in forms)
+
+    def _context(self, rollout: Rollout, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Context:
+        prompt = rollout.prompt if isinstance(rollout.prompt, str) else self._text(prompt_ids)
+        return Context(
+            context_id=rollout.context_id or "", prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt), prompt=prompt, prompt_ids=prompt_ids,
+            response=self.tokenizer.decode(response_ids, skip_special_tokens=True), response_ids=response_ids, finished=response_ids[-1] in self.end_ids,
+        )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _stripped(self, text: str) -> str:
+        return self.tokenizer.decode(encode_prompt(self.tokenizer, text), skip_special_tokens=True).strip()
+
+    def _has_special(self, text: str) -> bool:
+        return any(token in text for token in self.special)
+
+
+def _named(contexts: list[Context], path: Path) -> Iterator[Context]:
+    """Contexts without a name of their own are numbered within their prompt. Raises DiagnosticsError where two have one name."""
+    samples, taken = Counter(), set()
+    for context in contexts:
+        name = context.context_id or f"{context.prompt_id}-{samples[context.prompt_id]}"
+        samples[context.prompt_id] += not context.context_id
+        if name in taken:
+            raise DiagnosticsError(f"{path}: two contexts are named {name!r}. Give every row its own id, or none.")
+        taken.add(name)
+        yield replace(context, context_id=name)
