@@ -1,23 +1,30 @@
 """The command line: `python -m diagnostics STAGE --output-dir DIR …`.
 
-Exit codes: 0 done; 2 the input cannot be used (one paragraph on stderr says why and what to do); 130 stopped
-by the user. Anything else is a fault of this program and shows its traceback.
+Exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used (one paragraph on stderr
+says why and what to do); 130 stopped by the user, 143 by a signal. Anything else is a fault of this program and shows its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from diagnostics import parallel
 from diagnostics.config import Parser, add_flags, read_flags
 from diagnostics.types import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What the disk, not this program, is to blame for."""
 
 EXAMPLES = {
     "run": "python -m diagnostics run --pair embedded --output-dir reports/demo\n"
@@ -36,6 +43,7 @@ EXAMPLES = {
     "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
     "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
     "validate": "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir reports/validation",
+    "rerun": "python -m diagnostics rerun reports/mine/manifest.json --output-dir reports/again",
     "criteria": "python -m diagnostics criteria",
 }
 PURPOSE = {
@@ -50,6 +58,7 @@ PURPOSE = {
     "report": "draw the figures and write report.html from the run's files",
     "train": "TA-OPD: train the student on the positions that a criterion selects",
     "validate": "a grid of short trainings: do the probe's conclusions survive them?",
+    "rerun": "repeat a run from its manifest and compare every file's hash",
     "criteria": "list the registered selection criteria",
 }
 
@@ -93,6 +102,10 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             add_flags(command, *configs)
         if "pairs.PairConfig" in STAGES.get(name, ()):
             command.add_argument("--accept-code", action="store_true", help="keep finished stages that another version of this program measured")
+        if name == "rerun":
+            command.add_argument("manifest", help="manifest.json of a finished run")
+            command.add_argument("--output-dir", required=True, help="a new directory")
+            command.add_argument("--device", default="auto", help="where the models run (default: auto)")
         if name == "validate":
             command.add_argument("--offline", help="run directory of a finished main job, whose answers are compared with the trainings")
         if name == "score":
@@ -105,21 +118,64 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        arguments = sys.argv[1:] if arguments is None else list(arguments)
-        parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
-        _log_to_stderr(quiet=parsed.quiet or parsed.json)
-        result = _criteria() if parsed.command == "criteria" else _stage(parsed)
+        with _sigterm_stops():
+            return _command(sys.argv[1:] if arguments is None else list(arguments))
     except DiagnosticsError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, Terminated) else 130
+    except (OSError, MemoryError, RuntimeError) as error:
+        explained = _fault_of_the_machine(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+    return 2
+
+
+def _command(arguments: list[str]) -> int:
+    parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
+    _log_to_stderr(quiet=parsed.quiet or parsed.json)
+    result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed)}.get(parsed.command, lambda: _stage(parsed))()
+    code = result.pop("code", 0)
     print(json.dumps(result, indent=2) if parsed.json else result.pop("text", "") or _plain(result))
-    return 0
+    return code
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, with the lock given back and no unfinished file. A launcher's processes just end."""
+    if parallel.world() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fault_of_the_machine(error: Exception) -> str | None:
+    """What to say where disk or memory gave out, None for anything else."""
+    first = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return (f"The memory does not suffice ({first or type(error).__name__}). What was finished is kept. Use smaller --batch-tokens, "
+                "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine.")
+    if isinstance(error, OSError) and error.errno in DISK:
+        return (f"{error.filename or 'A file'} cannot be used ({error.strerror}). What was finished is kept. "
+                "Make room or mend the permissions, and give the same command again.")
+    return None
 
 
 def _plain(result: dict) -> str:
@@ -137,6 +193,20 @@ def _criteria() -> dict:
 
     table = criteria()
     return {"text": table.drop(columns=["mine"]).to_string(), "criteria": table.reset_index().to_dict("records")}
+
+
+def _rerun(parsed: argparse.Namespace) -> dict:
+    from diagnostics import rerun
+
+    def do(arguments: list[str]) -> None:
+        command = [*arguments, *(["--device", parsed.device] if "pairs.PairConfig" in STAGES[arguments[0]] else [])]
+        _stage(build_parser(command[0]).parse_args(command))
+
+    table = rerun.rerun(Path(parsed.manifest), Path(parsed.output_dir), configs=_configs, do=do)
+    different = int((~table["same"]).sum())
+    text = "\n".join(f"{'equal    ' if row.same else 'different'}  {row.file}" for row in table.itertuples())
+    end = f"{len(table) - different} of {len(table)} files are equal"
+    return {"code": int(different > 0), "text": f"{text}\n{end}", "files": table.to_dict("records"), "different": different}
 
 
 def _stage(parsed: argparse.Namespace) -> dict:

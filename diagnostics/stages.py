@@ -186,7 +186,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
         write_csv(run.path("tables/calibration.csv"), result.calibration)
         return dataclasses.asdict(result.step)
 
-    run.stage("probe", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet", "scores.parquet"],
+    run.stage("probe", settings={**models.settings, **dataclasses.asdict(config), "batch_tokens": batch_tokens}, inputs=["contexts.parquet", "scores.parquet"],
               outputs=["gains.parquet", "tables/calibration.csv"], work=work, code=("probe",), models=models.fingerprint)
     join_tokens(run)
 
@@ -365,7 +365,7 @@ def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_
         chosen = result.calibration[result.calibration["chosen"]].iloc[0]
         return {"cells": len(result.cells), "step_size": float(chosen.step_size), "relative_norm": float(chosen.relative_norm)}
 
-    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
+    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis), "batch_tokens": batch_tokens}
     run.stage("intervene", settings=settings, inputs=["contexts.parquet", "scores.parquet"],
               outputs=["interventions.parquet", "tables/intervention.csv"], work=work, derived=True, code=("intervention",),
               models=models.fingerprint)
@@ -386,7 +386,7 @@ def attribute_stage(run: Run, models: Models, probe, config, analysis, *, batch_
         for name, table in zip(names, (result.linearity, result.kernel, result.shares, result.lift), strict=True):
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis)}
+    settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis), "batch_tokens": batch_tokens}
     run.stage("attribute", settings=settings, inputs=["contexts.parquet", "scores.parquet", "gains.parquet"],
               outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in names)], work=work, derived=True,
               code=("attribution",), models=models.fingerprint)
@@ -433,7 +433,8 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {**models.settings, **dataclasses.asdict(config), **dataclasses.asdict(evaluation), **dataclasses.asdict(analysis), "offline": offline}
+    settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(config), **dataclasses.asdict(evaluation),
+                **dataclasses.asdict(analysis), "offline": offline}
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
               outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True, code=("validation", "training"),

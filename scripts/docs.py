@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "types parallel runs divergences criteria losses pairs prompts tasks rollouts interop scores probe attribution intervention trainer training "
-    "evaluation validation statistics tables analysis comparison agreement verdicts plates figures tokenview narrative report config stages cli"
+    "evaluation validation statistics tables analysis comparison agreement verdicts plates figures tokenview narrative report config stages rerun cli"
 ).split()
 OTHER = {
     "data/embedded": "the embedded pair and its card",

@@ -24,6 +24,7 @@ SURFACE = {
     "learning-rate level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher offline offload-teacher output-dir pair prompt-column prompts prompts-split quiet seeds steps "
     "student student-revision teacher teacher-device teacher-dtype teacher-revision verifier workers",
     "report": "json output-dir quiet",
+    "rerun": "device json output-dir quiet",
     "criteria": "json quiet",
 }
 
