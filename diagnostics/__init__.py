@@ -16,7 +16,7 @@ _HOMES = {
     "prompts": ("load_prompts",),
     "rollouts": ("rollout",),
     "banks": ("read_rollouts",),
-    "scores": ("score",),
+    "scores": ("score", "score_with_tops"),
     "probe": ("probe",),
     "comparison": ("compare", "selection_curves", "selection_overlap", "selection_profile", "selection_summary"),
     "agreement": ("agreement",),

@@ -87,14 +87,16 @@ def measure(
     return out
 
 
-def _measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, *, k: int, sweep: Sequence[int]) -> tuple[dict, dict]:
+def _measure(
+    student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, *, k: int, sweep: Sequence[int], tops: int = 0
+) -> tuple[dict, dict]:
     """Measurements by name, and each model's log-normaliser [N]."""
     _check(student_NV, teacher_NV, sampled_N, (k, *sweep))
     out = _rows(student_NV, teacher_NV)
     norms = {name: out.pop(f"{name}_norm") for name in ("student", "teacher")}
     student = _Model(student_NV, norms["student"], out.pop("student_maxima"))
     teacher = _Model(teacher_NV, norms["teacher"], out.pop("teacher_maxima"))
-    out |= _sampled(student, teacher, sampled_N) | _supports(student, teacher, sampled_N, k=k, sweep=sweep)
+    out |= _sampled(student, teacher, sampled_N) | _supports(student, teacher, sampled_N, k=k, sweep=sweep, tops=tops)
     undefined_N = out["student_entropy"].isnan()
     return {name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()}, norms
 
@@ -125,6 +127,7 @@ def measure_hidden(
     *,
     k: int = 16,
     sweep: Sequence[int] = (),
+    tops: int = 0,
     chunk: int | None = None,
     student_dropped: Logits | None = None,
     teacher_dropped: Logits | None = None,
@@ -134,13 +137,14 @@ def measure_hidden(
     The two models may sit on different devices; the result is on the student's. chunk: positions, None picks a
     number from the vocabulary's size. Same chunk, same bits; another chunk changes results by rounding alone.
     student_dropped, teacher_dropped: the head's logits over ids outside the shared vocabulary, where there are
-    any; then `student_dropped_mass`, `teacher_dropped_mass` are measured too.
+    any; then `student_dropped_mass`, `teacher_dropped_mass` are measured too. tops: how many of each model's likeliest
+    tokens come along, as `<model>_top_<j>` (id) and `<model>_top_<j>_p` (probability) with j from 0; at most SELECTKD_TOP.
     """
 
     def part(rows: slice) -> dict[str, Tensor]:
         student_nV = student_logits(student_hidden_NH[rows])
         teacher_nV = teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
-        out, norms = _measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep)
+        out, norms = _measure(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep, tops=tops)
         if student_dropped is not None:
             out["student_dropped_mass"] = _mass_outside(student_dropped(student_hidden_NH[rows]), norms["student"])
         if teacher_dropped is not None:
@@ -439,7 +443,9 @@ def _largest(values_NC: Tensor, k: int) -> Tensor:
     return keys_NC.topk(k, dim=-1).indices
 
 
-def _supports(student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sweep: Sequence[int]) -> dict[str, Tensor]:
+def _supports(
+    student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sweep: Sequence[int], tops: int = 0
+) -> dict[str, Tensor]:
     """Measurements of the top-K lists, for k and for each other K in `sweep`."""
     largest = min(max(k, SELECTKD_TOP, *sweep), student.logits_NV.shape[1])
     s_NK, t_NK = student.top(largest), teacher.top(largest)
@@ -451,6 +457,7 @@ def _supports(student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sw
         "top1_match": (s_NK[:, 0] == t_NK[:, 0]).double(),
         "student_top1_in_teacher_top5": (s_NK[:, :1] == t_NK[:, :SELECTKD_TOP]).any(-1).double(),
     }
+    out |= _tops("student", s_NK[:, :tops], values["p_s"]) | _tops("teacher", t_NK[:, :tops], values["q_t"])
     same_NKK = s_NK[:, :, None] == t_NK[:, None, :]
     for size in dict.fromkeys((k, *sweep)):
         part = min(size, largest)
@@ -459,6 +466,14 @@ def _supports(student: _Model, teacher: _Model, sampled_N: Tensor, *, k: int, sw
         measured["sampled_in_teacher_topk"] = (t_NK[:, :part] == sampled_N[:, None]).any(-1).double()
         out |= {support_column(name, None if size == k else size): values_N for name, values_N in measured.items()}
     return out
+
+
+def _tops(model: str, ids_NK: Tensor, ln_NK: Tensor) -> dict[str, Tensor]:
+    """Ids and probabilities of a model's likeliest tokens, a column each; ids are exact in float64."""
+    columns = {}
+    for j in range(ids_NK.shape[1]):
+        columns |= {f"{model}_top_{j}": ids_NK[:, j].double(), f"{model}_top_{j}_p": ln_NK[:, j].exp()}
+    return columns
 
 
 def _support(same_NKK: Tensor, *, p_s: Tensor, q_s: Tensor, p_t: Tensor, q_t: Tensor) -> dict[str, Tensor]:

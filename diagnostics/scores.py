@@ -25,6 +25,8 @@ from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
+TOPS = 5
+"""Likeliest tokens of each model that the token view shows."""
 NOT_FINITE_LIMIT = 0.01
 """Share of positions that may be excluded for NaN or infinite logits before scoring stops."""
 
@@ -124,21 +126,59 @@ def score(
     in every measurement and counted in a warning. shards: where finished batches are kept, and taken from. Raises
     DiagnosticsError for an empty bank, ids outside the vocabulary, a prompt without tokens, or more than 1 % such positions.
     """
+    return _table(pair, bank, _columns(pair, bank, k=k, sweep=sweep, batch_tokens=batch_tokens, shards=shards))
+
+
+def score_with_tops(
+    pair: Pair, bank: Bank, *, k: int = 16, sweep: Sequence[int] = (4, 8, 32), batch_tokens: int = BATCH_TOKENS, shards: Shards | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`score`, and from the same pass what each model would have said: its likeliest tokens, for the token view.
+
+    Returns the token table, the same to the bit, and one row a position with the columns context_id, position and for
+    `student` and `teacher` <model>_top (lists of at most TOPS tokens as text, likeliest first), <model>_top_p (their
+    probabilities, float32) and <model>_top_ids. The lists of a position with NaN or infinite logits are empty.
+    """
+    columns = _columns(pair, bank, k=k, sweep=sweep, batch_tokens=batch_tokens, shards=shards, tops=TOPS)
+    lists = {name: columns.pop(name) for name in list(columns) if name.startswith(("student_top_", "teacher_top_"))}
+    tokens = _table(pair, bank, columns)
+    return tokens, pd.concat([tokens[["context_id", "position"]], *(_lists(pair, lists, role) for role in ("student", "teacher"))], axis=1)
+
+
+def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+    _check_finite(columns["student_entropy"] + columns["teacher_entropy"], bank)
+    return validate_tokens(pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1))
+
+
+def _columns(
+    pair: Pair, bank: Bank, *, k: int, sweep: Sequence[int], batch_tokens: int, shards: Shards | None, tops: int = 0
+) -> dict[str, np.ndarray]:
+    """Every measurement [N] by name, float64, over all processes."""
     check_bank(pair, bank)
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
     todo = _take_up(mine(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions)
     for batch, student_nH, teacher_nH in _forward(pair, todo, "score"):
         measured = divergences.measure_hidden(
-            student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep),
+            student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep), tops=tops,
             student_dropped=_dropped(pair.student), teacher_dropped=_dropped(pair.teacher),
         )
         values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
         shards.add(batch.rows_n.numpy(), values)
         _fill(columns, batch, values, bank.positions)
-    columns = _gathered(columns, bank.positions)
-    _check_finite(columns["student_entropy"] + columns["teacher_entropy"], bank)
-    return validate_tokens(pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1))
+    return _gathered(columns, bank.positions)
+
+
+def _lists(pair: Pair, lists: dict[str, np.ndarray], role: str) -> pd.DataFrame:
+    """A model's likeliest tokens as three columns of lists."""
+    count = sum(name.startswith(f"{role}_top_") for name in lists) // 2
+    ids_NK = np.stack([lists[f"{role}_top_{j}"] for j in range(count)], axis=1)
+    shares_NK = np.stack([lists[f"{role}_top_{j}_p"] for j in range(count)], axis=1)
+    known_N = np.isfinite(shares_NK).all(axis=1)
+    distinct, codes = np.unique(np.nan_to_num(ids_NK).astype(np.int32), return_inverse=True)
+    texts = np.array([pair.tokenizer.decode([token]) for token in distinct.tolist()], dtype=object)
+    codes_NK = codes.reshape(ids_NK.shape)
+    columns = {"top": texts[codes_NK], "top_p": shares_NK.astype(np.float32), "top_ids": distinct[codes_NK]}
+    return pd.DataFrame({f"{role}_{name}": [row if known else row[:0] for row, known in zip(values, known_N)] for name, values in columns.items()})
 
 
 def _fill(columns: dict[str, np.ndarray], batch: Batch, values: Mapping[str, Sequence], positions: int) -> None:

@@ -1,6 +1,6 @@
 """The stages on a run directory: each reads files, calls one function, writes files.
 
-    rollout -> contexts.parquet     score -> scores.parquet     probe -> gains.parquet, tables/calibration.csv
+    rollout -> contexts.parquet     score -> scores.parquet, tops.parquet     probe -> gains.parquet, tables/calibration.csv
     analyze -> tables/*.csv         report -> figures/*, report.html
     compare -> tables/selection_*.csv, tables/offline_*.csv      intervene -> interventions.parquet, tables/intervention.csv, cells/*
     attribute -> first_order.parquet, tables/{linearity,kernel,kernel_shares,lift}.csv
@@ -161,16 +161,18 @@ def _file_hash(name: str, path: str | None) -> dict[str, str]:
 
 
 def score_stage(run: Run, models: Models, config) -> None:
-    """Measure every response position."""
-    from diagnostics.scores import score
+    """Measure every response position, and keep what both models would have said there."""
+    from diagnostics.scores import score_with_tops
 
     def work() -> dict:
-        tokens = score(models.pair, read_bank(run.path("contexts.parquet")), **dataclasses.asdict(config), shards=run.shards("scores"))
+        bank = read_bank(run.path("contexts.parquet"))
+        tokens, tops = score_with_tops(models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
+        write_parquet(run.path("tops.parquet"), tops)
         return models.pair.facts
 
     run.stage("score", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet"],
-              outputs=["scores.parquet"], work=work, code=("scores",), models=models.fingerprint)
+              outputs=["scores.parquet", "tops.parquet"], work=work, code=("scores",), models=models.fingerprint)
     join_tokens(run)
 
 

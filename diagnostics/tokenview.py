@@ -96,8 +96,8 @@ def show(
     tokens: the token table, whole: scales, scores and ranks are over all of its rows. context: index in the bank, context_id,
     or several; the first 50 where None. color: the measurement or criterion to begin with. budget: share of all
     positions whose selection is outlined, moved to the slider's nearest stop. criteria: names; a usual seven, and the
-    user's own, where None. tops: columns context_id, position, student_top, teacher_top, each a list of (token, probability),
-    best first. Raises DiagnosticsError for an unknown context or colour, or a table of another bank.
+    user's own, where None. tops: both models' likeliest tokens as `score_with_tops` gives them: columns context_id, position,
+    student_top, student_top_p, teacher_top, teacher_top_p. Raises DiagnosticsError for an unknown context or colour, or a table of another bank.
     """
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     contexts = _chosen(bank, context)
@@ -207,33 +207,35 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
     ]
 
 
+TOPS = tuple(f"{role}_top{part}" for role in ("student", "teacher") for part in ("", "_p"))
+"""Columns of the likeliest tokens that the view shows."""
+
+
 def _tops(tops: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
     """Both models' likeliest tokens at the shown positions: indices from 1 into a list of words, 0 for none, and
     probabilities in steps of 1/65535."""
-    require_columns(tops, ("context_id", "position", "student_top", "teacher_top"), what="The likeliest tokens of a token view")
-    table = tops.set_index(["context_id", "position"])
+    require_columns(tops, ("context_id", "position", *TOPS), what="The likeliest tokens of a token view")
+    table = tops.set_index(["context_id", "position"])[list(TOPS)]
     table = table.reindex(pd.MultiIndex.from_frame(shown[["context_id", "position"]]))
     words: dict[str, int] = {}
-    lists = {role: [_pairs(cell) for cell in table[f"{role}_top"]] for role in ("student", "teacher")}
-    k = max((len(pairs) for column in lists.values() for pairs in column), default=0)
-    packed: dict[str, Any] = {"k": k}
-    for role, column in lists.items():
-        ids, shares = np.zeros((len(column), k), dtype=np.int64), np.zeros((len(column), k))
-        for i, pairs in enumerate(column):
-            for j, (token, probability) in enumerate(pairs):
-                ids[i, j], shares[i, j] = words.setdefault(str(token), len(words)) + 1, probability
+    k = max((len(cell) for role in ("student", "teacher") for cell in table[f"{role}_top"] if not _is_missing(cell)), default=0)
+    packed: dict[str, Any] = {}
+    for role in ("student", "teacher"):
+        ids, shares = np.zeros((len(table), k), dtype=np.int64), np.zeros((len(table), k))
+        for i, (tokens, probabilities) in enumerate(zip(table[f"{role}_top"], table[f"{role}_top_p"], strict=True)):
+            if not _is_missing(tokens):
+                ids[i, : len(tokens)] = [words.setdefault(str(token), len(words)) + 1 for token in tokens]
+                shares[i, : len(tokens)] = probabilities
         packed[role] = {"ids": ids.ravel(), "p": pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2")}
     width = "<u2" if len(words) < 2**16 - 1 else "<u4"
-    for role in lists:
+    for role in packed:
         packed[role]["ids"] = pack(packed[role]["ids"], width)
-    return packed | {"words": list(words), "width": width, "steps": PROBABILITY_STEPS}
+    return packed | {"k": k, "words": list(words), "width": width, "steps": PROBABILITY_STEPS}
 
 
-def _pairs(cell: Any) -> list[tuple[str, float]]:
-    """A cell of `tops` as (token, probability) pairs; empty where there is none."""
-    if cell is None or isinstance(cell, float):
-        return []
-    return [(one["token"], one["probability"]) if isinstance(one, dict) else (one[0], float(one[1])) for one in cell]
+def _is_missing(cell: Any) -> bool:
+    """True for a position that the table of likeliest tokens does not have."""
+    return cell is None or isinstance(cell, float)
 
 
 def script_json(content: Any) -> str:

@@ -427,6 +427,21 @@ def test_no_positions_give_empty_columns():
     assert {tuple(values_N.shape) for values_N in measured.values()} == {(0,)}
 
 
+def test_the_likeliest_tokens_come_along_where_asked_for():
+    generator = torch.Generator().manual_seed(3)
+    hidden_NH, teacher_NH = (torch.randn(7, 6, generator=generator) for _ in range(2))
+    head_HV, sampled_N = torch.randn(6, 40, generator=generator), torch.zeros(7, dtype=torch.long)
+    plain = measure_hidden(hidden_NH, lambda h: h @ head_HV, teacher_NH, lambda h: h @ head_HV, sampled_N, k=4)
+    found = measure_hidden(hidden_NH, lambda h: h @ head_HV, teacher_NH, lambda h: h @ head_HV, sampled_N, k=4, tops=5, chunk=3)
+    added = {f"{model}_top_{j}{part}" for model in ("student", "teacher") for j in range(5) for part in ("", "_p")}
+    assert set(found) - set(plain) == added
+    for model, states_NH in (("student", hidden_NH), ("teacher", teacher_NH)):
+        best = (states_NH @ head_HV).double().softmax(-1).topk(5)
+        for j in range(5):
+            assert found[f"{model}_top_{j}"].tolist() == best.indices[:, j].tolist()
+            torch.testing.assert_close(found[f"{model}_top_{j}_p"], best.values[:, j], rtol=1e-6, atol=0)
+
+
 def test_nothing_is_projected_beyond_a_chunk():
     (student_NH, student, teacher_NH, teacher), sampled_N = heads(300)
     rows = []

@@ -179,3 +179,25 @@ def test_models_that_take_turns_score_the_same(bank):
     pair, reference = (assemble("tiny", make_model(1), make_model(2, tie_word_embeddings=True), make_tokenizer()) for _ in range(2))
     pair.offload_teacher = True
     assert score(pair, bank).equals(score(reference, bank))
+
+
+def test_likeliest_tokens_come_from_the_same_pass(pair, bank):
+    tokens, tops = scores.score_with_tops(pair, bank)
+    pd.testing.assert_frame_equal(tokens, score(pair, bank))
+    context, at = bank[3], 4
+    row = tops[(tops.context_id == context.context_id) & (tops.position == at)].iloc[0]
+    ids = torch.tensor([context.ids[: len(context.prompt_ids) + at]])
+    for role in ("student", "teacher"):
+        shares = getattr(pair, role).model(ids).logits[0, -1].double().softmax(-1)
+        expected = shares.topk(scores.TOPS)
+        assert row[f"{role}_top_ids"].tolist() == expected.indices.tolist()
+        assert row[f"{role}_top_p"].tolist() == pytest.approx(expected.values.tolist(), rel=1e-4)
+        assert list(row[f"{role}_top"]) == [pair.tokenizer.decode([token]) for token in expected.indices.tolist()]
+
+
+def test_a_position_that_was_not_scored_has_no_likeliest_tokens():
+    clean = tuple(Context(f"c{i}", f"p{i}", "", (0, 5), "", tuple(range(4, 44)), False) for i in range(8))
+    bank = Bank((*clean, Context("c8", "p8", "", (0, 5), "", (5, 60, 6), False)))
+    _, tops = scores.score_with_tops(assemble("nan", poisoned(make_model(1), 60), make_model(2), make_tokenizer()), bank)
+    for name in ("student_top", "student_top_p", "teacher_top", "teacher_top_p"):
+        assert [len(cell) for cell in tops[name]] == [scores.TOPS] * 320 + [0] * 3

@@ -8,7 +8,7 @@ from diagnostics.cli import main
 from diagnostics.runs import sha256_file
 from tests.conftest import make_pair
 
-FILES = ("contexts.parquet", "scores.parquet", "gains.parquet", "tokens.parquet", "tables/calibration.csv", "tables/correlations.csv",
+FILES = ("contexts.parquet", "scores.parquet", "tops.parquet", "gains.parquet", "tokens.parquet", "tables/calibration.csv", "tables/correlations.csv",
          "tables/q3_contrast.csv", "manifest.json", "report.html")
 
 
@@ -42,6 +42,8 @@ def test_the_main_job_leaves_its_files(finished):
     tokens = pd.read_parquet(finished / "tokens.parquet")
     assert {"forward_kl", "split", "gain", "relative_gain", "placebo_gain"} <= set(tokens.columns)
     assert len(pd.read_parquet(finished / "contexts.parquet")) == 20
+    assert len(pd.read_parquet(finished / "tops.parquet")) == len(tokens)
+    assert '"tops":{"student":' in (finished / "report.html").read_text(encoding="utf-8")
     for figure in (finished / "figures").glob("*.png"):
         assert figure.with_suffix(".pdf").exists()
     assert len(list((finished / "figures").glob("*.png"))) >= 4

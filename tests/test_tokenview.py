@@ -16,6 +16,12 @@ from tests import browser, study_tables
 NASTY = ['<script>', '"onload="', "&amp;", "</script>", "\n", "  ", "plain"]
 
 
+def make_tops(tokens, rows, shares):
+    """Likeliest tokens: the student's as given, the teacher's the other way round."""
+    return pd.DataFrame({"context_id": tokens.context_id, "position": tokens.position, "student_top": rows, "student_top_p": [shares] * len(rows),
+                         "teacher_top": [row[::-1] for row in rows], "teacher_top_p": [shares[::-1]] * len(rows)})
+
+
 @pytest.fixture(scope="module")
 def tokens():
     table = study_tables.tokens(prompts=6, length=18)
@@ -30,8 +36,7 @@ def bank(tokens):
 
 @pytest.fixture(scope="module")
 def tops(tokens):
-    rows = [[(token, 0.6), ("<img src=x>", 0.25), ("other", 0.05)] for token in tokens.token]
-    return pd.DataFrame({"context_id": tokens.context_id, "position": tokens.position, "student_top": rows, "teacher_top": [row[::-1] for row in rows]})
+    return make_tops(tokens, [[token, "<img src=x>", "other"] for token in tokens.token], [0.6, 0.25, 0.05])
 
 
 def payload(view: tokenview.TokenView) -> dict:
@@ -81,6 +86,18 @@ def test_undefined_scores_have_no_rank(bank, tokens):
     assert np.isnan(unpack(measures["teachability"]["data"], "<f4")[3])
 
 
+def test_packs_the_likeliest_tokens_of_what_is_shown(bank, tokens, tops):
+    holes = tops.drop(index=2)
+    holes.at[1, "student_top"], holes.at[1, "student_top_p"] = [], []
+    packed = payload(tokenview.show(bank, tokens, context=0, tops=holes))["tops"]
+    ids, shares = unpack(packed["student"]["ids"], packed["width"]).reshape(-1, packed["k"]), unpack(packed["student"]["p"], "<u2")
+    assert [packed["words"][i - 1] for i in ids[0]] == ["<script>", "<img src=x>", "other"]
+    assert ids[1].tolist() == ids[2].tolist() == [0, 0, 0] and len(ids) == len(bank[0].response_ids)
+    assert (shares.reshape(ids.shape)[0] / packed["steps"]).tolist() == pytest.approx([0.6, 0.25, 0.05], abs=1e-5)
+    teacher = unpack(packed["teacher"]["ids"], packed["width"]).reshape(ids.shape)
+    assert [packed["words"][i - 1] for i in teacher[0]] == ["other", "<img src=x>", "<script>"]
+
+
 def test_shows_a_users_criterion(bank, tokens, monkeypatch):
     monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
     monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))
@@ -121,8 +138,7 @@ def test_fifty_long_contexts_stay_under_two_megabytes():
     })
     frame["prompt_id"] = frame.context_id
     frame = validate_tokens(frame)
-    lists = [[(f" token{i}", 0.2) for i in row] for row in rng.integers(0, 5000, (size, 5))]
-    tops = pd.DataFrame({"context_id": frame.context_id, "position": frame.position, "student_top": lists, "teacher_top": lists})
+    tops = make_tops(frame, [[f" token{i}" for i in row] for row in rng.integers(0, 5000, (size, 5))], [0.5, 0.3, 0.1, 0.05, 0.01])
     assert len(tokenview.show(study_tables.bank_of(frame), frame, tops=tops).html.encode()) < 2_000_000
 
 
