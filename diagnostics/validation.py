@@ -123,8 +123,10 @@ class Job:
     @property
     def identity(self) -> dict:
         """Settings that a finished cell must share; which other cells there are is not among them."""
+        from diagnostics.stages import WHERE
+
         grid = {key: value for key, value in self.grid.items() if key not in ("criteria", "budgets", "seeds", "workers")}
-        pair = {key: value for key, value in self.pair.items() if "device" not in key and key != "offload_teacher"}
+        pair = {key: value for key, value in self.pair.items() if key not in WHERE}
         return json.loads(json.dumps(pair | self.prompts | self.evaluation | grid))
 
     def finished(self, name: str) -> bool:
