@@ -39,7 +39,8 @@ EXAMPLES = {
     "compare": "python -m diagnostics compare --output-dir reports/mine --criteria divergence,teachability,tip --budgets 0.01,0.05,0.1",
     "intervene": "python -m diagnostics intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3 --output-dir reports/mine",
     "attribute": "python -m diagnostics attribute --pair embedded --full-kernel --output-dir reports/mine",
-    "report": "python -m diagnostics report --output-dir reports/mine",
+    "report": "python -m diagnostics report reports/mine\n"
+    "  python -m diagnostics report --compare reports/demo reports/smollm2 --output-dir reports",
     "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
     "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
     "validate": "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir reports/validation",
@@ -55,7 +56,7 @@ PURPOSE = {
     "compare": "what each criterion would have captured of the gains, at each budget",
     "intervene": "one step with loss on the selected positions only, for each criterion and budget",
     "attribute": "first-order gains, and where a position's gain comes from",
-    "report": "draw the figures and write report.html from the run's files",
+    "report": "draw the figures and write report.html from the run's files alone, or set several runs side by side",
     "train": "TA-OPD: train the student on the positions that a criterion selects",
     "validate": "a grid of short trainings: do the probe's conclusions survive them?",
     "rerun": "repeat a run from its manifest and compare every file's hash",
@@ -98,8 +99,10 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         command.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         if name in STAGES:
-            command.add_argument("--output-dir", required=True, help="the run's directory")
+            command.add_argument("--output-dir", required=name != "report", help="the run's directory")
             add_flags(command, *configs)
+        if name == "report":
+            _report_flags(command)
         if "pairs.PairConfig" in STAGES.get(name, ()):
             command.add_argument("--accept-code", action="store_true", help="keep finished stages that another version of this program measured")
         if name == "rerun":
@@ -116,6 +119,12 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
             command.add_argument("--tokens", help="read this token table (ours, or one of the released scripts') instead of the run's own")
     return parser
+
+
+def _report_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", nargs="?", metavar="DIR", help="the run's directory, the same as --output-dir")
+    command.add_argument("--contexts", type=int, default=24, help="contexts shown token by token, 0 for none (default: 24)")
+    command.add_argument("--compare", nargs="+", metavar="DIR", help="finished runs to set side by side, in compare.html of --output-dir")
 
 
 class Terminated(KeyboardInterrupt):
@@ -143,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
-    result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed)}.get(parsed.command, lambda: _stage(parsed))()
+    result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed), "report": lambda: _report(parsed)}.get(parsed.command, lambda: _stage(parsed))()
     code = result.pop("code", 0)
     print(json.dumps(result, indent=2) if parsed.json else result.pop("text", "") or _plain(result))
     return code
@@ -209,6 +218,23 @@ def _rerun(parsed: argparse.Namespace) -> dict:
     return {"code": int(different > 0), "text": f"{text}\n{end}", "files": table.to_dict("records"), "different": different}
 
 
+def _report(parsed: argparse.Namespace) -> dict:
+    from diagnostics.runs import open_run
+    from diagnostics.stages import report_stage
+
+    if (parsed.directory is None) == (parsed.output_dir is None):
+        raise DiagnosticsError("A report goes into one directory: name it as DIR, or with --output-dir.")
+    directory = Path(parsed.directory or parsed.output_dir)
+    if parsed.compare:
+        from diagnostics.sidebyside import compare_runs
+
+        return {"report": str(compare_runs(parsed.compare).save(directory / "compare.html"))}
+    if not (directory / "manifest.json").exists():  # before a lock makes the directory
+        raise DiagnosticsError(f"{directory} holds no manifest.json. Name the --output-dir of an earlier run.")
+    with open_run(directory) as run:
+        return {"report": str(report_stage(run, contexts=parsed.contexts))}
+
+
 def _stage(parsed: argparse.Namespace) -> dict:
     from diagnostics import stages
     from diagnostics.runs import open_run
@@ -238,6 +264,6 @@ def _stage(parsed: argparse.Namespace) -> dict:
             stages.compare_stage(run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed)
         if parsed.command in ("run", "analyze"):
             stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed, training=getattr(parsed, "training", None))
-        if parsed.command in ("run", "report"):
+        if parsed.command == "run":
             return {"report": str(stages.report_stage(run))}
         return {"output_dir": str(run.directory)}

@@ -413,11 +413,11 @@ def _require_probe_settings(run: Run, probe, *, what: str) -> None:
         )
 
 
-def report_stage(run: Run) -> Path:
-    """Draw the figures and write the report."""
-    from diagnostics.report import build
+def report_stage(run: Run, *, contexts: int | None = None) -> Path:
+    """Draw the figures and write the report; contexts: how many are shown token by token, the report's usual number where None."""
+    from diagnostics.report import CONTEXTS, build
 
-    return build(run.directory)
+    return build(run.directory, contexts=CONTEXTS if contexts is None else contexts)
 
 
 def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, offline: str | None, analysis) -> None:

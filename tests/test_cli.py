@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from diagnostics.cli import PURPOSE, STAGES, build_parser, main
+from tests import study_tables
 from tests.test_stages import folders  # noqa: F401  (a fixture)
 
 SURFACE = {
@@ -28,7 +29,7 @@ SURFACE = {
     "eval-samples json learning-rate level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher offline "
     "offload-teacher output-dir pair prompt-column prompts prompts-split quiet seeds shard-teacher steps student student-revision "
     "teacher teacher-device teacher-dtype teacher-revision verifier workers",
-    "report": "json output-dir quiet",
+    "report": "compare contexts json output-dir quiet",
     "rerun": "device json output-dir quiet",
     "criteria": "json quiet",
 }
@@ -69,7 +70,11 @@ def test_every_stage_says_what_it_does(capsys):
     (["analyze", "--output-dir", "{tmp}/out"], "Run the stage that writes it first"),
     (["analyze", "--tokens", "{tmp}/none.csv", "--output-dir", "{tmp}/out"], "none.csv is not a file"),
     (["analyze", "--tokens", "{tmp}/column.jsonl", "--output-dir", "{tmp}/out"], "column"),
-    (["report", "--output-dir", "{tmp}/out"], "manifest.json"),
+    (["report", "--output-dir", "{tmp}/out"], "/out holds no manifest.json. Name the --output-dir of an earlier run."),
+    (["report"], "A report goes into one directory: name it as DIR, or with --output-dir."),
+    (["report", "{tmp}/a", "--output-dir", "{tmp}/b"], "A report goes into one directory"),
+    (["report", "--compare", "{tmp}/a", "--output-dir", "{tmp}"], "A comparison needs two or more runs"),
+    (["report", "--compare", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"], "cannot be read as a manifest (No such file or directory)"),
     (["fly"], "invalid choice: 'fly'"),
     ([], "the following arguments are required"),
 ])
@@ -81,6 +86,23 @@ def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, fo
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert error.startswith("error: ") and words in error
     assert (tmp_path / "column.jsonl").read_text() == '{"text": "w1"}\n'
+
+
+def test_reports_from_files_alone_with_as_many_contexts_as_asked_for(tmp_path, capsys):
+    directory = study_tables.write_run(tmp_path / "one")
+    for count in (0, 3):
+        assert main(["report", str(directory), "--contexts", str(count), "--quiet"]) == 0
+        page = (directory / "report.html").read_text(encoding="utf-8")
+        assert page.count('<div class="tokenview">') == (count > 0) and page.count('"prompt_id":"p') == count
+    assert capsys.readouterr().out == f"report: {directory / 'report.html'}\n" * 2
+
+
+def test_runs_side_by_side_are_one_page(tmp_path, capsys):
+    runs = [str(study_tables.write_run(tmp_path / name)) for name in ("one", "two")]
+    assert main(["report", "--compare", *runs, "--output-dir", str(tmp_path / "both"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "both" / "compare.html")}
+    page = (tmp_path / "both" / "compare.html").read_text(encoding="utf-8")
+    assert "<title>2 runs side by side</title>" in page and "<b>one.</b>" in page and "<b>two.</b>" in page
 
 
 def test_a_stranger_sees_no_traceback(tmp_path):
