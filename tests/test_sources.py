@@ -1,0 +1,303 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from diagnostics import load_pair, score, sources
+from diagnostics.probe import probe
+from diagnostics.rollouts import rollout
+from diagnostics.sources import load_model, load_tokenizer, shared_template
+from diagnostics.types import DiagnosticsError
+from tests.conftest import make_bank, make_model, make_prompts, make_tokenizer
+
+LOAD = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model with its tokenizer, and a LoRA adapter for it with weights of its own."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("lora")
+    make_model(1).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    adapted = with_adapter(peft, load_model(folder / "base", **LOAD))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def with_adapter(peft, model, **options):
+    """The model with a LoRA of rank 4 that is not zero, unmerged."""
+    import warnings
+
+    torch.manual_seed(5)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, settings)
+
+
+def adapter_like(folder, target, **changes):
+    """A copy of the adapter with other settings."""
+    shutil.copytree(folder / "adapter", target)
+    settings = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(settings | changes))
+    return target
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_adapter_is_the_base_plus_scaled_products(base):
+    """By hand: W + (alpha / r) B A with alpha 8 and r 4, in float64 from the adapter's own file."""
+    from safetensors.torch import load_file
+
+    merged, plain = load_model(base / "adapter", **LOAD), load_model(base / "base", **LOAD)
+    parts = load_file(base / "adapter" / "adapter_model.safetensors")
+    touched = {name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in parts if "lora_A" in name}
+    assert len(touched) == 14
+    for name, weight in merged.named_parameters():
+        expected = dict(plain.named_parameters())[name].double()
+        module = name.removesuffix(".weight")
+        if module in touched:
+            a, b = (parts[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
+            expected = expected + 2 * b @ a
+            assert (expected - dict(plain.named_parameters())[name]).abs().max() > 0.01
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+        assert weight.requires_grad
+
+
+@pytest.mark.parametrize("adapted", ["student", "teacher"])
+def test_scores_equal_those_of_the_unmerged_adapter(base, adapted):
+    import peft
+
+    bank = make_bank([5, 9, 3])
+    other = make_model(2, hidden=48)
+    source = {"student": other, "teacher": other} | {adapted: base / "adapter"}
+    found = score(load_pair(**source, tokenizer=make_tokenizer(), **{"device": "cpu"}), bank)
+    unmerged = with_adapter(peft, make_model(1))
+    expected = []
+    for context in bank:
+        with torch.no_grad():
+            logits = unmerged(input_ids=torch.tensor([context.ids])).logits[0].double().log_softmax(-1)
+        first = len(context.prompt_ids) - 1
+        expected += [float(logits[first + t, token]) for t, token in enumerate(context.response_ids)]
+    np.testing.assert_allclose(found[f"{adapted}_logprob"], expected, atol=1e-4)
+    plain = score(load_pair(**source | {adapted: base / "base"}, tokenizer=make_tokenizer(), device="cpu"), bank)
+    assert np.abs(plain[f"{adapted}_logprob"] - expected).max() > 0.1
+
+
+def test_a_step_moves_all_weights_of_a_merged_student(base):
+    pair = load_pair(student=str(base / "adapter"), teacher=str(base / "base"), device="cpu")
+    bank = rollout(pair, make_prompts(8), max_new_tokens=6)
+    result = probe(pair, bank)
+    assert result.step.update_norm > 0 and result.tokens.gain.abs().max() > 0
+    facts = pair.facts["student"]
+    assert (facts["name"], facts["adapter"], facts["base"], facts["rank"]) == ("adapter", "lora", "base", 4)
+    assert len(facts["adapter_sha256"]) == 64 and "adapter" not in pair.facts["teacher"]
+    assert facts["parameters"] == pair.facts["teacher"]["parameters"] and facts["weights_sha256"] != pair.facts["teacher"]["weights_sha256"]
+
+
+def test_an_adapter_has_its_own_tokenizer_or_the_bases(base, tmp_path):
+    assert load_tokenizer(base / "adapter").get_vocab() == make_tokenizer().get_vocab()
+    own = adapter_like(base, tmp_path / "own")
+    make_tokenizer([*(f"w{i}" for i in range(60)), "extra"]).save_pretrained(own)
+    assert "extra" in load_tokenizer(own).get_vocab()
+
+
+def test_adapters_that_cannot_be_merged(base, tmp_path):
+    def refused(folder, message, **options):
+        with pytest.raises(DiagnosticsError, match=message):
+            load_model(folder, **LOAD | options)
+
+    refused(adapter_like(base, tmp_path / "a", peft_type="PREFIX_TUNING"), r"a holds an adapter of type PREFIX_TUNING for the base model '.*base'\. Only LoRA can be merged")
+    refused(adapter_like(base, tmp_path / "b", base_model_name_or_path=None), r"for the base model None\. Only LoRA")
+    refused(adapter_like(base, tmp_path / "c", base_model_name_or_path=str(tmp_path / "gone")), r"^No model can be loaded from '.*gone'")
+    make_model(1, hidden=48).save_pretrained(tmp_path / "wide")
+    refused(adapter_like(base, tmp_path / "d", base_model_name_or_path=str(tmp_path / "wide")), r"^The adapter in .*d cannot be merged \(Error\(s\) in loading state_dict.*\)\. Check that it belongs")
+    refused(adapter_like(base, tmp_path / "e", target_modules=["nothing"]), r"^The adapter in .*e cannot be merged \(Target modules .*\)\. Check that it belongs")
+    make_model(1, layers=3).save_pretrained(tmp_path / "deep")
+    everywhere = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    refused(adapter_like(base, tmp_path / "f", base_model_name_or_path=str(tmp_path / "deep"), target_modules=everywhere), r"^The adapter in .*f does not fit its base model: 14 factors of the model are not in the file and 0 of the file not in the model \(base_model\.model\.model\.layers\.2")
+    make_model(1, layers=1).save_pretrained(tmp_path / "flat")
+    refused(adapter_like(base, tmp_path / "i", base_model_name_or_path=str(tmp_path / "flat")), r"0 factors of the model are not in the file and 14 of the file not in the model")
+    unsafe = adapter_like(base, tmp_path / "g")
+    (unsafe / "adapter_model.safetensors").rename(unsafe / "adapter_model.bin")
+    refused(unsafe, r"g has no adapter_model\.safetensors; other formats can run code and are not read\. Save the adapter again")
+    (adapter_like(base, tmp_path / "h") / "adapter_config.json").write_text("{")
+    refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings")
+    refused(base / "adapter", r"adapter is an adapter, which is merged into its base model; that cannot be done in nf4", dtype="nf4")
+
+
+def test_adapters_without_peft(base, monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DiagnosticsError, match=r"^Reading adapters needs the package peft, which is not installed\. Run `pip install peft`\.$"):
+        load_model(base / "adapter", **LOAD)
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------
+
+TOKENS = ["<bos>", "<eos>", "<pad>", "<unk>", "Ġ", "w", *"0123456789", *(f"w{i}" for i in range(10)), *(f"Ġw{i}" for i in range(38))]
+MERGES = [f"w {i}" for i in range(10)] + [f"Ġ w{i}" for i in range(10)]
+PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+
+
+def write_gguf(path, model, quantise=lambda values: (values, None)):
+    """A Llama in the layout of llama.cpp: query and key rows interleaved for its rotary embedding."""
+    import gguf
+
+    c, out = model.config, gguf.GGUFWriter(path, "llama")
+    out.add_block_count(c.num_hidden_layers), out.add_context_length(c.max_position_embeddings), out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size), out.add_head_count(c.num_attention_heads), out.add_head_count_kv(c.num_key_value_heads)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps), out.add_rope_freq_base(c.rope_parameters["rope_theta"]), out.add_vocab_size(c.vocab_size)
+    out.add_tokenizer_model("gpt2"), out.add_tokenizer_pre("smollm"), out.add_token_list(TOKENS), out.add_token_merges(MERGES)
+    out.add_token_types([3 if token.startswith("<") else 1 for token in TOKENS])
+    out.add_bos_token_id(0), out.add_eos_token_id(1), out.add_pad_token_id(2), out.add_unk_token_id(3)
+    for name, weight in model.state_dict().items():
+        values, target = weight.numpy(), WHOLE.get(name)
+        if target is None:
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            target = f"blk.{layer}.{PARTS[part]}.weight"
+            if PARTS[part] in ("attn_q", "attn_k"):
+                heads = c.num_attention_heads if PARTS[part] == "attn_q" else c.num_key_value_heads
+                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        values, kind = quantise(np.ascontiguousarray(values)) if values.ndim == 2 else (values, None)
+        out.add_tensor(target, values, raw_dtype=kind)
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+    return path
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 15)[None]).logits
+
+
+def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path):
+    pytest.importorskip("gguf")
+    found = load_model(write_gguf(tmp_path / "m.gguf", make_model(1)), **LOAD)
+    torch.testing.assert_close(logits(found), logits(make_model(1)), rtol=0, atol=0)
+    assert found.source_facts["gguf"] == "m.gguf" and len(found.source_facts["sha256"]) == 64 and found.config.quantization_config is None
+
+
+def test_a_quantised_gguf_file_is_dequantised(tmp_path):
+    """Q8_0: blocks of 32 weights, each a scale of largest/127, rounded to float16, times whole numbers up to 127."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    found = load_model(write_gguf(tmp_path / "m.gguf", make_model(1), lambda values: (gguf.quants.quantize(values, kind), kind)), **LOAD)
+    for name, weight in make_model(1).named_parameters():
+        error = (dict(found.named_parameters())[name] - weight).abs()
+        if weight.ndim == 2 and "q_proj" not in name and "k_proj" not in name:
+            blocks = weight.reshape(-1, 32).abs().amax(-1) / 127
+            assert 0 < error.max() and (error.reshape(-1, 32) <= (0.5 + 127 / 2**11) * blocks[:, None] + 1e-6).all()
+    assert 1e-4 < (logits(found) - logits(make_model(1))).abs().max() < 0.5
+
+
+def test_a_pair_of_gguf_files_scores(tmp_path):
+    pytest.importorskip("gguf")
+    student, teacher = write_gguf(tmp_path / "s.gguf", make_model(1)), write_gguf(tmp_path / "t.gguf", make_model(2))
+    pair = load_pair(student=str(student), teacher=str(teacher), device="cpu", teacher_dtype="bfloat16")
+    assert pair.facts["student"]["gguf"] == "s.gguf" and pair.facts["teacher"]["dtype"] == "bfloat16" and pair.student.apart
+    assert pair.tokenizer("w1 w2")["input_ids"] == [TOKENS.index(token) for token in ("w", "1", "Ġ", "w", "2")]
+    tokens = score(pair, rollout(pair, make_prompts(3), max_new_tokens=4))
+    assert (tokens.forward_kl > 0).all()
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(DiagnosticsError, match=r"^No model can be loaded from '.*bad\.gguf' \("):
+        load_model(tmp_path / "bad.gguf", **LOAD)
+    with pytest.raises(DiagnosticsError, match=r"^No tokenizer can be loaded from '.*bad\.gguf' \("):
+        load_tokenizer(tmp_path / "bad.gguf")
+    with pytest.raises(DiagnosticsError, match=r"bad\.gguf is a GGUF file, which is dequantised when it is read; int8 would quantise it again"):
+        load_model(tmp_path / "bad.gguf", dtype="int8", device="cpu")
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DiagnosticsError, match=r"^Reading GGUF files needs the package gguf"):
+        load_model(tmp_path / "bad.gguf", **LOAD)
+
+
+# --- quantised and unsafe weights ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model(1).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_bitsandbytes_without_cuda(folder, dtype):
+    with pytest.raises(DiagnosticsError, match=rf"m with {dtype} weights needs CUDA and the package bitsandbytes, and the device is cpu\. Use the unquantised model"):
+        load_pair(student=str(folder), teacher=str(folder), teacher_dtype=dtype, device="cpu")
+
+
+def test_a_checkpoint_saved_by_bitsandbytes_without_cuda(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}))
+    with pytest.raises(DiagnosticsError, match=r"m with bitsandbytes(_8bit)? weights needs CUDA and the package bitsandbytes, and the device is cpu"):
+        load_model(folder, **LOAD)
+
+
+def test_the_student_is_never_quantised():
+    from diagnostics.cli import main
+
+    assert main(["score", "--pair", "embedded", "--dtype", "nf4", "--output-dir", "nowhere"]) == 2
+    with pytest.raises(DiagnosticsError, match=r"^Unknown dtype 'int4'\. Known are float32, bfloat16, float16, float64, int8, nf4\.$"):
+        load_model("x", dtype="int4", device="cpu")
+
+
+def test_weights_that_could_run_code_are_refused(folder):
+    torch.save(make_model(1).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DiagnosticsError, match=r"^No model can be loaded from '.*m' \(.*model\.safetensors"):
+        load_model(folder, **LOAD)
+
+
+def test_revisions_reach_the_loader(folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    seen = []
+    real = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, **options: (seen.append(options), real(source, **options))[1])
+    load_pair(student=str(folder), teacher=str(folder), student_revision="abc", teacher_revision="def", teacher_dtype="float16", device="cpu")
+    assert [(o["revision"], o["dtype"], o["use_safetensors"]) for o in seen] == [("abc", torch.float32, True), ("def", torch.float16, True)]
+
+
+# --- chat templates ----------------------------------------------------------------------------------------------
+
+
+def templated(text):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def test_one_template_serves_both_and_the_other_is_shown(caplog):
+    student, teacher = templated("S {{ messages[0].content }}"), templated("T {{ messages[0].content }} go")
+    facts = shared_template(student, teacher)
+    assert (facts["of"], facts["example"], facts["teacher_example"]) == ("student", "S …", "T … go")
+    assert len(facts["sha256"]) == len(facts["teacher_sha256"]) == 64 and facts["sha256"] != facts["teacher_sha256"]
+    assert caplog.messages == [f"the chat templates differ: the student's ({facts['sha256'][:12]}) renders the prompts of both, not the teacher's ({facts['teacher_sha256'][:12]})"]
+
+
+def test_a_student_without_a_template_takes_the_teachers(caplog):
+    student, teacher = make_tokenizer(), templated("T {{ messages[0].content }}")
+    assert shared_template(student, teacher)["of"] == "teacher" and student.chat_template == teacher.chat_template
+    assert caplog.messages == ["the student's tokenizer has no chat template: the teacher's is used for both"]
+
+
+def test_equal_templates_need_no_word_and_none_gives_none(caplog):
+    assert "teacher_sha256" not in shared_template(templated("a"), templated("a")) and shared_template(make_tokenizer(), make_tokenizer()) == {}
+    assert shared_template(templated("{{ raise_exception('no') }}"), make_tokenizer())["example"] is None and not caplog.messages
+
+
+def test_the_pairs_facts_name_the_template(tmp_path):
+    for name, seed, text in (("s", 1, "S {{ messages[0].content }}"), ("t", 2, "T {{ messages[0].content }}")):
+        make_model(seed).save_pretrained(tmp_path / name)
+        templated(text).save_pretrained(tmp_path / name)
+    facts = load_pair(student=str(tmp_path / "s"), teacher=str(tmp_path / "t"), device="cpu").facts
+    assert facts["chat_template"]["of"] == "student" and facts["chat_template"]["sha256"] == facts["chat_template_sha256"] and "teacher_sha256" in facts["chat_template"]
