@@ -998,49 +998,74 @@ def validation(
     for ax in axes.flat[len(shown):]:
         ax.set_visible(False)
     plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
-    trained = table[table.criterion != "untouched"]
-    known = {"seeds", "prompts"} <= set(table)
-    counted = f"{int(trained.seeds.max())} seeds, {int(trained.prompts.max()):,} held-out prompts." if known else ""
-    plates.caption(figure, counted, plates.bars(level, over="seeds and prompts"))
+    plates.caption(figure, _trained_counts(table), plates.bars(level, over="seeds and prompts"))
     return figure
+
+
+FORESEEN = ("captured_gain", "captured_relative_gain", "intervention_forward_kl", "one_step_gain")
+"""Answers of the usual scatter: what a criterion captures of each gain, what a step on its selection does, and a training's own first step."""
+ANSWERS = {
+    "captured_gain": "captured gain", "captured_relative_gain": "captured relative gain", "intervention_forward_kl": "drop after one step (nats)",
+    "one_step_gain": "gain after first step (nats)",
+}
 
 
 @plates.plate
 def validation_scatter(
     table: pd.DataFrame,
-    offline: pd.DataFrame | None = None,
+    foreseen: pd.DataFrame,
     *,
-    answer: str = "one_step_gain",
+    answers: Sequence[str] = FORESEEN,
     measure: str = "forward_kl",
     level: float | None = None,
     width: float = DOUBLE,
     dark: bool = False,
 ) -> Figure:
-    """Foreseen against trained, one mark a cell: `dx.plot.validation_scatter(tables["validation_outcomes"])`.
+    """Foreseen against trained: `dx.plot.validation_scatter(tables["validation_outcomes"], tables["validation_foreseen"])`.
 
-    table: as `validation` has it. offline: columns criterion, budget, answer, value; without it `answer` is a measure of the
-    table itself, such as the gain after the first step. A colour and shape is a criterion, a larger mark a larger budget.
+    table: as `validation` has it. foreseen: columns criterion, budget, answer, value, one panel an answer. A mark is one cell of
+    the grid; a colour and shape is a criterion, a larger mark a larger budget. Marks that rise to the right were foreseen.
     """
-    needs = ("criterion", "budget", "measure", "mean", "gain", "gain_low", "gain_high")
+    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
     trained = _ends(plates.keep(table, "figures.validation_scatter", needs, {"measure": measure}), "gain")
-    if offline is None:
-        source = plates.keep(table, "figures.validation_scatter", needs, {"measure": answer}).rename(columns={"mean": "value"})
-    else:
-        source = plates.keep(offline, "figures.validation_scatter", ("criterion", "budget", "answer", "value"), {"answer": answer})
-    both = trained.merge(source[["criterion", "budget", "value"]], on=["criterion", "budget"])
-    both = plates.keep(both[both.criterion != "untouched"], "figures.validation_scatter", ("value",))
-    figure, axes = plates.canvas(width, min(width, 4.2) * 0.75 + 0.6)
-    for index, (name, cells) in enumerate(both.groupby("criterion", sort=False)):
-        for number, cell in enumerate(cells.sort_values("budget").to_dict("records")):
-            label = plates.words(name) if number == 0 else f"_{name} {number}"
-            plates.upright(axes[0, 0], [cell["value"]], pd.DataFrame([cell]), "gain", linestyle="none", label=label,
-                           markersize=3.5 + 1.5 * number, **_mark(index))
-    plates.zero(axes[0, 0])
-    axes[0, 0].set_xlabel(f"foreseen: {plates.words(answer)}")
-    axes[0, 0].set_ylabel(f"trained: gain in {_measured(measure)}")
+    foreseen = plates.keep(foreseen, "figures.validation_scatter", ("criterion", "budget", "answer", "value"), {"answer": answers})
+    both = trained.merge(foreseen[["criterion", "budget", "answer", "value"]], on=["criterion", "budget"])
+    both = plates.keep(both.dropna(subset=["value", "gain"]), "figures.validation_scatter", ("value",))
+    shown, names = plates.present(both.answer, answers), list(dict.fromkeys(both.criterion))
+    across = min(2, len(shown))
+    down = -(-len(shown) // across)
+    figure, axes = plates.canvas(width, 0.9 + (1.9 if width > 5 else 1.5) * down, down, across, sharey=True)
+    figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
+    for ax, answer in zip(axes.flat, shown, strict=False):
+        _cells(ax, both[both.answer == answer], names)
+        ax.set_xlabel(ANSWERS.get(answer, plates.words(answer)))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("trained gain (nats)" if width < 5 and measure in ("forward_kl", "reverse_kl") else f"trained gain in {_measured(measure)}")
+    for ax in axes.flat[len(shown):]:
+        ax.set_visible(False)
     plates.legend(figure, axes[0, 0], 5 if width > 5 else 3)
-    plates.caption(figure, f"{len(both)} cells; a larger mark is a larger budget.", plates.bars(level, over="seeds and prompts"))
+    words = f"{len(both[['criterion', 'budget']].drop_duplicates())} cells; a larger mark is a larger budget."
+    plates.caption(figure, f"Trained gain in {plates.words(measure)}.", words, _trained_counts(table), plates.bars(level, over="seeds and prompts"))
     return figure
+
+
+def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
+    """Every cell of a grid as a mark with its interval, the mark growing with the budget."""
+    plates.zero(ax)
+    for index, name in enumerate(names):
+        for number, cell in enumerate(table[table.criterion == name].sort_values("budget").to_dict("records")):
+            label = plates.words(name) if number == 0 else f"_{name} {number}"
+            plates.upright(ax, [cell["value"]], pd.DataFrame([cell]), "gain", linestyle="none", label=label,
+                           markersize=3.0 + 1.3 * number, **_mark(index))
+    ax.xaxis.set_major_locator(MaxNLocator(4 if ax.figure.get_figwidth() > 5 else 3))
+
+
+def _trained_counts(table: pd.DataFrame) -> str:
+    """Seeds and held-out prompts of a grid, where its table names them."""
+    trained = table[table.criterion != "untouched"]
+    if not {"seeds", "prompts"} <= set(table):
+        return ""
+    return f"{int(trained.seeds.max())} seeds, {int(trained.prompts.max()):,} held-out prompts."
 
 
 # --- several runs -----------------------------------------------------------------------------------

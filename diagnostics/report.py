@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,10 @@ class Sheet:
     """How to read it."""
     needs: tuple[str, ...] = ()
     """Columns without which there is nothing to draw."""
-    beside: tuple[str, ...] = ()
-    """Arguments of `draw` that are tables of that name, where the run has them."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Further arguments of `draw` and the tables that they are; None where the run has no such table."""
+    with_tables: tuple[str, ...] = ()
+    """Tables without which there is nothing to draw."""
 
 
 CORE = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
@@ -84,7 +86,7 @@ SHEETS = (
     Sheet("q3_contrast", "The contrast within Q3, raw and matched", "q3_contrast", figures.q3_contrast,
           "Top minus bottom third of each score. Hollow marks compare only positions of one prompt with like entropy, divergence "
           "and place, so they answer the objection that the groups differ in something else. Claim C2 needs both to the right of zero.",
-          beside=("matching",)),
+          beside={"matching": "matching"}),
     Sheet("coefficients", "Compatible and incompatible divergence in one regression", "regressions", figures.coefficients,
           "Standardised coefficients, with entropies and position held fixed. Claim C3 says that teachability (d̂ĉ) lies to the right "
           "of incompatible (d̂(1−ĉ))."),
@@ -122,8 +124,10 @@ SHEETS = (
     Sheet("validation", "What training gained", "validation_outcomes", figures.validation,
           "Gain over the untouched student on held-out prompts, by budget. Full OPD is the level line. Bars cross seeds with prompts; where "
           "they overlap, read the paired differences in the table instead."),
-    Sheet("validation_scatter", "Did one step foresee training?", "validation_outcomes", figures.validation_scatter,
-          "Each mark is one criterion at one budget: the gain after its first step against the gain after all of them."),
+    Sheet("validation_scatter", "Did the offline answers foresee training?", "validation_outcomes", figures.validation_scatter,
+          "Each mark is one criterion at one budget: across what was foreseen of it, upwards what training gained. Marks that rise to the "
+          "right were foreseen; the table validation_agreement has the rank agreement with its interval.",
+          beside={"foreseen": "validation_foreseen"}, with_tables=("validation_foreseen",)),
     Sheet("validation_agreement", "Which offline answer foresaw training?", "validation_agreement",
           functools.partial(figures.agreement, answer="trained_forward_kl"),
           "Rank agreement over criteria and budgets between each answer and the trained gain in forward KL."),
@@ -174,6 +178,7 @@ TABLES = {
     "validation_verdicts": "Claim C5 against each rival, and overall.",
     "validation_outcomes": "Every measure of every training, over seeds and prompts.",
     "validation_agreement": "Kendall's tau between what was foreseen and what was trained.",
+    "validation_foreseen": "What was foreseen of each training, by every answer.",
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
@@ -258,17 +263,26 @@ def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict
     drawn, left_out = {}, {}
     for sheet in SHEETS:
         table = material.tokens if sheet.table == "tokens" else material.table(sheet.table)
-        missing = [] if table is None else [name for name in sheet.needs if name not in table]
-        if table is None or missing:
-            left_out[sheet.name] = f"no column {missing[0]} in the {sheet.table} table" if missing else f"no table {sheet.table}"
+        reason = _not_drawn(material, sheet, table)
+        if reason:
+            left_out[sheet.name] = reason
             continue
         try:
-            options = {name: material.table(name) for name in sheet.beside}
+            options = {argument: material.table(name) for argument, name in sheet.beside.items()}
             options |= {"level": material.level} if "level" in inspect.signature(sheet.draw).parameters else {}
             drawn[sheet.name] = tuple(sheet.draw(table, width=width, **options) for width in (figures.DOUBLE, figures.SINGLE))
         except DiagnosticsError as error:
             left_out[sheet.name] = str(error)
     return drawn, left_out
+
+
+def _not_drawn(material: Material, sheet: Sheet, table: pd.DataFrame | None) -> str:
+    """Why a figure cannot be drawn; empty where it can."""
+    lacking = [sheet.table] if table is None else [name for name in sheet.with_tables if material.table(name) is None]
+    if lacking:
+        return f"no table {lacking[0]}"
+    absent = [name for name in sheet.needs if name not in table]
+    return f"no column {absent[0]} in the {sheet.table} table" if absent else ""
 
 
 def write_files(folder: Path, name: str, figure: Figure) -> None:

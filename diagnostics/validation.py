@@ -481,6 +481,19 @@ def agreement_table(outcomes: Outcomes, offline: pd.DataFrame | None = None, *, 
     return pd.DataFrame(rows, columns=["scope", "x", "y", "kendall", "low", "high", "cells", "prompts"])
 
 
+def foreseen_table(outcomes: Outcomes, offline: pd.DataFrame | None = None) -> pd.DataFrame:
+    """What was foreseen of each trained cell but full, before its training or after its first step.
+
+    offline: as for `agreement_table`. Returns columns criterion, budget, answer, value; the answers of the grid's own first
+    steps are the means over its seeds. Cells that an answer does not know are left out.
+    """
+    rows = [
+        (*cell, name, values[cell].value if isinstance(values[cell], Crossed) else values[cell])
+        for name, values in _foreseen(outcomes, offline) for cell in outcomes.cells if cell[0] != "full" and cell in values
+    ]
+    return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
+
+
 def _foreseen(outcomes: Outcomes, offline: pd.DataFrame | None) -> Iterator[tuple[str, dict]]:
     for measure in outcomes.measures(FIRST_STEP):
         yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
@@ -529,4 +542,5 @@ def tables(
         "validation_outcomes": outcome_table(outcomes, level=level),
         "validation_verdicts": verdict_table(outcomes, level=level),
         "validation_agreement": agreement_table(outcomes, offline, level=level),
+        "validation_foreseen": foreseen_table(outcomes, offline),
     }

@@ -317,6 +317,14 @@ def validation_outcomes() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def validation_foreseen() -> pd.DataFrame:
+    """Three answers on the cells of `validation_outcomes`, one of them not on all."""
+    cells = [("random", 0.05), ("random", 0.3), ("teachability", 0.05), ("teachability", 0.3)]
+    rows = [(*cell, answer, scale * (1 + k)) for answer, scale in (("captured_gain", 0.1), ("one_step_gain", 0.002), ("captured_relative_gain", 0.07))
+            for k, cell in enumerate(cells) if (answer, cell) != ("captured_relative_gain", cells[0])]
+    return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
+
+
 def validation_verdicts() -> pd.DataFrame:
     """C5 against two rivals by one measure."""
     row = {"claim": "C5", "measure": "forward_kl", "budget": 0.05, "margin": 0.03, "seeds": 3, "prompts": 24}

@@ -40,7 +40,7 @@ EVERY = {
     "lift": (figures.lift, study_tables.lift),
     "agreement": (figures.agreement, study_tables.agreement),
     "validation": (figures.validation, study_tables.validation_outcomes),
-    "validation_scatter": (figures.validation_scatter, study_tables.validation_outcomes),
+    "validation_scatter": (functools.partial(figures.validation_scatter, foreseen=study_tables.validation_foreseen()), study_tables.validation_outcomes),
     "evaluations": (figures.evaluations, study_tables.evaluations),
     "training_curves": (figures.training_curves, study_tables.training_metrics),
     "position_gain": (figures.position_gain, study_tables.positions),
@@ -435,15 +435,22 @@ def test_validation_shows_gains_with_full_as_level():
 
 
 def test_validation_scatter_joins_cells():
-    table = study_tables.validation_outcomes()
-    marks = errorbars(figures.validation_scatter(table).axes[0])
-    rows = table.set_index(["measure", "criterion", "budget"])
-    for label, (criterion, budget) in {"full": ("full", 1.0), "random": ("random", 0.05), "_random 1": ("random", 0.3)}.items():
-        x, y, _ = marks[label]
-        assert (x[0], y[0]) == (rows.loc[("one_step_gain", criterion, budget), "mean"], rows.loc[("forward_kl", criterion, budget), "gain"])
-    offline = pd.DataFrame({"criterion": ["teachability"], "budget": [0.3], "answer": ["captured_gain"], "value": [0.42]})
-    marks = errorbars(figures.validation_scatter(table, offline, answer="captured_gain", measure="accuracy").axes[0])
-    assert list(marks) == ["teachability"] and marks["teachability"][0][0] == 0.42
+    table, foreseen = study_tables.validation_outcomes(), study_tables.validation_foreseen()
+    figure = figures.validation_scatter(table, foreseen)
+    gains, values = table.set_index(["measure", "criterion", "budget"]), foreseen.set_index(["answer", "criterion", "budget"]).value
+    answers = ("captured_gain", "captured_relative_gain", "one_step_gain")
+    assert [ax.get_xlabel() for ax in figure.axes[:3]] == ["captured gain", "captured relative gain", "gain after first step (nats)"]
+    assert not figure.axes[3].get_visible()
+    for ax, answer in zip(figure.axes, answers):
+        marks = errorbars(ax)
+        cells = {"random": ("random", 0.05), "_random 1": ("random", 0.3), "teachability": ("teachability", 0.05), "_teachability 1": ("teachability", 0.3)}
+        if answer == "captured_relative_gain":
+            cells = {"random": ("random", 0.3), "teachability": ("teachability", 0.05), "_teachability 1": ("teachability", 0.3)}
+        assert set(marks) == set(cells)
+        for label, cell in cells.items():
+            x, y, ends = marks[label]
+            trained = gains.loc[("forward_kl", *cell)]
+            assert (x[0], y[0], *ends[0]) == pytest.approx((values[(answer, *cell)], trained.gain, trained.gain_low, trained.gain_high))
 
 
 def test_training_figures_show_every_seed_and_evaluation():

@@ -208,7 +208,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     made = {name: getattr(study_tables, name)() for name in (
         "quadrants", "matching", "regressions", "support_robustness", "gain_robustness", "residual_curves", "selection_curves", "selection_summary",
         "selection_overlap", "selection_profile", "intervention", "agreement", "linearity", "kernel_shares", "lift", "validation_outcomes",
-        "validation_agreement", "positions")}
+        "validation_agreement", "validation_foreseen", "positions")}
     directory = study_tables.write_run(tmp_path / "run", **made)
     study_tables.evaluations().to_csv(directory / "evaluations.csv", index=False)
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
@@ -219,6 +219,9 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     drawn, left_out = report.draw_all(material)
     assert set(drawn) == {sheet.name for sheet in sheets} and left_out == {}
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
+    pd.testing.assert_frame_equal(calls["validation_scatter"]["foreseen"], made["validation_foreseen"])
+    (directory / "tables" / "validation_foreseen.csv").unlink()
+    assert report.draw_all(report.read_material(directory))[1] == {"validation_scatter": "no table validation_foreseen"}
 
 
 def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):

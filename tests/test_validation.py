@@ -10,7 +10,7 @@ from scipy import stats
 from diagnostics import validation
 from diagnostics.cli import main
 from diagnostics.types import DiagnosticsError
-from diagnostics.validation import Cell, Crossed, Outcomes, ValidateConfig, agreement_table, cells_table, grid, offline_answers, outcome_table, verdict_table
+from diagnostics.validation import Cell, Crossed, Outcomes, ValidateConfig, agreement_table, cells_table, foreseen_table, grid, offline_answers, outcome_table, verdict_table
 from tests.test_training import folders  # noqa: F401  (a fixture)
 
 PROMPTS, SEEDS = 40, 3
@@ -182,6 +182,18 @@ def test_agreement_with_the_first_step_of_the_trainings():
     assert table.loc["all", "low"] > 0.5
 
 
+def test_what_was_foreseen_is_kept_beside_what_was_trained():
+    effects = {("full", 1.0): 0.9, ("teachability", 0.05): 0.1, ("entropy", 0.05): 0.2}
+    first = outcome_rows({cell: -effect for cell, effect in effects.items()}, measure="one_step_gain", start=0.0, noise=0.0)
+    rows = pd.concat([outcome_rows(effects), first[first["criterion"] != "untouched"]])
+    offline = pd.DataFrame([("entropy", 0.05, "captured_gain", 0.4), ("full", 1.0, "captured_gain", 1.0), ("tip", 0.05, "captured_gain", 0.3),
+                            ("teachability", 0.05, "captured_gain", np.nan)], columns=["criterion", "budget", "answer", "value"])
+    table = foreseen_table(Outcomes(rows, draws=20), offline)
+    assert list(table.columns) == ["criterion", "budget", "answer", "value"]
+    found = {(row.criterion, row.answer): row.value for row in table.itertuples()}
+    assert found == pytest.approx({("teachability", "one_step_gain"): 0.1, ("entropy", "one_step_gain"): 0.2, ("entropy", "captured_gain"): 0.4}, rel=0.05)
+
+
 def test_offline_answers_are_read_from_a_run(tmp_path):
     with pytest.raises(DiagnosticsError, match=r"holds neither tables/selection_curves\.csv nor tables/intervention\.csv\. Name a run directory whose main job is finished\.$"):
         offline_answers(tmp_path)
@@ -213,7 +225,8 @@ def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch
     monkeypatch.setattr(validation, "run_cell", lambda job, cell: trained.append(cell) or original(job, cell))
     assert main(command(folders, tmp_path)) == 0
     assert [cell.name for cell in trained] == [cell.name for cell in grid(ValidateConfig(criteria=("full", "random", "teachability"), budgets=(0.2,), seeds=2))]
-    tables = {name: pd.read_csv(tmp_path / "tables" / f"validation_{name}.csv") for name in ("cells", "outcomes", "verdicts", "agreement")}
+    tables = {name: pd.read_csv(tmp_path / "tables" / f"validation_{name}.csv") for name in ("cells", "outcomes", "verdicts", "agreement", "foreseen")}
+    assert set(tables["foreseen"]["answer"]) == set(validation.FIRST_STEP)
     assert set(tables["outcomes"]["criterion"]) == {"untouched", "full", "random", "teachability"} and (tables["verdicts"]["verdict"] == "inconclusive").all()
     record = json.loads((tmp_path / "cells/teachability-0.2-seed1.json").read_text())
     assert record["cell"] == {"criterion": "teachability", "budget": 0.2, "seed": 1} and record["settings"]["steps"] == 2
