@@ -326,7 +326,7 @@ class Tracer:
 
     @torch.no_grad()
     def _teacher_states(self, batch: scores.Batch) -> Tensor:
-        return batch.states(self.teacher)
+        return batch.taught(self.teacher)
 
     @torch.no_grad()
     def _fixed_states(self, batch: scores.Batch, kind: str) -> Tensor | None:

@@ -162,4 +162,6 @@ def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
         response=pair.tokenizer.decode(ids, skip_special_tokens=True),
         response_ids=tuple(ids),
         finished=bool(ids) and ids[-1] in pair.end_ids,
+        teacher_prompt=request.prompt.teacher_prompt,
+        teacher_prompt_ids=None if request.prompt.teacher_prompt is None else encode_prompt(pair.tokenizer, request.prompt.teacher_prompt),
     )

@@ -2,7 +2,9 @@
 
 Contexts are grouped by length, padded on the right and sent through the backbones; only the states that
 predict response tokens are kept, and `divergences` projects those chunk by chunk. The state at index t - 1
-predicts token t: `_batch` is the only place that says so.
+predicts token t: `_batch` is the only place that says so. A teacher with a prompt of its own reads that and the same
+response: its state for response token t lies as much later as its prompt is longer, and `Batch.for_teacher` is the
+only place that says so.
 
 Axes: B contexts, T tokens, n response positions of a batch, N of the bank, H hidden size, V vocabulary.
 """
@@ -51,6 +53,22 @@ class Batch:
     sampled_n: Tensor
     rows_n: Tensor
     """Rows of the token table that the positions fill."""
+    contexts: tuple[Context, ...] = ()
+    """The contexts [B], for what the teacher reads."""
+
+    def taught(self, teacher: Readout) -> Tensor:
+        """The teacher's states [n, H] of the response positions, after the prompt that it reads."""
+        return self.for_teacher().states(teacher)
+
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher reads it: the same positions, tokens and rows, after its own prompts."""
+        if all(context.teacher_prompt_ids is None for context in self.contexts):
+            return self
+        ids_BT, mask_BT = _padded([context.teacher_ids for context in self.contexts])
+        later_B = torch.tensor([len(context.teacher_ids) - len(context.ids) for context in self.contexts])
+        which_n, when_n = self.at_n[0], self.at_n[1] + later_B[self.at_n[0]]
+        assert torch.equal(ids_BT[which_n, when_n + 1], self.sampled_n), "the teacher's sequence holds another response"
+        return Batch(ids_BT, mask_BT, (which_n, when_n), self.sampled_n, self.rows_n)
 
     def states(self, model: Readout) -> Tensor:
         """States [n, H] of the response positions, on the model's device.
@@ -83,7 +101,8 @@ class Batch:
         mine_n = (self.at_n[0] >= first) & (self.at_n[0] < last)
         width = int(self.mask_BT[first:last].sum(1).max())
         at_n = (self.at_n[0][mine_n] - first, self.at_n[1][mine_n])
-        return Batch(self.ids_BT[first:last, :width], self.mask_BT[first:last, :width], at_n, self.sampled_n[mine_n], self.rows_n[mine_n])
+        return Batch(self.ids_BT[first:last, :width], self.mask_BT[first:last, :width], at_n, self.sampled_n[mine_n], self.rows_n[mine_n],
+                     self.contexts[first:last])
 
     @property
     def tokens(self) -> int:
@@ -99,25 +118,32 @@ def batches(bank: Bank, *, batch_tokens: int = BATCH_TOKENS, keep: np.ndarray | 
     starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
     wanted = [i for i in range(len(bank)) if starts[i + 1] > starts[i] and (keep is None or keep[starts[i] : starts[i + 1]].any())]
     groups: list[list[int]] = []
-    for i in sorted(wanted, key=lambda i: (len(bank[i].ids), i)):
-        if not groups or (len(groups[-1]) + 1) * len(bank[i].ids) > batch_tokens:
+    for i in sorted(wanted, key=lambda i: (bank[i].longest, i)):
+        if not groups or (len(groups[-1]) + 1) * bank[i].longest > batch_tokens:
             groups.append([])
         groups[-1].append(i)
     return [_batch([bank[i] for i in group], [starts[i] for i in group], keep) for group in groups]
 
 
 def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray | None) -> Batch:
-    width = max(len(context.ids) for context in contexts)
-    ids_BT, mask_BT = torch.zeros(len(contexts), width, dtype=torch.long), torch.zeros(len(contexts), width, dtype=torch.long)
+    ids_BT, mask_BT = _padded([context.ids for context in contexts])
     which, when, rows, sampled = [], [], [], []
     for b, (context, start) in enumerate(zip(contexts, starts)):
-        ids_BT[b, : len(context.ids)] = torch.tensor(context.ids)
-        mask_BT[b, : len(context.ids)] = 1
         first = len(context.prompt_ids)
         for t, token in enumerate(context.response_ids):
             if keep is None or keep[start + t]:
                 which.append(b), when.append(first + t - 1), rows.append(start + t), sampled.append(token)
-    return Batch(ids_BT, mask_BT, (torch.tensor(which), torch.tensor(when)), torch.tensor(sampled), torch.tensor(rows))
+    return Batch(ids_BT, mask_BT, (torch.tensor(which), torch.tensor(when)), torch.tensor(sampled), torch.tensor(rows), tuple(contexts))
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids [B, T], zeros on the right, and the mask of what is no filler."""
+    width = max(map(len, sequences))
+    ids_BT, mask_BT = torch.zeros(2, len(sequences), width, dtype=torch.long).unbind()
+    for b, ids in enumerate(sequences):
+        ids_BT[b, : len(ids)] = torch.tensor(ids)
+        mask_BT[b, : len(ids)] = 1
+    return ids_BT, mask_BT
 
 
 def score(
@@ -221,10 +247,10 @@ def check_bank(pair: Pair, bank: Bank) -> None:
     if not bank.positions:
         raise DiagnosticsError(f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or check the file.")
     for context in bank:
-        if not context.prompt_ids:
+        if not context.prompt_ids or not len(context.teacher_ids) > len(context.response_ids):
             raise DiagnosticsError(f"Context {context.context_id!r} has no prompt tokens, so its first response token cannot be predicted. Add a start token.")
-        largest = max(context.ids)
-        if largest >= pair.vocabulary or min(context.ids) < 0:
+        largest = max(context.ids + context.teacher_ids)
+        if largest >= pair.vocabulary or min(context.ids + context.teacher_ids) < 0:
             raise DiagnosticsError(
                 f"Context {context.context_id!r} holds token id {largest}, and the shared vocabulary has {pair.vocabulary}. "
                 "The bank was written by another tokenizer; sample it again with this pair."
@@ -243,7 +269,7 @@ def _taught(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
     fewer batches run it on one token until all are through."""
     spare = max(parallel.total_lengths(len(todo))) - len(todo) if pair.teacher.sharded else 0
     for batch in todo:
-        yield batch.states(pair.teacher)
+        yield batch.taught(pair.teacher)
     for _ in range(spare):
         pair.teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
 
@@ -264,7 +290,7 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     if not pair.offload_teacher:
         return [teacher_nH for teacher_nH, _ in zip(_taught(pair, todo), _with_progress(todo, "teacher"))]
     with pair.teachers_turn():
-        return [batch.states(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")]
+        return [batch.taught(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")]
 
 
 @torch.no_grad()

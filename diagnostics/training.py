@@ -153,6 +153,8 @@ def _check_data(pair, prompts: Sequence[Prompt], held_out: Sequence[Prompt], con
         )
     if not prompts:
         raise DiagnosticsError("No prompts are left to train on. Give more prompts, or fewer --eval-contexts.")
+    if any(prompt.teacher_prompt is not None for prompt in (*prompts, *held_out)):
+        raise DiagnosticsError("Prompts with a hint or a teacher_prompt can be scored and probed; training lets both models read one prompt. Leave those columns out.")
     both = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
     if both:
         raise DiagnosticsError(f"{len(both)} prompts are trained on and held out as well, among them {min(both)!r}. Remove them from one set.")

@@ -50,11 +50,28 @@ class Context:
     response_ids: tuple[int, ...]
     finished: bool
     """True where the response ended by itself; its last id is then the end-of-sequence token."""
+    teacher_prompt: str | None = None
+    """What the teacher reads in place of the prompt; the prompt itself where None."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Prompt and response ids in one sequence."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def teacher_ids(self) -> tuple[int, ...]:
+        """The sequence that the teacher reads: its own prompt and the same response."""
+        return (self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids) + self.response_ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return max(len(self.ids), len(self.teacher_ids))
+
+
+OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
+"""Columns that a context table has only where the teacher reads another prompt."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +95,21 @@ class Bank:
         return sum(len(context.response_ids) for context in self.contexts)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a context, with the columns of `contexts.parquet`."""
+        """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only where there are any."""
         import pandas as pd
 
-        columns = list(Context.__dataclass_fields__)
+        hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
+        columns = [name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in ("prompt_ids", "response_ids"):
-            frame[name] = [list(ids) for ids in frame[name]]
+        for name in (name for name in columns if name.endswith("_ids")):
+            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
         return frame
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Bank:
         """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id repeats."""
-        require_columns(frame, Context.__dataclass_fields__, what="a context table")
+        require_columns(frame, [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER], what="a context table")
         repeated = frame.context_id[frame.context_id.duplicated()]
         if len(repeated):
             raise DiagnosticsError(
@@ -101,6 +119,8 @@ class Bank:
 
 
 def _context(row: dict) -> Context:
+    hint = row.get("teacher_prompt_ids")
+    hinted = hasattr(hint, "__len__")  # a gap in a column of lists is None or NaN
     return Context(
         context_id=str(row["context_id"]),
         prompt_id=str(row["prompt_id"]),
@@ -109,6 +129,8 @@ def _context(row: dict) -> Context:
         response=str(row["response"]),
         response_ids=tuple(int(i) for i in row["response_ids"]),
         finished=bool(row["finished"]),
+        teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
+        teacher_prompt_ids=tuple(int(i) for i in hint) if hinted else None,
     )
 
 
