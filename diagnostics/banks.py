@@ -66,6 +66,9 @@ class Rollout:
     """The prompt's text is what the tokenizer saw; no template is put around it."""
     own: tuple[bool, ...] | None = None
     """Response tokens that the student wrote; None where it wrote all."""
+    teacher_prompt: Any = None
+    """What the teacher reads in the prompt's place, text or messages."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
 
 def read_rollouts(pair: Pair, path: str | Path, **options) -> Bank:
@@ -228,7 +231,8 @@ def read_row(kind: Format, values: dict[str, Any], where: str) -> Rollout:
 
 def _contexts(row: Row) -> Rollout:
     return Rollout(row.text("prompt"), row.text("response"), row.ids("prompt_ids"), row.ids("response_ids"),
-                   row.name("prompt_id"), row.name("context_id"), rendered=True)
+                   row.name("prompt_id"), row.name("context_id"), rendered=True,
+                   teacher_prompt=row.text("teacher_prompt"), teacher_prompt_ids=row.ids("teacher_prompt_ids"))
 
 
 def _released(row: Row) -> Rollout:
@@ -274,7 +278,7 @@ def _trl(row: Row) -> Rollout:
 def _plain(row: Row) -> Rollout:
     prompt = row.get("prompt")
     return Rollout(row.get("messages") if prompt is None else prompt, row.text("response"), row.ids("prompt_ids"), row.ids("response_ids"),
-                   row.name("prompt_id"), row.name("context_id"))
+                   row.name("prompt_id"), row.name("context_id"), teacher_prompt=row.get("teacher_prompt"))
 
 
 FORMATS: dict[str, Format] = {
@@ -322,11 +326,12 @@ class _Freezer:
         """The context, or None for one that is left out."""
         rollout = self._with_prompt(rollout, where)
         prompt_ids, response_ids = self._ids(rollout)
-        outside = [i for i in (*prompt_ids, *response_ids) if i >= self.vocabulary]
+        rollout = self._with_teacher_ids(rollout, where)
+        outside = [i for i in (*prompt_ids, *response_ids, *(rollout.teacher_prompt_ids or ())) if i >= self.vocabulary]
         if outside:
             raise DiagnosticsError(f"{where} holds token id {outside[0]}, and the shared vocabulary has {self.vocabulary}. Another tokenizer wrote it; give the text alone.")
         response_ids = self._own(response_ids, rollout.own)
-        usable = self._usable(prompt_ids, response_ids)
+        usable = self._usable(max(prompt_ids, rollout.teacher_prompt_ids or (), key=len), response_ids)
         if usable:
             self._inspect(rollout, prompt_ids, response_ids)
         return self._context(rollout, prompt_ids, response_ids) if usable else None
@@ -339,11 +344,22 @@ class _Freezer:
         original = self.stripped.get(rollout.prompt.strip()) if rollout.rendered and isinstance(rollout.prompt, str) else None
         if original is not None:
             self.counts["restored"] += 1
-            return replace(rollout, prompt=original.prompt, prompt_id=rollout.prompt_id or original.prompt_id)
-        raw = isinstance(rollout.prompt, str) and (rollout.rendered or self._has_special(rollout.prompt))
-        text = rollout.prompt if raw else self.renderer(rollout.prompt, where)
+            return replace(rollout, prompt=original.prompt, prompt_id=rollout.prompt_id or original.prompt_id,
+                           teacher_prompt=rollout.teacher_prompt or original.teacher_prompt)
+        text = self._rendered(rollout.prompt, rollout.rendered, where)
         self.counts["without_special"] += self.writes_special and not self._has_special(text)
         return replace(rollout, prompt=text)
+
+    def _rendered(self, value: Any, rendered: bool, where: str) -> str:
+        raw = isinstance(value, str) and (rendered or self._has_special(value))
+        return value if raw else self.renderer(value, where)
+
+    def _with_teacher_ids(self, rollout: Rollout, where: str) -> Rollout:
+        """What the teacher reads in the prompt's place, where the row has it, as text and ids."""
+        if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
+            text = self._rendered(rollout.teacher_prompt, rollout.rendered, where)
+            return replace(rollout, teacher_prompt=text, teacher_prompt_ids=encode_prompt(self.tokenizer, text))
+        return rollout
 
     def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
         prompt_ids = rollout.prompt_ids if rollout.prompt_ids is not None else encode_prompt(self.tokenizer, rollout.prompt)
@@ -394,6 +410,7 @@ class _Freezer:
         return Context(
             context_id=rollout.context_id or "", prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt), prompt=prompt, prompt_ids=prompt_ids,
             response=self.tokenizer.decode(response_ids, skip_special_tokens=True), response_ids=response_ids, finished=response_ids[-1] in self.end_ids,
+            teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None, teacher_prompt_ids=rollout.teacher_prompt_ids,
         )
 
     def _encode(self, text: str) -> tuple[int, ...]:

@@ -213,6 +213,16 @@ def test_plain_text_takes_the_template_unless_it_has_it(chatty, tmp_path):
     assert freeze(chatty, file, chat=False)[0][0].prompt_ids == (0, 5)
 
 
+def test_a_teachers_prompt_comes_along(pair, chatty, tmp_path):
+    bank = read_rollouts(pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2", "teacher_prompt": "w9 w1"}, {"prompt": "w1", "response": " w3"}))
+    assert [c.teacher_prompt_ids for c in bank] == [(0, 13, 5), None] and [c.teacher_prompt for c in bank] == ["w9 w1", None]
+    bank.to_frame().to_parquet(tmp_path / "contexts.parquet")
+    assert read_rollouts(pair, tmp_path / "contexts.parquet") == bank
+    prompts = load_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "w1", "hint": "w9"}), tokenizer=chatty.tokenizer)
+    found = read_rollouts(chatty, jsonl(tmp_path / "v.jsonl", {"input": "w1", "output": " w2"}), prompts=prompts)
+    assert found[0].prompt_ids == (0, 64, 5, 65) and found[0].teacher_prompt_ids == (0, 64, 13, 5, 65)
+
+
 def test_messages_of_trl(pair, tmp_path):
     pair = dataclasses.replace(pair, tokenizer=make_tokenizer())
     pair.tokenizer.chat_template = TEMPLATE.replace("]", "] ").replace("[go]", " [go]")
