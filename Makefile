@@ -17,7 +17,6 @@ real: $(VENV)/ready ## the main job on SmolLM2-135M-Instruct and its depth-prune
 
 bench: $(VENV)/ready ## measured cost against its floor
 	$(BIN)/python benchmarks/bench.py
-	$(BIN)/python benchmarks/pipeline.py
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,29 +1,40 @@
-"""Rows of the benchmark that run whole stages: scoring, the probe, two processes.
+"""Rows of the benchmark that run whole stages: scoring, the probe, two processes, and the paper's size on a GPU.
+
+    python benchmarks/pipeline.py [--quick]        # these rows alone; `bench.py` runs them after its own
 
 Random weights in the shapes of Qwen2.5 0.5B (student) and 1.5B (teacher), float32; `quick` keeps the vocabulary
 and two layers. Each ratio is taken within one process, stages and their floor in turn, medians of the pairs.
+With a GPU: Qwen3-1.7B and 4B in bfloat16 on 300 contexts of 192 positions, the probe's student in float32.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from diagnostics import parallel
+from diagnostics.probe import Workbench, loss_weights, probe, split_prompts
+from diagnostics.scores import batches, score
+
 VOCABULARY = 151_936
-SHAPES = {
-    "student": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
-    "teacher": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
-}
+STUDENT = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+TEACHER = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+STUDENT_3 = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+TEACHER_3 = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 
 
 class Tokens:
@@ -38,24 +49,42 @@ class Tokens:
         return f"<{ids[0]}>"
 
 
-def qwen(side: str, *, quick: bool) -> torch.nn.Module:
-    """A random Qwen2 of the side's shape; normal weights, since speed does not depend on them."""
+def qwen2(shape: dict) -> torch.nn.Module:
+    """A random Qwen2 of the shape; speed does not depend on the weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    shape = SHAPES[side] | ({"num_hidden_layers": 2} if quick else {})
-    torch.manual_seed(len(side))
+    torch.manual_seed(shape["hidden_size"])
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, **shape)).eval()
 
 
-def setting(*, quick: bool, contexts: int = 8, prompt: int = 16, response: int = 48):
-    """A pair and a bank of random tokens."""
+def qwen3(shape: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A random Qwen3 of the shape, made where it will run."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(shape["hidden_size"])
+    with torch.device(device):
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, **shape))
+    return model.to(dtype).eval()
+
+
+def small_pair(*, quick: bool):
+    """The two Qwen2.5 shapes, with `quick` of two layers."""
+    return pair_of(*(qwen2(shape | ({"num_hidden_layers": 2} if quick else {})) for shape in (STUDENT, TEACHER)))
+
+
+def pair_of(student: torch.nn.Module, teacher: torch.nn.Module):
+    """A pair of models in memory."""
     from diagnostics.pairs import assemble
+
+    return assemble("bench", student, teacher, Tokens())
+
+
+def random_bank(*, contexts: int = 8, prompt: int = 16, response: int = 48):
+    """Contexts of random tokens, all of one length."""
     from diagnostics.types import Bank, Context
 
-    pair = assemble("bench", qwen("student", quick=quick), qwen("teacher", quick=quick), Tokens())
     ids = np.random.default_rng(0).integers(10, VOCABULARY, (contexts, prompt + response)).tolist()
-    made = [Context(f"c{i}", f"p{i}", "", tuple(row[:prompt]), "", tuple(row[prompt:]), False) for i, row in enumerate(ids)]
-    return pair, Bank(tuple(made))
+    return Bank(tuple(Context(f"c{i}", f"p{i}", "", tuple(row[:prompt]), "", tuple(row[prompt:]), False) for i, row in enumerate(ids)))
 
 
 def seconds(work) -> float:
@@ -74,66 +103,129 @@ def bare(model, todo) -> None:
             model.logits(hidden_nH[start : start + 64])
 
 
-def scoring_row(*, quick: bool) -> list[dict]:
+def scoring_rows(*, quick: bool) -> list[dict]:
     """Scoring against the two bare forwards with their projections."""
-    from diagnostics.scores import batches, score
-
-    pair, bank = setting(quick=quick)
-    todo = batches(bank)
-    ratios, floors = [], []
-    for turn in range(4):
+    pair, bank = small_pair(quick=quick), random_bank()
+    todo, ratios = batches(bank), []
+    for _ in range(4):
         floor = seconds(lambda: (bare(pair.student, todo), bare(pair.teacher, todo)))
-        whole = seconds(lambda: score(pair, bank, sweep=(4, 8, 32)))
-        if turn:
-            ratios.append(whole / floor), floors.append(floor)
-    return [row("scoring / two bare forwards with projections", statistics.median(ratios), "x", 1.10, 1.0)]
+        ratios.append(seconds(lambda: score(pair, bank, sweep=(4, 8, 32))) / floor)
+    return [row("scoring_over_bare_forwards", statistics.median(ratios[1:]), "x", 1.10, 1.0)]
 
 
 def probe_rows(*, quick: bool) -> list[dict]:
-    """A whole probe at a given step against the teacher's forward and four of the student's."""
-    from diagnostics.probe import probe
-    from diagnostics.scores import batches, score
+    """A whole probe against the teacher's forward and four of the student's; its calibration and its placebo apart.
 
-    pair, bank = setting(quick=quick)
-    todo, tokens = batches(bank), score(pair, bank)
-    ratios = []
-    for turn in range(3):
-        teacher, student = seconds(lambda: bare(pair.teacher, todo)), seconds(lambda: bare(pair.student, todo))
-        whole = seconds(lambda: probe(pair, bank, tokens=tokens, step=1e-6))
-        if turn:
-            ratios.append(whole / (teacher + 4 * student))
-    return [row("probe with placebo and one trial / (teacher + 4 student forwards)", statistics.median(ratios), "x", 1.30, 1.0)]
+    The probe is set up, takes its step, scores the bank before and after and restores the student. At full shapes one
+    turn, since each takes minutes.
+    """
+    pair, bank = small_pair(quick=quick), random_bank(response=48 if quick else 112)
+    tokens, todo = score(pair, bank), batches(bank)
+    turns = [_probe_turn(pair, bank, tokens, todo) for _ in range(3 if quick else 1)]
+    floor, whole, trial, placebo = (statistics.median(part) for part in zip(*turns))
+    return [row("probe_over_forwards", whole / floor, "x", 1.30, 1.0),
+            row("calibration_trial_over_forwards", trial / floor, "x"),
+            row("placebo_over_forwards", placebo / floor, "x")]
+
+
+def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
+    """Seconds of the floor, of the probe, of one calibration trial and of the placebo."""
+    floor = seconds(lambda: bare(pair.teacher, todo)) + 4 * seconds(lambda: bare(pair.student, todo))
+    found = {}
+
+    def whole():
+        split = split_prompts(tokens["prompt_id"], held_out=0.5, seed=0)
+        bench = found["bench"] = Workbench(pair, bank, tokens, split)
+        weights_N = found["weights_N"] = loss_weights(tokens, split)
+        direction = found["direction"] = bench.direction(weights_N, loss="reverse_kl", beta=0.5, optimizer="adamw")
+        bench.rescore("before")
+        with bench.moved(direction.update, 1e-6):
+            bench.rescore("after")
+        bench.require_restored()
+
+    def placebo():
+        with found["bench"].moved(found["direction"].update, 1e-6, placebo_seed=0):
+            found["bench"].rescore("placebo")
+
+    def trial():
+        with found["bench"].moved(found["direction"].update, 1e-6):
+            found["bench"].mean_loss(found["weights_N"], loss="reverse_kl", beta=0.5)
+
+    return floor, seconds(whole), seconds(trial), seconds(placebo)
 
 
 def two_process_rows(*, quick: bool) -> list[dict]:
-    """`score` under torchrun with two processes of one thread against one process of one thread, on the embedded pair."""
-    contexts = "48" if quick else "1000"
-    with tempfile.TemporaryDirectory() as folder:
-        times, tables = {}, {}
-        for processes in (1, 2):
-            out = Path(folder) / str(processes)
-            _command(1, "rollout", "--contexts", contexts, "--output-dir", str(out))
-            times[processes] = _command(processes, "score", "--batch-tokens", "4096", "--output-dir", str(out))
-            tables[processes] = (out / "scores.parquet").read_bytes()
-        overhead = seconds(lambda: subprocess.run([sys.executable, "-c", "import diagnostics.scores"], cwd=ROOT, check=True))
-    speedup = (times[1] - overhead) / (times[2] - overhead)
-    return [row("score, two processes / one (start-up taken off)", speedup, "x faster", 1.7, 2.0),
-            row("score, two processes and one: tables differ", float(tables[1] != tables[2]), "", 0.0, 0.0)]
+    """`score` in two processes of one thread against one process of one thread; start-up and loading are not counted."""
+    one, two = _timed_score(1, quick=quick), _timed_score(2, quick=quick)
+    return [row("two_processes_speedup", one["seconds"] / two["seconds"], "x", 1.7, 2.0, at_least=True),
+            row("two_processes_tables_differ", float(one["table"] != two["table"]), "", 0.0, kind="exact")]
 
 
-def _command(processes: int, stage: str, *arguments: str) -> float:
+def _timed_score(processes: int, *, quick: bool) -> dict:
+    """Seconds of the call in the slowest process, and the table's hash."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "diagnostics", stage, "--pair", "embedded", "--quiet", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return seconds(lambda: subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True))
+    command = [sys.executable, *launcher, __file__, "--timed-score", *(["--quick"] if quick else [])]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(name: str, value: float, unit: str, goal: float, floor: float) -> dict:
+def timed_score(*, quick: bool) -> None:
+    """What `_timed_score` starts: one process's part, timed between two barriers; the median of three after one to warm up."""
+    torch.set_num_threads(1)
+    pair, bank = small_pair(quick=True), random_bank(contexts=16 if quick else 48)
+    times = []
+    for _ in range(2 if quick else 4):
+        parallel.barrier()
+        times.append(seconds(lambda: (score(pair, bank, sweep=(4, 8, 32), batch_tokens=256), parallel.barrier())))
+    table = score(pair, bank, batch_tokens=256)
+    if parallel.is_main():
+        digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy().tobytes()).hexdigest()
+        print(json.dumps({"seconds": statistics.median(times[1:]), "table": digest}))
+
+
+def device_rows(*, quick: bool, device: str = "cuda", contexts: int = 300, response: int = 192) -> list[dict]:
+    """The paper's size on a GPU: seconds, share of the bare forwards' throughput, peak memory; then a whole probe."""
+    pair = pair_of(qwen3(STUDENT_3, torch.bfloat16, device), qwen3(TEACHER_3, torch.bfloat16, device))
+    bank = random_bank(contexts=4 if quick else contexts, prompt=64, response=response)
+    todo = batches(bank)
+    floor, whole = (min(_on_device(work, device) for _ in range(2)) for work in (
+        lambda: (bare(pair.student, todo), bare(pair.teacher, todo)), lambda: score(pair, bank, sweep=(4, 8, 32))))
+    rows = [row("gpu_scoring_seconds", whole, "s", 15.0, floor), row("gpu_scoring_throughput", floor / whole, "x", 0.60, 1.0, at_least=True),
+            row("gpu_scoring_peak", _peak_gb(device), "GB")]
+    pair, tokens = pair_of(pair.student.model.float(), pair.teacher.model), score(pair, bank)
+    taken = _on_device(lambda: probe(pair, bank, tokens=tokens, step=1e-6), device)
+    return [*rows, row("gpu_probe_seconds", taken, "s"), row("gpu_probe_peak", _peak_gb(device), "GB")]
+
+
+def _on_device(work, device: str) -> float:
+    """Seconds of a call, the device's queue emptied before and after."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    return seconds(lambda: (work(), wait()))
+
+
+def _peak_gb(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else float("nan")
+
+
+NAN = float("nan")
+
+
+def row(name: str, value: float, unit: str, goal: float = NAN, floor: float = NAN, *, kind: str = "time", at_least: bool = False) -> dict:
     """One line of the benchmark's table."""
-    return {"name": name, "value": round(value, 4), "unit": unit, "goal": goal, "floor": floor}
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "floor": floor, "kind": kind, "at_least": at_least}
 
 
-if __name__ == "__main__":
-    for function in (scoring_row, probe_rows, two_process_rows):
-        for line in function(quick="--quick" in sys.argv):
-            print(line, flush=True)
+def rows(*, quick: bool):
+    """Every row, one after the other; those of a GPU where there is one."""
+    groups = [scoring_rows, probe_rows, two_process_rows] + ([device_rows] if torch.cuda.is_available() else [])
+    for group in groups:
+        yield from group(quick=quick)
+        gc.collect()
+
+
+if __name__ == "__main__" and "--timed-score" in sys.argv:
+    timed_score(quick="--quick" in sys.argv)
+elif __name__ == "__main__":
+    for found in rows(quick="--quick" in sys.argv):
+        print(found, flush=True)
