@@ -355,6 +355,11 @@ def _surprise(tokens):
     return -tokens["advantage"]
 
 
+@criterion("advantage", needs=["advantage"], formula="A", aliases=["sampled_rkl_min"])
+def _advantage(tokens):
+    return tokens["advantage"]
+
+
 @criterion("acceptance", needs=["acceptance"], formula="min(1, q(y)/p(y))", kind="weight", budget=1.0)
 def _acceptance(tokens):
     return tokens["acceptance"]
@@ -366,7 +371,7 @@ def _selectkd(tokens):
     return np.where(tokens["student_top1_in_teacher_top5"], 1.0, SELECTKD_REJECTED_WEIGHT)
 
 
-@criterion("projected_gradient", needs=["union_log_ratio_variance"], formula="Var_pU[ln qU - ln pU]")
+@criterion("projected_gradient", needs=["union_log_ratio_variance"], formula="Var_pU[ln qU - ln pU]", aliases=["pgt"])
 def _projected_gradient(tokens):
     return tokens["union_log_ratio_variance"]
 

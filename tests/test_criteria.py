@@ -122,6 +122,7 @@ ORACLES = {
     "surprise": lambda t: [-a for a in t.advantage],
     "acceptance": lambda t: list(t.acceptance),
     "selectkd": lambda t: [1.0 if hit else 0.01 for hit in t.student_top1_in_teacher_top5],
+    "advantage": lambda t: list(t.advantage),
     "projected_gradient": lambda t: list(t.union_log_ratio_variance),
     "early": lambda t: [1 - _relative(r) for r in _rows(t)],
     "late": lambda t: [_relative(r) for r in _rows(t)],
@@ -208,7 +209,7 @@ def test_the_registry_as_a_table():
 
 @pytest.mark.parametrize("alias, name", [
     ("pure_opd", "full"), ("dlearn_high", "teachability"), ("dincompat_high", "incompatible"), ("ca_softor", "teachability_entropy"),
-    ("q3_teachability_high", "q3_teachability"), ("sampled_rkl_max", "surprise"), ("prefix", "early"),
+    ("q3_teachability_high", "q3_teachability"), ("sampled_rkl_max", "surprise"), ("sampled_rkl_min", "advantage"), ("pgt", "projected_gradient"), ("prefix", "early"),
 ])
 def test_released_names_are_understood(alias, name):
     assert find(alias).name == name
