@@ -28,6 +28,7 @@ _HOMES = {
     "interop": ("read_tokens",),
     "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),
     "tokenview": ("show",),
+    "report": ("read_run",),
     "sidebyside": ("compare_runs",),
 }
 _MODULES = {"plot": "figures"}

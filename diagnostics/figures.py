@@ -630,7 +630,7 @@ def agreement(
     table: pd.DataFrame, *, scope: str = "all", answer: str = "held_out_forward_kl", level: float | None = None,
     width: float = DOUBLE, dark: bool = False,
 ) -> Figure:
-    """How far the offline answers agree with interventions: `dx.plot.agreement(tables["agreement"])`.
+    """How far the offline answers agree with interventions: `dx.plot.agreement(tables["offline_agreement"])`.
 
     table: columns scope, x, y, kendall, low, high, cells, prompts. Rows are the other answers, each compared with `answer` over
     the cells of `scope` (all, within_budget, budget_<share>).
@@ -757,15 +757,17 @@ def selection_summary(
 
 @plates.plate
 def selection_overlap(
-    table: pd.DataFrame, *, budget: float = 0.05, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame, *, budget: float | None = None, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
 ) -> Figure:
     """Heat map of how many positions two criteria share: `dx.plot.selection_overlap(tables["selection_overlap"])`.
 
     table: columns criterion, other, statistic, budget, estimate, chance, positions, prompts, each pair once. A cell is
-    the Jaccard index of the two selections at `budget`.
+    the Jaccard index of the two selections at `budget`, the table's nearest to 5 % where None.
     """
     needs = ("criterion", "other", "statistic", "budget", "estimate", "chance")
-    table = plates.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard", "budget": budget})
+    table = plates.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard"})
+    budget = plates.nearest_budget(table) if budget is None else budget
+    table = plates.keep(table, "figures.selection_overlap", needs, {"budget": budget})
     names = list(dict.fromkeys([*table.criterion, *table.other]))
     names = [name for name in criteria if name in names] if criteria is not None else names
     matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
@@ -802,13 +804,16 @@ PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "num
 
 @plates.plate
 def selection_profile(
-    table: pd.DataFrame, *, budget: float = 0.05, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame, *, budget: float | None = None, criteria: Sequence[str] | None = None, width: float = DOUBLE, dark: bool = False
 ) -> Figure:
     """What each criterion selects, as shares of its selection: `dx.plot.selection_profile(tables["selection_profile"])`.
 
-    table: columns criterion, budget, measure, estimate, full, positions, prompts. The lowest bar is all positions.
+    table: columns criterion, budget, measure, estimate, full, positions, prompts. budget: the table's nearest to 5 % where
+    None. The lowest bar is all positions.
     """
     needs = ("criterion", "budget", "measure", "estimate", "full")
+    table = plates.keep(table, "figures.selection_profile", needs)
+    budget = plates.nearest_budget(table) if budget is None else budget
     table = plates.keep(table, "figures.selection_profile", needs, {"budget": budget})
     groups = {title: [name for name in measures if (table.measure == name).any()] for title, measures in PROFILES.items()}
     groups = {title: measures for title, measures in groups.items() if measures}

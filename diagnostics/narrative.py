@@ -7,6 +7,7 @@ Both gains are always named side by side, since the order of criteria can turn o
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,16 @@ class Material:
         """The table of that name where the run has one with rows."""
         table = self.tables.get(name)
         return None if table is None or table.empty else table
+
+    def _repr_html_(self) -> str:
+        """What was found, the verdicts, and what there is to look at."""
+        shown, _ = claims(self)
+        columns = [name for name in ("claim", "outcome", "verdict") if name in shown]
+        found = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in answer(self))
+        names = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
+        kept = [f"{len(self.tokens):,} positions" if self.tokens is not None else "", f"{len(self.bank):,} contexts" if self.bank is not None else ""]
+        return (f"<h4>{html.escape(title(self))}</h4>{found}{shown[columns].to_html(index=False) if len(shown) else ''}"
+                f"<p>{html.escape('; '.join([*filter(None, kept), f'tables (rows): {names}']))}</p>")
 
     def stage(self, name: str) -> dict[str, Any]:
         """Settings and facts of a stage in one dictionary; facts win."""
@@ -337,6 +348,15 @@ def training_claims(material: Material) -> pd.DataFrame:
     if table is None or (known is not None and known.claim.str.startswith("C5").any()):
         return pd.DataFrame()
     return verdicts.of_training(table)
+
+
+def claims(material: Material) -> tuple[pd.DataFrame, bool]:
+    """Primary verdicts with those of training, and whether the table has others."""
+    table = material.table("verdicts")
+    table = pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
+    shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
+    trained = training_claims(material)
+    return pd.concat([part for part in (shown, trained) if len(part)] or [shown], ignore_index=True), len(shown) < len(table)
 
 
 def certainty(material: Material) -> str:

@@ -148,6 +148,12 @@ def preferred(table: pd.DataFrame) -> str:
     return next((name for name in ("held_out", "all") if (table.split == name).any()), str(table.split.iloc[0]))
 
 
+def nearest_budget(table: pd.DataFrame, share: float = 0.05) -> float:
+    """The budget of the table that is nearest to `share`, on a logarithmic scale."""
+    budgets = np.unique(table.budget.to_numpy(float))
+    return float(budgets[np.abs(np.log(budgets / share)).argmin()])
+
+
 def present(values: pd.Series, order: Iterable[str]) -> list[str]:
     """Distinct values, those of `order` first and in its order."""
     seen = list(dict.fromkeys(values))

@@ -106,13 +106,13 @@ SHEETS = (
           "0 it selects positions with less gain than random ones."),
     Sheet("selection_overlap", "Do two criteria select the same positions?", "selection_overlap",
           functools.partial(figures.selection_overlap, criteria=CORE),
-          "Jaccard index at a budget of 5%. Criteria with like rank correlations can share few positions at a small budget."),
+          "Jaccard index at the budget below. Criteria with like rank correlations can share few positions at a small budget."),
     Sheet("selection_profile", "What each criterion selects", "selection_profile", functools.partial(figures.selection_profile, criteria=CORE),
-          "Shares of the selection at a budget of 5%, beside those of all positions."),
+          "Shares of the selection at the budget below, beside those of all positions."),
     Sheet("intervention", "A step on the selected positions alone", "intervention", figures.intervention,
           "From the same student, one step per criterion and budget in which only selected positions carry loss, at the norm of the step on "
           "all positions. Only lines above random and its band speak for a criterion; the placebo is a random direction."),
-    Sheet("agreement", "Do captured gain and intervention agree?", "agreement", figures.agreement,
+    Sheet("agreement", "Do captured gain and intervention agree?", "offline_agreement", figures.agreement,
           "Rank agreement over criteria and budgets between each offline answer and the drop of the divergence on held-out positions."),
     Sheet("linearity", "Is the first-order prediction any good?", "linearity", figures.linearity,
           "Slope and squared correlation of realised on predicted gain, by step size. Attribution below stands on this prediction."),
@@ -169,8 +169,8 @@ TABLES = {
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
     "intervention": "One step a criterion and budget; drops in nats a position.",
-    "agreement": "Kendall's tau between the answers.",
-    "answers": "Value and rank of each criterion by every answer.",
+    "offline_agreement": "Kendall's tau between the answers.",
+    "offline_answers": "Value and rank of each criterion by every answer.",
     "linearity": "Realised against first-order gain by step size.",
     "kernel_shares": "Sources of the first-order gain by group.",
     "kernel": "Sources of the first-order gain at each sampled position.",
@@ -199,7 +199,7 @@ def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
     or every table is missing, or a file cannot be read.
     """
     directory = Path(run_dir)
-    material = read_material(directory)
+    material = read_run(directory)
     drawn, left_out = draw_all(material)
     for name, pair in drawn.items():
         write_files(directory / "figures", name, pair[0])
@@ -207,8 +207,13 @@ def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
     return write_atomic(directory / "report.html", page(material, drawn, left_out, contexts=contexts).encode())
 
 
-def read_material(directory: Path) -> Material:
-    """Everything that the report is made of. Raises DiagnosticsError where it is missing or damaged."""
+def read_run(directory: str | Path) -> Material:
+    """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")` shows what it found.
+
+    Returns a Material with the manifest, tables (by name), tokens, bank and likeliest tokens (None where the run has none).
+    Needs neither torch nor a model. Raises DiagnosticsError where the manifest or every table is missing, or a file is damaged.
+    """
+    directory = Path(directory)
     manifest = _read_manifest(directory / "manifest.json")
     tables = {path.stem: _read_csv(path) for path in sorted((directory / "tables").glob("*.csv"))}
     if not tables and not (directory / "evaluations.csv").exists():
@@ -381,21 +386,12 @@ def _over(material: Material) -> str:
 
 def verdict_cards(material: Material) -> str:
     """One card a claim with both gains side by side, then C5 by measure; empty where the run has no verdicts."""
-    shown, more = claims(material)
+    shown, more = narrative.claims(material)
     if shown.empty:
         return ""
     cards = "".join(_card(claim, rows.to_dict("records")) for claim, rows in shown.groupby("claim", sort=False))
     note = '<p class="quiet">The same claims on step and held-out positions apart: table verdicts.</p>' if more else ""
     return f'<ul class="cards">{cards}</ul>{note}'
-
-
-def claims(material: Material) -> tuple[pd.DataFrame, bool]:
-    """Primary verdicts with those of training, and whether the table has others."""
-    table = material.table("verdicts")
-    table = pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
-    shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
-    trained = narrative.training_claims(material)
-    return pd.concat([part for part in (shown, trained) if len(part)] or [shown], ignore_index=True), len(shown) < len(table)
 
 
 VERDICTS = ("supported", "refuted", "inconclusive")
@@ -562,7 +558,7 @@ def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], lef
 
 
 def _verdict_rows(material: Material) -> list[str]:
-    shown, _ = claims(material)
+    shown, _ = narrative.claims(material)
     if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
         return []
     cells = shown[["claim", "outcome", "verdict", "sentence"]].astype(str).map(_plain)

@@ -52,7 +52,7 @@ class RunComparison:
     def verdicts(self) -> pd.DataFrame:
         """Verdict of each claim and gain, one column a run."""
         names = ["claim", "outcome", "verdict"]
-        found = {run: report.claims(material)[0] for run, material in self.materials.items()}
+        found = {run: narrative.claims(material)[0] for run, material in self.materials.items()}
         frames = [table[names].assign(run=run) for run, table in found.items() if set(names) <= set(table)]
         if not frames:
             return pd.DataFrame()
@@ -100,7 +100,7 @@ def compare_runs(directories: Sequence[str | Path], *, names: Sequence[str] | No
             f"{', '.join(map(str, names)) or 'none'}. "
             "Name more directories, or pass names=[…]."
         )
-    materials = {str(name): report.read_material(path) for name, path in zip(names, paths, strict=True)}
+    materials = {str(name): report.read_run(path) for name, path in zip(names, paths, strict=True)}
     return RunComparison(materials, dict(_joined(materials)), _differences(materials))
 
 

@@ -434,6 +434,13 @@ def test_validation_shows_gains_with_full_as_level():
     assert figure.get_supxlabel() == "3 seeds, 24 held-out prompts. Bars: intervals over seeds and prompts."
 
 
+def test_figures_of_one_budget_take_the_nearest_to_five_percent():
+    budgets = pd.DataFrame({"budget": [0.001, 0.01, 0.04, 0.3]})
+    assert plates.nearest_budget(budgets) == 0.04 and plates.nearest_budget(budgets[budgets.budget != 0.04]) == 0.01
+    table = study_tables.selection_overlap().assign(budget=0.3)
+    assert "Budget 30%." in figures.selection_overlap(table)._supxlabel.get_text()
+
+
 def test_validation_scatter_joins_cells():
     table, foreseen = study_tables.validation_outcomes(), study_tables.validation_foreseen()
     figure = figures.validation_scatter(table, foreseen)

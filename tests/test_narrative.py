@@ -130,6 +130,14 @@ def test_without_tables_nothing_is_claimed():
     ]
 
 
+def test_a_run_shows_itself_as_a_summary():
+    tables = {"correlations": study_tables.correlations(), "verdicts": study_tables.verdicts()}
+    text = Material(study_tables.manifest(), tables)._repr_html_()
+    assert text.startswith("<h4>Which of large&#x27;s signals can small learn from?</h4><p>")
+    assert text.count("<tr>") == 4 and "<td>refuted</td>" in text and "tables (rows): correlations (" in text
+    assert "<script>" not in Material(tables={"<script>": pd.DataFrame({"a": [1]})})._repr_html_()
+
+
 def test_undefined_estimates_never_lead():
     rows = [row("broken", np.nan), row("tip", 0.2)]
     assert narrative.ranked(material(*rows), "gain").criterion.tolist() == ["tip"]

@@ -5,15 +5,18 @@ import html
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import narrative, plates, report
+from diagnostics import narrative, plates, report, validation
+from diagnostics.cli import main
 from diagnostics.types import DiagnosticsError
-from tests import browser, study_tables
+from tests import browser, study_tables, test_validation
+from tests.test_stages import finished, folders  # noqa: F401  (fixtures)
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -91,7 +94,7 @@ def test_is_small(source):
 
 
 def test_holds_the_answer_from_the_tables(run, source):
-    sentences = narrative.answer(report.read_material(run))
+    sentences = narrative.answer(report.read_run(run))
     assert len(sentences) == 4
     for sentence in sentences:
         assert f"<p>{html.escape(sentence)}</p>" in source
@@ -188,7 +191,7 @@ def test_what_the_analysis_left_out_is_listed():
 
 def test_token_view_is_there_and_can_be_left_out(run, source):
     assert source.count('<div class="tokenview">') == 1
-    assert report.token_view(report.read_material(run), 0) == ""
+    assert report.token_view(report.read_run(run), 0) == ""
     shown = json.loads(re.search(r'<div class="tokenview"><script type="application/json">(.*?)</script>', source, flags=re.DOTALL).group(1))
     assert [context["id"] for context in shown["contexts"]] == [f"c{i}" for i in range(8)]
 
@@ -209,10 +212,11 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         "quadrants", "matching", "regressions", "support_robustness", "gain_robustness", "residual_curves", "selection_curves", "selection_summary",
         "selection_overlap", "selection_profile", "intervention", "agreement", "linearity", "kernel_shares", "lift", "validation_outcomes",
         "validation_agreement", "validation_foreseen", "positions")}
+    made["offline_agreement"] = made.pop("agreement")
     directory = study_tables.write_run(tmp_path / "run", **made)
     study_tables.evaluations().to_csv(directory / "evaluations.csv", index=False)
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
-    material = report.read_material(directory)
+    material = report.read_run(directory)
     calls = {}
     sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options)) for sheet in report.SHEETS]
     monkeypatch.setattr(report, "SHEETS", sheets)
@@ -221,14 +225,29 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
     pd.testing.assert_frame_equal(calls["validation_scatter"]["foreseen"], made["validation_foreseen"])
     (directory / "tables" / "validation_foreseen.csv").unlink()
-    assert report.draw_all(report.read_material(directory))[1] == {"validation_scatter": "no table validation_foreseen"}
+    assert report.draw_all(report.read_run(directory))[1] == {"validation_scatter": "no table validation_foreseen"}
+
+
+@pytest.mark.slow
+def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(finished, folders, tmp_path):  # noqa: F811
+    directory, models = tmp_path / "whole", [*folders[:4], "--device", "cpu", "--quiet"]
+    shutil.copytree(finished, directory)
+    where, few = ["--draws", "20", "--output-dir", str(directory)], ["--criteria", "divergence,entropy", "--budgets", "0.3"]
+    assert main(["intervene", *models, *few, "--random-draws", "1", *where]) == main(["attribute", *models, "--sample", "4", *where]) == 0
+    assert main(["compare", *few, "--quiet", *where]) == 0
+    written = {path.stem for path in (directory / "tables").glob("*.csv")}
+    later = {"validation_verdicts", "validation_outcomes", "validation_agreement", "validation_foreseen", "validation_cells", "evaluations", "training_metrics"}
+    assert written - set(report.TABLES) == set() and set(report.TABLES) - written == later
+    assert set(validation.tables(test_validation.outcome_rows(test_validation.FIVE), draws=20)) == {name for name in later if name.startswith("validation")}
+    drawn, left_out = report.draw_all(report.read_run(directory))
+    assert {name for name in left_out if not name.startswith("validation")} == {"evaluations", "training_curves"}, left_out
 
 
 def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     directory = study_tables.write_run(tmp_path / "run")
     study_tables.tokens().drop(columns="compatibility").to_parquet(directory / "tokens.parquet", index=False)
     pd.DataFrame(columns=["step_size"]).to_csv(directory / "tables" / "calibration.csv", index=False)
-    drawn, left_out = report.draw_all(report.read_material(directory))
+    drawn, left_out = report.draw_all(report.read_run(directory))
     assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
     assert left_out["calibration"] == "no table calibration"
