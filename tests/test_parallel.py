@@ -27,7 +27,12 @@ def torchrun(processes, *arguments):
 def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F811
     # small batches, so that both processes have some of each half
     models = [*folders[:4], "--device", "cpu", "--quiet"]
-    stages = {"rollout": folders[:10] + models[4:], "score": [*models, "--batch-tokens", "60"], "probe": [*models, "--batch-tokens", "60"]}
+    small = [*models, "--batch-tokens", "60"]
+    stages = {
+        "rollout": folders[:10] + models[4:], "score": small, "probe": small,
+        "intervene": [*small, "--criteria", "divergence", "--budgets", "0.3", "--random-draws", "1", "--draws", "9"],
+        "attribute": [*small, "--sample", "6", "--draws", "9"],
+    }
     alone, together = tmp_path / "alone", tmp_path / "together"
     for stage, options in stages.items():
         assert main([stage, *options, "--output-dir", str(alone)]) == 0
@@ -39,7 +44,9 @@ def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F8
     assert one[["context_id", "position", "split"]].equals(two[["context_id", "position", "split"]])
     for name in one.select_dtypes("float"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-6, rtol=1e-6, err_msg=name)
-    assert one.gain.abs().max() > 1e-4
+    assert one.gain.abs().max() > 1e-4 and one.first_order_gain.abs().max() > 1e-4
+    for name in ("intervention", "linearity", "kernel_shares"):
+        pd.testing.assert_frame_equal(*(pd.read_csv(folder / f"tables/{name}.csv") for folder in (alone, together)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
