@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import torch
@@ -162,12 +163,23 @@ class Pair:
             self.teacher.park()
             self.student.model.to(device)
 
+    def _repr_html_(self) -> str:
+        """Who the models are and what they share."""
+        rows = "".join(_summary_row(role, self.facts[role]) for role in ("student", "teacher") if self.facts.get(role))
+        return f"<p>Pair {escape(self.name)}: {self.vocabulary:,} shared tokens</p><table>{rows}</table>"
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's end of sequence and those of the student's own settings."""
         own = getattr(self.student.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, (list, tuple)) else [own]
         return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
+
+
+def _summary_row(role: str, facts: dict) -> str:
+    parameters = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
+    cells = [str(facts.get("name", "")), str(facts.get("architecture", "")), parameters, str(facts.get("dtype", ""))]
+    return f"<tr><th>{role}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 @dataclass(frozen=True)

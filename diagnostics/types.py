@@ -94,6 +94,16 @@ class Bank:
         """Number of response positions over all contexts."""
         return sum(len(context.response_ids) for context in self.contexts)
 
+    def _repr_html_(self) -> str:
+        """How much there is, and how it begins."""
+        from html import escape
+
+        if not self.contexts:
+            return "<p>A bank without contexts.</p>"
+        first, prompts = self.contexts[0], len({context.prompt_id for context in self.contexts})
+        counts = f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions, {sum(context.finished for context in self):,} ended by themselves"
+        return f"<p>{counts}.</p><p>{escape(first.context_id)}: <i>{escape(first.prompt[-300:])}</i> {escape(first.response[:300])}</p>"
+
     def to_frame(self) -> pd.DataFrame:
         """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only where there are any."""
         import pandas as pd

@@ -151,3 +151,9 @@ def test_smollm2_with_another_file(monkeypatch, tmp_path):
     monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: found)
     with pytest.raises(DiagnosticsError, match=r"model\.gguf has sha256 [0-9a-f]{64}, not the pinned"):
         load_pair("smollm2")
+
+
+def test_a_pair_shows_who_its_models_are(pair):
+    text = pair._repr_html_()
+    assert text.startswith("<p>Pair tiny: 64 shared tokens</p><table><tr><th>student</th>") and text.count("LlamaForCausalLM") == 2
+    assert f"{sum(p.numel() for p in pair.teacher.model.parameters()):,} parameters" in text

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 import diagnostics
-from diagnostics.types import SCHEMA, Bank, DiagnosticsError, column, read_bank, read_parquet, support_column, validate_tokens
+from diagnostics.types import SCHEMA, Bank, Context, DiagnosticsError, column, read_bank, read_parquet, support_column, validate_tokens
 from tests.conftest import make_bank
 
 
@@ -16,6 +16,14 @@ def test_bank_survives_the_table():
     bank = make_bank([3, 1])
     assert Bank.from_frame(bank.to_frame()) == bank
     assert bank.positions == 4 and bank[0].ids == bank[0].prompt_ids + bank[0].response_ids
+
+
+def test_a_bank_shows_a_summary_and_escapes_its_text():
+    one = Context("c0", "p0", "<b>why</b>", (0, 5), "because <i>", (6, 7, 1), True)
+    text = Bank((one, Context("c1", "p0", "x", (0,), "y", (4,), False)))._repr_html_()
+    assert text == ("<p>2 contexts of 1 prompts, 4 response positions, 1 ended by themselves.</p>"
+                    "<p>c0: <i>&lt;b&gt;why&lt;/b&gt;</i> because &lt;i&gt;</p>")
+    assert Bank(())._repr_html_() == "<p>A bank without contexts.</p>"
 
 
 def test_bank_survives_parquet(tmp_path):
