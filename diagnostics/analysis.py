@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from diagnostics import cautions, regressions, robustness, tables, verdicts
+from diagnostics import cautions, exactness, regressions, robustness, tables, verdicts
 from diagnostics import criteria as registry
 from diagnostics.regressions import residual_curves
 from diagnostics.robustness import coverage, gain_robustness, saturation
@@ -70,7 +70,7 @@ def study(
         made["verdicts"] = pd.concat([*([made["verdicts"]] if "verdicts" in made else []), verdicts.of_training(training)], ignore_index=True)
     made["warnings"] = cautions.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
-    return made
+    return exactness.marked(made, tokens) | ({"exactness": exactness.table(tokens)} if exactness.is_listed(tokens) else {})
 
 
 def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losses, base_k: int) -> list[tuple[tuple[str, ...], Callable]]:

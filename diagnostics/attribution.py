@@ -249,7 +249,7 @@ class Tracer:
     def _pulls(self, batch: scores.Batch, rows: slice, z_rV: Tensor, teacher_nH: Tensor, *, loss: str) -> Tensor:
         """dl/dz [r, V] of each position's loss in its own logits."""
         with torch.no_grad():
-            teacher_rV = self.teacher.logits(teacher_nH[rows]).to(z_rV.device)
+            teacher_rV = divergences.beside(z_rV, teacher_nH[rows], self.teacher.logits)
         with torch.enable_grad():
             leaf_rV = z_rV.detach().requires_grad_()
             values_r = losses.per_position(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.criteria import quadrants
+from diagnostics.exactness import is_listed
 from diagnostics.tables import OUTCOMES
 from diagnostics.verdicts import UNBALANCED
 
@@ -121,6 +122,14 @@ def _dropped(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                    f"On average {tokens[name].mean():.1%} of {name.split('_')[0]} probability lies outside the shared vocabulary.")
 
 
+def _listed_teacher(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
+    if is_listed(tokens):
+        mass = float(tokens["teacher_tail_mass"].mean())
+        yield ("listed_teacher", "teacher", mass, 0.0,
+               f"The teacher is known by lists of its likeliest tokens, outside which lies {mass:.2%} of its mass on average. KLs, JS, teacher entropy and "
+               "compatibility are lower bounds, and gains are changes of such a bound; the table exactness goes through the measurements.")
+
+
 def _from_reader(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     for code, subject, message in tokens.attrs.get("warnings", ()):
         yield code, subject, np.nan, np.nan, message
@@ -128,7 +137,7 @@ def _from_reader(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 RULES: tuple[Callable, ...] = (
     _from_reader, _few_prompts, _undefined_outcomes, _saturated, _constant, _rare_quadrants, _inflated, _unbalanced,
-    _scale_of_c3, _no_placebo, _dropped,
+    _scale_of_c3, _no_placebo, _dropped, _listed_teacher,
 )
 
 

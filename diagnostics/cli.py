@@ -241,7 +241,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
 
     configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
-        models = stages.Models(configs["PairConfig"]) if "PairConfig" in configs else None
+        models = stages.Models(configs["PairConfig"], alone=parsed.command == "rollout") if "PairConfig" in configs else None
         if parsed.command in ("run", "rollout"):
             stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"], configs["BankConfig"])
         if parsed.command in ("run", "score"):

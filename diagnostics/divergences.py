@@ -170,10 +170,16 @@ def kl_pair_hidden(
 
     def part(rows: slice) -> tuple[Tensor, ...]:
         student_nV = student_logits(student_hidden_NH[rows])
-        return measured(student_nV, teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device))
+        return measured(student_nV, beside(student_nV, teacher_hidden_NH[rows], teacher_logits))
 
     parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
     return tuple(torch.cat(columns) for columns in zip(*parts))
+
+
+def beside(student_nV: Tensor, teacher_hidden_nH: Tensor, teacher_logits: Logits) -> Tensor:
+    """The teacher's logits [n, V] on the device of the student's; one that is known in part is made whole by them (`remote`)."""
+    given = getattr(teacher_logits, "given", None)
+    return (teacher_logits(teacher_hidden_nH) if given is None else given(teacher_hidden_nH, student_nV)).to(student_nV.device)
 
 
 @torch.no_grad()

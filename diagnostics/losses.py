@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from diagnostics.divergences import LN2, Block, Logits, beyond, blocks, chunk_size, exact, filled, top_ids, total
+from diagnostics.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, top_ids, total
 from diagnostics.types import DiagnosticsError
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
@@ -123,14 +123,14 @@ def chunked_loss(
         """One chunk's part of the sum; its derivative goes to `gradients`."""
         hidden_nH = _at(student_hidden_NH, at_n).detach()
         positions = _Positions(_at(sampled_N, at_n), _at(advantage_N, at_n), exact(_at(weights_N, at_n)) / denominator)
-        with torch.no_grad():
-            teacher_nV = teacher_logits(_at(teacher_hidden_NH, at_n))
         if gradients is None:
             student_nV, slope_nV = student_logits(hidden_nH), None
         else:
             student_nV = gradients.trace(student_logits, hidden_nH)
             slope_nV = torch.empty_like(student_nV, requires_grad=False)
-        values_n = _evaluate(objective, student_nV.detach(), teacher_nV.to(student_nV.device), positions, slope_NV=slope_nV)
+        with torch.no_grad():
+            teacher_nV = beside(student_nV.detach(), _at(teacher_hidden_NH, at_n), teacher_logits)
+        values_n = _evaluate(objective, student_nV.detach(), teacher_nV, positions, slope_NV=slope_nV)
         del teacher_nV
         if gradients is not None:
             gradients.add(student_nV, slope_nV, at_n)

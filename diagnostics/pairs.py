@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diagnostics import parallel
+from diagnostics import parallel, remote
 from diagnostics.runs import sha256_file
 from diagnostics.sources import DTYPES, QUANTISED, load_model, load_tokenizer, resolve_device, shared_template
 from diagnostics.types import DiagnosticsError
@@ -133,7 +133,8 @@ class Pair:
 
     name: str
     student: Readout
-    teacher: Readout
+    teacher: Readout | remote.ListedTeacher | None
+    """None where the student only writes."""
     tokenizer: object
     facts: dict = field(default_factory=dict)
     """What the manifest records: model identities, dtypes, vocabulary, template hash."""
@@ -148,7 +149,8 @@ class Pair:
     @property
     def window(self) -> int | None:
         """Tokens that both models' position range holds; None where neither names one."""
-        sizes = [getattr(readout.model.config.get_text_config(), "max_position_embeddings", None) for readout in (self.student, self.teacher)]
+        run = [readout.model for readout in (self.student, self.teacher) if isinstance(readout, Readout)]
+        sizes = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in run]
         return min((size for size in sizes if size), default=None)
 
     @contextmanager
@@ -189,6 +191,7 @@ class PairConfig:
     pair: str | None = field(default=None, metadata={"help": "a named pair: embedded or smollm2"})
     student: str | None = field(default=None, metadata={"help": "student: Hugging Face id, local folder, LoRA adapter or GGUF file"})
     teacher: str | None = field(default=None, metadata={"help": "teacher: Hugging Face id, local folder, LoRA adapter or GGUF file"})
+    teacher_logprobs: str | None = field(default=None, metadata={"help": "file of a remote teacher's top-K log-probabilities on the run's contexts, in its place"})
     student_revision: str | None = field(default=None, metadata={"help": "revision of the student"})
     teacher_revision: str | None = field(default=None, metadata={"help": "revision of the teacher"})
     dtype: str = field(default="float32", metadata={"help": "student's dtype; a probe needs float32 or float64", "choices": tuple(DTYPES)})
@@ -205,6 +208,7 @@ def load_pair(
     *,
     student=None,
     teacher=None,
+    teacher_logprobs: str | Path | None = None,
     tokenizer=None,
     student_revision: str | None = None,
     teacher_revision: str | None = None,
@@ -214,12 +218,14 @@ def load_pair(
     teacher_device: str | None = None,
     offload_teacher: bool = False,
     shard_teacher: bool = False,
+    alone: bool = False,
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
 
     student, teacher: Hugging Face ids, local folders, LoRA adapters, GGUF files (`sources`), or models already in
     memory (then pass `tokenizer`). Both run in eval mode. Configured vocabularies of different size are cut to the
-    shared ids. Where the chat templates differ, the student's serves both.
+    shared ids. Where the chat templates differ, the student's serves both. teacher_logprobs: a file in the teacher's place
+    (`remote`). alone: a student without a teacher will do, for writing.
     Raises DiagnosticsError for an unknown name, a model that cannot be read, or tokenizers that map any
     token to different ids.
     """
@@ -230,6 +236,12 @@ def load_pair(
         if student is not None or teacher is not None:
             raise DiagnosticsError(f"Got the named pair {pair!r} and a student or teacher as well. Give one or the other.")
         student, teacher = named_pair(pair)
+        teacher = None if teacher_logprobs else teacher
+    if teacher is not None and teacher_logprobs is not None:
+        raise DiagnosticsError(f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well. Give one or the other.")
+    if student is not None and teacher is None and (teacher_logprobs is not None or alone):
+        model = load_model(student, student_revision, dtype=dtype, device=device)
+        return _without_teacher(pair or "custom", model, tokenizer or load_tokenizer(student, student_revision), teacher_logprobs)
     if student is None or teacher is None:
         raise DiagnosticsError(f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or one of {', '.join(NAMED_PAIRS)}.")
     tokenizers = [tokenizer or load_tokenizer(source, revision)
@@ -262,6 +274,16 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
     }
     return Pair(name, *readouts, tokenizer, facts)
+
+
+def _without_teacher(name: str, model: nn.Module, tokenizer, logprobs: str | Path | None) -> Pair:
+    """A student alone, or with a teacher that is known by a file of log-probabilities."""
+    student = Readout(model)
+    teacher = remote.read_lists(logprobs, vocabulary=student.vocabulary) if logprobs is not None else None
+    template = shared_template(tokenizer, tokenizer)
+    facts = {"pair": name, "student": identity(model), "teacher": teacher.facts() if teacher else None,
+             "vocabulary": {"student": student.vocabulary, "shared": student.vocabulary}, "chat_template_sha256": template.get("sha256")}
+    return Pair(name, student, teacher, tokenizer, facts | ({"chat_template": template} if template else {}))
 
 
 def identity(model: nn.Module) -> dict:

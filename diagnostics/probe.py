@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics import losses, parallel, scores
+from diagnostics import losses, parallel, remote, scores
 from diagnostics.pairs import Pair, weights_sha256
 from diagnostics.runs import Shards, no_shards
 from diagnostics.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
@@ -193,6 +193,7 @@ class Workbench:
 
     def direction(self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str) -> Direction:
         """The optimiser's first direction at theta0, and the loss that its size is calibrated on."""
+        remote.require_loss(self.pair.teacher, loss, self.tokens["advantage"].to_numpy(), weights_N)
         value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
         norm = tensor_norm(gradient)
         update = first_update(gradient, optimizer)

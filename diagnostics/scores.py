@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics import divergences, parallel
+from diagnostics import divergences, parallel, remote
 from diagnostics.pairs import Pair, Readout
 from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
@@ -57,7 +57,9 @@ class Batch:
     """The contexts [B], for what the teacher reads."""
 
     def taught(self, teacher: Readout) -> Tensor:
-        """The teacher's states [n, H] of the response positions, after the prompt that it reads."""
+        """The teacher's states [n, H] of the response positions, after the prompt that it reads; a listed teacher's lists."""
+        if isinstance(teacher, remote.ListedTeacher):
+            return teacher.states(self.contexts, self.at_n)
         return self.for_teacher().states(teacher)
 
     def for_teacher(self) -> Batch:
@@ -187,11 +189,15 @@ def _columns(
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
     todo = _take_up(mine(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions)
+    options = {"k": k, "sweep": tuple(sweep), "tops": tops, "student_dropped": _dropped(pair.student)}
+    listed = isinstance(pair.teacher, remote.ListedTeacher)
+    depth = pair.teacher.depth(bank) if listed else None
     for batch, student_nH, teacher_nH in _forward(pair, todo, "score"):
-        measured = divergences.measure_hidden(
-            student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, k=k, sweep=tuple(sweep), tops=tops,
-            student_dropped=_dropped(pair.student), teacher_dropped=_dropped(pair.teacher),
-        )
+        if listed:
+            measured = remote.measure_hidden(student_nH, pair.student.logits, teacher_nH, batch.sampled_n, depth=depth, **options)
+        else:
+            measured = divergences.measure_hidden(
+                student_nH, pair.student.logits, teacher_nH, pair.teacher.logits, batch.sampled_n, teacher_dropped=_dropped(pair.teacher), **options)
         values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
         shards.add(batch.rows_n.numpy(), values)
         _fill(columns, batch, values, bank.positions)
@@ -244,6 +250,8 @@ def _gathered(columns: dict[str, np.ndarray], positions: int) -> dict[str, np.nd
 
 def check_bank(pair: Pair, bank: Bank) -> None:
     """Refuse a bank that the pair cannot score."""
+    if pair.teacher is None:
+        raise DiagnosticsError("This pair has a student alone, which can write and not be graded. Name a teacher, or a file of its log-probabilities.")
     if not bank.positions:
         raise DiagnosticsError(f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or check the file.")
     for context in bank:
@@ -255,6 +263,8 @@ def check_bank(pair: Pair, bank: Bank) -> None:
                 f"Context {context.context_id!r} holds token id {largest}, and the shared vocabulary has {pair.vocabulary}. "
                 "The bank was written by another tokenizer; sample it again with this pair."
             )
+    if isinstance(pair.teacher, remote.ListedTeacher):
+        pair.teacher.require(bank)
 
 
 @torch.no_grad()

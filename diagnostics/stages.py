@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from diagnostics.exactness import is_listed, marked
 from diagnostics.runs import Run, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_CONTEXTS = 128
 WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
-LATER = ("prompts_split", "max_prompt_tokens")
-"""Options that earlier runs' manifests do not name; None is what those runs did."""
+LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
+"""Options that the cells of earlier grids do not name; None is what those did."""
 GAIN_KEYS = ("context_id", "position")
 
 
@@ -47,20 +48,27 @@ class AnalysisConfig:
 class Models:
     """The pair of a command, loaded when a stage first needs it, and its identity for the manifest."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config, *, alone: bool = False):
+        self.config, self.alone = config, alone
+        """alone: a student without a teacher will do, for writing."""
 
     @cached_property
     def pair(self):
         """The loaded pair."""
         from diagnostics.pairs import load_pair
 
-        return load_pair(**dataclasses.asdict(self.config))
+        return load_pair(**dataclasses.asdict(self.config), alone=self.alone)
 
     @property
     def settings(self) -> dict:
         """What names the pair; where it runs is left out."""
-        return {key: value for key, value in _settings(self.config).items() if key not in WHERE}
+        named = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
+        return named | _file_hash("teacher_logprobs", self.config.teacher_logprobs)
+
+    @property
+    def writer_settings(self) -> dict:
+        """The same without a remote teacher's file, which is made from what the student wrote."""
+        return {key: value for key, value in self.settings.items() if not key.startswith("teacher_logprobs")}
 
     def fingerprint(self) -> dict[str, str]:
         """What each model is made of: a hash over its local files, or the commit of a Hugging Face id."""
@@ -83,7 +91,7 @@ class Models:
 
 
 def _settings(config) -> dict:
-    """A stage's settings as the manifest has them: an option that came later is named only where it is used."""
+    """A configuration as a cell of the grid is named by it: an option that came later is named only where it is used."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None or key not in LATER}
 
 
@@ -122,7 +130,7 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
     if elsewhere is not None and elsewhere.rollouts is not None:
         return freeze_stage(run, models, prompts, elsewhere)
     path = prompts.prompts
-    settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
+    settings = {**models.writer_settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
 
     def work() -> dict:
         pair = models.pair
@@ -151,7 +159,7 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         return {**models.pair.facts, "contexts": len(bank), "positions": bank.positions, "rollouts": counts, "first_prompt": bank[0].prompt}
 
-    run.stage("rollout", settings={**models.settings, **_settings(prompts), **dataclasses.asdict(elsewhere), **files},
+    run.stage("rollout", settings={**models.writer_settings, **dataclasses.asdict(prompts), **dataclasses.asdict(elsewhere), **files},
               outputs=["contexts.parquet"], work=work, code=("banks", "prompts", "pairs"), models=models.fingerprint)
 
 
@@ -185,7 +193,8 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
         result = probe(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(config), shards=run.shards)
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
-        write_csv(run.path("tables/calibration.csv"), result.calibration)
+        listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
+        write_csv(run.path("tables/calibration.csv"), result.calibration.assign(**listed))
         return dataclasses.asdict(result.step)
 
     run.stage("probe", settings={**models.settings, **dataclasses.asdict(config), "batch_tokens": batch_tokens}, inputs=["contexts.parquet", "scores.parquet"],
@@ -215,7 +224,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
     def work() -> dict:
         options = dataclasses.asdict(models.config)
         name = options.pop("pair")
-        teacher = {} if name is None else {"teacher": named_pair(name)[1]}
+        teacher = {} if name is None or options["teacher_logprobs"] else {"teacher": named_pair(name)[1]}
         pair = load_pair(**options | teacher | {"student": checkpoint, "student_revision": None})
         before = read_parquet(run.path("scores.parquet"))
         after = FrozenBank(pair, read_bank(run.path("contexts.parquet")), batch_tokens=batch_tokens).divergences()
@@ -285,7 +294,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     from diagnostics.training import train
 
     _refuse_shards(models)
-    settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
+    settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
                 **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
@@ -350,6 +359,7 @@ def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
         if effects:
             sums = read_parquet(run.path(effects))
             tables.update(offline_agreement=agreement(tokens, sums, **options), offline_answers=answers(tokens, sums))
+        tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -369,7 +379,8 @@ def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_
         result = interventions(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, cache=run.path("cells"),
                                **dataclasses.asdict(probe), **dataclasses.asdict(config))
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
-        write_csv(run.path("tables/intervention.csv"), summarise(result, **dataclasses.asdict(analysis), seed=probe.seed))
+        table = marked({"intervention": summarise(result, **dataclasses.asdict(analysis), seed=probe.seed)}, tokens)["intervention"]
+        write_csv(run.path("tables/intervention.csv"), table)
         chosen = result.calibration[result.calibration["chosen"]].iloc[0]
         return {"cells": len(result.cells), "step_size": float(chosen.step_size), "relative_norm": float(chosen.relative_norm)}
 
@@ -391,7 +402,8 @@ def attribute_stage(run: Run, models: Models, probe, config, analysis, *, batch_
         result = attribute(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, **dataclasses.asdict(probe),
                            **dataclasses.asdict(config), **dataclasses.asdict(analysis))
         write_parquet(run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]])
-        for name, table in zip(names, (result.linearity, result.kernel, result.shares, result.lift), strict=True):
+        made = dict(zip(names, (result.linearity, result.kernel, result.shares, result.lift), strict=True))
+        for name, table in marked(made, tokens, otherwise="change of a bound").items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
     settings = {**models.settings, **dataclasses.asdict(probe), **dataclasses.asdict(config), **dataclasses.asdict(analysis), "batch_tokens": batch_tokens}

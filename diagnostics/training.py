@@ -34,6 +34,7 @@ import pandas as pd
 from diagnostics import parallel
 from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise_evaluation
 from diagnostics.losses import LOSSES
+from diagnostics.remote import refuse
 from diagnostics.runs import write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_parquet
 
@@ -126,6 +127,7 @@ def train(
     training (unless `engine.resume`), or one of other settings.
     """
     directory = Path(output_dir)
+    refuse(pair.teacher, "Training")
     _check_data(pair, prompts, held_out, config, engine)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)

@@ -12,7 +12,7 @@ entropies and divergences are in nats.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -145,6 +145,7 @@ def _context(row: dict) -> Context:
 
 
 Stage = Literal["key", "before", "after", "outcome"]
+Listed = Literal["exact", "lower bound", "where listed", "impossible", "change of a bound"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ class Column:
     meaning: str
     by_support: bool = False
     """True where the value depends on K; other K are stored as `<name>_k<K>`."""
+    listed: Listed = "exact"
+    """What the value is with a teacher that is known by lists of its likeliest tokens alone (`remote`): *exact*; a *lower
+    bound*; exact *where listed* and NaN elsewhere; *impossible*; or, of an outcome, the exact *change of a bound*."""
 
 
 def _columns(stage: Stage, dtype: str, *rows: tuple[str, str, str], by_support: bool = False) -> list[Column]:
@@ -198,6 +202,7 @@ SCHEMA: dict[str, Column] = {
             ("student_margin", "probability", "p of the student's first choice minus p of its second"),
             ("student_dropped_mass", "probability", "student mass outside the shared vocabulary"),
             ("teacher_dropped_mass", "probability", "teacher mass outside the shared vocabulary"),
+            ("teacher_tail_mass", "probability", "teacher mass outside its list, where it is known by lists alone"),
         ),
         *_columns(
             "before", "float64",
@@ -244,6 +249,14 @@ SCHEMA: dict[str, Column] = {
     ]
 }
 """Every column that a token table may hold, in the order in which it is written."""
+
+_LISTED: dict[Listed, tuple[str, ...]] = {
+    "lower bound": ("teacher_entropy", "forward_kl", "reverse_kl", "js", "hellinger", "compatibility", "forward_kl_after", "reverse_kl_after"),
+    "where listed": ("teacher_logprob", "advantage", "acceptance", "bhattacharyya", "union_forward_kl", "union_log_ratio_variance"),
+    "impossible": ("teacher_dropped_mass",),
+    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
+}
+SCHEMA |= {name: replace(SCHEMA[name], listed=status) for status, names in _LISTED.items() for name in names}
 
 KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "token")
 """Columns that every token table has."""

@@ -12,23 +12,23 @@ SURFACE = {
     "run": "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens "
     "max-prompt-tokens no-chat no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair prompt-column prompts "
     "prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step student student-revision sweep teacher "
-    "teacher-device teacher-dtype teacher-revision temperature top-k top-p",
+    "teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k top-p",
     "analyze": "draws json level output-dir quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": "accept-code batch-tokens beta budgets criteria device draws dtype held-out json k level loss match no-offload-teacher "
     "no-shard-teacher offload-teacher optimizer output-dir pair quiet random-draws seed shard-teacher step student student-revision "
-    "sweep teacher teacher-device teacher-dtype teacher-revision",
+    "sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision",
     "attribute": "accept-code batch-tokens beta device draws dtype full-kernel held-out json k level loss no-full-kernel no-offload-teacher "
     "no-shard-teacher offload-teacher optimizer output-dir pair quiet sample seed shard-teacher step student student-revision sweep "
-    "teacher teacher-device teacher-dtype teacher-revision",
+    "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision",
     "train": "accept-code accumulation batch beta budget chat chat-template-kwargs contexts criterion device dtype eval-contexts eval-every "
     "eval-prompts eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher "
     "no-resume no-shard-teacher offload-teacher output-dir pair probe-every prompt-column prompts prompts-split quiet resume save-every "
-    "seed shard-teacher steps student student-revision teacher teacher-device teacher-dtype teacher-revision trl verifier",
+    "seed shard-teacher steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier",
     "validate": "accept-code batch budgets chat chat-template-kwargs contexts criteria device draws dtype eval-contexts eval-every eval-prompts "
     "eval-samples json learning-rate level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher offline "
     "offload-teacher output-dir pair prompt-column prompts prompts-split quiet seeds shard-teacher steps student student-revision "
-    "teacher teacher-device teacher-dtype teacher-revision verifier workers",
+    "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision verifier workers",
     "report": "compare contexts json output-dir quiet",
     "rerun": "device json output-dir quiet",
     "criteria": "json quiet",
