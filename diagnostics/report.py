@@ -186,6 +186,7 @@ TABLES = {
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
     "left_out": "What the columns did not allow.",
+    "exactness": "What each measurement is worth with a teacher that is known by top-K lists alone.",
 }
 """What each table holds, in the order of the page; others follow by name."""
 

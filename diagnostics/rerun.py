@@ -104,7 +104,7 @@ def _require_same_sources(manifest: dict[str, Any], configs: Configs) -> None:
             pair = PairConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PairConfig) if field.name in settings})
             now = Models(pair).fingerprint()
             different += [f"{key} of stage {name!r}: was {was}, is {now[key]}" for key, was in record["models"].items() if key in now and now[key] != was]
-        for key in ("prompts", "eval_prompts"):
+        for key in ("prompts", "eval_prompts", "rollouts", "teacher_logprobs"):
             was, file = settings.get(f"{key}_sha256"), Path(settings.get(key) or ".")
             if was and file.is_file() and (now_sha := runs.sha256_file(file)) != was:
                 different.append(f"{file}: sha256 was {was}, is {now_sha}")
