@@ -20,6 +20,7 @@ from diagnostics.criteria import budget_count
 from diagnostics.evaluation import EvaluationConfig, FrozenBank
 from diagnostics.pairs import weights_sha256
 from diagnostics.rollouts import rollout
+from diagnostics.sources import load_model
 from diagnostics.training import EngineConfig, TrainConfig, last_checkpoint, read_lines, schedule, train, trl_config
 from diagnostics.types import DiagnosticsError, Prompt
 from tests import launched_training
@@ -165,11 +166,21 @@ def test_every_pass_over_the_prompts_has_its_own_order():
     ({"config": TrainConfig(loss="jsd", beta=2.0)}, r"^beta is 2\.0; it weighs two divergences"),
     ({"engine": EngineConfig(lora_rank=4)}, r"^A LoRA of rank 4 needs the package peft\. Run `pip install peft`, or train all weights with --lora-rank 0\.$"),
 ])
-def test_settings_that_cannot_be_used(tmp_path, options, message):
-    if "lora" in message.lower() and training.importlib.util.find_spec("peft"):
-        pytest.skip("peft is installed")
+def test_settings_that_cannot_be_used(tmp_path, options, message, monkeypatch):
+    if "peft" in message:
+        monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DiagnosticsError, match=message):
         run(tmp_path, **({"config": TrainConfig(steps=2, batch=4)} | options))
+
+
+def test_a_lora_is_trained_and_saved_merged(tmp_path):
+    pytest.importorskip("peft")
+    pair, untouched = make_pair(), make_pair().student.model
+    train(pair, PROMPTS, output_dir=tmp_path, config=TrainConfig(steps=2, batch=4), engine=EngineConfig(lora_rank=4, max_new_tokens=6))
+    saved = dict(load_model(tmp_path / "student", dtype="float32", device="cpu").named_parameters())
+    moved = {name for name, p in untouched.named_parameters() if not torch.equal(p, saved[name])}
+    assert saved.keys() == dict(untouched.named_parameters()).keys()
+    assert moved and all("_proj" in name for name in moved) and any("q_proj" in name for name in moved)
 
 
 def test_numbers_of_steps_and_prompts_are_checked(tmp_path):
