@@ -329,7 +329,9 @@ class _Freezer:
         rollout = self._with_teacher_ids(rollout, where)
         outside = [i for i in (*prompt_ids, *response_ids, *(rollout.teacher_prompt_ids or ())) if i >= self.vocabulary]
         if outside:
-            raise DiagnosticsError(f"{where} holds token id {outside[0]}, and the shared vocabulary has {self.vocabulary}. Another tokenizer wrote it; give the text alone.")
+            raise DiagnosticsError(
+                f"{where} holds token id {outside[0]}, and the shared vocabulary has {self.vocabulary}. Another tokenizer wrote it; give the text alone."
+            )
         response_ids = self._own(response_ids, rollout.own)
         usable = self._usable(max(prompt_ids, rollout.teacher_prompt_ids or (), key=len), response_ids)
         if usable:
@@ -367,7 +369,8 @@ class _Freezer:
             return prompt_ids, rollout.response_ids
         self.counts["from_text"] += 1
         before = rollout.prompt if rollout.prompt_ids is None else self._text(prompt_ids)
-        together = self._encode(before + rollout.response) if rollout.prompt_ids is not None else encode_prompt(self.tokenizer, before + rollout.response)
+        encode = self._encode if rollout.prompt_ids is not None else lambda text: encode_prompt(self.tokenizer, text)
+        together = encode(before + rollout.response)
         if together[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, together[len(prompt_ids) :]
         self.counts["joined"] += 1

@@ -281,7 +281,7 @@ def _without_teacher(name: str, model: nn.Module, tokenizer, logprobs: str | Pat
     student = Readout(model)
     teacher = remote.read_lists(logprobs, vocabulary=student.vocabulary) if logprobs is not None else None
     template = shared_template(tokenizer, tokenizer)
-    facts = {"pair": name, "student": identity(model), "teacher": teacher.facts() if teacher else None,
+    facts = {"pair": name, "student": identity(model), **({"teacher": teacher.facts()} if teacher else {}),
              "vocabulary": {"student": student.vocabulary, "shared": student.vocabulary}, "chat_template_sha256": template.get("sha256")}
     return Pair(name, student, teacher, tokenizer, facts | ({"chat_template": template} if template else {}))
 

@@ -212,7 +212,8 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DiagnosticsError(
-            f"{DATASET}{name}, split {split!r}, cannot be read ({reason}). Check name, configuration and --prompts-split; a name needs a network, a local folder does not."
+            f"{DATASET}{name}, split {split!r}, cannot be read ({reason}). "
+            "Check name, configuration and --prompts-split; a name needs a network, a local folder does not."
         ) from error
 
 

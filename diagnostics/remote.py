@@ -117,10 +117,14 @@ class ListedTeacher:
                     "Give one list a response token, the first for the token right after the prompt."
                 )
             if entry is not None and entry.sampled_T is not None and entry.sampled_T != context.response_ids:
-                raise DiagnosticsError(f"{self.name} scored another response in context {context.context_id!r} than the run holds. Let the teacher score these contexts.")
+                raise DiagnosticsError(
+                    f"{self.name} scored another response in context {context.context_id!r} than the run holds. Let the teacher score these contexts."
+                )
         absent = [context.context_id for context in bank if context.response_ids and context.context_id not in self.lists]
         if absent:
-            raise DiagnosticsError(f"{self.name} has no lists for {len(absent)} of {len(bank)} contexts, {absent[0]!r} among them. Let the teacher score these contexts.")
+            raise DiagnosticsError(
+                f"{self.name} has no lists for {len(absent)} of {len(bank)} contexts, {absent[0]!r} among them. Let the teacher score these contexts."
+            )
 
     def states(self, contexts: Sequence[Context], at_n: tuple[Tensor, Tensor]) -> Tensor:
         """The lists [n, 2K] at the positions of a batch, ids before log-probabilities; float64."""
@@ -133,7 +137,7 @@ class ListedTeacher:
     def facts(self) -> dict[str, Any]:
         """What the manifest records."""
         masses = np.concatenate([np.exp(entry.ln_q_TK).sum(1) for entry in self.lists.values()])
-        return {"logprobs": Path(self.name).name, "sha256": sha256_file(Path(self.name)), "contexts": len(self.lists), "positions": len(masses),
+        return {"name": Path(self.name).name, "known_by": "lists of log-probabilities", "sha256": sha256_file(Path(self.name)), "contexts": len(self.lists), "positions": len(masses),
                 "longest": self.width, "mean_tail_mass": float(1 - masses.mean())}
 
 
@@ -190,7 +194,8 @@ def _by_context(frame: pd.DataFrame, path) -> Rows:
 
 def _by_position(frame: pd.DataFrame, path) -> Rows:
     rows = {}
-    for context, part in frame.assign(position=pd.to_numeric(frame["position"], errors="coerce")).sort_values("position", kind="stable").groupby("context_id", sort=False):
+    frame = frame.assign(position=pd.to_numeric(frame["position"], errors="coerce")).sort_values("position", kind="stable")
+    for context, part in frame.groupby("context_id", sort=False):
         if part["position"].tolist() != list(range(len(part))):
             raise DiagnosticsError(f"{path}: the positions of context {context!r} are not 0 to {len(part) - 1}. Give one row a response token, from 0.")
         sampled = _ids(part["token_id"].tolist(), f"{path}, context {context!r}") if "token_id" in part else None
@@ -210,7 +215,9 @@ def _lists(ids: Sequence, values: Sequence, sampled: tuple[int, ...] | None, voc
     ids_TK, ln_q_TK = _padded(ids, -1, where, "top_ids"), _padded(values, -np.inf, where, "top_logprobs")
     there_TK = ids_TK >= 0
     if ids_TK.shape != ln_q_TK.shape or not np.array_equal(there_TK, ~np.isneginf(ln_q_TK)):
-        raise DiagnosticsError(f"{where}: top_ids and top_logprobs do not have the same lengths, or hold an id below 0 or a value of -inf. Give one finite log-probability an id.")
+        raise DiagnosticsError(
+            f"{where}: top_ids and top_logprobs do not have the same lengths, or hold an id below 0 or a value of -inf. Give one finite log-probability an id."
+        )
     ids_TK = ids_TK.astype(np.int64)
     _check_lists(ids_TK, ln_q_TK, vocabulary, where)
     mass_T1 = np.exp(ln_q_TK).sum(1, keepdims=True)
@@ -232,7 +239,10 @@ def _padded(rows: Sequence, filler: float, where: str, name: str) -> np.ndarray:
 
 def _check_lists(ids_TK: np.ndarray, ln_q_TK: np.ndarray, vocabulary: int, where: str) -> None:
     if ids_TK.max() >= vocabulary:
-        raise DiagnosticsError(f"{where} lists token id {ids_TK.max()}, and the student's vocabulary has {vocabulary}. The teacher has another tokenizer; it cannot grade this student.")
+        raise DiagnosticsError(
+            f"{where} lists token id {ids_TK.max()}, and the student's vocabulary has {vocabulary}. "
+            "The teacher has another tokenizer; it cannot grade this student."
+        )
     there_TK = ids_TK >= 0
     if np.isnan(ln_q_TK).any() or (ln_q_TK[there_TK] > 1e-3).any():
         raise DiagnosticsError(f"{where} holds a log-probability that is NaN or above 0 ({np.nanmax(ln_q_TK):.4g}). Store ln q of each id.")
@@ -241,7 +251,9 @@ def _check_lists(ids_TK: np.ndarray, ln_q_TK: np.ndarray, vocabulary: int, where
         raise DiagnosticsError(f"{where} lists an id twice at one position. Give each once.")
     largest = float(np.exp(ln_q_TK).sum(1).max())
     if largest > 1 + TOO_MUCH:
-        raise DiagnosticsError(f"{where}: the listed probabilities add up to {largest:.4g}. Store natural log-probabilities at temperature 1, not logits or another base.")
+        raise DiagnosticsError(
+            f"{where}: the listed probabilities add up to {largest:.4g}. Store natural log-probabilities at temperature 1, not logits or another base."
+        )
 
 
 # --- what the lists determine --------------------------------------------------------------------------------
@@ -358,7 +370,9 @@ def require_loss(teacher, loss: str, advantage_N: np.ndarray, weights_N: np.ndar
         raise DiagnosticsError(f"The loss {loss} needs the teacher's probability of tokens that its lists may not hold. Use {', '.join(LOSSES)}.")
     unlisted = int((~np.isfinite(advantage_N[weights_N != 0])).sum())
     if loss == "sampled" and unlisted:
-        raise DiagnosticsError(f"The loss sampled needs the teacher's probability of every sampled token, and its lists lack {unlisted} of {int((weights_N != 0).sum())}. Use reverse_kl.")
+        raise DiagnosticsError(
+            f"The loss sampled needs the teacher's probability of every sampled token, and its lists lack {unlisted} of {int((weights_N != 0).sum())}. Use reverse_kl."
+        )
 
 
 def refuse(teacher, what: str) -> None:

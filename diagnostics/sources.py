@@ -253,7 +253,8 @@ def shared_template(student, teacher) -> dict[str, Any]:
     facts |= _described(student)
     if own and other and own != other:
         facts |= {f"teacher_{name}": value for name, value in _described(teacher).items()}
-        log.warning("the chat templates differ: the student's (%s) renders the prompts of both, not the teacher's (%s)", facts["sha256"][:12], facts["teacher_sha256"][:12])
+        hashes = facts["sha256"][:12], facts["teacher_sha256"][:12]
+        log.warning("the chat templates differ: the student's (%s) renders the prompts of both, not the teacher's (%s)", *hashes)
     return facts
 
 

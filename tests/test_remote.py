@@ -357,11 +357,13 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):  # noqa: 
     bank = rollout(whole, make_prompts(3), max_new_tokens=5)
     file = jsonl(tmp_path / "r.jsonl", *teacher_rows(whole, bank, 8))
     pair = load_pair(student=student, teacher_logprobs=file, device="cpu")
-    assert isinstance(pair, Pair) and pair.window == 256 and pair.facts["teacher"]["logprobs"] == "r.jsonl" and pair.facts["teacher"]["longest"] == 8
+    assert isinstance(pair, Pair) and pair.window == 256 and pair.facts["teacher"]["name"] == "r.jsonl" and pair.facts["teacher"]["longest"] == 8
     np.testing.assert_allclose(score(pair, bank).student_logprob, score(whole, bank).student_logprob)
     with pytest.raises(DiagnosticsError, match=r"^Got the teacher '.*' and its log-probabilities in .*r\.jsonl as well\. Give one or the other\.$"):
         load_pair(student=student, teacher=teacher, teacher_logprobs=file)
+    assert "r.jsonl" in pair._repr_html_()
     alone = load_pair(student=student, alone=True, device="cpu")
+    assert "teacher" not in alone.facts and "student" in alone._repr_html_()
     assert rollout(alone, make_prompts(3), max_new_tokens=5) == bank
     with pytest.raises(DiagnosticsError, match=r"^This pair has a student alone, which can write and not be graded\. Name a teacher, or a file of its log-probabilities\.$"):
         score(alone, bank)
@@ -396,4 +398,4 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
     assert main(["run", *remote_flags, *folders[4:10], "--draws", "20"]) == 0 and sha256_file(out / "contexts.parquet") == kept
     assert "known by lists of its likeliest tokens" in (out / "report.html").read_text()
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["stages"]["score"]["facts"]["teacher"]["logprobs"] == "top.jsonl" and len(manifest["stages"]["score"]["settings"]["teacher_logprobs_sha256"]) == 64
+    assert manifest["stages"]["score"]["facts"]["teacher"]["name"] == "top.jsonl" and len(manifest["stages"]["score"]["settings"]["teacher_logprobs_sha256"]) == 64

@@ -75,7 +75,7 @@ def test_scores_equal_those_of_the_unmerged_adapter(base, adapted):
     bank = make_bank([5, 9, 3])
     other = make_model(2, hidden=48)
     source = {"student": other, "teacher": other} | {adapted: base / "adapter"}
-    found = score(load_pair(**source, tokenizer=make_tokenizer(), **{"device": "cpu"}), bank)
+    found = score(load_pair(**source, tokenizer=make_tokenizer(), device="cpu"), bank)
     unmerged = with_adapter(peft, make_model(1))
     expected = []
     for context in bank:
