@@ -38,7 +38,6 @@ BOTH = ("gain", "relative_gain")
 METHODS = {"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendall τ"}
 FLOOR = 1e-3
 """Nats below which the logarithmic axes of the entropy-divergence plane do not look."""
-CURVES = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
 """Criteria that a figure of lines shows where none are named and the table has more than six."""
 
 
@@ -132,9 +131,9 @@ def entropy_divergence(
     """The plane of student entropy and forward KL: `dx.plot.entropy_divergence(result.tokens)`.
 
     tokens: a token table. Each hexagon shows the mean of one column over its positions; the lines are the
-    medians that split the quadrants, with each quadrant's share of positions in its corner. Axes are
-    logarithmic in nats and start at 1e-3; what lies below is drawn on the edge. The scale of `color` ends
-    at the 2nd and 98th percentile of the hexagons.
+    medians that split the quadrants, with each quadrant's positions in its corner. Axes are logarithmic in
+    nats and start at 1e-3; what lies below is drawn on the edge. The scale of `color` ends at the 2nd and 98th
+    percentile of the hexagons; where values of both signs occur it follows their square root.
     """
     needs = ("student_entropy", "forward_kl", "prompt_id", *color)
     tokens = plates.keep(tokens, "figures.entropy_divergence", needs)
@@ -165,28 +164,34 @@ def _hexagons(figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int) ->
     plates.powers(ax.xaxis, ax.yaxis)
     shown = np.asarray(hexagons.get_array(), float)
     low, high = np.percentile(shown, [2, 98]) if len(shown) else (0.0, 1.0)
-    signed, reach = low < 0, max(abs(low), abs(high), 1e-12)
-    hexagons.set_cmap("PuOr" if signed else "cividis")
-    hexagons.set_clim(*((-reach, reach) if signed else (low, high if high > low else low + 1e-12)))
-    _color_bar(figure, ax, hexagons, extend="both" if signed else "neither")
+    if low < 0:
+        reach = max(abs(low), abs(high))
+        hexagons.set_cmap(plates.diverging())
+        hexagons.set_norm(plates.signed_root(reach))
+        _color_bar(figure, ax, hexagons, extend="both").set_ticks([float(f"{share * reach:.1g}") for share in (-1, -0.25, 0, 0.25, 1)])
+    else:
+        hexagons.set_cmap("cividis")
+        hexagons.set_clim(low, high if high > low else low + 1e-12)
+        _color_bar(figure, ax, hexagons).ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _color_bar(figure: Figure, ax, artist, **options) -> None:
+def _color_bar(figure: Figure, ax, artist, **options):
     bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
     bar.outline.set_linewidth(0.4)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     bar.ax.tick_params(width=0.5, length=2)
+    return bar
 
 
 def _quadrant_lines(ax, tokens: pd.DataFrame) -> None:
-    """Median lines and each quadrant's share, over a haze of paper."""
+    """Median lines, each quadrant's number of positions and their share, over a haze of paper."""
     ax.axvline(tokens.student_entropy.median(), color=plates.ink(), linewidth=0.8)
     ax.axhline(tokens.forward_kl.median(), color=plates.ink(), linewidth=0.8)
-    share = pd.Series(quadrant_of(tokens)).value_counts(normalize=True)
+    count = pd.Series(quadrant_of(tokens)).value_counts()
     corners = {1: (0.97, 0.97), 2: (0.97, 0.03), 3: (0.03, 0.97), 4: (0.03, 0.03)}
     haze = {"facecolor": plates.paper(), "edgecolor": "none", "alpha": 0.8, "pad": 1.2}
     for quadrant, (x, y) in corners.items():
-        ax.text(x, y, f"Q{quadrant} {share.get(quadrant, 0):.0%}", transform=ax.transAxes, bbox=haze, gid=f"Q{quadrant}",
+        number = count.get(quadrant, 0)
+        ax.text(x, y, f"Q{quadrant}: {number:,} ({number / len(tokens):.0%})", transform=ax.transAxes, bbox=haze, gid=f"Q{quadrant}",
                 ha="right" if x > 0.5 else "left", va="top" if y > 0.5 else "bottom")
 
 
@@ -521,7 +526,7 @@ def residual_curves(
         _residuals(ax, table[(table.outcome == outcome) & (table.score == score)].sort_values("at"))
         ax.set_xlabel(f"{plates.words(score)} score")
         if j == 0 or width < 5:
-            ax.set_ylabel(f"residual {plates.words(outcome)}" if width > 5 else "")
+            ax.set_ylabel(f"residual\n{plates.with_unit(outcome)}" if width > 5 else "")
         if width < 5:
             ax.set_title(plates.with_unit(outcome) if i == 0 else "")
     plates.caption(figure, plates.counts(table), "Gain after regression on both entropies, divergence and position: deciles and spline.",
@@ -574,6 +579,7 @@ def _ends(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return table.assign(low=table[f"{value}_low"], high=table[f"{value}_high"])
 
 
+GROUPED = "Numbers 1 to 3: thirds from the lowest to the highest."
 SOURCES = {"self": "itself", "own_context": "own context", "own_prompt": "own prompt's other contexts", "other_prompts": "other prompts"}
 
 
@@ -600,10 +606,11 @@ def kernel_shares(
         place = np.arange(len(names)) + plates.offsets(len(parts), 0.18)[index]
         plates.lying(ax, place, rows, "share", marker=MARKERS[index], color=CYCLE[index], label=SOURCES[part], zorder=3)
     ax.set_xlabel("share of the first-order gain")
+    ax.xaxis.set_major_locator(MaxNLocator(7 if width > 5 else 4))
     ax.xaxis.set_major_formatter(FuncFormatter(plates.percent))
     plates.names_down(ax, names)
     plates.legend(figure, ax, 4 if width > 5 else 2)
-    plates.caption(figure, plates.counts(table), f"Kernel: {plates.words(kernel)}.", plates.bars(level))
+    plates.caption(figure, plates.counts(table), f"Kernel: {plates.words(kernel)}.", GROUPED, plates.bars(level))
     return figure
 
 
@@ -621,7 +628,9 @@ def lift(table: pd.DataFrame, *, level: float | None = None, width: float = DOUB
     plates.lying(axes[0, 0], np.arange(len(rows)), rows, "enrichment", marker="o", color=BLUE, label="enrichment")
     axes[0, 0].set_xlabel("share of the lift / share of positions")
     plates.names_down(axes[0, 0], rows.group)
-    plates.caption(figure, plates.counts(table), plates.bars(level))
+    known = rows[["low", "high"]].notna().all(axis=1).any()
+    ends = plates.bars(level) if known else "No intervals: the lift as a whole is not clear of zero, and a share of it means little."
+    plates.caption(figure, plates.counts(table), GROUPED, ends)
     return figure
 
 
@@ -658,12 +667,7 @@ def _some(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
     names = [name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")]
     if criteria is not None:
         return [name for name in criteria if name in names]
-    return names if len(names) <= len(CYCLE) else [name for name in CURVES if name in names] or names[: len(CYCLE)]
-
-
-def _line(index: int) -> dict:
-    """Colour, dash and marker of the criterion with that index."""
-    return {**_mark(index), "linestyle": DASHES[index % len(DASHES)], "markersize": 3.2}
+    return names if len(names) <= len(CYCLE) else [name for name in plates.CRITERIA if name in names] or names[: len(CYCLE)]
 
 
 def _mark(index: int) -> dict:
@@ -707,10 +711,10 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     ax.set_xscale("log")
     common = table.drop_duplicates("budget")
     plates.band(ax, common.budget, common, plates.quiet(), "random_low", "random_high", label="random")
-    for index, name in enumerate(names):
-        rows = table[table.criterion == name]
-        plates.band(ax, rows.budget, rows, CYCLE[index % len(CYCLE)])
-        ax.plot(rows.budget, rows.captured_share, label=plates.words(name), **_line(index))
+    for name in names:
+        rows, style = table[table.criterion == name], plates.criterion_style(name, names)
+        plates.band(ax, rows.budget, rows, style["color"])
+        ax.plot(rows.budget, rows.captured_share, label=plates.words(name), **style)
     ax.plot(common.budget, common.oracle, color=plates.ink(), linestyle=DASHES[2], linewidth=1.0, label="oracle")
     plates.zero(ax)
     top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
@@ -823,7 +827,7 @@ def selection_profile(
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
         _stacks(ax, table[table.measure.isin(measures)], measures, names)
         ax.set_title(title)
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.02 - 0.25 / len(names) ** 0.5), ncols=4, handlelength=0.9, columnspacing=0.8)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=4 if width > 5 else 2, handlelength=0.9, columnspacing=0.8)
     plates.names_down(axes[0, 0], [*names, "all positions"])
     plates.caption(figure, plates.counts(table), f"Shares of the selection at a budget of {budget:.0%}.")
     return figure
@@ -890,8 +894,7 @@ def _reductions(ax, table: pd.DataFrame, names: list[str], *, bars: bool = False
         for row in table[table.criterion == name].head(1).itertuples():
             ax.axhline(row.reduction, linewidth=1.0, label=name, **line)
             ax.axhspan(row.low, row.high, color=line["color"], alpha=0.08, linewidth=0)
-    lines = {"random": {"color": plates.quiet(), "marker": "x", "markersize": 3.5, "linestyle": "-"}}
-    lines |= {name: _line(index) for index, name in enumerate(names)}
+    lines = {name: plates.criterion_style(name, names) for name in ("random", *names)}
     for (name, line), shift in zip(lines.items(), plates.offsets(len(lines), 0.045), strict=True):
         rows = table[table.criterion == name]
         x = rows.budget * np.exp(shift if bars else 0.0)
@@ -916,38 +919,75 @@ def _measured(name: str) -> str:
     return f"{plates.words(name)} ({MEASURE_UNITS.get(name, 'nats')})"
 
 
+MANY_CELLS = 6
+"""Cells of a grid up to which all of their training curves are drawn."""
+
+
 @plates.plate
 def training_curves(
     table: pd.DataFrame,
     *,
-    measures: Sequence[str] = ("loss", "forward_kl/all", "selected_share"),
+    measures: Sequence[str] = ("loss", "forward_kl/all"),
+    budget: float | None = None,
+    window: int | None = None,
     width: float = DOUBLE,
     dark: bool = False,
 ) -> Figure:
-    """What training logged, step by step, one thin line a seed: `dx.plot.training_curves(result.metrics)`.
+    """What training logged, step by step: `dx.plot.training_curves(result.metrics)`.
 
-    table: a column step, the measures, and where there are several trainings criterion, budget and seed. A colour is a
-    criterion at a budget.
+    table: a column step, the measures, and where there are several trainings criterion, budget and seed. A line is a criterion
+    at a budget, the mean over its seeds of running means of `window` steps (a twentieth of the steps where None); its band
+    reaches from the lowest to the highest seed. budget: that one alone, beside full; the nearest to 5 % where None and
+    all of them would be more than six lines.
     """
     names = [name for name in measures if name in table] or list(measures)
     table = plates.keep(table, "figures.training_curves", ("step", *names))
-    keys = [name for name in ("criterion", "budget") if name in table]
-    cells = list(table.groupby(keys, sort=False)) if keys else [((), table)]
+    table, share = _some_cells(table, budget)
+    window = window or max(1, table.step.nunique() // 20)
     rows, columns = plates.panels(len(names), width)
-    figure, axes = plates.canvas(width, 0.7 + 1.6 * rows, rows, columns, sharex=True)
+    figure, axes = plates.canvas(width, 0.9 + 1.7 * rows, rows, columns, sharex=True)
     for ax, name in zip(axes.flat, names, strict=True):
-        for index, (key, cell) in enumerate(cells):
-            words = plates.words(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "") if key else "training"
-            for number, (_, seed) in enumerate(cell.groupby("seed") if "seed" in cell else [(0, cell)]):
-                ax.plot(seed.step, seed[name], color=CYCLE[index % len(CYCLE)], linestyle=DASHES[index // len(CYCLE) % len(DASHES)],
-                        linewidth=0.9, label=words if number == 0 else f"_{words}")
-        ax.set_ylabel({"loss": "loss (nats)", "selected_share": "selected share"}.get(name, plates.words(name.replace("/", ", "))))
+        _seed_bands(ax, table, name, window)
+        ax.set_ylabel(_logged(name))
     for ax in axes[-1]:
         ax.set_xlabel("optimiser step")
     plates.legend(figure, axes[0, 0], 4 if width > 5 else 2)
-    seeds = f"{table.seed.nunique()} seeds, a line each. " if "seed" in table else ""
-    plates.caption(figure, f"{seeds}Training batches, not held-out prompts.")
+    seeds = f"Bands: lowest to highest of {table.seed.nunique()} seeds." if "seed" in table and table.seed.nunique() > 1 else ""
+    smooth = f"Running means of {window} steps." if window > 1 else ""
+    budgets = f"Budget {share:.0%} and full." if share else ""
+    plates.caption(figure, "Training batches, not held-out prompts.", budgets, smooth, seeds)
     return figure
+
+
+def _some_cells(table: pd.DataFrame, budget: float | None) -> tuple[pd.DataFrame, float | None]:
+    """Every cell, or those of one budget and full, and that budget."""
+    if "budget" not in table or (budget is None and len(table[["criterion", "budget"]].drop_duplicates()) <= MANY_CELLS):
+        return table, None
+    selected = table[table.criterion != "full"]
+    share = plates.nearest_budget(selected) if budget is None else budget
+    return plates.keep(table[(table.criterion == "full") | np.isclose(table.budget, share)], "figures.training_curves", ("step",)), share
+
+
+def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
+    """A line a cell with the range of its seeds."""
+    keys = [key for key in ("criterion", "budget") if key in table]
+    criteria = table.criterion.unique() if "criterion" in table else []
+    for number, (key, cell) in enumerate(table.groupby(keys, sort=False) if keys else [((), table)]):
+        seeds = cell.pivot_table(index="step", columns="seed", values=name) if "seed" in cell else cell.set_index("step")[[name]]
+        seeds = seeds.rolling(window, min_periods=1, center=True).mean()
+        style = plates.criterion_style(key[0], criteria) if key else {"color": BLUE}
+        if key and (table[table.criterion == key[0]].budget.nunique() > 1):
+            style |= {"linestyle": DASHES[number % len(DASHES)]}
+        label = plates.words(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "") if key else "training"
+        ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=style["color"], alpha=0.16, linewidth=0)
+        ax.plot(seeds.index, seeds.mean(axis=1), label=label, **style | {"marker": "None", "linewidth": 1.1})
+
+
+def _logged(name: str) -> str:
+    """A logged measure with its unit."""
+    units = {"loss": "loss of the selected (nats)", "selected_share": "selected share"}
+    what, _, where = name.partition("/")
+    return units.get(name, f"{plates.words(what)}, {where} (nats)" if where and "kl" in what else plates.words(name.replace("/", ", ")))
 
 
 @plates.plate
@@ -1045,7 +1085,7 @@ def validation_scatter(
         _cells(ax, both[both.answer == answer], names)
         ax.set_xlabel(ANSWERS.get(answer, plates.words(answer)))
     for ax in axes[:, 0]:
-        ax.set_ylabel("trained gain (nats)" if width < 5 and measure in ("forward_kl", "reverse_kl") else f"trained gain in {_measured(measure)}")
+        ax.set_ylabel(f"trained gain ({MEASURE_UNITS.get(measure, 'nats')})")
     for ax in axes.flat[len(shown):]:
         ax.set_visible(False)
     plates.legend(figure, axes[0, 0], 5 if width > 5 else 3)
@@ -1057,11 +1097,11 @@ def validation_scatter(
 def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
     """Every cell of a grid as a mark with its interval, the mark growing with the budget."""
     plates.zero(ax)
-    for index, name in enumerate(names):
+    for name in names:
+        style = plates.criterion_style(name, names) | {"linestyle": "none"}
         for number, cell in enumerate(table[table.criterion == name].sort_values("budget").to_dict("records")):
             label = plates.words(name) if number == 0 else f"_{name} {number}"
-            plates.upright(ax, [cell["value"]], pd.DataFrame([cell]), "gain", linestyle="none", label=label,
-                           markersize=3.0 + 1.3 * number, **_mark(index))
+            plates.upright(ax, [cell["value"]], pd.DataFrame([cell]), "gain", label=label, **style | {"markersize": 3.0 + 1.3 * number})
     ax.xaxis.set_major_locator(MaxNLocator(4 if ax.figure.get_figwidth() > 5 else 3))
 
 
@@ -1153,7 +1193,8 @@ def distributions(
         values = tokens[name].to_numpy(float)
         ax.hist(values[np.isfinite(values)], bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
         unit = SCHEMA[name].unit if name in SCHEMA else ""
-        ax.set_xlabel(plates.words(name) + (f" ({unit})" if unit else ""))
+        label = plates.words(name) + (f" ({unit})" if unit else "")
+        ax.set_xlabel(label if width > 5 or len(label) < 26 else label.replace(" (", "\n("))
         ax.xaxis.set_major_locator(MaxNLocator(3))
         plates.powers(ax.yaxis)
     for ax in axes.flat[len(names):]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import io
 import re
-import textwrap
 from collections.abc import Callable, Iterable
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from diagnostics.types import DiagnosticsError, require_columns
@@ -167,7 +169,8 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
 def words(name: str) -> str:
     """A column's or criterion's name as it stands in a figure."""
     text = OUTCOMES.get(name, str(name).replace("_", " "))
-    return re.sub(r"\b(kl|js|tip|jsd)\b", lambda match: match.group(0).upper(), text)
+    text = re.sub(r"\b(kl|js|tip|jsd|q[1-4])\b", lambda match: match.group(0).upper(), text)
+    return text.replace("topk", "top-K").replace("jaccard", "Jaccard").replace("bhattacharyya", "Bhattacharyya")
 
 
 def with_unit(outcome: str) -> str:
@@ -205,9 +208,21 @@ def bars(level: float | None, what: str = "Bars", *, over: str = "prompts") -> s
 def caption(figure: Figure, *sentences: str) -> None:
     """Small print below the figure, wrapped to its width."""
     size = matplotlib.rcParams["font.size"] - 1
-    characters = int(figure.get_figwidth() * 72 / (size * 0.56))
-    text = textwrap.fill(" ".join(sentence for sentence in sentences if sentence), characters)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=size, color=quiet())
+    lines, room = [""], figure.get_figwidth() * 72 * 0.93
+    for word in " ".join(sentence for sentence in sentences if sentence).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text_width(longer, size) > room and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=size, color=quiet())
+
+
+@functools.cache
+def text_width(text: str, size: float) -> float:
+    """Width in points of a line in the style's font."""
+    font = FontProperties(family=matplotlib.rcParams["font.family"], size=size)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
 
 
 def legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
@@ -216,6 +231,30 @@ def legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
     handles, labels = [*handles, *extra], [*labels, *(line.get_label() for line in extra)]
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+
+
+def diverging() -> LinearSegmentedColormap:
+    """Orange, grey, blue: the middle can be seen on paper and on a dark page."""
+    return LinearSegmentedColormap.from_list("diverging", ["#8A3B00", ORANGE, "#B9BFC6", BLUE, "#003E66"])
+
+
+def signed_root(reach: float) -> FuncNorm:
+    """Colours by the signed square root: small values of either sign stay apart where a few are large."""
+    return FuncNorm((lambda value: np.sign(value) * np.sqrt(np.abs(value)), lambda root: np.sign(root) * root**2), vmin=-reach, vmax=reach)
+
+
+CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
+"""Criteria that look the same in every figure."""
+
+
+def criterion_style(name: str, names: Iterable[str]) -> dict:
+    """Colour, marker and line of a criterion: the usual six are fixed, the others among `names` follow in their order."""
+    if name in ("random", "full"):
+        return {"color": quiet() if name == "random" else ink(), "marker": "x" if name == "random" else "None", "markersize": 3.5, "linestyle": "-"}
+    order = [*CRITERIA, *(other for other in dict.fromkeys(names) if other not in (*CRITERIA, "random", "full"))]
+    index = order.index(name)
+    dash = DASHES[(index + index // len(CYCLE)) % len(DASHES)]
+    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.2, "linestyle": dash}
 
 
 # --- axes and marks ---------------------------------------------------------------------------------
@@ -235,8 +274,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power(value: float, _=None) -> str:
-    """A tick's number; in powers of ten outside [0.01, 1000)."""
-    if 0.0099 < value < 1000 or value <= 0:
+    """A tick's number; in powers of ten outside [0.001, 1000)."""
+    if 0.00099 < value < 1000 or value <= 0:
         return f"{value:g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     ten = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
@@ -245,7 +284,7 @@ def power(value: float, _=None) -> str:
 
 def percent(value: float, _=None) -> str:
     """A share as a tick's number."""
-    return f"{100 * value:g}%"
+    return f"{100 * value:g}%".replace("-", "−")
 
 
 def zero(ax, axis: str = "y", at: float = 0.0) -> None:

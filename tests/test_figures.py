@@ -460,12 +460,37 @@ def test_validation_scatter_joins_cells():
             assert (x[0], y[0], *ends[0]) == pytest.approx((values[(answer, *cell)], trained.gain, trained.gain_low, trained.gain_high))
 
 
-def test_training_figures_show_every_seed_and_evaluation():
+def test_training_curves_show_the_mean_and_range_of_seeds():
     table = study_tables.training_metrics()
     figure = figures.training_curves(table)
-    assert [line.get_label() for line in figure.axes[0].lines] == ["full", "_full", "teachability 5%", "_teachability 5%"]
-    np.testing.assert_allclose(figure.axes[0].lines[3].get_ydata(), table[(table.criterion == "teachability") & (table.seed == 1)].loss)
-    assert len(figures.training_curves(table[(table.criterion == "full") & (table.seed == 0)].drop(columns=["criterion", "budget", "seed"])).axes[0].lines) == 1
+    ax = figure.axes[0]
+    assert [line.get_label() for line in ax.lines] == ["full", "teachability 5%"] and figure.axes[1].get_ylabel() == "forward KL, all (nats)"
+    seeds = table[table.criterion == "teachability"].pivot(index="step", columns="seed", values="loss")
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), seeds.mean(axis=1))
+    band = ax.collections[1].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((seeds.to_numpy().min(), seeds.to_numpy().max()))
+    alone = table[(table.criterion == "full") & (table.seed == 0)].drop(columns=["criterion", "budget", "seed"])
+    smooth = figures.training_curves(alone, window=3).axes[0].lines
+    assert len(smooth) == 1 and smooth[0].get_ydata()[4] == pytest.approx(alone.loss.to_numpy()[3:6].mean())
+
+
+def test_training_curves_of_a_wide_grid_show_one_budget_and_full():
+    one = study_tables.training_metrics()
+    parts = [one[one.criterion == "full"]]
+    parts += [one[one.criterion != "full"].assign(criterion=name, budget=budget) for name in ("tip", "entropy", "mine") for budget in (0.04, 0.3)]
+    figure = figures.training_curves(pd.concat(parts, ignore_index=True))
+    assert [line.get_label() for line in figure.axes[0].lines] == ["full", "TIP 4%", "entropy 4%", "mine 4%"]
+    assert "Budget 4% and full." in figure._supxlabel.get_text().replace("\n", " ")
+
+
+def test_a_criterion_looks_alike_in_every_figure():
+    names = ["mine", "teachability", "other"]
+    assert plates.criterion_style("teachability", names) == plates.criterion_style("teachability", ["tip", "teachability"])
+    styles = [plates.criterion_style(name, [*plates.CRITERIA, *names]) for name in (*plates.CRITERIA, "mine", "other", "random", "full")]
+    assert len({str(style) for style in styles}) == len(styles) and len({style["marker"] for style in styles}) == len(styles)
+
+
+def test_evaluations_show_means_and_intervals():
     table = study_tables.evaluations()
     place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]
     rows = table[table.measure == "forward_kl"]
