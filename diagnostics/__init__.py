@@ -6,6 +6,8 @@ Names load on first use, so `import diagnostics` stays cheap and needs neither t
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -46,3 +48,20 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Callable(ModuleType):
+    """A module that is called like the function of its name: once imported, it stands where that function stood."""
+
+    def __call__(self, *args, **options):
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value) -> None:
+        if _HOME.get(name) == name and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

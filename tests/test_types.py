@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -78,10 +81,15 @@ def test_damaged_parquet_is_one_paragraph(tmp_path):
         read_parquet(tmp_path / "x.parquet")
 
 
-def test_import_is_light():
-    import subprocess
-    import sys
+@pytest.mark.parametrize("first", ["diagnostics", "diagnostics.probe, diagnostics.criteria, diagnostics.agreement"])
+def test_functions_named_like_their_module_can_be_called_again_and_again(first):
+    """`dx.probe` is a function until something imports the module of that name, which then stands in its place."""
+    code = (f"import {first}; import diagnostics as dx; print(len(dx.criteria()) == len(dx.criteria()) > 10)\n"
+            "for f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n    except TypeError as e: print('missing' in str(e))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["True"] * 5
 
+
+def test_import_is_light():
     code = "import sys, diagnostics; print('torch' in sys.modules, 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
