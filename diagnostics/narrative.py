@@ -8,6 +8,7 @@ Both gains are always named side by side, since the order of criteria can turn o
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class Material:
         """What was found, the verdicts, and what there is to look at."""
         shown, _ = claims(self)
         columns = [name for name in ("claim", "outcome", "verdict") if name in shown]
-        found = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in answer(self))
+        found = "".join(f"<p><b>{question}</b> {html.escape(text)}</p>" for question, text in answer(self).items())
         names = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
         kept = [f"{len(self.tokens):,} positions" if self.tokens is not None else "", f"{len(self.bank):,} contexts" if self.bank is not None else ""]
         return (f"<h4>{html.escape(title(self))}</h4>{found}{shown[columns].to_html(index=False) if len(shown) else ''}"
@@ -84,14 +85,14 @@ def title(material: Material) -> str:
     return "Which of the teacher's signals can the student learn from?"
 
 
-def answer(material: Material) -> list[str]:
-    """The finding in about five short paragraphs with numbers.
-
-    What was done; which criteria follow each gain, and whether both gains agree; what a small budget captures; Q3; what
-    trainings gained and who foresaw it; how sure that is and what would change it. What the run has no table for is left out.
-    """
-    paragraphs = (part(material) for part in (setup, signals, budget, q3, trained, foreseen, certainty))
-    return [paragraph for paragraph in paragraphs if paragraph]
+def answer(material: Material) -> dict[str, str]:
+    """The finding as a handful of questions, each with a short answer in numbers; what the run has no table for is left out."""
+    parts = {
+        "What was done?": (setup,), "Which signals were learnable?": (signals,), "Which criterion, at which budget?": (budget,),
+        "Which claims hold?": (judged, q3), "What did training say?": (trained, foreseen), "How sure, and what would change it?": (certainty,),
+    }
+    said = {question: " ".join(text for part in answers if (text := part(material))) for question, answers in parts.items()}
+    return {question: text for question, text in said.items() if text}
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -120,13 +121,13 @@ def setup(material: Material) -> str:
     if not step and table is None:
         return ""
     optimizer = {"adamw": "AdamW's first step", "sgd": "one gradient step"}.get(step.get("optimizer"), "one step")
-    loss = f" of the {str(step['loss']).replace('_', ' ')} loss" if "loss" in step else ""
+    loss = f" of the {words(step['loss'])} loss" if "loss" in step else ""
     text = f"The student took {optimizer}{loss}"
     if table is not None:
         text += " on " + " and was re-scored there and on ".join(_halves(table))
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
-        text += f"; its loss fell from {number(before, 3)} to {number(before - drop, 3)} nats a position"
+        text += f"; its loss of {number(before, 3)} nats a position {'fell' if drop >= 0 else 'rose'} by {number(abs(drop))}"
         text += f", {drop / step['predicted_drop']:.0%} of the first-order prediction" if step["predicted_drop"] else ""
     return text + "."
 
@@ -180,7 +181,12 @@ def _sentence(text: str) -> str:
 
 
 def _name(criterion: str) -> str:
-    return str(criterion).replace("_", " ")
+    return words(criterion)
+
+
+def words(name: str) -> str:
+    """A column's, loss's or criterion's name in a sentence."""
+    return re.sub(r"\b(kl|js|jsd|tip)\b", lambda match: match.group(0).upper(), str(name).replace("_", " "))
 
 
 def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -273,18 +279,35 @@ def q3(material: Material) -> str:
         return ""
     rows = rows[rows.split == preferred_split(rows)]
     parts = [_q3_part(rows[rows.outcome == outcome].iloc[0], outcome) for outcome in WORDS if (rows.outcome == outcome).any()]
-    return "Among confident, wrong positions (Q3), the third with the highest compatibility gained " + ", and ".join(parts) + "."
+    return f"Among confident, wrong positions (Q3), the third with the highest compatibility gained {' and '.join(parts)} than the third with the lowest."
 
 
 def _q3_part(row, outcome: str) -> str:
-    unit = " nats" if outcome == "gain" else " of the divergence"
+    unit = " nats" if outcome == "gain" else " of their divergence"
     direction = "more" if row.difference >= 0 else "less"
     clear = "" if row.low > 0 or row.high < 0 else ", which leaves the sign open"
-    return (f"{number(abs(row.difference))}{unit} {direction} than the third with the lowest "
-            f"({number(row.low)} to {number(row.high)}{clear})")
+    return f"{number(abs(row.difference))}{unit} {direction} ({number(row.low)} to {number(row.high)}{clear})"
 
 
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "accuracy": "accuracy", "accuracy_greedy": "greedy accuracy"}
+
+
+def judged(material: Material) -> str:
+    """What became of each claim, by each gain and each measure of training."""
+    table, _ = claims(material)
+    if not {"claim", "outcome", "verdict"} <= set(table.columns):
+        return ""
+    named = WORDS | MEASURES
+    parts = [f"by {named[outcome]}, {_counted(rows)}" for outcome, rows in table.groupby("outcome", sort=False) if outcome in named]
+    return _sentence("; ".join(parts)) if parts else ""
+
+
+def _counted(rows: pd.DataFrame) -> str:
+    """`C1 and C2 are supported, C4 is refuted`; claims at other budgets than their own are left to the cards."""
+    own = rows[~rows.claim.astype(str).str.contains(" at ")]
+    groups = [(verdict, own.claim[own.verdict == verdict].drop_duplicates().tolist()) for verdict in ("supported", "refuted", "inconclusive")]
+    return ", ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'is' if len(names) == 1 else 'are'} {verdict}"
+                     for verdict, names in groups if names)
 
 
 def trained(material: Material, share: float = 0.05) -> str:
@@ -292,29 +315,29 @@ def trained(material: Material, share: float = 0.05) -> str:
     table = material.table("validation_outcomes")
     if table is None:
         return _one_training(material)
-    parts = [_gains(table[table.measure == measure], words, share) for measure, words in MEASURES.items()]
-    parts = [part for part in parts if part]
+    parts = [f"in {words} {_gains(table[table.measure == measure], share)}" for measure, words in MEASURES.items()
+             if measure in ("forward_kl", "accuracy") and (table.measure == measure).any()]
     if not parts:
         return ""
     rows, steps = table[table.criterion != "untouched"], material.stage("validate").get("steps")
-    length = f"for {steps} steps " if steps else ""
-    head = f"Trained {length}with {int(rows.seeds.max())} seeds and judged on {int(rows.prompts.max()):,} held-out prompts"
-    return f"{head}, the gain over the untouched student is " + "; ".join(parts) + "."
+    length = f"{steps} steps with" if steps else "Trainings with"
+    return f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out prompts, gained over the untouched student {'; '.join(parts)}."
 
 
-def _gains(rows: pd.DataFrame, words: str, share: float) -> str:
-    """Full, then teachability, random and the best other criterion at one budget."""
-    def gain(criterion: str, budget: float) -> str:
-        row = rows[(rows.criterion == criterion) & np.isclose(rows.budget, budget)]
-        if row.empty or not np.isfinite(row.gain.iloc[0]):
-            return ""
-        found = row.iloc[0]
-        known = np.isfinite(found.gain_low)
-        return between(found.gain, found.gain_low, found.gain_high) if known else number(found.gain)
+def _gains(rows: pd.DataFrame, share: float) -> str:
+    """Full, then at one budget the best criterion, teachability and random."""
+    shown = [f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()]
+    there = rows[np.isclose(rows.budget, share) & ~rows.criterion.isin(("full", "untouched"))].dropna(subset=["gain"])
+    ranked = there.sort_values("gain", ascending=False, kind="stable")
+    first = ranked.head(1).criterion.tolist()
+    for name in dict.fromkeys([*first, REFERENCE, "random"]):
+        best = " (the most there)" if [name] == first else ""
+        shown += [f"{_gain(row)} at {share:.0%} by {_name(name)}{best}" for row in ranked[ranked.criterion == name].itertuples()]
+    return ", ".join(shown)
 
-    named = [("full OPD", gain("full", 1.0)), (f"{REFERENCE} at {share:.0%}", gain(REFERENCE, share)), ("random", gain("random", share))]
-    shown = ", ".join(f"{text} with {name}" for name, text in named if text)
-    return f"in {words} {shown}" if shown else ""
+
+def _gain(row) -> str:
+    return between(row.gain, row.gain_low, row.gain_high) if np.isfinite(row.gain_low) else number(row.gain)
 
 
 def _one_training(material: Material) -> str:
@@ -331,15 +354,17 @@ def _one_training(material: Material) -> str:
 
 
 def foreseen(material: Material) -> str:
-    """How far the gain after one step ranked the trainings as their outcome did."""
+    """Which offline answer ranked the trainings most as their outcome did, and how far the usual ones do."""
     table = material.table("validation_agreement")
     if table is None:
         return ""
-    rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"])
+    rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"]).sort_values("kendall", ascending=False, kind="stable")
     if rows.empty:
         return ""
-    parts = [f"{_name(row.x)} τ = {between(row.kendall, row.low, row.high, show=signed)}" for row in rows.itertuples()]
-    return f"Over {int(rows.cells.max())} trainings, the rank agreement with the trained gain in forward KL is: " + "; ".join(parts) + "."
+    usual = rows[rows.x.isin(("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl"))]
+    shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
+    parts = [f"{words(row.x)} {between(row.kendall, row.low, row.high, show=signed)}" for row in shown.itertuples()]
+    return f"How far an answer ranked those {int(rows.cells.max())} trainings as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
 
 
 def training_claims(material: Material) -> pd.DataFrame:
@@ -363,7 +388,7 @@ def certainty(material: Material) -> str:
     """What the intervals rest on and what would change the answer."""
     rows = ranked(material, "gain")
     if rows.empty:
-        return ""
+        return _certainty_of_trainings(material)
     half = float(((rows.high - rows.low) / 2).median())
     chosen = material.table("calibration")
     step = ""
@@ -372,3 +397,13 @@ def certainty(material: Material) -> str:
     return (f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and typically reach "
             f"{number(half, 1)} to either side, so smaller differences stay open; another loss, optimiser or step size{step}, another split or more prompts could change "
             "the order, and one step is not a training run.")
+
+
+def _certainty_of_trainings(material: Material) -> str:
+    table = material.table("validation_outcomes")
+    rows = pd.DataFrame() if table is None else table[(table.measure == "forward_kl") & table.gain_low.notna()]
+    if rows.empty:
+        return ""
+    half = float(((rows.gain_high - rows.gain_low) / 2).median())
+    return (f"Intervals cross {int(rows.seeds.max())} seeds with {int(rows.prompts.max()):,} prompts and typically reach {number(half, 1)} nats to either side of a gain in "
+            "forward KL; differences between two trainings are paired, in the table validation_outcomes. Other steps, learning rates, losses or pairs could change the order.")

@@ -356,7 +356,7 @@ def page(
         ("provenance", "Provenance", provenance(material)),
         ("not-run", "What was not run", not_run(material, left_out)),
     ]
-    lead = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in narrative.answer(material))
+    lead = "".join(f"<p><b>{question}</b> {html.escape(text)}</p>" for question, text in narrative.answer(material).items())
     return shell(narrative.title(material), _over(material), lead, sections, tokens=True)
 
 
@@ -547,7 +547,8 @@ def not_run(material: Material, left_out: Mapping[str, str]) -> str:
 
 def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]) -> str:
     """The report for a repository's page: answer, verdicts, figures as links, what was not run, provenance in short."""
-    blocks = [f"# {_plain(narrative.title(material))}", *map(_plain, narrative.answer(material)), *_verdict_rows(material)]
+    blocks = [f"# {_plain(narrative.title(material))}", *(f"**{question}** {_plain(text)}" for question, text in narrative.answer(material).items()),
+              *_verdict_rows(material)]
     blocks += [f"> {_plain(message)}" for message in warnings(material)]
     for sheet in SHEETS:
         if sheet.name in drawn:

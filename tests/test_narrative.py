@@ -29,8 +29,8 @@ def test_number(value, digits, text):
 def test_setup_names_loss_optimiser_prompts_and_positions():
     table = pd.DataFrame([row("tip", 0.4), row("tip", 0.5, split="step") | {"prompts": 12, "positions": 300}, row("tip", 0.4, split="all")])
     assert narrative.setup(Material(study_tables.manifest(), {"correlations": table})) == (
-        "The student took AdamW's first step of the reverse kl loss on 12 step prompts (300 positions) and was re-scored there and on "
-        "20 held-out prompts (500 positions); its loss fell from 0.810 to 0.784 nats a position, 82% of the first-order prediction."
+        "The student took AdamW's first step of the reverse KL loss on 12 step prompts (300 positions) and was re-scored there and on "
+        "20 held-out prompts (500 positions); its loss of 0.810 nats a position fell by 0.026, 82% of the first-order prediction."
     )
 
 
@@ -81,8 +81,8 @@ def test_budget_names_random_and_oracle():
 
 def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
     assert narrative.q3(material(q3_contrast=study_tables.q3_contrast())) == (
-        "Among confident, wrong positions (Q3), the third with the highest compatibility gained 0.020 nats more than the third with the "
-        "lowest (0.015 to 0.025), and 0.020 of the divergence more than the third with the lowest (−0.030 to 0.070, which leaves the sign open)."
+        "Among confident, wrong positions (Q3), the third with the highest compatibility gained 0.020 nats more (0.015 to 0.025) and 0.020 of their "
+        "divergence more (−0.030 to 0.070, which leaves the sign open) than the third with the lowest."
     )
 
 
@@ -90,14 +90,27 @@ def test_trainings_and_who_foresaw_them():
     tables = {"validation_outcomes": study_tables.validation_outcomes(), "validation_agreement": study_tables.validation_agreement()}
     found = Material({"stages": {"validate": {"settings": {"steps": 60}}}}, tables)
     assert narrative.trained(found) == (
-        "Trained for 60 steps with 3 seeds and judged on 24 held-out prompts, the gain over the untouched student is in forward KL 0.30 (0.24 to 0.39) "
-        "with full OPD, 0.13 (0.10 to 0.17) with teachability at 5%, 0.12 (0.100 to 0.16) with random; in accuracy 0.10 (0.080 to 0.13) with full OPD, "
-        "0.043 (0.035 to 0.056) with teachability at 5%, 0.042 (0.033 to 0.054) with random."
+        "60 steps with 3 seeds, judged on 24 held-out prompts, gained over the untouched student in forward KL 0.30 (0.24 to 0.39) on all positions, "
+        "0.13 (0.10 to 0.17) at 5% by teachability (the most there), 0.12 (0.100 to 0.16) at 5% by random; in accuracy 0.10 (0.080 to 0.13) on all "
+        "positions, 0.043 (0.035 to 0.056) at 5% by teachability (the most there), 0.042 (0.033 to 0.054) at 5% by random."
     )
     assert narrative.foreseen(found) == (
-        "Over 18 trainings, the rank agreement with the trained gain in forward KL is: one step gain τ = +0.60 (+0.40 to +0.70); "
-        "captured gain τ = +0.30 (+0.10 to +0.40)."
+        "How far an answer ranked those 18 trainings as their gain in forward KL did (Kendall τ): one step gain +0.60 (+0.40 to +0.70); "
+        "captured gain +0.30 (+0.10 to +0.40)."
     )
+    assert narrative.certainty(found) == (
+        "Intervals cross 3 seeds with 24 prompts and typically reach 0.05 nats to either side of a gain in forward KL; differences between two trainings "
+        "are paired, in the table validation_outcomes. Other steps, learning rates, losses or pairs could change the order."
+    )
+
+
+def test_every_claim_is_named_by_each_gain():
+    rows = [("C1", "gain", "refuted"), ("C1", "relative_gain", "supported"), ("C2", "gain", "supported"), ("C3", "gain", "supported"),
+            ("C5", "forward_kl", "inconclusive"), ("C5 at 0.1", "forward_kl", "refuted")]
+    table = pd.DataFrame(rows, columns=["claim", "outcome", "verdict"])
+    assert narrative.judged(Material({}, {"verdicts": table})) == (
+        "By gain in nats, C2 and C3 are supported, C1 is refuted; by relative gain, C1 is supported; by forward KL, C5 is inconclusive.")
+    assert narrative.judged(Material()) == ""
 
 
 def test_training_claims_come_once():
@@ -116,24 +129,24 @@ def test_certainty_names_prompts_width_and_what_would_change_it():
 def test_numbers_are_the_tables():
     """Every estimate that the answer quotes changes with the table."""
     tables = {"correlations": study_tables.correlations(), "q3_contrast": study_tables.q3_contrast(), "calibration": study_tables.calibration()}
-    before = narrative.answer(Material(study_tables.manifest(), tables))
+    before = list(narrative.answer(Material(study_tables.manifest(), tables)).values())
     tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
-    after = narrative.answer(Material(study_tables.manifest(), tables))
+    after = list(narrative.answer(Material(study_tables.manifest(), tables)).values())
     assert len(before) == len(after) == 4
     assert [a == b for a, b in zip(before, after)] == [False, False, True, False]
 
 
 def test_without_tables_nothing_is_claimed():
-    assert narrative.answer(Material()) == []
-    assert narrative.answer(Material(study_tables.manifest(), {})) == [
-        "The student took AdamW's first step of the reverse kl loss; its loss fell from 0.810 to 0.784 nats a position, 82% of the first-order prediction."
+    assert narrative.answer(Material()) == {}
+    assert list(narrative.answer(Material(study_tables.manifest(), {})).values()) == [
+        "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats a position fell by 0.026, 82% of the first-order prediction."
     ]
 
 
 def test_a_run_shows_itself_as_a_summary():
     tables = {"correlations": study_tables.correlations(), "verdicts": study_tables.verdicts()}
     text = Material(study_tables.manifest(), tables)._repr_html_()
-    assert text.startswith("<h4>Which of large&#x27;s signals can small learn from?</h4><p>")
+    assert text.startswith("<h4>Which of large&#x27;s signals can small learn from?</h4><p><b>What was done?</b> The student took")
     assert text.count("<tr>") == 4 and "<td>refuted</td>" in text and "tables (rows): correlations (" in text
     assert "<script>" not in Material(tables={"<script>": pd.DataFrame({"a": [1]})})._repr_html_()
 

@@ -95,9 +95,9 @@ def test_is_small(source):
 
 def test_holds_the_answer_from_the_tables(run, source):
     sentences = narrative.answer(report.read_run(run))
-    assert len(sentences) == 4
-    for sentence in sentences:
-        assert f"<p>{html.escape(sentence)}</p>" in source
+    assert list(sentences) == ["What was done?", "Which signals were learnable?", "Which claims hold?", "How sure, and what would change it?"]
+    for question, sentence in sentences.items():
+        assert f"<p><b>{question}</b> {html.escape(sentence)}</p>" in source
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
@@ -198,7 +198,7 @@ def test_token_view_is_there_and_can_be_left_out(run, source):
 
 def test_markdown_for_a_repository(run):
     text = (run / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# Which of large's signals can small learn from?\n\nThe student took AdamW's first step of the reverse kl loss")
+    assert text.startswith("# Which of large's signals can small learn from?\n\n**What was done?** The student took AdamW's first step of the reverse KL loss")
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
     assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
