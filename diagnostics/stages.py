@@ -164,8 +164,12 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
 
 
 def _file_hash(name: str, path: str | None) -> dict[str, str]:
-    """The hash of a file of prompts, for the settings of the stage that reads it."""
-    return {f"{name}_sha256": sha256_file(Path(path))} if path and Path(path).is_file() else {}
+    """The hash of a file of prompts, or of a local data set's files, for the settings of the stage that reads it."""
+    place = Path((path or "").removeprefix("hf:"))
+    if path and place.is_dir():
+        files = [(str(file.relative_to(place)), sha256_file(file)) for file in sorted(place.rglob("*")) if file.is_file()]
+        return {f"{name}_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {f"{name}_sha256": sha256_file(place)} if path and place.is_file() else {}
 
 
 def score_stage(run: Run, models: Models, config) -> None:

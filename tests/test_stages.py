@@ -95,6 +95,19 @@ def test_another_configuration_is_refused(finished, folders, capsys):
     assert hashes(finished) == before
 
 
+def test_a_local_data_set_is_known_by_its_files(folders, tmp_path, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(4)))
+    command = ["rollout", *folders[:4], "--device", "cpu", "--quiet", "--prompts", f"hf:{tmp_path / 'data'}", "--max-new-tokens", "2", "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    with open(tmp_path / "data" / "train.jsonl", "a") as file:
+        file.write('{"prompt": "w9"}\n')
+    assert main(command) == 2 and "setting prompts_sha256" in capsys.readouterr().err
+
+
 def test_a_table_alone_can_be_analysed(finished, tmp_path):
     directory = tmp_path / "table"
     assert main(["analyze", "--tokens", str(finished / "tokens.parquet"), "--draws", "50", "--quiet", "--output-dir", str(directory)]) == 0

@@ -86,7 +86,7 @@ def test_functions_named_like_their_module_can_be_called_again_and_again(first):
     """`dx.probe` is a function until something imports the module of that name, which then stands in its place."""
     code = (f"import {first}; import diagnostics as dx; print(len(dx.criteria()) == len(dx.criteria()) > 10)\n"
             "for f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n    except TypeError as e: print('missing' in str(e))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["True"] * 5
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True).stdout.split() == ["True"] * 5
 
 
 def test_import_is_light():
