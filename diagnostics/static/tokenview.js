@@ -147,10 +147,11 @@
       const { context, t } = owner[i], facts = data.contexts[context];
       const measured = measures.filter((m) => m.kind === "measurement").map((m) => [label(m.name), `${shown(m.values[i])} ${m.unit}`]);
       const ranked = criteria.map((m) => [label(m.name), shown(m.values[i]), m.ranks[i] ? `rank ${m.ranks[i].toLocaleString("en")}` : "never"]);
-      const title = make("h4", {}, make("span", { className: "token" }, visible(data.tokens[i])), ` · position ${t} of ${facts.id}`);
+      const title = make("h4", { className: "title" }, make("span", { className: "token" }, visible(data.tokens[i])), ` · position ${t} of ${facts.id}`);
       panel.replaceChildren(
-        make("div", {}, title, table(measured)),
-        make("div", {}, make("h4", {}, "criteria"), table(ranked)),
+        title,
+        make("div", {}, table(measured)),
+        make("div", { className: "criteria" }, make("h4", {}, "criteria"), table(ranked)),
         ...(tops ? ["student", "teacher"].map((role) => make("div", { className: role }, make("h4", {}, `${role}'s likeliest`), likeliest(role, i))) : []),
       );
     }
