@@ -61,9 +61,16 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     if is_gguf(source):
         _require("gguf", "GGUF files")
         return _from_source(AutoTokenizer, source, "tokenizer", revision=revision)
-    folder = adapter_folder(source, revision) if isinstance(source, (str, Path)) else None
+    named = isinstance(source, (str, Path))
+    folder = adapter_folder(source, revision) if named and Path(source).is_dir() else None
     if folder is None or (folder / "tokenizer_config.json").is_file():
-        return _from_source(AutoTokenizer, source, "tokenizer", revision=revision)
+        try:
+            return _from_source(AutoTokenizer, source, "tokenizer", revision=revision)
+        except DiagnosticsError as error:
+            offline = "connect" in str(error)
+            folder = None if offline or not named or Path(source).is_dir() else adapter_folder(source, revision)
+            if folder is None:
+                raise
     settings = _adapter_settings(folder)
     return load_tokenizer(settings["base_model_name_or_path"], settings.get("revision"))
 
@@ -125,12 +132,32 @@ def adapter_folder(source, revision: str | None = None) -> Path | None:
 
     if Path(source).is_dir():
         return Path(source) if (Path(source) / ADAPTER_CONFIG).is_file() else None
+    if _is_cached(str(source), "config.json", revision):
+        return _cached_adapter(str(source), revision)  # a whole model needs no look at the network
     try:
         if find_adapter_config_file(str(source), revision=revision) is None:
             return None
         return Path(cached_file(str(source), ADAPTER_WEIGHTS, revision=revision)).parent
     except (OSError, ValueError):
         return None
+
+
+def _is_cached(source: str, file: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(source, file, revision=revision), str)
+    except ValueError:  # no Hugging Face id at all
+        return False
+
+
+def _cached_adapter(source: str, revision: str | None) -> Path | None:
+    """The folder of an adapter that was fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not all(_is_cached(source, file, revision) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        return None
+    return Path(try_to_load_from_cache(source, ADAPTER_CONFIG, revision=revision)).parent
 
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:

@@ -301,3 +301,37 @@ def test_the_pairs_facts_name_the_template(tmp_path):
         templated(text).save_pretrained(tmp_path / name)
     facts = load_pair(student=str(tmp_path / "s"), teacher=str(tmp_path / "t"), device="cpu").facts
     assert facts["chat_template"]["of"] == "student" and facts["chat_template"]["sha256"] == facts["chat_template_sha256"] and "teacher_sha256" in facts["chat_template"]
+
+
+# --- Hugging Face ids -----------------------------------------------------------------------------------------------
+
+
+def cached(hub, name, **files):
+    """A repository in the local cache, as a download leaves it."""
+    folder = hub / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    for file, source in files.values():
+        shutil.copy(source, folder / "snapshots" / ("a" * 40) / file)
+    return folder / "snapshots" / ("a" * 40)
+
+
+def test_an_id_that_is_in_the_cache_is_told_apart_without_a_network(base, tmp_path, monkeypatch):
+    """A whole model needs no look for an adapter; an adapter is found where it was downloaded."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", lambda *_, **__: pytest.fail("asked the network"))
+    cached(tmp_path, "who/model", config=("config.json", base / "base" / "config.json"))
+    here = cached(tmp_path, "who/both", config=("config.json", base / "base" / "config.json"), a=("adapter_config.json", base / "adapter" / "adapter_config.json"),
+                  w=("adapter_model.safetensors", base / "adapter" / "adapter_model.safetensors"))
+    assert sources.adapter_folder("who/model") is None and sources.adapter_folder("who/both") == here
+
+
+def test_an_id_with_an_adapter_is_fetched(base, monkeypatch):
+    monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", lambda source, revision: str(base / "adapter" / "adapter_config.json"))
+    monkeypatch.setattr("transformers.utils.cached_file", lambda source, name, revision: str(base / "adapter" / name))
+    assert sources.adapter_folder("who/adapter", "main") == base / "adapter"
+    model = load_model("who/adapter", **LOAD)
+    assert model.source_facts["base"] == "base"
