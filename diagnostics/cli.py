@@ -20,9 +20,12 @@ from pathlib import Path
 
 from diagnostics import parallel
 from diagnostics.config import Parser, add_flags, read_flags
+from diagnostics.runs import set_quiet
 from diagnostics.types import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
+EXIT_CODES = """exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used, with one paragraph on
+stderr; 130 stopped by the user, 143 by a signal. The same command again goes on where an interrupted one was."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the disk, not this program, is to blame for."""
 
@@ -87,7 +90,7 @@ def _configs(command: str) -> tuple[type, ...]:
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser with one subcommand a stage; with `only`, the other subcommands get no flags."""
-    parser = Parser(prog="python -m diagnostics", description="Which of a teacher's token-level signals can this student learn from?")
+    parser = Parser(prog="python -m diagnostics", description="Which of a teacher's token-level signals can this student learn from?", epilog=EXIT_CODES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
     for name in PURPOSE:
         command = commands.add_parser(
@@ -192,6 +195,7 @@ def _plain(result: dict) -> str:
 
 
 def _log_to_stderr(*, quiet: bool) -> None:
+    set_quiet(quiet)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO, force=True)
     for noisy in ("httpx", "matplotlib", "fontTools", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -114,11 +114,20 @@ def write_json(path: str | Path, content: Any) -> Path:
     return write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether progress stays hidden even on a terminal."""
+    global _quiet
+    _quiet = quiet
+
+
 def progress(iterable: Iterable | None = None, *, total: int, description: str, unit: str = " positions"):
-    """A tqdm bar that shows rate and time left, and disappears where the output is not a terminal."""
+    """A tqdm bar with rate and time left; there is none where the output is no terminal, as in a log, or after `set_quiet`."""
     from tqdm import tqdm
 
-    hidden = None if parallel.is_main() else True
+    hidden = None if parallel.is_main() and not _quiet else True
     return tqdm(iterable, total=total, desc=description, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
 
 

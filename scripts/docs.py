@@ -130,7 +130,7 @@ def on_config(config):
     """mkdocs: the order of the pages; those of docs/ that are not named here follow by name."""
     from diagnostics import cli
 
-    first = ["statistics.md", "columns.md", "criteria.md", "python.md"]
+    first = ["commands.md", "statistics.md", "columns.md", "criteria.md", "python.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
     config.nav = [{"Overview": "index.md"}, {"Stages": [f"stages/{name}.md" for name in cli.PURPOSE if name != "criteria"]}, *first, *others]
     return config

@@ -118,6 +118,13 @@ def test_criteria_are_listed(capsys):
     assert {"name", "formula", "kind"} <= listed[0].keys()
 
 
+def test_help_names_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used" in shown and "130 stopped by the user" in shown
+
+
 def test_listing_needs_no_torch():
     code = "import sys; from diagnostics.cli import main; main(['criteria']); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().endswith("False")

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 
@@ -296,3 +297,23 @@ def test_a_directory_is_ours_from_the_first_file_on(tmp_path):
         run.stage("import", settings={}, outputs=["tokens.parquet"], work=killed)
     with open_run(tmp_path) as run:
         assert run.manifest["stages"] == {}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream, quiet, shown", [(Terminal, False, True), (io.StringIO, False, False), (Terminal, True, False)])
+def test_progress_is_for_terminals_and_not_for_logs(stream, quiet, shown, monkeypatch):
+    stderr = stream()
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr(runs, "_quiet", False)
+    runs.set_quiet(quiet)
+    with runs.progress(total=40, description="score") as bar:
+        bar.update(10)
+        bar.refresh()
+        text = bar.format_dict | {"rate": 5.0, "elapsed": 2.0}
+        line = bar.format_meter(**{key: value for key, value in text.items() if key != "ncols"}) if shown else ""
+    assert bool(stderr.getvalue()) == shown
+    assert ("10/40 [00:02<00:06,  5.00 positions/s]" in line) == shown
