@@ -128,6 +128,7 @@ def public_names() -> str:
 
 def on_config(config):
     """mkdocs: the order of the pages; those of docs/ that are not named here follow by name."""
+    sys.path.insert(0, str(ROOT))  # mkdocs puts the path back after it has loaded its hooks
     from diagnostics import cli
 
     first = ["commands.md", "statistics.md", "columns.md", "criteria.md", "python.md"]
