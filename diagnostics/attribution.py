@@ -49,7 +49,7 @@ from torch.func import functional_call
 from diagnostics import criteria as registry
 from diagnostics import divergences, losses, parallel, scores, statistics
 from diagnostics.pairs import Pair
-from diagnostics.probe import Workbench, calibrate, first_update, loss_weights, require_same_bank, requested_step, split_prompts, tensor_norm
+from diagnostics.probe import Workbench, calibrate, first_update, loss_weights, require_same_bank, requested_step, split_prompts, spoiled, tensor_norm
 from diagnostics.runs import progress
 from diagnostics.statistics import Estimate, Prompts
 from diagnostics.types import Bank, DiagnosticsError, validate_tokens
@@ -211,7 +211,7 @@ class Tracer:
         """Gradient of the mean forward KL of the held-out positions."""
         bench = self.bench
         finite = np.isfinite(bench.tokens[["forward_kl", "reverse_kl"]].to_numpy()).all(axis=1)
-        weights_N = ((bench.split == "held_out") & finite).astype(float)
+        weights_N = ((bench.split == "held_out") & finite & ~spoiled(bench.tokens)).astype(float)
         total = [torch.zeros_like(p) for p in bench.parameters]
         for batch, teacher_nH in zip(bench.held_out_batches, bench.held_out_teacher, strict=True):
             if weights_N[batch.rows_n.numpy()].any():

@@ -105,7 +105,10 @@ def _supervised(frame: pd.DataFrame, notes: list) -> pd.DataFrame:
 
 
 def _numbers(values: pd.Series) -> pd.Series:
-    return pd.to_numeric(values, errors="coerce").astype("float64")
+    try:
+        return pd.to_numeric(values, errors="coerce").astype("float64")
+    except OverflowError:  # a whole number beyond float64
+        return pd.to_numeric(values.astype(str), errors="coerce").astype("float64")
 
 
 def _plain_is_after(frame: pd.DataFrame) -> bool:
@@ -127,8 +130,9 @@ def _keys(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
         notes.append(["no_prompts", "group_index", "There is no group_index, so every sample counts as a prompt of its own; "
                       "where a prompt has several samples, intervals are too short."])
     token = frame["token"].astype(str) if "token" in frame else frame["token_id"].astype(str)
-    return {"context_id": context, "prompt_id": prompt, "position": frame["tok_pos"],
-            "response_length": frame["tok_pos"].groupby(context).transform("max") + 1, "token_id": frame["token_id"], "token": token}
+    position = _numbers(frame["tok_pos"])
+    return {"context_id": context, "prompt_id": prompt, "position": position,
+            "response_length": position.groupby(context).transform("max") + 1, "token_id": frame["token_id"], "token": token}
 
 
 def _ids(values: pd.Series) -> pd.Series:

@@ -114,12 +114,11 @@ class Workbench:
         self.pair, self.bank, self.tokens, self.split = pair, bank, tokens, split
         self.parameters = [p for p in pair.student.model.parameters() if p.is_floating_point()]
         _require_precision(self.parameters)
-        on_step = split == "step"
-        self.step_batches = scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=on_step))
-        held_out = scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=~on_step))
-        states = scores.teacher_states(pair, self.step_batches + held_out)
-        self.held_out_batches, self.held_out_teacher = held_out, states[len(self.step_batches) :]
-        self.step_teacher = states[: len(self.step_batches)]
+        on_step, apart = split == "step", spoiled(tokens)
+        groups = [scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=keep)) for keep in (on_step & ~apart, ~on_step & ~apart, apart)]
+        states = iter(scores.teacher_states(pair, sum(groups, [])))
+        self.step_batches, self.held_out_batches, self._spoiled_batches = groups
+        self.step_teacher, self.held_out_teacher, self._spoiled_teacher = ([next(states) for _ in group] for group in groups)
         self.origin = [p.detach().clone() for p in self.parameters]
         self.origin_sha256 = weights_sha256(pair.student.model)
         self.weight_norm = tensor_norm(self.origin)
@@ -227,12 +226,12 @@ class Workbench:
     @property
     def all_batches(self) -> list[scores.Batch]:
         """This process's batches, step contexts first."""
-        return self.step_batches + self.held_out_batches
+        return self.step_batches + self.held_out_batches + self._spoiled_batches
 
     @property
     def teacher(self) -> list[Tensor]:
         """The teacher's states for `all_batches`."""
-        return self.step_teacher + self.held_out_teacher
+        return self.step_teacher + self.held_out_teacher + self._spoiled_teacher
 
     def require_restored(self) -> None:
         """Raise RuntimeError unless the student's weights hash as they did at the start."""
@@ -399,8 +398,14 @@ def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.nd
 
 
 def loss_weights(tokens: pd.DataFrame, split: np.ndarray) -> np.ndarray:
-    """1.0 at step positions whose measurements are finite, 0.0 elsewhere."""
-    return ((split == "step") & np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(tokens["reverse_kl"].to_numpy())).astype(float)
+    """1.0 at step positions whose measurements are finite and whose context is not spoiled, 0.0 elsewhere."""
+    finite = np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(tokens["reverse_kl"].to_numpy())
+    return ((split == "step") & finite & ~spoiled(tokens)).astype(float)
+
+
+def spoiled(tokens: pd.DataFrame) -> np.ndarray:
+    """Positions [N] of contexts in which any measurement is NaN: 0 times NaN is NaN on the way back through a model, so none may carry loss."""
+    return tokens["forward_kl"].isna().groupby(tokens["context_id"]).transform("any").to_numpy()
 
 
 def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:

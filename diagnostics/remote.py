@@ -194,7 +194,7 @@ def _by_context(frame: pd.DataFrame, path) -> Rows:
 
 def _by_position(frame: pd.DataFrame, path) -> Rows:
     rows = {}
-    frame = frame.assign(position=pd.to_numeric(frame["position"], errors="coerce")).sort_values("position", kind="stable")
+    frame = frame.assign(position=pd.to_numeric(frame["position"].astype(str), errors="coerce")).sort_values("position", kind="stable")
     for context, part in frame.groupby("context_id", sort=False):
         if part["position"].tolist() != list(range(len(part))):
             raise DiagnosticsError(f"{path}: the positions of context {context!r} are not 0 to {len(part) - 1}. Give one row a response token, from 0.")
@@ -229,7 +229,7 @@ def _lists(ids: Sequence, values: Sequence, sampled: tuple[int, ...] | None, voc
 def _padded(rows: Sequence, filler: float, where: str, name: str) -> np.ndarray:
     try:
         parts = [np.asarray(row, dtype=np.float64) for row in rows]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DiagnosticsError(f"{where}: {name} should be a list of lists of numbers ({str(error)[:80]}). Mend that row.") from error
     if not parts or any(part.ndim != 1 or not len(part) for part in parts):
         raise DiagnosticsError(f"{where}: {name} should be a list of lists of numbers, none of them empty. Mend that row.")

@@ -52,7 +52,9 @@ def rollout(
     Responses end at an end-of-sequence token, which is kept as their last id, or after `max_new_tokens`.
     Returns a Bank in prompt order. shards: where finished batches are kept, and taken from. Raises DiagnosticsError for settings out of range or a prompt without tokens.
     """
-    if max_new_tokens < 1 or samples_per_prompt < 1 or temperature <= 0:
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise DiagnosticsError(f"top_p={top_p} must lie in (0, 1], where 1 keeps every token, and top_k={top_k} must not be negative; 0 keeps every token.")
+    if max_new_tokens < 1 or samples_per_prompt < 1 or not 0 < temperature < float("inf"):
         raise DiagnosticsError(
             f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt} and temperature={temperature} must be positive."
         )

@@ -195,6 +195,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise _no_manifest(path, f"stage {name!r} has no settings, inputs and files")
     if not all(isinstance(manifest.get(part, {}), dict) for part in ("versions", "joined")):
         raise _no_manifest(path, "versions are no object")
+    named = [file for record in stages.values() for part in ("inputs", "files") for file in record[part]] + list(manifest.get("joined", {}))
+    outside = next((file for file in named if Path(file).is_absolute() or ".." in Path(file).parts), None)
+    if outside is not None:
+        raise _no_manifest(path, f"it names a file outside its directory, {outside!r}")
     return manifest
 
 
@@ -351,15 +355,26 @@ class Run:
             raise DiagnosticsError(
                 f"Stage {stage!r} reads {self.path(file)}, which is not there. Run the stage that writes it first."
             )
-        digest = sha256_file(self.path(file))
-        known = {name: record["files"][file] for name, record in self.manifest["stages"].items() if file in record["files"]}
-        known |= {"last": self.manifest["joined"][file]} if file in self.manifest.get("joined", {}) else {}
-        if known and digest not in known.values():
+        digest, known = sha256_file(self.path(file)), self._known(file)
+        if known and digest not in known:
             raise DiagnosticsError(
                 f"Stage {stage!r} reads {self.path(file)}, which is not as it was written: its sha256 is {digest[:16]}…, and "
-                f"manifest.json has {list(known.values())[-1][:16]}…. Run the stage that writes it again."
+                f"manifest.json has {known[-1][:16]}…. Run the stage that writes it again."
             )
         return digest
+
+    def _known(self, file: str) -> list[str]:
+        """Hashes that the manifest has of a file."""
+        known = [record["files"][file] for record in self.manifest["stages"].values() if file in record["files"]]
+        return known + [digest for name, digest in self.manifest.get("joined", {}).items() if name == file]
+
+    def as_written(self, file: str) -> bool:
+        """False, with a warning, for a file that is damaged: its stage will make it again, and nobody should read it until then."""
+        known = self._known(file)
+        whole = not known or sha256_file(self.path(file)) in known
+        if not whole:
+            log.warning("%s is not as it was written and left out until its stage has been run again", self.path(file))
+        return whole
 
     def _require_same_models(self, stage: str, models: dict[str, str]) -> None:
         for name, record in self.manifest["stages"].items():

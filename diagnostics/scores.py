@@ -31,6 +31,8 @@ TOPS = 5
 """Likeliest tokens of each model that the token view shows."""
 NOT_FINITE_LIMIT = 0.01
 """Share of positions that may be excluded for NaN or infinite logits before scoring stops."""
+NOT_FINITE_SHOWN = 64
+"""Positions that are looked at again, to say whose logits they are, where scoring stops."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def score_with_tops(
 
 
 def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFrame:
-    _check_finite(columns["student_entropy"] + columns["teacher_entropy"], bank)
+    _check_finite(columns["student_entropy"] + columns["teacher_entropy"], pair, bank)
     return validate_tokens(pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1))
 
 
@@ -350,16 +352,30 @@ def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.nan_to_num(values).astype(bool) if column(name).dtype == "bool" else values for name, values in columns.items()}
 
 
-def _check_finite(values: np.ndarray, bank: Bank) -> None:
+def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return
     starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
-    first = f"the first at position {bad[0] - starts[context]} of context {bank[context].context_id!r}"
-    if len(bad) > NOT_FINITE_LIMIT * len(values):
+    stops = len(bad) > NOT_FINITE_LIMIT * len(values)
+    of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)
+    where = (f"the first at position {bad[0] - starts[context]} of context {bank[context].context_id!r}, the {'student' if of_student[0] else 'teacher'}'s; of "
+             f"{len(of_student)} looked at, {int(of_student.sum())} are the student's and {int((~of_student).sum())} the teacher's alone")
+    if stops:
         raise DiagnosticsError(
-            f"{len(bad)} of {len(values)} positions have NaN or infinite logits ({first}). "
-            "Load the models in float32, or check their weights."
+            f"{len(bad)} of {len(values)} positions have NaN or infinite logits ({where}). Load the models in float32, or check their weights."
         )
-    log.warning("%d of %d positions have NaN or infinite logits and are excluded (%s)", len(bad), len(values), first)
+    log.warning("%d of %d positions have NaN or infinite logits and are excluded (%s)", len(bad), len(values), where)
+
+
+@torch.no_grad()
+def _not_finite_of_student(pair: Pair, bank: Bank, rows: np.ndarray) -> np.ndarray:
+    """Whether the student's own logits are at fault [len(rows)]; where they are not, the teacher's are."""
+    keep, found = np.zeros(bank.positions, dtype=bool), np.zeros(bank.positions, dtype=bool)
+    keep[rows] = True
+    for batch in batches(bank, keep=keep):
+        logits_nV = pair.student.logits(batch.states(pair.student))
+        whole_n = ~(logits_nV.isnan() | (logits_nV == torch.inf)).any(-1) & (logits_nV > -torch.inf).any(-1)
+        found[batch.rows_n.numpy()] = ~whole_n.cpu().numpy()
+    return found[rows]

@@ -181,7 +181,7 @@ def score_stage(run: Run, models: Models, config) -> None:
         tokens, tops = score_with_tops(models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
-        return models.pair.facts
+        return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
 
     run.stage("score", settings={**models.settings, **dataclasses.asdict(config)}, inputs=["contexts.parquet"],
               outputs=["scores.parquet", "tops.parquet"], work=work, code=("scores",), models=models.fingerprint)
@@ -249,7 +249,7 @@ def join_tokens(run: Run) -> None:
     """Write tokens.parquet from the files that hold its columns."""
     tokens = read_parquet(run.path("scores.parquet"))
     for name in ("gains.parquet", "first_order.parquet", "training_gains.parquet"):
-        if run.path(name).exists():
+        if run.path(name).exists() and run.as_written(name):
             added = read_parquet(run.path(name))
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")

@@ -233,6 +233,8 @@ def _trl_fields(path: str | None) -> dict[str, Any]:
         fields = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise DiagnosticsError(f"{path} cannot be read as JSON ({error}). Give an object of DistillationConfig fields.") from error
+    if not isinstance(fields, dict):
+        raise DiagnosticsError(f"{path} holds a {type(fields).__name__}, not an object. Give an object of DistillationConfig fields.")
     taken = [name for name in OURS if name in fields]
     if taken:
         raise DiagnosticsError(f"{path} sets {', '.join(taken)}, which this program's own flags decide or do not support. Remove them there.")

@@ -11,6 +11,7 @@ entropies and divergences are in nats.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,13 +136,20 @@ def _context(row: dict) -> Context:
         context_id=str(row["context_id"]),
         prompt_id=str(row["prompt_id"]),
         prompt=str(row["prompt"]),
-        prompt_ids=tuple(int(i) for i in row["prompt_ids"]),
+        prompt_ids=_whole(row["prompt_ids"]),
         response=str(row["response"]),
-        response_ids=tuple(int(i) for i in row["response_ids"]),
+        response_ids=_whole(row["response_ids"]),
         finished=bool(row["finished"]),
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
-        teacher_prompt_ids=tuple(int(i) for i in hint) if hinted else None,
+        teacher_prompt_ids=_whole(hint) if hinted else None,
     )
+
+
+def _whole(ids) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, ids))
+    except TypeError as error:
+        raise DiagnosticsError(f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the table, or read it with --bank.") from error
 
 
 Stage = Literal["key", "before", "after", "outcome"]
@@ -325,7 +333,7 @@ def _place(name: str) -> tuple[int, int]:
 def _cast(values: pd.Series, dtype: str) -> pd.Series:
     try:
         return values.astype("str" if dtype == "string" else dtype)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DiagnosticsError(
             f"Column {values.name} should hold {dtype}, and holds {values.dtype} ({error}). Mend the file that it came from."
         ) from error

@@ -109,12 +109,12 @@ def test_few_nan_positions_are_excluded_and_counted(caplog):
     pair = assemble("nan", poisoned(make_model(1), 60), make_model(2), make_tokenizer())
     tokens = score(pair, Bank((*clean, last)))
     assert np.flatnonzero(tokens.forward_kl.isna()).tolist() == [320, 321, 322]
-    assert "3 of 323 positions have NaN or infinite logits and are excluded (the first at position 0 of context 'c8')" in caplog.text
+    assert "3 of 323 positions have NaN or infinite logits and are excluded (the first at position 0 of context 'c8', the student's; of 3 looked at, 3 are the student's and 0 the teacher's alone)" in caplog.text
 
 
 def test_many_nan_positions_stop_the_run(bank):
     pair = assemble("nan", poisoned(make_model(1), 0), make_model(2), make_tokenizer())
-    with pytest.raises(DiagnosticsError, match=r"^38 of 38 positions have NaN or infinite logits \(the first at position 0 of context 'c0'\)\. Load the models"):
+    with pytest.raises(DiagnosticsError, match=r"^38 of 38 positions have NaN or infinite logits \(the first at position 0 of context 'c0', the student's; of 38 looked at, 38 are the student's and 0 the teacher's alone\)\. Load the models"):
         score(pair, bank)
 
 
