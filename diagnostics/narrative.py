@@ -22,6 +22,8 @@ from diagnostics.types import Bank
 WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
+ENOUGH_CELLS = 6
+"""Trainings below which a rank agreement is left to its table: three of them are in order by chance once in six."""
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
 
@@ -298,7 +300,8 @@ def judged(material: Material) -> str:
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
     named = WORDS | MEASURES
-    parts = [f"by {named[outcome]}, {_counted(rows)}" for outcome, rows in table.groupby("outcome", sort=False) if outcome in named]
+    counted = {outcome: _counted(rows) for outcome, rows in table.groupby("outcome", sort=False)}
+    parts = [f"by {named[outcome]}, {text}" for outcome, text in counted.items() if outcome in named and text]
     return _sentence("; ".join(parts)) if parts else ""
 
 
@@ -325,8 +328,9 @@ def trained(material: Material, share: float = 0.05) -> str:
 
 
 def _gains(rows: pd.DataFrame, share: float) -> str:
-    """Full, then at one budget the best criterion, teachability and random."""
+    """Full, then at the budget nearest to `share` the best criterion, teachability and random."""
     shown = [f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()]
+    share = min(rows.budget[rows.criterion == REFERENCE], key=lambda budget: abs(budget - share), default=share)
     there = rows[np.isclose(rows.budget, share) & ~rows.criterion.isin(("full", "untouched"))].dropna(subset=["gain"])
     ranked = there.sort_values("gain", ascending=False, kind="stable")
     first = ranked.head(1).criterion.tolist()
@@ -359,7 +363,7 @@ def foreseen(material: Material) -> str:
     if table is None:
         return ""
     rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"]).sort_values("kendall", ascending=False, kind="stable")
-    if rows.empty:
+    if rows.empty or rows.cells.max() < ENOUGH_CELLS:
         return ""
     usual = rows[rows.x.isin(("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl"))]
     shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
