@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.archives import Opaque, read_archive
-from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows
+from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows, require_unicode
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
 
 if TYPE_CHECKING:
@@ -417,6 +417,7 @@ class _Freezer:
         )
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        require_unicode(text)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text(self, ids: tuple[int, ...]) -> str:

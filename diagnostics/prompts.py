@@ -143,8 +143,19 @@ def take(prompts: list[Prompt], contexts: int | None, source: str) -> list[Promp
 
 def encode_prompt(tokenizer, text: str) -> tuple[int, ...]:
     """Ids of a rendered prompt. A start token that both the text and the tokenizer bring stands once."""
+    require_unicode(text)
     ids, start = tokenizer(text)["input_ids"], getattr(tokenizer, "bos_token_id", None)
     return tuple(ids[1:] if start is not None and list(ids[:2]) == [start, start] else ids)
+
+
+def require_unicode(text: str) -> None:
+    """Raise DiagnosticsError for a text that holds half a surrogate pair, as JSON may: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DiagnosticsError(
+            f"The text {text[:40]!r} holds half a surrogate pair at character {error.start}, which is no character. Write the file again as UTF-8."
+        ) from error
 
 
 def digest(text: str) -> str:

@@ -184,3 +184,8 @@ def test_files_that_cannot_be_used(tmp_path, plain, name, content, message):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DiagnosticsError, match=message):
         load_prompts(tmp_path / name, tokenizer=plain)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(DiagnosticsError, match=r"^The text 'a\\ud83d b' holds half a surrogate pair at character 1, which is no character\. Write the file again as UTF-8\.$"):
+        encode_prompt(make_tokenizer(), "a\ud83d b")
