@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline.py [--quick]        # these rows alone; `bench.py` runs them after its own
 
-Random weights in the shapes of Qwen2.5 0.5B (student) and 1.5B (teacher), float32; `quick` keeps the vocabulary
-and two layers. Each ratio is taken within one process, stages and their floor in turn, medians of the pairs.
+Random weights in the shapes of Qwen2.5 0.5B (student) and 1.5B (teacher), float32; the two-process row takes two of their
+layers, and `quick` takes two narrow ones over 16,000 tokens. Each ratio is taken within one process, stages and their floor in turn, medians of the pairs.
 With a GPU: Qwen3-1.7B and 4B in bfloat16 on 300 contexts of 192 positions, the probe's student in float32.
 """
 
@@ -49,12 +49,12 @@ class Tokens:
         return f"<{ids[0]}>"
 
 
-def qwen2(shape: dict) -> torch.nn.Module:
+def qwen2(shape: dict, vocabulary: int = VOCABULARY) -> torch.nn.Module:
     """A random Qwen2 of the shape; speed does not depend on the weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(shape["hidden_size"])
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, **shape)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, **shape)).eval()
 
 
 def qwen3(shape: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -67,9 +67,11 @@ def qwen3(shape: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
     return model.to(dtype).eval()
 
 
-def small_pair(*, quick: bool):
-    """The two Qwen2.5 shapes, with `quick` of two layers."""
-    return pair_of(*(qwen2(shape | ({"num_hidden_layers": 2} if quick else {})) for shape in (STUDENT, TEACHER)))
+def small_pair(*, quick: bool, layers: int | None = None):
+    """The two Qwen2.5 shapes, or two narrow models over 16,000 tokens."""
+    if quick:
+        return pair_of(*(qwen2(STUDENT | {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 2}, 16_000) for size in (224, 336)))
+    return pair_of(*(qwen2(shape | ({"num_hidden_layers": layers} if layers else {})) for shape in (STUDENT, TEACHER)))
 
 
 def pair_of(student: torch.nn.Module, teacher: torch.nn.Module):
@@ -83,7 +85,7 @@ def random_bank(*, contexts: int = 8, prompt: int = 16, response: int = 48):
     """Contexts of random tokens, all of one length."""
     from diagnostics.types import Bank, Context
 
-    ids = np.random.default_rng(0).integers(10, VOCABULARY, (contexts, prompt + response)).tolist()
+    ids = np.random.default_rng(0).integers(10, 16_000, (contexts, prompt + response)).tolist()
     return Bank(tuple(Context(f"c{i}", f"p{i}", "", tuple(row[:prompt]), "", tuple(row[prompt:]), False) for i, row in enumerate(ids)))
 
 
@@ -172,7 +174,7 @@ def _timed_score(processes: int, *, quick: bool) -> dict:
 def timed_score(*, quick: bool) -> None:
     """What `_timed_score` starts: one process's part, timed between two barriers; the median of three after one to warm up."""
     torch.set_num_threads(1)
-    pair, bank = small_pair(quick=True), random_bank(contexts=16 if quick else 48)
+    pair, bank = small_pair(quick=quick, layers=2), random_bank(contexts=16 if quick else 48)
     times = []
     for _ in range(2 if quick else 4):
         parallel.barrier()
