@@ -38,7 +38,6 @@ BOTH = ("gain", "relative_gain")
 METHODS = {"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendall τ"}
 FLOOR = 1e-3
 """Nats below which the logarithmic axes of the entropy-divergence plane do not look."""
-"""Criteria that a figure of lines shows where none are named and the table has more than six."""
 
 
 # --- the main job -----------------------------------------------------------------------------------
@@ -1191,12 +1190,17 @@ def distributions(
     figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
     for ax, name in zip(axes.flat, names, strict=False):
         values = tokens[name].to_numpy(float)
-        ax.hist(values[np.isfinite(values)], bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
+        values = values[np.isfinite(values)]
         unit = SCHEMA[name].unit if name in SCHEMA else ""
         label = plates.words(name) + (f" ({unit})" if unit else "")
         ax.set_xlabel(label if width > 5 or len(label) < 26 else label.replace(" (", "\n("))
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        plates.powers(ax.yaxis)
+        if len(values):
+            ax.hist(values, bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
+            plates.powers(ax.yaxis)
+        else:
+            ax.text(0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes)
+            ax.set_yticks([])
     for ax in axes.flat[len(names):]:
         ax.set_visible(False)
     plates.caption(figure, f"Number of positions. {tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions.")

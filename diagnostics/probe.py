@@ -387,7 +387,7 @@ def _choose(table: pd.DataFrame, automatic: bool) -> int:
 def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.ndarray:
     """`step` or `held_out` for each position; contexts of one prompt stay together."""
     prompts = sorted(prompt_ids.unique())
-    count = round(held_out * len(prompts))
+    count = round(held_out * len(prompts)) if np.isfinite(held_out) else 0
     if not 0 < count < len(prompts):
         raise DiagnosticsError(
             f"held_out={held_out} leaves {len(prompts) - count} step and {count} held-out prompts of {len(prompts)}. "

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from diagnostics import divergences
 from diagnostics.divergences import Logits, exact
-from diagnostics.prompts import missing, read_rows
+from diagnostics.prompts import missing, read_rows, require_unicode
 from diagnostics.runs import sha256_file
 from diagnostics.types import Bank, Context, DiagnosticsError, require_columns, support_column
 
@@ -163,6 +163,8 @@ def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
     """
     frame = read_rows(Path(path), text=True)
     require_columns(frame, ("context_id", "top_ids", "top_logprobs"), what=f"{path}, a file of teacher log-probabilities,")
+    for name in frame["context_id"]:
+        require_unicode(str(name))
     frame = frame.assign(context_id=frame["context_id"].astype(str))
     rows = _by_position(frame, path) if "position" in frame else _by_context(frame, path)
     lists = {context: _lists(*parts, vocabulary, f"{path}, context {context!r}") for context, parts in rows.items()}

@@ -174,13 +174,13 @@ def test_plane_shows_means_medians_and_quadrant_shares():
     figure = figures.entropy_divergence(table, bins=8)
     compatibility, gain = figure.axes[:2]
     assert [ax.get_title(loc="left") for ax in (compatibility, gain)] == ["mean compatibility", "mean gain"]
-    share = pd.Series(quadrants(table)).value_counts(normalize=True)
+    counts = pd.Series(quadrants(table)).value_counts()
     for ax, name in ((compatibility, "compatibility"), (gain, "gain")):
         means = np.asarray(ax.collections[0].get_array())
         assert table[name].min() - 1e-12 <= means.min() < means.max() <= table[name].max() + 1e-12
         assert ax.lines[0].get_xdata()[0] == table.student_entropy.median()
         assert ax.lines[1].get_ydata()[0] == table.forward_kl.median()
-        assert {text.get_gid(): text.get_text() for text in ax.texts} == {f"Q{q}": f"Q{q} {share[q]:.0%}" for q in (1, 2, 3, 4)}
+        assert {text.get_gid(): text.get_text() for text in ax.texts} == {f"Q{q}": f"Q{q}: {counts[q]:,} ({counts[q] / len(table):.0%})" for q in (1, 2, 3, 4)}
     assert figure.get_supxlabel().startswith(f"8 prompts, {len(table)} positions.")
 
 
@@ -300,7 +300,7 @@ def test_selection_curves_show_shares_bands_and_oracle():
 
 
 def test_lines_keep_to_six_criteria_unless_asked():
-    table = study_tables.selection_curves(names=[*figures.CURVES, "early", "late"])
+    table = study_tables.selection_curves(names=[*plates.CRITERIA, "early", "late"])
     shown = [line.get_label() for line in figures.selection_curves(table).axes[0].lines]
     assert "early" not in shown and "teachability" in shown
     shown = [line.get_label() for line in figures.selection_curves(table, criteria=["late", "absent"]).axes[0].lines]

@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -36,8 +37,8 @@ def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F8
     alone, together = tmp_path / "alone", tmp_path / "together"
     for stage, options in stages.items():
         assert main([stage, *options, "--output-dir", str(alone)]) == 0
-        done = torchrun(2, "-m", "diagnostics", stage, *options, "--output-dir", str(together))
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = torchrun(2, "-m", "tests.launched_stages", json.dumps([[stage, *options, "--output-dir", str(together)] for stage, options in stages.items()]))
+    assert done.returncode == 0, done.stderr[-2000:]
     for name in ("contexts.parquet", "scores.parquet"):
         assert sha256_file(alone / name) == sha256_file(together / name), name
     one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (alone, together))

@@ -237,7 +237,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(finish
     assert main(["compare", *few, "--quiet", *where]) == 0
     written = {path.stem for path in (directory / "tables").glob("*.csv")}
     later = {"validation_verdicts", "validation_outcomes", "validation_agreement", "validation_foreseen", "validation_cells", "evaluations", "training_metrics"}
-    assert written - set(report.TABLES) == set() and set(report.TABLES) - written == later
+    assert written - set(report.TABLES) == set() and set(report.TABLES) - written == later | {"exactness"}  # the last is for a teacher known by lists
     assert set(validation.tables(test_validation.outcome_rows(test_validation.FIVE), draws=20)) == {name for name in later if name.startswith("validation")}
     drawn, left_out = report.draw_all(report.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {"evaluations", "training_curves"}, left_out

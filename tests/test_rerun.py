@@ -57,7 +57,7 @@ def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, tmp_path, 
 
     path = manifest_of(done, tmp_path, change)
     assert main(["rerun", str(path), "--output-dir", str(tmp_path / "again"), "--device", "cpu", "--quiet"]) == 1
-    assert capsys.readouterr().out == "equal      contexts.parquet\ndifferent  scores.parquet\n1 of 2 files are equal\n"
+    assert capsys.readouterr().out == "equal      contexts.parquet\ndifferent  scores.parquet\nequal      tops.parquet\n2 of 3 files are equal\n"
 
 
 @pytest.mark.parametrize("change, message", [
