@@ -137,7 +137,7 @@ def _keys(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
 
 def _ids(values: pd.Series) -> pd.Series:
     """Ids as text; 3.0, as a column that once had gaps holds it, is 3."""
-    whole = pd.api.types.is_float_dtype(values) and (values == values.round()).all()
+    whole = pd.api.types.is_float_dtype(values) and (values == values.round()).all() and (values.abs() < 2**53).all()
     return (values.astype("int64") if whole else values).astype(str)
 
 

@@ -387,7 +387,9 @@ def _choose(table: pd.DataFrame, automatic: bool) -> int:
 def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.ndarray:
     """`step` or `held_out` for each position; contexts of one prompt stay together."""
     prompts = sorted(prompt_ids.unique())
-    count = round(held_out * len(prompts)) if np.isfinite(held_out) else 0
+    count = round(held_out * len(prompts)) if abs(held_out) <= 1 else 0
+    if seed < 0:
+        raise DiagnosticsError(f"A seed is a whole number of at least 0; got {seed}.")
     if not 0 < count < len(prompts):
         raise DiagnosticsError(
             f"held_out={held_out} leaves {len(prompts) - count} step and {count} held-out prompts of {len(prompts)}. "

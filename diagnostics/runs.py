@@ -111,7 +111,7 @@ def write_csv(path: str | Path, frame: pd.DataFrame) -> Path:
 
 def write_json(path: str | Path, content: Any) -> Path:
     """Write JSON, atomically, keys in the order given."""
-    return write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 _quiet = False
@@ -191,7 +191,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(stages, dict):
         raise _no_manifest(path, "no stages")
     for name, record in stages.items():
-        if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("settings", "inputs", "files")):
+        parts = {"models": {}, "code": {}} | record if isinstance(record, dict) else {}
+        if not all(isinstance(parts.get(part), dict) for part in ("settings", "inputs", "files", "models", "code")):
             raise _no_manifest(path, f"stage {name!r} has no settings, inputs and files")
     if not all(isinstance(manifest.get(part, {}), dict) for part in ("versions", "joined")):
         raise _no_manifest(path, "versions are no object")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,10 +167,10 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
 def _file_hash(name: str, path: str | None) -> dict[str, str]:
     """The hash of a file of prompts, or of a local data set's files, for the settings of the stage that reads it."""
     place = Path((path or "").removeprefix("hf:"))
-    if path and place.is_dir():
+    if path and os.path.isdir(place):
         files = [(str(file.relative_to(place)), sha256_file(file)) for file in sorted(place.rglob("*")) if file.is_file()]
         return {f"{name}_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-    return {f"{name}_sha256": sha256_file(place)} if path and place.is_file() else {}
+    return {f"{name}_sha256": sha256_file(place)} if path and os.path.isfile(place) else {}
 
 
 def score_stage(run: Run, models: Models, config) -> None:
@@ -213,7 +214,7 @@ def import_tokens(run: Run, path: Path) -> None:
     def work() -> None:
         write_parquet(run.path("tokens.parquet"), read_tokens(path))
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DiagnosticsError(f"{path} is not a file. Name a token table in CSV, JSONL or parquet with --tokens.")
     run.stage("import", settings={"tokens": path.name, "sha256": sha256_file(path)}, outputs=["tokens.parquet"], work=work,
               code=("interop",))
