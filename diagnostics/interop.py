@@ -108,7 +108,14 @@ def _numbers(values: pd.Series) -> pd.Series:
     try:
         return pd.to_numeric(values, errors="coerce").astype("float64")
     except OverflowError:  # a whole number beyond float64
-        return pd.to_numeric(values.astype(str), errors="coerce").astype("float64")
+        return pd.Series([_number(value) for value in values], index=values.index, dtype="float64")
+
+
+def _number(value) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return np.nan
 
 
 def _plain_is_after(frame: pd.DataFrame) -> bool:
