@@ -206,8 +206,9 @@ class Workbench:
         """The student at theta0 + step_size * direction; with a seed, every coordinate under a random sign."""
         try:
             with torch.no_grad():
-                for p, o, d in zip(self.parameters, self.origin, _signed(direction, placebo_seed)):
-                    p.copy_(o + step_size * d)
+                for p, o, d, sign in zip(self.parameters, self.origin, direction, _signs(direction, placebo_seed)):
+                    torch.mul(d, step_size, out=p)
+                    p.mul_(sign).add_(o)
             yield
         finally:
             self.restore()
@@ -456,11 +457,8 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> float:
     return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right)))
 
 
-def _signed(direction: list[Tensor], seed: int | None) -> Iterator[Tensor]:
-    if seed is None:
-        yield from direction
-        return
-    generator = torch.Generator().manual_seed(seed)
-    for d in direction:
-        sign = torch.randint(0, 2, d.shape, generator=generator).mul_(2).sub_(1)
-        yield d * sign.to(d.device, d.dtype)
+def _signs(like: list[Tensor], seed: int | None) -> Iterator[Tensor | int]:
+    """Random signs, int8, in the shapes of `like`; 1 without a seed."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for d in like:
+        yield 1 if generator is None else torch.randint(0, 2, d.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(d.device)
