@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import losses, parallel, remote, scores
+from diagnostics.divergences import exact
 from diagnostics.pairs import Pair, weights_sha256
 from diagnostics.runs import Shards, no_shards
 from diagnostics.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
@@ -46,6 +47,8 @@ CLOSE_ENOUGH = 0.86
 """Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
 """On the step half these cost as much as two forward passes over the bank."""
+PIECE = 2**18
+"""Numbers of a tensor that are added up at a time."""
 RESCUE_TRIALS = 3
 """Further trials where none of the planned ones was linear."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -162,14 +165,13 @@ class Workbench:
         """
         value = None
         while value is None:
-            self._sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.parameters]
+            self._sums: list[Tensor | None] = [None] * len(self.parameters)
+            self.pair.student.model.zero_grad(set_to_none=True)  # what a batch that did not fit left behind
             try:
                 value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve_step_batches(error)
-        parallel.sum_(self._sums)
-        gradient = [total.to(p.dtype) for p, total in zip(self.parameters, self._sums)]
-        self._sums = []
+        gradient = self._summed_gradients()
         if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
             raise DiagnosticsError(
                 f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the models' logits for NaN or inf, or use float32."
@@ -178,10 +180,23 @@ class Workbench:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        for p, total in zip(self.parameters, self._sums):
-            if p.grad is not None:
-                total += p.grad
-                p.grad = None
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            if self._sums[i] is None:  # a first batch's gradient is kept uncopied
+                self._sums[i] = p.grad
+            else:
+                self._sums[i] = exact(self._sums[i])
+                self._sums[i] += p.grad.to(self._sums[i].device)
+            p.grad = None
+
+    def _summed_gradients(self) -> list[Tensor]:
+        """The gradient over all processes in the parameters' dtype; what was collected is forgotten."""
+        sums, self._sums = [torch.zeros_like(p) if total is None else total for p, total in zip(self.parameters, self._sums)], []
+        if parallel.world() > 1:
+            sums = [exact(total) for total in sums]
+            parallel.sum_(sums)
+        return [total.to(p) for p, total in zip(self.parameters, sums)]
 
     def _halve_step_batches(self, error: BaseException) -> None:
         halves = [batch.halves(error) for batch in self.step_batches]
@@ -264,7 +279,7 @@ class Direction:
 def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
     """The optimiser's first update from a gradient, for a step of size 1: -g/(|g| + eps) by coordinate, or -g/|g|."""
     if optimizer == "adamw":
-        return [-g / (g.abs() + ADAM_EPS) for g in gradient]
+        return [torch.div(g, size, out=size).neg_() for g in gradient for size in (g.abs().add_(ADAM_EPS),)]
     scale = max(tensor_norm(gradient), torch.finfo(torch.float32).tiny)
     return [-g / scale for g in gradient]
 
@@ -450,11 +465,17 @@ def _require_precision(parameters: list[Tensor]) -> None:
 
 def tensor_norm(tensors: list[Tensor]) -> float:
     """Euclidean norm over all tensors together."""
-    return float(sum((t.double() ** 2).sum() for t in tensors) ** 0.5)
+    return float(sum((exact(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> float:
-    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right)))
+    return float(sum((exact(a) * exact(b)).sum() for a, b in _pieces(left, right)))
+
+
+def _pieces(*lists: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The lists' tensors side by side, flat, in pieces whose float64 copies stay in cache."""
+    for tensors in zip(*lists):
+        yield from zip(*(t.detach().reshape(-1).split(PIECE) for t in tensors))
 
 
 def _signs(like: list[Tensor], seed: int | None) -> Iterator[Tensor | int]:

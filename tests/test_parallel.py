@@ -51,6 +51,26 @@ def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F8
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("before", "0", 2)])
+def test_processes_killed_at_once_go_on_and_the_files_are_the_same(folders, tmp_path, folder, killed, later):  # noqa: F811
+    models = [*folders[:4], "--device", "cpu", "--quiet"]
+    stages = [["rollout", *folders[:10], *models[4:]]] + [[stage, *models, "--batch-tokens", "60"] for stage in ("score", "probe")]
+
+    def launch(processes, directory, *death):
+        return torchrun(processes, "-m", "tests.launched_stages", json.dumps([[*stage, "--output-dir", str(directory)] for stage in stages]), *death)
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert "SIGKILL" in launch(2, out, folder, killed).stderr
+    assert any(out.glob(f".partial/*/{folder}/*.parquet")) and not (out / "gains.parquet").exists()
+    for directory, processes in ((out, later), (whole, 2)):
+        done = launch(processes, directory)
+        assert done.returncode == 0, done.stderr[-2000:]
+    names = ("contexts.parquet", "scores.parquet", "tokens.parquet", "tables/calibration.csv")
+    assert [sha256_file(out / name) for name in names] == [sha256_file(whole / name) for name in names]
+    assert [path.name for path in out.glob(".*")] == [".lock"]
+
+
+@pytest.mark.slow
 def test_two_processes_refuse_as_one_does(folders, tmp_path):  # noqa: F811
     done = torchrun(2, "-m", "diagnostics", "run", "--pair", "nowhere", "--output-dir", str(tmp_path / "x"))
     assert done.returncode != 0 and "error: Unknown pair 'nowhere'" in done.stderr

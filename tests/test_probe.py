@@ -225,20 +225,31 @@ def test_predictors_are_untouched_by_the_step(setting):
     assert "gain" in result._repr_html_() and probe_module.ADAM_EPS == 1e-8
 
 
-def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, caplog):
+@pytest.mark.parametrize("late", [False, True], ids=["in the loss", "when the last layers have their gradient"])
+def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, caplog, late):
     pair, bank, tokens = setting
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     weights = loss_weights(tokens, split)
     reference = Workbench(pair, bank, tokens, split).gradient(weights, loss="reverse_kl", beta=0.5)
     bench, real = Workbench(pair, bank, tokens, split), probe_module.losses.chunked_loss
+    rows = []
+
+    def no_room(_):
+        if rows[-1] > 20:
+            raise torch.OutOfMemoryError("injected")
 
     def crowded(student_nH, *rest, **options):
-        if len(student_nH) > 20:
-            raise torch.OutOfMemoryError("injected")
+        rows.append(len(student_nH))
+        if not late:
+            no_room(None)
         return real(student_nH, *rest, **options)
 
     monkeypatch.setattr(probe_module.losses, "chunked_loss", crowded)
+    first_layer = dict(pair.student.model.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
+    hook = first_layer.register_hook(no_room) if late else None
     value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
+    if hook:
+        hook.remove()
     assert "halved" in caplog.text and value == pytest.approx(reference[0], rel=1e-6)
     for a, b in zip(gradient, reference[1]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
