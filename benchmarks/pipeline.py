@@ -116,7 +116,7 @@ def scoring_rows(*, quick: bool) -> list[dict]:
 
 
 def probe_rows(*, quick: bool) -> list[dict]:
-    """A whole probe against the teacher's forward and four of the student's; its calibration and its placebo apart.
+    """A whole probe against the teacher's forward and four of the student's; calibration and placebo apart, in student forwards.
 
     The probe is set up, takes its step, scores the bank before and after and restores the student. At full shapes one
     turn, since each takes minutes.
@@ -124,15 +124,14 @@ def probe_rows(*, quick: bool) -> list[dict]:
     pair, bank = small_pair(quick=quick), random_bank(response=48 if quick else 112)
     tokens, todo = score(pair, bank), batches(bank)
     turns = [_probe_turn(pair, bank, tokens, todo) for _ in range(3 if quick else 1)]
-    floor, whole, trial, placebo = (statistics.median(part) for part in zip(*turns))
-    return [row("probe_over_forwards", whole / floor, "x", 1.30, 1.0),
-            row("calibration_trial_over_forwards", trial / floor, "x"),
-            row("placebo_over_forwards", placebo / floor, "x")]
+    teacher, student, whole, trial, placebo = (statistics.median(part) for part in zip(*turns))
+    return [row("probe_over_forwards", whole / (teacher + 4 * student), "x", 1.30, 1.0),
+            row("calibration_trial", trial / student, "forwards", floor=0.5), row("placebo", placebo / student, "forwards", floor=1.0)]
 
 
 def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
-    """Seconds of the floor, of the probe, of one calibration trial and of the placebo."""
-    floor = seconds(lambda: bare(pair.teacher, todo)) + 4 * seconds(lambda: bare(pair.student, todo))
+    """Seconds of the teacher's and the student's forward, of the probe, of one calibration trial and of the placebo."""
+    teacher, student = (seconds(lambda: bare(model, todo)) for model in (pair.teacher, pair.student))
     found = {}
 
     def whole():
@@ -153,7 +152,7 @@ def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
         with found["bench"].moved(found["direction"].update, 1e-6):
             found["bench"].mean_loss(found["weights_N"], loss="reverse_kl", beta=0.5)
 
-    return floor, seconds(whole), seconds(trial), seconds(placebo)
+    return teacher, student, seconds(whole), seconds(trial), seconds(placebo)
 
 
 def two_process_rows(*, quick: bool) -> list[dict]:
