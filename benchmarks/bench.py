@@ -52,7 +52,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(vocabulary=50_000, student=64, teacher=96, positions=640, loss_positions=1536, timed_positions=32, loop_positions=2, repeats=2)
+QUICK = Sizes(vocabulary=50_000, student=64, teacher=96, positions=640, loss_positions=1024, timed_positions=32, loop_positions=2, repeats=2)
 
 
 @dataclass(frozen=True)
@@ -443,13 +443,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes; only goals of memory and exactness can fail")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ROWS), help="these rows")
-    parser.add_argument("--threads", type=int, help="processor threads; 2, or 1 with --quick")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--json", action="store_true", help="print the results as JSON and write no file")
     parser.add_argument("--errors", action="store_true", help="print the table of errors by dtype instead")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    threads = options.threads or (1 if options.quick else 2)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     sizes = QUICK if options.quick else FULL
     if options.errors:
         print(error_table(sizes))
@@ -457,7 +456,7 @@ def main() -> int:
     if options.row:
         print(json.dumps(asdict(ROWS[options.row].function(sizes))))
         return 0
-    arguments = [*(["--quick"] if options.quick else []), "--threads", str(threads)]
+    arguments = [*(["--quick"] if options.quick else []), "--threads", str(options.threads)]
     results, broken = [], False
     if not options.json:
         print(f"{'row':<30}{'measured':>11} {'unit':<9}{'goal':>10}{'floor':>11}{'x floor':>9}")

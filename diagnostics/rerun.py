@@ -62,8 +62,6 @@ def commands(manifest: dict[str, Any], configs: Configs, *, beside: Path) -> Ite
         raise DiagnosticsError(f"The manifest has the stage {unknown[0]!r}, which this version cannot repeat. Known are {', '.join(ORDER)}.")
     for name in (name for name in ORDER if name in stages):
         settings, command = stages[name]["settings"], COMMANDS.get(name, name)
-        if name == "analyze" and settings.get("training"):
-            raise DiagnosticsError("The analysis was given --training, and the manifest holds that table's hash alone. Repeat its stages one by one.")
         arguments = [command]
         for field in _fields(configs(command)):
             arguments += _flag(field.name, settings[field.name]) if field.name in settings else []
@@ -71,8 +69,8 @@ def commands(manifest: dict[str, Any], configs: Configs, *, beside: Path) -> Ite
             arguments += ["--seed", str(settings["seed"])]
         if name == "after":
             arguments += ["--after", settings["after"]]
-        if name == "validate":
-            arguments += _flag("offline", settings["offline"])
+        for flag in {"validate": ["offline"], "analyze": ["training"]}.get(name, []):
+            arguments += _flag(flag, settings.get(flag))
         if name == "import":
             arguments += ["--tokens", str(beside / settings["tokens"])]
         yield arguments
@@ -95,7 +93,7 @@ def _flag(name: str, value) -> list[str]:
 def _require_same_sources(manifest: dict[str, Any], configs: Configs) -> None:
     """Refuse to spend hours on other models or prompts than the manifest's."""
     from diagnostics.pairs import PairConfig
-    from diagnostics.stages import Models
+    from diagnostics.stages import Models, table_path
 
     different = []
     for name, record in manifest["stages"].items():
@@ -104,8 +102,9 @@ def _require_same_sources(manifest: dict[str, Any], configs: Configs) -> None:
             pair = PairConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PairConfig) if field.name in settings})
             now = Models(pair).fingerprint()
             different += [f"{key} of stage {name!r}: was {was}, is {now[key]}" for key, was in record["models"].items() if key in now and now[key] != was]
-        for key in ("prompts", "eval_prompts", "rollouts", "teacher_logprobs"):
+        for key in ("prompts", "eval_prompts", "rollouts", "teacher_logprobs", "training"):
             was, file = settings.get(f"{key}_sha256"), Path(settings.get(key) or ".")
+            file = table_path(str(file), "validation_verdicts", what="validation") if was and key == "training" else file
             if was and file.is_file() and (now_sha := runs.sha256_file(file)) != was:
                 different.append(f"{file}: sha256 was {was}, is {now_sha}")
     if different:

@@ -327,7 +327,7 @@ def analyze_stage(run: Run, config, *, seed: int, training: str | None = None) -
 
     tables, source = {}, table_path(training, "validation_verdicts", what="validation") if training else None
     trained = pd.read_csv(source) if source else None
-    settings = {**dataclasses.asdict(config), "seed": seed} | ({"training": sha256_file(source)} if source else {})
+    settings = {**dataclasses.asdict(config), "seed": seed} | ({"training": training, "training_sha256": sha256_file(source)} if source else {})
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))

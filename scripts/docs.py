@@ -41,7 +41,7 @@ MODULES = {
 def line(path: Path) -> str:
     """First sentence of a module's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return re.split(r"(?<=\.)\s|\n\n", text.replace("\n", " ", 1))[0].strip()
+    return re.split(r"(?<=\.)\s|\n\n", text)[0].replace("\n", " ").strip()
 
 
 def tree() -> str:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,8 @@ from diagnostics.cli import _configs, main
 from diagnostics.runs import open_run, read_manifest
 from diagnostics.types import DiagnosticsError
 from tests.test_stages import folders  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,7 @@ def done(folders, tmp_path_factory):  # noqa: F811
     assert main(["probe", *models, "--loss", "forward_kl", "--batch-tokens", "60", *out]) == 0
     assert main(["intervene", *models, "--loss", "forward_kl", "--criteria", "teachability", "--budgets", "0.5", "--random-draws", "1", "--draws", "20",
                  "--batch-tokens", "60", *out]) == 0
+    assert main(["analyze", "--draws", "20", "--training", str(ROOT / "reports/embedded-validation"), "--quiet", *out]) == 0
     assert main(["compare", "--criteria", "divergence,teachability", "--budgets", "0.1,0.5", "--draws", "20", "--seed", "3", "--quiet", *out]) == 0
     return directory
 
@@ -37,9 +41,10 @@ def test_a_run_is_repeated_from_its_manifest_file_by_file(done, tmp_path, capsys
 
 def test_the_commands_are_those_that_were_given(done, folders):  # noqa: F811
     planned = {command[0]: command for command in rerun.commands(read_manifest(done / "manifest.json"), _configs, beside=done)}
-    assert list(planned) == ["rollout", "score", "probe", "intervene", "compare"]
+    assert list(planned) == ["rollout", "score", "probe", "intervene", "analyze", "compare"]
     assert {f"--student={folders[1]}", "--contexts=20", "--max-new-tokens=10", "--chat"} <= set(planned["rollout"])
     assert {"--k=8", "--sweep=4"} <= set(planned["score"]) and {"--loss=forward_kl", "--batch-tokens=60"} <= set(planned["probe"])
+    assert f"--training={ROOT / 'reports/embedded-validation'}" in planned["analyze"]
     assert {"--criteria=divergence,teachability", "--budgets=0.1,0.5", "--draws=20"} <= set(planned["compare"]) and planned["compare"][-2:] == ["--seed", "3"]
 
 
@@ -52,7 +57,7 @@ def manifest_of(done, tmp_path, change):
 
 def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, tmp_path, capsys):
     def change(manifest):
-        del manifest["stages"]["intervene"], manifest["stages"]["compare"], manifest["stages"]["probe"], manifest["joined"]
+        del manifest["stages"]["intervene"], manifest["stages"]["compare"], manifest["stages"]["analyze"], manifest["stages"]["probe"], manifest["joined"]
         manifest["stages"]["score"]["files"]["scores.parquet"] = "0" * 64
 
     path = manifest_of(done, tmp_path, change)
@@ -65,6 +70,7 @@ def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, tmp_path, 
     (lambda m: m["stages"].update(fly=m["stages"]["score"]), r"^The manifest has the stage 'fly', which this version cannot repeat\. Known are rollout, "),
     (lambda m: m["stages"]["score"]["models"].update(student="abc"), r"^What the manifest was made from has changed \(student of stage 'score': was abc, is [0-9a-f]{64}\)\. Bring back"),
     (lambda m: m["stages"]["rollout"]["settings"].update(prompts_sha256="abc"), r"prompts\.jsonl: sha256 was abc, is [0-9a-f]{64}\)\. Bring back the earlier files\.$"),
+    (lambda m: m["stages"]["analyze"]["settings"].update(training_sha256="abc"), r"validation_verdicts\.csv: sha256 was abc, is [0-9a-f]{64}\)\. Bring back"),
     (lambda m: m["stages"].pop("rollout"), r"contexts\.parquet, which no stage of the run wrote, is missing or another \(sha256 [0-9a-f]{64} is asked for\)\. Bring it back\.$"),
 ])
 def test_what_cannot_be_repeated(done, tmp_path, change, message):
@@ -80,7 +86,7 @@ def test_the_run_itself_is_no_place_to_repeat_it(done):
 
 def test_contexts_from_elsewhere_are_taken_from_beside_the_manifest(done, tmp_path):
     shutil.copy(done / "contexts.parquet", tmp_path)
-    path = manifest_of(done, tmp_path, lambda m: [m["stages"].pop(name) for name in ("rollout", "probe", "intervene", "compare")])
+    path = manifest_of(done, tmp_path, lambda m: [m["stages"].pop(name) for name in ("rollout", "probe", "intervene", "analyze", "compare")])
     with open_run(tmp_path / "again"):
         pass
     asked = []
