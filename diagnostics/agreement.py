@@ -22,7 +22,7 @@ it often is 1 exactly in a draw, where Fisher's scale has no end. The cells are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -36,6 +36,7 @@ from diagnostics.types import DiagnosticsError, require_columns
 
 OFFLINE = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
 MEASURES = ("forward_kl", "reverse_kl")
+EFFECTS = (*MEASURES, "js")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,27 @@ def answers(
     return table
 
 
+def foreseen(
+    tokens: pd.DataFrame, effects: pd.DataFrame | None, cells: pd.DataFrame, *, outcomes: Iterable[str] = OFFLINE, draws: int = 1000, seed: int = 0
+) -> list[Answer]:
+    """What a main job says of cells that are not its own, for a comparison with something else than its interventions.
+
+    effects: as for `agreement`, None where no intervention was made. cells: columns criterion, budget. Returns
+    captured_<outcome> over all positions and, at held-out positions, intervention_<measure>, NaN in a cell that was not intervened on.
+    Raises DiagnosticsError where the table has no outcome, or lacks a column of a criterion.
+    """
+    everywhere = np.ones(len(tokens), dtype=bool)
+    prompts = Prompts(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    present = _present(tokens, [name for name in outcomes if name != "lift"], everywhere)  # a lift is of the step half alone
+    found = [_captured(tokens, everywhere, cells, outcome, prompts, seed) for outcome in present]
+    if effects is not None:
+        require_columns(effects, ("criterion", "budget", "draw", "prompt_id", "split", "positions"), what="An intervention table")
+        held_out = Prompts(effects.loc[effects["split"] == "held_out", "prompt_id"].unique(), draws=draws, seed=seed + 1)
+        reductions = [_reduction(effects, cells, "held_out", measure, held_out) for measure in EFFECTS if measure in effects]
+        found += [replace(answer, name=f"intervention_{answer.name.removeprefix('held_out_')}") for answer in reductions]
+    return found
+
+
 def _cells(effects: pd.DataFrame) -> pd.DataFrame:
     """Criterion and budget of each cell but full and placebo, which no selection competes with."""
     require_columns(effects, ("criterion", "budget", "draw", "prompt_id", "split", "positions", *MEASURES), what="An intervention table")
@@ -178,7 +200,7 @@ def _reduction(effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: 
     sums = here.groupby(keys, sort=False)[["positions", measure]].mean().reset_index()
     index = pd.MultiIndex.from_frame(cells)
     over, under = (
-        sums.pivot(index=["criterion", "budget"], columns="prompt_id", values=name).loc[index, prompts.names].to_numpy(dtype=float)
+        sums.pivot(index=["criterion", "budget"], columns="prompt_id", values=name).reindex(index)[prompts.names].to_numpy(dtype=float)
         for name in (measure, "positions")
     )
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -452,7 +452,8 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     validation.run_grid(job, cells, workers=config.workers)
 
     def work() -> None:
-        answers = validation.offline_answers(Path(offline)) if offline else None
+        competing = dict.fromkeys((cell.criterion, cell.budget) for cell in cells if cell.criterion != "full")
+        answers = validation.offline_answers(Path(offline), competing, draws=analysis.draws) if offline else None
         rows = validation.read_outcomes(folder, cells)
         made.update(validation.tables(rows, answers, **dataclasses.asdict(analysis)))
         made["verdicts"] = pd.concat([*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True)

@@ -20,7 +20,7 @@ Gain of a training = untouched - trained for divergences, trained - untouched fo
         (0 where full gains nothing). Overall: supported where all are, refuted where one is.
 
 Agreement with offline answers is Kendall's tau over cells (`agreement`); its draws resample prompts and seeds of the
-training outcomes, while an offline answer read from another run is taken as it stands.
+training outcomes and, apart from them, the prompts of the run that gave the offline answer.
 
 Reference: Satterthwaite 1946; Owen 2007 (crossed resampling); the claim is arXiv 2605.26844's.
 """
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from diagnostics import agreement as ranks
 from diagnostics import criteria as registry
 from diagnostics.agreement import Answer
 from diagnostics.statistics import Prompts
-from diagnostics.types import DiagnosticsError, require_columns
+from diagnostics.types import DiagnosticsError, read_parquet, require_columns, validate_tokens
 from diagnostics.verdicts import MINIMUM_SEEDS, RIVALS, TA_BUDGET
 
 log = logging.getLogger("diagnostics")
@@ -456,11 +456,27 @@ def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
 # --- agreement --------------------------------------------------------------------------------------
 
 
-def agreement_table(outcomes: Outcomes, offline: pd.DataFrame | None = None, *, level: float = 0.95) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Known:
+    """What another run says of a cell, with the draws of that run's own prompts."""
+
+    value: float
+    draws_D: np.ndarray
+    prompts: int
+
+    def resampled(self, seed: int) -> np.ndarray:
+        """Draws [D]; they are given."""
+        return self.draws_D
+
+
+Offline = Mapping[str, Mapping[tuple[str, float], Known]]
+"""By answer and cell."""
+
+
+def agreement_table(outcomes: Outcomes, offline: Offline | None = None, *, level: float = 0.95) -> pd.DataFrame:
     """Kendall's tau between what was foreseen and the gain of training, over the cells but full.
 
-    offline: columns criterion, budget, answer, value (see `offline_answers`); the gain after each training's own first
-    step is added. Returns columns scope (all, within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`), kendall,
+    offline: see `offline_answers`; the gain after each training's own first step is added. Returns columns scope (all, within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`), kendall,
     low, high, cells, prompts. Only cells that both sides hold are compared; fewer than three give no row.
     """
     rows = []
@@ -481,59 +497,58 @@ def agreement_table(outcomes: Outcomes, offline: pd.DataFrame | None = None, *, 
     return pd.DataFrame(rows, columns=["scope", "x", "y", "kendall", "low", "high", "cells", "prompts"])
 
 
-def foreseen_table(outcomes: Outcomes, offline: pd.DataFrame | None = None) -> pd.DataFrame:
+def foreseen_table(outcomes: Outcomes, offline: Offline | None = None) -> pd.DataFrame:
     """What was foreseen of each trained cell but full, before its training or after its first step.
 
     offline: as for `agreement_table`. Returns columns criterion, budget, answer, value; the answers of the grid's own first
     steps are the means over its seeds. Cells that an answer does not know are left out.
     """
     rows = [
-        (*cell, name, values[cell].value if isinstance(values[cell], Crossed) else values[cell])
+        (*cell, name, values[cell].value)
         for name, values in _foreseen(outcomes, offline) for cell in outcomes.cells if cell[0] != "full" and cell in values
     ]
     return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
 
 
-def _foreseen(outcomes: Outcomes, offline: pd.DataFrame | None) -> Iterator[tuple[str, dict]]:
+def _foreseen(outcomes: Outcomes, offline: Offline | None) -> Iterator[tuple[str, Mapping]]:
     for measure in outcomes.measures(FIRST_STEP):
         yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
-    for name, part in ([] if offline is None else offline.groupby("answer", sort=False)):
-        yield name, {(row.criterion, row.budget): row.value for row in part.itertuples() if np.isfinite(row.value)}
+    yield from (offline or {}).items()
 
 
-def _answer(name: str, values: Sequence[Crossed | float], outcomes: Outcomes) -> Answer:
-    """Values of some cells with their draws; a plain number does not move."""
-    numbers = [v.value if isinstance(v, Crossed) else v for v in values]
-    draws = [v.resampled(outcomes.seed) if isinstance(v, Crossed) else np.full(outcomes.draws, v) for v in values]
-    prompts = min((v.prompts for v in values if isinstance(v, Crossed)), default=np.iinfo(np.int64).max)
-    return Answer(name, np.array(numbers), np.stack(draws, axis=1), prompts)
+def _answer(name: str, values: Sequence[Crossed | Known], outcomes: Outcomes) -> Answer:
+    """Values of some cells with their draws."""
+    draws = [v.resampled(outcomes.seed) for v in values]
+    return Answer(name, np.array([v.value for v in values]), np.stack(draws, axis=1), min(v.prompts for v in values))
 
 
-def offline_answers(directory: Path) -> pd.DataFrame:
-    """What a finished main job says of each cell, from its tables: columns criterion, budget, answer, value.
+def offline_answers(directory: Path, cells: Iterable[tuple[str, float]], *, draws: int = 1000, seed: int = 0) -> Offline:
+    """What a finished main job says of cells (criterion, budget), from its positions and interventions.
 
     captured_<outcome>: share of the outcome that the criterion captures at the budget, over all positions.
     intervention_<measure>: mean reduction at held-out positions after a step on the selected ones alone.
-    Raises DiagnosticsError where the directory has neither table.
+    A cell is missing where the job knows nothing of it. Raises DiagnosticsError where the directory has no tokens.parquet with gains.
     """
-    frames, tables = [], directory / "tables"
-    if (tables / "selection_curves.csv").exists():
-        curves = pd.read_csv(tables / "selection_curves.csv").query("split == 'all'")
-        frames.append(pd.DataFrame({"criterion": curves["criterion"], "budget": curves["budget"], "answer": "captured_" + curves["outcome"],
-                                    "value": curves["captured_share"]}))
-    if (tables / "intervention.csv").exists():
-        steps = pd.read_csv(tables / "intervention.csv").query("group == 'held_out'")
-        frames.append(pd.DataFrame({"criterion": steps["criterion"], "budget": steps["budget"], "answer": "intervention_" + steps["measure"],
-                                    "value": steps["reduction"]}))
-    if not frames:
-        raise DiagnosticsError(
-            f"{directory} holds neither tables/selection_curves.csv nor tables/intervention.csv. Name a run directory whose main job is finished."
-        )
-    return pd.concat(frames, ignore_index=True).drop_duplicates(["criterion", "budget", "answer"])
+    path = directory / "tokens.parquet"
+    if not path.exists():
+        raise DiagnosticsError(f"{path} does not exist. Name a run directory whose main job is finished.")
+    tokens, effects = validate_tokens(read_parquet(path)), directory / "interventions.parquet"
+    scorable = registry.available(tokens)
+    frame = pd.DataFrame([cell for cell in cells if registry.find(cell[0]).name in scorable], columns=["criterion", "budget"])
+    # Draws of their own: with as many prompts, equal seeds would tie these draws to those of the trainings' prompts.
+    apart = int(np.random.default_rng([seed, 13]).integers(2**31))
+    found = ranks.foreseen(tokens, read_parquet(effects) if effects.exists() else None, frame, draws=draws, seed=apart) if len(frame) else []
+    return {answer.name: dict(_known(answer, frame)) for answer in found}
+
+
+def _known(answer: Answer, cells: pd.DataFrame) -> Iterator[tuple[tuple[str, float], Known]]:
+    for c, cell in enumerate(cells.itertuples(index=False, name=None)):
+        if np.isfinite(answer.value_C[c]) and answer.unit > 0:
+            yield cell, Known(float(answer.value_C[c] / answer.unit), answer.draws_DC[:, c] / answer.unit, answer.prompts)
 
 
 def tables(
-    rows: pd.DataFrame, offline: pd.DataFrame | None = None, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+    rows: pd.DataFrame, offline: Offline | None = None, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, pd.DataFrame]:
     """All tables of a validation by file name. rows: see `read_outcomes`; offline: see `offline_answers`."""
     outcomes = Outcomes(rows, draws=draws, seed=seed)
