@@ -635,13 +635,13 @@ def lift(table: pd.DataFrame, *, level: float | None = None, width: float = DOUB
 
 @plates.plate
 def agreement(
-    table: pd.DataFrame, *, scope: str = "all", answer: str = "held_out_forward_kl", level: float | None = None,
+    table: pd.DataFrame, *, scope: str = "within_budget", answer: str = "held_out_forward_kl", level: float | None = None,
     width: float = DOUBLE, dark: bool = False,
 ) -> Figure:
     """How far the offline answers agree with interventions: `dx.plot.agreement(tables["offline_agreement"])`.
 
     table: columns scope, x, y, kendall, low, high, cells, prompts. Rows are the other answers, each compared with `answer` over
-    the cells of `scope` (all, within_budget, budget_<share>).
+    the cells of `scope`: within_budget, all (which larger budgets, that capture and teach more, raise by themselves), or budget_<share>.
     """
     needs = ("scope", "x", "y", "kendall", "low", "high")
     table = plates.keep(table, "figures.agreement", needs, {"scope": scope})
@@ -653,7 +653,8 @@ def agreement(
     axes[0, 0].set_xlim(-1.05, 1.05)
     axes[0, 0].set_xlabel(f"Kendall τ with {plates.words(answer)}")
     plates.names_down(axes[0, 0], rows.other)
-    cells = f"{int(rows.cells.max())} cells, {int(rows.prompts.max())} prompts." if {"cells", "prompts"} <= set(rows) else ""
+    compared = "cells, compared at equal budgets" if scope == "within_budget" else "cells"
+    cells = f"{int(rows.cells.max())} {compared}; {int(rows.prompts.max())} prompts." if {"cells", "prompts"} <= set(rows) else ""
     plates.caption(figure, cells, plates.bars(level))
     return figure
 

@@ -362,13 +362,13 @@ def foreseen(material: Material) -> str:
     table = material.table("validation_agreement")
     if table is None:
         return ""
-    rows = table[(table.scope == "all") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"]).sort_values("kendall", ascending=False, kind="stable")
+    rows = table[(table.scope == "within_budget") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"]).sort_values("kendall", ascending=False, kind="stable")
     if rows.empty or rows.cells.max() < ENOUGH_CELLS:
         return ""
     usual = rows[rows.x.isin(("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl"))]
     shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
     parts = [f"{words(row.x)} {between(row.kendall, row.low, row.high, show=signed)}" for row in shown.itertuples()]
-    return f"How far an answer ranked those {int(rows.cells.max())} trainings as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
+    return f"How far an answer ranked those {int(rows.cells.max())} trainings, each among those of its budget, as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
 
 
 def training_claims(material: Material) -> pd.DataFrame:

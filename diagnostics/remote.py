@@ -163,6 +163,8 @@ def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
     """
     frame = read_rows(Path(path), text=True)
     require_columns(frame, ("context_id", "top_ids", "top_logprobs"), what=f"{path}, a file of teacher log-probabilities,")
+    if frame["context_id"].isna().any():
+        raise DiagnosticsError(f"{path} has {int(frame['context_id'].isna().sum())} rows without a context_id. Give each row the id of the context that was scored.")
     for name in frame["context_id"]:
         require_unicode(str(name))
     frame = frame.assign(context_id=frame["context_id"].astype(str))

@@ -113,7 +113,7 @@ SHEETS = (
           "From the same student, one step per criterion and budget in which only selected positions carry loss, at the norm of the step on "
           "all positions. Only lines above random and its band speak for a criterion; the placebo is a random direction."),
     Sheet("agreement", "Do captured gain and intervention agree?", "offline_agreement", figures.agreement,
-          "Rank agreement over criteria and budgets between each offline answer and the drop of the divergence on held-out positions."),
+          "Rank agreement among criteria at equal budgets between each offline answer and the drop of the divergence on held-out positions."),
     Sheet("linearity", "Is the first-order prediction any good?", "linearity", figures.linearity,
           "Slope and squared correlation of realised on predicted gain, by step size. Attribution below stands on this prediction."),
     Sheet("kernel_shares", "Whose loss moved a position?", "kernel_shares", figures.kernel_shares,
@@ -130,7 +130,7 @@ SHEETS = (
           beside={"foreseen": "validation_foreseen"}, with_tables=("validation_foreseen",)),
     Sheet("validation_agreement", "Which offline answer foresaw training?", "validation_agreement",
           functools.partial(figures.agreement, answer="trained_forward_kl"),
-          "Rank agreement over criteria and budgets between each answer and the trained gain in forward KL."),
+          "Rank agreement among criteria at equal budgets between each answer and the trained gain in forward KL."),
     Sheet("evaluations", "Held-out prompts during training", "evaluations", figures.evaluations,
           "The dashed line is the untouched student. Divergences should fall below it, accuracies rise above."),
     Sheet("training_curves", "What training logged", "training_metrics", figures.training_curves,

@@ -139,17 +139,24 @@ def _context(row: dict) -> Context:
         prompt_ids=_whole(row["prompt_ids"]),
         response=str(row["response"]),
         response_ids=_whole(row["response_ids"]),
-        finished=bool(row["finished"]),
+        finished=_truth(row["finished"]),
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
         teacher_prompt_ids=_whole(hint) if hinted else None,
     )
+
+
+def _truth(value) -> bool:
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, bool | int | float) or plain not in (True, False):
+        raise DiagnosticsError(f"A context is finished or not: true or false; found {str(value)[:60]!r}. Mend the table's column finished.")
+    return bool(plain)
 
 
 def _whole(ids) -> tuple[int, ...]:
     try:
         return tuple(map(operator.index, ids))
     except TypeError as error:
-        raise DiagnosticsError(f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the table, or read it with --bank.") from error
+        raise DiagnosticsError(f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the table, or read it with --rollouts.") from error
 
 
 Stage = Literal["key", "before", "after", "outcome"]

@@ -412,10 +412,13 @@ def test_attribution_figures_show_their_tables():
 
 
 def test_agreement_finds_the_answer_on_either_side():
-    figure = figures.agreement(study_tables.agreement(), scope="within_budget")
+    figure = figures.agreement(study_tables.agreement())
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["captured gain", "captured relative gain", "step forward KL"]
     np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.55, 0.35, 0.15])
-    assert figure.get_supxlabel() == "35 cells, 16 prompts. Bars: intervals over prompts."
+    assert figure.get_supxlabel() == "35 cells, compared at equal budgets; 16 prompts. Bars: intervals over prompts."
+    everywhere = figures.agreement(study_tables.agreement(), scope="all")
+    np.testing.assert_allclose(errorbars(everywhere.axes[0])["agreement"][1], [0.6, 0.4, 0.2])
+    assert everywhere.get_supxlabel() == "35 cells; 16 prompts. Bars: intervals over prompts."
 
 
 def test_every_figure_is_drawn_and_named():

@@ -170,9 +170,11 @@ def test_readers(name, tiny, chat, tmp_path, data):
     suffix, content = data.draw(files(table))
     path = tmp_path / f"a file{suffix}"
     path.write_bytes(content)
-    ends_well(name, lambda: read(path, tiny, chat))
-    unchanged = path.read_bytes() == content and [found.name for found in tmp_path.iterdir()] == [path.name]
-    path.unlink()
+    try:
+        ends_well(name, lambda: read(path, tiny, chat))
+        unchanged = path.read_bytes() == content and [found.name for found in tmp_path.iterdir()] == [path.name]
+    finally:
+        path.unlink()
     assert unchanged
 
 

@@ -95,7 +95,7 @@ def test_trainings_and_who_foresaw_them():
         "positions, 0.043 (0.035 to 0.056) at 5% by teachability (the most there), 0.042 (0.033 to 0.054) at 5% by random."
     )
     assert narrative.foreseen(found) == (
-        "How far an answer ranked those 18 trainings as their gain in forward KL did (Kendall τ): one step gain +0.60 (+0.40 to +0.70); "
+        "How far an answer ranked those 18 trainings, each among those of its budget, as their gain in forward KL did (Kendall τ): one step gain +0.60 (+0.40 to +0.70); "
         "captured gain +0.30 (+0.10 to +0.40)."
     )
     assert narrative.certainty(found) == (

@@ -332,6 +332,8 @@ ONE = {"context_id": "c0", "top_ids": [[1, 2]] * 5, "top_logprobs": [[-1.0, -2.0
     ({"top_logprobs": [[math.nan, -2.0]] * 5}, r"context 'c0' holds a log-probability that is NaN or above 0"),
     ({"top_logprobs": [[-0.1, -0.2]] * 5}, r"context 'c0': the listed probabilities add up to 1\.724\. Store natural log-probabilities at temperature 1"),
     ({"top_ids": [[1, 2]] * 4, "top_logprobs": [[-1.0, -2.0]] * 4}, r"has 4 lists for context 'c0', whose response has 5 tokens\. Give one list a response token"),
+    ({"context_id": None}, r"r\.jsonl has 1 rows without a context_id\. Give each row the id of the context that was scored\."),
+    ({"context_id": None, "position": 0}, r"r\.jsonl has 1 rows without a context_id"),
     ({"context_id": "z"}, r"has no lists for 6 of 6 contexts, 'c0' among them\. Let the teacher score these contexts\."),
     ({"response_ids": [1, 2, 3, 4, 5]}, r"scored another response in context 'c0' than the run holds"),
     ({"response_ids": ["a"]}, r"context 'c0': the sampled tokens should be whole numbers; found \"\['a'\]\""),

@@ -35,6 +35,17 @@ def test_bank_survives_parquet(tmp_path):
     assert read_bank(tmp_path / "contexts.parquet") == bank
 
 
+@pytest.mark.parametrize("value", [np.array([]), [True], "False", None, float("nan"), pd.NA, 2])
+def test_finished_is_true_or_false(value):
+    frame = make_bank([3]).to_frame().astype({"finished": object})
+    frame.at[0, "finished"] = value
+    with pytest.raises(DiagnosticsError, match=r"^A context is finished or not: true or false; found "):
+        Bank.from_frame(frame)
+    for known in (True, np.True_, 1, 1.0, False, np.False_, 0):
+        frame.at[0, "finished"] = known
+        assert Bank.from_frame(frame)[0].finished is bool(known)
+
+
 def test_repeated_context_is_refused():
     frame = pd.concat([make_bank([2]).to_frame()] * 2)
     with pytest.raises(DiagnosticsError, match=r"^context_id 'c0' appears more than once\. Give every context its own id\.$"):
