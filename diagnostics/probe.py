@@ -279,7 +279,8 @@ class Direction:
 def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
     """The optimiser's first update from a gradient, for a step of size 1: -g/(|g| + eps) by coordinate, or -g/|g|."""
     if optimizer == "adamw":
-        return [torch.div(g, size, out=size).neg_() for g in gradient for size in (g.abs().add_(ADAM_EPS),)]
+        sizes = (g.abs().add_(ADAM_EPS) for g in gradient)
+        return [torch.div(g, size, out=size).neg_() for g, size in zip(gradient, sizes)]
     scale = max(tensor_norm(gradient), torch.finfo(torch.float32).tiny)
     return [-g / scale for g in gradient]
 

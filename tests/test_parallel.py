@@ -24,21 +24,36 @@ def torchrun(processes, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
 
 
-@pytest.mark.slow
-def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F811
-    # small batches, so that both processes have some of each half
+@pytest.fixture(scope="module")
+def stages(folders):  # noqa: F811
+    """Commands by stage, in small batches, so that both processes have some of each half."""
     models = [*folders[:4], "--device", "cpu", "--quiet"]
     small = [*models, "--batch-tokens", "60"]
-    stages = {
+    return {
         "rollout": folders[:10] + models[4:], "score": small, "probe": small,
         "intervene": [*small, "--criteria", "divergence", "--budgets", "0.3", "--random-draws", "1", "--draws", "9"],
         "attribute": [*small, "--sample", "6", "--draws", "9"],
     }
-    alone, together = tmp_path / "alone", tmp_path / "together"
+
+
+def launch(processes, stages, directory, *death):
+    return torchrun(processes, "-m", "tests.launched_stages", json.dumps([[stage, *options, "--output-dir", str(directory)] for stage, options in stages.items()]), *death)
+
+
+@pytest.fixture(scope="module")
+def together(stages, tmp_path_factory):
+    """Every stage in two processes."""
+    directory = tmp_path_factory.mktemp("together") / "out"
+    done = launch(2, stages, directory)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return directory
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
+    alone = tmp_path / "alone"
     for stage, options in stages.items():
         assert main([stage, *options, "--output-dir", str(alone)]) == 0
-    done = torchrun(2, "-m", "tests.launched_stages", json.dumps([[stage, *options, "--output-dir", str(together)] for stage, options in stages.items()]))
-    assert done.returncode == 0, done.stderr[-2000:]
     for name in ("contexts.parquet", "scores.parquet"):
         assert sha256_file(alone / name) == sha256_file(together / name), name
     one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (alone, together))
@@ -52,21 +67,14 @@ def test_two_processes_give_one_process_s_tables(folders, tmp_path):  # noqa: F8
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("before", "0", 2)])
-def test_processes_killed_at_once_go_on_and_the_files_are_the_same(folders, tmp_path, folder, killed, later):  # noqa: F811
-    models = [*folders[:4], "--device", "cpu", "--quiet"]
-    stages = [["rollout", *folders[:10], *models[4:]]] + [[stage, *models, "--batch-tokens", "60"] for stage in ("score", "probe")]
-
-    def launch(processes, directory, *death):
-        return torchrun(processes, "-m", "tests.launched_stages", json.dumps([[*stage, "--output-dir", str(directory)] for stage in stages]), *death)
-
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    assert "SIGKILL" in launch(2, out, folder, killed).stderr
+def test_processes_killed_at_once_go_on_and_the_files_are_the_same(stages, together, tmp_path, folder, killed, later):
+    measured, out = {stage: stages[stage] for stage in ("rollout", "score", "probe")}, tmp_path / "out"
+    assert "SIGKILL" in launch(2, measured, out, folder, killed).stderr
     assert any(out.glob(f".partial/*/{folder}/*.parquet")) and not (out / "gains.parquet").exists()
-    for directory, processes in ((out, later), (whole, 2)):
-        done = launch(processes, directory)
-        assert done.returncode == 0, done.stderr[-2000:]
-    names = ("contexts.parquet", "scores.parquet", "tokens.parquet", "tables/calibration.csv")
-    assert [sha256_file(out / name) for name in names] == [sha256_file(whole / name) for name in names]
+    done = launch(later, measured, out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ("contexts.parquet", "scores.parquet", "gains.parquet", "tables/calibration.csv")
+    assert [sha256_file(out / name) for name in names] == [sha256_file(together / name) for name in names]
     assert [path.name for path in out.glob(".*")] == [".lock"]
 
 
