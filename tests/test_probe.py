@@ -132,6 +132,14 @@ def test_gradient_does_not_depend_on_batches(setting):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_norms_and_products_are_float64_sums_over_pieces():
+    generator = torch.Generator().manual_seed(0)
+    left, right = ([torch.randn(3, probe_module.PIECE // 2 + 5, generator=generator).T, torch.randn(7, generator=generator), torch.tensor(2.0)] for _ in range(2))
+    flat = [np.concatenate([t.numpy().astype(np.float64).ravel() for t in tensors]) for tensors in (left, right)]
+    assert probe_module.tensor_norm(left) == pytest.approx(np.sqrt(np.square(flat[0]).sum()), rel=1e-13)
+    assert probe_module._dot(left, right) == pytest.approx((flat[0] * flat[1]).sum(), rel=1e-11)
+
+
 def test_the_placebo_moves_every_weight_as_far(setting):
     pair, bank, tokens = setting
     bench = Workbench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
