@@ -301,7 +301,7 @@ def judged(material: Material) -> str:
         return ""
     named = WORDS | MEASURES
     counted = {outcome: _counted(rows) for outcome, rows in table.groupby("outcome", sort=False)}
-    parts = [f"by {named[outcome]}, {text}" for outcome, text in counted.items() if outcome in named and text]
+    parts = [f"by {named[outcome]}, {text}{_refuted_by(material, outcome)}" for outcome, text in counted.items() if outcome in named and text]
     return _sentence("; ".join(parts)) if parts else ""
 
 
@@ -311,6 +311,15 @@ def _counted(rows: pd.DataFrame) -> str:
     groups = [(verdict, own.claim[own.verdict == verdict].drop_duplicates().tolist()) for verdict in ("supported", "refuted", "inconclusive")]
     return ", ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'is' if len(names) == 1 else 'are'} {verdict}"
                      for verdict, names in groups if names)
+
+
+def _refuted_by(material: Material, measure: str) -> str:
+    """The rivals that teachability falls short of at the claim's own budget: one of them is enough to refute C5."""
+    table = material.table("validation_verdicts")
+    if table is None:
+        return ""
+    ahead = table.rival[(table.claim == "C5") & (table.measure == measure) & (table.rival != "all") & (table.verdict == "refuted")]
+    return f" (by {' and '.join(map(_name, ahead))})" if len(ahead) else ""
 
 
 def trained(material: Material, share: float = 0.05) -> str:

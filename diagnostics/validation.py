@@ -476,8 +476,9 @@ Offline = Mapping[str, Mapping[tuple[str, float], Known]]
 def agreement_table(outcomes: Outcomes, offline: Offline | None = None, *, level: float = 0.95) -> pd.DataFrame:
     """Kendall's tau between what was foreseen and the gain of training, over the cells but full.
 
-    offline: see `offline_answers`; the gain after each training's own first step is added. Returns columns scope (all, within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`), kendall,
-    low, high, cells, prompts. Only cells that both sides hold are compared; fewer than three give no row.
+    offline: see `offline_answers`; the gain after each training's own first step is added. Returns columns scope (all,
+    within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`), kendall, low, high, cells, prompts. Only
+    cells that both sides hold are compared; fewer than three give no row.
     """
     rows = []
     trained = outcomes.measures(JUDGED)

@@ -116,6 +116,7 @@ def test_every_claim_is_named_by_each_gain():
 def test_training_claims_come_once():
     trained = {"validation_verdicts": study_tables.validation_verdicts()}
     rows = narrative.training_claims(Material({}, trained))
+    assert narrative.judged(Material({}, trained)) == "By forward KL, C5 is refuted (by full)."
     assert (rows.claim == "C5").all() and set(rows.outcome) == set(trained["validation_verdicts"].measure)
     assert narrative.training_claims(Material({}, trained | {"verdicts": rows})).empty and narrative.training_claims(Material({})).empty
 
