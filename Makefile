@@ -29,7 +29,8 @@ faults: $(VENV)/ready ## kill -9 at random moments, and a disk that fills up (ne
 	$(BIN)/python benchmarks/faults.py disk
 
 lock: requirements.txt ## write requirements.lock anew (needs uv)
-	uv pip compile --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.txt -o requirements.lock
+	uv pip compile --generate-hashes --universal --python-version 3.11 --no-header --no-annotate requirements.txt --quiet -o requirements.lock
+	sed -i '1i # Every package of requirements.txt and what they need, by version and sha256, for Python 3.11 and later. Written by `make lock`.' requirements.lock
 
 lock-install: requirements.lock ## the virtual environment with every package checked against its hash
 	$(PYTHON) -m venv $(VENV)

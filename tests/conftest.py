@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from diagnostics.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
+
+
+@pytest.fixture(autouse=True)
+def only_warnings_are_logged():
+    """A test begins with warnings alone being logged, whatever a command line before it asked for."""
+    logging.getLogger().setLevel(logging.WARNING)
+
 
 WORDS = [f"w{i}" for i in range(60)]
 
