@@ -21,7 +21,7 @@ ORDER = (
 OTHER = {
     "data/embedded": "the embedded pair and its card",
     "data/prompts.jsonl": "instruction prompts for the smollm2 pair",
-    "scripts": "how the embedded pair was made; this tree and the site's pages",
+    "scripts": "how the embedded pair was made; requirements.txt; this tree and the site's pages",
     "benchmarks": "cost against its floor, calibration of the intervals, and measured results",
     "docs": "the site's pages that are not made from the code: statistics, columns, criteria, scale, …",
     "notebooks": "the instrument from Jupyter, step by step",

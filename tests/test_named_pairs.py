@@ -1,4 +1,4 @@
-"""A further named pair is one entry: models, prompts, verifier, learning rate and fingerprint follow."""
+"""A further named pair is one entry: prompts, verifier, learning rate, fingerprint follow."""
 
 import dataclasses
 from pathlib import Path
@@ -19,6 +19,7 @@ from tests.test_stages import folders  # noqa: F401  (a fixture)
 @pytest.fixture
 def third(folders, monkeypatch):  # noqa: F811
     """An entry `third` with the folders of two tiny models."""
+
     def add(**fields):
         student, teacher = Path(folders[1]), Path(folders[3])
         entry = NamedPair(lambda: (student, teacher), **{"learning_rate": 3e-4} | fields)
@@ -45,8 +46,10 @@ def test_its_fingerprint_may_be_known_without_its_folders(third):
 def test_its_prompt_file_is_read(third, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "w1"}\n{"prompt": "w2"}\n{"prompt": "w3"}\n')
     _, models = third(prompts=tmp_path / "own.jsonl")
-    assert [prompt.prompt for prompt in choose_prompts(models, PromptConfig()).prompts] == ["w1", "w2", "w3"]
-    train, held_out = training_prompts(models, PromptConfig(), EvaluationConfig(eval_contexts=1), needed=9, seed=0)
+    chosen = choose_prompts(models, PromptConfig()).prompts
+    assert [prompt.prompt for prompt in chosen] == ["w1", "w2", "w3"]
+    evaluation = EvaluationConfig(eval_contexts=1)
+    train, held_out = training_prompts(models, PromptConfig(), evaluation, needed=9, seed=0)
     assert (len(train), len(held_out)) == (2, 1)
 
 
@@ -58,8 +61,10 @@ def test_its_task_writes_and_judges(third, monkeypatch):
     _, models = third(task="own")
     chosen = choose_prompts(models, dataclasses.replace(PromptConfig(), contexts=2)).prompts
     assert [prompt.prompt_id for prompt in chosen] == ["probe-0-0", "probe-0-1"]
-    train, held_out = training_prompts(models, PromptConfig(), EvaluationConfig(eval_contexts=1), needed=2, seed=5)
-    assert [prompt.prompt_id for prompt in train + held_out] == ["train-5-0", "train-5-1", "test-0-0"]
+    evaluation = EvaluationConfig(eval_contexts=1)
+    train, held_out = training_prompts(models, PromptConfig(), evaluation, needed=2, seed=5)
+    written = [prompt.prompt_id for prompt in train + held_out]
+    assert written == ["train-5-0", "train-5-1", "test-0-0"]
     assert find_verifier("auto", pair="third", prompts=train) is tasks.TASKS["own"].verify
     assert find_verifier("sums", pair="third", prompts=train) is tasks.verify
 

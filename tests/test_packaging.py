@@ -1,4 +1,4 @@
-"""What a user installs: the archives are complete, the wheel works elsewhere, one list of requirements."""
+"""What a user installs: complete archives, a wheel that works anywhere, one requirements list."""
 
 import importlib.util
 import json
@@ -38,7 +38,9 @@ def tracked():
 def build(kind, source, out):
     """Build an archive in `source`, which the build writes into; returns the archive's path."""
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=source, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out / done.stdout.strip().split("\n")[-1]
 
@@ -66,7 +68,11 @@ def wheel(sdist, tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """A folder with the wheel installed, and nothing of the checkout."""
     site = tmp_path_factory.mktemp("site")
-    command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    command = [
+        *"-m pip install --quiet --no-deps --no-index --target".split(),
+        str(site),
+        str(wheel),
+    ]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return site
@@ -74,7 +80,9 @@ def installed(wheel, tmp_path_factory):
 
 def run_installed(site, *command, folder):
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -99,8 +107,8 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
 def test_the_installed_program_runs_the_main_job_in_another_folder(installed, tmp_path):
     program = str(installed / "bin" / "opd-diagnostics")
     assert "usage: opd-diagnostics" in run_installed(installed, program, folder=tmp_path)
-    options = "--pair embedded --contexts 8 --max-new-tokens 16 --draws 20 --device cpu --output-dir x".split()
-    run_installed(installed, program, "run", *options, folder=tmp_path)
+    options = "--pair embedded --contexts 8 --max-new-tokens 16 --draws 20 --device cpu".split()
+    run_installed(installed, program, "run", *options, "--output-dir", "x", folder=tmp_path)
     stages = json.loads((tmp_path / "x" / "manifest.json").read_text())["stages"]
     assert {"rollout", "score", "probe", "analyze"} <= set(stages)
     assert (tmp_path / "x" / "report.html").exists()
@@ -115,7 +123,9 @@ def test_a_notebook_of_the_installed_package_loads_the_embedded_pair(installed, 
 
 def test_an_installation_without_its_data_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "DATA", tmp_path)
-    with pytest.raises(pairs.DiagnosticsError, match=r"embedded pair is missing .* holds no config\.json\. Install"):
+    with pytest.raises(
+        pairs.DiagnosticsError, match=r"embedded pair is missing .* holds no config\.json\. Install"
+    ):
         pairs.load_pair("embedded")
 
 
@@ -130,22 +140,29 @@ def test_requirements_follow_from_the_project_file():
     assert script.requirements(*texts) == (ROOT / "requirements.txt").read_text()
 
 
-PROJECT = '[project]\ndependencies = ["a_b>=1.5"]\noptional-dependencies = { more = ["c", "A-b"] }\n'
+PROJECT = (
+    '[project]\ndependencies = ["a_b>=1.5"]\noptional-dependencies = { more = ["c", "A-b"] }\n'
+)
 
 
 def test_requirements_are_the_lock_at_what_the_project_names():
     script = load_script("requirements")
-    text = script.requirements(PROJECT, "a-b==1.6 \\\n    --hash=x\nc==3 ; os_name == 'nt' \\\nd==9 \\\n")
+    text = script.requirements(
+        PROJECT, "a-b==1.6 \\\n    --hash=x\nc==3 ; os_name == 'nt' \\\nd==9 \\\n"
+    )
     assert text == script.HEAD + "# run\na-b==1.6\n# more\nc==3 ; os_name == 'nt'\n"
     assert script.only(text, ["more"]) == "c==3 ; os_name == 'nt'\n"
     with pytest.raises(script.Behind, match="has no group 'less'; it has run, more"):
         script.only(text, ["less"])
 
 
-@pytest.mark.parametrize(("lock", "words"), [
-    ("c==3 \\\n", "requirements.lock lacks a-b"),
-    ("a-b==1.4 \\\nc==3 \\\n", "requirements.lock has a-b 1.4, not >=1.5"),
-])
+@pytest.mark.parametrize(
+    ("lock", "words"),
+    [
+        ("c==3 \\\n", "requirements.lock lacks a-b"),
+        ("a-b==1.4 \\\nc==3 \\\n", "requirements.lock has a-b 1.4, not >=1.5"),
+    ],
+)
 def test_a_lock_that_is_behind_is_refused(lock, words):
     script = load_script("requirements")
     with pytest.raises(script.Behind, match=words):
