@@ -43,7 +43,7 @@ bench: $(VENV)/ready ## measured cost against its floor
 	$(BIN)/python benchmarks/bench.py
 
 docs: $(VENV)/ready ## the documentation as a site, without a warning
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 fuzz: $(VENV)/ready ## fifty thousand cases of bad input
 	FUZZ_CASES=50000 $(BIN)/python -m pytest -s tests/test_fuzz.py
