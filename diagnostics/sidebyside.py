@@ -76,6 +76,7 @@ class RunComparison:
     def plates(self) -> Iterable[tuple]:
         """Name, caption and the figure at both widths, for each table that can be drawn."""
         for name, table, options, caption in _drawable(self.tables):
+            table = table.assign(run=table["run"].str.replace("$", r"\$"))  # a folder's name is no formula
             yield name, caption, *(figures.runs(table, width=width, **options) for width in (figures.DOUBLE, figures.SINGLE))
 
     def save(self, path: str | Path) -> Path:
