@@ -69,7 +69,8 @@ def test_the_package_opens_no_connection_of_its_own():
 
 
 def test_the_environment_is_asked_for_named_settings_only():
-    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OPD_DIAGNOSTICS_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE"}
+    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OPD_DIAGNOSTICS_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE",
+               "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
     asked = {(path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
              for path, name, call in calls([path for path in PACKAGE]) if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")}
     assert {name for _, name in asked} <= allowed
