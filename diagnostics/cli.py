@@ -145,6 +145,7 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
+        parallel.require_launcher()
         with _sigterm_stops():
             return _command(sys.argv[1:] if arguments is None else list(arguments))
     except DiagnosticsError as error:
@@ -163,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
-    parallel.require_launcher()
     result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed), "report": lambda: _report(parsed)}.get(parsed.command, lambda: _stage(parsed))()
     code = result.pop("code", 0)
     text = json.dumps(result, indent=2) if parsed.json else printable(result.pop("text", "") or _plain(result))

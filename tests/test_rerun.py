@@ -7,7 +7,7 @@ import pytest
 
 from diagnostics import rerun
 from diagnostics.cli import _configs, main
-from diagnostics.runs import read_manifest
+from diagnostics.runs import read_manifest, sha256_file
 from diagnostics.types import DiagnosticsError
 from tests.test_stages import folders  # noqa: F401  (a fixture)
 
@@ -111,3 +111,96 @@ def test_files_that_are_missing_count_as_different():
     expected = pd.DataFrame({"stage": ["x", "x", "y", "y"], "file": ["a", "b"] * 2, "was": ["1", "2"] * 2, "now": ["1", None, None, None],
                              "same": [True, False, False, False]})
     pd.testing.assert_frame_equal(table, expected, check_dtype=False)
+
+
+# --- a stranger's manifest --------------------------------------------------------------------------------
+
+
+def strangers(tmp_path, stage, settings=None, inputs=None, **more):
+    (tmp_path / "theirs").mkdir(exist_ok=True)
+    record = {"settings": settings or {}, "inputs": inputs or {}, "files": {}, **more}
+    (tmp_path / "theirs/manifest.json").write_text(json.dumps({"stages": {stage: record}}))
+    return tmp_path / "theirs/manifest.json"
+
+
+def repeat(path, tmp_path, inputs=()):
+    commands = []
+    rerun.rerun(path, tmp_path / "again", configs=_configs, do=lambda command: commands.append(command) or (_ for _ in ()).throw(InterruptedError), inputs=inputs)
+
+
+@pytest.mark.parametrize("stage, settings", [("import", {"tokens": "../secret.csv"}), ("import", {"tokens": "/etc/hostname"}), ("rollout", {"prompts": "/etc/hostname"}),
+                                             ("rollout", {"prompts": "../secret.csv"}), ("rollout", {"student": "../models/s", "teacher": "x/y"}), ("rollout", {"rollouts": "link.csv"}),
+                                             ("validate", {"offline": "/tmp"}), ("analyze", {"seed": 0, "training": ".."}), ("train", {"trl": "../secret.csv"}),
+                                             ("after", {"after": "/root"}), ("rollout", {"prompts": "hf:../data"}), ("rollout", {"student": "models"})])
+def test_a_stranger_s_manifest_opens_nothing_outside_its_folder(tmp_path, monkeypatch, stage, settings):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.csv").write_text("a,b\n")
+    (tmp_path / "models/s").mkdir(parents=True)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/link.csv").symlink_to(tmp_path / "secret.csv")
+    with pytest.raises(DiagnosticsError, match=r"which is not beside the manifest, and what a manifest names elsewhere is not opened\. Name it: --inputs PATH/TO/"):
+        repeat(strangers(tmp_path, stage, settings), tmp_path)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("how", ["link", "folder link", "absolute", "up"])
+def test_an_input_that_leads_out_is_not_copied(tmp_path, how):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "secret").write_text("password")
+    name = {"link": "a", "folder link": "up/secret", "absolute": str(tmp_path / "secret"), "up": "../secret"}[how]
+    if how == "link":
+        (tmp_path / "theirs/a").symlink_to(tmp_path / "secret")
+    if how == "folder link":
+        (tmp_path / "theirs/up").symlink_to(tmp_path)
+    path = strangers(tmp_path, "analyze", {"seed": 0}, {name: sha256_file(tmp_path / "secret")})
+    with pytest.raises(DiagnosticsError, match="is a link, where|it names a file outside its directory"):
+        repeat(path, tmp_path)
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_input_in_a_folder_beside_the_manifest_is_laid_in(tmp_path):
+    (tmp_path / "theirs/sub").mkdir(parents=True)
+    (tmp_path / "theirs/sub/x").write_text("hi")
+    path = strangers(tmp_path, "analyze", {"seed": 0}, {"sub/x": sha256_file(tmp_path / "theirs/sub/x")})
+    with pytest.raises(InterruptedError):
+        repeat(path, tmp_path)
+    assert (tmp_path / "again/sub/x").read_text() == "hi"
+
+
+def test_what_the_user_names_or_lies_beside_is_opened(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    for place in ("prompts.jsonl", "theirs/prompts.jsonl"):
+        (tmp_path / place).write_text(place)
+    for place, named in (("prompts.jsonl", [tmp_path / "prompts.jsonl"]), ("theirs/prompts.jsonl", [])):
+        record = {"settings": {"prompts": "/home/alice/prompts.jsonl" if named else "prompts.jsonl", "prompts_sha256": sha256_file(tmp_path / place)}}
+        assert rerun.Inputs(tmp_path / "theirs", named).found("rollout", "prompts", record["settings"]["prompts"], record) == str(tmp_path / place)
+
+
+@pytest.mark.parametrize("value, is_id", [("org/model", True), ("gpt2", True), ("org/model/file.gguf", True), ("../x", False), ("/x", False), ("a/b/c", False), ("./a", False)])
+def test_an_id_on_the_hub_is_told_from_a_path(tmp_path, monkeypatch, value, is_id):
+    monkeypatch.chdir(tmp_path)
+    record = {"settings": {"student": value}, "models": {"student": "0" * 40}}
+    if is_id:
+        assert rerun.Inputs(tmp_path).found("rollout", "student", value, record) == value
+        (tmp_path / value).mkdir(parents=True)  # a local folder of that name is nobody's id
+        with pytest.raises(DiagnosticsError, match="Name it: --inputs"):
+            rerun.Inputs(tmp_path / "nowhere").found("rollout", "student", value, record)
+    else:
+        with pytest.raises(DiagnosticsError, match="Name it: --inputs"):
+            rerun.Inputs(tmp_path).found("rollout", "student", value, record)
+
+
+@pytest.mark.parametrize("stage, settings, message", [
+    ("analyze", {}, "Stage 'analyze' of the manifest records no seed, so it cannot be repeated"), ("compare", {}, "records no seed"),
+    ("import", {}, "records no tokens"), ("after", {}, "records no after"), ("rollout", {"prompts": ["a"]}, r"has the prompts \"\['a'\]\", which is no value of that setting"),
+    ("score", {"k": {"a": 1}}, "has the k .*which is no value of that setting"),
+])
+def test_a_manifest_that_lacks_a_setting_is_one_sentence(tmp_path, stage, settings, message):
+    with pytest.raises(DiagnosticsError, match=message):
+        repeat(strangers(tmp_path, stage, settings), tmp_path)
+
+
+def test_other_threads_are_said(caplog):
+    record = {"settings": {}, "inputs": {}, "files": {}}
+    rerun.compared({"stages": {"x": record | {"threads": 2}, "y": record | {"threads": 1}}}, {"versions": {}, "stages": {"x": record | {"threads": 1}, "y": record | {"threads": 1}}})
+    assert "other numbers of threads, which change the order of sums: x 2 then, 1 now" in caplog.text and "y 1" not in caplog.text
