@@ -42,7 +42,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from diagnostics import projection
-from diagnostics.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, top_ids, total
+from diagnostics.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, not_finite, top_ids, total
 from diagnostics.types import DiagnosticsError
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
@@ -167,7 +167,7 @@ class _Positions:
     scale_N: Tensor | None = None
     """Factor of the derivative; 1 where None."""
 
-    def __getitem__(self, rows: slice) -> _Positions:
+    def __getitem__(self, rows: slice | Tensor) -> _Positions:
         return _Positions(*(None if x is None else x[rows] for x in (self.sampled_N, self.advantage_N, self.scale_N)))
 
     def scaled(self, derivative_NV: Tensor) -> Tensor:
@@ -179,19 +179,18 @@ class _Positions:
 def _evaluate(objective: _Objective, student_NV: Tensor, teacher_NV: Tensor, positions: _Positions, *, slope_NV: Tensor | None) -> Tensor:
     """Values [N], float64; fills `slope_NV`, where given, with their derivative in the student's logits times the scale."""
 
-    def fill(rows: slice, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
+    def fill(rows: slice | Tensor, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
         value_r, derivative = _RULES[objective.loss](objective, block, student_rV, teacher_rV, positions[rows])
         if slope_NV is not None:
-            slope_NV[rows] = positions[rows].scaled(derivative())
+            slope_NV[rows] = positions[rows].scaled(derivative()).to(slope_NV.dtype)
         return value_r
 
     values_N = torch.cat([fill(rows, block, student_NV[rows], teacher_NV[rows]) for rows, block in blocks(student_NV, teacher_NV)])
-    for row in (~values_N.isfinite()).nonzero()[:, 0].tolist():  # -inf as logit, or truly not finite
-        one = slice(row, row + 1)
-        student_1V, teacher_1V = exact(student_NV[one]), exact(teacher_NV[one])
-        (_, block), = blocks(filled(student_1V), filled(teacher_1V))
-        value_1 = fill(one, block, student_1V, teacher_1V)
-        values_N[one] = torch.where(_infinite(objective, student_1V, teacher_1V) & ~value_1.isnan(), torch.inf, value_1)
+    for rows_r in not_finite(values_N, student_NV.shape[1]):  # -inf as logit, or truly not finite
+        student_rV, teacher_rV = exact(student_NV[rows_r]), exact(teacher_NV[rows_r])
+        (_, block), = blocks(filled(student_rV), filled(teacher_rV))
+        value_r = fill(rows_r, block, student_rV, teacher_rV)
+        values_N[rows_r] = torch.where(_infinite(objective, student_rV, teacher_rV) & ~value_r.isnan(), torch.inf, value_r)
     return values_N
 
 

@@ -143,12 +143,10 @@ class Readout:
 def backbone(model: nn.Module) -> nn.Module:
     """What a model runs before its output head; the model itself where that is not known.
 
-    Some classes name a prefix that they do not have (Llama 4's text model): there it is what they call their decoder.
+    Some classes name a prefix that they do not have (Llama 4's text model): there it is what all others call `model`.
     """
-    if model.base_model is not model:
-        return model.base_model
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def logit_scales(config) -> list[float]:
