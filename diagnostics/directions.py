@@ -15,9 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import parallel
-from diagnostics.runs import write_json
+from diagnostics.runs import write_atomic, write_json
 from diagnostics.types import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
@@ -107,17 +105,18 @@ class Store:
         """Write a direction, whole or not at all; a disk without room for it is no fault of the stage."""
         if self.folder is None or not parallel.is_main():
             return
-        from safetensors import SafetensorError
+        from safetensors.torch import save
 
         size = sum(tensor.numel() * tensor.element_size() for tensor in direction.update)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < size + RESERVE_BYTES:
-                raise OSError(f"{size / 2**30:.1f} GiB and {RESERVE_BYTES / 2**30:.0f} GiB beside them are not free")
-            _write(self.folder / FILE, direction)
-        except (OSError, SafetensorError) as error:
-            why = getattr(error, "strerror", None) or error
-            log.warning("the step's direction cannot be kept in %s (%s): a killed run would begin this stage anew", self.folder, why)
+            free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+            if free < size + RESERVE_BYTES:
+                raise DiagnosticsError(f"It takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free.")
+            tensors = {str(i): tensor.detach().cpu().contiguous() for i, tensor in enumerate(direction.update)}
+            record = json.dumps({"facts": direction.facts(), "sha256": direction.sha256})
+            write_atomic(self.folder / FILE, save(tensors, metadata={"direction": record}))
+        except (DiagnosticsError, OSError) as error:
+            log.warning("the step's direction cannot be kept, so that a killed run would begin this stage anew: %s", error)
 
     def calibration(self, direction: Direction) -> pd.DataFrame | None:
         """The calibration along this direction; None where there is none."""
@@ -154,18 +153,3 @@ def read_record(path: Path) -> tuple[Direction, pd.DataFrame] | None:
 def _everywhere(found) -> bool:
     """True where every process has found it: they go on together or begin together."""
     return parallel.total(np.array([float(found is not None)]))[0] == parallel.world()
-
-
-def _write(path: Path, direction: Direction) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {str(i): tensor.detach().cpu().contiguous() for i, tensor in enumerate(direction.update)}
-    record = json.dumps({"facts": direction.facts(), "sha256": direction.sha256})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"direction": record})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
