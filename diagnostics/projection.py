@@ -132,10 +132,12 @@ def wide_head(model: nn.Module) -> Iterator[None]:
     """While the block runs, the model's own logits leave its narrow output head in float32.
 
     For models that are run whole: those that cannot be taken apart, and generation. A head that is no plain linear
-    layer, or that accelerate moves about, stays as it is.
+    layer, or that accelerate moves about or FSDP shards, stays as it is.
     """
-    head = model.get_output_embeddings()
-    if not is_plain(head) or head.weight.dtype not in NARROW or hasattr(head, "_hf_hook") or "forward" in vars(head):
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    moved = head is not None and (hasattr(head, "_hf_hook") or "forward" in vars(head))
+    if not is_plain(head) or head.weight.dtype not in NARROW or moved or type(head.weight) is not nn.Parameter:
         yield
         return
 

@@ -213,6 +213,19 @@ def test_a_model_that_is_run_whole_gives_float32_logits_too(pair):
     assert model(input_ids=ids).logits.dtype == torch.bfloat16
 
 
+def test_text_is_drawn_from_the_logits_that_are_measured(pair, monkeypatch):
+    """What the first token is drawn from is float32, and that token's log-probability there is the scored one."""
+    from diagnostics import rollouts
+
+    seen, choose = [], rollouts.Chooser.__call__
+    monkeypatch.setattr(rollouts.Chooser, "__call__", lambda self, ids, logits: (seen.append(logits.clone()), choose(self, ids, logits))[1])
+    bank = rollout(pair, sums(1, seed=3, split="probe"), max_new_tokens=2, seed=0)
+    logits = seen[0][0, : pair.vocabulary].float()
+    assert (logits != logits.bfloat16().float()).any()
+    drawn = logits.double().log_softmax(-1)[bank[0].response_ids[0]]
+    assert score(pair, bank, sweep=())["student_logprob"][0] == pytest.approx(float(drawn), abs=1e-5)
+
+
 # ---------------------------------------------------------------- scales of the logits
 
 TINY = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
