@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diagnostics import parallel
+from diagnostics import __version__, parallel
 from diagnostics.config import Parser, add_flags, read_flags
 from diagnostics.runs import set_quiet
 from diagnostics.types import DiagnosticsError
@@ -88,13 +88,20 @@ def _configs(command: str) -> tuple[type, ...]:
     return tuple(getattr(importlib.import_module(f"diagnostics.{module}"), config) for module, config in pairs)
 
 
+def program() -> str:
+    """How this program was started, as the user would type it again."""
+    started = Path(sys.argv[0]).stem
+    return started if started == "opd-diagnostics" else "python -m diagnostics"
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser with one subcommand a stage; with `only`, the other subcommands get no flags."""
-    parser = Parser(prog="python -m diagnostics", description="Which of a teacher's token-level signals can this student learn from?", epilog=EXIT_CODES)
+    parser = Parser(prog=program(), description="Which of a teacher's token-level signals can this student learn from?", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"opd-diagnostics {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
     for name in PURPOSE:
         command = commands.add_parser(
-            name, help=PURPOSE[name], description=PURPOSE[name], epilog=f"example:\n  {EXAMPLES[name]}",
+            name, help=PURPOSE[name], description=PURPOSE[name], epilog=f"example:\n  {EXAMPLES[name].replace('python -m diagnostics', program())}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         configs = _configs(name) if only in (None, name) else ()
@@ -153,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    parsed = build_parser(arguments[0] if arguments else "").parse_args(arguments)
+    if not arguments:
+        build_parser("").print_help()
+        return 0
+    parsed = build_parser(arguments[0]).parse_args(arguments)
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
     result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed), "report": lambda: _report(parsed)}.get(parsed.command, lambda: _stage(parsed))()
     code = result.pop("code", 0)

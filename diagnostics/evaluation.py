@@ -161,7 +161,7 @@ def summarise_evaluation(rows: pd.DataFrame, *, draws: int = 1000, level: float 
 def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify | None:
     """The function (response, answer) -> accepted, or None where nothing can be judged.
 
-    auto: story sums for the embedded pair; otherwise math-verify where it is installed and prompts carry
+    auto: the task of a named pair (story sums for `embedded`); otherwise math-verify where it is installed and prompts carry
     answers. Raises DiagnosticsError where a verifier was asked for and cannot be had.
     """
     answered = sum(prompt.answer is not None for prompt in prompts)
@@ -169,10 +169,13 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
         return None
     if not answered:
         raise DiagnosticsError(f"The verifier {name!r} was asked for, and no held-out prompt has an answer. Add an `answer` column.")
-    if name == "sums" or (name == "auto" and pair == "embedded"):
-        from diagnostics.tasks import verify
+    from diagnostics.pairs import NAMED_PAIRS
+    from diagnostics.tasks import TASKS
 
-        return verify
+    named = NAMED_PAIRS.get(pair)
+    task = TASKS.get(named.task if name == "auto" and named else name)
+    if task:
+        return task.verify
     if importlib.util.find_spec("math_verify"):
         return verify_math
     if name == "math":

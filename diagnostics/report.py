@@ -8,14 +8,12 @@ colours are variables, so that one drawing serves light, dark and print.
 
 from __future__ import annotations
 
-import functools
 import html
 import inspect
 import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,106 +40,6 @@ WARNINGS_OPEN = 4
 CONTEXTS = 24
 """Contexts that the page shows token by token."""
 
-
-@dataclass(frozen=True)
-class Sheet:
-    """One figure of the report."""
-
-    name: str
-    title: str
-    table: str
-    """Table it is drawn from; `tokens` is the token table."""
-    draw: Callable[..., Figure]
-    reading: str
-    """How to read it."""
-    needs: tuple[str, ...] = ()
-    """Columns without which there is nothing to draw."""
-    beside: Mapping[str, str] = field(default_factory=dict)
-    """Further arguments of `draw` and the tables that they are; None where the run has no such table."""
-    with_tables: tuple[str, ...] = ()
-    """Tables without which there is nothing to draw."""
-
-
-CORE = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
-"""Criteria of the first figure; the table has them all."""
-
-SHEETS = (
-    Sheet("correlations", "Which criterion follows the gain?", "correlations", functools.partial(figures.correlations, criteria=CORE),
-          "Left the gain in nats, right the gain relative to the divergence before the step. A filled mark is the rank "
-          "correlation with its interval, a hollow diamond what a random step of the same norm shows: mechanical coupling "
-          "alone. A criterion speaks where its interval clears its own diamond. Held-out contexts carried no loss, so what "
-          "they show is spill-over."),
-    Sheet("entropy_divergence", "Where compatible signals and gains lie", "tokens", figures.entropy_divergence,
-          "Every hexagon is the mean over the positions that fall into it; left the teacher's mass on the student's top K, "
-          "right the gain. Upper left is Q3: the student is confident and the teacher disagrees. If teachability is right, "
-          "gains there should sit where compatibility is high.", ("compatibility", "gain")),
-    Sheet("quadrants", "Gain by quadrant", "quadrants", figures.quadrants,
-          "Below each quadrant stands its share of the positions. A quadrant with a high mean and a small share can hold less "
-          "of the whole gain than one with a low mean and a large share."),
-    Sheet("position_gain", "Gain along the response", "positions", figures.position_gain,
-          "Mean gain by place in the response, 0 its start and 1 its end. A criterion that prefers a place inherits this curve."),
-    Sheet("q3_gain", "Gain within Q3, from the bottom to the top of each score", "q3_groups", figures.q3_gain,
-          "Each group of marks runs from the third of Q3 with the lowest score to the third with the highest. A line that rises "
-          "with compatibility says that, among confident errors, those within the student's reach gained more."),
-    Sheet("q3_contrast", "The contrast within Q3, raw and matched", "q3_contrast", figures.q3_contrast,
-          "Top minus bottom third of each score. Hollow marks compare only positions of one prompt with like entropy, divergence "
-          "and place, so they answer the objection that the groups differ in something else. Claim C2 needs both to the right of zero.",
-          beside={"matching": "matching"}),
-    Sheet("coefficients", "Compatible and incompatible divergence in one regression", "regressions", figures.coefficients,
-          "Standardised coefficients, with entropies and position held fixed. Claim C3 says that teachability (d̂ĉ) lies to the right "
-          "of incompatible (d̂(1−ĉ))."),
-    Sheet("support_robustness", "Does it hang on the support?", "support_robustness", figures.support_robustness,
-          "The difference of those two coefficients for every proxy of compatibility and every K. Claim C4 asks that it stay on one "
-          "side of zero."),
-    Sheet("gain_robustness", "Does it hang on the form of the gain?", "gain_robustness", figures.gain_robustness,
-          "The same difference with the gain winsorised and with special tokens or first positions left out."),
-    Sheet("residual_curves", "What a score adds", "residual_curves", figures.residual_curves,
-          "The gain that a regression on both entropies, divergence and position leaves over, along each score. A flat curve at zero "
-          "means that the score adds nothing to them."),
-    Sheet("selection_curves", "How much of the gain a selection captures", "selection_curves", figures.selection_curves,
-          "Share of the total gain in the best positions of each criterion. Above the grey band a criterion beats random selection at that "
-          "budget; the dotted line is what choosing by the gain itself would capture."),
-    Sheet("selection_summary", "Selection in one number", "selection_summary", functools.partial(figures.selection_summary, criteria=CORE),
-          "Area between a criterion's curve and that of random selection, as a share of the oracle's: 0 is random, 1 is the oracle, below "
-          "0 it selects positions with less gain than random ones."),
-    Sheet("selection_overlap", "Do two criteria select the same positions?", "selection_overlap",
-          functools.partial(figures.selection_overlap, criteria=CORE),
-          "Jaccard index at the budget below. Criteria with like rank correlations can share few positions at a small budget."),
-    Sheet("selection_profile", "What each criterion selects", "selection_profile", functools.partial(figures.selection_profile, criteria=CORE),
-          "Shares of the selection at the budget below, beside those of all positions."),
-    Sheet("intervention", "A step on the selected positions alone", "intervention", figures.intervention,
-          "From the same student, one step per criterion and budget in which only selected positions carry loss, at the norm of the step on "
-          "all positions. Only lines above random and its band speak for a criterion; the placebo is a random direction."),
-    Sheet("agreement", "Do captured gain and intervention agree?", "offline_agreement", figures.agreement,
-          "Rank agreement among criteria at equal budgets between each offline answer and the drop of the divergence on held-out positions."),
-    Sheet("linearity", "Is the first-order prediction any good?", "linearity", figures.linearity,
-          "Slope and squared correlation of realised on predicted gain, by step size. Attribution below stands on this prediction."),
-    Sheet("kernel_shares", "Whose loss moved a position?", "kernel_shares", figures.kernel_shares,
-          "The first-order gain split by the position whose loss caused it. If *itself* is small, a position that gains is not thereby "
-          "a position worth its own loss."),
-    Sheet("lift", "Whose loss helps the others?", "lift", figures.lift,
-          "Each group's share of what the step does for held-out prompts, over its share of positions."),
-    Sheet("validation", "What training gained", "validation_outcomes", figures.validation,
-          "Gain over the untouched student on held-out prompts, by budget. Full OPD is the level line. Bars cross seeds with prompts; where "
-          "they overlap, read the paired differences in the table instead."),
-    Sheet("validation_scatter", "Did the offline answers foresee training?", "validation_outcomes", figures.validation_scatter,
-          "Each mark is one criterion at one budget: across what was foreseen of it, upwards what training gained. Marks that rise to the "
-          "right were foreseen; the table validation_agreement has the rank agreement with its interval.",
-          beside={"foreseen": "validation_foreseen"}, with_tables=("validation_foreseen",)),
-    Sheet("validation_agreement", "Which offline answer foresaw training?", "validation_agreement",
-          functools.partial(figures.agreement, answer="trained_forward_kl"),
-          "Rank agreement among criteria at equal budgets between each answer and the trained gain in forward KL."),
-    Sheet("evaluations", "Held-out prompts during training", "evaluations", figures.evaluations,
-          "The dashed line is the untouched student. Divergences should fall below it, accuracies rise above."),
-    Sheet("training_curves", "What training logged", "training_metrics", figures.training_curves,
-          "Loss on the selected positions, divergence on all of them, and the share that was selected, on the training batches."),
-    Sheet("calibration", "How linear the step was", "calibration", figures.calibration,
-          "Left the drop of the step's own loss, predicted by the slope and realised; right their ratio. The chosen step is the "
-          "largest tried that keeps at least four fifths of the prediction. Far to the right the loss rises again, and gains "
-          "measured there say nothing about the signal."),
-    Sheet("distributions", "What was measured", "tokens", figures.distributions,
-          "Positions by value, on a logarithmic axis. A compatibility that is one nearly everywhere leaves a criterion nothing to tell apart."),
-)
 
 TABLES = {
     "verdicts": "Each claim against its interval, for both gains.",
@@ -267,14 +165,14 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict[str, str]]:
     """Every figure at page and at phone width, and for each one that could not be drawn the reason."""
     drawn, left_out = {}, {}
-    for sheet in SHEETS:
+    for sheet in figures.FIGURES.values():
         table = material.tokens if sheet.table == "tokens" else material.table(sheet.table)
         reason = _not_drawn(material, sheet, table)
         if reason:
             left_out[sheet.name] = reason
             continue
         try:
-            options = {argument: material.table(name) for argument, name in sheet.beside.items()}
+            options = {argument: material.table(name) for argument, name in sheet.arguments.items()}
             options |= {"level": material.level} if "level" in inspect.signature(sheet.draw).parameters else {}
             drawn[sheet.name] = tuple(sheet.draw(table, width=width, **options) for width in (figures.DOUBLE, figures.SINGLE))
         except DiagnosticsError as error:
@@ -282,7 +180,7 @@ def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict
     return drawn, left_out
 
 
-def _not_drawn(material: Material, sheet: Sheet, table: pd.DataFrame | None) -> str:
+def _not_drawn(material: Material, sheet: figures.FigureSpec, table: pd.DataFrame | None) -> str:
     """Why a figure cannot be drawn; empty where it can."""
     lacking = [sheet.table] if table is None else [name for name in sheet.with_tables if material.table(name) is None]
     if lacking:
@@ -349,7 +247,7 @@ def page(
     sections = [
         ("verdicts", "Verdicts", verdict_cards(material)),
         ("warnings", "Warnings", warning_list(material)),
-        ("figures", "Figures", "".join(_figure(sheet, drawn[sheet.name]) for sheet in SHEETS if sheet.name in drawn)),
+        ("figures", "Figures", "".join(_figure(sheet, drawn[sheet.name]) for sheet in figures.FIGURES.values() if sheet.name in drawn)),
         ("tokens", "Tokens", token_view(material, contexts)),
         ("tables", "Tables", "".join(table_block(name, material.tables[name]) for name in _table_order(material))),
         ("methods", "Methods", METHODS),
@@ -441,7 +339,7 @@ def token_view(material: Material, contexts: int) -> str:
     return show(material.bank, material.tokens, list(shown), color=color, tops=material.tops).fragment
 
 
-def _figure(sheet: Sheet, plates: tuple[Figure, Figure]) -> str:
+def _figure(sheet: figures.FigureSpec, plates: tuple[Figure, Figure]) -> str:
     wide, narrow = (inline_svg(plate, f"{sheet.name}-{size}") for plate, size in zip(plates, ("wide", "narrow"), strict=True))
     return (f'<figure id="figure-{sheet.name}"><div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
             f"<figcaption><b>{html.escape(sheet.title)}</b> {html.escape(sheet.reading)} "
@@ -530,7 +428,7 @@ def missing(material: Material, left_out: Mapping[str, str]) -> list[str]:
     table = material.table("left_out")
     if table is not None:
         lines += [f"{row.table}, {row.what}: {row.why}." for row in table.itertuples()]
-    drawable = {sheet.name: sheet for sheet in SHEETS if sheet.table == "tokens" or material.table(sheet.table) is not None}
+    drawable = {sheet.name: sheet for sheet in figures.FIGURES.values() if sheet.table == "tokens" or material.table(sheet.table) is not None}
     lines += [f"Figure “{drawable[name].title}”: {reason.rstrip('.')}." for name, reason in left_out.items() if name in drawable]
     return lines
 
@@ -550,7 +448,7 @@ def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], lef
     blocks = [f"# {_plain(narrative.title(material))}", *(f"**{question}** {_plain(text)}" for question, text in narrative.answer(material).items()),
               *_verdict_rows(material)]
     blocks += [f"> {_plain(message)}" for message in warnings(material)]
-    for sheet in SHEETS:
+    for sheet in figures.FIGURES.values():
         if sheet.name in drawn:
             blocks += [f"## {sheet.title}", f"![{sheet.title}](figures/{sheet.name}.png)", sheet.reading]
     blocks += ["## What was not run", "\n".join(f"- {_plain(line)}" for line in missing(material, left_out)) or "Nothing."]

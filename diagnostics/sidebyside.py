@@ -145,8 +145,8 @@ def _finding(material: Material) -> str:
 def _drawable(tables: Mapping[str, pd.DataFrame]) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any], str]]:
     """Table, options of `figures.runs` and caption for each figure that the tables allow."""
     for name, where, options, caption in (
-        ("correlations", {"method": "spearman", "criterion": report.CORE}, {}, "Rank correlation of each criterion with both gains, in each run."),
-        ("selection_summary", {"statistic": "area", "criterion": report.CORE}, {"label": "normalised area"},
+        ("correlations", {"method": "spearman", "criterion": figures.CORE}, {}, "Rank correlation of each criterion with both gains, in each run."),
+        ("selection_summary", {"statistic": "area", "criterion": figures.CORE}, {"label": "normalised area"},
          "Area between a criterion's curve of captured gain and random selection's: 0 is random, 1 the oracle."),
         ("q3_contrast", {"groups": "tertile"}, {"key": "score", "value": "difference", "label": "tertile_difference"},
          "Top minus bottom third of each score within Q3."),

@@ -77,13 +77,14 @@ class Models:
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
-        from diagnostics.pairs import SMOLLM2_SHA256, named_pair
+        from diagnostics.pairs import named_pair
 
         settings = self.settings
-        if settings["pair"] == "smollm2":
-            return {"gguf": SMOLLM2_SHA256}
         if settings["pair"] is not None:
-            settings |= dict(zip(("student", "teacher"), map(str, named_pair(settings["pair"]))))
+            named = named_pair(settings["pair"])
+            if named.made_of:
+                return dict(named.made_of)
+            settings |= dict(zip(("student", "teacher"), map(str, named.folders())))
         local = {name: Path(value) for name, value in settings.items()
                  if name not in ("pair", "dtype", "teacher_dtype") and isinstance(value, str) and value and Path(value).exists()}
         remote = [name for name in ("student", "teacher") if settings[name] and name not in local]  # their commit is known once loaded
@@ -98,16 +99,18 @@ def _settings(config) -> dict:
 
 def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for a response."""
-    from diagnostics.pairs import DATA
+    from diagnostics.pairs import NAMED_PAIRS
     from diagnostics.prompts import PromptSet, read_prompts
-    from diagnostics.tasks import sums
+    from diagnostics.tasks import TASKS
 
     options = dataclasses.asdict(config)
     path, kwargs = options.pop("prompts"), _json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
-    if path is None and models.config.pair == "embedded":
-        return PromptSet(sums(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe"), {})
-    if path is None and models.config.pair == "smollm2":
-        path = DATA / "prompts.jsonl"
+    named = NAMED_PAIRS.get(models.config.pair)
+    if path is None and named and named.task:
+        write = TASKS[named.task].write
+        return PromptSet(write(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe"), {})
+    if path is None and named:
+        path = named.prompts
     if path is None:
         raise DiagnosticsError("No prompts were given, and this pair brings none. Name a file with --prompts.")
     options["max_prompt_tokens"] = config.max_prompt_tokens or (models.pair.window and max(1, models.pair.window - room))
@@ -229,7 +232,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
     def work() -> dict:
         options = dataclasses.asdict(models.config)
         name = options.pop("pair")
-        teacher = {} if name is None or options["teacher_logprobs"] else {"teacher": named_pair(name)[1]}
+        teacher = {} if name is None or options["teacher_logprobs"] else {"teacher": named_pair(name).folders()[1]}
         pair = load_pair(**options | teacher | {"student": checkpoint, "student_revision": None})
         before = read_parquet(run.path("scores.parquet"))
         after = FrozenBank(pair, read_bank(run.path("contexts.parquet")), batch_tokens=batch_tokens).divergences()
@@ -261,14 +264,17 @@ def join_tokens(run: Run) -> None:
 def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and prompts to hold out.
 
-    The embedded pair writes as many of both as are `needed`; a file gives up its last `eval_contexts`, unless there is a
+    A named pair with a task writes as many of both as are `needed`; a file gives up its last `eval_contexts`, unless there is a
     file of held-out prompts.
     """
-    from diagnostics.tasks import sums
+    from diagnostics.pairs import NAMED_PAIRS
+    from diagnostics.tasks import TASKS
 
     count = evaluation.eval_contexts
-    if prompts.prompts is None and models.config.pair == "embedded":
-        return sums(prompts.contexts or needed, seed=seed, split="train"), sums(count, seed=0, split="test") if count else []
+    named = NAMED_PAIRS.get(models.config.pair)
+    if prompts.prompts is None and named and named.task:
+        write = TASKS[named.task].write
+        return write(prompts.contexts or needed, seed=seed, split="train"), write(count, seed=0, split="test") if count else []
     found = choose_prompts(models, prompts).prompts
     if evaluation.eval_prompts:
         held_out = dataclasses.replace(prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -330,3 +330,16 @@ def vocabulary() -> list[str]:
 
 
 _SLOTS = {*OPEN, *SMALL, *FACTS, "NAME", "ITEMS", "A", "B", "COMMA", "STOP", "op", "tens", "ones", "total"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts that can be written in any number, and what judges a response to them."""
+
+    write: Callable[..., list[Prompt]]
+    """(n, *, seed, split) -> prompts; splits never share a prompt."""
+    verify: Callable[[str, str], bool]
+    """(response, answer) -> accepted."""
+
+
+TASKS = {"sums": Task(sums, verify)}

@@ -34,6 +34,7 @@ import pandas as pd
 from diagnostics import parallel
 from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise_evaluation
 from diagnostics.losses import LOSSES
+from diagnostics.pairs import NAMED_PAIRS
 from diagnostics.remote import refuse
 from diagnostics.runs import write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_parquet
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("diagnostics")
 
 FULL_RATE, LORA_RATE = 1e-6, 2e-4
-PAIR_RATES = {"embedded": 1e-4, "smollm2": 1e-5}
-"""Of the named pairs, far smaller than the paper's models. embedded: of 1e-4 and 3e-4 the larger at which *full* OPD still ends 95 %
-of its responses after 60 steps (0.97 and 0.88). smollm2: twice what is still linear for one step."""
 OURS = ("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_completion_length",
         "beta", "temperature", "shuffle_dataset", "seed", "logging_steps", "save_strategy", "save_steps", "remove_unused_columns",
         "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "max_tool_calling_iterations")
@@ -73,7 +71,8 @@ class TrainConfig:
 
     def rate(self, pair: str, lora_rank: int) -> float:
         """The learning rate in force."""
-        fallback = LORA_RATE if lora_rank else PAIR_RATES.get(pair, FULL_RATE)
+        named = NAMED_PAIRS.get(pair)
+        fallback = LORA_RATE if lora_rank else named.learning_rate if named else FULL_RATE
         return fallback if self.learning_rate is None else self.learning_rate
 
 

@@ -21,7 +21,7 @@ ORDER = (
 OTHER = {
     "data/embedded": "the embedded pair and its card",
     "data/prompts.jsonl": "instruction prompts for the smollm2 pair",
-    "scripts": "how the embedded pair was made; this tree and the site's pages",
+    "scripts": "how the embedded pair was made; requirements.txt; this tree and the site's pages",
     "benchmarks": "cost against its floor, calibration of the intervals, and measured results",
     "docs": "the site's pages that are not made from the code: statistics, columns, criteria, scale, …",
     "notebooks": "the instrument from Jupyter, step by step",
@@ -113,8 +113,13 @@ def _settings(config: type) -> str:
     rows = ["| flag | default | |", "|---|---|---|"]
     for field in dataclasses.fields(config):
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else "" if field.default is None else str(field.default)
-        rows.append(f"| `--{field.name.replace('_', '-')}` | {f'`{default}`' if default else '–'} | {field.metadata.get('help', '').replace('|', chr(92) + '|')} |")
+        rows.append(f"| `--{field.name.replace('_', '-')}` | {f'`{default}`' if default else '–'} | {_escaped(field.metadata.get('help', ''))} |")
     return f"*{(config.__doc__ or '').split(chr(10))[0].rstrip('.')}*\n\n" + "\n".join(rows)
+
+
+def _escaped(text: str) -> str:
+    """Plain text in a table's cell: neither a further cell nor a reference."""
+    return re.sub(r"([|\[\]])", r"\\\1", text)
 
 
 def public_names() -> str:
@@ -133,7 +138,7 @@ def on_config(config):
 
     first = ["commands.md", "statistics.md", "columns.md", "criteria.md", "python.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
-    config.nav = [{"Overview": "index.md"}, {"Stages": [f"stages/{name}.md" for name in cli.PURPOSE if name != "criteria"]}, *first, *others]
+    config.nav = [{"Overview": "index.md"}, {"Stages": [f"stages/{name}.md" for name in cli.PURPOSE if name != "criteria"]}, *first, *others, "contributing.md"]
     return config
 
 
@@ -144,7 +149,8 @@ def on_files(files, config):
     from diagnostics import cli
 
     made = {f"stages/{name}.md": stage_page(name) for name in cli.PURPOSE if name != "criteria"}
-    made["index.md"] = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    made["index.md"] = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+    made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from diagnostics import __version__
 from diagnostics.cli import PURPOSE, STAGES, build_parser, main
 from tests import study_tables
 from tests.test_stages import folders  # noqa: F401  (a fixture)
@@ -76,7 +77,7 @@ def test_every_stage_says_what_it_does(capsys):
     (["report", "--compare", "{tmp}/a", "--output-dir", "{tmp}"], "A comparison needs two or more runs"),
     (["report", "--compare", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"], "cannot be read as a manifest (No such file or directory)"),
     (["fly"], "invalid choice: 'fly'"),
-    ([], "the following arguments are required"),
+    (["--quiet"], "the following arguments are required"),
 ])
 def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):  # noqa: F811
     (tmp_path / "empty.jsonl").write_text("")
@@ -123,6 +124,30 @@ def test_help_names_the_exit_codes(capsys):
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used" in shown and "130 stopped by the user" in shown
+
+
+def test_without_arguments_help_is_printed(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and all(command in shown for command in PURPOSE)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"opd-diagnostics {__version__}\n"
+
+
+@pytest.mark.parametrize("started, name", [
+    ("/usr/bin/opd-diagnostics", "opd-diagnostics"), ("/site-packages/diagnostics/__main__.py", "python -m diagnostics")])
+def test_the_program_names_itself_as_it_was_started(started, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert main(["run", "--loss", "hinge"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name} run: ")
+    with pytest.raises(SystemExit):
+        main(["criteria", "--help"])
+    shown = capsys.readouterr().out
+    assert f"usage: {name} criteria" in shown and f"example:\n  {name} criteria" in shown
 
 
 def test_listing_needs_no_torch():

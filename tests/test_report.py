@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import narrative, plates, report, validation
+from diagnostics import figures, narrative, plates, report, validation
 from diagnostics.cli import main
 from diagnostics.types import DiagnosticsError
 from tests import browser, study_tables, test_validation
@@ -103,7 +103,7 @@ def test_holds_the_answer_from_the_tables(run, source):
 def test_figures_stand_at_both_widths_with_a_reading(source):
     page = Page(source)
     assert page.tags.count("svg") == 2 * len(DRAWN)
-    for sheet in report.SHEETS:
+    for sheet in figures.FIGURES.values():
         if sheet.name in DRAWN:
             assert f"{sheet.title} {sheet.reading}" in page.text
 
@@ -218,8 +218,9 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
     material = report.read_run(directory)
     calls = {}
-    sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options)) for sheet in report.SHEETS]
-    monkeypatch.setattr(report, "SHEETS", sheets)
+    sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options))
+              for sheet in figures.FIGURES.values()]
+    monkeypatch.setattr(figures, "FIGURES", {sheet.name: sheet for sheet in sheets})
     drawn, left_out = report.draw_all(material)
     assert set(drawn) == {sheet.name for sheet in sheets} and left_out == {}
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])

@@ -1,0 +1,75 @@
+"""A further named pair is one entry: prompts, verifier, learning rate, fingerprint follow."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from diagnostics import pairs, tasks
+from diagnostics.evaluation import EvaluationConfig, find_verifier, verify_math
+from diagnostics.pairs import NamedPair, PairConfig, load_pair
+from diagnostics.prompts import PromptConfig
+from diagnostics.runs import fingerprint_files
+from diagnostics.stages import Models, choose_prompts, training_prompts
+from diagnostics.training import FULL_RATE, LORA_RATE, TrainConfig
+from diagnostics.types import Prompt
+from tests.test_stages import folders  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def third(folders, monkeypatch):  # noqa: F811
+    """An entry `third` with the folders of two tiny models."""
+
+    def add(**fields):
+        student, teacher = Path(folders[1]), Path(folders[3])
+        entry = NamedPair(lambda: (student, teacher), **{"learning_rate": 3e-4} | fields)
+        monkeypatch.setitem(pairs.NAMED_PAIRS, "third", entry)
+        return entry, Models(PairConfig(pair="third", device="cpu"))
+
+    return add
+
+
+def test_its_folders_and_rate_are_used(third, folders):  # noqa: F811
+    _, models = third()
+    assert load_pair("third", device="cpu").name == models.pair.name == "third"
+    hashes = [fingerprint_files(Path(folders[at])) for at in (1, 3)]
+    assert models.fingerprint() == dict(zip(("student", "teacher"), hashes))
+    assert TrainConfig().rate("third", 0) == 3e-4 and TrainConfig().rate("third", 8) == LORA_RATE
+    assert TrainConfig().rate("custom", 0) == FULL_RATE
+
+
+def test_its_fingerprint_may_be_known_without_its_folders(third):
+    _, models = third(made_of={"gguf": "abc"})
+    assert models.fingerprint() == {"gguf": "abc"}
+
+
+def test_its_prompt_file_is_read(third, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "w1"}\n{"prompt": "w2"}\n{"prompt": "w3"}\n')
+    _, models = third(prompts=tmp_path / "own.jsonl")
+    chosen = choose_prompts(models, PromptConfig()).prompts
+    assert [prompt.prompt for prompt in chosen] == ["w1", "w2", "w3"]
+    evaluation = EvaluationConfig(eval_contexts=1)
+    train, held_out = training_prompts(models, PromptConfig(), evaluation, needed=9, seed=0)
+    assert (len(train), len(held_out)) == (2, 1)
+
+
+def test_its_task_writes_and_judges(third, monkeypatch):
+    def write(n, *, seed, split="train"):
+        return [Prompt(f"{split}-{seed}-{i}", "w1", "1") for i in range(n)]
+
+    monkeypatch.setitem(tasks.TASKS, "own", tasks.Task(write, lambda response, answer: True))
+    _, models = third(task="own")
+    chosen = choose_prompts(models, dataclasses.replace(PromptConfig(), contexts=2)).prompts
+    assert [prompt.prompt_id for prompt in chosen] == ["probe-0-0", "probe-0-1"]
+    evaluation = EvaluationConfig(eval_contexts=1)
+    train, held_out = training_prompts(models, PromptConfig(), evaluation, needed=2, seed=5)
+    written = [prompt.prompt_id for prompt in train + held_out]
+    assert written == ["train-5-0", "train-5-1", "test-0-0"]
+    assert find_verifier("auto", pair="third", prompts=train) is tasks.TASKS["own"].verify
+    assert find_verifier("sums", pair="third", prompts=train) is tasks.verify
+
+
+def test_math_is_not_taken_for_a_task(third, monkeypatch):
+    third(task="sums")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert find_verifier("math", pair="third", prompts=[Prompt("a", "w1", "1")]) is verify_math
