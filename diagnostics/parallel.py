@@ -2,7 +2,8 @@
 
 Start any command under `torchrun --nproc-per-node N -m diagnostics …` or `accelerate launch`. Batches are formed
 before they are shared out, so every number of processes scores the same batches, and tables do not depend on
-it. Only the first process writes. Alone, every function here is the identity and torch is not imported.
+it: each batch's numbers come from one process, and a probe's mean loss and gradient are added up in more digits than they
+keep. (The number of *threads* orders sums within a tensor; last digits may hang on that.) Only the first process writes. Alone, every function here is the identity and torch is not imported.
 """
 
 from __future__ import annotations

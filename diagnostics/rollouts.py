@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diagnostics import parallel
 from diagnostics.pairs import Pair
+from diagnostics.projection import wide_head
 from diagnostics.prompts import encode_prompt
 from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
@@ -144,9 +145,10 @@ def generate(
     ids_BT = torch.tensor([[filler] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids) or None, pad_token_id=filler)
-    output_BT = model.generate(
-        input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, logits_processor=LogitsProcessorList([chooser])
-    )
+    with wide_head(model):
+        output_BT = model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, logits_processor=LogitsProcessorList([chooser])
+        )
     return [_until_end(row, end_ids) for row in output_BT[:, width:].tolist()]
 
 
