@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from diagnostics import parallel
+from diagnostics.bounds import check_weights
 from diagnostics.runs import sha256_file
 from diagnostics.types import DiagnosticsError
 
@@ -44,6 +45,7 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
         return source.to(place).eval()
     if dtype not in (*DTYPES, *QUANTISED):
         raise DiagnosticsError(f"Unknown dtype {dtype!r}. Known are {', '.join((*DTYPES, *QUANTISED))}.")
+    check_weights(source)
     if is_gguf(source):
         model, facts = _load_gguf(str(source), revision, dtype)
     elif (folder := adapter_folder(source, revision)) is not None:

@@ -347,11 +347,14 @@ def _cast(values: pd.Series, dtype: str) -> pd.Series:
 
 
 def read_parquet(path: str | Path) -> pd.DataFrame:
-    """Read one parquet file. Raises DiagnosticsError where it is missing or damaged."""
+    """Read one parquet file. Raises DiagnosticsError where it is missing, damaged, or holds more than it can (`bounds`)."""
     import pandas as pd
     import pyarrow as pa
 
+    from diagnostics.bounds import check_parquet
+
     try:
+        check_parquet(path)
         return pd.read_parquet(path)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:  # a damaged file fails in its pages or in pandas' own notes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
