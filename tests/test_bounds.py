@@ -1,6 +1,9 @@
 import json
 import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -156,3 +159,17 @@ def test_gguf_headers(tmp_path, parts, reason):
 def test_a_source_that_is_not_here_is_left_alone(tmp_path):
     check_weights("Qwen/Qwen3-1.7B")
     check_weights(tmp_path / "none.gguf")
+
+
+CASES = int(os.environ.get("FUZZ_CASES", 0)) // 20 or 120
+
+
+@pytest.mark.parametrize("kind", ["archives", "parquet", "weights", "json"])
+def test_crafted_files_end_no_process_and_hold_none(tmp_path, kind):
+    """In a process of its own with six gigabytes: neither a crash, nor a hang, nor any error but ours."""
+    script = Path(__file__).with_name("launched_bounds.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), kind, str(len(kind)), str(CASES)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(script.parents[1])}, timeout=60 + CASES, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+    read, refused = map(int, done.stdout.splitlines()[-1].split()[1::2])
+    assert read + refused == CASES and read and refused
