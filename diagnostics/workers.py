@@ -35,6 +35,7 @@ def share_out(work: Callable[[Any], Any], tasks: Sequence[Any], environments: Se
     work: a function of a module. Whatever ends this generator ends the workers, at once. Raises DiagnosticsError where a
     worker dies, and the error of a task that fails.
     """
+    _start_tracker()
     todo, hands = list(reversed(tasks)), []
     try:
         for environment in environments[: len(tasks)]:
@@ -52,6 +53,18 @@ def share_out(work: Callable[[Any], Any], tasks: Sequence[Any], environments: Se
         for hand in hands:
             hand.process.join(END_SECONDS)
             hand.connection.close()
+
+
+def _start_tracker() -> None:
+    """Python's own helper of such processes, without its warning of what killed workers did not give back: it gives it back."""
+    from multiprocessing import resource_tracker
+
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    sys.warnoptions.append(quiet)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(quiet)
 
 
 def _ready(hands: Sequence[_Hand]) -> list[_Hand]:

@@ -196,10 +196,25 @@ def test_a_cells_name_holds_everything_that_decides_it(setting):
     half = Cell("entropy", 0.5, 0, usable * (np.arange(len(usable)) % 2))
     keys = [Grid(**settings).key(c) for c in (cell, placebo, half)]
     keys += [Grid(**settings | change).key(cell) for change in (
-        {"loss": "jsd"}, {"beta": 0.1}, {"optimizer": "sgd"}, {"match": "lr"}, {"full_size": 2e-3})]
+        {"loss": "jsd"}, {"beta": 0.1}, {"optimizer": "sgd"}, {"match": "lr"})]
     keys.append(Grid(**settings | {"seed": 1}).key(placebo))
     assert len(set(keys)) == len(keys)
     assert Grid(**settings | {"seed": 1}).key(cell) == keys[0] == Grid(**settings).key(Cell("tip", 1.0, 0, usable.copy()))
+    assert Grid(**settings | {"full_size": 2e-3}).key(cell) == keys[0]  # which `_kept` compares
+
+
+@pytest.mark.parametrize("match", ["norm", "lr"])
+def test_a_cell_is_found_again_though_the_step_differs_in_its_last_digits(setting, tmp_path, monkeypatch, caplog, match):
+    """As on a GPU, where sums come out in another order; another step altogether is measured again, with a warning."""
+    pair, bank, tokens = setting
+    options = {"tokens": tokens, "criteria": ["entropy"], "budgets": [0.5], "random_draws": 1, "match": match, "cache": tmp_path}
+    first = interventions(pair, bank, step=1e-3, **options)
+    count, original = [], Grid._effect
+    monkeypatch.setattr(Grid, "_effect", lambda self, *rest: count.append(1) or original(self, *rest))
+    again = interventions(pair, bank, step=1e-3 * (1 + 1e-6), **options)
+    assert not count and [effect.step_size for effect in again.effects] == [effect.step_size for effect in first.effects]
+    interventions(pair, bank, step=2e-3, **options)
+    assert len(count) == len(first.cells) and "a finished cell is measured again: its step was" in caplog.text
 
 
 def test_the_same_positions_are_measured_once(setting, monkeypatch):
