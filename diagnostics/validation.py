@@ -257,10 +257,20 @@ def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
         if workers == 1 or len(missing) < 2:
             for cell in missing:
                 run_cell(job, cell)
-            return
+        else:
+            _held.clear()  # the workers load their own
+            _share_out(job, missing, workers)
     finally:
         _held.clear()
-    _share_out(job, missing, workers)
+    _say_threads(job, cells)
+
+
+def _say_threads(job: Job, cells: Sequence[Cell]) -> None:
+    """Sums come out in another order on another number of threads, so that equal cells differ in their last digits."""
+    records = [json.loads((job.folder / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+    threads = sorted({record["threads"] for record in records if "threads" in record})
+    if len(threads) > 1:
+        log.warning("cells of this grid were trained on %s threads each: their last digits differ by that", " and ".join(map(str, threads)))
 
 
 def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
@@ -417,6 +427,8 @@ def run_cell(job: Job, cell: Cell) -> str:
     """Train one cell and leave its evaluation, its curve and then its record. Returns what to log."""
     import time
 
+    import torch
+
     from diagnostics.runs import write_parquet
     from diagnostics.training import EngineConfig, TrainConfig, train
     from diagnostics.types import read_bank, read_parquet
@@ -436,7 +448,7 @@ def run_cell(job: Job, cell: Cell) -> str:
     write_parquet(job.folder / f"{cell.name}.curve.parquet", result.metrics)
     seconds = time.perf_counter() - began
     _finish(job, cell.name, pd.concat([rows, _first_gains(gains, bank)], ignore_index=True),
-            cell=asdict(cell), seconds=round(seconds, 1))
+            cell=asdict(cell), seconds=round(seconds, 1), threads=torch.get_num_threads())
     return f"{cell.name}: {seconds:.0f} s"
 
 
