@@ -12,7 +12,6 @@ Weights are read from safetensors or GGUF, never from a format that can run code
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import sys
 import warnings
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from diagnostics import parallel
-from diagnostics.bounds import check_weights
+from diagnostics.bounds import check_weights, parse_json
 from diagnostics.runs import sha256_file
 from diagnostics.types import DiagnosticsError
 
@@ -164,7 +163,7 @@ def _cached_adapter(source: str, revision: str | None) -> Path | None:
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = parse_json((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DiagnosticsError(f"{folder / ADAPTER_CONFIG} cannot be read as an adapter's settings ({error!r}). Save the adapter again with PEFT.") from error

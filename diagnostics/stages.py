@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from diagnostics.bounds import parse_json
 from diagnostics.exactness import is_listed, marked
 from diagnostics.runs import Run, code_version, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
@@ -116,7 +117,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
 
 def _json_object(text: str, flag: str) -> dict:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -307,6 +307,19 @@ def test_workers_give_the_same_cells(folders, tmp_path):  # noqa: F811
         pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / workers / f"cells/{name}.parquet") for workers in "12"), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):  # noqa: F811
+    """Adapters and further TRL fields reach every training, wherever it runs."""
+    pytest.importorskip("peft")
+    (tmp_path / "trl.json").write_text('{"warmup_steps": 1}')
+    for workers in ("1", "2"):
+        options = ("--seeds", "1", "--workers", workers, "--lora-rank", "2", "--trl", str(tmp_path / "trl.json"), "--criteria", "full,random")
+        assert main(command(folders, tmp_path / workers, *options)) == 0
+    for name in ("full-1-seed0", "random-0.2-seed0"):
+        pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / workers / f"cells/{name}.parquet") for workers in "12"), rtol=1e-5)
+    assert set(json.loads((tmp_path / "2/cells/full-1-seed0.json").read_text())["engine"]) == {"lora_rank", "trl"}
+
+
 def test_tables_need_no_torch():
     code = "import sys; from diagnostics import validation; print('torch' in sys.modules, 'trl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
