@@ -64,7 +64,7 @@ def read_archive(path: str | Path) -> Any:
         _require_small(value)
         return value
     except _REFUSED as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
         raise DiagnosticsError(
             f"{path} cannot be read as a torch archive ({reason}). Check the file, or write its rows as JSONL."
         ) from error

@@ -178,23 +178,28 @@ def check_weights(source: str | Path) -> None:
 
     A source that is not here, as a Hugging Face id, is left alone. Raises DiagnosticsError that names the file.
     """
+    if not isinstance(source, str | Path):
+        return
     source = Path(source)
     files = [source] if source.suffix == ".gguf" else sorted(source.glob("*.safetensors")) if source.is_dir() else []
     for file in files:
-        if file.exists():
+        if not file.exists():
+            continue
+        try:
             _check_header(file)
+        except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
+            reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
+            raise DiagnosticsError(
+                f"No model can be loaded from {str(source)!r} (the header of {file.name} cannot be trusted: {reason}). Fetch or write the file again."
+            ) from error
 
 
 def _check_header(path: Path) -> None:
     if not regular(path):
-        raise DiagnosticsError(f"{path} is not a regular file. Give a file of weights.")
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            _Gguf(file, size).check() if path.suffix == ".gguf" else _check_safetensors(file, size)
-    except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DiagnosticsError(f"{path} has no header that can be trusted ({reason}). Fetch or write the file again.") from error
+        raise ValueError("it is not a regular file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _Gguf(file, size).check() if path.suffix == ".gguf" else _check_safetensors(file, size)
 
 
 def _check_safetensors(file: BinaryIO, size: int) -> None:

@@ -44,7 +44,6 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
         return source.to(place).eval()
     if dtype not in (*DTYPES, *QUANTISED):
         raise DiagnosticsError(f"Unknown dtype {dtype!r}. Known are {', '.join((*DTYPES, *QUANTISED))}.")
-    check_weights(source)
     if is_gguf(source):
         model, facts = _load_gguf(str(source), revision, dtype)
     elif (folder := adapter_folder(source, revision)) is not None:
@@ -84,6 +83,7 @@ def is_gguf(source) -> bool:
 def _load_plain(source, revision: str | None, dtype: str, place: torch.device) -> tuple[nn.Module, dict]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_weights(source)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "dtype": DTYPES.get(dtype, torch.bfloat16)}
     saved = getattr(_from_source(AutoConfig, source, "model", revision=revision), "quantization_config", None) or {}
     method = saved.get("quant_method") if isinstance(saved, dict) else getattr(saved, "quant_method", None)
@@ -121,6 +121,7 @@ def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[nn.Module
     if dtype in QUANTISED:
         raise DiagnosticsError(f"{source} is a GGUF file, which is dequantised when it is read; {dtype} would quantise it again. Use bfloat16 or float32.")
     path = Path(source)
+    check_weights(path)
     model = _from_source(AutoModelForCausalLM, path, "model", revision=revision, dtype=DTYPES[dtype], quantization_config=GgufConfig(dequantize=True))
     model.config.quantization_config = None
     return model, {"gguf": path.name} | ({"sha256": sha256_file(path)} if path.is_file() else {})
@@ -180,6 +181,7 @@ def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Mod
     if dtype in QUANTISED:
         raise DiagnosticsError(f"{folder} is an adapter, which is merged into its base model; that cannot be done in {dtype}. Use bfloat16 or float32.")
     _require("peft", "adapters")
+    check_weights(folder)
     model, facts = _load_plain(base, settings.get("revision"), dtype, place)
     if facts:
         raise DiagnosticsError(f"{folder} is an adapter for {base}, whose weights are quantised ({facts['quantised']}). Merge it into the unquantised model.")
