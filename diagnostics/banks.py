@@ -20,7 +20,6 @@ prompts that no model was asked; where the prompt file is named as well, its pro
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.archives import Opaque, read_archive
+from diagnostics.bounds import parse_json
 from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows, require_unicode
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
 
@@ -214,7 +214,7 @@ class Row:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

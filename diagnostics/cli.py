@@ -85,7 +85,7 @@ STAGES["compare"] = ("comparison.ComparisonConfig", "stages.AnalysisConfig")
 STAGES["intervene"] = ("pairs.PairConfig", "probe.ProbeConfig", "intervention.InterventionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
 STAGES["attribute"] = ("pairs.PairConfig", "probe.ProbeConfig", "attribution.AttributionConfig", "stages.AnalysisConfig", "scores.ScoreConfig")
 STAGES["train"] = ("pairs.PairConfig", "prompts.PromptConfig", "training.TrainConfig", "training.EngineConfig", "evaluation.EvaluationConfig")
-STAGES["validate"] = ("pairs.PairConfig", "prompts.PromptConfig", "validation.ValidateConfig", "evaluation.EvaluationConfig", "stages.AnalysisConfig")
+STAGES["validate"] = ("pairs.PairConfig", "prompts.PromptConfig", "validation.ValidateConfig", "training.EngineConfig", "evaluation.EvaluationConfig", "stages.AnalysisConfig")
 
 
 def _configs(command: str) -> tuple[type, ...]:
@@ -296,7 +296,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
             stages.train_stage(run, models, *(configs[name] for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")))
         if parsed.command == "validate":
             stages.validate_stage(run, models, *(configs[name] for name in ("PromptConfig", "ValidateConfig", "EvaluationConfig")),
-                                  offline=parsed.offline, analysis=configs["AnalysisConfig"])
+                                  offline=parsed.offline, analysis=configs["AnalysisConfig"], engine=configs["EngineConfig"])
         if parsed.command in ("run", "probe"):
             stages.probe_stage(run, models, configs["ProbeConfig"], batch_tokens=configs["ScoreConfig"].batch_tokens)
         if parsed.command in ("intervene", "attribute"):

@@ -9,7 +9,6 @@ Rows that cannot be used are counted and said, never dropped in silence.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.bounds import parse_json
 from diagnostics.types import DiagnosticsError, Prompt, read_parquet
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _read_jsonl(path: Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -12,7 +12,6 @@ Weights are read from safetensors or GGUF, never from a format that can run code
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import sys
 import warnings
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from diagnostics import parallel
+from diagnostics.bounds import check_weights, parse_json
 from diagnostics.runs import sha256_file
 from diagnostics.types import DiagnosticsError
 
@@ -83,6 +83,7 @@ def is_gguf(source) -> bool:
 def _load_plain(source, revision: str | None, dtype: str, place: torch.device) -> tuple[nn.Module, dict]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_weights(source)
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "dtype": DTYPES.get(dtype, torch.bfloat16)}
     saved = getattr(_from_source(AutoConfig, source, "model", revision=revision), "quantization_config", None) or {}
     method = saved.get("quant_method") if isinstance(saved, dict) else getattr(saved, "quant_method", None)
@@ -120,6 +121,7 @@ def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[nn.Module
     if dtype in QUANTISED:
         raise DiagnosticsError(f"{source} is a GGUF file, which is dequantised when it is read; {dtype} would quantise it again. Use bfloat16 or float32.")
     path = Path(source)
+    check_weights(path)
     model = _from_source(AutoModelForCausalLM, path, "model", revision=revision, dtype=DTYPES[dtype], quantization_config=GgufConfig(dequantize=True))
     model.config.quantization_config = None
     return model, {"gguf": path.name} | ({"sha256": sha256_file(path)} if path.is_file() else {})
@@ -162,7 +164,7 @@ def _cached_adapter(source: str, revision: str | None) -> Path | None:
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = parse_json((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DiagnosticsError(f"{folder / ADAPTER_CONFIG} cannot be read as an adapter's settings ({error!r}). Save the adapter again with PEFT.") from error
@@ -179,6 +181,7 @@ def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Mod
     if dtype in QUANTISED:
         raise DiagnosticsError(f"{folder} is an adapter, which is merged into its base model; that cannot be done in {dtype}. Use bfloat16 or float32.")
     _require("peft", "adapters")
+    check_weights(folder)
     model, facts = _load_plain(base, settings.get("revision"), dtype, place)
     if facts:
         raise DiagnosticsError(f"{folder} is an adapter for {base}, whose weights are quantised ({facts['quantised']}). Merge it into the unquantised model.")

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from diagnostics.bounds import parse_json
 from diagnostics.exactness import is_listed, marked
-from diagnostics.runs import Run, fingerprint_files, sha256_file, unchanged, write_csv, write_json, write_parquet
+from diagnostics.runs import Run, code_version, fingerprint_files, sha256_file, unchanged, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
 
 def _json_object(text: str, flag: str) -> dict:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -443,8 +444,11 @@ def report_stage(run: Run, *, contexts: int | None = None) -> Path:
     return build(run.directory, contexts=CONTEXTS if contexts is None else contexts)
 
 
-def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, offline: str | None, analysis) -> None:
-    """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it."""
+def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, offline: str | None, analysis, engine=None) -> None:
+    """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid adds to it.
+
+    engine: how TRL runs each training, but for what a grid decides itself.
+    """
     from diagnostics import validation
     from diagnostics.losses import check_loss
     from diagnostics.verdicts import of_training
@@ -452,7 +456,13 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     check_loss(config.loss)
     _refuse_shards(models)
     folder = run.path("cells")
-    job = validation.Job(folder, *map(_settings, (models.config, prompts, evaluation, config)))
+    options = _engine_of_cells(engine)
+    sources = {**models.fingerprint(), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
+               **_file_hash("trl", options.get("trl"))}
+    earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
+    job = validation.Job(folder, *map(_settings, (models.config, prompts, evaluation, config)), options, sources,
+                         code_version("training", "trainer", "evaluation"), run.accept_code,
+                         {file.removeprefix("cells/"): digest for file, digest in earlier.items()})
     cells, made = validation.grid(config), {}
     write_json(run.manifest_path, run.manifest)
     validation.run_grid(job, cells, workers=config.workers)
@@ -467,11 +477,23 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
             write_csv(run.path(f"tables/{name}.csv"), table)
 
     settings = {**models.settings, **_settings(prompts), **dataclasses.asdict(config), **dataclasses.asdict(evaluation),
-                **dataclasses.asdict(analysis), "offline": offline}
+                **dataclasses.asdict(analysis), "offline": offline, **options}
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage("validate", settings=settings, inputs=[f"cells/{name}.parquet" for name in names],
               outputs=lambda: [f"tables/{name}.csv" for name in made], work=work, derived=True, code=("validation", "training"),
               models=models.fingerprint)
+
+
+def _engine_of_cells(engine) -> dict:
+    """Engine options that were given. Raises DiagnosticsError for those that a grid decides itself."""
+    from diagnostics.training import EngineConfig
+
+    usual = dataclasses.asdict(EngineConfig())
+    given = {key: value for key, value in dataclasses.asdict(engine or EngineConfig()).items() if value != usual[key] and key != "max_new_tokens"}
+    decided = [f"--{key.replace('_', '-')}" for key in ("save_every", "probe_every", "resume") if key in given]
+    if decided:
+        raise DiagnosticsError(f"A grid of trainings takes no {' or '.join(decided)}: each training is short, kept when it ends and begun again otherwise. Leave it out.")
+    return given
 
 
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:

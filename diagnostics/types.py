@@ -347,14 +347,17 @@ def _cast(values: pd.Series, dtype: str) -> pd.Series:
 
 
 def read_parquet(path: str | Path) -> pd.DataFrame:
-    """Read one parquet file. Raises DiagnosticsError where it is missing or damaged."""
+    """Read one parquet file. Raises DiagnosticsError where it is missing, damaged, or holds more than it can (`bounds`)."""
     import pandas as pd
     import pyarrow as pa
 
+    from diagnostics.bounds import check_parquet
+
     try:
+        check_parquet(path)
         return pd.read_parquet(path)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:  # a damaged file fails in its pages or in pandas' own notes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DiagnosticsError(
             f"{path} cannot be read as parquet ({reason}). Check the path, or run the stage that writes it again."
         ) from error

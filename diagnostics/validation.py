@@ -27,11 +27,16 @@ Reference: Satterthwaite 1946; Owen 2007 (crossed resampling); the claim is arXi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,16 +95,22 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its files."""
-        return f"{self.criterion}-{self.budget:g}-seed{self.seed}"
+        return f"{self.criterion}-{_budget_name(self.budget)}-seed{self.seed}"
+
+
+def _budget_name(budget: float) -> str:
+    """Six digits where they say it all, so that no two budgets share a name."""
+    short = f"{budget:g}"
+    return short if float(short) == budget else repr(budget)
 
 
 def grid(config: ValidateConfig) -> list[Cell]:
     """Every training, seed by seed, so that an interrupted grid holds whole comparisons."""
     cells = []
     for seed in range(config.seeds):
-        for criterion in config.criteria:
+        for criterion in dict.fromkeys(config.criteria):
             whole = registry.find(criterion).kind == "all"
-            cells += [Cell(criterion, budget, seed) for budget in ((1.0,) if whole else config.budgets)]
+            cells += [Cell(criterion, budget, seed) for budget in ((1.0,) if whole else dict.fromkeys(config.budgets))]
     return cells
 
 
@@ -119,6 +130,16 @@ class Job:
     """Fields of `EvaluationConfig`."""
     grid: dict
     """Fields of `ValidateConfig`."""
+    engine: dict = field(default_factory=dict)
+    """Fields of `EngineConfig` that are not as they come."""
+    sources: dict = field(default_factory=dict)
+    """Hashes of the models' files and of the prompts."""
+    code: str | None = None
+    """Version of the modules that decide a training's numbers."""
+    accept_code: bool = False
+    """Finished cells of another version are kept."""
+    known: dict = field(default_factory=dict)
+    """What the run's manifest has as hashes of cells' files."""
 
     @property
     def identity(self) -> dict:
@@ -130,47 +151,247 @@ class Job:
         pair = {key: value for key, value in self.pair.items() if key not in WHERE}
         return json.loads(json.dumps(recorded(pair | self.prompts | self.evaluation | grid, apart=True)))
 
+    @property
+    def engine_identity(self) -> dict:
+        """Engine options that a finished cell must share; a file counts by its content."""
+        trl = {"trl": self.sources.get("trl_sha256", self.engine["trl"])} if self.engine.get("trl") else {}
+        return json.loads(json.dumps(self.engine | trl))
+
     def finished(self, name: str) -> bool:
-        """True where the cell is done with these settings. Raises DiagnosticsError where it is with others."""
+        """True where the cell is done with these settings and its files are as they were written.
+
+        A cell that is lost, cut or was changed is to be measured again, with a warning. Raises DiagnosticsError where it is
+        done with other settings, models or prompts, or by another version of the code.
+        """
+        try:
+            record = self._record(name)
+            if record is None:
+                return False
+            self._require_same(name, record)
+            self._require_whole(name, record)
+        except _Again as reason:
+            log.warning("%s is measured again: %s", self.folder / name, reason)
+            return False
+        return True
+
+    def _record(self, name: str) -> dict | None:
         path = self.folder / f"{name}.json"
         if not path.exists():
-            return False
-        earlier = json.loads(path.read_text())["settings"]
-        different = [f"{key}: was {earlier.get(key)!r}, now {now!r}" for key, now in self.identity.items() if earlier.get(key) != now]
+            if (self.folder / f"{name}.parquet").exists():
+                raise _Again("its record is lost")
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _Again(f"its record cannot be read ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get("settings"), dict) or not isinstance(record.get("files", {}), dict):
+            raise _Again("its record has no settings")
+        if name != "untouched" and _cell_of(record) != name:
+            raise _Again(f"its record is of another cell, {_cell_of(record)}")
+        return record
+
+    def _require_same(self, name: str, record: dict) -> None:
+        path, engine = self.folder / f"{name}.json", {} if name == "untouched" else self.engine_identity
+        compared = [(record["settings"], self.identity, list(self.identity)),
+                    (record.get("engine", {}), engine, sorted(record.get("engine", {}).keys() | engine)),
+                    (record.get("sources", {}), self.sources, [key for key in record.get("sources", {}) if key != "trl_sha256"])]
+        different = [f"{key}: was {was.get(key)!r}, now {now.get(key)!r}" for was, now, keys in compared for key in keys if was.get(key) != now.get(key)]
         if different:
             raise DiagnosticsError(f"{path} was trained with other settings ({'; '.join(different)}). Choose another --output-dir.")
-        return True
+        if self.code is not None and record.get("code", self.code) != self.code:
+            if not self.accept_code:
+                raise DiagnosticsError(
+                    f"{path} was trained by another version of this program (was {record['code']}, now {self.code}). Choose another --output-dir, "
+                    "that version, or --accept-code to keep what it measured."
+                )
+            log.warning("%s: kept, though another version of this program measured it (was %s, now %s)", path, record["code"], self.code)
+
+    def _require_whole(self, name: str, record: dict) -> None:
+        for file in self.files(name):
+            path = self.folder / file
+            if not path.is_file():
+                raise _Again(f"{file} is lost")
+            digest = _sha256(path)
+            was = record.get("files", {}).get(file, digest), self.known.get(file, digest)
+            if was != (digest, digest):
+                raise _Again(f"{file} is not as it was written (sha256 {digest[:16]}…)")
+        if name != "untouched" and record.get("bank", _sha256(self.folder / BANK)) != _sha256(self.folder / BANK):
+            raise _Again("it was evaluated on another frozen bank")
+
+    @staticmethod
+    def files(name: str) -> tuple[str, str]:
+        """The files beside a cell's record."""
+        return f"{name}.parquet", BANK if name == "untouched" else f"{name}.curve.parquet"
+
+
+BANK = "contexts.parquet"
+
+
+class _Again(Exception):
+    """Why a cell that is there cannot be used."""
+
+
+def _cell_of(record: dict) -> str | None:
+    """Name of the cell that a record is of."""
+    try:
+        return Cell(**record["cell"]).name
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    from diagnostics.runs import sha256_file
+
+    return sha256_file(path)
 
 
 def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
     """Evaluate the untouched student, then train every cell that is not finished. Each leaves its files when it ends."""
-    if not job.finished("untouched"):
-        run_untouched(job)
-    missing = [cell for cell in cells if not job.finished(cell.name)]
-    log.info("%d of %d trainings to do", len(missing), len(cells))
-    if workers == 1 or len(missing) < 2:
-        for cell in missing:
-            run_cell(job, cell)
-        return
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool:
-        futures = [pool.submit(run_cell, job, cell) for cell in missing]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                log.info("%s (%d of %d)", future.result(), done, len(missing))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    if os.path.islink(job.folder):
+        raise DiagnosticsError(f"{job.folder} is a link, and cells are written into the run's own folder alone. Remove the link.")
+    remove_scratch(job.folder)
+    try:
+        if not job.finished("untouched"):
+            run_untouched(job)
+        missing = [cell for cell in cells if not job.finished(cell.name)]
+        log.info("%d of %d trainings to do", len(missing), len(cells))
+        if workers == 1 or len(missing) < 2:
+            for cell in missing:
+                run_cell(job, cell)
+        else:
+            _held.clear()  # the workers load their own
+            _share_out(job, missing, workers)
+    finally:
+        _held.clear()
+    _say_threads(job, cells)
 
 
-def _quiet_worker() -> None:
-    """One thread a worker: models this small lose time to a second one."""
+def _say_threads(job: Job, cells: Sequence[Cell]) -> None:
+    """Sums come out in another order on another number of threads, so that equal cells differ in their last digits."""
+    records = [json.loads((job.folder / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+    threads = sorted({record["threads"] for record in records if "threads" in record})
+    if len(threads) > 1:
+        log.warning("cells of this grid were trained on %s threads each: their last digits differ by that", " and ".join(map(str, threads)))
+
+
+def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
+    """Train on several processes, which end with this one; what they had begun goes with them."""
+    from diagnostics.workers import share_out
+
+    tasks = [(job, cell) for cell in missing]
+    try:
+        for done, result in enumerate(share_out(_work, tasks, environments(min(workers, len(tasks)), job.pair)), 1):
+            log.info("%s (%d of %d)", result, done, len(missing))
+    finally:
+        remove_scratch(job.folder)
+
+
+def _work(task: tuple[Job, Cell]) -> str:
+    """One cell in a worker, on one thread: models this small lose time to a second one."""
     import torch
 
     torch.set_num_threads(1)
     logging.getLogger("diagnostics").setLevel(logging.WARNING)
+    return run_cell(*task)
+
+
+def environments(workers: int, pair: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What each worker's environment adds: a GPU of its own where there are several and no device was named."""
+    if any(pair.get(name) not in (None, "auto", "cuda") for name in ("device", "teacher_device")):
+        return [{}] * workers
+    gpus = visible_gpus()
+    if len(gpus) < 2:
+        return [{}] * workers
+    if workers > len(gpus):
+        log.info("%d workers share %d GPUs", workers, len(gpus))
+    return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers)]
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in named.split(",")] if named else [str(number) for number in range(count)]
+    return names[:count]
+
+
+SCRATCH = re.compile(r"\.training-.+-seed\d+")
+"""Names of the folders that trainings work in."""
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what killed trainings had begun: folders of our own naming, no link and nothing that a link leads to."""
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        begun = [entry.path for entry in entries if SCRATCH.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    for path in begun:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _scratch(job: Job, cell: Cell) -> Iterator[Path]:
+    path = job.folder / f".training-{cell.name}"
+    if path.is_symlink():
+        raise DiagnosticsError(f"{path} is a link, and this program makes none. Remove it.")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- models, loaded once -----------------------------------------------------------------------------
+
+_held: dict[str, Any] = {}
+"""The pair of this process as it was loaded, with its checksum; trainings get copies."""
+
+
+def _fresh_pair(job: Job):
+    """A pair as it was loaded: the student's weights copied, the teacher's shared, and both compared with what they were.
+
+    Where they differ the models are loaded anew, with a warning.
+    """
+    key = json.dumps([job.pair, job.sources], sort_keys=True)
+    if _held.get("key") == key and _checksum(_held["pair"]) != _held["checksum"]:
+        log.warning("a training changed the weights that the next one begins with; the models are loaded anew")
+        _held.clear()
+    if _held.get("key") != key:
+        from diagnostics.pairs import PairConfig
+        from diagnostics.stages import Models
+
+        _held.clear()
+        pair = Models(PairConfig(**job.pair)).pair
+        _held.update(key=key, pair=pair, checksum=_checksum(pair))
+    return _copy(_held["pair"])
+
+
+def _copy(pair):
+    """The pair with modules, tokenizer and student's weights of its own. The teacher's weights are not trained and stay one."""
+    import copy
+
+    teacher = getattr(pair.teacher, "model", None)
+    shared = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
+    return copy.deepcopy(pair, {id(tensor): tensor for tensor in shared})
+
+
+def _checksum(pair) -> list[int]:
+    """One whole number for each model, over all bits of its weights and their order; where the weights lie, and exact."""
+    import torch
+
+    sums = []
+    for readout in (pair.student, pair.teacher):
+        model, total = getattr(readout, "model", None), 0
+        for tensor in [] if model is None else [*model.parameters(), *model.buffers()]:
+            bits = tensor.detach().contiguous().flatten()
+            whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+            for piece in bits.view(whole[bits.element_size()]).split(2**24):  # the sums below take eight bytes a weight
+                places = torch.arange(1, len(piece) + 1, device=piece.device)
+                total = (31 * total + int((piece.long() * places).sum())) % 2**64
+        sums.append(total)
+    return sums
 
 
 def _pair_and_prompts(job: Job, seed: int):
@@ -180,6 +401,7 @@ def _pair_and_prompts(job: Job, seed: int):
     from diagnostics.prompts import PromptConfig
 
     models, evaluation = stages.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
+    models.pair = _fresh_pair(job)
     data, held_out = stages.training_prompts(
         models, PromptConfig(**job.prompts), evaluation, needed=job.grid["steps"] * job.grid["batch"], seed=seed)
     if not held_out:
@@ -195,7 +417,7 @@ def run_untouched(job: Job) -> None:
 
     pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
     bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])
-    write_parquet(job.folder / "contexts.parquet", bank.to_frame())
+    write_parquet(job.folder / BANK, bank.to_frame())
     rows = evaluate(
         pair, held_out, bank=FrozenBank(pair, bank), verify=find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out),
         samples=evaluation.eval_samples, max_new_tokens=job.grid["max_new_tokens"])
@@ -205,7 +427,8 @@ def run_untouched(job: Job) -> None:
 def run_cell(job: Job, cell: Cell) -> str:
     """Train one cell and leave its evaluation, its curve and then its record. Returns what to log."""
     import time
-    from tempfile import TemporaryDirectory
+
+    import torch
 
     from diagnostics.runs import write_parquet
     from diagnostics.training import EngineConfig, TrainConfig, train
@@ -215,17 +438,18 @@ def run_cell(job: Job, cell: Cell) -> str:
     pair, data, held_out, evaluation = _pair_and_prompts(job, cell.seed)
     config = TrainConfig(
         criterion=cell.criterion, budget=cell.budget, seed=cell.seed, **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss")})
-    engine = EngineConfig(max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"])
+    engine = EngineConfig(**job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"])
     untouched = read_parquet(job.folder / "untouched.parquet")
-    with TemporaryDirectory(dir=job.folder, prefix=".") as scratch:
+    bank = read_bank(job.folder / BANK)
+    with _scratch(job, cell) as scratch:
         result = train(pair, data, output_dir=scratch, config=config, engine=engine, evaluation=evaluation, held_out=held_out,
-                       bank=read_bank(job.folder / "contexts.parquet"), untouched=untouched)
-        rows = read_parquet(Path(scratch) / "evaluations.parquet").query("step > 0").drop(columns="step")
-        gains = read_parquet(Path(scratch) / "training_gains.parquet")
+                       bank=bank, untouched=untouched)
+        rows = read_parquet(scratch / "evaluations.parquet").query("step > 0").drop(columns="step")
+        gains = read_parquet(scratch / "training_gains.parquet")
     write_parquet(job.folder / f"{cell.name}.curve.parquet", result.metrics)
     seconds = time.perf_counter() - began
-    _finish(job, cell.name, pd.concat([rows, _first_gains(gains, read_bank(job.folder / "contexts.parquet"))], ignore_index=True),
-            cell=asdict(cell), seconds=round(seconds, 1))
+    _finish(job, cell.name, pd.concat([rows, _first_gains(gains, bank)], ignore_index=True),
+            cell=asdict(cell), seconds=round(seconds, 1), threads=torch.get_num_threads())
     return f"{cell.name}: {seconds:.0f} s"
 
 
@@ -245,7 +469,11 @@ def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
     from diagnostics.runs import write_json, write_parquet
 
     write_parquet(job.folder / f"{name}.parquet", rows)
-    write_json(job.folder / f"{name}.json", record | {"settings": job.identity})
+    if name != "untouched":
+        record |= {"bank": _sha256(job.folder / BANK)} | ({"engine": job.engine_identity} if job.engine else {})
+    written = {file: _sha256(job.folder / file) for file in job.files(name)}
+    code = {} if job.code is None else {"code": job.code}
+    write_json(job.folder / f"{name}.json", record | {"settings": job.identity, "sources": job.sources, **code, "files": written})
 
 
 def read_outcomes(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:

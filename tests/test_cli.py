@@ -26,10 +26,10 @@ SURFACE = {
     "eval-prompts eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher "
     "no-resume no-shard-teacher offload-teacher output-dir pair probe-every prompt-column prompts prompts-split quiet resume save-every "
     "seed shard-teacher steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier",
-    "validate": "accept-code batch budgets chat chat-template-kwargs contexts criteria device draws dtype eval-contexts eval-every eval-prompts "
-    "eval-samples json learning-rate level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher offline "
-    "offload-teacher output-dir pair prompt-column prompts prompts-split quiet seeds shard-teacher steps student student-revision "
-    "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision verifier workers",
+    "validate": "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria device draws dtype eval-contexts eval-every eval-prompts "
+    "eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume no-shard-teacher offline "
+    "offload-teacher output-dir pair probe-every prompt-column prompts prompts-split quiet resume save-every seeds shard-teacher steps student student-revision "
+    "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier workers",
     "report": "compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",

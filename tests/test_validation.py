@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -306,6 +307,19 @@ def test_workers_give_the_same_cells(folders, tmp_path):  # noqa: F811
         pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / workers / f"cells/{name}.parquet") for workers in "12"), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):  # noqa: F811
+    """Adapters and further TRL fields reach every training, wherever it runs."""
+    pytest.importorskip("peft")
+    (tmp_path / "trl.json").write_text('{"warmup_steps": 1}')
+    for workers in ("1", "2"):
+        options = ("--seeds", "1", "--workers", workers, "--lora-rank", "2", "--trl", str(tmp_path / "trl.json"), "--criteria", "full,random")
+        assert main(command(folders, tmp_path / workers, *options)) == 0
+    for name in ("full-1-seed0", "random-0.2-seed0"):
+        pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / workers / f"cells/{name}.parquet") for workers in "12"), rtol=1e-5)
+    assert set(json.loads((tmp_path / "2/cells/full-1-seed0.json").read_text())["engine"]) == {"lora_rank", "trl"}
+
+
 def test_tables_need_no_torch():
     code = "import sys; from diagnostics import validation; print('torch' in sys.modules, 'trl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
@@ -313,3 +327,189 @@ def test_tables_need_no_torch():
 
 def test_a_cell_has_a_name():
     assert Cell("tip", 0.05, 2).name == "tip-0.05-seed2"
+
+
+# --- finished cells ---------------------------------------------------------------------------------
+
+TIP = Cell("tip", 0.2, 0)
+
+
+def made_job(folder, **changes):
+    """A grid's job of which the untouched student and one cell are finished."""
+    usual = {"pair": {"student": "s"}, "prompts": {}, "evaluation": {}, "grid": {"steps": 2, "workers": 2}, "sources": {"student": "1"}, "code": "c1"}
+    return validation.Job(folder, **usual | changes)
+
+
+def finished_job_of(folder, **changes):
+    job, rows = made_job(folder, **changes), pd.DataFrame({"measure": ["m"], "total": [1.0]})
+    folder.mkdir(exist_ok=True)
+    rows.to_parquet(folder / "contexts.parquet")
+    validation._finish(job, "untouched", rows)
+    rows.to_parquet(folder / "tip-0.2-seed0.curve.parquet")
+    validation._finish(job, TIP.name, rows, cell={"criterion": "tip", "budget": 0.2, "seed": 0})
+    assert job.finished("untouched") and job.finished(TIP.name) and not job.finished("full-1-seed0")
+    return job
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def edit(path):
+    pd.read_parquet(path).assign(total=9.0).to_parquet(path)
+
+
+def edit_record(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (lambda folder: edit(folder / "tip-0.2-seed0.parquet"), r"tip-0\.2-seed0\.parquet is not as it was written"),
+    (lambda folder: cut(folder / "tip-0.2-seed0.parquet"), r"tip-0\.2-seed0\.parquet is not as it was written"),
+    (lambda folder: (folder / "tip-0.2-seed0.parquet").unlink(), r"tip-0\.2-seed0\.parquet is lost"),
+    (lambda folder: edit(folder / "tip-0.2-seed0.curve.parquet"), r"curve\.parquet is not as it was written"),
+    (lambda folder: cut(folder / "tip-0.2-seed0.json"), r"its record cannot be read"),
+    (lambda folder: (folder / "tip-0.2-seed0.json").unlink(), r"its record is lost"),
+    (lambda folder: (folder / "tip-0.2-seed0.json").write_text("[" * 100_000), r"its record cannot be read"),
+    (lambda folder: (folder / "tip-0.2-seed0.json").write_text("[]"), r"its record has no settings"),
+    (lambda folder: (folder / "tip-0.2-seed0.json").write_bytes(b"\xff"), r"its record cannot be read"),
+    (lambda folder: edit_record(folder / "tip-0.2-seed0.json", cell={"criterion": "full", "budget": 1.0, "seed": 0}), r"its record is of another cell, full-1-seed0"),
+    (lambda folder: edit_record(folder / "tip-0.2-seed0.json", cell=3), r"its record is of another cell, None"),
+    (lambda folder: edit_record(folder / "tip-0.2-seed0.json", bank="0"), r"it was evaluated on another frozen bank"),
+])
+def test_a_cell_that_was_changed_or_lost_is_measured_again(tmp_path, caplog, harm, reason):
+    job = finished_job_of(tmp_path / "cells")
+    harm(job.folder)
+    assert not job.finished(TIP.name)
+    assert len(caplog.records) == 1 and caplog.messages[0].startswith(f"{job.folder / TIP.name} is measured again: ")
+    assert re.search(reason, caplog.messages[0])
+
+
+def test_a_bank_that_was_changed_is_frozen_again(tmp_path, caplog):
+    job = finished_job_of(tmp_path / "cells")
+    edit(job.folder / "contexts.parquet")
+    assert not job.finished("untouched") and "contexts.parquet is not as it was written" in caplog.text
+
+
+def test_a_cell_that_is_not_the_manifests_is_measured_again(tmp_path, caplog):
+    """File and record were replaced together; the manifest has the hash of what the tables were made from."""
+    finished_job_of(tmp_path / "cells")
+    job = made_job(tmp_path / "cells", known={"tip-0.2-seed0.parquet": "0" * 64})
+    assert not job.finished(TIP.name) and job.finished("untouched") and "tip-0.2-seed0.parquet is not as it was written" in caplog.text
+
+
+@pytest.mark.parametrize("changes, difference", [
+    ({"grid": {"steps": 3}}, "steps: was 2, now 3"), ({"sources": {"student": "2"}}, "student: was '1', now '2'"),
+    ({"engine": {"lora_rank": 4}}, "lora_rank: was None, now 4"),
+])
+def test_a_cell_of_other_settings_models_or_engine_is_refused(tmp_path, changes, difference):
+    finished_job_of(tmp_path / "cells")
+    with pytest.raises(DiagnosticsError, match=rf"was trained with other settings \({difference}\)\. Choose another --output-dir\.$"):
+        made_job(tmp_path / "cells", **changes).finished(TIP.name)
+
+
+def test_engine_options_of_a_cell(tmp_path):
+    job = finished_job_of(tmp_path / "cells", engine={"trl": "a/x.json", "accumulation": 2}, sources={"trl_sha256": "7"})
+    assert json.loads((job.folder / f"{TIP.name}.json").read_text())["engine"] == {"accumulation": 2, "trl": "7"}
+    again = {"engine": {"trl": "elsewhere.json", "accumulation": 2}, "sources": {"trl_sha256": "7"}}
+    assert made_job(job.folder, **again).finished(TIP.name)  # the file counts by its content
+    with pytest.raises(DiagnosticsError, match=r"\(trl: was '7', now '8'\)"):
+        made_job(job.folder, **again | {"sources": {"trl_sha256": "8"}}).finished(TIP.name)
+    with pytest.raises(DiagnosticsError, match=r"\(accumulation: was 2, now None; trl: was '7', now None\)"):
+        made_job(job.folder, sources={}).finished(TIP.name)
+
+
+def test_a_cell_of_other_code_is_refused_or_kept_on_request(tmp_path, caplog):
+    finished_job_of(tmp_path / "cells")
+    with pytest.raises(DiagnosticsError, match=r"trained by another version of this program \(was c1, now c2\)\..*--accept-code"):
+        made_job(tmp_path / "cells", code="c2").finished(TIP.name)
+    assert made_job(tmp_path / "cells", code="c2", accept_code=True).finished(TIP.name) and "kept, though another version" in caplog.text
+
+
+def test_a_record_from_before_hashes_is_compared_by_what_it_knows(tmp_path):
+    job = finished_job_of(tmp_path / "cells")
+    for path in job.folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({key: record[key] for key in ("cell", "settings") if key in record}))
+    assert job.finished("untouched") and job.finished(TIP.name)
+
+
+def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
+    folder, outside = tmp_path / "cells", tmp_path / "outside"
+    for path in (folder / ".training-tip-0.2-seed0" / "deep", folder / "mine", folder / ".training-mine", outside / "kept"):
+        path.mkdir(parents=True)
+    (folder / ".training-tip-0.2-seed0" / "link").symlink_to(outside)
+    (folder / ".training-full-1-seed0").symlink_to(outside)
+    (folder / ".training-full-1-seed1").write_text("a file")
+    validation.remove_scratch(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".training-full-1-seed0", ".training-full-1-seed1", ".training-mine", "mine"]
+    assert (outside / "kept").is_dir()
+    with pytest.raises(DiagnosticsError, match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$"):
+        with validation._scratch(made_job(folder), Cell("full", 1.0, 0)):
+            pass
+    (tmp_path / "linked").symlink_to(folder)
+    with pytest.raises(DiagnosticsError, match=r"linked is a link, and cells are written into the run's own folder alone\. Remove the link\.$"):
+        validation.run_grid(made_job(tmp_path / "linked"), [TIP], workers=1)
+
+
+@pytest.mark.parametrize("pair, gpus, expected", [
+    ({"device": "auto"}, ["0", "1"], ["0", "1", "0"]), ({"device": "cuda", "teacher_device": None}, ["GPU-a", "GPU-b", "c", "d"], ["GPU-a", "GPU-b", "c"]),
+    ({"device": "auto"}, ["0"], [None] * 3), ({"device": "auto"}, [], [None] * 3), ({"device": "cpu"}, ["0", "1"], [None] * 3),
+    ({"device": "cuda:1"}, ["0", "1"], [None] * 3), ({"device": "auto", "teacher_device": "cuda:1"}, ["0", "1"], [None] * 3),
+])
+def test_a_gpu_for_each_worker(monkeypatch, pair, gpus, expected):
+    monkeypatch.setattr(validation, "visible_gpus", lambda: gpus)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in validation.environments(3, pair)] == expected
+
+
+def test_gpus_are_named_as_the_environment_has_them(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert validation.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    assert validation.visible_gpus() == ["5", "7"]
+
+
+def test_two_budgets_never_share_a_name():
+    names = [cell.name for cell in grid(ValidateConfig(criteria=("tip", "tip"), budgets=(0.05, 0.05000001, 0.05), seeds=1))]
+    assert names == ["tip-0.05-seed0", "tip-0.05000001-seed0"]
+
+
+@pytest.mark.parametrize("option", ["--save-every=5", "--probe-every=1", "--resume"])
+def test_options_that_a_grid_decides_are_refused(folders, tmp_path, capsys, option):  # noqa: F811
+    assert main(command(folders, tmp_path, option)) == 2
+    assert f"A grid of trainings takes no {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_models_are_loaded_once_and_each_training_begins_with_them(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The second cell of a process is, to the last bit, what it is alone; a training that changed what is held is noticed."""
+    import torch
+
+    from diagnostics import pairs
+
+    loads, original = [], pairs.load_pair
+    monkeypatch.setattr(pairs, "load_pair", lambda **options: loads.append(1) or original(**options))
+    options = ("--seeds", "1", "--accumulation", "2")
+    assert main(command(folders, tmp_path / "both", *options, "--criteria", "full,random")) == 0
+    assert len(loads) == 1 and not validation._held
+    assert main(command(folders, tmp_path / "one", *options, "--criteria", "random")) == 0
+    files = [tmp_path / name / "cells/random-0.2-seed0.parquet" for name in ("both", "one")]
+    assert files[0].read_bytes() == files[1].read_bytes() and len(loads) == 2
+    record = json.loads(files[0].with_suffix(".json").read_text())
+    assert record["engine"] == {"accumulation": 2} and set(record["files"]) == {"random-0.2-seed0.parquet", "random-0.2-seed0.curve.parquet"}
+    assert json.loads((tmp_path / "both/manifest.json").read_text())["stages"]["validate"]["settings"]["accumulation"] == 2
+
+    job = made_job(tmp_path, pair={"student": folders[0][1], "teacher": folders[0][3], "device": "cpu"})
+    first = validation._fresh_pair(job)
+    second = validation._fresh_pair(job)
+    weights = [next(pair.student.model.parameters()) for pair in (first, second)]
+    assert weights[0].data_ptr() != weights[1].data_ptr() and len(loads) == 3
+    assert next(first.teacher.model.parameters()).data_ptr() == next(second.teacher.model.parameters()).data_ptr()
+    with torch.no_grad():
+        next(first.teacher.model.parameters())[0, 0] += 1
+    third = validation._fresh_pair(job)
+    assert len(loads) == 4 and "the models are loaded anew" in capsys.readouterr().err
+    assert validation._checksum(third) == validation._checksum(second)[:1] + validation._checksum(third)[1:]
+    validation._held.clear()
