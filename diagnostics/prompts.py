@@ -90,18 +90,43 @@ def read_prompts(
             prompts[prompt.prompt_id] = prompt
     counts["replies_cut"] = renderer.replies_cut
     _say(counts, path, limit)
-    chosen = take(list(prompts.values()), contexts, str(path))
+    chosen = take(list(prompts.values()), contexts, str(path), over_long=(counts["over_long"], limit))
     counts["not_needed"] = len(prompts) - len(chosen)
     counts["prompts"] = len(chosen)
     return PromptSet(chosen, dict(counts))
 
 
 def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
+    names: dict[tuple[str, str | None], str] = {}  # of what is rendered alike, the first row's: a repeat
     for row, value in enumerate(frame[column]):
         where = f"{path}, row {row + 1}"
         text, teacher = renderer(value, where), _teacher_prompt(frame, row, value, renderer, where)
-        identity = _text(frame, "prompt_id", row) or digest(text + (teacher or ""))
-        yield Prompt(identity, text, _text(frame, "answer", row), teacher)
+        identity = _text(frame, "prompt_id", row) or names.setdefault((text, teacher), _source_digest(frame, row, value))
+        yield Prompt(identity, text, _text(frame, "answer", row), teacher, rendered=text in renderer.written)
+
+
+SOURCE = ("teacher_prompt", "hint", "tools", "documents", "chat_template_kwargs")
+"""Columns that, beside the prompt's own, decide what is asked."""
+
+
+def _source_digest(frame: pd.DataFrame, row: int, value) -> str:
+    """Name of what a row asks, before any template wrote it: the same tomorrow, and for another model's template."""
+    more = {name: _plain_value(frame[name].iloc[row]) for name in SOURCE if name in frame}
+    parts = {"prompt": _plain_value(value)} | {name: part for name, part in more.items() if part not in (None, "")}
+    if set(parts) == {"prompt"} and isinstance(value, str):
+        return digest(value)
+    return digest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def _plain_value(value):
+    """A cell in JSON's terms, keys without a value left out: Arrow gives every message the keys of all."""
+    if isinstance(value, dict):
+        return {str(key): _plain_value(part) for key, part in value.items() if not missing(part)}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(part) for part in value]
+    return None if missing(value) else value
 
 
 def _unusable(prompt: Prompt, earlier: dict[str, Prompt], tokenizer, limit: int | None, path) -> str | None:
@@ -116,12 +141,12 @@ def _unusable(prompt: Prompt, earlier: dict[str, Prompt], tokenizer, limit: int 
     if same is not None:
         return "repeated"
     texts = [text for text in (prompt.prompt, prompt.teacher_prompt) if text is not None]
-    return "over_long" if limit and any(_longer(text, limit, tokenizer) for text in texts) else None
+    return "over_long" if limit and any(_longer(text, limit, tokenizer, prompt.rendered) for text in texts) else None
 
 
-def _longer(text: str, limit: int, tokenizer) -> bool:
+def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:
     """More tokens than `limit`; a text of fewer bytes than that is not tokenised to find out."""
-    return len(text.encode("utf-8", "surrogatepass")) + 8 > limit and len(encode_prompt(tokenizer, text)) > limit
+    return len(text.encode("utf-8", "surrogatepass")) + 8 > limit and len(encode_prompt(tokenizer, text, rendered=rendered)) > limit
 
 
 def _say(counts: Counter, path, limit: int | None) -> None:
@@ -133,19 +158,79 @@ def _say(counts: Counter, path, limit: int | None) -> None:
         log.warning("%s: %d chats end with the assistant's turn, which was cut off: the student writes it", path, counts["replies_cut"])
 
 
-def take(prompts: list[Prompt], contexts: int | None, source: str) -> list[Prompt]:
-    """The first `contexts` prompts. Raises DiagnosticsError where there are fewer, or none."""
+def take(prompts: list[Prompt], contexts: int | None, source: str, *, over_long: tuple[int, int | None] = (0, None)) -> list[Prompt]:
+    """The first `contexts` prompts. Raises DiagnosticsError where there are fewer, or none.
+
+    over_long: how many were left out for their length, and the limit; the message names it then.
+    """
     wanted = len(prompts) if contexts is None else contexts
     if not prompts or not 1 <= wanted <= len(prompts):
-        raise DiagnosticsError(f"{source} holds {len(prompts)} usable prompts, and {wanted} are asked for. Add prompts or lower --contexts.")
+        why = f" ({over_long[0]} are longer than {over_long[1]} tokens)" if over_long[0] else ""
+        remedy = "Add prompts, lower --contexts or --max-new-tokens, or raise --max-prompt-tokens." if why else "Add prompts or lower --contexts."
+        raise DiagnosticsError(f"{source} holds {len(prompts)} usable prompts{why}, and {wanted} are asked for. {remedy}")
     return prompts[:wanted]
 
 
-def encode_prompt(tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a rendered prompt. A start token that both the text and the tokenizer bring stands once."""
+def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int, ...]:
+    """Ids of a prompt, the only ones that sampling, scoring, training and imports use.
+
+    rendered: a chat template wrote the text, which then is all there is: the ids are those of
+    `apply_chat_template(tokenize=True)`. Other text keeps the tokenizer's start token, which stands once where the text
+    brings it as well, unless the text holds special tokens and the chat template writes no start token. Nothing is ever
+    put behind a prompt: the student would answer after the end of a text.
+    """
     require_unicode(text)
-    ids, start = tokenizer(text)["input_ids"], getattr(tokenizer, "bos_token_id", None)
-    return tuple(ids[1:] if start is not None and list(ids[:2]) == [start, start] else ids)
+    bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = () if rendered else start_ids(tokenizer)
+    if bare[: len(start)] == start or _written_in_template(tokenizer, bare, start):
+        return bare
+    return start + bare
+
+
+def start_ids(tokenizer) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before every text."""
+    for text in ("a", "0", "."):  # not every vocabulary has a token for each
+        bare, whole = (tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (False, True))
+        places = [i for i in range(len(whole) - len(bare) + 1) if bare and whole[i : i + len(bare)] == bare]
+        if places:
+            return whole[: places[0]]
+    return ()
+
+
+def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...]) -> bool:
+    """The text has special tokens, and the template that writes such texts begins them without `start`."""
+    if not getattr(tokenizer, "chat_template", None) or not special_ids(tokenizer).intersection(bare):
+        return False
+    written = render(tokenizer, [{"role": "user", "content": "a"}])
+    return written is not None and tuple(tokenizer(written, add_special_tokens=False)["input_ids"])[: len(start)] != start
+
+
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that `decode(skip_special_tokens=True)` leaves out: those named (start, end, ...) and those flagged."""
+    flagged = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    return frozenset(flagged.union(tokenizer.all_special_ids))
+
+
+def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs) -> str | None:
+    """Messages of our own by the chat template, to learn how it writes; None without one, or where it refuses them."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
+    except Exception:  # a template is a program, and may end in any error; what it does with prompts is seen when they are rendered
+        return None
+
+
+def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
+    """The chat template asks for the time, so that a prompt is another one tomorrow."""
+    asked: list[str] = []
+
+    def clock(form: str) -> str:
+        asked.append(form)
+        return "1"
+
+    render(tokenizer, [{"role": "user", "content": "a"}], **{**(kwargs or {}), "strftime_now": clock})
+    return bool(asked)
 
 
 def require_unicode(text: str) -> None:
@@ -259,6 +344,8 @@ class Renderer:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.wraps_text = chat and self.has_template
         self.replies_cut = 0
+        self.written: set[str] = set()
+        """Texts that the chat template wrote whole."""
 
     def __call__(self, value, where: str) -> str:
         """The rendered prompt, "" for a missing one. Raises DiagnosticsError for anything else than text or messages."""
@@ -271,7 +358,9 @@ class Renderer:
         messages = self.question(as_messages(value, where))
         if not self.has_template:
             raise DiagnosticsError(f"{where} holds chat messages, and the tokenizer has no chat template. Give text prompts, or a chat model.")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.kwargs)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.kwargs)
+        self.written.add(text)
+        return text
 
     def question(self, messages: list[dict]) -> list[dict]:
         """The chat up to the reply that is asked for."""

@@ -37,6 +37,8 @@ class Prompt:
     """Reference answer where the task can be verified."""
     teacher_prompt: str | None = None
     """What the teacher reads in its place, rendered; the student's prompt where None."""
+    rendered: bool = False
+    """A chat template wrote it whole: no token is added when it is encoded."""
 
 
 @dataclass(frozen=True)
