@@ -223,14 +223,9 @@ def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool = Tru
 
 def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
     """The chat template asks for the time, so that a prompt is another one tomorrow."""
-    asked: list[str] = []
-
-    def clock(form: str) -> str:
-        asked.append(form)
-        return "1"
-
-    render(tokenizer, [{"role": "user", "content": "a"}], **{**(kwargs or {}), "strftime_now": clock})
-    return bool(asked)
+    question, kwargs = [{"role": "user", "content": "a"}], kwargs or {}
+    no_clock = {**kwargs, "strftime_now": "no function"}  # whoever calls it ends in an error
+    return render(tokenizer, question, **kwargs) is not None and render(tokenizer, question, **no_clock) is None
 
 
 def require_unicode(text: str) -> None:

@@ -196,6 +196,33 @@ def say_cautions(pair: Pair) -> None:
                     pair.vocabulary, list(pair.end_ids) or "none")
 
 
+def make_savable(model: nn.Module) -> None:
+    """Mend generation settings that transformers refuses to write once anything in them was changed, as training does.
+
+    Many checkpoints ask for a temperature without asking for sampling. Where that is not the whole contradiction, the ids
+    alone are kept, and a warning says so: a training must not end at the file that nothing here reads.
+    """
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    if settings is None or _is_valid(settings):
+        return
+    sampled = copy.deepcopy(settings)
+    sampled.do_sample = True
+    ids = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = sampled if _is_valid(sampled) else GenerationConfig(**ids)
+    if model.generation_config is not sampled:
+        log.warning("the student's generation_config.json contradicts itself; the trained student's keeps its start, end and padding ids alone")
+
+
+def _is_valid(settings) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def turn_end(pair: Pair) -> int | None:
     """The special token with which the chat template ends the assistant's turn, where it is no end of a response; else None."""
     from diagnostics.prompts import render

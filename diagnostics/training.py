@@ -126,12 +126,13 @@ def train(
     Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory with an unfinished
     training (unless `engine.resume`), or one of other settings.
     """
-    from diagnostics.rollouts import say_cautions
+    from diagnostics.rollouts import make_savable, say_cautions
 
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     _check_data(pair, prompts, held_out, config, engine)
     say_cautions(pair)
+    make_savable(pair.student.model)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
     with warnings.catch_warnings():

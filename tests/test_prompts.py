@@ -75,7 +75,7 @@ def test_over_long_prompts_are_left_out_and_counted(tmp_path, plain, caplog):
     assert caplog.messages == [f"{file}: 0 empty, 0 repeated, 2 over-long (more than 4 tokens) prompts left out of 3"]
     plain.model_max_length = 4
     assert read_prompts(file, tokenizer=plain).counts["over_long"] == 2
-    with pytest.raises(DiagnosticsError, match=r"p\.jsonl holds 0 usable prompts, and 0 are asked for"):
+    with pytest.raises(DiagnosticsError, match=r"p\.jsonl holds 0 usable prompts \(3 are longer than 1 tokens\), and 0 are asked for"):
         load_prompts(file, tokenizer=plain, max_prompt_tokens=1)
 
 
