@@ -55,8 +55,8 @@ PARITY = 1e-3
 PARITY_HALF = 5e-2
 
 RELIED_ON = {
-    "_tokenize_prompts": ("self", "prompts"),
     "_generate_and_score_completions": ("self", "inputs"),
+    "_tokenize_prompts": ("self", "prompts"),
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_last_hidden_state": ("self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"),
     "_compute_loss": ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
