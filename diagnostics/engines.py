@@ -82,6 +82,8 @@ def read_object(text: str | None, flag: str) -> dict[str, Any]:
     where = flag if written_out else text
     try:
         value = json.loads(text if written_out else _small_file(text), object_pairs_hook=functools.partial(_once, where))
+    except DiagnosticsError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise DiagnosticsError(f"{where} cannot be read as JSON ({error}). Give an object of fields, in a file or written out.") from error
     if not isinstance(value, dict):
@@ -113,7 +115,7 @@ def trl_fields(text: str | None, *, loss: str = "") -> dict[str, Any]:
     """
     fields, where = read_object(text, "--trl"), _shown(text, "--trl")
     known = _hints()
-    unknown = sorted(fields.keys() - known.keys())
+    unknown = sorted(fields.keys() - known.keys() - WAYS.keys())
     if unknown:
         raise DiagnosticsError(f"{where} sets {', '.join(unknown)}, which no DistillationConfig knows. Mend the name, or remove it there.")
     refused = [f"{name} ({way(name)})" for name in sorted(fields.keys() - TRL_FIELDS)]

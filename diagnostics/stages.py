@@ -296,11 +296,14 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
 
 def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
     """Train the student; gains on the frozen bank join the token table where there is one."""
+    from diagnostics.engines import lora_config, trl_fields
     from diagnostics.training import train
 
     _refuse_shards(models)
+    trl_fields(engine.trl), lora_config(engine.lora_rank, engine.peft)  # refused before anything is recorded or loaded
     settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
-                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
+                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
+                **_file_hash("trl", engine.trl), **_file_hash("peft", engine.peft)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
     def work() -> dict:
@@ -316,7 +319,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         weights = sorted(run.path("student").glob("*.safetensors"))
         return [name for name in names if run.path(name).exists()] + [f"student/{path.name}" for path in weights]
 
-    run.stage("train", settings=settings, outputs=outputs, work=work, code=("training", "trainer"), models=models.fingerprint)
+    run.stage("train", settings=settings, outputs=outputs, work=work, code=("training", "trainer", "engines"), models=models.fingerprint)
     if run.path("scores.parquet").exists():
         join_tokens(run)
 

@@ -177,7 +177,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with whole as student, torch.no_grad(), self._dist.summon_full_params(self.model_wrapped, recurse=False):
+        autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
+        with whole as student, torch.no_grad(), autocast, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             return rollouts.generate(
                 student, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=self.max_completion_length
             )

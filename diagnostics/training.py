@@ -303,6 +303,8 @@ def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
     """What TRL, Accelerate, peft and the optimizer refuse before the first step, in one sentence."""
     try:
         yield
+    except DiagnosticsError:
+        raise
     except (TypeError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         if begun():
             raise
