@@ -108,8 +108,8 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def trl_fields(text: str | None, *, loss: str = "") -> dict[str, Any]:
-    """Fields of DistillationConfig from `--trl`, checked. loss: the one in force, which top_p and its kin may not bend.
+def trl_fields(text: str | None) -> dict[str, Any]:
+    """Fields of DistillationConfig from `--trl`, checked.
 
     Raises DiagnosticsError for a field that does not act here, with the way that leads there, or a value of another type.
     """
@@ -172,15 +172,24 @@ def _words(hint: Any) -> str:
 
 
 def _check_values(fields: dict[str, Any], where: str) -> None:
-    """Values that would open a connection or write elsewhere, and what is not installed."""
-    trackers = fields.get("report_to")
-    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
-        if tracker not in TRACKERS:
-            raise DiagnosticsError(f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and metrics.jsonl. Remove report_to there.")
-        if tracker == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-            raise DiagnosticsError(f"{where} reports to tensorboard, which is not installed. Run `pip install tensorboard`, or read metrics.jsonl.")
+    """Values that would open a connection or write elsewhere."""
+    if any(tracker not in TRACKERS for tracker in trackers(fields)):
+        raise DiagnosticsError(f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and metrics.jsonl. Remove report_to there.")
     if fields.get("vllm_mode", "colocate") != "colocate":
         raise DiagnosticsError(f"{where} has a vllm_mode other than \"colocate\", which would ask another host. Use \"colocate\".")
+
+
+def trackers(fields: dict[str, Any]) -> list:
+    """Where metrics are to go as well."""
+    asked = fields.get("report_to") or []
+    return [asked] if isinstance(asked, str) else asked
+
+
+def require_installed(text: str | None) -> None:
+    """Raise DiagnosticsError where `--trl` asks for a package that is not there."""
+    fields, where = trl_fields(text), _shown(text, "--trl")
+    if "tensorboard" in trackers(fields) and not importlib.util.find_spec("tensorboard"):
+        raise DiagnosticsError(f"{where} reports to tensorboard, which is not installed. Run `pip install tensorboard`, or read metrics.jsonl.")
     if fields.get("use_vllm") and not importlib.util.find_spec("vllm"):
         raise DiagnosticsError(f"{where} sets use_vllm, and vllm is not installed. Run `pip install trl[vllm]`, or remove it: transformers generates then.")
 

@@ -296,11 +296,11 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
 
 def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
     """Train the student; gains on the frozen bank join the token table where there is one."""
-    from diagnostics.engines import lora_config, trl_fields
+    from diagnostics.engines import lora_config, require_installed
     from diagnostics.training import train
 
     _refuse_shards(models)
-    trl_fields(engine.trl), lora_config(engine.lora_rank, engine.peft)  # refused before anything is recorded or loaded
+    require_installed(engine.trl), lora_config(engine.lora_rank, engine.peft)  # refused before anything is recorded or loaded
     settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
                 **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
                 **_file_hash("trl", engine.trl), **_file_hash("peft", engine.peft)}

@@ -137,6 +137,7 @@ def train(
     """
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
+    engines.require_installed(engine.trl)
     _check_data(pair, prompts, held_out, config, engine)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
@@ -397,8 +398,7 @@ def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: Engine
 
 def _trackers(engine: EngineConfig, directory: Path) -> list:
     """A writer for tensorboard in the run directory; left to itself it makes a folder where the command was given, named by the host."""
-    asked = engines.trl_fields(engine.trl).get("report_to") or "none"
-    if "tensorboard" not in ([asked] if isinstance(asked, str) else asked):
+    if "tensorboard" not in engines.trackers(engines.trl_fields(engine.trl)):
         return []
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback

@@ -46,9 +46,9 @@ def test_no_tracker_elsewhere(report_to):
 def test_tensorboard_needs_its_package(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DiagnosticsError, match=r"^--trl reports to tensorboard, which is not installed\. Run `pip install tensorboard`, or read metrics\.jsonl\.$"):
-        trl_fields('{"report_to": "tensorboard"}')
+        engines.require_installed('{"report_to": "tensorboard"}')
     with pytest.raises(DiagnosticsError, match=r"^--trl sets use_vllm, and vllm is not installed\. "):
-        trl_fields('{"use_vllm": true}')
+        engines.require_installed('{"use_vllm": true}')
 
 
 @pytest.mark.parametrize("text, message", [
