@@ -137,13 +137,17 @@ def attribute(
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Attention written out in matrix products while the block runs."""
-    before = model.config._attn_implementation
+    """Attention and experts written out in matrix products while the block runs: fused ones have no forward-mode derivative."""
+    attention, experts = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
     model.set_attn_implementation("eager")
     try:
+        if experts not in (None, "eager"):
+            model.set_experts_implementation("eager")
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attention)
+        if experts not in (None, "eager"):
+            model.set_experts_implementation(experts)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:

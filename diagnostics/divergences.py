@@ -301,7 +301,7 @@ def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Bloc
     """The rows in turn, as many at a time as stay in cache. A block's buffers are used again for the next."""
     count, vocabulary = student_NV.shape
     dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
-    step = max(1, min(count, _budget(BLOCK_BYTES, student_NV.device) // (6 * dtype.itemsize * vocabulary)))
+    step = max(1, min(count, _block_rows(vocabulary, dtype, student_NV.device)))
     buffers_3r2V = torch.empty(3, step, 2, vocabulary, dtype=dtype, device=student_NV.device)
     for start in range(0, max(1, count), step):
         rows = slice(start, min(start + step, count))
@@ -312,11 +312,25 @@ def _rows(student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "
     """Vocabulary-wide measurements of every row; those that hold a logit of -inf, NaN or +inf are done again apart."""
     parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    for row in (~out["forward_kl"].isfinite()).nonzero()[:, 0].tolist():
-        mended = _dense_with_absent(student_NV[row : row + 1], teacher_NV[row : row + 1], upto=upto)
-        for name, value_1 in mended.items():
-            out[name][row] = value_1[0]
+    for rows_r in not_finite(out["forward_kl"], student_NV.shape[1]):
+        for name, value_r in _dense_with_absent(student_NV[rows_r], teacher_NV[rows_r], upto=upto).items():
+            out[name][rows_r] = value_r
     return out
+
+
+def not_finite(values_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """Rows [r] whose value is not finite, as many at a time as one float64 block and the copies that lead to it hold.
+
+    A vocabulary that is padded with -inf brings every row here.
+    """
+    rows_n = (~values_N.isfinite()).nonzero()[:, 0]
+    if len(rows_n):
+        yield from rows_n.split(_block_rows(vocabulary, torch.float64, values_N.device))
+
+
+def _block_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose block fits BLOCK_BYTES: three buffers for both models."""
+    return max(1, _budget(BLOCK_BYTES, device) // (6 * dtype.itemsize * vocabulary))
 
 
 def _dense(block: Block, *, upto: str) -> dict[str, Tensor]:

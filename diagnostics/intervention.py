@@ -15,8 +15,8 @@ would those positions have gained, had all, or as many random ones, been supervi
 prompts; those that involve `random` also carry the spread of its draws.
 
 One teacher pass for all cells; the cells share each batch's student forward as far as memory for their gradients
-goes. A cell's result is a file named by everything that decides it, so an interrupted grid goes on
-where it was, and a wider grid keeps what it has.
+goes. A cell's result is a file named by everything that decides it, the bits of the full step's direction among that, so an
+interrupted grid goes on where it was (`directions`), and a wider grid keeps what it has.
 
 Reference: arXiv 2605.26844 compares criteria by training runs; this is the first step of one, with the norm held.
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +42,11 @@ from diagnostics import criteria as registry
 from diagnostics import parallel, scores, statistics
 from diagnostics.comparison import is_baseline
 from diagnostics.pairs import Pair
+from diagnostics.directions import Direction, Store, read_record, write_record
 from diagnostics.probe import (
-    Direction, Workbench, calibrate, first_update, loss_weights, require_same_bank, requested_step, split_prompts, tensor_norm,
+    Workbench, first_update, kept_step, loss_weights, require_same_bank, requested_step, split_prompts, tensor_norm,
 )
-from diagnostics.runs import write_parquet
+from diagnostics.runs import Shards, code_version, no_shards, write_parquet
 from diagnostics.statistics import Estimate, Prompts
 from diagnostics.types import Bank, DiagnosticsError, read_parquet
 
@@ -164,11 +165,13 @@ def interventions(
     seed: int = 0,
     batch_tokens: int = scores.BATCH_TOKENS,
     cache: str | Path | None = None,
+    shards: Callable[[str], Shards] = no_shards,
 ) -> Interventions:
     """Measure every cell of criteria x budgets, with full, random and placebo.
 
     tokens: the bank's table; scored here where None. Its `split` is used where it has one, else prompts are
     split as in `probe`. step: size of the full step, `auto` calibrates it. cache: folder for finished cells.
+    shards: where the step on all positions is kept until the grid is done.
     Raises DiagnosticsError for unknown names, a budget outside (0, 1], no random draw, or a table of another bank.
     """
     step_size = requested_step(loss, optimizer, step)
@@ -181,13 +184,35 @@ def interventions(
     split = tokens["split"].to_numpy(dtype=object) if "split" in tokens else split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
     cells = plan(tokens, split, criteria=criteria, budgets=budgets, random_draws=random_draws, seed=seed)
     bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
-    full = bench.direction(cells[0].weights_N, loss=loss, beta=beta, optimizer=optimizer)
-    calibration = calibrate(bench, full, cells[0].weights_N, beta=beta, step_size=step_size)
-    size = float(calibration.loc[calibration["chosen"], "step_size"].iloc[0])
-    grid = Grid(bench, loss, beta, optimizer, match, full, cells[0].weights_N, size, seed, None if cache is None else Path(cache))
+    settings = {"loss": loss, "beta": beta, "optimizer": optimizer}
+
+    def grid_along(full: Direction, calibration: pd.DataFrame) -> Grid:
+        size = float(calibration.loc[calibration["chosen"], "step_size"].iloc[0])
+        return Grid(bench, **settings, match=match, full=full, full_weights_N=cells[0].weights_N, full_size=size, seed=seed,
+                    cache=None if cache is None else Path(cache))
+
+    record = None if cache is None else Path(cache) / f"step-{_full_step_name(bench, cells[0].weights_N, step=step, **settings)}.json"
+    known = None if record is None else read_record(record)
+    if known is None or grid_along(*known).needs_direction(cells):
+        known = kept_step(bench, cells[0].weights_N, Store(shards("direction").folder), step_size=step_size, **settings)
+        if record is not None:
+            write_record(record, *known)
+    grid, calibration = grid_along(*known), known[1]
     effects = grid.measure(cells)
     bench.require_restored()
     return Interventions(tokens, split, cells, effects, calibration)
+
+
+def _full_step_name(bench: Workbench, weights_N: np.ndarray, **settings) -> str:
+    """Name of everything that decides the step on all positions, but for the rounding of its gradient."""
+    identity = settings | _identity(bench) | {"code": code_version("intervention")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode() + weights_N.tobytes()).hexdigest()[:24]
+
+
+def _identity(bench: Workbench) -> dict:
+    """Both models and the bank."""
+    ids = json.dumps([[context.context_id, context.prompt_ids, context.response_ids, context.teacher_ids] for context in bench.bank])
+    return {"student": bench.origin_sha256, "teacher": bench.pair.facts.get("teacher"), "bank": hashlib.sha256(ids.encode()).hexdigest()}
 
 
 def plan(
@@ -253,19 +278,21 @@ class Grid:
 
     def key(self, cell: Cell) -> str:
         """Name of everything that decides a cell's effect: positions, step, both models and the bank."""
-        identity = {
+        identity = self._identity | {
             "loss": self.loss, "beta": self.beta, "optimizer": self.optimizer, "match": self.match, "size": self.full_size,
-            "norm": self.full.norm, "student": self.bench.origin_sha256, "teacher": self.bench.pair.facts.get("teacher"),
-            "placebo": self.seed if cell.placebo else None, "bank": self._bank_sha256,
+            "direction": self.full.sha256, "placebo": self.seed if cell.placebo else None,
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(np.packbits(cell.weights_N > 0).tobytes())
         return digest.hexdigest()[:24]
 
     @cached_property
-    def _bank_sha256(self) -> str:
-        ids = json.dumps([[context.context_id, context.prompt_ids, context.response_ids] for context in self.bench.bank])
-        return hashlib.sha256(ids.encode()).hexdigest()
+    def _identity(self) -> dict:
+        return _identity(self.bench)
+
+    def needs_direction(self, cells: Sequence[Cell]) -> bool:
+        """True where a cell that moves along the step on all positions is still to be measured."""
+        return any(self._is_full(cell) and self._kept(self.key(cell)) is None for cell in cells)
 
     def _kept(self, key: str) -> Effect | None:
         """A cell measured earlier; a file that cannot be read is measured again."""

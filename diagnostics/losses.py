@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from diagnostics.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, top_ids, total
+from diagnostics import projection
+from diagnostics.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, not_finite, top_ids, total
 from diagnostics.types import DiagnosticsError
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
@@ -166,7 +167,7 @@ class _Positions:
     scale_N: Tensor | None = None
     """Factor of the derivative; 1 where None."""
 
-    def __getitem__(self, rows: slice) -> _Positions:
+    def __getitem__(self, rows: slice | Tensor) -> _Positions:
         return _Positions(*(None if x is None else x[rows] for x in (self.sampled_N, self.advantage_N, self.scale_N)))
 
     def scaled(self, derivative_NV: Tensor) -> Tensor:
@@ -178,19 +179,18 @@ class _Positions:
 def _evaluate(objective: _Objective, student_NV: Tensor, teacher_NV: Tensor, positions: _Positions, *, slope_NV: Tensor | None) -> Tensor:
     """Values [N], float64; fills `slope_NV`, where given, with their derivative in the student's logits times the scale."""
 
-    def fill(rows: slice, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
+    def fill(rows: slice | Tensor, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
         value_r, derivative = _RULES[objective.loss](objective, block, student_rV, teacher_rV, positions[rows])
         if slope_NV is not None:
-            slope_NV[rows] = positions[rows].scaled(derivative())
+            slope_NV[rows] = positions[rows].scaled(derivative()).to(slope_NV.dtype)
         return value_r
 
     values_N = torch.cat([fill(rows, block, student_NV[rows], teacher_NV[rows]) for rows, block in blocks(student_NV, teacher_NV)])
-    for row in (~values_N.isfinite()).nonzero()[:, 0].tolist():  # -inf as logit, or truly not finite
-        one = slice(row, row + 1)
-        student_1V, teacher_1V = exact(student_NV[one]), exact(teacher_NV[one])
-        (_, block), = blocks(filled(student_1V), filled(teacher_1V))
-        value_1 = fill(one, block, student_1V, teacher_1V)
-        values_N[one] = torch.where(_infinite(objective, student_1V, teacher_1V) & ~value_1.isnan(), torch.inf, value_1)
+    for rows_r in not_finite(values_N, student_NV.shape[1]):  # -inf as logit, or truly not finite
+        student_rV, teacher_rV = exact(student_NV[rows_r]), exact(teacher_NV[rows_r])
+        (_, block), = blocks(filled(student_rV), filled(teacher_rV))
+        value_r = fill(rows_r, block, student_rV, teacher_rV)
+        values_N[rows_r] = torch.where(_infinite(objective, student_rV, teacher_rV) & ~value_r.isnan(), torch.inf, value_r)
     return values_N
 
 
@@ -338,9 +338,9 @@ class _Gradients:
         self._input_nH = None
 
     def sum_of(self, leaf: Tensor) -> Tensor:
-        """The running derivative in a parameter."""
+        """The running derivative in a parameter, float32 or wider: chunks that add up to one number are rounded once."""
         if id(leaf) not in self._sums:
-            self._sums[id(leaf)] = torch.zeros_like(leaf)
+            self._sums[id(leaf)] = torch.zeros_like(leaf, dtype=projection.wide_dtype(leaf.dtype))
         return self._sums[id(leaf)]
 
     def holds(self, tensor: Tensor) -> bool:
@@ -348,14 +348,16 @@ class _Gradients:
         return any(tensor is leaf for leaf in self._leaves)
 
     def result(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Derivative in the hidden states and in each parameter."""
-        return self._hidden_NH, [self._sums.get(id(leaf)) for leaf in self._leaves]
+        """Derivative in the hidden states and in each parameter, in their dtypes."""
+        sums = [(leaf, self._sums.pop(id(leaf), None)) for leaf in self._leaves]
+        return self._hidden_NH, [None if total is None else total.to(leaf.dtype) for leaf, total in sums]
 
 
 class _LinearsAddInPlace(TorchFunctionMode):
-    """Inside, F.linear with a parameter (or a slice of one) as weight adds the weight's derivative to the running sum.
+    """Inside, a linear layer with a parameter (or a slice of one) as weight adds the weight's derivative to the running sum.
 
-    Autograd would make one [V, H] tensor more for each chunk, which at full vocabulary is most of the memory.
+    Autograd would make one [V, H] tensor more for each chunk, which at full vocabulary is most of the memory. Both
+    F.linear and `projection.linear` are meant.
     """
 
     def __init__(self, gradients: _Gradients):
@@ -363,23 +365,25 @@ class _LinearsAddInPlace(TorchFunctionMode):
         self._gradients = gradients
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and self._applies(*args):
-            return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._gradients)
+        if func in (F.linear, projection.linear) and not kwargs and self._applies(func, *args):
+            return _Linear.apply(func, args[0], args[1], args[2] if len(args) > 2 else None, self._gradients)
         return func(*args, **(kwargs or {}))
 
-    def _applies(self, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> bool:
+    def _applies(self, func: Callable, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> bool:
         leaf = weight_VH if weight_VH._base is None else weight_VH._base
         plain = type(weight_VH) in (Tensor, torch.nn.Parameter) and type(leaf) in (Tensor, torch.nn.Parameter)
-        same = input_nH.dim() == 2 and input_nH.dtype == weight_VH.dtype == leaf.dtype and leaf.is_contiguous()
-        return plain and same and self._gradients.holds(leaf) and not torch.is_autocast_enabled(weight_VH.device.type)
+        same = input_nH.dim() == 2 and weight_VH.dtype == leaf.dtype and leaf.is_contiguous()
+        if func is F.linear:
+            same = same and input_nH.dtype == weight_VH.dtype and not torch.is_autocast_enabled(weight_VH.device.type)
+        return plain and same and self._gradients.holds(leaf)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, gradients: _Gradients) -> Tensor:
+    def forward(ctx, func: Callable, input_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, gradients: _Gradients) -> Tensor:
         ctx.save_for_backward(input_nH, weight_VH)
-        ctx.gradients = gradients
-        return F.linear(input_nH, weight_VH, bias_V)
+        ctx.gradients, ctx.bias_dtype = gradients, None if bias_V is None else bias_V.dtype
+        return func(input_nH, weight_VH, bias_V)
 
     @staticmethod
     @once_differentiable
@@ -387,9 +391,11 @@ class _Linear(torch.autograd.Function):
         input_nH, weight_VH = ctx.saved_tensors
         leaf = weight_VH if weight_VH._base is None else weight_VH._base
         place = weight_VH.size(), weight_VH.stride(), weight_VH.storage_offset() - leaf.storage_offset()
-        ctx.gradients.sum_of(leaf).as_strided(*place).addmm_(gradient_nV.T, input_nH)
-        to_input = gradient_nV @ weight_VH if ctx.needs_input_grad[0] else None
-        return to_input, None, gradient_nV.sum(0) if ctx.needs_input_grad[2] else None, None
+        with projection.no_autocast(weight_VH.device.type):
+            projection.add_to_weight(ctx.gradients.sum_of(leaf).as_strided(*place), gradient_nV, input_nH)
+            to_input = projection.to_states(gradient_nV, weight_VH, input_nH.dtype) if ctx.needs_input_grad[1] else None
+        to_bias = gradient_nV.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        return None, to_input, None, to_bias, None
 
 
 def _leaves(output: Tensor) -> tuple[Tensor, ...]:

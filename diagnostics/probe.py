@@ -11,7 +11,7 @@ on the reverse KL that it estimates.) A *placebo* moves every weight by the same
 teacher; the correlation that it shows is what the presence of D in both sides of a comparison gives alone.
 
 Before and after come from the same code on the same batches, so a step of size 0 gives gains of exactly 0.
-The student is restored from a copy afterwards and its weight hash is compared.
+The student is restored from a copy afterwards, and every bit is compared.
 
 Departures from the scripts released with arXiv 2605.26844: predictors are those of theta0; a relative gain
 is undefined where D is under 1e-3 nats (`relative_gain_released` has no floor).
@@ -19,8 +19,8 @@ is undefined where D is under 1e-3 nats (`relative_gain_released` has no floor).
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from diagnostics import losses, parallel, remote, scores
+from diagnostics.directions import Direction, Store
 from diagnostics.divergences import exact
 from diagnostics.pairs import Pair, weights_sha256
 from diagnostics.runs import Shards, no_shards
@@ -89,7 +90,7 @@ class Step:
     step_positions: int
     held_out_positions: int
     weights_sha256: str
-    """Hash of the student before the step, found again after it."""
+    """Hash of the student before the step; after it, its weights were the same in every bit."""
 
 
 @dataclass
@@ -133,17 +134,17 @@ class Workbench:
         so neither the batch size nor the number of batches changes value or gradient. The advantage of
         `sampled` is held at theta0's.
         """
-        total = 0.0
+        parts_N = np.zeros(len(self.tokens))
         with torch.set_grad_enabled(backward):
             for batch, teacher_nH in zip(self.step_batches, self.step_teacher):
                 if not weights_N[batch.rows_n.numpy()].any():
                     continue
                 part = self.batch_loss(batch, batch.states(self.pair.student), teacher_nH, weights_N, loss=loss, beta=beta)
-                total += float(part.detach())
+                parts_N[int(batch.rows_n[0])] = float(part.detach())
                 if backward:
                     part.backward()
                     self._collect_gradients()
-        return float(parallel.total(np.array([total]))[0])
+        return math.fsum(parallel.total(parts_N))  # rounded once: the order of the batches, and whose they are, is no matter
 
     def batch_loss(
         self, batch: scores.Batch, student_nH: Tensor, teacher_nH: Tensor, weights_N: np.ndarray, *, loss: str, beta: float
@@ -250,30 +251,19 @@ class Workbench:
         return self.step_teacher + self.held_out_teacher + self._spoiled_teacher
 
     def require_restored(self) -> None:
-        """Raise RuntimeError unless the student's weights hash as they did at the start."""
-        now = weights_sha256(self.pair.student.model)
-        if now != self.origin_sha256:
-            raise RuntimeError(f"student weights hash to {now} after the probe, {self.origin_sha256} before")
+        """Raise RuntimeError unless the student's weights are bit for bit what they were at the start."""
+        changed = [name for name, p, o in zip(self._names(), self.parameters, self.origin, strict=True) if not same_bits(p, o)]
+        if changed:
+            raise RuntimeError(f"{len(changed)} of the student's {len(self.parameters)} weights are not as before the step, {changed[0]} first")
+
+    def _names(self) -> list[str]:
+        return [name for name, p in self.pair.student.model.named_parameters() if p.is_floating_point()]
 
 
-@dataclass(frozen=True)
-class Direction:
-    """An optimiser's first direction at theta0: theta1 = theta0 + step_size * update."""
-
-    update: list[Tensor]
-    yardstick: str
-    """Loss whose drop decides the step's size: the step's own, save for `sampled`."""
-    value: float
-    """Mean of the yardstick at theta0, nats."""
-    gradient_norm: float
-    slope: float
-    """Change of the yardstick's mean in nats for a step of size 1, to first order."""
-    norm: float
-
-    def name(self, step_size: float) -> str:
-        """A step's name: its numbers to the last bit, hashed. Another rounding of the gradient gives another name."""
-        numbers = (self.yardstick, self.value, self.gradient_norm, self.slope, self.norm, float(step_size))
-        return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+@torch.no_grad()
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """True where two tensors agree in every bit; compared where they are, NaN with NaN and 0 apart from -0."""
+    return torch.equal(*(x.detach().reshape(-1).view(torch.uint8) for x in (left, right)))
 
 
 def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
@@ -315,8 +305,8 @@ def probe(
     split = split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
     bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
     weights_N = loss_weights(tokens, split)
-    direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
-    calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
+    direction, calibration = kept_step(
+        bench, weights_N, Store(shards("direction").folder), loss=loss, beta=beta, optimizer=optimizer, step_size=step_size)
     chosen = calibration[calibration["chosen"]].iloc[0]
     before, step_name = bench.rescore("before", shards=shards("before")), direction.name(chosen.step_size)
     with bench.moved(direction.update, chosen.step_size):
@@ -330,6 +320,24 @@ def probe(
         int((weights_N > 0).sum()), int((split == "held_out").sum()), bench.origin_sha256,
     )
     return ProbeResult(validate_tokens(tokens.assign(split=split, **gains(before, after, placebo))), calibration, record)
+
+
+def kept_step(
+    bench: Workbench, weights_N: np.ndarray, store: Store, *, loss: str, beta: float, optimizer: str, step_size: float | None
+) -> tuple[Direction, pd.DataFrame]:
+    """The step's direction and the calibration along it: an interrupted run's where the store has them, made and kept where not.
+
+    What is measured along a direction is named by it, so nothing that belongs to another one is taken up.
+    """
+    direction = store.direction(bench.parameters)
+    if direction is None:
+        direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer).named()
+        store.keep(direction)
+    calibration = store.calibration(direction)
+    if calibration is None:
+        calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
+        store.keep_calibration(direction, calibration)
+    return direction, calibration
 
 
 def gains(before: tuple, after: tuple, placebo: tuple | None = None) -> dict[str, np.ndarray]:

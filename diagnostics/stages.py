@@ -384,7 +384,7 @@ def intervene_stage(run: Run, models: Models, probe, config, analysis, *, batch_
 
     def work() -> dict:
         bank, tokens = read_bank(run.path("contexts.parquet")), validate_tokens(read_parquet(run.path("scores.parquet")))
-        result = interventions(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, cache=run.path("cells"),
+        result = interventions(models.pair, bank, tokens=tokens, batch_tokens=batch_tokens, cache=run.path("cells"), shards=run.shards,
                                **dataclasses.asdict(probe), **dataclasses.asdict(config))
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked({"intervention": summarise(result, **dataclasses.asdict(analysis), seed=probe.seed)}, tokens)["intervention"]

@@ -211,6 +211,32 @@ def test_a_float32_llama_adds_up_too():
     np.testing.assert_allclose(rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max())
 
 
+def mixture(seed):
+    """Experts whose fused form has no forward-mode derivative."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def test_a_mixture_of_experts_adds_up_too():
+    pair, bank, tokens, split = setting = make_setting(mixture(1))
+    targets, before = np.flatnonzero(split == "step")[:3], pair.student.model.config._experts_implementation
+    assert before != "eager"
+    with plain_attention(pair.student.model):
+        assert pair.student.model.config._experts_implementation == "eager"
+        tracer = tracer_of(setting, "sgd")
+        rows, gain = np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="full"))), tracer.first_order_gain
+    assert pair.student.model.config._experts_implementation == before
+    np.testing.assert_allclose(rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max())
+    table = attribute(pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=1e-3).linearity
+    assert table[table.split == "all"].set_index("fraction").slope[0.1] == pytest.approx(1, abs=0.05)
+
+
 def test_attribute_leaves_the_student_as_it_was(setting):
     pair, bank, tokens, _ = setting
     before, attention = weights_sha256(pair.student.model), pair.student.model.config._attn_implementation

@@ -334,6 +334,34 @@ def test_tokens_that_both_models_exclude_contribute_nothing(dtype):
     assert_equals_oracle(student_NV, teacher_NV, sampled_N, k=16, sweep=(100,), tolerance=1e-6)
 
 
+def padded(seed: int, value: float, *, vocabulary: int = 700, count: int = 90) -> tuple[Tensor, Tensor, Tensor]:
+    """A vocabulary whose last ids are no tokens: in both models for most rows, in either alone for some, in neither for one."""
+    student_NV, teacher_NV, sampled_N = random_logits(seed, count, vocabulary, dtype=torch.float32)
+    student_NV[:-1, -60:] = teacher_NV[:-1, -60:] = value
+    student_NV[3, -60:], teacher_NV[5, -60:], student_NV[7, 0] = 1.0, 1.0, math.nan
+    return student_NV, teacher_NV, sampled_N.clamp(max=vocabulary - 61)
+
+
+@pytest.mark.parametrize("value", [-INF, torch.finfo(torch.float32).min])
+def test_a_padded_vocabulary_is_measured_as_its_rows_alone(value, monkeypatch):
+    """Blocks of some rows, the last of them short: each as exact as a float64 table of that row."""
+    monkeypatch.setattr(divergences, "BLOCK_BYTES", 6 * 8 * 700 * 13)
+    student_NV, teacher_NV, sampled_N = padded(20, value)
+    measured = measure(student_NV, teacher_NV, sampled_N, k=16, sweep=(4,))
+    for row in range(len(sampled_N) - 1):
+        one = slice(row, row + 1)
+        alone = measure(student_NV[one].double(), teacher_NV[one].double(), sampled_N[one], k=16, sweep=(4,))
+        for name, value_1 in alone.items():
+            assert torch.allclose(measured[name][one], value_1, rtol=1e-13, atol=1e-13, equal_nan=True), (name, row)
+
+
+def test_a_padded_vocabulary_takes_no_row_by_row_path(monkeypatch):
+    made, centre = [], divergences.Block._centre
+    monkeypatch.setattr(divergences.Block, "_centre", lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)))
+    measure(*padded(21, -INF))
+    assert sum(made) == 90 + 89 and len(made) == 2
+
+
 def test_a_token_that_only_the_student_excludes_makes_the_forward_kl_infinite():
     student_NV, teacher_NV, sampled_N = random_logits(18, 3, 30)
     student_NV[1, 5] = -INF

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diagnostics import divergences
 from diagnostics.divergences import kl_pair, measure
 from diagnostics.losses import LOSSES, check_loss, chunked_loss, per_position, reduce
 from diagnostics.types import DiagnosticsError
-from tests.test_divergences import best, kl, message, random_logits, softmax
+from tests.test_divergences import best, kl, message, padded, random_logits, softmax
 
 INF, LN2 = math.inf, math.log(2)
 SETTINGS = [
@@ -211,6 +212,25 @@ def test_tokens_that_both_models_exclude_contribute_nothing(loss, options, dtype
     assert torch.allclose(whole_N, part_N, atol=1e-6)
     assert torch.allclose(whole_NV.grad[:, kept_V], part_NV.grad, atol=1e-6)
     assert not whole_NV.grad[:, ~kept_V].any()
+
+
+@pytest.mark.parametrize("loss, options", SETTINGS)
+@pytest.mark.parametrize("value", [-INF, torch.finfo(torch.float32).min])
+def test_a_padded_vocabulary_costs_no_row_by_row_path_and_no_digit(loss, options, value, monkeypatch):
+    monkeypatch.setattr(divergences, "BLOCK_BYTES", 6 * 8 * 700 * 13)
+    student_NV, teacher_NV, sampled_N = padded(13, value)
+    made, centre = [], divergences.Block._centre
+    monkeypatch.setattr(divergences.Block, "_centre", lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)))
+    whole_NV = student_NV.clone().requires_grad_()
+    whole_N = per_position(whole_NV, teacher_NV, sampled_N, loss=loss, **options)
+    whole_N.sum().backward()
+    assert len(made) <= 4 + 7
+    for row in range(len(sampled_N) - 1):
+        one_1V = student_NV[row : row + 1].double().requires_grad_()
+        one_1 = per_position(one_1V, teacher_NV[row : row + 1].double(), sampled_N[row : row + 1], loss=loss, **options)
+        one_1.sum().backward()
+        close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}
+        assert torch.allclose(whole_N[row : row + 1], one_1, **close) and torch.allclose(whole_NV.grad[row].double(), one_1V.grad[0], **close), row
 
 
 def test_a_kl_is_infinite_where_its_second_distribution_excludes_a_token():
