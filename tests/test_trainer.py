@@ -30,8 +30,8 @@ def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-
         pair, selection,
         args=DistillationConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch // accumulation, gradient_accumulation_steps=accumulation,
-            learning_rate=rate, max_completion_length=8, bf16=False, activation_checkpointing=False, report_to="none", logging_steps=1,
-            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, **options,
+            learning_rate=rate, max_completion_length=8, activation_checkpointing=False, report_to="none", logging_steps=1,
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, **{"bf16": False} | options,
         ),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in prompts], "row": list(range(len(prompts)))}),
     )
@@ -386,6 +386,7 @@ def test_engines_without_whole_heads_are_refused():
     trainer._check_engine(zero3=False, fsdp=2)
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("tied, field, refused", [
     (False, {"modules_to_save": ["lm_head"]}, "output head"), (True, {"modules_to_save": ["embed_tokens"]}, "embedding, which is tied to the head"),
     (True, {"target_modules": ["embed_tokens", "q_proj"]}, "embedding, which is tied to the head"), (False, {"modules_to_save": ["embed_tokens"]}, None),
