@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.archives import Opaque, read_archive
-from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows, require_unicode
+from diagnostics.prompts import Renderer, as_messages, digest, encode_prompt, missing, read_rows, require_unicode, special_ids
 from diagnostics.types import Bank, Context, DiagnosticsError, Prompt
 
 if TYPE_CHECKING:
@@ -317,7 +317,8 @@ class _Freezer:
     def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
         self.tokenizer, self.end_ids, self.vocabulary, self.window = pair.tokenizer, pair.end_ids, pair.vocabulary, pair.window
         self.renderer, self.counts = renderer, Counter()
-        self.special = [token for token in self.tokenizer.all_special_tokens if token]
+        self.special = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(special_ids(self.tokenizer))) if token]
+        renderer.written.update(prompt.prompt for prompt in prompts if prompt.rendered)
         self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
         self.writes_special = renderer.has_template and self._has_special(renderer([{"role": "user", "content": "a"}], "the chat template"))
         self.seen: set[tuple] = set()
@@ -360,16 +361,17 @@ class _Freezer:
         """What the teacher reads in the prompt's place, where the row has it, as text and ids."""
         if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
             text = self._rendered(rollout.teacher_prompt, rollout.rendered, where)
-            return replace(rollout, teacher_prompt=text, teacher_prompt_ids=encode_prompt(self.tokenizer, text))
+            return replace(rollout, teacher_prompt=text, teacher_prompt_ids=self._encode_prompt(text))
         return rollout
 
     def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        prompt_ids = rollout.prompt_ids if rollout.prompt_ids is not None else encode_prompt(self.tokenizer, rollout.prompt)
+        prompt_ids = rollout.prompt_ids if rollout.prompt_ids is not None else self._encode_prompt(rollout.prompt)
         if rollout.response_ids is not None:
             return prompt_ids, rollout.response_ids
         self.counts["from_text"] += 1
         before = rollout.prompt if rollout.prompt_ids is None else self._text(prompt_ids)
-        encode = self._encode if rollout.prompt_ids is not None else lambda text: encode_prompt(self.tokenizer, text)
+        whole = rollout.prompt_ids is not None or self._is_written(rollout.prompt)
+        encode = self._encode if whole else self._encode_prompt
         together = encode(before + rollout.response)
         if together[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, together[len(prompt_ids) :]
@@ -415,6 +417,13 @@ class _Freezer:
             response=self.tokenizer.decode(response_ids, skip_special_tokens=True), response_ids=response_ids, finished=response_ids[-1] in self.end_ids,
             teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None, teacher_prompt_ids=rollout.teacher_prompt_ids,
         )
+
+    def _encode_prompt(self, text: str) -> tuple[int, ...]:
+        return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))
+
+    def _is_written(self, text: str) -> bool:
+        """The chat template wrote the text, here or where the prompts were read."""
+        return text in self.renderer.written
 
     def _encode(self, text: str) -> tuple[int, ...]:
         require_unicode(text)

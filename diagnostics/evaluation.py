@@ -87,7 +87,7 @@ def evaluate(
     is given. Returns one row a measure and prompt with columns measure, prompt_id, total, count (see the
     module's head; KLs in nats). Raises DiagnosticsError without prompts or samples.
     """
-    from diagnostics.rollouts import rollout
+    from diagnostics.rollouts import sample
 
     if not prompts or samples < 1:
         raise DiagnosticsError(f"An evaluation needs prompts and samples; got {len(prompts)} prompts and {samples} samples.")
@@ -95,12 +95,12 @@ def evaluate(
     pair.student.model.eval()
     try:
         options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        sampled = rollout(pair, prompts, samples_per_prompt=samples, **options)
+        sampled = sample(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
             frames += _divergences(bank, "bank_")
         if verify is not None:
-            greedy = rollout(pair, prompts, top_k=1, **options)
+            greedy = sample(pair, prompts, top_k=1, **options)
             frames += [_accuracy("accuracy", sampled, prompts, verify), _accuracy("accuracy_greedy", greedy, prompts, verify)]
     finally:
         pair.student.model.train(training)

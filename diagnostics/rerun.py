@@ -133,6 +133,11 @@ def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
         other += [f"code of {stage} {codes[0]} then, {codes[1]} now"] if codes[0] != codes[1] else []
     if other:
         log.warning("other versions: %s", "; ".join(other))
+    for stage, record in was["stages"].items():
+        hashes = [(each.get("facts") or {}).get("rendered_prompts_sha256") for each in (record, now["stages"].get(stage, {}))]
+        if None not in hashes and hashes[0] != hashes[1]:
+            log.warning("stage %s read other prompts: they were rendered otherwise then (sha256 %.12s, now %.12s), as by a chat template that writes the date. "
+                        "What follows from them differs", stage, *hashes)
     rows = []
     for stage, record in was["stages"].items():
         files = now["stages"].get(stage, {}).get("files", {})

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diagnostics import divergences, parallel, remote
 from diagnostics.pairs import Pair, Readout
+from diagnostics.prompts import special_ids
 from diagnostics.runs import Shards, progress
 from diagnostics.types import Bank, Context, DiagnosticsError, validate_tokens
 
@@ -334,7 +335,7 @@ def _dropped(model: Readout) -> divergences.Logits | None:
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
-    special = set(pair.tokenizer.all_special_ids)
+    special = special_ids(pair.tokenizer)
     rows = [
         (context.context_id, context.prompt_id, position, len(context.response_ids), token, token in special)
         for context in bank

@@ -233,9 +233,16 @@ def _attempt(load: Callable[[], Any], what: str, remedy: str) -> Any:
     except (DiagnosticsError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a damaged file can end in any error of the libraries that read it
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = _first_words(str(error))
         reason = f"{type(error).__name__}: {reason}" if isinstance(error, LookupError) or not reason else reason
         raise DiagnosticsError(f"{what} ({reason}). {remedy}") from error
+
+
+def _first_words(text: str) -> str:
+    """The first line of an error, with the next where it only announces that ("…:")."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return told[:300]
 
 
 def _require(package: str, what: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_pa
 if TYPE_CHECKING:
     from diagnostics.prompts import PromptSet
 
+log = logging.getLogger("diagnostics")
 EMBEDDED_CONTEXTS = 128
 WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
 LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
@@ -99,7 +101,7 @@ def _settings(config) -> dict:
 def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for a response."""
     from diagnostics.pairs import DATA
-    from diagnostics.prompts import PromptSet, read_prompts
+    from diagnostics.prompts import PromptSet, read_prompts, uses_clock
     from diagnostics.tasks import sums
 
     options = dataclasses.asdict(config)
@@ -110,8 +112,20 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
         path = DATA / "prompts.jsonl"
     if path is None:
         raise DiagnosticsError("No prompts were given, and this pair brings none. Name a file with --prompts.")
-    options["max_prompt_tokens"] = config.max_prompt_tokens or (models.pair.window and max(1, models.pair.window - room))
+    options["max_prompt_tokens"] = config.max_prompt_tokens or _room_for_a_prompt(models.pair.window, room)
+    if config.chat and uses_clock(models.pair.tokenizer, kwargs):
+        log.warning("the chat template writes the date of the day: prompts, and what is sampled after them, are others tomorrow. Where the template takes "
+                    "a date, fix it with --chat-template-kwargs, as in '{\"date_string\": \"26 Jul 2024\"}'")
     return read_prompts(path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options)
+
+
+def _room_for_a_prompt(window: int | None, response: int) -> int | None:
+    """Tokens that the window leaves for a prompt beside a response; None without a window."""
+    if window is not None and window <= response:
+        raise DiagnosticsError(
+            f"The models' window of {window} tokens leaves no room for a prompt beside a response of --max-new-tokens {response}. Lower --max-new-tokens."
+        )
+    return window and window - response
 
 
 def _json_object(text: str, flag: str) -> dict:
@@ -126,7 +140,7 @@ def _json_object(text: str, flag: str) -> dict:
 
 def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
     """Sample and freeze contexts; with `elsewhere.rollouts`, freeze what was sampled elsewhere."""
-    from diagnostics.rollouts import rollout as sample
+    from diagnostics.rollouts import behind_turn_end, rollout as sample, sampling_facts
 
     if elsewhere is not None and elsewhere.rollouts is not None:
         return freeze_stage(run, models, prompts, elsewhere)
@@ -136,14 +150,33 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
     def work() -> dict:
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
-        bank = sample(pair, found.prompts, **dataclasses.asdict(rollout), shards=run.shards("responses"))
+        rendered = rendered_sha256(found.prompts)
+        bank = sample(pair, found.prompts, **dataclasses.asdict(rollout), shards=_responses_so_far(run, rendered))
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        rendered = hashlib.sha256(json.dumps([prompt.prompt for prompt in found.prompts]).encode()).hexdigest()
-        return {**pair.facts, "contexts": len(bank), "positions": bank.positions, "prompts": found.counts,
-                "first_prompt": found.prompts[0].prompt, "rendered_prompts_sha256": rendered}
+        drawn = sampling_facts(pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+        behind = behind_turn_end(pair, bank)
+        return {**pair.facts, "contexts": len(bank), "positions": bank.positions, "prompts": found.counts, **drawn,
+                "first_prompt": found.prompts[0].prompt, "rendered_prompts_sha256": rendered, **({"behind_turn_end": behind} if behind else {})}
 
     run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work,
               code=("rollouts", "prompts", "tasks", "pairs"), models=models.fingerprint)
+
+
+def rendered_sha256(prompts: list[Prompt]) -> str:
+    """One hash over what the models read: a template that writes the date makes it another one every day."""
+    texts = [prompt.prompt for prompt in prompts]
+    return hashlib.sha256(json.dumps(texts + [prompt.teacher_prompt for prompt in prompts if prompt.teacher_prompt is not None]).encode()).hexdigest()
+
+
+def _responses_so_far(run: Run, rendered: str):
+    """What an interrupted run sampled after the same rendered prompts, and after no others."""
+    shards = run.shards(f"responses-{rendered[:16]}")
+    folder = shards.folder
+    others = [path for path in folder.parent.glob("responses-*") if path != folder] if folder is not None and folder.parent.is_dir() else []
+    if others:
+        log.warning("%s was interrupted when the prompts were rendered otherwise (a chat template that writes the date?): what was sampled after those is "
+                    "set aside, and sampling begins anew", run.directory)
+    return shards
 
 
 def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
@@ -258,21 +291,21 @@ def join_tokens(run: Run) -> None:
     run.record_file("tokens.parquet")
 
 
-def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int, room: int = 1) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and prompts to hold out.
 
     The embedded pair writes as many of both as are `needed`; a file gives up its last `eval_contexts`, unless there is a
-    file of held-out prompts.
+    file of held-out prompts. Each leaves `room` for a response.
     """
     from diagnostics.tasks import sums
 
     count = evaluation.eval_contexts
     if prompts.prompts is None and models.config.pair == "embedded":
         return sums(prompts.contexts or needed, seed=seed, split="train"), sums(count, seed=0, split="test") if count else []
-    found = choose_prompts(models, prompts).prompts
+    found = choose_prompts(models, prompts, room=room).prompts
     if evaluation.eval_prompts:
         held_out = dataclasses.replace(prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count)
-        return found, choose_prompts(models, held_out).prompts if count else []
+        return found, choose_prompts(models, held_out, room=room).prompts if count else []
     return found[: len(found) - count], found[len(found) - count :]
 
 
@@ -296,7 +329,8 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
 
 def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
     """Train the student; gains on the frozen bank join the token table where there is one."""
-    from diagnostics.engines import lora_config, require_installed
+    from diagnostics.engines import lora_config, require_installed, trl_fields
+    from diagnostics.rollouts import sampling_facts
     from diagnostics.training import train
 
     _refuse_shards(models)
@@ -308,11 +342,14 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
 
     def work() -> dict:
         write_json(run.manifest_path, run.manifest)
-        data, held_out = training_prompts(models, prompts, evaluation, needed=config.steps * config.batch, seed=config.seed)
+        data, held_out = training_prompts(models, prompts, evaluation, needed=config.steps * config.batch, seed=config.seed,
+                                          room=engine.max_new_tokens)
         wanted = held_out or engine.probe_every
         bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens) if wanted else None
         train(models.pair, data, output_dir=run.directory, config=config, engine=engine, evaluation=evaluation, held_out=held_out, bank=bank)
-        return {**models.pair.facts, "prompts": len(data), "held_out": len(held_out)}
+        narrowed = {name: value for name, value in trl_fields(engine.trl).items() if name in ("top_p", "top_k")}
+        return {**models.pair.facts, "prompts": len(data), "held_out": len(held_out), **sampling_facts(models.pair, **narrowed),
+                "rendered_prompts_sha256": rendered_sha256([*data, *held_out])}
 
     def outputs() -> list[str]:
         names = ("train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet", "training_gains.parquet")

@@ -41,6 +41,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from diagnostics import criteria, divergences, losses, rollouts
 from diagnostics.pairs import Pair, Readout
+from diagnostics.prompts import encode_prompt
 from diagnostics.types import DiagnosticsError, column
 
 log = logging.getLogger("diagnostics")
@@ -61,6 +62,7 @@ VLLM_ONLY = {"min_p": (None,), "repetition_penalty": (1.0,), "generation_kwargs"
 """Generation options that act in vLLM and not in our own sampling, with the values that ask for nothing."""
 
 RELIED_ON = {
+    "_tokenize_prompts": ("self", "prompts"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_last_hidden_state": ("self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"),
@@ -134,7 +136,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
     """`DistillationTrainer` whose loss counts only, or weighs, what a `Selection` picks.
 
     pair: its student is trained in place, its teacher's vocabulary is cut to the student's. The dataset has a
-    column `prompt` (text as the tokenizer will see it) and `row` (its number, which names the sampling stream).
+    column `prompt` (text as the tokenizer will see it), `row` (its number, which names the sampling stream) and, where a
+    chat template wrote the text, `ids` (what it encodes to; `prompts.encode_prompt` of the text where there is no such column).
     options: TRL's own arguments, `args`, `train_dataset`, `peft_config`, `callbacks`, `optimizers`.
     Raises DiagnosticsError for a pair, an option or an engine that cannot be trained right.
     """
@@ -147,6 +150,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         _check_options(selection, options)
         self.pair, self.selection = pair, selection
         self._streams: list[np.random.Generator] = []
+        self._prompt_ids: list[list[int] | None] = []
         self._checked = False
         self._aside: dict[str, Tensor] = {}
         super().__init__(model=pair.student.model, teacher_model=_same_vocabulary(pair), processing_class=pair.tokenizer, **options)
@@ -168,6 +172,13 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     # --- generation ---------------------------------------------------------------------------------
 
+    def _tokenize_prompts(self, prompts):
+        """The examples' own ids, or those of `encode_prompt`: TRL puts special tokens around text that has them already."""
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            return super()._tokenize_prompts(prompts)
+        known = self._prompt_ids if len(self._prompt_ids) == len(prompts) else [None] * len(prompts)
+        return [list(encode_prompt(self.pair.tokenizer, text) if ids is None else ids) for text, ids in zip(prompts, known)], None, {}
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         """Sample one response a prompt from the prompt's own stream."""
         if self.use_vllm:
@@ -180,12 +191,14 @@ class SelectedDistillationTrainer(DistillationTrainer):
         autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
         with whole as student, torch.no_grad(), autocast, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             return rollouts.generate(
-                student, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=self.max_completion_length
+                student, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=self.max_completion_length,
+                halves=self.accelerator.num_processes == 1,
             )
 
     def _generate_and_score_completions(self, inputs):
         """TRL's batch with its loss narrowed to the selected positions."""
         self._streams = [rollouts.stream(self.selection.seed, "train", example["row"]) for example in inputs]
+        self._prompt_ids = [example.get("ids") for example in inputs]
         batch = super()._generate_and_score_completions(inputs)
         _check_names("the batch", batch, BATCH)
         torch.manual_seed(int(rollouts.stream(self.selection.seed, "step", self.state.global_step).integers(2**31)))

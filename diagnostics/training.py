@@ -135,10 +135,14 @@ def train(
     Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory with an unfinished
     training (unless `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory gives out.
     """
+    from diagnostics.rollouts import make_savable, say_cautions
+
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     engines.require_installed(engine.trl)
     _check_data(pair, prompts, held_out, config, engine)
+    say_cautions(pair)
+    make_savable(pair.student.model)
     checkpoint = _prepare(directory, _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation), resume=engine.resume)
     watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
     with warnings.catch_warnings():
@@ -383,7 +387,7 @@ def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: Engine
         pair,
         Selection(config.criterion, config.budget, loss=config.loss, beta=config.beta, k=config.k, seed=config.seed),
         args=trl_config(directory, config, engine, rate=config.rate(pair.name, engine.lora_rank), cpu=pair.student.device.type == "cpu"),
-        train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in order], "row": list(range(len(order)))}),
+        train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in order], "ids": _ids(pair, order, engine), "row": list(range(len(order)))}),
         callbacks=callbacks, **{"peft_config": adapter} | options,
     )
     trainer.remove_callback(PrinterCallback)
@@ -394,6 +398,15 @@ def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: Engine
         )
     watcher.require_whole(trainer)
     return trainer
+
+
+def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list[int]]:
+    """Each prompt's ids, as sampling and scoring have them: TRL would put the tokenizer's special tokens around the rendered text."""
+    from diagnostics.rollouts import encode
+
+    distinct = list({id(prompt): prompt for prompt in order}.values())
+    known = dict(zip(map(id, distinct), map(list, encode(pair, distinct, max_new_tokens=engine.max_new_tokens))))
+    return [known[id(prompt)] for prompt in order]
 
 
 def _trackers(engine: EngineConfig, directory: Path) -> list:

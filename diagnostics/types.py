@@ -37,6 +37,8 @@ class Prompt:
     """Reference answer where the task can be verified."""
     teacher_prompt: str | None = None
     """What the teacher reads in its place, rendered; the student's prompt where None."""
+    rendered: bool = False
+    """A chat template wrote it whole: no token is added when it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -346,13 +348,13 @@ def _cast(values: pd.Series, dtype: str) -> pd.Series:
         ) from error
 
 
-def read_parquet(path: str | Path) -> pd.DataFrame:
-    """Read one parquet file. Raises DiagnosticsError where it is missing or damaged."""
+def read_parquet(path: str | Path, **options) -> pd.DataFrame:
+    """Read one parquet file. options: as pandas takes them. Raises DiagnosticsError where it is missing or damaged."""
     import pandas as pd
     import pyarrow as pa
 
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(path, **options)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:  # a damaged file fails in its pages or in pandas' own notes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DiagnosticsError(

@@ -180,7 +180,8 @@ def _pair_and_prompts(job: Job, seed: int):
 
     models, evaluation = stages.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
     data, held_out = stages.training_prompts(
-        models, PromptConfig(**job.prompts), evaluation, needed=job.grid["steps"] * job.grid["batch"], seed=seed)
+        models, PromptConfig(**job.prompts), evaluation, needed=job.grid["steps"] * job.grid["batch"], seed=seed,
+        room=job.grid["max_new_tokens"])
     if not held_out:
         raise DiagnosticsError("A validation compares students on held-out prompts, and there are none. Raise --eval-contexts.")
     return models.pair, data, held_out, evaluation

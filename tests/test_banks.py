@@ -202,14 +202,14 @@ def test_lost_special_tokens_are_seen_and_put_back(chatty, tmp_path, caplog):
     assert "2 contexts whose prompt has no special token although the chat template writes some" in caplog.text
     prompts = load_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "w1 w2"}, {"prompt": "w9"}), tokenizer=chatty.tokenizer)
     bank, counts = freeze(chatty, file, prompts=prompts)
-    assert bank[0].prompt_ids == (0, 64, 5, 6, 65) and bank[0].prompt == "<user> w1 w2 <go>" and bank[0].prompt_id == prompts[0].prompt_id
+    assert bank[0].prompt_ids == (64, 5, 6, 65) and bank[0].prompt == "<user> w1 w2 <go>" and bank[0].prompt_id == prompts[0].prompt_id
     assert counts["restored"] == 1 and counts["without_special"] == 1 and bank[1].prompt_ids == (0, 11)
 
 
 def test_plain_text_takes_the_template_unless_it_has_it(chatty, tmp_path):
     file = jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2"}, {"prompt": "<user> w1 <go>", "response": " w2"}, {"messages": [{"role": "user", "content": "w1"}], "response": " w2"})
     bank, counts = freeze(chatty, file)
-    assert {c.prompt_ids for c in bank} == {(0, 64, 5, 65)} and counts["repeated"] == 2 and counts["without_special"] == 0
+    assert {c.prompt_ids for c in bank} == {(64, 5, 65)} and counts["repeated"] == 2 and counts["without_special"] == 0
     assert freeze(chatty, file, chat=False)[0][0].prompt_ids == (0, 5)
 
 
@@ -220,7 +220,7 @@ def test_a_teachers_prompt_comes_along(pair, chatty, tmp_path):
     assert read_rollouts(pair, tmp_path / "contexts.parquet") == bank
     prompts = load_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "w1", "hint": "w9"}), tokenizer=chatty.tokenizer)
     found = read_rollouts(chatty, jsonl(tmp_path / "v.jsonl", {"input": "w1", "output": " w2"}), prompts=prompts)
-    assert found[0].prompt_ids == (0, 64, 5, 65) and found[0].teacher_prompt_ids == (0, 64, 13, 5, 65)
+    assert found[0].prompt_ids == (64, 5, 65) and found[0].teacher_prompt_ids == (64, 13, 5, 65)
 
 
 def test_messages_of_trl(pair, tmp_path):

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from diagnostics.prompts import encode_prompt, load_prompts, read_prompts
+from diagnostics.prompts import NOTED, encode_prompt, load_prompts, read_prompts
 from diagnostics.types import DiagnosticsError
 from tests.conftest import make_tokenizer
 
@@ -64,7 +64,7 @@ def test_what_is_left_out_is_counted(tmp_path, plain, caplog):
     assert [p.prompt for p in load_prompts(file, tokenizer=plain)] == ["w1", "w2"]
     assert caplog.messages == [f"{file}: 2 empty, 1 repeated, 0 over-long prompts left out of 5"]
     counts = read_prompts(file, tokenizer=plain, contexts=1).counts
-    assert counts == {"rows": 5, "prompts": 1, "empty": 2, "repeated": 1, "over_long": 0, "replies_cut": 0, "not_needed": 1}
+    assert counts == {"rows": 5, "prompts": 1, "empty": 2, "repeated": 1, "over_long": 0, "not_needed": 1} | dict.fromkeys(NOTED, 0)
     assert counts["rows"] == sum(counts[name] for name in ("prompts", "empty", "repeated", "over_long", "not_needed"))
 
 
@@ -75,7 +75,7 @@ def test_over_long_prompts_are_left_out_and_counted(tmp_path, plain, caplog):
     assert caplog.messages == [f"{file}: 0 empty, 0 repeated, 2 over-long (more than 4 tokens) prompts left out of 3"]
     plain.model_max_length = 4
     assert read_prompts(file, tokenizer=plain).counts["over_long"] == 2
-    with pytest.raises(DiagnosticsError, match=r"p\.jsonl holds 0 usable prompts, and 0 are asked for"):
+    with pytest.raises(DiagnosticsError, match=r"p\.jsonl holds 0 usable prompts \(3 are longer than 1 tokens\), and 0 are asked for"):
         load_prompts(file, tokenizer=plain, max_prompt_tokens=1)
 
 

@@ -31,7 +31,7 @@ def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-
         args=DistillationConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch // accumulation, gradient_accumulation_steps=accumulation,
             learning_rate=rate, max_completion_length=8, activation_checkpointing=False, report_to="none", logging_steps=1,
-            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, **{"bf16": False} | options,
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True, **{"bf16": False} | options,
         ),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in prompts], "row": list(range(len(prompts)))}),
     )
@@ -207,7 +207,7 @@ def test_a_changed_trl_is_refused():
             return None
 
     start = r"^TRL 9\.9 is not the release that training was written for: DistillationTrainer\."
-    with pytest.raises(DiagnosticsError, match=start + r"_generate_and_score_completions is missing, and \(self, inputs, …\) is relied on\. Install trl==1\.16\.0\.$"):
+    with pytest.raises(DiagnosticsError, match=start + r"_tokenize_prompts is missing, and \(self, prompts, …\) is relied on\. Install trl==1\.16\.0\.$"):
         check_contract(Renamed, "9.9")
     with pytest.raises(DiagnosticsError, match=start + r"_compute_loss takes \(self, inputs, unwrapped_student, num_items_in_batch\), and "):
         check_contract(Reordered, "9.9")
@@ -283,8 +283,8 @@ def test_bf16_acts_on_scoring_and_on_the_loss(tmp_path, teacher, loss):
         hidden = before.student.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.bfloat16()
     states = hidden[:, :-1][:, -batch["completion_ids"].shape[1] :][batch["completion_mask"].bool()]
     expected = losses.per_position(
-        states.float() @ before.student.head.weight.bfloat16().float().T,
-        batch["teacher_states"][batch["completion_mask"].bool()].float() @ before.teacher.head.weight.bfloat16().float().T,
+        states.float() @ before.student.head.weight.detach().bfloat16().float().T,
+        batch["teacher_states"][batch["completion_mask"].bool()].float() @ before.teacher.head.weight.detach().bfloat16().float().T,
         batch["completion_ids"][batch["completion_mask"].bool()], loss=loss)
     chosen = on_positions(batch, "tool_mask") == 1
     assert logged(made)["loss"] == pytest.approx(expected.numpy()[chosen].mean(), rel=2e-3)
