@@ -1,7 +1,7 @@
 """The command line: `python -m diagnostics STAGE --output-dir DIR …`.
 
 Exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used (one paragraph on stderr
-says why and what to do); 130 stopped by the user, 143 by a signal. Anything else is a fault of this program and shows its traceback.
+says why and what to do); 130 stopped by the user, 143 by a signal, 141 where the reader of the output went. Anything else is a fault of this program and shows its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -25,9 +26,13 @@ from diagnostics.types import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 EXIT_CODES = """exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used, with one paragraph on
-stderr; 130 stopped by the user, 143 by a signal. The same command again goes on where an interrupted one was."""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went. The same command again goes on where an interrupted one was."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 """What the disk, not this program, is to blame for."""
+NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EMFILE, errno.ENFILE)
+"""What a path that was given, or the number of open files, is to blame for."""
+BROKEN_PIPE = 141
+"""Whoever read the output has stopped: as a shell counts a program that SIGPIPE ended."""
 
 EXAMPLES = {
     "run": "python -m diagnostics run --pair embedded --output-dir reports/demo\n"
@@ -47,7 +52,8 @@ EXAMPLES = {
     "train": "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps 100 --output-dir reports/trained\n"
     "  accelerate launch -m diagnostics train --student ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained",
     "validate": "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir reports/validation",
-    "rerun": "python -m diagnostics rerun reports/mine/manifest.json --output-dir reports/again",
+    "rerun": "python -m diagnostics rerun reports/demo/manifest.json --output-dir reports/again\n"
+    "  python -m diagnostics rerun reports/mine/manifest.json --inputs ./small ./large prompts.jsonl --output-dir reports/again",
     "criteria": "python -m diagnostics criteria",
 }
 PURPOSE = {
@@ -111,6 +117,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         if name == "rerun":
             command.add_argument("manifest", help="manifest.json of a finished run")
             command.add_argument("--output-dir", required=True, help="a new directory")
+            command.add_argument("--inputs", nargs="+", default=(), metavar="PATH",
+                                 help="models, prompts and runs that the manifest names and that do not lie beside it")
             command.add_argument("--device", default="auto", help="where the models run (default: auto)")
         if name == "validate":
             command.add_argument("--offline", help="run directory of a finished main job, whose answers are compared with the trainings")
@@ -137,10 +145,11 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
+        parallel.require_launcher()
         with _sigterm_stops():
             return _command(sys.argv[1:] if arguments is None else list(arguments))
     except DiagnosticsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
     except KeyboardInterrupt as error:
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
@@ -148,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explained = _fault_of_the_machine(error)
         if explained is None:
             raise
-        print(f"error: {explained}", file=sys.stderr)
+        print(printable(f"error: {explained}"), file=sys.stderr)
     return 2
 
 
@@ -157,8 +166,25 @@ def _command(arguments: list[str]) -> int:
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
     result = {"criteria": _criteria, "rerun": lambda: _rerun(parsed), "report": lambda: _report(parsed)}.get(parsed.command, lambda: _stage(parsed))()
     code = result.pop("code", 0)
-    print(json.dumps(result, indent=2) if parsed.json else result.pop("text", "") or _plain(result))
+    text = json.dumps(result, indent=2) if parsed.json else printable(result.pop("text", "") or _plain(result))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more at its end
+        return BROKEN_PIPE
     return code
+
+
+def printable(text: str) -> str:
+    """Text whose control and direction characters are written out: names in files from elsewhere may steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Printable(logging.Formatter):
+    """Log lines as `printable` has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextmanager
@@ -184,6 +210,8 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return (f"The memory does not suffice ({first or type(error).__name__}). What was finished is kept. Use smaller --batch-tokens, "
                 "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine.")
+    if isinstance(error, OSError) and error.errno in NAMES:
+        return f"{str(error.filename or 'A path')[:120]} cannot be opened ({error.strerror}). Name a file or folder that can be."
     if isinstance(error, OSError) and error.errno in DISK:
         return (f"{error.filename or 'A file'} cannot be used ({error.strerror}). What was finished is kept. "
                 "Make room or mend the permissions, and give the same command again.")
@@ -196,7 +224,9 @@ def _plain(result: dict) -> str:
 
 def _log_to_stderr(*, quiet: bool) -> None:
     set_quiet(quiet)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if quiet else logging.INFO, force=True)
     for noisy in ("httpx", "matplotlib", "fontTools", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -215,7 +245,7 @@ def _rerun(parsed: argparse.Namespace) -> dict:
         command = [*arguments, *(["--device", parsed.device] if "pairs.PairConfig" in STAGES[arguments[0]] else [])]
         _stage(build_parser(command[0]).parse_args(command))
 
-    table = rerun.rerun(Path(parsed.manifest), Path(parsed.output_dir), configs=_configs, do=do)
+    table = rerun.rerun(Path(parsed.manifest), Path(parsed.output_dir), configs=_configs, do=do, inputs=[Path(path) for path in parsed.inputs])
     different = int((~table["same"]).sum())
     text = "\n".join(f"{'equal    ' if row.same else 'different'}  {row.file}" for row in table.itertuples())
     end = f"{len(table) - different} of {len(table)} files are equal"
@@ -230,10 +260,10 @@ def _report(parsed: argparse.Namespace) -> dict:
         raise DiagnosticsError("A report goes into one directory: name it as DIR, or with --output-dir.")
     directory = Path(parsed.directory or parsed.output_dir)
     if parsed.compare:
-        from diagnostics.sidebyside import compare_runs
+        from diagnostics.sidebyside import write
 
-        return {"report": str(compare_runs(parsed.compare).save(directory / "compare.html"))}
-    if not (directory / "manifest.json").exists():  # before a lock makes the directory
+        return {"report": str(write(parsed.compare, directory))}
+    if not os.path.lexists(directory / "manifest.json"):  # before a lock makes the directory
         raise DiagnosticsError(f"{directory} holds no manifest.json. Name the --output-dir of an earlier run.")
     with open_run(directory) as run:
         return {"report": str(report_stage(run, contexts=parsed.contexts))}

@@ -38,6 +38,8 @@ class Material:
     bank: Bank | None = None
     tops: pd.DataFrame | None = None
     """Both models' likeliest tokens, see `tokenview.show`."""
+    cautions: tuple[str, ...] = ()
+    """What was left out or is in no record, in sentences."""
 
     def table(self, name: str) -> pd.DataFrame | None:
         """The table of that name where the run has one with rows."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
+from diagnostics.types import DiagnosticsError
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,22 @@ def rank() -> int:
 def world() -> int:
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def require_launcher() -> None:
+    """Refuse an environment that is half a launcher's: this process would wait for others, or write nothing."""
+    given = {"RANK": os.environ.get("RANK"), "WORLD_SIZE": os.environ.get("WORLD_SIZE")}
+    if given == {"RANK": None, "WORLD_SIZE": None}:
+        return
+    numbers = [int(value) if value is not None and value.isdecimal() else None for value in given.values()]
+    whole = None not in numbers and numbers[0] < numbers[1]
+    if whole and (numbers[1] == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))):
+        return
+    said = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    raise DiagnosticsError(
+        f"The environment has {said}, and not all that a launcher sets (RANK below WORLD_SIZE, MASTER_ADDR, MASTER_PORT). "
+        "Start with torchrun or accelerate launch, or unset RANK and WORLD_SIZE."
+    )
 
 
 def is_main() -> bool:

@@ -13,6 +13,7 @@ import html
 import inspect
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,12 +28,13 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diagnostics import figures, narrative, plates, tokenview
+from diagnostics import figures, files, narrative, plates, tokenview
 from diagnostics.narrative import Material
-from diagnostics.runs import write_atomic
+from diagnostics.runs import hashes_of, read_manifest, write_pages
 from diagnostics.tokenview import script_json, show
 from diagnostics.types import DiagnosticsError, read_bank, read_parquet, validate_tokens
 
+log = logging.getLogger("diagnostics")
 STATIC = Path(__file__).parent / "static"
 ROWS_WRITTEN = 60
 """Rows up to which a table is written out as HTML; longer ones are packed."""
@@ -195,17 +197,24 @@ def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
     """Draw the figures and write report.html and report.md from the files of a run directory.
 
     Reads DIR/manifest.json, DIR/tables/*.csv and, where they are there, DIR/tokens.parquet, DIR/contexts.parquet and
-    DIR/tops.parquet; writes DIR/figures/*.png, *.pdf, DIR/report.html and DIR/report.md, each atomically. contexts: how
-    many are shown token by token, 0 for none. Returns the page's path. Raises DiagnosticsError where the manifest
-    or every table is missing, or a file cannot be read.
+    DIR/tops.parquet; writes DIR/figures/*.png, *.pdf, DIR/report.html and DIR/report.md, each atomically, and their hashes
+    into DIR/pages.json. contexts: how many are shown token by token, 0 for none. Returns the page's path. Raises
+    DiagnosticsError where the manifest or every table is missing, a file cannot be read, or a page of such a name is not
+    as this program wrote it.
     """
     directory = Path(run_dir)
     material = read_run(directory)
     drawn, left_out = draw_all(material)
-    for name, pair in drawn.items():
-        write_files(directory / "figures", name, pair[0])
-    write_atomic(directory / "report.md", markdown(material, drawn, left_out).encode())
-    return write_atomic(directory / "report.html", page(material, drawn, left_out, contexts=contexts).encode())
+    pages = {f"figures/{file}": content for name, pair in drawn.items() for file, content in figure_files(name, pair[0]).items()}
+    pages["report.md"] = encoded(markdown(material, drawn, left_out))
+    pages["report.html"] = encoded(page(material, drawn, left_out, contexts=contexts))
+    write_pages(directory, pages)
+    return directory / "report.html"
+
+
+def encoded(text: str) -> bytes:
+    """A page as UTF-8; a name that is no Unicode, as file systems allow, stands there escaped."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_run(directory: str | Path) -> Material:
@@ -216,40 +225,93 @@ def read_run(directory: str | Path) -> Material:
     """
     directory = Path(directory)
     manifest = _read_manifest(directory / "manifest.json")
-    tables = {path.stem: _read_csv(path) for path in sorted((directory / "tables").glob("*.csv"))}
-    if not tables and not (directory / "evaluations.csv").exists():
-        raise DiagnosticsError(f"{directory / 'tables'} holds no table. Run `python -m diagnostics analyze --output-dir {directory}` first.")
-    tables |= training_tables(directory)
-    paths = {name: directory / f"{name}.parquet" for name in ("tokens", "contexts", "tops")}
-    tokens = validate_tokens(read_parquet(paths["tokens"])) if paths["tokens"].exists() else None
-    bank = read_bank(paths["contexts"]) if paths["contexts"].exists() else None
-    tops = read_parquet(paths["tops"]) if paths["tops"].exists() else None
-    return Material(manifest, tables, tokens, bank, tops)
+    reading = _Reading(directory, manifest)
+    names = [name for name, kind in files.walk(directory, "tables") if name.endswith(".csv") and kind != "folder"]
+    tables = {Path(name).stem: reading.read(name, _read_csv) for name in names if name.count("/") == 1}
+    tables = {name: table for name, table in tables.items() if table is not None} | training_tables(directory, reading)
+    if not tables:
+        said = f" ({' '.join(reading.cautions)})" if reading.cautions else ""
+        raise DiagnosticsError(f"{directory / 'tables'} holds no table{said}. Run `python -m diagnostics analyze --output-dir {directory}` first.")
+    tokens = reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path)))
+    bank, tops = reading.read("contexts.parquet", read_bank), reading.read("tops.parquet", read_parquet)
+    return Material(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
 
 
-def training_tables(directory: Path) -> dict[str, pd.DataFrame]:
+class _Reading:
+    """Files of a run, each compared with the manifest before it is read; what is not as it was written is left out and said."""
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]):
+        self.directory, self.manifest, self.cautions = directory, manifest, []
+
+    def say(self, sentence: str) -> None:
+        """Keep a sentence for the page, and log it."""
+        self.cautions.append(sentence)
+        log.warning("%s: %s", self.directory, sentence)
+
+    def read(self, name: str, reader: Callable[[Path], Any], *, ask: bool = True) -> Any:
+        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether a record is looked for."""
+        digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
+        if digest is None:
+            return None
+        if known and digest not in known:
+            self.say(f"{name} is not as it was written and was left out of this page. Run the stage that writes it again.")
+            return None
+        if ask and not known:
+            self.say(f"{name} is in no record of manifest.json, so nothing says what measured it.")
+        return reader(self.directory / name)
+
+
+def training_tables(directory: Path, reading: _Reading | None = None) -> dict[str, pd.DataFrame]:
     """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of every step."""
-    found = {}
-    if (directory / "evaluations.csv").exists():
-        found["evaluations"] = _read_csv(directory / "evaluations.csv")
-    if (directory / "metrics.jsonl").exists():
-        found["training_metrics"] = pd.read_json(directory / "metrics.jsonl", lines=True)
+    reading = reading or _Reading(directory, {"stages": {}})
+    found = {"evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
+             "training_metrics": reading.read("metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False)}
     curves = []
-    for path in sorted((directory / "cells").glob("*.curve.parquet")):
-        record = json.loads(path.with_name(path.name.removesuffix(".curve.parquet") + ".json").read_text(encoding="utf-8"))
-        curves.append(read_parquet(path).assign(**record["cell"]))
-    return found | ({"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {})
+    for name, kind in files.walk(reading.directory, "cells"):
+        if name.endswith(".curve.parquet") and kind == "file":
+            cell = _read_cell(reading.directory, name.removesuffix(".curve.parquet") + ".json")
+            if cell is None:
+                reading.say(f"{name} has no record of its training beside it and was left out.")
+            else:
+                curve = reading.read(name, read_parquet, ask=False)
+                curves += [] if curve is None else [curve.assign(**cell)]
+    found |= {"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {}
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
+    """Which training a cell is, from its record; None where there is no readable record."""
+    try:
+        record = json.loads(files.read_inside(directory, name))
+    except (OSError, ValueError, RecursionError):
+        return None
+    cell = record.get("cell") if isinstance(record, dict) else None
+    return cell if isinstance(cell, dict) else None
+
+
+def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
+    """Metrics line by line; what a killed process had begun to write, or is no object, is left out and counted."""
+    rows, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row, broken = None, broken + 1
+        rows += [row] if isinstance(row, dict) else []
+    if broken:
+        say(f"{path.name} has {broken} {'line' if broken == 1 else 'lines'} cut by a kill or damaged, which were left out.")
+    return pd.DataFrame(rows)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    if (found := files.kind(path)) not in ("file", None):
+        raise files.unfit(path, found, "file")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DiagnosticsError(f"{path} cannot be read as a manifest ({reason}). Name the --output-dir of an earlier run.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise DiagnosticsError(f"{path} is not a manifest of this project (no stages). Name the --output-dir of an earlier run.")
-    return manifest
+        return read_manifest(path)
+    except DiagnosticsError as error:
+        said = str(error).replace("Choose another --output-dir, or remove that file.", "Name the --output-dir of an earlier run.")
+        unread = "cannot be read as a manifest" if error.__cause__ is not None else "is not a manifest of this project"
+        raise DiagnosticsError(said.replace("is not a manifest of this project", unread)) from error
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -291,12 +353,11 @@ def _not_drawn(material: Material, sheet: Sheet, table: pd.DataFrame | None) -> 
     return f"no column {absent[0]} in the {sheet.table} table" if absent else ""
 
 
-def write_files(folder: Path, name: str, figure: Figure) -> None:
+def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
     """The figure as PNG (200 dpi) and PDF, without dates, so that equal tables give equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
-    write_atomic(folder / f"{name}.pdf", buffer.getvalue())
-    write_atomic(folder / f"{name}.png", png(figure))
+    return {f"{name}.pdf": buffer.getvalue(), f"{name}.png": png(figure)}
 
 
 def png(figure: Figure, dpi: int = 200) -> bytes:
@@ -420,9 +481,9 @@ def _look(row: dict) -> str:
 
 
 def warnings(material: Material) -> list[str]:
-    """What the analysis warns of."""
+    """What reading the run and its analysis warn of."""
     table = material.table("warnings")
-    return [] if table is None or "message" not in table else table.message.astype(str).tolist()
+    return [*material.cautions, *([] if table is None or "message" not in table else table.message.astype(str).tolist())]
 
 
 def warning_list(material: Material) -> str:

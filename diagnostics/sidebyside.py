@@ -22,7 +22,7 @@ import pandas as pd
 
 from diagnostics import figures, narrative, report
 from diagnostics.narrative import Material
-from diagnostics.runs import write_atomic
+from diagnostics.runs import hold, write_atomic, write_pages
 from diagnostics.types import DiagnosticsError
 
 SHARED = {
@@ -64,6 +64,7 @@ class RunComparison:
     def html(self) -> str:
         """All of it as one self-contained page."""
         lead = "".join(f"<p><b>{html.escape(name)}.</b> {html.escape(_finding(material))}</p>" for name, material in self.materials.items())
+        lead += "".join(f'<p class="warning">{html.escape(f"{name}: {caution}")}</p>' for name, material in self.materials.items() for caution in material.cautions)
         sections = [
             ("verdicts", "Verdicts", _grid(self.verdicts, "verdict")),
             ("settings", "What differs", _grid(self.settings, "setting") or "<p>No setting that the manifests record.</p>"),
@@ -75,11 +76,12 @@ class RunComparison:
     def plates(self) -> Iterable[tuple]:
         """Name, caption and the figure at both widths, for each table that can be drawn."""
         for name, table, options, caption in _drawable(self.tables):
+            table = table.assign(run=table["run"].str.replace("$", r"\$"))  # a folder's name is no formula
             yield name, caption, *(figures.runs(table, width=width, **options) for width in (figures.DOUBLE, figures.SINGLE))
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, atomically."""
-        return write_atomic(path, self.html.encode())
+        return write_atomic(path, report.encoded(self.html))
 
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
@@ -102,6 +104,18 @@ def compare_runs(directories: Sequence[str | Path], *, names: Sequence[str] | No
         )
     materials = {str(name): report.read_run(path) for name, path in zip(names, paths, strict=True)}
     return RunComparison(materials, dict(_joined(materials)), _differences(materials))
+
+
+def write(directories: Sequence[str | Path], into: Path) -> Path:
+    """Write compare.html into a folder, a run or any other, and its hash into pages.json there.
+
+    Raises DiagnosticsError as `compare_runs` does, where another process uses the folder, or where a compare.html is there
+    that is not as this program wrote it.
+    """
+    page = report.encoded(compare_runs(directories).html)
+    with hold(into):
+        write_pages(into, {"compare.html": page})
+    return into / "compare.html"
 
 
 def _folder_names(paths: list[Path]) -> list[str]:

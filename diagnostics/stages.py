@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from diagnostics.exactness import is_listed, marked
-from diagnostics.runs import Run, fingerprint_files, sha256_file, write_csv, write_json, write_parquet
+from diagnostics.runs import Run, fingerprint_files, sha256_file, unchanged, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
 
 if TYPE_CHECKING:
@@ -281,14 +281,14 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
 
 def join_tokens(run: Run) -> None:
     """Write tokens.parquet from the files that hold its columns."""
-    tokens = read_parquet(run.path("scores.parquet"))
+    tokens = read_parquet(run.require("scores.parquet"))
     for name in ("gains.parquet", "first_order.parquet", "training_gains.parquet"):
         if run.path(name).exists() and run.as_written(name):
             added = read_parquet(run.path(name))
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
-    write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
-    run.record_file("tokens.parquet")
+    with run.joining("tokens.parquet"):
+        write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
 
 
 def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int, room: int = 1) -> tuple[list[Prompt], list[Prompt]]:
@@ -382,11 +382,11 @@ def analyze_stage(run: Run, config, *, seed: int, training: str | None = None) -
 
 
 def table_path(directory: str, name: str, *, what: str) -> Path:
-    """Where another run keeps a table. Raises DiagnosticsError where it has none of that name."""
+    """Where another run keeps a table. Raises DiagnosticsError where it has none of that name, or a changed one."""
     path = Path(directory) / "tables" / f"{name}.csv"
-    if not path.exists():
+    if not os.path.isfile(path):
         raise DiagnosticsError(f"{path} does not exist. Name the directory of a run whose {what} is finished.")
-    return path
+    return unchanged(directory, f"tables/{name}.csv")
 
 
 def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
@@ -511,4 +511,4 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, as the beginning of a validation's."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
-    return [pd.read_csv(path).query("split != 'training'")] if path and path.exists() else []
+    return [pd.read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")] if path and path.exists() else []

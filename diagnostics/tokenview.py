@@ -64,7 +64,7 @@ class TokenView:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, atomically."""
-        return write_atomic(path, self.html.encode())
+        return write_atomic(path, self.html.encode("utf-8", "backslashreplace"))
 
     def _repr_html_(self) -> str:
         return (f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts" srcdoc="{html.escape(self.html)}" '

@@ -123,11 +123,12 @@ class Job:
     @property
     def identity(self) -> dict:
         """Settings that a finished cell must share; which other cells there are is not among them."""
+        from diagnostics.runs import recorded
         from diagnostics.stages import WHERE
 
         grid = {key: value for key, value in self.grid.items() if key not in ("criteria", "budgets", "seeds", "workers")}
         pair = {key: value for key, value in self.pair.items() if key not in WHERE}
-        return json.loads(json.dumps(pair | self.prompts | self.evaluation | grid))
+        return json.loads(json.dumps(recorded(pair | self.prompts | self.evaluation | grid, apart=True)))
 
     def finished(self, name: str) -> bool:
         """True where the cell is done with these settings. Raises DiagnosticsError where it is with others."""
@@ -531,10 +532,12 @@ def offline_answers(directory: Path, cells: Iterable[tuple[str, float]], *, draw
     intervention_<measure>: mean reduction at held-out positions after a step on the selected ones alone.
     A cell is missing where the job knows nothing of it. Raises DiagnosticsError where the directory has no tokens.parquet with gains.
     """
+    from diagnostics.runs import unchanged
+
     path = directory / "tokens.parquet"
     if not path.exists():
         raise DiagnosticsError(f"{path} does not exist. Name a run directory whose main job is finished.")
-    tokens, effects = validate_tokens(read_parquet(path)), directory / "interventions.parquet"
+    tokens, effects = validate_tokens(read_parquet(unchanged(directory, path.name))), unchanged(directory, "interventions.parquet")
     scorable = registry.available(tokens)
     frame = pd.DataFrame([cell for cell in cells if registry.find(cell[0]).name in scorable], columns=["criterion", "budget"])
     # Draws of their own: with as many prompts, equal seeds would tie these draws to those of the trainings' prompts.

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ORDER = (
-    "types parallel runs divergences criteria losses prompts remote sources pairs tasks rollouts archives banks interop scores probe attribution intervention trainer training "
+    "types parallel files runs divergences criteria losses prompts remote sources pairs tasks rollouts archives banks interop scores probe attribution intervention trainer training "
     "evaluation validation statistics tables exactness analysis comparison agreement verdicts plates figures tokenview narrative report config stages rerun cli"
 ).split()
 OTHER = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from diagnostics.files import sha256_file
 from diagnostics.types import Bank, Context, validate_tokens
 
 CRITERIA = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
@@ -397,5 +398,14 @@ def write_run(directory: Path, **tables: pd.DataFrame) -> Path:
     table = tokens()
     table.to_parquet(directory / "tokens.parquet", index=False)
     bank_of(table).to_frame().to_parquet(directory / "contexts.parquet", index=False)
-    (directory / "manifest.json").write_text(json.dumps(manifest()), encoding="utf-8")
+    return record(directory)
+
+
+def record(directory: Path) -> Path:
+    """Write the manifest with the hashes of the files as they are."""
+    recorded = manifest()
+    recorded["stages"]["rollout"]["files"] = {"contexts.parquet": sha256_file(directory / "contexts.parquet")}
+    recorded["stages"]["analyze"]["files"] = {f"tables/{path.name}": sha256_file(path) for path in sorted((directory / "tables").glob("*.csv"))}
+    recorded["joined"] = {"tokens.parquet": sha256_file(directory / "tokens.parquet")}
+    (directory / "manifest.json").write_text(json.dumps(recorded), encoding="utf-8")
     return directory

@@ -30,7 +30,7 @@ SURFACE = {
     "offload-teacher output-dir pair prompt-column prompts prompts-split quiet seeds shard-teacher steps student student-revision "
     "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision verifier workers",
     "report": "compare contexts json output-dir quiet",
-    "rerun": "device json output-dir quiet",
+    "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
 

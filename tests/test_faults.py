@@ -156,11 +156,11 @@ def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(reference, 
 def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(reference, folders, tmp_path, monkeypatch, capsys, call, code, words, number):  # noqa: F811
     calls, real = [], getattr(os, call)
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(arguments)
         if len(calls) >= number:
             raise OSError(code, words)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)

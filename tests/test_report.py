@@ -76,7 +76,7 @@ def test_writes_figures_and_pages_only(run):
     names = sorted(path.name for path in (run / "figures").iterdir())
     assert names == sorted(f"{sheet}.{kind}" for sheet in DRAWN for kind in ("pdf", "png"))
     assert sorted(path.name for path in run.iterdir()) == [
-        "contexts.parquet", "figures", "manifest.json", "report.html", "report.md", "tables", "tokens.parquet"]
+        "contexts.parquet", "figures", "manifest.json", "pages.json", "report.html", "report.md", "tables", "tokens.parquet"]
 
 
 def test_nests_and_asks_the_network_for_nothing(source):
@@ -142,7 +142,7 @@ def _read_block(block: str, names: list[str]) -> pd.DataFrame:
 
 def test_provenance_and_untrusted_text(source):
     page = Page(source)
-    for word in ("torch", "2.13.0", "max_new_tokens", "ab" * 32, "chat_template_sha256", "student.dtype", "seed"):
+    for word in ("torch", "2.13.0", "max_new_tokens", "ef" * 32, "chat_template_sha256", "student.dtype", "seed"):
         assert word in page.text
     assert "<script>alert(1)" not in source
     assert page.scripts == 1 and page.tags.count("img") == 0 and "<b>is</b>" not in source
@@ -247,6 +247,7 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     directory = study_tables.write_run(tmp_path / "run")
     study_tables.tokens().drop(columns="compatibility").to_parquet(directory / "tokens.parquet", index=False)
     pd.DataFrame(columns=["step_size"]).to_csv(directory / "tables" / "calibration.csv", index=False)
+    study_tables.record(directory)
     drawn, left_out = report.draw_all(report.read_run(directory))
     assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
@@ -265,7 +266,7 @@ def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
 
 
 def test_a_training_directory_has_a_report_too(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"train": {"settings": {"criterion": "tip"}}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"train": {"settings": {"criterion": "tip"}, "inputs": {}, "files": {}}}}))
     study_tables.evaluations().to_csv(tmp_path / "evaluations.csv", index=False)
     text = report.build(tmp_path).read_text(encoding="utf-8")
     assert "Over 40 steps of training, held-out prompts show forward KL from 0.50 to 0.30 (0.25 to 0.35), accuracy from 0.50 to 0.70 (0.65 to 0.75)." in text

@@ -1,6 +1,9 @@
 import io
 import json
 import os
+import threading
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -104,17 +107,72 @@ def test_tables_follow_the_code(tmp_path, other_code):
     assert (tmp_path / "a.txt").read_bytes() == b"newer"
 
 
-def test_a_code_version_covers_what_is_imported_and_no_more(tmp_path, monkeypatch):
-    for name, source in {"types": "X = 1", "base": "from diagnostics.types import X", "top": "def f():\n    from diagnostics import base, runs\n",
-                         "apart": "Y = 2", "runs": "Z = 3"}.items():
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of some modules in place of this one, and its code version, not cached."""
+    sources = {"types": "X = 1", "base": "from diagnostics.types import X", "top": "def f():\n    from diagnostics import base, runs\n",
+               "apart": "Y = 2", "runs": "Z = 3", "inner/__init__": "", "inner/near": "N = 1", "inner/deep/__init__": "", "inner/deep/far": "F = 1",
+               "absolute": "import diagnostics.inner.near", "named": "from diagnostics.inner import near", "attribute": "from diagnostics.inner.near import N",
+               "inner/relative": "from . import near", "inner/relative_attribute": "from .near import N", "inner/deep/up": "from ..near import N",
+               "inner/deep/top": "from ... import apart", "by_package": "from diagnostics import inner"}
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(source)
-    (tmp_path / "diagnostics").symlink_to(tmp_path)
-    monkeypatch.setattr(runs, "PACKAGE", tmp_path / "diagnostics")
-    code_version = runs.code_version.__wrapped__
+    monkeypatch.setattr(runs, "PACKAGE", tmp_path)
+    return tmp_path
+
+
+code_version = runs.code_version.__wrapped__
+
+
+def test_a_code_version_covers_what_is_imported_and_no_more(package):
     before = code_version("top")
     for name, changes in (("apart", False), ("runs", False), ("types", True)):
-        (tmp_path / f"{name}.py").write_text("W = 9")
+        (package / f"{name}.py").write_text("W = 9")
         assert (code_version("top") != before) == changes, name
+
+
+@pytest.mark.parametrize("name, reads", [("absolute", "inner/near"), ("named", "inner/near"), ("attribute", "inner/near"), ("inner.relative", "inner/near"),
+                                         ("inner.relative_attribute", "inner/near"), ("inner.deep.up", "inner/near"), ("inner.deep.top", "apart"),
+                                         ("by_package", "inner/__init__"), ("attribute", "inner/__init__"), ("inner.deep.far", "inner/deep/__init__")])
+def test_a_code_version_knows_sub_packages(package, name, reads):
+    before = code_version(name)
+    (package / "inner/deep/far.py").write_text("F = 2") if "far" not in name else None
+    assert code_version(name) == before
+    (package / f"{reads}.py").write_text("W = 9")
+    assert code_version(name) != before
+
+
+CODE = '"""Module."""\nX = 1\n"""What X is."""\n\ndef f(a, b=2):\n    """Add."""\n    # why\n    return a + b\n\n\nclass C:\n    """A class."""\n    y: int = 3\n'
+
+
+@pytest.mark.parametrize("was, now, changes", [
+    ("Module.", "Another word.", False), ("What X is.", "What it is.", False), ("Add.", "Adds.", False), ("A class.", "One.", False), ("# why", "# because", False),
+    ("a + b", "(a +\n            b)", False), ('    """Add."""\n', "", False),
+    ("a + b", "a - b", True), ("b=2", "b=3", True), ("X = 1", "X = 1.0", True), ("X = 1", "X = '1'", True), ("y: int", "z: int", True), ("def f", "def g", True),
+    ("X = 1", "X = None", True), ("return a + b", "return", True),
+])
+def test_words_change_no_code_version_and_code_does(package, was, now, changes):
+    (package / "base.py").write_text(CODE)
+    before = code_version("base")
+    assert CODE.replace(was, now) != CODE
+    (package / "base.py").write_text(CODE.replace(was, now))
+    assert (code_version("base") != before) == changes
+
+
+def test_a_package_in_an_archive_has_a_code_version(package, tmp_path_factory, monkeypatch):
+    before, archive = code_version("named"), tmp_path_factory.mktemp("zip") / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in package.rglob("*.py"):
+            file.write(path, f"diagnostics/{path.relative_to(package)}")
+    monkeypatch.setattr(runs, "PACKAGE", zipfile.Path(archive, "diagnostics/"))
+    assert code_version("named") == before
+
+
+def test_source_that_cannot_be_read_is_said(package):
+    (package / "base.py").write_text("def")
+    with pytest.raises(DiagnosticsError, match=r"^The source .*base\.py cannot be read \(.*\), so this program cannot say which code measured\. Install the package again\.$"):
+        code_version("base")
 
 
 def test_a_fingerprint_is_of_names_and_contents(tmp_path):
@@ -283,9 +341,24 @@ def test_a_stage_clears_its_shards_when_it_ends_and_only_then(tmp_path, at_once)
 def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path):
     with open_run(tmp_path) as run:
         run.stage("one", settings={}, outputs=["a.txt"], work=write(run, b"hello"))
-    (tmp_path / ".a.txt.k3j2.tmp").write_bytes(b"hel")
+    (tmp_path / "tables").mkdir()
+    for folder in (tmp_path, tmp_path / "tables"):
+        (folder / ".0123456789abcdef.opd.tmp").write_bytes(b"hel")
     with open_run(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", "a.txt", "manifest.json"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", "a.txt", "manifest.json", "tables"] and os.listdir(tmp_path / "tables") == []
+
+
+def test_what_somebody_else_had_begun_to_write_stays(tmp_path):
+    with open_run(tmp_path) as run:
+        run.stage("one", settings={}, outputs=["a.txt"], work=write(run, b"hello"))
+    for name in (".notes.tmp", "tables/.notes.tmp", "mine/.0123456789abcdef.opd.tmp", "tables/.x.tmp/deep"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / ".fedcba9876543210.opd.tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with open_run(tmp_path):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_directory_is_ours_from_the_first_file_on(tmp_path):
@@ -317,3 +390,275 @@ def test_progress_is_for_terminals_and_not_for_logs(stream, quiet, shown, monkey
         line = bar.format_meter(**{key: value for key, value in text.items() if key != "ncols"}) if shown else ""
     assert bool(stderr.getvalue()) == shown
     assert ("10/40 [00:02<00:06,  5.00 positions/s]" in line) == shown
+
+
+# --- what a stranger, or the user, put into the directory -------------------------------------------------
+
+
+def finished(directory):
+    with open_run(directory) as run:
+        run.stage("analyze", settings={}, outputs=["tables/a.csv"], work=lambda: write_atomic(run.path("tables/a.csv"), b"x\n1\n") and None)
+    return directory
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    for name in ("analyze-0123456789abcdef/data", "notes.txt", ".lock"):
+        (tmp_path / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "elsewhere" / name).write_bytes(b"precious")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", [".partial", "tables", "figures", "cells", "checkpoints", "student"])
+def test_a_folder_of_ours_that_is_a_link_is_refused_and_untouched(tmp_path, elsewhere, name):
+    directory, before = finished(tmp_path / "run"), contents(elsewhere)
+    if (directory / name).exists():
+        (directory / name / "a.csv").unlink()
+        (directory / name).rmdir()
+    (directory / name).symlink_to(elsewhere)
+    with pytest.raises(DiagnosticsError, match=rf"{name} is a link, where this program keeps a folder of its own"):
+        finished(directory)
+    assert contents(elsewhere) == before and (directory / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", [".lock", "manifest.json", "contexts.parquet", "tokens.parquet", "report.html", "metrics.jsonl", "tables/a.csv", "student/model.safetensors"])
+def test_a_file_of_ours_that_is_a_link_is_refused_and_untouched(tmp_path, elsewhere, name):
+    directory, before = finished(tmp_path / "run"), contents(elsewhere)
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(elsewhere / "notes.txt")
+    with pytest.raises(DiagnosticsError, match=rf"{name} is a link, where this program keeps a file of its own"):
+        finished(directory)
+    assert contents(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "manifest.json", "tables/a.csv"])
+def test_a_pipe_in_place_of_a_file_does_not_hold_us_up(tmp_path, name):
+    directory, refused = finished(tmp_path / "run"), []
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+
+    def again():
+        try:
+            finished(directory)
+        except DiagnosticsError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    thread.join(60)  # a pipe without a writer would wait for ever
+    assert not thread.is_alive() and f"{name} is a pipe, where this program keeps a file of its own" in refused[0]
+
+
+def test_a_link_that_is_none_of_ours_is_left_alone(tmp_path, elsewhere):
+    directory = finished(tmp_path / "run")
+    (directory / "notes").symlink_to(elsewhere)
+    finished(directory)
+    assert (directory / "notes").is_symlink() and (elsewhere / "notes.txt").read_bytes() == b"precious"
+
+
+def test_a_foreign_folder_keeps_its_lock_and_gets_none(tmp_path, elsewhere):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/a.tex").write_bytes(b"x")
+    for folder in (elsewhere, tmp_path / "theirs"):
+        before = contents(folder)
+        with pytest.raises(DiagnosticsError, match="and no manifest.json, so it is not a run of this project"), open_run(folder):
+            raise AssertionError("opened")
+        assert contents(folder) == before
+
+
+def test_only_finished_parts_of_the_stage_are_removed(tmp_path, at_once):
+    def work():
+        run.shards("pass").add([0], {"x": np.array([1.0])})
+        (tmp_path / ".partial/mine").mkdir()
+        (tmp_path / ".partial/one-theirs").mkdir()
+        for name in ("mine/x.parquet", "one-theirs/x.parquet", f"{run._partial.name}/pass/notes.txt"):
+            (tmp_path / ".partial" / name).write_bytes(b"mine")
+        write_atomic(run.path("a.txt"), b"x")
+
+    with open_run(tmp_path) as run:
+        run.stage("one", settings={}, outputs=["a.txt"], work=work)
+    left = sorted(path.name for path in (tmp_path / ".partial").rglob("*") if path.is_file())
+    assert left == ["notes.txt", "x.parquet", "x.parquet"]
+
+
+# --- files of no record ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [["a.txt"], lambda: ["a.txt"] if Path("/").exists() else []])
+def test_an_unrecorded_file_is_not_replaced(tmp_path, outputs):
+    with open_run(tmp_path) as run:
+        run.stage("none", settings={}, outputs=[], work=dict)
+        (tmp_path / "a.txt").write_bytes(b"my own")
+        with pytest.raises(DiagnosticsError, match=r"a\.txt is there, and manifest\.json has no record of it, so it is not this program's to replace\. "
+                                                   r"Nothing was overwritten\. Move it away, or choose another --output-dir\.$"):
+            run.stage("one", settings={}, outputs=outputs, work=lambda: pytest.fail("the work was done"))
+    assert (tmp_path / "a.txt").read_bytes() == b"my own"
+    with open_run(tmp_path) as run:
+        (tmp_path / "a.txt").unlink()  # moved away, as the sentence says
+        assert run.stage("one", settings={}, outputs=outputs, work=write(run, b"ours"))
+
+
+def test_an_unrecorded_table_is_not_replaced_though_its_name_is_known_only_in_the_end(tmp_path):
+    with open_run(tmp_path) as run:
+        run.stage("none", settings={}, outputs=[], work=dict)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/a.csv").write_bytes(b"my own")
+    for _ in range(2):  # the second time after an interrupted one
+        with pytest.raises(DiagnosticsError, match=r"tables/a\.csv is there, and manifest\.json has no record of it"):
+            finished(tmp_path)
+    assert (tmp_path / "tables/a.csv").read_bytes() == b"my own"
+    (tmp_path / "tables/a.csv").rename(tmp_path / "mine.csv")
+    finished(tmp_path)
+    assert (tmp_path / "tables/a.csv").read_bytes() == b"x\n1\n" and (tmp_path / "mine.csv").read_bytes() == b"my own"
+
+
+@pytest.mark.parametrize("interrupted, then", [("one", "one"), ("one", "two")])
+def test_what_an_interrupted_stage_had_written_is_ours(tmp_path, interrupted, then):
+    def killed():
+        write_atomic(run.path("a.txt"), b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path) as run:
+        run.stage(interrupted, settings={}, outputs=["a.txt"], work=killed)
+    with open_run(tmp_path) as run:
+        assert run.stage(then, settings={}, outputs=["a.txt"], work=write(run, b"whole"))
+    assert (tmp_path / "a.txt").read_bytes() == b"whole"
+
+
+def test_a_joined_file_of_no_record_is_not_replaced_and_an_interrupted_one_is(tmp_path):
+    def join():
+        with open_run(tmp_path) as run, run.joining("j.txt"):
+            write_atomic(run.path("j.txt"), b"joined")
+            if not seen.append(1) and len(seen) == 1:
+                raise KeyboardInterrupt
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        join()
+    join()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["joined"] == {"j.txt": sha256_file(tmp_path / "j.txt")} and "begun" not in manifest
+    del manifest["joined"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DiagnosticsError, match=r"j\.txt is there, and manifest\.json has no record of it"):
+        join()
+
+
+@pytest.mark.parametrize("name", ["contexts.parquet", "tables/a.csv", "scores.parquet"])
+def test_a_lost_manifest_protects_what_was_measured(tmp_path, name):
+    directory = finished(tmp_path / "run")
+    (directory / name).write_bytes(b"measured")
+    (directory / "manifest.json").unlink()
+    before = contents(directory)
+    with pytest.raises(DiagnosticsError, match=r"no manifest\.json, so nothing says with which settings its files were made\. Nothing was overwritten\. Bring"):
+        finished(directory)
+    assert contents(directory) == before
+
+
+# --- pages ----------------------------------------------------------------------------------------------
+
+
+def test_pages_are_replaced_only_as_they_were_written(tmp_path):
+    runs.write_pages(tmp_path, {"a.html": b"one", "figures/x.png": b"p"})
+    runs.write_pages(tmp_path, {"a.html": b"two", "figures/x.png": b"q"})
+    assert (tmp_path / "a.html").read_bytes() == b"two"
+    for name, content, said in (("a.html", b"edited", "is not as it was written"), ("b.html", b"theirs", "is there, and pages.json has no record of it")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DiagnosticsError, match=f"{name} {said}, so it is not this program's to replace. Nothing was overwritten. Move it away, or"):
+            runs.write_pages(tmp_path, {"figures/x.png": b"r", name: b"three"})
+        assert (tmp_path / name).read_bytes() == content and (tmp_path / "figures/x.png").read_bytes() == b"q"
+        (tmp_path / name).unlink()
+
+
+def test_pages_whose_writing_was_interrupted_are_ours(tmp_path, monkeypatch):
+    pages = {"a.html": b"one", "b.html": b"one"}
+    runs.write_pages(tmp_path, pages)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_atomic", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "b.html" else write_atomic(path, content))
+        with pytest.raises(KeyboardInterrupt):
+            runs.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
+    runs.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
+    assert {name: (tmp_path / name).read_bytes() for name in pages} == dict.fromkeys(pages, b"two")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"a": 1}'])
+def test_a_damaged_record_of_pages_is_refused(tmp_path, content):
+    (tmp_path / "pages.json").write_text(content)
+    with pytest.raises(DiagnosticsError, match="pages.json"):
+        runs.write_pages(tmp_path, {"a.html": b"x"})
+    assert os.listdir(tmp_path) == ["pages.json"]
+
+
+# --- what a record tells --------------------------------------------------------------------------------
+
+
+def test_settings_name_inputs_by_their_last_name_and_no_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home/alice"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/small").mkdir(parents=True)
+    settings = {"student": "models/small", "teacher": str(tmp_path / "gone/large"), "prompts": f"hf:{tmp_path}/models", "after": "org/model", "eval_prompts": None,
+                "chat_template_kwargs": f'{{"x": "{tmp_path}/home/alice/y"}}', "criteria": ("a", f"{tmp_path}/home/alice/b"), "seed": 0, "trl": "../up/x.json"}
+    assert runs.recorded(settings) == {
+        "student": "small", "teacher": "large", "prompts": "hf:models", "after": "org/model", "eval_prompts": None,
+        "chat_template_kwargs": '{"x": "~/y"}', "criteria": ["a", "~/b"], "seed": 0, "trl": "x.json"}
+    apart = [runs.recorded({"student": str(tmp_path / name / "same")}, apart=True) for name in ("a", "b")]
+    assert apart[0]["student"] == apart[1]["student"] == "same" and apart[0]["student_place"] != apart[1]["student_place"]
+
+
+def test_an_older_record_with_whole_paths_is_the_same_setting(tmp_path):
+    (tmp_path / "small").mkdir()
+    with open_run(tmp_path / "run") as run:
+        assert stage(run, settings={"student": str(tmp_path / "small")})
+        run.manifest["stages"]["one"]["settings"]["student"] = "/home/alice/models/small"
+        assert not stage(run, settings={"student": str(tmp_path / "small")})
+        run.manifest["stages"]["one"]["settings"]["student"] = "/home/alice/models/other"
+        with pytest.raises(DiagnosticsError, match="setting student: was '/home/alice/models/other', now 'small'"):
+            stage(run, settings={"student": str(tmp_path / "small")})
+
+
+def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplog):
+    number = iter((2, 2, 1, 1))
+    monkeypatch.setattr(runs, "threads", lambda **_: next(number))
+    with open_run(tmp_path) as run:
+        for content, expected in ((b"a", ""), (b"b", "came out with other bytes than before, on as many threads"),
+                                  (b"c", "one: a.txt came out with other bytes than before; threads were 2 and are 1, which changes the order of sums"), (b"c", "")):
+            (tmp_path / "a.txt").unlink(missing_ok=True)
+            caplog.clear()
+            run.stage("one", settings={}, outputs=["a.txt"], work=write(run, content))
+            assert expected in caplog.text and bool(expected) == bool(caplog.text)
+    assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["one"]["threads"] == 1
+
+
+def test_the_number_of_threads_is_that_which_was_asked_for(monkeypatch):
+    import torch
+
+    assert runs.threads(models=True) == torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert runs.threads(models=False) == 3
+    for value in ("", "many", "0"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert runs.threads(models=False) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("content, reason", [('{"stages": {}, "x": ' + "[" * 40 + "]" * 40 + "}", "or 32 levels"), ("[" * 100_000, "recursion|Expecting"),
+                                             ('{"stages": {}, "begun": {"x": 3}}', "what was begun is no list of names"),
+                                             ('{"stages": {"x": {"settings": {}, "inputs": {}, "files": {"a\\u0000b": "c"}}}}', "it names a file outside its directory")])
+def test_a_manifest_that_is_too_deep_or_leads_out_is_refused(tmp_path, content, reason):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DiagnosticsError, match=rf"is not a manifest of this project \(.*({reason})"):
+        Run(tmp_path)
+
+
+def test_a_file_of_another_run_is_compared_with_its_manifest(tmp_path, caplog):
+    directory = finished(tmp_path / "run")
+    assert runs.unchanged(directory, "tables/a.csv") == directory / "tables/a.csv" and caplog.text == ""
+    (directory / "tables/b.csv").write_bytes(b"x")
+    assert runs.unchanged(directory, "tables/b.csv") and "tables/b.csv is in no record of its run's manifest.json" in caplog.text
+    (directory / "tables/a.csv").write_bytes(b"x\n2\n")
+    with pytest.raises(DiagnosticsError, match=r"tables/a\.csv is not as it was written: its sha256 is .*Run the stage that writes it again in .*, or name another run\.$"):
+        runs.unchanged(directory, "tables/a.csv")

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def test_the_package_opens_no_connection_of_its_own():
 
 
 def test_the_environment_is_asked_for_named_settings_only():
-    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OPD_DIAGNOSTICS_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE"}
+    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OPD_DIAGNOSTICS_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE",
+               "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
     asked = {(path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
              for path, name, call in calls([path for path in PACKAGE]) if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")}
     assert {name for _, name in asked} <= allowed
@@ -88,9 +90,17 @@ def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     directory = tmp_path / "out"
-    models = [*folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)]
-    assert main(["rollout", *folders[:10], *models[4:]]) == 0 and main(["score", *models]) == 0
-    told = [*secrets.values(), "Q7secret", socket.gethostname(), os.environ.get("PATH", "\0"), str(Path.home()) + "/"]
+    home = tmp_path.parent / f"{tmp_path.name}-home/alice"  # models and prompts lie in the user's home
+    for name in ("student", "teacher"):
+        shutil.copytree(folders[1 if name == "student" else 3], home / name)
+    shutil.copy(folders[5], home)
+    monkeypatch.setenv("HOME", str(home))
+    mine = ["--student", str(home / "student"), "--teacher", str(home / "teacher"), "--prompts", str(home / "prompts.jsonl"), *folders[6:10]]
+    models = [*mine[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)]
+    assert main(["rollout", *mine, *models[4:]]) == 0 and main(["score", *models]) == 0
+    assert main(["probe", *models]) == 0 and main(["analyze", "--draws", "20", "--quiet", *models[-2:]]) == 0
+    assert main(["report", str(directory), "--quiet"]) == 0
+    told = [*secrets.values(), "Q7secret", socket.gethostname(), os.environ.get("PATH", "\0"), str(home), "alice"]
     for path in directory.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
