@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics import engines, parallel
+from diagnostics import engines, files, parallel
 from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise_evaluation
 from diagnostics.losses import LOSSES
 from diagnostics.remote import refuse
@@ -272,13 +272,13 @@ def _is_json(path: Path) -> bool:
 
 def _damage(checkpoint: Path) -> str | None:
     """What is missing or cut short in a checkpoint, None where it is whole. The files' ends are asked for, not every byte."""
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    for path in files:
+    parts = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    for path in parts:
         if path.suffix == ".safetensors" and not _ends_as_it_says(path):
             return f"{path.name} is cut short"
         if path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):
             return f"{path.name} is cut short"
-    names = {path.name for path in files}
+    names = {path.name for path in parts}
     if not any(name.endswith((".safetensors", ".bin", ".distcp")) for name in names):
         return "its weights are missing"
     if not any(name.startswith("optimizer") or ".distcp" in name or name.endswith("_optim_states.pt") for name in names):
@@ -595,7 +595,7 @@ def _earlier_columns(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 def _append(path: Path, row: dict) -> None:
     """Add a line to a file of the run, never through a link."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
+    with os.fdopen(files.open_inside(path.parent, path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
         file.write(_line(row))
 
 

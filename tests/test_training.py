@@ -343,6 +343,14 @@ def test_the_command_of_the_scale_page_is_understood():
     assert (CONFIGS.parent / parsed.trl).exists()
 
 
+def test_the_example_of_the_scale_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = (CONFIGS.parent / "docs/scale.md").read_text().split("```python")[1:]
+    code, = (block.split("```")[0] for block in blocks if "options=" in block)
+    exec(compile(code, "scale.md", "exec"), {})
+    assert read_lines(tmp_path / "runs/own/metrics.jsonl")["step"].tolist() == [1, 2]
+
+
 def test_a_sharded_student_is_not_evaluated():
     watcher = training.Watcher(make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), HELD_OUT, None)
     sharded = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
