@@ -6,6 +6,7 @@ Each of `CASES` writes FOLDER/NAME as a training does. Two processes on the CPU 
 so that one test of it is passed over in memory; `fully_shard`, its policies and the collectives are real.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,10 @@ FSDP2 = {
 """configs/fsdp2-8gpu.yaml as the variables that `accelerate launch` makes of it."""
 
 
+SETTINGS = {"adam_epsilon": 1e-3}
+"""A step in proportion to its gradient: with AdamW's own 1e-8 the last bit of a gradient near 0 decides the sign of a whole step."""
+
+
 def allow_on_the_cpu() -> None:
     """Let Accelerate set FSDP up without an accelerator."""
     from accelerate import state
@@ -58,7 +63,7 @@ def run(folder: Path, *, loss="reverse_kl", lora_rank=0, bf16=False, teacher=tor
     pair.teacher = Readout(pair.teacher.model.to(teacher), vocabulary=pair.vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     engine = training.EngineConfig(
-        max_new_tokens=8, save_every=save_every, accumulation=2, lora_rank=lora_rank, trl='{"bf16": true}' if bf16 else None)
+        max_new_tokens=8, save_every=save_every, accumulation=2, lora_rank=lora_rank, trl=json.dumps(SETTINGS | {"bf16": bf16}))
     return training.train(
         pair, make_prompts(24), output_dir=folder, engine=engine, evaluation=EvaluationConfig(eval_contexts=0),
         config=training.TrainConfig(budget=0.2, steps=3, batch=8, learning_rate=1e-3, loss=loss))
