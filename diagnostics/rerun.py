@@ -89,6 +89,7 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
     if name == "import":
         record = {"settings": settings | {"tokens_sha256": settings.get("sha256")}}
     paths = [key for key in (*runs.PATHS, *(["tokens"] if name == "import" else [])) if settings.get(key)]
+    paths = [key for key in paths if not settings[key].lstrip().startswith("{")]  # an object written out is no path
     return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
 
 

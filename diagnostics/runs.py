@@ -53,13 +53,13 @@ MANIFEST_BYTES = 64 * 2**20
 """Longest manifest that is read; one of a grid of a thousand trainings has a hundredth of it."""
 MANIFEST_DEPTH = 32
 """Deepest nesting of a manifest; this program writes five levels, and a page shows them by recursion."""
-FOLDERS = ("tables", "figures", "cells", "checkpoints", "student", ".partial")
+FOLDERS = ("tables", "figures", "cells", "checkpoints", "student", "tensorboard", ".partial")
 """Folders of a run directory that this program keeps."""
 FILES = ("manifest.json", "contexts.parquet", "scores.parquet", "tops.parquet", "gains.parquet", "tokens.parquet", "first_order.parquet",
-         "interventions.parquet", "training_gains.parquet", "evaluations.parquet", "evaluations.csv", "metrics.jsonl", "train.json",
+         "interventions.parquet", "training_gains.parquet", "evaluations.parquet", "evaluations.csv", "metrics.jsonl", "timings.jsonl", "train.json",
          "report.html", "report.md", "compare.html", "pages.json", ".lock")
 """Files of a run directory that this program keeps, beside those that a manifest names."""
-PATHS = ("student", "teacher", "prompts", "eval_prompts", "rollouts", "teacher_logprobs", "training", "offline", "after", "trl")
+PATHS = ("student", "teacher", "prompts", "eval_prompts", "rollouts", "teacher_logprobs", "training", "offline", "after", "trl", "peft")
 """Settings that name a file or folder: recorded by its last name."""
 TRAINED = ("train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet", "training_gains.parquet")
 """Files of a training, which compares its settings with its own train.json."""

@@ -336,12 +336,15 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
 
 def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
     """Train the student; gains on the frozen bank join the token table where there is one."""
+    from diagnostics.engines import lora_config, require_installed, trl_fields
     from diagnostics.rollouts import sampling_facts
-    from diagnostics.training import _trl_fields, train
+    from diagnostics.training import train
 
     _refuse_shards(models)
+    require_installed(engine.trl), lora_config(engine.lora_rank, engine.peft)  # refused before anything is recorded or loaded
     settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
-                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts)}
+                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
+                **_file_hash("trl", engine.trl), **_file_hash("peft", engine.peft)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
     def work() -> dict:
@@ -351,7 +354,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         wanted = held_out or engine.probe_every
         bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens) if wanted else None
         train(models.pair, data, output_dir=run.directory, config=config, engine=engine, evaluation=evaluation, held_out=held_out, bank=bank)
-        narrowed = {name: value for name, value in _trl_fields(engine.trl).items() if name in ("top_p", "top_k")}
+        narrowed = {name: value for name, value in trl_fields(engine.trl).items() if name in ("top_p", "top_k")}
         return {**models.pair.facts, "prompts": len(data), "held_out": len(held_out), **sampling_facts(models.pair, **narrowed),
                 "rendered_prompts_sha256": rendered_sha256([*data, *held_out])}
 
@@ -360,7 +363,7 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         weights = sorted(run.path("student").glob("*.safetensors"))
         return [name for name in names if run.path(name).exists()] + [f"student/{path.name}" for path in weights]
 
-    run.stage("train", settings=settings, outputs=outputs, work=work, code=("training", "trainer"), models=models.fingerprint)
+    run.stage("train", settings=settings, outputs=outputs, work=work, code=("training", "trainer", "engines"), models=models.fingerprint)
     if run.path("scores.parquet").exists():
         join_tokens(run)
 

@@ -27,7 +27,9 @@ import copy
 import inspect
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,8 +53,13 @@ COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompati
 LOGGED = ("forward_kl", "reverse_kl", "compatibility", "student_entropy", "teacher_entropy", "shared_student_mass",
           "compatibility_intersection")
 PARITY = 1e-3
-"""Relative difference between TRL's loss and ours above which training stops; in half precision the next one."""
+"""Relative difference between TRL's loss and ours, from the same states, above which training stops."""
 PARITY_HALF = 5e-2
+"""The same where one model's states are in half precision, whose projection may be rounded in another order."""
+ASIDE = ("teacher_states", "loss_weights", "student_entropy")
+"""What the loss needs beside TRL's batch. It goes round the student's wrapper: FSDP2 casts what it is handed to bfloat16."""
+VLLM_ONLY = {"min_p": (None,), "repetition_penalty": (1.0,), "generation_kwargs": (None, {}), "cache_implementation": (None,)}
+"""Generation options that act in vLLM and not in our own sampling, with the values that ask for nothing."""
 
 RELIED_ON = {
     "_generate_and_score_completions": ("self", "inputs"),
@@ -63,7 +70,7 @@ RELIED_ON = {
     "log": ("self", "logs", "start_time"),
 }
 """TRL methods that are overridden or called, and how their parameters begin."""
-ATTRIBUTES = ("_forward_redirection", "_metrics", "_dist", "eos_token_ids", "generation_kwargs", "teacher_model", "beta")
+ATTRIBUTES = ("_forward_redirection", "_metrics", "_dist", "eos_token_ids", "generation_kwargs", "teacher_model", "beta", "compute_loss", "_save")
 BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch")
 
 
@@ -131,19 +138,31 @@ class SelectedDistillationTrainer(DistillationTrainer):
     pair: its student is trained in place, its teacher's vocabulary is cut to the student's. The dataset has a
     column `prompt` (text as the tokenizer will see it), `row` (its number, which names the sampling stream) and, where a
     chat template wrote the text, `ids` (what it encodes to; `prompts.encode_prompt` of the text where there is no such column).
+    options: TRL's own arguments, `args`, `train_dataset`, `peft_config`, `callbacks`, `optimizers`.
+    Raises DiagnosticsError for a pair, an option or an engine that cannot be trained right.
     """
 
     def __init__(self, pair: Pair, selection: Selection, **options):
         check_contract()
         losses.check_loss(selection.loss, beta=selection.beta, k=selection.k)
         criteria.find(selection.criterion)
+        _check_pair(pair)
+        _check_options(selection, options)
         self.pair, self.selection = pair, selection
         self._streams: list[np.random.Generator] = []
         self._prompt_ids: list[list[int] | None] = []
         self._checked = False
+        self._aside: dict[str, Tensor] = {}
         super().__init__(model=pair.student.model, teacher_model=_same_vocabulary(pair), processing_class=pair.tokenizer, **options)
         _check_names("the trainer", dir(self), ATTRIBUTES)
+        _check_engine(zero3=self._dist.is_zero3, fsdp=self._dist.fsdp_version)
+        _check_adapter(self.model)
         self.beta = BETAS.get(selection.loss, selection.beta)
+
+    @property
+    def begun(self) -> bool:
+        """True once a batch was generated: what fails after that is not the settings' fault."""
+        return bool(self._streams)
 
     def _send_telemetry(self) -> None:
         """Training reports to nobody but the run directory and the trackers that were asked for."""
@@ -169,7 +188,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with whole as student, torch.no_grad(), self._dist.summon_full_params(self.model_wrapped, recurse=False):
+        autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
+        with whole as student, torch.no_grad(), autocast, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             return rollouts.generate(
                 student, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=self.max_completion_length,
                 halves=self.accelerator.num_processes == 1,
@@ -208,25 +228,61 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _measure(self, batch: dict, valid_BT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H], which the loss reuses."""
-        ids_BL = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask_BL = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        arguments = (ids_BL, mask_BL, batch["completion_ids"].shape[1])
-        teacher, student = (self.accelerator.unwrap_model(m) for m in (self.teacher_model, self.model_wrapped))
+        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H], which the loss reuses.
+
+        As many responses at a time as the loss takes, so that accumulation bounds the memory of both.
+        """
         self.teacher_model.eval()
+        rows = self.args.per_device_train_batch_size
+        named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
+        parts = []
+        for start in range(0, len(valid_BT), rows):
+            parts += self._measure_rows({name: value[start : start + rows] for name, value in named.items()})
+        columns, states = zip(*parts, strict=True)
+        return {name: torch.cat([part[name] for part in columns]) for name in columns[0]}, torch.cat(states)
+
+    def _measure_rows(self, part: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Measurements and teacher's states of some responses; out of memory, of one half after the other."""
+        try:
+            return [self._measured(part)]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            count = len(part["valid"])
+            if count == 1 or self.accelerator.num_processes > 1:
+                raise DiagnosticsError(
+                    f"Scoring {count} responses at once does not fit in memory ({(str(error).splitlines() or ['?'])[0]}). "
+                    "Raise --accumulation, lower --max-new-tokens or use --teacher-dtype bfloat16."
+                ) from error
+            log.warning("%d responses do not fit in memory at once: scored in halves", count)
+        halves = (slice(0, count // 2), slice(count // 2, count))
+        return [done for rows in halves for done in self._measure_rows({name: value[rows] for name, value in part.items()})]
+
+    def _measured(self, part: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """One pass of both models. Measurements leave the student's wrapper by a closure: what it returns is cast under FSDP2."""
+        ids_BL = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        mask_BL = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+        arguments = (ids_BL, mask_BL, part["completion_ids"].shape[1])
+        teacher, student = (self.accelerator.unwrap_model(m) for m in (self.teacher_model, self.model_wrapped))
+        found: dict[str, Tensor] = {}
         with self.compute_loss_context_manager():
             teacher_BTH = self._forward_redirection(
                 self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
             )
 
-            def inside(model) -> dict[str, Tensor]:
-                student_nH = self._get_last_hidden_state(model, *arguments)[valid_BT]
-                return divergences.measure_hidden(
-                    student_nH, _gathered(self.pair.student).logits, teacher_BTH[valid_BT], _gathered(self.pair.teacher).logits,
-                    batch["completion_ids"][valid_BT], k=self.selection.k,
-                )
+            def inside(model) -> None:
+                student_nH = self._get_last_hidden_state(model, *arguments)[part["valid"]]
+                found.update(divergences.measure_hidden(
+                    student_nH, self._student_logits(model, student_nH), teacher_BTH[part["valid"]], self._teacher_logits(teacher_BTH),
+                    part["completion_ids"][part["valid"]], k=self.selection.k,
+                ))
 
-            return self._forward_redirection(self.model_wrapped, student, inside, student), teacher_BTH
+            self._forward_redirection(self.model_wrapped, student, inside, student)
+        return found, teacher_BTH
+
+    def _student_logits(self, model, states: Tensor) -> divergences.Logits:
+        return _gathered(self.pair.student, dtype=states.dtype, head=model.get_output_embeddings()).logits
+
+    def _teacher_logits(self, states: Tensor) -> divergences.Logits:
+        return _gathered(self.pair.teacher, dtype=states.dtype).logits
 
     def _table(self, columns: dict[str, Tensor], valid_BT: Tensor, ids_BT: Tensor) -> tuple[pd.DataFrame, np.ndarray]:
         """The token table of the whole step, the same on every process, and a mask [N] of this process's rows."""
@@ -269,49 +325,89 @@ class SelectedDistillationTrainer(DistillationTrainer):
         return self.selection.loss in (*BETAS, "jsd") and not soft
 
     def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
-        """As TRL's; the teacher's states of a batch that was scored are not computed twice."""
-        known = getattr(self, "_teacher_states", None)
-        if known is not None and unwrapped_model is not self.accelerator.unwrap_model(self.model_wrapped):
-            return known
-        return super()._get_last_hidden_state(unwrapped_model, *arguments, **more)
+        """As TRL's, under the autocast that was asked for; in the loss, the teacher's states are those of the scoring."""
+        student = unwrapped_model is self.accelerator.unwrap_model(self.model_wrapped)
+        if not student and "teacher_states" in self._aside:
+            return self._aside["teacher_states"]
+        with self._autocast(unwrapped_model, student=student):
+            states = super()._get_last_hidden_state(unwrapped_model, *arguments, **more)
+            kind = states.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        states = states.to(dtype)
+        if student and not self._checked:
+            self._student_states = states.detach()
+        return states
+
+    def _autocast(self, model, *, student: bool) -> AbstractContextManager:
+        """Mixed precision for a backbone in float32. FSDP2 casts the student itself, and DeepSpeed both.
+
+        Accelerate wraps `forward`, which is not what runs here: the backbones are called inside it.
+        """
+        if model.dtype != torch.float32 or (student and self.is_fsdp_enabled):
+            return nullcontext()
+        return self.accelerator.autocast()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As TRL's, with what is ours kept from the student's wrapper, and the loss that is logged in full precision."""
+        self._aside = {name: inputs[name] for name in ASIDE if name in inputs}
+        try:
+            loss = super().compute_loss(model, {name: value for name, value in inputs.items() if name not in ASIDE}, False, num_items_in_batch)
+        finally:
+            self._aside = {}
+        if loss.dtype != self._exact.dtype:  # cast on its way out; its gradient is 1 either way
+            loss = loss.to(self._exact.dtype)
+            loss = loss + (self._exact - loss).detach()
+        return (loss, None) if return_outputs else loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """The loss of one micro-batch over the step's denominator, with the entropy sum and count that TRL logs."""
-        if not self._trl_loss:
-            loss = self._own_loss(unwrapped_student, inputs, num_items_in_batch)
-            mask_BT = inputs["tool_mask"] * inputs["completion_mask"]
-            return loss, (inputs["student_entropy"] * mask_BT).sum(), mask_BT.sum()
-        self._teacher_states = inputs["teacher_states"]
-        try:
+        if inputs.get("num_items_in_batch") is not None:  # as in TRL's compute_loss; the one handed in may have been cast
+            num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self._trl_loss:
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        finally:
-            self._teacher_states = None
-        if not self._checked:
             self._check_parity(unwrapped_student, inputs, num_items_in_batch, result[0])
+        else:
+            loss = self._own_loss(unwrapped_student, self._own_states(unwrapped_student, inputs), inputs, num_items_in_batch)
+            mask_BT = inputs["tool_mask"] * inputs["completion_mask"]
+            result = loss, (self._aside["student_entropy"] * mask_BT).sum(), mask_BT.sum()
+        self._exact = result[0].detach()
         return result
 
-    def _own_loss(self, unwrapped_student, inputs, num_items_in_batch) -> Tensor:
+    def _own_states(self, unwrapped_student, inputs) -> Tensor:
         ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        valid_BT = inputs["completion_mask"].bool()
-        student_BTH = self._get_last_hidden_state(unwrapped_student, ids_BL, mask_BL, valid_BT.shape[1])
+        return self._get_last_hidden_state(unwrapped_student, ids_BL, mask_BL, inputs["completion_ids"].shape[1])
+
+    def _own_loss(self, unwrapped_student, student_BTH: Tensor, inputs, num_items_in_batch) -> Tensor:
+        valid_BT, teacher_BTH = inputs["completion_mask"].bool(), self._aside["teacher_states"]
         return losses.chunked_loss(
-            student_BTH[valid_BT], _gathered(self.pair.student).logits, inputs["teacher_states"][valid_BT], _gathered(self.pair.teacher).logits,
+            student_BTH[valid_BT], self._student_logits(unwrapped_student, student_BTH), teacher_BTH[valid_BT], self._teacher_logits(teacher_BTH),
             inputs["completion_ids"][valid_BT], loss=self.selection.loss, beta=self.selection.beta, k=self.selection.k,
-            weights_N=inputs["loss_weights"][valid_BT], denominator=float(num_items_in_batch),
+            weights_N=self._aside["loss_weights"][valid_BT], denominator=float(num_items_in_batch),
         ).float()
 
     @torch.no_grad()
     def _check_parity(self, unwrapped_student, inputs, num_items_in_batch, loss: Tensor) -> None:
-        """Once a training: TRL's loss of this batch is ours."""
+        """Once a training: TRL's loss of this batch is ours, from the same states (dropout would draw others)."""
+        if self._checked:
+            return
         self._checked = True
-        ours, theirs = float(self._own_loss(unwrapped_student, inputs, num_items_in_batch)), float(loss)
-        half = self.args.bf16 or self.args.fp16 or unwrapped_student.dtype not in (torch.float32, torch.float64)
-        if abs(ours - theirs) > (PARITY_HALF if half else PARITY) * abs(ours) + 1e-6:
+        states = self.__dict__.pop("_student_states")
+        ours, theirs = float(self._own_loss(unwrapped_student, states, inputs, num_items_in_batch)), float(loss)
+        exact = all(each.dtype in (torch.float32, torch.float64) for each in (states, self._aside["teacher_states"]))
+        if not abs(ours - theirs) <= (PARITY if exact else PARITY_HALF) * abs(ours) + 1e-6:
             raise DiagnosticsError(
                 f"TRL {trl_version} computes a {self.selection.loss} loss of {theirs:.6g} on the selected positions, where it is {ours:.6g} by "
                 "diagnostics.losses. Its mask, denominator or divergence has changed. Install trl==1.16.0."
             )
+
+    # --- files --------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', without its pickle of the settings, which holds absolute paths and is read by nobody."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """As TRL's, with the response tokens handled in a second."""
@@ -336,15 +432,78 @@ def _same_vocabulary(pair: Pair):
     return pair.teacher.model
 
 
-def _gathered(readout: Readout) -> Readout:
-    """A read-out whose head is whole on this process: under FSDP2 the weight is sharded until asked for."""
-    weight = readout.head.weight
-    if not hasattr(weight, "full_tensor"):
+def _check_pair(pair: Pair) -> None:
+    """Refuse a model whose loss cannot be made from states and head: TRL and the losses here read both."""
+    for role, readout in (("student", pair.student), ("teacher", pair.teacher)):
+        if not isinstance(readout, Readout):
+            raise DiagnosticsError(f"Training runs both models, and this pair's {role} is none. Load the pair with one.")
+        if not readout.apart:
+            raise DiagnosticsError(
+                f"The {role} ({type(readout.model).__name__}) cannot be taken apart into backbone and output head, from which the loss is "
+                "made. It can be scored and probed; choose another architecture for training."
+            )
+
+
+def _check_options(selection: Selection, options: dict) -> None:
+    """Refuse what would be dropped in silence, or would bend the samples under an estimator that needs them from p."""
+    if options.get("tools") or options.get("eval_dataset") is not None:
+        raise DiagnosticsError("Training takes no tools and no eval_dataset. Evaluate with held-out prompts (--eval-contexts), or a student with `evaluate`.")
+    args = options.get("args")
+    bends = [name for name, neutral in VLLM_ONLY.items() if getattr(args, name, neutral[0]) not in neutral]
+    if bends and not args.use_vllm:
+        raise DiagnosticsError(
+            f"{', '.join(bends)} acts only where vLLM generates. Responses are drawn here from p at its temperature, top_p and top_k; "
+            "set \"use_vllm\": true as well, or leave it out."
+        )
+    bends += [name for name, neutral in (("top_p", 1.0), ("top_k", 0)) if getattr(args, name, neutral) != neutral]
+    if bends and selection.loss == "sampled":
+        raise DiagnosticsError(
+            f"The loss `sampled` is an estimate over tokens drawn from p itself, and {', '.join(bends)} draws them from something else. "
+            "Leave that out, or use --loss reverse_kl, whose value that estimates."
+        )
+
+
+def _check_engine(*, zero3: bool, fsdp: int | None) -> None:
+    """Refuse the engines on which heads are never whole."""
+    if zero3:
+        raise DiagnosticsError(
+            "DeepSpeed ZeRO-3 shards the output heads that the measurements project with. Use ZeRO-2, or FSDP2 "
+            "(configs/fsdp2-8gpu.yaml), which shards the student as well."
+        )
+    if fsdp == 1:
+        raise DiagnosticsError("FSDP's first version shards the heads that the measurements project with. Set fsdp_version: 2 in the Accelerate file.")
+
+
+def _check_adapter(model) -> None:
+    """Refuse an adapter on the output head, or on an embedding that is tied to it: the loss reads the head's own weight."""
+    if not hasattr(model, "peft_config"):
+        return
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    heads = {"output head": model.get_output_embeddings(), **({"embedding, which is tied to the head": model.get_input_embeddings()} if tied else {})}
+    for what, module in heads.items():
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            raise DiagnosticsError(
+                f"The adapter reaches the {what} ({type(module).__name__}), where training would not see it. Leave it out of target_modules and modules_to_save."
+            )
+
+
+def _gathered(readout: Readout, *, dtype: torch.dtype | None = None, head=None) -> Readout:
+    """A read-out whose head is whole on this process and in the states' dtype, as TRL projects.
+
+    Under FSDP2 a weight is sharded until it is asked for. head: where the weight is now, if not in the read-out's own.
+    """
+    head = readout.head if head is None else head
+    weight, bias = head.weight, head.bias
+    if not hasattr(weight, "full_tensor") and head is readout.head and dtype in (None, weight.dtype):
         return readout
-    bias = readout.head.bias
-    whole = copy.copy(readout)
-    whole.head = SimpleNamespace(weight=weight.full_tensor(), bias=None if bias is None else bias.full_tensor())
-    return whole
+
+    def whole(tensor: Tensor | None) -> Tensor | None:
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+    copied = copy.copy(readout)
+    copied.head = SimpleNamespace(weight=whole(weight), bias=whole(bias))
+    return copied
 
 
 def _typed(name: str, values_N: np.ndarray) -> np.ndarray:

@@ -2,13 +2,15 @@
 
     DIR/train.json                what is trained, with hashes of models and data; a resumed run must agree
     DIR/metrics.jsonl             one line a step: loss, selected share, D, C and H on selected and all, Jaccard, ...
+    DIR/timings.jsonl             seconds and tokens a second of each step, which no two runs share
     DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), a row a step and measure
     DIR/contexts.parquet          the frozen bank
     DIR/training_gains.parquet    gain of every frozen position after n steps: gain_step_<n> and its kin
     DIR/checkpoints/              TRL's own; DIR/student/ the trained student
 
 The order of prompts is drawn once for all steps, and every response has its own random stream, so a run that
-was killed goes on from its last checkpoint as if nothing had happened. Defaults are those of arXiv 2605.26844: K = 16,
+was killed goes on from its last whole checkpoint as if nothing had happened: student, metrics, evaluations and gains are those
+of an uninterrupted run. Timings and checkpoints are not (they hold times and states of generators). Defaults are those of arXiv 2605.26844: K = 16,
 budget 5 %, reverse KL, temperature 1, learning rate 1e-6 (2e-4 with LoRA).
 
 Departure: the paper's loss is the policy gradient on the sampled token (`sampled` here); the default is the full
@@ -17,13 +19,16 @@ reverse KL whose expectation that is.
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import importlib.util
 import json
 import logging
 import math
+import os
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +36,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics import parallel
+from diagnostics import engines, files, parallel
 from diagnostics.evaluation import EvaluationConfig, FrozenBank, evaluate, find_verifier, summarise_evaluation
 from diagnostics.losses import LOSSES
 from diagnostics.pairs import NAMED_PAIRS
 from diagnostics.remote import refuse
-from diagnostics.runs import write_csv, write_json, write_parquet
+from diagnostics.runs import write_atomic, write_csv, write_json, write_parquet
 from diagnostics.types import Bank, DiagnosticsError, Prompt, read_parquet
 
 if TYPE_CHECKING:
@@ -45,10 +50,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("diagnostics")
 
 FULL_RATE, LORA_RATE = 1e-6, 2e-4
-OURS = ("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_completion_length",
-        "beta", "temperature", "shuffle_dataset", "seed", "logging_steps", "save_strategy", "save_steps", "remove_unused_columns",
-        "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "max_tool_calling_iterations")
-"""DistillationConfig fields that our own settings decide, or that our sampling does not know."""
+TIMINGS = ("step_time", "tokens_per_second")
+"""What a step's log holds of the clock: kept in timings.jsonl, so that metrics.jsonl is the same from every run."""
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+CUT_SHORT = ("PytorchStreamWriter failed", "inline_container", "unexpected pos", "No space left", "File too large", "I/O error", "quota exceeded")
+"""How torch's and safetensors' writers, which raise no OSError, say that a file could not be written to its end."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class EngineConfig:
     save_every: int = field(default=50, metadata={"help": "checkpoint after every so many steps; 0: none"})
     probe_every: int = field(default=0, metadata={"help": "re-score the frozen bank after step 1, every so many steps and the last; 0: never"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in the output directory"})
-    trl: str | None = field(default=None, metadata={"help": "JSON file with further fields of TRL's DistillationConfig (vLLM, bf16, …)"})
+    trl: str | None = field(default=None, metadata={"help": "further fields of TRL's DistillationConfig (vLLM, bf16, …): a JSON file, or an object written out"})
+    peft: str | None = field(default=None, metadata={"help": "further fields of peft's LoraConfig (targets, alpha, DoRA, …): a JSON file, or an object written out"})
 
 
 @dataclass
@@ -116,19 +123,22 @@ def train(
     held_out: Sequence[Prompt] = (),
     bank: Bank | None = None,
     untouched: pd.DataFrame | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Distil the pair's teacher into its student, in place, on the student's own responses to `prompts`.
 
     held_out: prompts that are evaluated and never trained on; none turns evaluation off. bank: frozen contexts for
     evaluation and `probe_every`. untouched: an evaluation of the student as it is, where one was made already.
+    options: further arguments of `SelectedDistillationTrainer`: callbacks (added to ours), optimizers, peft_config.
     Under `accelerate launch` or `torchrun` every process calls this alike; `batch` is the global one.
     Raises DiagnosticsError for settings that do not fit together, prompts in both sets, a directory with an unfinished
-    training (unless `engine.resume`), or one of other settings.
+    training (unless `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory gives out.
     """
     from diagnostics.rollouts import make_savable, say_cautions
 
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
+    engines.require_installed(engine.trl)
     _check_data(pair, prompts, held_out, config, engine)
     say_cautions(pair)
     make_savable(pair.student.model)
@@ -137,9 +147,12 @@ def train(
     with warnings.catch_warnings():
         # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        trainer = _trainer(pair, prompts, directory, config, engine, watcher)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save_student(trainer, pair, directory / "student")
+        with _explained(engine):
+            trainer = _trainer(pair, prompts, directory, config, engine, watcher, dict(options or {}))
+        with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _machine_named(directory):
+        _save_student(trainer, pair, directory / "student")
     parallel.barrier()
     return TrainResult(read_lines(directory / "metrics.jsonl"), watcher.summary(), directory / "student")
 
@@ -179,9 +192,9 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
     settings = asdict(config) | asdict(engine) | asdict(evaluation) | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
-    settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every", "trl", "eval_prompts")}
+    settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")}
     return settings | {
-        "trl": _trl_fields(engine.trl),
+        "trl": engines.trl_fields(engine.trl), "peft": engines.peft_fields(engine.peft) or None,
         "student": pair.facts["student"]["weights_sha256"], "teacher": pair.facts["teacher"]["weights_sha256"],
         "prompts": digest([p.prompt for p in prompts]), "held_out": digest([[p.prompt, p.answer] for p in held_out]),
         "bank": None if bank is None else digest([context.ids for context in bank]),
@@ -190,6 +203,7 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
 
 def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None:
     """Write train.json, or compare with the one that is there; the checkpoint to go on from."""
+    _refuse_links(directory)
     path, checkpoint = directory / "train.json", last_checkpoint(directory / "checkpoints")
     if path.exists() and checkpoint is not None:
         if not resume:
@@ -197,7 +211,7 @@ def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None
                 f"{directory} holds a training that stopped at or after step {_step_of(checkpoint)}. Pass --resume to go on from there, "
                 "or choose another --output-dir."
             )
-        earlier, now = json.loads(path.read_text()), json.loads(json.dumps(fingerprint))
+        earlier, now = _earlier_settings(path), json.loads(json.dumps(fingerprint))
         keys = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
         different = [f"{key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in keys]
         if different:
@@ -207,10 +221,40 @@ def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None
     return checkpoint
 
 
+def _refuse_links(directory: Path) -> None:
+    """TRL writes, rotates and deletes below these folders; a link among them would lead it out of the run."""
+    folders = [directory / "checkpoints", directory / "student"]
+    for path in [*folders, *(found for folder in folders if folder.is_dir() and not folder.is_symlink() for found in folder.iterdir())]:
+        if path.is_symlink():
+            raise DiagnosticsError(f"{path} is a link, which training would write through. Remove it, or choose another --output-dir.")
+
+
+def _earlier_settings(path: Path) -> dict:
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DiagnosticsError(f"{path} cannot be read ({error}), so it is unknown what was trained. Choose another --output-dir.") from error
+    if not isinstance(earlier, dict):
+        raise DiagnosticsError(f"{path} holds no settings, so it is unknown what was trained. Choose another --output-dir.")
+    return earlier
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; TRL writes trainer_state.json last."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
-    return max(whole, key=_step_of, default=None)
+    """The newest checkpoint that is whole; TRL writes trainer_state.json last, so one without it was never finished.
+
+    A finished one with a cut or missing file is passed over with a warning. Raises DiagnosticsError where no finished one is whole.
+    """
+    finished = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")]
+    damaged = []
+    for path in sorted(finished, key=_step_of, reverse=True):
+        reason = _damage(path)
+        if reason is None:
+            return path
+        log.warning("%s is passed over: %s", path.name, reason)
+        damaged.append(f"{path.name}: {reason}")
+    if damaged:
+        raise DiagnosticsError(f"{folder} has no whole checkpoint to go on from ({'; '.join(damaged)}). Bring the files back, or choose another --output-dir.")
+    return None
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -225,61 +269,125 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+def _damage(checkpoint: Path) -> str | None:
+    """What is missing or cut short in a checkpoint, None where it is whole. The files' ends are asked for, not every byte."""
+    parts = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    for path in parts:
+        if path.suffix == ".safetensors" and not _ends_as_it_says(path):
+            return f"{path.name} is cut short"
+        if path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short"
+    names = {path.name for path in parts}
+    if not any(name.endswith((".safetensors", ".bin", ".distcp")) for name in names):
+        return "its weights are missing"
+    if not any(name.startswith("optimizer") or ".distcp" in name or name.endswith("_optim_states.pt") for name in names):
+        return "its optimizer is missing"
+    return None
+
+
+def _ends_as_it_says(path: Path) -> bool:
+    """True where a safetensors file is as long as its header says."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            return False
+        try:
+            entries = [entry for name, entry in json.loads(file.read(length)).items() if name != "__metadata__"]
+            return size == 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return False
+
+
+# --- what others refuse, and what the machine does --------------------------------------------------
+
+
+@contextmanager
+def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
+    """What TRL, Accelerate, peft and the optimizer refuse before the first step, in one sentence."""
+    try:
+        yield
+    except DiagnosticsError:
+        raise
+    except (TypeError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        if begun():
+            raise
+        given = " and ".join(name for name in (engine.trl and "--trl", engine.peft and "--peft") if name) or "the flags"
+        raise DiagnosticsError(f"TRL and its engines do not take these settings: {(str(error).splitlines() or [type(error).__name__])[0]} Mend {given}.") from error
+
+
+@contextmanager
+def _machine_named(directory: Path) -> Iterator[None]:
+    """A full disk, a limit on file sizes or a full memory, in one sentence that names the way on."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DiagnosticsError(
+            f"A step does not fit in memory ({_first_line(error)}). Raise --accumulation, set \"activation_checkpointing\": true in --trl, or lower "
+            "--max-new-tokens; --resume goes on from the last checkpoint."
+        ) from error
+    except Exception as error:
+        if not _cannot_write(error):
+            raise
+        raise DiagnosticsError(
+            f"The training's files in {directory} cannot be written ({_first_line(error)}). What was finished is kept. Make room or lift the limit, "
+            "and give the same command with --resume."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _cannot_write(error: BaseException | None) -> bool:
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in NO_ROOM) or any(sign in str(error) for sign in CUT_SHORT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 # --- TRL --------------------------------------------------------------------------------------------
 
 
-def _trl_fields(path: str | None) -> dict[str, Any]:
-    """Further DistillationConfig fields from a JSON file."""
-    if path is None:
-        return {}
-    try:
-        fields = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise DiagnosticsError(f"{path} cannot be read as JSON ({error}). Give an object of DistillationConfig fields.") from error
-    if not isinstance(fields, dict):
-        raise DiagnosticsError(f"{path} holds a {type(fields).__name__}, not an object. Give an object of DistillationConfig fields.")
-    taken = [name for name in OURS if name in fields]
-    if taken:
-        raise DiagnosticsError(f"{path} sets {', '.join(taken)}, which this program's own flags decide or do not support. Remove them there.")
-    return fields
-
-
 def trl_config(directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float, cpu: bool = True):
-    """TRL's DistillationConfig. Full precision and no activation checkpointing unless the file asks for them.
+    """TRL's DistillationConfig. Full precision and no activation checkpointing unless `engine.trl` asks for them.
 
     cpu: the student is there; several processes join on the CPU only when told so. Raises DiagnosticsError for a field
-    that TRL does not know or refuses.
+    that does not act here, or that TRL refuses.
     """
     from trl import DistillationConfig
 
     fields = {"bf16": False, "activation_checkpointing": False, "disable_dropout": True, "disable_tqdm": True, "save_total_limit": 2,
               "dataloader_pin_memory": not cpu, "use_cpu": cpu}
-    fields |= {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none"} | _trl_fields(engine.trl)
-    try:
+    fields |= engines.trl_fields(engine.trl) | {"report_to": "none"}
+    with _explained(engine):
         return DistillationConfig(
             output_dir=str(directory / "checkpoints"), max_steps=config.steps, seed=config.seed, learning_rate=rate,
             per_device_train_batch_size=config.batch // (engine.accumulation * parallel.world()), gradient_accumulation_steps=engine.accumulation,
             max_completion_length=engine.max_new_tokens, shuffle_dataset=False, logging_steps=1,
             save_strategy="steps" if engine.save_every else "no", save_steps=engine.save_every or 1, **fields,
         )
-    except (TypeError, ValueError) as error:
-        raise DiagnosticsError(f"TRL does not take these settings: {error}. Mend {engine.trl or 'the flags'}.") from error
 
 
-def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: EngineConfig, watcher: Watcher):
+def _trainer(pair, prompts, directory: Path, config: TrainConfig, engine: EngineConfig, watcher: Watcher, options: dict[str, Any]):
     from datasets import Dataset
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, set_seed
 
     from diagnostics.trainer import SelectedDistillationTrainer, Selection
 
     order = schedule(prompts, config.steps * config.batch, seed=config.seed)
+    adapter = engines.lora_config(engine.lora_rank, engine.peft)
+    callbacks = [watcher.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
+    set_seed(config.seed)  # an adapter starts from random numbers, the same in every process and run
     trainer = SelectedDistillationTrainer(
         pair,
         Selection(config.criterion, config.budget, loss=config.loss, beta=config.beta, k=config.k, seed=config.seed),
         args=trl_config(directory, config, engine, rate=config.rate(pair.name, engine.lora_rank), cpu=pair.student.device.type == "cpu"),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in order], "ids": _ids(pair, order, engine), "row": list(range(len(order)))}),
-        callbacks=[watcher.callback()],
-        peft_config=_lora(engine.lora_rank),
+        callbacks=callbacks, **{"peft_config": adapter} | options,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.accelerator.num_processes != parallel.world():
@@ -300,27 +408,44 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
     return [known[id(prompt)] for prompt in order]
 
 
-def _lora(rank: int):
-    if not rank:
-        return None
-    if not importlib.util.find_spec("peft"):
-        raise DiagnosticsError(f"A LoRA of rank {rank} needs the package peft. Run `pip install peft`, or train all weights with --lora-rank 0.")
-    from peft import LoraConfig
+def _trackers(engine: EngineConfig, directory: Path) -> list:
+    """A writer for tensorboard in the run directory; left to itself it makes a folder where the command was given, named by the host."""
+    if "tensorboard" not in engines.trackers(engines.trl_fields(engine.trl)):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(directory / "tensorboard")))]
 
 
 def _save_student(trainer, pair: Pair, folder: Path) -> None:
-    """Write the trained student as one model, adapters merged in, and its tokenizer."""
-    from transformers.utils import is_peft_available
+    """Write the trained student as one model, adapters merged in, and its tokenizer.
 
-    if is_peft_available() and hasattr(trainer.model, "merge_and_unload"):
-        trainer.model.merge_and_unload().save_pretrained(folder)
-    else:
-        trainer.save_model(str(folder))
+    Merged on the first process, from whole weights. An adapter on a quantised student is written by itself: merged in, it would be rounded.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if hasattr(model, "merge_and_unload") and not getattr(model.get_base_model(), "is_quantized", False):
+        model = (_whole(model, state) if parallel.is_main() else None) if state is not None else model
+        model, state = model and model.merge_and_unload(), None
     if parallel.is_main():
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
         pair.tokenizer.save_pretrained(folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def _whole(sharded, state: dict):
+    """A model with adapters on the CPU like one whose parts are spread over the processes, from its gathered weights."""
+    import copy
+
+    from peft import get_peft_model
+
+    base = sharded.get_base_model()
+    whole = get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(sharded.peft_config["default"]))
+    missing = set(whole.load_state_dict(state, strict=False).missing_keys)
+    tied = {name for name, _ in whole.named_parameters(remove_duplicate=False)} - {name for name, _ in whole.named_parameters()}
+    if missing - tied:
+        raise DiagnosticsError(f"The gathered student lacks {min(missing - tied)}, so it cannot be saved whole. Its checkpoints hold what was trained.")
+    return whole
 
 
 # --- watching ---------------------------------------------------------------------------------------
@@ -375,11 +500,11 @@ class Watcher:
 
     def begin(self, step: int) -> None:
         """Forget what lies after `step` (0, or the checkpoint's); at the very start evaluate the untouched student."""
-        lines = read_lines(self.path("metrics.jsonl"))
-        lines = lines[lines["step"] <= step] if len(lines) else lines
         if parallel.is_main():
-            text = "".join(_line(row) for row in lines.to_dict("records"))
-            self.path("metrics.jsonl").write_text(text)
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                lines = read_lines(self.path(name))
+                lines = lines[lines["step"] <= step] if len(lines) else lines
+                write_atomic(self.path(name), "".join(_line(row) for row in lines.to_dict("records")).encode())
         if step == 0:
             self._evaluate(0)
             self._start_gains()
@@ -402,11 +527,11 @@ class Watcher:
             self._gains(step)
 
     def log(self, step: int, logs: dict[str, float]) -> None:
-        """Append one step to metrics.jsonl."""
+        """Append one step to metrics.jsonl, and what the clock said of it to timings.jsonl."""
         if not parallel.is_main():
             return
-        with open(self.path("metrics.jsonl"), "a") as file:
-            file.write(_line({"step": step} | logs))
+        _append(self.path("metrics.jsonl"), {"step": step} | {name: value for name, value in logs.items() if name not in TIMINGS})
+        _append(self.path("timings.jsonl"), {"step": step} | {name: logs[name] for name in TIMINGS if name in logs})
         if step % max(1, self.config.steps // 10) == 0:
             log.info("step %d of %d: loss %.4f, %.0f tokens/s", step, self.config.steps, logs["loss"], logs.get("tokens_per_second") or math.nan)
 
@@ -465,6 +590,12 @@ GAINS = ("gain", "relative_gain", "reverse_gain")
 def _earlier_columns(table: pd.DataFrame, step: int) -> pd.DataFrame:
     late = [name for name in table.columns if "_step_" in name and int(name.rpartition("_")[2]) > step]
     return table.drop(columns=late)
+
+
+def _append(path: Path, row: dict) -> None:
+    """Add a line to a file of the run, never through a link."""
+    with os.fdopen(files.open_inside(path.parent, path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
+        file.write(_line(row))
 
 
 def _line(row: dict) -> str:

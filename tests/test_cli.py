@@ -24,7 +24,7 @@ SURFACE = {
     "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision",
     "train": "accept-code accumulation batch beta budget chat chat-template-kwargs contexts criterion device dtype eval-contexts eval-every "
     "eval-prompts eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher "
-    "no-resume no-shard-teacher offload-teacher output-dir pair probe-every prompt-column prompts prompts-split quiet resume save-every "
+    "no-resume no-shard-teacher offload-teacher output-dir pair peft probe-every prompt-column prompts prompts-split quiet resume save-every "
     "seed shard-teacher steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier",
     "validate": "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria device draws dtype eval-contexts eval-every eval-prompts "
     "eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume no-shard-teacher offline "

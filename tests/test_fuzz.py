@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from diagnostics import archives, banks, cli, interop, pairs, remote, rollouts, runs, tasks, training, types
+from diagnostics import archives, banks, cli, engines, interop, pairs, remote, rollouts, runs, tasks, training, types
 from diagnostics.probe import probe
 from diagnostics.prompts import read_prompts
 from diagnostics.runs import sha256_file
@@ -217,7 +217,7 @@ def test_manifests(tmp_path, manifest, raw):
 def test_settings_of_a_trainer(tmp_path, fields, raw):
     path = tmp_path / "trl.json"
     path.write_bytes(json.dumps(fields).encode("utf-8", "surrogatepass") if raw is None else raw)
-    ends_well("trainer settings", lambda: training._trl_fields(str(path)))
+    ends_well("trainer settings", lambda: engines.trl_fields(str(path)))
 
 
 @cases(0.05)

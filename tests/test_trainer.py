@@ -8,7 +8,7 @@ from transformers import PrinterCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from diagnostics import criteria, losses, rollouts, scores, trainer
-from diagnostics.pairs import assemble
+from diagnostics.pairs import Readout, assemble
 from diagnostics.trainer import SelectedDistillationTrainer, Selection, check_contract
 from diagnostics.types import Bank, Context, DiagnosticsError
 from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
@@ -30,8 +30,8 @@ def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-
         pair, selection,
         args=DistillationConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch // accumulation, gradient_accumulation_steps=accumulation,
-            learning_rate=rate, max_completion_length=8, bf16=False, activation_checkpointing=False, report_to="none", logging_steps=1,
-            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, **options,
+            learning_rate=rate, max_completion_length=8, activation_checkpointing=False, report_to="none", logging_steps=1,
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True, **{"bf16": False} | options,
         ),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in prompts], "row": list(range(len(prompts)))}),
     )
@@ -207,7 +207,7 @@ def test_a_changed_trl_is_refused():
             return None
 
     start = r"^TRL 9\.9 is not the release that training was written for: DistillationTrainer\."
-    with pytest.raises(DiagnosticsError, match=start + r"_generate_and_score_completions is missing, and \(self, inputs, …\) is relied on\. Install trl==1\.16\.0\.$"):
+    with pytest.raises(DiagnosticsError, match=start + r"_tokenize_prompts is missing, and \(self, prompts, …\) is relied on\. Install trl==1\.16\.0\.$"):
         check_contract(Renamed, "9.9")
     with pytest.raises(DiagnosticsError, match=start + r"_compute_loss takes \(self, inputs, unwrapped_student, num_items_in_batch\), and "):
         check_contract(Reordered, "9.9")
@@ -259,3 +259,150 @@ def test_a_head_sharded_by_fsdp_gives_the_same_gradient(head_apart, loss):
         distributed.destroy_process_group()
     for name, gradient in whole.items():
         torch.testing.assert_close(sharded[name], gradient, rtol=0, atol=1e-7)
+
+
+def test_a_teacher_in_bfloat16_is_trained_on_and_the_guard_is_quiet(tmp_path):
+    for seed, criterion in enumerate(("margin", "teachability", "random", "full")):
+        pair = make_pair()
+        pair.teacher = Readout(pair.teacher.model.bfloat16(), vocabulary=64)
+        made = train(tmp_path / criterion, pair, Selection(criterion, 0.1, seed=seed))
+        assert made._checked and np.isfinite(logged(made)["loss"])
+
+
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
+def test_bf16_acts_on_scoring_and_on_the_loss(tmp_path, teacher, loss):
+    pair = make_pair()
+    pair.teacher = Readout(pair.teacher.model.to(teacher), vocabulary=64)
+    made = train(tmp_path, pair, Selection("divergence", 0.3, loss=loss), accumulation=2, bf16=True)
+    batch, before = made.narrowed[0], make_pair()
+    assert batch["teacher_states"].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        hidden = before.student.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.bfloat16()
+    states = hidden[:, :-1][:, -batch["completion_ids"].shape[1] :][batch["completion_mask"].bool()]
+    expected = losses.per_position(
+        states.float() @ before.student.head.weight.detach().bfloat16().float().T,
+        batch["teacher_states"][batch["completion_mask"].bool()].float() @ before.teacher.head.weight.detach().bfloat16().float().T,
+        batch["completion_ids"][batch["completion_mask"].bool()], loss=loss)
+    chosen = on_positions(batch, "tool_mask") == 1
+    assert logged(made)["loss"] == pytest.approx(expected.numpy()[chosen].mean(), rel=2e-3)
+
+
+def test_without_bf16_full_is_plain_trl_bit_for_bit(tmp_path):
+    class Plain(DistillationTrainer):
+        """TRL but for where its responses come from."""
+
+        def _generate_and_score_completions(self, inputs):
+            self._streams = [rollouts.stream(0, "train", example["row"]) for example in inputs]
+            batch = super()._generate_and_score_completions(inputs)
+            torch.manual_seed(int(rollouts.stream(0, "step", self.state.global_step).integers(2**31)))
+            return batch
+
+        def _generate_single_turn(self, prompt_ids, *_, **__):
+            chooser = rollouts.Chooser(self._streams, 1.0, 1.0, 0, 64)
+            return rollouts.generate(self.model, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=8)
+
+    for accumulation in (1, 2):
+        pair, prompts = make_pair(), make_prompts(8)
+        args = DistillationConfig(
+            output_dir=str(tmp_path / "plain"), max_steps=2, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
+            learning_rate=1e-3, max_completion_length=8, bf16=False, activation_checkpointing=False, report_to="none", logging_steps=1,
+            save_strategy="no", shuffle_dataset=False, disable_tqdm=True, dataloader_pin_memory=False, beta=1.0)
+        plain = Plain(model=pair.student.model, teacher_model=pair.teacher.model, processing_class=pair.tokenizer, args=args,
+                      train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in prompts], "row": list(range(8))}))
+        plain.train()
+        ours = train(tmp_path / "ours", make_pair(), Selection("full"), steps=2, accumulation=accumulation)
+        assert [logged(ours, step)["loss"] for step in (0, 1)] == [logged(plain, step)["loss"] for step in (0, 1)]
+        for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_dropout_does_not_ring_the_guard(tmp_path):
+    pair = make_pair()
+    for layer in pair.student.model.model.layers:
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
+    made = train(tmp_path, pair, Selection("divergence", 0.3), disable_dropout=False)
+    assert made._checked
+
+
+def test_scoring_takes_as_many_responses_at_once_as_the_loss(tmp_path, monkeypatch):
+    sizes = []
+    original = SelectedDistillationTrainer._measured
+    monkeypatch.setattr(SelectedDistillationTrainer, "_measured", lambda self, part: (sizes.append(len(part["valid"])), original(self, part))[1])
+    train(tmp_path, make_pair(), Selection("teachability", 0.2), batch=8, accumulation=4)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_scoring_out_of_memory_is_halved(tmp_path, monkeypatch, caplog):
+    original = SelectedDistillationTrainer._measured
+
+    def full(self, part):
+        if len(part["valid"]) > limit:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, part)
+
+    limit = 8
+    whole = train(tmp_path / "whole", make_pair(), Selection("teachability", 0.2), batch=8)
+    monkeypatch.setattr(SelectedDistillationTrainer, "_measured", full)
+    limit = 2
+    halved = train(tmp_path / "halved", make_pair(), Selection("teachability", 0.2), batch=8)
+    assert torch.equal(whole.narrowed[0]["tool_mask"], halved.narrowed[0]["tool_mask"])
+    assert "8 responses do not fit in memory at once: scored in halves" in caplog.text
+    limit = 0
+    with pytest.raises(DiagnosticsError, match=r"^Scoring 1 responses at once does not fit in memory \(injected\)\. Raise --accumulation, "):
+        train(tmp_path / "none", make_pair(), Selection("teachability", 0.2), batch=8)
+
+
+def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):
+    pair = make_pair()
+    pair.teacher.apart = False
+    message = r"^The teacher \(LlamaForCausalLM\) cannot be taken apart into backbone and output head, from which the loss is made\. It can be scored and probed; "
+    with pytest.raises(DiagnosticsError, match=message):
+        train(tmp_path, pair, Selection("full"))
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}])
+def test_the_sampled_loss_needs_samples_from_p(tmp_path, options):
+    name, = options
+    with pytest.raises(DiagnosticsError, match=rf"^The loss `sampled` is an estimate over tokens drawn from p itself, and {name} draws them from something else\. "):
+        train(tmp_path, make_pair(), Selection("full", loss="sampled"), **options)
+    assert logged(train(tmp_path, make_pair(), Selection("full"), **options))["loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"repetition_penalty": 1.1}, {"generation_kwargs": {"no_repeat_ngram_size": 2}}])
+def test_what_our_own_sampling_does_not_know_is_refused(tmp_path, options):
+    name, = options
+    with pytest.raises(DiagnosticsError, match=rf"^{name} acts only where vLLM generates\. "):
+        train(tmp_path, make_pair(), Selection("full"), **options)
+
+
+def test_engines_without_whole_heads_are_refused():
+    with pytest.raises(DiagnosticsError, match=r"^DeepSpeed ZeRO-3 shards the output heads .* Use ZeRO-2, or FSDP2 \(configs/fsdp2-8gpu\.yaml\)"):
+        trainer._check_engine(zero3=True, fsdp=None)
+    with pytest.raises(DiagnosticsError, match=r"^FSDP's first version shards .* Set fsdp_version: 2"):
+        trainer._check_engine(zero3=False, fsdp=1)
+    trainer._check_engine(zero3=False, fsdp=2)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("tied, field, refused", [
+    (False, {"modules_to_save": ["lm_head"]}, "output head"), (True, {"modules_to_save": ["embed_tokens"]}, "embedding, which is tied to the head"),
+    (True, {"target_modules": ["embed_tokens", "q_proj"]}, "embedding, which is tied to the head"), (False, {"modules_to_save": ["embed_tokens"]}, None),
+])
+def test_an_adapter_on_the_head_is_refused(tmp_path, tied, field, refused):
+    peft = pytest.importorskip("peft")
+    student = make_model(1)
+    if tied:
+        student.config.tie_word_embeddings = True
+        student.tie_weights()
+    pair = assemble("tiny", student, make_model(2, hidden=48), make_tokenizer())
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | field)
+    arguments = dict(args=DistillationConfig(output_dir=str(tmp_path), bf16=False, report_to="none", activation_checkpointing=False, max_steps=1),
+                     train_dataset=Dataset.from_dict({"prompt": ["w1"], "row": [0]}), peft_config=config)
+    if refused is None:
+        SelectedDistillationTrainer(pair, Selection("full"), **arguments)
+        return
+    with pytest.raises(DiagnosticsError, match=rf"^The adapter reaches the {refused} \(.*\), where training would not see it\. "):
+        SelectedDistillationTrainer(pair, Selection("full"), **arguments)
