@@ -298,10 +298,10 @@ def shared_template(student, teacher) -> dict[str, Any]:
 def _described(tokenizer) -> dict[str, str | None]:
     from hashlib import sha256
 
-    from jinja2 import TemplateError
+    from diagnostics.templates import Template
 
     try:
-        example = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, KeyError):
+        example = Template(tokenizer)([{"role": "user", "content": "…"}], "the example", add_generation_prompt=True)
+    except DiagnosticsError:  # its own reason is given where a prompt meets it
         example = None
     return {"sha256": sha256(str(tokenizer.chat_template).encode()).hexdigest(), "example": example}

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ORDER = (
-    "types parallel files runs divergences criteria losses prompts remote sources pairs tasks rollouts archives banks interop scores probe attribution intervention trainer training "
+    "types parallel files runs divergences criteria losses templates conversations prompts remote sources pairs tasks rollouts archives banks interop scores probe attribution intervention trainer training "
     "evaluation validation statistics tables exactness analysis comparison agreement verdicts plates figures tokenview narrative report config stages rerun cli"
 ).split()
 OTHER = {
@@ -31,7 +31,7 @@ OTHER = {
 
 
 MODULES = {
-    "rollout": "prompts rollouts banks", "score": "scores divergences", "probe": "probe losses", "analyze": "analysis regressions robustness interop",
+    "rollout": "prompts conversations templates rollouts banks", "score": "scores divergences", "probe": "probe losses", "analyze": "analysis regressions robustness interop",
     "compare": "comparison criteria", "intervene": "intervention agreement", "attribute": "attribution", "report": "report narrative tokenview sidebyside",
     "train": "training trainer evaluation", "validate": "validation", "run": "stages", "rerun": "rerun",
 }

@@ -302,3 +302,140 @@ def test_the_command_line_freezes_a_file(folders, tmp_path, capsys):  # noqa: F8
 def test_a_bank_keeps_an_end_token_it_was_given(pair, tmp_path):
     Bank((Context("a", "p", "", (0, 5), "w2", (6, 1), True),)).to_frame().to_parquet(tmp_path / "c.parquet")
     assert read_rollouts(pair, tmp_path / "c.parquet")[0].finished
+
+
+# --- what a row holds beside text ---------------------------------------------------------------------------
+
+CALLS = ("{% for m in messages %}<user> {% if m.reasoning_content %}w8 {{ m.reasoning_content }} {% endif %}{{ m.content }} {% if 'tool_calls' in m %}w9 {{ m.tool_calls[0].function.name }} "
+         "{% endif %}<eos> {% endfor %}{% if add_generation_prompt %}<user> {% endif %}")
+QUESTION = [{"role": "user", "content": "w1"}]
+CALLING = {"role": "assistant", "content": "w2", "tool_calls": [{"type": "function", "function": {"name": "w3", "arguments": {"x": None}}}]}
+TOOL, ANSWER = {"role": "tool", "name": "w3", "content": "w4"}, {"role": "assistant", "content": "w5"}
+THOUGHT = {"role": "assistant", "reasoning_content": "w6", "content": "w7"}
+
+
+@pytest.fixture
+def calling(chatty):
+    chatty.tokenizer.chat_template = CALLS
+    return chatty
+
+
+def words(pair, bank):
+    return [pair.tokenizer.decode(context.response_ids) for context in bank]
+
+
+def test_a_tools_words_are_not_the_students(calling, tmp_path):
+    """The reply ends before the tool's message; calls and reasoning are what the template writes of them."""
+    rows = [{"step": 1, "prompt": QUESTION, "completion": reply} for reply in ([CALLING, TOOL, ANSWER], [THOUGHT], [ANSWER], [TOOL])]
+    pd.DataFrame(rows[:2]).to_parquet(tmp_path / "t.parquet")
+    pd.DataFrame([{"prompt": json.dumps(row["prompt"]), "completion": json.dumps(row["completion"])} for row in rows[:2]]).to_csv(tmp_path / "t.csv", index=False)
+    for file in (tmp_path / "t.parquet", tmp_path / "t.csv", jsonl(tmp_path / "t.jsonl", *rows)):
+        bank, counts = freeze(calling, file, contexts=2)
+        assert words(calling, bank) == ["w2 w9 w3", "w8 w6 w7"] and bank[0].prompt == "<user> w1 <eos> <user> "
+        assert counts["cut"] == (2 if file.suffix == ".jsonl" else 1) and counts["rewritten"] == 2 and counts["unwritten"] == 0 and counts["format"] == "trl"
+    bank, counts = freeze(calling, tmp_path / "t.jsonl")
+    assert words(calling, bank)[2:] == ["w5"] and counts["empty"] == 1
+    plain, _ = freeze(calling, jsonl(tmp_path / "p.jsonl", {"messages": QUESTION, "response": [CALLING, TOOL]}))
+    assert words(calling, plain) == ["w2 w9 w3"]
+
+
+def test_what_the_template_does_not_write_is_counted(chatty, tmp_path, caplog):
+    """A lost call ends the reply before it; after lost reasoning nothing is what the student saw."""
+    rows = [{"prompt": QUESTION, "completion": [CALLING, TOOL]}, {"prompt": QUESTION, "completion": [THOUGHT]}, {"prompt": "<user> w1", "completion": [THOUGHT]}]
+    bank, counts = freeze(chatty, jsonl(tmp_path / "t.jsonl", *rows))
+    assert words(chatty, bank) == ["w2"] and counts["unwritten"] == 3 and counts["rewritten"] == 0
+    assert "3 contexts with tool calls or reasoning that the chat template does not write: left out where reasoning is lost" in caplog.text
+    with pytest.raises(DiagnosticsError, match=r"n\.jsonl holds 0 usable contexts of 2"):
+        freeze(chatty, jsonl(tmp_path / "n.jsonl", *rows[1:]))
+
+
+def test_a_begun_reply_is_continued_as_trl_does(calling, tmp_path):
+    prompt = [*QUESTION, {"role": "assistant", "content": "w2"}]
+    bank, counts = freeze(calling, jsonl(tmp_path / "t.jsonl", {"prompt": prompt, "completion": [ANSWER]}))
+    assert bank[0].prompt.rstrip() == "<user> w1 <eos> <user> w2" and words(calling, bank) == ["w5"] and counts["prompts_continued"] == 1
+    bank, counts = freeze(calling, jsonl(tmp_path / "p.jsonl", {"messages": prompt, "response": " w2"}))
+    assert bank[0].prompt == "<user> w1 <eos> <user> " and counts["prompts_replies_cut"] == 1
+
+
+def test_tools_of_a_row_reach_its_prompt(calling, tmp_path):
+    calling.tokenizer.chat_template = "{% if tools %}{{ tools[0].function.name }} {% endif %}" + CALLS
+    tool = {"type": "function", "function": {"name": "w3"}}
+    bank, counts = freeze(calling, jsonl(tmp_path / "t.jsonl", {"prompt": QUESTION, "completion": [CALLING], "tools": json.dumps([tool])}))
+    assert bank[0].prompt == "w3 <user> w1 <eos> <user> " and words(calling, bank) == ["w2 w9 w3"] and counts["prompts_arguments_unused"] == 0
+
+
+@pytest.mark.parametrize("prompt, response, found, counted", [
+    ([2, 2, 0, 5], [6, 1, 2, 2], ((0, 5), (6, 1)), {"padded": 1}),
+    ([1, 1, 5], [6, 1, 1, 1], ((5,), (6, 1)), {"padded": 1}),
+    ([0, 0, 0, 5], [6], ((0, 0, 0, 5), (6,)), {}),
+    ([1, 5], [6], ((1, 5), (6,)), {}),
+    ([5, 2, 2], [2, 2, 6, 2], ((5,), (6,)), {"padded": 1}),
+    ([5], [6, 1, 7, 8], ((5,), (6, 1)), {"after_end": 1}),
+    ([5], [6, 1, 2, 8], ((5,), (6, 1)), {"after_end": 1}),
+    ([5], [2, 2], ((5,), ()), {"padded": 1, "empty": 1}),
+    ([2, 2], [6], ((2, 2), (6,)), {}),
+])
+def test_filler_and_what_follows_an_end_are_no_part_of_a_context(pair, tmp_path, prompt, response, found, counted):
+    """0 begins, 1 ends, 2 fills. One end token before a prompt may be its own; a start token that does not fill is."""
+    good = {"prompt_ids": [9], "response_ids": [9]}
+    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", {"prompt_ids": prompt, "response_ids": response}, good))
+    assert [(c.prompt_ids, c.response_ids) for c in bank][:-1] == ([found] if found[1] else [])
+    assert counts == zero_but(format="plain", rows=2, contexts=len(bank), positions=bank.positions, **counted)
+
+
+def test_text_beyond_an_end_token_is_cut(pair, tmp_path, caplog):
+    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2 <eos> w3"}, {"prompt_ids": [5], "response_ids": [6, 1, 7], "response": "w2 <eos> w3"}))
+    assert [c.response_ids for c in bank] == [(6, 1), (6, 1)] and all(c.finished for c in bank) and counts["after_end"] == 2 and counts["other_text"] == 0
+    assert "2 contexts cut after their first end token: what the file has beyond it is no part of the response" in caplog.text
+
+
+def test_a_mask_may_be_of_truth_values_and_come_with_plain_rows(pair, tmp_path):
+    rows = [{"prompt_ids": [5], "response_ids": [6, 7, 8], "loss_mask": [True, False, True]}, {"prompt_ids": [5], "response_ids": [7, 2, 2], "response_mask": [1.0, 0, 0]}]
+    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    assert [c.response_ids for c in bank] == [(6,), (7,)] and (counts["cut"], counts["padded"]) == (1, 1)
+    for mask, message in (([1], r"row 1: loss_mask has 1 values for 3 response_ids"), ([1, 2, 3], r"row 1: loss_mask should be a list of 0 and 1")):
+        with pytest.raises(DiagnosticsError, match=message):
+            freeze(pair, jsonl(tmp_path / "b.jsonl", {**rows[0], "loss_mask": mask}))
+
+
+def test_ids_in_a_column_with_a_gap_are_exact(pair, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"prompt": ["w1", "w2", "w3"], "response": [" w4"] * 3}
+    pq.write_table(pa.table(columns | {"prompt_id": pa.array([2**62 + 1, 2**62 + 3, None], pa.int64())}), tmp_path / "i.parquet")
+    assert [c.prompt_id for c in read_rollouts(pair, tmp_path / "i.parquet")][:2] == [str(2**62 + 1), str(2**62 + 3)]
+    pd.DataFrame(columns | {"prompt_id": [2.0**62, 2.0**62, None]}).to_parquet(tmp_path / "f.parquet")
+    bank, counts = freeze(pair, tmp_path / "f.parquet")
+    assert len({c.prompt_id for c in bank}) == 3 and counts["prompts_vague_ids"] == 2
+
+
+def test_a_response_that_is_json_stays_the_students(pair, tmp_path):
+    text = '[{"role": "user", "content": "w1"}]'
+    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": text}))
+    assert len(bank) == 1 and counts["from_text"] == 1 and counts["rewritten"] == counts["cut"] == 0
+
+
+def test_columns_that_nothing_was_read_from_are_named(pair, tmp_path, caplog):
+    caplog.set_level("INFO")
+    freeze(pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2", "reward": 1.0, "uid": "x"}))
+    assert f"{tmp_path / 'r.jsonl'}: columns that are not used: reward, uid" in caplog.messages
+
+
+def test_a_huge_row_is_left_out_by_its_beginning(pair, tmp_path, monkeypatch):
+    seen, kind = [], type(pair.tokenizer)
+    monkeypatch.setattr(kind, "__call__", lambda self, text, _call=kind.__call__, **how: seen.append(len(text)) or _call(self, text, **how))
+    rows = {"prompt": "w1 " * 10**6, "response": "w2"}, {"prompt": "w1", "response": "w2 " * 10**6}, {"prompt": "w1", "response": "w2"}
+    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    assert len(bank) == 1 and counts["over_long"] == 2 and max(seen) < 10**5
+
+
+def test_special_tokens_are_told_by_their_flag(chatty, tmp_path):
+    """Phi's turn tokens are flagged special and named nowhere: a dump without them has lost them."""
+    from tokenizers import AddedToken
+
+    chatty.tokenizer.chat_template = "{% for m in messages %}<turn> {{ m.content }} {% endfor %}"
+    chatty.tokenizer.add_tokens([AddedToken("<turn>", special=True)])
+    assert "<turn>" not in chatty.tokenizer.all_special_tokens
+    pair = dataclasses.replace(chatty, tokenizer=chatty.tokenizer)
+    assert freeze(pair, jsonl(tmp_path / "v.jsonl", {"input": "w1", "output": " w2"}))[1]["without_special"] == 1
