@@ -78,6 +78,7 @@ class Models:
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
         from diagnostics.pairs import SMOLLM2_SHA256, named_pair
+        from diagnostics.sources import base_folder
 
         settings = self.settings
         if settings["pair"] == "smollm2":
@@ -86,6 +87,7 @@ class Models:
             settings |= dict(zip(("student", "teacher"), map(str, named_pair(settings["pair"]))))
         local = {name: Path(value) for name, value in settings.items()
                  if name not in ("pair", "dtype", "teacher_dtype") and isinstance(value, str) and value and Path(value).exists()}
+        local |= {f"{name}_base": base for name, path in list(local.items()) if (base := base_folder(path)) is not None}
         remote = [name for name in ("student", "teacher") if settings[name] and name not in local]  # their commit is known once loaded
         commits = {name: self.pair.facts.get(name, {}).get("revision") for name in remote}
         return {name: fingerprint_files(path) for name, path in local.items()} | {name: commit for name, commit in commits.items() if commit}
