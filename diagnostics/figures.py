@@ -448,7 +448,7 @@ def support_robustness(
     """
     needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
     table = plates.keep(table, "figures.support_robustness", needs, {"outcome": outcomes, "statistic": statistic, "split": split})
-    series = [(f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i], table[table.k == k]) for i, k in enumerate(sorted(table.k.unique()))]
+    series = [(f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k]) for i, k in enumerate(sorted(table.k.unique()))]
     return _statistic_forest(table, "proxy", series, statistic, outcomes, level, width)
 
 
@@ -803,7 +803,7 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     bar.ax.tick_params(width=0.5, length=2)
 
 
-PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "number", "punctuation", "special")}
+PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "number", "punctuation", "unknown", "special")}
 
 
 @plates.plate

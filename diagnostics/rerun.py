@@ -69,7 +69,7 @@ def commands(manifest: dict[str, Any], configs: Configs, *, beside: Path) -> Ite
             arguments += ["--seed", str(settings["seed"])]
         if name == "after":
             arguments += ["--after", settings["after"]]
-        for flag in {"validate": ["offline"], "analyze": ["training"]}.get(name, []):
+        for flag in {"validate": ["offline"], "analyze": ["training", "k"]}.get(name, []):
             arguments += _flag(flag, settings.get(flag))
         if name == "import":
             arguments += ["--tokens", str(beside / settings["tokens"])]
