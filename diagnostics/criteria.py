@@ -10,7 +10,9 @@ Teachability is d*c (arXiv 2605.26844): disagreement, where it lies within the s
 
 Departures from the released training code: a constant column maps to 0 and a non-finite value to NaN,
 which is never selected (there: silently zero); `teachability_entropy` combines d*c, not N(D*C);
-quadrant Q3 is h <= median and d >= median, as in the released analysis.
+quadrant Q3 is h <= median and d >= median, as in the released analysis (the training code: h < median). A budget keeps
+ceil(budget*N) positions (the analysis scripts round), and a minimum per context stays within it, by the criterion itself
+(there: on top of it, filled by h + N(D*C) - h*N(D*C)).
 
 A criterion is a plain function of table columns. Register one with three lines:
 

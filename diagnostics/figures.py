@@ -1134,7 +1134,8 @@ def runs(
     """
     table = plates.keep(table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes})
     table = table.rename(columns={value: "estimate"})
-    series = [(name, *_mark(i).values(), table[table.run == name]) for i, name in enumerate(dict.fromkeys(table.run))]
+    names = {name: f" {name}" if str(name).startswith("_") else name for name in table.run}  # matplotlib hides labels that begin so
+    series = [(shown, *_mark(i).values(), table[table.run == name]) for i, (name, shown) in enumerate(names.items())]
     return _statistic_forest(table, key, series, label, outcomes, level, width)
 
 
