@@ -46,6 +46,8 @@ WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 """Flags as words; numbers and true booleans are read as they are."""
 STATED_K = ("k", "top_k", "topk")
 LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
+LARGEST = 2**31 - 2
+"""Largest position, length and token id that the token table's columns hold."""
 INDICATORS = ("teacher_top1_in_topk", "sampled_in_teacher_topk")
 OF_TEACHER = ("teacher_entropy", "teacher_logprob")
 """What training the student does not change."""
@@ -217,10 +219,10 @@ def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
 def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
     """A column of whole numbers from 0. Raises DiagnosticsError with what else it holds."""
     values = _numbers(frame[name])
-    odd = frame[name][~(values >= 0) | (values != values.round())]
+    odd = frame[name][~((values >= 0) & (values <= LARGEST)) | (values != values.round())]
     if len(odd):
         raise DiagnosticsError(f"{name} should hold whole numbers from 0, and {len(odd)} of {len(frame)} rows hold something else ({str(odd.iloc[0])[:60]!r}). Mend them.")
-    return values.astype("int64") if (values < 2**53).all() else frame[name]
+    return values.astype("int64")
 
 
 def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd.Series:
@@ -229,18 +231,19 @@ def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd
     length = last + 1
     if "resp_len" in frame:
         stated = _numbers(frame["resp_len"]).groupby(context).transform("max")
-        length = stated.where(stated > last, length)
+        length = stated.where((stated > last) & (stated <= LARGEST), length)
     if "pos_norm" in frame:
         place = _numbers(frame["pos_norm"])
         furthest = position.where((place > 0) & (place <= 1)).groupby(context).transform("max")
         stated = (position / place).where((position == furthest) & (place > 0)).groupby(context).transform("max").round() + 1
-        length = stated.where(stated > last, length)
+        length = stated.where((stated > last) & (stated <= LARGEST), length)
     return length.astype("int64")
 
 
 def _ids(values: pd.Series) -> pd.Series:
     """Ids as text; 3.0, as a column that once had gaps holds it, is 3."""
-    return values.map(lambda value: str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value))
+    texts = [str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value) for value in values]
+    return pd.Series(texts, index=values.index, dtype="str")
 
 
 def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Series]:
