@@ -43,19 +43,20 @@ def study(
     seed: int = 0,
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
-    base_k: int = robustness.BASE_K,
+    base_k: int | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Every table that the token table allows, by file name.
 
     criteria: those to correlate, None takes all that the columns allow; training: the verdicts of a grid of
     trainings (`validation.verdict_table`), for claim C5; losses: token tables of steps with other losses, by loss; base_k: K of the columns
-    without a suffix. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants, positions,
+    without a suffix, None reads it from the table (`robustness.known_k`) and warns where nothing tells it. The tables are correlations, placebo_excess, differences, partial, within_prompt, quadrants, positions,
     q3_contrast, q3_groups, matching and balance (also within a caliper: ..._caliper), regressions, decomposition, residual_curves, support_robustness,
     gain_robustness, saturation, coverage, verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the table holds no outcome, no row or no prompt_id.
     """
     outcomes(tokens)
     options = {"draws": draws, "level": level, "seed": seed}
     criteria = None if criteria is None else list(criteria)
+    tokens, base_k = _with_k(tokens, base_k)
     plan = _plan(tokens, criteria, options, losses, base_k)
     made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
     for needs, make in plan:
@@ -71,6 +72,16 @@ def study(
     made["warnings"] = cautions.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
     return exactness.marked(made, tokens) | ({"exactness": exactness.table(tokens)} if exactness.is_listed(tokens) else {})
+
+
+def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:
+    """The table and the K of its columns; a table that depends on a K which nothing tells gets a warning for it."""
+    k, dependent = robustness.known_k(tokens, stated), robustness.depends_on_k(tokens)
+    if k is None and dependent:
+        tokens = tokens.copy()
+        tokens.attrs["warnings"] = [*tokens.attrs.get("warnings", ()), [
+            "unknown_k", ", ".join(dependent), f"Nothing says at which K these columns were measured; K = {robustness.BASE_K} is written for it. Pass base_k, or --k."]]
+    return tokens, robustness.BASE_K if k is None else k
 
 
 def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losses, base_k: int) -> list[tuple[tuple[str, ...], Callable]]:

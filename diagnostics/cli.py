@@ -133,6 +133,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             command.add_argument("--after", help="a trained student: add its after-columns and gains to the table")
         if name == "analyze":
             command.add_argument("--training", help="run directory of a finished validation, for claim C5")
+            command.add_argument("--k", type=int, help="K of an imported table's columns, where the table does not say it")
         if name in ("analyze", "compare"):
             command.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
             command.add_argument("--tokens", help="read this token table (ours, or one of the released scripts') instead of the run's own")
@@ -307,7 +308,8 @@ def _stage(parsed: argparse.Namespace) -> dict:
         if parsed.command == "compare":
             stages.compare_stage(run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed)
         if parsed.command in ("run", "analyze"):
-            stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed, training=getattr(parsed, "training", None))
+            stages.analyze_stage(run, configs["AnalysisConfig"], seed=parsed.seed, training=getattr(parsed, "training", None),
+                                 k=parsed.k if parsed.command == "analyze" else None)
         if parsed.command == "run":
             return {"report": str(stages.report_stage(run))}
         return {"output_dir": str(run.directory)}

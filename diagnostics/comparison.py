@@ -425,11 +425,17 @@ def token_type(tokens: pd.DataFrame) -> np.ndarray:
     """`special`, `word`, `number` or `punctuation` for each position, from the token's text alone.
 
     special: marked `is_special`. word: holds a letter. number: holds a digit and no letter. punctuation: the
-    rest, white space and line breaks included. A rule of thumb for tables, not a tokeniser.
+    rest, white space and line breaks included. unknown: the table was imported without texts, and has ids in their place.
+    A rule of thumb for tables, not a tokeniser.
     """
     kinds = {text: _type_of(str(text)) for text in tokens["token"].unique()}
-    by_text = tokens["token"].map(kinds).to_numpy(dtype=object)
+    by_text = tokens["token"].map(kinds).to_numpy(dtype=object) if has_texts(tokens) else np.full(len(tokens), "unknown", dtype=object)
     return np.where(tokens["is_special"].to_numpy(dtype=bool), "special", by_text) if "is_special" in tokens else by_text
+
+
+def has_texts(tokens: pd.DataFrame) -> bool:
+    """Tokens are texts; a table imported without them has the ids as they are written in their place."""
+    return "token_id" not in tokens or not (tokens["token"].astype(str) == tokens["token_id"].astype(str)).all()
 
 
 def _type_of(text: str) -> str:
@@ -478,7 +484,8 @@ def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
         measures |= {f"q{q}": np.where(quadrant > 0, quadrant == q, np.nan) for q in (1, 2, 3, 4)}
     if "token" in tokens:
         kind = token_type(tokens)
-        measures |= {name: (kind == name).astype(float) for name in TOKEN_TYPES if name != "special" or "is_special" in tokens}
+        types = TOKEN_TYPES if has_texts(tokens) else ("unknown", "special")
+        measures |= {name: (kind == name).astype(float) for name in types if name != "special" or "is_special" in tokens}
     if "response_length" in tokens:
         measures["relative_position"] = registry.relative_position(tokens)
     for name in ("forward_kl", "student_entropy", "compatibility"):

@@ -10,7 +10,9 @@ Teachability is d*c (arXiv 2605.26844): disagreement, where it lies within the s
 
 Departures from the released training code: a constant column maps to 0 and a non-finite value to NaN,
 which is never selected (there: silently zero); `teachability_entropy` combines d*c, not N(D*C);
-quadrant Q3 is h <= median and d >= median, as in the released analysis.
+quadrant Q3 is h <= median and d >= median, as in the released analysis (the training code: h < median). A budget keeps
+ceil(budget*N) positions (the analysis scripts round), and a minimum per context stays within it, by the criterion itself
+(there: on top of it, filled by h + N(D*C) - h*N(D*C)).
 
 A criterion is a plain function of table columns. Register one with three lines:
 
@@ -272,8 +274,9 @@ _TIP = "2604.14084"
 _H, _D, _C = "student_entropy", "forward_kl", "compatibility"
 
 
-def _soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a + b - a * b
+def soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b - a*b, written as 1 - (1 - a)(1 - b): exactly 1 wherever a or b is 1, so that rounding decides no tie."""
+    return 1 - (1 - a) * (1 - b)
 
 
 @criterion("full", needs=["position"], formula="every position", kind="all", budget=1.0, aliases=["pure_opd"])
@@ -318,7 +321,7 @@ def _incompatible(tokens):
 
 @criterion("tip", needs=[_H, _D], formula="h + d - h*d", source=_TIP)
 def _tip(tokens):
-    return _soft_or(normalise(tokens[_H]), normalise(tokens[_D]))
+    return soft_or(normalise(tokens[_H]), normalise(tokens[_D]))
 
 
 def _min_max(values: pd.Series) -> np.ndarray:
@@ -331,12 +334,12 @@ def _min_max(values: pd.Series) -> np.ndarray:
 
 @criterion("tip_paper", needs=[_H, "reverse_kl"], formula="soft-or of min-max H(p) and min-max KL(p||q)", source=_TIP)
 def _tip_paper(tokens):
-    return _soft_or(_min_max(tokens[_H]), _min_max(tokens["reverse_kl"]))
+    return soft_or(_min_max(tokens[_H]), _min_max(tokens["reverse_kl"]))
 
 
 @criterion("teachability_entropy", needs=[_H, _D, _C], formula="h + dc - h*dc", source=_TA, aliases=["ca_softor"])
 def _teachability_entropy(tokens):
-    return _soft_or(normalise(tokens[_H]), _teachability(tokens))
+    return soft_or(normalise(tokens[_H]), _teachability(tokens))
 
 
 @criterion("q3_teachability", needs=[_H, _D, _C], formula="d*c inside Q3, undefined elsewhere", source=_TA,

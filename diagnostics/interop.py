@@ -8,13 +8,17 @@ Read are our own tables and those of the scripts released with arXiv 2605.26844 
                                                           Bhattacharyya coefficient, teacher's first choice in reach
     KLf_union                                             KL(q||p) on the union of the lists; in the token bank of
                                                           the training code floored at 1e-12 (`..._released`)
+    resp_len, pos_norm                                    response length, relative position t/(T - 1)
+    loss_mask_original                                    0 (or a word for no) where the position carried no loss
     <name>_base                                           the same before training
     G_KLf, G_KLr                                          (before - after) / (before + 1e-12)
 
 Those scripts score a bank, train, score it again and join: in a table with gains the plain columns belong to
 the *trained* student, unless KLf_full equals KLf_full_base everywhere (then the scores of theta0 were joined).
 Where a predictor exists from after training only, it contains the outcome already: it is read, because nothing else
-is there, and every such column is named in a warning. Warnings also travel in `attrs["warnings"]`, from where
+is there, and every such column is named in a warning. The training code's `CBC` is floored like its `KLf_union` and comes in
+as `bhattacharyya_released`, which no statistic takes for the exact coefficient. A column `k`, `top_k` or `topk` with one value, or the
+length of the lists of top ids, says the K of the table. Warnings also travel in `attrs["warnings"]`, from where
 the study takes them.
 """
 
@@ -38,13 +42,19 @@ MEASURED = {
     "reach_t1": "teacher_top1_in_topk", "target_in_teacher_topk": "sampled_in_teacher_topk", "KLf_union": "union_forward_kl",
     "student_logp_sampled": "student_logprob", "teacher_logp_sampled": "teacher_logprob", "sampled_teacher_adv": "advantage",
 }
+WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+"""Flags as words; numbers and true booleans are read as they are."""
+STATED_K = ("k", "top_k", "topk")
+LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
+LARGEST = 2**31 - 2
+"""Largest position, length and token id that the token table's columns hold."""
 INDICATORS = ("teacher_top1_in_topk", "sampled_in_teacher_topk")
 OF_TEACHER = ("teacher_entropy", "teacher_logprob")
 """What training the student does not change."""
 OUTCOMES = {"G_KLf": ("forward_kl", "gain", "relative_gain", "relative_gain_released"), "G_KLr": ("reverse_kl", "reverse_gain", None, None)}
-KEYS = ("sample_index", "group_index", "rollout_id", "tok_pos", "pos_norm", "token_id", "token", "resp_len", "loss_mask_original")
-TRAINING_BANK = "schema_version"
-"""Column of the token bank that the training code writes; the scoring script writes none."""
+KEYS = ("sample_index", "sample_ordinal", "group_index", "rollout_id", "tok_pos", "pos_norm", "token_id", "token", "resp_len", "loss_mask_original")
+TRAINING_BANK = ("schema_version", "Cmass_exact", "Cprefix_ema", "budget_method")
+"""Columns of the token bank that the training code writes; the scoring script writes none of them."""
 
 
 def read_tokens(path: str | Path) -> pd.DataFrame:
@@ -81,10 +91,14 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
     """
     require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
     notes: list[list[str]] = []
-    frame = _supervised(frame, notes)
+    frame = frame.reset_index(drop=True)
+    keys, kept = pd.DataFrame(_keys(frame, notes)), _supervised(frame, notes)
+    frame, keys = frame[kept].reset_index(drop=True), keys[kept].reset_index(drop=True)
     after = _plain_is_after(frame)
-    tokens = pd.DataFrame(_keys(frame, notes) | _before(frame, after, notes))
-    _derive(tokens, frame)
+    tokens = keys.assign(**_before(frame, after, notes))
+    _derive(tokens, frame, notes)
+    if not after and {"student_top1_id", "teacher_top1_id"} <= set(frame) and not frame[["student_top1_id", "teacher_top1_id"]].isna().any(axis=None):
+        tokens["top1_match"] = frame["student_top1_id"] == frame["teacher_top1_id"]
     if after or set(OUTCOMES) & set(frame):
         _add_outcomes(tokens, frame, after)
     _say_left_out(frame)
@@ -92,22 +106,49 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
     for _, _, message in notes:
         log.warning("%s", message)
     tokens.attrs["warnings"] = notes
+    if (k := _stated_k(frame)) is not None:
+        tokens.attrs["k"] = k
     return tokens
 
 
-def _supervised(frame: pd.DataFrame, notes: list) -> pd.DataFrame:
+def _stated_k(frame: pd.DataFrame) -> int | None:
+    """K of the columns that depend on it, where a column says it or lists of one length show it."""
+    for name in STATED_K:
+        values = _numbers(frame[name]).dropna().unique() if name in frame else []
+        if len(values) == 1 and values[0] >= 1 and values[0] == round(values[0]):
+            return int(values[0])
+    for name in LISTS:
+        lengths = {len(row) for row in frame[name] if hasattr(row, "__len__") and not isinstance(row, str)} if name in frame else set()
+        if len(lengths) == 1 and (found := lengths.pop()):
+            return found
+    return None
+
+
+def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
+    """Mask of the rows that carry loss; a gap in the loss mask counts as none."""
     if "loss_mask_original" not in frame:
-        return frame.reset_index(drop=True)
-    kept = _numbers(frame["loss_mask_original"]) != 0
+        return np.ones(len(frame), dtype=bool)
+    written = frame["loss_mask_original"]
+    mask = _numbers(written)
+    odd = written[mask.isna() & written.notna()]
+    if len(odd):
+        raise DiagnosticsError(f"loss_mask_original holds {odd.iloc[0]!r} in {len(odd)} rows, which is no flag. Write 1 and 0, or true and false.")
+    kept = (mask.fillna(0) != 0).to_numpy()
     if not kept.all():
-        notes.append(["unsupervised", "loss_mask_original", f"{(~kept).sum()} positions outside the loss mask were dropped."])
-    return frame[kept].reset_index(drop=True)
+        gaps = f", {mask.isna().sum()} of them without a value for it" if mask.isna().any() else ""
+        notes.append(["unsupervised", "loss_mask_original", f"{(~kept).sum()} positions outside the loss mask were dropped{gaps}."])
+    if not kept.any():
+        raise DiagnosticsError("loss_mask_original is 0 at every position, so none is left. Leave the column out, or give supervised positions.")
+    return kept
 
 
 def _numbers(values: pd.Series) -> pd.Series:
+    """Values as float64, words for true and false included; NaN for anything else."""
+    if not pd.api.types.is_numeric_dtype(values):
+        values = values.map(lambda value: WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value)
     try:
         return pd.to_numeric(values, errors="coerce").astype("float64")
-    except OverflowError:  # a whole number beyond float64
+    except (OverflowError, TypeError, ValueError):  # a whole number beyond float64, or cells that hold no single value
         return pd.Series([_number(value) for value in values], index=values.index, dtype="float64")
 
 
@@ -127,34 +168,91 @@ def _plain_is_after(frame: pd.DataFrame) -> bool:
 
 
 def _keys(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
-    context = "sample-" + _ids(frame["sample_index"])
-    if "rollout_id" in frame and frame["rollout_id"].notna().all():
-        context = "rollout-" + _ids(frame["rollout_id"]) + "-" + context
-    if "group_index" in frame and frame["group_index"].notna().all():
-        prompt = "group-" + _ids(frame["group_index"])
-    else:
-        prompt = context
-        notes.append(["no_prompts", "group_index", "There is no group_index, so every sample counts as a prompt of its own; "
-                      "where a prompt has several samples, intervals are too short."])
-    token = frame["token"].astype(str) if "token" in frame else frame["token_id"].astype(str)
-    position = _numbers(frame["tok_pos"])
-    return {"context_id": context, "prompt_id": prompt, "position": position,
-            "response_length": position.groupby(context).transform("max") + 1, "token_id": frame["token_id"], "token": token}
+    sample = _samples(frame, notes)
+    context = sample
+    if "rollout_id" in frame:
+        rollout = _filled(frame["rollout_id"], sample)
+        context = ("rollout-" + _ids(rollout) + "-").where(rollout.notna(), "") + sample
+    position = _whole(frame, "tok_pos")
+    token_id = _whole(frame, "token_id")
+    token = frame["token"].astype(str) if "token" in frame else token_id.astype(str)
+    return {"context_id": context, "prompt_id": _prompts(frame, context, notes), "position": position,
+            "response_length": _lengths(frame, context, position), "token_id": token_id, "token": token}
+
+
+def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
+    """The sample that each row belongs to, by its index or, where slime left that out, by its ordinal."""
+    gaps = int(frame["sample_index"].isna().sum())
+    if not gaps:
+        return "sample-" + _ids(frame["sample_index"])
+    if "sample_ordinal" in frame and frame["sample_ordinal"].notna().all():
+        notes.append(["sample_ordinal", "sample_index", f"sample_index is empty in {gaps} of {len(frame)} rows; samples are told apart by sample_ordinal."])
+        return "ordinal-" + _ids(frame["sample_ordinal"])
+    raise DiagnosticsError(
+        f"sample_index is empty in {gaps} of {len(frame)} rows, and there is no sample_ordinal to tell the samples apart. Fill one of the two in."
+    )
+
+
+def _filled(values: pd.Series, by: pd.Series) -> pd.Series:
+    """Gaps filled from the other rows of the same sample, where those agree."""
+    if values.notna().all():
+        return values
+    known = values.groupby(by).agg(lambda found: found.dropna().iloc[0] if found.nunique() == 1 else None)
+    return values.astype(object).where(values.notna(), by.map(known.astype(object)))
+
+
+def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
+    """The group of each row; a sample without one counts as a prompt of its own."""
+    alone = "counts as a prompt of its own; where a prompt has several samples, intervals are too short."
+    if "group_index" not in frame or frame["group_index"].isna().all():
+        notes.append(["no_prompts", "group_index", f"There is no group_index, so every sample {alone}"])
+        return context
+    group = _filled(frame["group_index"], context)
+    gaps, lone = int(frame["group_index"].isna().sum()), context[group.isna()].nunique()
+    if gaps:
+        rest = f"; {lone} samples have none at all, and each {alone}" if lone else "."
+        notes.append(["no_prompts" if lone else "gaps", "group_index",
+                      f"group_index is empty in {gaps} of {len(frame)} rows; where other rows of the sample have it, theirs is taken{rest}"])
+    return ("group-" + _ids(group)).where(group.notna(), context)
+
+
+def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
+    """A column of whole numbers from 0. Raises DiagnosticsError with what else it holds."""
+    values = _numbers(frame[name])
+    odd = frame[name][~((values >= 0) & (values <= LARGEST)) | (values != values.round())]
+    if len(odd):
+        raise DiagnosticsError(f"{name} should hold whole numbers from 0, and {len(odd)} of {len(frame)} rows hold something else ({str(odd.iloc[0])[:60]!r}). Mend them.")
+    return values.astype("int64")
+
+
+def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd.Series:
+    """T of each response, positions outside the loss mask included: as `pos_norm` = t/(T - 1) or `resp_len` has it, else by the last position."""
+    last = position.groupby(context).transform("max")
+    length = last + 1
+    if "resp_len" in frame:
+        stated = _numbers(frame["resp_len"]).groupby(context).transform("max")
+        length = stated.where((stated > last) & (stated <= LARGEST), length)
+    if "pos_norm" in frame:
+        place = _numbers(frame["pos_norm"])
+        furthest = position.where((place > 0) & (place <= 1)).groupby(context).transform("max")
+        stated = (position / place).where((position == furthest) & (place > 0)).groupby(context).transform("max").round() + 1
+        length = stated.where((stated > last) & (stated <= LARGEST), length)
+    return length.astype("int64")
 
 
 def _ids(values: pd.Series) -> pd.Series:
     """Ids as text; 3.0, as a column that once had gaps holds it, is 3."""
-    whole = pd.api.types.is_float_dtype(values) and (values == values.round()).all() and (values.abs() < 2**53).all()
-    return (values.astype("int64") if whole else values).astype(str)
+    texts = [str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else str(value) for value in values]
+    return pd.Series(texts, index=values.index, dtype="str")
 
 
 def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Series]:
     found, leaking = {}, []
     for theirs, ours in MEASURED.items():
         if f"{theirs}_base" in frame:
-            found[ours] = _numbers(frame[f"{theirs}_base"])
+            found[ours] = _measured(frame[f"{theirs}_base"], notes)
         elif theirs in frame and not (after and ours in ("forward_kl", "reverse_kl")):
-            found[ours] = _numbers(frame[theirs])
+            found[ours] = _measured(frame[theirs], notes)
             if after and ours not in OF_TEACHER:
                 leaking.append(f"{theirs} ({ours})")
     if leaking:
@@ -164,13 +262,22 @@ def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Serie
     return {name: values for name, values in found.items() if values.notna().any()}
 
 
-def _derive(tokens: pd.DataFrame, frame: pd.DataFrame) -> None:
+def _measured(values: pd.Series, notes: list) -> pd.Series:
+    """A column of measurements; what is written there and is no number counts as undefined, and is counted."""
+    found = _numbers(values)
+    odd = values[found.isna() & values.notna() & (values.astype(str).str.lower() != "nan")]
+    if len(odd):
+        notes.append(["not_numbers", str(values.name), f"{values.name} holds {str(odd.iloc[0])[:40]!r} and the like in {len(odd)} rows: no numbers, and undefined."])
+    return found
+
+
+def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
     """What follows from other columns, and the names and types that depend on which script wrote the table."""
     if "Cmass" in frame and not {"compatibility", "compatibility_intersection"} & set(tokens):
         exact = "Cmass_exact" in frame and (_numbers(frame["Cmass_exact"]) == 1).all()
         tokens["compatibility" if exact else "compatibility_intersection"] = _numbers(frame["Cmass"])
-    if TRAINING_BANK in frame and "union_forward_kl" in tokens:
-        tokens["union_forward_kl_released"] = tokens.pop("union_forward_kl")
+    if set(TRAINING_BANK) & set(frame):
+        _set_floored_apart(tokens, notes)
     if "topk_overlap" in tokens and "topk_jaccard" not in tokens:
         tokens["topk_jaccard"] = tokens["topk_overlap"] / (2 - tokens["topk_overlap"])
     if "advantage" not in tokens and {"student_logprob", "teacher_logprob"} <= set(tokens):
@@ -179,7 +286,19 @@ def _derive(tokens: pd.DataFrame, frame: pd.DataFrame) -> None:
         tokens["acceptance"] = np.exp(tokens["advantage"].clip(upper=0.0))
     for name in INDICATORS:
         if name in tokens:
+            if gaps := int(tokens[name].isna().sum()):
+                notes.append(["gaps", name, f"{name} is empty at {gaps} positions, which count as false."])
             tokens[name] = tokens[name].fillna(0.0) != 0
+
+
+def _set_floored_apart(tokens: pd.DataFrame, notes: list) -> None:
+    """What the training code works out from both lists with probabilities outside them floored, under names of its own."""
+    for name in ("union_forward_kl", "bhattacharyya"):
+        if name in tokens:
+            tokens[f"{name}_released"] = tokens.pop(name)
+    if "bhattacharyya_released" in tokens:
+        notes.append(["floored", "bhattacharyya_released", f"CBC of a training bank has probabilities outside each model's list floored, at {len(tokens)} positions: "
+                      "it is kept as bhattacharyya_released and is no stand-in for compatibility."])
 
 
 def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: bool) -> None:
@@ -204,7 +323,7 @@ def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: boo
 
 
 def _say_left_out(frame: pd.DataFrame) -> None:
-    used = {*MEASURED, *(f"{name}_base" for name in MEASURED), *OUTCOMES, *KEYS, "Cmass", "Cmass_exact", TRAINING_BANK}
+    used = {*MEASURED, *(f"{name}_base" for name in MEASURED), *OUTCOMES, *KEYS, *STATED_K, "Cmass", "Cmass_exact", "schema_version", "student_top1_id", "teacher_top1_id"}
     left_out = [str(name) for name in frame if name not in used]
     if left_out:
         log.info("columns without a counterpart, left out: %s", ", ".join(left_out))

@@ -54,7 +54,10 @@ class Plate(Figure):
 
 
 def style(width: float, dark: bool) -> dict:
-    """Matplotlib settings for a width in inches and a page."""
+    """Matplotlib settings for a width in inches and a page.
+
+    Text is never read as mathematics: names of runs, criteria and columns come from outside, and may hold `$`.
+    """
     page = DARK if dark else LIGHT
     size = 7.0 if width < 5 else 8.0
     return {
@@ -71,7 +74,7 @@ def style(width: float, dark: bool) -> dict:
         "lines.linewidth": 1.3, "lines.markersize": 3.8, "legend.frameon": False, "legend.handlelength": 1.6,
         "legend.columnspacing": 1.2, "legend.labelcolor": page["ink"], "svg.hashsalt": "opd-diagnostics",
         "figure.autolayout": False, "figure.constrained_layout.use": False, "pdf.fonttype": 42, "savefig.dpi": 200,
-        "figure.dpi": 150, "mathtext.default": "regular", "hatch.linewidth": 0.5,
+        "figure.dpi": 150, "text.parse_math": False, "hatch.linewidth": 0.5,
     }
 
 

@@ -26,7 +26,9 @@ exact fall of the bound, which is no bound of the exact gain.
 The file, JSONL or parquet: one row a context with `context_id` and, for each response token in turn, the lists
 `top_ids` and `top_logprobs` (natural, temperature 1); or one row a position with `position` besides. `response_ids`
 (`token_id`) may come along, and are then compared with the contexts'. A list is the server's top K, with the
-sampled token appended where the server does that.
+sampled token appended where the server does that. Values that stand for "not listed" (-9999, -100, -1e30, a floor) are
+no log-probabilities: such entries are read as absent, and counted. Lists that fit the response one place further on
+are refused, and so are logarithms to another base.
 
 Axes: N positions, n of a chunk, K entries of the longest list (shorter ones end in id -1), V vocabulary.
 """
@@ -57,6 +59,17 @@ TAIL_FLOOR = 1e-6
 """Least mass of the bucket: what log-probabilities rounded to six digits leave open."""
 TOO_MUCH = 0.01
 """Mass beyond 1 from which a list is no list of probabilities."""
+LEAST = -103.3
+"""Below ln of the least number that float32 holds: no softmax in float32 gives a probability there, so the value is a sign."""
+ROUND, APART = -20.0, 10.0
+"""A whole number at or below the first and this many nats below the rest of its list is a sign (-100), no log-probability."""
+FLOOR, SELDOM, FEWEST, ROUNDED = -9.0, 0.01, 3, 0.9
+"""The same number to the last bit, at or below the first, in this share of different lists and in as many at least, is a
+floor of the server's; unless the last share of all values is rounded (three digits, 16 bits), so that they meet by chance."""
+FURTHEST, SHIFT_Z, SHIFT_SHARE = 3, 3.0, 0.2
+"""Places by which lists are tried against the response; the z and the share of positions beyond which they belong elsewhere."""
+BASE_2_DEPTH, BASE_2_LISTS, BASE_2_SHARE = 5, 10, 0.2
+"""Entries of a list, lists, and the share of them whose powers of two add up to all but exactly 1, from which they are logarithms to base 2."""
 OF_TEACHERS_TOP = ("topk_overlap", "topk_jaccard", "shared_student_mass", "compatibility_intersection", "union_forward_kl_released", "sampled_in_teacher_topk")
 OF_THE_UNION = ("bhattacharyya", "union_forward_kl", "union_log_ratio_variance")
 
@@ -90,8 +103,9 @@ class ListedTeacher:
 
     sharded, apart = False, True
 
-    def __init__(self, lists: dict[str, Lists], *, vocabulary: int, name: str):
-        self.lists, self.name = lists, name
+    def __init__(self, lists: dict[str, Lists], *, vocabulary: int, name: str, absent: int = 0):
+        self.lists, self.name, self.absent = lists, name, absent
+        """absent: entries of the file that were read as not listed."""
         self.vocabulary = self.full_vocabulary = vocabulary
         self.logits = Completed()
         self.width = max(entry.ids_TK.shape[1] for entry in lists.values())
@@ -125,6 +139,24 @@ class ListedTeacher:
             raise DiagnosticsError(
                 f"{self.name} has no lists for {len(absent)} of {len(bank)} contexts, {absent[0]!r} among them. Let the teacher score these contexts."
             )
+        self._require_places(bank)
+
+    def _require_places(self, bank: Bank) -> None:
+        """Refuse lists that hold the response's tokens at another place than their own; say where they hold them seldom."""
+        found = [(self.lists[context.context_id].ids_TK, np.array(context.response_ids)) for context in bank if context.response_ids]
+        for shift in (place for place in range(-FURTHEST, FURTHEST + 1) if place):
+            here, there = (np.concatenate(parts) for parts in zip(*(_held_at(*pair, shift) for pair in found)))
+            only_there, only_here = int((there & ~here).sum()), int((here & ~there).sum())
+            z = (only_there - only_here) / max(1, only_there + only_here) ** 0.5
+            if z > SHIFT_Z and there.mean() - here.mean() > SHIFT_SHARE:
+                raise DiagnosticsError(
+                    f"{self.name}: {there.mean():.0%} of the lists hold the token {abs(shift)} {'after' if shift > 0 else 'before'} their own, and {here.mean():.0%} their own. "
+                    "The lists are shifted: give the one that predicts a response token at that token's place, the first right after the prompt."
+                )
+        held = np.concatenate([_held_at(*pair, 0)[0] for pair in found]) if found else np.ones(1, bool)
+        if not held.all():
+            log.warning("%s: %d of %d lists lack the sampled token; teacher_logprob, advantage and acceptance are undefined there, and the loss sampled cannot be used",
+                        self.name, int((~held).sum()), len(held))
 
     def states(self, contexts: Sequence[Context], at_n: tuple[Tensor, Tensor]) -> Tensor:
         """The lists [n, 2K] at the positions of a batch, ids before log-probabilities; float64."""
@@ -138,7 +170,14 @@ class ListedTeacher:
         """What the manifest records."""
         masses = np.concatenate([np.exp(entry.ln_q_TK).sum(1) for entry in self.lists.values()])
         return {"name": Path(self.name).name, "known_by": "lists of log-probabilities", "sha256": sha256_file(Path(self.name)), "contexts": len(self.lists), "positions": len(masses),
-                "longest": self.width, "mean_tail_mass": float(1 - masses.mean())}
+                "longest": self.width, "mean_tail_mass": float(1 - masses.mean()), "read_as_absent": self.absent}
+
+
+def _held_at(ids_TK: np.ndarray, response_T: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the lists that have a token `shift` places on: whether they hold their own token, and whether that one."""
+    lists = ids_TK[max(0, -shift) : len(ids_TK) - max(0, shift)]
+    own, other = (response_T[max(0, -shift) + by :][: len(lists), None] for by in (0, shift))
+    return (lists == own).any(1), (lists == other).any(1)
 
 
 def _widened(values_K: np.ndarray, width: int, filler: float) -> np.ndarray:
@@ -169,9 +208,16 @@ def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
         require_unicode(str(name))
     frame = frame.assign(context_id=frame["context_id"].astype(str))
     rows = _by_position(frame, path) if "position" in frame else _by_context(frame, path)
-    lists = {context: _lists(*parts, vocabulary, f"{path}, context {context!r}") for context, parts in rows.items()}
-    teacher = ListedTeacher(lists, vocabulary=vocabulary, name=str(path))
+    raw = {context: _arrays(*parts[:2], f"{path}, context {context!r}") for context, parts in rows.items()}
+    signs = {context: entry for context, entry in zip(raw, absent_entries(list(raw.values())))}
+    lists = {context: _lists(*raw[context], signs[context], rows[context][2], vocabulary, f"{path}, context {context!r}") for context in raw}
+    teacher = ListedTeacher(lists, vocabulary=vocabulary, name=str(path), absent=int(sum(sign.sum() for sign in signs.values())))
+    _require_natural(teacher)
     _say(teacher)
+    if teacher.absent:
+        values = np.concatenate([raw[context][1][sign] for context, sign in signs.items()])
+        log.warning("%s: %d entries hold a value that stands for a token outside the list (%s) and are read as absent", path, teacher.absent,
+                    ", ".join(f"{value:.6g}" for value in np.unique(values)[:5]))
     return teacher
 
 
@@ -214,20 +260,83 @@ def _ids(values, where: str) -> tuple[int, ...]:
         raise DiagnosticsError(f"{where}: the sampled tokens should be whole numbers; found {str(values)[:60]!r}. Mend that row.") from error
 
 
-def _lists(ids: Sequence, values: Sequence, sampled: tuple[int, ...] | None, vocabulary: int, where: str) -> Lists:
-    """Checked and padded lists of one context, their mass brought to at most 1 - TAIL_FLOOR unless they hold the whole vocabulary."""
-    ids_TK, ln_q_TK = _padded(ids, -1, where, "top_ids"), _padded(values, -np.inf, where, "top_logprobs")
-    there_TK = ids_TK >= 0
-    if ids_TK.shape != ln_q_TK.shape or not np.array_equal(there_TK, ~np.isneginf(ln_q_TK)):
-        raise DiagnosticsError(
-            f"{where}: top_ids and top_logprobs do not have the same lengths, or hold an id below 0 or a value of -inf. Give one finite log-probability an id."
-        )
-    ids_TK = ids_TK.astype(np.int64)
+def _arrays(ids: Sequence, values: Sequence, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T, K], -1 after the end of a list, and values [T, K], NaN there, as the file has them."""
+    ids_TK, values_TK = _padded(ids, np.nan, where, "top_ids"), _padded(values, np.nan, where, "top_logprobs")
+    if ids_TK.shape != values_TK.shape or _lengths(ids) != _lengths(values):
+        raise DiagnosticsError(f"{where}: top_ids and top_logprobs do not have the same lengths. Give one log-probability an id.")
+    if np.isnan(ids_TK).sum() != ids_TK.size - sum(_lengths(ids)):
+        raise DiagnosticsError(f"{where}: top_ids should be a list of lists of numbers, and holds a gap. Mend that row.")
+    there_TK = np.arange(ids_TK.shape[1]) < np.array(_lengths(ids))[:, None]
+    ids_TK = np.where(there_TK, ids_TK, -1)
+    if np.isnan(values_TK[there_TK]).any():
+        raise DiagnosticsError(f"{where} holds a log-probability that is NaN or above 0 (nan). Store ln q of each id.")
+    return ids_TK, values_TK
+
+
+def _lengths(rows: Sequence) -> list[int]:
+    return [len(row) for row in rows]
+
+
+def absent_entries(raw: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Which entries [T, K] of each context's (ids, values) hold a sign for "not listed" in place of a log-probability.
+
+    By the constants at the module's head: values that no softmax gives, whole numbers far below the rest of their
+    list, and a number that many different lists share to the last bit. Values are NaN after the end of a list.
+    """
+    floors = _floors(raw)
+    return [(values_TK < LEAST) | _stands_apart(values_TK) | np.isin(values_TK, floors) for _, values_TK in raw]
+
+
+def _stands_apart(values_TK: np.ndarray) -> np.ndarray:
+    whole_TK = (values_TK <= ROUND) & (values_TK == np.round(values_TK))
+    others_TK = np.where(whole_TK | np.isnan(values_TK), np.inf, values_TK)
+    return whole_TK & (others_TK.min(1, keepdims=True) - values_TK >= APART)
+
+
+def _floors(raw: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The values that a server writes for all tokens below them, from what repeats over different lists."""
+    distinct = {values_K[~np.isnan(values_K)].tobytes() for _, values_TK in raw for values_K in values_TK}
+    lists = [np.frombuffer(values) for values in distinct]
+    values = np.concatenate(lists) if lists else np.empty(0)
+    if not len(values) or _are_rounded(values[values > LEAST]):
+        return np.empty(0)
+    low, counts = np.unique(np.concatenate([np.unique(part[part <= FLOOR]) for part in lists]), return_counts=True)
+    return low[counts >= max(FEWEST, SELDOM * len(lists))]
+
+
+def _are_rounded(values: np.ndarray) -> bool:
+    """Most values have at most three decimal digits, or are numbers of float16 or bfloat16."""
+    thousandths, short = 1000 * values, values.astype(np.float32)
+    # within float32's own rounding
+    found = (np.abs(thousandths - thousandths.round()) < 5e-3, short.view(np.uint32) & 0xFFFF == 0, short == short.astype(np.float16))
+    return any(where.mean() >= ROUNDED for where in found) if len(values) else True
+
+
+def _lists(ids_TK: np.ndarray, values_TK: np.ndarray, absent_TK: np.ndarray, sampled: tuple[int, ...] | None, vocabulary: int, where: str) -> Lists:
+    """Checked lists of one context without absent entries, their mass brought to at most 1 - TAIL_FLOOR unless they hold the whole vocabulary."""
+    there_TK = ~np.isnan(values_TK) & ~absent_TK
+    if (ids_TK[there_TK] < 0).any():
+        raise DiagnosticsError(f"{where}: top_ids holds an id below 0. Give one finite log-probability an id.")
+    if not there_TK.any(1).all():
+        raise DiagnosticsError(f"{where} has a list in which every value stands for a token outside it ({np.nanmax(values_TK):.6g} …). Give the teacher's likeliest tokens.")
+    ids_TK, ln_q_TK = np.where(there_TK, ids_TK, -1).astype(np.int64), np.where(there_TK, values_TK, -np.inf)
     _check_lists(ids_TK, ln_q_TK, vocabulary, where)
     mass_T1 = np.exp(ln_q_TK).sum(1, keepdims=True)
     whole_T1 = there_TK.sum(1, keepdims=True) == vocabulary
     allowed_T1 = np.where(whole_T1, 1.0, np.minimum(mass_T1, 1 - TAIL_FLOOR))
     return Lists(ids_TK, ln_q_TK + np.log(allowed_T1 / mass_T1), sampled)
+
+
+def _require_natural(teacher: ListedTeacher) -> None:
+    """Refuse logarithms to base 2: their powers of two add up to 1 or little less at many positions, and to more at none."""
+    deep = [entry.ln_q_TK[(entry.ids_TK >= 0).sum(1) >= BASE_2_DEPTH] for entry in teacher.lists.values()]
+    sums = np.concatenate([np.exp2(ln_q_TK).sum(1) for ln_q_TK in deep])
+    if len(sums) >= BASE_2_LISTS and sums.max() <= 1 + TOO_MUCH / 10 and (sums >= 1 - 2 * TOO_MUCH).mean() >= BASE_2_SHARE:
+        raise DiagnosticsError(
+            f"{teacher.name} seems to hold logarithms to base 2: raised from 2, its lists add up to {np.median(sums):.4g} at the median and never to more than 1. "
+            "Store natural log-probabilities: multiply the values by ln 2 = 0.6931."
+        )
 
 
 def _padded(rows: Sequence, filler: float, where: str, name: str) -> np.ndarray:

@@ -30,7 +30,7 @@ log = logging.getLogger("diagnostics")
 ORDER = ("rollout", "score", "import", "probe", "after", "attribute", "intervene", "analyze", "compare", "train", "validate")
 COMMANDS = {"import": "analyze", "after": "score"}
 """Stages whose command has another name."""
-FURTHER = {"analyze": ("seed", "training"), "compare": ("seed",), "after": ("after",), "validate": ("offline",), "import": ("tokens",)}
+FURTHER = {"analyze": ("seed", "training", "k"), "compare": ("seed",), "after": ("after",), "validate": ("offline",), "import": ("tokens",)}
 """Settings of a stage that no dataclass of its command holds."""
 REQUIRED = {"analyze": ("seed",), "compare": ("seed",), "after": ("after",), "import": ("tokens",)}
 """Settings without which a stage cannot be repeated."""

@@ -26,14 +26,16 @@ from diagnostics import regressions, statistics
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
 from diagnostics.statistics import Estimate, Prompts, Regression, Variable
 from diagnostics.tables import Contrast, Split, contrasts, features, outcomes, pair_up, row, splits
-from diagnostics.types import SCHEMA, support_column
+from diagnostics.types import SCHEMA, DiagnosticsError, support_column
 
 PROXIES = (
     "compatibility", "compatibility_intersection", "topk_overlap", "topk_jaccard", "shared_student_mass", "bhattacharyya",
 )
 SUPPORTS = (4, 8, 16, 32)
 BASE_K = 16
-"""K of the columns without a suffix."""
+"""K of the columns without a suffix where nothing says it: the scorer's default."""
+MOST_K, TELLING = 256, 30
+"""K up to which the overlap's denominators are tried, and positions with part of an overlap that are enough to tell K by them."""
 STATISTICS = ("spearman_difference", "tertile_difference", "matched_difference", "decomposition", "decomposition_per_unit")
 GAINS = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -110,12 +112,42 @@ class Finding:
         return key | row(self.estimate, level, p_value=self.estimate.p_value)
 
 
+def depends_on_k(tokens: pd.DataFrame) -> list[str]:
+    """Columns without a suffix whose value depends on K."""
+    return [name for name in tokens if name in SCHEMA and SCHEMA[name].by_support]
+
+
+def known_k(tokens: pd.DataFrame, stated: int | None = None) -> int | None:
+    """K of the columns without a suffix: as stated, as the table says, or as its overlaps show; None where nothing tells.
+
+    stated: what a caller, a flag or a manifest says. `topk_overlap` is a number of tokens over K, so its values tell K
+    where enough positions have a part of an overlap. Raises DiagnosticsError where a stated K cannot be these columns'.
+    """
+    stated = tokens.attrs.get("k") if stated is None else stated
+    if stated is not None and stated < 1:
+        raise DiagnosticsError(f"K is a number of tokens, 1 or more; got {stated}.")
+    if "topk_overlap" not in tokens:
+        return stated
+    overlap = tokens["topk_overlap"].to_numpy(dtype=np.float64)
+    overlap = overlap[(overlap > 0) & (overlap < 1)]
+    if stated is not None:
+        if not _are_parts(overlap, stated):
+            shown = next((f" They are those of K = {k}." for k in range(1, MOST_K + 1) if _are_parts(overlap, k)), "")
+            raise DiagnosticsError(f"The values of topk_overlap are no numbers of tokens over {stated}, so K is not {stated}.{shown} Give the K that the table was made with.")
+        return stated
+    return next((k for k in range(1, MOST_K + 1) if _are_parts(overlap, k)), None) if len(overlap) >= TELLING else None
+
+
+def _are_parts(overlap: np.ndarray, k: int) -> bool:
+    return bool(np.all(np.abs(overlap * k - np.round(overlap * k)) < 1e-3))
+
+
 def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, int, str]]:
-    """(proxy, K, column) for every stand-in of compatibility that the table holds, compatibility first."""
+    """(proxy, K, column) for every stand-in of compatibility that the table holds at any K, compatibility first."""
     found = [(proxy, base_k, proxy) for proxy in PROXIES if proxy in tokens]
     for proxy in PROXIES:
-        columns = [(k, support_column(proxy, k)) for k in SUPPORTS if k != base_k]
-        found += [(proxy, k, name) for k, name in columns if name in tokens]
+        sizes = sorted(int(k) for base, _, k in (str(name).rpartition("_k") for name in tokens) if base == proxy and k.isdigit())
+        found += [(proxy, k, support_column(proxy, k)) for k in sizes if k != base_k]
     return found
 
 

@@ -81,6 +81,7 @@ class Models:
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
         from diagnostics.pairs import named_pair
+        from diagnostics.sources import base_folder
 
         settings = self.settings
         if settings["pair"] is not None:
@@ -90,6 +91,7 @@ class Models:
             settings |= dict(zip(("student", "teacher"), map(str, named.folders())))
         local = {name: Path(value) for name, value in settings.items()
                  if name not in ("pair", "dtype", "teacher_dtype") and isinstance(value, str) and value and Path(value).exists()}
+        local |= {f"{name}_base": base for name, path in list(local.items()) if (base := base_folder(path)) is not None}
         remote = [name for name in ("student", "teacher") if settings[name] and name not in local]  # their commit is known once loaded
         commits = {name: self.pair.facts.get(name, {}).get("revision") for name in remote}
         return {name: fingerprint_files(path) for name, path in local.items()} | {name: commit for name, commit in commits.items() if commit}
@@ -368,24 +370,39 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
         join_tokens(run)
 
 
-def analyze_stage(run: Run, config, *, seed: int, training: str | None = None) -> None:
-    """Write every table that the token table allows; training: directory of a finished validation, for claim C5."""
+def analyze_stage(run: Run, config, *, seed: int, training: str | None = None, k: int | None = None) -> None:
+    """Write every table that the token table allows; training: directory of a finished validation, for claim C5; k: K of
+    an imported table."""
     from diagnostics.analysis import study
 
     tables, source = {}, table_path(training, "validation_verdicts", what="validation") if training else None
     trained = pd.read_csv(source) if source else None
     settings = {**dataclasses.asdict(config), "seed": seed} | ({"training": training, "training_sha256": sha256_file(source)} if source else {})
+    settings |= {"k": k}
+    scored = run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
+    if None not in (k, scored) and k != scored:
+        raise DiagnosticsError(f"Got --k {k}, and this run was scored with --k {scored}. Leave it out; it is for imported tables.")
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(f"{run.path('tokens.parquet')} has no gains. Run the probe stage first.")
-        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed, training=trained))
+        tables.update(study(tokens, draws=config.draws, level=config.level, seed=seed, training=trained, base_k=_table_k(run, tokens, scored or k)))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
     run.stage("analyze", settings=settings, inputs=["tokens.parquet"],
               outputs=lambda: [f"tables/{name}.csv" for name in tables], work=work, derived=True, code=("analysis",))
+
+
+def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
+    """K of a token table's columns: the run's own scoring says it, an imported table or its flag has to."""
+    from diagnostics.robustness import depends_on_k, known_k
+
+    k = known_k(tokens, stated)
+    if k is None and depends_on_k(tokens) and "import" in run.manifest["stages"]:
+        raise DiagnosticsError(f"The imported table does not say at which K {', '.join(depends_on_k(tokens)[:3])} were measured. Give it with --k, or in a column `k`.")
+    return k
 
 
 def table_path(directory: str, name: str, *, what: str) -> Path:

@@ -364,3 +364,24 @@ def test_a_minimum_larger_than_the_budget_is_refused():
 def test_hellinger_and_js_are_read_not_computed():
     tokens = table().assign(hellinger=sqrt(0.5), js=0.1)
     assert set(score_criterion(tokens, "hellinger")) == {sqrt(0.5)} and set(score_criterion(tokens, "jsd")) == {0.1}
+
+
+def test_the_soft_or_is_exactly_one_where_either_part_is():
+    """a + b - a*b is 0.9999999999999999 for one in five of these; then rounding, and not the position, orders a tie."""
+    from diagnostics.criteria import soft_or
+
+    other = np.random.default_rng(0).random(10_000)
+    one = np.ones(10_000)
+    assert (soft_or(one, other) == 1).all() and (soft_or(other, one) == 1).all() and ((one + other - one * other) != 1).any()
+    np.testing.assert_allclose(soft_or(other, other[::-1]), other + other[::-1] - other * other[::-1], atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["tip", "teachability_entropy"])
+def test_all_positions_at_the_clip_of_entropy_are_tied(name):
+    """Whoever has h = 1 has the score 1, whatever d is, and the earliest are taken."""
+    rng = np.random.default_rng(1)
+    tokens = pd.DataFrame({"position": np.arange(2000), "context_id": "c", "student_entropy": rng.random(2000), "forward_kl": rng.random(2000), "compatibility": rng.random(2000)})
+    scores, h = score_criterion(tokens, name), normalise(tokens.student_entropy)
+    assert (scores[h == 1] == 1).all() and (h == 1).sum() == 100
+    top = np.flatnonzero(select(tokens, name, budget=0.03))
+    assert top.tolist() == np.flatnonzero(scores == 1)[:60].tolist()

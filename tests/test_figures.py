@@ -543,3 +543,10 @@ def test_nothing_to_show():
     assert str(error.value) == (
         "figures.q3_gain found no row with outcome in 'gain', 'relative_gain'; the table has no rows. Pass a table that holds it."
     )
+
+
+def test_runs_are_named_as_their_folders_whatever_these_hold():
+    """A dollar is no mathematics, and a leading underscore does not take a run out of the legend."""
+    rows = [{"run": run, "outcome": "gain", "criterion": "divergence", "split": "all", "estimate": 0.1, "low": 0.0, "high": 0.2, "positions": 9, "prompts": 3} for run in ("lr $$", "_first", "a $x$")]
+    figure = figures.runs(pd.DataFrame(rows))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr $$", " _first", "a $x$"]

@@ -59,7 +59,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, caplog):
     caplog.set_level("INFO", logger="diagnostics")
     bank(odd=[1] * 4).to_parquet(tmp_path / "bank.parquet")
     assert "odd" not in read_tokens(tmp_path / "bank.parquet")
-    assert "columns without a counterpart, left out: sample_ordinal, odd" in caplog.text
+    assert "columns without a counterpart, left out: odd" in caplog.text
 
 
 def test_our_own_table_passes_through(tmp_path):
@@ -100,9 +100,94 @@ def test_warnings_travel_with_the_table_into_the_study(tmp_path):
 
 
 def test_without_groups_every_sample_is_a_prompt(tmp_path):
-    for frame in (bank().drop(columns="group_index"), bank(group_index=[1, 1, None, None])):
+    for frame in (bank().drop(columns="group_index"), bank(group_index=[None] * 4)):
         tokens = read(frame, tmp_path)
         assert tokens.prompt_id.tolist() == ["sample-3", "sample-3", "sample-4", "sample-4"] and codes(tokens) == ["no_prompts"]
+
+
+def test_one_gap_costs_one_row_or_one_sample_its_group_and_no_other(tmp_path):
+    tokens = read(bank(group_index=[1, None, 2, 2]), tmp_path)
+    assert tokens.prompt_id.tolist() == ["group-1", "group-1", "group-2", "group-2"]
+    assert tokens.attrs["warnings"] == [["gaps", "group_index", "group_index is empty in 1 of 4 rows; where other rows of the sample have it, theirs is taken."]]
+    lone = read(bank(group_index=[1, 1, None, None]), tmp_path)
+    assert lone.prompt_id.tolist() == ["group-1", "group-1", "sample-4", "sample-4"] and codes(lone) == ["no_prompts"]
+    assert "group_index is empty in 2 of 4 rows" in lone.attrs["warnings"][0][2] and "1 samples have none at all" in lone.attrs["warnings"][0][2]
+
+
+def test_a_gap_in_rollouts_keeps_the_others(tmp_path):
+    tokens = read(bank(rollout_id=[0, None, 1, 1]), tmp_path)
+    assert tokens.context_id.tolist() == ["rollout-0-sample-3"] * 2 + ["rollout-1-sample-4"] * 2
+
+
+def test_samples_without_an_index_are_told_apart_by_ordinal_or_refused_for_that_reason(tmp_path):
+    tokens = read(bank(sample_index=[None] * 4), tmp_path)
+    assert tokens.context_id.tolist() == ["ordinal-0", "ordinal-0", "ordinal-1", "ordinal-1"] and tokens.response_length.tolist() == [2] * 4
+    assert codes(tokens) == ["sample_ordinal"]
+    with pytest.raises(DiagnosticsError, match=r"^sample_index is empty in 1 of 4 rows, and there is no sample_ordinal to tell the samples apart\. Fill one of the two in\.$"):
+        read(bank(sample_index=[3, None, 4, 4]).drop(columns="sample_ordinal"), tmp_path)
+
+
+@pytest.mark.parametrize("name, values, shown", [("tok_pos", [0, None, 0, 1], "nan"), ("tok_pos", [0, -1, 0, 1], "-1"), ("tok_pos", [0, 0.5, 0, 1], "0.5"), ("token_id", [5, None, 7, 8], "nan")])
+def test_keys_that_are_no_whole_numbers_are_named(tmp_path, name, values, shown):
+    with pytest.raises(DiagnosticsError, match=rf"^{name} should hold whole numbers from 0, and 1 of 4 rows hold something else \('{shown}'\)\. Mend them\.$"):
+        read(bank(**{name: values}), tmp_path)
+
+
+def test_masked_positions_keep_the_responses_length(tmp_path):
+    """As the file has it, in each of the three ways to have it."""
+    from diagnostics.criteria import relative_position
+
+    place = np.arange(10) / 9
+    frame = pd.DataFrame({"sample_index": 0, "group_index": 0, "tok_pos": range(10), "token_id": 5, "resp_len": 10, "pos_norm": place,
+                          "Hs_full": 1.0, "KLf_full": np.arange(10.0), "loss_mask_original": [1] * 6 + [0] * 4})
+    for left_out in ([], ["resp_len"], ["pos_norm"], ["resp_len", "pos_norm"]):
+        tokens = read(frame.drop(columns=left_out), tmp_path)
+        assert tokens.response_length.tolist() == [10] * 6
+        np.testing.assert_allclose(relative_position(tokens), place[:6])
+    cut = frame[:5].assign(loss_mask_original=1)
+    assert read(cut, tmp_path).response_length.tolist() == [10] * 5
+
+
+@pytest.mark.parametrize("mask", [["True", "False", "True", "true"], ["yes", "no", "Yes", "YES"], [True, False, True, True], ["1", "0", "1", "1"], [1.0, 0.0, 1.0, 1.0], [1, None, 1, 1]])
+def test_a_mask_in_words_is_a_mask(tmp_path, mask):
+    tokens = read(bank(loss_mask_original=pd.Series(mask, dtype=object if isinstance(mask[0], bool) else None)), tmp_path)
+    assert tokens.context_id.tolist() == ["sample-3", "sample-4", "sample-4"] and tokens.response_length.tolist() == [2, 2, 2]
+
+
+def test_masks_that_are_none_are_refused(tmp_path):
+    with pytest.raises(DiagnosticsError, match=r"^loss_mask_original holds 'perhaps' in 1 rows, which is no flag\. Write 1 and 0, or true and false\.$"):
+        read(bank(loss_mask_original=["1", "perhaps", "1", "0"]), tmp_path)
+    with pytest.raises(DiagnosticsError, match=r"^loss_mask_original is 0 at every position"):
+        read(bank(loss_mask_original=[0] * 4), tmp_path)
+
+
+def test_flags_in_words_and_values_that_are_no_numbers(tmp_path):
+    tokens = read(bank(reach_t1=["True", "False", "true", None], Hs_full=["1.0", "2.0", "much", None]), tmp_path)
+    assert tokens.teacher_top1_in_topk.tolist() == [True, False, True, False] and tokens.student_entropy.tolist()[:2] == [1.0, 2.0]
+    assert tokens.student_entropy.isna().sum() == 2 and codes(tokens) == ["not_numbers", "gaps"]
+    assert tokens.attrs["warnings"][0][2] == "Hs_full holds 'much' and the like in 1 rows: no numbers, and undefined."
+
+
+def test_the_floored_coefficient_of_a_training_bank_stays_apart(tmp_path):
+    tokens = read(bank(schema_version=2, CBC=[0.1, 0.2, 0.3, 0.4]), tmp_path)
+    assert "bhattacharyya" not in tokens and tokens.bhattacharyya_released.tolist() == [0.1, 0.2, 0.3, 0.4] and codes(tokens) == ["floored"]
+    assert "bhattacharyya" in read(bank(CBC=[0.1] * 4), tmp_path)
+
+
+def test_a_table_may_state_its_k_and_first_choices(tmp_path):
+    assert read(bank(top_k=8), tmp_path).attrs["k"] == 8 and "k" not in read(bank(), tmp_path).attrs
+    assert read(bank(student_top_ids=[[1, 2, 3, 4]] * 4), tmp_path).attrs["k"] == 4
+    assert read(bank(student_top1_id=[1, 2, 3, 4], teacher_top1_id=[1, 0, 3, 0]), tmp_path).top1_match.tolist() == [True, False, True, False]
+
+
+def test_tokens_without_texts_have_no_type(tmp_path):
+    from diagnostics.comparison import profile_measures, token_type
+
+    without, words = read(bank(), tmp_path), read(bank(token=["a", "7", ".", "b"]), tmp_path)
+    assert token_type(without).tolist() == ["unknown"] * 4 and token_type(words).tolist() == ["word", "number", "punctuation", "word"]
+    measures = profile_measures(without)
+    assert measures["unknown"].mean() == 1 and not {"word", "number", "punctuation"} & set(measures)
+    assert "unknown" not in profile_measures(words)
 
 
 def test_rollouts_keep_samples_apart_and_whole_floats_are_whole(tmp_path):

@@ -71,3 +71,27 @@ def test_captions_stay_within_the_page():
 def test_colours_of_either_sign_meet_in_the_middle():
     norm = plates.signed_root(4.0)
     np.testing.assert_allclose([float(norm(value)) for value in (-4.0, -1.0, 0.0, 1.0, 4.0)], [0, 0.25, 0.5, 0.75, 1])
+
+
+@pytest.mark.parametrize("name", ["lr $$", "a $x$ b", "$", "c^{", "$\\frac{", "100 % _x_ \\alpha"])
+def test_names_are_never_read_as_mathematics(name):
+    """In titles, ticks, legends and captions, on the first drawing and on a later one."""
+    import io
+
+    @plates.plate
+    def draw(table, *, width=plates.SINGLE, dark=False):
+        figure, axes = plates.canvas(width, 2)
+        ax = axes[0, 0]
+        ax.plot([0, 1], [0, 1], label=name)
+        ax.set_title(name), ax.set_xlabel(name), ax.set_ylabel(name)
+        ax.text(0.5, 0.5, name), ax.annotate(name, (0, 0))
+        ax.set_yticks([0], [name])
+        plates.legend(figure, ax, 1)
+        plates.caption(figure, name)
+        return figure
+
+    figure = draw(None)
+    for kind in ("svg", "png", "pdf"):
+        figure.savefig(io.BytesIO(), format=kind)
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() == name]
+    assert len(texts) >= 7 and not any(text.get_parse_math() for text in texts)

@@ -113,7 +113,10 @@ def test_adapters_that_cannot_be_merged(base, tmp_path):
 
     refused(adapter_like(base, tmp_path / "a", peft_type="PREFIX_TUNING"), r"a holds an adapter of type PREFIX_TUNING for the base model '.*base'\. Only LoRA can be merged")
     refused(adapter_like(base, tmp_path / "b", base_model_name_or_path=None), r"for the base model None\. Only LoRA")
-    refused(adapter_like(base, tmp_path / "c", base_model_name_or_path=str(tmp_path / "gone")), r"^No model can be loaded from '.*gone'")
+    refused(adapter_like(base, tmp_path / "c", base_model_name_or_path=str(tmp_path / "gone")), r"c names the base model '.*gone', a path that is not on this machine\. Put the base model there")
+    refused(adapter_like(base, tmp_path / "j", base_model_name_or_path="../gone"), r"names the base model '\.\./gone', a path that is not on this machine")
+    refused(adapter_like(base, tmp_path / "k", base_model_name_or_path="https://x.y/z"), r"names the base model 'https://x\.y/z', a path that is not on this machine")
+    refused(adapter_like(base, tmp_path / "l", base_model_name_or_path=str(base / "adapter")), r"which is an adapter itself\. Merge that one into its own base model first")
     make_model(1, hidden=48).save_pretrained(tmp_path / "wide")
     refused(adapter_like(base, tmp_path / "d", base_model_name_or_path=str(tmp_path / "wide")), r"^The adapter in .*d cannot be merged \(Error\(s\) in loading state_dict.*\)\. Check that it belongs")
     refused(adapter_like(base, tmp_path / "e", target_modules=["nothing"]), r"^The adapter in .*e cannot be merged \(Target modules .*\)\. Check that it belongs")
@@ -127,7 +130,132 @@ def test_adapters_that_cannot_be_merged(base, tmp_path):
     refused(unsafe, r"g has no adapter_model\.safetensors; other formats can run code and are not read\. Save the adapter again")
     (adapter_like(base, tmp_path / "h") / "adapter_config.json").write_text("{")
     refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings")
+    (tmp_path / "h" / "adapter_config.json").write_text("[" * 10**5 + "]" * 10**5)
+    refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings \(RecursionError")
+    (tmp_path / "h" / "adapter_config.json").write_text(" " * 5_000_000)
+    refused(tmp_path / "h", r"settings \(ValueError\('5,000,000 bytes, where 4,194,304 are the most that is read'\)\)")
     refused(base / "adapter", r"adapter is an adapter, which is merged into its base model; that cannot be done in nf4", dtype="nf4")
+
+
+# --- adapters on every module of tied and untied bases -----------------------------------------------------------
+
+EVERYWHERE = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+ADAPTERS = {name: {"target_modules": [name]} for name in (*EVERYWHERE, "lm_head", "embed_tokens")} | {
+    "all": {"target_modules": [*EVERYWHERE, "lm_head", "embed_tokens"]},
+    "ends": {"target_modules": ["lm_head", "embed_tokens"], "lora_alpha": 32, "use_rslora": True},
+    "kept tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "dora": {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_dora": True},
+    "ranks": {"target_modules": EVERYWHERE, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved and kept tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "saved norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "saved embedding, adapted head": {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]},
+    "tokens of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 40]}},
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def ends(request, tmp_path_factory):
+    """A base model whose head is or is not its embedding."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("ends")
+    make_model(1, tie_word_embeddings=request.param).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    return folder, request.param
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_merged_adapter_is_what_peft_runs(ends, kind, tmp_path):
+    """Logits against PeftModel's on the untouched base, and the merged model lives through a checkpoint."""
+    import warnings
+
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder, tied = ends
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(load_model(folder / "base", **LOAD), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **{"lora_alpha": 8, **ADAPTERS[kind]}))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+        made.save_pretrained(tmp_path / "adapter")
+        expected = logits(peft.PeftModel.from_pretrained(load_model(folder / "base", **LOAD), str(tmp_path / "adapter")).eval())
+    merged = load_model(tmp_path / "adapter", **LOAD)
+    assert (expected - logits(load_model(folder / "base", **LOAD))).abs().max() > 0.01
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    same = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert same == merged.config.tie_word_embeddings and (tied or not same)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=0, atol=1e-4)
+
+
+def lora(folder, target, **settings):
+    """A random LoRA for the base model of a folder, saved."""
+    import warnings
+
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        made = peft.get_peft_model(load_model(folder / "base", **LOAD), peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+        made.save_pretrained(target)
+    return target
+
+
+def test_a_merge_that_changes_the_model_is_refused(ends, tmp_path, monkeypatch):
+    """Were tied weights not untied, the difference would be seen."""
+    folder, tied = ends
+    adapter = lora(folder, tmp_path / "a", target_modules=["embed_tokens"])
+    monkeypatch.setattr(sources, "_untie", lambda adapted: False)
+    if not tied:
+        load_model(adapter, **LOAD)
+        return
+    with pytest.raises(DiagnosticsError, match=r"a cannot be merged: merged, the model's logits differ by up to \d.* from those of the model with its adapter\. Its kind"):
+        load_model(adapter, **LOAD)
+
+
+def test_adapters_that_no_weights_can_hold_are_refused(ends, tmp_path):
+    """A bias where the layer has none; an adapter that waits for certain tokens."""
+    folder, _ = ends
+    with pytest.raises(DiagnosticsError, match=r"cannot be merged \(Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"):
+        load_model(lora(folder, tmp_path / "a", target_modules=["q_proj"], lora_bias=True), **LOAD)
+    with pytest.raises(DiagnosticsError, match="cannot be merged"):
+        load_model(lora(folder, tmp_path / "b", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]), **LOAD)
+
+
+def test_what_peft_warns_of_is_said_or_refused(ends, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = ends
+    adapter = lora(folder, tmp_path / "a", target_modules=["q_proj"], use_dora=True)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"of_a_later_version": 3}))
+    load_model(adapter, **LOAD)
+    assert [message for message in caplog.messages if "as PEFT says: Unexpected keyword arguments ['of_a_later_version']" in message]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value for name, value in weights.items() if "magnitude" not in name}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DiagnosticsError, match=r"a lacks weights that its settings name \(Found missing adapter keys.*magnitude.*\)\. Save the adapter again\."):
+        load_model(adapter, **LOAD)
+
+
+def test_an_adapter_that_grew_the_vocabulary_says_by_how_much(ends, tmp_path):
+    import warnings
+
+    import peft
+
+    folder, _ = ends
+    model = load_model(folder / "base", **LOAD)
+    model.resize_token_embeddings(70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(DiagnosticsError, match=r"a cannot be merged \(.*size mismatch for .*: copying a param with shape torch\.Size\(\[70, 32\]\) from checkpoint, .*\[64, 32\]\)\.\)\."):
+        load_model(tmp_path / "a", **LOAD)
 
 
 def test_adapters_without_peft(base, monkeypatch):
@@ -265,6 +393,137 @@ def test_revisions_reach_the_loader(folder, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, **options: (seen.append(options), real(source, **options))[1])
     load_pair(student=str(folder), teacher=str(folder), student_revision="abc", teacher_revision="def", teacher_dtype="float16", device="cpu")
     assert [(o["revision"], o["dtype"], o["use_safetensors"]) for o in seen] == [("abc", torch.float32, True), ("def", torch.float16, True)]
+
+
+def test_another_base_model_is_another_student(ends, tmp_path):
+    """The adapter's folder is the same, the weights below it are not: a run's fingerprint tells them apart."""
+    from diagnostics.pairs import PairConfig
+    from diagnostics.stages import Models
+
+    folder, _ = ends
+    shutil.copytree(folder / "base", tmp_path / "base")
+    adapter = lora(folder, tmp_path / "a", target_modules=["q_proj"])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")}))
+    config = PairConfig(student=str(adapter), teacher=str(folder / "base"))
+    before = Models(config).fingerprint()
+    make_model(9).save_pretrained(tmp_path / "base")
+    after = Models(config).fingerprint()
+    assert set(before) == {"student", "student_base", "teacher"} and [name for name in before if before[name] != after[name]] == ["student_base"]
+
+
+# --- what a folder may ask for --------------------------------------------------------------------------------------
+
+
+def with_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_weights_that_the_file_lacks_are_not_drawn_at_random(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layers.1.mlp" not in name}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DiagnosticsError, match=r"m lacks 3 of the weights that its config\.json asks for \(model\.layers\.1\.mlp\.down_proj\.weight, .*; they would be drawn at random\."):
+        load_model(folder, **LOAD)
+
+
+def test_weights_that_are_not_used_are_said(folder, caplog):
+    load_model(with_config(folder, num_hidden_layers=1), **LOAD)
+    assert [message for message in caplog.messages if message.startswith(f"{folder}: 9 weights of the file are not in a LlamaForCausalLM and are not used (model.layers.1")]
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_local_experts"])
+def test_a_config_that_asks_for_too_many_parts(folder, name):
+    with pytest.raises(DiagnosticsError, match=rf"^The config\.json of .*m asks for {name} = 1,000,000,000, and 10,000 is the most that is built"):
+        load_model(with_config(folder, **{name: 10**9}), **LOAD)
+    with pytest.raises(DiagnosticsError, match=rf"asks for {name} = 1,000,000,000"):
+        load_model(with_config(folder, **{name: 2, "text_config": {"deep": {name: 10**9}}}), **LOAD)
+
+
+def test_a_config_that_names_code_to_fetch(folder):
+    with pytest.raises(DiagnosticsError, match=r"names code to fetch, attn_implementation = 'who/kernel', which is not run"):
+        load_model(with_config(folder, attn_implementation="who/kernel"), **LOAD)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_settings_nested_beyond_measure(folder, file):
+    (folder / file).write_text('{"model_type": "llama", "a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(DiagnosticsError, match=r"^No (model|tokenizer) can be loaded from '.*m' \("):
+        load_model(folder, **LOAD)
+        load_tokenizer(folder)
+
+
+EVIL = """open({ran!r}, "w").write("x")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class C(LlamaConfig):
+    model_type = "evilmodel"
+class M(LlamaForCausalLM):
+    config_class = C
+class T(PreTrainedTokenizerFast):
+    pass
+def generate(*arguments, **options):
+    pass
+"""
+
+
+@pytest.fixture
+def evil(folder, tmp_path, monkeypatch):
+    """A folder whose code leaves a file where it runs; nobody may be asked."""
+    (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    yield folder
+    assert not (tmp_path / "ran").exists()
+
+
+NEVER = r"from '.*m': it brings code of its own \(auto_map\), which this program never runs; no flag allows it\. Use a checkpoint of an architecture"
+
+
+def test_a_models_code_is_not_run(evil):
+    with_config(evil, model_type="evilmodel", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    with pytest.raises(DiagnosticsError, match="^No model can be loaded " + NEVER):
+        load_model(evil, **LOAD)
+
+
+def test_a_known_model_with_code_of_its_own_is_the_librarys(evil, caplog):
+    with_config(evil, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    torch.testing.assert_close(logits(load_model(evil, **LOAD)), logits(make_model(1)), rtol=0, atol=0)
+    assert f"{evil} brings code of its own, which is not run: llama as the library has it is used" in caplog.messages
+
+
+def test_a_tokenizers_code_is_not_run(evil):
+    settings = json.loads((evil / "tokenizer_config.json").read_text())
+    changes = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "evil.T"]}}
+    (evil / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(DiagnosticsError, match="^No tokenizer can be loaded " + NEVER):
+        load_tokenizer(evil)
+
+
+def test_every_loader_is_told_to_run_no_code():
+    """Read off the syntax tree: what is loaded by transformers says so, so that nobody is asked."""
+    import ast
+    from pathlib import Path
+
+    calls = [(path.name, call) for path in sorted(Path(sources.__file__).parent.rglob("*.py")) for call in ast.walk(ast.parse(path.read_text()))
+             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"]
+    said = {(path, call.lineno): [keyword.value.value for keyword in call.keywords if keyword.arg == "trust_remote_code"] for path, call in calls
+            if ast.unparse(call.func.value) != "PeftModel"}  # it takes a model that is loaded already
+    assert len(said) >= 3 and set(map(tuple, said.values())) == {(False,)}
+
+
+def test_the_code_of_an_adapters_base_is_not_run(evil, tmp_path):
+    pytest.importorskip("peft")
+    with_config(evil, model_type="evilmodel", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(evil), "auto_mapping": {"base_model_class": "M", "parent_library": "evil"}}))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(DiagnosticsError, match="^No model can be loaded " + NEVER):
+        load_model(tmp_path / "a", **LOAD)
 
 
 # --- chat templates ----------------------------------------------------------------------------------------------

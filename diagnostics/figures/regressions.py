@@ -82,7 +82,7 @@ def support_robustness(
     """
     needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
     table = plates.keep(table, "figures.support_robustness", needs, {"outcome": outcomes, "statistic": statistic, "split": split})
-    series = [(f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i], table[table.k == k]) for i, k in enumerate(sorted(table.k.unique()))]
+    series = [(f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k]) for i, k in enumerate(sorted(table.k.unique()))]
     return statistic_forest(table, "proxy", series, statistic, outcomes, level, width)
 
 

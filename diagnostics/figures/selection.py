@@ -171,7 +171,7 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     bar.ax.tick_params(width=0.5, length=2)
 
 
-PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "number", "punctuation", "special")}
+PROFILES = {"quadrant": ("q1", "q2", "q3", "q4"), "kind of token": ("word", "number", "punctuation", "unknown", "special")}
 
 
 @figure(
@@ -216,7 +216,7 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
     left = np.zeros(len(wide))
     for index, name in enumerate(measures):
         shares = wide[name].to_numpy(float)
-        ax.barh(np.arange(len(wide)), shares, left=left, height=0.72, color=CYCLE[index], hatch=HATCHES[index], edgecolor=plates.paper(),
+        ax.barh(np.arange(len(wide)), shares, left=left, height=0.72, color=CYCLE[index], hatch=HATCHES[index % len(HATCHES)], edgecolor=plates.paper(),
                 linewidth=0.4, label=plates.words(name).upper() if name[0] == "q" else plates.words(name))
         left = left + np.nan_to_num(shares)
     ax.set_xlim(0, 1)

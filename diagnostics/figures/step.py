@@ -101,7 +101,8 @@ def runs(
     """
     table = plates.keep(table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes})
     table = table.rename(columns={value: "estimate"})
-    series = [(name, *mark(i).values(), table[table.run == name]) for i, name in enumerate(dict.fromkeys(table.run))]
+    names = {name: f" {name}" if str(name).startswith("_") else name for name in table.run}  # matplotlib hides labels that begin so
+    series = [(shown, *mark(i).values(), table[table.run == name]) for i, (name, shown) in enumerate(names.items())]
     return statistic_forest(table, key, series, label, outcomes, level, width)
 
 
