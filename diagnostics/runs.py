@@ -64,8 +64,9 @@ PATHS = ("student", "teacher", "prompts", "eval_prompts", "rollouts", "teacher_l
 TRAINED = ("train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet", "training_gains.parquet")
 """Files of a training, which compares its settings with its own train.json."""
 SHARD = re.compile(r"[0-9]+-[0-9a-f]{16}\.parquet")
+KEPT = re.compile(rf"{SHARD.pattern}|direction\.safetensors|step\.json")
 PARTIAL = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
-"""Names of a kept batch, and of the folder of a stage under way."""
+"""Names of a kept batch, of all that a stage under way keeps (`directions`), and of its folder."""
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """What a model's folder is fingerprinted by: weights, configuration, tokenizer, chat template."""
 SHARD_SECONDS = 10.0
@@ -511,7 +512,7 @@ class Run:
         for name, kind in files.walk(self.directory, ".partial"):
             found = PARTIAL.fullmatch(name.split("/")[1])
             if found and found["stage"] == stage:
-                _remove_ours(self.directory, name, kind, SHARD)
+                _remove_ours(self.directory, name, kind, KEPT)
         files.remove_folder(self.directory, ".partial")
 
     @contextmanager
