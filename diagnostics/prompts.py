@@ -10,6 +10,7 @@ Rows that cannot be used are counted and said, never dropped in silence; so are 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import weakref
 from collections import Counter

@@ -28,7 +28,7 @@ SURFACE = {
     "seed shard-teacher steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier",
     "validate": "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria device draws dtype eval-contexts eval-every eval-prompts "
     "eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume no-shard-teacher offline "
-    "offload-teacher output-dir pair probe-every prompt-column prompts prompts-split quiet resume save-every seeds shard-teacher steps student student-revision "
+    "offload-teacher output-dir pair peft probe-every prompt-column prompts prompts-split quiet resume save-every seeds shard-teacher steps student student-revision "
     "teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier workers",
     "report": "compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",

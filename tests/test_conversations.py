@@ -90,7 +90,7 @@ def test_json_text_and_pythons_notation(tokenizer):
 
 
 def test_nests_too_deep_are_refused(tmp_path, tokenizer):
-    for depth, said in ((DEEPEST + 5, rf"more than {DEEPEST} levels deep"), (100_000, "line 1 is nested too deeply")):
+    for depth, said in ((DEEPEST + 5, rf"more than {DEEPEST} levels deep"), (100_000, "line 1 is not JSON: its brackets are nested more than 100 deep")):
         (tmp_path / "deep.jsonl").write_text('{"messages": [{"role": "user", "content": "w1", "x": ' + "[" * depth + "]" * depth + "}]}\n")
         with pytest.raises(DiagnosticsError, match=said):
             load_prompts(tmp_path / "deep.jsonl", tokenizer=tokenizer)

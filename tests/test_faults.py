@@ -121,7 +121,7 @@ def wait_for(directory, pattern, process):
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("pattern", [".partial/rollout-*/responses/*.parquet", ".partial/score-*/scores/*.parquet", ".partial/probe-*/before/*.parquet"])
+@pytest.mark.parametrize("pattern", [".partial/rollout-*/responses-*/*.parquet", ".partial/score-*/scores/*.parquet", ".partial/probe-*/before/*.parquet"])
 def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, folders, tmp_path, pattern):  # noqa: F811
     process = in_a_process(folders, tmp_path / "out")
     wait_for(tmp_path, f"out/{pattern}", process)

@@ -1,5 +1,4 @@
 import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -370,7 +369,10 @@ def test_another_step_than_the_probes_is_refused(run_directory, command, what, c
 
 def test_attribution_needs_the_probe(run_directory, tmp_path, capsys):
     directory, models = run_directory
-    for name in ("contexts.parquet", "scores.parquet"):
+    for name in ("contexts.parquet", "scores.parquet", "tops.parquet"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["stages"] = {name: manifest["stages"][name] for name in ("rollout", "score") if name in manifest["stages"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert main(["attribute", *models[:-1], str(tmp_path)]) == 2
     assert "reads" in (error := capsys.readouterr().err) and "gains.parquet, which is not there" in error

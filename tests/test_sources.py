@@ -131,7 +131,7 @@ def test_adapters_that_cannot_be_merged(base, tmp_path):
     (adapter_like(base, tmp_path / "h") / "adapter_config.json").write_text("{")
     refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings")
     (tmp_path / "h" / "adapter_config.json").write_text("[" * 10**5 + "]" * 10**5)
-    refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings \(RecursionError")
+    refused(tmp_path / "h", r"adapter_config\.json cannot be read as an adapter's settings \(ValueError\('its brackets are nested more than 100 deep'")
     (tmp_path / "h" / "adapter_config.json").write_text(" " * 5_000_000)
     refused(tmp_path / "h", r"settings \(ValueError\('5,000,000 bytes, where 4,194,304 are the most that is read'\)\)")
     refused(base / "adapter", r"adapter is an adapter, which is merged into its base model; that cannot be done in nf4", dtype="nf4")
@@ -521,7 +521,7 @@ def test_the_code_of_an_adapters_base_is_not_run(evil, tmp_path):
     with_config(evil, model_type="evilmodel", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(evil), "auto_mapping": {"base_model_class": "M", "parent_library": "evil"}}))
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(DiagnosticsError, match="^No model can be loaded " + NEVER):
         load_model(tmp_path / "a", **LOAD)
 

@@ -207,7 +207,7 @@ def test_a_changed_trl_is_refused():
             return None
 
     start = r"^TRL 9\.9 is not the release that training was written for: DistillationTrainer\."
-    with pytest.raises(DiagnosticsError, match=start + r"_tokenize_prompts is missing, and \(self, prompts, …\) is relied on\. Install trl==1\.16\.0\.$"):
+    with pytest.raises(DiagnosticsError, match=start + r"_generate_and_score_completions is missing, and \(self, inputs, …\) is relied on\. Install trl==1\.16\.0\.$"):
         check_contract(Renamed, "9.9")
     with pytest.raises(DiagnosticsError, match=start + r"_compute_loss takes \(self, inputs, unwrapped_student, num_items_in_batch\), and "):
         check_contract(Reordered, "9.9")
