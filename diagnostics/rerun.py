@@ -166,13 +166,13 @@ def _digest(key: str, record: Mapping[str, Any]) -> str | None:
 
 def _hash_of(key: str, path: Path) -> str | None:
     """The hash of an input as the stages take it."""
-    from diagnostics.stages import _file_hash
+    from diagnostics.stages import file_hash
 
     if key == "training":
         return files.hash_inside(path, "tables/validation_verdicts.csv")
     if key in ("student", "teacher", "after"):
         return runs.fingerprint_files(path)
-    return _file_hash(key, str(path)).get(f"{key}_sha256")
+    return file_hash(key, str(path)).get(f"{key}_sha256")
 
 
 def _changed(different: Sequence[str]) -> DiagnosticsError:

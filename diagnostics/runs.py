@@ -260,7 +260,7 @@ def recorded(settings: Mapping[str, Any], *, apart: bool = False) -> dict[str, A
     """
     places = {f"{key}_place": hashlib.sha256(os.path.abspath(value).encode("utf-8", "surrogateescape")).hexdigest()[:16]
               for key, value in settings.items() if apart and key in PATHS and isinstance(value, str) and _last_name(value) != value}
-    return places | {key: _without_home(_last_name(value) if key in PATHS and isinstance(value, str) else value) for key, value in settings.items()}
+    return places | {key: without_home(_last_name(value) if key in PATHS and isinstance(value, str) else value) for key, value in settings.items()}
 
 
 def _last_name(value: str) -> str:
@@ -270,12 +270,12 @@ def _last_name(value: str) -> str:
     return scheme + (PurePath(os.path.abspath(path)).name if local else path)
 
 
-def _without_home(value: Any) -> Any:
+def without_home(value: Any) -> Any:
     home = os.path.expanduser("~").rstrip("/")
     if isinstance(value, dict):
-        return {key: _without_home(each) for key, each in value.items()}
+        return {key: without_home(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_home(each) for each in value]
+        return [without_home(each) for each in value]
     return value.replace(f"{home}/", "~/") if isinstance(value, str) and home.startswith("/") else value
 
 
@@ -440,7 +440,7 @@ class Run:
         parallel.barrier()
         written = outputs() if callable(outputs) else outputs
         made = {file: self._hash(file) for file in written}
-        record = {**now, "threads": threads(models=bool(now["models"])), "files": made, **({"facts": _without_home(facts)} if facts else {})}
+        record = {**now, "threads": threads(models=bool(now["models"])), "files": made, **({"facts": without_home(facts)} if facts else {})}
         self._say_what_differs(name, record)
         self.manifest["stages"][name] = record
         self._end(name)
@@ -512,7 +512,7 @@ class Run:
         for name, kind in files.walk(self.directory, ".partial"):
             found = PARTIAL.fullmatch(name.split("/")[1])
             if found and found["stage"] == stage:
-                _remove_ours(self.directory, name, kind, KEPT)
+                remove_ours(self.directory, name, kind, KEPT)
         files.remove_folder(self.directory, ".partial")
 
     @contextmanager
@@ -634,20 +634,27 @@ def open_run(directory: str | Path, *, accept_code: bool = False):
         with files.guard(directory):
             yield Run(directory, accept_code=accept_code)
         return
+    with locked(directory):
+        run = Run(directory, accept_code=accept_code)
+        refuse_unfit(directory, [name for record in run.manifest["stages"].values() for name in record["files"]])
+        with files.guard(directory, run._require_ours):
+            yield run
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, made where it is not there, and remove what a killed process had begun to write."""
     with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(directory)
-        _refuse_unfit(directory, FILES)
+        refuse_unfit(directory, FILES)
         lock = files.open_inside(directory, ".lock", os.O_RDWR | os.O_CREAT)
     with os.fdopen(lock, "rb"):
         _take_lock(lock, directory)
         with _usable(directory):
             _refuse_foreign(directory)
             _remove_unfinished(directory)
-        run = Run(directory, accept_code=accept_code)
-        _refuse_unfit(directory, [name for record in run.manifest["stages"].values() for name in record["files"]])
-        with files.guard(directory, run._require_ours):
-            yield run
+        yield
 
 
 @contextmanager
@@ -691,7 +698,7 @@ def _refuse_foreign(directory: Path) -> None:
     )
 
 
-def _refuse_unfit(directory: Path, names: Iterable[str]) -> None:
+def refuse_unfit(directory: Path, names: Iterable[str]) -> None:
     """Links, pipes and the like in place of this program's files and folders: they would be read or written through."""
     for name in names:
         if (found := files.kind(directory / name)) not in ("file", None):
@@ -710,10 +717,10 @@ def _remove_unfinished(directory: Path) -> None:
     found += [entry for folder in FOLDERS for entry in files.walk(directory, folder)]
     for name, kind in found:
         if kind == "file" and files.TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            _remove_ours(directory, name, kind, files.TEMPORARY)
+            remove_ours(directory, name, kind, files.TEMPORARY)
 
 
-def _remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> None:
+def remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> None:
     """Remove an empty folder, or a file of this program's naming; what is somebody else's stays, with a word."""
     if kind == "folder":
         gone = files.remove_folder(directory, name)
@@ -728,7 +735,8 @@ def _remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> N
 def hold(directory: Path) -> Iterator[None]:
     """Hold a folder while pages are written into it: a run by its lock; any other, in which no file is left for it, by itself."""
     if files.kind(directory / "manifest.json") is not None:
-        with open_run(directory):
+        with locked(directory), files.guard(directory):
+            read_manifest(directory / "manifest.json")
             yield
         return
     with _usable(directory):

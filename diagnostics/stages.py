@@ -67,7 +67,7 @@ class Models:
     def settings(self) -> dict:
         """What names the pair; where it runs is left out."""
         named = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
-        return named | _file_hash("teacher_logprobs", self.config.teacher_logprobs)
+        return named | file_hash("teacher_logprobs", self.config.teacher_logprobs)
 
     @property
     def writer_settings(self) -> dict:
@@ -109,7 +109,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     from diagnostics.tasks import TASKS
 
     options = dataclasses.asdict(config)
-    path, kwargs = options.pop("prompts"), _json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
+    path, kwargs = options.pop("prompts"), json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
     named = NAMED_PAIRS.get(models.config.pair)
     if path is None and named and named.task:
         write = TASKS[named.task].write
@@ -134,7 +134,7 @@ def _room_for_a_prompt(window: int | None, response: int) -> int | None:
     return window and window - response
 
 
-def _json_object(text: str, flag: str) -> dict:
+def json_object(text: str, flag: str) -> dict:
     try:
         value = parse_json(text)
     except ValueError:
@@ -151,7 +151,7 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
     if elsewhere is not None and elsewhere.rollouts is not None:
         return freeze_stage(run, models, prompts, elsewhere)
     path = prompts.prompts
-    settings = {**models.writer_settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout), **_file_hash("prompts", path)}
+    settings = {**models.writer_settings, **dataclasses.asdict(prompts), **dataclasses.asdict(rollout), **file_hash("prompts", path)}
 
     def work() -> dict:
         pair = models.pair
@@ -189,11 +189,11 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
     """Freeze a file of rollouts as the run's contexts; --prompts names the prompts that they came from."""
     from diagnostics.banks import freeze
 
-    files = {**_file_hash("rollouts", elsewhere.rollouts), **_file_hash("prompts", prompts.prompts)}
+    files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
     def work() -> dict:
         originals = choose_prompts(models, dataclasses.replace(prompts, contexts=None)).prompts if prompts.prompts else []
-        kwargs = _json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
+        kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
         bank, counts = freeze(models.pair, elsewhere.rollouts, rollouts_format=elsewhere.rollouts_format, prompts=originals,
                               contexts=prompts.contexts, chat=prompts.chat, chat_template_kwargs=kwargs)
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
@@ -203,7 +203,7 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
               outputs=["contexts.parquet"], work=work, code=("banks", "prompts", "pairs"), models=models.fingerprint)
 
 
-def _file_hash(name: str, path: str | None) -> dict[str, str]:
+def file_hash(name: str, path: str | None) -> dict[str, str]:
     """The hash of a file of prompts, or of a local data set's files, for the settings of the stage that reads it."""
     place = Path((path or "").removeprefix("hf:"))
     if path and os.path.isdir(place):
@@ -345,8 +345,8 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
     _refuse_shards(models)
     require_installed(engine.trl), lora_config(engine.lora_rank, engine.peft)  # refused before anything is recorded or loaded
     settings = {**models.settings, **dataclasses.asdict(prompts), **dataclasses.asdict(config), **dataclasses.asdict(engine),
-                **dataclasses.asdict(evaluation), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
-                **_file_hash("trl", engine.trl), **_file_hash("peft", engine.peft)}
+                **dataclasses.asdict(evaluation), **file_hash("prompts", prompts.prompts), **file_hash("eval_prompts", evaluation.eval_prompts),
+                **file_hash("trl", engine.trl), **file_hash("peft", engine.peft)}
     settings = {key: value for key, value in settings.items() if key not in ("resume", "save_every")}
 
     def work() -> dict:
@@ -514,8 +514,8 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     _refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
-    sources = {**models.fingerprint(), **_file_hash("prompts", prompts.prompts), **_file_hash("eval_prompts", evaluation.eval_prompts),
-               **_file_hash("trl", options.get("trl"))}
+    sources = {**models.fingerprint(), **file_hash("prompts", prompts.prompts), **file_hash("eval_prompts", evaluation.eval_prompts),
+               **file_hash("trl", options.get("trl"))}
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = validation.Job(folder, *map(_settings, (models.config, prompts, evaluation, config)), options, sources,
                          code_version("training", "trainer", "evaluation"), run.accept_code,

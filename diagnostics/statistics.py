@@ -362,7 +362,7 @@ def within_prompts(x, y, prompts: Prompts, *, method: str = "spearman", least: i
         each = np.where((n >= least) & (xx > 0) & (yy > 0), xy / np.sqrt(xx * yy), np.nan)
     used = np.isfinite(each)
     sums = np.stack([used, np.where(used, each, 0.0)], axis=1).astype(np.float64)
-    return of_sums(_ratio, sums, prompts, mask & used[prompts.codes])[0]
+    return of_sums(ratio_of_sums, sums, prompts, mask & used[prompts.codes])[0]
 
 
 def _moments_within(x: Variable, y: Variable, mask: np.ndarray, prompts: Prompts, method: str) -> tuple[np.ndarray, ...]:
@@ -452,7 +452,7 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
 # --- means ------------------------------------------------------------------------------------------
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
+def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(sums[..., :1] > 0, sums[..., 1:2] / sums[..., :1], np.nan)
 
@@ -462,7 +462,7 @@ def mean(values: np.ndarray, prompts: Prompts, mask: np.ndarray | None = None) -
     mask = np.isfinite(values) if mask is None else mask & np.isfinite(values)
     if not mask.any():
         return undefined(prompts, mask)
-    return of_sums(_ratio, prompts.sums(np.ones(mask.sum()), values[mask], at=mask), prompts, mask)[0]
+    return of_sums(ratio_of_sums, prompts.sums(np.ones(mask.sum()), values[mask], at=mask), prompts, mask)[0]
 
 
 def mean_difference(values: np.ndarray, prompts: Prompts, top: np.ndarray, bottom: np.ndarray) -> Estimate:
@@ -472,7 +472,7 @@ def mean_difference(values: np.ndarray, prompts: Prompts, top: np.ndarray, botto
         return undefined(prompts, used)
     y, upper, lower = values[used], top[used].astype(np.float64), bottom[used].astype(np.float64)
     sums = prompts.sums(upper, upper * y, lower, lower * y, at=used)
-    return of_sums(lambda s: _ratio(s[..., :2]) - _ratio(s[..., 2:]), sums, prompts, used)[0]
+    return of_sums(lambda s: ratio_of_sums(s[..., :2]) - ratio_of_sums(s[..., 2:]), sums, prompts, used)[0]
 
 
 def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarray:
@@ -599,7 +599,7 @@ def matched_difference(values: np.ndarray, prompts: Prompts, pairs: tuple[np.nda
         return undefined(prompts)
     mask = np.zeros(len(values), dtype=bool)
     mask[rows] = True
-    estimate = of_sums(_ratio, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask)[0]
+    estimate = of_sums(ratio_of_sums, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask)[0]
     return replace(estimate, positions=len(rows))
 
 
