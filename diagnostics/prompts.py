@@ -294,7 +294,7 @@ def render(tokenizer, messages: list[dict], *, add_generation_prompt: bool = Tru
 
 def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
     """The chat template asks for the time, so that a prompt is another one tomorrow."""
-    question, kwargs = [{"role": "user", "content": "a"}], kwargs or {}
+    question, kwargs = [{"role": "user", "content": "a"}], template_arguments(kwargs or {}, "--chat-template-kwargs")
     no_clock = {**kwargs, "strftime_now": "no function"}  # whoever calls it ends in an error
     return render(tokenizer, question, **kwargs) is not None and render(tokenizer, question, **no_clock) is None
 
