@@ -1,4 +1,4 @@
-"""Are the intervals and tests of `diagnostics.statistics` calibrated? Simulated data sets with clustered positions.
+"""Are the intervals and tests of `diagnostics.analysis.bootstrap` calibrated? Simulated data sets with clustered positions.
 
     python benchmarks/calibration.py [--datasets 1000] [--draws 1000] [--output benchmarks/CALIBRATION.md]
 
@@ -30,10 +30,10 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnostics import robustness, statistics, verdicts
+from diagnostics.analysis import robustness, bootstrap, claims
 from diagnostics.criteria import normalise
-from diagnostics.statistics import Controls, Estimate, Prompts
-from diagnostics.types import validate_tokens
+from diagnostics.analysis.bootstrap import Controls, Estimate, Prompts
+from diagnostics.core.types import validate_tokens
 
 LEVEL = 0.95
 PROMPTS = (20, 50, 300)
@@ -61,26 +61,26 @@ def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, n
 def estimates(data: dict[str, np.ndarray], prompts: Prompts) -> dict[str, Estimate]:
     """Every kind of statistic that the study reports."""
     h, d, c, y = (data[name] for name in "hdcy")
-    learnable = statistics.Variable(d * c)
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    learnable = bootstrap.Variable(d * c)
+    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = group == 3, group == 1
-    pairs = statistics.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
-    regression = statistics.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
-    places = statistics.locations(y, prompts, np.ones(len(y), dtype=bool))
-    spearman = statistics.spearman(learnable, y, prompts)
+    pairs = bootstrap.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
+    regression = bootstrap.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
+    places = bootstrap.locations(y, prompts, np.ones(len(y), dtype=bool))
+    spearman = bootstrap.spearman(learnable, y, prompts)
     return {
         "spearman": spearman,
-        "pearson": statistics.pearson(learnable, y, prompts),
-        "kendall": statistics.kendall(learnable, y, prompts),
-        "spearman difference": spearman - statistics.spearman(d, y, prompts),
-        "partial spearman": statistics.partial(learnable, y, Controls([h, d]), prompts),
-        "within prompts": statistics.within_prompts(learnable, y, prompts),
-        "mean": statistics.mean(y, prompts),
+        "pearson": bootstrap.pearson(learnable, y, prompts),
+        "kendall": bootstrap.kendall(learnable, y, prompts),
+        "spearman difference": spearman - bootstrap.spearman(d, y, prompts),
+        "partial spearman": bootstrap.partial(learnable, y, Controls([h, d]), prompts),
+        "within prompts": bootstrap.within_prompts(learnable, y, prompts),
+        "mean": bootstrap.mean(y, prompts),
         "median": places["median"],
         "trimmed mean": places["trimmed_mean"],
         "winsorised mean": places["winsorised_mean"],
-        "tertile difference": statistics.mean_difference(y, prompts, top, bottom),
-        "matched difference": statistics.matched_difference(y, prompts, pairs),
+        "tertile difference": bootstrap.mean_difference(y, prompts, top, bottom),
+        "matched difference": bootstrap.matched_difference(y, prompts, pairs),
         "coefficient": regression.coefficients["dc"],
         "coefficient difference": regression.coefficients["dc"] - regression.coefficients["d(1-c)"],
         "r squared": regression.r_squared,
@@ -92,12 +92,12 @@ def independent(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     h, d, c, y = (data[name] for name in "hdcy")
     n, z = len(y), stats.norm.ppf((1 + LEVEL) / 2)
     r = np.arctanh(np.corrcoef(d * c, y)[0, 1])
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = y[group == 3], y[group == 1]
     error = np.sqrt(top.var(ddof=1) / len(top) + bottom.var(ddof=1) / len(bottom))
     gap = top.mean() - bottom.mean()
-    X = np.column_stack([np.ones(n), *(statistics.standardise(v) for v in (h, d * c, d * (1 - c)))])
-    target = statistics.standardise(y)
+    X = np.column_stack([np.ones(n), *(bootstrap.standardise(v) for v in (h, d * c, d * (1 - c)))])
+    target = bootstrap.standardise(y)
     beta, rest = np.linalg.lstsq(X, target, rcond=None)[:2]
     beta_error = np.sqrt(np.linalg.inv(X.T @ X)[2, 2] * rest[0] / (n - 4))
     mean_error = y.std(ddof=1) / np.sqrt(n)
@@ -190,7 +190,7 @@ def approximations(*, prompts: int, draws: int, seed: int, repeats: int = 5) -> 
 def _anew(data: dict[str, np.ndarray]) -> dict[str, float]:
     h, d, c, y = (data[name] for name in "hdcy")
     learnable = d * c
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     rank = {name: stats.rankdata(v) for name, v in {"x": learnable, "y": y, "h": h, "d": d}.items()}
     held = np.column_stack([np.ones(len(y)), rank["h"], rank["d"]])
     basis = np.linalg.qr(held)[0]
@@ -212,7 +212,7 @@ def false_verdicts(*, prompts: int, datasets: int, draws: int, seed: int) -> flo
     for number in range(datasets):
         rng = np.random.default_rng([seed, prompts, number, 1])
         found = robustness.findings(_null_table(rng, prompts), draws=draws, seed=number)
-        wrong += bool((verdicts.verdicts(found, placebo=()).verdict != "inconclusive").any())
+        wrong += bool((claims.verdicts(found, placebo=()).verdict != "inconclusive").any())
     return 100 * wrong / datasets
 
 

@@ -39,9 +39,9 @@ GRID = [["intervene", *PAIR, "--criteria", "divergence,teachability,tip", "--bud
 
 def child(commands: list[list[str]], directory: Path) -> None:
     """Commands one after the other in this process, every finished batch on disk at once, its words in a file."""
-    from diagnostics import cli, runs
+    from diagnostics.pipeline import cli, run as run_directory
 
-    runs.SHARD_SECONDS = 0.0
+    run_directory.SHARD_SECONDS = 0.0
     with open(SAID, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -156,7 +156,11 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from diagnostics import analysis, intervention, load_pair, report, rollout, stages, sums  # noqa: F401  (children find them in memory)
+    from diagnostics.analysis import study
+    from diagnostics.probing import intervention
+    from diagnostics import load_pair, rollout, sums
+    from diagnostics.report import page
+    from diagnostics.pipeline import stages  # noqa: F401  (children find them in memory)
 
     torch.set_num_threads(1)  # a process with threads is not to be forked
     pair = load_pair("embedded", device="cpu")

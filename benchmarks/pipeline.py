@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diagnostics import parallel
-from diagnostics.probe import Workbench, loss_weights, probe, split_prompts
-from diagnostics.scores import batches, score
+from diagnostics.core import distributed
+from diagnostics.probing.one_step import Workbench, loss_weights, probe, split_prompts
+from diagnostics.probing.scores import batches, score
 
 VOCABULARY = 151_936
 STUDENT = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -76,14 +76,14 @@ def small_pair(*, quick: bool, layers: int | None = None):
 
 def pair_of(student: torch.nn.Module, teacher: torch.nn.Module):
     """A pair of models in memory."""
-    from diagnostics.pairs import assemble
+    from diagnostics.models.pair import assemble
 
     return assemble("bench", student, teacher, Tokens())
 
 
 def random_bank(*, contexts: int = 8, prompt: int = 16, response: int = 48):
     """Contexts of random tokens, all of one length."""
-    from diagnostics.types import Bank, Context
+    from diagnostics.core.types import Bank, Context
 
     ids = np.random.default_rng(0).integers(10, 16_000, (contexts, prompt + response)).tolist()
     return Bank(tuple(Context(f"c{i}", f"p{i}", "", tuple(row[:prompt]), "", tuple(row[prompt:]), False) for i, row in enumerate(ids)))
@@ -176,10 +176,10 @@ def timed_score(*, quick: bool) -> None:
     pair, bank = small_pair(quick=quick, layers=2), random_bank(contexts=16 if quick else 48)
     times = []
     for _ in range(2 if quick else 4):
-        parallel.barrier()
-        times.append(seconds(lambda: (score(pair, bank, sweep=(4, 8, 32), batch_tokens=256), parallel.barrier())))
+        distributed.barrier()
+        times.append(seconds(lambda: (score(pair, bank, sweep=(4, 8, 32), batch_tokens=256), distributed.barrier())))
     table = score(pair, bank, batch_tokens=256)
-    if parallel.is_main():
+    if distributed.is_main():
         digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy().tobytes()).hexdigest()
         print(json.dumps({"seconds": statistics.median(times[1:]), "table": digest}))
 

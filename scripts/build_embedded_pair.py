@@ -3,7 +3,7 @@
     python scripts/build_embedded_pair.py [--output-dir data/embedded] [--step-share 1.0]
 
 Both models train at once, one process and one thread each, on endless fresh stories of the `train` split
-(`diagnostics.tasks`): the teacher on correct responses, the student on responses with its misconceptions.
+(`diagnostics.contexts.story_sums`): the teacher on correct responses, the student on responses with its misconceptions.
 The loss is the cross-entropy of response tokens only. Same seed and same library versions, same weights.
 
 The pair is accepted by the properties in REQUIRED, on fresh prompts of the `probe` split. No gain, no
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diagnostics import tasks  # noqa: E402
+from diagnostics.contexts import story_sums  # noqa: E402
 
 SEED = 20
 BATCH = 32
@@ -73,7 +73,7 @@ def build_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *tasks.vocabulary()]
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *story_sums.vocabulary()]
     ids = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -99,7 +99,7 @@ def build_model(recipe: Recipe, tokenizer):
 
 def batches(tokenizer, side: str, steps: int):
     """Yield (ids [B, T], response [B, T]) where `response` marks the tokens that carry loss."""
-    pairs = tasks.corpus(steps * BATCH, seed=SEED, side=side)
+    pairs = story_sums.corpus(steps * BATCH, seed=SEED, side=side)
     for _ in range(steps):
         prompts, responses = zip(*islice(pairs, BATCH))
         heads = tokenizer(list(prompts))["input_ids"]
@@ -130,7 +130,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def train(side: str, folder: Path, step_share: float) -> float:
     """Train one side, save model and tokenizer under `folder`, return the seconds it took."""
     torch.set_num_threads(1)
-    torch.manual_seed(SEED + tasks.SIDES.index(side))
+    torch.manual_seed(SEED + story_sums.SIDES.index(side))
     recipe = RECIPES[side]
     recipe = Recipe(**{**vars(recipe), "steps": max(1, round(recipe.steps * step_share))})
     tokenizer = build_tokenizer()
@@ -167,19 +167,19 @@ def greedy_accuracy(readout, tokenizer, prompts) -> float:
     batch = tokenizer([prompt.prompt for prompt in prompts], return_tensors="pt", padding=True, return_token_type_ids=False)
     output_BT = readout.model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     texts = tokenizer.batch_decode(output_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(tasks.verify(text, prompt.answer) for text, prompt in zip(texts, prompts)) / len(prompts)
+    return sum(story_sums.verify(text, prompt.answer) for text, prompt in zip(texts, prompts)) / len(prompts)
 
 
 def measure(folder: Path) -> dict[str, float]:
     """The pair's properties after reloading it as float32, on PROMPTS prompts that training never saw."""
-    from diagnostics.pairs import load_pair
-    from diagnostics.rollouts import rollout
-    from diagnostics.scores import score
+    from diagnostics.models.pair import load_pair
+    from diagnostics.contexts.rollouts import rollout
+    from diagnostics.probing.scores import score
 
     pair = load_pair(student=str(folder / "student"), teacher=str(folder / "teacher"), device="cpu")
-    prompts = tasks.sums(PROMPTS, seed=SEED, split="probe")
+    prompts = story_sums.sums(PROMPTS, seed=SEED, split="probe")
     bank = rollout(pair, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
-    right = [tasks.verify(context.response, prompt.answer) for context, prompt in zip(bank, prompts)]
+    right = [story_sums.verify(context.response, prompt.answer) for context, prompt in zip(bank, prompts)]
     return {
         "teacher_greedy_accuracy": greedy_accuracy(pair.teacher, pair.tokenizer, prompts),
         "student_greedy_accuracy": greedy_accuracy(pair.student, pair.tokenizer, prompts),
@@ -219,7 +219,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.measure_only:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            runs = {side: pool.submit(train, side, arguments.output_dir, arguments.step_share) for side in tasks.SIDES}
+            runs = {side: pool.submit(train, side, arguments.output_dir, arguments.step_share) for side in story_sums.SIDES}
             print({side: f"{run.result():.0f} s" for side, run in runs.items()})
     figures = {name: round(float(value), 4) for name, value in measure(arguments.output_dir).items()}
     print(json.dumps(figures, indent=1))

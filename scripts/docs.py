@@ -57,7 +57,7 @@ def tree() -> str:
 
 def columns() -> str:
     """docs/columns.md: every column of the token table, from the schema."""
-    from diagnostics.types import SCHEMA
+    from diagnostics.core.types import SCHEMA
 
     stages = {
         "key": "Keys: what the row is", "before": "Before: measured with the untouched student; may predict",
@@ -86,7 +86,7 @@ def pages() -> dict[Path, str]:
 
 def stage_page(name: str) -> str:
     """A stage's page: what it is for, what it reads and writes, examples, every setting, and its modules."""
-    from diagnostics import cli
+    from diagnostics.pipeline import cli
 
     parts = [f"# {name}", cli.PURPOSE[name][0].upper() + cli.PURPOSE[name][1:] + ".", _files_of(name), f"```\n{_dedented(cli.EXAMPLES[name])}\n```"]
     configs = cli._configs(name)
@@ -134,7 +134,7 @@ def public_names() -> str:
 def on_config(config):
     """mkdocs: the order of the pages; those of docs/ that are not named here follow by name."""
     sys.path.insert(0, str(ROOT))  # mkdocs puts the path back after it has loaded its hooks
-    from diagnostics import cli
+    from diagnostics.pipeline import cli
 
     first = ["commands.md", "statistics.md", "columns.md", "criteria.md", "python.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
@@ -146,7 +146,7 @@ def on_files(files, config):
     """mkdocs: add the pages that are made from the code."""
     from mkdocs.structure.files import File
 
-    from diagnostics import cli
+    from diagnostics.pipeline import cli
 
     made = {f"stages/{name}.md": stage_page(name) for name in cli.PURPOSE if name != "criteria"}
     made["index.md"] = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")

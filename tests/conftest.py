@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from diagnostics.types import Bank, Context, Prompt
+from diagnostics.core.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
 
@@ -49,7 +49,7 @@ def make_model(seed: int, *, vocabulary: int = 64, hidden: int = 32, layers: int
 
 
 def make_pair(student_seed: int = 1, teacher_seed: int = 2, **options):
-    from diagnostics.pairs import assemble
+    from diagnostics.models.pair import assemble
 
     return assemble("tiny", make_model(student_seed, **options), make_model(teacher_seed, hidden=48, **options), make_tokenizer())
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from diagnostics import training  # noqa: E402
-from diagnostics.evaluation import EvaluationConfig  # noqa: E402
-from diagnostics.pairs import Readout  # noqa: E402
+from diagnostics.training import run as training_run  # noqa: E402
+from diagnostics.training.evaluation import EvaluationConfig  # noqa: E402
+from diagnostics.models.pair import Readout  # noqa: E402
 from tests.conftest import make_pair, make_prompts  # noqa: E402
 
 CASES = {
@@ -57,16 +57,16 @@ def allow_on_the_cpu() -> None:
     state.AcceleratorState.__init__ = init
 
 
-def run(folder: Path, *, loss="reverse_kl", lora_rank=0, bf16=False, teacher=torch.float32, save_every=0) -> training.TrainResult:
+def run(folder: Path, *, loss="reverse_kl", lora_rank=0, bf16=False, teacher=torch.float32, save_every=0) -> training_run.TrainResult:
     """Train for three steps of two micro-batches."""
     pair = make_pair()
     pair.teacher = Readout(pair.teacher.model.to(teacher), vocabulary=pair.vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    engine = training.EngineConfig(
+    engine = training_run.EngineConfig(
         max_new_tokens=8, save_every=save_every, accumulation=2, lora_rank=lora_rank, trl=json.dumps(SETTINGS | {"bf16": bf16}))
-    return training.train(
+    return training_run.train(
         pair, make_prompts(24), output_dir=folder, engine=engine, evaluation=EvaluationConfig(eval_contexts=0),
-        config=training.TrainConfig(budget=0.2, steps=3, batch=8, learning_rate=1e-3, loss=loss))
+        config=training_run.TrainConfig(budget=0.2, steps=3, batch=8, learning_rate=1e-3, loss=loss))
 
 
 if __name__ == "__main__":

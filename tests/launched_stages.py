@@ -9,25 +9,26 @@ import os
 import signal
 import sys
 
-from diagnostics import parallel, runs
-from diagnostics.cli import main
+from diagnostics.core import distributed
+from diagnostics.pipeline import run as run_directory
+from diagnostics.pipeline.cli import main
 
 
 def die_in(folder, ranks):
-    write = runs.Shards._write
+    write = run_directory.Shards._write
 
     def write_and_die(shards):
         write(shards)
-        if shards.folder.name.startswith(folder) and str(parallel.rank()) in ranks:
+        if shards.folder.name.startswith(folder) and str(distributed.rank()) in ranks:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.Shards._write = write_and_die
+    run_directory.Shards._write = write_and_die
 
 
-runs.SHARD_SECONDS = 0.0
+run_directory.SHARD_SECONDS = 0.0
 if len(sys.argv) > 2:
     die_in(sys.argv[2], sys.argv[3].split(","))
 for arguments in json.loads(sys.argv[1]):
     if main(arguments):
         sys.exit(1)
-    parallel.barrier()
+    distributed.barrier()

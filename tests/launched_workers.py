@@ -3,8 +3,8 @@
 import os
 import time
 
-from diagnostics.types import DiagnosticsError
-from diagnostics.workers import share_out
+from diagnostics.core.types import DiagnosticsError
+from diagnostics.training.workers import share_out
 
 
 def double(task):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.files import sha256_file
-from diagnostics.types import Bank, Context, validate_tokens
+from diagnostics.core.files import sha256_file
+from diagnostics.core.types import Bank, Context, validate_tokens
 
 CRITERIA = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
 SPLITS = ("all", "step", "held_out")

@@ -7,12 +7,12 @@ import shutil
 import pandas as pd
 import pytest
 
-from diagnostics import report, sidebyside
-from diagnostics.cli import main
-from diagnostics.runs import open_run
-from diagnostics.stages import _claims_of, join_tokens, table_path
-from diagnostics.types import DiagnosticsError
-from diagnostics.validation import offline_answers
+from diagnostics.report import page, compare_runs
+from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.run import open_run
+from diagnostics.pipeline.stages import _claims_of, join_tokens, table_path
+from diagnostics.core.types import DiagnosticsError
+from diagnostics.training.grid import offline_answers
 from tests import study_tables
 
 
@@ -32,11 +32,11 @@ def edit(path):
 @pytest.mark.parametrize("name", ["tables/correlations.csv", "tables/verdicts.csv", "tokens.parquet", "contexts.parquet"])
 def test_a_changed_file_is_left_out_of_the_page_and_the_page_says_so(run, caplog, name):
     edit(run / name)
-    text = report.build(run).read_text(encoding="utf-8")
+    text = page.build(run).read_text(encoding="utf-8")
     said = f"{name} is not as it was written and was left out of this page. Run the stage that writes it again."
     assert f'<p class="warning">{said}</p>' in text and "FORGED" not in text and said in caplog.text
     assert said.replace("_", r"\_") in (run / "report.md").read_text()
-    material = report.read_run(run)
+    material = page.read_run(run)
     assert (material.table("correlations") is None, material.table("verdicts") is None, material.tokens is None, material.bank is None) == tuple(
         name == each for each in ("tables/correlations.csv", "tables/verdicts.csv", "tokens.parquet", "contexts.parquet"))
 
@@ -45,19 +45,19 @@ def test_a_run_of_changed_tables_alone_has_no_page(run):
     for path in (run / "tables").iterdir():
         path.write_text("a,b\n1,2\n")
     with pytest.raises(DiagnosticsError, match=r"holds no table \(tables/calibration\.csv is not as it was written"):
-        report.build(run)
+        page.build(run)
 
 
 def test_a_table_of_no_record_is_shown_with_a_word(run, caplog):
     pd.DataFrame({"a": [1]}).to_csv(run / "tables/mine.csv", index=False)
-    text = report.build(run).read_text(encoding="utf-8")
+    text = page.build(run).read_text(encoding="utf-8")
     assert '<p class="warning">tables/mine.csv is in no record of manifest.json, so nothing says what measured it.</p>' in text and 'id="table-mine"' in text
 
 
 def test_runs_side_by_side_say_what_was_left_out(run, tmp_path):
     other = study_tables.write_run(tmp_path / "other")
     edit(run / "tables/correlations.csv")
-    text = sidebyside.compare_runs([run, other]).html
+    text = compare_runs.compare_runs([run, other]).html
     assert '<p class="warning">run: tables/correlations.csv is not as it was written' in text and "FORGED" not in text
 
 
@@ -68,10 +68,10 @@ def test_a_reader_follows_no_link(run, tmp_path, name):
         (run / name).unlink()
     (run / name).symlink_to(tmp_path if name == "cells" else tmp_path / "secret")
     if name == "cells":
-        assert "training_metrics" not in report.read_run(run).tables
+        assert "training_metrics" not in page.read_run(run).tables
     else:
         with pytest.raises(DiagnosticsError, match=f"{name} is a link"):
-            report.read_run(run)
+            page.read_run(run)
 
 
 @pytest.mark.parametrize("read, name", [
@@ -101,9 +101,9 @@ def test_changed_scores_join_no_table(tmp_path):
 @pytest.mark.parametrize("cut, count", [('{"step": 2, "lo', "1 line"), ("[" * 100_000 + "\n\x00", "2 lines")])
 def test_a_line_that_a_kill_cut_is_left_out_and_counted(run, cut, count):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + cut)
-    text = report.build(run).read_text(encoding="utf-8")
+    text = page.build(run).read_text(encoding="utf-8")
     assert f"metrics.jsonl has {count} cut by a kill or damaged, which were left out." in text
-    assert report.read_run(run).tables["training_metrics"].to_dict("records") == [{"step": 1, "loss": 2.0}]
+    assert page.read_run(run).tables["training_metrics"].to_dict("records") == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize("record", [None, "{", "[1]", '{"cell": 3}'])
@@ -112,7 +112,7 @@ def test_a_curve_without_a_readable_record_is_left_out(run, record):
     pd.DataFrame({"step": [1]}).to_parquet(run / "cells/a.curve.parquet")
     if record is not None:
         (run / "cells/a.json").write_text(record)
-    material = report.read_run(run)
+    material = page.read_run(run)
     assert material.cautions == ("cells/a.curve.parquet has no record of its training beside it and was left out.",)
 
 
@@ -120,7 +120,7 @@ def test_a_name_that_is_no_unicode_stands_escaped(run):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["stages"]["rollout"]["settings"]["prompts"] = "p\udcff.jsonl"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert r"p\udcff.jsonl" in report.build(run).read_text(encoding="utf-8")
+    assert r"p\udcff.jsonl" in page.build(run).read_text(encoding="utf-8")
 
 
 # --- pages --------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ def test_a_page_of_somebody_s_own_is_not_replaced(run, capsys):
 
 
 def test_a_page_that_was_edited_is_not_replaced_and_one_that_was_not_is(run):
-    first = report.build(run).read_bytes()
-    assert report.build(run).read_bytes() == first
+    first = page.build(run).read_bytes()
+    assert page.build(run).read_bytes() == first
     (run / "report.md").write_text("mine")
     with pytest.raises(DiagnosticsError, match=r"report\.md is not as it was written, so it is not this program's to replace"):
-        report.build(run)
+        page.build(run)
 
 
 def test_a_comparison_replaces_its_own_page_only(run, tmp_path, capsys):

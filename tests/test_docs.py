@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.cli import PURPOSE
-from diagnostics.types import SCHEMA
+from diagnostics.pipeline.cli import PURPOSE
+from diagnostics.core.types import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,8 +24,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
         if name != "criteria":
             assert (tmp_path / "stages" / name / "index.html").exists(), name
     probe, statistics, columns = ((tmp_path / name / "index.html").read_text() for name in ("stages/probe", "statistics", "columns"))
-    assert "<code>--held-out</code>" in probe and "share of prompts that carry no loss" in probe and "diagnostics.probe.probe" in probe
-    assert "diagnostics.statistics.Prompts" in statistics and all(f"<code>{name}</code>" in columns for name in SCHEMA)
+    assert "<code>--held-out</code>" in probe and "share of prompts that carry no loss" in probe and "diagnostics.probing.one_step.probe" in probe
+    assert "diagnostics.analysis.bootstrap.Prompts" in statistics and all(f"<code>{name}</code>" in columns for name in SCHEMA)
     assert not [path for path in tmp_path.rglob("*.html") if "https://cdn" in path.read_text() or "fonts.googleapis" in path.read_text()]
 
 

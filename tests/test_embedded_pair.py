@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics import tasks
+from diagnostics.contexts import story_sums
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "embedded"
 PROMPTS, MAX_NEW_TOKENS, K = 200, 64, 16
@@ -33,13 +33,13 @@ def models():
     from transformers import AutoModelForCausalLM
 
     return SimpleNamespace(
-        **{side: AutoModelForCausalLM.from_pretrained(FOLDER / side, dtype=torch.float32).eval() for side in tasks.SIDES}
+        **{side: AutoModelForCausalLM.from_pretrained(FOLDER / side, dtype=torch.float32).eval() for side in story_sums.SIDES}
     )
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return tasks.sums(PROMPTS, seed=20_000, split="test")
+    return story_sums.sums(PROMPTS, seed=20_000, split="test")
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def respond(model, tokenizer, prompts, *, generator: torch.Generator | None = No
 
 def accuracy(responses, tokenizer, prompts) -> float:
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    return float(np.mean([tasks.verify(text, prompt.answer) for text, prompt in zip(texts, prompts)]))
+    return float(np.mean([story_sums.verify(text, prompt.answer) for text, prompt in zip(texts, prompts)]))
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def test_both_sides_carry_the_same_tokenizer():
 
 def test_tokenizer_speaks_the_language(tokenizer):
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
-    for side in tasks.SIDES:
-        for prompt, response in tasks.corpus(100, seed=5, side=side):
+    for side in story_sums.SIDES:
+        for prompt, response in story_sums.corpus(100, seed=5, side=side):
             ids = tokenizer(prompt)["input_ids"]
             assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids and tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
@@ -111,7 +111,7 @@ def test_tokenizer_speaks_the_language(tokenizer):
 
 
 def test_tokenizer_is_the_task_s_vocabulary(tokenizer, models):
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<pad>", "<bos>", "<eos>", "<unk>", *tasks.vocabulary()]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<pad>", "<bos>", "<eos>", "<unk>", *story_sums.vocabulary()]
     assert models.student.config.vocab_size == models.teacher.config.vocab_size == len(tokenizer)
 
 

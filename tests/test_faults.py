@@ -14,15 +14,17 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import runs, scores
-from diagnostics.cli import main
-from diagnostics.pairs import assemble, load_pair
-from diagnostics.probe import probe
-from diagnostics.runs import open_run, sha256_file
-from diagnostics.scores import score
-from diagnostics.types import Bank, Context, DiagnosticsError, read_bank
+from diagnostics.pipeline import run as run_directory
+from diagnostics.probing import scores
+from diagnostics.pipeline.cli import main
+from diagnostics.models.pair import assemble, load_pair
+from diagnostics.probing.one_step import probe
+from diagnostics.pipeline.run import open_run
+from diagnostics.core.files import sha256_file
+from diagnostics.probing.scores import score
+from diagnostics.core.types import Bank, Context, DiagnosticsError, read_bank
 from tests.conftest import make_bank, make_model, make_tokenizer
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch-tokens", "60"]
@@ -74,7 +76,7 @@ class Stop:
 
 @pytest.fixture
 def stop(monkeypatch):
-    monkeypatch.setattr(runs, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0.0)
     return Stop(monkeypatch)
 
 
@@ -99,7 +101,7 @@ def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders
 def in_a_process(options, directory):
     """Measuring in a process of its own, forked from this one, every finished batch on disk at once."""
     def child():
-        runs.SHARD_SECONDS = 0.0
+        run_directory.SHARD_SECONDS = 0.0
         os._exit(measure(options, directory))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -247,7 +249,7 @@ def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys
 
 
 def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):  # noqa: F811
-    from diagnostics.pairs import Readout
+    from diagnostics.models.pair import Readout
 
     real, failures = Readout.hidden, []
 
@@ -308,13 +310,13 @@ def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
 
 def measured_to_the_end(pair, bank, folder, *, report=False, **options):
     """A bank through score, probe and tables, and with `report` the page, as the command line would take it; the tokens."""
-    from diagnostics import stages
-    from diagnostics.probe import ProbeConfig
-    from diagnostics.scores import ScoreConfig
+    from diagnostics.pipeline import stages
+    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.scores import ScoreConfig
 
     models = type("Models", (), {"pair": pair, "settings": {}, "fingerprint": lambda self: {}})()
     with open_run(folder) as run:
-        runs.write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        run_directory.write_parquet(run.path("contexts.parquet"), bank.to_frame())
         stages.score_stage(run, models, ScoreConfig(**options))
         stages.probe_stage(run, models, ProbeConfig(), batch_tokens=8192)
         stages.analyze_stage(run, stages.AnalysisConfig(draws=20), seed=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diagnostics.training import read_lines
+from diagnostics.training.run import read_lines
 from tests import launched_fsdp
 
 LAYOUT = ("entropy", "num_tokens", "epoch")

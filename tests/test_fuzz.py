@@ -17,12 +17,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from diagnostics import archives, banks, cli, engines, interop, pairs, remote, rollouts, runs, tasks, training, types
-from diagnostics.probe import probe
-from diagnostics.prompts import read_prompts
-from diagnostics.runs import sha256_file
-from diagnostics.scores import score
-from diagnostics.types import SCHEMA, Context, DiagnosticsError
+from diagnostics.contexts import torch_archive, import_rollouts, import_tokens, rollouts, story_sums
+from diagnostics.pipeline import cli, run as run_directory
+from diagnostics.training import engine_options, run
+from diagnostics.models import pair, topk_teacher
+from diagnostics.core import types
+from diagnostics.probing.one_step import probe
+from diagnostics.contexts.prompts import read_prompts
+from diagnostics.core.files import sha256_file
+from diagnostics.probing.scores import score
+from diagnostics.core.types import SCHEMA, Context, DiagnosticsError
 from tests.conftest import make_bank, make_pair, make_prompts, make_tokenizer
 
 ALL = int(os.environ.get("FUZZ_CASES", 2600))
@@ -152,12 +156,12 @@ def chat():
 READERS = {
     "prompts": (PROMPTS, lambda path, pair, chat: read_prompts(path, tokenizer=chat)),
     "plain prompts": (PROMPTS, lambda path, pair, chat: read_prompts(path, tokenizer=pair.tokenizer, contexts=2, max_prompt_tokens=5)),
-    "rollouts": (ROLLOUTS, lambda path, pair, chat: banks.freeze(pair, path)),
+    "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze(pair, path)),
     "contexts": (CONTEXTS, lambda path, pair, chat: types.read_bank(path)),
     "tokens": (OURS, lambda path, pair, chat: types.read_tokens(path)),
-    "token tables": (OURS, lambda path, pair, chat: interop.read_tokens(path)),
-    "remote teachers": (LISTS, lambda path, pair, chat: remote.read_lists(path, vocabulary=64)),
-    "released tables": (RELEASED, lambda path, pair, chat: interop.read_tokens(path)),
+    "token tables": (OURS, lambda path, pair, chat: import_tokens.read_tokens(path)),
+    "remote teachers": (LISTS, lambda path, pair, chat: topk_teacher.read_lists(path, vocabulary=64)),
+    "released tables": (RELEASED, lambda path, pair, chat: import_tokens.read_tokens(path)),
 }
 
 
@@ -202,10 +206,10 @@ def test_manifests(tmp_path, manifest, raw):
     (tmp_path / "manifest.json").write_bytes(content)
 
     def stage():
-        with runs.open_run(tmp_path) as run:
+        with run_directory.open_run(tmp_path) as run:
             run.stage("score", settings={"k": 1}, outputs=[], work=pytest.fail, models=lambda: {"student": "x"}, code=("types",))
 
-    ends_well("manifests", lambda: runs.read_manifest(tmp_path / "manifest.json"))
+    ends_well("manifests", lambda: run_directory.read_manifest(tmp_path / "manifest.json"))
     with contextlib.suppress(pytest.fail.Exception):
         ends_well("manifests", stage)
     ends_well("manifests", lambda: cli.main(["report", "--quiet", "--output-dir", str(tmp_path)]))
@@ -217,7 +221,7 @@ def test_manifests(tmp_path, manifest, raw):
 def test_settings_of_a_trainer(tmp_path, fields, raw):
     path = tmp_path / "trl.json"
     path.write_bytes(json.dumps(fields).encode("utf-8", "surrogatepass") if raw is None else raw)
-    ends_well("trainer settings", lambda: engines.trl_fields(str(path)))
+    ends_well("trainer settings", lambda: engine_options.trl_fields(str(path)))
 
 
 @cases(0.05)
@@ -229,7 +233,7 @@ def test_archives(tmp_path, content, cut, flip, damaged):
         content = bytes(source) if cut % 3 else bytes(source[: cut % len(source)])
     path = tmp_path / "x.pt"
     path.write_bytes(content)
-    ends_well("archives", lambda: archives.read_archive(path))
+    ends_well("archives", lambda: torch_archive.read_archive(path))
 
 
 def banks_files():
@@ -241,7 +245,7 @@ def banks_files():
 @cases(0.05)
 @given(response=st.one_of(TEXT, st.text(max_size=60)), answer=st.one_of(TEXT, st.integers()))
 def test_the_verifier_judges_any_text(response, answer):
-    ends_well("verifier", lambda: tasks.verify(response, answer))
+    ends_well("verifier", lambda: story_sums.verify(response, answer))
 
 
 # --- measurements with settings and contexts at the edge ------------------------------------------------
@@ -316,7 +320,7 @@ def desk(tmp_path, monkeypatch):
     def none(*_, **__):
         raise DiagnosticsError("There are no models on this desk.")
 
-    monkeypatch.setattr(pairs, "load_pair", none)
+    monkeypatch.setattr(pair, "load_pair", none)
     return tmp_path
 
 

@@ -8,19 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import scores
-from diagnostics.attribution import attribute
-from diagnostics.cli import main
-from diagnostics.intervention import interventions
-from diagnostics.pairs import assemble
-from diagnostics.probe import probe
-from diagnostics.rollouts import rollout
-from diagnostics.scores import batches, score
-from diagnostics.training import EngineConfig, TrainConfig, train
-from diagnostics.types import Bank, DiagnosticsError, Prompt, read_bank
+from diagnostics.probing import scores
+from diagnostics.probing.attribution import attribute
+from diagnostics.pipeline.cli import main
+from diagnostics.probing.intervention import interventions
+from diagnostics.models.pair import assemble
+from diagnostics.probing.one_step import probe
+from diagnostics.contexts.rollouts import rollout
+from diagnostics.probing.scores import batches, score
+from diagnostics.training.run import EngineConfig, TrainConfig, train
+from diagnostics.core.types import Bank, DiagnosticsError, Prompt, read_bank
 from tests.conftest import make_bank, make_model, make_prompts, make_tokenizer
-from tests.test_scores import crowded, reference_logprobs
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from tests.probing.test_scores import crowded, reference_logprobs
+from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 def hinted(bank, hints):

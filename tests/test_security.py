@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.cli import main
-from diagnostics.runs import open_run
-from diagnostics.types import DiagnosticsError
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.run import open_run
+from diagnostics.core.types import DiagnosticsError
+from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "diagnostics").glob("*.py"))

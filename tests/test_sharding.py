@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 from torch import nn
 
-from diagnostics import pairs
-from diagnostics.cli import main
-from diagnostics.types import DiagnosticsError
-from tests.test_parallel import torchrun
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from diagnostics.models import pair
+from diagnostics.pipeline.cli import main
+from diagnostics.core.types import DiagnosticsError
+from tests.core.test_distributed import torchrun
+from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 @pytest.mark.slow
@@ -33,10 +33,10 @@ def test_sharding_needs_processes_and_a_model_that_comes_apart(pair):
     with pytest.raises(DiagnosticsError, match=r"^The teacher cannot be sharded: this is the only process\. Start under `torchrun --nproc-per-node N`, or leave"):
         pair.teacher.shard("cpu")
     with pytest.raises(DiagnosticsError, match=r"^Got --shard-teacher and --offload-teacher\. A sharded teacher stays on its devices; give one or the other\.$"):
-        pairs.load_pair("embedded", shard_teacher=True, offload_teacher=True)
+        pair.load_pair("embedded", shard_teacher=True, offload_teacher=True)
 
 
 def test_decoder_layers_are_the_longest_list():
     backbone = nn.Module()
     backbone.heads, backbone.layers = nn.ModuleList([nn.Linear(1, 1)]), nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
-    assert pairs.decoder_layers(backbone) is backbone.layers
+    assert pair.decoder_layers(backbone) is backbone.layers

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import robustness as R
-from diagnostics.analysis import study
-from diagnostics.cli import main
-from diagnostics.types import DiagnosticsError
+from diagnostics.analysis import robustness as R
+from diagnostics.analysis.study import study
+from diagnostics.pipeline.cli import main
+from diagnostics.core.types import DiagnosticsError
 from tests.made_tokens import made_tokens
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 DRAWS = {"draws": 10, "seed": 0}
 

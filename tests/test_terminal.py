@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics import parallel
-from diagnostics.cli import main, printable
-from diagnostics.types import DiagnosticsError
+from diagnostics.core import distributed
+from diagnostics.pipeline.cli import main, printable
+from diagnostics.core.types import DiagnosticsError
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +54,7 @@ def test_a_whole_launcher_or_none_is_accepted(monkeypatch, given):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert parallel.require_launcher() is None
+    assert distributed.require_launcher() is None
 
 
 LONG = "a" * 300

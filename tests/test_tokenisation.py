@@ -9,14 +9,15 @@ import json
 import pytest
 import torch
 
-from diagnostics import rollouts, stages
-from diagnostics.banks import read_rollouts
-from diagnostics.evaluation import evaluate
-from diagnostics.pairs import PairConfig, assemble
-from diagnostics.prompts import PromptConfig, encode_prompt, read_prompts, special_ids, start_ids, uses_clock
-from diagnostics.rollouts import rollout
-from diagnostics.training import EngineConfig, TrainConfig, _ids, train
-from diagnostics.types import DiagnosticsError, Prompt
+from diagnostics.contexts import rollouts
+from diagnostics.pipeline import stages
+from diagnostics.contexts.import_rollouts import read_rollouts
+from diagnostics.training.evaluation import evaluate
+from diagnostics.models.pair import PairConfig, assemble
+from diagnostics.contexts.prompts import PromptConfig, encode_prompt, read_prompts, special_ids, start_ids, uses_clock
+from diagnostics.contexts.rollouts import rollout
+from diagnostics.training.run import EngineConfig, TrainConfig, _ids, train
+from diagnostics.core.types import DiagnosticsError, Prompt
 from tests.conftest import make_model
 
 CHATML = ("{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -199,17 +200,17 @@ def folders(tmp_path, clock):
 
 
 def _roll(directory, config, file):
-    from diagnostics.runs import open_run
+    from diagnostics.pipeline.run import open_run
 
     with open_run(directory) as run:
         stages.rollout_stage(run, stages.Models(config), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=8, batch_tokens=1))
 
 
 def test_a_rollout_resumed_the_next_day_mixes_nothing(tmp_path, folders, clock, monkeypatch, caplog):
-    from diagnostics import runs
-    from diagnostics.types import read_bank
+    from diagnostics.pipeline import run as run_directory
+    from diagnostics.core.types import read_bank
 
-    monkeypatch.setattr(runs, "SHARD_SECONDS", 0)
+    monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
     file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), rollouts.generate, []
     monkeypatch.setattr(rollouts, "generate", lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) < 3 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
@@ -225,9 +226,9 @@ def test_a_rollout_resumed_the_next_day_mixes_nothing(tmp_path, folders, clock, 
 
 
 def test_a_rollout_resumed_the_same_day_goes_on(tmp_path, folders, clock, monkeypatch):
-    from diagnostics import runs
+    from diagnostics.pipeline import run as run_directory
 
-    monkeypatch.setattr(runs, "SHARD_SECONDS", 0)
+    monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
     file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), rollouts.generate, []
     monkeypatch.setattr(rollouts, "generate", lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) != 3 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
@@ -237,7 +238,7 @@ def test_a_rollout_resumed_the_same_day_goes_on(tmp_path, folders, clock, monkey
 
 
 def test_rerun_says_that_the_prompts_were_rendered_otherwise(caplog):
-    from diagnostics.rerun import compared
+    from diagnostics.pipeline.reproduce import compared
 
     was, now = ({"versions": {}, "stages": {"rollout": {"files": {"contexts.parquet": sha}, "facts": {"rendered_prompts_sha256": sha}}}} for sha in "ab")
     assert not compared(was, now).same.any() and "stage rollout read other prompts: they were rendered otherwise then (sha256 a, now b)" in caplog.text
@@ -266,7 +267,7 @@ def test_a_token_beyond_a_vocabulary_is_refused_by_name_before_sampling(handed_o
 
 
 def test_no_room_for_a_response_names_window_and_flag(tmp_path, folders):
-    from diagnostics.runs import open_run
+    from diagnostics.pipeline.run import open_run
 
     file = prompt_file(tmp_path / "p.jsonl")
     with open_run(tmp_path / "out") as run:
@@ -310,8 +311,8 @@ def test_no_token_that_can_end_a_response_is_said(caplog):
 
 
 def test_is_special_follows_the_flags():
-    from diagnostics.scores import score
-    from diagnostics.types import Bank, Context
+    from diagnostics.probing.scores import score
+    from diagnostics.core.types import Bank, Context
 
     pair = make_pair()
     bank = Bank((Context("c", "p", "a", (0, 40), "", (41, pair.tokenizer.convert_tokens_to_ids("<|im_end|>")), True),))
