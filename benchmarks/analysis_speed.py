@@ -25,9 +25,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnostics.analysis import study, correlations
+from diagnostics.analysis import study, splits, correlations
 from diagnostics.criteria import normalise
-from diagnostics.core.types import validate_tokens
+from diagnostics.core.schema import validate_tokens
 
 DRAWS = 1000
 METHODS = {"spearman": stats.spearmanr, "pearson": stats.pearsonr, "kendall": stats.kendalltau}
@@ -66,7 +66,7 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
 
 def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
     """Seconds a draw of a bootstrap that concatenates DataFrames, for the same cells as `correlate`."""
-    frame = tokens.assign(**{f"score_{name}": score for name, score in correlations.scores(tokens, names).items()})
+    frame = tokens.assign(**{f"score_{name}": score for name, score in splits.scores(tokens, names).items()})
     rng, started = np.random.default_rng(0), time.perf_counter()
     for split in ("all", "step", "held_out"):
         part = frame if split == "all" else frame[frame["split"] == split]
@@ -74,7 +74,7 @@ def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
         keys = list(groups)
         for _ in range(draws):
             drawn = pd.concat([groups[keys[i]] for i in rng.integers(0, len(keys), len(keys))])
-            for outcome in correlations.OUTCOMES:
+            for outcome in splits.OUTCOMES:
                 kept = drawn[drawn[outcome].notna()]
                 for name in names:
                     pair = kept[[f"score_{name}", outcome]].dropna()
@@ -98,7 +98,7 @@ def main() -> None:
         work()
         timed[name] = time.perf_counter() - wall, time.process_time() - cpu
 
-    names = list(correlations.scores(tokens))
+    names = list(splits.scores(tokens))
     measure("warm up", lambda: study.study(tokens.head(2000), draws=10))
     measure("correlate", lambda: correlations.correlate(tokens, draws=DRAWS))
     measure("study", lambda: study.study(tokens, draws=DRAWS))

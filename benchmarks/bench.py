@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from diagnostics.measure import divergences, losses  # noqa: E402
-from diagnostics.core.types import SCHEMA  # noqa: E402
+from diagnostics.core.schema import SCHEMA  # noqa: E402
 
 K, SWEEP = 16, (4, 8, 32)
 MEBIBYTE = 2**20

@@ -30,10 +30,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnostics.analysis import robustness, bootstrap, claims
+from diagnostics.analysis import robustness, rank_correlation, matching, linear_model, bootstrap, claims
 from diagnostics.criteria import normalise
-from diagnostics.analysis.bootstrap import Controls, Estimate, Prompts
-from diagnostics.core.types import validate_tokens
+from diagnostics.analysis.rank_correlation import Controls
+from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.core.schema import validate_tokens
 
 LEVEL = 0.95
 PROMPTS = (20, 50, 300)
@@ -61,26 +62,26 @@ def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, n
 def estimates(data: dict[str, np.ndarray], prompts: Prompts) -> dict[str, Estimate]:
     """Every kind of statistic that the study reports."""
     h, d, c, y = (data[name] for name in "hdcy")
-    learnable = bootstrap.Variable(d * c)
-    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    learnable = rank_correlation.Variable(d * c)
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = group == 3, group == 1
-    pairs = bootstrap.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
-    regression = bootstrap.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
+    pairs = matching.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
+    regression = linear_model.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
     places = bootstrap.locations(y, prompts, np.ones(len(y), dtype=bool))
-    spearman = bootstrap.spearman(learnable, y, prompts)
+    spearman = rank_correlation.spearman(learnable, y, prompts)
     return {
         "spearman": spearman,
-        "pearson": bootstrap.pearson(learnable, y, prompts),
-        "kendall": bootstrap.kendall(learnable, y, prompts),
-        "spearman difference": spearman - bootstrap.spearman(d, y, prompts),
-        "partial spearman": bootstrap.partial(learnable, y, Controls([h, d]), prompts),
-        "within prompts": bootstrap.within_prompts(learnable, y, prompts),
+        "pearson": rank_correlation.pearson(learnable, y, prompts),
+        "kendall": rank_correlation.kendall(learnable, y, prompts),
+        "spearman difference": spearman - rank_correlation.spearman(d, y, prompts),
+        "partial spearman": rank_correlation.partial(learnable, y, Controls([h, d]), prompts),
+        "within prompts": rank_correlation.within_prompts(learnable, y, prompts),
         "mean": bootstrap.mean(y, prompts),
         "median": places["median"],
         "trimmed mean": places["trimmed_mean"],
         "winsorised mean": places["winsorised_mean"],
         "tertile difference": bootstrap.mean_difference(y, prompts, top, bottom),
-        "matched difference": bootstrap.matched_difference(y, prompts, pairs),
+        "matched difference": matching.matched_difference(y, prompts, pairs),
         "coefficient": regression.coefficients["dc"],
         "coefficient difference": regression.coefficients["dc"] - regression.coefficients["d(1-c)"],
         "r squared": regression.r_squared,
@@ -92,12 +93,12 @@ def independent(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     h, d, c, y = (data[name] for name in "hdcy")
     n, z = len(y), stats.norm.ppf((1 + LEVEL) / 2)
     r = np.arctanh(np.corrcoef(d * c, y)[0, 1])
-    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = y[group == 3], y[group == 1]
     error = np.sqrt(top.var(ddof=1) / len(top) + bottom.var(ddof=1) / len(bottom))
     gap = top.mean() - bottom.mean()
-    X = np.column_stack([np.ones(n), *(bootstrap.standardise(v) for v in (h, d * c, d * (1 - c)))])
-    target = bootstrap.standardise(y)
+    X = np.column_stack([np.ones(n), *(rank_correlation.standardise(v) for v in (h, d * c, d * (1 - c)))])
+    target = rank_correlation.standardise(y)
     beta, rest = np.linalg.lstsq(X, target, rcond=None)[:2]
     beta_error = np.sqrt(np.linalg.inv(X.T @ X)[2, 2] * rest[0] / (n - 4))
     mean_error = y.std(ddof=1) / np.sqrt(n)
@@ -190,7 +191,7 @@ def approximations(*, prompts: int, draws: int, seed: int, repeats: int = 5) -> 
 def _anew(data: dict[str, np.ndarray]) -> dict[str, float]:
     h, d, c, y = (data[name] for name in "hdcy")
     learnable = d * c
-    group = bootstrap.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     rank = {name: stats.rankdata(v) for name, v in {"x": learnable, "y": y, "h": h, "d": d}.items()}
     held = np.column_stack([np.ones(len(y)), rank["h"], rank["d"]])
     basis = np.linalg.qr(held)[0]

@@ -39,7 +39,8 @@ GRID = [["intervene", *PAIR, "--criteria", "divergence,teachability,tip", "--bud
 
 def child(commands: list[list[str]], directory: Path) -> None:
     """Commands one after the other in this process, every finished batch on disk at once, its words in a file."""
-    from diagnostics.pipeline import cli, run as run_directory
+    from diagnostics.pipeline import cli
+    from diagnostics.core import progress as run_directory
 
     run_directory.SHARD_SECONDS = 0.0
     with open(SAID, "w") as file:

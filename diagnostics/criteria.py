@@ -32,7 +32,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from diagnostics.core.types import DiagnosticsError, column, require_columns
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import column, require_columns
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
 SELECTKD_REJECTED_WEIGHT = 0.01

@@ -57,7 +57,7 @@ def tree() -> str:
 
 def columns() -> str:
     """docs/columns.md: every column of the token table, from the schema."""
-    from diagnostics.core.types import SCHEMA
+    from diagnostics.core.schema import SCHEMA
 
     stages = {
         "key": "Keys: what the row is", "before": "Before: measured with the untouched student; may predict",

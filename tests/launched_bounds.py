@@ -17,7 +17,8 @@ from pathlib import Path
 from diagnostics.contexts.torch_archive import read_archive
 from diagnostics.core.limits import check_weights
 from diagnostics.contexts.prompts import read_rows
-from diagnostics.core.types import DiagnosticsError, read_parquet
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet
 
 MEMORY = 6 * 2**30
 SIMPLE = [b"N", b"\x88", b"\x89", b"}", b"]", b")", b"(", b"0", b"\x94", b"a", b"e", b"s", b"u", b"t", b"\x85", b"\x86", b"\x87",

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from diagnostics.core import distributed
-from diagnostics.pipeline import run as run_directory
+from diagnostics.core import progress as run_directory
 from diagnostics.pipeline.cli import main
 
 

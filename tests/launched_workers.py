@@ -3,7 +3,7 @@
 import os
 import time
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.training.workers import share_out
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.criteria import normalise
-from diagnostics.core.types import validate_tokens
+from diagnostics.core.schema import validate_tokens
 
 
 def made_tokens(

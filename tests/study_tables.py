@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.files import sha256_file
-from diagnostics.core.types import Bank, Context, validate_tokens
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.schema import validate_tokens
 
 CRITERIA = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
 SPLITS = ("all", "step", "held_out")

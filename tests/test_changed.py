@@ -7,12 +7,12 @@ import shutil
 import pandas as pd
 import pytest
 
-from diagnostics.report import page, compare_runs
+from diagnostics.report import run_results, page, compare_runs
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run
 from diagnostics.pipeline.stages import _claims_of, join_tokens, table_path
-from diagnostics.core.types import DiagnosticsError
-from diagnostics.training.grid import offline_answers
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.analysis.training_outcomes import offline_answers
 from tests import study_tables
 
 
@@ -36,7 +36,7 @@ def test_a_changed_file_is_left_out_of_the_page_and_the_page_says_so(run, caplog
     said = f"{name} is not as it was written and was left out of this page. Run the stage that writes it again."
     assert f'<p class="warning">{said}</p>' in text and "FORGED" not in text and said in caplog.text
     assert said.replace("_", r"\_") in (run / "report.md").read_text()
-    material = page.read_run(run)
+    material = run_results.read_run(run)
     assert (material.table("correlations") is None, material.table("verdicts") is None, material.tokens is None, material.bank is None) == tuple(
         name == each for each in ("tables/correlations.csv", "tables/verdicts.csv", "tokens.parquet", "contexts.parquet"))
 
@@ -68,10 +68,10 @@ def test_a_reader_follows_no_link(run, tmp_path, name):
         (run / name).unlink()
     (run / name).symlink_to(tmp_path if name == "cells" else tmp_path / "secret")
     if name == "cells":
-        assert "training_metrics" not in page.read_run(run).tables
+        assert "training_metrics" not in run_results.read_run(run).tables
     else:
         with pytest.raises(DiagnosticsError, match=f"{name} is a link"):
-            page.read_run(run)
+            run_results.read_run(run)
 
 
 @pytest.mark.parametrize("read, name", [
@@ -103,7 +103,7 @@ def test_a_line_that_a_kill_cut_is_left_out_and_counted(run, cut, count):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + cut)
     text = page.build(run).read_text(encoding="utf-8")
     assert f"metrics.jsonl has {count} cut by a kill or damaged, which were left out." in text
-    assert page.read_run(run).tables["training_metrics"].to_dict("records") == [{"step": 1, "loss": 2.0}]
+    assert run_results.read_run(run).tables["training_metrics"].to_dict("records") == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize("record", [None, "{", "[1]", '{"cell": 3}'])
@@ -112,7 +112,7 @@ def test_a_curve_without_a_readable_record_is_left_out(run, record):
     pd.DataFrame({"step": [1]}).to_parquet(run / "cells/a.curve.parquet")
     if record is not None:
         (run / "cells/a.json").write_text(record)
-    material = page.read_run(run)
+    material = run_results.read_run(run)
     assert material.cautions == ("cells/a.curve.parquet has no record of its training beside it and was left out.",)
 
 

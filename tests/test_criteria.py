@@ -6,7 +6,7 @@ import pytest
 
 from diagnostics import criteria as C
 from diagnostics.criteria import criterion, find, normalise, quadrants, ranking, score_criterion, select
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
 
 NAN = float("nan")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diagnostics.pipeline.cli import PURPOSE
-from diagnostics.core.types import SCHEMA
+from diagnostics.core.schema import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics.pipeline import run as run_directory
+from diagnostics.core import progress, tables
 from diagnostics.probing import scores
 from diagnostics.pipeline.cli import main
 from diagnostics.models.pair import assemble, load_pair
@@ -22,7 +22,8 @@ from diagnostics.probing.one_step import probe
 from diagnostics.pipeline.run import open_run
 from diagnostics.core.files import sha256_file
 from diagnostics.probing.scores import score
-from diagnostics.core.types import Bank, Context, DiagnosticsError, read_bank
+from diagnostics.core.types import Bank, Context, read_bank
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
@@ -76,7 +77,7 @@ class Stop:
 
 @pytest.fixture
 def stop(monkeypatch):
-    monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)
     return Stop(monkeypatch)
 
 
@@ -101,7 +102,7 @@ def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders
 def in_a_process(options, directory):
     """Measuring in a process of its own, forked from this one, every finished batch on disk at once."""
     def child():
-        run_directory.SHARD_SECONDS = 0.0
+        progress.SHARD_SECONDS = 0.0
         os._exit(measure(options, directory))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -311,15 +312,16 @@ def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
 def measured_to_the_end(pair, bank, folder, *, report=False, **options):
     """A bank through score, probe and tables, and with `report` the page, as the command line would take it; the tokens."""
     from diagnostics.pipeline import stages
+    from diagnostics.analysis import config
     from diagnostics.probing.one_step import ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
 
     models = type("Models", (), {"pair": pair, "settings": {}, "fingerprint": lambda self: {}})()
     with open_run(folder) as run:
-        run_directory.write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        tables.write_parquet(run.path("contexts.parquet"), bank.to_frame())
         stages.score_stage(run, models, ScoreConfig(**options))
         stages.probe_stage(run, models, ProbeConfig(), batch_tokens=8192)
-        stages.analyze_stage(run, stages.AnalysisConfig(draws=20), seed=0)
+        stages.analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
         assert not report or stages.report_stage(run).stat().st_size > 10_000
     return pd.read_parquet(folder / "tokens.parquet")
 

@@ -18,15 +18,18 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from diagnostics.contexts import torch_archive, import_rollouts, import_tokens, rollouts, story_sums
-from diagnostics.pipeline import cli, run as run_directory
+from diagnostics.pipeline import cli, run
+from diagnostics.core import manifest
 from diagnostics.training import engine_options, run
 from diagnostics.models import pair, topk_teacher
-from diagnostics.core import types
+from diagnostics.core import types, schema
 from diagnostics.probing.one_step import probe
 from diagnostics.contexts.prompts import read_prompts
 from diagnostics.core.files import sha256_file
 from diagnostics.probing.scores import score
-from diagnostics.core.types import SCHEMA, Context, DiagnosticsError
+from diagnostics.core.schema import SCHEMA
+from diagnostics.core.types import Context
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_pair, make_prompts, make_tokenizer
 
 ALL = int(os.environ.get("FUZZ_CASES", 2600))
@@ -158,7 +161,7 @@ READERS = {
     "plain prompts": (PROMPTS, lambda path, pair, chat: read_prompts(path, tokenizer=pair.tokenizer, contexts=2, max_prompt_tokens=5)),
     "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze(pair, path)),
     "contexts": (CONTEXTS, lambda path, pair, chat: types.read_bank(path)),
-    "tokens": (OURS, lambda path, pair, chat: types.read_tokens(path)),
+    "tokens": (OURS, lambda path, pair, chat: schema.read_tokens(path)),
     "token tables": (OURS, lambda path, pair, chat: import_tokens.read_tokens(path)),
     "remote teachers": (LISTS, lambda path, pair, chat: topk_teacher.read_lists(path, vocabulary=64)),
     "released tables": (RELEASED, lambda path, pair, chat: import_tokens.read_tokens(path)),
@@ -206,10 +209,10 @@ def test_manifests(tmp_path, manifest, raw):
     (tmp_path / "manifest.json").write_bytes(content)
 
     def stage():
-        with run_directory.open_run(tmp_path) as run:
+        with run.open_run(tmp_path) as run:
             run.stage("score", settings={"k": 1}, outputs=[], work=pytest.fail, models=lambda: {"student": "x"}, code=("types",))
 
-    ends_well("manifests", lambda: run_directory.read_manifest(tmp_path / "manifest.json"))
+    ends_well("manifests", lambda: manifest.read_manifest(tmp_path / "manifest.json"))
     with contextlib.suppress(pytest.fail.Exception):
         ends_well("manifests", stage)
     ends_well("manifests", lambda: cli.main(["report", "--quiet", "--output-dir", str(tmp_path)]))

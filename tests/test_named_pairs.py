@@ -10,8 +10,9 @@ from diagnostics.contexts import story_sums
 from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
 from diagnostics.models.pair import NamedPair, PairConfig, load_pair
 from diagnostics.contexts.prompts import PromptConfig
-from diagnostics.pipeline.run import fingerprint_files
-from diagnostics.pipeline.stages import Models, choose_prompts, training_prompts
+from diagnostics.core.fingerprints import fingerprint_files
+from diagnostics.models.identity import Models
+from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
 from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 from diagnostics.core.types import Prompt
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)

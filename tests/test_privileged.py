@@ -17,7 +17,8 @@ from diagnostics.probing.one_step import probe
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.probing.scores import batches, score
 from diagnostics.training.run import EngineConfig, TrainConfig, train
-from diagnostics.core.types import Bank, DiagnosticsError, Prompt, read_bank
+from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_prompts, make_tokenizer
 from tests.probing.test_scores import crowded, reference_logprobs
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)

@@ -12,7 +12,7 @@ import pytest
 
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from torch import nn
 
 from diagnostics.models import pair
 from diagnostics.pipeline.cli import main
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.core.test_distributed import torchrun
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 

@@ -9,7 +9,7 @@ import pytest
 from diagnostics.analysis import robustness as R
 from diagnostics.analysis.study import study
 from diagnostics.pipeline.cli import main
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 

@@ -9,7 +9,7 @@ import pytest
 
 from diagnostics.core import distributed
 from diagnostics.pipeline.cli import main, printable
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 ROOT = Path(__file__).parent.parent
 

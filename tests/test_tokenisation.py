@@ -11,13 +11,15 @@ import torch
 
 from diagnostics.contexts import rollouts
 from diagnostics.pipeline import stages
+from diagnostics.models import identity
 from diagnostics.contexts.import_rollouts import read_rollouts
 from diagnostics.training.evaluation import evaluate
 from diagnostics.models.pair import PairConfig, assemble
 from diagnostics.contexts.prompts import PromptConfig, encode_prompt, read_prompts, special_ids, start_ids, uses_clock
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.training.run import EngineConfig, TrainConfig, _ids, train
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 from tests.conftest import make_model
 
 CHATML = ("{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -203,11 +205,11 @@ def _roll(directory, config, file):
     from diagnostics.pipeline.run import open_run
 
     with open_run(directory) as run:
-        stages.rollout_stage(run, stages.Models(config), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=8, batch_tokens=1))
+        stages.rollout_stage(run, identity.Models(config), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=8, batch_tokens=1))
 
 
 def test_a_rollout_resumed_the_next_day_mixes_nothing(tmp_path, folders, clock, monkeypatch, caplog):
-    from diagnostics.pipeline import run as run_directory
+    from diagnostics.core import progress as run_directory
     from diagnostics.core.types import read_bank
 
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
@@ -226,7 +228,7 @@ def test_a_rollout_resumed_the_next_day_mixes_nothing(tmp_path, folders, clock, 
 
 
 def test_a_rollout_resumed_the_same_day_goes_on(tmp_path, folders, clock, monkeypatch):
-    from diagnostics.pipeline import run as run_directory
+    from diagnostics.core import progress as run_directory
 
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
     file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), rollouts.generate, []
@@ -272,9 +274,9 @@ def test_no_room_for_a_response_names_window_and_flag(tmp_path, folders):
     file = prompt_file(tmp_path / "p.jsonl")
     with open_run(tmp_path / "out") as run:
         with pytest.raises(DiagnosticsError, match=r"^The models' window of 256 tokens leaves no room for a prompt beside a response of --max-new-tokens 256\."):
-            stages.rollout_stage(run, stages.Models(folders), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=256))
+            stages.rollout_stage(run, identity.Models(folders), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=256))
         with pytest.raises(DiagnosticsError, match=r"holds 0 usable prompts \(3 are longer than 6 tokens\), and 0 are asked for\. Add prompts, lower --contexts or --max-new"):
-            stages.rollout_stage(run, stages.Models(folders), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=250))
+            stages.rollout_stage(run, identity.Models(folders), PromptConfig(prompts=str(file)), rollouts.RolloutConfig(max_new_tokens=250))
     with pytest.raises(DiagnosticsError, match=r"^Prompt 'p' has 3 tokens, and with --max-new-tokens 254 that is more than the models' window of 256\."):
         rollout(make_pair(), [Prompt("p", "two")], max_new_tokens=254)
 

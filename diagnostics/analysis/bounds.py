@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.core.types import SCHEMA, DiagnosticsError, column, support_column
+from diagnostics.core.schema import SCHEMA, column, support_column
+from diagnostics.core.errors import DiagnosticsError
 
 TAIL = "teacher_tail_mass"
 NO_TAIL = 2e-6

@@ -28,7 +28,7 @@ import pandas as pd
 from diagnostics.analysis import bootstrap
 from diagnostics.analysis.robustness import GAINS, Finding
 from diagnostics.analysis.bootstrap import Estimate
-from diagnostics.core.types import require_columns
+from diagnostics.core.schema import require_columns
 
 STATEMENTS = {
     "C1": "raw KL is a coarse proxy: teachability ranks the gain better than divergence does",

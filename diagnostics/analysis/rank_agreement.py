@@ -32,7 +32,8 @@ import pandas as pd
 from diagnostics import criteria as registry
 from diagnostics.analysis.selection import Part, is_baseline, outcome_values
 from diagnostics.analysis.bootstrap import Estimate, Prompts
-from diagnostics.core.types import DiagnosticsError, require_columns
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns
 
 OFFLINE = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
 MEASURES = ("forward_kl", "reverse_kl")

@@ -23,11 +23,12 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import BSpline
 
-from diagnostics.analysis import bootstrap
+from diagnostics.analysis import linear_model, rank_correlation, bootstrap
 from diagnostics.criteria import normalise, relative_position, score_criterion
-from diagnostics.analysis.bootstrap import Estimate, Prompts, Regression
-from diagnostics.analysis.correlations import Split, outcomes, row, splits
-from diagnostics.core.types import require_columns
+from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.linear_model import Regression
+from diagnostics.analysis.splits import Split, outcomes, row, splits
+from diagnostics.core.schema import require_columns
 
 MODELS = {
     "interaction": ("student_entropy", "divergence", "entropy_x_divergence", "position", "teacher_entropy"),
@@ -65,7 +66,7 @@ def fit(
 ) -> Regression | None:
     """One model for outcome values [n] on a split; predictors [N] over the table. None where it cannot be fitted."""
     chosen = {name: predictors[name][split.mask] for name in MODELS[model] if name in predictors}
-    return bootstrap.regress(values, chosen, split.prompts, robust=robust)
+    return linear_model.regress(values, chosen, split.prompts, robust=robust)
 
 
 def decomposition_difference(regression: Regression, *, per_unit: bool = False) -> Estimate:
@@ -159,8 +160,8 @@ def residual_curve(
     if mask.sum() < DECILES * 2:
         return {}
     x, values = x[mask], values[mask]
-    columns = [bootstrap.standardise(control[mask]) for control in controls]
-    group = bootstrap.groups_by_rank(x, DECILES, np.ones(len(x), dtype=bool))
+    columns = [rank_correlation.standardise(control[mask]) for control in controls]
+    group = rank_correlation.groups_by_rank(x, DECILES, np.ones(len(x), dtype=bool))
     here = [number for number in range(1, DECILES + 1) if (group == number).any()]
     indicator = np.stack([group == number for number in here], axis=1).astype(np.float64)
     centres = [float(x[group == number].mean()) for number in here]
@@ -190,8 +191,8 @@ def _points(at, basis: np.ndarray, evaluate: np.ndarray, values: np.ndarray, col
         whole = s[..., : q * q].reshape(*s.shape[:-1], q, q)
         inner = s[..., q * q : q * q + k * k].reshape(*s.shape[:-1], k, k)
         cross = s[..., q * q + k * k :].reshape(*s.shape[:-1], k, q)
-        beta = bootstrap.inverse(whole[..., :-1, :-1]) @ whole[..., :-1, -1:]
+        beta = linear_model.inverse(whole[..., :-1, :-1]) @ whole[..., :-1, -1:]
         residual = cross[..., -1:] - cross[..., :-1] @ beta
-        return (evaluate @ bootstrap.inverse(inner) @ residual)[..., 0]
+        return (evaluate @ linear_model.inverse(inner) @ residual)[..., 0]
 
     return list(zip(at, bootstrap.of_sums(curve, sums, prompts, mask)))

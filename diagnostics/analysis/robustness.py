@@ -22,11 +22,15 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import regressions, bootstrap
+from diagnostics.analysis import regressions, bootstrap, rank_correlation, matching
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
-from diagnostics.analysis.bootstrap import Estimate, Prompts, Regression, Variable
-from diagnostics.analysis.correlations import Contrast, Split, contrasts, features, outcomes, pair_up, row, splits
-from diagnostics.core.types import SCHEMA, DiagnosticsError, support_column
+from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.linear_model import Regression
+from diagnostics.analysis.rank_correlation import Variable
+from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
+from diagnostics.analysis.splits import Split, outcomes, row, splits
+from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.core.errors import DiagnosticsError
 
 PROXIES = (
     "compatibility", "compatibility_intersection", "topk_overlap", "topk_jaccard", "shared_student_mass", "bhattacharyya",
@@ -70,7 +74,7 @@ class Claims:
         make = {
             "spearman_difference": lambda: self._beyond_placebo(split, values, placebo),
             "tertile_difference": lambda: contrast.difference(values),
-            "matched_difference": lambda: bootstrap.matched_difference(values, split.prompts, self._pairs(contrast)),
+            "matched_difference": lambda: matching.matched_difference(values, split.prompts, self._pairs(contrast)),
             "decomposition": lambda: difference(per_unit=False),
             "decomposition_per_unit": lambda: difference(per_unit=True),
         }
@@ -90,7 +94,7 @@ class Claims:
     def _difference(self, split: Split, values: np.ndarray) -> Estimate:
         values = Variable(values)
         first, second = (
-            bootstrap.spearman(self.predictors[name][split.mask], values, split.prompts) for name in ("teachability", "divergence")
+            rank_correlation.spearman(self.predictors[name][split.mask], values, split.prompts) for name in ("teachability", "divergence")
         )
         return first - second
 

@@ -36,10 +36,12 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis import bootstrap
-from diagnostics.analysis.bootstrap import Estimate, Prompts, Variable
-from diagnostics.analysis.correlations import scores, splits
-from diagnostics.core.types import DiagnosticsError, require_columns
+from diagnostics.analysis import bootstrap, rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.rank_correlation import Variable
+from diagnostics.analysis.splits import scores, splits
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns
 
 log = logging.getLogger("diagnostics")
 OUTCOMES = ("gain", "relative_gain", "positive_gain")
@@ -399,7 +401,7 @@ def selection_overlap(
     rows = []
     for one, other in combinations(variables, 2):
         key = {"criterion": one, "other": other}
-        rank = bootstrap.spearman(variables[one], variables[other], part.prompts)
+        rank = rank_correlation.spearman(variables[one], variables[other], part.prompts)
         rows.append(key | {"statistic": "spearman", "budget": np.nan, "chance": 0.0} | _estimate(rank, level))
         for budget, (estimate, chance) in zip(part.budgets, _jaccards(part, one, other), strict=True):
             rows.append(key | {"statistic": "jaccard", "budget": budget, "chance": chance} | _estimate(estimate, level))

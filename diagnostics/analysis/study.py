@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from diagnostics.analysis import warnings as study_warnings, bounds, regressions, robustness, correlations, claims
+from diagnostics.analysis import warnings as study_warnings, bounds, regressions, robustness, correlations, splits, claims
 from diagnostics import criteria as registry
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
-from diagnostics.analysis.correlations import OUTCOMES, balance, correlate, matching, outcomes, partial_correlations, position_means, q3_contrast, q3_groups, quadrant_means, scores, splits, within_prompt_correlations
-from diagnostics.core.types import support_column
+from diagnostics.analysis.splits import OUTCOMES, outcomes, scores, splits
+from diagnostics.analysis.quadrants import balance, matching, position_means, q3_contrast, q3_groups, quadrant_means
+from diagnostics.analysis.correlations import correlate, partial_correlations, within_prompt_correlations
+from diagnostics.core.schema import support_column
 
 __all__ = [
     "balance", "correlate", "coverage", "gain_robustness", "matching", "outcomes", "partial_correlations", "position_means",
@@ -92,7 +94,7 @@ def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losse
 
     return [
         ((), several((), lambda: _correlations(tokens, criteria, **options))),
-        (correlations.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
+        (splits.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
         ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
         (_PLANE, one("quadrants", quadrant_means, **options)),
         (("position", "response_length"), one("positions", position_means, **options)),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from diagnostics.criteria import quadrants
 from diagnostics.analysis.bounds import is_listed
-from diagnostics.analysis.correlations import OUTCOMES
+from diagnostics.analysis.splits import OUTCOMES
 from diagnostics.analysis.claims import UNBALANCED
 
 FEW_PROMPTS = 20

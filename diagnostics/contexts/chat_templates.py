@@ -19,7 +19,7 @@ import weakref
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 SECONDS = 10
 """Processor time for one conversation; the largest real templates take milliseconds."""

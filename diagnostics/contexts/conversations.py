@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 DEEPEST = 64
 """Levels of lists and objects in a message; real ones have about ten, and Python's own stack ends before a thousand."""

@@ -36,7 +36,8 @@ import pandas as pd
 from diagnostics.contexts.torch_archive import Opaque, read_archive
 from diagnostics.contexts.conversations import REASONING, from_json, missing, read_text, row_arguments, shown
 from diagnostics.contexts.prompts import NOTED, PROBE, Renderer, digest, encode_prompt, far_longer, is_vague, name_of, read_rows, require_unicode, say_unused
-from diagnostics.core.types import Bank, Context, DiagnosticsError, Prompt
+from diagnostics.core.types import Bank, Context, Prompt
+from diagnostics.core.errors import DiagnosticsError
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair

@@ -31,7 +31,9 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.contexts.prompts import read_rows
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR, DiagnosticsError, require_columns, validate_tokens
+from diagnostics.core.types import RELATIVE_GAIN_FLOOR
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns, validate_tokens
 
 log = logging.getLogger("diagnostics")
 RELEASED_EPS = 1e-12

@@ -25,7 +25,9 @@ import numpy as np
 from diagnostics.core.limits import parse_json
 from diagnostics.contexts.conversations import ARGUMENTS, as_messages, missing, plain, read_text, require_template, row_arguments, template_arguments
 from diagnostics.contexts.chat_templates import Template
-from diagnostics.core.types import DiagnosticsError, Prompt, read_parquet
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
+from diagnostics.core.schema import read_parquet
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,8 +28,9 @@ from diagnostics.core import distributed
 from diagnostics.models.pair import Pair
 from diagnostics.measure.projection import wide_head
 from diagnostics.contexts.prompts import encode_prompt, special_ids
-from diagnostics.pipeline.run import Shards, progress
-from diagnostics.core.types import Bank, Context, DiagnosticsError, Prompt
+from diagnostics.core.progress import Shards, progress
+from diagnostics.core.types import Bank, Context, Prompt
+from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 
 Side = Literal["teacher", "student"]
 Split = Literal["train", "probe", "test"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 DIRECTORY = 2**26
 """Bytes of the zip's list of entries: half a million of them, as torch names them; zipfile reads them all at once."""

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from diagnostics.core import distributed
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.opd\.tmp")
 """Names of files that are being written; nothing else is swept as unfinished."""

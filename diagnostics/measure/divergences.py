@@ -48,7 +48,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diagnostics.core.types import DiagnosticsError, support_column
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import support_column
 
 Logits = Callable[[Tensor], Tensor]
 """Maps hidden states [n, H] to logits [n, V] over the shared vocabulary, in any dtype."""

@@ -43,7 +43,7 @@ from torch.overrides import TorchFunctionMode
 
 from diagnostics.measure import projection
 from diagnostics.measure.divergences import LN2, Block, Logits, beside, beyond, blocks, chunk_size, exact, filled, not_finite, top_ids, total
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
 LOSSES: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse")

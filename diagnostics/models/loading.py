@@ -29,7 +29,7 @@ from torch import nn
 from diagnostics.core import distributed
 from diagnostics.core.limits import check_weights, parse_json
 from diagnostics.core.files import sha256_file
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

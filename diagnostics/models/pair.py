@@ -30,7 +30,7 @@ from diagnostics.models import topk_teacher
 from diagnostics.measure.projection import is_plain, linear, wide_head
 from diagnostics.core.files import sha256_file
 from diagnostics.models.loading import DTYPES, QUANTISED, load_model, load_tokenizer, resolve_device, shared_template
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 

@@ -50,7 +50,9 @@ from diagnostics.measure import divergences
 from diagnostics.measure.divergences import Logits, exact
 from diagnostics.contexts.prompts import missing, read_rows, require_unicode
 from diagnostics.core.files import sha256_file
-from diagnostics.core.types import Bank, Context, DiagnosticsError, require_columns, support_column
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns, support_column
 
 log = logging.getLogger("diagnostics")
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "sampled")

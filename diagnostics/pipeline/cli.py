@@ -22,8 +22,8 @@ from pathlib import Path
 from diagnostics import __version__
 from diagnostics.core import distributed
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
-from diagnostics.pipeline.run import set_quiet
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.progress import set_quiet
+from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 EXIT_CODES = """exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used, with one paragraph on
@@ -282,12 +282,13 @@ def _report(parsed: argparse.Namespace) -> dict:
 
 
 def _stage(parsed: argparse.Namespace) -> dict:
+    from diagnostics.models import identity
     from diagnostics.pipeline import stages
     from diagnostics.pipeline.run import open_run
 
     configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
-        models = stages.Models(configs["PairConfig"], alone=parsed.command == "rollout") if "PairConfig" in configs else None
+        models = identity.Models(configs["PairConfig"], alone=parsed.command == "rollout") if "PairConfig" in configs else None
         if parsed.command in ("run", "rollout"):
             stages.rollout_stage(run, models, configs["PromptConfig"], configs["RolloutConfig"], configs["BankConfig"])
         if parsed.command in ("run", "score"):

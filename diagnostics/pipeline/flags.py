@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import typing
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 
 BOUNDS = {

@@ -15,134 +15,32 @@ what they come from, or how they are asked for, has changed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
-from diagnostics.core.limits import parse_json
 from diagnostics.analysis.bounds import is_listed, marked
-from diagnostics.pipeline.run import Run, code_version, fingerprint_files, unchanged, write_csv, write_json, write_parquet
+from diagnostics.pipeline.run import Run
+from diagnostics.core.fingerprints import code_version, fingerprint_files
+from diagnostics.core.manifest import unchanged
+from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.files import sha256_file
-from diagnostics.core.types import Bank, DiagnosticsError, Prompt, read_bank, read_parquet, validate_tokens
-
-if TYPE_CHECKING:
-    from diagnostics.contexts.prompts import PromptSet
+from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.models.identity import Models, file_hash
+from diagnostics.contexts.choose_prompts import choose_prompts, json_object, rendered_sha256, training_prompts
 
 log = logging.getLogger("diagnostics")
-EMBEDDED_CONTEXTS = 128
-WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
 LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
 """Options that the cells of earlier grids do not name; None is what those did."""
 GAIN_KEYS = ("context_id", "position")
 
 
-@dataclasses.dataclass(frozen=True)
-class AnalysisConfig:
-    """How intervals are made."""
-
-    draws: int = dataclasses.field(default=1000, metadata={"help": "bootstrap draws over prompts"})
-    level: float = dataclasses.field(default=0.95, metadata={"help": "level of the intervals"})
-
-
-class Models:
-    """The pair of a command, loaded when a stage first needs it, and its identity for the manifest."""
-
-    def __init__(self, config, *, alone: bool = False):
-        self.config, self.alone = config, alone
-        """alone: a student without a teacher will do, for writing."""
-
-    @cached_property
-    def pair(self):
-        """The loaded pair."""
-        from diagnostics.models.pair import load_pair
-
-        return load_pair(**dataclasses.asdict(self.config), alone=self.alone)
-
-    @property
-    def settings(self) -> dict:
-        """What names the pair; where it runs is left out."""
-        named = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE}
-        return named | file_hash("teacher_logprobs", self.config.teacher_logprobs)
-
-    @property
-    def writer_settings(self) -> dict:
-        """The same without a remote teacher's file, which is made from what the student wrote."""
-        return {key: value for key, value in self.settings.items() if not key.startswith("teacher_logprobs")}
-
-    def fingerprint(self) -> dict[str, str]:
-        """What each model is made of: a hash over its local files, or the commit of a Hugging Face id."""
-        return dict(self._fingerprint)
-
-    @cached_property
-    def _fingerprint(self) -> dict[str, str]:
-        from diagnostics.models.pair import named_pair
-        from diagnostics.models.loading import base_folder
-
-        settings = self.settings
-        if settings["pair"] is not None:
-            named = named_pair(settings["pair"])
-            if named.made_of:
-                return dict(named.made_of)
-            settings |= dict(zip(("student", "teacher"), map(str, named.folders())))
-        local = {name: Path(value) for name, value in settings.items()
-                 if name not in ("pair", "dtype", "teacher_dtype") and isinstance(value, str) and value and Path(value).exists()}
-        local |= {f"{name}_base": base for name, path in list(local.items()) if (base := base_folder(path)) is not None}
-        remote = [name for name in ("student", "teacher") if settings[name] and name not in local]  # their commit is known once loaded
-        commits = {name: self.pair.facts.get(name, {}).get("revision") for name in remote}
-        return {name: fingerprint_files(path) for name, path in local.items()} | {name: commit for name, commit in commits.items() if commit}
-
-
 def _settings(config) -> dict:
     """A configuration as a cell of the grid is named by it: an option that came later is named only where it is used."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None or key not in LATER}
-
-
-def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
-    """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for a response."""
-    from diagnostics.models.pair import NAMED_PAIRS
-    from diagnostics.contexts.prompts import PromptSet, read_prompts, uses_clock
-    from diagnostics.contexts.story_sums import TASKS
-
-    options = dataclasses.asdict(config)
-    path, kwargs = options.pop("prompts"), json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
-    named = NAMED_PAIRS.get(models.config.pair)
-    if path is None and named and named.task:
-        write = TASKS[named.task].write
-        return PromptSet(write(config.contexts or EMBEDDED_CONTEXTS, seed=0, split="probe"), {})
-    if path is None and named:
-        path = named.prompts
-    if path is None:
-        raise DiagnosticsError("No prompts were given, and this pair brings none. Name a file with --prompts.")
-    options["max_prompt_tokens"] = config.max_prompt_tokens or _room_for_a_prompt(models.pair.window, room)
-    if config.chat and uses_clock(models.pair.tokenizer, kwargs):
-        log.warning("the chat template writes the date of the day: prompts, and what is sampled after them, are others tomorrow. Where the template takes "
-                    "a date, fix it with --chat-template-kwargs, as in '{\"date_string\": \"26 Jul 2024\"}'")
-    return read_prompts(path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options)
-
-
-def _room_for_a_prompt(window: int | None, response: int) -> int | None:
-    """Tokens that the window leaves for a prompt beside a response; None without a window."""
-    if window is not None and window <= response:
-        raise DiagnosticsError(
-            f"The models' window of {window} tokens leaves no room for a prompt beside a response of --max-new-tokens {response}. Lower --max-new-tokens."
-        )
-    return window and window - response
-
-
-def json_object(text: str, flag: str) -> dict:
-    try:
-        value = parse_json(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise DiagnosticsError(f"{flag} takes a JSON object; got {text!r}.")
-    return value
 
 
 def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
@@ -167,12 +65,6 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
 
     run.stage("rollout", settings=settings, outputs=["contexts.parquet"], work=work,
               code=("contexts.rollouts", "contexts.prompts", "contexts.story_sums", "models.pair"), models=models.fingerprint)
-
-
-def rendered_sha256(prompts: list[Prompt]) -> str:
-    """One hash over what the models read: a template that writes the date makes it another one every day."""
-    texts = [prompt.prompt for prompt in prompts]
-    return hashlib.sha256(json.dumps(texts + [prompt.teacher_prompt for prompt in prompts if prompt.teacher_prompt is not None]).encode()).hexdigest()
 
 
 def _responses_so_far(run: Run, rendered: str):
@@ -202,15 +94,6 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
 
     run.stage("rollout", settings={**models.writer_settings, **dataclasses.asdict(prompts), **dataclasses.asdict(elsewhere), **files},
               outputs=["contexts.parquet"], work=work, code=("contexts.import_rollouts", "contexts.prompts", "models.pair"), models=models.fingerprint)
-
-
-def file_hash(name: str, path: str | None) -> dict[str, str]:
-    """The hash of a file of prompts, or of a local data set's files, for the settings of the stage that reads it."""
-    place = Path((path or "").removeprefix("hf:"))
-    if path and os.path.isdir(place):
-        files = [(str(file.relative_to(place)), sha256_file(file)) for file in sorted(place.rglob("*")) if file.is_file()]
-        return {f"{name}_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-    return {f"{name}_sha256": sha256_file(place)} if path and os.path.isfile(place) else {}
 
 
 def score_stage(run: Run, models: Models, config) -> None:
@@ -296,27 +179,6 @@ def join_tokens(run: Run) -> None:
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     with run.joining("tokens.parquet"):
         write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
-
-
-def training_prompts(models: Models, prompts, evaluation, *, needed: int, seed: int, room: int = 1) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and prompts to hold out.
-
-    A named pair with a task writes as many of both as are `needed`; a file gives up its last `eval_contexts`, unless there is a
-    file of held-out prompts. Each leaves `room` for a response.
-    """
-    from diagnostics.models.pair import NAMED_PAIRS
-    from diagnostics.contexts.story_sums import TASKS
-
-    count = evaluation.eval_contexts
-    named = NAMED_PAIRS.get(models.config.pair)
-    if prompts.prompts is None and named and named.task:
-        write = TASKS[named.task].write
-        return write(prompts.contexts or needed, seed=seed, split="train"), write(count, seed=0, split="test") if count else []
-    found = choose_prompts(models, prompts, room=room).prompts
-    if evaluation.eval_prompts:
-        held_out = dataclasses.replace(prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count)
-        return found, choose_prompts(models, held_out, room=room).prompts if count else []
-    return found[: len(found) - count], found[len(found) - count :]
 
 
 def _refuse_shards(models: Models) -> None:
@@ -508,6 +370,7 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
     engine: how TRL runs each training, but for what a grid decides itself.
     """
     from diagnostics.training import grid
+    from diagnostics.analysis import training_outcomes
     from diagnostics.measure.losses import check_loss
     from diagnostics.analysis.claims import of_training
 
@@ -527,9 +390,9 @@ def validate_stage(run: Run, models: Models, prompts, config, evaluation, *, off
 
     def work() -> None:
         competing = dict.fromkeys((cell.criterion, cell.budget) for cell in cells if cell.criterion != "full")
-        answers = grid.offline_answers(Path(offline), competing, draws=analysis.draws) if offline else None
+        answers = training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws) if offline else None
         rows = grid.read_outcomes(folder, cells)
-        made.update(grid.tables(rows, answers, **dataclasses.asdict(analysis)))
+        made.update(training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis)))
         made["verdicts"] = pd.concat([*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True)
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)

@@ -50,12 +50,14 @@ from diagnostics import criteria as registry
 from diagnostics.measure import divergences, losses
 from diagnostics.core import distributed
 from diagnostics.probing import scores
-from diagnostics.analysis import bootstrap
+from diagnostics.analysis import bootstrap, rank_correlation
 from diagnostics.models.pair import Pair
 from diagnostics.probing.one_step import Workbench, calibrate, first_update, loss_weights, require_same_bank, requested_step, split_prompts, spoiled, tensor_norm
-from diagnostics.pipeline.run import progress
+from diagnostics.core.progress import progress
 from diagnostics.analysis.bootstrap import Estimate, Prompts
-from diagnostics.core.types import Bank, DiagnosticsError, validate_tokens
+from diagnostics.core.types import Bank
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import validate_tokens
 
 log = logging.getLogger("diagnostics")
 FRACTIONS = (0.1, 0.3, 1.0, 3.0)
@@ -446,7 +448,7 @@ def linearity(
             mask = np.isfinite(predicted_N) & np.isfinite(gain_N) & ((tokens["split"] == name).to_numpy() | (name == "all"))
             prompts = Prompts(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed)
             slope, explained = _fit(predicted_N[mask], gain_N[mask], prompts)
-            pearson = bootstrap.pearson(predicted_N[mask], gain_N[mask], prompts)
+            pearson = rank_correlation.pearson(predicted_N[mask], gain_N[mask], prompts)
             low, high = np.clip(pearson.interval(level), 0, None) ** 2
             rows.append({
                 "fraction": fraction, "step_size": fraction * step_size, "relative_norm": fraction * step_size * norm, "split": name,
@@ -483,7 +485,7 @@ def position_groups(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     everywhere, quadrant = np.ones(len(tokens), dtype=bool), registry.quadrants(tokens)
     groups = {"all": everywhere} | {f"q{number}": quadrant == number for number in (1, 2, 3, 4)}
     for name in ("compatibility", "teachability"):
-        third = bootstrap.groups_by_rank(registry.score_criterion(tokens, name), 3, everywhere)
+        third = rank_correlation.groups_by_rank(registry.score_criterion(tokens, name), 3, everywhere)
         groups |= {f"{name}_{number}": third == number for number in (1, 2, 3)}
     return groups
 

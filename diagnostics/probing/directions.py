@@ -25,8 +25,8 @@ from torch import Tensor
 
 from diagnostics.core import distributed
 from diagnostics.core.files import write_atomic
-from diagnostics.pipeline.run import write_json
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.tables import write_json
+from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 FILE, RECORD = "direction.safetensors", "step.json"

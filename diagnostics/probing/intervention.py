@@ -46,9 +46,13 @@ from diagnostics.analysis.selection import is_baseline
 from diagnostics.models.pair import Pair
 from diagnostics.probing.directions import Direction, Store, read_record, write_record
 from diagnostics.probing.one_step import Workbench, first_update, kept_step, loss_weights, require_same_bank, requested_step, split_prompts, tensor_norm
-from diagnostics.pipeline.run import Shards, code_version, no_shards, write_parquet
+from diagnostics.core.progress import Shards, no_shards
+from diagnostics.core.fingerprints import code_version
+from diagnostics.core.tables import write_parquet
 from diagnostics.analysis.bootstrap import Estimate, Prompts
-from diagnostics.core.types import Bank, DiagnosticsError, read_parquet
+from diagnostics.core.types import Bank
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet
 
 log = logging.getLogger("diagnostics")
 MEASURES = ("forward_kl", "reverse_kl", "js")

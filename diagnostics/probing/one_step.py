@@ -37,8 +37,10 @@ from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Store
 from diagnostics.measure.divergences import exact
 from diagnostics.models.pair import Pair, weights_sha256
-from diagnostics.pipeline.run import Shards, no_shards
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR, Bank, DiagnosticsError, require_columns, validate_tokens
+from diagnostics.core.progress import Shards, no_shards
+from diagnostics.core.types import RELATIVE_GAIN_FLOOR, Bank
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns, validate_tokens
 
 log = logging.getLogger("diagnostics")
 ADAM_EPS = 1e-8

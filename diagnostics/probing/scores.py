@@ -25,8 +25,10 @@ from diagnostics.core import distributed
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair, Readout
 from diagnostics.contexts.prompts import special_ids
-from diagnostics.pipeline.run import Shards, progress
-from diagnostics.core.types import Bank, Context, DiagnosticsError, validate_tokens
+from diagnostics.core.progress import Shards, progress
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import validate_tokens
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
@@ -350,7 +352,7 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
 
 def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Indicator columns pass through float; a position that was not scored counts as False there and NaN elsewhere."""
-    from diagnostics.core.types import column
+    from diagnostics.core.schema import column
 
     return {name: np.nan_to_num(values).astype(bool) if column(name).dtype == "bool" else values for name, values in columns.items()}
 

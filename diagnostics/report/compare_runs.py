@@ -20,11 +20,12 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.report import figures, summary, page
+from diagnostics.report import figures, summary, page, run_results, svg
 from diagnostics.report.summary import Material
-from diagnostics.pipeline.run import hold, write_pages
+from diagnostics.core.run_lock import hold
+from diagnostics.report.written_pages import write_pages
 from diagnostics.core.files import write_atomic
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 SHARED = {
     "correlations": ("outcome", "criterion", "split", "method"),
@@ -103,7 +104,7 @@ def compare_runs(directories: Sequence[str | Path], *, names: Sequence[str] | No
             f"{', '.join(map(str, names)) or 'none'}. "
             "Name more directories, or pass names=[…]."
         )
-    materials = {str(name): page.read_run(path) for name, path in zip(names, paths, strict=True)}
+    materials = {str(name): run_results.read_run(path) for name, path in zip(names, paths, strict=True)}
     return RunComparison(materials, dict(_joined(materials)), _differences(materials))
 
 
@@ -178,7 +179,7 @@ def _drawable(tables: Mapping[str, pd.DataFrame]) -> Iterable[tuple[str, pd.Data
 
 def _figure(name: str, caption: str, wide, narrow) -> str:
     plates = {"wide": wide, "narrow": narrow}
-    drawings = "".join(f'<div class="{size}">{page.inline_svg(plate, f"{name}-{size}")}</div>' for size, plate in plates.items())
+    drawings = "".join(f'<div class="{size}">{svg.inline_svg(plate, f"{name}-{size}")}</div>' for size, plate in plates.items())
     text = html.escape(f"{caption} Every run has its own prompts and its own intervals.")
     return f'<figure id="figure-{name}">{drawings}<figcaption>{text}</figcaption></figure>'
 

@@ -10,86 +10,29 @@ from __future__ import annotations
 
 import html
 import inspect
-import io
 import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
-from PIL import Image
 
 from diagnostics.report import figures, summary, style, tokenview
-from diagnostics.core import files
 from diagnostics.report.summary import Material
-from diagnostics.pipeline.run import hashes_of, read_manifest, write_pages
+from diagnostics.report.written_pages import write_pages
 from diagnostics.report.tokenview import script_json, show
-from diagnostics.core.types import DiagnosticsError, read_bank, read_parquet, validate_tokens
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.report.catalogue import TABLES
+from diagnostics.report.svg import figure_files, inline_svg
+from diagnostics.report.run_results import read_run
 
-log = logging.getLogger("diagnostics")
 STATIC = Path(__file__).parent / "static"
 ROWS_WRITTEN = 60
 """Rows up to which a table is written out as HTML; longer ones are packed."""
-
-
 WARNINGS_OPEN = 4
 CONTEXTS = 24
 """Contexts that the page shows token by token."""
-
-
-TABLES = {
-    "verdicts": "Each claim against its interval, for both gains.",
-    "warnings": "Where a conclusion would rest on too little.",
-    "correlations": "Correlation of each gain with each criterion; estimate with interval, placebo beside it.",
-    "placebo_excess": "The same minus the placebo's, paired.",
-    "differences": "Paired differences between two criteria's correlations.",
-    "partial": "Correlations given entropy, divergence and position.",
-    "within_prompt": "Mean of the correlations within a prompt.",
-    "quadrants": "Mean, median, trimmed and winsorised gain in each quadrant.",
-    "positions": "Mean gain along the response.",
-    "q3_contrast": "Within Q3: mean gain of the top group minus that of the bottom group.",
-    "q3_groups": "Within Q3: mean gain of each third.",
-    "matching": "Within Q3: the contrast between matched positions of one prompt.",
-    "balance": "What was matched on, before and after, in standard deviations.",
-    "matching_caliper": "The same with no pair further apart than the caliper.",
-    "balance_caliper": "What those pairs were matched on, before and after.",
-    "regressions": "Standardised coefficients of three models, cluster-robust.",
-    "decomposition": "Difference of the coefficients of compatible and incompatible divergence.",
-    "residual_curves": "Residual gain along each score.",
-    "support_robustness": "The claims' statistics for each proxy and K.",
-    "gain_robustness": "The claims' statistics under other forms of the gain.",
-    "selection_curves": "Share of the gain captured at each budget.",
-    "selection_summary": "Normalised area and enrichment.",
-    "selection_overlap": "Jaccard index and rank correlation between criteria.",
-    "selection_profile": "What each criterion selects.",
-    "intervention": "One step a criterion and budget; drops in nats a position.",
-    "offline_agreement": "Kendall's tau between the answers.",
-    "offline_answers": "Value and rank of each criterion by every answer.",
-    "linearity": "Realised against first-order gain by step size.",
-    "kernel_shares": "Sources of the first-order gain by group.",
-    "kernel": "Sources of the first-order gain at each sampled position.",
-    "lift": "What each group's losses do for held-out prompts.",
-    "validation_verdicts": "Claim C5 against each rival, and overall.",
-    "validation_outcomes": "Every measure of every training, over seeds and prompts.",
-    "validation_agreement": "Kendall's tau between what was foreseen and what was trained.",
-    "validation_foreseen": "What was foreseen of each training, by every answer.",
-    "validation_cells": "Every single training.",
-    "evaluations": "The student on held-out prompts during training.",
-    "training_metrics": "What training logged at each step.",
-    "saturation": "Quantiles of every measurement and how much is clipped.",
-    "coverage": "Prompts, positions and what clustering leaves of them.",
-    "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
-    "left_out": "What the columns did not allow.",
-    "exactness": "What each measurement is worth with a teacher that is known by top-K lists alone.",
-}
-"""What each table holds, in the order of the page; others follow by name."""
 
 
 def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
@@ -114,115 +57,6 @@ def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
 def encoded(text: str) -> bytes:
     """A page as UTF-8; a name that is no Unicode, as file systems allow, stands there escaped."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def read_run(directory: str | Path) -> Material:
-    """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")` shows what it found.
-
-    Returns a Material with the manifest, tables (by name), tokens, bank and likeliest tokens (None where the run has none).
-    Needs neither torch nor a model. Raises DiagnosticsError where the manifest or every table is missing, or a file is damaged.
-    """
-    directory = Path(directory)
-    manifest = _read_manifest(directory / "manifest.json")
-    reading = _Reading(directory, manifest)
-    names = [name for name, kind in files.walk(directory, "tables") if name.endswith(".csv") and kind != "folder"]
-    tables = {Path(name).stem: reading.read(name, _read_csv) for name in names if name.count("/") == 1}
-    tables = {name: table for name, table in tables.items() if table is not None} | training_tables(directory, reading)
-    if not tables:
-        said = f" ({' '.join(reading.cautions)})" if reading.cautions else ""
-        raise DiagnosticsError(f"{directory / 'tables'} holds no table{said}. Run `python -m diagnostics analyze --output-dir {directory}` first.")
-    tokens = reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path)))
-    bank, tops = reading.read("contexts.parquet", read_bank), reading.read("tops.parquet", read_parquet)
-    return Material(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
-
-
-class _Reading:
-    """Files of a run, each compared with the manifest before it is read; what is not as it was written is left out and said."""
-
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]):
-        self.directory, self.manifest, self.cautions = directory, manifest, []
-
-    def say(self, sentence: str) -> None:
-        """Keep a sentence for the page, and log it."""
-        self.cautions.append(sentence)
-        log.warning("%s: %s", self.directory, sentence)
-
-    def read(self, name: str, reader: Callable[[Path], Any], *, ask: bool = True) -> Any:
-        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether a record is looked for."""
-        digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
-        if digest is None:
-            return None
-        if known and digest not in known:
-            self.say(f"{name} is not as it was written and was left out of this page. Run the stage that writes it again.")
-            return None
-        if ask and not known:
-            self.say(f"{name} is in no record of manifest.json, so nothing says what measured it.")
-        return reader(self.directory / name)
-
-
-def training_tables(directory: Path, reading: _Reading | None = None) -> dict[str, pd.DataFrame]:
-    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of every step."""
-    reading = reading or _Reading(directory, {"stages": {}})
-    found = {"evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
-             "training_metrics": reading.read("metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False)}
-    curves = []
-    for name, kind in files.walk(reading.directory, "cells"):
-        if name.endswith(".curve.parquet") and kind == "file":
-            cell = _read_cell(reading.directory, name.removesuffix(".curve.parquet") + ".json")
-            if cell is None:
-                reading.say(f"{name} has no record of its training beside it and was left out.")
-            else:
-                curve = reading.read(name, read_parquet, ask=False)
-                curves += [] if curve is None else [curve.assign(**cell)]
-    found |= {"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {}
-    return {name: table for name, table in found.items() if table is not None}
-
-
-def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
-    """Which training a cell is, from its record; None where there is no readable record."""
-    try:
-        record = json.loads(files.read_inside(directory, name))
-    except (OSError, ValueError, RecursionError):
-        return None
-    cell = record.get("cell") if isinstance(record, dict) else None
-    return cell if isinstance(cell, dict) else None
-
-
-def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
-    """Metrics line by line; what a killed process had begun to write, or is no object, is left out and counted."""
-    rows, broken = [], 0
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row, broken = None, broken + 1
-        rows += [row] if isinstance(row, dict) else []
-    if broken:
-        say(f"{path.name} has {broken} {'line' if broken == 1 else 'lines'} cut by a kill or damaged, which were left out.")
-    return pd.DataFrame(rows)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if (found := files.kind(path)) not in ("file", None):
-        raise files.unfit(path, found, "file")
-    try:
-        return read_manifest(path)
-    except DiagnosticsError as error:
-        said = str(error).replace("Choose another --output-dir, or remove that file.", "Name the --output-dir of an earlier run.")
-        unread = "cannot be read as a manifest" if error.__cause__ is not None else "is not a manifest of this project"
-        raise DiagnosticsError(said.replace("is not a manifest of this project", unread)) from error
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise DiagnosticsError(f"{path} cannot be read as CSV ({str(error).splitlines()[0]}). Run the analyze stage again.") from error
-
-
-# --- figures ----------------------------------------------------------------------------------------
 
 
 def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict[str, str]]:
@@ -250,56 +84,6 @@ def _not_drawn(material: Material, sheet: figures.FigureSpec, table: pd.DataFram
         return f"no table {lacking[0]}"
     absent = [name for name in sheet.needs if name not in table]
     return f"no column {absent[0]} in the {sheet.table} table" if absent else ""
-
-
-def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG (200 dpi) and PDF, without dates, so that equal tables give equal files."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
-    return {f"{name}.pdf": buffer.getvalue(), f"{name}.png": png(figure)}
-
-
-def png(figure: Figure, dpi: int = 200) -> bytes:
-    """The figure as a PNG of 256 colours: a third of the size of a full one, and no difference to see."""
-    before, buffer = figure.dpi, io.BytesIO()
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    figure.set_dpi(before)
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", dpi=(dpi, dpi))
-    return buffer.getvalue()
-
-
-def _is_mesh(artist) -> bool:
-    return isinstance(artist, QuadMesh) or (isinstance(artist, PolyCollection) and len(artist.get_offsets()) > 50)
-
-
-def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element: own ids, page colours as variables, meshes of many cells as a bitmap.
-
-    Text stays text, to be searched and read aloud; the page names its fonts.
-    """
-    for mesh in figure.findobj(_is_mesh):
-        mesh.set_rasterized(True)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", dpi=160, transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", text)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text).replace("url(#", f"url(#{name}-")
-    text = re.sub(r"\n\s*", "\n", text).replace("<g/>\n", "")
-    text = re.sub(r"font-family: 'DejaVu Sans'; | transform=\"rotate\(-0 [^\"]*\"", "", text)
-    text = re.sub(r"(?<![\d.#])([1-9]\d*\.\d{2})\d+", r"\1", text)
-    for variable, color in style.LIGHT.items():
-        text = text.replace(color.lower(), f"var(--{variable})")
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', text, count=1)
-
-
-# --- the page ---------------------------------------------------------------------------------------
 
 
 def page(
@@ -502,9 +286,6 @@ def not_run(material: Material, left_out: Mapping[str, str]) -> str:
     return f"<ul>{items}</ul>" if lines else "<p>Nothing: every part of the study has its table.</p>"
 
 
-# --- markdown ---------------------------------------------------------------------------------------
-
-
 def markdown(material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]) -> str:
     """The report for a repository's page: answer, verdicts, figures as links, what was not run, provenance in short."""
     blocks = [f"# {_plain(summary.title(material))}", *(f"**{question}** {_plain(text)}" for question, text in summary.answer(material).items()),
@@ -532,8 +313,6 @@ def _plain(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
 
-
-# --- methods ----------------------------------------------------------------------------------------
 
 METHODS = """
 <p>A prompt goes to the student, which samples one response; the pair is frozen. At a response position, <i>p</i> is the

@@ -21,7 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from diagnostics.core.types import DiagnosticsError, require_columns
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import require_columns
 
 SINGLE, DOUBLE = 3.3, 6.9
 """Inches: one column and two columns of a paper."""

@@ -27,7 +27,9 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.core.files import write_atomic
-from diagnostics.core.types import SCHEMA, Bank, Context, DiagnosticsError, require_columns
+from diagnostics.core.schema import SCHEMA, require_columns
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
 
 STATIC = Path(__file__).parent / "static"
 MEASURES = (

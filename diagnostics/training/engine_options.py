@@ -18,7 +18,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 LARGEST = 1_000_000
 """Bytes of a settings file; a real one has some hundred."""

@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bootstrap import Estimate, Prompts
-from diagnostics.core.types import Bank, DiagnosticsError, Prompt
+from diagnostics.core.types import Bank, Prompt
+from diagnostics.core.errors import DiagnosticsError
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair

@@ -43,8 +43,10 @@ from diagnostics.measure.losses import LOSSES
 from diagnostics.models.pair import NAMED_PAIRS
 from diagnostics.models.topk_teacher import refuse
 from diagnostics.core.files import write_atomic
-from diagnostics.pipeline.run import write_csv, write_json, write_parquet
-from diagnostics.core.types import Bank, DiagnosticsError, Prompt, read_parquet
+from diagnostics.core.tables import write_csv, write_json, write_parquet
+from diagnostics.core.types import Bank, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair

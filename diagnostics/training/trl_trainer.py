@@ -44,7 +44,8 @@ from diagnostics.measure import divergences, losses
 from diagnostics.contexts import rollouts
 from diagnostics.models.pair import Pair, Readout
 from diagnostics.contexts.prompts import encode_prompt
-from diagnostics.core.types import DiagnosticsError, column
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import column
 
 log = logging.getLogger("diagnostics")
 

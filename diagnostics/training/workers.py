@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 PARENT_SECONDS = 1.0
 """Between two looks whether the parent lives, where the system does not say: what an orphan computes in vain."""

@@ -6,11 +6,12 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
-from diagnostics.analysis import bootstrap as S
-from diagnostics.analysis.bootstrap import Controls, Estimate, Prompts, Variable
+from diagnostics.analysis import rank_correlation, bootstrap, matching, linear_model
+from diagnostics.analysis.rank_correlation import Controls, Variable
+from diagnostics.analysis.bootstrap import Estimate, Prompts
 
 NAN = np.nan
-CORRELATIONS = {"pearson": S.pearson, "spearman": S.spearman, "kendall": S.kendall}
+CORRELATIONS = {"pearson": rank_correlation.pearson, "spearman": rank_correlation.spearman, "kendall": rank_correlation.kendall}
 REFERENCE = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}
 
 
@@ -86,9 +87,9 @@ def test_one_prompt_or_too_few_defined_draws_have_no_interval(estimate):
 def test_differences_are_paired():
     prompts = Prompts(*[np.repeat(np.arange(10), 5)], draws=200)
     x = np.random.default_rng(0).normal(size=50) + prompts.codes
-    nothing = S.mean(x, prompts) - S.mean(x + 3, prompts)
+    nothing = bootstrap.mean(x, prompts) - bootstrap.mean(x + 3, prompts)
     assert nothing.value == pytest.approx(-3) and nothing.standard_error == pytest.approx(0, abs=1e-12)
-    assert S.mean(x, prompts).times(-2).interval() == pytest.approx(tuple(-2 * v for v in reversed(S.mean(x, prompts).interval())))
+    assert bootstrap.mean(x, prompts).times(-2).interval() == pytest.approx(tuple(-2 * v for v in reversed(bootstrap.mean(x, prompts).interval())))
 
 
 # --- correlations -----------------------------------------------------------------------------------
@@ -96,13 +97,13 @@ def test_differences_are_paired():
 
 def test_kendall_by_hand():
     """Pairs of (1,1) (2,3) (3,2): two concordant, one discordant."""
-    estimate = S.kendall(np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), Prompts(list("abc")))
+    estimate = rank_correlation.kendall(np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), Prompts(list("abc")))
     assert estimate.value == pytest.approx(1 / 3) and (estimate.positions, estimate.prompts) == (3, 3)
 
 
 def test_spearman_by_hand():
     """Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15)."""
-    assert S.spearman(np.array([1, 5, 9, 10.0]), np.array([0.2, 0.1, 7, 3]), Prompts(list("abcd"))).value == pytest.approx(0.6)
+    assert rank_correlation.spearman(np.array([1, 5, 9, 10.0]), np.array([0.2, 0.1, 7, 3]), Prompts(list("abcd"))).value == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("method", CORRELATIONS)
@@ -122,22 +123,22 @@ def test_concordance_equals_the_double_loop(ties):
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(2, 300))
     x, y = np.round(x, 0 if ties in "x both" else 9), np.round(y, 0 if ties in "y both" else 9)
-    both, x_untied, y_untied = S.concordance(S.Ranked(x), S.Ranked(y))
+    both, x_untied, y_untied = rank_correlation.concordance(rank_correlation.Ranked(x), rank_correlation.Ranked(y))
     assert (both == (np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum(1)).all()
     assert (x_untied == (x[:, None] != x).sum(1)).all() and (y_untied == (y[:, None] != y).sum(1)).all()
 
 
 def test_long_arrays_take_larger_blocks(monkeypatch):
-    monkeypatch.setattr(S, "LEAST_BLOCK", 4)
+    monkeypatch.setattr(rank_correlation, "LEAST_BLOCK", 4)
     x, y = np.random.default_rng(0).normal(size=(2, 700))
-    both, _, _ = S.concordance(S.Ranked(x), S.Ranked(y))
+    both, _, _ = rank_correlation.concordance(rank_correlation.Ranked(x), rank_correlation.Ranked(y))
     assert (both == (np.sign(x[:, None] - x) * np.sign(y[:, None] - y)).sum(1)).all()
 
 
 def test_pearson_draws_and_left_out_equal_recomputation():
     codes, x, y, _ = clustered()
     prompts = Prompts(codes, draws=20)
-    estimate = S.pearson(x, y, prompts)
+    estimate = rank_correlation.pearson(x, y, prompts)
     for draw in range(20):
         at = drawn_rows(prompts, draw)
         assert estimate.draws[draw] == pytest.approx(np.corrcoef(x[at], y[at])[0, 1], abs=1e-12)
@@ -195,7 +196,7 @@ def test_a_variable_ranks_once_per_mask():
 
 
 def test_ranks_within_groups():
-    ranked = S.Ranked(np.array([5.0, 1, 1, 4, 9]), within=np.array([1, 0, 0, 1, 0]))
+    ranked = rank_correlation.Ranked(np.array([5.0, 1, 1, 4, 9]), within=np.array([1, 0, 0, 1, 0]))
     assert ranked.average.tolist() == [2, 1.5, 1.5, 1, 3]
 
 
@@ -208,7 +209,7 @@ def test_within_prompts_equals_a_loop(method, oracle):
         oracle(part.x, part.y).statistic
         for _, part in frame.groupby("g") if len(part) >= 5 and part.x.nunique() > 1 and part.y.nunique() > 1
     ]
-    estimate = S.within_prompts(x, y, Prompts(codes), method=method)
+    estimate = rank_correlation.within_prompts(x, y, Prompts(codes), method=method)
     assert estimate.value == pytest.approx(np.mean(each), abs=1e-12) and estimate.prompts == len(each)
     error = np.std(each, ddof=1) / np.sqrt(len(each))
     assert estimate.standard_error == pytest.approx(error, rel=0.08)
@@ -219,8 +220,8 @@ def test_within_prompts_ignores_differences_between_prompts():
     x = np.tile(np.arange(8.0), 6)
     between = np.random.default_rng(0).normal(size=6)[codes] * 100
     for method in ("spearman", "pearson", "kendall"):
-        assert S.within_prompts(x + between, -x + between, Prompts(codes), method=method).value == pytest.approx(-1)
-        assert np.isnan(S.within_prompts(between, x, Prompts(codes), method=method).value)
+        assert rank_correlation.within_prompts(x + between, -x + between, Prompts(codes), method=method).value == pytest.approx(-1)
+        assert np.isnan(rank_correlation.within_prompts(between, x, Prompts(codes), method=method).value)
 
 
 def test_partial_by_hand():
@@ -228,8 +229,8 @@ def test_partial_by_hand():
     codes, x, y, z = clustered()
     r = np.corrcoef([x, y, z])
     expected = (r[0, 1] - r[0, 2] * r[1, 2]) / np.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
-    assert S.partial(x, y, Controls([z]), Prompts(codes), ranked=False).value == pytest.approx(expected, abs=1e-12)
-    assert S.partial(x, y, Controls([np.ones_like(z)]), Prompts(codes), ranked=False).value == pytest.approx(r[0, 1])
+    assert rank_correlation.partial(x, y, Controls([z]), Prompts(codes), ranked=False).value == pytest.approx(expected, abs=1e-12)
+    assert rank_correlation.partial(x, y, Controls([np.ones_like(z)]), Prompts(codes), ranked=False).value == pytest.approx(r[0, 1])
 
 
 def test_partial_equals_residuals_of_ranks_and_keeps_near_recomputation():
@@ -242,7 +243,7 @@ def test_partial_equals_residuals_of_ranks_and_keeps_near_recomputation():
         return np.corrcoef(sm.OLS(rx, design).fit().resid, sm.OLS(ry, design).fit().resid)[0, 1]
 
     prompts = Prompts(codes, draws=100)
-    estimate = S.partial(x, y, Controls([z, w]), prompts)
+    estimate = rank_correlation.partial(x, y, Controls([z, w]), prompts)
     assert estimate.value == pytest.approx(loop(np.arange(len(x))), abs=1e-10)
     anew = [loop(drawn_rows(prompts, draw)) for draw in range(100)]
     assert estimate.draws.std() == pytest.approx(np.std(anew), rel=0.1)
@@ -253,8 +254,8 @@ def test_partial_recovers_a_given_value_and_is_undefined_for_a_control():
     z, e, f = rng.normal(size=(3, 40_000))
     x, y = z + e, 2 * z + 0.6 * e + 0.8 * f
     prompts = Prompts(np.arange(40_000) // 100, draws=100)
-    assert S.partial(x, y, Controls([z]), prompts, ranked=False).value == pytest.approx(0.6, abs=0.02)
-    assert np.isnan(S.partial(3 * z + 1, y, Controls([z]), prompts, ranked=False).value)
+    assert rank_correlation.partial(x, y, Controls([z]), prompts, ranked=False).value == pytest.approx(0.6, abs=0.02)
+    assert np.isnan(rank_correlation.partial(3 * z + 1, y, Controls([z]), prompts, ranked=False).value)
 
 
 # --- means ------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def test_partial_recovers_a_given_value_and_is_undefined_for_a_control():
 def test_mean_and_its_interval_by_hand():
     """Two prompts with means 1 and 4, of one and two positions."""
     prompts = Prompts(list("abb"), draws=4000)
-    estimate = S.mean(np.array([1.0, 3, 5]), prompts)
+    estimate = bootstrap.mean(np.array([1.0, 3, 5]), prompts)
     assert estimate.value == 3 and estimate.left_out.tolist() == [4, 1]
     assert set(np.round(estimate.draws, 9)) == {1, 3, 4}
 
@@ -272,37 +273,37 @@ def test_mean_draws_equal_recomputation():
     codes, x, *_ = clustered()
     x[::6] = NAN
     prompts = Prompts(codes, draws=15)
-    assert S.mean(x, prompts).draws == pytest.approx([np.nanmean(x[drawn_rows(prompts, draw)]) for draw in range(15)])
+    assert bootstrap.mean(x, prompts).draws == pytest.approx([np.nanmean(x[drawn_rows(prompts, draw)]) for draw in range(15)])
 
 
 def test_mean_difference_equals_recomputation_and_changes_sign():
     codes, x, y, _ = clustered()
     prompts, top, bottom = Prompts(codes, draws=15), y > 1, y < -1
-    estimate = S.mean_difference(x, prompts, top, bottom)
+    estimate = bootstrap.mean_difference(x, prompts, top, bottom)
     assert estimate.value == pytest.approx(x[top].mean() - x[bottom].mean())
     rows = [drawn_rows(prompts, draw) for draw in range(15)]
     assert estimate.draws == pytest.approx([x[r][top[r]].mean() - x[r][bottom[r]].mean() for r in rows])
-    assert S.mean_difference(x, prompts, bottom, top).interval() == pytest.approx(tuple(-v for v in reversed(estimate.interval())))
-    assert np.isnan(S.mean_difference(x, prompts, top, np.zeros_like(top)).value)
+    assert bootstrap.mean_difference(x, prompts, bottom, top).interval() == pytest.approx(tuple(-v for v in reversed(estimate.interval())))
+    assert np.isnan(bootstrap.mean_difference(x, prompts, top, np.zeros_like(top)).value)
 
 
 def test_groups_are_equal_and_ties_stay_together():
     score = np.array([5.0, 1, 3, 2, 4, 6, NAN])
-    assert S.groups_by_rank(score, 3, np.ones(7, bool)).tolist() == [3, 1, 2, 1, 2, 3, 0]
-    assert S.groups_by_rank(np.array([1.0, 1, 1, 2, 3, 4]), 3, np.ones(6, bool)).tolist() == [1, 1, 1, 2, 3, 3]
-    assert S.groups_by_rank(np.ones(4), 3, np.ones(4, bool)).tolist() == [2, 2, 2, 2]
-    assert S.groups_by_rank(score, 10, score < 3).tolist() == [0, 3, 0, 8, 0, 0, 0]
-    assert not S.groups_by_rank(score, 3, np.zeros(7, bool)).any()
+    assert rank_correlation.groups_by_rank(score, 3, np.ones(7, bool)).tolist() == [3, 1, 2, 1, 2, 3, 0]
+    assert rank_correlation.groups_by_rank(np.array([1.0, 1, 1, 2, 3, 4]), 3, np.ones(6, bool)).tolist() == [1, 1, 1, 2, 3, 3]
+    assert rank_correlation.groups_by_rank(np.ones(4), 3, np.ones(4, bool)).tolist() == [2, 2, 2, 2]
+    assert rank_correlation.groups_by_rank(score, 10, score < 3).tolist() == [0, 3, 0, 8, 0, 0, 0]
+    assert not rank_correlation.groups_by_rank(score, 3, np.zeros(7, bool)).any()
 
 
 def test_winsorise_by_hand_and_leaves_nan():
     values = np.array([0.0, 1, 2, 3, 100, NAN])
-    assert S.winsorise(values, 0.25).tolist()[:5] == [1, 1, 2, 3, 3] and np.isnan(S.winsorise(values, 0.25)[5])
-    assert S.winsorise(values, 0)[4] == 100 and np.isnan(S.winsorise(np.array([NAN]), 0.1)).all()
+    assert bootstrap.winsorise(values, 0.25).tolist()[:5] == [1, 1, 2, 3, 3] and np.isnan(bootstrap.winsorise(values, 0.25)[5])
+    assert bootstrap.winsorise(values, 0)[4] == 100 and np.isnan(bootstrap.winsorise(np.array([NAN]), 0.1)).all()
 
 
 def test_locations_by_hand():
-    found = S.locations(np.array([9.0, 1, 2, 3, 100, 4, 5, 6, 7, 8]), Prompts(np.arange(10)), np.ones(10, bool), share=0.1)
+    found = bootstrap.locations(np.array([9.0, 1, 2, 3, 100, 4, 5, 6, 7, 8]), Prompts(np.arange(10)), np.ones(10, bool), share=0.1)
     assert found["median"].value == 5.5 and found["trimmed_mean"].value == 5.5
     assert found["winsorised_mean"].value == pytest.approx((2 + 44 + 9) / 10)
 
@@ -312,7 +313,7 @@ def test_location_draws_equal_recomputation(prompts, most):
     codes, x, y, _ = clustered(prompts=prompts, most=most)
     x[0], mask = NAN, y > -1
     group = Prompts(codes, draws=60)
-    found = S.locations(x, group, mask, share=0.1)
+    found = bootstrap.locations(x, group, mask, share=0.1)
     kept = np.isfinite(x) & mask
     drawn = [x[r][kept[r]] for r in (drawn_rows(group, draw) for draw in range(60))]
     assert found["median"].value == np.median(x[kept])
@@ -321,7 +322,7 @@ def test_location_draws_equal_recomputation(prompts, most):
     for i, name in enumerate(["trimmed_mean", "winsorised_mean"]):
         assert np.corrcoef(found[name].draws, anew[:, i])[0, 1] > 0.98
         assert found[name].draws.std() == pytest.approx(anew[:, i].std(), rel=0.12)
-    assert np.isnan(S.locations(x, group, np.zeros_like(mask))["median"].value)
+    assert np.isnan(bootstrap.locations(x, group, np.zeros_like(mask))["median"].value)
 
 
 def test_design_effect_and_effective_clusters():
@@ -329,9 +330,9 @@ def test_design_effect_and_effective_clusters():
     rng = np.random.default_rng(0)
     shared, own = rng.normal(size=200)[codes], rng.normal(size=2000)
     prompts = Prompts(codes)
-    assert S.design_effect(shared, prompts) == pytest.approx(10, rel=0.1) and S.design_effect(own, prompts) == pytest.approx(1, rel=0.2)
-    assert np.isnan(S.design_effect(np.ones(2000), prompts))
-    assert S.effective_clusters([5, 5, 5]) == 3 and S.effective_clusters([9, 1]) == pytest.approx(100 / 82) and S.effective_clusters([0]) == 0
+    assert bootstrap.design_effect(shared, prompts) == pytest.approx(10, rel=0.1) and bootstrap.design_effect(own, prompts) == pytest.approx(1, rel=0.2)
+    assert np.isnan(bootstrap.design_effect(np.ones(2000), prompts))
+    assert bootstrap.effective_clusters([5, 5, 5]) == 3 and bootstrap.effective_clusters([9, 1]) == pytest.approx(100 / 82) and bootstrap.effective_clusters([0]) == 0
 
 
 # --- matching ---------------------------------------------------------------------------------------
@@ -343,23 +344,23 @@ def test_matching_by_hand():
     treated = np.array([True, True, False, False, False])
     control = np.array([False, False, True, True, True])
     codes = np.array([0, 0, 0, 0, 1])
-    again = S.match(features, treated, control, codes, replacement=True)
+    again = matching.match(features, treated, control, codes, replacement=True)
     assert [side.tolist() for side in again] == [[0, 1], [2, 2]]
-    once = S.match(features, treated, control, codes, replacement=False)
+    once = matching.match(features, treated, control, codes, replacement=False)
     assert sorted(zip(*(side.tolist() for side in once))) in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])
-    near = S.match(features, treated, control, codes, replacement=True, caliper=1.0)
+    near = matching.match(features, treated, control, codes, replacement=True, caliper=1.0)
     assert [side.tolist() for side in near] == [[1], [2]]
-    near = S.match(features, treated, control, codes, replacement=False, caliper=1.0)
+    near = matching.match(features, treated, control, codes, replacement=False, caliper=1.0)
     assert [side.tolist() for side in near] == [[1], [2]]
-    empty = S.match(features, treated, control & (codes == 1), codes, replacement=True)
-    assert len(empty[0]) == 0 and np.isnan(S.matched_difference(features[:, 0], Prompts(codes), empty).value)
+    empty = matching.match(features, treated, control & (codes == 1), codes, replacement=True)
+    assert len(empty[0]) == 0 and np.isnan(matching.matched_difference(features[:, 0], Prompts(codes), empty).value)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_matching_stays_within_prompts_and_equals_a_loop(replacement):
     codes, x, y, z = clustered(prompts=6, least=8)
     features, treated = np.column_stack([x, y]), z > np.median(z)
-    t, c = S.match(features, treated, ~treated, codes, replacement=replacement)
+    t, c = matching.match(features, treated, ~treated, codes, replacement=replacement)
     assert (codes[t] == codes[c]).all() and treated[t].all() and not treated[c].any()
     if replacement:
         for i, j in zip(t, c):
@@ -368,7 +369,7 @@ def test_matching_stays_within_prompts_and_equals_a_loop(replacement):
     else:
         assert len(set(t)) == len(t) and len(set(c)) == len(c)
         assert len(t) == sum(min((treated & (codes == g)).sum(), (~treated & (codes == g)).sum()) for g in range(6))
-    estimate = S.matched_difference(z, Prompts(codes, draws=50), (t, c))
+    estimate = matching.matched_difference(z, Prompts(codes, draws=50), (t, c))
     assert estimate.value == pytest.approx(np.mean(z[t] - z[c])) and estimate.positions == len(t)
 
 
@@ -378,14 +379,14 @@ def test_matching_removes_what_was_matched_on():
     confounder = rng.normal(size=4800)
     treated = 0.5 * confounder + rng.normal(size=4800) > 0
     y = 2 * confounder + 0.5 * treated + 0.1 * rng.normal(size=4800)
-    pairs = S.match(confounder[:, None], treated, ~treated, codes, replacement=True)
-    assert S.matched_difference(y, Prompts(codes), pairs).value == pytest.approx(0.5, abs=0.15)
+    pairs = matching.match(confounder[:, None], treated, ~treated, codes, replacement=True)
+    assert matching.matched_difference(y, Prompts(codes), pairs).value == pytest.approx(0.5, abs=0.15)
     assert y[treated].mean() - y[~treated].mean() > 1.5
 
 
 def test_standardised_difference():
-    assert S.standardised_difference(np.array([3.0, 5]), np.array([1.0]), 2.0) == 1.5
-    assert np.isnan(S.standardised_difference(np.array([]), np.array([1.0]), 2.0)) and np.isnan(S.standardised_difference(np.ones(2), np.ones(2), 0))
+    assert matching.standardised_difference(np.array([3.0, 5]), np.array([1.0]), 2.0) == 1.5
+    assert np.isnan(matching.standardised_difference(np.array([]), np.array([1.0]), 2.0)) and np.isnan(matching.standardised_difference(np.ones(2), np.ones(2), 0))
 
 
 # --- regression -------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def test_standardised_difference():
 def test_regression_equals_statsmodels():
     codes, x, y, z = clustered(prompts=15)
     z[4] = NAN
-    found = S.regress(y, {"x": x, "z": z}, Prompts(codes, draws=30))
+    found = linear_model.regress(y, {"x": x, "z": z}, Prompts(codes, draws=30))
     kept = np.isfinite(z)
     scaled = [(v[kept] - v[kept].mean()) / v[kept].std() for v in (x, z, y)]
     design = sm.add_constant(np.column_stack(scaled[:2]))
@@ -414,7 +415,7 @@ def test_regression_equals_statsmodels():
 def test_regression_draws_equal_recomputation():
     codes, x, y, z = clustered()
     prompts = Prompts(codes, draws=10)
-    found = S.regress(y, {"x": x, "z": z}, prompts, robust=False)
+    found = linear_model.regress(y, {"x": x, "z": z}, prompts, robust=False)
     scaled = [(v - v.mean()) / v.std() for v in (x, z, y)]
     for draw in range(10):
         at = drawn_rows(prompts, draw)
@@ -427,30 +428,30 @@ def test_regression_draws_equal_recomputation():
 def test_regression_without_an_answer():
     codes, x, y, _ = clustered()
     prompts = Prompts(codes)
-    assert S.regress(y, {"x": x, "twice": 2 * x + 1}, prompts) is None
-    assert S.regress(y, {"x": np.ones_like(x)}, prompts) is None
-    assert S.regress(y, {"x": np.where(np.arange(len(x)) < 3, x, NAN)}, prompts) is None
-    one = S.regress(y, {"x": x}, Prompts(np.zeros(len(x))))
+    assert linear_model.regress(y, {"x": x, "twice": 2 * x + 1}, prompts) is None
+    assert linear_model.regress(y, {"x": np.ones_like(x)}, prompts) is None
+    assert linear_model.regress(y, {"x": np.where(np.arange(len(x)) < 3, x, NAN)}, prompts) is None
+    one = linear_model.regress(y, {"x": x}, Prompts(np.zeros(len(x))))
     assert np.isfinite(one.coefficients["x"].value) and np.isnan(one.robust_error["x"]) and np.isnan(one.coefficients["x"].p_value)
 
 
 def test_regression_of_a_constant_outcome_is_zero_with_an_undefined_fit():
     codes, x, *_ = clustered()
-    found = S.regress(np.full_like(x, 4.0), {"x": x}, Prompts(codes))
+    found = linear_model.regress(np.full_like(x, 4.0), {"x": x}, Prompts(codes))
     assert found.coefficients["x"].value == 0 and np.isnan(found.r_squared.value) and np.isnan(found.coefficients["x"].p_value)
 
 
 def test_inverse_of_dependent_columns_is_nan_and_of_others_exact():
     good = np.array([[4.0, 1], [1, 9]]) * 1e-12
-    found = S.inverse(np.stack([good, [[1.0, 2], [2, 4]], np.zeros((2, 2))]))
+    found = linear_model.inverse(np.stack([good, [[1.0, 2], [2, 4]], np.zeros((2, 2))]))
     assert found[0] @ good == pytest.approx(np.eye(2)) and np.isnan(found[1:]).all()
 
 
 def test_holm_equals_statsmodels_and_skips_nan():
     p = np.array([0.01, 0.04, 0.03, 0.005, 0.9])
-    assert S.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
-    assert S.holm([0.02, NAN, 0.03]).tolist()[::2] == pytest.approx([0.04, 0.04]) and np.isnan(S.holm([0.02, NAN])[1])
-    assert np.isnan(S.holm([NAN])).all() and len(S.holm([])) == 0
+    assert bootstrap.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert bootstrap.holm([0.02, NAN, 0.03]).tolist()[::2] == pytest.approx([0.04, 0.04]) and np.isnan(bootstrap.holm([0.02, NAN])[1])
+    assert np.isnan(bootstrap.holm([NAN])).all() and len(bootstrap.holm([])) == 0
 
 
 # --- calibration in small ---------------------------------------------------------------------------
@@ -462,8 +463,8 @@ def test_clusters_widen_the_interval_and_independent_positions_do_not():
     shared = rng.normal(size=60)[codes] + 0.1 * rng.normal(size=1200)
     own = rng.normal(size=1200)
     naive = np.std(shared) / np.sqrt(1200)
-    assert S.mean(shared, Prompts(codes)).standard_error > 3 * naive
-    assert S.mean(own, Prompts(codes)).standard_error == pytest.approx(np.std(own) / np.sqrt(1200), rel=0.35)
+    assert bootstrap.mean(shared, Prompts(codes)).standard_error > 3 * naive
+    assert bootstrap.mean(own, Prompts(codes)).standard_error == pytest.approx(np.std(own) / np.sqrt(1200), rel=0.35)
 
 
 def test_tests_reject_a_clustered_null_at_about_five_percent():
@@ -473,6 +474,6 @@ def test_tests_reject_a_clustered_null_at_about_five_percent():
         rng = np.random.default_rng(seed)
         codes = np.repeat(np.arange(20), rng.integers(5, 30, 20))
         x, y = (rng.normal(size=20)[codes] + rng.normal(size=len(codes)) for _ in range(2))
-        reported += S.spearman(x, y, Prompts(codes, draws=200, seed=seed)).p_value < 0.05
+        reported += rank_correlation.spearman(x, y, Prompts(codes, draws=200, seed=seed)).p_value < 0.05
         naive += stats.spearmanr(x, y).pvalue < 0.05
     assert 0.015 < reported / 300 < 0.095 and naive / 300 > 0.25

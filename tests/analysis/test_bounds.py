@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import bounds
-from diagnostics.core.types import SCHEMA, column
+from diagnostics.core.schema import SCHEMA, column
 from tests.core.test_types import keys
 
 

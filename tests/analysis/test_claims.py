@@ -6,7 +6,7 @@ from statsmodels.stats.multitest import multipletests
 from diagnostics.analysis import robustness, claims as V
 from diagnostics.analysis.robustness import Finding
 from diagnostics.analysis.bootstrap import Estimate
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
 from tests.analysis.test_correlations import one
 

@@ -5,7 +5,7 @@ from scipy import stats
 
 from diagnostics import criteria
 from diagnostics.analysis.rank_agreement import agreement, answers
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.study_tables import tokens as study_tokens
 
 NAMES = ("divergence", "teachability", "entropy", "compatibility", "incompatible")

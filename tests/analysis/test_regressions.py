@@ -5,7 +5,7 @@ import statsmodels.api as sm
 from diagnostics.analysis import regressions as R
 from diagnostics.criteria import normalise, relative_position
 from diagnostics.analysis.bootstrap import Prompts
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
 from tests.analysis.test_correlations import one
 

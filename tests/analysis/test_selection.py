@@ -10,7 +10,7 @@ from scipy import stats
 from diagnostics.analysis import selection
 from diagnostics import criteria
 from diagnostics.analysis.selection import ALL_OUTCOMES, compare, parts, profile_measures, selection_curves, selection_overlap, selection_profile, selection_summary, token_type
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.study_tables import tokens as study_tokens
 
 NAMES = ["divergence", "teachability", "entropy", "compatibility"]

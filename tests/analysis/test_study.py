@@ -7,7 +7,7 @@ import pytest
 
 from diagnostics.analysis import study, correlations
 from diagnostics.criteria import criterion
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
 from tests.test_criteria import registry  # noqa: F401
 from tests.analysis.test_claims import FOUR, trained

@@ -8,7 +8,7 @@ import pytest
 from diagnostics.contexts import chat_templates
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.chat_templates import Template
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
 

@@ -8,7 +8,7 @@ import pytest
 
 from diagnostics.contexts.conversations import DEEPEST, as_messages, missing, plain, read_text, row_arguments
 from diagnostics.contexts.prompts import Renderer, load_prompts, read_prompts, special_ids
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
 

@@ -11,7 +11,8 @@ from diagnostics.contexts.import_rollouts import COUNTED, freeze
 from diagnostics.pipeline.cli import main
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
-from diagnostics.core.types import Bank, Context, DiagnosticsError, read_bank
+from diagnostics.core.types import Bank, Context, read_bank
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_pair, make_prompts, make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)

@@ -4,7 +4,7 @@ import pytest
 
 from diagnostics.analysis.study import study
 from diagnostics.contexts.import_tokens import read_tokens
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.core.test_types import keys
 
 

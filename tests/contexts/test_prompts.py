@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.contexts.prompts import NOTED, encode_prompt, load_prompts, read_prompts
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}{{ mark | default('') }}"

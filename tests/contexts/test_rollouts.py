@@ -7,7 +7,8 @@ from diagnostics.training.evaluation import evaluate
 from diagnostics.models.pair import assemble
 from diagnostics.contexts.rollouts import Chooser, generate, rollout, sampled_from, set_aside, stream
 from diagnostics.training.run import EngineConfig, TrainConfig, train
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
 
 

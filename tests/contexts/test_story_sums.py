@@ -10,7 +10,8 @@ import pytest
 
 from diagnostics.contexts import story_sums
 from diagnostics.contexts.story_sums import Story
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 
 STORY = Story("Nora", "shells", "finds", 57, 25)
 

@@ -6,7 +6,7 @@ import pytest
 
 from diagnostics.contexts import torch_archive
 from diagnostics.contexts.torch_archive import Opaque, read_archive
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 
 def saved(tmp_path, value):

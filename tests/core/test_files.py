@@ -8,7 +8,7 @@ import pytest
 
 from diagnostics.core import files
 from diagnostics.core.files import guard, hash_inside, inside, kind, read_inside, remove_folder, remove_inside, sha256_file, walk, write_atomic
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 
 def link(place, outside):

@@ -14,7 +14,8 @@ import pytest
 from diagnostics.core import limits
 from diagnostics.core.limits import check_weights, json_depth, parse_json
 from diagnostics.contexts.prompts import read_rows
-from diagnostics.core.types import DiagnosticsError, read_parquet
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet
 
 
 @pytest.mark.parametrize("text, depth", [

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 import diagnostics
-from diagnostics.core.types import SCHEMA, Bank, Context, DiagnosticsError, column, read_bank, read_parquet, support_column, validate_tokens
+from diagnostics.core.schema import SCHEMA, column, read_parquet, support_column, validate_tokens
+from diagnostics.core.types import Bank, Context, read_bank
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import kl_pair, kl_pair_hidden, kls_and_js, mass_outside, measure, measure_hidden, top_ids
-from diagnostics.core.types import SCHEMA, DiagnosticsError, support_column
+from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.core.errors import DiagnosticsError
 
 INF, LN2 = math.inf, math.log(2)
 INDICATORS = [name for name, column in SCHEMA.items() if column.dtype == "bool" and column.stage == "before"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import kl_pair, measure
 from diagnostics.measure.losses import LOSSES, check_loss, chunked_loss, per_position, reduce
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.measure.test_divergences import best, kl, message, padded, random_logits, softmax
 
 INF, LN2 = math.inf, math.log(2)

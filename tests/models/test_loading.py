@@ -10,7 +10,7 @@ from diagnostics.models import loading
 from diagnostics.probing.one_step import probe
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.models.loading import load_model, load_tokenizer, shared_template
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_prompts, make_tokenizer
 
 LOAD = {"dtype": "float32", "device": "cpu"}
@@ -399,7 +399,7 @@ def test_revisions_reach_the_loader(folder, monkeypatch):
 def test_another_base_model_is_another_student(ends, tmp_path):
     """The adapter's folder is the same, the weights below it are not: a run's fingerprint tells them apart."""
     from diagnostics.models.pair import PairConfig
-    from diagnostics.pipeline.stages import Models
+    from diagnostics.models.identity import Models
 
     folder, _ = ends
     shutil.copytree(folder / "base", tmp_path / "base")

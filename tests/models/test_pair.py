@@ -3,7 +3,7 @@ import torch
 
 from diagnostics.models import pair
 from diagnostics.models.pair import Readout, assemble, load_pair, remove_layers, require_same_tokens, resolve_device, weights_sha256
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import WORDS, make_model, make_pair, make_tokenizer
 
 

@@ -20,7 +20,9 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.files import sha256_file
 from diagnostics.probing.scores import score
 from diagnostics.training.run import train
-from diagnostics.core.types import SCHEMA, DiagnosticsError, column, read_bank
+from diagnostics.core.schema import SCHEMA, column
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import read_bank
 from tests.conftest import make_bank, make_prompts
 from tests.contexts.test_prompts import jsonl
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)

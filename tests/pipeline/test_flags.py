@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 
 @dataclasses.dataclass(frozen=True)

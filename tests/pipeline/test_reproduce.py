@@ -7,9 +7,9 @@ import pytest
 
 from diagnostics.pipeline import reproduce
 from diagnostics.pipeline.cli import _configs, main
-from diagnostics.pipeline.run import read_manifest
+from diagnostics.core.manifest import read_manifest
 from diagnostics.core.files import sha256_file
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.pipeline import run as run_directory
+from diagnostics.core import fingerprints, progress, manifest
+from diagnostics.report import written_pages
 from diagnostics.core import files
-from diagnostics.pipeline.run import Run, Shards, open_run, versions, write_csv, write_parquet
+from diagnostics.pipeline.run import Run, open_run
+from diagnostics.core.progress import Shards
+from diagnostics.core.fingerprints import versions
+from diagnostics.core.tables import write_csv, write_parquet
 from diagnostics.core.files import sha256_file, write_atomic
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 
 def write(run, text):
@@ -64,7 +68,7 @@ def stage(run, **changed):
 @pytest.fixture
 def other_code(monkeypatch):
     """From the call on, the modules hash as if one of them had been edited."""
-    return lambda: monkeypatch.setattr(run_directory, "code_version", lambda *_: "0.0.0 0123456789abcdef")
+    return lambda: monkeypatch.setattr(fingerprints, "code_version", lambda *_: "0.0.0 0123456789abcdef")
 
 
 def test_other_models_are_refused_with_the_difference(tmp_path):
@@ -120,11 +124,11 @@ def package(tmp_path, monkeypatch):
     for name, source in sources.items():
         (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(source)
-    monkeypatch.setattr(run_directory, "PACKAGE", tmp_path)
+    monkeypatch.setattr(fingerprints, "PACKAGE", tmp_path)
     return tmp_path
 
 
-code_version = run_directory.code_version.__wrapped__
+code_version = fingerprints.code_version.__wrapped__
 
 
 def test_a_code_version_covers_what_is_imported_and_no_more(package):
@@ -167,7 +171,7 @@ def test_a_package_in_an_archive_has_a_code_version(package, tmp_path_factory, m
     with zipfile.ZipFile(archive, "w") as file:
         for path in package.rglob("*.py"):
             file.write(path, f"diagnostics/{path.relative_to(package)}")
-    monkeypatch.setattr(run_directory, "PACKAGE", zipfile.Path(archive, "diagnostics/"))
+    monkeypatch.setattr(fingerprints, "PACKAGE", zipfile.Path(archive, "diagnostics/"))
     assert code_version("named") == before
 
 
@@ -181,14 +185,14 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    before = run_directory.fingerprint_files(folder)
+    before = fingerprints.fingerprint_files(folder)
     (folder / "README.md").write_text("words change nothing")
-    assert run_directory.fingerprint_files(folder) == before
+    assert fingerprints.fingerprint_files(folder) == before
     (folder / "model.safetensors").write_bytes(b"weighTs")
-    flipped = run_directory.fingerprint_files(folder)
+    flipped = fingerprints.fingerprint_files(folder)
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    assert len({before, flipped, run_directory.fingerprint_files(folder)}) == 3
-    assert run_directory.fingerprint_files(folder / "other.safetensors") == sha256_file(folder / "other.safetensors")
+    assert len({before, flipped, fingerprints.fingerprint_files(folder)}) == 3
+    assert fingerprints.fingerprint_files(folder / "other.safetensors") == sha256_file(folder / "other.safetensors")
 
 
 def test_a_damaged_input_is_not_read(tmp_path):
@@ -275,7 +279,7 @@ def test_versions_name_what_decides_numbers():
 @pytest.fixture
 def at_once(monkeypatch):
     """Every batch is written when it is done."""
-    monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)
 
 
 def test_shards_give_back_what_was_kept_in_the_order_asked(tmp_path, at_once):
@@ -305,7 +309,7 @@ def test_shards_wait_until_a_write_is_worth_it(tmp_path):
     shards = Shards(tmp_path)
     shards.add([0], {"x": np.array([1.0])})
     assert os.listdir(tmp_path) == []
-    shards._since -= run_directory.SHARD_SECONDS
+    shards._since -= progress.SHARD_SECONDS
     shards.add([1], {"x": np.array([2.0])})
     assert len(os.listdir(tmp_path)) == 1 and Shards(tmp_path).take([0, 1]).x.tolist() == [1.0, 2.0]
 
@@ -383,9 +387,9 @@ class Terminal(io.StringIO):
 def test_progress_is_for_terminals_and_not_for_logs(stream, quiet, shown, monkeypatch):
     stderr = stream()
     monkeypatch.setattr("sys.stderr", stderr)
-    monkeypatch.setattr(run_directory, "_quiet", False)
-    run_directory.set_quiet(quiet)
-    with run_directory.progress(total=40, description="score") as bar:
+    monkeypatch.setattr(progress, "_quiet", False)
+    progress.set_quiet(quiet)
+    with progress.progress(total=40, description="score") as bar:
         bar.update(10)
         bar.refresh()
         text = bar.format_dict | {"rate": 5.0, "elapsed": 2.0}
@@ -566,25 +570,25 @@ def test_a_lost_manifest_protects_what_was_measured(tmp_path, name):
 
 
 def test_pages_are_replaced_only_as_they_were_written(tmp_path):
-    run_directory.write_pages(tmp_path, {"a.html": b"one", "figures/x.png": b"p"})
-    run_directory.write_pages(tmp_path, {"a.html": b"two", "figures/x.png": b"q"})
+    written_pages.write_pages(tmp_path, {"a.html": b"one", "figures/x.png": b"p"})
+    written_pages.write_pages(tmp_path, {"a.html": b"two", "figures/x.png": b"q"})
     assert (tmp_path / "a.html").read_bytes() == b"two"
     for name, content, said in (("a.html", b"edited", "is not as it was written"), ("b.html", b"theirs", "is there, and pages.json has no record of it")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DiagnosticsError, match=f"{name} {said}, so it is not this program's to replace. Nothing was overwritten. Move it away, or"):
-            run_directory.write_pages(tmp_path, {"figures/x.png": b"r", name: b"three"})
+            written_pages.write_pages(tmp_path, {"figures/x.png": b"r", name: b"three"})
         assert (tmp_path / name).read_bytes() == content and (tmp_path / "figures/x.png").read_bytes() == b"q"
         (tmp_path / name).unlink()
 
 
 def test_pages_whose_writing_was_interrupted_are_ours(tmp_path, monkeypatch):
     pages = {"a.html": b"one", "b.html": b"one"}
-    run_directory.write_pages(tmp_path, pages)
+    written_pages.write_pages(tmp_path, pages)
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_atomic", lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "b.html" else write_atomic(path, content))
         with pytest.raises(KeyboardInterrupt):
-            run_directory.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
-    run_directory.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
+            written_pages.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
+    written_pages.write_pages(tmp_path, dict.fromkeys(pages, b"two"))
     assert {name: (tmp_path / name).read_bytes() for name in pages} == dict.fromkeys(pages, b"two")
 
 
@@ -592,7 +596,7 @@ def test_pages_whose_writing_was_interrupted_are_ours(tmp_path, monkeypatch):
 def test_a_damaged_record_of_pages_is_refused(tmp_path, content):
     (tmp_path / "pages.json").write_text(content)
     with pytest.raises(DiagnosticsError, match="pages.json"):
-        run_directory.write_pages(tmp_path, {"a.html": b"x"})
+        written_pages.write_pages(tmp_path, {"a.html": b"x"})
     assert os.listdir(tmp_path) == ["pages.json"]
 
 
@@ -605,10 +609,10 @@ def test_settings_name_inputs_by_their_last_name_and_no_home(tmp_path, monkeypat
     (tmp_path / "models/small").mkdir(parents=True)
     settings = {"student": "models/small", "teacher": str(tmp_path / "gone/large"), "prompts": f"hf:{tmp_path}/models", "after": "org/model", "eval_prompts": None,
                 "chat_template_kwargs": f'{{"x": "{tmp_path}/home/alice/y"}}', "criteria": ("a", f"{tmp_path}/home/alice/b"), "seed": 0, "trl": "../up/x.json"}
-    assert run_directory.recorded(settings) == {
+    assert manifest.recorded(settings) == {
         "student": "small", "teacher": "large", "prompts": "hf:models", "after": "org/model", "eval_prompts": None,
         "chat_template_kwargs": '{"x": "~/y"}', "criteria": ["a", "~/b"], "seed": 0, "trl": "x.json"}
-    apart = [run_directory.recorded({"student": str(tmp_path / name / "same")}, apart=True) for name in ("a", "b")]
+    apart = [manifest.recorded({"student": str(tmp_path / name / "same")}, apart=True) for name in ("a", "b")]
     assert apart[0]["student"] == apart[1]["student"] == "same" and apart[0]["student_place"] != apart[1]["student_place"]
 
 
@@ -625,7 +629,7 @@ def test_an_older_record_with_whole_paths_is_the_same_setting(tmp_path):
 
 def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplog):
     number = iter((2, 2, 1, 1))
-    monkeypatch.setattr(run_directory, "threads", lambda **_: next(number))
+    monkeypatch.setattr(fingerprints, "threads", lambda **_: next(number))
     with open_run(tmp_path) as run:
         for content, expected in ((b"a", ""), (b"b", "came out with other bytes than before, on as many threads"),
                                   (b"c", "one: a.txt came out with other bytes than before; threads were 2 and are 1, which changes the order of sums"), (b"c", "")):
@@ -639,12 +643,12 @@ def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplo
 def test_the_number_of_threads_is_that_which_was_asked_for(monkeypatch):
     import torch
 
-    assert run_directory.threads(models=True) == torch.get_num_threads()
+    assert fingerprints.threads(models=True) == torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert run_directory.threads(models=False) == 3
+    assert fingerprints.threads(models=False) == 3
     for value in ("", "many", "0"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert run_directory.threads(models=False) == len(os.sched_getaffinity(0))
+        assert fingerprints.threads(models=False) == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("content, reason", [('{"stages": {}, "x": ' + "[" * 40 + "]" * 40 + "}", "or 32 levels"), ("[" * 100_000, "recursion|Expecting"),
@@ -658,9 +662,9 @@ def test_a_manifest_that_is_too_deep_or_leads_out_is_refused(tmp_path, content, 
 
 def test_a_file_of_another_run_is_compared_with_its_manifest(tmp_path, caplog):
     directory = finished(tmp_path / "run")
-    assert run_directory.unchanged(directory, "tables/a.csv") == directory / "tables/a.csv" and caplog.text == ""
+    assert manifest.unchanged(directory, "tables/a.csv") == directory / "tables/a.csv" and caplog.text == ""
     (directory / "tables/b.csv").write_bytes(b"x")
-    assert run_directory.unchanged(directory, "tables/b.csv") and "tables/b.csv is in no record of its run's manifest.json" in caplog.text
+    assert manifest.unchanged(directory, "tables/b.csv") and "tables/b.csv is in no record of its run's manifest.json" in caplog.text
     (directory / "tables/a.csv").write_bytes(b"x\n2\n")
     with pytest.raises(DiagnosticsError, match=r"tables/a\.csv is not as it was written: its sha256 is .*Run the stage that writes it again in .*, or name another run\.$"):
-        run_directory.unchanged(directory, "tables/a.csv")
+        manifest.unchanged(directory, "tables/a.csv")

@@ -8,7 +8,8 @@ from diagnostics.probing.attribution import PARTS, Tracer, attribute, kernel_sha
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing.one_step import Workbench, loss_weights, split_prompts
 from diagnostics.probing.scores import score
-from diagnostics.core.types import Bank, Context, DiagnosticsError
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
 

@@ -12,7 +12,7 @@ from diagnostics.probing.directions import FILE, RECORD, Direction, Store, read_
 from diagnostics.probing.intervention import Grid, interventions
 from diagnostics.probing.one_step import Workbench, probe
 from diagnostics.contexts.rollouts import rollout
-from diagnostics.pipeline.run import Shards
+from diagnostics.core.progress import Shards
 from diagnostics.probing.scores import score
 from tests.conftest import make_pair, make_prompts
 

@@ -12,7 +12,7 @@ from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing.one_step import Workbench, loss_weights, probe, split_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.probing.scores import score
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_model, make_pair, make_prompts
 from tests.study_tables import tokens as study_tokens
 

@@ -10,7 +10,7 @@ from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing.one_step import Direction, Workbench, calibrate, gains, loss_weights, probe, split_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.probing.scores import score
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
 

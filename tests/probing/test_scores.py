@@ -6,7 +6,9 @@ import torch
 from diagnostics.probing import scores
 from diagnostics.models.pair import assemble
 from diagnostics.probing.scores import batches, score
-from diagnostics.core.types import SCHEMA, Bank, Context, DiagnosticsError
+from diagnostics.core.schema import SCHEMA
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_tokenizer
 
 

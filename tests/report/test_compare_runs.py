@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.report import compare_runs
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests import study_tables
 
 

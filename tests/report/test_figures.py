@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from diagnostics.report import figures, style
 from diagnostics.criteria import quadrants
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests import study_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)

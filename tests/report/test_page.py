@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.report import figures, summary, style, page
-from diagnostics.training import grid
+from diagnostics.report import figures, summary, style, page, run_results, catalogue
+from diagnostics.analysis import training_outcomes
 from diagnostics.pipeline.cli import main
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from tests import browser, study_tables, test_validation
 from tests.pipeline.test_stages import finished, folders  # noqa: F401  (fixtures)
 
@@ -95,7 +95,7 @@ def test_is_small(source):
 
 
 def test_holds_the_answer_from_the_tables(run, source):
-    sentences = summary.answer(page.read_run(run))
+    sentences = summary.answer(run_results.read_run(run))
     assert list(sentences) == ["What was done?", "Which signals were learnable?", "Which claims hold?", "How sure, and what would change it?"]
     for question, sentence in sentences.items():
         assert f"<p><b>{question}</b> {html.escape(sentence)}</p>" in source
@@ -192,7 +192,7 @@ def test_what_the_analysis_left_out_is_listed():
 
 def test_token_view_is_there_and_can_be_left_out(run, source):
     assert source.count('<div class="tokenview">') == 1
-    assert page.token_view(page.read_run(run), 0) == ""
+    assert page.token_view(run_results.read_run(run), 0) == ""
     shown = json.loads(re.search(r'<div class="tokenview"><script type="application/json">(.*?)</script>', source, flags=re.DOTALL).group(1))
     assert [context["id"] for context in shown["contexts"]] == [f"c{i}" for i in range(8)]
 
@@ -217,7 +217,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     directory = study_tables.write_run(tmp_path / "run", **made)
     study_tables.evaluations().to_csv(directory / "evaluations.csv", index=False)
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
-    material = page.read_run(directory)
+    material = run_results.read_run(directory)
     calls = {}
     sheets = [dataclasses.replace(sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options))
               for sheet in figures.FIGURES.values()]
@@ -227,7 +227,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
     pd.testing.assert_frame_equal(calls["validation_scatter"]["foreseen"], made["validation_foreseen"])
     (directory / "tables" / "validation_foreseen.csv").unlink()
-    assert page.draw_all(page.read_run(directory))[1] == {"validation_scatter": "no table validation_foreseen"}
+    assert page.draw_all(run_results.read_run(directory))[1] == {"validation_scatter": "no table validation_foreseen"}
 
 
 @pytest.mark.slow
@@ -239,9 +239,9 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(finish
     assert main(["compare", *few, "--quiet", *where]) == 0
     written = {path.stem for path in (directory / "tables").glob("*.csv")}
     later = {"validation_verdicts", "validation_outcomes", "validation_agreement", "validation_foreseen", "validation_cells", "evaluations", "training_metrics"}
-    assert written - set(page.TABLES) == set() and set(page.TABLES) - written == later | {"exactness"}  # the last is for a teacher known by lists
-    assert set(grid.tables(test_validation.outcome_rows(test_validation.FIVE), draws=20)) == {name for name in later if name.startswith("validation")}
-    drawn, left_out = page.draw_all(page.read_run(directory))
+    assert written - set(catalogue.TABLES) == set() and set(catalogue.TABLES) - written == later | {"exactness"}  # the last is for a teacher known by lists
+    assert set(training_outcomes.tables(test_validation.outcome_rows(test_validation.FIVE), draws=20)) == {name for name in later if name.startswith("validation")}
+    drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {"evaluations", "training_curves"}, left_out
 
 
@@ -250,7 +250,7 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     study_tables.tokens().drop(columns="compatibility").to_parquet(directory / "tokens.parquet", index=False)
     pd.DataFrame(columns=["step_size"]).to_csv(directory / "tables" / "calibration.csv", index=False)
     study_tables.record(directory)
-    drawn, left_out = page.draw_all(page.read_run(directory))
+    drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
     assert left_out["calibration"] == "no table calibration"
@@ -261,10 +261,10 @@ def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
     for name, cell in {"a": {"criterion": "tip", "budget": 0.05, "seed": 0}, "b": {"criterion": "full", "budget": 1.0, "seed": 1}}.items():
         pd.DataFrame({"step": [1, 2], "loss": [0.5, 0.25]}).to_parquet(tmp_path / "cells" / f"{name}.curve.parquet")
         (tmp_path / "cells" / f"{name}.json").write_text(json.dumps({"cell": cell}))
-    table = page.training_tables(tmp_path)["training_metrics"]
+    table = run_results.training_tables(tmp_path)["training_metrics"]
     assert table[["criterion", "budget", "seed", "step", "loss"]].values.tolist() == [
         ["tip", 0.05, 0, 1, 0.5], ["tip", 0.05, 0, 2, 0.25], ["full", 1.0, 1, 1, 0.5], ["full", 1.0, 1, 2, 0.25]]
-    assert page.training_tables(tmp_path / "nowhere") == {}
+    assert run_results.training_tables(tmp_path / "nowhere") == {}
 
 
 def test_a_training_directory_has_a_report_too(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from diagnostics.report import style
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 TABLE = pd.DataFrame({"split": ["all", "step", "held_out"], "budget": [0.01, 0.04, 0.3], "prompts": [20, 9, 11], "positions": [1500, 700, 800]})
 

@@ -11,7 +11,8 @@ import pytest
 from diagnostics import criteria
 from diagnostics.report import tokenview
 from diagnostics.criteria import criterion, score_criterion, select
-from diagnostics.core.types import DiagnosticsError, validate_tokens
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import validate_tokens
 from tests import browser, study_tables
 
 NASTY = ['<script>', '"onload="', "&amp;", "</script>", "\n", "  ", "plain"]

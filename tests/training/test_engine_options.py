@@ -5,7 +5,7 @@ import pytest
 from diagnostics.training import engine_options
 from diagnostics.training.engine_options import lora_config, peft_fields, trl_fields
 from diagnostics.training.run import EngineConfig, TrainConfig, trl_config
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 
 SECRET = "hf_secret123"
 

@@ -10,7 +10,8 @@ from diagnostics.training.evaluation import SEED, FrozenBank, estimate, evaluate
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.probing.scores import score
 from diagnostics.contexts.story_sums import verify as verify_sum
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 from tests.conftest import make_pair, make_prompts
 
 

@@ -9,12 +9,14 @@ import pytest
 from scipy import stats
 
 from diagnostics.training import grid
+from diagnostics.analysis import training_outcomes
 from diagnostics.pipeline.cli import main
 from diagnostics.analysis.selection import selection_curves
 from diagnostics.criteria import select
 from diagnostics.analysis.bootstrap import Prompts
-from diagnostics.core.types import DiagnosticsError
-from diagnostics.training.grid import Cell, Crossed, Known, Outcomes, ValidateConfig, agreement_table, cells_table, foreseen_table, grid, offline_answers, outcome_table, verdict_table
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.training.grid import Cell, ValidateConfig, grid
+from diagnostics.analysis.training_outcomes import Crossed, Known, Outcomes, agreement_table, cells_table, foreseen_table, offline_answers, outcome_table, verdict_table
 from tests.study_tables import tokens as study_tokens
 from tests.analysis.test_rank_agreement import make_effects
 from tests.training.test_run import folders  # noqa: F401  (a fixture)
@@ -279,7 +281,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch
     assert main(command(folders, tmp_path)) == 0
     assert [cell.name for cell in trained] == [cell.name for cell in grid(ValidateConfig(criteria=("full", "random", "teachability"), budgets=(0.2,), seeds=2))]
     tables = {name: pd.read_csv(tmp_path / "tables" / f"validation_{name}.csv") for name in ("cells", "outcomes", "verdicts", "agreement", "foreseen")}
-    assert set(tables["foreseen"]["answer"]) == set(grid.FIRST_STEP)
+    assert set(tables["foreseen"]["answer"]) == set(training_outcomes.FIRST_STEP)
     assert set(tables["outcomes"]["criterion"]) == {"untouched", "full", "random", "teachability"} and (tables["verdicts"]["verdict"] == "inconclusive").all()
     record = json.loads((tmp_path / "cells/teachability-0.2-seed1.json").read_text())
     assert record["cell"] == {"criterion": "teachability", "budget": 0.2, "seed": 1} and record["settings"]["steps"] == 2

@@ -25,7 +25,8 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.models.loading import load_model
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer
 from diagnostics.training.run import EngineConfig, TrainConfig, last_checkpoint, read_lines, schedule, train, trl_config
-from diagnostics.core.types import DiagnosticsError, Prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Prompt
 from tests import launched_training
 from tests.conftest import make_pair, make_prompts
 

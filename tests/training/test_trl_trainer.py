@@ -14,7 +14,8 @@ from diagnostics.probing import scores
 from diagnostics.training import trl_trainer
 from diagnostics.models.pair import Readout, assemble
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
-from diagnostics.core.types import Bank, Context, DiagnosticsError
+from diagnostics.core.types import Bank, Context
+from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

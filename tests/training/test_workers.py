@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.core.types import DiagnosticsError
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.training.workers import share_out
 from tests.launched_workers import double, fail, stay
 

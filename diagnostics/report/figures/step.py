@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from diagnostics.report import style
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, DASHES, DOUBLE, GREEN, ORANGE, PURPLE
-from diagnostics.core.types import SCHEMA
+from diagnostics.core.schema import SCHEMA
 from diagnostics.report.figures.common import BOTH, mark, statistic_forest
 
 
