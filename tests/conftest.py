@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -76,3 +77,33 @@ def pair():
 @pytest.fixture
 def bank():
     return make_bank([5, 9, 1, 7, 12, 4])
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny pair and a prompt file on disk, and the flags that name them."""
+    base = tmp_path_factory.mktemp("pair")
+    pair = make_pair()
+    for name, readout in (("student", pair.student), ("teacher", pair.teacher)):
+        readout.model.save_pretrained(base / name)
+        pair.tokenizer.save_pretrained(base / name)
+    rows = [{"prompt": f"w{i} w{(7 * i) % 60} w{(11 * i) % 60}"} for i in range(30)]
+    (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--student", str(base / "student"), "--teacher", str(base / "teacher"), "--prompts", str(base / "prompts.jsonl"),
+            "--contexts", "20", "--max-new-tokens", "10", "--draws", "50", "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def finished(folders, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "out"
+    from diagnostics.pipeline.cli import main
+
+    assert main(["run", *folders, "--output-dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test adds."""
+    monkeypatch.setattr(C, "_REGISTRY", dict(C._REGISTRY))
+    monkeypatch.setattr(C, "_ALIASES", dict(C._ALIASES))

@@ -12,13 +12,6 @@ from tests.made_tokens import made_tokens
 NAN = float("nan")
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """A registry that forgets what a test adds."""
-    monkeypatch.setattr(C, "_REGISTRY", dict(C._REGISTRY))
-    monkeypatch.setattr(C, "_ALIASES", dict(C._ALIASES))
-
-
 def table(n=40, seed=0):
     """Every column that a built-in criterion reads."""
     rng = np.random.default_rng(seed)

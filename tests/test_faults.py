@@ -25,7 +25,6 @@ from diagnostics.probing.scores import score
 from diagnostics.core.types import Bank, Context, read_bank
 from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_tokenizer
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch-tokens", "60"]
@@ -49,7 +48,7 @@ def measure(options, directory):
 
 
 @pytest.fixture(scope="module")
-def reference(folders, tmp_path_factory):  # noqa: F811
+def reference(folders, tmp_path_factory):
     """Measured in small batches, never interrupted."""
     directory = tmp_path_factory.mktemp("reference") / "out"
     assert measure(folders, directory) == 0
@@ -82,7 +81,7 @@ def stop(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [7, -8, -2])
-def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders, tmp_path, stop, capsys, at):  # noqa: F811
+def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders, tmp_path, stop, capsys, at):
     assert measure(folders, tmp_path / "whole") == 0
     total = stop.calls
     assert (stop.count(at % (total + 1)), measure(folders, tmp_path / "out"))[1] == 130
@@ -125,7 +124,7 @@ def wait_for(directory, pattern, process):
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("pattern", [".partial/rollout-*/responses-*/*.parquet", ".partial/score-*/scores/*.parquet", ".partial/probe-*/before/*.parquet"])
-def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, folders, tmp_path, pattern):  # noqa: F811
+def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, folders, tmp_path, pattern):
     process = in_a_process(folders, tmp_path / "out")
     wait_for(tmp_path, f"out/{pattern}", process)
     process.kill()
@@ -136,7 +135,7 @@ def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, fo
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(reference, folders, tmp_path, capfd):  # noqa: F811
+def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(reference, folders, tmp_path, capfd):
     process = in_a_process(folders, tmp_path / "out")
     wait_for(tmp_path, "out/.partial/score-*/scores/*.parquet", process)
     process_stopped = os.kill(process.pid, signal.SIGSTOP)
@@ -156,7 +155,7 @@ def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(reference, 
 
 @pytest.mark.parametrize("call, code, words, number", [("fsync", errno.ENOSPC, "No space left on device", 1), ("fsync", errno.ENOSPC, "No space left on device", 6),
                                                       ("fsync", errno.ENOSPC, "No space left on device", 9), ("replace", errno.EIO, "Input/output error", 4)])
-def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(reference, folders, tmp_path, monkeypatch, capsys, call, code, words, number):  # noqa: F811
+def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(reference, folders, tmp_path, monkeypatch, capsys, call, code, words, number):
     calls, real = [], getattr(os, call)
 
     def failing(*arguments, **options):
@@ -176,7 +175,7 @@ def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(refe
     assert measure(folders, tmp_path / "out") == 0 and hashes(tmp_path / "out") == known
 
 
-def test_a_small_file_system_fills_up(folders, tmp_path, capsys):  # noqa: F811
+def test_a_small_file_system_fills_up(folders, tmp_path, capsys):
     if os.geteuid() or os.system(f"mount -t tmpfs -o size=8k tmpfs {tmp_path} 2>/dev/null"):
         pytest.skip("no file system can be mounted here; a full disk is injected above")
     try:
@@ -204,7 +203,7 @@ def damaged(path, how):
 
 @pytest.mark.parametrize("name, how", [("contexts.parquet", "flipped"), ("scores.parquet", "cut"), ("gains.parquet", "cut"), ("gains.parquet", "flipped"),
                                        ("tokens.parquet", "flipped"), ("tables/calibration.csv", "cut")])
-def test_a_damaged_file_is_made_again_and_never_read(reference, folders, tmp_path, capsys, name, how):  # noqa: F811
+def test_a_damaged_file_is_made_again_and_never_read(reference, folders, tmp_path, capsys, name, how):
     directory = tmp_path / "out"
     shutil.copytree(reference, directory)
     damaged(directory / name, how)
@@ -217,7 +216,7 @@ def test_a_damaged_file_is_made_again_and_never_read(reference, folders, tmp_pat
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):  # noqa: F811
+def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):
     student, directory = tmp_path / "student", tmp_path / "out"
     shutil.copytree(folders[1], student)
     shutil.copytree(reference, directory)
@@ -238,7 +237,7 @@ def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):
 
 
 @pytest.mark.parametrize("error", [MemoryError("injected"), torch.OutOfMemoryError("injected")])
-def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys, error):  # noqa: F811
+def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys, error):
     def full(*_, **__):
         raise error
 
@@ -249,7 +248,7 @@ def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys
         "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine.")
 
 
-def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):
     from diagnostics.models.pair import Readout
 
     real, failures = Readout.hidden, []

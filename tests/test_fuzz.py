@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from diagnostics.contexts import torch_archive, import_rollouts, import_tokens, rollouts, story_sums
-from diagnostics.pipeline import cli, run
-from diagnostics.core import manifest
-from diagnostics.training import engine_options, run
+from diagnostics.pipeline import cli
+from diagnostics.pipeline import run as run_directory
+from diagnostics.core import manifest as manifests
+from diagnostics.training import engine_options
+from diagnostics.training import run as training_run
 from diagnostics.models import pair, topk_teacher
 from diagnostics.core import types, schema
 from diagnostics.probing.one_step import probe
@@ -209,10 +211,10 @@ def test_manifests(tmp_path, manifest, raw):
     (tmp_path / "manifest.json").write_bytes(content)
 
     def stage():
-        with run.open_run(tmp_path) as run:
+        with run_directory.open_run(tmp_path) as run:
             run.stage("score", settings={"k": 1}, outputs=[], work=pytest.fail, models=lambda: {"student": "x"}, code=("types",))
 
-    ends_well("manifests", lambda: manifest.read_manifest(tmp_path / "manifest.json"))
+    ends_well("manifests", lambda: manifests.read_manifest(tmp_path / "manifest.json"))
     with contextlib.suppress(pytest.fail.Exception):
         ends_well("manifests", stage)
     ends_well("manifests", lambda: cli.main(["report", "--quiet", "--output-dir", str(tmp_path)]))

@@ -15,11 +15,10 @@ from diagnostics.models.identity import Models
 from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
 from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 from diagnostics.core.types import Prompt
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def third(folders, monkeypatch):  # noqa: F811
+def third(folders, monkeypatch):
     """An entry `third` with the folders of two tiny models."""
 
     def add(**fields):
@@ -31,7 +30,7 @@ def third(folders, monkeypatch):  # noqa: F811
     return add
 
 
-def test_its_folders_and_rate_are_used(third, folders):  # noqa: F811
+def test_its_folders_and_rate_are_used(third, folders):
     _, models = third()
     assert load_pair("third", device="cpu").name == models.pair.name == "third"
     hashes = [fingerprint_files(Path(folders[at])) for at in (1, 3)]

@@ -21,7 +21,6 @@ from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_prompts, make_tokenizer
 from tests.probing.test_scores import crowded, reference_logprobs
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 def hinted(bank, hints):
@@ -162,7 +161,7 @@ def test_training_refuses_hints(pair, tmp_path):
         train(pair, [Prompt("a", "w1", teacher_prompt="w2 w1")] * 4, output_dir=tmp_path, config=TrainConfig(steps=1, batch=2), engine=EngineConfig())
 
 
-def test_the_main_job_with_hints(folders, tmp_path):  # noqa: F811
+def test_the_main_job_with_hints(folders, tmp_path):
     """Self-distillation on the command line: one model as both, a hint for the teacher."""
     rows = [{"prompt": f"w{i} w{(7 * i) % 60}", "hint": f"w{(3 * i) % 60}"} for i in range(24)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))

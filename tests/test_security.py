@@ -13,7 +13,6 @@ import pytest
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run
 from diagnostics.core.errors import DiagnosticsError
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "diagnostics").glob("*.py"))
@@ -80,7 +79,7 @@ def test_the_environment_is_asked_for_named_settings_only():
     assert len(read) == sum(name.startswith("os.environ") for _, name, _ in calls(PACKAGE)), "os.environ is used otherwise than by os.environ.get"
 
 
-def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_the_machine(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_the_machine(folders, tmp_path, monkeypatch):
     secrets = {"HF_TOKEN": "hf_Q7secretQ7", "AWS_SECRET_ACCESS_KEY": "aws-Q7secretQ7", "WANDB_API_KEY": "wandb-Q7secretQ7"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)

@@ -8,11 +8,10 @@ from diagnostics.models import pair
 from diagnostics.pipeline.cli import main
 from diagnostics.core.errors import DiagnosticsError
 from tests.core.test_distributed import torchrun
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 @pytest.mark.slow
-def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path):  # noqa: F811
+def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path):
     # batches of 60 tokens, so that the two processes have unlike numbers of them
     models = [*folders[:4], "--device", "cpu", "--quiet"]
     small = [*models, "--batch-tokens", "60"]

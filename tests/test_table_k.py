@@ -11,7 +11,6 @@ from diagnostics.analysis.study import study
 from diagnostics.pipeline.cli import main
 from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 DRAWS = {"draws": 10, "seed": 0}
 
@@ -78,7 +77,7 @@ def test_an_imported_table_states_its_k_or_is_asked_for_it(tmp_path, capsys):
     assert json.loads((directory / "manifest.json").read_text())["stages"]["analyze"]["settings"]["k"] == 4
 
 
-def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):  # noqa: F811
+def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):
     out = ["--quiet", "--output-dir", str(tmp_path / "out")]
     models = [*folders[:4], "--device", "cpu"]
     assert main(["rollout", *folders[:10], "--device", "cpu", *out]) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis import rank_correlation, matching, bootstrap
+from diagnostics.analysis import rank_correlation, matching as pair_matching, bootstrap
 from diagnostics.criteria import relative_position
 from diagnostics.analysis.bootstrap import Estimate
 from diagnostics.analysis.splits import Split, controls, outcomes, row, scores, splits
@@ -155,7 +155,7 @@ def pair_up(
     """Pairs of top with bottom positions of a contrast, within prompts; space: [n, F] features on its split."""
     defined = np.isfinite(space).all(axis=1)
     top, bottom = contrast.top & defined, contrast.bottom & defined
-    return matching.match(space, top, bottom, contrast.split.prompts.codes, replacement=replacement, caliper=caliper)
+    return pair_matching.match(space, top, bottom, contrast.split.prompts.codes, replacement=replacement, caliper=caliper)
 
 
 def matching(
@@ -174,7 +174,7 @@ def matching(
             matched = len(pairs[0]) / max(int(contrast.top.sum()), 1)
             for outcome in outcomes(tokens):
                 found, placebo = (
-                    matching.matched_difference(contrast.split.values(tokens, name), contrast.split.prompts, pairs)
+                    pair_matching.matched_difference(contrast.split.values(tokens, name), contrast.split.prompts, pairs)
                     for name in (outcome, f"placebo_{outcome}")
                 )
                 key = {"outcome": outcome, "split": contrast.split.name, "score": contrast.score, "replacement": replacement}
@@ -208,4 +208,4 @@ def _imbalance(values: np.ndarray, contrast: Contrast, pairs: tuple[np.ndarray, 
         return np.nan, np.nan
     scale = np.sqrt((np.var(top) + np.var(bottom)) / 2)
     sides = (top, bottom), (values[pairs[0]], values[pairs[1]])
-    return tuple(matching.standardised_difference(*side, scale) for side in sides)
+    return tuple(pair_matching.standardised_difference(*side, scale) for side in sides)

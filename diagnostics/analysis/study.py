@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from diagnostics.analysis import warnings as study_warnings, bounds, regressions, robustness, correlations, splits, claims
+from diagnostics.analysis import warnings as study_warnings, bounds, regressions, robustness, correlations, splits as position_splits, claims
 from diagnostics import criteria as registry
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
@@ -94,7 +94,7 @@ def _plan(tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losse
 
     return [
         ((), several((), lambda: _correlations(tokens, criteria, **options))),
-        (splits.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
+        (position_splits.HELD_COLUMNS, one("partial", partial_correlations, criteria=criteria, **options)),
         ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
         (_PLANE, one("quadrants", quadrant_means, **options)),
         (("position", "response_length"), one("positions", position_means, **options)),

@@ -24,8 +24,8 @@ from typing import Any
 import pandas as pd
 
 from diagnostics.core import files
-from diagnostics.core import manifest, fingerprints, tables
-from diagnostics.pipeline import run
+from diagnostics.core import manifest as manifests, fingerprints, tables
+from diagnostics.pipeline import run as run_directory
 from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
@@ -49,7 +49,7 @@ def rerun(path: Path, output_dir: Path, *, configs: Configs, do: Callable[[list[
     lie beside it. Returns columns stage, file, was and now (sha256; None where the file is not there), same. Raises
     DiagnosticsError where the manifest cannot be read or repeated, or models or prompts are others or were not named.
     """
-    manifest = manifest.read_manifest(path)
+    manifest = manifests.read_manifest(path)
     if not manifest["stages"]:
         raise DiagnosticsError(f"{path} has no finished stage, so there is nothing to repeat. Name the manifest of a finished run.")
     if output_dir.resolve() == path.parent.resolve():
@@ -60,7 +60,7 @@ def rerun(path: Path, output_dir: Path, *, configs: Configs, do: Callable[[list[
     for command in planned:
         log.info("%s", " ".join(command))
         do([*command, "--output-dir", str(output_dir), "--quiet"])
-    return compared(manifest, manifest.read_manifest(output_dir / "manifest.json"))
+    return compared(manifest, manifests.read_manifest(output_dir / "manifest.json"))
 
 
 def commands(manifest: dict[str, Any], configs: Configs, inputs: Inputs) -> Iterator[list[str]]:
@@ -83,14 +83,14 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
     """A stage's settings with its inputs found. Raises DiagnosticsError where one is missing or no value of a setting."""
     settings = dict(record["settings"])
     for key, value in settings.items():
-        if key in manifest.PATHS and value is not None and not isinstance(value, str) or isinstance(value, dict):
+        if key in manifests.PATHS and value is not None and not isinstance(value, str) or isinstance(value, dict):
             raise DiagnosticsError(f"Stage {name!r} of the manifest has the {key} {str(value)[:60]!r}, which is no value of that setting. It cannot be repeated.")
     for key in REQUIRED.get(name, ()):
         if settings.get(key) is None:
             raise DiagnosticsError(f"Stage {name!r} of the manifest records no {key}, so it cannot be repeated. Name the manifest of a finished run.")
     if name == "import":
         record = {"settings": settings | {"tokens_sha256": settings.get("sha256")}}
-    paths = [key for key in (*manifest.PATHS, *(["tokens"] if name == "import" else [])) if settings.get(key)]
+    paths = [key for key in (*manifests.PATHS, *(["tokens"] if name == "import" else [])) if settings.get(key)]
     paths = [key for key in paths if not settings[key].lstrip().startswith("{")]  # an object written out is no path
     return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
 
@@ -210,7 +210,7 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
         content[file] = files.read_inside(source, file)
     if not content:
         return
-    with run.open_run(output_dir) as run:
+    with run_directory.open_run(output_dir) as run:
         tables.write_json(run.manifest_path, run.manifest)
         for file, read in content.items():
             files.write_atomic(run.path(file), read)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.report import figures, summary, page, run_results, svg
+from diagnostics.report import figures, summary, page as report_page, run_results, svg
 from diagnostics.report.summary import Material
 from diagnostics.core.run_lock import hold
 from diagnostics.report.written_pages import write_pages
@@ -71,9 +71,9 @@ class RunComparison:
             ("verdicts", "Verdicts", _grid(self.verdicts, "verdict")),
             ("settings", "What differs", _grid(self.settings, "setting") or "<p>No setting that the manifests record.</p>"),
             ("figures", "Figures", "".join(_figure(*drawn) for drawn in self.plates())),
-            ("tables", "Tables", "".join(page.table_block(name, table) for name, table in self.tables.items())),
+            ("tables", "Tables", "".join(report_page.table_block(name, table) for name, table in self.tables.items())),
         ]
-        return page.shell(f"{len(self.materials)} runs side by side", "", lead, sections)
+        return report_page.shell(f"{len(self.materials)} runs side by side", "", lead, sections)
 
     def plates(self) -> Iterable[tuple]:
         """Name, caption and the figure at both widths, for each table that can be drawn."""
@@ -83,7 +83,7 @@ class RunComparison:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, atomically."""
-        return write_atomic(path, page.encoded(self.html))
+        return write_atomic(path, report_page.encoded(self.html))
 
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
@@ -114,7 +114,7 @@ def write(directories: Sequence[str | Path], into: Path) -> Path:
     Raises DiagnosticsError as `compare_runs` does, where another process uses the folder, or where a compare.html is there
     that is not as this program wrote it.
     """
-    page = page.encoded(compare_runs(directories).html)
+    page = report_page.encoded(compare_runs(directories).html)
     with hold(into):
         write_pages(into, {"compare.html": page})
     return into / "compare.html"

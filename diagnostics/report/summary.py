@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import claims
+from diagnostics.analysis import claims as claim_tests
 from diagnostics.core.types import Bank
 
 WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
@@ -387,7 +387,7 @@ def training_claims(material: Material) -> pd.DataFrame:
     table, known = material.table("validation_verdicts"), material.table("verdicts")
     if table is None or (known is not None and known.claim.str.startswith("C5").any()):
         return pd.DataFrame()
-    return claims.of_training(table)
+    return claim_tests.of_training(table)
 
 
 def claims(material: Material) -> tuple[pd.DataFrame, bool]:

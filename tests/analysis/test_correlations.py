@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from diagnostics.analysis import correlations, quadrants, splits
+from diagnostics.analysis import correlations as correlation_tables, quadrants as quadrant_tables, splits
 from diagnostics.criteria import normalise, quadrants, score_criterion
 from diagnostics.analysis.bootstrap import Prompts
 from diagnostics.core.errors import DiagnosticsError
@@ -31,7 +31,7 @@ def one(table, **where):
 
 
 def test_correlations_equal_a_pandas_loop(tokens):
-    table = correlations.correlate(tokens, criteria=NAMES, **DRAWS)
+    table = correlation_tables.correlate(tokens, criteria=NAMES, **DRAWS)
     assert list(table.columns) == ["outcome", "criterion", "split", "method", "estimate", "low", "high", "placebo", "positions", "prompts"]
     assert len(table) == 3 * 4 * 3 * 3
     for row in table.itertuples():
@@ -44,35 +44,35 @@ def test_correlations_equal_a_pandas_loop(tokens):
 
 
 def test_aliases_seeds_and_levels(tokens):
-    first, again = (correlations.correlate(tokens, criteria=["dlearn_high"], seed=1, **DRAWS) for _ in range(2))
+    first, again = (correlation_tables.correlate(tokens, criteria=["dlearn_high"], seed=1, **DRAWS) for _ in range(2))
     pd.testing.assert_frame_equal(first, again)
-    other = correlations.correlate(tokens, criteria=["dlearn_high"], seed=2, **DRAWS)
+    other = correlation_tables.correlate(tokens, criteria=["dlearn_high"], seed=2, **DRAWS)
     assert (first.estimate == other.estimate).all() and (first.low != other.low).any()
-    wide = correlations.correlate(tokens, criteria=["dlearn_high"], seed=1, level=0.99, **DRAWS)
+    wide = correlation_tables.correlate(tokens, criteria=["dlearn_high"], seed=1, level=0.99, **DRAWS)
     assert (wide.low < first.low).all() and (wide.high > first.high).all()
 
 
 def test_all_criteria_of_the_columns_but_full(tokens):
-    names = set(correlations.correlate(tokens, draws=5).criterion)
+    names = set(correlation_tables.correlate(tokens, draws=5).criterion)
     assert {"random", "tip", "q3_teachability", "fire", "iw_prefix"} <= names and "full" not in names and "projected_gradient" not in names
 
 
 def test_scores_are_normalised_over_the_whole_table(tokens):
     held = tokens[tokens.split == "held_out"]
-    whole = correlations.correlate(tokens, criteria=["teachability"], draws=5)
-    alone = correlations.correlate(held.drop(columns="split"), criteria=["teachability"], draws=5)
+    whole = correlation_tables.correlate(tokens, criteria=["teachability"], draws=5)
+    alone = correlation_tables.correlate(held.drop(columns="split"), criteria=["teachability"], draws=5)
     pick = dict(outcome="gain", method="pearson")
     assert one(whole, split="held_out", **pick).estimate != one(alone, split="all", **pick).estimate
 
 
 def test_without_placebo_or_split(tokens):
-    table = correlations.correlate(made_tokens(placebo=False).drop(columns="split"), criteria=["entropy"], **DRAWS)
+    table = correlation_tables.correlate(made_tokens(placebo=False).drop(columns="split"), criteria=["entropy"], **DRAWS)
     assert table.placebo.isna().all() and set(table.split) == {"all"}
-    assert not len(correlations.placebo_excess(correlations.associate(made_tokens(placebo=False), criteria=["entropy"], draws=5), level=0.9))
+    assert not len(correlation_tables.placebo_excess(correlation_tables.associate(made_tokens(placebo=False), criteria=["entropy"], draws=5), level=0.9))
 
 
 def test_a_known_effect_is_found_and_an_absent_one_is_not():
-    table = correlations.correlate(made_tokens(prompts=60, learnable=1.0, incompatible=0.0, noise=0.2), criteria=["teachability", "random"], draws=200)
+    table = correlation_tables.correlate(made_tokens(prompts=60, learnable=1.0, incompatible=0.0, noise=0.2), criteria=["teachability", "random"], draws=200)
     strong, none = (one(table, outcome="gain", criterion=name, split="all", method="spearman") for name in ("teachability", "random"))
     assert strong.low > 0.3 and none.low < 0 < none.high
 
@@ -85,18 +85,18 @@ def test_a_known_effect_is_found_and_an_absent_one_is_not():
 def test_tables_that_cannot_be_analysed(tokens, change, message):
     broken = tokens.drop(columns=change.get("drop", [])).head(change.get("rows", 9))
     with pytest.raises(DiagnosticsError, match=message):
-        correlations.correlate(broken, criteria=["entropy"], draws=5)
+        correlation_tables.correlate(broken, criteria=["entropy"], draws=5)
 
 
 def test_positions_without_a_prompt_are_refused(tokens):
     broken = tokens.assign(prompt_id=tokens.prompt_id.where(tokens.index > 2))
     with pytest.raises(DiagnosticsError, match=r"^3 positions have no prompt_id, so their cluster is not known\. Fill it in, or drop them\.$"):
-        correlations.correlate(broken, criteria=["entropy"], draws=5)
+        correlation_tables.correlate(broken, criteria=["entropy"], draws=5)
 
 
 def test_a_criterion_without_its_columns_and_one_from_after(tokens):
     with pytest.raises(DiagnosticsError, match=r"^Criterion 'jsd' needs the column js;"):
-        correlations.correlate(tokens, criteria=["jsd"], draws=5)
+        correlation_tables.correlate(tokens, criteria=["jsd"], draws=5)
 
 
 @pytest.mark.parametrize("edit", [
@@ -105,8 +105,8 @@ def test_a_criterion_without_its_columns_and_one_from_after(tokens):
 ])
 def test_degenerate_tables_give_defined_or_missing_numbers(tokens, edit):
     broken = edit(tokens).reset_index(drop=True)
-    for table in (correlations.correlate(broken, criteria=NAMES, **DRAWS), quadrants.q3_contrast(broken, **DRAWS), quadrants.q3_groups(broken, **DRAWS), quadrants.quadrant_means(broken, **DRAWS),
-                  quadrants.matching(broken, **DRAWS), correlations.partial_correlations(broken, criteria=NAMES, **DRAWS), correlations.within_prompt_correlations(broken, criteria=NAMES, **DRAWS)):
+    for table in (correlation_tables.correlate(broken, criteria=NAMES, **DRAWS), quadrant_tables.q3_contrast(broken, **DRAWS), quadrant_tables.q3_groups(broken, **DRAWS), quadrant_tables.quadrant_means(broken, **DRAWS),
+                  quadrant_tables.matching(broken, **DRAWS), correlation_tables.partial_correlations(broken, criteria=NAMES, **DRAWS), correlation_tables.within_prompt_correlations(broken, criteria=NAMES, **DRAWS)):
         value = table.iloc[:, list(table.columns).index("low") - 1].to_numpy()
         assert len(table) and (np.isfinite(value) | np.isnan(value)).all()
         known = np.isfinite(table.low)
@@ -114,9 +114,9 @@ def test_degenerate_tables_give_defined_or_missing_numbers(tokens, edit):
 
 
 def test_a_constant_score_and_a_single_prompt(tokens):
-    constant = correlations.correlate(tokens.assign(forward_kl=1.0), criteria=["divergence"], **DRAWS)
+    constant = correlation_tables.correlate(tokens.assign(forward_kl=1.0), criteria=["divergence"], **DRAWS)
     assert constant.estimate.isna().all() and (constant.positions > 0).all()
-    single = correlations.correlate(tokens[tokens.prompt_id == "p1"], criteria=["divergence"], **DRAWS)
+    single = correlation_tables.correlate(tokens[tokens.prompt_id == "p1"], criteria=["divergence"], **DRAWS)
     gain = one(single, outcome="gain", split="all", method="pearson")
     assert np.isfinite(gain.estimate) and np.isnan([gain.low, gain.high]).all() and gain.prompts == 1
 
@@ -125,9 +125,9 @@ def test_a_constant_score_and_a_single_prompt(tokens):
 
 
 def test_differences_are_paired_and_cover_every_pair(tokens):
-    found = correlations.associate(tokens, criteria=NAMES, **DRAWS)
-    table = correlations.correlation_differences(found, level=0.95)
-    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(correlations.METHODS)
+    found = correlation_tables.associate(tokens, criteria=NAMES, **DRAWS)
+    table = correlation_tables.correlation_differences(found, level=0.95)
+    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(correlation_tables.METHODS)
     row = one(table, outcome="gain", split="all", criterion="teachability", other="divergence", method="spearman")
     first, second = (next(a for a in found if (a.outcome, a.criterion, a.split, a.method) == ("gain", name, "all", "spearman")) for name in ("teachability", "divergence"))
     assert row.difference == pytest.approx(first.estimate.value - second.estimate.value)
@@ -138,13 +138,13 @@ def test_differences_are_paired_and_cover_every_pair(tokens):
 
 
 def test_excess_over_the_placebo(tokens):
-    found = correlations.associate(tokens, criteria=["teachability"], methods=["pearson"], **DRAWS)
-    correlations, excess = correlations.correlation_table(found, level=0.95), correlations.placebo_excess(found, level=0.95)
+    found = correlation_tables.associate(tokens, criteria=["teachability"], methods=["pearson"], **DRAWS)
+    correlations, excess = correlation_tables.correlation_table(found, level=0.95), correlation_tables.placebo_excess(found, level=0.95)
     assert excess.excess.tolist() == pytest.approx((correlations.estimate - correlations.placebo).tolist())
 
 
 def test_partial_correlations_equal_residuals(tokens):
-    table = correlations.partial_correlations(tokens, criteria=["teachability", "entropy", "late"], **DRAWS)
+    table = correlation_tables.partial_correlations(tokens, criteria=["teachability", "entropy", "late"], **DRAWS)
     assert set(table.method) == {"spearman", "pearson"} and table[table.criterion.isin(["entropy", "late"])].estimate.isna().all()
     held = np.column_stack([np.ones(len(tokens)), normalise(tokens.student_entropy), normalise(tokens.forward_kl), tokens.position / np.maximum(tokens.response_length - 1, 1)])
     rest = [v - held @ np.linalg.lstsq(held, v, rcond=None)[0] for v in (score_criterion(tokens, "teachability"), tokens.gain.to_numpy())]
@@ -154,7 +154,7 @@ def test_partial_correlations_equal_residuals(tokens):
 
 @pytest.mark.parametrize("method, oracle", [("spearman", stats.spearmanr), ("pearson", stats.pearsonr), ("kendall", stats.kendalltau)])
 def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
-    table = correlations.within_prompt_correlations(tokens, criteria=["divergence"], **DRAWS)
+    table = correlation_tables.within_prompt_correlations(tokens, criteria=["divergence"], **DRAWS)
     row = one(table, outcome="gain", split="all", method=method)
     x = pd.Series(score_criterion(tokens, "divergence"))
     each = [oracle(x[rows.index], rows.gain).statistic for _, rows in tokens.groupby("prompt_id") if len(rows) >= 5]
@@ -165,7 +165,7 @@ def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
 
 
 def test_position_means_equal_a_loop(tokens):
-    table = quadrants.position_means(tokens, bins=4, **DRAWS)
+    table = quadrant_tables.position_means(tokens, bins=4, **DRAWS)
     assert list(table.columns) == ["outcome", "split", "position", "mean", "low", "high", "positions", "prompts"]
     assert sorted(table.position.unique()) == [0.125, 0.375, 0.625, 0.875]
     for row in table.itertuples():
@@ -180,7 +180,7 @@ def test_position_means_equal_a_loop(tokens):
 
 
 def test_quadrant_means_equal_a_loop(tokens):
-    table = quadrants.quadrant_means(tokens, **DRAWS)
+    table = quadrant_tables.quadrant_means(tokens, **DRAWS)
     assert len(table) == 3 * 3 * 5 * 4
     number = quadrants(tokens)
     for row in table[table.outcome == "gain"].itertuples():
@@ -195,7 +195,7 @@ def test_quadrant_means_equal_a_loop(tokens):
 
 
 def test_q3_tables_equal_a_loop(tokens):
-    contrast, groups = quadrants.q3_contrast(tokens, **DRAWS), quadrants.q3_groups(tokens, **DRAWS)
+    contrast, groups = quadrant_tables.q3_contrast(tokens, **DRAWS), quadrant_tables.q3_groups(tokens, **DRAWS)
     assert list(contrast.columns) == ["outcome", "split", "score", "groups", "difference", "low", "high", "bottom_mean", "top_mean", "placebo_difference", "positions", "prompts"]
     assert list(groups.columns) == ["outcome", "split", "score", "group", "mean", "low", "high", "positions", "prompts"]
     for split in ("all", "held_out"):
@@ -216,7 +216,7 @@ def test_q3_tables_equal_a_loop(tokens):
 def test_a_given_tertile_contrast_is_recovered():
     """Within Q3 d is near 1 and c spreads, so the top tertile gains more by the slope times the gap in d*c."""
     tokens = made_tokens(prompts=150, length=40, learnable=1.0, incompatible=0.0, noise=0.2)
-    row = one(quadrants.q3_contrast(tokens, draws=200), outcome="gain", split="all", score="compatibility", groups="tertile")
+    row = one(quadrant_tables.q3_contrast(tokens, draws=200), outcome="gain", split="all", score="compatibility", groups="tertile")
     product = pd.Series(normalise(tokens.forward_kl) * normalise(tokens.compatibility))
     in_q3 = quadrants(tokens) == 3
     share = (tokens.compatibility[in_q3].rank() - 0.5) / in_q3.sum()
@@ -228,7 +228,7 @@ def test_a_given_tertile_contrast_is_recovered():
 
 
 def test_matching_and_balance_agree(tokens):
-    table, balance = quadrants.matching(tokens, **DRAWS), quadrants.balance(tokens)
+    table, balance = quadrant_tables.matching(tokens, **DRAWS), quadrant_tables.balance(tokens)
     assert len(table) == len(balance) == 3 * 3 * 2 * 3
     pairs = table[table.outcome == "gain"].set_index(["split", "score", "replacement"]).positions
     assert (balance.set_index(["split", "score", "replacement"]).positions == pairs.loc[list(zip(balance.split, balance.score, balance.replacement))].to_numpy()).all()
@@ -238,13 +238,13 @@ def test_matching_and_balance_agree(tokens):
 
 
 def test_a_caliper_keeps_the_near_pairs(tokens):
-    wide, near = (quadrants.matching(tokens, caliper=c, **DRAWS) for c in (np.inf, correlations.CALIPER))
+    wide, near = (quadrant_tables.matching(tokens, caliper=c, **DRAWS) for c in (np.inf, correlation_tables.CALIPER))
     assert (near.positions <= wide.positions).all() and (near.positions < wide.positions).any()
-    assert len(quadrants.balance(tokens, caliper=1e-9)) and quadrants.balance(tokens, caliper=1e-9).after.isna().all()
+    assert len(quadrant_tables.balance(tokens, caliper=1e-9)) and quadrant_tables.balance(tokens, caliper=1e-9).after.isna().all()
 
 
 def test_balance_before_equals_the_usual_formula(tokens):
-    row = one(quadrants.balance(tokens), split="all", score="compatibility", covariate="forward_kl", replacement=True)
+    row = one(quadrant_tables.balance(tokens), split="all", score="compatibility", covariate="forward_kl", replacement=True)
     in_q3 = tokens[quadrants(tokens) == 3]
     share = (in_q3.compatibility.rank() - 0.5) / len(in_q3)
     d = pd.Series(normalise(tokens.forward_kl))
@@ -256,7 +256,7 @@ def test_matching_improves_balance_with_enough_positions():
     tokens = made_tokens(prompts=40, length=60)
     tokens["compatibility"] = 0.5 * normalise(tokens.student_entropy) + 0.5 * tokens.compatibility
     pick = dict(split="all", covariate="student_entropy", replacement=True)
-    nearest, caliper = (one(quadrants.balance(tokens, by=["compatibility"], caliper=c), **pick) for c in (np.inf, correlations.CALIPER))
+    nearest, caliper = (one(quadrant_tables.balance(tokens, by=["compatibility"], caliper=c), **pick) for c in (np.inf, correlation_tables.CALIPER))
     assert abs(caliper.after) < abs(nearest.after) < 0.6 * abs(nearest.before) and nearest.before > 0.3
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diagnostics.analysis import regressions, robustness as R, quadrants
+from diagnostics.analysis import regressions, robustness as R, quadrants as quadrant_tables
 from diagnostics.criteria import quadrants, score_criterion
 from tests.made_tokens import made_tokens
 from tests.analysis.test_correlations import one
@@ -22,8 +22,8 @@ def found(tokens):
 
 def test_the_statistics_are_those_of_the_other_tables(tokens, found):
     mine = {f.statistic: f.estimate.value for f in found if (f.proxy, f.outcome, f.split, f.k) == ("compatibility", "gain", "all", 16)}
-    assert mine["tertile_difference"] == pytest.approx(one(quadrants.q3_contrast(tokens, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile").difference)
-    assert mine["matched_difference"] == pytest.approx(one(quadrants.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", replacement=True).difference)
+    assert mine["tertile_difference"] == pytest.approx(one(quadrant_tables.q3_contrast(tokens, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile").difference)
+    assert mine["matched_difference"] == pytest.approx(one(quadrant_tables.matching(tokens, draws=5), outcome="gain", split="all", score="compatibility", replacement=True).difference)
     test = regressions.regressions(tokens, draws=5)["decomposition"]
     assert mine["decomposition"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference)
     assert mine["decomposition_per_unit"] == pytest.approx(one(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference)
@@ -69,7 +69,7 @@ def test_gain_table(tokens):
     assert set(table.statistic) == set(R.STATISTICS) and set(table[table.variant == "nothing"].outcome) == {"gain", "relative_gain", "reverse_gain"}
     pick = dict(outcome="gain", split="all", statistic="tertile_difference")
     kept = tokens[~tokens.is_special & (tokens.position > 0)].reset_index(drop=True)
-    alone = one(quadrants.q3_contrast(kept, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile")
+    alone = one(quadrant_tables.q3_contrast(kept, draws=5), outcome="gain", split="all", score="compatibility", groups="tertile")
     assert one(table, variant="neither", **pick).estimate == pytest.approx(alone.difference)
     assert one(table, variant="neither", **pick).estimate != pytest.approx(one(table, variant="nothing", **pick).estimate)
 

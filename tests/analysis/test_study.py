@@ -9,7 +9,6 @@ from diagnostics.analysis import study, correlations
 from diagnostics.criteria import criterion
 from diagnostics.core.errors import DiagnosticsError
 from tests.made_tokens import made_tokens
-from tests.test_criteria import registry  # noqa: F401
 from tests.analysis.test_claims import FOUR, trained
 
 TABLES = {
@@ -124,7 +123,7 @@ def test_training_runs_and_other_losses_join(tokens):
     assert not {what for _, what, _ in left(made)} & {"claim C5", "other losses"}
 
 
-def test_a_users_criterion_joins_every_correlation(tokens, registry):  # noqa: F811
+def test_a_users_criterion_joins_every_correlation(tokens, registry):
     criterion("mine", needs=["forward_kl"])(lambda t: -t.forward_kl)
     made = study.study(tokens, **FEW | {"criteria": ["mine", "entropy"]})
     assert "mine" in set(correlations.correlate(tokens, draws=2).criterion)

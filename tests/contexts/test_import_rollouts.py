@@ -15,7 +15,6 @@ from diagnostics.core.types import Bank, Context, read_bank
 from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_pair, make_prompts, make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 FILES = Path(__file__).parents[1] / "files"
 
@@ -286,7 +285,7 @@ def test_files_that_cannot_be_used(pair, tmp_path):
         freeze(pair, tmp_path / "two.jsonl", rollouts_format="x")
 
 
-def test_the_command_line_freezes_a_file(folders, tmp_path, capsys):  # noqa: F811
+def test_the_command_line_freezes_a_file(folders, tmp_path, capsys):
     models = folders[:4] + ["--device", "cpu", "--quiet", "--output-dir", str(tmp_path / "out")]
     shutil.copy(FILES / "plain.jsonl", tmp_path / "mine.jsonl")
     assert main(["rollout", *models, "--rollouts", str(tmp_path / "mine.jsonl")]) == 0

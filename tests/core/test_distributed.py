@@ -12,7 +12,6 @@ import pytest
 from diagnostics.core import distributed
 from diagnostics.pipeline.cli import main
 from diagnostics.core.files import sha256_file
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 
 def torchrun(processes, *arguments):
@@ -25,7 +24,7 @@ def torchrun(processes, *arguments):
 
 
 @pytest.fixture(scope="module")
-def stages(folders):  # noqa: F811
+def stages(folders):
     """Commands by stage, in small batches, so that both processes have some of each half."""
     models = [*folders[:4], "--device", "cpu", "--quiet"]
     small = [*models, "--batch-tokens", "60"]
@@ -79,7 +78,7 @@ def test_processes_killed_at_once_go_on_and_the_files_are_the_same(stages, toget
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_as_one_does(folders, tmp_path):  # noqa: F811
+def test_two_processes_refuse_as_one_does(folders, tmp_path):
     done = torchrun(2, "-m", "diagnostics", "run", "--pair", "nowhere", "--output-dir", str(tmp_path / "x"))
     assert done.returncode != 0 and "error: Unknown pair 'nowhere'" in done.stderr
     assert "DiagnosticsError" not in done.stderr and "diagnostics/cli.py" not in done.stderr

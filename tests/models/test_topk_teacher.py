@@ -25,7 +25,6 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import read_bank
 from tests.conftest import make_bank, make_prompts
 from tests.contexts.test_prompts import jsonl
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 V = 64
 
@@ -441,7 +440,7 @@ def test_files_of_lists_that_cannot_be_used(tmp_path):
         topk_teacher.Completed()(torch.zeros(1, 2))
 
 
-def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):  # noqa: F811
+def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):
     student, teacher = folders[1], folders[3]
     whole = load_pair(student=student, teacher=teacher, device="cpu")
     bank = rollout(whole, make_prompts(3), max_new_tokens=5)
@@ -459,7 +458,7 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):  # noqa: 
         score(alone, bank)
 
 
-def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys):  # noqa: F811
+def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys):
     """The student writes, the teacher's lists come in a file, and every table says what its numbers are worth."""
     out, student = tmp_path / "out", ["--student", folders[1], "--device", "cpu", "--quiet"]
     where = ["--output-dir", str(out)]

@@ -7,7 +7,6 @@ import pytest
 from diagnostics import __version__
 from diagnostics.pipeline.cli import PURPOSE, STAGES, build_parser, main
 from tests import study_tables
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 SURFACE = {
     "run": "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype held-out json k level loss max-new-tokens "
@@ -79,7 +78,7 @@ def test_every_stage_says_what_it_does(capsys):
     (["fly"], "invalid choice: 'fly'"),
     (["--quiet"], "the following arguments are required"),
 ])
-def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):  # noqa: F811
+def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "column.jsonl").write_text('{"text": "w1"}\n')
     expanded = [part for a in arguments for part in (folders[:4] if a == "{models}" else [a.format(tmp=tmp_path)])]

@@ -10,13 +10,12 @@ from diagnostics.pipeline.cli import _configs, main
 from diagnostics.core.manifest import read_manifest
 from diagnostics.core.files import sha256_file
 from diagnostics.core.errors import DiagnosticsError
-from tests.pipeline.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def done(folders, tmp_path_factory):  # noqa: F811
+def done(folders, tmp_path_factory):
     """A run with a stage of every kind that is quick: measured, derived, one with a list among its settings."""
     directory = tmp_path_factory.mktemp("done") / "out"
     models, out = [*folders[:4], "--device", "cpu", "--quiet"], ["--output-dir", str(directory)]
@@ -30,12 +29,12 @@ def done(folders, tmp_path_factory):  # noqa: F811
     return directory
 
 
-def named(folders):  # noqa: F811
+def named(folders):
     """The paths of the student, the teacher, the prompts and the validation that the run read."""
     return [folders[1], folders[3], folders[5], str(ROOT / "reports/embedded-validation")]
 
 
-def test_a_run_is_repeated_from_its_manifest_file_by_file(done, folders, tmp_path, capsys):  # noqa: F811
+def test_a_run_is_repeated_from_its_manifest_file_by_file(done, folders, tmp_path, capsys):
     again = ["rerun", str(done / "manifest.json"), "--output-dir", str(tmp_path / "again"), "--device", "cpu", "--json"]
     assert main([*again, "--inputs", *named(folders)]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -46,7 +45,7 @@ def test_a_run_is_repeated_from_its_manifest_file_by_file(done, folders, tmp_pat
         row["file"] for row in result["files"]}
 
 
-def test_the_commands_are_those_that_were_given(done, folders):  # noqa: F811
+def test_the_commands_are_those_that_were_given(done, folders):
     inputs = reproduce.Inputs(done, [Path(path) for path in named(folders)])
     planned = {command[0]: command for command in reproduce.commands(read_manifest(done / "manifest.json"), _configs, inputs)}
     assert list(planned) == ["rollout", "score", "probe", "intervene", "analyze", "compare"]
@@ -63,7 +62,7 @@ def manifest_of(done, tmp_path, change):
     return tmp_path / "manifest.json"
 
 
-def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, folders, tmp_path, capsys):  # noqa: F811
+def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, folders, tmp_path, capsys):
     def change(manifest):
         del manifest["stages"]["intervene"], manifest["stages"]["compare"], manifest["stages"]["analyze"], manifest["stages"]["probe"], manifest["joined"]
         manifest["stages"]["score"]["files"]["scores.parquet"] = "0" * 64
@@ -81,7 +80,7 @@ def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, folders, t
     (lambda m: m["stages"]["analyze"]["settings"].update(training_sha256="0" * 64), r"training of stage 'analyze', .*embedded-validation: was 0{64}, is [0-9a-f]{64}\)\. Bring back"),
     (lambda m: m["stages"].pop("rollout"), r"contexts\.parquet, which no stage of the run wrote, is missing or another \(sha256 [0-9a-f]{64} is asked for\)\. Bring it back\.$"),
 ])
-def test_what_cannot_be_repeated(done, folders, tmp_path, change, message):  # noqa: F811
+def test_what_cannot_be_repeated(done, folders, tmp_path, change, message):
     with pytest.raises(DiagnosticsError, match=message):
         reproduce.rerun(manifest_of(done, tmp_path, change), tmp_path / "again", configs=_configs, do=pytest.fail, inputs=named(folders))
     assert not (tmp_path / "again").exists()
@@ -92,7 +91,7 @@ def test_the_run_itself_is_no_place_to_repeat_it(done):
         reproduce.rerun(done / "manifest.json", done / ".." / done.name, configs=_configs, do=pytest.fail)
 
 
-def test_contexts_from_elsewhere_are_taken_from_beside_the_manifest(done, folders, tmp_path):  # noqa: F811
+def test_contexts_from_elsewhere_are_taken_from_beside_the_manifest(done, folders, tmp_path):
     shutil.copy(done / "contexts.parquet", tmp_path)
     path = manifest_of(done, tmp_path, lambda m: [m["stages"].pop(name) for name in ("rollout", "probe", "intervene", "analyze", "compare")])
     asked = []

@@ -12,27 +12,6 @@ FILES = ("contexts.parquet", "scores.parquet", "tops.parquet", "gains.parquet", 
          "tables/q3_contrast.csv", "manifest.json", "report.html")
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """A tiny pair and a prompt file on disk, and the flags that name them."""
-    base = tmp_path_factory.mktemp("pair")
-    pair = make_pair()
-    for name, readout in (("student", pair.student), ("teacher", pair.teacher)):
-        readout.model.save_pretrained(base / name)
-        pair.tokenizer.save_pretrained(base / name)
-    rows = [{"prompt": f"w{i} w{(7 * i) % 60} w{(11 * i) % 60}"} for i in range(30)]
-    (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["--student", str(base / "student"), "--teacher", str(base / "teacher"), "--prompts", str(base / "prompts.jsonl"),
-            "--contexts", "20", "--max-new-tokens", "10", "--draws", "50", "--device", "cpu", "--quiet"]
-
-
-@pytest.fixture(scope="session")
-def finished(folders, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run") / "out"
-    assert main(["run", *folders, "--output-dir", str(directory)]) == 0
-    return directory
-
-
 def hashes(directory):
     return {name: sha256_file(directory / name) for name in FILES}
 

@@ -17,7 +17,6 @@ from diagnostics.analysis import training_outcomes
 from diagnostics.pipeline.cli import main
 from diagnostics.core.errors import DiagnosticsError
 from tests import browser, study_tables, test_validation
-from tests.pipeline.test_stages import finished, folders  # noqa: F401  (fixtures)
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -231,7 +230,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(finished, folders, tmp_path):  # noqa: F811
+def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(finished, folders, tmp_path):
     directory, models = tmp_path / "whole", [*folders[:4], "--device", "cpu", "--quiet"]
     shutil.copytree(finished, directory)
     where, few = ["--draws", "20", "--output-dir", str(directory)], ["--criteria", "divergence,entropy", "--budgets", "0.3"]

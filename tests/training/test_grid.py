@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from diagnostics.training import grid
+from diagnostics.training import grid as grid_module
 from diagnostics.analysis import training_outcomes
 from diagnostics.pipeline.cli import main
 from diagnostics.analysis.selection import selection_curves
@@ -19,7 +19,6 @@ from diagnostics.training.grid import Cell, ValidateConfig, grid
 from diagnostics.analysis.training_outcomes import Crossed, Known, Outcomes, agreement_table, cells_table, foreseen_table, offline_answers, outcome_table, verdict_table
 from tests.study_tables import tokens as study_tokens
 from tests.analysis.test_rank_agreement import make_effects
-from tests.training.test_run import folders  # noqa: F401  (a fixture)
 
 PROMPTS, SEEDS = 40, 3
 
@@ -261,13 +260,13 @@ def test_offline_draws_take_prompts_again_and_not_as_the_trainings_do(finished_j
     assert not np.array_equal(weights, Prompts(range(12), draws=25, seed=0).weights)
 
 
-def command(folders, directory, *more):  # noqa: F811
+def command(folders, directory, *more):
     return ["validate", *folders[0], *folders[1], "--eval-contexts", "6", "--eval-samples", "2", "--steps", "2", "--batch", "4", "--max-new-tokens", "8", "--seeds", "2",
             "--criteria", "full,random,teachability", "--budgets", "0.2", "--learning-rate", "0.001", "--draws", "50", "--workers", "1", "--output-dir", str(directory), *more]
 
 
-def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
-    trained, original = [], grid.run_cell
+def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch, capsys):
+    trained, original = [], grid_module.run_cell
 
     def counting(job, cell):
         if len(trained) == 2:
@@ -275,9 +274,9 @@ def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch
         trained.append(cell)
         return original(job, cell)
 
-    monkeypatch.setattr(grid, "run_cell", counting)
+    monkeypatch.setattr(grid_module, "run_cell", counting)
     assert main(command(folders, tmp_path)) == 130
-    monkeypatch.setattr(grid, "run_cell", lambda job, cell: trained.append(cell) or original(job, cell))
+    monkeypatch.setattr(grid_module, "run_cell", lambda job, cell: trained.append(cell) or original(job, cell))
     assert main(command(folders, tmp_path)) == 0
     assert [cell.name for cell in trained] == [cell.name for cell in grid(ValidateConfig(criteria=("full", "random", "teachability"), budgets=(0.2,), seeds=2))]
     tables = {name: pd.read_csv(tmp_path / "tables" / f"validation_{name}.csv") for name in ("cells", "outcomes", "verdicts", "agreement", "foreseen")}
@@ -295,14 +294,14 @@ def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch
     assert "was trained with other settings (steps: was 2, now 3). Choose another --output-dir." in capsys.readouterr().err
 
 
-def test_equal_seeds_meet_equal_prompts_and_random_numbers(folders, tmp_path):  # noqa: F811
+def test_equal_seeds_meet_equal_prompts_and_random_numbers(folders, tmp_path):
     assert main(command(folders, tmp_path, "--seeds", "1")) == 0
     curves = [pd.read_parquet(tmp_path / f"cells/{name}-seed0.curve.parquet") for name in ("full-1", "random-0.2", "teachability-0.2")]
     assert len({curve["reverse_kl/all"][0] for curve in curves}) == 1 and len({curve["loss"][0] for curve in curves}) == 3
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_cells(folders, tmp_path):  # noqa: F811
+def test_workers_give_the_same_cells(folders, tmp_path):
     for workers in ("1", "2"):
         assert main(command(folders, tmp_path / workers, "--seeds", "1", "--workers", workers)) == 0
     for name in ("untouched", "full-1-seed0", "teachability-0.2-seed0"):
@@ -310,7 +309,7 @@ def test_workers_give_the_same_cells(folders, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):  # noqa: F811
+def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):
     """Adapters and further TRL fields reach every training, wherever it runs."""
     pytest.importorskip("peft")
     (tmp_path / "trl.json").write_text('{"warmup_steps": 1}')
@@ -339,16 +338,16 @@ TIP = Cell("tip", 0.2, 0)
 def made_job(folder, **changes):
     """A grid's job of which the untouched student and one cell are finished."""
     usual = {"pair": {"student": "s"}, "prompts": {}, "evaluation": {}, "grid": {"steps": 2, "workers": 2}, "sources": {"student": "1"}, "code": "c1"}
-    return grid.Job(folder, **usual | changes)
+    return grid_module.Job(folder, **usual | changes)
 
 
 def finished_job_of(folder, **changes):
     job, rows = made_job(folder, **changes), pd.DataFrame({"measure": ["m"], "total": [1.0]})
     folder.mkdir(exist_ok=True)
     rows.to_parquet(folder / "contexts.parquet")
-    grid._finish(job, "untouched", rows)
+    grid_module._finish(job, "untouched", rows)
     rows.to_parquet(folder / "tip-0.2-seed0.curve.parquet")
-    grid._finish(job, TIP.name, rows, cell={"criterion": "tip", "budget": 0.2, "seed": 0})
+    grid_module._finish(job, TIP.name, rows, cell={"criterion": "tip", "budget": 0.2, "seed": 0})
     assert job.finished("untouched") and job.finished(TIP.name) and not job.finished("full-1-seed0")
     return job
 
@@ -443,15 +442,15 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
     (folder / ".training-tip-0.2-seed0" / "link").symlink_to(outside)
     (folder / ".training-full-1-seed0").symlink_to(outside)
     (folder / ".training-full-1-seed1").write_text("a file")
-    grid.remove_scratch(folder)
+    grid_module.remove_scratch(folder)
     assert sorted(path.name for path in folder.iterdir()) == [".training-full-1-seed0", ".training-full-1-seed1", ".training-mine", "mine"]
     assert (outside / "kept").is_dir()
     with pytest.raises(DiagnosticsError, match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$"):
-        with grid._scratch(made_job(folder), Cell("full", 1.0, 0)):
+        with grid_module._scratch(made_job(folder), Cell("full", 1.0, 0)):
             pass
     (tmp_path / "linked").symlink_to(folder)
     with pytest.raises(DiagnosticsError, match=r"linked is a link, and cells are written into the run's own folder alone\. Remove the link\.$"):
-        grid.run_grid(made_job(tmp_path / "linked"), [TIP], workers=1)
+        grid_module.run_grid(made_job(tmp_path / "linked"), [TIP], workers=1)
 
 
 @pytest.mark.parametrize("pair, gpus, expected", [
@@ -460,8 +459,8 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
     ({"device": "cuda:1"}, ["0", "1"], [None] * 3), ({"device": "auto", "teacher_device": "cuda:1"}, ["0", "1"], [None] * 3),
 ])
 def test_a_gpu_for_each_worker(monkeypatch, pair, gpus, expected):
-    monkeypatch.setattr(grid, "visible_gpus", lambda: gpus)
-    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in grid.environments(3, pair)] == expected
+    monkeypatch.setattr(grid_module, "visible_gpus", lambda: gpus)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in grid_module.environments(3, pair)] == expected
 
 
 def test_gpus_are_named_as_the_environment_has_them(monkeypatch):
@@ -469,9 +468,9 @@ def test_gpus_are_named_as_the_environment_has_them(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert grid.visible_gpus() == ["0", "1"]
+    assert grid_module.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
-    assert grid.visible_gpus() == ["5", "7"]
+    assert grid_module.visible_gpus() == ["5", "7"]
 
 
 def test_two_budgets_never_share_a_name():
@@ -480,12 +479,12 @@ def test_two_budgets_never_share_a_name():
 
 
 @pytest.mark.parametrize("option", ["--save-every=5", "--probe-every=1", "--resume"])
-def test_options_that_a_grid_decides_are_refused(folders, tmp_path, capsys, option):  # noqa: F811
+def test_options_that_a_grid_decides_are_refused(folders, tmp_path, capsys, option):
     assert main(command(folders, tmp_path, option)) == 2
     assert f"A grid of trainings takes no {option.partition('=')[0]}: " in capsys.readouterr().err
 
 
-def test_models_are_loaded_once_and_each_training_begins_with_them(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_models_are_loaded_once_and_each_training_begins_with_them(folders, tmp_path, monkeypatch, capsys):
     """The second cell of a process is, to the last bit, what it is alone; a training that changed what is held is noticed."""
     import torch
 
@@ -495,7 +494,7 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(folders, tmp_
     monkeypatch.setattr(pair, "load_pair", lambda **options: loads.append(1) or original(**options))
     options = ("--seeds", "1", "--accumulation", "2")
     assert main(command(folders, tmp_path / "both", *options, "--criteria", "full,random")) == 0
-    assert len(loads) == 1 and not grid._held
+    assert len(loads) == 1 and not grid_module._held
     assert main(command(folders, tmp_path / "one", *options, "--criteria", "random")) == 0
     files = [tmp_path / name / "cells/random-0.2-seed0.parquet" for name in ("both", "one")]
     assert files[0].read_bytes() == files[1].read_bytes() and len(loads) == 2
@@ -504,14 +503,14 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(folders, tmp_
     assert json.loads((tmp_path / "both/manifest.json").read_text())["stages"]["validate"]["settings"]["accumulation"] == 2
 
     job = made_job(tmp_path, pair={"student": folders[0][1], "teacher": folders[0][3], "device": "cpu"})
-    first = grid._fresh_pair(job)
-    second = grid._fresh_pair(job)
+    first = grid_module._fresh_pair(job)
+    second = grid_module._fresh_pair(job)
     weights = [next(pair.student.model.parameters()) for pair in (first, second)]
     assert weights[0].data_ptr() != weights[1].data_ptr() and len(loads) == 3
     assert next(first.teacher.model.parameters()).data_ptr() == next(second.teacher.model.parameters()).data_ptr()
     with torch.no_grad():
         next(first.teacher.model.parameters())[0, 0] += 1
-    third = grid._fresh_pair(job)
+    third = grid_module._fresh_pair(job)
     assert len(loads) == 4 and "the models are loaded anew" in capsys.readouterr().err
-    assert grid._checksum(third) == grid._checksum(second)[:1] + grid._checksum(third)[1:]
-    grid._held.clear()
+    assert grid_module._checksum(third) == grid_module._checksum(second)[:1] + grid_module._checksum(third)[1:]
+    grid_module._held.clear()

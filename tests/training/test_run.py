@@ -372,17 +372,6 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
 # --- the command line -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base, pair = tmp_path_factory.mktemp("pair"), make_pair()
-    for name, readout in (("student", pair.student), ("teacher", pair.teacher)):
-        readout.model.save_pretrained(base / name)
-        pair.tokenizer.save_pretrained(base / name)
-    rows = [{"prompt": f"w{i} w{(7 * i) % 60}"} for i in range(16)]
-    (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["--student", str(base / "student"), "--teacher", str(base / "teacher"), "--device", "cpu", "--quiet"], ["--prompts", str(base / "prompts.jsonl")]
-
-
 def flags(folders, directory, *more):
     return ["train", *folders[0], *folders[1], "--eval-contexts", "4", "--eval-samples", "2", "--steps", "4", "--batch", "4", "--budget", "0.2", "--max-new-tokens", "8",
             "--learning-rate", "0.001", "--output-dir", str(directory), *more]

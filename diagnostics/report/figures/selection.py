@@ -62,9 +62,9 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     common = table.drop_duplicates("budget")
     style.band(ax, common.budget, common, style.quiet(), "random_low", "random_high", label="random")
     for name in names:
-        rows, style = table[table.criterion == name], style.criterion_style(name, names)
-        style.band(ax, rows.budget, rows, style["color"])
-        ax.plot(rows.budget, rows.captured_share, label=style.words(name), **style)
+        rows, line = table[table.criterion == name], style.criterion_style(name, names)
+        style.band(ax, rows.budget, rows, line["color"])
+        ax.plot(rows.budget, rows.captured_share, label=style.words(name), **line)
     ax.plot(common.budget, common.oracle, color=style.ink(), linestyle=DASHES[2], linewidth=1.0, label="oracle")
     style.zero(ax)
     top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)

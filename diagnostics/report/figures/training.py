@@ -86,12 +86,12 @@ def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
     for number, (key, cell) in enumerate(table.groupby(keys, sort=False) if keys else [((), table)]):
         seeds = cell.pivot_table(index="step", columns="seed", values=name) if "seed" in cell else cell.set_index("step")[[name]]
         seeds = seeds.rolling(window, min_periods=1, center=True).mean()
-        style = style.criterion_style(key[0], criteria) if key else {"color": BLUE}
+        line = style.criterion_style(key[0], criteria) if key else {"color": BLUE}
         if key and (table[table.criterion == key[0]].budget.nunique() > 1):
-            style |= {"linestyle": DASHES[number % len(DASHES)]}
+            line |= {"linestyle": DASHES[number % len(DASHES)]}
         label = style.words(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "") if key else "training"
-        ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=style["color"], alpha=0.16, linewidth=0)
-        ax.plot(seeds.index, seeds.mean(axis=1), label=label, **style | {"marker": "None", "linewidth": 1.1})
+        ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=line["color"], alpha=0.16, linewidth=0)
+        ax.plot(seeds.index, seeds.mean(axis=1), label=label, **line | {"marker": "None", "linewidth": 1.1})
 
 
 def _logged(name: str) -> str:
@@ -237,10 +237,10 @@ def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
     """Every cell of a grid as a mark with its interval, the mark growing with the budget."""
     style.zero(ax)
     for name in names:
-        style = style.criterion_style(name, names) | {"linestyle": "none"}
+        line = style.criterion_style(name, names) | {"linestyle": "none"}
         for number, cell in enumerate(table[table.criterion == name].sort_values("budget").to_dict("records")):
             label = style.words(name) if number == 0 else f"_{name} {number}"
-            style.upright(ax, [cell["value"]], pd.DataFrame([cell]), "gain", label=label, **style | {"markersize": 3.0 + 1.3 * number})
+            style.upright(ax, [cell["value"]], pd.DataFrame([cell]), "gain", label=label, **line | {"markersize": 3.0 + 1.3 * number})
     ax.xaxis.set_major_locator(MaxNLocator(4 if ax.figure.get_figwidth() > 5 else 3))
 
 
