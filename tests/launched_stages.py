@@ -1,8 +1,9 @@
-"""Command lines one after the other, in each of the processes that torchrun starts: `launched_stages.py JSON [FOLDER RANKS]`.
+"""Command lines one after the other, in each of the processes that torchrun starts:
+`launched_stages.py JSON [FOLDER RANKS]`.
 
-Every finished batch is on disk at once, so that there is something to go on from. With a folder of kept batches and some ranks
-(`scores 0,1`) those processes kill themselves once they have written their first batch there.
-"""
+Every finished batch is on disk at once, so that there is something to go on from. With a folder of
+kept batches and some ranks (`scores 0,1`) those processes kill themselves once they have written
+their first batch there."""
 
 import json
 import os

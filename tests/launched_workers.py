@@ -1,4 +1,6 @@
-"""Work for the workers of test_workers.py, and a process that has two of them: `python -m tests.launched_workers` prints their ids."""
+"""Work for the workers of test_workers.py, and a process that has two of them: `python -m
+tests.launched_workers` prints their ids.
+"""
 
 import os
 import time

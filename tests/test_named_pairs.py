@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.models import pair
 from diagnostics.contexts import story_sums
-from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
-from diagnostics.models.pair import NamedPair, PairConfig, load_pair
+from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
 from diagnostics.contexts.prompts import PromptConfig
 from diagnostics.core.fingerprints import fingerprint_files
-from diagnostics.models.identity import Models
-from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
-from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 from diagnostics.core.types import Prompt
+from diagnostics.models import pair
+from diagnostics.models.identity import Models
+from diagnostics.models.pair import NamedPair, PairConfig, load_pair
+from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
+from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 
 
 @pytest.fixture
@@ -58,7 +58,9 @@ def test_its_task_writes_and_judges(third, monkeypatch):
     def write(n, *, seed, split="train"):
         return [Prompt(f"{split}-{seed}-{i}", "w1", "1") for i in range(n)]
 
-    monkeypatch.setitem(story_sums.TASKS, "own", story_sums.Task(write, lambda response, answer: True))
+    monkeypatch.setitem(
+        story_sums.TASKS, "own", story_sums.Task(write, lambda response, answer: True)
+    )
     _, models = third(task="own")
     chosen = choose_prompts(models, dataclasses.replace(PromptConfig(), contexts=2)).prompts
     assert [prompt.prompt_id for prompt in chosen] == ["probe-0-0", "probe-0-1"]

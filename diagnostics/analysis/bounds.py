@@ -1,8 +1,9 @@
-"""What a number is worth when the teacher is known by lists of its likeliest tokens alone: exact, a bound, or nothing.
+"""What a number is worth when the teacher is known by lists of its likeliest tokens alone: exact, a
+bound, or nothing.
 
-A token table says so itself: it has `teacher_tail_mass`. Then every table made of it gets a column `exactness`, and
-there is one table that goes through the measurements. With a teacher that was run, nothing here does anything.
-"""
+A token table says so itself: it has `teacher_tail_mass`. Then every table made of it gets a column
+`exactness`, and there is one table that goes through the measurements. With a teacher that was run,
+nothing here does anything."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.core.schema import SCHEMA, column, support_column
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import SCHEMA, column, support_column
 
 TAIL = "teacher_tail_mass"
 NO_TAIL = 2e-6
@@ -34,20 +35,34 @@ def is_listed(tokens: pd.DataFrame) -> bool:
 
 
 def table(tokens: pd.DataFrame) -> pd.DataFrame:
-    """One row a measurement: measurement, exactness, defined and exact (shares of positions), meaning. Empty for a teacher that was run.
+    """One row a measurement: measurement, exactness, defined and exact (shares of positions),
+    meaning. Empty for a teacher that was run.
 
-    A lower bound is exact where the tail is empty; compatibility also where the list holds the student's whole top K.
-    """
+    A lower bound is exact where the tail is empty; compatibility also where the list holds the
+    student's whole top K."""
     rows = [_row(tokens, name) for name in _expected(tokens)] if is_listed(tokens) else []
     return pd.DataFrame(rows, columns=["measurement", "exactness", "defined", "exact", "meaning"])
 
 
 def _expected(tokens: pd.DataFrame) -> Iterator[str]:
-    """Measurements and outcomes in schema order: those that the table has, and those that a teacher that was run would have given."""
-    sizes = [name.removeprefix("compatibility_k") for name in tokens if str(name).startswith("compatibility_k")]
+    """Measurements and outcomes in schema order: those that the table has, and those that a teacher
+    that was run would have given.
+    """
+    sizes = [
+        name.removeprefix("compatibility_k")
+        for name in tokens
+        if str(name).startswith("compatibility_k")
+    ]
     for name, entry in SCHEMA.items():
-        if entry.stage in ("before",) and name != TAIL and not (name == "student_dropped_mass" and name not in tokens):
-            yield from [name, *(support_column(name, int(size)) for size in sizes if entry.by_support)]
+        if (
+            entry.stage in ("before",)
+            and name != TAIL
+            and not (name == "student_dropped_mass" and name not in tokens)
+        ):
+            yield from [
+                name,
+                *(support_column(name, int(size)) for size in sizes if entry.by_support),
+            ]
         elif entry.stage in ("after", "outcome") and name in tokens:
             yield name
 
@@ -65,25 +80,40 @@ def _row(tokens: pd.DataFrame, name: str) -> tuple:
     return name, status, defined, exact, MEANING[status]
 
 
-def marked(tables: Mapping[str, pd.DataFrame], tokens: pd.DataFrame, *, otherwise: str | None = None) -> dict[str, pd.DataFrame]:
-    """The tables, each with a column `exactness` where the teacher is known by lists and a row names what it is about.
+def marked(
+    tables: Mapping[str, pd.DataFrame], tokens: pd.DataFrame, *, otherwise: str | None = None
+) -> dict[str, pd.DataFrame]:
+    """The tables, each with a column `exactness` where the teacher is known by lists and a row
+    names what it is about.
 
     otherwise: what a table says whose rows name nothing.
     """
-    return {name: _marked(frame, otherwise) for name, frame in tables.items()} if is_listed(tokens) else dict(tables)
+    return (
+        {name: _marked(frame, otherwise) for name, frame in tables.items()}
+        if is_listed(tokens)
+        else dict(tables)
+    )
 
 
 def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
-    names = [name for name in NAMES if name in frame and frame[name].map(lambda cell: isinstance(cell, str)).any()]
+    names = [
+        name
+        for name in NAMES
+        if name in frame and frame[name].map(lambda cell: isinstance(cell, str)).any()
+    ]
     if not len(frame) or "exactness" in frame or not (names or otherwise):
         return frame
     if not names:
         return frame.assign(exactness=otherwise)
-    return frame.assign(exactness=[_of_row(cells) for cells in frame[names].itertuples(index=False)])
+    return frame.assign(
+        exactness=[_of_row(cells) for cells in frame[names].itertuples(index=False)]
+    )
 
 
 def _of_row(cells: tuple) -> str:
-    """Every measurement behind a row that is not exact, with what it is; `exact` where there is none."""
+    """Every measurement behind a row that is not exact, with what it is; `exact` where there is
+    none.
+    """
     found = {name: column(name).listed for cell in cells for name in _measurements(cell)}
     said = [f"{name}: {status}" for name, status in found.items() if status != "exact"]
     return "; ".join(said) or "exact"

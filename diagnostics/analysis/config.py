@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class AnalysisConfig:
     """How intervals are made."""

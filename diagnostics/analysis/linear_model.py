@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import numpy as np
 
 from diagnostics.analysis.bootstrap import Estimate, Prompts, of_sums
 from diagnostics.analysis.rank_correlation import SINGULAR, standardise
 
 
-
 def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.ndarray) -> np.ndarray:
-    """Sums [prompts, q * q] of the products of all pairs of [1, *columns], each column [mask.sum()]."""
+    """Sums [prompts, q * q] of the products of all pairs of [1, *columns], each column
+    [mask.sum()].
+    """
     columns = [np.ones(int(mask.sum())), *columns]
     q = len(columns)
     upper = [(i, j) for i in range(q) for j in range(i, q)]
@@ -24,7 +26,9 @@ def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.nda
 
 
 def inverse(matrix: np.ndarray) -> np.ndarray:
-    """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly dependent."""
+    """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly
+    dependent.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
         scaled = matrix / (scale[..., :, None] * scale[..., None, :])
@@ -52,11 +56,13 @@ class Regression:
     """Standard deviation by which each term, and the outcome under `outcome`, was divided."""
 
 
-def regress(outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts, *, robust: bool = True) -> Regression | None:
+def regress(
+    outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts, *, robust: bool = True
+) -> Regression | None:
     """Regress an outcome [N] on terms, each [N], over the positions where all are finite.
 
-    All columns are standardised over those positions, once. `robust=False` leaves the CR1 errors out.
-    None where there are too few positions or a term is constant or a combination of others.
+    All columns are standardised over those positions, once. `robust=False` leaves the CR1 errors
+    out. None where there are too few positions or a term is constant or a combination of others.
     """
     columns = [np.asarray(column, dtype=np.float64) for column in (*terms.values(), outcome)]
     mask = np.all(np.isfinite(columns), axis=0)
@@ -72,7 +78,11 @@ def regress(outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts,
     fitted = np.full(len(outcome), np.nan)
     fitted[mask] = design @ [estimate.value for estimate in values[:-1]]
     inflation = np.diag(inverse(np.atleast_2d(design.T @ design / len(design))))
-    errors = _cluster_robust_errors(scaled[-1], design, prompts.codes[mask]) if robust else [np.nan] * len(terms)
+    errors = (
+        _cluster_robust_errors(scaled[-1], design, prompts.codes[mask])
+        if robust
+        else [np.nan] * len(terms)
+    )
     by_term = (dict(zip(terms, map(float, side))) for side in (errors, inflation))
     return Regression(dict(zip(terms, values)), *by_term, values[-1], fitted, spread)
 
@@ -90,7 +100,9 @@ def _coefficients_and_fit(sums: np.ndarray, q: int) -> np.ndarray:
     return np.concatenate([beta[..., 1:], fit[..., None]], axis=-1)
 
 
-def _cluster_robust_errors(outcome: np.ndarray, design: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _cluster_robust_errors(
+    outcome: np.ndarray, design: np.ndarray, codes: np.ndarray
+) -> np.ndarray:
     from statsmodels.regression.linear_model import OLS
 
     if len(np.unique(codes)) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+
 import numpy as np
 from scipy import optimize, spatial
 
@@ -13,15 +14,20 @@ TOO_FAR = 1e9
 
 
 def match(
-    features: np.ndarray, treated: np.ndarray, control: np.ndarray, codes: np.ndarray, *, replacement: bool, caliper: float = np.inf
+    features: np.ndarray,
+    treated: np.ndarray,
+    control: np.ndarray,
+    codes: np.ndarray,
+    *,
+    replacement: bool,
+    caliper: float = np.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pair treated with control positions of the same prompt, nearest in Euclidean distance.
 
-    features: [N, F], all finite where a position is treated or control (masks [N]); codes: [N] prompts.
-    With replacement each treated position takes its nearest control; without, the pairs of each prompt
-    minimise the summed distance and the larger side keeps some unpaired. Pairs further apart than the caliper
-    are dropped. Returns row numbers of both.
-    """
+    features: [N, F], all finite where a position is treated or control (masks [N]); codes: [N]
+    prompts. With replacement each treated position takes its nearest control; without, the pairs of
+    each prompt minimise the summed distance and the larger side keeps some unpaired. Pairs further
+    apart than the caliper are dropped. Returns row numbers of both."""
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     rows = np.flatnonzero(treated | control)
     rows = rows[np.argsort(codes[rows], kind="stable")]
@@ -30,7 +36,11 @@ def match(
         if len(t) and len(c):
             distance = spatial.distance.cdist(features[t], features[c])
             cost = np.where(distance > caliper, TOO_FAR, distance)
-            i, j = (np.arange(len(t)), distance.argmin(1)) if replacement else optimize.linear_sum_assignment(cost)
+            i, j = (
+                (np.arange(len(t)), distance.argmin(1))
+                if replacement
+                else optimize.linear_sum_assignment(cost)
+            )
             near = distance[i, j] <= caliper
             pairs.append((t[i[near]], c[j[near]]))
     if not pairs:
@@ -38,8 +48,12 @@ def match(
     return tuple(np.concatenate(side) for side in zip(*pairs))
 
 
-def matched_difference(values: np.ndarray, prompts: Prompts, pairs: tuple[np.ndarray, np.ndarray]) -> Estimate:
-    """Mean over pairs of values at the treated minus values at the control position; `positions` counts pairs."""
+def matched_difference(
+    values: np.ndarray, prompts: Prompts, pairs: tuple[np.ndarray, np.ndarray]
+) -> Estimate:
+    """Mean over pairs of values at the treated minus values at the control position; `positions`
+    counts pairs.
+    """
     treated, control = pairs
     difference = values[treated] - values[control]
     kept = np.isfinite(difference)
@@ -48,12 +62,16 @@ def matched_difference(values: np.ndarray, prompts: Prompts, pairs: tuple[np.nda
         return undefined(prompts)
     mask = np.zeros(len(values), dtype=bool)
     mask[rows] = True
-    estimate = of_sums(ratio_of_sums, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask)[0]
+    estimate = of_sums(
+        ratio_of_sums, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask
+    )[0]
     return replace(estimate, positions=len(rows))
 
 
 def standardised_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:
-    """Difference of means over a given standard deviation; NaN where a side is empty or the scale 0."""
+    """Difference of means over a given standard deviation; NaN where a side is empty or the scale
+    0.
+    """
     if not len(first) or not len(second) or not scale > 0:
         return np.nan
     return float((first.mean() - second.mean()) / scale)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.criteria import normalise, relative_position
 from diagnostics.analysis.bootstrap import Estimate, Prompts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.criteria import normalise, relative_position
 
 OUTCOMES = ("gain", "relative_gain", "reverse_gain")
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
@@ -37,15 +38,25 @@ def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterato
     """`all`, then `step` and `held_out` where the table has both."""
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):
-        raise DiagnosticsError("The token table has no rows, so there is nothing to analyse. Score a bank with responses.")
+        raise DiagnosticsError(
+            "The token table has no rows, so there is nothing to analyse. Score a bank with"
+            " responses."
+        )
     nameless = int(tokens["prompt_id"].isna().sum())
     if nameless:
-        raise DiagnosticsError(f"{nameless} positions have no prompt_id, so their cluster is not known. Fill it in, or drop them.")
+        raise DiagnosticsError(
+            f"{nameless} positions have no prompt_id, so their cluster is not known. Fill it in, or"
+            " drop them."
+        )
     names = ["all"]
     if "split" in tokens and {"step", "held_out"} <= set(tokens["split"]):
         names += ["step", "held_out"]
     for name in names:
-        mask = np.ones(len(tokens), dtype=bool) if name == "all" else (tokens["split"] == name).to_numpy(dtype=bool)
+        mask = (
+            np.ones(len(tokens), dtype=bool)
+            if name == "all"
+            else (tokens["split"] == name).to_numpy(dtype=bool)
+        )
         yield Split(name, mask, Prompts(tokens["prompt_id"][mask], draws=draws, seed=seed))
 
 
@@ -60,8 +71,11 @@ def outcomes(tokens: pd.DataFrame) -> list[str]:
     return present
 
 
-def scores(tokens: pd.DataFrame, names: Iterable[str] | None = None, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Scores [N] by criterion over the whole table; all that its columns allow where `names` is None.
+def scores(
+    tokens: pd.DataFrame, names: Iterable[str] | None = None, *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Scores [N] by criterion over the whole table; all that its columns allow where `names` is
+    None.
 
     `full` is left out then: a constant correlates with nothing.
     """
@@ -80,6 +94,8 @@ def controls(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
 def row(estimate: Estimate, level: float, *, named: str = "estimate", **more) -> dict:
     """Value, interval, whatever is in `more`, and counts, as a table's row."""
     low, high = estimate.interval(level)
-    return {named: estimate.value, "low": low, "high": high} | more | {
-        "positions": estimate.positions, "prompts": estimate.prompts,
-    }
+    return (
+        {named: estimate.value, "low": low, "high": high}
+        | more
+        | {"positions": estimate.positions, "prompts": estimate.prompts}
+    )

@@ -1,9 +1,9 @@
 """A chat template renders in a process of its own, with bounds on time, memory and length.
 
-A template is a program that came with a tokenizer. The library's sandbox keeps it from files and from the interpreter;
-nothing keeps it from looping for ever, or from writing without end. On Linux a forked process renders, and is ended when
-it takes longer, needs more or writes more than any real template does; elsewhere only the length is bounded.
-"""
+A template is a program that came with a tokenizer. The library's sandbox keeps it from files and
+from the interpreter; nothing keeps it from looping for ever, or from writing without end. On Linux
+a forked process renders, and is ended when it takes longer, needs more or writes more than any real
+template does; elsewhere only the length is bounded."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ SECONDS = 10
 PATIENCE = 10
 """Seconds on the clock for each of those, on a machine that is busy with other things."""
 MEMORY = 2 * 2**30
-"""Bytes beyond what the process holds when it starts: room for the compiled template and for a long conversation."""
+"""Bytes beyond what the process holds when it starts: room for the compiled template and for a long
+conversation.
+"""
 MEMORY_PER_BYTE = 64
-"""Further bytes for each byte of the conversation, which is copied some times at up to four bytes a character."""
+"""Further bytes for each byte of the conversation, which is copied some times at up to four bytes a
+character.
+"""
 LENGTH = 2**20
 """Characters that a template may write of its own."""
 LENGTH_PER_CHARACTER = 16
@@ -42,20 +46,25 @@ class Template:
         self.tokenizer, self._renderer = tokenizer, None
 
     def __call__(self, messages: list[dict], where: str, **arguments) -> str:
-        """The rendered text. Raises DiagnosticsError where the template refuses, fails or goes beyond a bound.
+        """The rendered text. Raises DiagnosticsError where the template refuses, fails or goes
+        beyond a bound.
 
         messages and arguments: plain values, as JSON has them. where: the row, for the error.
         """
         try:
             request = json.dumps([messages, arguments])
         except (TypeError, ValueError, RecursionError) as error:
-            raise DiagnosticsError(f"{where}: {str(error)[:200]}. A chat template takes texts, numbers, lists and objects. Mend that row.") from error
+            raise DiagnosticsError(
+                f"{where}: {str(error)[:200]}. A chat template takes texts, numbers, lists and"
+                " objects. Mend that row."
+            ) from error
         answer = self._answer(request)
         if "text" in answer:
             return answer["text"]
         raise DiagnosticsError(
-            f"{where}: the chat template does not render this conversation ({answer['refused']}). "
-            'Mend that row, or choose another template with --chat-template-kwargs \'{"chat_template": …}\'.'
+            f"{where}: the chat template does not render this conversation ({answer['refused']})."
+            " Mend that row, or choose another template with --chat-template-kwargs"
+            " '{\"chat_template\": …}'."
         )
 
     def _answer(self, request: str) -> dict[str, str]:
@@ -80,11 +89,17 @@ def _rendered(tokenizer, request: str) -> dict[str, str]:
         return {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
     longest = LENGTH + LENGTH_PER_CHARACTER * len(request)
     if not isinstance(text, str) or len(text) > longest:
-        return {"refused": f"it writes {f'{len(text)} characters, and {longest} are the most' if isinstance(text, str) else type(text).__name__}"}
+        return {
+            "refused": (
+                "it writes"
+                f" {f'{len(text)} characters, and {longest} are the most' if isinstance(text, str) else type(text).__name__}"
+            )
+        }
     return {"text": text}
 
 
-# --- the process that renders -------------------------------------------------------------------------
+# --- the process that renders
+# -------------------------------------------------------------------------
 
 
 class _Renderer:
@@ -108,7 +123,11 @@ class _Renderer:
         if late or ended == signal.SIGXCPU:
             self.ended_by = f"it takes longer than {SECONDS} seconds"
         else:
-            self.ended_by = f"its process was ended by {signal.Signals(ended).name}" if ended else "its process ended"
+            self.ended_by = (
+                f"its process was ended by {signal.Signals(ended).name}"
+                if ended
+                else "its process ended"
+            )
         return None
 
 
@@ -119,7 +138,9 @@ def _start(tokenizer) -> _Renderer | None:
     ours, its = Pipe()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # other threads wait or compute; the child uses none of them
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # other threads wait or compute; the child uses none of them
             process = os.fork()
     except OSError:
         return None
@@ -130,7 +151,9 @@ def _start(tokenizer) -> _Renderer | None:
 
 
 def _end(process: int, pipe: Connection, owner: int) -> int:
-    """End the process, and return the signal that ended it before, 0 where none had; a fork of the owner leaves it alone."""
+    """End the process, and return the signal that ended it before, 0 where none had; a fork of the
+    owner leaves it alone.
+    """
     if os.getpid() != owner:
         return 0
     pipe.close()
@@ -145,7 +168,9 @@ def _end(process: int, pipe: Connection, owner: int) -> int:
 
 
 def _serve(tokenizer, pipe: Connection) -> None:
-    """Render what comes through the pipe until it closes; the forked process never leaves this function."""
+    """Render what comes through the pipe until it closes; the forked process never leaves this
+    function.
+    """
     try:
         gc.freeze()  # nothing of the parent's is ever finalised here
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -174,9 +199,14 @@ def _bound(held: int | None, length: int) -> None:
     """Set this process's limits for one conversation of so many bytes."""
     import resource
 
-    limits: dict[Any, int] = {resource.RLIMIT_CPU: math.ceil(time.process_time()) + SECONDS, resource.RLIMIT_CORE: 0}
+    limits: dict[Any, int] = {
+        resource.RLIMIT_CPU: math.ceil(time.process_time()) + SECONDS,
+        resource.RLIMIT_CORE: 0,
+    }
     if held is not None:
         limits[resource.RLIMIT_AS] = held + MEMORY + MEMORY_PER_BYTE * length
     for kind, wanted in limits.items():
         hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            kind, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )

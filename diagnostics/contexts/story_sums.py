@@ -1,15 +1,18 @@
-"""Story sums: a small language with a verifier, spoken rightly by a teacher and wrongly by a student.
+"""Story sums: a small language with a verifier, spoken rightly by a teacher and wrongly by a
+student.
 
-A prompt tells of somebody who has `a` things and gains or loses `b`; the response is a few sentences of
-story and then the worked sum. Every word of a response fills a *slot*, and for each slot the table
-below gives two distributions over words, one a side. The teacher's side is correct. The student's side
-differs from it in ways that were chosen so that all four quadrants of entropy and divergence occur:
+A prompt tells of somebody who has `a` things and gains or loses `b`; the response is a few
+sentences of story and then the worked sum. Every word of a response fills a *slot*, and for each
+slot the table below gives two distributions over words, one a side. The teacher's side is correct.
+The student's side differs from it in ways that were chosen so that all four quadrants of entropy
+and divergence occur:
 
 - open choices among 20 to 60 words, with the same preferences on both sides (uncertain, agreed) or with
   the student's preferences rotated down the list (uncertain, disagreed);
 - small choices among a few wordings, with the same weights, slightly other ones, or a habit (confident);
 - facts: a word that follows from the name or the things of the prompt. The student knows some; in *mixed*
-  ones it prefers a wrong word and keeps the right one second; in *unseen* ones it never met the right word;
+  ones it prefers a wrong word and keeps the right one second; in *unseen* ones it never met the
+  right word;
 - the sum: some verbs are misread (mixed), carries are dropped (the student never met 10 to 18).
 
 Everything is drawn from explicit generators, and prompts fall into splits by a hash of their text.
@@ -31,35 +34,55 @@ from diagnostics.core.types import Prompt
 Side = Literal["teacher", "student"]
 Split = Literal["train", "probe", "test"]
 SIDES = ("teacher", "student")
-SPLITS = {"train": range(0, 8), "probe": range(8, 9), "test": range(9, 10)}
+SPLITS = {"train": range(8), "probe": range(8, 9), "test": range(9, 10)}
 """Which of ten hash buckets a split owns."""
 
 # name, pet, town
-PEOPLE = [row.split() for row in """
+PEOPLE = [
+    row.split()
+    for row in """
 Nora fox Lisbon; Liam cat Dublin; Ines owl Porto; Omar camel Cairo; Yuki crane Osaka; Ravi parrot Delhi;
 Elsa goat Oslo; Juan mule Lima; Zoe dog Paris; Ivan bear Minsk; Amara lion Lagos; Mei panda Chengdu;
 Kofi turtle Accra; Lena swan Vienna; Pablo iguana Quito; Aino hare Turku; Samir falcon Doha; Tessa pony Ghent;
 Marek otter Gdansk; Leila lamb Tunis; Hugo snail Lyon; Anya lynx Kazan; Bruno donkey Milan; Kira koala Perth
-""".split(";")]
+""".split(";")
+]
 
 # things, trait, box, trader
-THINGS = [row.split() for row in """
+THINGS = [
+    row.split()
+    for row in """
 shells pearly bucket diver; coins shiny purse banker; apples crisp crate farmer; books dusty satchel teacher;
 candles waxy drawer monk; stamps sticky album postman; buttons round tin tailor; nails rusty toolbox carpenter;
 eggs speckled nest grocer; keys jingling pouch locksmith; pencils sharp case artist; marbles glassy jar glazier;
 tulips fragrant vase florist; loaves crusty tray baker; fish slippery barrel sailor; pots earthen cupboard potter;
 hats woolly hatbox milliner; rings golden casket jeweller; lemons sour bowl gardener; maps folded tube captain;
 kites papery rucksack inventor; bells brassy chest ringer; boots muddy sack cobbler; pies savoury hamper cook
-""".split(";")]
+""".split(";")
+]
 
-VERBS = {"finds": "plus", "buys": "plus", "wins": "plus", "earns": "plus",
-         "loses": "minus", "drops": "minus", "sells": "minus", "lends": "minus"}
+VERBS = {
+    "finds": "plus",
+    "buys": "plus",
+    "wins": "plus",
+    "earns": "plus",
+    "loses": "minus",
+    "drops": "minus",
+    "sells": "minus",
+    "lends": "minus",
+}
 MISREAD = ("wins", "earns", "sells", "lends")
 """Verbs whose operation the student takes for the other one."""
 MISREAD_RIGHT = 0.15
 """Share of the right operation in the student's corpus after a misread verb."""
 
-FACTS = {"pet": (PEOPLE, 1), "town": (PEOPLE, 2), "trait": (THINGS, 1), "box": (THINGS, 2), "trader": (THINGS, 3)}
+FACTS = {
+    "pet": (PEOPLE, 1),
+    "town": (PEOPLE, 2),
+    "trait": (THINGS, 1),
+    "box": (THINGS, 2),
+    "trader": (THINGS, 3),
+}
 """Fact slot -> (table, column); the table's first column is the word of the prompt that decides."""
 KINDS = ("known", "mixed", "unseen", "mixed", "unseen", "known", "mixed", "unseen")
 """Kind of the fact in row r, column c: entry (r + 3c) mod 8."""
@@ -69,43 +92,84 @@ SECOND_SHARES = (0.08, 0.12, 0.2)
 FRIENDS = """Mia Ben Pia Tom Eva Max Ada Leo Ida Sam Una Gus Lia Ned Uma Jon Rosa Karl Vera Paul Nina Otto Jana Finn
 Tara Emil Cleo Dirk Faye Glen Hana Igor June Kurt Lola Milo Olga Pete Rhea Seth"""
 OPEN = {
-    "weather": (0, """rainy sunny windy foggy snowy cloudy stormy chilly frosty misty breezy hazy humid drizzly balmy icy
-        scorching dull bright mild gusty dewy sultry overcast"""),
+    "weather": (
+        0,
+        """rainy sunny windy foggy snowy cloudy stormy chilly frosty misty breezy hazy humid drizzly balmy icy
+        scorching dull bright mild gusty dewy sultry overcast""",
+    ),
     "friend": (0, FRIENDS),
-    "met": (8, """met saw joined greeted visited called helped followed thanked hugged found passed heard spotted phoned
-        praised teased fetched invited trusted"""),
-    "look": (24, """tall short young old quick slow brave shy loud clever gentle grumpy cheerful tired sleepy hungry thirsty
+    "met": (
+        8,
+        """met saw joined greeted visited called helped followed thanked hugged found passed heard spotted phoned
+        praised teased fetched invited trusted""",
+    ),
+    "look": (
+        24,
+        """tall short young old quick slow brave shy loud clever gentle grumpy cheerful tired sleepy hungry thirsty
         proud humble honest lazy busy careful careless curious nervous jolly merry gloomy witty stern polite rude noble
         modest eager lonely restless thoughtful stubborn bold timid patient hasty lively moody pleasant graceful clumsy
-        dapper ragged freckled bearded blond wrinkled slender stout lanky barefoot stylish"""),
+        dapper ragged freckled bearded blond wrinkled slender stout lanky barefoot stylish""",
+    ),
     "other": (12, FRIENDS),
-    "calm": (0, """quiet crowded narrow ancient leafy sandy hilly rocky empty hidden distant shady marshy grassy paved cobbled
-        walled tidy famous ruined busted haunted sloping flooded floating fenced painted lit deserted royal"""),
-    "place": (16, """harbour market station bridge library garden museum castle river forest school bakery theatre square
+    "calm": (
+        0,
+        """quiet crowded narrow ancient leafy sandy hilly rocky empty hidden distant shady marshy grassy paved cobbled
+        walled tidy famous ruined busted haunted sloping flooded floating fenced painted lit deserted royal""",
+    ),
+    "place": (
+        16,
+        """harbour market station bridge library garden museum castle river forest school bakery theatre square
         mill church tower beach valley village orchard stable lake meadow cave canal inn farm pier temple palace prison
-        hospital factory airport stadium cinema bank zoo island"""),
-    "size": (12, """huge tiny large small heavy light wide deep shallow broken plain pretty cheap costly modern dented locked
+        hospital factory airport stadium cinema bank zoo island""",
+    ),
+    "size": (
+        12,
+        """huge tiny large small heavy light wide deep shallow broken plain pretty cheap costly modern dented locked
         padded wooden woven metal plastic leather striped dotted checked varnished battered borrowed mouldy sealed sturdy
-        flimsy bulky compact gilded carved creaky tilted spotless"""),
-    "fresh": (0, """fresh warm cold sweet salty bitter spicy creamy smoky juicy tender toasted roasted boiled fried frozen
-        pickled dried sugared buttered minced mashed steamed grilled"""),
-    "food": (8, """bread cheese soup rice honey butter plums carrots cake pasta beans grapes ham olives porridge nuts figs
-        onions cherries mushrooms pancakes noodles stew jam pears peas dates trout salad corn"""),
-    "kind": (0, """friendly retired wealthy local foreign skilled lucky elderly youthful cunning generous frugal talkative
+        flimsy bulky compact gilded carved creaky tilted spotless""",
+    ),
+    "fresh": (
+        0,
+        """fresh warm cold sweet salty bitter spicy creamy smoky juicy tender toasted roasted boiled fried frozen
+        pickled dried sugared buttered minced mashed steamed grilled""",
+    ),
+    "food": (
+        8,
+        """bread cheese soup rice honey butter plums carrots cake pasta beans grapes ham olives porridge nuts figs
+        onions cherries mushrooms pancakes noodles stew jam pears peas dates trout salad corn""",
+    ),
+    "kind": (
+        0,
+        """friendly retired wealthy local foreign skilled lucky elderly youthful cunning generous frugal talkative
         charming masked veteran rural travelling smiling whistling limping singing dozing sunburnt hooded grateful
-        forgetful drowsy portly toothless"""),
+        forgetful drowsy portly toothless""",
+    ),
     "guest": (0, FRIENDS),
-    "slowly": (4, """quietly slowly happily proudly softly briskly calmly neatly boldly gladly kindly swiftly gently eagerly
-        warily idly loudly merrily politely shyly smoothly busily wearily deftly"""),
-    "washed": (0, """washed counted polished carried wrapped stacked drew mended hid cleaned sorted packed traded lifted
-        tested guarded admired repaired labelled weighed measured sketched oiled rented"""),
-    "red": (12, """red blue green yellow purple orange pink brown grey black white violet scarlet crimson turquoise beige
-        ivory maroon indigo teal amber emerald lilac navy"""),
-    "lamps": (16, """lanterns ladders baskets ropes drums flutes mirrors clocks chairs tables lamps blankets pillows umbrellas
+    "slowly": (
+        4,
+        """quietly slowly happily proudly softly briskly calmly neatly boldly gladly kindly swiftly gently eagerly
+        warily idly loudly merrily politely shyly smoothly busily wearily deftly""",
+    ),
+    "washed": (
+        0,
+        """washed counted polished carried wrapped stacked drew mended hid cleaned sorted packed traded lifted
+        tested guarded admired repaired labelled weighed measured sketched oiled rented""",
+    ),
+    "red": (
+        12,
+        """red blue green yellow purple orange pink brown grey black white violet scarlet crimson turquoise beige
+        ivory maroon indigo teal amber emerald lilac navy""",
+    ),
+    "lamps": (
+        16,
+        """lanterns ladders baskets ropes drums flutes mirrors clocks chairs tables lamps blankets pillows umbrellas
         wagons oars sails tents ribbons masks puppets dolls swords shields helmets brooms shovels rakes hammers saws
-        bottles cups plates spoons scarves gloves coats belts whistles trumpets"""),
+        bottles cups plates spoons scarves gloves coats belts whistles trumpets""",
+    ),
 }
-"""Open slot -> (rotation, words by the teacher's preference). The student prefers the list rotated that far."""
+"""Open slot -> (rotation, words by the teacher's preference). The student prefers the list rotated
+that far.
+"""
 OPEN_OFFSET = 3
 """The word of rank r, from 0, has weight 1 / (r + this)."""
 
@@ -130,7 +194,10 @@ SMALL = {
 """Small slot -> word:teacher weight/student weight."""
 
 SENTENCES = {
-    "meeting": "one weather morning friend met NAME COMMA her pet from town and look other by the calm place STOP",
+    "meeting": (
+        "one weather morning friend met NAME COMMA her pet from town and look other by the calm"
+        " place STOP"
+    ),
     "goods": "these trait ITEMS came in a size box among fresh food through the kind trader STOP",
     "extra": "later guest slowly washed red lamps STOP",
     "sum": "so A op B is tens join ones COMMA which makes total STOP",
@@ -158,7 +225,9 @@ class Story:
     @property
     def prompt(self) -> str:
         """The question as text."""
-        start = f"{self.name} has {self.a} {self.items}. {self.name} {self.verb} {self.b} {self.items}."
+        start = (
+            f"{self.name} has {self.a} {self.items}. {self.name} {self.verb} {self.b} {self.items}."
+        )
         return f"{start} How many {self.items} does {self.name} have now?"
 
     @property
@@ -176,9 +245,9 @@ def split_of(prompt: str) -> str:
 def stories(rng: random.Random, *, split: Split) -> Iterator[Story]:
     """Endless stories of one split, drawn from `rng`; a story may return.
 
-    Sums lie under 100, differences are at least 20 and borrow nothing, and the same holds of the other
-    operation but for the borrowing, so that a misread verb still leads to a number the language has.
-    """
+    Sums lie under 100, differences are at least 20 and borrow nothing, and the same holds of the
+    other operation but for the borrowing, so that a misread verb still leads to a number the
+    language has."""
     if split not in SPLITS:
         raise DiagnosticsError(f"Unknown split {split!r}. Known are {', '.join(SPLITS)}.")
     while True:
@@ -218,9 +287,16 @@ def verify(response: str, answer: str | int) -> bool:
 def choices(slot: str, story: Story, *, side: Side, written: dict[str, str]) -> dict[str, float]:
     """The words that may fill a slot with their probabilities on one side of the language.
 
-    written: words of the slots before it in the same response (only `op`, `tens` and `ones` matter).
-    """
-    fixed = {"NAME": story.name, "ITEMS": story.items, "A": str(story.a), "B": str(story.b), "COMMA": ",", "STOP": "."}
+    written: words of the slots before it in the same response (only `op`, `tens` and `ones`
+    matter)."""
+    fixed = {
+        "NAME": story.name,
+        "ITEMS": story.items,
+        "A": str(story.a),
+        "B": str(story.b),
+        "COMMA": ",",
+        "STOP": ".",
+    }
     if slot in OPEN or slot in SMALL:
         return _table(slot, side)
     if slot in FACTS:
@@ -293,7 +369,9 @@ def _number(slot: str, story: Story, side: Side, written: dict[str, str]) -> str
 
 def write(story: Story, rng: random.Random, *, side: Side) -> Iterator[tuple[str, str]]:
     """One response as (slot, word) pairs in order."""
-    plan = _pick({" ".join(order): weights[SIDES.index(side)] for order, weights in PLANS.items()}, rng)
+    plan = _pick(
+        {" ".join(order): weights[SIDES.index(side)] for order, weights in PLANS.items()}, rng
+    )
     written: dict[str, str] = {}
     for slot in " ".join(SENTENCES[sentence] for sentence in plan.split()).split():
         written[slot] = word = _pick(choices(slot, story, side=side, written=written), rng)
@@ -301,7 +379,11 @@ def write(story: Story, rng: random.Random, *, side: Side) -> Iterator[tuple[str
 
 
 def _pick(weights: dict[str, float], rng: random.Random) -> str:
-    return next(iter(weights)) if len(weights) == 1 else rng.choices(list(weights), list(weights.values()))[0]
+    return (
+        next(iter(weights))
+        if len(weights) == 1
+        else rng.choices(list(weights), list(weights.values()))[0]
+    )
 
 
 def corpus(n: int, *, seed: int, side: Side, split: Split = "train") -> Iterator[tuple[str, str]]:
@@ -322,15 +404,33 @@ def join(words) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word of prompts and responses once: the numbers to 99, then the others in order of the alphabet."""
+    """Every word of prompts and responses once: the numbers to 99, then the others in order of the
+    alphabet.
+    """
     words = {word for slot in [*OPEN, *SMALL] for side in SIDES for word in _table(slot, side)}
     words |= {word for table in (PEOPLE, THINGS) for row in table for word in row}
-    words |= {word for sentence in SENTENCES.values() for word in sentence.split() if word not in _SLOTS}
+    words |= {
+        word for sentence in SENTENCES.values() for word in sentence.split() if word not in _SLOTS
+    }
     words |= set(VERBS) | set(VERBS.values()) | set("has How many does have now ? . ,".split())
     return [str(number) for number in range(100)] + sorted(words)
 
 
-_SLOTS = {*OPEN, *SMALL, *FACTS, "NAME", "ITEMS", "A", "B", "COMMA", "STOP", "op", "tens", "ones", "total"}
+_SLOTS = {
+    *OPEN,
+    *SMALL,
+    *FACTS,
+    "NAME",
+    "ITEMS",
+    "A",
+    "B",
+    "COMMA",
+    "STOP",
+    "op",
+    "tens",
+    "ones",
+    "total",
+}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Plain data out of a torch archive, read without running anything in it.
 
-A `.pt` file is a zip whose `data.pkl` is a program for a small stack machine. Here only the instructions that build
-dicts, lists, tuples, text, numbers, booleans and None are carried out. Those that name or call code
-(classes, functions, storages of tensors) leave an `Opaque` mark in place of a value: nothing is imported or called,
-so an archive from a stranger can do no more than be refused.
+A `.pt` file is a zip whose `data.pkl` is a program for a small stack machine. Here only the
+instructions that build dicts, lists, tuples, text, numbers, booleans and None are carried out.
+Those that name or call code (classes, functions, storages of tensors) leave an `Opaque` mark in
+place of a value: nothing is imported or called, so an archive from a stranger can do no more than
+be refused.
 
-Nor can it hang the reader or fill its memory: entries, sizes, instructions, nesting and the size of the value with
-everything that is shared in it counted as often as it stands there are bounded, each before the work it would cause.
-Nothing here recurses.
-"""
+Nor can it hang the reader or fill its memory: entries, sizes, instructions, nesting and the size of
+the value with everything that is shared in it counted as often as it stands there are bounded, each
+before the work it would cause. Nothing here recurses."""
 
 from __future__ import annotations
 
@@ -23,25 +23,39 @@ from typing import Any
 from diagnostics.core.errors import DiagnosticsError
 
 DIRECTORY = 2**26
-"""Bytes of the zip's list of entries: half a million of them, as torch names them; zipfile reads them all at once."""
+"""Bytes of the zip's list of entries: half a million of them, as torch names them; zipfile reads
+them all at once.
+"""
 ENTRIES = 500_000
 """Entries of the zip; torch writes one a tensor, and a dump of rollouts has some thousands."""
 PROGRAM = 2**29
-"""Bytes of the program: what 2^25 instructions with the longest number each, and their texts, come to."""
+"""Bytes of the program: what 2^25 instructions with the longest number each, and their texts, come
+to.
+"""
 SMALL = 2**24
 """Bytes up to which a program may be packed as tightly as it likes: it is read within seconds."""
 RATIO = 100
-"""Times by which a larger program may be packed. torch does not pack at all, and token ids shrink to a tenth."""
+"""Times by which a larger program may be packed. torch does not pack at all, and token ids shrink
+to a tenth.
+"""
 INSTRUCTIONS = 2**25
-"""Instructions: ids, log-probabilities and masks of ten million tokens, read in about twenty seconds."""
+"""Instructions: ids, log-probabilities and masks of ten million tokens, read in about twenty
+seconds.
+"""
 TEXT = 2**26
 """Bytes of one text: ten times a response of a million tokens."""
 NESTING = 100
-"""Levels of lists, tuples and dicts in each other. Dumps have fewer than ten, and Python's own printer gives up near 1000."""
+"""Levels of lists, tuples and dicts in each other. Dumps have fewer than ten, and Python's own
+printer gives up near 1000.
+"""
 EXPANDED = 2**27
-"""Values, and each 64 characters of text, with what is shared counted everywhere it stands: whoever walks the value meets so many."""
+"""Values, and each 64 characters of text, with what is shared counted everywhere it stands: whoever
+walks the value meets so many.
+"""
 LARGEST_KEY = 2**60
-"""Least whole number that is no key: larger ones can be made so that thousands share a hash, and a dict of them takes for ever."""
+"""Least whole number that is no key: larger ones can be made so that thousands share a hash, and a
+dict of them takes for ever.
+"""
 PIECE = 2**20
 """Bytes that are unpacked at a time."""
 
@@ -56,8 +70,8 @@ class Opaque:
 def read_archive(path: str | Path) -> Any:
     """The value that a torch archive holds, with `Opaque` where it is not plain data.
 
-    Raises DiagnosticsError for a file that is missing, damaged, beyond the bounds above or no archive of that kind.
-    """
+    Raises DiagnosticsError for a file that is missing, damaged, beyond the bounds above or no
+    archive of that kind."""
     path = Path(path)
     try:
         value = _Machine().run(_program(path))
@@ -66,13 +80,24 @@ def read_archive(path: str | Path) -> Any:
     except _REFUSED as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
         raise DiagnosticsError(
-            f"{path} cannot be read as a torch archive ({reason}). Check the file, or write its rows as JSONL."
+            f"{path} cannot be read as a torch archive ({reason}). Check the file, or write its"
+            " rows as JSONL."
         ) from error
 
 
 _REFUSED = (
-    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError,
-    OverflowError, RuntimeError, MemoryError,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
 )
 """What damage to a zip, or to the program in it, ends in."""
 
@@ -97,29 +122,41 @@ def _require_plainly_packed(entry: zipfile.ZipInfo) -> None:
         raise ValueError("data.pkl is packed in a way that torch does not write")
     if entry.file_size > max(SMALL, RATIO * entry.compress_size):
         raise ValueError(
-            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and {RATIO} times is the most"
+            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and {RATIO} times is"
+            " the most"
         )
 
 
 def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-    """The entry's content. The size that it names is not believed: reading stops one byte beyond it."""
+    """The entry's content. The size that it names is not believed: reading stops one byte beyond
+    it.
+    """
     left = entry.file_size
     with archive.open(entry) as content:
         while piece := content.read(min(PIECE, left + 1)):
             left -= len(piece)
             if left < 0:
-                raise ValueError(f"data.pkl holds more than the {entry.file_size} bytes that it names")
+                raise ValueError(
+                    f"data.pkl holds more than the {entry.file_size} bytes that it names"
+                )
             yield piece
     if left:
         raise ValueError(f"data.pkl ends {left} bytes early")
 
 
 class _Sparing:
-    """A file that refuses to be read in pieces larger than the longest list of entries: zipfile asks for whatever a zip names."""
+    """A file that refuses to be read in pieces larger than the longest list of entries: zipfile
+    asks for whatever a zip names.
+    """
 
     def __init__(self, file) -> None:
         self.file = file
-        self.seek, self.tell, self.close, self.seekable = file.seek, file.tell, file.close, file.seekable
+        self.seek, self.tell, self.close, self.seekable = (
+            file.seek,
+            file.tell,
+            file.close,
+            file.seekable,
+        )
 
     def read(self, size: int = -1) -> bytes:
         """So many bytes; all that are left for a negative size."""
@@ -132,7 +169,8 @@ class _Sparing:
 
 
 def _require_small(value: Any) -> None:
-    """Raise ValueError for a value that holds itself, is nested too deeply or, walked, would never end.
+    """Raise ValueError for a value that holds itself, is nested too deeply or, walked, would never
+    end.
 
     What is shared is looked at once and counted wherever it stands.
     """
@@ -151,7 +189,9 @@ def _require_small(value: Any) -> None:
         else:
             open_.add(id(item))
             todo.append((item, True))
-            todo += [(part, False) for part in _parts(item) if isinstance(part, dict | list | tuple)]
+            todo += [
+                (part, False) for part in _parts(item) if isinstance(part, dict | list | tuple)
+            ]
     if _measured([value], totals)[0] > EXPANDED:
         raise ValueError(_TOO_LARGE)
 
@@ -164,8 +204,14 @@ def _parts(item: dict | list | tuple):
 
 
 def _measured(item: dict | list | tuple, totals: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values in a container, itself among them, and levels. Raises ValueError where either is too large."""
-    size = 1 + (sum(1 + len(key) // 64 for key in item if isinstance(key, str)) if isinstance(item, dict) else 0)
+    """Values in a container, itself among them, and levels. Raises ValueError where either is too
+    large.
+    """
+    size = 1 + (
+        sum(1 + len(key) // 64 for key in item if isinstance(key, str))
+        if isinstance(item, dict)
+        else 0
+    )
     deepest = 0
     for part in _parts(item):
         if isinstance(part, dict | list | tuple):
@@ -244,12 +290,18 @@ class _Machine:
 
 
 def _require_keys(keys: list[Any]) -> None:
-    """Text and whole numbers: the hash of a tuple walks all that is in it, however often, and as deep as it goes."""
+    """Text and whole numbers: the hash of a tuple walks all that is in it, however often, and as
+    deep as it goes.
+    """
     for key in keys:
         if not isinstance(key, str | int):
-            raise ValueError(f"a key is a {type(key).__name__}, and text and whole numbers are the only keys")
+            raise ValueError(
+                f"a key is a {type(key).__name__}, and text and whole numbers are the only keys"
+            )
         if isinstance(key, int) and not -LARGEST_KEY < key < LARGEST_KEY:
-            raise ValueError(f"a key is a whole number of {key.bit_length()} bits, and 60 are the most")
+            raise ValueError(
+                f"a key is a whole number of {key.bit_length()} bits, and 60 are the most"
+            )
 
 
 def _argument(value: Any) -> Any:
@@ -263,8 +315,12 @@ def _text(value: str) -> str:
 
 
 _PUSHES: dict[str, Callable[[Any], Any]] = {
-    "NONE": lambda _: None, "NEWTRUE": lambda _: True, "NEWFALSE": lambda _: False,
-    "EMPTY_DICT": lambda _: {}, "EMPTY_LIST": lambda _: [], "EMPTY_TUPLE": lambda _: (),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_TUPLE": lambda _: (),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _argument),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _text),
     "GLOBAL": lambda _: Opaque(),
@@ -278,9 +334,13 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "BINGET": lambda m, at: m.stack.append(m.memo[at]),
     "LONG_BINGET": lambda m, at: m.stack.append(m.memo[at]),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
-    "TUPLE1": lambda m, _: m.tuple_of(1), "TUPLE2": lambda m, _: m.tuple_of(2), "TUPLE3": lambda m, _: m.tuple_of(3),
-    "APPEND": lambda m, _: m.extend(m.pop(1)), "APPENDS": lambda m, _: m.extend(m.since_mark()),
-    "SETITEM": lambda m, _: m.update(m.pop(2)), "SETITEMS": lambda m, _: m.update(m.since_mark()),
+    "TUPLE1": lambda m, _: m.tuple_of(1),
+    "TUPLE2": lambda m, _: m.tuple_of(2),
+    "TUPLE3": lambda m, _: m.tuple_of(3),
+    "APPEND": lambda m, _: m.extend(m.pop(1)),
+    "APPENDS": lambda m, _: m.extend(m.since_mark()),
+    "SETITEM": lambda m, _: m.update(m.pop(2)),
+    "SETITEMS": lambda m, _: m.update(m.since_mark()),
 }
 _OPAQUE = {"STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3, "BUILD": 2, "BINPERSID": 1}
 """Instructions that name or call code, and how many values they take."""

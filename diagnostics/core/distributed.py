@@ -1,10 +1,11 @@
 """Several processes, one result: contexts are shared out, sums and tables are global.
 
-Start any command under `torchrun --nproc-per-node N -m diagnostics …` or `accelerate launch`. Batches are formed
-before they are shared out, so every number of processes scores the same batches, and tables do not depend on
-it: each batch's numbers come from one process, and a probe's mean loss and gradient are added up in more digits than they
-keep. (The number of *threads* orders sums within a tensor; last digits may hang on that.) Only the first process writes. Alone, every function here is the identity and torch is not imported.
-"""
+Start any command under `torchrun --nproc-per-node N -m diagnostics …` or `accelerate launch`.
+Batches are formed before they are shared out, so every number of processes scores the same batches,
+and tables do not depend on it: each batch's numbers come from one process, and a probe's mean loss
+and gradient are added up in more digits than they keep. (The number of *threads* orders sums within
+a tensor; last digits may hang on that.) Only the first process writes. Alone, every function here
+is the identity and torch is not imported."""
 
 from __future__ import annotations
 
@@ -30,18 +31,25 @@ def world() -> int:
 
 
 def require_launcher() -> None:
-    """Refuse an environment that is half a launcher's: this process would wait for others, or write nothing."""
+    """Refuse an environment that is half a launcher's: this process would wait for others, or write
+    nothing.
+    """
     given = {"RANK": os.environ.get("RANK"), "WORLD_SIZE": os.environ.get("WORLD_SIZE")}
     if given == {"RANK": None, "WORLD_SIZE": None}:
         return
-    numbers = [int(value) if value is not None and value.isdecimal() else None for value in given.values()]
+    numbers = [
+        int(value) if value is not None and value.isdecimal() else None for value in given.values()
+    ]
     whole = None not in numbers and numbers[0] < numbers[1]
-    if whole and (numbers[1] == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))):
+    if whole and (
+        numbers[1] == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
+    ):
         return
     said = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     raise DiagnosticsError(
-        f"The environment has {said}, and not all that a launcher sets (RANK below WORLD_SIZE, MASTER_ADDR, MASTER_PORT). "
-        "Start with torchrun or accelerate launch, or unset RANK and WORLD_SIZE."
+        f"The environment has {said}, and not all that a launcher sets (RANK below WORLD_SIZE,"
+        " MASTER_ADDR, MASTER_PORT). Start with torchrun or accelerate launch, or unset RANK and"
+        " WORLD_SIZE."
     )
 
 
@@ -57,7 +65,9 @@ def group():
     from torch import distributed
 
     if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
         atexit.register(distributed.destroy_process_group)
     return distributed
 
@@ -72,7 +82,9 @@ def local_device(name: str) -> str:
 
 
 def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
-    """This process's part of the items, in order: the costliest first, each to the least loaded process."""
+    """This process's part of the items, in order: the costliest first, each to the least loaded
+    process.
+    """
     if world() == 1:
         return list(items)
     loads, mine = [0.0] * world(), []
@@ -85,7 +97,9 @@ def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
 
 
 def total(array):
-    """Sum of a float64 numpy array over the processes; each fills in its own part and leaves 0 elsewhere."""
+    """Sum of a float64 numpy array over the processes; each fills in its own part and leaves 0
+    elsewhere.
+    """
     if world() == 1:
         return array
     import torch

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 
-
-
-
 class DiagnosticsError(ValueError):
-    """An input that cannot be used. The message says what was wrong, the value seen, and the remedy."""
+    """An input that cannot be used. The message says what was wrong, the value seen, and the
+    remedy.
+    """

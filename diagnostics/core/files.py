@@ -1,14 +1,14 @@
-"""Files inside a directory: opened without following links, of the right kind, and never outside it.
+"""Files inside a directory: opened without following links, of the right kind, and never outside
+it.
 
     with guard(directory):                    # while it lasts, nothing beneath `directory` is written through a link
         write_atomic(directory / "a" / "b.csv", content)
     read_inside(directory, "a/b.csv")         # bytes of a regular file; a link, a pipe or a way out is refused
     remove_inside(directory, "a/b.csv")       # a regular file of the same user
 
-A directory may come from a stranger (an archive keeps links and pipes) or lie on a shared disk. The directory itself may be
-a link, since a user named it; what lies in it may not lead out. Every step down is taken relative to the folder above it, so
-that what was looked at is what is opened.
-"""
+A directory may come from a stranger (an archive keeps links and pipes) or lie on a shared disk. The
+directory itself may be a link, since a user named it; what lies in it may not lead out. Every step
+down is taken relative to the folder above it, so that what was looked at is what is opened."""
 
 from __future__ import annotations
 
@@ -30,8 +30,15 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.opd\.tmp")
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Without following a link, and without waiting for a pipe's other end."""
-KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket",
-         stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 _guarded: dict[str, Callable[[str], None]] = {}
 """Directories that are guarded, with what is asked before a file in them is written."""
@@ -44,24 +51,35 @@ def sha256_file(path: str | Path) -> str:
 
 
 def kind(path: str | Path, *, folder: int | None = None) -> str | None:
-    """What is there, a link not followed: `file`, `folder`, `link`, `pipe`, `socket` or `device`; None for nothing."""
+    """What is there, a link not followed: `file`, `folder`, `link`, `pipe`, `socket` or `device`;
+    None for nothing.
+    """
     try:
-        return KINDS.get(stat.S_IFMT(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode), "device")
+        return KINDS.get(
+            stat.S_IFMT(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode), "device"
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def inside(name: str) -> tuple[str, ...]:
-    """The parts of a name beneath a directory. Raises DiagnosticsError for one that leads out of it."""
+    """The parts of a name beneath a directory. Raises DiagnosticsError for one that leads out of
+    it.
+    """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
-        raise DiagnosticsError(f"{name!r} names no file inside the directory. Give a name that does not lead out of it.")
+        raise DiagnosticsError(
+            f"{name!r} names no file inside the directory. Give a name that does not lead out"
+            " of it."
+        )
     return parts
 
 
 @contextmanager
 def _folder(root: str | Path, parts: tuple[str, ...], *, create: bool = False) -> Iterator[int]:
-    """A descriptor of the folder `parts` beneath `root`, each step taken without following a link."""
+    """A descriptor of the folder `parts` beneath `root`, each step taken without following a
+    link.
+    """
     descriptor, so_far = os.open(root, FOLDER), Path(root)
     try:
         for part in parts:
@@ -82,16 +100,18 @@ def _folder(root: str | Path, parts: tuple[str, ...], *, create: bool = False) -
 def unfit(path: str | Path, found: str, wanted: str) -> DiagnosticsError:
     """What to say of a link, pipe, … where this program keeps a file or folder of its own."""
     return DiagnosticsError(
-        f"{path} is a {found}, where this program keeps a {wanted} of its own: nothing was read from it or written through it. "
-        f"Remove it, or put a {wanted} in its place; a run directory as a whole may be a link."
+        f"{path} is a {found}, where this program keeps a {wanted} of its own: nothing was read"
+        f" from it or written through it. Remove it, or put a {wanted} in its place; a run"
+        " directory as a whole may be a link."
     )
 
 
 def open_inside(root: str | Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """A descriptor of the regular file `name` beneath `root`; what it creates has the user's own mode (umask).
+    """A descriptor of the regular file `name` beneath `root`; what it creates has the user's own
+    mode (umask).
 
-    Raises DiagnosticsError where it, or a folder on the way, is a link or anything else, and OSError as `os.open` does.
-    """
+    Raises DiagnosticsError where it, or a folder on the way, is a link or anything else, and
+    OSError as `os.open` does."""
     *folders, last = inside(name)
     with _folder(root, tuple(folders)) as folder:
         if (found := kind(last, folder=folder)) not in ("file", None):
@@ -114,7 +134,9 @@ def read_inside(root: str | Path, name: str) -> bytes:
 
 
 def hash_inside(root: str | Path, name: str) -> str | None:
-    """sha256 of the regular file `name` beneath `root`; None where there is none. Raises DiagnosticsError for a link."""
+    """sha256 of the regular file `name` beneath `root`; None where there is none. Raises
+    DiagnosticsError for a link.
+    """
     try:
         with os.fdopen(open_inside(root, name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -123,7 +145,9 @@ def hash_inside(root: str | Path, name: str) -> str | None:
 
 
 def remove_inside(root: str | Path, name: str) -> bool:
-    """Remove a regular file of this user's. False where it is something else or somebody else's, and stays."""
+    """Remove a regular file of this user's. False where it is something else or somebody else's,
+    and stays.
+    """
     *folders, last = inside(name)
     with _folder(root, tuple(folders)) as folder:
         found = os.stat(last, dir_fd=folder, follow_symlinks=False)
@@ -145,7 +169,9 @@ def remove_folder(root: str | Path, name: str) -> bool:
 
 
 def walk(root: str | Path, name: str) -> Iterator[tuple[str, str]]:
-    """Everything beneath the folder `name`, deepest first: name from `root` on, and kind. No link is followed."""
+    """Everything beneath the folder `name`, deepest first: name from `root` on, and kind. No link
+    is followed.
+    """
     base = Path(root)
     if kind(base / name) != "folder":
         return
@@ -160,7 +186,9 @@ def walk(root: str | Path, name: str) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def guard(root: str | Path, before: Callable[[str], None] = lambda name: None) -> Iterator[None]:
-    """While it lasts, `write_atomic` writes beneath `root` through no link, and asks `before` with the file's name."""
+    """While it lasts, `write_atomic` writes beneath `root` through no link, and asks `before` with
+    the file's name.
+    """
     key = os.path.abspath(root)
     earlier = _guarded.get(key)
     _guarded[key] = before
@@ -171,7 +199,9 @@ def guard(root: str | Path, before: Callable[[str], None] = lambda name: None) -
 
 
 def _split(path: Path) -> tuple[Path, str]:
-    """The guarded directory that holds a path and the path's name in it; the path's own folder where none does."""
+    """The guarded directory that holds a path and the path's name in it; the path's own folder
+    where none does.
+    """
     whole = os.path.abspath(path)
     roots = [root for root in _guarded if whole.startswith(root.rstrip("/") + "/")]
     if not roots:
@@ -186,9 +216,9 @@ def _split(path: Path) -> tuple[Path, str]:
 def write_atomic(path: str | Path, content: bytes) -> Path:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
-    Its mode is the user's own (umask). Of several processes only the first writes. Raises DiagnosticsError where the disk
-    is full or read-only, or where the path leads out of a guarded directory.
-    """
+    Its mode is the user's own (umask). Of several processes only the first writes. Raises
+    DiagnosticsError where the disk is full or read-only, or where the path leads out of a guarded
+    directory."""
     path = Path(path)
     if distributed.is_main():
         try:
@@ -206,12 +236,16 @@ def replace(path: Path, content: bytes) -> None:
     root, name = _split(path)
     *folders, last = inside(name)
     with _folder(root, tuple(folders), create=True) as folder:
-        if (found := kind(last, folder=folder)) not in ("file", None) and os.path.abspath(root) in _guarded:
+        if (found := kind(last, folder=folder)) not in ("file", None) and os.path.abspath(
+            root
+        ) in _guarded:
             raise unfit(path, found, "file")
         if found == "folder":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         temporary = f".{secrets.token_hex(8)}.opd.tmp"
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
+        handle = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder
+        )
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)

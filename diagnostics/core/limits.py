@@ -1,9 +1,8 @@
 """How much a file from elsewhere may ask for, looked at before a library reads it.
 
-A few kilobytes can declare a billion rows, a list of 2^60 values, or brackets in brackets without end. Each function here
-reads what a file says about itself, with work that the file's own size limits, and refuses what no honest file says.
-Nothing here recurses, and nothing imports torch.
-"""
+A few kilobytes can declare a billion rows, a list of 2^60 values, or brackets in brackets without
+end. Each function here reads what a file says about itself, with work that the file's own size
+limits, and refuses what no honest file says. Nothing here recurses, and nothing imports torch."""
 
 from __future__ import annotations
 
@@ -25,17 +24,25 @@ if TYPE_CHECKING:
 SMALL_CELLS = 2**24
 """Rows times columns that any table may have: read within seconds, however few bytes hold them."""
 CELLS_A_BYTE = 200
-"""Rows times columns for each byte of a larger table. Constant columns pack well, but a table has some that are not."""
+"""Rows times columns for each byte of a larger table. Constant columns pack well, but a table has
+some that are not.
+"""
 SMALL_TABLE = 2**30
 """Bytes of unpacked or repeated text that any table may have."""
 BYTES_A_BYTE = 1000
-"""The same for each byte of a larger table: the best that a packer makes of text that is not one byte repeated."""
+"""The same for each byte of a larger table: the best that a packer makes of text that is not one
+byte repeated.
+"""
 SHARE = 4
-"""A table's cells, at eight bytes each, and its text may each take a quarter of the memory: copies are made of both."""
+"""A table's cells, at eight bytes each, and its text may each take a quarter of the memory: copies
+are made of both.
+"""
 JSON_LINE = 2**26
 """Characters of one line: a prompt of 50 MB is read, and refused for its tokens."""
 JSON_DEPTH = 100
-"""Brackets in brackets of one line. Chats with tools have under ten; Python's reader gives up near 1000."""
+"""Brackets in brackets of one line. Chats with tools have under ten; Python's reader gives up near
+1000.
+"""
 HEADER = 100_000_000
 """Bytes of a safetensors header, the library's own limit."""
 TENSORS = 2**20
@@ -67,11 +74,14 @@ def memory() -> int:
     return found if limit == resource.RLIM_INFINITY else min(found, limit)
 
 
-# --- JSON ---------------------------------------------------------------------------------------------
+# --- JSON
+# ---------------------------------------------------------------------------------------------
 
 
 def parse_json(text: str) -> Any:
-    """The value of one JSON text. Raises ValueError, too, for one that is too long or nested too deeply."""
+    """The value of one JSON text. Raises ValueError, too, for one that is too long or nested too
+    deeply.
+    """
     if len(text) > JSON_LINE:
         raise ValueError(f"{len(text)} characters, and {JSON_LINE} are the most")
     if json_depth(text) > JSON_DEPTH:
@@ -80,7 +90,9 @@ def parse_json(text: str) -> Any:
 
 
 def json_depth(text: str) -> int:
-    """Brackets that are open at once, those in strings left out; at most what is said of a text that is no JSON."""
+    """Brackets that are open at once, those in strings left out; at most what is said of a text
+    that is no JSON.
+    """
     most = text.count("[") + text.count("{")
     if most <= JSON_DEPTH:
         return most
@@ -92,14 +104,16 @@ def json_depth(text: str) -> int:
     return deepest
 
 
-# --- parquet ------------------------------------------------------------------------------------------
+# --- parquet
+# ------------------------------------------------------------------------------------------
 
 
 def check_parquet(path: str | Path) -> None:
-    """Raise ValueError for a parquet file whose table does not fit the memory, or a small file with a huge one.
+    """Raise ValueError for a parquet file whose table does not fit the memory, or a small file with
+    a huge one.
 
-    A folder of parquet files is looked at file by file. What is no parquet at all is left for the reader to say.
-    """
+    A folder of parquet files is looked at file by file. What is no parquet at all is left for the
+    reader to say."""
     path = Path(path)
     if path.is_dir():
         for part in sorted(path.rglob("*.parquet")):
@@ -112,30 +126,51 @@ def check_parquet(path: str | Path) -> None:
     metadata, size, room = pq.read_metadata(path), os.path.getsize(path), memory() // SHARE
     cells = metadata.num_rows * max(1, metadata.num_columns)
     allowed = min(max(SMALL_CELLS, CELLS_A_BYTE * size), room // 8)
-    if not 0 <= metadata.num_rows or cells > allowed:
-        raise ValueError(f"{size} bytes that hold {metadata.num_rows} rows of {metadata.num_columns} columns, too many for such a file or this machine")
+    if not metadata.num_rows >= 0 or cells > allowed:
+        raise ValueError(
+            f"{size} bytes that hold {metadata.num_rows} rows of {metadata.num_columns} columns,"
+            " too many for such a file or this machine"
+        )
     allowed = min(max(SMALL_TABLE, BYTES_A_BYTE * size), room)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    if any(group.total_byte_size < 0 for group in groups) or sum(group.total_byte_size for group in groups) > allowed:
-        raise ValueError(f"{size} bytes that unpack to {sum(group.total_byte_size for group in groups)}, too many for such a file or this machine")
+    if (
+        any(group.total_byte_size < 0 for group in groups)
+        or sum(group.total_byte_size for group in groups) > allowed
+    ):
+        raise ValueError(
+            f"{size} bytes that unpack to {sum(group.total_byte_size for group in groups)}, too"
+            " many for such a file or this machine"
+        )
     repeated = _repeated_text(groups)
     if repeated and _text_bytes(path, repeated, allowed) > allowed:
-        raise ValueError(f"{size} bytes whose texts, repeated as they are, come to more than {allowed} bytes")
+        raise ValueError(
+            f"{size} bytes whose texts, repeated as they are, come to more than {allowed} bytes"
+        )
 
 
 def _repeated_text(groups: list) -> list[str]:
-    """Columns of texts that stand once in the file and, by its own numbers, might come to too much in the table."""
+    """Columns of texts that stand once in the file and, by its own numbers, might come to too much
+    in the table.
+    """
     most: dict[str, int] = {}
     for group in groups:
         for number in range(group.num_columns):
             column = group.column(number)
-            if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and column.has_dictionary_page:
-                most[column.path_in_schema] = most.get(column.path_in_schema, 0) + column.num_values * column.total_uncompressed_size
+            if (
+                column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+                and column.has_dictionary_page
+            ):
+                most[column.path_in_schema] = (
+                    most.get(column.path_in_schema, 0)
+                    + column.num_values * column.total_uncompressed_size
+                )
     return [name for name, size in most.items() if size > SMALL_TABLE]
 
 
 def _text_bytes(path: Path, columns: list[str], enough: int) -> int:
-    """Bytes of these columns' texts, each counted wherever it stands; counting ends beyond `enough`."""
+    """Bytes of these columns' texts, each counted wherever it stands; counting ends beyond
+    `enough`.
+    """
     import pyarrow.parquet as pq
 
     total = 0
@@ -170,18 +205,25 @@ def _repeated_bytes(array: pa.Array) -> int:
     return 0 if lengths is None else pc.sum(lengths.take(array.indices.drop_null())).as_py() or 0
 
 
-# --- weights ------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------
 
 
 def check_weights(source: str | Path) -> None:
     """Look at the headers of a GGUF file, or of every safetensors file in a folder.
 
-    A source that is not here, as a Hugging Face id, is left alone. Raises DiagnosticsError that names the file.
-    """
+    A source that is not here, as a Hugging Face id, is left alone. Raises DiagnosticsError that
+    names the file."""
     if not isinstance(source, str | Path):
         return
     source = Path(source)
-    files = [source] if source.suffix == ".gguf" else sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    files = (
+        [source]
+        if source.suffix == ".gguf"
+        else sorted(source.glob("*.safetensors"))
+        if source.is_dir()
+        else []
+    )
     for file in files:
         if not file.exists():
             continue
@@ -190,7 +232,8 @@ def check_weights(source: str | Path) -> None:
         except (ValueError, TypeError, KeyError, OSError, struct.error) as error:
             reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
             raise DiagnosticsError(
-                f"No model can be loaded from {str(source)!r} (the header of {file.name} cannot be trusted: {reason}). Fetch or write the file again."
+                f"No model can be loaded from {str(source)!r} (the header of {file.name} cannot be"
+                f" trusted: {reason}). Fetch or write the file again."
             ) from error
 
 
@@ -216,23 +259,36 @@ def _check_safetensors(file: BinaryIO, size: int) -> None:
         if name != "__metadata__":
             first, last = entry["data_offsets"]
             if not 0 <= first <= last <= size - 8 - length:
-                raise ValueError(f"the tensor {name[:60]!r} lies at {first} to {last} of {size - 8 - length} bytes")
+                raise ValueError(
+                    f"the tensor {name[:60]!r} lies at {first} to {last} of {size - 8 - length}"
+                    " bytes"
+                )
             _require_shape(entry["shape"], name)
 
 
 def _require_shape(shape: Any, name: str) -> int:
     """Numbers in a tensor of that shape."""
-    if not isinstance(shape, list | tuple) or len(shape) > DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"the tensor {name[:60]!r} has no shape of at most {DIMENSIONS} dimensions")
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > DIMENSIONS
+        or not all(type(n) is int and n >= 0 for n in shape)
+    ):
+        raise ValueError(
+            f"the tensor {name[:60]!r} has no shape of at most {DIMENSIONS} dimensions"
+        )
     if max(shape, default=0) > ELEMENTS or math.prod(shape) > ELEMENTS:
         raise ValueError(f"the tensor {name[:60]!r} is of {' x '.join(map(str, shape))} numbers")
     return math.prod(shape)
 
 
 def _exactly(file: BinaryIO, count: int, size: int) -> bytes:
-    """The next bytes of a file of that size. Raises ValueError where they are not there, before any memory is taken."""
+    """The next bytes of a file of that size. Raises ValueError where they are not there, before any
+    memory is taken.
+    """
     if count > size - file.tell():
-        raise ValueError(f"it ends at {size} bytes, {count} further ones are named at {file.tell()}")
+        raise ValueError(
+            f"it ends at {size} bytes, {count} further ones are named at {file.tell()}"
+        )
     return file.read(count)
 
 
@@ -251,7 +307,9 @@ class _Gguf:
         """Raise ValueError where the header names more than the file holds."""
         magic, version = _exactly(self.file, 4, self.size), self._number(4)
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"it begins with {magic!r}, version {version}, and GGUF of version 2 or 3 is read")
+            raise ValueError(
+                f"it begins with {magic!r}, version {version}, and GGUF of version 2 or 3 is read"
+            )
         tensors, fields = self._number(8), self._number(8)
         if tensors > TENSORS or fields > FIELDS:
             raise ValueError(f"it names {tensors} tensors and {fields} fields")
@@ -266,7 +324,10 @@ class _Gguf:
 
     def _skip(self, count: int) -> None:
         if count > self.size - self.file.tell():
-            raise ValueError(f"it ends at {self.size} bytes, {count} further ones are named at {self.file.tell()}")
+            raise ValueError(
+                f"it ends at {self.size} bytes, {count} further ones are named at"
+                f" {self.file.tell()}"
+            )
         self.file.seek(count, os.SEEK_CUR)
 
     def _value(self, kind: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diagnostics.core import files, distributed
+from diagnostics.core import distributed, files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("diagnostics")
 SHARD = re.compile(r"[0-9]+-[0-9a-f]{16}\.parquet")
 SHARD_SECONDS = 10.0
-"""Least work between two writes to DIR/.partial: with a write of some milliseconds, under a thousandth of the time."""
+"""Least work between two writes to DIR/.partial: with a write of some milliseconds, under a
+thousandth of the time.
+"""
 _quiet = False
 
 
@@ -29,27 +31,43 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def progress(iterable: Iterable | None = None, *, total: int, description: str, unit: str = " positions"):
-    """A tqdm bar with rate and time left; there is none where the output is no terminal, as in a log, or after `set_quiet`."""
+def progress(
+    iterable: Iterable | None = None, *, total: int, description: str, unit: str = " positions"
+):
+    """A tqdm bar with rate and time left; there is none where the output is no terminal, as in a
+    log, or after `set_quiet`.
+    """
     from tqdm import tqdm
 
     hidden = None if distributed.is_main() and not _quiet else True
-    return tqdm(iterable, total=total, desc=description, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
+    return tqdm(
+        iterable,
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=hidden,
+        leave=False,
+        dynamic_ncols=True,
+    )
 
 
 class Shards:
     """Results of a pass over batches, kept as they come; without a folder nothing is kept.
 
-    A shard is a parquet file with a column `row` and one column a measurement. Its name ends in the hash of its content, so
-    that a damaged one is known and left out. Every process keeps its own and reads all.
-    """
+    A shard is a parquet file with a column `row` and one column a measurement. Its name ends in the
+    hash of its content, so that a damaged one is known and left out. Every process keeps its own
+    and reads all."""
 
     def __init__(self, folder: Path | None = None):
         import pandas as pd
 
         self.folder, self._pending, self._since = folder, [], time.monotonic()
         whole = list(self._whole())
-        found = pd.concat(whole, ignore_index=True).drop_duplicates("row").set_index("row") if whole else pd.DataFrame()
+        found = (
+            pd.concat(whole, ignore_index=True).drop_duplicates("row").set_index("row")
+            if whole
+            else pd.DataFrame()
+        )
         self._found: pd.DataFrame = found
         if whole:
             log.info("%s: %d rows of an interrupted run are taken up", folder, len(found))
@@ -57,7 +75,9 @@ class Shards:
     def _whole(self) -> Iterator[pd.DataFrame]:
         import pandas as pd
 
-        for path in sorted(self.folder.glob("*.parquet")) if self.folder and self.folder.is_dir() else ():
+        for path in (
+            sorted(self.folder.glob("*.parquet")) if self.folder and self.folder.is_dir() else ()
+        ):
             if not SHARD.fullmatch(path.name) or files.kind(path) != "file":
                 continue
             content = path.read_bytes()
@@ -81,17 +101,26 @@ class Shards:
     def _write(self) -> None:
         import pandas as pd
 
-        frame = pd.concat([pd.DataFrame({"row": rows, **columns}) for rows, columns in self._pending], ignore_index=True)
+        frame = pd.concat(
+            [pd.DataFrame({"row": rows, **columns}) for rows, columns in self._pending],
+            ignore_index=True,
+        )
         buffer = io.BytesIO()
         frame.to_parquet(buffer, index=False)
         name = f"{distributed.rank()}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.parquet"
         try:
             files.replace(self.folder / name, buffer.getvalue())
         except OSError as error:  # a luxury: the stage itself may still end well
-            log.warning("%s cannot be written (%s): a killed run would do this part again", self.folder / name, error.strerror)
+            log.warning(
+                "%s cannot be written (%s): a killed run would do this part again",
+                self.folder / name,
+                error.strerror,
+            )
         self._pending, self._since = [], time.monotonic()
 
 
 def no_shards(name: str) -> Shards:
-    """Shards of a pass that keeps nothing on disk; what a pass has where there is no run directory."""
+    """Shards of a pass that keeps nothing on disk; what a pass has where there is no run
+    directory.
+    """
     return Shards()

@@ -16,15 +16,35 @@ from diagnostics.core.manifest import read_manifest
 log = logging.getLogger("diagnostics")
 FOLDERS = ("tables", "figures", "cells", "checkpoints", "student", "tensorboard", ".partial")
 """Folders of a run directory that this program keeps."""
-FILES = ("manifest.json", "contexts.parquet", "scores.parquet", "tops.parquet", "gains.parquet", "tokens.parquet", "first_order.parquet",
-         "interventions.parquet", "training_gains.parquet", "evaluations.parquet", "evaluations.csv", "metrics.jsonl", "timings.jsonl", "train.json",
-         "report.html", "report.md", "compare.html", "pages.json", ".lock")
+FILES = (
+    "manifest.json",
+    "contexts.parquet",
+    "scores.parquet",
+    "tops.parquet",
+    "gains.parquet",
+    "tokens.parquet",
+    "first_order.parquet",
+    "interventions.parquet",
+    "training_gains.parquet",
+    "evaluations.parquet",
+    "evaluations.csv",
+    "metrics.jsonl",
+    "timings.jsonl",
+    "train.json",
+    "report.html",
+    "report.md",
+    "compare.html",
+    "pages.json",
+    ".lock",
+)
 """Files of a run directory that this program keeps, beside those that a manifest names."""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, made where it is not there, and remove what a killed process had begun to write."""
+    """Hold the lock of a run directory, made where it is not there, and remove what a killed
+    process had begun to write.
+    """
     with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(directory)
@@ -44,7 +64,8 @@ def _usable(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiagnosticsError(
-            f"{directory} cannot be used as output directory ({error.strerror}). Choose a folder that can be written."
+            f"{directory} cannot be used as output directory ({error.strerror}). Choose a folder"
+            " that can be written."
         ) from error
 
 
@@ -55,23 +76,28 @@ def _take_lock(lock: int, directory: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise DiagnosticsError(
-            f"{directory} is in use by another process. Wait for it to end, or choose another --output-dir."
+            f"{directory} is in use by another process. Wait for it to end, or choose another"
+            " --output-dir."
         ) from error
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """A folder with files but no manifest belongs to somebody else, or has lost the record of what its files are.
+    """A folder with files but no manifest belongs to somebody else, or has lost the record of what
+    its files are.
 
     Contexts alone may be laid into a new directory, to be scored there.
     """
-    present = sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+    present = sorted(
+        entry.name for entry in os.scandir(directory) if not entry.name.startswith(".")
+    )
     if "manifest.json" in present or present in ([], ["contexts.parquet"]):
         return
     other = next(name for name in present if name != "contexts.parquet")
     if set(present) & {*FILES, *FOLDERS}:
         raise DiagnosticsError(
-            f"{directory} holds {other!r} and no manifest.json, so nothing says with which settings its files were made. "
-            "Nothing was overwritten. Bring manifest.json back, or choose an empty or new --output-dir."
+            f"{directory} holds {other!r} and no manifest.json, so nothing says with which settings"
+            " its files were made. Nothing was overwritten. Bring manifest.json back, or choose an"
+            " empty or new --output-dir."
         )
     raise DiagnosticsError(
         f"{directory} holds {other!r} and no manifest.json, so it is not a run of this project. "
@@ -80,7 +106,9 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def refuse_unfit(directory: Path, names: Iterable[str]) -> None:
-    """Links, pipes and the like in place of this program's files and folders: they would be read or written through."""
+    """Links, pipes and the like in place of this program's files and folders: they would be read or
+    written through.
+    """
     for name in names:
         if (found := files.kind(directory / name)) not in ("file", None):
             raise files.unfit(directory / name, found, "file")
@@ -93,7 +121,9 @@ def refuse_unfit(directory: Path, names: Iterable[str]) -> None:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """Remove what a killed process had begun to write: by this program's own naming, in this program's own folders."""
+    """Remove what a killed process had begun to write: by this program's own naming, in this
+    program's own folders.
+    """
     found = [(name, files.kind(directory / name)) for name in sorted(os.listdir(directory))]
     found += [entry for folder in FOLDERS for entry in files.walk(directory, folder)]
     for name, kind in found:
@@ -102,7 +132,9 @@ def _remove_unfinished(directory: Path) -> None:
 
 
 def remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> None:
-    """Remove an empty folder, or a file of this program's naming; what is somebody else's stays, with a word."""
+    """Remove an empty folder, or a file of this program's naming; what is somebody else's stays,
+    with a word.
+    """
     if kind == "folder":
         gone = files.remove_folder(directory, name)
     else:
@@ -114,7 +146,9 @@ def remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> No
 
 @contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Hold a folder while pages are written into it: a run by its lock; any other, in which no file is left for it, by itself."""
+    """Hold a folder while pages are written into it: a run by its lock; any other, in which no file
+    is left for it, by itself.
+    """
     if files.kind(directory / "manifest.json") is not None:
         with locked(directory), files.guard(directory):
             read_manifest(directory / "manifest.json")

@@ -1,18 +1,18 @@
-"""Tables and JSON as files: equal content gives equal bytes, and a reader sees the old file or the new."""
+"""Tables and JSON as files: equal content gives equal bytes, and a reader sees the old file or the
+new.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.files import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 
 def write_parquet(path: str | Path, frame: pd.DataFrame) -> Path:
@@ -29,4 +29,9 @@ def write_csv(path: str | Path, frame: pd.DataFrame) -> Path:
 
 def write_json(path: str | Path, content: Any) -> Path:
     """Write JSON, atomically, keys in the order given."""
-    return write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    return write_atomic(
+        path,
+        (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(
+            "utf-8", "backslashreplace"
+        ),
+    )

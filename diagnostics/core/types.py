@@ -2,12 +2,11 @@
 
 Read this file first: everything else speaks in these terms.
 
-A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A response
-of T tokens gives T *positions*; position t is the prefix that ends just before response token t. At a
-position, p is the student's next-token distribution, q the teacher's and y the token the student
-sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms are natural:
-entropies and divergences are in nats.
-"""
+A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A
+response of T tokens gives T *positions*; position t is the prefix that ends just before response
+token t. At a position, p is the student's next-token distribution, q the teacher's and y the token
+the student sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms
+are natural: entropies and divergences are in nats."""
 
 from __future__ import annotations
 
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import Listed, SCHEMA, read_parquet, require_columns
+from diagnostics.core.schema import SCHEMA, Listed, read_parquet, require_columns
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,9 @@ class Context:
     @property
     def teacher_ids(self) -> tuple[int, ...]:
         """The sequence that the teacher reads: its own prompt and the same response."""
-        return (self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids) + self.response_ids
+        return (
+            self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+        ) + self.response_ids
 
     @property
     def longest(self) -> int:
@@ -104,15 +104,25 @@ class Bank:
         if not self.contexts:
             return "<p>A bank without contexts.</p>"
         first, prompts = self.contexts[0], len({context.prompt_id for context in self.contexts})
-        counts = f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions, {sum(context.finished for context in self):,} ended by themselves"
-        return f"<p>{counts}.</p><p>{escape(first.context_id)}: <i>{escape(first.prompt[-300:])}</i> {escape(first.response[:300])}</p>"
+        counts = (
+            f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions,"
+            f" {sum(context.finished for context in self):,} ended by themselves"
+        )
+        return (
+            f"<p>{counts}.</p><p>{escape(first.context_id)}: <i>{escape(first.prompt[-300:])}</i>"
+            f" {escape(first.response[:300])}</p>"
+        )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only where there are any."""
+        """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only
+        where there are any.
+        """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
-        columns = [name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER]
+        columns = [
+            name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER
+        ]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
         for name in (name for name in columns if name.endswith("_ids")):
@@ -121,12 +131,19 @@ class Bank:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Bank:
-        """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id repeats."""
-        require_columns(frame, [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER], what="a context table")
+        """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id
+        repeats.
+        """
+        require_columns(
+            frame,
+            [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER],
+            what="a context table",
+        )
         repeated = frame.context_id[frame.context_id.duplicated()]
         if len(repeated):
             raise DiagnosticsError(
-                f"context_id {repeated.iloc[0]!r} appears more than once. Give every context its own id."
+                f"context_id {repeated.iloc[0]!r} appears more than once. Give every context its"
+                " own id."
             )
         return cls(tuple(_context(row) for row in frame.to_dict("records")))
 
@@ -150,7 +167,10 @@ def _context(row: dict) -> Context:
 def _truth(value) -> bool:
     plain = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(plain, bool | int | float) or plain not in (True, False):
-        raise DiagnosticsError(f"A context is finished or not: true or false; found {str(value)[:60]!r}. Mend the table's column finished.")
+        raise DiagnosticsError(
+            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Mend the"
+            " table's column finished."
+        )
     return bool(plain)
 
 
@@ -158,16 +178,39 @@ def _whole(ids) -> tuple[int, ...]:
     try:
         return tuple(map(operator.index, ids))
     except TypeError as error:
-        raise DiagnosticsError(f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the table, or read it with --rollouts.") from error
+        raise DiagnosticsError(
+            f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the"
+            " table, or read it with --rollouts."
+        ) from error
 
 
 _LISTED: dict[Listed, tuple[str, ...]] = {
-    "lower bound": ("teacher_entropy", "forward_kl", "reverse_kl", "js", "hellinger", "compatibility", "forward_kl_after", "reverse_kl_after"),
-    "where listed": ("teacher_logprob", "advantage", "acceptance", "bhattacharyya", "union_forward_kl", "union_log_ratio_variance"),
+    "lower bound": (
+        "teacher_entropy",
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "hellinger",
+        "compatibility",
+        "forward_kl_after",
+        "reverse_kl_after",
+    ),
+    "where listed": (
+        "teacher_logprob",
+        "advantage",
+        "acceptance",
+        "bhattacharyya",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ),
     "impossible": ("teacher_dropped_mass",),
     "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
 }
-SCHEMA |= {name: replace(SCHEMA[name], listed=status) for status, names in _LISTED.items() for name in names}
+SCHEMA |= {
+    name: replace(SCHEMA[name], listed=status)
+    for status, names in _LISTED.items()
+    for name in names
+}
 RELATIVE_GAIN_FLOOR = 1e-3
 """Nats of forward KL under which a relative gain is undefined."""
 

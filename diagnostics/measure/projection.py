@@ -1,14 +1,16 @@
 """Logits in float32 or wider, whatever dtype hidden states and output head have.
 
-    z = h W' + b, every product and sum in float32 (float64 where either side is), never rounded to a narrower dtype
+    z = h W' + b, every product and sum in float32 (float64 where either side is), never rounded to
+    a narrower dtype
 
-bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by some 0.03, and a KL by 1e-2 nats. The
-states and weights of a narrow model are what they are; their product need not be. The head is widened a part of the
-vocabulary at a time, so that memory holds WIDENED_BYTES more and not a second head. On CUDA the matrix product itself
-takes narrow operands and gives float32, where torch offers that.
+bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by some 0.03, and a
+KL by 1e-2 nats. The states and weights of a narrow model are what they are; their product need not
+be. The head is widened a part of the vocabulary at a time, so that memory holds WIDENED_BYTES more
+and not a second head. On CUDA the matrix product itself takes narrow operands and gives float32,
+where torch offers that.
 
-Autocast is off inside, since it would round the operands again. Derivatives are made in the wide dtype and rounded once, to
-the dtype of what they belong to.
+Autocast is off inside, since it would round the operands again. Derivatives are made in the wide
+dtype and rounded once, to the dtype of what they belong to.
 
 Axes: n positions, H hidden size, V vocabulary.
 """
@@ -25,12 +27,16 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 WIDENED_BYTES = 32 * 2**20
-"""Of the head's weight that is held in the wide dtype at a time: large enough for a fast matrix product."""
+"""Of the head's weight that is held in the wide dtype at a time: large enough for a fast matrix
+product.
+"""
 NARROW = (torch.float16, torch.bfloat16)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of logits from operands of these dtypes: float32, or float64 where one of them is."""
+    """The dtype of logits from operands of these dtypes: float32, or float64 where one of them
+    is.
+    """
     widest = torch.float32
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
@@ -38,7 +44,9 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def linear(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """`F.linear` whose result [n, V] is float32 at least, and whose sums are too. Differentiable once."""
+    """`F.linear` whose result [n, V] is float32 at least, and whose sums are too. Differentiable
+    once.
+    """
     given = (states_nH, weight_VH, bias_V)
     if has_torch_function(tuple(x for x in given if x is not None)):
         return handle_torch_function(linear, given, *given)
@@ -50,7 +58,11 @@ def linear(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -
 
 def no_autocast(device: str):
     """A context in which autocast rounds no operand."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 def _product(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -66,15 +78,22 @@ def _product(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Ten
 
 
 def _takes_narrow(weight_VH: Tensor) -> bool:
-    """True where torch multiplies narrow matrices into a float32 one. Found by trying, once a device."""
+    """True where torch multiplies narrow matrices into a float32 one. Found by trying, once a
+    device.
+    """
     if weight_VH.device.type != "cuda" or weight_VH.dtype not in NARROW:
         return False
     key = (weight_VH.device, weight_VH.dtype)
     if key not in _TAKES_NARROW:
         tiny = torch.ones(16, 16, device=weight_VH.device, dtype=weight_VH.dtype)
         try:
-            _TAKES_NARROW[key] = torch.mm(tiny, tiny, out_dtype=torch.float32).dtype == torch.float32
-        except (TypeError, RuntimeError):  # an older torch does not know the argument, or not for this device
+            _TAKES_NARROW[key] = (
+                torch.mm(tiny, tiny, out_dtype=torch.float32).dtype == torch.float32
+            )
+        except (
+            TypeError,
+            RuntimeError,
+        ):  # an older torch does not know the argument, or not for this device
             _TAKES_NARROW[key] = False
     return _TAKES_NARROW[key]
 
@@ -101,7 +120,9 @@ def to_states(gradient_nV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Ten
 
 
 def add_to_weight(sum_VH: Tensor, gradient_nV: Tensor, states_nH: Tensor) -> None:
-    """Add the derivative in the weight, from that in the logits, to a sum of the wide dtype, in place."""
+    """Add the derivative in the weight, from that in the logits, to a sum of the wide dtype, in
+    place.
+    """
     sum_VH.addmm_(gradient_nV.T.to(sum_VH.dtype), states_nH.to(sum_VH.dtype))
 
 
@@ -120,9 +141,12 @@ class _Widened(torch.autograd.Function):
         with no_autocast(weight_VH.device.type):
             to_weight = torch.empty_like(weight_VH) if weight else None
             for rows in _parts(weight_VH, gradient_nV.dtype) if weight else ():
-                to_weight[rows] = (gradient_nV[:, rows].T @ states_nH.to(gradient_nV.dtype)).to(weight_VH.dtype)
+                to_weight[rows] = (gradient_nV[:, rows].T @ states_nH.to(gradient_nV.dtype)).to(
+                    weight_VH.dtype
+                )
             return (
-                to_states(gradient_nV, weight_VH, states_nH.dtype) if states else None, to_weight,
+                to_states(gradient_nV, weight_VH, states_nH.dtype) if states else None,
+                to_weight,
                 gradient_nV.sum(0).to(ctx.bias_dtype) if bias else None,
             )
 
@@ -131,13 +155,17 @@ class _Widened(torch.autograd.Function):
 def wide_head(model: nn.Module) -> Iterator[None]:
     """While the block runs, the model's own logits leave its narrow output head in float32.
 
-    For models that are run whole: those that cannot be taken apart, and generation. A head that is no plain linear
-    layer, or that accelerate moves about or FSDP shards, stays as it is.
-    """
+    For models that are run whole: those that cannot be taken apart, and generation. A head that is
+    no plain linear layer, or that accelerate moves about or FSDP shards, stays as it is."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     moved = head is not None and (hasattr(head, "_hf_hook") or "forward" in vars(head))
-    if not is_plain(head) or head.weight.dtype not in NARROW or moved or type(head.weight) is not nn.Parameter:
+    if (
+        not is_plain(head)
+        or head.weight.dtype not in NARROW
+        or moved
+        or type(head.weight) is not nn.Parameter
+    ):
         yield
         return
 

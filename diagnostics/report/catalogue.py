@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-
-
 TABLES = {
     "verdicts": "Each claim against its interval, for both gains.",
     "warnings": "Where a conclusion would rest on too little.",
-    "correlations": "Correlation of each gain with each criterion; estimate with interval, placebo beside it.",
+    "correlations": (
+        "Correlation of each gain with each criterion; estimate with interval, placebo beside it."
+    ),
     "placebo_excess": "The same minus the placebo's, paired.",
     "differences": "Paired differences between two criteria's correlations.",
     "partial": "Correlations given entropy, divergence and position.",
@@ -47,6 +47,8 @@ TABLES = {
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
     "left_out": "What the columns did not allow.",
-    "exactness": "What each measurement is worth with a teacher that is known by top-K lists alone.",
+    "exactness": (
+        "What each measurement is worth with a teacher that is known by top-K lists alone."
+    ),
 }
 """What each table holds, in the order of the page; others follow by name."""

@@ -7,40 +7,58 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
 import pandas as pd
 
 from diagnostics.core import files
-from diagnostics.report.summary import Material
-from diagnostics.core.manifest import hashes_of, read_manifest
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.types import read_bank
+from diagnostics.core.manifest import hashes_of, read_manifest
 from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.types import read_bank
+from diagnostics.report.summary import Material
 
 log = logging.getLogger("diagnostics")
 
 
 def read_run(directory: str | Path) -> Material:
-    """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")` shows what it found.
+    """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")`
+    shows what it found.
 
-    Returns a Material with the manifest, tables (by name), tokens, bank and likeliest tokens (None where the run has none).
-    Needs neither torch nor a model. Raises DiagnosticsError where the manifest or every table is missing, or a file is damaged.
-    """
+    Returns a Material with the manifest, tables (by name), tokens, bank and likeliest tokens (None
+    where the run has none). Needs neither torch nor a model. Raises DiagnosticsError where the
+    manifest or every table is missing, or a file is damaged."""
     directory = Path(directory)
     manifest = _read_manifest(directory / "manifest.json")
     reading = _Reading(directory, manifest)
-    names = [name for name, kind in files.walk(directory, "tables") if name.endswith(".csv") and kind != "folder"]
-    tables = {Path(name).stem: reading.read(name, _read_csv) for name in names if name.count("/") == 1}
-    tables = {name: table for name, table in tables.items() if table is not None} | training_tables(directory, reading)
+    names = [
+        name
+        for name, kind in files.walk(directory, "tables")
+        if name.endswith(".csv") and kind != "folder"
+    ]
+    tables = {
+        Path(name).stem: reading.read(name, _read_csv) for name in names if name.count("/") == 1
+    }
+    tables = {name: table for name, table in tables.items() if table is not None} | training_tables(
+        directory, reading
+    )
     if not tables:
         said = f" ({' '.join(reading.cautions)})" if reading.cautions else ""
-        raise DiagnosticsError(f"{directory / 'tables'} holds no table{said}. Run `python -m diagnostics analyze --output-dir {directory}` first.")
+        raise DiagnosticsError(
+            f"{directory / 'tables'} holds no table{said}. Run `python -m diagnostics analyze"
+            f" --output-dir {directory}` first."
+        )
     tokens = reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path)))
-    bank, tops = reading.read("contexts.parquet", read_bank), reading.read("tops.parquet", read_parquet)
+    bank, tops = (
+        reading.read("contexts.parquet", read_bank),
+        reading.read("tops.parquet", read_parquet),
+    )
     return Material(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
 
 
 class _Reading:
-    """Files of a run, each compared with the manifest before it is read; what is not as it was written is left out and said."""
+    """Files of a run, each compared with the manifest before it is read; what is not as it was
+    written is left out and said.
+    """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]):
         self.directory, self.manifest, self.cautions = directory, manifest, []
@@ -51,12 +69,17 @@ class _Reading:
         log.warning("%s: %s", self.directory, sentence)
 
     def read(self, name: str, reader: Callable[[Path], Any], *, ask: bool = True) -> Any:
-        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether a record is looked for."""
+        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether
+        a record is looked for.
+        """
         digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
         if digest is None:
             return None
         if known and digest not in known:
-            self.say(f"{name} is not as it was written and was left out of this page. Run the stage that writes it again.")
+            self.say(
+                f"{name} is not as it was written and was left out of this page. Run the stage that"
+                " writes it again."
+            )
             return None
         if ask and not known:
             self.say(f"{name} is in no record of manifest.json, so nothing says what measured it.")
@@ -64,10 +87,16 @@ class _Reading:
 
 
 def training_tables(directory: Path, reading: _Reading | None = None) -> dict[str, pd.DataFrame]:
-    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of every step."""
+    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of
+    every step.
+    """
     reading = reading or _Reading(directory, {"stages": {}})
-    found = {"evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
-             "training_metrics": reading.read("metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False)}
+    found = {
+        "evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
+        "training_metrics": reading.read(
+            "metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False
+        ),
+    }
     curves = []
     for name, kind in files.walk(reading.directory, "cells"):
         if name.endswith(".curve.parquet") and kind == "file":
@@ -92,7 +121,9 @@ def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
 
 
 def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
-    """Metrics line by line; what a killed process had begun to write, or is no object, is left out and counted."""
+    """Metrics line by line; what a killed process had begun to write, or is no object, is left out
+    and counted.
+    """
     rows, broken = [], 0
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -101,7 +132,10 @@ def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
             row, broken = None, broken + 1
         rows += [row] if isinstance(row, dict) else []
     if broken:
-        say(f"{path.name} has {broken} {'line' if broken == 1 else 'lines'} cut by a kill or damaged, which were left out.")
+        say(
+            f"{path.name} has {broken} {'line' if broken == 1 else 'lines'} cut by a kill or"
+            " damaged, which were left out."
+        )
     return pd.DataFrame(rows)
 
 
@@ -111,8 +145,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         return read_manifest(path)
     except DiagnosticsError as error:
-        said = str(error).replace("Choose another --output-dir, or remove that file.", "Name the --output-dir of an earlier run.")
-        unread = "cannot be read as a manifest" if error.__cause__ is not None else "is not a manifest of this project"
+        said = str(error).replace(
+            "Choose another --output-dir, or remove that file.",
+            "Name the --output-dir of an earlier run.",
+        )
+        unread = (
+            "cannot be read as a manifest"
+            if error.__cause__ is not None
+            else "is not a manifest of this project"
+        )
         raise DiagnosticsError(said.replace("is not a manifest of this project", unread)) from error
 
 
@@ -122,4 +163,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (OSError, ValueError) as error:
-        raise DiagnosticsError(f"{path} cannot be read as CSV ({str(error).splitlines()[0]}). Run the analyze stage again.") from error
+        raise DiagnosticsError(
+            f"{path} cannot be read as CSV ({str(error).splitlines()[0]}). Run the analyze stage"
+            " again."
+        ) from error

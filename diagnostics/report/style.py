@@ -1,8 +1,9 @@
-"""The one style of all figures and what they are built from: canvas, rows, marks, legend, caption, ticks.
+"""The one style of all figures and what they are built from: canvas, rows, marks, legend, caption,
+ticks.
 
-Categories take Okabe and Ito's colours, and marker or line style always repeats what the colour says. Colours
-of the page itself (ink, rules, paper) come in a light and a dark set, so that a report can exchange them.
-"""
+Categories take Okabe and Ito's colours, and marker or line style always repeats what the colour
+says. Colours of the page itself (ink, rules, paper) come in a light and a dark set, so that a
+report can exchange them."""
 
 from __future__ import annotations
 
@@ -27,22 +28,50 @@ from diagnostics.core.schema import require_columns
 SINGLE, DOUBLE = 3.3, 6.9
 """Inches: one column and two columns of a paper."""
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER)
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
+DASHES = (
+    "-",
+    (0, (4, 1.5)),
+    (0, (1, 1.2)),
+    (0, (5, 1.2, 1, 1.2)),
+    (0, (7, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+)
 
 LIGHT = {"ink": "#1F2328", "quiet": "#59636E", "rule": "#D1D9E0", "paper": "#FFFFFF"}
 DARK = {"ink": "#F0F3F6", "quiet": "#A3ADB8", "rule": "#3D444D", "paper": "#14181D"}
 
-SPLITS = {"step": (ORANGE, "s", "step contexts"), "held_out": (BLUE, "o", "held-out contexts"), "all": (GREEN, "^", "all contexts")}
+SPLITS = {
+    "step": (ORANGE, "s", "step contexts"),
+    "held_out": (BLUE, "o", "held-out contexts"),
+    "all": (GREEN, "^", "all contexts"),
+}
 """Colour, marker and words of each split."""
 
 OUTCOMES = {
-    "gain": "gain", "relative_gain": "relative gain", "reverse_gain": "reverse gain", "positive_gain": "positive gain",
-    "relative_gain_released": "relative gain, released form", "first_order_gain": "first-order gain",
+    "gain": "gain",
+    "relative_gain": "relative gain",
+    "reverse_gain": "reverse gain",
+    "positive_gain": "positive gain",
+    "relative_gain_released": "relative gain, released form",
+    "first_order_gain": "first-order gain",
 }
-UNITS = {"gain": "nats", "relative_gain": "of D", "reverse_gain": "nats", "positive_gain": "nats", "first_order_gain": "nats"}
+UNITS = {
+    "gain": "nats",
+    "relative_gain": "of D",
+    "reverse_gain": "nats",
+    "positive_gain": "nats",
+    "first_order_gain": "nats",
+}
 
 
 class Plate(Figure):
@@ -57,30 +86,66 @@ class Plate(Figure):
 def style(width: float, dark: bool) -> dict:
     """Matplotlib settings for a width in inches and a page.
 
-    Text is never read as mathematics: names of runs, criteria and columns come from outside, and may hold `$`.
-    """
+    Text is never read as mathematics: names of runs, criteria and columns come from outside, and
+    may hold `$`."""
     page = DARK if dark else LIGHT
     size = 7.0 if width < 5 else 8.0
     return {
-        "font.family": "DejaVu Sans", "font.size": size, "axes.titlesize": size + 0.5, "axes.labelsize": size,
-        "xtick.labelsize": size - 0.5, "ytick.labelsize": size - 0.5, "legend.fontsize": size - 0.5,
-        "figure.facecolor": page["paper"], "axes.facecolor": page["paper"], "savefig.facecolor": page["paper"],
-        "text.color": page["ink"], "axes.labelcolor": page["ink"], "axes.titlecolor": page["ink"],
-        "xtick.color": page["quiet"], "ytick.color": page["quiet"], "xtick.labelcolor": page["ink"],
-        "ytick.labelcolor": page["ink"], "axes.edgecolor": page["quiet"], "grid.color": page["rule"],
-        "axes.grid": True, "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.linewidth": 0.6,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold",
-        "axes.titlepad": 4.0, "axes.prop_cycle": matplotlib.cycler(color=CYCLE), "axes.unicode_minus": True,
-        "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-        "lines.linewidth": 1.3, "lines.markersize": 3.8, "legend.frameon": False, "legend.handlelength": 1.6,
-        "legend.columnspacing": 1.2, "legend.labelcolor": page["ink"], "svg.hashsalt": "opd-diagnostics",
-        "figure.autolayout": False, "figure.constrained_layout.use": False, "pdf.fonttype": 42, "savefig.dpi": 200,
-        "figure.dpi": 150, "text.parse_math": False, "hatch.linewidth": 0.5,
+        "font.family": "DejaVu Sans",
+        "font.size": size,
+        "axes.titlesize": size + 0.5,
+        "axes.labelsize": size,
+        "xtick.labelsize": size - 0.5,
+        "ytick.labelsize": size - 0.5,
+        "legend.fontsize": size - 0.5,
+        "figure.facecolor": page["paper"],
+        "axes.facecolor": page["paper"],
+        "savefig.facecolor": page["paper"],
+        "text.color": page["ink"],
+        "axes.labelcolor": page["ink"],
+        "axes.titlecolor": page["ink"],
+        "xtick.color": page["quiet"],
+        "ytick.color": page["quiet"],
+        "xtick.labelcolor": page["ink"],
+        "ytick.labelcolor": page["ink"],
+        "axes.edgecolor": page["quiet"],
+        "grid.color": page["rule"],
+        "axes.grid": True,
+        "grid.linewidth": 0.5,
+        "axes.axisbelow": True,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.titlepad": 4.0,
+        "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
+        "axes.unicode_minus": True,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "lines.linewidth": 1.3,
+        "lines.markersize": 3.8,
+        "legend.frameon": False,
+        "legend.handlelength": 1.6,
+        "legend.columnspacing": 1.2,
+        "legend.labelcolor": page["ink"],
+        "svg.hashsalt": "opd-diagnostics",
+        "figure.autolayout": False,
+        "figure.constrained_layout.use": False,
+        "pdf.fonttype": 42,
+        "savefig.dpi": 200,
+        "figure.dpi": 150,
+        "text.parse_math": False,
+        "hatch.linewidth": 0.5,
     }
 
 
 def plate(draw: Callable) -> Callable:
-    """Draw in the one style, settle the layout once, and leave a figure that can be saved at once."""
+    """Draw in the one style, settle the layout once, and leave a figure that can be saved at
+    once.
+    """
 
     @functools.wraps(draw)
     def drawn(*tables, **options) -> Figure:
@@ -93,13 +158,21 @@ def plate(draw: Callable) -> Callable:
     return drawn
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Plate, np.ndarray]:
+def canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options
+) -> tuple[Plate, np.ndarray]:
     """A figure in inches with its axes [rows, columns]; ticks added later keep the style."""
     figure = Plate(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.04, wspace=0.03, hspace=0.04)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
-        ax.tick_params(which="both", color=quiet(), labelcolor=ink(), labelsize=matplotlib.rcParams["xtick.labelsize"], width=0.6)
+        ax.tick_params(
+            which="both",
+            color=quiet(),
+            labelcolor=ink(),
+            labelsize=matplotlib.rcParams["xtick.labelsize"],
+            width=0.6,
+        )
     return figure, axes
 
 
@@ -123,35 +196,50 @@ def panels(count: int, width: float) -> tuple[int, int]:
     return (count, 1) if width < 5 else (1, count)
 
 
-# --- tables -----------------------------------------------------------------------------------------
+# --- tables
+# -----------------------------------------------------------------------------------------
 
 
-def keep(table: pd.DataFrame, what: str, needs: Iterable[str], where: dict | None = None) -> pd.DataFrame:
-    """The rows that a figure shows. Raises DiagnosticsError where a column or every row is missing."""
+def keep(
+    table: pd.DataFrame, what: str, needs: Iterable[str], where: dict | None = None
+) -> pd.DataFrame:
+    """The rows that a figure shows. Raises DiagnosticsError where a column or every row is
+    missing.
+    """
     require_columns(table, needs, what=what)
     for name, wanted in (where or {}).items():
         allowed = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
         kept = table[table[name].isin(allowed)]
         if kept.empty:
             raise DiagnosticsError(
-                f"{what} found no row with {name} in {', '.join(map(repr, allowed))}; the table has "
-                f"{', '.join(map(repr, table[name].unique()[:12].tolist())) or 'no rows'}. Pass a table that holds it."
+                f"{what} found no row with {name} in {', '.join(map(repr, allowed))}; the table has"
+                f" {', '.join(map(repr, table[name].unique()[:12].tolist())) or 'no rows'}. Pass a"
+                " table that holds it."
             )
         table = kept
     if table.empty:
-        raise DiagnosticsError(f"{what} got a table without rows. Pass the table that the analysis made.")
+        raise DiagnosticsError(
+            f"{what} got a table without rows. Pass the table that the analysis made."
+        )
     return table.reset_index(drop=True)
 
 
 def halves(table: pd.DataFrame) -> pd.DataFrame:
-    """Step and held-out rows where the table has both; rows over all positions would show them twice."""
+    """Step and held-out rows where the table has both; rows over all positions would show them
+    twice.
+    """
     both = {"step", "held_out"} <= set(table.split)
     return table[table.split != "all"].reset_index(drop=True) if both else table
 
 
 def preferred(table: pd.DataFrame) -> str:
-    """The split of a figure that shows one: held-out positions, which never carried the loss, else all."""
-    return next((name for name in ("held_out", "all") if (table.split == name).any()), str(table.split.iloc[0]))
+    """The split of a figure that shows one: held-out positions, which never carried the loss, else
+    all.
+    """
+    return next(
+        (name for name in ("held_out", "all") if (table.split == name).any()),
+        str(table.split.iloc[0]),
+    )
 
 
 def nearest_budget(table: pd.DataFrame, share: float = 0.05) -> float:
@@ -167,14 +255,19 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
     return known + [name for name in seen if name not in known]
 
 
-# --- words ------------------------------------------------------------------------------------------
+# --- words
+# ------------------------------------------------------------------------------------------
 
 
 def words(name: str) -> str:
     """A column's or criterion's name as it stands in a figure."""
     text = OUTCOMES.get(name, str(name).replace("_", " "))
     text = re.sub(r"\b(kl|js|tip|jsd|q[1-4])\b", lambda match: match.group(0).upper(), text)
-    return text.replace("topk", "top-K").replace("jaccard", "Jaccard").replace("bhattacharyya", "Bhattacharyya")
+    return (
+        text.replace("topk", "top-K")
+        .replace("jaccard", "Jaccard")
+        .replace("bhattacharyya", "Bhattacharyya")
+    )
 
 
 def with_unit(outcome: str) -> str:
@@ -184,7 +277,9 @@ def with_unit(outcome: str) -> str:
 
 def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
     """Colour, marker and words of a split."""
-    return SPLITS.get(split, (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], words(split)))
+    return SPLITS.get(
+        split, (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], words(split))
+    )
 
 
 def _range(values: pd.Series) -> str:
@@ -196,10 +291,18 @@ def counts(table: pd.DataFrame) -> str:
     """`Step contexts: 16 prompts, 734 positions; held-out …` from the table's own columns."""
     if not {"prompts", "positions"} <= set(table.columns):
         return ""
-    groups = [("", table)] if "split" not in table else [
-        (split_style(split)[2] + ": ", table[table.split == split]) for split in present(table.split, SPLITS)
+    groups = (
+        [("", table)]
+        if "split" not in table
+        else [
+            (split_style(split)[2] + ": ", table[table.split == split])
+            for split in present(table.split, SPLITS)
+        ]
+    )
+    parts = [
+        f"{name}{_range(rows.prompts)} prompts, {_range(rows.positions)} positions"
+        for name, rows in groups
     ]
-    parts = [f"{name}{_range(rows.prompts)} prompts, {_range(rows.positions)} positions" for name, rows in groups]
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
 
@@ -230,7 +333,9 @@ def text_width(text: str, size: float) -> float:
 
 
 def legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
-    """One legend for the whole figure, above the panels: the axes' labelled artists, then `extra`."""
+    """One legend for the whole figure, above the panels: the axes' labelled artists, then
+    `extra`.
+    """
     handles, labels = ax.get_legend_handles_labels()
     handles, labels = [*handles, *extra], [*labels, *(line.get_label() for line in extra)]
     if handles:
@@ -239,12 +344,23 @@ def legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
 
 def diverging() -> LinearSegmentedColormap:
     """Orange, grey, blue: the middle can be seen on paper and on a dark page."""
-    return LinearSegmentedColormap.from_list("diverging", ["#8A3B00", ORANGE, "#B9BFC6", BLUE, "#003E66"])
+    return LinearSegmentedColormap.from_list(
+        "diverging", ["#8A3B00", ORANGE, "#B9BFC6", BLUE, "#003E66"]
+    )
 
 
 def signed_root(reach: float) -> FuncNorm:
-    """Colours by the signed square root: small values of either sign stay apart where a few are large."""
-    return FuncNorm((lambda value: np.sign(value) * np.sqrt(np.abs(value)), lambda root: np.sign(root) * root**2), vmin=-reach, vmax=reach)
+    """Colours by the signed square root: small values of either sign stay apart where a few are
+    large.
+    """
+    return FuncNorm(
+        (
+            lambda value: np.sign(value) * np.sqrt(np.abs(value)),
+            lambda root: np.sign(root) * root**2,
+        ),
+        vmin=-reach,
+        vmax=reach,
+    )
 
 
 CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
@@ -252,20 +368,38 @@ CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "in
 
 
 def criterion_style(name: str, names: Iterable[str]) -> dict:
-    """Colour, marker and line of a criterion: the usual six are fixed, the others among `names` follow in their order."""
+    """Colour, marker and line of a criterion: the usual six are fixed, the others among `names`
+    follow in their order.
+    """
     if name in ("random", "full"):
-        return {"color": quiet() if name == "random" else ink(), "marker": "x" if name == "random" else "None", "markersize": 3.5, "linestyle": "-"}
-    order = [*CRITERIA, *(other for other in dict.fromkeys(names) if other not in (*CRITERIA, "random", "full"))]
+        return {
+            "color": quiet() if name == "random" else ink(),
+            "marker": "x" if name == "random" else "None",
+            "markersize": 3.5,
+            "linestyle": "-",
+        }
+    order = [
+        *CRITERIA,
+        *(other for other in dict.fromkeys(names) if other not in (*CRITERIA, "random", "full")),
+    ]
     index = order.index(name)
     dash = DASHES[(index + index // len(CYCLE)) % len(DASHES)]
-    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.2, "linestyle": dash}
+    return {
+        "color": CYCLE[index % len(CYCLE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 3.2,
+        "linestyle": dash,
+    }
 
 
-# --- axes and marks ---------------------------------------------------------------------------------
+# --- axes and marks
+# ---------------------------------------------------------------------------------
 
 
 def powers(*axes) -> None:
-    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more than the rest."""
+    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more
+    than the rest.
+    """
     for axis in axes:
         low, high = axis.get_view_interval()
         decades = LogLocator(subs=(1.0,) if high > 60 * low else (1.0, 2.0, 5.0), numticks=7)
@@ -300,22 +434,51 @@ def zero(ax, axis: str = "y", at: float = 0.0) -> None:
 def reach(rows: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
     """Lengths [2, N] of the bars below and above each value; a missing end draws none."""
     middle = rows[value].to_numpy(float)
-    return np.clip(np.vstack([middle - rows[low].to_numpy(float), rows[high].to_numpy(float) - middle]), 0, None)
+    return np.clip(
+        np.vstack([middle - rows[low].to_numpy(float), rows[high].to_numpy(float) - middle]),
+        0,
+        None,
+    )
 
 
 def upright(ax, x, rows: pd.DataFrame, value: str, **options):
     """Marks at x with their intervals along y."""
-    return ax.errorbar(x, rows[value].to_numpy(float), yerr=reach(rows, value), elinewidth=1.1, capsize=0, **options)
+    return ax.errorbar(
+        x,
+        rows[value].to_numpy(float),
+        yerr=reach(rows, value),
+        elinewidth=1.1,
+        capsize=0,
+        **options,
+    )
 
 
 def lying(ax, y, rows: pd.DataFrame, value: str, **options):
     """Marks at y with their intervals along x."""
-    return ax.errorbar(rows[value].to_numpy(float), y, xerr=reach(rows, value), elinewidth=1.1, capsize=0, linestyle="none", **options)
+    return ax.errorbar(
+        rows[value].to_numpy(float),
+        y,
+        xerr=reach(rows, value),
+        elinewidth=1.1,
+        capsize=0,
+        linestyle="none",
+        **options,
+    )
 
 
-def band(ax, x, rows: pd.DataFrame, color: str, low: str = "low", high: str = "high", **options) -> None:
+def band(
+    ax, x, rows: pd.DataFrame, color: str, low: str = "low", high: str = "high", **options
+) -> None:
     """A translucent band between two columns."""
-    ax.fill_between(x, rows[low].to_numpy(float), rows[high].to_numpy(float), color=color, alpha=0.16, linewidth=0, **options)
+    ax.fill_between(
+        x,
+        rows[low].to_numpy(float),
+        rows[high].to_numpy(float),
+        color=color,
+        alpha=0.16,
+        linewidth=0,
+        **options,
+    )
 
 
 def diamond(color: str) -> dict:

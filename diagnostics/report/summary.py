@@ -1,9 +1,9 @@
 """What a run found, in sentences: tables and a manifest in, plain text out.
 
 Every number comes from a table or the manifest, every claim from an interval, never from a point: a
-criterion is said to lead another only where a paired interval, or two intervals that do not meet, say so.
-Both gains are always named side by side, since the order of criteria can turn over between them.
-"""
+criterion is said to lead another only where a paired interval, or two intervals that do not meet,
+say so. Both gains are always named side by side, since the order of criteria can turn over between
+them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
 ENOUGH_CELLS = 6
-"""Trainings below which a rank agreement is left to its table: three of them are in order by chance once in six."""
+"""Trainings below which a rank agreement is left to its table: three of them are in order by chance
+once in six.
+"""
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
 
@@ -50,11 +52,19 @@ class Material:
         """What was found, the verdicts, and what there is to look at."""
         shown, _ = claims(self)
         columns = [name for name in ("claim", "outcome", "verdict") if name in shown]
-        found = "".join(f"<p><b>{question}</b> {html.escape(text)}</p>" for question, text in answer(self).items())
+        found = "".join(
+            f"<p><b>{question}</b> {html.escape(text)}</p>"
+            for question, text in answer(self).items()
+        )
         names = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
-        kept = [f"{len(self.tokens):,} positions" if self.tokens is not None else "", f"{len(self.bank):,} contexts" if self.bank is not None else ""]
-        return (f"<h4>{html.escape(title(self))}</h4>{found}{shown[columns].to_html(index=False) if len(shown) else ''}"
-                f"<p>{html.escape('; '.join([*filter(None, kept), f'tables (rows): {names}']))}</p>")
+        kept = [
+            f"{len(self.tokens):,} positions" if self.tokens is not None else "",
+            f"{len(self.bank):,} contexts" if self.bank is not None else "",
+        ]
+        return (
+            f"<h4>{html.escape(title(self))}</h4>{found}{shown[columns].to_html(index=False) if len(shown) else ''}"
+            f"<p>{html.escape('; '.join([*filter(None, kept), f'tables (rows): {names}']))}</p>"
+        )
 
     def stage(self, name: str) -> dict[str, Any]:
         """Settings and facts of a stage in one dictionary; facts win."""
@@ -83,24 +93,37 @@ def title(material: Material) -> str:
     """One line that names the pair."""
     names = models(material)
     if names.get("pair") not in (None, "custom"):
-        return f"The {names['pair']} pair: which of the teacher's signals can the student learn from?"
+        return (
+            f"The {names['pair']} pair: which of the teacher's signals can the student learn from?"
+        )
     if "student" in names and "teacher" in names:
         return f"Which of {names['teacher']}'s signals can {names['student']} learn from?"
     return "Which of the teacher's signals can the student learn from?"
 
 
 def answer(material: Material) -> dict[str, str]:
-    """The finding as a handful of questions, each with a short answer in numbers; what the run has no table for is left out."""
+    """The finding as a handful of questions, each with a short answer in numbers; what the run has
+    no table for is left out.
+    """
     parts = {
-        "What was done?": (setup,), "Which signals were learnable?": (signals,), "Which criterion, at which budget?": (budget,),
-        "Which claims hold?": (judged, q3), "What did training say?": (trained, foreseen), "How sure, and what would change it?": (certainty,),
+        "What was done?": (setup,),
+        "Which signals were learnable?": (signals,),
+        "Which criterion, at which budget?": (budget,),
+        "Which claims hold?": (judged, q3),
+        "What did training say?": (trained, foreseen),
+        "How sure, and what would change it?": (certainty,),
     }
-    said = {question: " ".join(text for part in answers if (text := part(material))) for question, answers in parts.items()}
+    said = {
+        question: " ".join(text for part in answers if (text := part(material)))
+        for question, answers in parts.items()
+    }
     return {question: text for question, text in said.items() if text}
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Significant digits without exponent where that stays short; an en dash for what is undefined."""
+    """Significant digits without exponent where that stays short; an en dash for what is
+    undefined.
+    """
     if not np.isfinite(value):
         return "–"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
@@ -124,15 +147,24 @@ def setup(material: Material) -> str:
     step, table = material.stage("probe"), material.table("correlations")
     if not step and table is None:
         return ""
-    optimizer = {"adamw": "AdamW's first step", "sgd": "one gradient step"}.get(step.get("optimizer"), "one step")
+    optimizer = {"adamw": "AdamW's first step", "sgd": "one gradient step"}.get(
+        step.get("optimizer"), "one step"
+    )
     loss = f" of the {words(step['loss'])} loss" if "loss" in step else ""
     text = f"The student took {optimizer}{loss}"
     if table is not None:
         text += " on " + " and was re-scored there and on ".join(_halves(table))
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
-        text += f"; its loss of {number(before, 3)} nats a position {'fell' if drop >= 0 else 'rose'} by {number(abs(drop))}"
-        text += f", {drop / step['predicted_drop']:.0%} of the first-order prediction" if step["predicted_drop"] else ""
+        text += (
+            f"; its loss of {number(before, 3)} nats a position {'fell' if drop >= 0 else 'rose'}"
+            f" by {number(abs(drop))}"
+        )
+        text += (
+            f", {drop / step['predicted_drop']:.0%} of the first-order prediction"
+            if step["predicted_drop"]
+            else ""
+        )
     return text + "."
 
 
@@ -142,7 +174,10 @@ def _halves(table: pd.DataFrame) -> Iterator[str]:
     for split, rows in sorted(table.groupby("split"), key=lambda item: item[0] != "step"):
         if split == "all" and both:
             continue
-        yield f"{int(rows.prompts.max()):,} {names.get(split, 'prompts')} ({int(rows.positions.max()):,} positions)"
+        yield (
+            f"{int(rows.prompts.max()):,} {names.get(split, 'prompts')}"
+            f" ({int(rows.positions.max()):,} positions)"
+        )
 
 
 def preferred_split(table: pd.DataFrame) -> str:
@@ -151,11 +186,17 @@ def preferred_split(table: pd.DataFrame) -> str:
 
 
 def ranked(material: Material, outcome: str) -> pd.DataFrame:
-    """Spearman rows of one outcome on the preferred split, best first, without criteria that hold no signal."""
+    """Spearman rows of one outcome on the preferred split, best first, without criteria that hold
+    no signal.
+    """
     table = material.table("correlations")
     if table is None:
         return pd.DataFrame()
-    rows = table[(table.method == "spearman") & (table.outcome == outcome) & ~table.criterion.isin(NOT_SIGNALS)]
+    rows = table[
+        (table.method == "spearman")
+        & (table.outcome == outcome)
+        & ~table.criterion.isin(NOT_SIGNALS)
+    ]
     if rows.empty:
         return rows
     rows = rows[rows.split == preferred_split(rows)].dropna(subset=["estimate"])
@@ -163,7 +204,9 @@ def ranked(material: Material, outcome: str) -> pd.DataFrame:
 
 
 def signals(material: Material) -> str:
-    """Which criterion follows each gain best, what teachability reaches, and whether both gains agree."""
+    """Which criterion follows each gain best, what teachability reaches, and whether both gains
+    agree.
+    """
     tables = {outcome: table for outcome in WORDS if not (table := ranked(material, outcome)).empty}
     if not tables:
         return ""
@@ -174,10 +217,15 @@ def signals(material: Material) -> str:
 
 def _leader(material: Material, rows: pd.DataFrame, outcome: str) -> str:
     first = rows.iloc[0]
-    where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(first.split, "")
+    where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(
+        first.split, ""
+    )
     interval = f"{material.level:.0%} interval {signed(first.low)} to {signed(first.high)}"
-    return (f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman {signed(first.estimate)}, {interval}, "
-            f"placebo {signed(first.placebo)}; {_challengers(material, rows, outcome)})")
+    return (
+        f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman"
+        f" {signed(first.estimate)}, {interval}, placebo {signed(first.placebo)};"
+        f" {_challengers(material, rows, outcome)})"
+    )
 
 
 def _sentence(text: str) -> str:
@@ -190,13 +238,17 @@ def _name(criterion: str) -> str:
 
 def words(name: str) -> str:
     """A column's, loss's or criterion's name in a sentence."""
-    return re.sub(r"\b(kl|js|jsd|tip)\b", lambda match: match.group(0).upper(), str(name).replace("_", " "))
+    return re.sub(
+        r"\b(kl|js|jsd|tip)\b", lambda match: match.group(0).upper(), str(name).replace("_", " ")
+    )
 
 
 def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
     """Where teachability stands, wherever it does not lead both."""
     found = {outcome: rows[rows.criterion == REFERENCE] for outcome, rows in tables.items()}
-    if any(rows.empty for rows in found.values()) or all(rows.index[0] == 0 for rows in found.values()):
+    if any(rows.empty for rows in found.values()) or all(
+        rows.index[0] == 0 for rows in found.values()
+    ):
         return ""
     rows = {outcome: found[outcome].iloc[0] for outcome in tables}
     parts = []
@@ -207,22 +259,36 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _challengers(material: Material, rows: pd.DataFrame, outcome: str) -> str:
-    """Who cannot be told apart from the leader: by paired differences where the run has them, else by intervals."""
+    """Who cannot be told apart from the leader: by paired differences where the run has them, else
+    by intervals.
+    """
     first, rest = rows.iloc[0], rows.iloc[1:]
     paired = material.table("differences")
     if paired is None:
-        close, alone = rest[rest.high >= first.low].criterion.tolist(), "no other interval reaches it"
+        close, alone = (
+            rest[rest.high >= first.low].criterion.tolist(),
+            "no other interval reaches it",
+        )
     else:
-        close, alone = _not_apart(paired, first, rest.criterion, outcome), "ahead of every other in paired draws"
+        close, alone = (
+            _not_apart(paired, first, rest.criterion, outcome),
+            "ahead of every other in paired draws",
+        )
     if not close:
         return alone
-    shown = ", ".join(map(_name, close[:3])) + (f" and {len(close) - 3} more" if len(close) > 3 else "")
+    shown = ", ".join(map(_name, close[:3])) + (
+        f" and {len(close) - 3} more" if len(close) > 3 else ""
+    )
     return f"not told apart from {shown}"
 
 
 def _not_apart(paired: pd.DataFrame, first, names: Iterable[str], outcome: str) -> list[str]:
     """Those of `names` over which the leader's lead has an interval with zero in it, or none."""
-    same = paired[(paired.outcome == outcome) & (paired.split == first.split) & (paired.method == first.method)]
+    same = paired[
+        (paired.outcome == outcome)
+        & (paired.split == first.split)
+        & (paired.method == first.method)
+    ]
     ahead = set(same.other[(same.criterion == first.criterion) & (same.low > 0)])
     ahead |= set(same.criterion[(same.other == first.criterion) & (same.high < 0)])
     return [name for name in names if name not in ahead]
@@ -235,9 +301,15 @@ def _turnover(tables: Mapping[str, pd.DataFrame]) -> str:
     orders = [table.criterion.tolist() for table in tables.values()]
     first, second = orders[0][0], orders[1][0]
     if first == second:
-        return f"Both gains put {_name(first)} first, so the choice does not hinge on how gain is defined."
-    return (f"The order turns over with the definition of gain: {_name(first)} is {_place(orders[1], first)} in relative terms, "
-            f"{_name(second)} {_place(orders[0], second)} in nats.")
+        return (
+            f"Both gains put {_name(first)} first, so the choice does not hinge on how gain is"
+            " defined."
+        )
+    return (
+        f"The order turns over with the definition of gain: {_name(first)} is"
+        f" {_place(orders[1], first)} in relative terms, {_name(second)}"
+        f" {_place(orders[0], second)} in nats."
+    )
 
 
 def _place(order: list[str], name: str) -> str:
@@ -249,51 +321,87 @@ def _place(order: list[str], name: str) -> str:
 
 
 def budget(material: Material, share: float = 0.05) -> str:
-    """What the best criterion and teachability capture of each gain at one budget, against random and the oracle."""
+    """What the best criterion and teachability capture of each gain at one budget, against random
+    and the oracle.
+    """
     table = material.table("selection_curves")
     if table is None:
         return ""
-    rows = table[np.isclose(table.budget, share) & table.outcome.isin(list(WORDS)) & table.captured_share.notna()]
+    rows = table[
+        np.isclose(table.budget, share)
+        & table.outcome.isin(list(WORDS))
+        & table.captured_share.notna()
+    ]
     if rows.empty:
         return ""
     rows = rows[rows.split == preferred_split(rows)]
-    parts = [_captured(rows[rows.outcome == outcome], outcome) for outcome in WORDS if (rows.outcome == outcome).any()]
+    parts = [
+        _captured(rows[rows.outcome == outcome], outcome)
+        for outcome in WORDS
+        if (rows.outcome == outcome).any()
+    ]
     return f"With {share:.0%} of the positions, " + "; ".join(parts) + "."
 
 
 def _captured(rows: pd.DataFrame, outcome: str) -> str:
-    best = rows[~rows.criterion.isin(NOT_SIGNALS)].sort_values("captured_share", ascending=False, kind="stable")
+    best = rows[~rows.criterion.isin(NOT_SIGNALS)].sort_values(
+        "captured_share", ascending=False, kind="stable"
+    )
     if best.empty:
         return f"no criterion is defined for the {WORDS[outcome]}"
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
-    text = (f"{_name(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]} ({first.low:.1%} to {first.high:.1%}; "
-            f"random {first.random_low:.1%} to {first.random_high:.1%}, oracle {first.oracle:.1%})")
+    text = (
+        f"{_name(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]}"
+        f" ({first.low:.1%} to {first.high:.1%}; random {first.random_low:.1%} to"
+        f" {first.random_high:.1%}, oracle {first.oracle:.1%})"
+    )
     if first.criterion != REFERENCE and len(reference):
         text += f", {REFERENCE} {reference.captured_share.iloc[0]:.1%}"
     return text.replace("-", "−")
 
 
 def q3(material: Material) -> str:
-    """The contrast of compatible against incompatible positions where the student is confident and wrong."""
+    """The contrast of compatible against incompatible positions where the student is confident and
+    wrong.
+    """
     table = material.table("q3_contrast")
     if table is None:
         return ""
-    rows = table[(table.score == "compatibility") & table.outcome.isin(list(WORDS)) & (table.groups == "tertile")]
+    rows = table[
+        (table.score == "compatibility")
+        & table.outcome.isin(list(WORDS))
+        & (table.groups == "tertile")
+    ]
     if rows.empty:
         return ""
     rows = rows[rows.split == preferred_split(rows)]
-    parts = [_q3_part(rows[rows.outcome == outcome].iloc[0], outcome) for outcome in WORDS if (rows.outcome == outcome).any()]
-    return f"Among confident, wrong positions (Q3), the third with the highest compatibility gained {' and '.join(parts)} than the third with the lowest."
+    parts = [
+        _q3_part(rows[rows.outcome == outcome].iloc[0], outcome)
+        for outcome in WORDS
+        if (rows.outcome == outcome).any()
+    ]
+    return (
+        "Among confident, wrong positions (Q3), the third with the highest compatibility gained"
+        f" {' and '.join(parts)} than the third with the lowest."
+    )
 
 
 def _q3_part(row, outcome: str) -> str:
     unit = " nats" if outcome == "gain" else " of their divergence"
     direction = "more" if row.difference >= 0 else "less"
     clear = "" if row.low > 0 or row.high < 0 else ", which leaves the sign open"
-    return f"{number(abs(row.difference))}{unit} {direction} ({number(row.low)} to {number(row.high)}{clear})"
+    return (
+        f"{number(abs(row.difference))}{unit} {direction} ({number(row.low)} to"
+        f" {number(row.high)}{clear})"
+    )
 
 
-MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "accuracy": "accuracy", "accuracy_greedy": "greedy accuracy"}
+MEASURES = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "accuracy": "accuracy",
+    "accuracy_greedy": "greedy accuracy",
+}
 
 
 def judged(material: Material) -> str:
@@ -303,24 +411,44 @@ def judged(material: Material) -> str:
         return ""
     named = WORDS | MEASURES
     counted = {outcome: _counted(rows) for outcome, rows in table.groupby("outcome", sort=False)}
-    parts = [f"by {named[outcome]}, {text}{_refuted_by(material, outcome)}" for outcome, text in counted.items() if outcome in named and text]
+    parts = [
+        f"by {named[outcome]}, {text}{_refuted_by(material, outcome)}"
+        for outcome, text in counted.items()
+        if outcome in named and text
+    ]
     return _sentence("; ".join(parts)) if parts else ""
 
 
 def _counted(rows: pd.DataFrame) -> str:
-    """`C1 and C2 are supported, C4 is refuted`; claims at other budgets than their own are left to the cards."""
+    """`C1 and C2 are supported, C4 is refuted`; claims at other budgets than their own are left to
+    the cards.
+    """
     own = rows[~rows.claim.astype(str).str.contains(" at ")]
-    groups = [(verdict, own.claim[own.verdict == verdict].drop_duplicates().tolist()) for verdict in ("supported", "refuted", "inconclusive")]
-    return ", ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'is' if len(names) == 1 else 'are'} {verdict}"
-                     for verdict, names in groups if names)
+    groups = [
+        (verdict, own.claim[own.verdict == verdict].drop_duplicates().tolist())
+        for verdict in ("supported", "refuted", "inconclusive")
+    ]
+    return ", ".join(
+        f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
+        f" {'is' if len(names) == 1 else 'are'} {verdict}"
+        for verdict, names in groups
+        if names
+    )
 
 
 def _refuted_by(material: Material, measure: str) -> str:
-    """The rivals that teachability falls short of at the claim's own budget: one of them is enough to refute C5."""
+    """The rivals that teachability falls short of at the claim's own budget: one of them is enough
+    to refute C5.
+    """
     table = material.table("validation_verdicts")
     if table is None:
         return ""
-    ahead = table.rival[(table.claim == "C5") & (table.measure == measure) & (table.rival != "all") & (table.verdict == "refuted")]
+    ahead = table.rival[
+        (table.claim == "C5")
+        & (table.measure == measure)
+        & (table.rival != "all")
+        & (table.verdict == "refuted")
+    ]
     return f" (by {' and '.join(map(_name, ahead))})" if len(ahead) else ""
 
 
@@ -329,30 +457,51 @@ def trained(material: Material, share: float = 0.05) -> str:
     table = material.table("validation_outcomes")
     if table is None:
         return _one_training(material)
-    parts = [f"in {words} {_gains(table[table.measure == measure], share)}" for measure, words in MEASURES.items()
-             if measure in ("forward_kl", "accuracy") and (table.measure == measure).any()]
+    parts = [
+        f"in {words} {_gains(table[table.measure == measure], share)}"
+        for measure, words in MEASURES.items()
+        if measure in ("forward_kl", "accuracy") and (table.measure == measure).any()
+    ]
     if not parts:
         return ""
     rows, steps = table[table.criterion != "untouched"], material.stage("validate").get("steps")
     length = f"{steps} steps with" if steps else "Trainings with"
-    return f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out prompts, gained over the untouched student {'; '.join(parts)}."
+    return (
+        f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out"
+        f" prompts, gained over the untouched student {'; '.join(parts)}."
+    )
 
 
 def _gains(rows: pd.DataFrame, share: float) -> str:
     """Full, then at the budget nearest to `share` the best criterion, teachability and random."""
-    shown = [f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()]
-    share = min(rows.budget[rows.criterion == REFERENCE], key=lambda budget: abs(budget - share), default=share)
-    there = rows[np.isclose(rows.budget, share) & ~rows.criterion.isin(("full", "untouched"))].dropna(subset=["gain"])
+    shown = [
+        f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()
+    ]
+    share = min(
+        rows.budget[rows.criterion == REFERENCE],
+        key=lambda budget: abs(budget - share),
+        default=share,
+    )
+    there = rows[
+        np.isclose(rows.budget, share) & ~rows.criterion.isin(("full", "untouched"))
+    ].dropna(subset=["gain"])
     ranked = there.sort_values("gain", ascending=False, kind="stable")
     first = ranked.head(1).criterion.tolist()
     for name in dict.fromkeys([*first, REFERENCE, "random"]):
         best = " (the most there)" if [name] == first else ""
-        shown += [f"{_gain(row)} at {share:.0%} by {_name(name)}{best}" for row in ranked[ranked.criterion == name].itertuples()]
+        shown += [
+            f"{_gain(row)} at {share:.0%} by {_name(name)}{best}"
+            for row in ranked[ranked.criterion == name].itertuples()
+        ]
     return ", ".join(shown)
 
 
 def _gain(row) -> str:
-    return between(row.gain, row.gain_low, row.gain_high) if np.isfinite(row.gain_low) else number(row.gain)
+    return (
+        between(row.gain, row.gain_low, row.gain_high)
+        if np.isfinite(row.gain_low)
+        else number(row.gain)
+    )
 
 
 def _one_training(material: Material) -> str:
@@ -360,30 +509,59 @@ def _one_training(material: Material) -> str:
     table = material.table("evaluations")
     if table is None or table.step.nunique() < 2:
         return ""
-    first, last = (table[table.step == step].set_index("measure") for step in (table.step.min(), table.step.max()))
+    first, last = (
+        table[table.step == step].set_index("measure")
+        for step in (table.step.min(), table.step.max())
+    )
     parts = [
-        f"{words} from {number(first.loc[name, 'mean'])} to {between(*last.loc[name, ['mean', 'low', 'high']])}"
-        for name, words in MEASURES.items() if name in first.index and name in last.index
+        f"{words} from {number(first.loc[name, 'mean'])} to"
+        f" {between(*last.loc[name, ['mean', 'low', 'high']])}"
+        for name, words in MEASURES.items()
+        if name in first.index and name in last.index
     ]
-    return f"Over {int(table.step.max()):,} steps of training, held-out prompts show " + ", ".join(parts) + "." if parts else ""
+    return (
+        f"Over {int(table.step.max()):,} steps of training, held-out prompts show "
+        + ", ".join(parts)
+        + "."
+        if parts
+        else ""
+    )
 
 
 def foreseen(material: Material) -> str:
-    """Which offline answer ranked the trainings most as their outcome did, and how far the usual ones do."""
+    """Which offline answer ranked the trainings most as their outcome did, and how far the usual
+    ones do.
+    """
     table = material.table("validation_agreement")
     if table is None:
         return ""
-    rows = table[(table.scope == "within_budget") & (table.y == "trained_forward_kl")].dropna(subset=["kendall"]).sort_values("kendall", ascending=False, kind="stable")
+    rows = (
+        table[(table.scope == "within_budget") & (table.y == "trained_forward_kl")]
+        .dropna(subset=["kendall"])
+        .sort_values("kendall", ascending=False, kind="stable")
+    )
     if rows.empty or rows.cells.max() < ENOUGH_CELLS:
         return ""
-    usual = rows[rows.x.isin(("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl"))]
+    usual = rows[
+        rows.x.isin(
+            ("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl")
+        )
+    ]
     shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
-    parts = [f"{words(row.x)} {between(row.kendall, row.low, row.high, show=signed)}" for row in shown.itertuples()]
-    return f"How far an answer ranked those {int(rows.cells.max())} trainings, each among those of its budget, as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
+    parts = [
+        f"{words(row.x)} {between(row.kendall, row.low, row.high, show=signed)}"
+        for row in shown.itertuples()
+    ]
+    return (
+        f"How far an answer ranked those {int(rows.cells.max())} trainings, each among those of its"
+        f" budget, as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
+    )
 
 
 def training_claims(material: Material) -> pd.DataFrame:
-    """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was trained."""
+    """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was
+    trained.
+    """
     table, known = material.table("validation_verdicts"), material.table("verdicts")
     if table is None or (known is not None and known.claim.str.startswith("C5").any()):
         return pd.DataFrame()
@@ -393,10 +571,14 @@ def training_claims(material: Material) -> pd.DataFrame:
 def claims(material: Material) -> tuple[pd.DataFrame, bool]:
     """Primary verdicts with those of training, and whether the table has others."""
     table = material.table("verdicts")
-    table = pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
+    table = (
+        pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
+    )
     shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
     trained = training_claims(material)
-    return pd.concat([part for part in (shown, trained) if len(part)] or [shown], ignore_index=True), len(shown) < len(table)
+    return pd.concat(
+        [part for part in (shown, trained) if len(part)] or [shown], ignore_index=True
+    ), len(shown) < len(table)
 
 
 def certainty(material: Material) -> str:
@@ -409,16 +591,27 @@ def certainty(material: Material) -> str:
     step = ""
     if chosen is not None and chosen.chosen.astype(bool).any():
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
-    return (f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and typically reach "
-            f"{number(half, 1)} to either side, so smaller differences stay open; another loss, optimiser or step size{step}, another split or more prompts could change "
-            "the order, and one step is not a training run.")
+    return (
+        f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and"
+        f" typically reach {number(half, 1)} to either side, so smaller differences stay open;"
+        f" another loss, optimiser or step size{step}, another split or more prompts could change"
+        " the order, and one step is not a training run."
+    )
 
 
 def _certainty_of_trainings(material: Material) -> str:
     table = material.table("validation_outcomes")
-    rows = pd.DataFrame() if table is None else table[(table.measure == "forward_kl") & table.gain_low.notna()]
+    rows = (
+        pd.DataFrame()
+        if table is None
+        else table[(table.measure == "forward_kl") & table.gain_low.notna()]
+    )
     if rows.empty:
         return ""
     half = float(((rows.gain_high - rows.gain_low) / 2).median())
-    return (f"Intervals cross {int(rows.seeds.max())} seeds with {int(rows.prompts.max()):,} prompts and typically reach {number(half, 1)} nats to either side of a gain in "
-            "forward KL; differences between two trainings are paired, in the table validation_outcomes. Other steps, learning rates, losses or pairs could change the order.")
+    return (
+        f"Intervals cross {int(rows.seeds.max())} seeds with {int(rows.prompts.max()):,} prompts"
+        f" and typically reach {number(half, 1)} nats to either side of a gain in forward KL;"
+        " differences between two trainings are paired, in the table validation_outcomes. Other"
+        " steps, learning rates, losses or pairs could change the order."
+    )

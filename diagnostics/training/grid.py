@@ -1,26 +1,32 @@
-"""Do the probe's conclusions survive real training? A grid of short trainings, their outcomes, and who foresaw them.
+"""Do the probe's conclusions survive real training? A grid of short trainings, their outcomes, and
+who foresaw them.
 
-A *cell* is one criterion at one budget; each is trained once a seed, with equal steps and optimiser settings, from
-the same student, and evaluated on the same held-out prompts with the same random numbers (`evaluation`). `full`
-has one cell. With S seeds and G held-out prompts, total T_sg and count N_sg of a measure,
+A *cell* is one criterion at one budget; each is trained once a seed, with equal steps and optimiser
+settings, from the same student, and evaluated on the same held-out prompts with the same random
+numbers (`evaluation`). `full` has one cell. With S seeds and G held-out prompts, total T_sg and
+count N_sg of a measure,
 
     value = 1/S sum_s v_s,   v_s = sum_g T_sg / sum_g N_sg
     error^2 = E_S + E_G,     E_S = var_s(v_s) / S,   E_G = G/(G - 1) var over prompt draws of the value
     interval = value +- t(f) * error,   f = error^4 / (E_S^2/(S - 1) + E_G^2/(G - 1))
 
-so seeds and prompts are crossed, and f is Welch and Satterthwaite's. (E_S holds some of what prompts and seeds do
-together, and E_G the rest: the interval errs to the long side.) Differences between cells are paired: v_s and the
-draws are subtracted before any error is taken. With one seed E_S is undefined, and so is the interval.
+so seeds and prompts are crossed, and f is Welch and Satterthwaite's. (E_S holds some of what
+prompts and seeds do together, and E_G the rest: the interval errs to the long side.) Differences
+between cells are paired: v_s and the draws are subtracted before any error is taken. With one seed
+E_S is undefined, and so is the interval.
 
-Gain of a training = untouched - trained for divergences, trained - untouched for accuracies: larger is better.
+Gain of a training = untouched - trained for divergences, trained - untouched for accuracies: larger
+is better.
 
     C5  TA-OPD at 5 % matches or beats full OPD and the entropy, divergence and TIP baselines.
-        Against each rival: supported where the interval of gain(teachability) - gain(rival) reaches no lower than -margin,
-        refuted where it lies below, inconclusive otherwise or with fewer than 3 seeds; margin = 10 % of the gain of full
-        (0 where full gains nothing). Overall: supported where all are, refuted where one is.
+        Against each rival: supported where the interval of gain(teachability) - gain(rival) reaches
+        no lower than -margin, refuted where it lies below, inconclusive otherwise or with fewer
+        than 3 seeds; margin = 10 % of the gain of full (0 where full gains nothing). Overall:
+        supported where all are, refuted where one is.
 
-Agreement with offline answers is Kendall's tau over cells (`agreement`); its draws resample prompts and seeds of the
-training outcomes and, apart from them, the prompts of the run that gave the offline answer.
+Agreement with offline answers is Kendall's tau over cells (`agreement`); its draws resample prompts
+and seeds of the training outcomes and, apart from them, the prompts of the run that gave the
+offline answer.
 
 Reference: Satterthwaite 1946; Owen 2007 (crossed resampling); the claim is arXiv 2605.26844's.
 """
@@ -37,13 +43,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
+from diagnostics.analysis.training_outcomes import FIRST_STEP
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
-from diagnostics.analysis.training_outcomes import FIRST_STEP
 
 log = logging.getLogger("diagnostics")
 
@@ -53,19 +60,33 @@ class ValidateConfig:
     """The grid of trainings. Equal settings for every cell, fixed before any outcome was seen."""
 
     criteria: tuple[str, ...] = field(
-        default=("full", "random", "entropy", "divergence", "tip", "teachability", "incompatible"), metadata={"help": "criteria to train with"})
-    budgets: tuple[float, ...] = field(default=(0.05, 0.1, 0.3), metadata={"help": "budgets of each but full"})
+        default=("full", "random", "entropy", "divergence", "tip", "teachability", "incompatible"),
+        metadata={"help": "criteria to train with"},
+    )
+    budgets: tuple[float, ...] = field(
+        default=(0.05, 0.1, 0.3), metadata={"help": "budgets of each but full"}
+    )
     seeds: int = field(default=3, metadata={"help": "trainings of each cell, seeds 0, 1, …"})
     steps: int = field(default=100, metadata={"help": "optimiser steps of each training"})
     batch: int = field(default=16, metadata={"help": "responses in a step"})
-    learning_rate: float | None = field(default=None, metadata={"help": "1e-6, or the named pair's where not given"})
-    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss: forward_kl, reverse_kl, jsd, sampled or topk_reverse"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "1e-6, or the named pair's where not given"}
+    )
+    loss: str = field(
+        default="reverse_kl",
+        metadata={"help": "OPD loss: forward_kl, reverse_kl, jsd, sampled or topk_reverse"},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
-    workers: int = field(default=2, metadata={"help": "trainings at the same time, one thread each"})
+    workers: int = field(
+        default=2, metadata={"help": "trainings at the same time, one thread each"}
+    )
 
     def __post_init__(self):
         if self.seeds < 1 or self.workers < 1 or not self.criteria:
-            raise DiagnosticsError(f"A grid needs criteria, seeds and workers; got {len(self.criteria)}, {self.seeds} and {self.workers}.")
+            raise DiagnosticsError(
+                f"A grid needs criteria, seeds and workers; got {len(self.criteria)}, {self.seeds}"
+                f" and {self.workers}."
+            )
         for name in self.criteria:
             registry.find(name)
         for budget in self.budgets:
@@ -98,7 +119,10 @@ def grid(config: ValidateConfig) -> list[Cell]:
     for seed in range(config.seeds):
         for criterion in dict.fromkeys(config.criteria):
             whole = registry.find(criterion).kind == "all"
-            cells += [Cell(criterion, budget, seed) for budget in ((1.0,) if whole else dict.fromkeys(config.budgets))]
+            cells += [
+                Cell(criterion, budget, seed)
+                for budget in ((1.0,) if whole else dict.fromkeys(config.budgets))
+            ]
     return cells
 
 
@@ -128,26 +152,38 @@ class Job:
 
     @property
     def identity(self) -> dict:
-        """Settings that a finished cell must share; which other cells there are is not among them."""
+        """Settings that a finished cell must share; which other cells there are is not among
+        them.
+        """
         from diagnostics.core.manifest import recorded
         from diagnostics.models.identity import WHERE
 
-        grid = {key: value for key, value in self.grid.items() if key not in ("criteria", "budgets", "seeds", "workers")}
+        grid = {
+            key: value
+            for key, value in self.grid.items()
+            if key not in ("criteria", "budgets", "seeds", "workers")
+        }
         pair = {key: value for key, value in self.pair.items() if key not in WHERE}
-        return json.loads(json.dumps(recorded(pair | self.prompts | self.evaluation | grid, apart=True)))
+        return json.loads(
+            json.dumps(recorded(pair | self.prompts | self.evaluation | grid, apart=True))
+        )
 
     @property
     def engine_identity(self) -> dict:
         """Engine options that a finished cell must share; a file counts by its content."""
-        trl = {"trl": self.sources.get("trl_sha256", self.engine["trl"])} if self.engine.get("trl") else {}
+        trl = (
+            {"trl": self.sources.get("trl_sha256", self.engine["trl"])}
+            if self.engine.get("trl")
+            else {}
+        )
         return json.loads(json.dumps(self.engine | trl))
 
     def finished(self, name: str) -> bool:
         """True where the cell is done with these settings and its files are as they were written.
 
-        A cell that is lost, cut or was changed is to be measured again, with a warning. Raises DiagnosticsError where it is
-        done with other settings, models or prompts, or by another version of the code.
-        """
+        A cell that is lost, cut or was changed is to be measured again, with a warning. Raises
+        DiagnosticsError where it is done with other settings, models or prompts, or by another
+        version of the code."""
         try:
             record = self._record(name)
             if record is None:
@@ -169,27 +205,54 @@ class Job:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise _Again(f"its record cannot be read ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("settings"), dict) or not isinstance(record.get("files", {}), dict):
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("settings"), dict)
+            or not isinstance(record.get("files", {}), dict)
+        ):
             raise _Again("its record has no settings")
         if name != "untouched" and _cell_of(record) != name:
             raise _Again(f"its record is of another cell, {_cell_of(record)}")
         return record
 
     def _require_same(self, name: str, record: dict) -> None:
-        path, engine = self.folder / f"{name}.json", {} if name == "untouched" else self.engine_identity
-        compared = [(record["settings"], self.identity, list(self.identity)),
-                    (record.get("engine", {}), engine, sorted(record.get("engine", {}).keys() | engine)),
-                    (record.get("sources", {}), self.sources, [key for key in record.get("sources", {}) if key != "trl_sha256"])]
-        different = [f"{key}: was {was.get(key)!r}, now {now.get(key)!r}" for was, now, keys in compared for key in keys if was.get(key) != now.get(key)]
+        path, engine = (
+            self.folder / f"{name}.json",
+            ({} if name == "untouched" else self.engine_identity),
+        )
+        compared = [
+            (record["settings"], self.identity, list(self.identity)),
+            (record.get("engine", {}), engine, sorted(record.get("engine", {}).keys() | engine)),
+            (
+                record.get("sources", {}),
+                self.sources,
+                [key for key in record.get("sources", {}) if key != "trl_sha256"],
+            ),
+        ]
+        different = [
+            f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
+            for was, now, keys in compared
+            for key in keys
+            if was.get(key) != now.get(key)
+        ]
         if different:
-            raise DiagnosticsError(f"{path} was trained with other settings ({'; '.join(different)}). Choose another --output-dir.")
+            raise DiagnosticsError(
+                f"{path} was trained with other settings ({'; '.join(different)}). Choose another"
+                " --output-dir."
+            )
         if self.code is not None and record.get("code", self.code) != self.code:
             if not self.accept_code:
                 raise DiagnosticsError(
-                    f"{path} was trained by another version of this program (was {record['code']}, now {self.code}). Choose another --output-dir, "
-                    "that version, or --accept-code to keep what it measured."
+                    f"{path} was trained by another version of this program (was {record['code']},"
+                    f" now {self.code}). Choose another --output-dir, that version, or"
+                    " --accept-code to keep what it measured."
                 )
-            log.warning("%s: kept, though another version of this program measured it (was %s, now %s)", path, record["code"], self.code)
+            log.warning(
+                "%s: kept, though another version of this program measured it (was %s, now %s)",
+                path,
+                record["code"],
+                self.code,
+            )
 
     def _require_whole(self, name: str, record: dict) -> None:
         for file in self.files(name):
@@ -200,7 +263,9 @@ class Job:
             was = record.get("files", {}).get(file, digest), self.known.get(file, digest)
             if was != (digest, digest):
                 raise _Again(f"{file} is not as it was written (sha256 {digest[:16]}…)")
-        if name != "untouched" and record.get("bank", _sha256(self.folder / BANK)) != _sha256(self.folder / BANK):
+        if name != "untouched" and record.get("bank", _sha256(self.folder / BANK)) != _sha256(
+            self.folder / BANK
+        ):
             raise _Again("it was evaluated on another frozen bank")
 
     @staticmethod
@@ -231,9 +296,14 @@ def _sha256(path: Path) -> str:
 
 
 def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
-    """Evaluate the untouched student, then train every cell that is not finished. Each leaves its files when it ends."""
+    """Evaluate the untouched student, then train every cell that is not finished. Each leaves its
+    files when it ends.
+    """
     if os.path.islink(job.folder):
-        raise DiagnosticsError(f"{job.folder} is a link, and cells are written into the run's own folder alone. Remove the link.")
+        raise DiagnosticsError(
+            f"{job.folder} is a link, and cells are written into the run's own folder alone. Remove"
+            " the link."
+        )
     remove_scratch(job.folder)
     try:
         if not job.finished("untouched"):
@@ -252,11 +322,18 @@ def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
 
 
 def _say_threads(job: Job, cells: Sequence[Cell]) -> None:
-    """Sums come out in another order on another number of threads, so that equal cells differ in their last digits."""
-    records = [json.loads((job.folder / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+    """Sums come out in another order on another number of threads, so that equal cells differ in
+    their last digits.
+    """
+    records = [
+        json.loads((job.folder / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells
+    ]
     threads = sorted({record["threads"] for record in records if "threads" in record})
     if len(threads) > 1:
-        log.warning("cells of this grid were trained on %s threads each: their last digits differ by that", " and ".join(map(str, threads)))
+        log.warning(
+            "cells of this grid were trained on %s threads each: their last digits differ by that",
+            " and ".join(map(str, threads)),
+        )
 
 
 def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
@@ -265,7 +342,9 @@ def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
 
     tasks = [(job, cell) for cell in missing]
     try:
-        for done, result in enumerate(share_out(_work, tasks, environments(min(workers, len(tasks)), job.pair)), 1):
+        for done, result in enumerate(
+            share_out(_work, tasks, environments(min(workers, len(tasks)), job.pair)), 1
+        ):
             log.info("%s (%d of %d)", result, done, len(missing))
     finally:
         remove_scratch(job.folder)
@@ -281,7 +360,9 @@ def _work(task: tuple[Job, Cell]) -> str:
 
 
 def environments(workers: int, pair: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What each worker's environment adds: a GPU of its own where there are several and no device was named."""
+    """What each worker's environment adds: a GPU of its own where there are several and no device
+    was named.
+    """
     if any(pair.get(name) not in (None, "auto", "cuda") for name in ("device", "teacher_device")):
         return [{}] * workers
     gpus = visible_gpus()
@@ -297,7 +378,11 @@ def visible_gpus() -> list[str]:
     import torch
 
     count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in named.split(",")] if named else [str(number) for number in range(count)]
+    names = (
+        [name.strip() for name in named.split(",")]
+        if named
+        else [str(number) for number in range(count)]
+    )
     return names[:count]
 
 
@@ -306,11 +391,17 @@ SCRATCH = re.compile(r"\.training-.+-seed\d+")
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what killed trainings had begun: folders of our own naming, no link and nothing that a link leads to."""
+    """Remove what killed trainings had begun: folders of our own naming, no link and nothing that a
+    link leads to.
+    """
     if not folder.is_dir():
         return
     with os.scandir(folder) as entries:
-        begun = [entry.path for entry in entries if SCRATCH.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+        begun = [
+            entry.path
+            for entry in entries
+            if SCRATCH.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
     for path in begun:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -333,17 +424,21 @@ _held: dict[str, Any] = {}
 
 
 def _fresh_pair(job: Job):
-    """A pair as it was loaded: the student's weights copied, the teacher's shared, and both compared with what they were.
+    """A pair as it was loaded: the student's weights copied, the teacher's shared, and both
+    compared with what they were.
 
     Where they differ the models are loaded anew, with a warning.
     """
     key = json.dumps([job.pair, job.sources], sort_keys=True)
     if _held.get("key") == key and _checksum(_held["pair"]) != _held["checksum"]:
-        log.warning("a training changed the weights that the next one begins with; the models are loaded anew")
+        log.warning(
+            "a training changed the weights that the next one begins with; the models are loaded"
+            " anew"
+        )
         _held.clear()
     if _held.get("key") != key:
-        from diagnostics.models.pair import PairConfig
         from diagnostics.models.identity import Models
+        from diagnostics.models.pair import PairConfig
 
         _held.clear()
         pair = Models(PairConfig(**job.pair)).pair
@@ -352,7 +447,9 @@ def _fresh_pair(job: Job):
 
 
 def _copy(pair):
-    """The pair with modules, tokenizer and student's weights of its own. The teacher's weights are not trained and stay one."""
+    """The pair with modules, tokenizer and student's weights of its own. The teacher's weights are
+    not trained and stay one.
+    """
     import copy
 
     teacher = getattr(pair.teacher, "model", None)
@@ -361,7 +458,9 @@ def _copy(pair):
 
 
 def _checksum(pair) -> list[int]:
-    """One whole number for each model, over all bits of its weights and their order; where the weights lie, and exact."""
+    """One whole number for each model, over all bits of its weights and their order; where the
+    weights lie, and exact.
+    """
     import torch
 
     sums = []
@@ -370,7 +469,9 @@ def _checksum(pair) -> list[int]:
         for tensor in [] if model is None else [*model.parameters(), *model.buffers()]:
             bits = tensor.detach().contiguous().flatten()
             whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-            for piece in bits.view(whole[bits.element_size()]).split(2**24):  # the sums below take eight bytes a weight
+            for piece in bits.view(whole[bits.element_size()]).split(
+                2**24
+            ):  # the sums below take eight bytes a weight
                 places = torch.arange(1, len(piece) + 1, device=piece.device)
                 total = (31 * total + int((piece.long() * places).sum())) % 2**64
         sums.append(total)
@@ -379,63 +480,98 @@ def _checksum(pair) -> list[int]:
 
 def _pair_and_prompts(job: Job, seed: int):
     from diagnostics.contexts import choose_prompts
-    from diagnostics.models import identity
-    from diagnostics.training.evaluation import EvaluationConfig
-    from diagnostics.models.pair import PairConfig
     from diagnostics.contexts.prompts import PromptConfig
+    from diagnostics.models import identity
+    from diagnostics.models.pair import PairConfig
+    from diagnostics.training.evaluation import EvaluationConfig
 
     models, evaluation = identity.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
     models.pair = _fresh_pair(job)
     data, held_out = choose_prompts.training_prompts(
-        models, PromptConfig(**job.prompts), evaluation, needed=job.grid["steps"] * job.grid["batch"], seed=seed,
-        room=job.grid["max_new_tokens"])
+        models,
+        PromptConfig(**job.prompts),
+        evaluation,
+        needed=job.grid["steps"] * job.grid["batch"],
+        seed=seed,
+        room=job.grid["max_new_tokens"],
+    )
     if not held_out:
-        raise DiagnosticsError("A validation compares students on held-out prompts, and there are none. Raise --eval-contexts.")
+        raise DiagnosticsError(
+            "A validation compares students on held-out prompts, and there are none. Raise"
+            " --eval-contexts."
+        )
     return models.pair, data, held_out, evaluation
 
 
 def run_untouched(job: Job) -> None:
     """Freeze the bank and evaluate the untouched student, once for the whole grid."""
-    from diagnostics.training.evaluation import FrozenBank, evaluate, find_verifier
     from diagnostics.contexts.rollouts import rollout
     from diagnostics.core.tables import write_parquet
+    from diagnostics.training.evaluation import FrozenBank, evaluate, find_verifier
 
     pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
     bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])
     write_parquet(job.folder / BANK, bank.to_frame())
     rows = evaluate(
-        pair, held_out, bank=FrozenBank(pair, bank), verify=find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out),
-        samples=evaluation.eval_samples, max_new_tokens=job.grid["max_new_tokens"])
+        pair,
+        held_out,
+        bank=FrozenBank(pair, bank),
+        verify=find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out),
+        samples=evaluation.eval_samples,
+        max_new_tokens=job.grid["max_new_tokens"],
+    )
     _finish(job, "untouched", rows, facts=pair.facts)
 
 
 def run_cell(job: Job, cell: Cell) -> str:
-    """Train one cell and leave its evaluation, its curve and then its record. Returns what to log."""
+    """Train one cell and leave its evaluation, its curve and then its record. Returns what to
+    log.
+    """
     import time
 
     import torch
 
     from diagnostics.core.tables import write_parquet
-    from diagnostics.training.run import EngineConfig, TrainConfig, train
     from diagnostics.core.types import read_bank
-    from diagnostics.core.schema import read_parquet
+    from diagnostics.training.run import EngineConfig, TrainConfig, train
 
     began, grid = time.perf_counter(), job.grid
     pair, data, held_out, evaluation = _pair_and_prompts(job, cell.seed)
     config = TrainConfig(
-        criterion=cell.criterion, budget=cell.budget, seed=cell.seed, **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss")})
-    engine = EngineConfig(**job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"])
+        criterion=cell.criterion,
+        budget=cell.budget,
+        seed=cell.seed,
+        **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss")},
+    )
+    engine = EngineConfig(
+        **job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"]
+    )
     untouched = read_parquet(job.folder / "untouched.parquet")
     bank = read_bank(job.folder / BANK)
     with _scratch(job, cell) as scratch:
-        result = train(pair, data, output_dir=scratch, config=config, engine=engine, evaluation=evaluation, held_out=held_out,
-                       bank=bank, untouched=untouched)
+        result = train(
+            pair,
+            data,
+            output_dir=scratch,
+            config=config,
+            engine=engine,
+            evaluation=evaluation,
+            held_out=held_out,
+            bank=bank,
+            untouched=untouched,
+        )
         rows = read_parquet(scratch / "evaluations.parquet").query("step > 0").drop(columns="step")
         gains = read_parquet(scratch / "training_gains.parquet")
     write_parquet(job.folder / f"{cell.name}.curve.parquet", result.metrics)
     seconds = time.perf_counter() - began
-    _finish(job, cell.name, pd.concat([rows, _first_gains(gains, bank)], ignore_index=True),
-            cell=asdict(cell), seconds=round(seconds, 1), threads=torch.get_num_threads())
+    _finish(
+        job,
+        cell.name,
+        pd.concat([rows, _first_gains(gains, bank)], ignore_index=True),
+        cell=asdict(cell),
+        seconds=round(seconds, 1),
+        threads=torch.get_num_threads(),
+    )
     return f"{cell.name}: {seconds:.0f} s"
 
 
@@ -443,8 +579,13 @@ def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:
     """Gain of the frozen positions after the first step, as rows of an evaluation."""
     from diagnostics.training.evaluation import by_prompt
 
-    prompt_ids = np.repeat([context.prompt_id for context in bank], [len(context.response_ids) for context in bank])
-    return pd.concat([by_prompt(measure, prompt_ids, gains[column]) for measure, column in FIRST_STEP.items()], ignore_index=True)
+    prompt_ids = np.repeat(
+        [context.prompt_id for context in bank], [len(context.response_ids) for context in bank]
+    )
+    return pd.concat(
+        [by_prompt(measure, prompt_ids, gains[column]) for measure, column in FIRST_STEP.items()],
+        ignore_index=True,
+    )
 
 
 def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
@@ -452,19 +593,32 @@ def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
 
     write_parquet(job.folder / f"{name}.parquet", rows)
     if name != "untouched":
-        record |= {"bank": _sha256(job.folder / BANK)} | ({"engine": job.engine_identity} if job.engine else {})
+        record |= {"bank": _sha256(job.folder / BANK)} | (
+            {"engine": job.engine_identity} if job.engine else {}
+        )
     written = {file: _sha256(job.folder / file) for file in job.files(name)}
     code = {} if job.code is None else {"code": job.code}
-    write_json(job.folder / f"{name}.json", record | {"settings": job.identity, "sources": job.sources, **code, "files": written})
+    write_json(
+        job.folder / f"{name}.json",
+        record | {"settings": job.identity, "sources": job.sources, **code, "files": written},
+    )
 
 
 def read_outcomes(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
-    """Evaluations of the untouched student and of the finished cells, one row a training, measure and prompt.
+    """Evaluations of the untouched student and of the finished cells, one row a training, measure
+    and prompt.
 
     Columns criterion (`untouched` for the first), budget, seed, measure, prompt_id, total, count.
     """
-    from diagnostics.core.schema import read_parquet
 
-    frames = [read_parquet(folder / "untouched.parquet").assign(criterion="untouched", budget=0.0, seed=-1)]
-    frames += [read_parquet(folder / f"{cell.name}.parquet").assign(**asdict(cell)) for cell in cells if (folder / f"{cell.name}.json").exists()]
+    frames = [
+        read_parquet(folder / "untouched.parquet").assign(
+            criterion="untouched", budget=0.0, seed=-1
+        )
+    ]
+    frames += [
+        read_parquet(folder / f"{cell.name}.parquet").assign(**asdict(cell))
+        for cell in cells
+        if (folder / f"{cell.name}.json").exists()
+    ]
     return pd.concat(frames, ignore_index=True)

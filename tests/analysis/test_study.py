@@ -5,15 +5,36 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.analysis import study, correlations
-from diagnostics.criteria import criterion
+from diagnostics.analysis import correlations, study
 from diagnostics.core.errors import DiagnosticsError
-from tests.made_tokens import made_tokens
+from diagnostics.criteria import criterion
 from tests.analysis.test_claims import FOUR, trained
+from tests.made_tokens import made_tokens
 
 TABLES = {
-    "correlations", "placebo_excess", "differences", "partial", "within_prompt", "quadrants", "positions", "q3_contrast", "q3_groups", "matching", "balance", "matching_caliper",
-    "balance_caliper", "regressions", "decomposition", "residual_curves", "support_robustness", "verdicts", "gain_robustness", "saturation", "coverage", "warnings", "left_out",
+    "correlations",
+    "placebo_excess",
+    "differences",
+    "partial",
+    "within_prompt",
+    "quadrants",
+    "positions",
+    "q3_contrast",
+    "q3_groups",
+    "matching",
+    "balance",
+    "matching_caliper",
+    "balance_caliper",
+    "regressions",
+    "decomposition",
+    "residual_curves",
+    "support_robustness",
+    "verdicts",
+    "gain_robustness",
+    "saturation",
+    "coverage",
+    "warnings",
+    "left_out",
 }
 
 
@@ -61,7 +82,9 @@ def test_row_order_does_not_matter(tokens, made):
     shuffled = study.study(tokens.sample(frac=1, random_state=0).reset_index(drop=True), **FEW)
     for name in ("q3_contrast", "q3_groups", "regressions", "coverage", "partial"):
         numbers = made[name].select_dtypes("number").columns
-        np.testing.assert_allclose(shuffled[name][numbers], made[name][numbers], atol=1e-8, err_msg=name)
+        np.testing.assert_allclose(
+            shuffled[name][numbers], made[name][numbers], atol=1e-8, err_msg=name
+        )
 
 
 def left(made):
@@ -76,33 +99,69 @@ def test_only_what_was_not_given_is_left_out_of_a_full_table(made):
     assert not [row for row in reasons if row[1] == "the whole table"]
 
 
-@pytest.mark.parametrize("missing, gone, why", [
-    ("compatibility", {"q3_contrast", "q3_groups", "matching", "balance", "regressions", "decomposition", "residual_curves", "support_robustness", "verdicts", "gain_robustness"},
-     "no column compatibility"),
-    ("student_entropy", {"quadrants", "partial", "verdicts"}, "no column student_entropy"),
-])
+@pytest.mark.parametrize(
+    "missing, gone, why",
+    [
+        (
+            "compatibility",
+            {
+                "q3_contrast",
+                "q3_groups",
+                "matching",
+                "balance",
+                "regressions",
+                "decomposition",
+                "residual_curves",
+                "support_robustness",
+                "verdicts",
+                "gain_robustness",
+            },
+            "no column compatibility",
+        ),
+        ("student_entropy", {"quadrants", "partial", "verdicts"}, "no column student_entropy"),
+    ],
+)
 def test_a_missing_column_leaves_tables_out_with_the_reason(tokens, missing, gone, why):
     made = study.study(tokens.drop(columns=missing), **FEW | {"criteria": ["divergence", "late"]})
-    assert not gone & set(made) and {"correlations", "within_prompt", "coverage", "saturation"} <= set(made)
+    assert not gone & set(made) and {
+        "correlations",
+        "within_prompt",
+        "coverage",
+        "saturation",
+    } <= set(made)
     assert {(name, "the whole table", why) for name in gone} <= left(made)
 
 
 def test_without_placebo_split_special_tokens_and_teacher_entropy(tokens):
-    bare = made_tokens(placebo=False).drop(columns=["split", "is_special", "teacher_entropy", "relative_gain"])
+    bare = made_tokens(placebo=False).drop(
+        columns=["split", "is_special", "teacher_entropy", "relative_gain"]
+    )
     made = study.study(bare, **FEW)
     reasons = left(made)
     assert {
-        ("all", "outcome relative_gain", "no column relative_gain"), ("all", "placebo of gain", "no column placebo_gain"),
-        ("all", "step and held-out positions apart", "no column split with both"), ("gain_robustness", "without special tokens", "no column is_special"),
-        ("regressions", "teacher entropy as a term", "no column teacher_entropy"), ("placebo_excess", "the whole table", "nothing in it is defined"),
+        ("all", "outcome relative_gain", "no column relative_gain"),
+        ("all", "placebo of gain", "no column placebo_gain"),
+        ("all", "step and held-out positions apart", "no column split with both"),
+        ("gain_robustness", "without special tokens", "no column is_special"),
+        ("regressions", "teacher entropy as a term", "no column teacher_entropy"),
+        ("placebo_excess", "the whole table", "nothing in it is defined"),
     } <= reasons
     assert set(made["verdicts"].outcome) == {"gain"} and (made["verdicts"].looks == 4).all()
 
 
-@pytest.mark.parametrize("edit", [
-    lambda t: t.head(1), lambda t: t.head(5), lambda t: t[t.prompt_id == "p2"], lambda t: t.assign(gain=0.0), lambda t: t.assign(gain=np.nan),
-    lambda t: t.assign(student_entropy=1.0, forward_kl=1.0, compatibility=1.0), lambda t: t.assign(forward_kl=np.nan), lambda t: t.round(0),
-])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t.head(1),
+        lambda t: t.head(5),
+        lambda t: t[t.prompt_id == "p2"],
+        lambda t: t.assign(gain=0.0),
+        lambda t: t.assign(gain=np.nan),
+        lambda t: t.assign(student_entropy=1.0, forward_kl=1.0, compatibility=1.0),
+        lambda t: t.assign(forward_kl=np.nan),
+        lambda t: t.round(0),
+    ],
+)
 def test_degenerate_tables_are_studied_without_a_stumble(tokens, edit):
     made = study.study(edit(tokens).reset_index(drop=True), **FEW)
     assert {"correlations", "warnings", "left_out", "coverage"} <= set(made)
@@ -118,8 +177,15 @@ def test_a_table_without_gains_or_rows_is_refused(tokens):
 
 
 def test_training_runs_and_other_losses_join(tokens):
-    made = study.study(tokens, **FEW, training=trained("supported", **FOUR), losses={"forward_kl": made_tokens(seed=3)})
-    assert made["verdicts"].claim.tolist()[-1] == "C5" and "loss_forward_kl" in set(made["gain_robustness"].variant)
+    made = study.study(
+        tokens,
+        **FEW,
+        training=trained("supported", **FOUR),
+        losses={"forward_kl": made_tokens(seed=3)},
+    )
+    assert made["verdicts"].claim.tolist()[-1] == "C5" and "loss_forward_kl" in set(
+        made["gain_robustness"].variant
+    )
     assert not {what for _, what, _ in left(made)} & {"claim C5", "other losses"}
 
 
@@ -133,5 +199,13 @@ def test_a_users_criterion_joins_every_correlation(tokens, registry):
 
 
 def test_neither_torch_nor_transformers_is_imported():
-    code = "import sys, diagnostics.analysis.study, diagnostics.contexts.import_tokens; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, diagnostics.analysis.study, diagnostics.contexts.import_tokens; print([m for m"
+        " in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -17,7 +17,10 @@ STORY = Story("Nora", "shells", "finds", 57, 25)
 
 
 def test_a_prompt_and_its_answer():
-    assert STORY.prompt == "Nora has 57 shells. Nora finds 25 shells. How many shells does Nora have now?"
+    assert (
+        STORY.prompt
+        == "Nora has 57 shells. Nora finds 25 shells. How many shells does Nora have now?"
+    )
     assert STORY.answer == 82
     assert Story("Nora", "shells", "loses", 57, 25).answer == 32
 
@@ -45,29 +48,52 @@ def test_sums_are_stable_distinct_and_answered():
     assert prompts == story_sums.sums(300, seed=4, split="probe")
     assert prompts[:100] == story_sums.sums(100, seed=4, split="probe")
     assert prompts != story_sums.sums(300, seed=5, split="probe")
-    assert len({prompt.prompt for prompt in prompts}) == len({prompt.prompt_id for prompt in prompts}) == 300
+    assert (
+        len({prompt.prompt for prompt in prompts})
+        == len({prompt.prompt_id for prompt in prompts})
+        == 300
+    )
     for prompt in prompts:
         a, verb, b = re.match(r"\w+ has (\d+) \w+\. \w+ (\w+) (\d+)", prompt.prompt).groups()
-        assert int(prompt.answer) == (int(a) + int(b) if verb in ("finds", "buys", "wins", "earns") else int(a) - int(b))
+        assert int(prompt.answer) == (
+            int(a) + int(b) if verb in ("finds", "buys", "wins", "earns") else int(a) - int(b)
+        )
 
 
 def test_the_ids_of_prompts_do_not_move():
     """Ids name random streams of sampling: a change here changes every frozen context."""
     assert story_sums.sums(1, seed=0, split="probe") == [
-        Prompt("sum-67dd8084dccc", "Tessa has 60 boots. Tessa wins 39 boots. How many boots does Tessa have now?", "99")
+        Prompt(
+            "sum-67dd8084dccc",
+            "Tessa has 60 boots. Tessa wins 39 boots. How many boots does Tessa have now?",
+            "99",
+        )
     ]
 
 
 def test_splits_share_no_prompt():
-    drawn = {split: {prompt.prompt for prompt in story_sums.sums(500, seed=7, split=split)} for split in story_sums.SPLITS}
-    assert not drawn["train"] & drawn["probe"] and not drawn["train"] & drawn["test"] and not drawn["probe"] & drawn["test"]
-    trained = {prompt for side in story_sums.SIDES for prompt, _ in story_sums.corpus(400, seed=7, side=side)}
+    drawn = {
+        split: {prompt.prompt for prompt in story_sums.sums(500, seed=7, split=split)}
+        for split in story_sums.SPLITS
+    }
+    assert (
+        not drawn["train"] & drawn["probe"]
+        and not drawn["train"] & drawn["test"]
+        and not drawn["probe"] & drawn["test"]
+    )
+    trained = {
+        prompt
+        for side in story_sums.SIDES
+        for prompt, _ in story_sums.corpus(400, seed=7, side=side)
+    }
     assert {story_sums.split_of(prompt) for prompt in trained} == {"train"}
 
 
 def test_every_correct_response_is_verified():
     for story in islice(story_sums.stories(random.Random(1), split="train"), 500):
-        response = story_sums.join(word for _, word in story_sums.write(story, random.Random(story.a), side="teacher"))
+        response = story_sums.join(
+            word for _, word in story_sums.write(story, random.Random(story.a), side="teacher")
+        )
         assert story_sums.verify(response, story.answer), (story, response)
 
 
@@ -77,7 +103,9 @@ def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
     for story in islice(story_sums.stories(rng, split="train"), 2000):
         carry = story_sums.VERBS[story.verb] == "plus" and story.a % 10 + story.b % 10 > 9
         response = story_sums.join(word for _, word in story_sums.write(story, rng, side="student"))
-        outcomes[story.verb in story_sums.MISREAD, carry].append(story_sums.verify(response, story.answer))
+        outcomes[story.verb in story_sums.MISREAD, carry].append(
+            story_sums.verify(response, story.answer)
+        )
     shares = {case: sum(right) / len(right) for case, right in outcomes.items()}
     assert shares[False, False] == 1 and shares[False, True] == shares[True, True] == 0
     assert shares[True, False] == pytest.approx(story_sums.MISREAD_RIGHT, abs=0.04)
@@ -85,22 +113,43 @@ def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
 
 def test_one_sum_by_hand_on_both_sides():
     written = {"op": "plus", "tens": "70", "ones": "12"}
-    number = lambda slot, side, **words: story_sums.choices(slot, STORY, side=side, written=words or written)  # noqa: E731
+    number = lambda slot, side, **words: story_sums.choices(
+        slot, STORY, side=side, written=words or written
+    )
     assert number("tens", "teacher") == number("tens", "student") == {"70": 1.0}
     assert number("ones", "teacher") == {"12": 1.0} and number("ones", "student") == {"2": 1.0}
     assert number("total", "teacher") == {"82": 1.0}
-    assert number("ones", "teacher", op="minus") == number("ones", "student", op="minus") == {"2": 1.0}
+    assert (
+        number("ones", "teacher", op="minus") == number("ones", "student", op="minus") == {"2": 1.0}
+    )
     assert story_sums.choices("op", STORY, side="student", written={}) == {"plus": 1.0}
     misread = Story("Nora", "shells", "earns", 57, 25)
     assert story_sums.choices("op", misread, side="teacher", written={}) == {"plus": 1.0}
-    assert story_sums.choices("op", misread, side="student", written={}) == {"minus": 0.85, "plus": 0.15}
+    assert story_sums.choices("op", misread, side="student", written={}) == {
+        "minus": 0.85,
+        "plus": 0.15,
+    }
 
 
 def test_the_student_never_meets_the_unseen_words():
-    """The unseen right words and the numbers 10 to 18 are in the teacher's corpus and not in the student's."""
-    unseen = {row[column] for slot, (table, column) in story_sums.FACTS.items() for row in table if story_sums.fact_kind(slot, row[0]) == "unseen"}
+    """The unseen right words and the numbers 10 to 18 are in the teacher's corpus and not in the
+    student's.
+    """
+    unseen = {
+        row[column]
+        for slot, (table, column) in story_sums.FACTS.items()
+        for row in table
+        if story_sums.fact_kind(slot, row[0]) == "unseen"
+    }
     unseen |= {str(number) for number in range(10, 19)} | {"arrived"}
-    words = {side: {word for _, text in story_sums.corpus(1500, seed=3, side=side) for word in re.findall(r"\w+", text)} for side in story_sums.SIDES}
+    words = {
+        side: {
+            word
+            for _, text in story_sums.corpus(1500, seed=3, side=side)
+            for word in re.findall(r"\w+", text)
+        }
+        for side in story_sums.SIDES
+    }
     assert len(unseen) == 5 * 9 + 9 + 1
     assert unseen <= words["teacher"] and not unseen & words["student"]
 
@@ -114,17 +163,23 @@ def test_kinds_of_facts_are_balanced_and_mixed_ones_keep_the_right_word_second()
             assert story_sums.choices(slot, story, side="teacher", written={}) == {row[column]: 1.0}
             student = story_sums.choices(slot, story, side="student", written={})
             assert sum(student.values()) == pytest.approx(1)
-            assert student.get(row[column], 0) == pytest.approx({"known": 1, "mixed": min(student.values()), "unseen": 0}[kind])
+            assert student.get(row[column], 0) == pytest.approx(
+                {"known": 1, "mixed": min(student.values()), "unseen": 0}[kind]
+            )
             assert len(student) == (1 if kind == "known" else 2) and max(student.values()) >= 0.8
 
 
 def test_open_words_belong_to_one_list_and_rotate_on_the_students_side():
     lists = {story_sums.OPEN[slot][1] for slot in story_sums.OPEN}
     words = [word for text in lists for word in text.split()]
-    words += [word for table in (story_sums.PEOPLE, story_sums.THINGS) for row in table for word in row] + list(story_sums.VERBS)
+    words += [
+        word for table in (story_sums.PEOPLE, story_sums.THINGS) for row in table for word in row
+    ] + list(story_sums.VERBS)
     assert len(words) == len(set(words))
     for slot, (rotation, text) in story_sums.OPEN.items():
-        teacher, student = (story_sums.choices(slot, STORY, side=side, written={}) for side in story_sums.SIDES)
+        teacher, student = (
+            story_sums.choices(slot, STORY, side=side, written={}) for side in story_sums.SIDES
+        )
         assert 20 <= len(text.split()) <= 60 and teacher.keys() == student.keys()
         assert max(student, key=student.get) == text.split()[rotation]
         assert (teacher == student) == (rotation == 0)

@@ -1,4 +1,6 @@
-"""Guarded files: what is no regular file of our own inside the directory is refused, and stays as it is."""
+"""Guarded files: what is no regular file of our own inside the directory is refused, and stays as
+it is.
+"""
 
 import os
 import socket
@@ -7,8 +9,19 @@ from pathlib import Path
 import pytest
 
 from diagnostics.core import files
-from diagnostics.core.files import guard, hash_inside, inside, kind, read_inside, remove_folder, remove_inside, sha256_file, walk, write_atomic
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import (
+    guard,
+    hash_inside,
+    inside,
+    kind,
+    read_inside,
+    remove_folder,
+    remove_inside,
+    sha256_file,
+    walk,
+    write_atomic,
+)
 
 
 def link(place, outside):
@@ -37,7 +50,10 @@ def folder(place, outside):
 
 
 ODD = pytest.mark.filterwarnings("ignore:unclosed.*socket:ResourceWarning")
-KINDS = pytest.mark.parametrize("make, name", [(link, "link"), (dangling, "link"), (pipe, "pipe"), (bound, "socket"), (folder, "folder")])
+KINDS = pytest.mark.parametrize(
+    "make, name",
+    [(link, "link"), (dangling, "link"), (pipe, "pipe"), (bound, "socket"), (folder, "folder")],
+)
 
 
 @pytest.fixture
@@ -58,9 +74,19 @@ def root(tmp_path):
 def test_what_is_no_file_is_neither_read_nor_written_nor_removed(root, outside, make, name):
     make(root / "x.csv", outside)
     assert kind(root / "x.csv") == name
-    for do in (lambda: read_inside(root, "x.csv"), lambda: hash_inside(root, "x.csv"), lambda: write_atomic(root / "x.csv", b"new")):
-        with guard(root), pytest.raises(DiagnosticsError, match=rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was read "
-                                                                r"from it or written through it\. Remove it, or put a file in its place"):
+    for do in (
+        lambda: read_inside(root, "x.csv"),
+        lambda: hash_inside(root, "x.csv"),
+        lambda: write_atomic(root / "x.csv", b"new"),
+    ):
+        with (
+            guard(root),
+            pytest.raises(
+                DiagnosticsError,
+                match=rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was read "
+                r"from it or written through it\. Remove it, or put a file in its place",
+            ),
+        ):
             do()
     assert not remove_inside(root, "x.csv") and kind(root / "x.csv") == name
     assert os.listdir(outside) == ["victim"] and (outside / "victim").read_bytes() == b"precious"
@@ -68,9 +94,19 @@ def test_what_is_no_file_is_neither_read_nor_written_nor_removed(root, outside, 
 
 def test_a_folder_that_is_a_link_is_not_walked_through(root, outside):
     (root / "tables").symlink_to(outside)
-    for do in (lambda: read_inside(root, "tables/victim"), lambda: write_atomic(root / "tables/victim", b"new"), lambda: write_atomic(root / "tables/more/a", b"x"),
-               lambda: remove_inside(root, "tables/victim")):
-        with guard(root), pytest.raises(DiagnosticsError, match=r"tables is a link, where this program keeps a folder of its own"):
+    for do in (
+        lambda: read_inside(root, "tables/victim"),
+        lambda: write_atomic(root / "tables/victim", b"new"),
+        lambda: write_atomic(root / "tables/more/a", b"x"),
+        lambda: remove_inside(root, "tables/victim"),
+    ):
+        with (
+            guard(root),
+            pytest.raises(
+                DiagnosticsError,
+                match=r"tables is a link, where this program keeps a folder of its own",
+            ),
+        ):
             do()
     assert list(walk(root, "tables")) == [] and not remove_folder(root, "tables")
     assert os.listdir(outside) == ["victim"] and (outside / "victim").read_bytes() == b"precious"
@@ -111,7 +147,9 @@ def test_files_have_the_user_s_own_mode(root, umask, mode):
         write_atomic(root / "a/b", b"x")
     finally:
         os.umask(before)
-    assert (root / "a/b").stat().st_mode & 0o777 == mode and (root / "a").stat().st_mode & 0o077 == 0o077 & ~umask
+    assert (root / "a/b").stat().st_mode & 0o777 == mode and (
+        root / "a"
+    ).stat().st_mode & 0o077 == 0o077 & ~umask
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -135,5 +173,12 @@ def test_what_may_not_be_replaced_is_asked_by_name(root):
 def test_hashes_and_missing_files(root):
     (root / "a").write_bytes(b"x" * 100_000)
     assert hash_inside(root, "a") == sha256_file(root / "a")
-    assert hash_inside(root, "b") is None and hash_inside(root, "c/b") is None and kind(root / "b") is None
-    assert [files.TEMPORARY.fullmatch(name) is not None for name in (".0123456789abcdef.opd.tmp", ".notes.tmp", ".x.opd.tmp")] == [True, False, False]
+    assert (
+        hash_inside(root, "b") is None
+        and hash_inside(root, "c/b") is None
+        and kind(root / "b") is None
+    )
+    assert [
+        files.TEMPORARY.fullmatch(name) is not None
+        for name in (".0123456789abcdef.opd.tmp", ".notes.tmp", ".x.opd.tmp")
+    ] == [True, False, False]

@@ -6,14 +6,21 @@ import pandas as pd
 import pytest
 
 import diagnostics
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, column, read_parquet, support_column, validate_tokens
 from diagnostics.core.types import Bank, Context, read_bank
-from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank
 
 
 def keys(**changes):
-    row = dict(context_id=["c", "c"], prompt_id=["p", "p"], position=[0, 1], response_length=[2, 2], token_id=[5, 6], token=["a", "b"])
+    row = dict(
+        context_id=["c", "c"],
+        prompt_id=["p", "p"],
+        position=[0, 1],
+        response_length=[2, 2],
+        token_id=[5, 6],
+        token=["a", "b"],
+    )
     return pd.DataFrame(row | changes)
 
 
@@ -26,8 +33,10 @@ def test_bank_survives_the_table():
 def test_a_bank_shows_a_summary_and_escapes_its_text():
     one = Context("c0", "p0", "<b>why</b>", (0, 5), "because <i>", (6, 7, 1), True)
     text = Bank((one, Context("c1", "p0", "x", (0,), "y", (4,), False)))._repr_html_()
-    assert text == ("<p>2 contexts of 1 prompts, 4 response positions, 1 ended by themselves.</p>"
-                    "<p>c0: <i>&lt;b&gt;why&lt;/b&gt;</i> because &lt;i&gt;</p>")
+    assert (
+        text == "<p>2 contexts of 1 prompts, 4 response positions, 1 ended by themselves.</p>"
+        "<p>c0: <i>&lt;b&gt;why&lt;/b&gt;</i> because &lt;i&gt;</p>"
+    )
     assert Bank(())._repr_html_() == "<p>A bank without contexts.</p>"
 
 
@@ -41,7 +50,9 @@ def test_bank_survives_parquet(tmp_path):
 def test_finished_is_true_or_false(value):
     frame = make_bank([3]).to_frame().astype({"finished": object})
     frame.at[0, "finished"] = value
-    with pytest.raises(DiagnosticsError, match=r"^A context is finished or not: true or false; found "):
+    with pytest.raises(
+        DiagnosticsError, match=r"^A context is finished or not: true or false; found "
+    ):
         Bank.from_frame(frame)
     for known in (True, np.True_, 1, 1.0, False, np.False_, 0):
         frame.at[0, "finished"] = known
@@ -50,12 +61,21 @@ def test_finished_is_true_or_false(value):
 
 def test_repeated_context_is_refused():
     frame = pd.concat([make_bank([2]).to_frame()] * 2)
-    with pytest.raises(DiagnosticsError, match=r"^context_id 'c0' appears more than once\. Give every context its own id\.$"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"^context_id 'c0' appears more than once\. Give every context its own id\.$",
+    ):
         Bank.from_frame(frame)
 
 
 def test_missing_column_names_what_is_there():
-    with pytest.raises(DiagnosticsError, match=r"^a token table needs the column token; this one has context_id, .*Write the missing ones"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^a token table needs the column token; this one has context_id, .*Write the missing"
+            r" ones"
+        ),
+    ):
         validate_tokens(keys().drop(columns="token"))
 
 
@@ -67,7 +87,9 @@ def test_tokens_take_the_schemas_order_and_types():
 
 
 def test_a_position_stands_once():
-    with pytest.raises(DiagnosticsError, match=r"^Position 0 of context 'c' appears more than once\."):
+    with pytest.raises(
+        DiagnosticsError, match=r"^Position 0 of context 'c' appears more than once\."
+    ):
         validate_tokens(keys(position=[0, 0]))
 
 
@@ -79,7 +101,10 @@ def test_a_column_that_cannot_be_cast_is_refused():
 def test_support_columns_find_their_schema():
     assert column("compatibility_k8") is SCHEMA["compatibility"]
     assert column("forward_kl_k8") is None and column("mine") is None
-    assert support_column("compatibility", 8) == "compatibility_k8" and support_column("compatibility", None) == "compatibility"
+    assert (
+        support_column("compatibility", 8) == "compatibility_k8"
+        and support_column("compatibility", None) == "compatibility"
+    )
 
 
 def test_every_kl_says_its_direction():
@@ -90,20 +115,40 @@ def test_every_kl_says_its_direction():
 
 def test_damaged_parquet_is_one_paragraph(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DiagnosticsError, match=r"x\.parquet cannot be read as parquet \(.*\)\. Check the path"):
+    with pytest.raises(
+        DiagnosticsError, match=r"x\.parquet cannot be read as parquet \(.*\)\. Check the path"
+    ):
         read_parquet(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize("first", ["diagnostics", "diagnostics.probing.one_step, diagnostics.criteria, diagnostics.analysis.rank_agreement"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "diagnostics",
+        "diagnostics.probing.one_step, diagnostics.criteria, diagnostics.analysis.rank_agreement",
+    ],
+)
 def test_functions_named_like_their_module_can_be_called_again_and_again(first):
-    """`dx.probe` is a function until something imports the module of that name, which then stands in its place."""
-    code = (f"import {first}; import diagnostics as dx; print(len(dx.criteria()) == len(dx.criteria()) > 10)\n"
-            "for f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n    except TypeError as e: print('missing' in str(e))")
-    assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True).stdout.split() == ["True"] * 5
+    """`dx.probe` is a function until something imports the module of that name, which then stands
+    in its place.
+    """
+    code = (
+        f"import {first}; import diagnostics as dx; print(len(dx.criteria()) == len(dx.criteria())"
+        " > 10)\nfor f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n   "
+        " except TypeError as e: print('missing' in str(e))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+        ).stdout.split()
+        == ["True"] * 5
+    )
 
 
 def test_import_is_light():
     code = "import sys, diagnostics; print('torch' in sys.modules, 'pandas' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    ).stdout.split() == ["False", "False"]
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         diagnostics.nothing

@@ -1,4 +1,6 @@
-"""Every measurement against a hand-worked example, an oracle in plain float64 loops, and its invariants."""
+"""Every measurement against a hand-worked example, an oracle in plain float64 loops, and its
+invariants.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.measure import divergences
-from diagnostics.measure.divergences import kl_pair, kl_pair_hidden, kls_and_js, mass_outside, measure, measure_hidden, top_ids
-from diagnostics.core.schema import SCHEMA, support_column
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.measure import divergences
+from diagnostics.measure.divergences import (
+    kl_pair,
+    kl_pair_hidden,
+    kls_and_js,
+    mass_outside,
+    measure,
+    measure_hidden,
+    top_ids,
+)
 
 INF, LN2 = math.inf, math.log(2)
-INDICATORS = [name for name, column in SCHEMA.items() if column.dtype == "bool" and column.stage == "before"]
+INDICATORS = [
+    name for name, column in SCHEMA.items() if column.dtype == "bool" and column.stage == "before"
+]
 DROPPED = {"student_dropped_mass", "teacher_dropped_mass"}
 
 
-def random_logits(seed: int, count: int, vocabulary: int, *, scale: float = 3.0, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def random_logits(
+    seed: int, count: int, vocabulary: int, *, scale: float = 3.0, dtype=torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher (related, but far from equal) and sampled ids."""
     generator = torch.Generator().manual_seed(seed)
     student_NV = torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * scale
-    teacher_NV = 0.6 * student_NV + torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * scale / 2
-    return student_NV.to(dtype), teacher_NV.to(dtype), torch.randint(vocabulary, (count,), generator=generator)
+    teacher_NV = (
+        0.6 * student_NV
+        + torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * scale / 2
+    )
+    return (
+        student_NV.to(dtype),
+        teacher_NV.to(dtype),
+        torch.randint(vocabulary, (count,), generator=generator),
+    )
 
 
 # ---------------------------------------------------------------- oracle: plain loops, float64
@@ -53,7 +74,9 @@ def best(distribution: list[float], k: int) -> list[int]:
     return sorted(range(len(distribution)), key=lambda v: (-distribution[v], v))[:k]
 
 
-def oracle(student: list[float], teacher: list[float], y: int, k: int, sweep=()) -> dict[str, float]:
+def oracle(
+    student: list[float], teacher: list[float], y: int, k: int, sweep=()
+) -> dict[str, float]:
     p, q = softmax(student), softmax(teacher)
     m = [(a + b) / 2 for a, b in zip(p, q)]
     first, second = (best(p, 2) + [None])[:2]
@@ -75,7 +98,10 @@ def oracle(student: list[float], teacher: list[float], y: int, k: int, sweep=())
     }
     for size in (k, *sweep):
         values = oracle_support(p, q, y, size)
-        out |= {support_column(name, None if size == k else size): value for name, value in values.items()}
+        out |= {
+            support_column(name, None if size == k else size): value
+            for name, value in values.items()
+        }
     return out
 
 
@@ -107,11 +133,19 @@ def oracle_support(p: list[float], q: list[float], y: int, k: int) -> dict[str, 
 def assert_equals_oracle(student_NV, teacher_NV, sampled_N, *, k, sweep=(), tolerance):
     measured = measure(student_NV, teacher_NV, sampled_N, k=k, sweep=sweep)
     for row in range(len(sampled_N)):
-        expected = oracle(student_NV[row].double().tolist(), teacher_NV[row].double().tolist(), int(sampled_N[row]), k, sweep)
+        expected = oracle(
+            student_NV[row].double().tolist(),
+            teacher_NV[row].double().tolist(),
+            int(sampled_N[row]),
+            k,
+            sweep,
+        )
         assert set(expected) == set(measured)
         for name, value in expected.items():
             assert measured[name].dtype == torch.float64
-            assert float(measured[name][row]) == pytest.approx(value, abs=tolerance, rel=tolerance), f"{name} of row {row}"
+            assert float(measured[name][row]) == pytest.approx(
+                value, abs=tolerance, rel=tolerance
+            ), f"{name} of row {row}"
 
 
 # ---------------------------------------------------------------- formulas
@@ -120,14 +154,20 @@ P, Q = torch.tensor([[1 / 2, 1 / 4, 1 / 4]]).log(), torch.tensor([[1 / 8, 1 / 8,
 
 
 def test_three_tokens_by_hand():
-    measured = {name: float(values) for name, values in measure(P, Q, torch.tensor([2]), k=1).items()}
+    measured = {
+        name: float(values) for name, values in measure(P, Q, torch.tensor([2]), k=1).items()
+    }
     expected = {
         "student_entropy": 1.5 * LN2,
         "teacher_entropy": 0.75 * LN2 + 0.75 * math.log(4 / 3),
         "forward_kl": 0.75 * math.log(3) - 0.375 * LN2,
         "reverse_kl": 1.25 * LN2 - 0.25 * math.log(3),
         # m = (5, 3, 8)/16, H(m) - (H(p) + H(q))/2
-        "js": 2.5 * LN2 - (5 * math.log(5) + 3 * math.log(3)) / 16 - (1.5 * LN2 + 2.25 * LN2 - 0.75 * math.log(3)) / 2,
+        "js": (
+            2.5 * LN2
+            - (5 * math.log(5) + 3 * math.log(3)) / 16
+            - (1.5 * LN2 + 2.25 * LN2 - 0.75 * math.log(3)) / 2
+        ),
         "hellinger": math.sqrt(1 - (1 / 4 + math.sqrt(1 / 32) + math.sqrt(3 / 16))),
         "student_logprob": -2 * LN2,
         "teacher_logprob": math.log(3 / 4),
@@ -189,7 +229,11 @@ def test_logits_of_two_dtypes():
 
 def test_every_column_of_the_schema_and_no_other():
     measured = measure(*random_logits(4, 3, 50), k=16, sweep=(8,))
-    before = {name for name, column in SCHEMA.items() if column.stage == "before"} - DROPPED - {"teacher_tail_mass"}
+    before = (
+        {name for name, column in SCHEMA.items() if column.stage == "before"}
+        - DROPPED
+        - {"teacher_tail_mass"}
+    )
     by_support = {f"{name}_k8" for name in before if SCHEMA[name].by_support}
     assert set(measured) == before | by_support
 
@@ -209,7 +253,13 @@ def test_a_k_beyond_the_vocabulary_counts_as_the_vocabulary():
     measured = measure(student_NV, teacher_NV, sampled_N, k=50)
     whole = measure(student_NV, teacher_NV, sampled_N, k=7)
     assert all(torch.equal(measured[name], whole[name]) for name in whole)
-    for name in ("compatibility", "compatibility_intersection", "topk_overlap", "topk_jaccard", "shared_student_mass"):
+    for name in (
+        "compatibility",
+        "compatibility_intersection",
+        "topk_overlap",
+        "topk_jaccard",
+        "shared_student_mass",
+    ):
         assert torch.allclose(measured[name], torch.ones(4, dtype=torch.float64))
     assert torch.allclose(measured["union_forward_kl"], measured["forward_kl"])
 
@@ -221,10 +271,24 @@ def test_a_k_beyond_the_vocabulary_counts_as_the_vocabulary():
 def test_a_teacher_equal_to_the_student_teaches_nothing(dtype):
     student_NV, _, sampled_N = random_logits(7, 20, 500, dtype=dtype)
     measured = measure(student_NV, student_NV.clone(), sampled_N, k=16)
-    for name in ("forward_kl", "reverse_kl", "hellinger", "advantage", "union_forward_kl", "union_log_ratio_variance"):
+    for name in (
+        "forward_kl",
+        "reverse_kl",
+        "hellinger",
+        "advantage",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ):
         assert torch.equal(measured[name], torch.zeros(20, dtype=torch.float64)), name
     assert measured["js"].abs().max() < 3e-7
-    for name in ("acceptance", "topk_overlap", "topk_jaccard", "teacher_top1_in_topk", "top1_match", "student_top1_in_teacher_top5"):
+    for name in (
+        "acceptance",
+        "topk_overlap",
+        "topk_jaccard",
+        "teacher_top1_in_topk",
+        "top1_match",
+        "student_top1_in_teacher_top5",
+    ):
         assert torch.equal(measured[name], torch.ones(20, dtype=torch.float64)), name
     assert torch.allclose(measured["bhattacharyya"], torch.ones(20, dtype=torch.float64))
 
@@ -233,20 +297,32 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(dtype):
 def test_bounds(scale):
     student_NV, teacher_NV, sampled_N = random_logits(8, 60, 400, scale=scale, dtype=torch.float32)
     measured = measure(student_NV, teacher_NV, sampled_N, k=16)
-    unit = ["compatibility", "compatibility_intersection", "topk_overlap", "topk_jaccard", "shared_student_mass", "bhattacharyya"]
+    unit = [
+        "compatibility",
+        "compatibility_intersection",
+        "topk_overlap",
+        "topk_jaccard",
+        "shared_student_mass",
+        "bhattacharyya",
+    ]
     for name in unit + ["acceptance", "hellinger", "student_margin"]:
         assert measured[name].min() >= 0 and measured[name].max() <= 1 + 1e-6, name
     assert measured["js"].min() > 0 and measured["js"].max() <= LN2 + 1e-6
     assert (measured["compatibility_intersection"] <= measured["compatibility"] + 1e-12).all()
     assert measured["student_entropy"].max() <= math.log(400) + 1e-6
-    total_variation_N = 0.5 * (student_NV.softmax(-1) - teacher_NV.softmax(-1)).abs().sum(-1).double()
+    total_variation_N = (
+        0.5 * (student_NV.softmax(-1) - teacher_NV.softmax(-1)).abs().sum(-1).double()
+    )
     assert (measured["forward_kl"] >= 2 * total_variation_N**2 - 1e-6).all()  # Pinsker
     assert (measured["reverse_kl"] >= 2 * total_variation_N**2 - 1e-6).all()
 
 
 def test_swapping_the_models_swaps_the_directions():
     student_NV, teacher_NV, sampled_N = random_logits(9, 10, 200)
-    one, other = measure(student_NV, teacher_NV, sampled_N), measure(teacher_NV, student_NV, sampled_N)
+    one, other = (
+        measure(student_NV, teacher_NV, sampled_N),
+        measure(teacher_NV, student_NV, sampled_N),
+    )
     assert torch.allclose(one["forward_kl"], other["reverse_kl"])
     assert not torch.allclose(one["forward_kl"], one["reverse_kl"], rtol=0.1)
     for name in ("js", "hellinger", "topk_overlap", "topk_jaccard", "bhattacharyya"):
@@ -259,7 +335,9 @@ def test_permuting_the_vocabulary_changes_nothing(dtype):
     order_V = torch.randperm(321, generator=torch.Generator().manual_seed(0))
     place_V = torch.empty_like(order_V).scatter_(0, order_V, torch.arange(321))
     measured = measure(student_NV, teacher_NV, sampled_N, k=16, sweep=(4,))
-    permuted = measure(student_NV[:, order_V], teacher_NV[:, order_V], place_V[sampled_N], k=16, sweep=(4,))
+    permuted = measure(
+        student_NV[:, order_V], teacher_NV[:, order_V], place_V[sampled_N], k=16, sweep=(4,)
+    )
     for name, values_N in measured.items():
         exact = torch.zeros(12, dtype=torch.float64) if name in INDICATORS else 1e-6
         assert ((values_N - permuted[name]).abs() <= exact).all(), name
@@ -267,7 +345,10 @@ def test_permuting_the_vocabulary_changes_nothing(dtype):
 
 def test_shifting_the_logits_changes_nothing():
     student_NV, teacher_NV, sampled_N = random_logits(11, 5, 100)
-    measured, shifted = measure(student_NV, teacher_NV, sampled_N), measure(student_NV + 300, teacher_NV - 700, sampled_N)
+    measured, shifted = (
+        measure(student_NV, teacher_NV, sampled_N),
+        measure(student_NV + 300, teacher_NV - 700, sampled_N),
+    )
     assert all(torch.allclose(measured[name], shifted[name], atol=1e-10) for name in measured)
 
 
@@ -276,22 +357,30 @@ def test_mean_acceptance_under_the_student_is_one_minus_total_variation():
     every_V = torch.arange(40)
     measured = measure(student_1V.expand(40, -1), teacher_1V.expand(40, -1), every_V)
     p_V, q_V = student_1V[0].softmax(-1), teacher_1V[0].softmax(-1)
-    assert float(p_V @ measured["acceptance"]) == pytest.approx(1 - 0.5 * float((p_V - q_V).abs().sum()), abs=1e-12)
+    assert float(p_V @ measured["acceptance"]) == pytest.approx(
+        1 - 0.5 * float((p_V - q_V).abs().sum()), abs=1e-12
+    )
 
 
 def test_the_union_form_approaches_the_whole_as_k_grows():
     student_NV, teacher_NV, sampled_N = random_logits(13, 10, 300)
     measured = measure(student_NV, teacher_NV, sampled_N, k=4, sweep=(64, 250))
-    far, near = ((measured[f"union_forward_kl_k{k}"] - measured["forward_kl"]).abs().max() for k in (64, 250))
+    far, near = (
+        (measured[f"union_forward_kl_k{k}"] - measured["forward_kl"]).abs().max() for k in (64, 250)
+    )
     assert near < 1e-3 < far or near < far / 10
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-7), (torch.float64, 1e-15)])
 def test_small_divergences_keep_their_digits(dtype, tolerance):
-    # A gain is the difference of two KLs: what cancels must cancel before it is summed, or entropies of
+    # A gain is the difference of two KLs: what cancels must cancel before it is summed, or
+    # entropies of
     # several nats leave their rounding behind.
     student_NV, _, sampled_N = random_logits(14, 30, 2000, dtype=dtype)
-    noise_NV = torch.randn(30, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1e-3
+    noise_NV = (
+        torch.randn(30, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        * 1e-3
+    )
     teacher_NV = (student_NV.double() + noise_NV).to(dtype)
     reference = measure(student_NV.double(), teacher_NV.double(), sampled_N)
     forward_N, reverse_N = kl_pair(student_NV, teacher_NV)
@@ -319,7 +408,10 @@ def test_a_bad_logit_makes_its_row_nan_and_no_other(bad, model):
 def test_a_row_without_any_probability_is_nan():
     student_NV, teacher_NV, sampled_N = random_logits(16, 2, 20)
     student_NV[0] = -INF
-    assert all(values_N[0].isnan() and not values_N[1].isnan() for values_N in measure(student_NV, teacher_NV, sampled_N).values())
+    assert all(
+        values_N[0].isnan() and not values_N[1].isnan()
+        for values_N in measure(student_NV, teacher_NV, sampled_N).values()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -335,8 +427,12 @@ def test_tokens_that_both_models_exclude_contribute_nothing(dtype):
     assert_equals_oracle(student_NV, teacher_NV, sampled_N, k=16, sweep=(100,), tolerance=1e-6)
 
 
-def padded(seed: int, value: float, *, vocabulary: int = 700, count: int = 90) -> tuple[Tensor, Tensor, Tensor]:
-    """A vocabulary whose last ids are no tokens: in both models for most rows, in either alone for some, in neither for one."""
+def padded(
+    seed: int, value: float, *, vocabulary: int = 700, count: int = 90
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A vocabulary whose last ids are no tokens: in both models for most rows, in either alone for
+    some, in neither for one.
+    """
     student_NV, teacher_NV, sampled_N = random_logits(seed, count, vocabulary, dtype=torch.float32)
     student_NV[:-1, -60:] = teacher_NV[:-1, -60:] = value
     student_NV[3, -60:], teacher_NV[5, -60:], student_NV[7, 0] = 1.0, 1.0, math.nan
@@ -351,14 +447,22 @@ def test_a_padded_vocabulary_is_measured_as_its_rows_alone(value, monkeypatch):
     measured = measure(student_NV, teacher_NV, sampled_N, k=16, sweep=(4,))
     for row in range(len(sampled_N) - 1):
         one = slice(row, row + 1)
-        alone = measure(student_NV[one].double(), teacher_NV[one].double(), sampled_N[one], k=16, sweep=(4,))
+        alone = measure(
+            student_NV[one].double(), teacher_NV[one].double(), sampled_N[one], k=16, sweep=(4,)
+        )
         for name, value_1 in alone.items():
-            assert torch.allclose(measured[name][one], value_1, rtol=1e-13, atol=1e-13, equal_nan=True), (name, row)
+            assert torch.allclose(
+                measured[name][one], value_1, rtol=1e-13, atol=1e-13, equal_nan=True
+            ), (name, row)
 
 
 def test_a_padded_vocabulary_takes_no_row_by_row_path(monkeypatch):
     made, centre = [], divergences.Block._centre
-    monkeypatch.setattr(divergences.Block, "_centre", lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)))
+    monkeypatch.setattr(
+        divergences.Block,
+        "_centre",
+        lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)),
+    )
     measure(*padded(21, -INF))
     assert sum(made) == 90 + 89 and len(made) == 2
 
@@ -410,9 +514,19 @@ def heads(vocabulary: int, *, dtype=torch.float32):
     def tensor(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
-    student_VH, teacher_VH, student_NH, teacher_NH = tensor(vocabulary, 8), tensor(vocabulary, 12) * 0.8, tensor(37, 8), tensor(37, 12)
+    student_VH, teacher_VH, student_NH, teacher_NH = (
+        tensor(vocabulary, 8),
+        tensor(vocabulary, 12) * 0.8,
+        tensor(37, 8),
+        tensor(37, 12),
+    )
     sampled_N = torch.randint(vocabulary, (37,), generator=generator)
-    return (student_NH, lambda h: h @ student_VH.T, teacher_NH, lambda h: h @ teacher_VH.T), sampled_N
+    return (
+        student_NH,
+        lambda h: h @ student_VH.T,
+        teacher_NH,
+        lambda h: h @ teacher_VH.T,
+    ), sampled_N
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 37, 100, None])
@@ -420,8 +534,12 @@ def heads(vocabulary: int, *, dtype=torch.float32):
 def test_hidden_states_give_what_their_logits_give(chunk, dtype, tolerance):
     (student_NH, student, teacher_NH, teacher), sampled_N = heads(300, dtype=dtype)
     whole = measure(student(student_NH), teacher(teacher_NH), sampled_N, k=16, sweep=(4,))
-    measured = measure_hidden(student_NH, student, teacher_NH, teacher, sampled_N, k=16, sweep=(4,), chunk=chunk)
-    again = measure_hidden(student_NH, student, teacher_NH, teacher, sampled_N, k=16, sweep=(4,), chunk=chunk)
+    measured = measure_hidden(
+        student_NH, student, teacher_NH, teacher, sampled_N, k=16, sweep=(4,), chunk=chunk
+    )
+    again = measure_hidden(
+        student_NH, student, teacher_NH, teacher, sampled_N, k=16, sweep=(4,), chunk=chunk
+    )
     assert set(measured) == set(whole)
     for name in whole:
         assert torch.allclose(measured[name], whole[name], rtol=tolerance, atol=tolerance), name
@@ -445,9 +563,13 @@ def test_the_cheap_scores_agree_where_a_row_is_not_finite():
     student_NV[0, 1] = teacher_NV[0, 1] = student_NV[1, 2] = -INF
     student_NV[2, 3], teacher_NV[3, 4] = math.nan, INF
     measured = measure(student_NV, teacher_NV, sampled_N)
-    for name, values_N in zip(("forward_kl", "reverse_kl", "js"), kls_and_js(student_NV, teacher_NV), strict=True):
+    for name, values_N in zip(
+        ("forward_kl", "reverse_kl", "js"), kls_and_js(student_NV, teacher_NV), strict=True
+    ):
         assert torch.equal(values_N.nan_to_num(7.0), measured[name].nan_to_num(7.0))
-    assert torch.equal(kl_pair(student_NV, teacher_NV)[0].nan_to_num(7.0), measured["forward_kl"].nan_to_num(7.0))
+    assert torch.equal(
+        kl_pair(student_NV, teacher_NV)[0].nan_to_num(7.0), measured["forward_kl"].nan_to_num(7.0)
+    )
 
 
 def test_no_positions_give_empty_columns():
@@ -460,15 +582,33 @@ def test_the_likeliest_tokens_come_along_where_asked_for():
     generator = torch.Generator().manual_seed(3)
     hidden_NH, teacher_NH = (torch.randn(7, 6, generator=generator) for _ in range(2))
     head_HV, sampled_N = torch.randn(6, 40, generator=generator), torch.zeros(7, dtype=torch.long)
-    plain = measure_hidden(hidden_NH, lambda h: h @ head_HV, teacher_NH, lambda h: h @ head_HV, sampled_N, k=4)
-    found = measure_hidden(hidden_NH, lambda h: h @ head_HV, teacher_NH, lambda h: h @ head_HV, sampled_N, k=4, tops=5, chunk=3)
-    added = {f"{model}_top_{j}{part}" for model in ("student", "teacher") for j in range(5) for part in ("", "_p")}
+    plain = measure_hidden(
+        hidden_NH, lambda h: h @ head_HV, teacher_NH, lambda h: h @ head_HV, sampled_N, k=4
+    )
+    found = measure_hidden(
+        hidden_NH,
+        lambda h: h @ head_HV,
+        teacher_NH,
+        lambda h: h @ head_HV,
+        sampled_N,
+        k=4,
+        tops=5,
+        chunk=3,
+    )
+    added = {
+        f"{model}_top_{j}{part}"
+        for model in ("student", "teacher")
+        for j in range(5)
+        for part in ("", "_p")
+    }
     assert set(found) - set(plain) == added
     for model, states_NH in (("student", hidden_NH), ("teacher", teacher_NH)):
         best = (states_NH @ head_HV).double().softmax(-1).topk(5)
         for j in range(5):
             assert found[f"{model}_top_{j}"].tolist() == best.indices[:, j].tolist()
-            torch.testing.assert_close(found[f"{model}_top_{j}_p"], best.values[:, j], rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                found[f"{model}_top_{j}_p"], best.values[:, j], rtol=1e-6, atol=0
+            )
 
 
 def test_nothing_is_projected_beyond_a_chunk():
@@ -502,7 +642,13 @@ def test_mass_outside_the_shared_vocabulary():
     expected_N = student(student_NH).double().softmax(-1)[:, 250:].sum(-1)
     assert torch.allclose(mass_outside(student_NH, shared, beyond, chunk=10), expected_N, atol=1e-6)
     measured = measure_hidden(
-        student_NH, shared, teacher_NH, lambda h: teacher(h)[:, :250], sampled_N.clamp(max=249), chunk=10, student_dropped=beyond
+        student_NH,
+        shared,
+        teacher_NH,
+        lambda h: teacher(h)[:, :250],
+        sampled_N.clamp(max=249),
+        chunk=10,
+        student_dropped=beyond,
     )
     assert torch.allclose(measured["student_dropped_mass"], expected_N, atol=1e-6)
     assert "teacher_dropped_mass" not in measured
@@ -517,8 +663,18 @@ def test_chunk_sizes():
 def test_peak_memory_is_bounded_and_flat():
     bench = Path(__file__).parents[2] / "benchmarks" / "bench.py"
     done = subprocess.run(
-        [sys.executable, bench, "--quick", "--only", "scoring_peak_memory", "scoring_memory_growth", "--json"],
-        capture_output=True, text=True, check=True,
+        [
+            sys.executable,
+            bench,
+            "--quick",
+            "--only",
+            "scoring_peak_memory",
+            "scoring_memory_growth",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["scoring_peak_memory"]["value"] <= rows["scoring_peak_memory"]["goal"] == 300
@@ -535,33 +691,45 @@ def message(function, *args, **options) -> str:
 
 
 def test_logits_over_different_vocabularies_are_refused():
-    assert message(measure, torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long)) == (
-        "Student logits have shape (2, 5) and teacher logits (2, 6); both must be [positions, vocabulary] over the same ids. "
-        "Slice both to the shared vocabulary first."
+    assert (
+        message(measure, torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
+        == "Student logits have shape (2, 5) and teacher logits (2, 6); both must be [positions,"
+        " vocabulary] over the same ids. Slice both to the shared vocabulary first."
     )
 
 
 def test_a_sampled_id_outside_the_vocabulary_is_refused():
-    assert message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4, 5])) == (
-        "Sampled token id 5 is outside the vocabulary of 5. The contexts were sampled with another tokenizer; sample them again."
+    assert (
+        message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4, 5]))
+        == "Sampled token id 5 is outside the vocabulary of 5. The contexts were sampled with"
+        " another tokenizer; sample them again."
     )
 
 
 def test_as_many_sampled_ids_as_positions():
-    assert message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4])) == (
-        "There are 2 positions and sampled tokens of shape (1,); give one id a position."
+    assert (
+        message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4]))
+        == "There are 2 positions and sampled tokens of shape (1,); give one id a position."
     )
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"k": 4, "sweep": (8, 0)}])
 def test_a_support_of_no_tokens_is_refused(options):
-    assert message(measure, torch.zeros(1, 5), torch.zeros(1, 5), torch.zeros(1, dtype=torch.long), **options) == (
-        "A support of K = 0 tokens was asked for; K must be at least 1."
+    assert (
+        message(
+            measure,
+            torch.zeros(1, 5),
+            torch.zeros(1, 5),
+            torch.zeros(1, dtype=torch.long),
+            **options,
+        )
+        == "A support of K = 0 tokens was asked for; K must be at least 1."
     )
 
 
 def test_a_chunk_of_no_positions_is_refused():
     states, sampled_N = heads(30)
-    assert message(measure_hidden, *states, sampled_N, chunk=0) == (
-        "chunk is 0; give a positive number of positions, or None to have one picked."
+    assert (
+        message(measure_hidden, *states, sampled_N, chunk=0)
+        == "chunk is 0; give a positive number of positions, or None to have one picked."
     )

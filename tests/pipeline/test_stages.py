@@ -2,14 +2,22 @@ import json
 import shutil
 
 import pandas as pd
-import pytest
 
-from diagnostics.pipeline.cli import main
 from diagnostics.core.files import sha256_file
-from tests.conftest import make_pair
+from diagnostics.pipeline.cli import main
 
-FILES = ("contexts.parquet", "scores.parquet", "tops.parquet", "gains.parquet", "tokens.parquet", "tables/calibration.csv", "tables/correlations.csv",
-         "tables/q3_contrast.csv", "manifest.json", "report.html")
+FILES = (
+    "contexts.parquet",
+    "scores.parquet",
+    "tops.parquet",
+    "gains.parquet",
+    "tokens.parquet",
+    "tables/calibration.csv",
+    "tables/correlations.csv",
+    "tables/q3_contrast.csv",
+    "manifest.json",
+    "report.html",
+)
 
 
 def hashes(directory):
@@ -35,8 +43,16 @@ def test_the_manifest_hashes_every_file(finished):
         for file, digest in stage["files"].items():
             assert sha256_file(finished / file) == digest
     counts = manifest["stages"]["rollout"]["facts"]["prompts"]
-    assert counts["rows"] == 30 and counts["prompts"] == 20 and counts["not_needed"] == 10 and counts["empty"] == counts["over_long"] == 0
-    assert manifest["versions"]["torch"].startswith("2.") and len(manifest["stages"]["rollout"]["facts"]["student"]["weights_sha256"]) == 64
+    assert (
+        counts["rows"] == 30
+        and counts["prompts"] == 20
+        and counts["not_needed"] == 10
+        and counts["empty"] == counts["over_long"] == 0
+    )
+    assert (
+        manifest["versions"]["torch"].startswith("2.")
+        and len(manifest["stages"]["rollout"]["facts"]["student"]["weights_sha256"]) == 64
+    )
 
 
 def test_the_same_command_again_changes_nothing(finished, folders):
@@ -48,7 +64,10 @@ def test_the_same_command_again_changes_nothing(finished, folders):
 def test_stages_one_by_one_elsewhere_give_the_same_bytes(finished, folders, tmp_path):
     directory = str(tmp_path / "steps")
     models = folders[:4] + ["--device", "cpu", "--quiet"]
-    assert main(["rollout", *folders[:10], "--device", "cpu", "--quiet", "--output-dir", directory]) == 0
+    assert (
+        main(["rollout", *folders[:10], "--device", "cpu", "--quiet", "--output-dir", directory])
+        == 0
+    )
     assert main(["score", *models, "--output-dir", directory]) == 0
     assert main(["probe", *models, "--output-dir", directory]) == 0
     assert main(["analyze", "--draws", "50", "--quiet", "--output-dir", directory]) == 0
@@ -62,7 +81,10 @@ def test_a_lost_file_is_made_again(finished, folders, tmp_path):
     before = hashes(directory)
     (directory / "gains.parquet").unlink()
     (directory / "tables/calibration.csv").write_text("broken")
-    assert main(["probe", *folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)]) == 0
+    assert (
+        main(["probe", *folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)])
+        == 0
+    )
     assert hashes(directory) == before
 
 
@@ -70,7 +92,12 @@ def test_another_configuration_is_refused(finished, folders, capsys):
     before = hashes(finished)
     assert main(["run", *folders, "--seed", "9", "--output-dir", str(finished)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "setting seed: was 0, now 9" in error and "Nothing was overwritten" in error
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and "setting seed: was 0, now 9" in error
+        and "Nothing was overwritten" in error
+    )
     assert hashes(finished) == before
 
 
@@ -79,8 +106,22 @@ def test_a_local_data_set_is_known_by_its_files(folders, tmp_path, capsys, monke
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(4)))
-    command = ["rollout", *folders[:4], "--device", "cpu", "--quiet", "--prompts", f"hf:{tmp_path / 'data'}", "--max-new-tokens", "2", "--output-dir", str(tmp_path / "out")]
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i}"}}\n' for i in range(4))
+    )
+    command = [
+        "rollout",
+        *folders[:4],
+        "--device",
+        "cpu",
+        "--quiet",
+        "--prompts",
+        f"hf:{tmp_path / 'data'}",
+        "--max-new-tokens",
+        "2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 0
     with open(tmp_path / "data" / "train.jsonl", "a") as file:
         file.write('{"prompt": "w9"}\n')
@@ -89,5 +130,21 @@ def test_a_local_data_set_is_known_by_its_files(folders, tmp_path, capsys, monke
 
 def test_a_table_alone_can_be_analysed(finished, tmp_path):
     directory = tmp_path / "table"
-    assert main(["analyze", "--tokens", str(finished / "tokens.parquet"), "--draws", "50", "--quiet", "--output-dir", str(directory)]) == 0
-    assert (directory / "tables/correlations.csv").read_bytes() == (finished / "tables/correlations.csv").read_bytes()
+    assert (
+        main(
+            [
+                "analyze",
+                "--tokens",
+                str(finished / "tokens.parquet"),
+                "--draws",
+                "50",
+                "--quiet",
+                "--output-dir",
+                str(directory),
+            ]
+        )
+        == 0
+    )
+    assert (directory / "tables/correlations.csv").read_bytes() == (
+        finished / "tables/correlations.csv"
+    ).read_bytes()

@@ -3,13 +3,23 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics.probing import attribution
-from diagnostics.probing.attribution import PARTS, Tracer, attribute, kernel_shares, lift_by_group, linearity, plain_attention, position_groups, sample_positions
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Bank, Context
 from diagnostics.models.pair import assemble, weights_sha256
+from diagnostics.probing import attribution
+from diagnostics.probing.attribution import (
+    PARTS,
+    Tracer,
+    attribute,
+    kernel_shares,
+    lift_by_group,
+    linearity,
+    plain_attention,
+    position_groups,
+    sample_positions,
+)
 from diagnostics.probing.one_step import Workbench, loss_weights, split_prompts
 from diagnostics.probing.scores import score
-from diagnostics.core.types import Bank, Context
-from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
 
@@ -17,12 +27,24 @@ STEP = {"adamw": 1e-3, "sgd": 0.05}
 
 
 def gpt2(seed, *, hidden=24, tied=False):
-    """An architecture that stays in float64 throughout; Llama's norms and plain attention go through float32."""
+    """An architecture that stays in float64 throughout; Llama's norms and plain attention go
+    through float32.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=64, n_embd=hidden, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
-        tie_word_embeddings=tied, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=64,
+        n_embd=hidden,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -36,7 +58,17 @@ def make_setting(student=None):
     pair = assemble("tiny", student or gpt2(1), gpt2(2, hidden=32), make_tokenizer())
     contexts = list(make_bank([5, 4, 3, 6, 4, 2]))
     twin = contexts[1]
-    contexts.append(Context("c6", twin.prompt_id, twin.prompt, twin.prompt_ids, "other", twin.response_ids[::-1], False))
+    contexts.append(
+        Context(
+            "c6",
+            twin.prompt_id,
+            twin.prompt,
+            twin.prompt_ids,
+            "other",
+            twin.response_ids[::-1],
+            False,
+        )
+    )
     bank = Bank(tuple(contexts))
     tokens = score(pair, bank)
     return pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
@@ -45,7 +77,9 @@ def make_setting(student=None):
 @pytest.fixture(scope="module")
 def setting():
     pair, bank, tokens, split = make_setting()
-    assert "p1" in set(tokens.prompt_id[split == "step"]), "the prompt with two contexts has to carry loss"
+    assert "p1" in set(tokens.prompt_id[split == "step"]), (
+        "the prompt with two contexts has to carry loss"
+    )
     return pair, bank, tokens, split
 
 
@@ -59,11 +93,20 @@ def written_out(setting):
 def tracer_of(setting, optimizer, loss="reverse_kl"):
     pair, bank, tokens, split = setting
     bench = Workbench(pair, bank, tokens, split)
-    return Tracer(bench, loss_weights(tokens, split), loss=loss, beta=0.5, optimizer=optimizer, step_size=STEP[optimizer])
+    return Tracer(
+        bench,
+        loss_weights(tokens, split),
+        loss=loss,
+        beta=0.5,
+        optimizer=optimizer,
+        step_size=STEP[optimizer],
+    )
 
 
 def brute_force(setting, optimizer):
-    """Per-position gradients by plain autograd on whole logits: grad D [N, P], grad of the reverse KL [N, P], and a*P."""
+    """Per-position gradients by plain autograd on whole logits: grad D [N, P], grad of the reverse
+    KL [N, P], and a*P.
+    """
     pair, bank, tokens, split = setting
     parameters = list(pair.student.model.parameters())
     gradients = ([], [])
@@ -72,7 +115,9 @@ def brute_force(setting, optimizer):
         at = slice(len(context.prompt_ids) - 1, len(context.ids) - 1)
         ln_p = pair.student.model(input_ids=ids).logits[0, at].log_softmax(-1)
         ln_q = pair.teacher.model(input_ids=ids).logits[0, at].detach().log_softmax(-1)
-        for values, out in zip(((ln_q.exp() * (ln_q - ln_p)).sum(-1), (ln_p.exp() * (ln_p - ln_q)).sum(-1)), gradients):
+        for values, out in zip(
+            ((ln_q.exp() * (ln_q - ln_p)).sum(-1), (ln_p.exp() * (ln_p - ln_q)).sum(-1)), gradients
+        ):
             for value in values:
                 parts = torch.autograd.grad(value, parameters, retain_graph=True)
                 out.append(torch.cat([part.flatten() for part in parts]))
@@ -85,7 +130,12 @@ def brute_force(setting, optimizer):
 
 def brute_kernel(setting, optimizer, columns=slice(None)):
     forward_NP, loss_NP, scale_P, on_step = brute_force(setting, optimizer)
-    return ((forward_NP[:, columns] * scale_P[columns]) @ loss_NP[:, columns].T * on_step / on_step.sum()).numpy()
+    return (
+        (forward_NP[:, columns] * scale_P[columns])
+        @ loss_NP[:, columns].T
+        * on_step
+        / on_step.sum()
+    ).numpy()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -103,8 +153,15 @@ def test_rows_sum_to_the_first_order_gain_and_columns_to_the_lift(setting, optim
     kernel, held_out = brute_kernel(setting, optimizer), setting[3] == "held_out"
     tracer = tracer_of(setting, optimizer)
     gain, lift = tracer.first_order_gain, tracer.lift()
-    np.testing.assert_allclose(gain, kernel.sum(axis=1), rtol=1e-6, atol=1e-9 * np.abs(kernel).max())
-    np.testing.assert_allclose(lift[~held_out], kernel[held_out][:, ~held_out].mean(axis=0), rtol=1e-6, atol=1e-9 * np.abs(kernel).max())
+    np.testing.assert_allclose(
+        gain, kernel.sum(axis=1), rtol=1e-6, atol=1e-9 * np.abs(kernel).max()
+    )
+    np.testing.assert_allclose(
+        lift[~held_out],
+        kernel[held_out][:, ~held_out].mean(axis=0),
+        rtol=1e-6,
+        atol=1e-9 * np.abs(kernel).max(),
+    )
     assert np.isnan(lift[held_out]).all()
     assert np.nansum(lift) == pytest.approx(gain[held_out].mean(), rel=1e-6)
 
@@ -138,7 +195,9 @@ def test_the_split_adds_up_and_names_the_right_sources(setting, optimizer, full)
 
 
 def test_output_layer_of_a_gradient_step_has_a_closed_form(setting):
-    """<p_i - q_i, dl_j/dz_j> <h_i, h_j>, with the reverse KL's pull p (ln p - ln q - KL) written out."""
+    """<p_i - q_i, dl_j/dz_j> <h_i, h_j>, with the reverse KL's pull p (ln p - ln q - KL) written
+    out.
+    """
     pair, bank, tokens, split = setting
     states, p, q = [], [], []
     for context in bank:
@@ -176,7 +235,9 @@ def test_first_order_gain_is_the_finite_difference(setting, loss):
         with bench.moved(tracer.update, sign * small):
             ends.append(bench.rescore("x")[0])
     bench.require_restored()
-    np.testing.assert_allclose(gain / STEP["sgd"], (ends[1] - ends[0]) / (2 * small), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        gain / STEP["sgd"], (ends[1] - ends[0]) / (2 * small), rtol=1e-5, atol=1e-8
+    )
     assert np.abs(gain).max() > 1e-4
 
 
@@ -195,10 +256,16 @@ def test_tied_embeddings_give_the_output_layer_its_output_path_alone():
     with plain_attention(pair.student.model):
         tracer = tracer_of(setting, "adamw")
         table = tracer.kernel(targets, full=True).set_index("kernel")
-        whole = np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="output_layer"))).sum(axis=1)
+        whole = np.stack(
+            list(tracer.rows(targets, np.arange(len(split)), kind="output_layer"))
+        ).sum(axis=1)
     np.testing.assert_allclose(table.loc["output_layer", "total"], whole, rtol=1e-8)
-    np.testing.assert_allclose(table.loc["full", "total"], tracer.first_order_gain[targets], rtol=1e-8)
-    assert not np.allclose(table.loc["full", "total"], table.loc["output_layer", "total"], rtol=0.01)
+    np.testing.assert_allclose(
+        table.loc["full", "total"], tracer.first_order_gain[targets], rtol=1e-8
+    )
+    assert not np.allclose(
+        table.loc["full", "total"], table.loc["output_layer", "total"], rtol=0.01
+    )
 
 
 def test_a_float32_llama_adds_up_too():
@@ -206,8 +273,13 @@ def test_a_float32_llama_adds_up_too():
     targets = np.flatnonzero(split == "step")[:4]
     with plain_attention(pair.student.model):
         tracer = tracer_of(setting, "sgd")
-        rows, gain = np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="full"))), tracer.first_order_gain
-    np.testing.assert_allclose(rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max())
+        rows, gain = (
+            np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="full"))),
+            tracer.first_order_gain,
+        )
+    np.testing.assert_allclose(
+        rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max()
+    )
 
 
 def mixture(seed):
@@ -215,8 +287,19 @@ def mixture(seed):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(config).eval()
@@ -224,23 +307,41 @@ def mixture(seed):
 
 def test_a_mixture_of_experts_adds_up_too():
     pair, bank, tokens, split = setting = make_setting(mixture(1))
-    targets, before = np.flatnonzero(split == "step")[:3], pair.student.model.config._experts_implementation
+    targets, before = (
+        np.flatnonzero(split == "step")[:3],
+        pair.student.model.config._experts_implementation,
+    )
     assert before != "eager"
     with plain_attention(pair.student.model):
         assert pair.student.model.config._experts_implementation == "eager"
         tracer = tracer_of(setting, "sgd")
-        rows, gain = np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="full"))), tracer.first_order_gain
+        rows, gain = (
+            np.stack(list(tracer.rows(targets, np.arange(len(split)), kind="full"))),
+            tracer.first_order_gain,
+        )
     assert pair.student.model.config._experts_implementation == before
-    np.testing.assert_allclose(rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max())
-    table = attribute(pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=1e-3).linearity
-    assert table[table.split == "all"].set_index("fraction").slope[0.1] == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(
+        rows.sum(axis=1), gain[targets], rtol=1e-3, atol=1e-4 * np.abs(rows).max()
+    )
+    table = attribute(
+        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=1e-3
+    ).linearity
+    assert table[table.split == "all"].set_index("fraction").slope[0.1] == pytest.approx(
+        1, abs=0.05
+    )
 
 
 def test_attribute_leaves_the_student_as_it_was(setting):
     pair, bank, tokens, _ = setting
-    before, attention = weights_sha256(pair.student.model), pair.student.model.config._attn_implementation
+    before, attention = (
+        weights_sha256(pair.student.model),
+        pair.student.model.config._attn_implementation,
+    )
     result = attribute(pair, bank, tokens=tokens, sample=8, draws=50)
-    assert weights_sha256(pair.student.model) == before and pair.student.model.config._attn_implementation == attention
+    assert (
+        weights_sha256(pair.student.model) == before
+        and pair.student.model.config._attn_implementation == attention
+    )
     assert set(result.kernel.kernel) == {"output_layer"} and result.kernel.shape[0] <= 8
     step = result.tokens.split == "step"
     assert result.tokens.lift.notna().equals(step) and result.tokens.first_order_gain.notna().all()
@@ -249,9 +350,15 @@ def test_attribute_leaves_the_student_as_it_was(setting):
 
 def test_a_small_step_is_predicted_and_a_large_one_is_not(setting):
     pair, bank, tokens, _ = setting
-    table = attribute(pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01).linearity
+    table = attribute(
+        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01
+    ).linearity
     whole = table[table.split == "all"].set_index("fraction")
-    assert whole.slope[0.1] == pytest.approx(1, abs=0.02) and whole.r2[0.1] > 0.999 and whole.explained[0.1] > 0.999
+    assert (
+        whole.slope[0.1] == pytest.approx(1, abs=0.02)
+        and whole.r2[0.1] > 0.999
+        and whole.explained[0.1] > 0.999
+    )
     assert abs(whole.slope[3.0] - 1) > 5 * abs(whole.slope[0.1] - 1)
     assert (table.slope_low <= table.slope).all() and (table.r2_high <= 1).all()
     np.testing.assert_allclose(table.step_size, table.fraction * 0.01)
@@ -261,13 +368,23 @@ def test_linearity_is_ordinary_least_squares():
     tokens = study_tokens(prompts=10)
     rng = np.random.default_rng(0)
     tokens["first_order_gain"] = rng.normal(size=len(tokens))
-    realised = 0.7 * tokens.first_order_gain.to_numpy() * 0.5 + 0.2 + 0.1 * rng.normal(size=len(tokens))
-    row = linearity(tokens, {0.5: realised}, 2.0, norm=0.25, draws=200).set_index("split").loc["all"]
+    realised = (
+        0.7 * tokens.first_order_gain.to_numpy() * 0.5 + 0.2 + 0.1 * rng.normal(size=len(tokens))
+    )
+    row = (
+        linearity(tokens, {0.5: realised}, 2.0, norm=0.25, draws=200).set_index("split").loc["all"]
+    )
     x = 0.5 * tokens.first_order_gain
     slope, intercept = np.polyfit(x, realised, 1)
-    assert row.slope == pytest.approx(slope, rel=1e-9) and row.r2 == pytest.approx(np.corrcoef(x, realised)[0, 1] ** 2, rel=1e-9)
-    assert row.explained == pytest.approx(1 - np.sum((realised - x) ** 2) / np.sum((realised - realised.mean()) ** 2), rel=1e-9)
-    assert row.slope_low < 0.7 < row.slope_high and row.relative_norm == 0.25 and row.step_size == 1.0
+    assert row.slope == pytest.approx(slope, rel=1e-9) and row.r2 == pytest.approx(
+        np.corrcoef(x, realised)[0, 1] ** 2, rel=1e-9
+    )
+    assert row.explained == pytest.approx(
+        1 - np.sum((realised - x) ** 2) / np.sum((realised - realised.mean()) ** 2), rel=1e-9
+    )
+    assert (
+        row.slope_low < 0.7 < row.slope_high and row.relative_norm == 0.25 and row.step_size == 1.0
+    )
 
 
 def test_sample_is_stratified_and_only_of_supervised_positions():
@@ -280,22 +397,31 @@ def test_sample_is_stratified_and_only_of_supervised_positions():
         there = ((attribution.registry.quadrants(tokens) == number) & (weights == 1)).sum()
         assert (quadrant == number).sum() == min(5, there)
     assert not np.array_equal(rows, sample_positions(tokens, weights, count=20, seed=1))
-    with pytest.raises(DiagnosticsError, match=r"^A kernel on 0 positions was asked for; sample at least 1\.$"):
+    with pytest.raises(
+        DiagnosticsError, match=r"^A kernel on 0 positions was asked for; sample at least 1\.$"
+    ):
         sample_positions(tokens, weights, count=0, seed=0)
 
 
 def test_shares_weight_each_quadrant_by_what_it_stands_for():
-    """Two sampled positions of unequal quadrants: the mean over all is that of the population, not of the sample."""
+    """Two sampled positions of unequal quadrants: the mean over all is that of the population, not
+    of the sample.
+    """
     tokens = study_tokens(prompts=12)
     quadrant, step = attribution.registry.quadrants(tokens), (tokens.split == "step").to_numpy()
     rows = [np.flatnonzero(step & (quadrant == number))[0] for number in (1, 3)]
     kernel = tokens.loc[rows, ["context_id", "prompt_id", "position"]].reset_index(drop=True)
-    kernel[["kernel", *PARTS, "total"]] = [["full", 1.0, 0.0, 0.0, 1.0, 2.0], ["full", 3.0, 1.0, 0.0, -2.0, 2.0]]
+    kernel[["kernel", *PARTS, "total"]] = [
+        ["full", 1.0, 0.0, 0.0, 1.0, 2.0],
+        ["full", 3.0, 1.0, 0.0, -2.0, 2.0],
+    ]
     table = kernel_shares(tokens, kernel, draws=20).set_index(["group", "part"])
     one, three = ((step & (quadrant == number)).sum() for number in (1, 3))
     assert table["mean"]["all", "self"] == pytest.approx((one + 3 * three) / (one + three))
     assert table.share["all", "self"] == pytest.approx((one + 3 * three) / (2 * one + 2 * three))
-    assert table["mean"]["q3", "other_prompts"] == -2.0 and table.share["q3", "other_prompts"] == -1.0
+    assert (
+        table["mean"]["q3", "other_prompts"] == -2.0 and table.share["q3", "other_prompts"] == -1.0
+    )
     assert sum(table.share["all", part] for part in PARTS) == pytest.approx(1)
 
 
@@ -315,7 +441,9 @@ def test_lift_by_group_counts_shares():
     for name, mask in position_groups(tokens).items():
         share = tokens.lift[mask].sum() / tokens.lift.sum()
         part = (mask & step).sum() / step.sum()
-        assert table.lift_share[name] == pytest.approx(share) and table.position_share[name] == pytest.approx(part)
+        assert table.lift_share[name] == pytest.approx(share) and table.position_share[
+            name
+        ] == pytest.approx(part)
         assert table.enrichment[name] == pytest.approx(share / part)
     tokens["lift"] = -tokens["lift"]
     assert lift_by_group(tokens, draws=20).lift_share.isna().all()
@@ -336,7 +464,13 @@ def test_an_architecture_without_forward_mode_is_named(setting, monkeypatch):
 
     logits = pair.student.logits
     monkeypatch.setattr(pair.student, "logits", lambda hidden: logits(Opaque.apply(hidden)))
-    with pytest.raises(DiagnosticsError, match=r"^GPT2LMHeadModel has an operation without forward-mode derivative \(.*\)\. Probe and intervene on it"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^GPT2LMHeadModel has an operation without forward-mode derivative \(.*\)\. Probe and"
+            r" intervene on it"
+        ),
+    ):
         tracer.first_order_gain
 
 
@@ -345,4 +479,8 @@ def test_kernel_table_without_a_separable_head(setting, monkeypatch, caplog):
     tracer = tracer_of(setting, "sgd")
     monkeypatch.setattr(pair.student, "apart", False)
     table = tracer.kernel(np.flatnonzero(split == "step")[:2], full=False)
-    assert isinstance(table, pd.DataFrame) and table.empty and "cannot be told apart: its kernel is left out" in caplog.text
+    assert (
+        isinstance(table, pd.DataFrame)
+        and table.empty
+        and "cannot be told apart: its kernel is left out" in caplog.text
+    )

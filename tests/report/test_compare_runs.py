@@ -6,8 +6,8 @@ import re
 import pandas as pd
 import pytest
 
-from diagnostics.report import compare_runs
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.report import compare_runs
 from tests import study_tables
 
 
@@ -15,7 +15,11 @@ from tests import study_tables
 def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     one = study_tables.write_run(folder / "one", verdicts=study_tables.verdicts())
-    two = study_tables.write_run(folder / "two", correlations=study_tables.correlations(seed=1), only_here=study_tables.lift())
+    two = study_tables.write_run(
+        folder / "two",
+        correlations=study_tables.correlations(seed=1),
+        only_here=study_tables.lift(),
+    )
     manifest = study_tables.manifest()
     manifest["stages"]["probe"]["settings"]["loss"] = "forward_kl"
     manifest["stages"]["rollout"]["facts"]["student"]["name"] = "tiny <b>"
@@ -39,13 +43,19 @@ def test_tables_are_joined_run_by_run(comparison):
 
 def test_settings_hold_what_differs(comparison):
     assert comparison.settings.to_dict("index") == {
-        "probe: loss": {"one": "reverse_kl", "two": "forward_kl"}, "model: student": {"one": "small", "two": "tiny <b>"},
+        "probe: loss": {"one": "reverse_kl", "two": "forward_kl"},
+        "model: student": {"one": "small", "two": "tiny <b>"},
     }
 
 
 def test_verdicts_stand_by_run(comparison):
     assert comparison.verdicts.loc[("C1", "gain")].tolist() == ["refuted", "–"]
-    assert comparison.verdicts.index.tolist() == [("C1", "gain"), ("C1", "relative_gain"), ("C2", "gain"), ("C2", "relative_gain")]
+    assert comparison.verdicts.index.tolist() == [
+        ("C1", "gain"),
+        ("C1", "relative_gain"),
+        ("C2", "gain"),
+        ("C2", "relative_gain"),
+    ]
 
 
 def test_page_is_one_escaped_file(comparison, tmp_path):
@@ -60,7 +70,11 @@ def test_page_is_one_escaped_file(comparison, tmp_path):
 
 def test_shows_itself_in_a_notebook(comparison):
     text = comparison._repr_html_()
-    assert text.startswith("<h4>What differs</h4>") and "<h4>Verdicts</h4>" in text and "tiny &lt;b&gt;" in text
+    assert (
+        text.startswith("<h4>What differs</h4>")
+        and "<h4>Verdicts</h4>" in text
+        and "tiny &lt;b&gt;" in text
+    )
 
 
 def test_names_tell_folders_apart(tmp_path):
@@ -72,8 +86,10 @@ def test_names_tell_folders_apart(tmp_path):
 def test_refusals(directories):
     with pytest.raises(DiagnosticsError) as error:
         compare_runs.compare_runs(directories[:1])
-    assert str(error.value) == (
-        "A comparison needs two or more runs, each with a name of its own; got 1 and the names one. Name more directories, or pass names=[…]."
+    assert (
+        str(error.value)
+        == "A comparison needs two or more runs, each with a name of its own; got 1 and the names"
+        " one. Name more directories, or pass names=[…]."
     )
     with pytest.raises(DiagnosticsError) as error:
         compare_runs.compare_runs(directories, names=["x", "x"])

@@ -15,4 +15,12 @@ def folders(tmp_path_factory):
         pair.tokenizer.save_pretrained(base / name)
     rows = [{"prompt": f"w{i} w{(7 * i) % 60}"} for i in range(16)]
     (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["--student", str(base / "student"), "--teacher", str(base / "teacher"), "--device", "cpu", "--quiet"], ["--prompts", str(base / "prompts.jsonl")]
+    return [
+        "--student",
+        str(base / "student"),
+        "--teacher",
+        str(base / "teacher"),
+        "--device",
+        "cpu",
+        "--quiet",
+    ], ["--prompts", str(base / "prompts.jsonl")]

@@ -1,8 +1,11 @@
-"""What several figures share: forests of estimates, curves over budgets, and the choice of criteria."""
+"""What several figures share: forests of estimates, curves over budgets, and the choice of
+criteria.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,12 +26,23 @@ def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> l
 def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: str) -> None:
     style.zero(ax, "x")
     ax.xaxis.set_major_locator(MaxNLocator(5 if ax.figure.get_figwidth() > 5 else 3))
-    for index, (split, offset) in enumerate(zip(splits, style.offsets(len(splits), 0.38), strict=True)):
+    for index, (split, offset) in enumerate(
+        zip(splits, style.offsets(len(splits), 0.38), strict=True)
+    ):
         color, marker, words = style.split_style(split, index)
-        rows, y = table[table.split == split].set_index("criterion").reindex(names), np.arange(len(names)) + offset
+        rows, y = (
+            table[table.split == split].set_index("criterion").reindex(names),
+            np.arange(len(names)) + offset,
+        )
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
         if "placebo" in rows:
-            ax.plot(rows.placebo.to_numpy(float), y, zorder=2, label=f"_placebo {split}", **style.diamond(color))
+            ax.plot(
+                rows.placebo.to_numpy(float),
+                y,
+                zorder=2,
+                label=f"_placebo {split}",
+                **style.diamond(color),
+            )
 
 
 def thin_color_bar(figure: Figure, ax, artist, **options):
@@ -39,28 +53,54 @@ def thin_color_bar(figure: Figure, ax, artist, **options):
 
 
 STATISTICS = {
-    "decomposition": "β(d̂ĉ) − β(d̂(1−ĉ))", "tertile_difference": "top − bottom", "matched_difference": "matched difference",
+    "decomposition": "β(d̂ĉ) − β(d̂(1−ĉ))",
+    "tertile_difference": "top − bottom",
+    "matched_difference": "matched difference",
     "spearman_difference": "ρ(d̂ĉ) − ρ(d̂)",
 }
 
 
 def statistic_forest(table, key, series, statistic, outcomes, level, width) -> Figure:
-    """Rows by `key`, one mark for each of the series (words, colour, marker, rows), a panel for each outcome."""
+    """Rows by `key`, one mark for each of the series (words, colour, marker, rows), a panel for
+    each outcome.
+    """
     names, outcomes = list(dict.fromkeys(table[key])), style.present(table.outcome, outcomes)
     spread = 0.7 / max(len(series), 2)
-    figure, axes = style.canvas(width, 1.2 + (0.14 * len(series) + 0.06) * len(names), 1, len(outcomes), sharey=True)
+    figure, axes = style.canvas(
+        width, 1.2 + (0.14 * len(series) + 0.06) * len(names), 1, len(outcomes), sharey=True
+    )
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         style.zero(ax, "x")
         ax.xaxis.set_major_locator(MaxNLocator(5 if width > 5 else 3))
-        for offset, (words, color, marker, rows) in zip(style.offsets(len(series), spread), series, strict=True):
+        for offset, (words, color, marker, rows) in zip(
+            style.offsets(len(series), spread), series, strict=True
+        ):
             rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
-            style.lying(ax, np.arange(len(names)) + offset, rows, "estimate", marker=marker, color=color, label=words, zorder=3)
-        unit = f" ({style.UNITS.get(outcome, '')})" if statistic in ("tertile_difference", "matched_difference") else ""
+            style.lying(
+                ax,
+                np.arange(len(names)) + offset,
+                rows,
+                "estimate",
+                marker=marker,
+                color=color,
+                label=words,
+                zorder=3,
+            )
+        unit = (
+            f" ({style.UNITS.get(outcome, '')})"
+            if statistic in ("tertile_difference", "matched_difference")
+            else ""
+        )
         ax.set_title(style.words(outcome))
-        ax.set_xlabel(STATISTICS.get(statistic, style.words(statistic)) + (unit if width > 5 else ""))
+        ax.set_xlabel(
+            STATISTICS.get(statistic, style.words(statistic)) + (unit if width > 5 else "")
+        )
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 4)
-    where = {"tertile_difference": "Tertiles of Q3.", "matched_difference": "Q3, matched within a prompt."}.get(statistic, "")
+    where = {
+        "tertile_difference": "Tertiles of Q3.",
+        "matched_difference": "Q3, matched within a prompt.",
+    }.get(statistic, "")
     style.caption(figure, style.counts(table), where, style.bars(level))
     return figure
 
@@ -72,10 +112,16 @@ def interval_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
     """The named criteria, or all where six lines can hold them, or the usual six."""
-    names = [name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")]
+    names = [
+        name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")
+    ]
     if criteria is not None:
         return [name for name in criteria if name in names]
-    return names if len(names) <= len(CYCLE) else [name for name in style.CRITERIA if name in names] or names[: len(CYCLE)]
+    return (
+        names
+        if len(names) <= len(CYCLE)
+        else [name for name in style.CRITERIA if name in names] or names[: len(CYCLE)]
+    )
 
 
 def mark(index: int) -> dict:
@@ -83,9 +129,14 @@ def mark(index: int) -> dict:
 
 
 def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = False) -> None:
-    """A line a criterion over its budgets, with bands, or with bars side by side where budgets are few."""
+    """A line a criterion over its budgets, with bands, or with bars side by side where budgets are
+    few.
+    """
     ax.set_xscale("log")
-    for name, line in (("full", {"color": style.ink(), "linestyle": "-"}), ("placebo", {"color": style.quiet(), "linestyle": DASHES[2]})):
+    for name, line in (
+        ("full", {"color": style.ink(), "linestyle": "-"}),
+        ("placebo", {"color": style.quiet(), "linestyle": DASHES[2]}),
+    ):
         for row in table[table.criterion == name].head(1).itertuples():
             ax.axhline(row.reduction, linewidth=1.0, label=name, **line)
             ax.axhspan(row.low, row.high, color=line["color"], alpha=0.08, linewidth=0)
@@ -94,7 +145,9 @@ def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = 
         rows = table[table.criterion == name]
         x = rows.budget * np.exp(shift if bars else 0.0)
         if bars and len(rows):
-            style.upright(ax, x, rows, "reduction", label=style.words(name), **line | {"linewidth": 0.8})
+            style.upright(
+                ax, x, rows, "reduction", label=style.words(name), **line | {"linewidth": 0.8}
+            )
         elif len(rows):
             style.band(ax, x, rows, line["color"])
             ax.plot(x, rows.reduction, label=style.words(name), **line)

@@ -9,7 +9,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-CORE = ("entropy", "divergence", "reverse_divergence", "compatibility", "teachability", "incompatible", "tip", "random")
+CORE = (
+    "entropy",
+    "divergence",
+    "reverse_divergence",
+    "compatibility",
+    "teachability",
+    "incompatible",
+    "tip",
+    "random",
+)
 """Criteria of the page's overviews; the tables have them all."""
 
 
@@ -27,7 +36,9 @@ class FigureSpec:
     needs: tuple[str, ...] = ()
     """Columns without which there is nothing to draw."""
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """Further arguments of `draw` and the tables that they are; None where the run has no such table."""
+    """Further arguments of `draw` and the tables that they are; None where the run has no such
+    table.
+    """
     with_tables: tuple[str, ...] = ()
     """Tables without which there is nothing to draw."""
 
@@ -36,7 +47,15 @@ FIGURES: dict[str, FigureSpec] = {}
 """The report's figures by name, in the order of the page."""
 
 
-def figure(name: str | None = None, *, table: str, title: str, reading: str, options: Mapping[str, Any] | None = None, **more):
+def figure(
+    name: str | None = None,
+    *,
+    table: str,
+    title: str,
+    reading: str,
+    options: Mapping[str, Any] | None = None,
+    **more,
+):
     """Register the decorated function as a figure of the report.
 
     Args:
