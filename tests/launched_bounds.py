@@ -15,10 +15,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from diagnostics.contexts.prompts import read_rows
 from diagnostics.contexts.torch_archive import read_archive
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.limits import check_weights
+from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import read_parquet
 
 MEMORY = 6 * 2**30

@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from diagnostics.contexts import rollouts
+from diagnostics.contexts.encoding import encode_prompt, special_ids, start_ids, uses_clock
 from diagnostics.contexts.import_rollouts import read_rollouts
-from diagnostics.contexts.prompts import (
-    PromptConfig,
-    encode_prompt,
-    read_prompts,
-    special_ids,
-    start_ids,
-    uses_clock,
-)
+from diagnostics.contexts.prompts import PromptConfig, read_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt

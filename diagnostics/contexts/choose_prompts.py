@@ -24,7 +24,8 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for
     a response.
     """
-    from diagnostics.contexts.prompts import PromptSet, read_prompts, uses_clock
+    from diagnostics.contexts.encoding import uses_clock
+    from diagnostics.contexts.prompts import PromptSet, read_prompts
     from diagnostics.contexts.story_sums import TASKS
     from diagnostics.models.pair import NAMED_PAIRS
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import missing
 
 DEEPEST = 64
 """Levels of lists and objects in a message; real ones have about ten, and Python's own stack ends
@@ -44,15 +45,6 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message holds what the model thought; the library fills the others from any
 of them.
 """
-
-
-def missing(value) -> bool:
-    """None, or what stands for a gap in a column: NaN, pandas' NA or NaT."""
-    return (
-        value is None
-        or type(value).__name__ in ("NAType", "NaTType")
-        or (isinstance(value, (float, np.floating)) and value != value)
-    )
 
 
 def shown(value, length: int = 80) -> str:

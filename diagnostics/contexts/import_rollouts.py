@@ -34,29 +34,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.conversations import (
-    REASONING,
-    from_json,
-    missing,
-    read_text,
-    row_arguments,
-    shown,
-)
-from diagnostics.contexts.prompts import (
-    NOTED,
-    PROBE,
-    Renderer,
-    digest,
-    encode_prompt,
-    far_longer,
-    is_vague,
-    name_of,
-    read_rows,
-    require_unicode,
-    say_unused,
-)
+from diagnostics.contexts.conversations import REASONING, from_json, read_text, row_arguments, shown
+from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.contexts.prompts import NOTED, digest, far_longer, is_vague, name_of, say_unused
+from diagnostics.contexts.rendering import PROBE, Renderer
 from diagnostics.contexts.torch_archive import Opaque, read_archive
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import missing, read_rows, require_unicode
 from diagnostics.core.types import Bank, Context, Prompt
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.prompts import read_rows
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
 from diagnostics.core.types import RELATIVE_GAIN_FLOOR
 

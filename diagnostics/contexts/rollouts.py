@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diagnostics.contexts.prompts import encode_prompt, special_ids
+from diagnostics.contexts.encoding import encode_prompt, special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
@@ -336,7 +336,7 @@ def turn_end(pair: Pair) -> int | None:
     """The special token with which the chat template ends the assistant's turn, where it is no end
     of a response; else None.
     """
-    from diagnostics.contexts.prompts import render
+    from diagnostics.contexts.encoding import render
 
     mark = "answer"
     text = render(

@@ -651,7 +651,7 @@ def shared_template(student, teacher) -> dict[str, Any]:
 def _described(tokenizer) -> dict[str, str | None]:
     from hashlib import sha256
 
-    from diagnostics.contexts.chat_templates import Template
+    from diagnostics.models.chat_templates import Template
 
     try:
         example = Template(tokenizer)(

@@ -49,9 +49,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.prompts import missing, read_rows, require_unicode
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
+from diagnostics.core.rows import missing, read_rows, require_unicode
 from diagnostics.core.schema import require_columns, support_column
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.prompts import special_ids
+from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress

@@ -46,7 +46,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from diagnostics import criteria
 from diagnostics.contexts import rollouts
-from diagnostics.contexts.prompts import encode_prompt
+from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.measure import divergences, losses

@@ -8,16 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.contexts.conversations import (
-    DEEPEST,
-    as_messages,
-    missing,
-    plain,
-    read_text,
-    row_arguments,
-)
-from diagnostics.contexts.prompts import Renderer, load_prompts, read_prompts, special_ids
+from diagnostics.contexts.conversations import DEEPEST, as_messages, plain, read_text, row_arguments
+from diagnostics.contexts.encoding import special_ids
+from diagnostics.contexts.prompts import load_prompts, read_prompts
+from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import missing
 from tests.conftest import make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
 

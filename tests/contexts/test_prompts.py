@@ -3,7 +3,8 @@ import json
 import pandas as pd
 import pytest
 
-from diagnostics.contexts.prompts import NOTED, encode_prompt, load_prompts, read_prompts
+from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.contexts.prompts import NOTED, load_prompts, read_prompts
 from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_tokenizer
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diagnostics.contexts.prompts import read_rows
 from diagnostics.core import limits
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.limits import check_weights, json_depth, parse_json
+from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import read_parquet
 
 

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from diagnostics.contexts import chat_templates
-from diagnostics.contexts.chat_templates import Template
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.models import chat_templates
+from diagnostics.models.chat_templates import Template
 from tests.conftest import make_tokenizer
 from tests.contexts.test_prompts import TEMPLATE, jsonl
 
