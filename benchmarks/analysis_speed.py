@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diagnostics.analysis import correlations, splits, study
 from diagnostics.core.schema import validate_tokens
-from diagnostics.criteria import normalise
+from diagnostics.criteria import normalize
 
 DRAWS = 1000
 METHODS = {"spearman": stats.spearmanr, "pearson": stats.pearsonr, "kendall": stats.kendalltau}
@@ -69,8 +69,8 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
         tokens[f"topk_jaccard{suffix}"] = tokens[f"topk_overlap{suffix}"] / (
             2 - tokens[f"topk_overlap{suffix}"]
         )
-    d = normalise(tokens["forward_kl"])
-    tokens["gain"] = d * (0.5 + 0.5 * normalise(tokens["compatibility"])) + rng.standard_t(5, n)
+    d = normalize(tokens["forward_kl"])
+    tokens["gain"] = d * (0.5 + 0.5 * normalize(tokens["compatibility"])) + rng.standard_t(5, n)
     tokens["relative_gain"] = np.where(
         tokens["forward_kl"] > 0.1, tokens["gain"] / tokens["forward_kl"], np.nan
     )

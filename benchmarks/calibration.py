@@ -40,10 +40,10 @@ from diagnostics.analysis import (
     rank_correlation,
     robustness,
 )
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.rank_correlation import Controls
 from diagnostics.core.schema import validate_tokens
-from diagnostics.criteria import normalise
+from diagnostics.criteria import normalize
 
 LEVEL = 0.95
 PROMPTS = (20, 50, 300)
@@ -61,7 +61,7 @@ def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, n
         return CLUSTER * rng.normal(size=prompts)[codes] + np.sqrt(1 - CLUSTER**2) * errors
 
     n = len(codes)
-    h, d, c = (normalise(clustered(rng.normal(size=n))) for _ in range(3))
+    h, d, c = (normalize(clustered(rng.normal(size=n))) for _ in range(3))
     y = clustered(rng.standard_t(5, size=n))
     if effect:
         y = (
@@ -73,7 +73,7 @@ def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, n
     return {"codes": codes, "h": h, "d": d, "c": c, "y": y}
 
 
-def estimates(data: dict[str, np.ndarray], prompts: Prompts) -> dict[str, Estimate]:
+def estimates(data: dict[str, np.ndarray], prompts: PromptClusters) -> dict[str, Estimate]:
     """Every kind of statistic that the study reports."""
     h, d, c, y = (data[name] for name in "hdcy")
     learnable = rank_correlation.Variable(d * c)
@@ -112,9 +112,9 @@ def independent(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     error = np.sqrt(top.var(ddof=1) / len(top) + bottom.var(ddof=1) / len(bottom))
     gap = top.mean() - bottom.mean()
     X = np.column_stack(
-        [np.ones(n), *(rank_correlation.standardise(v) for v in (h, d * c, d * (1 - c)))]
+        [np.ones(n), *(rank_correlation.standardize(v) for v in (h, d * c, d * (1 - c)))]
     )
-    target = rank_correlation.standardise(y)
+    target = rank_correlation.standardize(y)
     beta, rest = np.linalg.lstsq(X, target, rcond=None)[:2]
     beta_error = np.sqrt(np.linalg.inv(X.T @ X)[2, 2] * rest[0] / (n - 4))
     mean_error = y.std(ddof=1) / np.sqrt(n)
@@ -142,7 +142,7 @@ def bca(estimate: Estimate) -> tuple[float, float]:
 
 
 def intervals(
-    data: dict[str, np.ndarray], prompts: Prompts
+    data: dict[str, np.ndarray], prompts: PromptClusters
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """(statistic, method) -> interval for one data set."""
     made = estimates(data, prompts)
@@ -171,7 +171,7 @@ def truth(*, effect: bool, seed: int) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     for _ in range(POPULATIONS):
         data = draw(rng, POPULATION_PROMPTS, effect=effect)
-        made = estimates(data, Prompts(data["codes"], draws=0))
+        made = estimates(data, PromptClusters(data["codes"], draws=0))
         for name, estimate in made.items():
             if name != "CR1":
                 found[name].append(estimate.value)
@@ -185,7 +185,7 @@ def coverage(*, effect: bool, prompts: int, datasets: int, draws: int, seed: int
     for number in range(datasets):
         data = draw(np.random.default_rng([seed, prompts, number]), prompts, effect=effect)
         for key, (low, high) in intervals(
-            data, Prompts(data["codes"], draws=draws, seed=number)
+            data, PromptClusters(data["codes"], draws=draws, seed=number)
         ).items():
             if key[0] in values:
                 hits[key].append(low <= values[key[0]] <= high)
@@ -214,7 +214,7 @@ def approximations(*, prompts: int, draws: int, seed: int, repeats: int = 5) -> 
     ratios = defaultdict(list)
     for repeat in range(repeats):
         data = draw(np.random.default_rng([seed, repeat]), prompts, effect=True)
-        group = Prompts(data["codes"], draws=draws, seed=repeat)
+        group = PromptClusters(data["codes"], draws=draws, seed=repeat)
         rows = [np.flatnonzero(group.codes == g) for g in range(prompts)]
         again = defaultdict(list)
         for weights in group.weights.astype(int):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diagnostics.core import distributed
-from diagnostics.probing.one_step import Workbench, loss_weights, probe, split_prompts
+from diagnostics.probing.one_step import StepBench, loss_weights, probe, split_prompts
 from diagnostics.probing.scores import batches, score
 
 VOCABULARY = 151_936
@@ -202,7 +202,7 @@ def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
 
     def whole():
         split = split_prompts(tokens["prompt_id"], held_out=0.5, seed=0)
-        bench = found["bench"] = Workbench(pair, bank, tokens, split)
+        bench = found["bench"] = StepBench(pair, bank, tokens, split)
         weights_N = found["weights_N"] = loss_weights(tokens, split)
         direction = found["direction"] = bench.direction(
             weights_N, loss="reverse_kl", beta=0.5, optimizer="adamw"

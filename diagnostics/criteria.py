@@ -1,7 +1,7 @@
 """Selection criteria: one score a position, higher is selected.
 
 With H(p) the student's entropy, D = KL(q||p) (teacher first) and C the teacher's mass on the
-student's top K, write h, d, c for the three after `normalise`:
+student's top K, write h, d, c for the three after `normalize`:
 
     N(z) = clip((z - Q05) / (Q95 - Q05), 0, 1)
 
@@ -125,7 +125,7 @@ def find(name: str) -> Criterion:
     return entry
 
 
-def criteria() -> pd.DataFrame:
+def list_criteria() -> pd.DataFrame:
     """The registry as a table indexed by name."""
     fields = (
         "name",
@@ -149,7 +149,7 @@ def available(tokens: pd.DataFrame) -> list[str]:
     return [name for name, entry in _REGISTRY.items() if set(entry.needs) <= set(tokens.columns)]
 
 
-def normalise(values: pd.Series | np.ndarray) -> np.ndarray:
+def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
     """N(z) of the module's head over the finite values of one whole table or batch.
 
     Returns float64 [N] in [0, 1]; NaN where the value is not finite, 0 everywhere where Q95 equals
@@ -289,7 +289,7 @@ def quadrants(tokens: pd.DataFrame) -> np.ndarray:
 
     Split at the medians of h and d. Q3, confident and wrong, is h <= median and d >= median; ties
     at the medians go to it first, then Q1 high-high, Q2 high h low d, Q4 low-low."""
-    h, d = normalise(tokens["student_entropy"]), normalise(tokens["forward_kl"])
+    h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
     defined = np.isfinite(h) & np.isfinite(d)
     if not defined.any():
         return np.zeros(len(tokens), dtype=int)
@@ -339,39 +339,39 @@ def _random(tokens, *, seed):
 
 @criterion("entropy", needs=[_H], formula="h")
 def _entropy(tokens):
-    return normalise(tokens[_H])
+    return normalize(tokens[_H])
 
 
 @criterion("divergence", needs=[_D], formula="d")
 def _divergence(tokens):
-    return normalise(tokens[_D])
+    return normalize(tokens[_D])
 
 
 @criterion("reverse_divergence", needs=["reverse_kl"], formula="N(KL(p||q))")
 def _reverse_divergence(tokens):
-    return normalise(tokens["reverse_kl"])
+    return normalize(tokens["reverse_kl"])
 
 
 @criterion("compatibility", needs=[_C], formula="c", source=_TA)
 def _compatibility(tokens):
-    return normalise(tokens[_C])
+    return normalize(tokens[_C])
 
 
 @criterion("teachability", needs=[_D, _C], formula="d*c", source=_TA, aliases=["dlearn_high"])
 def _teachability(tokens):
-    return normalise(tokens[_D]) * normalise(tokens[_C])
+    return normalize(tokens[_D]) * normalize(tokens[_C])
 
 
 @criterion(
     "incompatible", needs=[_D, _C], formula="d*(1 - c)", source=_TA, aliases=["dincompat_high"]
 )
 def _incompatible(tokens):
-    return normalise(tokens[_D]) * (1 - normalise(tokens[_C]))
+    return normalize(tokens[_D]) * (1 - normalize(tokens[_C]))
 
 
 @criterion("tip", needs=[_H, _D], formula="h + d - h*d", source=_TIP)
 def _tip(tokens):
-    return soft_or(normalise(tokens[_H]), normalise(tokens[_D]))
+    return soft_or(normalize(tokens[_H]), normalize(tokens[_D]))
 
 
 def _min_max(values: pd.Series) -> np.ndarray:
@@ -402,7 +402,7 @@ def _tip_paper(tokens):
     aliases=["ca_softor"],
 )
 def _teachability_entropy(tokens):
-    return soft_or(normalise(tokens[_H]), _teachability(tokens))
+    return soft_or(normalize(tokens[_H]), _teachability(tokens))
 
 
 @criterion(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.schema import validate_tokens
-from diagnostics.criteria import normalise
+from diagnostics.criteria import normalize
 
 
 def made_tokens(
@@ -31,7 +31,7 @@ def made_tokens(
     sizes = np.bincount(codes)
     h, d = (np.exp(rng.normal(size=n) + 0.5 * between[:, i]) for i in (0, 1))
     c = 1 / (1 + np.exp(-2 * rng.normal(size=n) - between[:, 2]))
-    dn, cn = normalise(d), normalise(c)
+    dn, cn = normalize(d), normalize(c)
     advantage = rng.normal(size=n)
     tokens = pd.DataFrame(
         {

@@ -9,7 +9,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import (
     criterion,
     find,
-    normalise,
+    normalize,
     quadrants,
     ranking,
     score_criterion,
@@ -54,10 +54,10 @@ def table(n=40, seed=0):
 
 def test_normalise_by_hand():
     """21 values 0..20: Q05 = 1 and Q95 = 19 by linear interpolation."""
-    assert normalise(np.arange(21.0)).tolist() == pytest.approx(
+    assert normalize(np.arange(21.0)).tolist() == pytest.approx(
         [0, 0, *[(v - 1) / 18 for v in range(2, 19)], 1, 1]
     )
-    assert normalise(np.array([0.0, 10.0])).tolist() == [0, 1]
+    assert normalize(np.array([0.0, 10.0])).tolist() == [0, 1]
 
 
 def _normalise_loop(values):
@@ -84,16 +84,16 @@ def _normalise_loop(values):
 def test_normalise_equals_the_loop_and_ignores_shift_and_scale():
     values = np.random.default_rng(0).exponential(size=101)
     values[[3, 50]] = NAN, np.inf
-    assert normalise(values) == pytest.approx(_normalise_loop(values), nan_ok=True, abs=1e-12)
-    assert normalise(7 * values - 3) == pytest.approx(normalise(values), nan_ok=True)
+    assert normalize(values) == pytest.approx(_normalise_loop(values), nan_ok=True, abs=1e-12)
+    assert normalize(7 * values - 3) == pytest.approx(normalize(values), nan_ok=True)
 
 
 def test_constant_columns_are_zero_and_missing_ones_stay_missing():
-    assert normalise(np.full(5, 2.0)).tolist() == [0] * 5
-    assert normalise(np.array([2.0, NAN])).tolist()[0] == 0 and np.isnan(
-        normalise(np.array([2.0, NAN]))[1]
+    assert normalize(np.full(5, 2.0)).tolist() == [0] * 5
+    assert normalize(np.array([2.0, NAN])).tolist()[0] == 0 and np.isnan(
+        normalize(np.array([2.0, NAN]))[1]
     )
-    assert np.isnan(normalise(np.full(3, NAN))).all() and normalise(np.array([])).shape == (0,)
+    assert np.isnan(normalize(np.full(3, NAN))).all() and normalize(np.array([])).shape == (0,)
 
 
 # --- every criterion against its formula
@@ -196,7 +196,7 @@ def test_every_criterion_equals_its_loop(name, seed):
 
 
 def test_every_built_in_criterion_has_an_oracle():
-    assert set(ORACLES) | {"random"} == set(C.criteria().index[~C.criteria().mine])
+    assert set(ORACLES) | {"random"} == set(C.list_criteria().index[~C.list_criteria().mine])
 
 
 def test_three_positions_by_hand():
@@ -257,7 +257,7 @@ def test_another_support_takes_the_place_of_compatibility():
         tokens, "teachability", substitute={"compatibility": "topk_overlap_k8"}
     )
     assert swapped == pytest.approx(
-        normalise(tokens.forward_kl) * normalise(tokens.topk_overlap_k8)
+        normalize(tokens.forward_kl) * normalize(tokens.topk_overlap_k8)
     )
     bare = tokens.drop(columns="compatibility")
     assert score_criterion(
@@ -265,7 +265,7 @@ def test_another_support_takes_the_place_of_compatibility():
     ) == pytest.approx(swapped)
     assert score_criterion(
         tokens, "entropy", substitute={"compatibility": "nowhere"}
-    ) == pytest.approx(normalise(tokens.student_entropy))
+    ) == pytest.approx(normalize(tokens.student_entropy))
 
 
 # --- registry
@@ -273,7 +273,7 @@ def test_another_support_takes_the_place_of_compatibility():
 
 
 def test_the_registry_as_a_table():
-    listed = C.criteria()
+    listed = C.list_criteria()
     assert listed.index.is_unique and list(listed.columns) == [
         "formula",
         "direction",
@@ -342,7 +342,7 @@ def test_three_lines_add_a_criterion(registry):
     assert score_criterion(tokens, "my_own") == pytest.approx(
         tokens.teacher_entropy / (1 + tokens.student_entropy)
     )
-    listed = C.criteria().loc["mine"]
+    listed = C.list_criteria().loc["mine"]
     assert listed.mine and listed.formula == "H(q) / (1 + H(p))" and "mine" in C.available(tokens)
 
     @criterion("mine", needs=["student_entropy"], aliases=["my_own"])
@@ -580,7 +580,7 @@ def test_all_positions_at_the_clip_of_entropy_are_tied(name):
             "compatibility": rng.random(2000),
         }
     )
-    scores, h = score_criterion(tokens, name), normalise(tokens.student_entropy)
+    scores, h = score_criterion(tokens, name), normalize(tokens.student_entropy)
     assert (scores[h == 1] == 1).all() and (h == 1).sum() == 100
     top = np.flatnonzero(select(tokens, name, budget=0.03))
     assert top.tolist() == np.flatnonzero(scores == 1)[:60].tolist()

@@ -156,8 +156,8 @@ def test_out_of_memory_halves_keep_the_teachers_prompts(pair, hints, monkeypatch
             : len(half.contexts)
         ] or half.contexts[-1] is whole.contexts[-1]
         np.testing.assert_allclose(
-            half.taught(pair.teacher),
-            whole.taught(pair.teacher)[np.isin(whole.rows_n, half.rows_n)],
+            half.teacher_states(pair.teacher),
+            whole.teacher_states(pair.teacher)[np.isin(whole.rows_n, half.rows_n)],
             atol=1e-5,
         )
 
@@ -170,7 +170,9 @@ def test_a_subset_of_positions_keeps_its_alignment(pair, hints):
     rows = torch.cat([b.rows_n for b in batches(hints)])
     states = torch.cat(whole)[rows.argsort()]
     for batch in batches(hints, keep=keep):
-        np.testing.assert_allclose(batch.taught(pair.teacher), states[batch.rows_n], atol=1e-5)
+        np.testing.assert_allclose(
+            batch.teacher_states(pair.teacher), states[batch.rows_n], atol=1e-5
+        )
 
 
 def test_batches_count_the_longer_sequence():

@@ -38,10 +38,10 @@ CHUNK = 2_000_000
 """Elements of a [draws, positions] block that are held at a time."""
 
 
-class Prompts:
+class PromptClusters:
     """The prompts of N positions, and how often each draw takes each.
 
-    ids: [N] prompt of each position. Statistics that share one `Prompts` share its draws, so that
+    ids: [N] prompt of each position. Statistics that share one `PromptClusters` share its draws, so that
     their differences are paired."""
 
     def __init__(self, ids, *, draws: int = 1000, seed: int = 0):
@@ -74,9 +74,9 @@ class Prompts:
             [np.bincount(codes[starts], weights=run, minlength=self.count) for run in runs], axis=1
         )
 
-    def without_draws(self) -> Prompts:
+    def without_draws(self) -> PromptClusters:
         """The same prompts for statistics whose interval is not wanted."""
-        return Prompts(self.codes, draws=0)
+        return PromptClusters(self.codes, draws=0)
 
     def present(self, mask: np.ndarray) -> int:
         """Number of prompts with a position under the mask [N]."""
@@ -98,7 +98,7 @@ class Estimate:
     """[prompts] its value without each prompt; None where the jackknife does not apply."""
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Paired difference; both must come from the same `Prompts`."""
+        """Paired difference; both must come from the same `PromptClusters`."""
         either = self.left_out is None or other.left_out is None
         return Estimate(
             self.value - other.value,
@@ -165,7 +165,7 @@ class Estimate:
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
 
 
-def undefined(prompts: Prompts, mask: np.ndarray | None = None) -> Estimate:
+def undefined(prompts: PromptClusters, mask: np.ndarray | None = None) -> Estimate:
     """What a statistic is where too little is finite."""
     mask = np.zeros(len(prompts.codes), dtype=bool) if mask is None else mask
     left_out = np.full(prompts.count, np.nan)
@@ -179,7 +179,7 @@ def undefined(prompts: Prompts, mask: np.ndarray | None = None) -> Estimate:
 
 
 def of_sums(
-    function: Callable, sums: np.ndarray, prompts: Prompts, mask: np.ndarray, **options
+    function: Callable, sums: np.ndarray, prompts: PromptClusters, mask: np.ndarray, **options
 ) -> list[Estimate]:
     """Estimates of a vector-valued function of summed per-prompt sums.
 
@@ -203,7 +203,7 @@ def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
         return np.where(sums[..., :1] > 0, sums[..., 1:2] / sums[..., :1], np.nan)
 
 
-def mean(values: np.ndarray, prompts: Prompts, mask: np.ndarray | None = None) -> Estimate:
+def mean(values: np.ndarray, prompts: PromptClusters, mask: np.ndarray | None = None) -> Estimate:
     """Mean over the finite values [N] under the mask."""
     mask = np.isfinite(values) if mask is None else mask & np.isfinite(values)
     if not mask.any():
@@ -214,7 +214,7 @@ def mean(values: np.ndarray, prompts: Prompts, mask: np.ndarray | None = None) -
 
 
 def mean_difference(
-    values: np.ndarray, prompts: Prompts, top: np.ndarray, bottom: np.ndarray
+    values: np.ndarray, prompts: PromptClusters, top: np.ndarray, bottom: np.ndarray
 ) -> Estimate:
     """Mean over the positions of `top` minus mean over those of `bottom`, disjoint masks [N]."""
     used = (top | bottom) & np.isfinite(values)
@@ -227,7 +227,7 @@ def mean_difference(
     )[0]
 
 
-def winsorise(values: np.ndarray, share: float) -> np.ndarray:
+def winsorize(values: np.ndarray, share: float) -> np.ndarray:
     """Values [N] clipped at their quantiles `share` and 1 - share; NaN stays NaN."""
     finite = np.isfinite(values)
     if not finite.any() or share == 0:
@@ -238,7 +238,7 @@ def winsorise(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def locations(
-    values: np.ndarray, prompts: Prompts, mask: np.ndarray, *, share: float = 0.05
+    values: np.ndarray, prompts: PromptClusters, mask: np.ndarray, *, share: float = 0.05
 ) -> dict[str, Estimate]:
     """Median, trimmed mean and winsorised mean of the finite values [N] under the mask.
 
@@ -275,7 +275,7 @@ def locations(
 
 
 def _order_statistic(
-    ordered: np.ndarray, codes: np.ndarray, prompts: Prompts, near: float, rank: Callable
+    ordered: np.ndarray, codes: np.ndarray, prompts: PromptClusters, near: float, rank: Callable
 ) -> np.ndarray:
     """[draws] the value of rank(total weight), from 0, among sorted values [n]; NaN for a draw
     without weight.
@@ -310,7 +310,7 @@ def _order_statistic(
     return found
 
 
-def design_effect(values: np.ndarray, prompts: Prompts) -> float:
+def design_effect(values: np.ndarray, prompts: PromptClusters) -> float:
     """Variance of the mean with clusters over its variance without; NaN where either is
     undefined.
     """

@@ -53,7 +53,7 @@ MINIMUM_SEEDS = 3
 
 
 @dataclass(frozen=True)
-class Look:
+class ClaimTest:
     """One claim for one gain on one split, before the correction."""
 
     claim: str
@@ -135,7 +135,11 @@ def verdicts(
 
 
 def _remark(
-    look: Look, found: Sequence[Finding], level: float, placebo: Collection[str], imbalance: float
+    look: ClaimTest,
+    found: Sequence[Finding],
+    level: float,
+    placebo: Collection[str],
+    imbalance: float,
 ) -> str:
     """What the sentence of a claim should not leave out."""
     if look.claim == "C1":
@@ -166,7 +170,7 @@ def _has(found: Sequence[Finding], outcome: str) -> bool:
     return any(finding.outcome == outcome for finding in found)
 
 
-def _look(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> Look:
+def _look(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> ClaimTest:
     base = next(finding for finding in found)
     mine = [
         finding
@@ -176,7 +180,7 @@ def _look(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> Loo
         and ((finding.proxy, finding.k) == (base.proxy, base.k)) == (claim != "C4")
     ]
     defined = tuple(finding for finding in mine if np.isfinite(_p(finding)))
-    return Look(claim, outcome, split, defined, len(mine) - len(defined))
+    return ClaimTest(claim, outcome, split, defined, len(mine) - len(defined))
 
 
 def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
@@ -194,7 +198,7 @@ def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
     return levels
 
 
-def _row(look: Look, p: float, at: float, looks: int, level: float, remark: str) -> dict:
+def _row(look: ClaimTest, p: float, at: float, looks: int, level: float, remark: str) -> dict:
     verdict, part = look.verdict(p, level), look.deciding
     if part is not None and part.estimate.value < 0:
         at = 1 - (1 - at) / len(look.parts)
@@ -222,7 +226,7 @@ def _row(look: Look, p: float, at: float, looks: int, level: float, remark: str)
 
 
 def _sentence(
-    look: Look, verdict: str, low: float, high: float, p: float, looks: int, remark: str
+    look: ClaimTest, verdict: str, low: float, high: float, p: float, looks: int, remark: str
 ) -> str:
     """One plain sentence with the numbers."""
     about = (
@@ -270,11 +274,11 @@ def _kind(part: Finding) -> str:
     )
 
 
-def _agreeing(look: Look) -> int:
+def _agreeing(look: ClaimTest) -> int:
     return sum(part.estimate.value > 0 for part in look.parts)
 
 
-def _variants(look: Look) -> str:
+def _variants(look: ClaimTest) -> str:
     pairs = {(part.proxy, part.k) for part in look.parts}
     supports = sorted({k for _, k in pairs})
     return f"{len(pairs)} other supports (K = {', '.join(map(str, supports))})"

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diagnostics.analysis.bootstrap import Estimate, Prompts, of_sums
-from diagnostics.analysis.rank_correlation import SINGULAR, standardise
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums
+from diagnostics.analysis.rank_correlation import SINGULAR, standardize
 
 
-def cross_products(columns: Sequence[np.ndarray], prompts: Prompts, mask: np.ndarray) -> np.ndarray:
+def cross_products(
+    columns: Sequence[np.ndarray], prompts: PromptClusters, mask: np.ndarray
+) -> np.ndarray:
     """Sums [prompts, q * q] of the products of all pairs of [1, *columns], each column
     [mask.sum()].
     """
@@ -57,7 +59,11 @@ class Regression:
 
 
 def regress(
-    outcome: np.ndarray, terms: dict[str, np.ndarray], prompts: Prompts, *, robust: bool = True
+    outcome: np.ndarray,
+    terms: dict[str, np.ndarray],
+    prompts: PromptClusters,
+    *,
+    robust: bool = True,
 ) -> Regression | None:
     """Regress an outcome [N] on terms, each [N], over the positions where all are finite.
 
@@ -69,7 +75,7 @@ def regress(
     if mask.sum() < len(columns) + 2:
         return None
     spread = dict(zip([*terms, "outcome"], (float(column[mask].std()) for column in columns)))
-    scaled = [standardise(column[mask]) for column in columns]
+    scaled = [standardize(column[mask]) for column in columns]
     sums, q = cross_products(scaled, prompts, mask), len(columns) + 1
     values = of_sums(lambda s: _coefficients_and_fit(s, q), sums, prompts, mask)
     if not np.isfinite(values[0].value):

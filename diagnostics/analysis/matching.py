@@ -7,7 +7,13 @@ from dataclasses import replace
 import numpy as np
 from scipy import optimize, spatial
 
-from diagnostics.analysis.bootstrap import Estimate, Prompts, of_sums, ratio_of_sums, undefined
+from diagnostics.analysis.bootstrap import (
+    Estimate,
+    PromptClusters,
+    of_sums,
+    ratio_of_sums,
+    undefined,
+)
 
 TOO_FAR = 1e9
 """Cost of a pair outside the caliper, so that an assignment takes it only for want of another."""
@@ -49,7 +55,7 @@ def match(
 
 
 def matched_difference(
-    values: np.ndarray, prompts: Prompts, pairs: tuple[np.ndarray, np.ndarray]
+    values: np.ndarray, prompts: PromptClusters, pairs: tuple[np.ndarray, np.ndarray]
 ) -> Estimate:
     """Mean over pairs of values at the treated minus values at the control position; `positions`
     counts pairs.
@@ -68,7 +74,7 @@ def matched_difference(
     return replace(estimate, positions=len(rows))
 
 
-def standardised_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:
+def standardized_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:
     """Difference of means over a given standard deviation; NaN where a side is empty or the scale
     0.
     """

@@ -306,4 +306,4 @@ def _imbalance(
         return np.nan, np.nan
     scale = np.sqrt((np.var(top) + np.var(bottom)) / 2)
     sides = (top, bottom), (values[pairs[0]], values[pairs[1]])
-    return tuple(pair_matching.standardised_difference(*side, scale) for side in sides)
+    return tuple(pair_matching.standardized_difference(*side, scale) for side in sides)

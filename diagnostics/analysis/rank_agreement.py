@@ -31,8 +31,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis.bootstrap import Estimate, Prompts
-from diagnostics.analysis.selection import Part, is_baseline, outcome_values
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.selection import SplitSelections, is_baseline, outcome_values
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 
@@ -42,7 +42,7 @@ EFFECTS = (*MEASURES, "js")
 
 
 @dataclass(frozen=True)
-class Answer:
+class CellScores:
     """One way of valuing every cell, with its bootstrap."""
 
     name: str
@@ -137,7 +137,7 @@ def foreseen(
     outcomes: Iterable[str] = OFFLINE,
     draws: int = 1000,
     seed: int = 0,
-) -> list[Answer]:
+) -> list[CellScores]:
     """What a main job says of cells that are not its own, for a comparison with something else than
     its interventions.
 
@@ -146,7 +146,7 @@ def foreseen(
     intervention_<measure>, NaN in a cell that was not intervened on. Raises DiagnosticsError where
     the table has no outcome, or lacks a column of a criterion."""
     everywhere = np.ones(len(tokens), dtype=bool)
-    prompts = Prompts(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
     present = _present(
         tokens, [name for name in outcomes if name != "lift"], everywhere
     )  # a lift is of the step half alone
@@ -157,7 +157,7 @@ def foreseen(
             ("criterion", "budget", "draw", "prompt_id", "split", "positions"),
             what="An intervention table",
         )
-        held_out = Prompts(
+        held_out = PromptClusters(
             effects.loc[effects["split"] == "held_out", "prompt_id"].unique(),
             draws=draws,
             seed=seed + 1,
@@ -200,11 +200,11 @@ def _answers(
     *,
     draws: int,
     seed: int,
-) -> list[Answer]:
+) -> list[CellScores]:
     _require_same_split(tokens, effects)
     on_step = (tokens["split"] == "step").to_numpy()
     halves = {
-        name: Prompts(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed + number)
+        name: PromptClusters(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed + number)
         for number, (name, mask) in enumerate((("step", on_step), ("held_out", ~on_step)))
     }
     found = [
@@ -252,9 +252,9 @@ def _captured(
     on_step: np.ndarray,
     cells: pd.DataFrame,
     outcome: str,
-    prompts: Prompts,
+    prompts: PromptClusters,
     seed: int,
-) -> Answer:
+) -> CellScores:
     """Captured sum of the outcome over the step positions, cell by cell; for random its
     expectation.
     """
@@ -263,7 +263,7 @@ def _captured(
     budgets = tuple(sorted(set(cells["budget"])))
     positions = tokens.loc[on_step, ["position"]].reset_index(drop=True)
     values = outcome_values(tokens, outcome)[on_step]
-    part = Part("step", prompts, positions, budgets, {outcome: values}, scored)
+    part = SplitSelections("step", prompts, positions, budgets, {outcome: values}, scored)
     inside, total = (
         {name: part.inside(choice, values) for name, choice in part.choices.items()},
         part.total(values),
@@ -275,7 +275,7 @@ def _captured(
             expected if is_baseline(criterion) else inside[criterion][:, budgets.index(budget)]
         )
     sums = np.stack(sums, axis=1)
-    return Answer(
+    return CellScores(
         f"captured_{outcome}",
         sums.sum(axis=0),
         prompts.weights @ sums,
@@ -285,8 +285,8 @@ def _captured(
 
 
 def _reduction(
-    effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: str, prompts: Prompts
-) -> Answer:
+    effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: str, prompts: PromptClusters
+) -> CellScores:
     """Mean reduction over the split's positions, cell by cell; for random averaged over its
     draws.
     """
@@ -302,7 +302,9 @@ def _reduction(
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = (prompts.weights @ over.T) / (prompts.weights @ under.T)
-    return Answer(f"{split}_{measure}", over.sum(axis=1) / under.sum(axis=1), draws, prompts.count)
+    return CellScores(
+        f"{split}_{measure}", over.sum(axis=1) / under.sum(axis=1), draws, prompts.count
+    )
 
 
 def scopes(cells: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
@@ -317,14 +319,14 @@ def scopes(cells: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
             yield f"budget_{share:g}", same & (budget == share)[:, None]
 
 
-def _pairings(found: list[Answer]) -> Iterator[tuple[Answer, Answer]]:
+def _pairings(found: list[CellScores]) -> Iterator[tuple[CellScores, CellScores]]:
     """Each offline answer with each other and with each intervention."""
     offline = [answer for answer in found if answer.name.startswith("captured_")]
     yield from combinations(offline, 2)
     yield from ((x, y) for x in offline for y in found if y not in offline)
 
 
-def kendall(x: Answer, y: Answer, pairs: np.ndarray) -> Tau:
+def kendall(x: CellScores, y: CellScores, pairs: np.ndarray) -> Tau:
     """Tau-b over the pairs, with its draws; NaN where an answer ties every pair."""
     a, b = x.signs[:, pairs], y.signs[:, pairs]
     with np.errstate(invalid="ignore", divide="ignore"):

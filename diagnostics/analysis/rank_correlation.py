@@ -7,7 +7,13 @@ from copy import copy
 
 import numpy as np
 
-from diagnostics.analysis.bootstrap import Estimate, Prompts, of_sums, ratio_of_sums, undefined
+from diagnostics.analysis.bootstrap import (
+    Estimate,
+    PromptClusters,
+    of_sums,
+    ratio_of_sums,
+    undefined,
+)
 
 LEAST_BLOCK = 128
 """Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions. Longer
@@ -27,7 +33,7 @@ class Variable:
         self.finite = np.isfinite(self.values)
         self._ranked: dict[bytes, Ranked] = {}
 
-    def ranked(self, mask: np.ndarray, prompts: Prompts | None = None) -> Ranked:
+    def ranked(self, mask: np.ndarray, prompts: PromptClusters | None = None) -> Ranked:
         """Ranks of the values under the mask, among all of them or, with prompts, within each
         prompt.
         """
@@ -98,7 +104,7 @@ def _pair(x, y) -> tuple[Variable, Variable, np.ndarray]:
     return x, y, x.finite & y.finite
 
 
-def pearson(x, y, prompts: Prompts) -> Estimate:
+def pearson(x, y, prompts: PromptClusters) -> Estimate:
     """Pearson's correlation of x [N] and y [N], arrays or Variables, where both are finite; NaN for
     a constant.
     """
@@ -106,7 +112,7 @@ def pearson(x, y, prompts: Prompts) -> Estimate:
     return _pearson(x.values[mask], y.values[mask], mask, prompts)
 
 
-def spearman(x, y, prompts: Prompts) -> Estimate:
+def spearman(x, y, prompts: PromptClusters) -> Estimate:
     """Spearman's correlation.
 
     Positions are ranked once and their ranks resampled, which is not the same as ranking each draw
@@ -115,10 +121,10 @@ def spearman(x, y, prompts: Prompts) -> Estimate:
     return _pearson(x.ranked(mask).average, y.ranked(mask).average, mask, prompts)
 
 
-def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: Prompts) -> Estimate:
+def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: PromptClusters) -> Estimate:
     if len(x) < 3:
         return undefined(prompts, mask)
-    x, y = standardise(x), standardise(y)
+    x, y = standardize(x), standardize(y)
     sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, at=mask)
     return of_sums(_pearson_from_sums, sums, prompts, mask, correlation=True)[0]
 
@@ -132,7 +138,7 @@ def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
         ]
 
 
-def standardise(values: np.ndarray) -> np.ndarray:
+def standardize(values: np.ndarray) -> np.ndarray:
     """Mean 0 and standard deviation 1 (divisor n); zeros for a constant."""
     centred = values - values.mean()
     spread = np.sqrt(np.mean(centred**2))
@@ -140,7 +146,7 @@ def standardise(values: np.ndarray) -> np.ndarray:
     return np.zeros_like(centred) if constant else centred / spread
 
 
-def kendall(x, y, prompts: Prompts) -> Estimate:
+def kendall(x, y, prompts: PromptClusters) -> Estimate:
     """Kendall's tau-b, exact; its draws and left-out values resample its projection on prompts.
 
     The projection is the first-order term of the U-statistic: 2/n^2 times the sum over a prompt's
@@ -223,7 +229,9 @@ def _earlier_and_lower_in_block(values: np.ndarray, side: int) -> np.ndarray:
     return counts.T.ravel()
 
 
-def within_prompts(x, y, prompts: Prompts, *, method: str = "spearman", least: int = 5) -> Estimate:
+def within_prompts(
+    x, y, prompts: PromptClusters, *, method: str = "spearman", least: int = 5
+) -> Estimate:
     """Mean over prompts of the correlation within each, Spearman's, Pearson's or Kendall's; prompts
     count alike.
 
@@ -243,7 +251,7 @@ def within_prompts(x, y, prompts: Prompts, *, method: str = "spearman", least: i
 
 
 def _moments_within(
-    x: Variable, y: Variable, mask: np.ndarray, prompts: Prompts, method: str
+    x: Variable, y: Variable, mask: np.ndarray, prompts: PromptClusters, method: str
 ) -> tuple[np.ndarray, ...]:
     """[prompts] each: positions, and centred sums of squares and products of values or of ranks
     within the prompt.
@@ -260,7 +268,7 @@ def _moments_within(
 
 
 def _concordance_within(
-    x: Variable, y: Variable, mask: np.ndarray, prompts: Prompts, _: str
+    x: Variable, y: Variable, mask: np.ndarray, prompts: PromptClusters, _: str
 ) -> tuple[np.ndarray, ...]:
     """[prompts] each: positions, untied pairs in x, in y, and concordant less discordant pairs, of
     the prompt's own.
@@ -298,15 +306,15 @@ class Controls:
         key = np.packbits(mask).tobytes(), ranked
         if key not in self._bases:
             columns = [v.ranked(mask).average if ranked else v.values[mask] for v in self.columns]
-            design = np.stack([np.ones(int(mask.sum())), *map(standardise, columns)], axis=1)
+            design = np.stack([np.ones(int(mask.sum())), *map(standardize, columns)], axis=1)
             left, size, _ = np.linalg.svd(design, full_matrices=False)
             self._bases[key] = left[:, size > 1e-8 * size[0]]
-        basis, centred = self._bases[key], standardise(values)
+        basis, centred = self._bases[key], standardize(values)
         rest = centred - basis @ (basis.T @ centred)
         return rest if np.mean(rest**2) > SINGULAR else np.zeros_like(rest)
 
 
-def partial(x, y, controls: Controls, prompts: Prompts, *, ranked: bool = True) -> Estimate:
+def partial(x, y, controls: Controls, prompts: PromptClusters, *, ranked: bool = True) -> Estimate:
     """Correlation of x [N] and y [N] given the controls; of ranks (ranked once) or of values.
 
     The correlation of the two residuals. Residuals are taken once: they are orthogonal to the

@@ -26,11 +26,11 @@ import pandas as pd
 from scipy.interpolate import BSpline
 
 from diagnostics.analysis import bootstrap, linear_model, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.linear_model import Regression
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.schema import require_columns
-from diagnostics.criteria import normalise, relative_position, score_criterion
+from diagnostics.criteria import normalize, relative_position, score_criterion
 
 MODELS = {
     "interaction": (
@@ -73,7 +73,7 @@ def terms(
     `substitute` reads another column in place of one, e.g. {"compatibility": "topk_overlap_k8"}.
     """
     require_columns(tokens, NEEDS, what="A regression of the gain")
-    h, d = normalise(tokens["student_entropy"]), normalise(tokens["forward_kl"])
+    h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
     c = score_criterion(tokens, "compatibility", substitute=substitute)
     found = {
         "student_entropy": h,
@@ -85,7 +85,7 @@ def terms(
         "incompatible": d * (1 - c),
     }
     if "teacher_entropy" in tokens:
-        found["teacher_entropy"] = normalise(tokens["teacher_entropy"])
+        found["teacher_entropy"] = normalize(tokens["teacher_entropy"])
     return found
 
 
@@ -131,7 +131,7 @@ def regressions(
     for split in splits(tokens, draws=draws, seed=seed):
         for outcome in outcomes(tokens):
             for share in WINSORISED:
-                values = bootstrap.winsorise(split.values(tokens, outcome), share)
+                values = bootstrap.winsorize(split.values(tokens, outcome), share)
                 fits = {model: fit(model, values, predictors, split) for model in MODELS}
                 key = {"outcome": outcome, "split": split.name, "winsorised": share}
                 for model, found in fits.items():
@@ -215,7 +215,7 @@ def residual_curves(
 
 
 def residual_curve(
-    x: np.ndarray, values: np.ndarray, controls: list[np.ndarray], prompts: Prompts
+    x: np.ndarray, values: np.ndarray, controls: list[np.ndarray], prompts: PromptClusters
 ) -> dict[str, list[tuple[float, Estimate]]]:
     """Points of both curves for a score x [N]; a curve that the score's distinct values do not
     allow is empty.
@@ -224,7 +224,7 @@ def residual_curve(
     if mask.sum() < DECILES * 2:
         return {}
     x, values = x[mask], values[mask]
-    columns = [rank_correlation.standardise(control[mask]) for control in controls]
+    columns = [rank_correlation.standardize(control[mask]) for control in controls]
     group = rank_correlation.groups_by_rank(x, DECILES, np.ones(len(x), dtype=bool))
     here = [number for number in range(1, DECILES + 1) if (group == number).any()]
     indicator = np.stack([group == number for number in here], axis=1).astype(np.float64)
@@ -247,7 +247,7 @@ def _points(
     evaluate: np.ndarray,
     values: np.ndarray,
     columns,
-    prompts: Prompts,
+    prompts: PromptClusters,
     mask: np.ndarray,
 ):
     """Regress the residual of values [n] on a basis [n, k] and evaluate [points, k], by sums alone.

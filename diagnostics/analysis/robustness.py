@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import bootstrap, matching, rank_correlation, regressions
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.linear_model import Regression
 from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
 from diagnostics.analysis.rank_correlation import Variable
@@ -79,7 +79,7 @@ class Claims:
         its placebo.
         """
         values, placebo = (
-            bootstrap.winsorise(split.values(self.tokens, name), winsorised)
+            bootstrap.winsorize(split.values(self.tokens, name), winsorised)
             for name in (outcome, f"placebo_{outcome}")
         )
         contrast = self.contrast(split)
@@ -312,7 +312,7 @@ def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
 
     Returns columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at
     or beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts."""
-    prompts, rows = Prompts(tokens["prompt_id"], draws=0), []
+    prompts, rows = PromptClusters(tokens["prompt_id"], draws=0), []
     for name in tokens.columns:
         if name in SCHEMA and SCHEMA[name].stage == "before":
             values = tokens[name].to_numpy(dtype=np.float64)

@@ -38,7 +38,7 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import bootstrap, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.splits import scores, splits
 from diagnostics.core.errors import DiagnosticsError
@@ -65,7 +65,7 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BudgetSelection:
     """What a ranking of n positions selects at each budget."""
 
     first: np.ndarray
@@ -86,7 +86,7 @@ class Choice:
     """
 
 
-def choose(positions: pd.DataFrame, score: np.ndarray, budgets: Sequence[float]) -> Choice:
+def choose(positions: pd.DataFrame, score: np.ndarray, budgets: Sequence[float]) -> BudgetSelection:
     """Selections of one score [n] at ascending budgets; ties as in `criteria.select`.
 
     positions: needs the column `position`.
@@ -98,7 +98,7 @@ def choose(positions: pd.DataFrame, score: np.ndarray, budgets: Sequence[float])
     first[order] = np.searchsorted(wanted, np.arange(len(order)), side="right")
     height[order] = (count - np.arange(len(order)) - 0.5) / count
     selected = np.minimum(wanted, len(order))
-    return Choice(first, height, selected, _tied(np.asarray(score)[order], selected))
+    return BudgetSelection(first, height, selected, _tied(np.asarray(score)[order], selected))
 
 
 def _tied(ranked: np.ndarray, selected: np.ndarray) -> np.ndarray:
@@ -111,11 +111,11 @@ def _tied(ranked: np.ndarray, selected: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitSelections:
     """One split of a table: outcomes, and what each criterion selects of it."""
 
     name: str
-    prompts: Prompts
+    prompts: PromptClusters
     positions: pd.DataFrame
     budgets: tuple[float, ...]
     values: dict[str, np.ndarray]
@@ -124,14 +124,14 @@ class Part:
     """Scores [n] by criterion."""
 
     @cached_property
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, BudgetSelection]:
         """By criterion."""
         return {
             name: choose(self.positions, score, self.budgets) for name, score in self.scored.items()
         }
 
     @cached_property
-    def oracles(self) -> dict[str, Choice]:
+    def oracles(self) -> dict[str, BudgetSelection]:
         """By outcome, the choice that ranks by the outcome itself, undefined ones last."""
         lowest = np.finfo(np.float64).min
         return {
@@ -162,7 +162,7 @@ class Part:
             )
         )
 
-    def inside(self, choice: Choice, values: np.ndarray) -> np.ndarray:
+    def inside(self, choice: BudgetSelection, values: np.ndarray) -> np.ndarray:
         """Sums [prompts, budgets] of values [n] over the selected positions; an undefined value
         adds nothing.
         """
@@ -172,25 +172,25 @@ class Part:
         """Sums [prompts, 1] over all positions of the split."""
         return self.prompts.sums(np.nan_to_num(values))
 
-    def shares(self, choice: Choice, outcome: str) -> list[Estimate]:
+    def shares(self, choice: BudgetSelection, outcome: str) -> list[Estimate]:
         """Captured share at each budget."""
         return self.ratios(
             self.inside(choice, self.values[outcome]), self.total(self.values[outcome])
         )
 
-    def enrichments(self, choice: Choice, outcome: str) -> list[Estimate]:
+    def enrichments(self, choice: BudgetSelection, outcome: str) -> list[Estimate]:
         """Captured share over the share of positions selected, at each budget."""
         values, ones = self.values[outcome], np.ones(len(self.positions))
         over = np.hstack([self.inside(choice, values), self.inside(choice, ones)])
         return self.estimates(_enrichment, over, self.total(values), self.total(ones))
 
-    def area(self, choice: Choice, outcome: str) -> Estimate:
+    def area(self, choice: BudgetSelection, outcome: str) -> Estimate:
         """Normalised area of the criterion's curve."""
         heights = np.stack([choice.height, self.oracles[outcome].height]) - 0.5
         values = np.nan_to_num(self.values[outcome])
         return self.ratios(*(self.prompts.sums(values * height) for height in heights))[0]
 
-    def means(self, choice: Choice, values: np.ndarray) -> list[Estimate]:
+    def means(self, choice: BudgetSelection, values: np.ndarray) -> list[Estimate]:
         """Mean of values [n] over the selected positions where it is defined, at each budget."""
         defined = np.isfinite(values).astype(np.float64)
         return self.estimates(_halves, self.inside(choice, values), self.inside(choice, defined))
@@ -216,7 +216,7 @@ class Part:
 
 
 def _cumulative(
-    prompts: Prompts, first: np.ndarray, values: np.ndarray, budgets: int
+    prompts: PromptClusters, first: np.ndarray, values: np.ndarray, budgets: int
 ) -> np.ndarray:
     cells = prompts.codes * (budgets + 1) + first
     sums = np.bincount(
@@ -249,7 +249,7 @@ def parts(
     budgets: Iterable[float] = BUDGETS,
     draws: int = 1000,
     seed: int = 0,
-) -> Iterator[Part]:
+) -> Iterator[SplitSelections]:
     """The table's splits, each with its selections. `random` and `full` are left out: their curves
     are known.
 
@@ -267,7 +267,7 @@ def parts(
             if np.isfinite(v).any() and (name != "lift" or split.name == "step")
         }
         here = {name: score[split.mask] for name, score in scored.items()}
-        yield Part(
+        yield SplitSelections(
             split.name,
             split.prompts,
             tokens.loc[split.mask, ["position"]].reset_index(drop=True),
@@ -284,12 +284,12 @@ def whole(
     *,
     draws: int,
     seed: int,
-) -> Part:
+) -> SplitSelections:
     """The whole table with its selections, no outcome needed."""
     require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
-    prompts = Prompts(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
     positions = tokens[["position"]].reset_index(drop=True)
-    return Part(
+    return SplitSelections(
         "all", prompts, positions, tuple(sorted(set(budgets))), {}, _scored(tokens, criteria, seed)
     )
 
@@ -404,7 +404,7 @@ def _warn_unless_positive(values: np.ndarray, outcome: str, split: str) -> None:
         )
 
 
-def _frame(part: Part, outcome: str, band: np.ndarray) -> dict:
+def _frame(part: SplitSelections, outcome: str, band: np.ndarray) -> dict:
     """What every criterion's rows of an outcome share: budgets, random's band and the oracle."""
     counts = np.array(
         [registry.budget_count(len(part.positions), budget) for budget in part.budgets]
@@ -589,7 +589,7 @@ def selection_overlap(
     return pd.DataFrame(rows, columns=order)
 
 
-def _jaccards(part: Part, one: str, other: str) -> Iterator[tuple[Estimate, float]]:
+def _jaccards(part: SplitSelections, one: str, other: str) -> Iterator[tuple[Estimate, float]]:
     """Jaccard at each budget, and that of two independent selections of the same sizes."""
     a, b, ones = part.choices[one], part.choices[other], np.ones(len(part.positions))
     both, either = (

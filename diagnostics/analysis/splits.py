@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
-from diagnostics.criteria import normalise, relative_position
+from diagnostics.criteria import normalize, relative_position
 
 OUTCOMES = ("gain", "relative_gain", "reverse_gain")
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
@@ -24,7 +24,7 @@ class Split:
 
     name: str
     mask: np.ndarray
-    prompts: Prompts
+    prompts: PromptClusters
 
     def values(self, tokens: pd.DataFrame, name: str) -> np.ndarray:
         """A column on the split as float64, NaN where it is not finite or the table lacks it."""
@@ -57,7 +57,7 @@ def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterato
             if name == "all"
             else (tokens["split"] == name).to_numpy(dtype=bool)
         )
-        yield Split(name, mask, Prompts(tokens["prompt_id"][mask], draws=draws, seed=seed))
+        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], draws=draws, seed=seed))
 
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:
@@ -87,7 +87,7 @@ def scores(
 def controls(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     """What partial correlations and matching hold fixed: h, d and t/(T - 1), each [N]."""
     require_columns(tokens, HELD_COLUMNS, what="Holding entropy, divergence and position fixed")
-    h, d = (normalise(tokens[name]) for name in ("student_entropy", "forward_kl"))
+    h, d = (normalize(tokens[name]) for name in ("student_entropy", "forward_kl"))
     return {"student_entropy": h, "forward_kl": d, "position": relative_position(tokens)}
 
 

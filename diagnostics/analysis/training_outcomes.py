@@ -14,9 +14,9 @@ from scipy import stats
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_agreement as ranks
-from diagnostics.analysis.bootstrap import Prompts
+from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
-from diagnostics.analysis.rank_agreement import Answer
+from diagnostics.analysis.rank_agreement import CellScores
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 
@@ -36,7 +36,7 @@ FIRST_STEP = {
 
 
 @dataclass(frozen=True)
-class Crossed:
+class SeedPromptEstimate:
     """A value over seeds and prompts, with what its interval is made of."""
 
     seeds_S: np.ndarray
@@ -52,17 +52,17 @@ class Crossed:
         """Mean over seeds."""
         return float(self.seeds_S.mean())
 
-    def __neg__(self) -> Crossed:
-        return Crossed(-self.seeds_S, -self.draws_DS, self.prompts, self.fixed)
+    def __neg__(self) -> SeedPromptEstimate:
+        return SeedPromptEstimate(-self.seeds_S, -self.draws_DS, self.prompts, self.fixed)
 
-    def __sub__(self, other: Crossed) -> Crossed:
+    def __sub__(self, other: SeedPromptEstimate) -> SeedPromptEstimate:
         """Paired by seed and by prompt; a fixed value is the same for every seed."""
         if len(self.seeds_S) != len(other.seeds_S) and not (self.fixed or other.fixed):
             raise DiagnosticsError(
                 f"Cells with {len(self.seeds_S)} and {len(other.seeds_S)} seeds cannot be paired."
                 " Finish the grid."
             )
-        return Crossed(
+        return SeedPromptEstimate(
             self.seeds_S - other.seeds_S,
             self.draws_DS - other.draws_DS,
             self.prompts,
@@ -121,14 +121,14 @@ class Outcomes:
             what="A table of training outcomes",
         )
         self.draws, self.seed = draws, seed
-        self._prompts: dict[tuple, Prompts] = {}
+        self._prompts: dict[tuple, PromptClusters] = {}
         self.tables = {measure: part for measure, part in rows.groupby("measure", sort=False)}
         cells = rows.loc[
             rows["criterion"] != "untouched", ["criterion", "budget"]
         ].drop_duplicates()
         self.cells = list(cells.itertuples(index=False, name=None))
 
-    def of(self, measure: str, criterion: str, budget: float) -> Crossed:
+    def of(self, measure: str, criterion: str, budget: float) -> SeedPromptEstimate:
         """The measure of one cell. Raises DiagnosticsError where the grid does not hold it."""
         part = self.tables.get(measure, pd.DataFrame(columns=["criterion", "budget"]))
         part = part[(part["criterion"] == criterion) & (part["budget"] == budget)]
@@ -147,14 +147,14 @@ class Outcomes:
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             draws_DS = (prompts.weights @ total_SG.T) / (prompts.weights @ count_SG.T)
-            return Crossed(
+            return SeedPromptEstimate(
                 total_SG.sum(1) / count_SG.sum(1),
                 draws_DS,
                 prompts.count,
                 fixed=criterion == "untouched",
             )
 
-    def gain(self, measure: str, criterion: str, budget: float) -> Crossed:
+    def gain(self, measure: str, criterion: str, budget: float) -> SeedPromptEstimate:
         """Improvement over the untouched student; positive is better. A measure that is a gain
         already stays.
         """
@@ -168,10 +168,10 @@ class Outcomes:
         """Those of the wanted measures that the grid holds."""
         return [name for name in wanted if name in self.tables]
 
-    def _shared(self, names: tuple) -> Prompts:
+    def _shared(self, names: tuple) -> PromptClusters:
         """Equal prompts have equal draws, whatever the measure."""
         if names not in self._prompts:
-            self._prompts[names] = Prompts(
+            self._prompts[names] = PromptClusters(
                 np.array(names, dtype=object).astype(str), draws=self.draws, seed=self.seed
             )
         return self._prompts[names]
@@ -227,14 +227,19 @@ def outcome_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
     )
 
 
-def _ends(name: str, value: Crossed, level: float) -> dict:
+def _ends(name: str, value: SeedPromptEstimate, level: float) -> dict:
     low, high = value.interval(level)
     prefix = "" if name == "mean" else f"{name}_"
     return {name: value.value, f"{prefix}low": low, f"{prefix}high": high}
 
 
 def _paired(
-    outcomes: Outcomes, measure: str, criterion: str, budget: float, gain: Crossed, level: float
+    outcomes: Outcomes,
+    measure: str,
+    criterion: str,
+    budget: float,
+    gain: SeedPromptEstimate,
+    level: float,
 ) -> dict:
     row = {}
     for rival, at in (("full", 1.0), ("random", budget)):
@@ -327,7 +332,7 @@ def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Known:
+class OfflineValue:
     """What another run says of a cell, with the draws of that run's own prompts."""
 
     value: float
@@ -339,7 +344,7 @@ class Known:
         return self.draws_D
 
 
-Offline = Mapping[str, Mapping[tuple[str, float], Known]]
+Offline = Mapping[str, Mapping[tuple[str, float], OfflineValue]]
 """By answer and cell."""
 
 
@@ -406,10 +411,12 @@ def _foreseen(outcomes: Outcomes, offline: Offline | None) -> Iterator[tuple[str
     yield from (offline or {}).items()
 
 
-def _answer(name: str, values: Sequence[Crossed | Known], outcomes: Outcomes) -> Answer:
+def _answer(
+    name: str, values: Sequence[SeedPromptEstimate | OfflineValue], outcomes: Outcomes
+) -> CellScores:
     """Values of some cells with their draws."""
     draws = [v.resampled(outcomes.seed) for v in values]
-    return Answer(
+    return CellScores(
         name,
         np.array([v.value for v in values]),
         np.stack(draws, axis=1),
@@ -460,12 +467,14 @@ def offline_answers(
     return {answer.name: dict(_known(answer, frame)) for answer in found}
 
 
-def _known(answer: Answer, cells: pd.DataFrame) -> Iterator[tuple[tuple[str, float], Known]]:
+def _known(
+    answer: CellScores, cells: pd.DataFrame
+) -> Iterator[tuple[tuple[str, float], OfflineValue]]:
     for c, cell in enumerate(cells.itertuples(index=False, name=None)):
         if np.isfinite(answer.value_C[c]) and answer.unit > 0:
             yield (
                 cell,
-                Known(
+                OfflineValue(
                     float(answer.value_C[c] / answer.unit),
                     answer.draws_DC[:, c] / answer.unit,
                     answer.prompts,

@@ -24,7 +24,7 @@ from diagnostics.contexts.conversations import ARGUMENTS, plain, read_text, row_
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.rows import AS_WRITTEN, EXACT, exact, missing, read_rows
+from diagnostics.core.rows import AS_WRITTEN, EXACT, keep_whole_numbers, missing, read_rows
 from diagnostics.core.types import Prompt
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
         ) from error
     datasets.disable_progress_bars()
     try:
-        return exact(
+        return keep_whole_numbers(
             _open_dataset(datasets, name, split).with_format("arrow")[:].to_pandas(**AS_WRITTEN)
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -179,7 +179,7 @@ def sample(
             for i, ids in zip(batch, responses):
                 written[i, : len(ids)] = np.array(ids) + 1
             bar.update(len(batch))
-    ids_NT = distributed.total(written).astype(int)
+    ids_NT = distributed.sum_over_processes(written).astype(int)
     return Bank(
         tuple(
             _freeze(pair, request, (row[row > 0] - 1).tolist())
@@ -378,7 +378,7 @@ def behind_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
 def _responses(
     pair: Pair, requests: list[_Request], seed: int, options: tuple, max_new_tokens: int
 ) -> list[list[int]]:
-    chooser = Chooser([request.stream(seed) for request in requests], *options)
+    chooser = StreamSampler([request.stream(seed) for request in requests], *options)
     return generate(
         pair.student.model,
         [request.prompt_ids for request in requests],
@@ -421,7 +421,7 @@ def _batches(
     yield batch
 
 
-class Chooser:
+class StreamSampler:
     """Picks each row's next token from its own stream; a logits processor for greedy `generate`."""
 
     def __init__(
@@ -456,7 +456,7 @@ class Chooser:
         chosen_B1 = chosen_B1.clamp_max(logits_BV.shape[-1] - 1)
         return torch.full_like(logits_BV, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
-    def part(self, rows: slice) -> Chooser:
+    def part(self, rows: slice) -> StreamSampler:
         """The chooser of these rows alone."""
         part = copy.copy(self)
         part.streams = self.streams[rows]
@@ -466,7 +466,7 @@ class Chooser:
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    chooser: Chooser,
+    chooser: StreamSampler,
     *,
     end_ids: Sequence[int],
     max_new_tokens: int,
@@ -518,7 +518,7 @@ def _require_halves(
 def _generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    chooser: Chooser,
+    chooser: StreamSampler,
     end_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[int]]:

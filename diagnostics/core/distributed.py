@@ -96,7 +96,7 @@ def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
     return [items[index] for index in sorted(mine)]
 
 
-def total(array):
+def sum_over_processes(array):
     """Sum of a float64 numpy array over the processes; each fills in its own part and leaves 0
     elsewhere.
     """
@@ -131,10 +131,10 @@ def total_lengths(length: int) -> list[int]:
 
     mine = np.zeros(world())
     mine[rank()] = length
-    return [int(value) for value in total(mine)]
+    return [int(value) for value in sum_over_processes(mine)]
 
 
-def sum_(tensors: Sequence) -> None:
+def sum_in_place(tensors: Sequence) -> None:
     """Sum tensors over the processes, in place."""
     if world() > 1:
         for tensor in tensors:

@@ -55,7 +55,11 @@ def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
         ".csv": lambda file: pd.read_csv(file, **csv_options),
     }
     readers |= (
-        {".parquet": lambda file: exact(read_parquet(file, to_pandas_kwargs=AS_WRITTEN))}
+        {
+            ".parquet": lambda file: keep_whole_numbers(
+                read_parquet(file, to_pandas_kwargs=AS_WRITTEN)
+            )
+        }
         if text
         else {}
     )
@@ -89,7 +93,7 @@ objects.
 """
 
 
-def exact(frame: pd.DataFrame) -> pd.DataFrame:
+def keep_whole_numbers(frame: pd.DataFrame) -> pd.DataFrame:
     """A parquet table as its first writer meant it: a float column of whole numbers with gaps was a
     column of whole numbers.
     """

@@ -213,13 +213,17 @@ def kl_pair_hidden(
 
     def part(rows: slice) -> tuple[Tensor, ...]:
         student_nV = student_logits(student_hidden_NH[rows])
-        return measured(student_nV, beside(student_nV, teacher_hidden_NH[rows], teacher_logits))
+        return measured(
+            student_nV, teacher_logits_for(student_nV, teacher_hidden_NH[rows], teacher_logits)
+        )
 
     parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
     return tuple(torch.cat(columns) for columns in zip(*parts))
 
 
-def beside(student_nV: Tensor, teacher_hidden_nH: Tensor, teacher_logits: Logits) -> Tensor:
+def teacher_logits_for(
+    student_nV: Tensor, teacher_hidden_nH: Tensor, teacher_logits: Logits
+) -> Tensor:
     """The teacher's logits [n, V] on the device of the student's; one that is known in part is made
     whole by them (`remote`).
     """
@@ -253,7 +257,9 @@ def _mass_outside(outside_nW: Tensor, inside_n: Tensor) -> Tensor:
 def _log_normaliser(logits_nV: Tensor) -> Tensor:
     """ln of the sum of exp [n], float64, a few rows at a time."""
     dtype = torch.promote_types(logits_nV.dtype, torch.float32)
-    return torch.cat([exact(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)])
+    return torch.cat(
+        [to_float64(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)]
+    )
 
 
 def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
@@ -322,7 +328,7 @@ class Block:
     def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
         self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
         self._centre(student_rV, teacher_rV)
-        self.total_r2 = total(torch.exp2(self.centred_r2V, out=self._weight_r2V))
+        self.total_r2 = sum_float64(torch.exp2(self.centred_r2V, out=self._weight_r2V))
 
     def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
         """Logits in bits plus an offset that takes the row's largest close to 0; the maxima of
@@ -339,8 +345,8 @@ class Block:
             torch.add(
                 offset_r1, logits_rV, alpha=1 / LN2, out=target_rV
             )  # a fused multiply-add: one rounding
-            largest.append(exact(largest_r1))
-            peaks.append(exact(torch.add(offset_r1, largest_r1, alpha=1 / LN2)))
+            largest.append(to_float64(largest_r1))
+            peaks.append(to_float64(torch.add(offset_r1, largest_r1, alpha=1 / LN2)))
         self._largest_r2, self._peak_r2 = torch.cat(largest, -1), torch.cat(peaks, -1)
 
     def norms(self) -> Tensor:
@@ -350,7 +356,8 @@ class Block:
     def entropies(self) -> Tensor:
         """H(p), H(q) [r, 2] in nats."""
         mean_r2 = (
-            total(torch.mul(self._weight_r2V, self.centred_r2V, out=self.spare_r2V)) / self.total_r2
+            sum_float64(torch.mul(self._weight_r2V, self.centred_r2V, out=self.spare_r2V))
+            / self.total_r2
         )
         return LN2 * (self.total_r2.log2() - mean_r2)
 
@@ -361,10 +368,10 @@ class Block:
         student_rV, self.ratio_rV = self.centred_r2V.unbind(1)
         self.ratio_rV.sub_(student_rV).sub_(rounded_r1)
         mean_r2 = (
-            total(torch.mul(self._weight_r2V, self.ratio_rV[:, None], out=self.spare_r2V))
+            sum_float64(torch.mul(self._weight_r2V, self.ratio_rV[:, None], out=self.spare_r2V))
             / self.total_r2
         )
-        mean_r2 += exact(rounded_r1) - shift_r1
+        mean_r2 += to_float64(rounded_r1) - shift_r1
         return LN2 * mean_r2[:, 1], -LN2 * mean_r2[:, 0]
 
     def distributions(self) -> Tensor:
@@ -445,7 +452,7 @@ def _mixture_entropy(distributions_r2V: Tensor, spare_r2V: Tensor) -> Tensor:
     """H((p + q)/2) [r] in nats, from log2(p + q)."""
     sum_rV, ln_rV = spare_r2V.unbind(1)
     torch.add(*distributions_r2V.unbind(1), out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
-    return LN2 * (1 - total(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
+    return LN2 * (1 - sum_float64(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
 
 
 def _hellinger(distributions_r2V: Tensor) -> Tensor:
@@ -453,7 +460,7 @@ def _hellinger(distributions_r2V: Tensor) -> Tensor:
     overwrites its argument.
     """
     student_rV, teacher_rV = distributions_r2V.sqrt_().unbind(1)
-    return (total(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
+    return (sum_float64(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
 
 
 def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
@@ -468,12 +475,12 @@ def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
-def total(terms: Tensor) -> Tensor:
+def sum_float64(terms: Tensor) -> Tensor:
     """Sum over the last dimension: RUNS sums in the terms' dtype, added up in float64."""
-    return exact(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
+    return to_float64(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
 
 
-def exact(values: Tensor) -> Tensor:
+def to_float64(values: Tensor) -> Tensor:
     """float64, on the CPU where the device has none."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
@@ -482,11 +489,11 @@ def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor, *, upto: str) -> 
     """`_dense` of rows that may hold -inf (probability 0), NaN or +inf (NaN in every
     measurement).
     """
-    student_rV, teacher_rV = exact(student_rV), exact(teacher_rV)
-    ((_, block),) = blocks(filled(student_rV), filled(teacher_rV))
+    student_rV, teacher_rV = to_float64(student_rV), to_float64(teacher_rV)
+    ((_, block),) = blocks(replace_neg_inf(student_rV), replace_neg_inf(teacher_rV))
     out = _dense(block, upto=upto)
-    out["forward_kl"][beyond(teacher_rV, student_rV)] = torch.inf
-    out["reverse_kl"][beyond(student_rV, teacher_rV)] = torch.inf
+    out["forward_kl"][has_mass_outside(teacher_rV, student_rV)] = torch.inf
+    out["reverse_kl"][has_mass_outside(student_rV, teacher_rV)] = torch.inf
     undefined_r = ~(_finite_or_absent(student_rV) & _finite_or_absent(teacher_rV))
     return {
         name: values_r.masked_fill(undefined_r, float("nan"))
@@ -495,7 +502,7 @@ def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor, *, upto: str) -> 
     }
 
 
-def filled(logits_rV: Tensor) -> Tensor:
+def replace_neg_inf(logits_rV: Tensor) -> Tensor:
     """Logits of -inf become so low that their probability is exactly 0, and finite; NaN and +inf
     make a row NaN.
     """
@@ -503,7 +510,7 @@ def filled(logits_rV: Tensor) -> Tensor:
     return torch.where(logits_rV == -torch.inf, floor_r1, logits_rV)
 
 
-def beyond(logits_rV: Tensor, reference_rV: Tensor) -> Tensor:
+def has_mass_outside(logits_rV: Tensor, reference_rV: Tensor) -> Tensor:
     """Rows [r] where a token that `reference_rV` excludes (-inf) has probability under
     `logits_rV`.
     """
@@ -526,7 +533,7 @@ class _Model:
 
     def ln(self, ids_NK: Tensor) -> Tensor:
         """Log-probabilities [N, K] of the ids, float64."""
-        return exact(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
+        return to_float64(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
 
     def top(self, k: int) -> Tensor:
         """Ids [N, k] of the most likely tokens, most likely first, ties to the lower id."""

@@ -50,15 +50,15 @@ from diagnostics.measure.divergences import (
     LN2,
     Block,
     Logits,
-    beside,
-    beyond,
     blocks,
     chunk_size,
-    exact,
-    filled,
+    has_mass_outside,
     not_finite,
+    replace_neg_inf,
+    sum_float64,
+    teacher_logits_for,
+    to_float64,
     top_ids,
-    total,
 )
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
@@ -149,7 +149,9 @@ def chunked_loss(
         """One chunk's part of the sum; its derivative goes to `gradients`."""
         hidden_nH = _at(student_hidden_NH, at_n).detach()
         positions = _Positions(
-            _at(sampled_N, at_n), _at(advantage_N, at_n), exact(_at(weights_N, at_n)) / denominator
+            _at(sampled_N, at_n),
+            _at(advantage_N, at_n),
+            to_float64(_at(weights_N, at_n)) / denominator,
         )
         if gradients is None:
             student_nV, slope_nV = student_logits(hidden_nH), None
@@ -157,7 +159,9 @@ def chunked_loss(
             student_nV = gradients.trace(student_logits, hidden_nH)
             slope_nV = torch.empty_like(student_nV, requires_grad=False)
         with torch.no_grad():
-            teacher_nV = beside(student_nV.detach(), _at(teacher_hidden_NH, at_n), teacher_logits)
+            teacher_nV = teacher_logits_for(
+                student_nV.detach(), _at(teacher_hidden_NH, at_n), teacher_logits
+            )
         values_n = _evaluate(
             objective, student_nV.detach(), teacher_nV, positions, slope_NV=slope_nV
         )
@@ -241,8 +245,8 @@ def _evaluate(
         ]
     )
     for rows_r in not_finite(values_N, student_NV.shape[1]):  # -inf as logit, or truly not finite
-        student_rV, teacher_rV = exact(student_NV[rows_r]), exact(teacher_NV[rows_r])
-        ((_, block),) = blocks(filled(student_rV), filled(teacher_rV))
+        student_rV, teacher_rV = to_float64(student_NV[rows_r]), to_float64(teacher_NV[rows_r])
+        ((_, block),) = blocks(replace_neg_inf(student_rV), replace_neg_inf(teacher_rV))
         value_r = fill(rows_r, block, student_rV, teacher_rV)
         values_N[rows_r] = torch.where(
             _infinite(objective, student_rV, teacher_rV) & ~value_r.isnan(), torch.inf, value_r
@@ -253,8 +257,8 @@ def _evaluate(
 def _infinite(objective: _Objective, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
     """Rows [r] whose KL is inf because only its second distribution excludes a token."""
     if objective.loss == "forward_kl":
-        return beyond(teacher_rV, student_rV)
-    return beyond(student_rV, teacher_rV) & (objective.loss == "reverse_kl")
+        return has_mass_outside(teacher_rV, student_rV)
+    return has_mass_outside(student_rV, teacher_rV) & (objective.loss == "reverse_kl")
 
 
 # Each rule returns the values [r] and a function that gives the derivative [r, V] in one of the
@@ -307,7 +311,9 @@ def _jsd(
     beta, (forward_r, _) = objective.beta, block.kls()
     distributions_r2V = block.distributions()
     excess_rV = _log_mixture_over_p(beta, block, distributions_r2V)
-    mean_r2 = LN2 * total(torch.mul(distributions_r2V, excess_rV[:, None], out=block.spare_r2V))
+    mean_r2 = LN2 * sum_float64(
+        torch.mul(distributions_r2V, excess_rV[:, None], out=block.spare_r2V)
+    )
     from_student_r, from_teacher_r = -mean_r2[:, 0], forward_r - mean_r2[:, 1]  # KL(p||m), KL(q||m)
 
     def derivative() -> Tensor:
@@ -338,13 +344,13 @@ def _sampled(
 ) -> Rule:
     norm_r2, y_r1 = block.norms(), positions.sampled_N[:, None].to(student_rV.device)
     ln_p_r, ln_q_r = (
-        exact(x_rV.gather(1, y_r1))[:, 0] - norm_r2[:, i]
+        to_float64(x_rV.gather(1, y_r1))[:, 0] - norm_r2[:, i]
         for i, x_rV in enumerate((student_rV, teacher_rV))
     )
     advantage_r = (
         ln_q_r - ln_p_r
         if positions.advantage_N is None
-        else exact(positions.advantage_N).to(ln_p_r.device)
+        else to_float64(positions.advantage_N).to(ln_p_r.device)
     )
 
     def derivative() -> Tensor:
@@ -364,7 +370,7 @@ def _topk_reverse(
 ) -> Rule:
     ids_rK = top_ids(student_rV, objective.k)
     ln_p_rK, ln_q_rK = (
-        exact(x_rV.gather(1, ids_rK)).log_softmax(-1) for x_rV in (student_rV, teacher_rV)
+        to_float64(x_rV.gather(1, ids_rK)).log_softmax(-1) for x_rV in (student_rV, teacher_rV)
     )
     ratio_rK = torch.where(ln_p_rK > -torch.inf, ln_p_rK - ln_q_rK, 0.0)
     value_r = (ln_p_rK.exp() * ratio_rK).sum(-1) + 0 * block.total_r2.sum(

@@ -224,7 +224,7 @@ class Pair:
 
     name: str
     student: Readout
-    teacher: Readout | topk_teacher.ListedTeacher | None
+    teacher: Readout | topk_teacher.TopKTeacher | None
     """None where the student only writes."""
     tokenizer: object
     facts: dict = field(default_factory=dict)

@@ -55,7 +55,7 @@ from diagnostics.core.rows import missing, read_rows, require_unicode
 from diagnostics.core.schema import require_columns, support_column
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences
-from diagnostics.measure.divergences import Logits, exact
+from diagnostics.measure.divergences import Logits, to_float64
 
 log = logging.getLogger("diagnostics")
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "sampled")
@@ -119,7 +119,7 @@ class Completed:
         return completed(student_nV, *unpacked(lists_n2K.to(student_nV.device)))
 
 
-class ListedTeacher:
+class TopKTeacher:
     """Stands where a `Readout` does, for everything that scores frozen contexts."""
 
     sharded, apart = False, True
@@ -280,7 +280,7 @@ def _shape_of(
 # ---------------------------------------------------------------------------------------------
 
 
-def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
+def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
     """A file of top-K log-probabilities as a teacher.
 
     vocabulary: number of the student's ids. Raises DiagnosticsError for a file that cannot be read,
@@ -316,7 +316,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
         )
         for context in raw
     }
-    teacher = ListedTeacher(
+    teacher = TopKTeacher(
         lists,
         vocabulary=vocabulary,
         name=str(path),
@@ -336,7 +336,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> ListedTeacher:
     return teacher
 
 
-def _say(teacher: ListedTeacher) -> None:
+def _say(teacher: TopKTeacher) -> None:
     tails = np.concatenate([1 - np.exp(entry.ln_q_TK).sum(1) for entry in teacher.lists.values()])
     log.warning(
         "%s: the teacher is known by lists of %d tokens; on average %.2g of its mass lies outside"
@@ -519,7 +519,7 @@ def _lists(
     return Lists(ids_TK, ln_q_TK + np.log(allowed_T1 / mass_T1), sampled)
 
 
-def _require_natural(teacher: ListedTeacher) -> None:
+def _require_natural(teacher: TopKTeacher) -> None:
     """Refuse logarithms to base 2: their powers of two add up to 1 or little less at many
     positions, and to more at none.
     """
@@ -594,7 +594,7 @@ def completed(student_nV: Tensor, ids_nK: Tensor, ln_q_nK: Tensor) -> Tensor:
     """ln q^ [n, V]: the lists, and outside them the student's shape with the mass that is left."""
     student_nV = student_nV.to(torch.promote_types(student_nV.dtype, torch.float32))
     listed_nV = _scattered(torch.zeros_like(student_nV), ids_nK, torch.ones_like(ln_q_nK)) > 0
-    tail_n = exact(student_nV.masked_fill(listed_nV, -torch.inf).logsumexp(-1))
+    tail_n = to_float64(student_nV.masked_fill(listed_nV, -torch.inf).logsumexp(-1))
     left_n = torch.log1p(-ln_q_nK.exp().sum(-1)).to(tail_n.device)
     shift_n = torch.where(tail_n > -torch.inf, left_n - tail_n, 0.0)
     return _scattered(student_nV + shift_n[:, None].to(student_nV), ids_nK, ln_q_nK)
@@ -749,7 +749,7 @@ def require_loss(teacher, loss: str, advantage_N: np.ndarray, weights_N: np.ndar
     """Raise DiagnosticsError for a loss that a listed teacher leaves open; any other teacher has
     them all.
     """
-    if not isinstance(teacher, ListedTeacher):
+    if not isinstance(teacher, TopKTeacher):
         return
     if loss not in LOSSES:
         raise DiagnosticsError(
@@ -766,7 +766,7 @@ def require_loss(teacher, loss: str, advantage_N: np.ndarray, weights_N: np.ndar
 
 def refuse(teacher, what: str) -> None:
     """Raise DiagnosticsError where something needs a teacher that can be run."""
-    if isinstance(teacher, ListedTeacher):
+    if isinstance(teacher, TopKTeacher):
         raise DiagnosticsError(
             f"{what} needs a teacher that can be run, and this one is known by the lists in"
             f" {teacher.name}. Name a model with --teacher."

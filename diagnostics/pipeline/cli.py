@@ -423,9 +423,9 @@ def _log_to_stderr(*, quiet: bool) -> None:
 
 
 def _criteria() -> dict:
-    from diagnostics.criteria import criteria
+    from diagnostics.criteria import list_criteria
 
-    table = criteria()
+    table = list_criteria()
     return {
         "text": table.drop(columns=["mine"]).to_string(),
         "criteria": table.reset_index().to_dict("records"),

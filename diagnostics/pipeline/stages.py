@@ -545,7 +545,7 @@ def intervene_stage(
     """One step a criterion and budget. Finished cells are kept in `cells`, so that a wider grid
     goes on from there.
     """
-    from diagnostics.probing.intervention import interventions, summarise
+    from diagnostics.probing.intervention import interventions, summarize
 
     _require_probe_settings(run, probe, what="An intervention")
 
@@ -566,7 +566,7 @@ def intervene_stage(
         )
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked(
-            {"intervention": summarise(result, **dataclasses.asdict(analysis), seed=probe.seed)},
+            {"intervention": summarize(result, **dataclasses.asdict(analysis), seed=probe.seed)},
             tokens,
         )["intervention"]
         write_csv(run.path("tables/intervention.csv"), table)

@@ -51,7 +51,7 @@ from torch.func import functional_call
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import bootstrap, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import progress
@@ -61,14 +61,14 @@ from diagnostics.measure import divergences, losses
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
 from diagnostics.probing.one_step import (
-    Workbench,
+    StepBench,
     calibrate,
     first_update,
+    in_nonfinite_context,
     loss_weights,
     requested_step,
     require_same_bank,
     split_prompts,
-    spoiled,
     tensor_norm,
 )
 
@@ -149,7 +149,7 @@ def attribute(
         if "split" in tokens
         else split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
     )
-    bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
+    bench = StepBench(pair, bank, tokens, split, batch_tokens=batch_tokens)
     weights_N = loss_weights(tokens, split)
     direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
     calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
@@ -234,7 +234,7 @@ class Tracer:
 
     def __init__(
         self,
-        bench: Workbench,
+        bench: StepBench,
         weights_N: np.ndarray,
         *,
         loss: str,
@@ -275,7 +275,7 @@ class Tracer:
             sign=-1.0,
             loss="forward_kl",
         )
-        return distributed.total(gain_N)
+        return distributed.sum_over_processes(gain_N)
 
     def lift(self) -> np.ndarray:
         """What each step position's loss does for the mean held-out forward KL [N], nats; NaN
@@ -294,7 +294,7 @@ class Tracer:
             sign=1.0,
             loss=self.loss,
         )
-        lift_N = distributed.total(lift_N) * self.weights_N / self.weights_N.sum()
+        lift_N = distributed.sum_over_processes(lift_N) * self.weights_N / self.weights_N.sum()
         return np.where(self.weights_N > 0, lift_N, np.nan)
 
     def _pulled(self, gradient: Sequence[Tensor]) -> list[Tensor]:
@@ -305,7 +305,9 @@ class Tracer:
         """Gradient of the mean forward KL of the held-out positions."""
         bench = self.bench
         finite = np.isfinite(bench.tokens[["forward_kl", "reverse_kl"]].to_numpy()).all(axis=1)
-        weights_N = ((bench.split == "held_out") & finite & ~spoiled(bench.tokens)).astype(float)
+        weights_N = (
+            (bench.split == "held_out") & finite & ~in_nonfinite_context(bench.tokens)
+        ).astype(float)
         total = [torch.zeros_like(p) for p in bench.parameters]
         for batch, teacher_nH in zip(bench.held_out_batches, bench.held_out_teacher, strict=True):
             if weights_N[batch.rows_n.numpy()].any():
@@ -318,7 +320,7 @@ class Tracer:
                     beta=0.0,
                 )
                 _accumulate(total, torch.autograd.grad(part, bench.parameters, allow_unused=True))
-        distributed.sum_(total)
+        distributed.sum_in_place(total)
         return total
 
     def _visit_all(
@@ -367,7 +369,7 @@ class Tracer:
     ) -> Tensor:
         """dl/dz [r, V] of each position's loss in its own logits."""
         with torch.no_grad():
-            teacher_rV = divergences.beside(z_rV, teacher_nH[rows], self.teacher.logits)
+            teacher_rV = divergences.teacher_logits_for(z_rV, teacher_nH[rows], self.teacher.logits)
         with torch.enable_grad():
             leaf_rV = z_rV.detach().requires_grad_()
             values_r = losses.per_position(
@@ -460,7 +462,7 @@ class Tracer:
                         row_n[~same_context].sum(),
                     )
                     bar.update()
-        found = distributed.total(found)
+        found = distributed.sum_over_processes(found)
         total = self.totals(targets, kind=kind)
         found[:, 3] = total - found[:, :3].sum(axis=1)
         keys = tokens.loc[targets, list(_KERNEL_KEYS)].reset_index(drop=True)
@@ -493,7 +495,7 @@ class Tracer:
 
     @torch.no_grad()
     def _teacher_states(self, batch: scores.Batch) -> Tensor:
-        return batch.taught(self.teacher)
+        return batch.teacher_states(self.teacher)
 
     @torch.no_grad()
     def _fixed_states(self, batch: scores.Batch, kind: str) -> Tensor | None:
@@ -529,7 +531,7 @@ class Tracer:
             gain_N[batch.rows_n.numpy()] = self.effect(
                 batch, self._teacher_states(batch), tangents, loss="forward_kl", states_nH=fixed_nH
             )
-        return distributed.total(gain_N)[targets]
+        return distributed.sum_over_processes(gain_N)[targets]
 
     def _head_gradient(self) -> list[Tensor]:
         """Gradient of the mean loss over the output head's parameters, states held fixed."""
@@ -541,7 +543,7 @@ class Tracer:
                 batch, fixed_nH, teacher_nH, self.weights_N, loss=self.loss, beta=self.beta
             )
             _accumulate(total, torch.autograd.grad(part, parameters, allow_unused=True))
-        distributed.sum_(total)
+        distributed.sum_in_place(total)
         return total
 
     def _places(self, kind: str) -> list[int]:
@@ -590,7 +592,7 @@ def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
 
 
 def realised_gains(
-    bench: Workbench,
+    bench: StepBench,
     update: list[Tensor],
     step_size: float,
     *,
@@ -652,7 +654,7 @@ def linearity(
                 & np.isfinite(gain_N)
                 & ((tokens["split"] == name).to_numpy() | (name == "all"))
             )
-            prompts = Prompts(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed)
+            prompts = PromptClusters(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed)
             slope, explained = _fit(predicted_N[mask], gain_N[mask], prompts)
             pearson = rank_correlation.pearson(predicted_N[mask], gain_N[mask], prompts)
             low, high = np.clip(pearson.interval(level), 0, None) ** 2
@@ -676,7 +678,7 @@ def linearity(
     return pd.DataFrame(rows)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, prompts: Prompts) -> list[Estimate]:
+def _fit(x: np.ndarray, y: np.ndarray, prompts: PromptClusters) -> list[Estimate]:
     """Slope and explained share, from per-prompt sums."""
     scale = max(float(np.abs(np.concatenate([x, y])).max(initial=0.0)), np.finfo(float).tiny)
     x, y = x / scale, y / scale
@@ -744,7 +746,7 @@ def kernel_shares(
         for name, mask in groups.items():
             if mask[at].any():
                 part = table[mask[at]]
-                prompts = Prompts(part["prompt_id"].to_numpy(), draws=draws, seed=seed)
+                prompts = PromptClusters(part["prompt_id"].to_numpy(), draws=draws, seed=seed)
                 values = part[[*PARTS, "total"]].to_numpy(dtype=np.float64)
                 rows += [
                     {"kernel": kind, "group": name} | row
@@ -767,7 +769,7 @@ def kernel_shares(
 
 
 def _weighted_shares(
-    values: np.ndarray, weight: np.ndarray, prompts: Prompts, level: float
+    values: np.ndarray, weight: np.ndarray, prompts: PromptClusters, level: float
 ) -> Iterator[dict]:
     names = [*PARTS, "total"]
 
@@ -801,7 +803,7 @@ def lift_by_group(
     """
     lift_N = tokens["lift"].to_numpy(dtype=np.float64)
     known = np.isfinite(lift_N)
-    prompts = Prompts(tokens["prompt_id"].to_numpy()[known], draws=draws, seed=seed)
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy()[known], draws=draws, seed=seed)
     rows = []
     for name, mask in position_groups(tokens).items():
         inside = mask[known].astype(float)

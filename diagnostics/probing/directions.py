@@ -42,13 +42,13 @@ class Direction:
 
     update: list[Tensor]
     """Empty where all that was measured along it is at hand."""
-    yardstick: str
+    calibration_loss: str
     """Loss whose drop decides the step's size: the step's own, save for `sampled`."""
     value: float
-    """Mean of the yardstick at theta0, nats."""
+    """Mean of the calibration_loss at theta0, nats."""
     gradient_norm: float
     slope: float
-    """Change of the yardstick's mean in nats for a step of size 1, to first order."""
+    """Change of the calibration_loss's mean in nats for a step of size 1, to first order."""
     norm: float
     sha256: str = ""
     """Hash of the update and of the numbers above; made by `named`."""
@@ -63,7 +63,7 @@ class Direction:
     def facts(self) -> dict:
         """Everything but the update and its hash."""
         return {
-            "yardstick": self.yardstick,
+            "calibration_loss": self.calibration_loss,
             "value": self.value,
             "gradient_norm": self.gradient_norm,
             "slope": self.slope,
@@ -191,4 +191,7 @@ def read_record(path: Path) -> tuple[Direction, pd.DataFrame] | None:
 
 def _everywhere(found) -> bool:
     """True where every process has found it: they go on together or begin together."""
-    return distributed.total(np.array([float(found is not None)]))[0] == distributed.world()
+    return (
+        distributed.sum_over_processes(np.array([float(found is not None)]))[0]
+        == distributed.world()
+    )

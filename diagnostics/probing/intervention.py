@@ -45,7 +45,7 @@ from torch import Tensor
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import bootstrap
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.selection import is_baseline
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
@@ -58,7 +58,7 @@ from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Store, read_record, write_record
 from diagnostics.probing.one_step import (
-    Workbench,
+    StepBench,
     first_update,
     kept_step,
     loss_weights,
@@ -107,7 +107,7 @@ class InterventionConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class InterventionCell:
     """One selection of step positions, or the placebo."""
 
     criterion: str
@@ -156,7 +156,7 @@ class Interventions:
 
     tokens: pd.DataFrame
     split: np.ndarray
-    cells: list[Cell]
+    cells: list[InterventionCell]
     effects: list[Effect]
     calibration: pd.DataFrame
     """Of the step on all positions, as `probe` has it."""
@@ -166,7 +166,7 @@ class Interventions:
 
         Columns criterion, budget, draw, prompt_id, split, positions (finite ones), then the summed
         reductions forward_kl, reverse_kl, js (nats)."""
-        prompts = Prompts(self.tokens["prompt_id"].to_numpy(), draws=0)
+        prompts = PromptClusters(self.tokens["prompt_id"].to_numpy(), draws=0)
         place = pd.Series(self.split).groupby(prompts.codes).first().to_numpy()
         frames = []
         for cell, effect in zip(self.cells, self.effects, strict=True):
@@ -191,9 +191,9 @@ def intervene(
     changed.
 
     options: those of `interventions` (criteria, budgets, tokens, loss, optimizer, match, cache, …).
-    Returns the table of `summarise`.
+    Returns the table of `summarize`.
     """
-    return summarise(
+    return summarize(
         interventions(pair, bank, seed=seed, **options), draws=draws, level=level, seed=seed
     )
 
@@ -245,7 +245,7 @@ def interventions(
     cells = plan(
         tokens, split, criteria=criteria, budgets=budgets, random_draws=random_draws, seed=seed
     )
-    bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
+    bench = StepBench(pair, bank, tokens, split, batch_tokens=batch_tokens)
     settings = {"loss": loss, "beta": beta, "optimizer": optimizer}
 
     def grid_along(full: Direction, calibration: pd.DataFrame) -> Grid:
@@ -284,7 +284,7 @@ def interventions(
     return Interventions(tokens, split, cells, effects, calibration)
 
 
-def _full_step_name(bench: Workbench, weights_N: np.ndarray, **settings) -> str:
+def _full_step_name(bench: StepBench, weights_N: np.ndarray, **settings) -> str:
     """Name of everything that decides the step on all positions, but for the rounding of its
     gradient.
     """
@@ -294,7 +294,7 @@ def _full_step_name(bench: Workbench, weights_N: np.ndarray, **settings) -> str:
     ).hexdigest()[:24]
 
 
-def _identity(bench: Workbench) -> dict:
+def _identity(bench: StepBench) -> dict:
     """Both models and the bank."""
     ids = json.dumps(
         [
@@ -317,25 +317,30 @@ def plan(
     budgets: Iterable[float],
     random_draws: int,
     seed: int,
-) -> list[Cell]:
+) -> list[InterventionCell]:
     """The cells of a grid: full, placebo, then random and each criterion at each budget.
 
     A position whose measurements are not finite carries no loss, selected or not.
     """
     usable_N = loss_weights(tokens, split)
     budgets = sorted(set(budgets))
-    cells = [Cell("full", 1.0, 0, usable_N), Cell("placebo", 1.0, 0, usable_N)]
+    cells = [
+        InterventionCell("full", 1.0, 0, usable_N),
+        InterventionCell("placebo", 1.0, 0, usable_N),
+    ]
     for draw in range(random_draws):
         score = registry.score_criterion(tokens, "random", seed=seed + draw)
         cells += [
-            Cell("random", budget, draw, _selected(tokens, split, score, budget, usable_N))
+            InterventionCell(
+                "random", budget, draw, _selected(tokens, split, score, budget, usable_N)
+            )
             for budget in budgets
         ]
     for name in dict.fromkeys(criteria):
         if not is_baseline(name):
             score = registry.score_criterion(tokens, name, seed=seed)
             cells += [
-                Cell(name, budget, 0, _selected(tokens, split, score, budget, usable_N))
+                InterventionCell(name, budget, 0, _selected(tokens, split, score, budget, usable_N))
                 for budget in budgets
             ]
     empty = next((cell for cell in cells if not cell.weights_N.any()), None)
@@ -360,7 +365,7 @@ def _selected(
 class Grid:
     """A bench, the step on all positions as reference, and where finished cells are kept."""
 
-    bench: Workbench
+    bench: StepBench
     loss: str
     beta: float
     optimizer: str
@@ -371,7 +376,7 @@ class Grid:
     seed: int
     cache: Path | None
 
-    def measure(self, cells: Sequence[Cell]) -> list[Effect]:
+    def measure(self, cells: Sequence[InterventionCell]) -> list[Effect]:
         """The effect of each cell. Cells with the same positions are measured once."""
         keys = [self.key(cell) for cell in cells]
         todo = {key: cell for key, cell in zip(keys, cells, strict=True)}
@@ -389,7 +394,7 @@ class Grid:
             found[key] = Effect.from_frame(effect.to_frame())
         return [found[key] for key in keys]
 
-    def key(self, cell: Cell) -> str:
+    def key(self, cell: InterventionCell) -> str:
         """Name of everything that decides a cell's effect: positions, step, both models and the
         bank.
         """
@@ -410,7 +415,7 @@ class Grid:
     def _identity(self) -> dict:
         return _identity(self.bench)
 
-    def needs_direction(self, cells: Sequence[Cell]) -> bool:
+    def needs_direction(self, cells: Sequence[InterventionCell]) -> bool:
         """True where a cell that moves along the step on all positions is still to be measured."""
         return any(self._is_full(cell) and self._kept(self.key(cell)) is None for cell in cells)
 
@@ -426,7 +431,7 @@ class Grid:
             return None
         return Effect.from_frame(frame) if len(frame) == len(self.bench.tokens) else None
 
-    def _measured(self, missing: dict[str, Cell]) -> Iterator[tuple[str, Effect]]:
+    def _measured(self, missing: dict[str, InterventionCell]) -> Iterator[tuple[str, Effect]]:
         if not missing:
             return
         before = self.bench.rescore("before", js=True)
@@ -442,14 +447,14 @@ class Grid:
                 gradient = None if self._is_full(cell) else next(gradients)
                 yield key, self._effect(cell, gradient, before, f"cell {number} of {len(todo)}")
 
-    def _is_full(self, cell: Cell) -> bool:
+    def _is_full(self, cell: InterventionCell) -> bool:
         """True where the step on all positions is the cell's own, as it is for the placebo before
         its signs.
         """
         return np.array_equal(cell.weights_N, self.full_weights_N)
 
     def _effect(
-        self, cell: Cell, gradient: list[Tensor] | None, before: tuple, description: str
+        self, cell: InterventionCell, gradient: list[Tensor] | None, before: tuple, description: str
     ) -> Effect:
         if gradient is None:
             update, norm, gradient_norm = self.full.update, self.full.norm, self.full.gradient_norm
@@ -475,7 +480,7 @@ class Grid:
 
 
 def shared_gradients(
-    bench: Workbench, weights: Sequence[np.ndarray], *, loss: str, beta: float
+    bench: StepBench, weights: Sequence[np.ndarray], *, loss: str, beta: float
 ) -> list[list[Tensor]]:
     """Gradients of several weightings of the mean loss, with one student forward a batch; out of
     memory, one by one.
@@ -492,12 +497,12 @@ def shared_gradients(
         )
         return [bench.gradient(weights_N, loss=loss, beta=beta)[1] for weights_N in weights]
     for gradient in gradients:
-        distributed.sum_(gradient)
+        distributed.sum_in_place(gradient)
     return gradients
 
 
 def _add_gradients(
-    bench: Workbench,
+    bench: StepBench,
     batch,
     teacher_nH: Tensor,
     weights: Sequence[np.ndarray],
@@ -527,7 +532,7 @@ def _add_gradients(
 # --------------------------------------------------------------------------------------
 
 
-def summarise(
+def summarize(
     result: Interventions, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """Mean reductions of each cell by group of positions, with prompt-bootstrap intervals.
@@ -540,7 +545,7 @@ def summarise(
     the draws of random), selected (positions that carried loss), step_size, update_norm,
     gradient_norm, positions, prompts. The rows of `random` average its draws; what cannot be is
     NaN."""
-    prompts = Prompts(result.tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(result.tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
     noise = np.random.default_rng([seed, 2]).standard_normal(draws)
     together: dict[tuple[str, float], list[int]] = {}
     for index, cell in enumerate(result.cells):
@@ -575,7 +580,7 @@ def _group(result: Interventions, index: int, group: str) -> np.ndarray:
 
 def _compared(
     result: Interventions,
-    prompts: Prompts,
+    prompts: PromptClusters,
     masks: list[np.ndarray],
     members: list[int],
     rivals: list[int],
@@ -599,7 +604,7 @@ def _compared(
 
 def _rival(
     result: Interventions,
-    prompts: Prompts,
+    prompts: PromptClusters,
     mask: np.ndarray,
     rivals: list[int],
     m: int,
@@ -613,7 +618,7 @@ def _rival(
 
 def _mean_over_draws(
     result: Interventions,
-    prompts: Prompts,
+    prompts: PromptClusters,
     masks: list[np.ndarray],
     effects: list[list[int]],
     m: int,

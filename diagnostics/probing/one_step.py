@@ -36,7 +36,7 @@ from diagnostics.core.progress import Shards, no_shards
 from diagnostics.core.schema import require_columns, validate_tokens
 from diagnostics.core.types import RELATIVE_GAIN_FLOOR, Bank
 from diagnostics.measure import losses
-from diagnostics.measure.divergences import exact
+from diagnostics.measure.divergences import to_float64
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair, weights_sha256
 from diagnostics.probing import scores
@@ -58,7 +58,7 @@ PIECE = 2**18
 RESCUE_TRIALS = 3
 """Further trials where none of the planned ones was linear."""
 OPTIMIZERS = ("adamw", "sgd")
-YARDSTICK = {"sampled": "reverse_kl"}
+CALIBRATION_LOSS = {"sampled": "reverse_kl"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ProbeResult:
         )
 
 
-class Workbench:
+class StepBench:
     """A frozen bank, its teacher states and a student that can be moved along a direction and put
     back.
 
@@ -143,9 +143,9 @@ class Workbench:
         self.pair, self.bank, self.tokens, self.split = pair, bank, tokens, split
         self.parameters = [p for p in pair.student.model.parameters() if p.is_floating_point()]
         _require_precision(self.parameters)
-        on_step, apart = split == "step", spoiled(tokens)
+        on_step, apart = split == "step", in_nonfinite_context(tokens)
         groups = [
-            scores.mine(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
+            scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
             for keep in (on_step & ~apart, ~on_step & ~apart, apart)
         ]
         states = iter(scores.teacher_states(pair, sum(groups, [])))
@@ -184,7 +184,7 @@ class Workbench:
                     part.backward()
                     self._collect_gradients()
         return math.fsum(
-            distributed.total(parts_N)
+            distributed.sum_over_processes(parts_N)
         )  # rounded once: the order of the batches, and whose they are, is no matter
 
     def batch_loss(
@@ -248,7 +248,7 @@ class Workbench:
             if self._sums[i] is None:  # a first batch's gradient is kept uncopied
                 self._sums[i] = p.grad
             else:
-                self._sums[i] = exact(self._sums[i])
+                self._sums[i] = to_float64(self._sums[i])
                 self._sums[i] += p.grad.to(self._sums[i].device)
             p.grad = None
 
@@ -264,8 +264,8 @@ class Workbench:
             [],
         )
         if distributed.world() > 1:
-            sums = [exact(total) for total in sums]
-            distributed.sum_(sums)
+            sums = [to_float64(total) for total in sums]
+            distributed.sum_in_place(sums)
         return [total.to(p) for p, total in zip(self.parameters, sums)]
 
     def _halve_step_batches(self, error: BaseException) -> None:
@@ -289,11 +289,11 @@ class Workbench:
         value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
         norm = tensor_norm(gradient)
         update = first_update(gradient, optimizer)
-        yardstick = YARDSTICK.get(loss, loss)
-        if yardstick != loss:
-            value, gradient = self.gradient(weights_N, loss=yardstick, beta=beta)
+        calibration_loss = CALIBRATION_LOSS.get(loss, loss)
+        if calibration_loss != loss:
+            value, gradient = self.gradient(weights_N, loss=calibration_loss, beta=beta)
         return Direction(
-            update, yardstick, value, norm, _dot(gradient, update), tensor_norm(update)
+            update, calibration_loss, value, norm, _dot(gradient, update), tensor_norm(update)
         )
 
     @contextmanager
@@ -415,7 +415,7 @@ def probe(
     tokens = scores.score(pair, bank, batch_tokens=batch_tokens) if tokens is None else tokens
     require_same_bank(bank, tokens)
     split = split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
-    bench = Workbench(pair, bank, tokens, split, batch_tokens=batch_tokens)
+    bench = StepBench(pair, bank, tokens, split, batch_tokens=batch_tokens)
     weights_N = loss_weights(tokens, split)
     direction, calibration = kept_step(
         bench,
@@ -459,7 +459,7 @@ def probe(
 
 
 def kept_step(
-    bench: Workbench,
+    bench: StepBench,
     weights_N: np.ndarray,
     store: Store,
     *,
@@ -512,7 +512,7 @@ def gains(before: tuple, after: tuple, placebo: tuple | None = None) -> dict[str
 
 
 def calibrate(
-    bench: Workbench,
+    bench: StepBench,
     direction: Direction,
     weights_N: np.ndarray,
     *,
@@ -534,7 +534,7 @@ def calibrate(
     for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
         with bench.moved(direction.update, size):
             realised = direction.value - bench.mean_loss(
-                weights_N, loss=direction.yardstick, beta=beta
+                weights_N, loss=direction.calibration_loss, beta=beta
             )
         predicted = -size * direction.slope
         ratio = realised / predicted if predicted else np.nan
@@ -604,10 +604,10 @@ def loss_weights(tokens: pd.DataFrame, split: np.ndarray) -> np.ndarray:
     finite = np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(
         tokens["reverse_kl"].to_numpy()
     )
-    return ((split == "step") & finite & ~spoiled(tokens)).astype(float)
+    return ((split == "step") & finite & ~in_nonfinite_context(tokens)).astype(float)
 
 
-def spoiled(tokens: pd.DataFrame) -> np.ndarray:
+def in_nonfinite_context(tokens: pd.DataFrame) -> np.ndarray:
     """Positions [N] of contexts in which any measurement is NaN: 0 times NaN is NaN on the way back
     through a model, so none may carry loss.
     """
@@ -664,11 +664,11 @@ def _require_precision(parameters: list[Tensor]) -> None:
 
 def tensor_norm(tensors: list[Tensor]) -> float:
     """Euclidean norm over all tensors together."""
-    return float(sum((exact(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
+    return float(sum((to_float64(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> float:
-    return float(sum((exact(a) * exact(b)).sum() for a, b in _pieces(left, right)))
+    return float(sum((to_float64(a) * to_float64(b)).sum() for a, b in _pieces(left, right)))
 
 
 def _pieces(*lists: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -67,11 +67,11 @@ class Batch:
     contexts: tuple[Context, ...] = ()
     """The contexts [B], for what the teacher reads."""
 
-    def taught(self, teacher: Readout) -> Tensor:
+    def teacher_states(self, teacher: Readout) -> Tensor:
         """The teacher's states [n, H] of the response positions, after the prompt that it reads; a
         listed teacher's lists.
         """
-        if isinstance(teacher, topk_teacher.ListedTeacher):
+        if isinstance(teacher, topk_teacher.TopKTeacher):
             return teacher.states(self.contexts, self.at_n)
         return self.for_teacher().states(teacher)
 
@@ -274,14 +274,16 @@ def _columns(
     check_bank(pair, bank)
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
-    todo = _take_up(mine(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions)
+    todo = _take_up(
+        local_batches(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions
+    )
     options = {
         "k": k,
         "sweep": tuple(sweep),
         "tops": tops,
         "student_dropped": _dropped(pair.student),
     }
-    listed = isinstance(pair.teacher, topk_teacher.ListedTeacher)
+    listed = isinstance(pair.teacher, topk_teacher.TopKTeacher)
     depth = pair.teacher.depth(bank) if listed else None
     for batch, student_nH, teacher_nH in _forward(pair, todo, "score"):
         if listed:
@@ -347,7 +349,7 @@ def _take_up(
     return left
 
 
-def mine(todo: list[Batch]) -> list[Batch]:
+def local_batches(todo: list[Batch]) -> list[Batch]:
     """This process's batches."""
     return distributed.share(todo, lambda batch: batch.tokens)
 
@@ -357,7 +359,9 @@ def _gathered(columns: dict[str, np.ndarray], positions: int) -> dict[str, np.nd
     if distributed.world() == 1:
         return columns
     names = sorted(distributed.names(columns))
-    whole = distributed.total(np.stack([columns.get(name, np.zeros(positions)) for name in names]))
+    whole = distributed.sum_over_processes(
+        np.stack([columns.get(name, np.zeros(positions)) for name in names])
+    )
     return dict(zip(names, whole))
 
 
@@ -386,7 +390,7 @@ def check_bank(pair: Pair, bank: Bank) -> None:
                 f" vocabulary has {pair.vocabulary}. The bank was written by another tokenizer;"
                 " sample it again with this pair."
             )
-    if isinstance(pair.teacher, topk_teacher.ListedTeacher):
+    if isinstance(pair.teacher, topk_teacher.TopKTeacher):
         pair.teacher.require(bank)
 
 
@@ -394,17 +398,21 @@ def check_bank(pair: Pair, bank: Bank) -> None:
 def _forward(
     pair: Pair, todo: list[Batch], description: str
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    taught = iter(teacher_states(pair, todo)) if pair.offload_teacher else _taught(pair, todo)
+    taught = (
+        iter(teacher_states(pair, todo))
+        if pair.offload_teacher
+        else _teacher_states_in_turn(pair, todo)
+    )
     for teacher_nH, batch in zip(taught, _with_progress(todo, description)):
         yield batch, batch.states(pair.student), teacher_nH
 
 
-def _taught(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
+def _teacher_states_in_turn(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
     """The teacher's states [n, H] for each batch. A sharded teacher needs every process at every
     pass: those with fewer batches run it on one token until all are through."""
     spare = max(distributed.total_lengths(len(todo))) - len(todo) if pair.teacher.sharded else 0
     for batch in todo:
-        yield batch.taught(pair.teacher)
+        yield batch.teacher_states(pair.teacher)
     for _ in range(spare):
         pair.teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
 
@@ -425,10 +433,14 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     if not pair.offload_teacher:
         return [
             teacher_nH
-            for teacher_nH, _ in zip(_taught(pair, todo), _with_progress(todo, "teacher"))
+            for teacher_nH, _ in zip(
+                _teacher_states_in_turn(pair, todo), _with_progress(todo, "teacher")
+            )
         ]
     with pair.teachers_turn():
-        return [batch.taught(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")]
+        return [
+            batch.teacher_states(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")
+        ]
 
 
 @torch.no_grad()
@@ -462,7 +474,7 @@ def rescore(
         values = {name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)}
         shards.add(batch.rows_n.numpy(), values)
         _fill(columns, batch, values, positions)
-    return tuple(distributed.total(np.stack(list(columns.values()))))
+    return tuple(distributed.sum_over_processes(np.stack(list(columns.values()))))
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:

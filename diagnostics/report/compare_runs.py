@@ -25,7 +25,7 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.run_lock import hold
 from diagnostics.report import figures, run_results, summary, svg
 from diagnostics.report import page as report_page
-from diagnostics.report.summary import Material
+from diagnostics.report.summary import RunResults
 from diagnostics.report.written_pages import write_pages
 
 SHARED = {
@@ -44,7 +44,7 @@ SHARED = {
 class RunComparison:
     """Several runs; shows itself in a notebook as what differs and what was found."""
 
-    materials: Mapping[str, Material]
+    materials: Mapping[str, RunResults]
     """By name of the run."""
     tables: Mapping[str, pd.DataFrame]
     """Tables that at least two runs have, with a column run in front."""
@@ -164,7 +164,7 @@ def _folder_names(paths: list[Path]) -> list[str]:
     return ["/".join(part) for part in parts]
 
 
-def _joined(materials: Mapping[str, Material]) -> Iterable[tuple[str, pd.DataFrame]]:
+def _joined(materials: Mapping[str, RunResults]) -> Iterable[tuple[str, pd.DataFrame]]:
     for name in SHARED:
         found = {
             run: material.table(name)
@@ -178,7 +178,7 @@ def _joined(materials: Mapping[str, Material]) -> Iterable[tuple[str, pd.DataFra
             yield name, joined[["run", *(column for column in joined if column != "run")]]
 
 
-def _differences(materials: Mapping[str, Material]) -> pd.DataFrame:
+def _differences(materials: Mapping[str, RunResults]) -> pd.DataFrame:
     """Settings and model facts whose value is not the same in all runs, a dash where a run has
     none.
     """
@@ -194,11 +194,11 @@ def _settings(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 f"{stage}: {name}",
                 (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)),
             )
-    facts = summary.models(Material(manifest))
+    facts = summary.models(RunResults(manifest))
     yield from ((f"model: {role}", name) for role, name in facts.items())
 
 
-def _finding(material: Material) -> str:
+def _finding(material: RunResults) -> str:
     """The paragraphs that compare signals, as far as the run has them."""
     return " ".join(
         text for text in (summary.signals(material), summary.trained(material)) if text

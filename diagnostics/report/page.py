@@ -23,7 +23,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import figures, style, summary, tokenview
 from diagnostics.report.catalogue import TABLES
 from diagnostics.report.run_results import read_run
-from diagnostics.report.summary import Material
+from diagnostics.report.summary import RunResults
 from diagnostics.report.svg import figure_files, inline_svg
 from diagnostics.report.tokenview import script_json, show
 from diagnostics.report.written_pages import write_pages
@@ -64,7 +64,7 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict[str, str]]:
+def draw_all(material: RunResults) -> tuple[dict[str, tuple[Figure, Figure]], dict[str, str]]:
     """Every figure at page and at phone width, and for each one that could not be drawn the
     reason.
     """
@@ -91,7 +91,7 @@ def draw_all(material: Material) -> tuple[dict[str, tuple[Figure, Figure]], dict
     return drawn, left_out
 
 
-def _not_drawn(material: Material, sheet: figures.FigureSpec, table: pd.DataFrame | None) -> str:
+def _not_drawn(material: RunResults, sheet: figures.FigureSpec, table: pd.DataFrame | None) -> str:
     """Why a figure cannot be drawn; empty where it can."""
     lacking = (
         [sheet.table]
@@ -105,7 +105,7 @@ def _not_drawn(material: Material, sheet: figures.FigureSpec, table: pd.DataFram
 
 
 def page(
-    material: Material,
+    material: RunResults,
     drawn: Mapping[str, tuple[Figure, Figure]],
     left_out: Mapping[str, str],
     *,
@@ -175,7 +175,7 @@ def _static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-def _over(material: Material) -> str:
+def _over(material: RunResults) -> str:
     names, version = (
         summary.models(material),
         material.manifest.get("versions", {}).get("opd-diagnostics", ""),
@@ -186,7 +186,7 @@ def _over(material: Material) -> str:
     return f'<p class="over">{html.escape(" · ".join(parts))}</p>'
 
 
-def verdict_cards(material: Material) -> str:
+def verdict_cards(material: RunResults) -> str:
     """One card a claim with both gains side by side, then C5 by measure; empty where the run has no
     verdicts.
     """
@@ -237,7 +237,7 @@ def _look(row: dict) -> str:
     )
 
 
-def warnings(material: Material) -> list[str]:
+def warnings(material: RunResults) -> list[str]:
     """What reading the run and its analysis warn of."""
     table = material.table("warnings")
     return [
@@ -246,7 +246,7 @@ def warnings(material: Material) -> list[str]:
     ]
 
 
-def warning_list(material: Material) -> str:
+def warning_list(material: RunResults) -> str:
     """The warnings as paragraphs; those beyond a handful folded away."""
     lines = [f'<p class="warning">{html.escape(message)}</p>' for message in warnings(material)]
     first, rest = lines[:WARNINGS_OPEN], lines[WARNINGS_OPEN:]
@@ -255,7 +255,7 @@ def warning_list(material: Material) -> str:
     )
 
 
-def token_view(material: Material, contexts: int) -> str:
+def token_view(material: RunResults, contexts: int) -> str:
     """The first contexts token by token; empty where the run has no contexts, or none are
     wanted.
     """
@@ -280,7 +280,7 @@ def _figure(sheet: figures.FigureSpec, plates: tuple[Figure, Figure]) -> str:
     )
 
 
-def _table_order(material: Material) -> list[str]:
+def _table_order(material: RunResults) -> list[str]:
     names = [name for name in material.tables if material.table(name) is not None]
     return [name for name in TABLES if name in names] + [
         name for name in names if name not in TABLES
@@ -351,7 +351,7 @@ def _packed(table: pd.DataFrame) -> str:
     return script_json(columns)
 
 
-def provenance(material: Material) -> str:
+def provenance(material: RunResults) -> str:
     """The manifest as tables: versions first, then each stage's settings, facts, inputs and
     files.
     """
@@ -401,7 +401,7 @@ PARTS = {
 """Parts of the study that a run may lack, by the table that would hold them."""
 
 
-def missing(material: Material, left_out: Mapping[str, str]) -> list[str]:
+def missing(material: RunResults, left_out: Mapping[str, str]) -> list[str]:
     """Sentences on what the reader should not look for here: parts of the study, parts of tables,
     figures.
     """
@@ -426,7 +426,7 @@ def missing(material: Material, left_out: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def not_run(material: Material, left_out: Mapping[str, str]) -> str:
+def not_run(material: RunResults, left_out: Mapping[str, str]) -> str:
     """`missing` as a list."""
     lines = missing(material, left_out)
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
@@ -436,7 +436,7 @@ def not_run(material: Material, left_out: Mapping[str, str]) -> str:
 
 
 def markdown(
-    material: Material, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]
+    material: RunResults, drawn: Mapping[str, tuple[Figure, Figure]], left_out: Mapping[str, str]
 ) -> str:
     """The report for a repository's page: answer, verdicts, figures as links, what was not run,
     provenance in short.
@@ -471,7 +471,7 @@ def markdown(
     return "\n\n".join(blocks) + "\n"
 
 
-def _verdict_rows(material: Material) -> list[str]:
+def _verdict_rows(material: RunResults) -> list[str]:
     shown, _ = summary.claims(material)
     if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
         return []

@@ -15,16 +15,16 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import hashes_of, read_manifest
 from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.types import read_bank
-from diagnostics.report.summary import Material
+from diagnostics.report.summary import RunResults
 
 log = logging.getLogger("diagnostics")
 
 
-def read_run(directory: str | Path) -> Material:
+def read_run(directory: str | Path) -> RunResults:
     """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")`
     shows what it found.
 
-    Returns a Material with the manifest, tables (by name), tokens, bank and likeliest tokens (None
+    Returns a RunResults with the manifest, tables (by name), tokens, bank and likeliest tokens (None
     where the run has none). Needs neither torch nor a model. Raises DiagnosticsError where the
     manifest or every table is missing, or a file is damaged."""
     directory = Path(directory)
@@ -52,7 +52,7 @@ def read_run(directory: str | Path) -> Material:
         reading.read("contexts.parquet", read_bank),
         reading.read("tops.parquet", read_parquet),
     )
-    return Material(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
+    return RunResults(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
 
 
 class _Reading:

@@ -74,7 +74,7 @@ UNITS = {
 }
 
 
-class Plate(Figure):
+class NotebookFigure(Figure):
     """A Figure that shows itself in a notebook even where no pyplot backend was started."""
 
     def _repr_png_(self) -> bytes:
@@ -160,9 +160,9 @@ def plate(draw: Callable) -> Callable:
 
 def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **options
-) -> tuple[Plate, np.ndarray]:
+) -> tuple[NotebookFigure, np.ndarray]:
     """A figure in inches with its axes [rows, columns]; ticks added later keep the style."""
-    figure = Plate(figsize=(width, height), layout="constrained")
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.04, wspace=0.03, hspace=0.04)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:

@@ -31,7 +31,7 @@ REFERENCE = "teachability"
 
 
 @dataclass(frozen=True)
-class Material:
+class RunResults:
     """What a run directory holds."""
 
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Material:
         return float(self.stage("analyze").get("level", 0.95))
 
 
-def models(material: Material) -> dict[str, str]:
+def models(material: RunResults) -> dict[str, str]:
     """Names of the pair, the student and the teacher, as far as the manifest has them."""
     facts = {**material.stage("score"), **material.stage("rollout")}
     names = {}
@@ -89,7 +89,7 @@ def models(material: Material) -> dict[str, str]:
     return names
 
 
-def title(material: Material) -> str:
+def title(material: RunResults) -> str:
     """One line that names the pair."""
     names = models(material)
     if names.get("pair") not in (None, "custom"):
@@ -101,7 +101,7 @@ def title(material: Material) -> str:
     return "Which of the teacher's signals can the student learn from?"
 
 
-def answer(material: Material) -> dict[str, str]:
+def answer(material: RunResults) -> dict[str, str]:
     """The finding as a handful of questions, each with a short answer in numbers; what the run has
     no table for is left out.
     """
@@ -142,7 +142,7 @@ def between(value: float, low: float, high: float, *, show=number) -> str:
     return f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def setup(material: Material) -> str:
+def setup(material: RunResults) -> str:
     """What was done: loss, optimiser, prompts, positions, and what the step did to its own loss."""
     step, table = material.stage("probe"), material.table("correlations")
     if not step and table is None:
@@ -185,7 +185,7 @@ def preferred_split(table: pd.DataFrame) -> str:
     return "held_out" if (table.split == "held_out").any() else str(table.split.iloc[0])
 
 
-def ranked(material: Material, outcome: str) -> pd.DataFrame:
+def ranked(material: RunResults, outcome: str) -> pd.DataFrame:
     """Spearman rows of one outcome on the preferred split, best first, without criteria that hold
     no signal.
     """
@@ -203,7 +203,7 @@ def ranked(material: Material, outcome: str) -> pd.DataFrame:
     return rows.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
-def signals(material: Material) -> str:
+def signals(material: RunResults) -> str:
     """Which criterion follows each gain best, what teachability reaches, and whether both gains
     agree.
     """
@@ -215,7 +215,7 @@ def signals(material: Material) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _leader(material: Material, rows: pd.DataFrame, outcome: str) -> str:
+def _leader(material: RunResults, rows: pd.DataFrame, outcome: str) -> str:
     first = rows.iloc[0]
     where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(
         first.split, ""
@@ -258,7 +258,7 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
     return f"{REFERENCE.capitalize()} reaches {' and '.join(parts)}."
 
 
-def _challengers(material: Material, rows: pd.DataFrame, outcome: str) -> str:
+def _challengers(material: RunResults, rows: pd.DataFrame, outcome: str) -> str:
     """Who cannot be told apart from the leader: by paired differences where the run has them, else
     by intervals.
     """
@@ -320,7 +320,7 @@ def _place(order: list[str], name: str) -> str:
     return f"{place}{ending} of {len(order)}"
 
 
-def budget(material: Material, share: float = 0.05) -> str:
+def budget(material: RunResults, share: float = 0.05) -> str:
     """What the best criterion and teachability capture of each gain at one budget, against random
     and the oracle.
     """
@@ -360,7 +360,7 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     return text.replace("-", "−")
 
 
-def q3(material: Material) -> str:
+def q3(material: RunResults) -> str:
     """The contrast of compatible against incompatible positions where the student is confident and
     wrong.
     """
@@ -404,7 +404,7 @@ MEASURES = {
 }
 
 
-def judged(material: Material) -> str:
+def judged(material: RunResults) -> str:
     """What became of each claim, by each gain and each measure of training."""
     table, _ = claims(material)
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
@@ -436,7 +436,7 @@ def _counted(rows: pd.DataFrame) -> str:
     )
 
 
-def _refuted_by(material: Material, measure: str) -> str:
+def _refuted_by(material: RunResults, measure: str) -> str:
     """The rivals that teachability falls short of at the claim's own budget: one of them is enough
     to refute C5.
     """
@@ -452,7 +452,7 @@ def _refuted_by(material: Material, measure: str) -> str:
     return f" (by {' and '.join(map(_name, ahead))})" if len(ahead) else ""
 
 
-def trained(material: Material, share: float = 0.05) -> str:
+def trained(material: RunResults, share: float = 0.05) -> str:
     """What trainings gained over the untouched student, or how one training went."""
     table = material.table("validation_outcomes")
     if table is None:
@@ -504,7 +504,7 @@ def _gain(row) -> str:
     )
 
 
-def _one_training(material: Material) -> str:
+def _one_training(material: RunResults) -> str:
     """First and last evaluation of a single training."""
     table = material.table("evaluations")
     if table is None or table.step.nunique() < 2:
@@ -528,7 +528,7 @@ def _one_training(material: Material) -> str:
     )
 
 
-def foreseen(material: Material) -> str:
+def foreseen(material: RunResults) -> str:
     """Which offline answer ranked the trainings most as their outcome did, and how far the usual
     ones do.
     """
@@ -558,7 +558,7 @@ def foreseen(material: Material) -> str:
     )
 
 
-def training_claims(material: Material) -> pd.DataFrame:
+def training_claims(material: RunResults) -> pd.DataFrame:
     """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was
     trained.
     """
@@ -568,7 +568,7 @@ def training_claims(material: Material) -> pd.DataFrame:
     return claim_tests.of_training(table)
 
 
-def claims(material: Material) -> tuple[pd.DataFrame, bool]:
+def claims(material: RunResults) -> tuple[pd.DataFrame, bool]:
     """Primary verdicts with those of training, and whether the table has others."""
     table = material.table("verdicts")
     table = (
@@ -581,7 +581,7 @@ def claims(material: Material) -> tuple[pd.DataFrame, bool]:
     ), len(shown) < len(table)
 
 
-def certainty(material: Material) -> str:
+def certainty(material: RunResults) -> str:
     """What the intervals rest on and what would change the answer."""
     rows = ranked(material, "gain")
     if rows.empty:
@@ -599,7 +599,7 @@ def certainty(material: Material) -> str:
     )
 
 
-def _certainty_of_trainings(material: Material) -> str:
+def _certainty_of_trainings(material: RunResults) -> str:
     table = material.table("validation_outcomes")
     rows = (
         pd.DataFrame()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
 
@@ -80,7 +80,7 @@ class FrozenBank:
 
         scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
-        self.todo = scores.mine(
+        self.todo = scores.local_batches(
             scores.batches(bank, batch_tokens=batch_tokens or scores.BATCH_TOKENS)
         )
         self.teacher = scores.teacher_states(pair, self.todo)
@@ -181,7 +181,7 @@ def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimat
 
     rows: columns prompt_id, total, count. NaN without a count.
     """
-    prompts = Prompts(rows["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(rows["prompt_id"].to_numpy(), draws=draws, seed=seed)
     sums = prompts.sums(
         rows["total"].to_numpy(dtype=np.float64), rows["count"].to_numpy(dtype=np.float64)
     )
@@ -196,7 +196,7 @@ def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimat
         )
 
 
-def summarise_evaluation(
+def summarize_evaluation(
     rows: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """Mean and prompt-bootstrap interval of each measure of an evaluation.

@@ -94,7 +94,7 @@ class ValidateConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrainingCell:
     """One training of the grid."""
 
     criterion: str
@@ -113,14 +113,14 @@ def _budget_name(budget: float) -> str:
     return short if float(short) == budget else repr(budget)
 
 
-def grid(config: ValidateConfig) -> list[Cell]:
+def grid(config: ValidateConfig) -> list[TrainingCell]:
     """Every training, seed by seed, so that an interrupted grid holds whole comparisons."""
     cells = []
     for seed in range(config.seeds):
         for criterion in dict.fromkeys(config.criteria):
             whole = registry.find(criterion).kind == "all"
             cells += [
-                Cell(criterion, budget, seed)
+                TrainingCell(criterion, budget, seed)
                 for budget in ((1.0,) if whole else dict.fromkeys(config.budgets))
             ]
     return cells
@@ -284,7 +284,7 @@ class _Again(Exception):
 def _cell_of(record: dict) -> str | None:
     """Name of the cell that a record is of."""
     try:
-        return Cell(**record["cell"]).name
+        return TrainingCell(**record["cell"]).name
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -295,7 +295,7 @@ def _sha256(path: Path) -> str:
     return sha256_file(path)
 
 
-def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
+def run_grid(job: Job, cells: Sequence[TrainingCell], *, workers: int) -> None:
     """Evaluate the untouched student, then train every cell that is not finished. Each leaves its
     files when it ends.
     """
@@ -321,7 +321,7 @@ def run_grid(job: Job, cells: Sequence[Cell], *, workers: int) -> None:
     _say_threads(job, cells)
 
 
-def _say_threads(job: Job, cells: Sequence[Cell]) -> None:
+def _say_threads(job: Job, cells: Sequence[TrainingCell]) -> None:
     """Sums come out in another order on another number of threads, so that equal cells differ in
     their last digits.
     """
@@ -336,7 +336,7 @@ def _say_threads(job: Job, cells: Sequence[Cell]) -> None:
         )
 
 
-def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
+def _share_out(job: Job, missing: Sequence[TrainingCell], workers: int) -> None:
     """Train on several processes, which end with this one; what they had begun goes with them."""
     from diagnostics.training.workers import share_out
 
@@ -350,7 +350,7 @@ def _share_out(job: Job, missing: Sequence[Cell], workers: int) -> None:
         remove_scratch(job.folder)
 
 
-def _work(task: tuple[Job, Cell]) -> str:
+def _work(task: tuple[Job, TrainingCell]) -> str:
     """One cell in a worker, on one thread: models this small lose time to a second one."""
     import torch
 
@@ -407,7 +407,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(job: Job, cell: Cell) -> Iterator[Path]:
+def _scratch(job: Job, cell: TrainingCell) -> Iterator[Path]:
     path = job.folder / f".training-{cell.name}"
     if path.is_symlink():
         raise DiagnosticsError(f"{path} is a link, and this program makes none. Remove it.")
@@ -523,7 +523,7 @@ def run_untouched(job: Job) -> None:
     _finish(job, "untouched", rows, facts=pair.facts)
 
 
-def run_cell(job: Job, cell: Cell) -> str:
+def run_cell(job: Job, cell: TrainingCell) -> str:
     """Train one cell and leave its evaluation, its curve and then its record. Returns what to
     log.
     """
@@ -604,7 +604,7 @@ def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
     )
 
 
-def read_outcomes(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
+def read_outcomes(folder: Path, cells: Iterable[TrainingCell]) -> pd.DataFrame:
     """Evaluations of the untouched student and of the finished cells, one row a training, measure
     and prompt.
 

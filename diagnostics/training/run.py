@@ -53,7 +53,7 @@ from diagnostics.training.evaluation import (
     FrozenBank,
     evaluate,
     find_verifier,
-    summarise_evaluation,
+    summarize_evaluation,
 )
 
 if TYPE_CHECKING:
@@ -218,7 +218,9 @@ def train(
         _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation),
         resume=engine.resume,
     )
-    watcher = Watcher(pair, directory, config, engine, evaluation, held_out, bank, untouched)
+    watcher = TrainingMonitor(
+        pair, directory, config, engine, evaluation, held_out, bank, untouched
+    )
     with warnings.catch_warnings():
         # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
         warnings.filterwarnings(
@@ -570,7 +572,7 @@ def _trainer(
     directory: Path,
     config: TrainConfig,
     engine: EngineConfig,
-    watcher: Watcher,
+    watcher: TrainingMonitor,
     options: dict[str, Any],
 ):
     from datasets import Dataset
@@ -699,7 +701,7 @@ def _whole(sharded, state: dict):
 # ---------------------------------------------------------------------------------------
 
 
-class Watcher:
+class TrainingMonitor:
     """Writes metrics, evaluations and gains while TRL trains; knows which steps are due."""
 
     def __init__(
@@ -875,7 +877,7 @@ class Watcher:
                 else pd.DataFrame({"step": []})
             )
         tables = [
-            summarise_evaluation(part).assign(step=step) for step, part in rows.groupby("step")
+            summarize_evaluation(part).assign(step=step) for step, part in rows.groupby("step")
         ]
         return (
             pd.concat(tables, ignore_index=True)

@@ -264,7 +264,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, has_tool_images
             )
-        chooser = rollouts.Chooser(
+        chooser = rollouts.StreamSampler(
             self._streams, self.temperature, self.top_p, self.top_k, self.pair.vocabulary
         )
         whole = unwrap_model_for_generation(

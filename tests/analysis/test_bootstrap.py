@@ -7,7 +7,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from diagnostics.analysis import bootstrap, linear_model, matching, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, Prompts
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.rank_correlation import Controls, Variable
 
 NAN = np.nan
@@ -29,7 +29,7 @@ def clustered(prompts=12, least=3, most=20, seed=0, ties=False):
     return codes, *((np.round(v) if ties else v) for v in (x, y, z))
 
 
-def drawn_rows(prompts: Prompts, draw: int) -> np.ndarray:
+def drawn_rows(prompts: PromptClusters, draw: int) -> np.ndarray:
     """Rows of the data set that a draw stands for, by concatenation: the slow way."""
     return np.concatenate(
         [
@@ -45,7 +45,7 @@ def drawn_rows(prompts: Prompts, draw: int) -> np.ndarray:
 
 
 def test_sums_and_draws_by_hand():
-    prompts = Prompts(["b", "a", "b"], draws=50, seed=1)
+    prompts = PromptClusters(["b", "a", "b"], draws=50, seed=1)
     assert prompts.names.tolist() == ["a", "b"] and prompts.codes.tolist() == [1, 0, 1]
     assert prompts.sums(np.array([1.0, 2.0, 4.0]), np.ones(3)).tolist() == [[2, 1], [5, 2]]
     assert prompts.sums(np.array([4.0]), at=np.array([False, False, True])).tolist() == [[0], [4]]
@@ -54,10 +54,10 @@ def test_sums_and_draws_by_hand():
 
 
 def test_same_seed_same_draws_and_no_positions_resampled():
-    first, again, other = (Prompts(list("aabbcc"), seed=s).weights for s in (3, 3, 4))
+    first, again, other = (PromptClusters(list("aabbcc"), seed=s).weights for s in (3, 3, 4))
     assert (first == again).all() and (first != other).any() and first.shape == (1000, 3)
-    assert Prompts(list("aab"), draws=0).weights.shape == (0, 2)
-    assert Prompts(list("aabb"), draws=7).without_draws().weights.shape == (0, 2)
+    assert PromptClusters(list("aab"), draws=0).weights.shape == (0, 2)
+    assert PromptClusters(list("aabb"), draws=7).without_draws().weights.shape == (0, 2)
 
 
 def test_interval_by_hand():
@@ -108,7 +108,7 @@ def test_one_prompt_or_too_few_defined_draws_have_no_interval(estimate):
 
 
 def test_differences_are_paired():
-    prompts = Prompts(*[np.repeat(np.arange(10), 5)], draws=200)
+    prompts = PromptClusters(*[np.repeat(np.arange(10), 5)], draws=200)
     x = np.random.default_rng(0).normal(size=50) + prompts.codes
     nothing = bootstrap.mean(x, prompts) - bootstrap.mean(x + 3, prompts)
     assert nothing.value == pytest.approx(-3) and nothing.standard_error == pytest.approx(
@@ -126,7 +126,7 @@ def test_differences_are_paired():
 def test_kendall_by_hand():
     """Pairs of (1,1) (2,3) (3,2): two concordant, one discordant."""
     estimate = rank_correlation.kendall(
-        np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), Prompts(list("abc"))
+        np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), PromptClusters(list("abc"))
     )
     assert estimate.value == pytest.approx(1 / 3) and (estimate.positions, estimate.prompts) == (
         3,
@@ -137,7 +137,7 @@ def test_kendall_by_hand():
 def test_spearman_by_hand():
     """Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15)."""
     assert rank_correlation.spearman(
-        np.array([1, 5, 9, 10.0]), np.array([0.2, 0.1, 7, 3]), Prompts(list("abcd"))
+        np.array([1, 5, 9, 10.0]), np.array([0.2, 0.1, 7, 3]), PromptClusters(list("abcd"))
     ).value == pytest.approx(0.6)
 
 
@@ -148,7 +148,7 @@ def test_correlations_equal_scipy(method, ties, seed):
     codes, x, y, _ = clustered(seed=seed, ties=ties)
     x[::7], y[::5] = NAN, NAN
     kept = np.isfinite(x) & np.isfinite(y)
-    estimate = CORRELATIONS[method](x, y, Prompts(codes))
+    estimate = CORRELATIONS[method](x, y, PromptClusters(codes))
     assert abs(estimate.value - REFERENCE[method](x[kept], y[kept]).statistic) < 1e-12
     assert estimate.positions == kept.sum() and estimate.prompts == len(np.unique(codes[kept]))
 
@@ -178,7 +178,7 @@ def test_long_arrays_take_larger_blocks(monkeypatch):
 
 def test_pearson_draws_and_left_out_equal_recomputation():
     codes, x, y, _ = clustered()
-    prompts = Prompts(codes, draws=20)
+    prompts = PromptClusters(codes, draws=20)
     estimate = rank_correlation.pearson(x, y, prompts)
     for draw in range(20):
         at = drawn_rows(prompts, draw)
@@ -192,7 +192,7 @@ def test_pearson_draws_and_left_out_equal_recomputation():
 @pytest.mark.parametrize("method", ["spearman", "kendall"])
 def test_approximate_draws_stay_near_recomputation(method):
     codes, x, y, _ = clustered(prompts=30)
-    prompts = Prompts(codes, draws=200)
+    prompts = PromptClusters(codes, draws=200)
     estimate = CORRELATIONS[method](x, y, prompts)
     anew = [
         REFERENCE[method](x[at], y[at]).statistic
@@ -207,14 +207,14 @@ def test_approximate_draws_stay_near_recomputation(method):
 @pytest.mark.parametrize("method", CORRELATIONS)
 def test_correlations_keep_their_invariants(method):
     codes, x, y, _ = clustered()
-    prompts, function = Prompts(codes, draws=30), CORRELATIONS[method]
+    prompts, function = PromptClusters(codes, draws=30), CORRELATIONS[method]
     base = function(x, y, prompts)
     assert function(y, x, prompts).value == pytest.approx(base.value)
     assert function(-x, y, prompts).value == pytest.approx(-base.value)
     assert function(x, x, prompts).interval() == pytest.approx((1, 1))
     order = np.random.default_rng(0).permutation(len(x))
     assert function(
-        x[order], y[order], Prompts(codes[order], draws=30)
+        x[order], y[order], PromptClusters(codes[order], draws=30)
     ).interval() == pytest.approx(base.interval())
     if method != "pearson":
         assert function(np.exp(x), y**3, prompts).value == pytest.approx(base.value)
@@ -231,7 +231,7 @@ def test_correlations_keep_their_invariants(method):
     ],
 )
 def test_constant_or_missing_columns_are_undefined(method, x, y):
-    estimate = CORRELATIONS[method](np.array(x), np.array(y), Prompts(list("aabb")))
+    estimate = CORRELATIONS[method](np.array(x), np.array(y), PromptClusters(list("aabb")))
     assert (
         np.isnan([estimate.value, *estimate.interval()]).all()
         and estimate.positions == np.isfinite(x).sum()
@@ -241,7 +241,7 @@ def test_constant_or_missing_columns_are_undefined(method, x, y):
 def test_one_prompt_has_a_value_and_no_interval():
     codes, x, y, _ = clustered(prompts=1, least=10)
     for function in CORRELATIONS.values():
-        estimate = function(x, y, Prompts(codes))
+        estimate = function(x, y, PromptClusters(codes))
         assert np.isfinite(estimate.value) and np.isnan(estimate.interval()).all()
 
 
@@ -272,7 +272,7 @@ def test_within_prompts_equals_a_loop(method, oracle):
         for _, part in frame.groupby("g")
         if len(part) >= 5 and part.x.nunique() > 1 and part.y.nunique() > 1
     ]
-    estimate = rank_correlation.within_prompts(x, y, Prompts(codes), method=method)
+    estimate = rank_correlation.within_prompts(x, y, PromptClusters(codes), method=method)
     assert estimate.value == pytest.approx(np.mean(each), abs=1e-12) and estimate.prompts == len(
         each
     )
@@ -286,10 +286,10 @@ def test_within_prompts_ignores_differences_between_prompts():
     between = np.random.default_rng(0).normal(size=6)[codes] * 100
     for method in ("spearman", "pearson", "kendall"):
         assert rank_correlation.within_prompts(
-            x + between, -x + between, Prompts(codes), method=method
+            x + between, -x + between, PromptClusters(codes), method=method
         ).value == pytest.approx(-1)
         assert np.isnan(
-            rank_correlation.within_prompts(between, x, Prompts(codes), method=method).value
+            rank_correlation.within_prompts(between, x, PromptClusters(codes), method=method).value
         )
 
 
@@ -299,10 +299,10 @@ def test_partial_by_hand():
     r = np.corrcoef([x, y, z])
     expected = (r[0, 1] - r[0, 2] * r[1, 2]) / np.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
     assert rank_correlation.partial(
-        x, y, Controls([z]), Prompts(codes), ranked=False
+        x, y, Controls([z]), PromptClusters(codes), ranked=False
     ).value == pytest.approx(expected, abs=1e-12)
     assert rank_correlation.partial(
-        x, y, Controls([np.ones_like(z)]), Prompts(codes), ranked=False
+        x, y, Controls([np.ones_like(z)]), PromptClusters(codes), ranked=False
     ).value == pytest.approx(r[0, 1])
 
 
@@ -315,7 +315,7 @@ def test_partial_equals_residuals_of_ranks_and_keeps_near_recomputation():
         design = sm.add_constant(np.column_stack([rz, rw]))
         return np.corrcoef(sm.OLS(rx, design).fit().resid, sm.OLS(ry, design).fit().resid)[0, 1]
 
-    prompts = Prompts(codes, draws=100)
+    prompts = PromptClusters(codes, draws=100)
     estimate = rank_correlation.partial(x, y, Controls([z, w]), prompts)
     assert estimate.value == pytest.approx(loop(np.arange(len(x))), abs=1e-10)
     anew = [loop(drawn_rows(prompts, draw)) for draw in range(100)]
@@ -326,7 +326,7 @@ def test_partial_recovers_a_given_value_and_is_undefined_for_a_control():
     rng = np.random.default_rng(0)
     z, e, f = rng.normal(size=(3, 40_000))
     x, y = z + e, 2 * z + 0.6 * e + 0.8 * f
-    prompts = Prompts(np.arange(40_000) // 100, draws=100)
+    prompts = PromptClusters(np.arange(40_000) // 100, draws=100)
     assert rank_correlation.partial(
         x, y, Controls([z]), prompts, ranked=False
     ).value == pytest.approx(0.6, abs=0.02)
@@ -341,7 +341,7 @@ def test_partial_recovers_a_given_value_and_is_undefined_for_a_control():
 
 def test_mean_and_its_interval_by_hand():
     """Two prompts with means 1 and 4, of one and two positions."""
-    prompts = Prompts(list("abb"), draws=4000)
+    prompts = PromptClusters(list("abb"), draws=4000)
     estimate = bootstrap.mean(np.array([1.0, 3, 5]), prompts)
     assert estimate.value == 3 and estimate.left_out.tolist() == [4, 1]
     assert set(np.round(estimate.draws, 9)) == {1, 3, 4}
@@ -350,7 +350,7 @@ def test_mean_and_its_interval_by_hand():
 def test_mean_draws_equal_recomputation():
     codes, x, *_ = clustered()
     x[::6] = NAN
-    prompts = Prompts(codes, draws=15)
+    prompts = PromptClusters(codes, draws=15)
     assert bootstrap.mean(x, prompts).draws == pytest.approx(
         [np.nanmean(x[drawn_rows(prompts, draw)]) for draw in range(15)]
     )
@@ -358,7 +358,7 @@ def test_mean_draws_equal_recomputation():
 
 def test_mean_difference_equals_recomputation_and_changes_sign():
     codes, x, y, _ = clustered()
-    prompts, top, bottom = Prompts(codes, draws=15), y > 1, y < -1
+    prompts, top, bottom = PromptClusters(codes, draws=15), y > 1, y < -1
     estimate = bootstrap.mean_difference(x, prompts, top, bottom)
     assert estimate.value == pytest.approx(x[top].mean() - x[bottom].mean())
     rows = [drawn_rows(prompts, draw) for draw in range(15)]
@@ -392,19 +392,19 @@ def test_groups_are_equal_and_ties_stay_together():
 
 def test_winsorise_by_hand_and_leaves_nan():
     values = np.array([0.0, 1, 2, 3, 100, NAN])
-    assert bootstrap.winsorise(values, 0.25).tolist()[:5] == [1, 1, 2, 3, 3] and np.isnan(
-        bootstrap.winsorise(values, 0.25)[5]
+    assert bootstrap.winsorize(values, 0.25).tolist()[:5] == [1, 1, 2, 3, 3] and np.isnan(
+        bootstrap.winsorize(values, 0.25)[5]
     )
     assert (
-        bootstrap.winsorise(values, 0)[4] == 100
-        and np.isnan(bootstrap.winsorise(np.array([NAN]), 0.1)).all()
+        bootstrap.winsorize(values, 0)[4] == 100
+        and np.isnan(bootstrap.winsorize(np.array([NAN]), 0.1)).all()
     )
 
 
 def test_locations_by_hand():
     found = bootstrap.locations(
         np.array([9.0, 1, 2, 3, 100, 4, 5, 6, 7, 8]),
-        Prompts(np.arange(10)),
+        PromptClusters(np.arange(10)),
         np.ones(10, bool),
         share=0.1,
     )
@@ -416,7 +416,7 @@ def test_locations_by_hand():
 def test_location_draws_equal_recomputation(prompts, most):
     codes, x, y, _ = clustered(prompts=prompts, most=most)
     x[0], mask = NAN, y > -1
-    group = Prompts(codes, draws=60)
+    group = PromptClusters(codes, draws=60)
     found = bootstrap.locations(x, group, mask, share=0.1)
     kept = np.isfinite(x) & mask
     drawn = [x[r][kept[r]] for r in (drawn_rows(group, draw) for draw in range(60))]
@@ -438,7 +438,7 @@ def test_design_effect_and_effective_clusters():
     codes = np.repeat(np.arange(200), 10)
     rng = np.random.default_rng(0)
     shared, own = rng.normal(size=200)[codes], rng.normal(size=2000)
-    prompts = Prompts(codes)
+    prompts = PromptClusters(codes)
     assert bootstrap.design_effect(shared, prompts) == pytest.approx(
         10, rel=0.1
     ) and bootstrap.design_effect(own, prompts) == pytest.approx(1, rel=0.2)
@@ -472,7 +472,7 @@ def test_matching_by_hand():
     assert [side.tolist() for side in near] == [[1], [2]]
     empty = matching.match(features, treated, control & (codes == 1), codes, replacement=True)
     assert len(empty[0]) == 0 and np.isnan(
-        matching.matched_difference(features[:, 0], Prompts(codes), empty).value
+        matching.matched_difference(features[:, 0], PromptClusters(codes), empty).value
     )
 
 
@@ -493,7 +493,7 @@ def test_matching_stays_within_prompts_and_equals_a_loop(replacement):
         assert len(t) == sum(
             min((treated & (codes == g)).sum(), (~treated & (codes == g)).sum()) for g in range(6)
         )
-    estimate = matching.matched_difference(z, Prompts(codes, draws=50), (t, c))
+    estimate = matching.matched_difference(z, PromptClusters(codes, draws=50), (t, c))
     assert estimate.value == pytest.approx(np.mean(z[t] - z[c])) and estimate.positions == len(t)
 
 
@@ -504,17 +504,17 @@ def test_matching_removes_what_was_matched_on():
     treated = 0.5 * confounder + rng.normal(size=4800) > 0
     y = 2 * confounder + 0.5 * treated + 0.1 * rng.normal(size=4800)
     pairs = matching.match(confounder[:, None], treated, ~treated, codes, replacement=True)
-    assert matching.matched_difference(y, Prompts(codes), pairs).value == pytest.approx(
+    assert matching.matched_difference(y, PromptClusters(codes), pairs).value == pytest.approx(
         0.5, abs=0.15
     )
     assert y[treated].mean() - y[~treated].mean() > 1.5
 
 
 def test_standardised_difference():
-    assert matching.standardised_difference(np.array([3.0, 5]), np.array([1.0]), 2.0) == 1.5
+    assert matching.standardized_difference(np.array([3.0, 5]), np.array([1.0]), 2.0) == 1.5
     assert np.isnan(
-        matching.standardised_difference(np.array([]), np.array([1.0]), 2.0)
-    ) and np.isnan(matching.standardised_difference(np.ones(2), np.ones(2), 0))
+        matching.standardized_difference(np.array([]), np.array([1.0]), 2.0)
+    ) and np.isnan(matching.standardized_difference(np.ones(2), np.ones(2), 0))
 
 
 # --- regression
@@ -524,7 +524,7 @@ def test_standardised_difference():
 def test_regression_equals_statsmodels():
     codes, x, y, z = clustered(prompts=15)
     z[4] = NAN
-    found = linear_model.regress(y, {"x": x, "z": z}, Prompts(codes, draws=30))
+    found = linear_model.regress(y, {"x": x, "z": z}, PromptClusters(codes, draws=30))
     kept = np.isfinite(z)
     scaled = [(v[kept] - v[kept].mean()) / v[kept].std() for v in (x, z, y)]
     design = sm.add_constant(np.column_stack(scaled[:2]))
@@ -554,7 +554,7 @@ def test_regression_equals_statsmodels():
 
 def test_regression_draws_equal_recomputation():
     codes, x, y, z = clustered()
-    prompts = Prompts(codes, draws=10)
+    prompts = PromptClusters(codes, draws=10)
     found = linear_model.regress(y, {"x": x, "z": z}, prompts, robust=False)
     scaled = [(v - v.mean()) / v.std() for v in (x, z, y)]
     for draw in range(10):
@@ -569,11 +569,11 @@ def test_regression_draws_equal_recomputation():
 
 def test_regression_without_an_answer():
     codes, x, y, _ = clustered()
-    prompts = Prompts(codes)
+    prompts = PromptClusters(codes)
     assert linear_model.regress(y, {"x": x, "twice": 2 * x + 1}, prompts) is None
     assert linear_model.regress(y, {"x": np.ones_like(x)}, prompts) is None
     assert linear_model.regress(y, {"x": np.where(np.arange(len(x)) < 3, x, NAN)}, prompts) is None
-    one = linear_model.regress(y, {"x": x}, Prompts(np.zeros(len(x))))
+    one = linear_model.regress(y, {"x": x}, PromptClusters(np.zeros(len(x))))
     assert (
         np.isfinite(one.coefficients["x"].value)
         and np.isnan(one.robust_error["x"])
@@ -583,7 +583,7 @@ def test_regression_without_an_answer():
 
 def test_regression_of_a_constant_outcome_is_zero_with_an_undefined_fit():
     codes, x, *_ = clustered()
-    found = linear_model.regress(np.full_like(x, 4.0), {"x": x}, Prompts(codes))
+    found = linear_model.regress(np.full_like(x, 4.0), {"x": x}, PromptClusters(codes))
     assert (
         found.coefficients["x"].value == 0
         and np.isnan(found.r_squared.value)
@@ -616,8 +616,8 @@ def test_clusters_widen_the_interval_and_independent_positions_do_not():
     shared = rng.normal(size=60)[codes] + 0.1 * rng.normal(size=1200)
     own = rng.normal(size=1200)
     naive = np.std(shared) / np.sqrt(1200)
-    assert bootstrap.mean(shared, Prompts(codes)).standard_error > 3 * naive
-    assert bootstrap.mean(own, Prompts(codes)).standard_error == pytest.approx(
+    assert bootstrap.mean(shared, PromptClusters(codes)).standard_error > 3 * naive
+    assert bootstrap.mean(own, PromptClusters(codes)).standard_error == pytest.approx(
         np.std(own) / np.sqrt(1200), rel=0.35
     )
 
@@ -632,7 +632,8 @@ def test_tests_reject_a_clustered_null_at_about_five_percent():
         codes = np.repeat(np.arange(20), rng.integers(5, 30, 20))
         x, y = (rng.normal(size=20)[codes] + rng.normal(size=len(codes)) for _ in range(2))
         reported += (
-            rank_correlation.spearman(x, y, Prompts(codes, draws=200, seed=seed)).p_value < 0.05
+            rank_correlation.spearman(x, y, PromptClusters(codes, draws=200, seed=seed)).p_value
+            < 0.05
         )
         naive += stats.spearmanr(x, y).pvalue < 0.05
     assert 0.015 < reported / 300 < 0.095 and naive / 300 > 0.25

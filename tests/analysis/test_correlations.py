@@ -6,9 +6,9 @@ from scipy import stats
 from diagnostics.analysis import correlations as correlation_tables
 from diagnostics.analysis import quadrants as quadrant_tables
 from diagnostics.analysis import splits
-from diagnostics.analysis.bootstrap import Prompts
+from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.criteria import normalise, quadrants, score_criterion
+from diagnostics.criteria import normalize, quadrants, score_criterion
 from tests.made_tokens import made_tokens
 
 DRAWS = {"draws": 60}
@@ -272,8 +272,8 @@ def test_partial_correlations_equal_residuals(tokens):
     held = np.column_stack(
         [
             np.ones(len(tokens)),
-            normalise(tokens.student_entropy),
-            normalise(tokens.forward_kl),
+            normalize(tokens.student_entropy),
+            normalize(tokens.forward_kl),
             tokens.position / np.maximum(tokens.response_length - 1, 1),
         ]
     )
@@ -423,7 +423,7 @@ def test_a_given_tertile_contrast_is_recovered():
         score="compatibility",
         groups="tertile",
     )
-    product = pd.Series(normalise(tokens.forward_kl) * normalise(tokens.compatibility))
+    product = pd.Series(normalize(tokens.forward_kl) * normalize(tokens.compatibility))
     in_q3 = quadrants(tokens) == 3
     share = (tokens.compatibility[in_q3].rank() - 0.5) / in_q3.sum()
     truth = product[share.index[share >= 2 / 3]].mean() - product[share.index[share < 1 / 3]].mean()
@@ -469,7 +469,7 @@ def test_balance_before_equals_the_usual_formula(tokens):
     )
     in_q3 = tokens[quadrants(tokens) == 3]
     share = (in_q3.compatibility.rank() - 0.5) / len(in_q3)
-    d = pd.Series(normalise(tokens.forward_kl))
+    d = pd.Series(normalize(tokens.forward_kl))
     top, bottom = d[share.index[share >= 2 / 3]], d[share.index[share < 1 / 3]]
     assert row.before == pytest.approx(
         (top.mean() - bottom.mean()) / np.sqrt((top.var(ddof=0) + bottom.var(ddof=0)) / 2)
@@ -478,7 +478,7 @@ def test_balance_before_equals_the_usual_formula(tokens):
 
 def test_matching_improves_balance_with_enough_positions():
     tokens = made_tokens(prompts=40, length=60)
-    tokens["compatibility"] = 0.5 * normalise(tokens.student_entropy) + 0.5 * tokens.compatibility
+    tokens["compatibility"] = 0.5 * normalize(tokens.student_entropy) + 0.5 * tokens.compatibility
     pick = dict(split="all", covariate="student_entropy", replacement=True)
     nearest, caliper = (
         one(quadrant_tables.balance(tokens, by=["compatibility"], caliper=c), **pick)
@@ -491,7 +491,9 @@ def test_matching_improves_balance_with_enough_positions():
 
 def test_splits_carry_their_own_prompts(tokens):
     parts = {split.name: split for split in splits.splits(tokens, draws=3)}
-    assert list(parts) == ["all", "step", "held_out"] and isinstance(parts["step"].prompts, Prompts)
+    assert list(parts) == ["all", "step", "held_out"] and isinstance(
+        parts["step"].prompts, PromptClusters
+    )
     assert (
         parts["step"].prompts.count + parts["held_out"].prompts.count
         == parts["all"].prompts.count

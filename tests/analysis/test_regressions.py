@@ -3,9 +3,9 @@ import pytest
 import statsmodels.api as sm
 
 from diagnostics.analysis import regressions as R
-from diagnostics.analysis.bootstrap import Prompts
+from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.criteria import normalise, relative_position
+from diagnostics.criteria import normalize, relative_position
 from tests.analysis.test_correlations import one
 from tests.made_tokens import made_tokens
 
@@ -24,14 +24,14 @@ def tables(tokens):
 
 def columns(tokens):
     h, d, c = (
-        normalise(tokens[name]) for name in ("student_entropy", "forward_kl", "compatibility")
+        normalize(tokens[name]) for name in ("student_entropy", "forward_kl", "compatibility")
     )
     return {
         "student_entropy": h,
         "divergence": d,
         "entropy_x_divergence": h * d,
         "position": relative_position(tokens),
-        "teacher_entropy": normalise(tokens.teacher_entropy),
+        "teacher_entropy": normalize(tokens.teacher_entropy),
         "compatibility": c,
         "teachability": d * c,
         "incompatible": d * (1 - c),
@@ -116,7 +116,7 @@ def test_a_given_difference_of_slopes_is_recovered():
 
 def test_another_support_takes_the_place_of_compatibility(tokens):
     found = R.terms(tokens, substitute={"compatibility": "topk_overlap"})
-    assert found["compatibility"] == pytest.approx(normalise(tokens.topk_overlap))
+    assert found["compatibility"] == pytest.approx(normalize(tokens.topk_overlap))
     with pytest.raises(
         DiagnosticsError,
         match="^Criterion 'compatibility' reads gain, which is known only after the step",
@@ -173,7 +173,9 @@ def test_decile_means_of_the_residual_equal_a_loop(tokens):
 def test_deciles_of_untied_scores_equal_a_loop():
     rng = np.random.default_rng(0)
     x, y, control = rng.normal(size=(3, 300))
-    points = R.residual_curve(x, y, [control], Prompts(np.arange(300) // 10, draws=20))["decile"]
+    points = R.residual_curve(x, y, [control], PromptClusters(np.arange(300) // 10, draws=20))[
+        "decile"
+    ]
     held = np.column_stack([np.ones(300), control])
     rest = y - held @ np.linalg.lstsq(held, y, rcond=None)[0]
     tenth = np.argsort(np.argsort(x)) // 30
@@ -187,7 +189,7 @@ def test_draws_of_the_curve_refit_the_residual():
     rng = np.random.default_rng(1)
     codes = np.repeat(np.arange(6), 20)
     x, y, control = rng.normal(size=(3, 120))
-    prompts = Prompts(codes, draws=3, seed=2)
+    prompts = PromptClusters(codes, draws=3, seed=2)
     points = R.residual_curve(x, y, [control], prompts)["decile"]
     tenth = np.argsort(np.argsort(x)) // 12
     for draw in range(3):
@@ -210,7 +212,7 @@ def test_draws_of_the_curve_refit_the_residual():
 def test_the_spline_follows_a_bent_curve_and_is_flat_for_none():
     rng = np.random.default_rng(0)
     x, control = rng.random((2, 6000))
-    prompts = Prompts(np.arange(6000) // 30, draws=50)
+    prompts = PromptClusters(np.arange(6000) // 30, draws=50)
     bent = R.residual_curve(
         x, np.sin(4 * x) + 0.5 * control + 0.1 * rng.normal(size=6000), [control], prompts
     )["spline"]
@@ -228,9 +230,10 @@ def test_few_distinct_scores_have_deciles_and_no_spline():
         (rng.random(200) < 0.5).astype(float),
         rng.normal(size=200),
         [rng.normal(size=200)],
-        Prompts(np.arange(200) // 10, draws=5),
+        PromptClusters(np.arange(200) // 10, draws=5),
     )
     assert set(curves) == {"decile"} and len(curves["decile"]) == 2
     assert (
-        R.residual_curve(rng.random(10), rng.random(10), [], Prompts(np.arange(10), draws=5)) == {}
+        R.residual_curve(rng.random(10), rng.random(10), [], PromptClusters(np.arange(10), draws=5))
+        == {}
     )

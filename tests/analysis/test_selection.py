@@ -535,7 +535,7 @@ def test_needs_no_torch():
 
 def test_the_page_lists_every_criterion():
     page = (Path(__file__).parents[2] / "docs" / "criteria.md").read_text(encoding="utf-8")
-    listed = criteria.criteria()
+    listed = criteria.list_criteria()
     for name, row in listed[~listed.mine].iterrows():
         assert f"| `{name}` |" in page, name
         assert all(f"`{alias}`" in page for alias in row["aliases"].split(", ") if alias), name

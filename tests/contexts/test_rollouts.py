@@ -4,7 +4,7 @@ import torch
 
 from diagnostics.contexts import rollouts
 from diagnostics.contexts.rollouts import (
-    Chooser,
+    StreamSampler,
     generate,
     rollout,
     sampled_from,
@@ -52,7 +52,7 @@ def test_responses_end_at_their_first_end_token(pad_is_eos):
 
 def test_chosen_tokens_follow_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3, 0.0]]))
-    chooser = Chooser([np.random.default_rng(0)], 1.0, 1.0, 0, 4)
+    chooser = StreamSampler([np.random.default_rng(0)], 1.0, 1.0, 0, 4)
     counts = np.zeros(4)
     for _ in range(4000):
         counts[int(chooser(torch.zeros(1, 1, dtype=torch.long), logits).argmax())] += 1
@@ -72,7 +72,7 @@ def test_chosen_tokens_follow_the_distribution():
 def test_sampling_settings_narrow_the_choice(options, allowed):
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3]]))
     temperature, top_p, top_k, vocabulary = (*options, 3)[:4]
-    chooser = Chooser([np.random.default_rng(0)], temperature, top_p, top_k, vocabulary)
+    chooser = StreamSampler([np.random.default_rng(0)], temperature, top_p, top_k, vocabulary)
     assert {
         int(chooser(torch.zeros(1, 1, dtype=torch.long), logits).argmax()) for _ in range(200)
     } == allowed
@@ -340,7 +340,7 @@ def test_one_prompt_that_does_not_fit_names_the_remedy(pair, monkeypatch):
         generate(
             pair.student.model,
             [[0, 5]] * 2,
-            Chooser([], 1.0, 1.0, 0, 64),
+            StreamSampler([], 1.0, 1.0, 0, 64),
             end_ids=(1,),
             max_new_tokens=2,
             halves=False,

@@ -137,7 +137,7 @@ def test_alone_everything_is_the_identity():
     assert distributed.world() == 1 and distributed.is_main()
     assert distributed.share([3, 1, 2], float) == [3, 1, 2]
     values = np.arange(3.0)
-    assert distributed.total(values) is values and distributed.names(["a"]) == {"a"}
+    assert distributed.sum_over_processes(values) is values and distributed.names(["a"]) == {"a"}
     assert distributed.barrier() is None and distributed.local_device("auto") == "auto"
 
 

@@ -133,7 +133,7 @@ def test_functions_named_like_their_module_can_be_called_again_and_again(first):
     in its place.
     """
     code = (
-        f"import {first}; import diagnostics as dx; print(len(dx.criteria()) == len(dx.criteria())"
+        f"import {first}; import diagnostics as dx; print(len(dx.list_criteria()) == len(dx.list_criteria())"
         " > 10)\nfor f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n   "
         " except TypeError as e: print('missing' in str(e))"
     )

@@ -215,7 +215,7 @@ def three_ways(pair, bank):
     order = []
     with torch.no_grad():
         for batch in scores.batches(bank):
-            states = batch.states(pair.student), batch.taught(pair.teacher)
+            states = batch.states(pair.student), batch.teacher_states(pair.teacher)
             assert states[0].dtype == torch.bfloat16
             order.append(batch.rows_n)
             for out, heads in (
@@ -283,9 +283,9 @@ def test_text_is_drawn_from_the_logits_that_are_measured(pair, monkeypatch):
     """
     from diagnostics.contexts import rollouts
 
-    seen, choose = [], rollouts.Chooser.__call__
+    seen, choose = [], rollouts.StreamSampler.__call__
     monkeypatch.setattr(
-        rollouts.Chooser,
+        rollouts.StreamSampler,
         "__call__",
         lambda self, ids, logits: (seen.append(logits.clone()), choose(self, ids, logits))[1],
     )

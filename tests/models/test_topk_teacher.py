@@ -15,7 +15,7 @@ from diagnostics.core.types import read_bank
 from diagnostics.measure.losses import chunked_loss
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair, load_pair
-from diagnostics.models.topk_teacher import ListedTeacher, Lists, read_lists, unpacked
+from diagnostics.models.topk_teacher import Lists, TopKTeacher, read_lists, unpacked
 from diagnostics.pipeline.cli import main
 from diagnostics.probing import scores
 from diagnostics.probing.attribution import attribute
@@ -699,7 +699,7 @@ def teacher_of(bank, *lists):
     width = max(map(len, lists))
     ids = np.array([[*row, *[-1] * (width - len(row))] for row in lists])
     ln_q = np.where(ids >= 0, -1.0 - np.arange(width), -np.inf)
-    return ListedTeacher({bank[0].context_id: Lists(ids, ln_q, None)}, vocabulary=V, name="x")
+    return TopKTeacher({bank[0].context_id: Lists(ids, ln_q, None)}, vocabulary=V, name="x")
 
 
 def test_how_deep_the_lists_are_for_sure():

@@ -18,7 +18,7 @@ from diagnostics.probing.attribution import (
     position_groups,
     sample_positions,
 )
-from diagnostics.probing.one_step import Workbench, loss_weights, split_prompts
+from diagnostics.probing.one_step import StepBench, loss_weights, split_prompts
 from diagnostics.probing.scores import score
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
@@ -92,7 +92,7 @@ def written_out(setting):
 
 def tracer_of(setting, optimizer, loss="reverse_kl"):
     pair, bank, tokens, split = setting
-    bench = Workbench(pair, bank, tokens, split)
+    bench = StepBench(pair, bank, tokens, split)
     return Tracer(
         bench,
         loss_weights(tokens, split),

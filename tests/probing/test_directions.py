@@ -15,7 +15,7 @@ from diagnostics.probing import directions, intervention
 from diagnostics.probing import one_step as probe_module
 from diagnostics.probing.directions import FILE, RECORD, Direction, Store, read_record
 from diagnostics.probing.intervention import Grid, interventions
-from diagnostics.probing.one_step import Workbench, probe
+from diagnostics.probing.one_step import StepBench, probe
 from diagnostics.probing.scores import score
 from tests.conftest import make_pair, make_prompts
 
@@ -36,9 +36,9 @@ class Noise:
 
     def __init__(self, monkeypatch, share=None):
         self.generator, self.calls, self.share = torch.Generator().manual_seed(0), 0, share
-        real, shared = Workbench.gradient, intervention.shared_gradients
+        real, shared = StepBench.gradient, intervention.shared_gradients
         monkeypatch.setattr(
-            Workbench, "gradient", lambda bench, *a, **k: self._noisy(*real(bench, *a, **k))
+            StepBench, "gradient", lambda bench, *a, **k: self._noisy(*real(bench, *a, **k))
         )
         monkeypatch.setattr(
             intervention,
@@ -81,7 +81,7 @@ def stop_at(monkeypatch, wanted):
     """Interrupts before the pass of that name; returns the names of the passes, with whether they
     took anything up.
     """
-    passes, real = [], Workbench.rescore
+    passes, real = [], StepBench.rescore
 
     def rescore(self, description, **options):
         if description == wanted:
@@ -90,7 +90,7 @@ def stop_at(monkeypatch, wanted):
         passes.append((description, bool(shards is not None and len(shards._found))))
         return real(self, description, **options)
 
-    monkeypatch.setattr(Workbench, "rescore", rescore)
+    monkeypatch.setattr(StepBench, "rescore", rescore)
     return passes
 
 
@@ -283,7 +283,7 @@ def test_a_direction_comes_back_bit_for_bit(tmp_path):
     [
         {"value": 0.2},
         {"norm": 3.0},
-        {"yardstick": "forward_kl"},
+        {"calibration_loss": "forward_kl"},
         {"update": some_direction(1).update},
     ],
 )

@@ -13,17 +13,17 @@ from diagnostics.pipeline.cli import main
 from diagnostics.probing import intervention
 from diagnostics.probing.intervention import (
     MEASURES,
-    Cell,
     Effect,
     Grid,
+    InterventionCell,
     Interventions,
     intervene,
     interventions,
     plan,
     shared_gradients,
-    summarise,
+    summarize,
 )
-from diagnostics.probing.one_step import Workbench, loss_weights, probe, split_prompts
+from diagnostics.probing.one_step import StepBench, loss_weights, probe, split_prompts
 from diagnostics.probing.scores import score
 from tests.conftest import make_model, make_pair, make_prompts
 from tests.study_tables import tokens as study_tokens
@@ -178,7 +178,7 @@ def test_baselines_are_not_planned_twice_and_broken_positions_carry_no_loss(sett
 def test_gradients_that_share_a_forward_are_each_ones_own(setting, monkeypatch, caplog):
     pair, bank, tokens = setting
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
-    bench = Workbench(pair, bank, tokens, split, batch_tokens=60)
+    bench = StepBench(pair, bank, tokens, split, batch_tokens=60)
     rng, usable = np.random.default_rng(0), loss_weights(tokens, split)
     weights = [usable * (rng.random(len(tokens)) < share) for share in (0.05, 0.3, 0.9)]
     shared = shared_gradients(bench, weights, loss="jsd", beta=0.3)
@@ -254,7 +254,7 @@ def test_a_damaged_cell_is_measured_again(setting, result, tmp_path, caplog):
 def test_a_cells_name_holds_everything_that_decides_it(setting):
     pair, bank, tokens = setting
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
-    bench, usable = Workbench(pair, bank, tokens, split), loss_weights(tokens, split)
+    bench, usable = StepBench(pair, bank, tokens, split), loss_weights(tokens, split)
     full = bench.direction(usable, loss="reverse_kl", beta=0.5, optimizer="adamw")
     settings = {
         "bench": bench,
@@ -268,8 +268,11 @@ def test_a_cells_name_holds_everything_that_decides_it(setting):
         "seed": 0,
         "cache": None,
     }
-    cell, placebo = Cell("full", 1.0, 0, usable), Cell("placebo", 1.0, 0, usable)
-    half = Cell("entropy", 0.5, 0, usable * (np.arange(len(usable)) % 2))
+    cell, placebo = (
+        InterventionCell("full", 1.0, 0, usable),
+        InterventionCell("placebo", 1.0, 0, usable),
+    )
+    half = InterventionCell("entropy", 0.5, 0, usable * (np.arange(len(usable)) % 2))
     keys = [Grid(**settings).key(c) for c in (cell, placebo, half)]
     keys += [
         Grid(**settings | change).key(cell)
@@ -286,7 +289,7 @@ def test_a_cells_name_holds_everything_that_decides_it(setting):
     assert (
         Grid(**settings | {"seed": 1}).key(cell)
         == keys[0]
-        == Grid(**settings).key(Cell("tip", 1.0, 0, usable.copy()))
+        == Grid(**settings).key(InterventionCell("tip", 1.0, 0, usable.copy()))
     )
 
 
@@ -339,7 +342,7 @@ def one(table, **where):
 
 
 def test_summary_is_means_and_paired_differences(invented):
-    table = summarise(invented, draws=60)
+    table = summarize(invented, draws=60)
     full, _, *random, own = [effect.reduction_N3 for effect in invented.effects]
     cell, step = invented.cells[-1], invented.split == "step"
     masks = {
@@ -370,7 +373,7 @@ def test_summary_is_means_and_paired_differences(invented):
 
 
 def test_random_rows_average_their_draws(invented):
-    table = summarise(invented, draws=60)
+    table = summarize(invented, draws=60)
     row = one(table, criterion="random", group="selected", measure="forward_kl")
     means = [
         e.reduction_N3[c.weights_N > 0, 0].mean()
@@ -393,7 +396,7 @@ def test_intervals_hold_the_spread_of_random(invented):
     """The draws lie about 1 apart, the prompts' means far less: the comparison with random is as
     wide as three draws leave it.
     """
-    table = summarise(invented, draws=4000)
+    table = summarize(invented, draws=4000)
     row = one(table, criterion="divergence", group="held_out", measure="forward_kl")
     assert row.high - row.low < 0.6
     half = (row.minus_random_high - row.minus_random_low) / 2
@@ -407,7 +410,7 @@ def test_differences_are_paired_by_prompt(invented):
     shifted = invented.effects[0].reduction_N3 + 0.25
     invented.effects[-1] = Effect(0.0, 1.0, 1.0, shifted)
     row = one(
-        summarise(invented, draws=50),
+        summarize(invented, draws=50),
         criterion="divergence",
         group="held_out",
         measure="reverse_kl",
@@ -420,7 +423,7 @@ def test_sums_by_prompt_lose_nothing(invented):
     sums = invented.by_prompt()
     assert len(sums) == len(invented.cells) * invented.tokens.prompt_id.nunique()
     held_out = sums[(sums.criterion == "divergence") & (sums.split == "held_out")]
-    row = one(summarise(invented, draws=20), criterion="divergence", group="held_out", measure="js")
+    row = one(summarize(invented, draws=20), criterion="divergence", group="held_out", measure="js")
     assert (
         held_out.js.sum() / held_out.positions.sum() == pytest.approx(row.reduction)
         and held_out.positions.sum() == row.positions
@@ -429,7 +432,7 @@ def test_sums_by_prompt_lose_nothing(invented):
 
 def test_a_position_that_broke_is_left_out(invented):
     invented.effects[-1].reduction_N3[:5] = np.nan
-    table = summarise(invented, draws=20)
+    table = summarize(invented, draws=20)
     row = one(table, criterion="divergence", group="step", measure="forward_kl")
     assert row.positions == (invented.split == "step").sum() - (
         invented.split[:5] == "step"

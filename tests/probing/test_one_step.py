@@ -11,7 +11,7 @@ from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing import one_step as probe_module
 from diagnostics.probing.one_step import (
     Direction,
-    Workbench,
+    StepBench,
     calibrate,
     gains,
     loss_weights,
@@ -88,11 +88,11 @@ def test_a_failure_in_the_middle_restores_the_student(setting, monkeypatch):
     pair, bank, tokens = setting
     before = weights_sha256(pair.student.model)
     monkeypatch.setattr(
-        Workbench,
+        StepBench,
         "rescore",
         lambda self, description: (_ for _ in ()).throw(MemoryError(description)),
     )
-    bench = Workbench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
     with (
         pytest.raises(MemoryError),
         bench.moved([torch.ones_like(p) for p in bench.parameters], 0.1),
@@ -103,7 +103,7 @@ def test_a_failure_in_the_middle_restores_the_student(setting, monkeypatch):
 
 def test_unrestored_weights_are_noticed(setting):
     pair, bank, tokens = setting
-    bench = Workbench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
     with torch.no_grad():
         bench.parameters[0][0, 0] += 1
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_gradient_does_not_depend_on_batches(setting):
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     weights = loss_weights(tokens, split) * np.random.default_rng(0).random(len(tokens)).round(1)
     whole, parts = (
-        Workbench(pair, bank, tokens, split, batch_tokens=size).gradient(
+        StepBench(pair, bank, tokens, split, batch_tokens=size).gradient(
             weights, loss="jsd", beta=0.3
         )
         for size in (10_000, 1)
@@ -181,7 +181,7 @@ def test_the_order_of_the_batches_changes_no_bit(setting):
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     weights, bench = (
         loss_weights(tokens, split),
-        Workbench(pair, bank, tokens, split, batch_tokens=20),
+        StepBench(pair, bank, tokens, split, batch_tokens=20),
     )
     batches, teacher = bench.step_batches, bench.step_teacher
     assert len(batches) >= 4
@@ -221,7 +221,7 @@ def test_norms_and_products_are_float64_sums_over_pieces():
 
 def test_the_placebo_moves_every_weight_as_far(setting):
     pair, bank, tokens = setting
-    bench = Workbench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
     update = [
         torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         for i, p in enumerate(bench.parameters)
@@ -338,8 +338,8 @@ def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, cap
     pair, bank, tokens = setting
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     weights = loss_weights(tokens, split)
-    reference = Workbench(pair, bank, tokens, split).gradient(weights, loss="reverse_kl", beta=0.5)
-    bench, real = Workbench(pair, bank, tokens, split), probe_module.losses.chunked_loss
+    reference = StepBench(pair, bank, tokens, split).gradient(weights, loss="reverse_kl", beta=0.5)
+    bench, real = StepBench(pair, bank, tokens, split), probe_module.losses.chunked_loss
     rows = []
 
     def no_room(_):

@@ -219,7 +219,7 @@ def test_same_files_same_bytes(run, tmp_path):
 
 
 def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_missing():
-    material = summary.Material({}, {"verdicts": study_tables.verdicts()})
+    material = summary.RunResults({}, {"verdicts": study_tables.verdicts()})
     cards = page.verdict_cards(material)
     assert cards.count("<li") == 2
     assert (
@@ -231,21 +231,21 @@ def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_mis
         " is supported for the relative_gain.</p></li>" in cards
     )
     assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
-    assert "Verdicts on the claims" in page.not_run(summary.Material(), {})
+    assert "Verdicts on the claims" in page.not_run(summary.RunResults(), {})
     assert "Verdicts on the claims" not in page.not_run(material, {})
     odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
     assert (
         '<li class="card inconclusive"><h3>mine</h3><p><span class="verdict inconclusive">perhaps'
-        " &lt;b&gt;</span></p>" in page.verdict_cards(summary.Material({}, {"verdicts": odd}))
+        " &lt;b&gt;</span></p>" in page.verdict_cards(summary.RunResults({}, {"verdicts": odd}))
     )
 
 
 def test_warnings_stand_open_up_to_a_handful():
     table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
-    text = page.warning_list(summary.Material({}, {"warnings": table}))
+    text = page.warning_list(summary.RunResults({}, {"warnings": table}))
     assert text.count('<p class="warning">Beware &lt;') == 6
     assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
-    assert page.warning_list(summary.Material()) == ""
+    assert page.warning_list(summary.RunResults()) == ""
 
 
 def test_what_the_analysis_left_out_is_listed():
@@ -253,7 +253,7 @@ def test_what_the_analysis_left_out_is_listed():
         {"table": ["verdicts"], "what": ["claim C5"], "why": ["no training results were given"]}
     )
     assert "verdicts, claim C5: no training results were given." in page.missing(
-        summary.Material({}, {"left_out": table}), {}
+        summary.RunResults({}, {"left_out": table}), {}
     )
 
 
@@ -279,7 +279,7 @@ def test_markdown_for_a_repository(run):
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
     assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
-    material = summary.Material(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
+    material = summary.RunResults(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
     assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in page.markdown(
         material, {}, {}
     )

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.report import summary
-from diagnostics.report.summary import Material
+from diagnostics.report.summary import RunResults
 from tests import study_tables
 
 
@@ -24,8 +24,8 @@ def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05, pla
     }
 
 
-def material(*rows, **tables) -> Material:
-    return Material(study_tables.manifest(), {"correlations": pd.DataFrame(rows), **tables})
+def material(*rows, **tables) -> RunResults:
+    return RunResults(study_tables.manifest(), {"correlations": pd.DataFrame(rows), **tables})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
         ]
     )
     assert (
-        summary.setup(Material(study_tables.manifest(), {"correlations": table}))
+        summary.setup(RunResults(study_tables.manifest(), {"correlations": table}))
         == "The student took AdamW's first step of the reverse KL loss on 12 step prompts (300"
         " positions) and was re-scored there and on 20 held-out prompts (500 positions); its"
         " loss of 0.810 nats a position fell by 0.026, 82% of the first-order prediction."
@@ -157,7 +157,7 @@ def test_trainings_and_who_foresaw_them():
         "validation_outcomes": study_tables.validation_outcomes(),
         "validation_agreement": study_tables.validation_agreement(),
     }
-    found = Material({"stages": {"validate": {"settings": {"steps": 60}}}}, tables)
+    found = RunResults({"stages": {"validate": {"settings": {"steps": 60}}}}, tables)
     assert (
         summary.trained(found)
         == "60 steps with 3 seeds, judged on 24 held-out prompts, gained over the untouched student"
@@ -192,23 +192,23 @@ def test_every_claim_is_named_by_each_gain():
     ]
     table = pd.DataFrame(rows, columns=["claim", "outcome", "verdict"])
     assert (
-        summary.judged(Material({}, {"verdicts": table}))
+        summary.judged(RunResults({}, {"verdicts": table}))
         == "By gain in nats, C2 and C3 are supported, C1 is refuted; by relative gain, C1 is"
         " supported; by forward KL, C5 is inconclusive."
     )
-    assert summary.judged(Material()) == ""
+    assert summary.judged(RunResults()) == ""
 
 
 def test_training_claims_come_once():
     trained = {"validation_verdicts": study_tables.validation_verdicts()}
-    rows = summary.training_claims(Material({}, trained))
-    assert summary.judged(Material({}, trained)) == "By forward KL, C5 is refuted (by full)."
+    rows = summary.training_claims(RunResults({}, trained))
+    assert summary.judged(RunResults({}, trained)) == "By forward KL, C5 is refuted (by full)."
     assert (rows.claim == "C5").all() and set(rows.outcome) == set(
         trained["validation_verdicts"].measure
     )
     assert (
-        summary.training_claims(Material({}, trained | {"verdicts": rows})).empty
-        and summary.training_claims(Material({})).empty
+        summary.training_claims(RunResults({}, trained | {"verdicts": rows})).empty
+        and summary.training_claims(RunResults({})).empty
     )
 
 
@@ -235,16 +235,16 @@ def test_numbers_are_the_tables():
         "q3_contrast": study_tables.q3_contrast(),
         "calibration": study_tables.calibration(),
     }
-    before = list(summary.answer(Material(study_tables.manifest(), tables)).values())
+    before = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
     tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
-    after = list(summary.answer(Material(study_tables.manifest(), tables)).values())
+    after = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
     assert len(before) == len(after) == 4
     assert [a == b for a, b in zip(before, after)] == [False, False, True, False]
 
 
 def test_without_tables_nothing_is_claimed():
-    assert summary.answer(Material()) == {}
-    assert list(summary.answer(Material(study_tables.manifest(), {})).values()) == [
+    assert summary.answer(RunResults()) == {}
+    assert list(summary.answer(RunResults(study_tables.manifest(), {})).values()) == [
         "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats a"
         " position fell by 0.026, 82% of the first-order prediction."
     ]
@@ -252,7 +252,7 @@ def test_without_tables_nothing_is_claimed():
 
 def test_a_run_shows_itself_as_a_summary():
     tables = {"correlations": study_tables.correlations(), "verdicts": study_tables.verdicts()}
-    text = Material(study_tables.manifest(), tables)._repr_html_()
+    text = RunResults(study_tables.manifest(), tables)._repr_html_()
     assert text.startswith(
         "<h4>Which of large&#x27;s signals can small learn from?</h4><p><b>What was done?</b> The"
         " student took"
@@ -262,7 +262,7 @@ def test_a_run_shows_itself_as_a_summary():
         and "<td>refuted</td>" in text
         and "tables (rows): correlations (" in text
     )
-    assert "<script>" not in Material(tables={"<script>": pd.DataFrame({"a": [1]})})._repr_html_()
+    assert "<script>" not in RunResults(tables={"<script>": pd.DataFrame({"a": [1]})})._repr_html_()
 
 
 def test_undefined_estimates_never_lead():
@@ -284,4 +284,4 @@ def test_undefined_estimates_never_lead():
 def test_title(pair, expected):
     manifest = study_tables.manifest()
     manifest["stages"]["rollout"]["facts"]["pair"] = pair
-    assert summary.title(Material(manifest if pair else {})) == expected
+    assert summary.title(RunResults(manifest if pair else {})) == expected

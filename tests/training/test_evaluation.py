@@ -17,7 +17,7 @@ from diagnostics.training.evaluation import (
     estimate,
     evaluate,
     find_verifier,
-    summarise_evaluation,
+    summarize_evaluation,
 )
 from tests.conftest import make_pair, make_prompts
 
@@ -88,7 +88,7 @@ def test_a_ratio_of_sums_is_not_a_mean_of_ratios():
     assert found.value == 9 / 8 and (found.positions, found.prompts) == (8, 3)
     weights = np.random.default_rng(1).multinomial(3, [1 / 3] * 3, size=400)
     np.testing.assert_allclose(found.draws, (weights @ [1.0, 6.0, 2.0]) / (weights @ [1, 3, 4]))
-    table = summarise_evaluation(rows, draws=400, seed=1).iloc[0]
+    table = summarize_evaluation(rows, draws=400, seed=1).iloc[0]
     assert (table["measure"], table["mean"], table["count"], table["prompts"]) == ("m", 9 / 8, 8, 3)
     assert (table["low"], table["high"]) == found.interval(0.95)
 
@@ -97,7 +97,7 @@ def test_nothing_counted_is_undefined():
     rows = pd.DataFrame(
         {"measure": "m", "prompt_id": ["a", "b"], "total": [0.0, 0.0], "count": [0, 0]}
     )
-    assert np.isnan(estimate(rows).value) and np.isnan(summarise_evaluation(rows).loc[0, "low"])
+    assert np.isnan(estimate(rows).value) and np.isnan(summarize_evaluation(rows).loc[0, "low"])
 
 
 def test_an_evaluation_of_nothing_is_refused(pair):

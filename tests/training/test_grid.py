@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 
 from diagnostics.analysis import training_outcomes
-from diagnostics.analysis.bootstrap import Prompts
+from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.selection import selection_curves
 from diagnostics.analysis.training_outcomes import (
-    Crossed,
-    Known,
+    OfflineValue,
     Outcomes,
+    SeedPromptEstimate,
     agreement_table,
     cells_table,
     foreseen_table,
@@ -26,7 +26,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import select
 from diagnostics.pipeline.cli import main
 from diagnostics.training import grid as grid_module
-from diagnostics.training.grid import Cell, ValidateConfig, grid
+from diagnostics.training.grid import TrainingCell, ValidateConfig, grid
 from tests.analysis.test_rank_agreement import make_effects
 from tests.study_tables import tokens as study_tokens
 
@@ -166,7 +166,7 @@ def test_coverage_of_a_paired_difference():
         )
         values_SG = 0.1 + seed + prompt + both
         weights = generator.multinomial(30, np.full(30, 1 / 30), size=100)
-        low, high = Crossed(values_SG.mean(1), weights @ values_SG.T / 30, 30).interval()
+        low, high = SeedPromptEstimate(values_SG.mean(1), weights @ values_SG.T / 30, 30).interval()
         held += low <= 0.1 <= high
     assert held / repeats >= 0.92
 
@@ -260,7 +260,7 @@ def test_other_budgets_are_named_apart():
 
 def known(value, draws=100, prompts=PROMPTS):
     """An offline answer that its own prompts do not move."""
-    return Known(value, np.full(draws, value), prompts)
+    return OfflineValue(value, np.full(draws, value), prompts)
 
 
 def test_agreement_is_kendalls_tau_over_cells():
@@ -303,7 +303,8 @@ def test_an_offline_answer_s_own_prompts_widen_the_interval():
     turned = np.arange(300) % 3 == 0
     still = {cell: known(effect, draws=300, prompts=8) for cell, effect in cells.items()}
     moving = {
-        cell: Known(effect, np.where(turned, -effect, effect), 8) for cell, effect in cells.items()
+        cell: OfflineValue(effect, np.where(turned, -effect, effect), 8)
+        for cell, effect in cells.items()
     }
     table = (
         agreement_table(outcomes, {"still": still, "moving": moving})
@@ -458,7 +459,7 @@ def test_offline_draws_take_prompts_again_and_not_as_the_trainings_do(finished_j
         ("divergence", 0.2)
     ]
     np.testing.assert_allclose(found.draws_D, np.array(sums) / tokens["gain"].sum(), rtol=1e-9)
-    assert not np.array_equal(weights, Prompts(range(12), draws=25, seed=0).weights)
+    assert not np.array_equal(weights, PromptClusters(range(12), draws=25, seed=0).weights)
 
 
 def command(folders, directory, *more):
@@ -610,13 +611,13 @@ def test_tables_need_no_torch():
 
 
 def test_a_cell_has_a_name():
-    assert Cell("tip", 0.05, 2).name == "tip-0.05-seed2"
+    assert TrainingCell("tip", 0.05, 2).name == "tip-0.05-seed2"
 
 
 # --- finished cells
 # ---------------------------------------------------------------------------------
 
-TIP = Cell("tip", 0.2, 0)
+TIP = TrainingCell("tip", 0.2, 0)
 
 
 def made_job(folder, **changes):
@@ -819,7 +820,7 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
         DiagnosticsError,
         match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
     ):
-        with grid_module._scratch(made_job(folder), Cell("full", 1.0, 0)):
+        with grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)):
             pass
     (tmp_path / "linked").symlink_to(folder)
     with pytest.raises(

@@ -167,17 +167,17 @@ class Stop(Exception):
 def test_a_crashed_training_goes_on_as_if_nothing_had_happened(
     tmp_path, finished, monkeypatch, crash_at
 ):
-    original = training_run.Watcher.after_step
+    original = training_run.TrainingMonitor.after_step
 
     def crashing(self, step):
         original(self, step)
         if step == crash_at:
             raise Stop
 
-    monkeypatch.setattr(training_run.Watcher, "after_step", crashing)
+    monkeypatch.setattr(training_run.TrainingMonitor, "after_step", crashing)
     with pytest.raises(Stop):
         run(tmp_path)
-    monkeypatch.setattr(training_run.Watcher, "after_step", original)
+    monkeypatch.setattr(training_run.TrainingMonitor, "after_step", original)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     torch.manual_seed(99)
@@ -581,7 +581,7 @@ def test_the_example_of_the_scale_page_runs(tmp_path, monkeypatch):
 
 
 def test_a_sharded_student_is_not_evaluated():
-    watcher = training_run.Watcher(
+    watcher = training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), HELD_OUT, None
     )
     sharded = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
@@ -592,7 +592,7 @@ def test_a_sharded_student_is_not_evaluated():
     )
     with pytest.raises(DiagnosticsError, match=message):
         watcher.require_whole(sharded)
-    training_run.Watcher(
+    training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), [], None
     ).require_whole(sharded)
 

@@ -221,7 +221,7 @@ def test_responses_come_from_the_streams_of_their_rows(tmp_path):
     expected = rollouts.generate(
         pair.student.model,
         [pair.tokenizer(p.prompt)["input_ids"] for p in prompts[4:]],
-        rollouts.Chooser(streams, 1.0, 1.0, 0, 64),
+        rollouts.StreamSampler(streams, 1.0, 1.0, 0, 64),
         end_ids=pair.end_ids,
         max_new_tokens=8,
     )
@@ -456,7 +456,7 @@ def test_without_bf16_full_is_plain_trl_bit_for_bit(tmp_path):
             return batch
 
         def _generate_single_turn(self, prompt_ids, *_, **__):
-            chooser = rollouts.Chooser(self._streams, 1.0, 1.0, 0, 64)
+            chooser = rollouts.StreamSampler(self._streams, 1.0, 1.0, 0, 64)
             return rollouts.generate(
                 self.model, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=8
             )
