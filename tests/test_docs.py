@@ -41,7 +41,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         and "share of prompts that carry no loss" in probe
         and "diagnostics.probing.one_step.probe" in probe
     )
-    assert "diagnostics.analysis.bootstrap.Prompts" in statistics and all(
+    assert "diagnostics.analysis.bootstrap.PromptClusters" in statistics and all(
         f"<code>{name}</code>" in columns for name in SCHEMA
     )
     assert not [

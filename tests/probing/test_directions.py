@@ -74,7 +74,7 @@ def shards_in(folder):
 @pytest.fixture
 def at_once(monkeypatch):
     """Every finished batch is on disk at once."""
-    monkeypatch.setattr("diagnostics.pipeline.run.SHARD_SECONDS", 0.0)
+    monkeypatch.setattr("diagnostics.core.progress.SHARD_SECONDS", 0.0)
 
 
 def stop_at(monkeypatch, wanted):
