@@ -710,7 +710,7 @@ def validate_stage(
         *map(_settings, (models.config, prompts, evaluation, config)),
         options,
         sources,
-        code_version("training", "trainer", "evaluation"),
+        code_version("training.run", "training.trl_trainer", "training.evaluation"),
         run.accept_code,
         {file.removeprefix("cells/"): digest for file, digest in earlier.items()},
     )
