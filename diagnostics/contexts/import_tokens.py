@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
 from diagnostics.core.types import RELATIVE_GAIN_FLOOR
@@ -97,6 +98,7 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
     `attrs["warnings"]`, a list of [code, subject, message]. Raises DiagnosticsError where the file
     cannot be read or is neither kind of table."""
     path = Path(path)
+    require_as_written(path)
     frame = read_rows(path)
     if "context_id" in frame:
         return validate_tokens(_text_as_written(frame, path))
