@@ -45,6 +45,7 @@ log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",
     "training_gains.parquet",

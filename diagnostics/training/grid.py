@@ -171,6 +171,8 @@ class Job:
     @property
     def engine_identity(self) -> dict:
         """Engine options that a finished cell must share; a file counts by its content."""
+        from diagnostics.core.manifest import recorded
+
         said = {
             name: self.sources.get(f"{name}_sha256", self.engine[name])
             for name in ("trl", "peft")
