@@ -114,6 +114,9 @@ def _read_curve(reading: _Reading, name: str) -> pd.DataFrame | None:
     beside = name.removesuffix(".curve.parquet") + ".json"
     said = len(reading.cautions)
     record = reading.read(beside, _read_record, ask=False)
+    if record is not None and not _is_of(record["cell"], Path(beside).stem):
+        reading.say(f"{beside} is the record of another training and was left out of this page.")
+        return None
     if record is None:
         if len(reading.cautions) == said:
             reading.say(f"{name} has no record of its training beside it and was left out.")
@@ -124,6 +127,12 @@ def _read_curve(reading: _Reading, name: str) -> pd.DataFrame | None:
         return None
     curve = reading.read(name, read_parquet, ask=False)
     return None if curve is None else curve.assign(**record["cell"])
+
+
+def _is_of(cell: Mapping[str, Any], name: str) -> bool:
+    """Whether a record's training is the one that its file is named by; both were written as one."""
+    begins, ends = f"{cell.get('criterion')}-", f"-seed{cell.get('seed')}"
+    return name.startswith(begins) and name.endswith(ends)
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

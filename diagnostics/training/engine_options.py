@@ -235,7 +235,7 @@ def trl_fields(text: str | None) -> dict[str, Any]:
     for name, value in fields.items():
         if not fits(known[name], value):
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {_words(known[name])} is needed."
+                f"{where} sets {name} to {_seen(value)}; {_words(known[name])} is needed."
                 " Mend it there."
             )
     _check_values(fields, where)
@@ -264,11 +264,24 @@ def _hints() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(DistillationConfig)}
 
 
+SHOWN = 8
+"""Characters of a text that an error repeats; a token is longer."""
+
+
+def _seen(value: Any) -> str:
+    """A value of the wrong type as an error may show it."""
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"a text of {len(value)} characters"
+    return json.dumps(value)[:80] if not isinstance(value, list | dict) else type(value).__name__
+
+
 def fits(hint: Any, value: Any) -> bool:
     """True where a JSON value has a field's type. A whole number is a fraction too, a truth value
-    is no number.
+    is no number; a text in place of an object would be recorded unread.
     """
     kinds = _kinds(hint)
+    if isinstance(value, str) and dict in kinds:
+        return False
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int):
@@ -384,8 +397,7 @@ def peft_fields(text: str | None) -> dict[str, Any]:
         ):
             shown = " or ".join(dict.fromkeys(_words(kind) for kind in kinds))
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {shown} is needed. Mend it"
-                " there."
+                f"{where} sets {name} to {_seen(value)}; {shown} is needed. Mend it there."
             )
     if fields.get("init_lora_weights", True) not in INITS:
         raise DiagnosticsError(

@@ -90,3 +90,10 @@ def test_what_is_no_record_vouches_for_nothing(run, record):
     (run / f"{NAME}.json").write_text(record)
     table, said = read(run)
     assert table is None and "no record of its training" in said
+
+
+def test_without_the_manifest_a_record_is_of_the_training_that_its_file_names(run):
+    forget_the_stage(run)
+    change_name(run)
+    table, said = read(run)
+    assert table is None and "record of another training" in said
