@@ -25,8 +25,8 @@ def read_run(directory: str | Path) -> RunResults:
     """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")`
     shows what it found.
 
-    Returns a RunResults with the manifest, tables (by name), tokens, bank and likeliest tokens (None
-    where the run has none). Needs neither torch nor a model. Raises DiagnosticsError where the
+    Returns a RunResults with the manifest, tables (by name), tokens, bank and likeliest tokens
+    (None where the run has none). Needs neither torch nor a model. Raises DiagnosticsError where the
     manifest or every table is missing, or a file is damaged."""
     directory = Path(directory)
     manifest = _read_manifest(directory / "manifest.json")
@@ -130,7 +130,7 @@ def _read_curve(reading: _Reading, name: str) -> pd.DataFrame | None:
 
 
 def _is_of(cell: Mapping[str, Any], name: str) -> bool:
-    """Whether a record's training is the one that its file is named by; both were written as one."""
+    """Whether a record's training is the one that its file is named by."""
     begins, ends = f"{cell.get('criterion')}-", f"-seed{cell.get('seed')}"
     return name.startswith(begins) and name.endswith(ends)
 
