@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diagnostics.core.schema import SCHEMA
-from diagnostics.pipeline.cli import PURPOSE
+from diagnostics.pipeline.registry import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +29,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-2000:]
     assert (tmp_path / "contributing" / "index.html").exists()
-    for name in PURPOSE:
-        if name != "criteria":
-            assert (tmp_path / "stages" / name / "index.html").exists(), name
+    for stage in COMMANDS:
+        assert (tmp_path / "stages" / stage.name / "index.html").exists(), stage.name
     probe, statistics, columns = (
         (tmp_path / name / "index.html").read_text()
         for name in ("stages/probe", "statistics", "columns")

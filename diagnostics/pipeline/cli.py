@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import logging
 import os
@@ -23,11 +22,25 @@ from diagnostics import __version__
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import set_quiet
+from diagnostics.pipeline import stages
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
+from diagnostics.pipeline.registry import (
+    BY_NAME,
+    COMMANDS,
+    PAIR,
+    Job,
+    Stage,
+    do,
+    flags_of,
+    load_configs,
+)
+from diagnostics.pipeline.run import open_run
 
 log = logging.getLogger("diagnostics")
-EXIT_CODES = """exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used, with one paragraph on
-stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went. The same command again goes on where an interrupted one was."""
+EXIT_CODES = """\
+exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used,
+with one paragraph on stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went.
+The same command again continues an interrupted one."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 """What the disk, not this program, is to blame for."""
 NAMES = (
@@ -43,142 +56,6 @@ NAMES = (
 BROKEN_PIPE = 141
 """Whoever read the output has stopped: as a shell counts a program that SIGPIPE ended."""
 
-EXAMPLES = {
-    "run": (
-        "python -m diagnostics run --pair embedded --output-dir reports/demo\n  python -m"
-        " diagnostics run --student ./small --teacher ./large --prompts prompts.jsonl --output-dir"
-        " reports/mine"
-    ),
-    "rollout": (
-        "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine\n "
-        " python -m diagnostics rollout --student ./small --teacher ./large --rollouts"
-        " rollout_data/40.jsonl --prompts prompts.jsonl --output-dir reports/mine"
-    ),
-    "score": (
-        "python -m diagnostics score --pair embedded --output-dir reports/mine\n  python -m"
-        " diagnostics score --pair embedded --after reports/trained/student --output-dir"
-        " reports/mine"
-    ),
-    "probe": (
-        "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine"
-    ),
-    "analyze": (
-        "python -m diagnostics analyze --output-dir reports/mine\n"
-        "  python -m diagnostics analyze --tokens token_bank.csv --output-dir reports/theirs"
-    ),
-    "compare": (
-        "python -m diagnostics compare --output-dir reports/mine --criteria"
-        " divergence,teachability,tip --budgets 0.01,0.05,0.1"
-    ),
-    "intervene": (
-        "python -m diagnostics intervene --pair embedded --criteria divergence,teachability"
-        " --budgets 0.05,0.3 --output-dir reports/mine"
-    ),
-    "attribute": (
-        "python -m diagnostics attribute --pair embedded --full-kernel --output-dir reports/mine"
-    ),
-    "report": (
-        "python -m diagnostics report reports/mine\n"
-        "  python -m diagnostics report --compare reports/demo reports/smollm2 --output-dir reports"
-    ),
-    "train": (
-        "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps"
-        " 100 --output-dir reports/trained\n  accelerate launch -m diagnostics train --student"
-        " ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained"
-    ),
-    "validate": (
-        "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir"
-        " reports/validation"
-    ),
-    "rerun": (
-        "python -m diagnostics rerun reports/demo/manifest.json --output-dir reports/again\n "
-        " python -m diagnostics rerun reports/mine/manifest.json --inputs ./small ./large"
-        " prompts.jsonl --output-dir reports/again"
-    ),
-    "criteria": "python -m diagnostics criteria",
-}
-PURPOSE = {
-    "run": "the whole main job: rollout, score, probe, analyze, report",
-    "rollout": (
-        "sample one response a prompt from the student and freeze it, or freeze responses that were"
-        " sampled elsewhere"
-    ),
-    "score": "measure every response position of the frozen contexts",
-    "probe": "take one OPD step, re-score the same positions, restore the student",
-    "analyze": "write the tables of the study from tokens.parquet",
-    "compare": "what each criterion would have captured of the gains, at each budget",
-    "intervene": "one step with loss on the selected positions only, for each criterion and budget",
-    "attribute": "first-order gains, and where a position's gain comes from",
-    "report": (
-        "draw the figures and write report.html from the run's files alone, or set several runs"
-        " side by side"
-    ),
-    "train": "TA-OPD: train the student on the positions that a criterion selects",
-    "validate": "a grid of short trainings: do the probe's conclusions survive them?",
-    "rerun": "repeat a run from its manifest and compare every file's hash",
-    "criteria": "list the registered selection criteria",
-}
-
-
-STAGES = {
-    "rollout": (
-        "models.pair.PairConfig",
-        "contexts.prompts.PromptConfig",
-        "contexts.rollouts.RolloutConfig",
-        "contexts.import_rollouts.BankConfig",
-    ),
-    "score": ("models.pair.PairConfig", "probing.scores.ScoreConfig"),
-    "probe": (
-        "models.pair.PairConfig",
-        "probing.one_step.ProbeConfig",
-        "probing.scores.ScoreConfig",
-    ),
-    "analyze": ("pipeline.stages.AnalysisConfig",),
-    "report": (),
-}
-STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
-STAGES["compare"] = ("analysis.selection.ComparisonConfig", "pipeline.stages.AnalysisConfig")
-STAGES["intervene"] = (
-    "models.pair.PairConfig",
-    "probing.one_step.ProbeConfig",
-    "probing.intervention.InterventionConfig",
-    "pipeline.stages.AnalysisConfig",
-    "probing.scores.ScoreConfig",
-)
-STAGES["attribute"] = (
-    "models.pair.PairConfig",
-    "probing.one_step.ProbeConfig",
-    "probing.attribution.AttributionConfig",
-    "pipeline.stages.AnalysisConfig",
-    "probing.scores.ScoreConfig",
-)
-STAGES["train"] = (
-    "models.pair.PairConfig",
-    "contexts.prompts.PromptConfig",
-    "training.run.TrainConfig",
-    "training.run.EngineConfig",
-    "training.evaluation.EvaluationConfig",
-)
-STAGES["validate"] = (
-    "models.pair.PairConfig",
-    "contexts.prompts.PromptConfig",
-    "training.grid.ValidateConfig",
-    "training.run.EngineConfig",
-    "training.evaluation.EvaluationConfig",
-    "pipeline.stages.AnalysisConfig",
-)
-
-
-def _configs(command: str) -> tuple[type, ...]:
-    """A command's dataclasses; loaded by name so that commands without a model never import
-    torch.
-    """
-    pairs = (name.rsplit(".", 1) for name in STAGES.get(command, ()))
-    return tuple(
-        getattr(importlib.import_module(f"diagnostics.{module}"), config)
-        for module, config in pairs
-    )
-
 
 def program() -> str:
     """How this program was started, as the user would type it again."""
@@ -187,109 +64,48 @@ def program() -> str:
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser with one subcommand a stage; with `only`, the other subcommands get no flags."""
+    """Build the parser, with one subcommand per command of the registry.
+
+    Args:
+        only: A command; the others get no flags from configurations, whose modules are then not
+            imported. None gives every command all of its flags.
+    """
     parser = Parser(
         prog=program(),
         description="Which of a teacher's token-level signals can this student learn from?",
         epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"opd-diagnostics {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
-    for name in PURPOSE:
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"opd-diagnostics {__version__}",
+        help="print the version and exit",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in COMMANDS:
+        examples = "\n".join(f"  {program()} {example}" for example in stage.example)
         command = commands.add_parser(
-            name,
-            help=PURPOSE[name],
-            description=PURPOSE[name],
-            epilog=f"example:\n  {EXAMPLES[name].replace('python -m diagnostics', program())}",
+            stage.name,
+            help=stage.purpose,
+            description=stage.purpose,
+            epilog=f"example:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        configs = _configs(name) if only in (None, name) else ()
-        command.set_defaults(configs=configs)
-        command.add_argument(
-            "--quiet", action="store_true", help="only warnings and errors on stderr"
-        )
-        command.add_argument(
-            "--json", action="store_true", help="print the result as one JSON object"
-        )
-        if name in STAGES:
-            command.add_argument(
-                "--output-dir", required=name != "report", help="the run's directory"
-            )
-            add_flags(command, *configs)
-        if name == "report":
-            _report_flags(command)
-        if "models.pair.PairConfig" in STAGES.get(name, ()):
-            command.add_argument(
-                "--accept-code",
-                action="store_true",
-                help="keep finished stages that another version of this program measured",
-            )
-        if name == "rerun":
-            command.add_argument("manifest", help="manifest.json of a finished run")
-            command.add_argument("--output-dir", required=True, help="a new directory")
-            command.add_argument(
-                "--inputs",
-                nargs="+",
-                default=(),
-                metavar="PATH",
-                help=(
-                    "models, prompts and runs that the manifest names and that do not lie beside it"
-                ),
-            )
-            command.add_argument(
-                "--device", default="auto", help="where the models run (default: auto)"
-            )
-        if name == "validate":
-            command.add_argument(
-                "--offline",
-                help=(
-                    "run directory of a finished main job, whose answers are compared with the"
-                    " trainings"
-                ),
-            )
-        if name == "score":
-            command.add_argument(
-                "--after", help="a trained student: add its after-columns and gains to the table"
-            )
-        if name == "analyze":
-            command.add_argument(
-                "--training", help="run directory of a finished validation, for claim C5"
-            )
-            command.add_argument(
-                "--k",
-                type=int,
-                help="K of an imported table's columns, where the table does not say it",
-            )
-        if name in ("analyze", "compare"):
-            command.add_argument(
-                "--seed", type=int, default=0, help="seed of the bootstrap (default: 0)"
-            )
-            command.add_argument(
-                "--tokens",
-                help=(
-                    "read this token table (ours, or one of the released scripts') instead of the"
-                    " run's own"
-                ),
-            )
+        _add_flags(command, stage, load_configs(stage.name) if only in (None, stage.name) else {})
     return parser
 
 
-def _report_flags(command: argparse.ArgumentParser) -> None:
+def _add_flags(command: argparse.ArgumentParser, stage: Stage, configs: dict[str, type]) -> None:
+    """Give a command its own flags, those of its configurations, and those of every command."""
+    command.set_defaults(configs=configs)
     command.add_argument(
-        "directory", nargs="?", metavar="DIR", help="the run's directory, the same as --output-dir"
+        "--quiet", action="store_true", help="print only warnings and errors on stderr"
     )
-    command.add_argument(
-        "--contexts",
-        type=int,
-        default=24,
-        help="contexts shown token by token, 0 for none (default: 24)",
-    )
-    command.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="DIR",
-        help="finished runs to set side by side, in compare.html of --output-dir",
-    )
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    for own in flags_of(stage):
+        own.add(command)
+    add_flags(command, *configs.values())
 
 
 class Terminated(KeyboardInterrupt):
@@ -435,22 +251,14 @@ def _criteria() -> dict:
 def _rerun(parsed: argparse.Namespace) -> dict:
     from diagnostics.pipeline import reproduce
 
-    def do(arguments: list[str]) -> None:
-        command = [
-            *arguments,
-            *(
-                ["--device", parsed.device]
-                if "models.pair.PairConfig" in STAGES[arguments[0]]
-                else []
-            ),
-        ]
-        _stage(build_parser(command[0]).parse_args(command))
+    def repeat(arguments: list[str]) -> None:
+        device = ["--device", parsed.device] if PAIR in BY_NAME[arguments[0]].configs else []
+        _stage(build_parser(arguments[0]).parse_args([*arguments, *device]))
 
     table = reproduce.rerun(
         Path(parsed.manifest),
         Path(parsed.output_dir),
-        configs=_configs,
-        do=do,
+        do=repeat,
         inputs=[Path(path) for path in parsed.inputs],
     )
     different = int((~table["same"]).sum())
@@ -467,9 +275,6 @@ def _rerun(parsed: argparse.Namespace) -> dict:
 
 
 def _report(parsed: argparse.Namespace) -> dict:
-    from diagnostics.pipeline.run import open_run
-    from diagnostics.pipeline.stages import report_stage
-
     if (parsed.directory is None) == (parsed.output_dir is None):
         raise DiagnosticsError(
             "A report goes into one directory: name it as DIR, or with --output-dir."
@@ -484,86 +289,16 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run:
-        return {"report": str(report_stage(run, contexts=parsed.contexts))}
+        return {"report": str(stages.report_stage(run, contexts=parsed.contexts))}
 
 
 def _stage(parsed: argparse.Namespace) -> dict:
-    from diagnostics.models import identity
-    from diagnostics.pipeline import stages
-    from diagnostics.pipeline.run import open_run
+    """Run a command that works on one run directory."""
+    from diagnostics.models.identity import Models
 
-    configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
+    configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
         models = (
-            identity.Models(configs["PairConfig"], alone=parsed.command == "rollout")
-            if "PairConfig" in configs
-            else None
+            Models(configs[PAIR], alone=parsed.command == "rollout") if PAIR in configs else None
         )
-        if parsed.command in ("run", "rollout"):
-            stages.rollout_stage(
-                run,
-                models,
-                configs["PromptConfig"],
-                configs["RolloutConfig"],
-                configs["BankConfig"],
-            )
-        if parsed.command in ("run", "score"):
-            stages.score_stage(run, models, configs["ScoreConfig"])
-        if getattr(parsed, "after", None):
-            stages.after_stage(
-                run, models, parsed.after, batch_tokens=configs["ScoreConfig"].batch_tokens
-            )
-        if parsed.command == "train":
-            stages.train_stage(
-                run,
-                models,
-                *(
-                    configs[name]
-                    for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")
-                ),
-            )
-        if parsed.command == "validate":
-            stages.validate_stage(
-                run,
-                models,
-                *(configs[name] for name in ("PromptConfig", "ValidateConfig", "EvaluationConfig")),
-                offline=parsed.offline,
-                analysis=configs["AnalysisConfig"],
-                engine=configs["EngineConfig"],
-            )
-        if parsed.command in ("run", "probe"):
-            stages.probe_stage(
-                run,
-                models,
-                configs["ProbeConfig"],
-                batch_tokens=configs["ScoreConfig"].batch_tokens,
-            )
-        if parsed.command in ("intervene", "attribute"):
-            stage, own = (
-                (stages.intervene_stage, "InterventionConfig")
-                if parsed.command == "intervene"
-                else (stages.attribute_stage, "AttributionConfig")
-            )
-            stage(
-                run,
-                models,
-                *(configs[name] for name in ("ProbeConfig", own, "AnalysisConfig")),
-                batch_tokens=configs["ScoreConfig"].batch_tokens,
-            )
-        if getattr(parsed, "tokens", None):
-            stages.import_tokens(run, Path(parsed.tokens))
-        if parsed.command == "compare":
-            stages.compare_stage(
-                run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed
-            )
-        if parsed.command in ("run", "analyze"):
-            stages.analyze_stage(
-                run,
-                configs["AnalysisConfig"],
-                seed=parsed.seed,
-                training=getattr(parsed, "training", None),
-                k=parsed.k if parsed.command == "analyze" else None,
-            )
-        if parsed.command == "run":
-            return {"report": str(stages.report_stage(run))}
-        return {"output_dir": str(run.directory)}
+        return do(Job(parsed.command, run, models, configs, parsed))

@@ -1,14 +1,16 @@
 """Repeat a run from its manifest, and compare every file that it made.
 
-A manifest's settings become the commands that gave them, one a stage, in the order of the stages.
-Before anything is run the models and the prompt files are compared with what the manifest says of
-them; other code or other versions of libraries are named and do not stop the repetition, since they
-may be what it is for.
+The settings of a manifest become the commands that gave them, one command per stage, in the order
+of the registry. They go through the parser again rather than straight into dataclasses, because a
+manifest may be a stranger's: types, choices and bounds are checked like typed flags. Before any
+work the models and prompt files are compared with the manifest's hashes. Another version of the
+code or of a library is named and does not stop the repetition, since it may be the reason for it.
 
-What no stage wrote (contexts from elsewhere, laid into the directory by hand) is taken from beside
-the manifest, and must have the hash that the manifest gives. A manifest names models, prompts and
-other runs by their last names: they are looked for beside it and among the paths that the user
-names, and nowhere else, since a manifest may be a stranger's."""
+Files that no stage wrote (contexts that were copied into the directory by hand) are taken from the
+folder of the manifest, and must have the hash that the manifest gives. A manifest names models,
+prompts and other runs by their last names. They are looked for in its own folder and among the
+paths that the user names, and nowhere else, since a manifest may be a stranger's.
+"""
 
 from __future__ import annotations
 
@@ -28,44 +30,17 @@ from diagnostics.core import files, fingerprints, tables
 from diagnostics.core import manifest as manifests
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline import run as run_directory
+from diagnostics.pipeline.registry import BY_NAME, STAGES, load_configs
 
 log = logging.getLogger("diagnostics")
-ORDER = (
-    "rollout",
-    "score",
-    "import",
-    "probe",
-    "after",
-    "attribute",
-    "intervene",
-    "analyze",
-    "compare",
-    "train",
-    "validate",
-)
-COMMANDS = {"import": "analyze", "after": "score"}
-"""Stages whose command has another name."""
-FURTHER = {
-    "analyze": ("seed", "training", "k"),
-    "compare": ("seed",),
-    "after": ("after",),
-    "validate": ("offline",),
-    "import": ("tokens",),
-}
-"""Settings of a stage that no dataclass of its command holds."""
-REQUIRED = {"analyze": ("seed",), "compare": ("seed",), "after": ("after",), "import": ("tokens",)}
-"""Settings without which a stage cannot be repeated."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(/[\w.-]+\.gguf)?")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-Configs = Callable[[str], Sequence[type]]
-"""A command's dataclasses."""
 
 
 def rerun(
     path: Path,
     output_dir: Path,
     *,
-    configs: Configs,
     do: Callable[[list[str]], None],
     inputs: Sequence[Path] = (),
 ) -> pd.DataFrame:
@@ -85,7 +60,7 @@ def rerun(
         raise DiagnosticsError(
             f"{output_dir} is the run itself. Choose a new --output-dir to repeat it in."
         )
-    planned = list(commands(manifest, configs, Inputs(path.parent, inputs)))
+    planned = list(commands(manifest, Inputs(path.parent, inputs)))
     _require_same_pair(manifest)
     _lay_in(manifest, path.parent, output_dir)
     for command in planned:
@@ -94,31 +69,32 @@ def rerun(
     return compared(manifest, manifests.read_manifest(output_dir / "manifest.json"))
 
 
-def commands(manifest: dict[str, Any], configs: Configs, inputs: Inputs) -> Iterator[list[str]]:
+def commands(manifest: dict[str, Any], inputs: Inputs) -> Iterator[list[str]]:
     """The arguments that gave each of the manifest's stages, without an output directory; inputs:
     says where their files lie.
 
     Raises DiagnosticsError for a stage that no command gives, or a setting whose value the manifest
     does not hold."""
     stages = manifest["stages"]
-    unknown = sorted(stages.keys() - set(ORDER))
+    known = [stage.name for stage in STAGES if stage.run is not None and stage.recorded]
+    unknown = sorted(stages.keys() - set(known))
     if unknown:
         raise DiagnosticsError(
             f"The manifest has the stage {unknown[0]!r}, which this version cannot repeat. Known"
-            f" are {', '.join(ORDER)}."
+            f" are {', '.join(known)}."
         )
-    for name in (name for name in ORDER if name in stages):
-        command = COMMANDS.get(name, name)
+    for name in (name for name in known if name in stages):
+        command = BY_NAME[name].command or name
         settings = _settings(name, stages[name], inputs)
-        fields = [field.name for field in _fields(configs(command))]
-        yield [
-            command,
-            *(
-                part
-                for field in dict.fromkeys([*fields, *FURTHER.get(name, ())])
-                for part in _flag(field, settings.get(field))
-            ),
-        ]
+        yield [command, *(part for key in _keys(name) for part in _flag(key, settings.get(key)))]
+
+
+def _keys(name: str) -> list[str]:
+    """The settings that the command of a stage takes: fields of its configurations, then flags."""
+    configs = load_configs(BY_NAME[name].command or name).values()
+    fields = [field.name for config in configs for field in dataclasses.fields(config)]
+    own = [flag.field for flag in BY_NAME[name].flags if flag.recorded != "never"]
+    return list(dict.fromkeys([*fields, *own]))
 
 
 def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -134,7 +110,7 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
                 f"Stage {name!r} of the manifest has the {key} {str(value)[:60]!r}, which is no"
                 " value of that setting. It cannot be repeated."
             )
-    for key in REQUIRED.get(name, ()):
+    for key in (flag.field for flag in BY_NAME[name].flags if flag.recorded == "always"):
         if settings.get(key) is None:
             raise DiagnosticsError(
                 f"Stage {name!r} of the manifest records no {key}, so it cannot be repeated. Name"
@@ -151,12 +127,6 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
         key for key in paths if not settings[key].lstrip().startswith("{")
     ]  # an object written out is no path
     return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
-
-
-def _fields(configs: Sequence[type]) -> list[dataclasses.Field]:
-    return list(
-        {field.name: field for config in configs for field in dataclasses.fields(config)}.values()
-    )
 
 
 def _flag(name: str, value) -> list[str]:
