@@ -100,12 +100,12 @@ def columns() -> str:
         "outcome": "Outcomes: what is predicted",
     }
     parts = [
-        "# Columns of the token table\n\nOne row per response position. Logarithms are natural; p"
-        " is the student's distribution, q the teacher's, y the sampled\ntoken, S and T the K most"
-        " likely tokens of each, U both together. A column marked K depends on it: other K stand"
-        "\nbeside it as `<name>_k<K>`. *By lists* says what a column is with a teacher that is"
-        " known by top-K lists alone\n([inputs](inputs.md)). `scripts/docs.py` writes this page from the"
-        " schema."
+        "# Columns of the token table",
+        "One row per response position. Logarithms are natural; p is the student's distribution, q"
+        " the teacher's, y the\nsampled token, S and T the K most likely tokens of each, U both"
+        " together. A column marked K depends on it: other K\nstand beside it as `<name>_k<K>`."
+        " *By lists* says what a column is with a teacher that is known by top-K lists alone\n"
+        "([inputs](inputs.md)). `scripts/docs.py` writes this page from the schema.",
     ]
     for stage, title in stages.items():
         rows = [
