@@ -61,7 +61,7 @@ def length(function: Function) -> int:
 
 def share(part: int, whole: int) -> str:
     """`part` of `whole` in per cent."""
-    return f"{100 * part / whole:.0f} % of {whole}" if whole else "none"
+    return f"{100 * part / whole:.3g} % of {whole}" if whole else "none"
 
 
 def imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:

@@ -1,3 +1,5 @@
+"""Generated pages follow the code, and the site builds without a warning."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -158,4 +158,5 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises DiagnosticsError, so that every mistake ends the same way."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise the mistake, with the command whose help says more."""
         raise DiagnosticsError(f"{self.prog}: {message}. See `{self.prog} --help`.")

@@ -1,6 +1,6 @@
 """The run directory: a manifest, stages that are done once, writes that are whole or absent.
 
-    DIR/manifest.json      versions, models, and for each stage its settings, inputs and files with sha256
+    DIR/manifest.json      versions, models, and per stage its settings, inputs and files' sha256
     DIR/contexts.parquet   DIR/tokens.parquet   DIR/tables/*.csv   DIR/figures/*   DIR/report.html
 
 A stage's *fingerprint* is its settings, the hashes of the files it reads and of the models' files,

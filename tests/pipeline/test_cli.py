@@ -1,3 +1,5 @@
+"""The command line: its flags are frozen, mistakes end in one paragraph, and help says it all."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""A run is repeated from its manifest alone, and a stranger's manifest opens nothing."""
+
 import json
 import shutil
 from pathlib import Path
@@ -359,7 +361,7 @@ def test_an_input_that_leads_out_is_not_copied(tmp_path, how):
         (tmp_path / "theirs/up").symlink_to(tmp_path)
     path = strangers(tmp_path, "analyze", {"seed": 0}, {name: sha256_file(tmp_path / "secret")})
     with pytest.raises(
-        DiagnosticsError, match="is a link, where|it names a file outside its directory"
+        DiagnosticsError, match=r"is a link, where|it names a file outside its directory"
     ):
         repeat(path, tmp_path)
     assert not (tmp_path / "again").exists()

@@ -1,3 +1,5 @@
+"""The stages together: files, hashes, repetition, and refusal of other settings."""
+
 import json
 import shutil
 
@@ -63,7 +65,7 @@ def test_the_same_command_again_changes_nothing(finished, folders):
 
 def test_stages_one_by_one_elsewhere_give_the_same_bytes(finished, folders, tmp_path):
     directory = str(tmp_path / "steps")
-    models = folders[:4] + ["--device", "cpu", "--quiet"]
+    models = [*folders[:4], "--device", "cpu", "--quiet"]
     assert (
         main(["rollout", *folders[:10], "--device", "cpu", "--quiet", "--output-dir", directory])
         == 0
