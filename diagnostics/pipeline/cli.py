@@ -1,8 +1,9 @@
-"""The command line: `python -m diagnostics STAGE --output-dir DIR …`.
+"""The command line: `python -m diagnostics COMMAND --output-dir DIR …`.
 
 Exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used (one
-paragraph on stderr says why and what to do); 130 stopped by the user, 143 by a signal, 141 where
-the reader of the output went. Anything else is a fault of this program and shows its traceback."""
+paragraph on stderr says why and what to do); 130 stopped by the user, 143 by a signal, 141 when the
+reader of the output has gone. Anything else is a fault of this program and shows its traceback.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine
 with one paragraph on stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went.
 The same command again continues an interrupted one."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-"""What the disk, not this program, is to blame for."""
+"""Errors for which the disk, not this program, is to blame."""
 NAMES = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -52,9 +53,9 @@ NAMES = (
     errno.EMFILE,
     errno.ENFILE,
 )
-"""What a path that was given, or the number of open files, is to blame for."""
+"""Errors for which a given path, or the number of open files, is to blame."""
 BROKEN_PIPE = 141
-"""Whoever read the output has stopped: as a shell counts a program that SIGPIPE ended."""
+"""The exit code when the reader of the output has stopped: 128 + SIGPIPE, as shells count it."""
 
 
 def program() -> str:
@@ -154,17 +155,14 @@ def _command(arguments: list[str]) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader has gone, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter complains once more at its end
+        # Python flushes stdout once more at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return code
 
 
 def printable(text: str) -> str:
-    """Text whose control and direction characters are written out: names in files from elsewhere
-    may steer a terminal.
-    """
+    """Write control and direction characters out, since names in strangers' files may steer a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
         for c in text
@@ -172,7 +170,7 @@ def printable(text: str) -> str:
 
 
 class _Printable(logging.Formatter):
-    """Log lines as `printable` has them."""
+    """Passes every log line through `printable`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -180,8 +178,9 @@ class _Printable(logging.Formatter):
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, with the lock given back and no unfinished file. A
-    launcher's processes just end.
+    """Let SIGTERM end a run as Ctrl-C does: the lock is given back, and no file is left unfinished.
+
+    Processes of a launcher just end, because the launcher decides for all of them.
     """
     if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -198,7 +197,7 @@ def _sigterm_stops() -> Iterator[None]:
 
 
 def _fault_of_the_machine(error: Exception) -> str | None:
-    """What to say where disk or memory gave out, None for anything else."""
+    """Say what to do when disk or memory gave out; None for any other error."""
     first = (str(error).splitlines() or [""])[0][:200]
     if (
         isinstance(error, MemoryError)
@@ -213,7 +212,7 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in NAMES:
         return (
             f"{str(error.filename or 'A path')[:120]} cannot be opened ({error.strerror}). Name a"
-            " file or folder that can be."
+            " file or folder that can be opened."
         )
     if isinstance(error, OSError) and error.errno in DISK:
         return (

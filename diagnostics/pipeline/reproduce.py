@@ -44,12 +44,23 @@ def rerun(
     do: Callable[[list[str]], None],
     inputs: Sequence[Path] = (),
 ) -> pd.DataFrame:
-    """Repeat the run of the manifest at `path` in `output_dir` and compare the files.
+    """Repeat a run in another directory, and compare the files.
 
-    do: runs one command, given its arguments. inputs: models, prompt files and runs that the
-    manifest names and that do not lie beside it. Returns columns stage, file, was and now (sha256;
-    None where the file is not there), same. Raises DiagnosticsError where the manifest cannot be
-    read or repeated, or models or prompts are others or were not named."""
+    Args:
+        path: The manifest of the run.
+        output_dir: The directory of the repetition.
+        do: Runs one command, given its arguments.
+        inputs: Models, prompt files and runs that the manifest names and that do not lie in its
+            folder.
+
+    Returns:
+        One row per file with the columns stage, file, was and now (sha256; None where there is no
+        such file), and same.
+
+    Raises:
+        DiagnosticsError: The manifest cannot be read or repeated, an input was not named, or a
+            model or prompt file has changed.
+    """
     manifest = manifests.read_manifest(path)
     if not manifest["stages"]:
         raise DiagnosticsError(
@@ -70,11 +81,15 @@ def rerun(
 
 
 def commands(manifest: dict[str, Any], inputs: Inputs) -> Iterator[list[str]]:
-    """The arguments that gave each of the manifest's stages, without an output directory; inputs:
-    says where their files lie.
+    """Yield the arguments of the command that gave each stage, without an output directory.
 
-    Raises DiagnosticsError for a stage that no command gives, or a setting whose value the manifest
-    does not hold."""
+    Args:
+        manifest: The manifest, as `read_manifest` returns it.
+        inputs: Finds the files that the manifest names.
+
+    Raises:
+        DiagnosticsError: No command gives one of the stages, or the manifest lacks a setting.
+    """
     stages = manifest["stages"]
     known = [stage.name for stage in STAGES if stage.run is not None and stage.recorded]
     unknown = sorted(stages.keys() - set(known))
@@ -98,8 +113,10 @@ def _keys(name: str) -> list[str]:
 
 
 def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """A stage's settings with its inputs found. Raises DiagnosticsError where one is missing or no
-    value of a setting.
+    """Return the settings of a stage with the paths of its inputs.
+
+    Raises:
+        DiagnosticsError: A setting or an input is missing, or has a value that it cannot have.
     """
     settings = dict(record["settings"])
     for key, value in settings.items():
@@ -123,14 +140,13 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
         for key in (*manifests.PATHS, *(["tokens"] if name == "import" else []))
         if settings.get(key)
     ]
-    paths = [
-        key for key in paths if not settings[key].lstrip().startswith("{")
-    ]  # an object written out is no path
+    # A JSON object in place of a file is no path.
+    paths = [key for key in paths if not settings[key].lstrip().startswith("{")]
     return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
 
 
 def _flag(name: str, value) -> list[str]:
-    """A setting as it was typed; nothing for one that was left out."""
+    """A setting as it was typed; nothing for a setting that was left out."""
     flag = name.replace("_", "-")
     if value is None:
         return []
@@ -140,19 +156,27 @@ def _flag(name: str, value) -> list[str]:
 
 
 class Inputs:
-    """Where the files and folders lie that a manifest names by their last names.
+    """Finds the files and folders that a manifest names by their last names.
 
     A manifest may be a stranger's, so nothing is read because it says so: an input is one of those
-    that the user `named`, or lies beside the manifest, inside its folder and behind no link."""
+    that the user `named`, or lies in the folder of the manifest, behind no link.
+    """
 
     def __init__(self, beside: Path, named: Sequence[Path] = ()):
         self.beside, self.named = beside, [Path(path) for path in named]
 
     def found(self, stage: str, key: str, value: str, record: Mapping[str, Any]) -> str:
-        """The path of a stage's input, or the id on the Hugging Face hub that it is.
+        """Return the path of a stage's input, or its id on the Hugging Face hub.
 
-        Raises DiagnosticsError where nobody named it, or where none of the candidates has the
-        recorded hash."""
+        Args:
+            stage: The stage, for messages.
+            key: The setting that names the input.
+            value: Its value in the manifest.
+            record: The stage's record, with the hashes.
+
+        Raises:
+            DiagnosticsError: Nobody named the input, or no candidate has the recorded hash.
+        """
         scheme, value = (
             ("hf:", value.removeprefix("hf:")) if value.startswith("hf:") else ("", value)
         )
@@ -178,9 +202,7 @@ class Inputs:
         )
 
     def _is_id(self, key: str, scheme: str, value: str) -> bool:
-        """Whether a name can only be an id on the hub: no hash of a local file is recorded, and no
-        local file has the name.
-        """
+        """Whether a value is an id on the hub: it looks like one, and no file has the name."""
         return bool(
             (key in ("student", "teacher", "after") or scheme)
             and HUB_ID.fullmatch(value)
@@ -199,7 +221,7 @@ class Inputs:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether a file or folder lies beneath `folder`, with no link on the way or in it."""
+    """Whether a file or folder lies below `folder`, with no link on the way or in it."""
     parts = files.inside(name)
     kinds = [files.kind(folder.joinpath(*parts[: end + 1])) for end in range(len(parts))]
     if kinds[:-1] != ["folder"] * (len(parts) - 1) or kinds[-1] not in ("file", "folder"):
@@ -208,9 +230,7 @@ def is_inside(folder: Path, name: str) -> bool:
 
 
 def _digest(key: str, record: Mapping[str, Any]) -> str | None:
-    """The recorded hash of a stage's input: of a file beside its setting, of a model's files among
-    the models.
-    """
+    """The recorded hash of a stage's input; models have theirs in a part of their own."""
     digest = record["settings"].get(f"{key}_sha256") or record.get("models", {}).get(key)
     return digest if isinstance(digest, str) and SHA256.fullmatch(digest) else None
 
@@ -253,7 +273,7 @@ def _require_same_pair(manifest: Mapping[str, Any]) -> None:
 
 
 def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
-    """Copy inputs that no stage wrote, from beside the manifest only."""
+    """Copy inputs that no stage wrote, from the folder of the manifest only."""
     written = {file for record in manifest["stages"].values() for file in record["files"]} | set(
         manifest.get("joined", {})
     )
@@ -282,8 +302,14 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
 
 
 def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
-    """Every file of the earlier manifest beside the later one's; columns as of `rerun`. Says which
-    versions are others.
+    """Compare the files of two manifests, and warn of other versions, threads and prompts.
+
+    Args:
+        was: The earlier manifest.
+        now: The manifest of the repetition.
+
+    Returns:
+        One row per file of the earlier manifest, with the columns of `rerun`.
     """
     other = [
         f"{name} {version} then, {now['versions'].get(name)} now"
