@@ -162,7 +162,7 @@ def _command(arguments: list[str]) -> int:
 
 
 def printable(text: str) -> str:
-    """Write control and direction characters out, since names in strangers' files may steer a terminal."""
+    """Write control and direction characters out: a stranger's file could steer a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
         for c in text

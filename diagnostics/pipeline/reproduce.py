@@ -301,16 +301,8 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
             files.write_atomic(run.path(file), read)
 
 
-def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
-    """Compare the files of two manifests, and warn of other versions, threads and prompts.
-
-    Args:
-        was: The earlier manifest.
-        now: The manifest of the repetition.
-
-    Returns:
-        One row per file of the earlier manifest, with the columns of `rerun`.
-    """
+def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of other versions, numbers of threads, and prompts that were rendered otherwise."""
     other = [
         f"{name} {version} then, {now['versions'].get(name)} now"
         for name, version in was.get("versions", {}).items()
@@ -348,6 +340,19 @@ def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
                 stage,
                 *hashes,
             )
+
+
+def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
+    """Compare the files of two manifests, and warn of other versions, threads and prompts.
+
+    Args:
+        was: The earlier manifest.
+        now: The manifest of the repetition.
+
+    Returns:
+        One row per file of the earlier manifest, with the columns of `rerun`.
+    """
+    _warn_of_differences(was, now)
     rows = []
     for stage, record in was["stages"].items():
         files = now["stages"].get(stage, {}).get("files", {})

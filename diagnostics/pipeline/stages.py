@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from diagnostics.probing.one_step import ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
     from diagnostics.training.evaluation import EvaluationConfig
-    from diagnostics.training.grid import ValidateConfig
+    from diagnostics.training.grid import TrainingCell, ValidateConfig
     from diagnostics.training.run import EngineConfig, TrainConfig
 
 log = logging.getLogger("diagnostics")
@@ -54,6 +55,14 @@ LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
 """Options that were added after the first grids. A cell names them only where they are set, so that
 cells of earlier grids keep their names; None is what those grids did."""
 GAIN_KEYS = ("context_id", "position")
+
+
+def _merged(*parts: Any) -> dict[str, Any]:
+    """The fields of configurations and the entries of dictionaries, as one stage's settings."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged |= part if isinstance(part, dict) else dataclasses.asdict(part)
+    return merged
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -91,12 +100,7 @@ def rollout_stage(
         freeze_stage(run, models, prompts, elsewhere)
         return
     path = prompts.prompts
-    settings = {
-        **models.writer_settings,
-        **dataclasses.asdict(prompts),
-        **dataclasses.asdict(rollout),
-        **file_hash("prompts", path),
-    }
+    settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
 
     def work() -> dict:
         pair = models.pair
@@ -186,12 +190,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Ban
 
     run.stage(
         "rollout",
-        settings={
-            **models.writer_settings,
-            **dataclasses.asdict(prompts),
-            **dataclasses.asdict(elsewhere),
-            **files,
-        },
+        settings=_merged(models.writer_settings, prompts, elsewhere, files),
         outputs=["contexts.parquet"],
         work=work,
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
@@ -365,6 +364,15 @@ def frozen_bank(
     return bank
 
 
+def _trained_files(run: Run) -> list[str]:
+    """What a training has written: its logs and evaluations, and the student's weights."""
+    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names += ["training_gains.parquet"]
+    weights = sorted(run.path("student").glob("*.safetensors"))
+    written = [name for name in names if run.path(name).exists()]
+    return written + [f"student/{path.name}" for path in weights]
+
+
 def train_stage(
     run: Run,
     models: Models,
@@ -391,20 +399,15 @@ def train_stage(
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
     lora_config(engine.lora_rank, engine.peft)
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(prompts),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(engine),
-        **dataclasses.asdict(evaluation),
-        **file_hash("prompts", prompts.prompts),
-        **file_hash("eval_prompts", evaluation.eval_prompts),
-        **file_hash("trl", engine.trl),
-        **file_hash("peft", engine.peft),
-    }
-    settings = {
-        key: value for key, value in settings.items() if key not in ("resume", "save_every")
-    }
+    hashes = [
+        file_hash("prompts", prompts.prompts),
+        file_hash("eval_prompts", evaluation.eval_prompts),
+        file_hash("trl", engine.trl),
+        file_hash("peft", engine.peft),
+    ]
+    settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
+    for name in ("resume", "save_every"):  # they do not change what is trained
+        del settings[name]
 
     def work() -> dict:
         write_json(run.manifest_path, run.manifest)
@@ -416,12 +419,9 @@ def train_stage(
             seed=config.seed,
             room=engine.max_new_tokens,
         )
-        wanted = held_out or engine.probe_every
-        bank = (
-            frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
-            if wanted
-            else None
-        )
+        bank = None
+        if held_out or engine.probe_every:
+            bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
         train(
             models.pair,
             data,
@@ -432,11 +432,8 @@ def train_stage(
             held_out=held_out,
             bank=bank,
         )
-        narrowed = {
-            name: value
-            for name, value in trl_fields(engine.trl).items()
-            if name in ("top_p", "top_k")
-        }
+        given = trl_fields(engine.trl)
+        narrowed = {name: given[name] for name in ("top_p", "top_k") if name in given}
         return {
             **models.pair.facts,
             "prompts": len(data),
@@ -445,23 +442,10 @@ def train_stage(
             "rendered_prompts_sha256": rendered_sha256([*data, *held_out]),
         }
 
-    def outputs() -> list[str]:
-        names = (
-            "train.json",
-            "metrics.jsonl",
-            "evaluations.csv",
-            "evaluations.parquet",
-            "training_gains.parquet",
-        )
-        weights = sorted(run.path("student").glob("*.safetensors"))
-        return [name for name in names if run.path(name).exists()] + [
-            f"student/{path.name}" for path in weights
-        ]
-
     run.stage(
         "train",
         settings=settings,
-        outputs=outputs,
+        outputs=lambda: _trained_files(run),
         work=work,
         code=("training.run", "training.trl_trainer", "training.engine_options"),
         models=models.fingerprint,
@@ -662,13 +646,7 @@ def intervene_stage(
             "relative_norm": float(chosen.relative_norm),
         }
 
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(probe),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(analysis),
-        "batch_tokens": batch_tokens,
-    }
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "intervene",
         settings=settings,
@@ -728,13 +706,7 @@ def attribute_stage(
         for name, table in marked(made, tokens, otherwise="change of a bound").items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(probe),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(analysis),
-        "batch_tokens": batch_tokens,
-    }
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "attribute",
         settings=settings,
@@ -804,8 +776,6 @@ def validate_stage(
         analysis: Draws and level of the intervals.
         engine: How TRL runs each training, except for what a grid decides itself.
     """
-    from diagnostics.analysis import training_outcomes
-    from diagnostics.analysis.claims import of_training
     from diagnostics.measure.losses import check_loss
     from diagnostics.training import grid
 
@@ -825,7 +795,7 @@ def validate_stage(
         *map(_settings, (models.config, prompts, evaluation, config)),
         options,
         sources,
-        code_version("training", "trainer", "evaluation"),
+        code_version("training.run", "training.trl_trainer", "training.evaluation"),
         run.accept_code,
         {file.removeprefix("cells/"): digest for file, digest in earlier.items()},
     )
@@ -834,31 +804,19 @@ def validate_stage(
     grid.run_grid(job, cells, workers=config.workers)
 
     def work() -> None:
-        competing = dict.fromkeys(
-            (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
-        )
-        answers = (
-            training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
-            if offline
-            else None
-        )
-        rows = grid.read_outcomes(folder, cells)
-        made.update(training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis)))
-        made["verdicts"] = pd.concat(
-            [*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True
-        )
+        made.update(_validation_tables(folder, cells, offline, analysis))
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {
-        **models.settings,
-        **_settings(prompts),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(evaluation),
-        **dataclasses.asdict(analysis),
-        "offline": offline,
-        **options,
-    }
+    settings = _merged(
+        models.settings,
+        _settings(prompts),
+        config,
+        evaluation,
+        analysis,
+        {"offline": offline},
+        options,
+    )
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage(
         "validate",
@@ -870,6 +828,28 @@ def validate_stage(
         code=("training.grid", "training.run"),
         models=models.fingerprint,
     )
+
+
+def _validation_tables(
+    folder: Path, cells: Sequence[TrainingCell], offline: str | None, analysis: AnalysisConfig
+) -> dict[str, pd.DataFrame]:
+    """The tables of a finished grid, whose cells lie in `folder`."""
+    from diagnostics.analysis import training_outcomes
+    from diagnostics.analysis.claims import of_training
+    from diagnostics.training import grid
+
+    competing = dict.fromkeys(
+        (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
+    )
+    answers = (
+        training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
+        if offline
+        else None
+    )
+    rows = grid.read_outcomes(folder, cells)
+    made = training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis))
+    verdicts = [*_claims_of(offline), of_training(made["validation_verdicts"])]
+    return {**made, "verdicts": pd.concat(verdicts, ignore_index=True)}
 
 
 def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
