@@ -313,13 +313,14 @@ def report(
     seconds: float,
 ) -> str:
     """The results as Markdown."""
+    sizes = table.groupby("prompts").datasets.max()
     lines = [
         "# Calibration of intervals and tests",
         "",
         (
             "Written by `python benchmarks/calibration.py`; its head says how the data are made."
             " Figures are percentages of simulated data sets"
-            f" ({', '.join(f'{n} at {p} prompts' for p, n in table.groupby('prompts').datasets.max().items())}),"
+            f" ({', '.join(f'{n} at {p} prompts' for p, n in sizes.items())}),"
             f" {draws} draws each, nominal 95 %. {platform.machine()}, Python"
             f" {platform.python_version()}, numpy {np.__version__}, one thread, {seconds / 60:.0f}"
             " min."

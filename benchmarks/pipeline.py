@@ -1,7 +1,6 @@
-"""Rows of the benchmark that run whole stages: scoring, the probe, two processes, and the paper's
-size on a GPU.
+"""Rows of the benchmark that run whole stages: scoring, the probe, two processes, and a GPU.
 
-    python benchmarks/pipeline.py [--quick]        # these rows alone; `bench.py` runs them after its own
+    python benchmarks/pipeline.py [--quick]    # these rows alone; bench.py runs them after its own
 
 Random weights in the shapes of Qwen2.5 0.5B (student) and 1.5B (teacher), float32; the two-process
 row takes two of their layers, and `quick` takes two narrow ones over 16,000 tokens. Each ratio is
@@ -196,7 +195,7 @@ def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
     and of the placebo.
     """
     teacher, student = (
-        seconds(lambda: bare(model, todo)) for model in (pair.teacher, pair.student)
+        seconds(lambda model=model: bare(model, todo)) for model in (pair.teacher, pair.student)
     )
     found = {}
 

@@ -288,7 +288,7 @@ def _full_step_name(bench: StepBench, weights_N: np.ndarray, **settings) -> str:
     """Name of everything that decides the step on all positions, but for the rounding of its
     gradient.
     """
-    identity = settings | _identity(bench) | {"code": code_version("intervention")}
+    identity = settings | _identity(bench) | {"code": code_version("probing.intervention")}
     return hashlib.sha256(
         json.dumps(identity, sort_keys=True, default=str).encode() + weights_N.tobytes()
     ).hexdigest()[:24]
