@@ -178,9 +178,7 @@ def score_stage(run: Run, models: Models, config) -> None:
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(
-            models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores")
-        )
+        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
@@ -207,12 +205,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair,
-            bank,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            **dataclasses.asdict(config),
-            shards=run.shards,
+            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
@@ -255,8 +248,8 @@ def import_tokens(run: Run, path: Path) -> None:
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
     """Gains of a student that was trained anywhere: the frozen positions scored again with it."""
     from diagnostics.models.pair import load_pair, named_pair
+    from diagnostics.probing.frozen_bank import FrozenBank
     from diagnostics.probing.one_step import gains
-    from diagnostics.training.evaluation import FrozenBank
 
     def work() -> dict:
         options = dataclasses.asdict(models.config)
@@ -287,7 +280,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet"],
         work=work,
-        code=("probing.one_step", "training.evaluation"),
+        code=("probing.one_step", "probing.frozen_bank"),
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
@@ -557,12 +550,12 @@ def intervene_stage(
         result = interventions(
             models.pair,
             bank,
+            probe,
+            config,
             tokens=tokens,
             batch_tokens=batch_tokens,
             cache=run.path("cells"),
             shards=run.shards,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
         )
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked(
@@ -613,11 +606,11 @@ def attribute_stage(
         result = attribute(
             models.pair,
             bank,
+            probe,
+            config,
+            analysis,
             tokens=tokens,
             batch_tokens=batch_tokens,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
-            **dataclasses.asdict(analysis),
         )
         write_parquet(
             run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]
@@ -710,7 +703,7 @@ def validate_stage(
         *map(_settings, (models.config, prompts, evaluation, config)),
         options,
         sources,
-        code_version("training", "trainer", "evaluation"),
+        code_version("training.run", "training.trl_trainer", "training.evaluation"),
         run.accept_code,
         {file.removeprefix("cells/"): digest for file, digest in earlier.items()},
     )

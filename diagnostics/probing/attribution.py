@@ -1,7 +1,7 @@
 """Where a position's gain comes from, to first order in the step.
 
 With u = theta1 - theta0 = -a P g the step, g = sum_j w_j grad l_j the gradient of the mean loss
-(w_j = 1 / number of supervised positions), P the diagonal that makes the optimiser's first update
+(w_j = 1 / number of supervised positions), P the diagonal that makes the optimizer's first update
 of it (1/(|g| + eps) by coordinate for AdamW, 1/|g| for SGD) and D_i = KL(q_i||p_i), teacher first,
 with logits z:
 
@@ -13,9 +13,9 @@ with logits z:
 
 A row of k takes one backward pass, for grad D_i, and one forward-mode pass along a P grad D_i,
 which gives <dl_j/dz_j, dz_j> at every position j that it visits. Only i's own prompt is visited:
-the rest of the row is first_order_gain less what was found there. So the split into *self* (j = i),
-*own_context* (j elsewhere in i's context), *own_prompt* (other contexts of i's prompt) and
-*other_prompts* costs about one short context a position. The lift of all positions together takes
+the rest of the row is first_order_gain minus the sum found there. So the split into *self* (j = i),
+*own_context* (other positions of i's context), *own_prompt* (other contexts of i's prompt) and
+*other_prompts* costs about one short context per position. The lift of all positions together takes
 one backward pass over the held-out half and one forward-mode pass over the step half.
 
 The *output layer* kernel is the part of k that goes through the output head's own parameters,
@@ -25,9 +25,9 @@ output layer's part from its use as output head alone.
 
 P is that of the step on all positions, so lift is linear in the selection; a step on a selection
 alone has its own P (`intervention` takes it). Where AdamW's P divides by a gradient that nearly
-cancels, single terms exceed their sum: shares outside [0, 1] are no error.
+cancels, single terms exceed their sum, so a share outside [0, 1] is not an error.
 
-Reference: influence to first order as in arXiv 2002.08484 (TracIn), with the optimiser's
+Reference: influence to first order as in arXiv 2002.08484 (TracIn), with the optimizer's
 preconditioner in between.
 
 Axes: N positions of the bank, n of a batch, H hidden size, V vocabulary.
@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,35 +53,53 @@ from torch.func import functional_call
 from diagnostics import criteria as registry
 from diagnostics.analysis import bootstrap, rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import progress
 from diagnostics.core.schema import validate_tokens
+from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank
 from diagnostics.measure import divergences, losses
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
-from diagnostics.probing.one_step import (
+from diagnostics.probing.step import (
+    ProbeConfig,
     StepBench,
-    calibrate,
     first_update,
     in_nonfinite_context,
-    loss_weights,
-    requested_step,
-    require_same_bank,
-    split_prompts,
-    tensor_norm,
+    prepare_step,
 )
+from diagnostics.probing.tensor_lists import tensor_norm
 
 log = logging.getLogger("diagnostics")
 FRACTIONS = (0.1, 0.3, 1.0, 3.0)
 """Step sizes, in units of the calibrated one, at which predicted and realised gain are compared."""
 PARTS = ("self", "own_context", "own_prompt", "other_prompts")
+"""Sources of a position's gain."""
+SHARE_COLUMNS = (
+    "kernel",
+    "group",
+    "part",
+    "mean",
+    "low",
+    "high",
+    "share",
+    "share_low",
+    "share_high",
+    "positions",
+    "prompts",
+)
 
 
 @dataclass(frozen=True)
 class AttributionConfig:
-    """Which kernel, on how many positions."""
+    """Which kernel, on how many positions.
+
+    Attributes:
+        sample: Step positions whose gain is split by source, the same number from each quadrant.
+        full_kernel: Whether the gain is split by all parameters too, not the output layer alone.
+    """
 
     sample: int = field(
         default=256,
@@ -97,18 +116,20 @@ class AttributionConfig:
 
 @dataclass
 class Attribution:
-    """First-order gains, how linear the step is, and where the gain of sampled positions comes
-    from.
-    """
+    """What `attribute` returns."""
 
     tokens: pd.DataFrame
-    """The token table with first_order_gain and lift."""
+    """The token table with first_order_gain and lift (nats), one row per position."""
     linearity: pd.DataFrame
+    """Realized against predicted gain, by step size (see `linearity`)."""
     kernel: pd.DataFrame
-    """One row a sampled position and kernel: PARTS and their sum, nats."""
+    """One row per sampled position and kernel: PARTS and their sum, nats."""
     shares: pd.DataFrame
+    """Share of each part in the gain, by group of positions (see `kernel_shares`)."""
     lift: pd.DataFrame
+    """Share of each group of step positions in the lift (see `lift_by_group`)."""
     calibration: pd.DataFrame
+    """Calibration of the step, as in `probe`."""
 
     def _repr_html_(self) -> str:
         shown = (
@@ -118,93 +139,108 @@ class Attribution:
         return "".join(table.to_html(index=False, float_format="%.3g") for table in shown)
 
 
+@with_settings(probe=ProbeConfig, config=AttributionConfig, analysis=AnalysisConfig)
 def attribute(
     pair: Pair,
     bank: Bank,
+    probe: ProbeConfig = ProbeConfig(),
+    config: AttributionConfig = AttributionConfig(),
+    analysis: AnalysisConfig = AnalysisConfig(),
     *,
     tokens: pd.DataFrame | None = None,
-    loss: str = "reverse_kl",
-    beta: float = 0.5,
-    optimizer: str = "adamw",
-    step: str | float = "auto",
-    held_out: float = 0.5,
-    seed: int = 0,
-    sample: int = 256,
-    full_kernel: bool = False,
-    draws: int = 1000,
-    level: float = 0.95,
     batch_tokens: int = scores.BATCH_TOKENS,
+    **settings: Any,
 ) -> Attribution:
     """Attribute the step of `probe` with the same settings to the positions that took part in it.
 
-    tokens: the bank's table; scored here where None. Its `split` is used where it has one. The
-    attention runs in its plain form meanwhile, since fused ones have no forward-mode derivative;
-    the student ends as it began. Raises DiagnosticsError as `probe` does, and for an architecture
-    without forward-mode derivative."""
-    step_size = requested_step(loss, optimizer, step)
-    tokens = scores.score(pair, bank, batch_tokens=batch_tokens) if tokens is None else tokens
-    require_same_bank(bank, tokens)
-    split = (
-        tokens["split"].to_numpy(dtype=object)
-        if "split" in tokens
-        else split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
-    )
-    bench = StepBench(pair, bank, tokens, split, batch_tokens=batch_tokens)
-    weights_N = loss_weights(tokens, split)
-    direction = bench.direction(weights_N, loss=loss, beta=beta, optimizer=optimizer)
-    calibration = calibrate(bench, direction, weights_N, beta=beta, step_size=step_size)
-    size = float(calibration.loc[calibration["chosen"], "step_size"].iloc[0])
+    Attention runs in its plain form meanwhile, since fused kernels have no forward-mode derivative.
+    The student ends as it began, bit for bit.
+
+    Args:
+        pair: The student, in float32 or float64, and its teacher.
+        bank: The frozen contexts, N response positions in all.
+        probe: The step; its fields may be given as keywords instead.
+        config: Which kernel, on how many positions; its fields may be given as keywords instead.
+        analysis: How intervals are made; its fields may be given as keywords instead.
+        tokens: The bank's token table; None scores the bank first. Its column `split` is used
+            where it has one; otherwise prompts are split as in `probe`.
+        batch_tokens: Tokens in one forward pass, padding included.
+        settings: Fields of `probe`, `config` and `analysis`.
+
+    Returns:
+        The token table with first_order_gain (nats) at every position and lift (nats) at every
+        supervised one, and the tables linearity, kernel, shares and lift.
+
+    Raises:
+        DiagnosticsError: As `probe` does, and for an architecture without forward-mode derivative.
+
+    Reference:
+        Influence to first order as in arXiv 2002.08484 (TracIn), with the optimizer's
+        preconditioner in between.
+    """
+    step = prepare_step(pair, bank, tokens, probe, batch_tokens=batch_tokens)
+    bench, size = step.bench, step.step_size
     with plain_attention(pair.student.model):
-        tracer = Tracer(bench, weights_N, loss=loss, beta=beta, optimizer=optimizer, step_size=size)
+        tracer = Tracer(
+            bench,
+            step.weights_N,
+            loss=probe.loss,
+            beta=probe.beta,
+            optimizer=probe.optimizer,
+            step_size=size,
+        )
         first_order_N = tracer.first_order_gain
         tokens = validate_tokens(
-            tokens.assign(split=split, first_order_gain=first_order_N, lift=tracer.lift())
+            bench.tokens.assign(
+                split=bench.split, first_order_gain=first_order_N, lift=tracer.lift()
+            )
         )
-        kernel = tracer.kernel(
-            sample_positions(tokens, weights_N, count=sample, seed=seed), full=full_kernel
-        )
-    realised = realised_gains(bench, tracer.update, size)
+        targets = sample_positions(tokens, step.weights_N, count=config.sample, seed=probe.seed)
+        kernel = tracer.kernel(targets, full=config.full_kernel)
+    realized = realized_gains(bench, tracer.update, size)
     bench.require_restored()
-    options = {"draws": draws, "level": level, "seed": seed}
+    norm = tensor_norm(tracer.update) / bench.weight_norm
+    draws, level, seed = analysis.draws, analysis.level, probe.seed
     return Attribution(
         tokens,
-        linearity(
-            tokens, realised, size, norm=tensor_norm(tracer.update) / bench.weight_norm, **options
-        ),
+        linearity(tokens, realized, size, norm=norm, draws=draws, level=level, seed=seed),
         kernel,
-        kernel_shares(tokens, kernel, **options),
-        lift_by_group(tokens, **options),
-        calibration,
+        kernel_shares(tokens, kernel, draws=draws, level=level, seed=seed),
+        lift_by_group(tokens, draws=draws, level=level, seed=seed),
+        step.calibration,
     )
 
 
-# --- derivatives
-# ------------------------------------------------------------------------------------
+# --- derivatives ---
 
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Attention and experts written out in matrix products while the block runs: fused ones have no
-    forward-mode derivative.
+    """Run attention and experts as plain matrix products while the block runs.
+
+    Fused kernels have no forward-mode derivative.
     """
-    attention, experts = (
-        model.config._attn_implementation,
-        getattr(model.config, "_experts_implementation", None),
-    )
-    model.set_attn_implementation("eager")
+    config: Any = model.config
+    attention = config._attn_implementation
+    experts = getattr(config, "_experts_implementation", None)
+    set_attention: Callable[[str], None] = getattr(model, "set_attn_implementation")  # noqa: B009
+    set_experts: Callable[[str], None] | None = getattr(model, "set_experts_implementation", None)
+    fused_experts = set_experts is not None and experts not in (None, "eager")
+    set_attention("eager")
     try:
-        if experts not in (None, "eager"):
-            model.set_experts_implementation("eager")
+        if fused_experts:
+            set_experts("eager")
         yield
     finally:
-        model.set_attn_implementation(attention)
-        if experts not in (None, "eager"):
-            model.set_experts_implementation(experts)
+        set_attention(attention)
+        if fused_experts:
+            set_experts(experts)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    """A dual tensor. The first one makes torch 2.13 load a module that warns of its own use of
-    TorchScript.
+    """A dual tensor.
+
+    The first one makes torch 2.13 load a module that warns of its own use of TorchScript.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
@@ -227,9 +263,17 @@ Visit = Callable[[slice, Tensor, Tensor], None]
 
 
 class Tracer:
-    """The step of a bench, and derivatives along and between positions.
+    """The step of a bench, and derivatives along it and between positions.
 
-    Needs `plain_attention` around it.
+    It works inside `plain_attention` only.
+
+    Args:
+        bench: The student at theta0.
+        weights_N: Float [N], 0 where a position carries no loss.
+        loss: Loss of the step, one of `losses.LOSSES`.
+        beta: The teacher's share in the mixture of `jsd`.
+        optimizer: `adamw` or `sgd`.
+        step_size: Size of the step along the optimizer's first update.
     """
 
     def __init__(
@@ -242,17 +286,10 @@ class Tracer:
         optimizer: str,
         step_size: float,
     ):
-        self.bench, self.weights_N, self.loss, self.beta, self.step_size = (
-            bench,
-            weights_N,
-            loss,
-            beta,
-            step_size,
-        )
-        self.student, self.teacher = bench.pair.student, bench.pair.teacher
-        self.names = [
-            name for name, p in self.student.model.named_parameters() if p.is_floating_point()
-        ]
+        self.bench, self.weights_N = bench, weights_N
+        self.loss, self.beta, self.step_size = loss, beta, step_size
+        self.student, self.teacher = bench.pair.student, bench.teacher
+        self.names = bench.names
         _, gradient = bench.gradient(weights_N, loss=loss, beta=beta)
         self.update = first_update(gradient, optimizer)
         self.scale = [
@@ -267,8 +304,7 @@ class Tracer:
         gain_N = np.zeros(len(self.bench.tokens))
         tangents = dict(zip(self.names, (self.step_size * u for u in self.update), strict=True))
         self._visit_all(
-            self.bench.all_batches,
-            self.bench.teacher,
+            [(batch, states) for part in self.bench.frozen.parts for batch, states in part],
             tangents,
             gain_N,
             "first order",
@@ -278,16 +314,16 @@ class Tracer:
         return distributed.sum_over_processes(gain_N)
 
     def lift(self) -> np.ndarray:
-        """What each step position's loss does for the mean held-out forward KL [N], nats; NaN
-        without loss.
+        """What each step position's loss does for the mean forward KL of the held-out positions.
 
-        Sums to the mean first-order gain of the held-out positions.
+        Returns:
+            Float64 [N] in nats; NaN at a position without loss. The sum is the mean first-order
+            gain of the held-out positions.
         """
         lift_N = np.zeros(len(self.bench.tokens))
         tangents = dict(zip(self.names, self._pulled(self._held_out_gradient()), strict=True))
         self._visit_all(
-            self.bench.step_batches,
-            self.bench.step_teacher,
+            list(self.bench.step),
             tangents,
             lift_N,
             "lift",
@@ -298,7 +334,7 @@ class Tracer:
         return np.where(self.weights_N > 0, lift_N, np.nan)
 
     def _pulled(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        """a P times a gradient: the direction in which a position's loss has to push to help."""
+        """a P times a gradient: the direction in which the loss of a helpful position pushes."""
         return [self.step_size * s * g for s, g in zip(self.scale, gradient, strict=True)]
 
     def _held_out_gradient(self) -> list[Tensor]:
@@ -309,7 +345,7 @@ class Tracer:
             (bench.split == "held_out") & finite & ~in_nonfinite_context(bench.tokens)
         ).astype(float)
         total = [torch.zeros_like(p) for p in bench.parameters]
-        for batch, teacher_nH in zip(bench.held_out_batches, bench.held_out_teacher, strict=True):
+        for batch, teacher_nH in bench.held_out:
             if weights_N[batch.rows_n.numpy()].any():
                 part = bench.batch_loss(
                     batch,
@@ -325,8 +361,7 @@ class Tracer:
 
     def _visit_all(
         self,
-        batches: Sequence[scores.Batch],
-        teacher: Sequence[Tensor],
+        batches: Sequence[tuple[scores.Batch, Tensor]],
         tangents: dict[str, Tensor],
         out_N: np.ndarray,
         what: str,
@@ -334,9 +369,10 @@ class Tracer:
         sign: float,
         loss: str,
     ) -> None:
-        """sign * <dl/dz, dz> of every position of the batches into out_N."""
-        with progress(total=sum(len(batch.rows_n) for batch in batches), description=what) as bar:
-            for batch, teacher_nH in zip(batches, teacher, strict=True):
+        """Write sign * <dl/dz, dz> of every position of the batches into out_N."""
+        positions = sum(len(batch.rows_n) for batch, _ in batches)
+        with progress(total=positions, description=what) as bar:
+            for batch, teacher_nH in batches:
                 out_N[batch.rows_n.numpy()] = sign * self.effect(
                     batch, teacher_nH, tangents, loss=loss
                 )
@@ -351,11 +387,19 @@ class Tracer:
         loss: str,
         states_nH: Tensor | None = None,
     ) -> np.ndarray:
-        """Derivative [n] of each position's loss along a direction in parameter space, nats.
+        """Derivative of each position's loss along a direction in parameter space.
 
-        states_nH: where given, the student's states, held fixed.
+        Args:
+            batch: The batch, n positions.
+            teacher_nH: The teacher's states [n, H].
+            tangents: The direction, one tensor per parameter that moves, by name.
+            loss: One of `losses.LOSSES`.
+            states_nH: The student's states [n, H] where they are held fixed.
+
+        Returns:
+            Float64 [n] in nats.
         """
-        parts = []
+        parts: list[Tensor] = []
 
         def visit(rows: slice, z_rV: Tensor, dz_rV: Tensor) -> None:
             pulls_rV = self._pulls(batch, rows, z_rV, teacher_nH, loss=loss)
@@ -420,11 +464,16 @@ class Tracer:
     # --- the kernel ---
 
     def kernel(self, targets: np.ndarray, *, full: bool) -> pd.DataFrame:
-        """The gain of each target position (rows of the table, step positions) by source, one row a
-        target and kernel.
+        """Split the first-order gain of each target position by source.
 
-        Returns columns kernel (output_layer, full), context_id, prompt_id, position, then PARTS and
-        total, nats."""
+        Args:
+            targets: Rows of the token table, step positions.
+            full: Whether the full kernel is measured too.
+
+        Returns:
+            One row per target and kernel, with columns kernel (output_layer, full), context_id,
+            prompt_id, position, then PARTS and total (nats).
+        """
         kinds = [
             name
             for name, wanted in (("output_layer", self.student.apart), ("full", full))
@@ -475,9 +524,18 @@ class Tracer:
         )
 
     def rows(
-        self, targets: Sequence[int], sources: np.ndarray, *, kind: str
+        self, targets: Sequence[int] | np.ndarray, sources: np.ndarray, *, kind: str
     ) -> Iterator[np.ndarray]:
-        """k_ij [sources] for each target i, nats. targets and sources: rows of the token table."""
+        """Rows of the kernel.
+
+        Args:
+            targets: Rows i of the token table.
+            sources: Rows j of the token table.
+            kind: `output_layer` or `full`.
+
+        Yields:
+            k_ij over the sources j, float64 in nats, for each target i.
+        """
         keep_N = np.zeros(len(self.bench.tokens), dtype=bool)
         keep_N[sources] = keep_N[list(targets)] = True
         visited = [
@@ -499,6 +557,7 @@ class Tracer:
 
     @torch.no_grad()
     def _fixed_states(self, batch: scores.Batch, kind: str) -> Tensor | None:
+        """The student's states where the kernel holds them fixed; None otherwise."""
         return batch.states(self.student) if kind == "output_layer" else None
 
     def _tangents(self, target: int, visited: list[tuple], kind: str) -> dict[str, Tensor]:
@@ -506,7 +565,8 @@ class Tracer:
         batch, teacher_nH, states_nH = next(
             entry for entry in visited if (entry[0].rows_n == target).any()
         )
-        at = slice((k := int((batch.rows_n == target).nonzero()[0, 0])), k + 1)
+        place = int((batch.rows_n == target).nonzero()[0, 0])
+        at = slice(place, place + 1)
         hidden_nH = batch.states(self.student) if states_nH is None else states_nH
         weight_N = np.zeros(len(self.bench.tokens))
         weight_N[target] = 1.0
@@ -518,7 +578,7 @@ class Tracer:
         )
 
     def totals(self, targets: np.ndarray, *, kind: str) -> np.ndarray:
-        """Sum of each target's row over all sources, nats."""
+        """Sum of each target's row over all sources, float64 [targets] in nats."""
         if kind == "full":
             return self.first_order_gain[targets]
         tangents = self._partial(self._head_gradient(), kind)
@@ -537,8 +597,9 @@ class Tracer:
         """Gradient of the mean loss over the output head's parameters, states held fixed."""
         bench, parameters = self.bench, self._parameters("output_layer")
         total = [torch.zeros_like(p) for p in parameters]
-        for batch, teacher_nH in zip(bench.step_batches, bench.step_teacher, strict=True):
-            fixed_nH = self._fixed_states(batch, "output_layer")
+        for batch, teacher_nH in bench.step:
+            with torch.no_grad():
+                fixed_nH = batch.states(self.student)
             part = bench.batch_loss(
                 batch, fixed_nH, teacher_nH, self.weights_N, loss=self.loss, beta=self.beta
             )
@@ -547,7 +608,7 @@ class Tracer:
         return total
 
     def _places(self, kind: str) -> list[int]:
-        """Which of the bench's parameters a kernel has."""
+        """Indices of the bench's parameters that a kernel has."""
         head = [p for p in self.student.head.parameters()] if kind == "output_layer" else None
         return [
             i
@@ -591,14 +652,24 @@ def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
             sum_ += part
 
 
-def realised_gains(
+def realized_gains(
     bench: StepBench,
     update: list[Tensor],
     step_size: float,
     *,
     fractions: Sequence[float] = FRACTIONS,
 ) -> dict[float, np.ndarray]:
-    """Gain [N] in nats after each fraction of the step, by fraction."""
+    """Gain after each fraction of the step.
+
+    Args:
+        bench: The student at theta0.
+        update: One tensor per parameter.
+        step_size: Size of the whole step.
+        fractions: Parts of the step that are taken.
+
+    Returns:
+        Float64 [N] in nats for each fraction.
+    """
     before = bench.rescore("before")[0]
     gains = {}
     for fraction in fractions:
@@ -610,8 +681,19 @@ def realised_gains(
 def sample_positions(
     tokens: pd.DataFrame, weights_N: np.ndarray, *, count: int, seed: int
 ) -> np.ndarray:
-    """Rows of supervised positions, as many from each quadrant as there are, up to count / 4;
-    ascending.
+    """Draw supervised positions, the same number from each quadrant as far as there are so many.
+
+    Args:
+        tokens: Token table, one row per position.
+        weights_N: Float [N], 0 where a position carries no loss.
+        count: Positions in all; a quadrant gives at most a quarter of them, rounded up.
+        seed: Seed of the draw.
+
+    Returns:
+        Rows of the table, ascending.
+
+    Raises:
+        DiagnosticsError: Fewer than one position was asked for.
     """
     if count < 1:
         raise DiagnosticsError(f"A kernel on {count} positions was asked for; sample at least 1.")
@@ -623,13 +705,12 @@ def sample_positions(
     return np.sort(np.concatenate(chosen))
 
 
-# --- tables
-# -----------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def linearity(
     tokens: pd.DataFrame,
-    realised: dict[float, np.ndarray],
+    realized: dict[float, np.ndarray],
     step_size: float,
     *,
     norm: float,
@@ -637,16 +718,26 @@ def linearity(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Realised gain against the first-order prediction, by step size.
+    """Compare the realized gain with the first-order prediction, by step size.
 
-    realised: gains [N] by fraction of the step, whose size is step_size and relative norm step_size
-    * norm. Returns columns fraction, step_size, relative_norm, split (all, step, held_out), slope
-    (realised on predicted, with intercept), slope_low, slope_high, r2 (squared Pearson; 0 where its
-    interval's end is negative), r2_low, r2_high, explained (1 - sum of squared errors of the
-    prediction itself over the realised gain's), predicted_mean, realised_mean (nats), positions,
-    prompts."""
+    Args:
+        tokens: Token table with first_order_gain, split and prompt_id.
+        realized: Gains float64 [N] in nats by fraction of the step.
+        step_size: Size of the whole step.
+        norm: Norm of the update for a step of size 1 over the norm of the weights.
+        draws: Bootstrap draws over prompts.
+        level: Level of the intervals.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One row per fraction and split, with columns fraction, step_size, relative_norm, split (all,
+        step, held_out), slope (realized on predicted, with intercept), slope_low, slope_high, r2
+        (squared Pearson; 0 where its interval's end is negative), r2_low, r2_high, explained (1 -
+        sum of squared errors of the prediction itself over the realized gain's), predicted_mean,
+        realised_mean (nats), positions, prompts.
+    """
     rows = []
-    for fraction, gain_N in realised.items():
+    for fraction, gain_N in realized.items():
         for name in ("all", "step", "held_out"):
             predicted_N = fraction * tokens["first_order_gain"].to_numpy(dtype=np.float64)
             mask = (
@@ -700,8 +791,14 @@ def _ends(name: str, estimate: Estimate, level: float) -> dict:
 
 
 def position_groups(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Masks [N]: all, quadrants q1 to q4, and thirds (1 the lowest) of compatibility and of
-    teachability.
+    """Groups of positions that the tables report.
+
+    Args:
+        tokens: Token table, one row per position.
+
+    Returns:
+        Masks bool [N]: all, the quadrants q1 to q4, and the thirds (1 is the lowest) of
+        compatibility and of teachability.
     """
     everywhere, quadrant = np.ones(len(tokens), dtype=bool), registry.quadrants(tokens)
     groups = {"all": everywhere} | {f"q{number}": quadrant == number for number in (1, 2, 3, 4)}
@@ -724,17 +821,24 @@ def kernel_shares(
     """Mean of each part of the first-order gain, and its share of the whole, by group of positions.
 
     Sampled positions are weighted by how many step positions of their quadrant each stands for.
-    Returns columns kernel, group (see `position_groups`), part (PARTS, total), mean, low, high
-    (nats), share, share_low, share_high (NaN where the group's total is not positive), positions,
-    prompts."""
+
+    Args:
+        tokens: Token table with split, one row per position.
+        kernel: Table of `Tracer.kernel`.
+        draws: Bootstrap draws over prompts.
+        level: Level of the intervals.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One row per kernel, group and part, with columns kernel, group (see `position_groups`), part
+        (PARTS, total), mean, low, high (nats), share, share_low, share_high (NaN where the group's
+        total is not positive), positions, prompts.
+    """
     place = pd.Series(
         np.arange(len(tokens)), index=pd.MultiIndex.from_frame(tokens[["context_id", "position"]])
     )
-    groups, quadrant, on_step = (
-        position_groups(tokens),
-        registry.quadrants(tokens),
-        (tokens["split"] == "step").to_numpy(),
-    )
+    groups, quadrant = position_groups(tokens), registry.quadrants(tokens)
+    on_step = (tokens["split"] == "step").to_numpy()
     rows = []
     for kind, table in kernel.groupby("kernel", sort=False):
         at = place.loc[pd.MultiIndex.from_frame(table[["context_id", "position"]])].to_numpy()
@@ -752,20 +856,7 @@ def kernel_shares(
                     {"kernel": kind, "group": name} | row
                     for row in _weighted_shares(values, weight[mask[at]], prompts, level)
                 ]
-    columns = [
-        "kernel",
-        "group",
-        "part",
-        "mean",
-        "low",
-        "high",
-        "share",
-        "share_low",
-        "share_high",
-        "positions",
-        "prompts",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=list(SHARE_COLUMNS))
 
 
 def _weighted_shares(
@@ -797,9 +888,17 @@ def lift_by_group(
 ) -> pd.DataFrame:
     """What the losses of each group of step positions do for the held-out prompts.
 
-    Returns columns group, lift_share (of the sum over step positions), low, high, position_share,
-    enrichment (lift share over position share; 1 where the group lifts as much as any),
-    enrichment_low, enrichment_high, positions, prompts. NaN where the whole lift is not positive.
+    Args:
+        tokens: Token table with lift, one row per position.
+        draws: Bootstrap draws over prompts.
+        level: Level of the intervals.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One row per group (see `position_groups`), with columns group, lift_share (of the sum over
+        step positions), low, high, position_share, enrichment (lift share over position share; 1
+        where the group lifts as much as any other), enrichment_low, enrichment_high, positions,
+        prompts. Shares are NaN where the whole lift is not positive.
     """
     lift_N = tokens["lift"].to_numpy(dtype=np.float64)
     known = np.isfinite(lift_N)

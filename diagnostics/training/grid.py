@@ -507,7 +507,8 @@ def run_untouched(job: Job) -> None:
     """Freeze the bank and evaluate the untouched student, once for the whole grid."""
     from diagnostics.contexts.rollouts import rollout
     from diagnostics.core.tables import write_parquet
-    from diagnostics.training.evaluation import FrozenBank, evaluate, find_verifier
+    from diagnostics.probing.frozen_bank import FrozenBank
+    from diagnostics.training.evaluation import evaluate, find_verifier
 
     pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
     bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])

@@ -47,10 +47,10 @@ from diagnostics.core.types import Bank, Prompt
 from diagnostics.measure.losses import LOSSES
 from diagnostics.models.pair import NAMED_PAIRS
 from diagnostics.models.topk_teacher import refuse
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options
 from diagnostics.training.evaluation import (
     EvaluationConfig,
-    FrozenBank,
     evaluate,
     find_verifier,
     summarize_evaluation,

@@ -1,3 +1,5 @@
+"""First-order gains, lift and kernel against per-position gradients by plain autograd."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +20,8 @@ from diagnostics.probing.attribution import (
     position_groups,
     sample_positions,
 )
-from diagnostics.probing.one_step import StepBench, loss_weights, split_prompts
 from diagnostics.probing.scores import score
+from diagnostics.probing.step import StepBench, loss_weights, split_prompts
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
 

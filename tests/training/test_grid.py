@@ -816,12 +816,14 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
         "mine",
     ]
     assert (outside / "kept").is_dir()
-    with pytest.raises(
-        DiagnosticsError,
-        match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
+    with (
+        pytest.raises(
+            DiagnosticsError,
+            match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
+        ),
+        grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)),
     ):
-        with grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)):
-            pass
+        pass
     (tmp_path / "linked").symlink_to(folder)
     with pytest.raises(
         DiagnosticsError,

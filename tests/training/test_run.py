@@ -23,9 +23,10 @@ from diagnostics.criteria import budget_count
 from diagnostics.models.loading import load_model
 from diagnostics.models.pair import weights_sha256
 from diagnostics.pipeline.cli import main
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options
 from diagnostics.training import run as training_run
-from diagnostics.training.evaluation import EvaluationConfig, FrozenBank
+from diagnostics.training.evaluation import EvaluationConfig
 from diagnostics.training.run import (
     EngineConfig,
     TrainConfig,
