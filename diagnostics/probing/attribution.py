@@ -220,21 +220,18 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
 
     Fused kernels have no forward-mode derivative.
     """
-    config: Any = model.config
-    attention = config._attn_implementation
-    experts = getattr(config, "_experts_implementation", None)
-    set_attention: Callable[[str], None] = getattr(model, "set_attn_implementation")  # noqa: B009
-    set_experts: Callable[[str], None] | None = getattr(model, "set_experts_implementation", None)
-    fused_experts = set_experts is not None and experts not in (None, "eager")
-    set_attention("eager")
+    switched: Any = model  # torch's stubs call every attribute of a module a tensor or a module
+    attention = switched.config._attn_implementation
+    experts = getattr(switched.config, "_experts_implementation", None)
+    switched.set_attn_implementation("eager")
     try:
-        if fused_experts:
-            set_experts("eager")
+        if experts not in (None, "eager"):
+            switched.set_experts_implementation("eager")
         yield
     finally:
-        set_attention(attention)
-        if fused_experts:
-            set_experts(experts)
+        switched.set_attn_implementation(attention)
+        if experts not in (None, "eager"):
+            switched.set_experts_implementation(experts)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
@@ -609,7 +606,7 @@ class Tracer:
 
     def _places(self, kind: str) -> list[int]:
         """Indices of the bench's parameters that a kernel has."""
-        head = [p for p in self.student.head.parameters()] if kind == "output_layer" else None
+        head = list(self.student.head.parameters()) if kind == "output_layer" else None
         return [
             i
             for i, p in enumerate(self.bench.parameters)

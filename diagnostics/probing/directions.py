@@ -128,7 +128,7 @@ class Store:
         return found
 
     def keep(self, direction: Direction) -> None:
-        """Write a direction, whole or not at all. A disk without room for it only logs a warning."""
+        """Write a direction, whole or not at all. A disk without room for it is only a warning."""
         if self.folder is None or not distributed.is_main():
             return
         from safetensors.torch import save

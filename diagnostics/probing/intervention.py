@@ -444,7 +444,7 @@ class Grid:
             The effects, in the cells' order.
         """
         keys = [self.key(cell) for cell in cells]
-        todo = {key: cell for key, cell in zip(keys, cells, strict=True)}
+        todo = dict(zip(keys, cells, strict=True))
         found = {key: effect for key in todo if (effect := self._kept(key)) is not None}
         missing = {key: cell for key, cell in todo.items() if key not in found}
         log.info(
@@ -507,8 +507,9 @@ class Grid:
         for start in range(0, len(todo), room):
             group = todo[start : start + room]
             partial = [cell.weights_N for _, cell in group if not self._is_full(cell)]
-            settings = {"loss": self.probe.loss, "beta": self.probe.beta}
-            gradients = iter(shared_gradients(self.bench, partial, **settings))
+            gradients = iter(
+                shared_gradients(self.bench, partial, loss=self.probe.loss, beta=self.probe.beta)
+            )
             for number, (key, cell) in enumerate(group, start + 1):
                 gradient = None if self._is_full(cell) else next(gradients)
                 yield key, self._effect(cell, gradient, before, f"cell {number} of {len(todo)}")

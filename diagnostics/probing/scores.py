@@ -308,8 +308,10 @@ def _columns(
         pair, _not_kept(own, shards, columns, bank.positions), "score"
     ):
         measured = measure(batch, student_nH, teacher_nH)
-        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
-        shards.add(batch.rows_n.numpy(), values)
+        values: dict[str, Any] = {
+            name: values_n.double().cpu().numpy() for name, values_n in measured.items()
+        }
+        shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, bank.positions)
     return _gathered(columns, bank.positions)
 
@@ -394,7 +396,7 @@ def _not_kept(
     """Fill in the rows that an interrupted run kept; returns the batches that are left."""
     left = []
     for batch in todo:
-        found = shards.take(batch.rows_n.numpy())
+        found = shards.take(batch.rows_n.tolist())
         if found is None:
             left.append(batch)
         else:
@@ -562,8 +564,10 @@ def rescore(
         measured = divergences.kl_pair_hidden(
             batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
         )
-        values = {name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)}
-        shards.add(batch.rows_n.numpy(), values)
+        values: dict[str, Any] = {
+            name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)
+        }
+        shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, positions)
     return tuple(distributed.sum_over_processes(np.stack(list(columns.values()))))
 
@@ -645,7 +649,7 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
 
 @torch.no_grad()
 def _not_finite_of_student(pair: Pair, bank: Bank, rows: np.ndarray) -> np.ndarray:
-    """Whether the student's own logits are not finite, bool [rows]; otherwise the teacher's are not."""
+    """Whether the student's logits are not finite, bool [rows]; otherwise the teacher's are not."""
     keep = np.zeros(bank.positions, dtype=bool)
     found = np.zeros(bank.positions, dtype=bool)
     keep[rows] = True

@@ -456,11 +456,11 @@ class StepBench:
     def rescore(
         self, description: str, *, js: bool = False, shards: Shards | None = None
     ) -> tuple[np.ndarray, ...]:
-        """Both divergences of the whole bank with the student as it is now: `FrozenBank.rescore`."""
+        """The divergences of the whole bank, as `FrozenBank.rescore` measures them."""
         return self.frozen.rescore(description, js=js, shards=shards)
 
     def require_restored(self) -> None:
-        """Raise RuntimeError unless every bit of the student's weights is as it was at the start."""
+        """Raise RuntimeError unless every bit of the student's weights is as at the start."""
         changed = [
             name
             for name, p, o in zip(self.names, self.parameters, self.origin, strict=True)

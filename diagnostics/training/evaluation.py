@@ -1,7 +1,7 @@
 """What a student can do on held-out prompts: divergence on its own text, accuracy, length.
 
-    forward_kl, reverse_kl    KL(q||p) (teacher first), KL(p||q): mean over the positions of n sampled
-                              responses per prompt
+    forward_kl, reverse_kl    KL(q||p) (teacher first), KL(p||q): mean over the positions of the
+                              sampled responses
     accuracy                  share of the sampled responses that the verifier accepts (avg@n)
     accuracy_greedy           the same for one response per prompt, the most likely token each time
     response_length, finished tokens per sampled response; share that ended with an end token

@@ -109,7 +109,7 @@ def brute_force(setting, optimizer):
     """Per-position gradients by plain autograd on whole logits: grad D [N, P], grad of the reverse
     KL [N, P], and a*P.
     """
-    pair, bank, tokens, split = setting
+    pair, bank, _tokens, split = setting
     parameters = list(pair.student.model.parameters())
     gradients = ([], [])
     for context in bank:
@@ -228,7 +228,7 @@ def brute_norm(setting):
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "sampled", "topk_reverse"])
 def test_first_order_gain_is_the_finite_difference(setting, loss):
-    pair, bank, tokens, split = setting
+    _pair, _bank, _tokens, _split = setting
     tracer = tracer_of(setting, "sgd", loss)
     gain = tracer.first_order_gain
     bench, small = tracer.bench, 1e-6
@@ -271,7 +271,7 @@ def test_tied_embeddings_give_the_output_layer_its_output_path_alone():
 
 
 def test_a_float32_llama_adds_up_too():
-    pair, bank, tokens, split = setting = make_setting(make_model(1))
+    pair, _bank, _tokens, split = setting = make_setting(make_model(1))
     targets = np.flatnonzero(split == "step")[:4]
     with plain_attention(pair.student.model):
         tracer = tracer_of(setting, "sgd")
@@ -377,7 +377,7 @@ def test_linearity_is_ordinary_least_squares():
         linearity(tokens, {0.5: realised}, 2.0, norm=0.25, draws=200).set_index("split").loc["all"]
     )
     x = 0.5 * tokens.first_order_gain
-    slope, intercept = np.polyfit(x, realised, 1)
+    slope, _intercept = np.polyfit(x, realised, 1)
     assert row.slope == pytest.approx(slope, rel=1e-9) and row.r2 == pytest.approx(
         np.corrcoef(x, realised)[0, 1] ** 2, rel=1e-9
     )
@@ -452,7 +452,7 @@ def test_lift_by_group_counts_shares():
 
 
 def test_an_architecture_without_forward_mode_is_named(setting, monkeypatch):
-    pair, bank, tokens, split = setting
+    pair, _bank, _tokens, _split = setting
     tracer = tracer_of(setting, "sgd")
 
     class Opaque(torch.autograd.Function):
@@ -473,11 +473,11 @@ def test_an_architecture_without_forward_mode_is_named(setting, monkeypatch):
             r" intervene on it"
         ),
     ):
-        tracer.first_order_gain
+        _ = tracer.first_order_gain
 
 
 def test_kernel_table_without_a_separable_head(setting, monkeypatch, caplog):
-    pair, bank, tokens, split = setting
+    pair, _bank, _tokens, split = setting
     tracer = tracer_of(setting, "sgd")
     monkeypatch.setattr(pair.student, "apart", False)
     table = tracer.kernel(np.flatnonzero(split == "step")[:2], full=False)

@@ -203,7 +203,8 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
         "cache": tmp_path / "cells",
         "shards": shards_in(tmp_path / "scratch"),
     }
-    for limit in (1, 2, 3):  # each time one cell further
+    for further in (1, 2, 3):  # each time one cell further
+        limit = further
         with pytest.raises(KeyboardInterrupt):
             interventions(pair, bank, **options, **GRID)
     limit, made = 100, noise.calls

@@ -1,4 +1,4 @@
-"""One step against torch's own optimizer and a fresh score; its set-up, calibration and refusals."""
+"""One step against torch's own optimizer and a fresh score; its calibration and refusals."""
 
 import dataclasses
 import itertools

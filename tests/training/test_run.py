@@ -136,7 +136,7 @@ def test_gains_after_n_steps_are_those_of_the_bank(finished):
 
 
 def test_the_trained_student_is_saved(finished):
-    folder, result, pair = finished
+    _folder, result, pair = finished
     saved = load_file(result.student / "model.safetensors")
     for name, parameter in pair.student.model.named_parameters():
         assert torch.equal(saved[name], parameter.detach())
