@@ -8,7 +8,7 @@ with logits z:
     first_order_gain_i = -grad D_i . u = -<p_i - q_i, dz_i>       dz: one forward-mode pass along u
     k_ij               = a w_j grad D_i . P grad l_j              what j's loss does for position i
     sum_j k_ij         = first_order_gain_i
-    lift_j             = mean of k_ij over held-out positions i   what j's loss does for other prompts
+    lift_j             = mean of k_ij over held-out i     what j's loss does for other prompts
     sum_j lift_j       = mean first-order gain of the held-out positions
 
 A row of k takes one backward pass, for grad D_i, and one forward-mode pass along a P grad D_i,

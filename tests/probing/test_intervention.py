@@ -473,6 +473,7 @@ def test_a_criterion_that_selects_nothing_is_named(setting):
     _, _, tokens = setting
     tokens = tokens.assign(acceptance=np.nan)
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
+    grid = InterventionConfig(criteria=("acceptance",), budgets=(0.1,), random_draws=1)
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -480,7 +481,7 @@ def test_a_criterion_that_selects_nothing_is_named(setting):
             r" it out, or raise the budget\.$"
         ),
     ):
-        plan(tokens, split, criteria=["acceptance"], budgets=[0.1], random_draws=1, seed=0)
+        plan(tokens, split, grid, seed=0)
 
 
 # --- the command line

@@ -928,7 +928,7 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(
     with torch.no_grad():
         next(first.teacher.model.parameters())[0, 0] += 1
     third = grid_module._fresh_pair(job)
-    assert len(loads) == 4 and "the models are loaded anew" in capsys.readouterr().err
+    assert len(loads) == 4 and "the models are loaded again" in capsys.readouterr().err
     assert (
         grid_module._checksum(third)
         == grid_module._checksum(second)[:1] + grid_module._checksum(third)[1:]

@@ -512,7 +512,7 @@ def test_trl_fields_come_from_a_file(tmp_path):
         (
             '{"betta": 1}',
             (
-                r"^.*trl\.json sets betta, which no DistillationConfig knows\. Mend the name, or"
+                r"^.*trl\.json sets betta, which no DistillationConfig knows\. Correct the name, or"
                 r" remove it there\.$"
             ),
         ),
@@ -582,7 +582,7 @@ def test_the_example_of_the_scale_page_runs(tmp_path, monkeypatch):
 
 
 def test_a_sharded_student_is_not_evaluated():
-    watcher = training_run.TrainingMonitor(
+    monitor = training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), HELD_OUT, None
     )
     sharded = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
@@ -592,7 +592,7 @@ def test_a_sharded_student_is_not_evaluated():
         r"and evaluate checkpoints afterwards with diagnostics\.evaluate\.$"
     )
     with pytest.raises(DiagnosticsError, match=message):
-        watcher.require_whole(sharded)
+        monitor.require_whole(sharded)
     training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), [], None
     ).require_whole(sharded)
