@@ -538,7 +538,8 @@ def intervene_stage(
     """One step a criterion and budget. Finished cells are kept in `cells`, so that a wider grid
     goes on from there.
     """
-    from diagnostics.probing.intervention import interventions, summarize
+    from diagnostics.probing.intervention import interventions
+    from diagnostics.probing.intervention_table import summarize
 
     _require_probe_settings(run, probe, what="An intervention")
 

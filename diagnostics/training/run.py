@@ -658,12 +658,11 @@ def _trainer(
     monitor: TrainingMonitor,
     options: dict[str, Any],
 ):
-    from datasets import Dataset
     from transformers import PrinterCallback, set_seed
 
     from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
 
-    order = schedule(prompts, config.steps * config.batch, seed=config.seed)
+    needed = config.steps * config.batch
     adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
     callbacks = [monitor.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
     set_seed(config.seed)  # an adapter starts from random numbers, the same in every process
@@ -684,13 +683,7 @@ def _trainer(
             rate=config.rate(pair.name, engine.lora_rank),
             cpu=pair.student.device.type == "cpu",
         ),
-        train_dataset=Dataset.from_dict(
-            {
-                "prompt": [p.prompt for p in order],
-                "ids": _ids(pair, order, engine),
-                "row": list(range(len(order))),
-            }
-        ),
+        train_dataset=_dataset(pair, schedule(prompts, needed, seed=config.seed), engine),
         callbacks=callbacks,
         **{"peft_config": adapter} | options,
     )
@@ -703,6 +696,19 @@ def _trainer(
         )
     monitor.require_whole(trainer)
     return trainer
+
+
+def _dataset(pair: Pair, order: Sequence[Prompt], engine: EngineConfig):
+    """The prompts in training order, as `SelectedDistillationTrainer` reads them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt.prompt for prompt in order],
+            "ids": _ids(pair, order, engine),
+            "row": list(range(len(order))),
+        }
+    )
 
 
 def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list[int]]:

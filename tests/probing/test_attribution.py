@@ -7,21 +7,18 @@ import torch
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
+from diagnostics.criteria import quadrants
 from diagnostics.models.pair import assemble, weights_sha256
-from diagnostics.probing import attribution
-from diagnostics.probing.attribution import (
-    PARTS,
-    Tracer,
-    attribute,
+from diagnostics.probing.attribution import attribute, sample_positions
+from diagnostics.probing.attribution_tables import (
     kernel_shares,
     lift_by_group,
     linearity,
-    plain_attention,
     position_groups,
-    sample_positions,
 )
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench, loss_weights, split_prompts
+from diagnostics.probing.tracer import PARTS, Tracer, plain_attention
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
 
@@ -393,10 +390,10 @@ def test_sample_is_stratified_and_only_of_supervised_positions():
     tokens = study_tokens(prompts=12)
     weights = (tokens.split == "step").to_numpy().astype(float)
     rows = sample_positions(tokens, weights, count=20, seed=0)
-    quadrant = attribution.registry.quadrants(tokens)[rows]
+    quadrant = quadrants(tokens)[rows]
     assert (weights[rows] == 1).all() and len(set(rows)) == len(rows) and (np.diff(rows) > 0).all()
     for number in (1, 2, 3, 4):
-        there = ((attribution.registry.quadrants(tokens) == number) & (weights == 1)).sum()
+        there = ((quadrants(tokens) == number) & (weights == 1)).sum()
         assert (quadrant == number).sum() == min(5, there)
     assert not np.array_equal(rows, sample_positions(tokens, weights, count=20, seed=1))
     with pytest.raises(
@@ -410,7 +407,7 @@ def test_shares_weight_each_quadrant_by_what_it_stands_for():
     of the sample.
     """
     tokens = study_tokens(prompts=12)
-    quadrant, step = attribution.registry.quadrants(tokens), (tokens.split == "step").to_numpy()
+    quadrant, step = quadrants(tokens), (tokens.split == "step").to_numpy()
     rows = [np.flatnonzero(step & (quadrant == number))[0] for number in (1, 3)]
     kernel = tokens.loc[rows, ["context_id", "prompt_id", "position"]].reset_index(drop=True)
     kernel[["kernel", *PARTS, "total"]] = [

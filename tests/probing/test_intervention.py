@@ -14,18 +14,20 @@ from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.pipeline.cli import main
 from diagnostics.probing import intervention
 from diagnostics.probing.intervention import (
-    MEASURES,
-    Effect,
     Grid,
-    InterventionCell,
     InterventionConfig,
-    Interventions,
     intervene,
     interventions,
     plan,
     shared_gradients,
-    summarize,
 )
+from diagnostics.probing.intervention_cells import (
+    MEASURES,
+    Effect,
+    InterventionCell,
+    Interventions,
+)
+from diagnostics.probing.intervention_table import summarize
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import (
