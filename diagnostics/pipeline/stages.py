@@ -204,9 +204,7 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(
-            models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores")
-        )
+        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
@@ -233,12 +231,7 @@ def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: 
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair,
-            bank,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            **dataclasses.asdict(config),
-            shards=run.shards,
+            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
@@ -288,8 +281,8 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         batch_tokens: The most tokens of a batch.
     """
     from diagnostics.models.pair import load_pair, named_pair
+    from diagnostics.probing.frozen_bank import FrozenBank
     from diagnostics.probing.one_step import gains
-    from diagnostics.training.evaluation import FrozenBank
 
     def work() -> dict:
         options = dataclasses.asdict(models.config)
@@ -320,7 +313,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet"],
         work=work,
-        code=("probing.one_step", "training.evaluation"),
+        code=("probing.one_step", "probing.frozen_bank"),
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
@@ -614,7 +607,8 @@ def intervene_stage(
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.probing.intervention import interventions, summarize
+    from diagnostics.probing.intervention import interventions
+    from diagnostics.probing.intervention_table import summarize
 
     _require_probe_settings(run, probe, what="An intervention")
 
@@ -626,12 +620,12 @@ def intervene_stage(
         result = interventions(
             models.pair,
             bank,
+            probe,
+            config,
             tokens=tokens,
             batch_tokens=batch_tokens,
             cache=run.path("cells"),
             shards=run.shards,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
         )
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked(
@@ -691,11 +685,11 @@ def attribute_stage(
         result = attribute(
             models.pair,
             bank,
+            probe,
+            config,
+            analysis,
             tokens=tokens,
             batch_tokens=batch_tokens,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
-            **dataclasses.asdict(analysis),
         )
         write_parquet(
             run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]

@@ -551,7 +551,7 @@ def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):
     pair.teacher.apart = False
     message = (
         r"^The teacher \(LlamaForCausalLM\) cannot be taken apart into backbone and output head,"
-        r" from which the loss is made\. It can be scored and probed; "
+        r" from which the loss is computed\. It can be scored and probed; "
     )
     with pytest.raises(DiagnosticsError, match=message):
         train(tmp_path, pair, Selection("full"))
