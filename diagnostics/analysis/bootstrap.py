@@ -32,6 +32,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from diagnostics.analysis.config import Bootstrap
+from diagnostics.core.settings import with_settings
+
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
 CHUNK = 2_000_000
@@ -44,9 +47,10 @@ class PromptClusters:
     ids: [N] prompt of each position. Statistics that share one `PromptClusters` share its draws, so that
     their differences are paired."""
 
-    def __init__(self, ids, *, draws: int = 1000, seed: int = 0):
+    @with_settings(Bootstrap)
+    def __init__(self, ids, *, bootstrap: Bootstrap = Bootstrap()):
         self.codes, self.names = pd.factorize(pd.Series(ids), sort=True)
-        self.count, self.draws, self.seed = len(self.names), draws, seed
+        self.count, self.draws, self.seed = len(self.names), bootstrap.draws, bootstrap.seed
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -137,7 +141,7 @@ class Estimate:
         )
         return float(np.maximum(bootstrap, jackknife))
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
         """Low and high end of the t interval with prompts - 1 degrees of freedom."""
         reach = (
             float(special.stdtrit(max(self.prompts - 1, 1), (1 + level) / 2)) * self.standard_error

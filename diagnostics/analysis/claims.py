@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import bootstrap
-from diagnostics.analysis.bootstrap import Estimate
+from diagnostics.analysis.bootstrap import Estimate, holm
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.robustness import GAINS, Finding
 from diagnostics.core.schema import require_columns
 
@@ -98,7 +98,7 @@ def _p(finding: Finding) -> float:
 def verdicts(
     found: Sequence[Finding],
     *,
-    level: float = 0.95,
+    level: float = Bootstrap.level,
     placebo: Collection[str] = GAINS,
     imbalance: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
@@ -118,7 +118,7 @@ def verdicts(
             for outcome in GAINS
             if _has(here, outcome)
         ]
-        corrected = bootstrap.holm([look.p_value for look in looks])
+        corrected = holm([look.p_value for look in looks])
         levels = _holm_levels([look.p_value for look in looks], level)
         rows += [
             _row(

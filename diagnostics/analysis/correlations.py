@@ -24,8 +24,10 @@ import pandas as pd
 
 from diagnostics.analysis import rank_correlation
 from diagnostics.analysis.bootstrap import Estimate
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Controls, Variable
 from diagnostics.analysis.splits import controls, outcomes, row, scores, splits
+from diagnostics.core.settings import with_settings
 
 METHODS: dict[str, Callable] = {
     "spearman": rank_correlation.spearman,
@@ -53,18 +55,18 @@ class Association:
         return {name: getattr(self, name) for name in ("outcome", "criterion", "split", "method")}
 
 
+@with_settings(Bootstrap)
 def associate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     methods: Iterable[str] = tuple(METHODS),
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> list[Association]:
     """Every correlation with its draws: what `correlate` and its sister tables are read from."""
-    scored, found = scores(tokens, criteria, seed=seed), []
+    scored, found = scores(tokens, criteria, seed=bootstrap.seed), []
     methods = tuple(methods)
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
         for outcome in outcomes(tokens):
             values, placebo = (
@@ -84,13 +86,12 @@ def associate(
     return found
 
 
+@with_settings(Bootstrap)
 def correlate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion, in long form.
 
@@ -100,7 +101,7 @@ def correlate(
     NaN without one. Undefined pairs are left out position by position; a constant score gives NaN.
     Raises DiagnosticsError where the table holds no outcome or lacks a criterion's columns."""
     return correlation_table(
-        associate(tokens, criteria=criteria, draws=draws, seed=seed), level=level
+        associate(tokens, criteria=criteria, bootstrap=bootstrap), level=bootstrap.level
     )
 
 
@@ -149,13 +150,12 @@ def correlation_differences(associations: list[Association], *, level: float) ->
     return pd.DataFrame(rows)
 
 
+@with_settings(Bootstrap)
 def partial_correlations(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion given (h, d, relative position).
 
@@ -171,19 +171,16 @@ def partial_correlations(
         ("spearman", "pearson"),
         criteria,
         controls(tokens),
-        draws=draws,
-        level=level,
-        seed=seed,
+        bootstrap=bootstrap,
     )
 
 
+@with_settings(Bootstrap)
 def within_prompt_correlations(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Mean over prompts of the correlation within a prompt, so that no difference between prompts
     enters.
@@ -195,7 +192,7 @@ def within_prompt_correlations(
     def statistic(x, y, held, prompts, method):
         return rank_correlation.within_prompts(x, y, prompts, method=method)
 
-    return _each(tokens, statistic, METHODS, criteria, {}, draws=draws, level=level, seed=seed)
+    return _each(tokens, statistic, METHODS, criteria, {}, bootstrap=bootstrap)
 
 
 def _each(
@@ -205,15 +202,13 @@ def _each(
     criteria,
     fixed: dict[str, np.ndarray],
     *,
-    draws: int,
-    level: float,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> pd.DataFrame:
     """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, split and
     method.
     """
-    scored, rows = scores(tokens, criteria, seed=seed), []
-    for split in splits(tokens, draws=draws, seed=seed):
+    scored, rows = scores(tokens, criteria, seed=bootstrap.seed), []
+    for split in splits(tokens, bootstrap=bootstrap):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
         held, bare = (
             Controls([column[split.mask] for column in fixed.values()]),
@@ -234,6 +229,10 @@ def _each(
                     control = statistic(x, placebo, held, bare, method).value
                     rows.append(
                         key
-                        | row(statistic(x, y, held, split.prompts, method), level, placebo=control)
+                        | row(
+                            statistic(x, y, held, split.prompts, method),
+                            bootstrap.level,
+                            placebo=control,
+                        )
                     )
     return pd.DataFrame(rows)

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis import bootstrap, rank_correlation
 from diagnostics.analysis import matching as pair_matching
-from diagnostics.analysis.bootstrap import Estimate
+from diagnostics.analysis import rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, locations, mean, mean_difference
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.splits import Split, controls, outcomes, row, scores, splits
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import relative_position
 
 Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
@@ -21,13 +23,12 @@ GROUPS = {"tertile": 3, "quartile": 4}
 QUADRANTS = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
+@with_settings(Bootstrap)
 def quadrant_means(
     tokens: pd.DataFrame,
     *,
     share: float = 0.05,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Mean, median, trimmed and winsorised mean of every outcome in each quadrant and over all.
 
@@ -35,23 +36,24 @@ def quadrant_means(
     (of the split's positions), positions, prompts. `share` of each tail is trimmed or winsorised.
     """
     quadrant, rows = registry.quadrants(tokens), []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             values, here = split.values(tokens, outcome), quadrant[split.mask]
             for number, name in QUADRANTS.items():
                 mask = np.ones(len(here), dtype=bool) if name == "all" else here == number
-                found = {"mean": bootstrap.mean(values, split.prompts, mask)}
-                found |= bootstrap.locations(values, split.prompts, mask, share=share)
+                found = {"mean": mean(values, split.prompts, mask)}
+                found |= locations(values, split.prompts, mask, share=share)
                 key = {"outcome": outcome, "split": split.name, "quadrant": name}
                 rows += [
-                    key | {"statistic": s} | row(e, level, share=float(mask.mean()))
+                    key | {"statistic": s} | row(e, bootstrap.level, share=float(mask.mean()))
                     for s, e in found.items()
                 ]
     return pd.DataFrame(rows)
 
 
+@with_settings(Bootstrap)
 def position_means(
-    tokens: pd.DataFrame, *, bins: int = 10, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, bins: int = 10, bootstrap: Bootstrap = Bootstrap()
 ) -> pd.DataFrame:
     """Mean of every outcome along the response, in `bins` equal bins of relative position t/(T -
     1).
@@ -59,7 +61,7 @@ def position_means(
     Returns columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high,
     positions, prompts. A bin without positions has no row."""
     place, rows = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1), []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             values, here = split.values(tokens, outcome), place[split.mask]
             for number in np.unique(here):
@@ -67,7 +69,7 @@ def position_means(
                 rows.append(
                     key
                     | row(
-                        bootstrap.mean(values, split.prompts, here == number), level, named="mean"
+                        mean(values, split.prompts, here == number), bootstrap.level, named="mean"
                     )
                 )
     return pd.DataFrame(rows)
@@ -95,7 +97,7 @@ class Contrast:
 
     def difference(self, values: np.ndarray) -> Estimate:
         """Mean of the values [n] in the top minus in the bottom group."""
-        return bootstrap.mean_difference(values, self.split.prompts, self.top, self.bottom)
+        return mean_difference(values, self.split.prompts, self.top, self.bottom)
 
 
 def contrasts(
@@ -108,21 +110,20 @@ def contrasts(
 
 
 def _contrasts(
-    tokens: pd.DataFrame, by: Iterable[str], groups: Iterable[int], draws: int, seed: int
+    tokens: pd.DataFrame, by: Iterable[str], groups: Iterable[int], bootstrap: Bootstrap
 ) -> Iterator[Contrast]:
-    scored, in_q3 = scores(tokens, by, seed=seed), registry.quadrants(tokens) == 3
-    for split in splits(tokens, draws=draws, seed=seed):
+    scored, in_q3 = scores(tokens, by, seed=bootstrap.seed), registry.quadrants(tokens) == 3
+    for split in splits(tokens, bootstrap=bootstrap):
         for count in groups:
             yield from contrasts(scored, in_q3, split, count)
 
 
+@with_settings(Bootstrap)
 def q3_contrast(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = Q3_SCORES,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Within Q3, mean outcome of the top minus the bottom group of each score.
 
@@ -130,7 +131,7 @@ def q3_contrast(
     Returns columns outcome, split, score, groups (tertile, quartile), difference, low, high,
     bottom_mean, top_mean, placebo_difference, positions, prompts."""
     rows, names = [], {count: name for name, count in GROUPS.items()}
-    for contrast in _contrasts(tokens, by, GROUPS.values(), draws, seed):
+    for contrast in _contrasts(tokens, by, GROUPS.values(), bootstrap):
         for outcome in outcomes(tokens):
             values, placebo = (
                 contrast.split.values(tokens, name) for name in (outcome, f"placebo_{outcome}")
@@ -145,7 +146,7 @@ def q3_contrast(
                 key
                 | row(
                     contrast.difference(values),
-                    level,
+                    bootstrap.level,
                     named="difference",
                     bottom_mean=_mean(values[contrast.bottom]),
                     top_mean=_mean(values[contrast.top]),
@@ -161,20 +162,19 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else np.nan
 
 
+@with_settings(Bootstrap)
 def q3_groups(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = Q3_SCORES,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Mean outcome of each tertile (group 1 is the lowest) of each score within Q3.
 
     Returns columns outcome, split, score, group, mean, low, high, positions, prompts.
     """
     rows = []
-    for contrast in _contrasts(tokens, by, [3], draws, seed):
+    for contrast in _contrasts(tokens, by, [3], bootstrap):
         for outcome in outcomes(tokens):
             values = contrast.split.values(tokens, outcome)
             for number in (1, 2, 3):
@@ -184,8 +184,8 @@ def q3_groups(
                     "score": contrast.score,
                     "group": number,
                 }
-                mean = bootstrap.mean(values, contrast.split.prompts, contrast.group == number)
-                rows.append(key | row(mean, level, named="mean"))
+                estimate = mean(values, contrast.split.prompts, contrast.group == number)
+                rows.append(key | row(estimate, bootstrap.level, named="mean"))
     return pd.DataFrame(rows)
 
 
@@ -211,14 +211,13 @@ def pair_up(
     )
 
 
+@with_settings(Bootstrap)
 def matching(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = MATCHED_SCORES,
     caliper: float = np.inf,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d,
     position).
@@ -227,7 +226,7 @@ def matching(
     columns outcome, split, score, replacement, difference, low, high, placebo_difference, matched
     (share of top positions with a partner), positions (pairs), prompts."""
     space, rows = features(tokens), []
-    for contrast in _contrasts(tokens, by, [3], draws, seed):
+    for contrast in _contrasts(tokens, by, [3], bootstrap):
         for replacement in (True, False):
             pairs = pair_up(
                 contrast, space[contrast.split.mask], replacement=replacement, caliper=caliper
@@ -250,7 +249,7 @@ def matching(
                     key
                     | row(
                         found,
-                        level,
+                        bootstrap.level,
                         named="difference",
                         placebo_difference=placebo.value,
                         matched=matched,
@@ -272,7 +271,7 @@ def balance(
     The scale is the root mean variance of the two groups before matching, throughout. Returns
     columns split, score, covariate, replacement, before, after, positions (pairs), prompts."""
     columns, space, rows = controls(tokens), features(tokens), []
-    for contrast in _contrasts(tokens, by, [3], 2, seed):
+    for contrast in _contrasts(tokens, by, [3], Bootstrap(draws=0, seed=seed)):
         split = contrast.split
         for replacement in (True, False):
             pairs = pair_up(contrast, space[split.mask], replacement=replacement, caliper=caliper)

@@ -32,13 +32,17 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.selection import SplitSelections, is_baseline, outcome_values
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 
 OFFLINE = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
 MEASURES = ("forward_kl", "reverse_kl")
 EFFECTS = (*MEASURES, "js")
+NO_INTERVAL = Bootstrap(draws=0)
+"""For tables of values alone."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,20 @@ class CellScores:
 class Tau(Estimate):
     """A Kendall's tau, with an interval that ends at -1 and 1."""
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
         """Low and high end of the t interval with prompts - 1 degrees of freedom."""
         low, high = super().interval(level)
         return float(np.maximum(low, -1.0)), float(np.minimum(high, 1.0))
 
 
+@with_settings(Bootstrap)
 def agreement(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
     *,
     outcomes: Iterable[str] = OFFLINE,
     measures: Iterable[str] = MEASURES,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Kendall's tau between captured outcomes and interventions, over cells.
 
@@ -87,12 +90,12 @@ def agreement(
     for a mean reduction), kendall, low, high, cells, prompts (of the smaller half). Raises
     DiagnosticsError where split or prompts of the two do not agree, or no outcome is there."""
     cells = _cells(effects)
-    answers = _answers(tokens, effects, cells, outcomes, measures, draws=draws, seed=seed)
+    answers = _answers(tokens, effects, cells, outcomes, measures, bootstrap=bootstrap)
     rows = []
     for scope, pairs in scopes(cells):
         for x, y in _pairings(answers):
             estimate = kendall(x, y, pairs)
-            low, high = estimate.interval(level)
+            low, high = estimate.interval(bootstrap.level)
             rows.append(
                 {
                     "scope": scope,
@@ -121,7 +124,7 @@ def answers(
     <answer>_rank."""
     cells = _cells(effects)
     table = cells.copy()
-    for answer in _answers(tokens, effects, cells, outcomes, measures, draws=2, seed=0):
+    for answer in _answers(tokens, effects, cells, outcomes, measures, bootstrap=NO_INTERVAL):
         table[answer.name] = answer.value_C / answer.unit if answer.unit > 0 else np.nan
         table[f"{answer.name}_rank"] = (
             pd.Series(answer.value_C).groupby(table["budget"]).rank(ascending=False, method="min")
@@ -129,14 +132,14 @@ def answers(
     return table
 
 
+@with_settings(Bootstrap)
 def foreseen(
     tokens: pd.DataFrame,
     effects: pd.DataFrame | None,
     cells: pd.DataFrame,
     *,
     outcomes: Iterable[str] = OFFLINE,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> list[CellScores]:
     """What a main job says of cells that are not its own, for a comparison with something else than
     its interventions.
@@ -146,11 +149,14 @@ def foreseen(
     intervention_<measure>, NaN in a cell that was not intervened on. Raises DiagnosticsError where
     the table has no outcome, or lacks a column of a criterion."""
     everywhere = np.ones(len(tokens), dtype=bool)
-    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
     present = _present(
         tokens, [name for name in outcomes if name != "lift"], everywhere
     )  # a lift is of the step half alone
-    found = [_captured(tokens, everywhere, cells, outcome, prompts, seed) for outcome in present]
+    found = [
+        _captured(tokens, everywhere, cells, outcome, prompts, bootstrap.seed)
+        for outcome in present
+    ]
     if effects is not None:
         require_columns(
             effects,
@@ -159,8 +165,8 @@ def foreseen(
         )
         held_out = PromptClusters(
             effects.loc[effects["split"] == "held_out", "prompt_id"].unique(),
-            draws=draws,
-            seed=seed + 1,
+            bootstrap=bootstrap,
+            seed=bootstrap.seed + 1,
         )
         reductions = [
             _reduction(effects, cells, "held_out", measure, held_out)
@@ -198,17 +204,18 @@ def _answers(
     outcomes: Iterable[str],
     measures: Iterable[str],
     *,
-    draws: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> list[CellScores]:
     _require_same_split(tokens, effects)
     on_step = (tokens["split"] == "step").to_numpy()
     halves = {
-        name: PromptClusters(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed + number)
+        name: PromptClusters(
+            tokens["prompt_id"].to_numpy()[mask], bootstrap=bootstrap, seed=bootstrap.seed + number
+        )
         for number, (name, mask) in enumerate((("step", on_step), ("held_out", ~on_step)))
     }
     found = [
-        _captured(tokens, on_step, cells, outcome, halves["step"], seed)
+        _captured(tokens, on_step, cells, outcome, halves["step"], bootstrap.seed)
         for outcome in _present(tokens, outcomes, on_step)
     ]
     return found + [

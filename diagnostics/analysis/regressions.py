@@ -25,11 +25,13 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import BSpline
 
-from diagnostics.analysis import bootstrap, linear_model, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis import linear_model, rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums, winsorize
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position, score_criterion
 
 MODELS = {
@@ -116,8 +118,9 @@ def decomposition_difference(regression: Regression, *, per_unit: bool = False) 
     return first - second
 
 
+@with_settings(Bootstrap)
 def regressions(
-    tokens: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()
 ) -> dict[str, pd.DataFrame]:
     """The three models for every outcome and split, raw and winsorised by 1 and 5 %.
 
@@ -128,19 +131,21 @@ def regressions(
     (standardised, per_unit), difference, low, high, p_value, positions, prompts. Models that cannot
     be fitted have no rows."""
     predictors, rows, tests = terms(tokens), [], []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             for share in WINSORISED:
-                values = bootstrap.winsorize(split.values(tokens, outcome), share)
+                values = winsorize(split.values(tokens, outcome), share)
                 fits = {model: fit(model, values, predictors, split) for model in MODELS}
                 key = {"outcome": outcome, "split": split.name, "winsorised": share}
                 for model, found in fits.items():
                     base = fits[BASE] if model != BASE else None
                     rows += (
-                        _coefficients(key | {"model": model}, found, base, level) if found else []
+                        _coefficients(key | {"model": model}, found, base, bootstrap.level)
+                        if found
+                        else []
                     )
                 if fits["decomposition"]:
-                    tests += _tests(key, fits["decomposition"], level)
+                    tests += _tests(key, fits["decomposition"], bootstrap.level)
     return {"regressions": pd.DataFrame(rows), "decomposition": pd.DataFrame(tests)}
 
 
@@ -186,9 +191,8 @@ def _tests(key: dict, found: Regression, level: float) -> list[dict]:
 # --------------------------------------------------------------------------------
 
 
-def residual_curves(
-    tokens: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
+@with_settings(Bootstrap)
+def residual_curves(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
     """What is left of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
 
     `decile` rows are means over tenths of the score by rank; `spline` rows a cubic regression
@@ -197,7 +201,7 @@ def residual_curves(
     unit), low, high, positions, prompts."""
     predictors, rows = terms(tokens), []
     held = [predictors[name] for name in HELD if name in predictors]
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         controls = [column[split.mask] for column in held]
         for outcome in outcomes(tokens):
             values = split.values(tokens, outcome)
@@ -208,7 +212,7 @@ def residual_curves(
                 )
                 for curve, points in residual_curve(x, values, controls, split.prompts).items():
                     rows += [
-                        key | {"curve": curve, "at": at} | row(e, level, named="residual")
+                        key | {"curve": curve, "at": at} | row(e, bootstrap.level, named="residual")
                         for at, e in points
                     ]
     return pd.DataFrame(rows)
@@ -269,4 +273,4 @@ def _points(
         residual = cross[..., -1:] - cross[..., :-1] @ beta
         return (evaluate @ linear_model.inverse(inner) @ residual)[..., 0]
 
-    return list(zip(at, bootstrap.of_sums(curve, sums, prompts, mask)))
+    return list(zip(at, of_sums(curve, sums, prompts, mask)))

@@ -22,14 +22,23 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import bootstrap, matching, rank_correlation, regressions
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis import matching, rank_correlation, regressions
+from diagnostics.analysis.bootstrap import (
+    Estimate,
+    PromptClusters,
+    design_effect,
+    effective_clusters,
+    undefined,
+    winsorize,
+)
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
 from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
 
 PROXIES = (
@@ -79,7 +88,7 @@ class Claims:
         its placebo.
         """
         values, placebo = (
-            bootstrap.winsorize(split.values(self.tokens, name), winsorised)
+            winsorize(split.values(self.tokens, name), winsorised)
             for name in (outcome, f"placebo_{outcome}")
         )
         contrast = self.contrast(split)
@@ -93,7 +102,7 @@ class Claims:
             return (
                 regressions.decomposition_difference(found, per_unit=per_unit)
                 if found
-                else bootstrap.undefined(split.prompts)
+                else undefined(split.prompts)
             )
 
         make = {
@@ -210,12 +219,13 @@ def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, i
     return found
 
 
+@with_settings(Bootstrap)
 def findings(
-    tokens: pd.DataFrame, *, base_k: int = BASE_K, draws: int = 1000, seed: int = 0
+    tokens: pd.DataFrame, *, base_k: int = BASE_K, bootstrap: Bootstrap = Bootstrap()
 ) -> list[Finding]:
     """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
     found = []
-    parts = list(splits(tokens, draws=draws, seed=seed))
+    parts = list(splits(tokens, bootstrap=bootstrap))
     for proxy, k, name in supports(tokens, base_k=base_k):
         claims = Claims(tokens, proxy=name)
         wanted = STATISTICS if name == "compatibility" else STATISTICS[1:]
@@ -239,13 +249,12 @@ def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
     )
 
 
+@with_settings(Bootstrap)
 def gain_robustness(
     tokens: pd.DataFrame,
     *,
     losses: Mapping[str, pd.DataFrame] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """All statistics under every form of the gain.
 
@@ -254,20 +263,24 @@ def gain_robustness(
     no_first_position, neither, or loss_<name>), outcome, split, statistic, estimate, low, high,
     p_value, positions, prompts. Where positions are left out, scores are normalised over those that
     stay."""
-    rows, options = [], {"draws": draws, "level": level, "seed": seed}
+    rows: list[dict] = []
     forms = [
         name
         for name in ("gain", "relative_gain", "relative_gain_released", "reverse_gain")
         if name in tokens
     ]
-    rows += _variant(tokens, "nothing", forms, **options)
+    rows += _variant(tokens, "nothing", forms, bootstrap=bootstrap)
     for share in (0.01, 0.05):
-        rows += _variant(tokens, f"winsorised_{share:g}", forms, winsorised=share, **options)
+        rows += _variant(
+            tokens, f"winsorised_{share:g}", forms, winsorised=share, bootstrap=bootstrap
+        )
     for variant, kept in _subsets(tokens).items():
-        rows += _variant(kept, variant, [name for name in GAINS if name in kept], **options)
+        rows += _variant(
+            kept, variant, [name for name in GAINS if name in kept], bootstrap=bootstrap
+        )
     for loss, table in (losses or {}).items():
         rows += _variant(
-            table, f"loss_{loss}", [name for name in GAINS if name in table], **options
+            table, f"loss_{loss}", [name for name in GAINS if name in table], bootstrap=bootstrap
         )
     return pd.DataFrame(rows)
 
@@ -286,18 +299,18 @@ def _variant(
     variant: str,
     forms: list[str],
     *,
-    draws: int,
-    level: float,
-    seed: int,
+    bootstrap: Bootstrap,
     winsorised: float = 0.0,
 ) -> list[dict]:
     claims, rows = Claims(tokens), []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in forms:
             key = {"variant": variant, "outcome": outcome, "split": split.name}
             for name, estimate in claims.estimates(split, outcome, winsorised=winsorised).items():
                 rows.append(
-                    key | {"statistic": name} | row(estimate, level, p_value=estimate.p_value)
+                    key
+                    | {"statistic": name}
+                    | row(estimate, bootstrap.level, p_value=estimate.p_value)
                 )
     return rows
 
@@ -341,7 +354,8 @@ def _spread(values: np.ndarray) -> dict:
     }
 
 
-def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+@with_settings(Bootstrap)
+def coverage(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
     """What each outcome rests on.
 
     Returns columns outcome, split, contexts, undefined (positions without a value),
@@ -349,11 +363,11 @@ def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.Da
     (variance of the mean over that of independent positions), effective_positions (positions over
     the design effect), positions, prompts."""
     rows = []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             values = split.values(tokens, outcome)
             finite = np.isfinite(values)
-            effect = bootstrap.design_effect(values, split.prompts)
+            effect = design_effect(values, split.prompts)
             sizes = np.bincount(split.prompts.codes[finite], minlength=split.prompts.count)
             rows.append(
                 {
@@ -361,7 +375,7 @@ def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.Da
                     "split": split.name,
                     "contexts": tokens["context_id"][split.mask].nunique(),
                     "undefined": int((~finite).sum()),
-                    "effective_prompts": bootstrap.effective_clusters(sizes),
+                    "effective_prompts": effective_clusters(sizes),
                     "design_effect": effect,
                     "effective_positions": float(finite.sum() / effect) if effect > 0 else np.nan,
                     "positions": int(finite.sum()),

@@ -37,12 +37,14 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis import bootstrap, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis import rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.splits import scores, splits
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 
 log = logging.getLogger("diagnostics")
 OUTCOMES = ("gain", "relative_gain", "positive_gain")
@@ -210,7 +212,7 @@ class SplitSelections:
 
     def estimates(self, function: Callable, *sums: np.ndarray) -> list[Estimate]:
         """Estimates of a function of per-prompt sums [prompts, columns]."""
-        return bootstrap.of_sums(
+        return of_sums(
             function, np.hstack(sums), self.prompts, np.ones(len(self.positions), dtype=bool)
         )
 
@@ -241,14 +243,14 @@ def _enrichment(sums: np.ndarray) -> np.ndarray:
     return _ratio(_ratio(captured, total), selected / count)
 
 
+@with_settings(Bootstrap)
 def parts(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = OUTCOMES,
     budgets: Iterable[float] = BUDGETS,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> Iterator[SplitSelections]:
     """The table's splits, each with its selections. `random` and `full` are left out: their curves
     are known.
@@ -258,8 +260,8 @@ def parts(
     outcomes = _require_outcomes(tokens, outcomes)
     require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
     budgets = tuple(sorted(set(budgets)))
-    scored = _scored(tokens, criteria, seed)
-    for split in splits(tokens, draws=draws, seed=seed):
+    scored = _scored(tokens, criteria, bootstrap.seed)
+    for split in splits(tokens, bootstrap=bootstrap):
         values = {name: outcome_values(tokens, name)[split.mask] for name in outcomes}
         values = {
             name: v
@@ -282,15 +284,19 @@ def whole(
     criteria: Iterable[str] | None,
     budgets: Iterable[float],
     *,
-    draws: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> SplitSelections:
     """The whole table with its selections, no outcome needed."""
     require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
-    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
     positions = tokens[["position"]].reset_index(drop=True)
     return SplitSelections(
-        "all", prompts, positions, tuple(sorted(set(budgets))), {}, _scored(tokens, criteria, seed)
+        "all",
+        prompts,
+        positions,
+        tuple(sorted(set(budgets))),
+        {},
+        _scored(tokens, criteria, bootstrap.seed),
     )
 
 
@@ -336,15 +342,14 @@ def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str
 # -----------------------------------------------------------------------------------------
 
 
+@with_settings(Bootstrap)
 def selection_curves(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = OUTCOMES,
     budgets: Iterable[float] = BUDGETS,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Share of the total outcome that each criterion captures at each budget, in long form.
 
@@ -360,15 +365,15 @@ def selection_curves(
     where the table holds no outcome or lacks a criterion's columns."""
     rows = []
     for part in parts(
-        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, draws=draws, seed=seed
+        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, bootstrap=bootstrap
     ):
-        bands = part.random_bands(level) if part.values else {}
+        bands = part.random_bands(bootstrap.level) if part.values else {}
         for outcome, values in part.values.items():
             _warn_unless_positive(values, outcome, part.name)
             frame = _frame(part, outcome, bands[outcome])
             rows += _random_rows(frame)
             for name, choice in part.choices.items():
-                ends = _ends(part.shares(choice, outcome), level)
+                ends = _ends(part.shares(choice, outcome), bootstrap.level)
                 own = {"criterion": name, "selected": choice.selected, "tied": choice.tied, **ends}
                 rows += _long(frame, own)
     return pd.DataFrame(rows, columns=_CURVE_COLUMNS)
@@ -447,15 +452,14 @@ def _long(*columns: dict) -> list[dict]:
     ).to_dict("records")
 
 
+@with_settings(Bootstrap)
 def selection_summary(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = OUTCOMES,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Each criterion in five numbers: normalised area, and enrichment at four budgets.
 
@@ -466,7 +470,7 @@ def selection_summary(
     positions, prompts. See `selection_curves` for arguments and errors."""
     rows = []
     for part in parts(
-        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, draws=draws, seed=seed
+        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, bootstrap=bootstrap
     ):
         for outcome in part.values:
             defined = int(np.isfinite(part.values[outcome]).sum())
@@ -488,7 +492,8 @@ def selection_summary(
                     "baseline": baseline,
                 }
                 rows += [
-                    key | row | {"positions": defined} for row in _against_best(estimates, level)
+                    key | row | {"positions": defined}
+                    for row in _against_best(estimates, bootstrap.level)
                 ]
     order = [
         "outcome",
@@ -539,14 +544,13 @@ def _against_best(estimates: dict[str, Estimate], level: float) -> Iterator[dict
 # -------------------------------------------------------------------------------
 
 
+@with_settings(Bootstrap)
 def selection_overlap(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = BUDGETS,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """How alike the criteria are: Jaccard of their selections at each budget, Spearman of their
     scores.
@@ -555,7 +559,7 @@ def selection_overlap(
     spearman), budget (NaN for spearman), estimate, low, high, chance (what two independent
     selections of that size have; 0 for spearman), positions, prompts, with each pair once. Raises
     DiagnosticsError where a criterion's columns are missing."""
-    part = whole(tokens, criteria, budgets, draws=draws, seed=seed)
+    part = whole(tokens, criteria, budgets, bootstrap=bootstrap)
     variables = {name: Variable(score) for name, score in part.scored.items()}
     rows = []
     for one, other in combinations(variables, 2):
@@ -564,7 +568,7 @@ def selection_overlap(
         rows.append(
             key
             | {"statistic": "spearman", "budget": np.nan, "chance": 0.0}
-            | _estimate(rank, level)
+            | _estimate(rank, bootstrap.level)
         )
         for budget, (estimate, chance) in zip(
             part.budgets, _jaccards(part, one, other), strict=True
@@ -572,7 +576,7 @@ def selection_overlap(
             rows.append(
                 key
                 | {"statistic": "jaccard", "budget": budget, "chance": chance}
-                | _estimate(estimate, level)
+                | _estimate(estimate, bootstrap.level)
             )
     order = [
         "criterion",
@@ -647,14 +651,13 @@ def _type_of(text: str) -> str:
     return "number" if any(c.isdigit() for c in text) else "punctuation"
 
 
+@with_settings(Bootstrap)
 def selection_profile(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """What each criterion selects, at each budget, beside what there is to select.
 
@@ -664,7 +667,7 @@ def selection_profile(
     columns criterion, budget, measure, estimate, low, high, full (the mean over all positions,
     which is random's expectation too), minus_full, minus_full_low, minus_full_high (paired),
     positions (selected), prompts."""
-    part, rows = whole(tokens, criteria, budgets, draws=draws, seed=seed), []
+    part, rows = whole(tokens, criteria, budgets, bootstrap=bootstrap), []
     for measure, values in profile_measures(tokens).items():
         full = part.mean(values)
         for name, choice in part.choices.items():
@@ -672,10 +675,10 @@ def selection_profile(
                 part.budgets, choice.selected, part.means(choice, values), strict=True
             ):
                 difference = mean - full
-                low, high = difference.interval(level)
+                low, high = difference.interval(bootstrap.level)
                 rows.append(
                     {"criterion": name, "budget": budget, "measure": measure}
-                    | _estimate(mean, level)
+                    | _estimate(mean, bootstrap.level)
                     | {
                         "full": full.value,
                         "minus_full": difference.value,
@@ -723,20 +726,19 @@ def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     return measures
 
 
+@with_settings(Bootstrap)
 def compare(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = OUTCOMES,
     budgets: Iterable[float] = BUDGETS,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> dict[str, pd.DataFrame]:
     """All four tables of the offline comparison by name; `budgets` are those of curves and
     overlap.
     """
-    shared = {"criteria": criteria, "draws": draws, "level": level, "seed": seed}
+    shared = {"criteria": criteria, "bootstrap": bootstrap}
     budgets = tuple(budgets)
     return {
         "selection_curves": selection_curves(tokens, outcomes=outcomes, budgets=budgets, **shared),

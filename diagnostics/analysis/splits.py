@@ -10,8 +10,10 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
 
 OUTCOMES = ("gain", "relative_gain", "reverse_gain")
@@ -34,7 +36,8 @@ class Split:
         return np.where(np.isfinite(values), values, np.nan)
 
 
-def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterator[Split]:
+@with_settings(Bootstrap)
+def splits(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> Iterator[Split]:
     """`all`, then `step` and `held_out` where the table has both."""
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):
@@ -57,7 +60,7 @@ def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterato
             if name == "all"
             else (tokens["split"] == name).to_numpy(dtype=bool)
         )
-        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], draws=draws, seed=seed))
+        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], bootstrap=bootstrap))
 
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:

@@ -17,6 +17,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import bounds, claims, correlations, regressions, robustness
 from diagnostics.analysis import splits as position_splits
 from diagnostics.analysis import warnings as study_warnings
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.correlations import (
     correlate,
     partial_correlations,
@@ -34,6 +35,7 @@ from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
 from diagnostics.analysis.splits import OUTCOMES, outcomes, scores, splits
 from diagnostics.core.schema import support_column
+from diagnostics.core.settings import with_settings
 
 __all__ = [
     "balance",
@@ -60,13 +62,12 @@ _Q3 = (*_PLANE, "compatibility")
 _CLAIMS = regressions.NEEDS
 
 
+@with_settings(Bootstrap)
 def study(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
@@ -83,10 +84,9 @@ def study(
     verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the
     table holds no outcome, no row or no prompt_id."""
     outcomes(tokens)
-    options = {"draws": draws, "level": level, "seed": seed}
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(tokens, base_k)
-    plan = _plan(tokens, criteria, options, losses, base_k)
+    plan = _plan(tokens, criteria, bootstrap, losses, base_k)
     made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
     for needs, make in plan:
         missing = [name for name in needs if name not in tokens]
@@ -130,7 +130,7 @@ def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int
 
 
 def _plan(
-    tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losses, base_k: int
+    tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
 ) -> list[tuple[tuple[str, ...], Callable]]:
     """(columns needed, missing columns -> tables by name); a step with missing columns makes
     None.
@@ -143,68 +143,75 @@ def _plan(
         return lambda missing: dict.fromkeys(names) if missing else function()
 
     return [
-        ((), several((), lambda: _correlations(tokens, criteria, **options))),
+        ((), several((), lambda: _correlations(tokens, criteria, bootstrap=bootstrap))),
         (
             position_splits.HELD_COLUMNS,
-            one("partial", partial_correlations, criteria=criteria, **options),
+            one("partial", partial_correlations, criteria=criteria, bootstrap=bootstrap),
         ),
-        ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
-        (_PLANE, one("quadrants", quadrant_means, **options)),
-        (("position", "response_length"), one("positions", position_means, **options)),
-        (_Q3, one("q3_contrast", q3_contrast, **options)),
-        (_Q3, one("q3_groups", q3_groups, **options)),
-        (_CLAIMS, one("matching", matching, **options)),
-        (_CLAIMS, one("balance", balance, seed=options["seed"])),
-        (_CLAIMS, one("matching_caliper", matching, caliper=correlations.CALIPER, **options)),
+        (
+            (),
+            one(
+                "within_prompt", within_prompt_correlations, criteria=criteria, bootstrap=bootstrap
+            ),
+        ),
+        (_PLANE, one("quadrants", quadrant_means, bootstrap=bootstrap)),
+        (("position", "response_length"), one("positions", position_means, bootstrap=bootstrap)),
+        (_Q3, one("q3_contrast", q3_contrast, bootstrap=bootstrap)),
+        (_Q3, one("q3_groups", q3_groups, bootstrap=bootstrap)),
+        (_CLAIMS, one("matching", matching, bootstrap=bootstrap)),
+        (_CLAIMS, one("balance", balance, seed=bootstrap.seed)),
         (
             _CLAIMS,
-            one("balance_caliper", balance, caliper=correlations.CALIPER, seed=options["seed"]),
+            one("matching_caliper", matching, caliper=correlations.CALIPER, bootstrap=bootstrap),
+        ),
+        (
+            _CLAIMS,
+            one("balance_caliper", balance, caliper=correlations.CALIPER, seed=bootstrap.seed),
         ),
         (
             _CLAIMS,
             several(
-                ("regressions", "decomposition"), lambda: regressions.regressions(tokens, **options)
+                ("regressions", "decomposition"),
+                lambda: regressions.regressions(tokens, bootstrap=bootstrap),
             ),
         ),
-        (_CLAIMS, one("residual_curves", residual_curves, **options)),
+        (_CLAIMS, one("residual_curves", residual_curves, bootstrap=bootstrap)),
         (
             _CLAIMS,
             several(
                 ("support_robustness", "verdicts"),
-                lambda: _claims(tokens, base_k=base_k, **options),
+                lambda: _claims(tokens, base_k=base_k, bootstrap=bootstrap),
             ),
         ),
-        (_CLAIMS, one("gain_robustness", gain_robustness, losses=losses, **options)),
+        (_CLAIMS, one("gain_robustness", gain_robustness, losses=losses, bootstrap=bootstrap)),
         ((), one("saturation", saturation)),
-        ((), one("coverage", coverage, draws=options["draws"], seed=options["seed"])),
+        ((), one("coverage", coverage, bootstrap=bootstrap)),
     ]
 
 
 def _correlations(
-    tokens: pd.DataFrame, criteria: list[str] | None, *, draws: int, level: float, seed: int
+    tokens: pd.DataFrame, criteria: list[str] | None, *, bootstrap: Bootstrap
 ) -> dict[str, pd.DataFrame]:
-    found = correlations.associate(tokens, criteria=criteria, draws=draws, seed=seed)
+    found = correlations.associate(tokens, criteria=criteria, bootstrap=bootstrap)
     return {
-        "correlations": correlations.correlation_table(found, level=level),
-        "placebo_excess": correlations.placebo_excess(found, level=level),
-        "differences": correlations.correlation_differences(found, level=level),
+        "correlations": correlations.correlation_table(found, level=bootstrap.level),
+        "placebo_excess": correlations.placebo_excess(found, level=bootstrap.level),
+        "differences": correlations.correlation_differences(found, level=bootstrap.level),
     }
 
 
-def _claims(
-    tokens: pd.DataFrame, *, base_k: int, draws: int, level: float, seed: int
-) -> dict[str, pd.DataFrame]:
-    found = robustness.findings(tokens, base_k=base_k, draws=draws, seed=seed)
-    pairs = balance(tokens, by=["compatibility"], seed=seed)
+def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[str, pd.DataFrame]:
+    found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
+    pairs = balance(tokens, by=["compatibility"], seed=bootstrap.seed)
     pairs = pairs[pairs["replacement"]]
     made = claims.verdicts(
         found,
-        level=level,
+        level=bootstrap.level,
         placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens],
         imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
     )
     return {
-        "support_robustness": robustness.support_robustness(found, level=level),
+        "support_robustness": robustness.support_robustness(found, level=bootstrap.level),
         "verdicts": made,
     }
 

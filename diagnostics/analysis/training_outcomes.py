@@ -16,9 +16,11 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_agreement import CellScores
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
+from diagnostics.core.settings import with_settings
 
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_kl")
 HIGHER_IS_BETTER = ("accuracy", "accuracy_greedy")
@@ -87,7 +89,7 @@ class SeedPromptEstimate:
         )
         return float(seeds), float(prompts)
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
         """Low and high end; NaN with one seed or one prompt."""
         seeds, prompts = self.errors
         error = seeds + prompts
@@ -114,13 +116,14 @@ class SeedPromptEstimate:
 class Outcomes:
     """The grid's evaluations as crossed values, on shared draws of the held-out prompts."""
 
-    def __init__(self, rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0):
+    @with_settings(Bootstrap)
+    def __init__(self, rows: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()):
         require_columns(
             rows,
             ("criterion", "budget", "seed", "measure", "prompt_id", "total", "count"),
             what="A table of training outcomes",
         )
-        self.draws, self.seed = draws, seed
+        self.bootstrap, self.seed = bootstrap, bootstrap.seed
         self._prompts: dict[tuple, PromptClusters] = {}
         self.tables = {measure: part for measure, part in rows.groupby("measure", sort=False)}
         cells = rows.loc[
@@ -172,7 +175,7 @@ class Outcomes:
         """Equal prompts have equal draws, whatever the measure."""
         if names not in self._prompts:
             self._prompts[names] = PromptClusters(
-                np.array(names, dtype=object).astype(str), draws=self.draws, seed=self.seed
+                np.array(names, dtype=object).astype(str), bootstrap=self.bootstrap
             )
         return self._prompts[names]
 
@@ -192,7 +195,7 @@ def cells_table(outcomes: Outcomes) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)[["criterion", "budget", "seed", "measure", "value"]]
 
 
-def outcome_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
+def outcome_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
     """Every measure of every cell over seeds and prompts, and what it is paired against.
 
     Returns columns criterion, budget, measure, mean, low, high; gain (improvement over the
@@ -248,7 +251,7 @@ def _paired(
     return row
 
 
-def verdict_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
+def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
     """C5 for each measure: against each rival, and overall (`rival` = all); also at the grid's
     other budgets.
 
@@ -349,7 +352,7 @@ Offline = Mapping[str, Mapping[tuple[str, float], OfflineValue]]
 
 
 def agreement_table(
-    outcomes: Outcomes, offline: Offline | None = None, *, level: float = 0.95
+    outcomes: Outcomes, offline: Offline | None = None, *, level: float = Bootstrap.level
 ) -> pd.DataFrame:
     """Kendall's tau between what was foreseen and the gain of training, over the cells but full.
 
@@ -424,8 +427,9 @@ def _answer(
     )
 
 
+@with_settings(Bootstrap)
 def offline_answers(
-    directory: Path, cells: Iterable[tuple[str, float]], *, draws: int = 1000, seed: int = 0
+    directory: Path, cells: Iterable[tuple[str, float]], *, bootstrap: Bootstrap = Bootstrap()
 ) -> Offline:
     """What a finished main job says of cells (criterion, budget), from its positions and
     interventions.
@@ -452,13 +456,13 @@ def offline_answers(
     )
     # Draws of their own: with as many prompts, equal seeds would tie these draws to those of the
     # trainings' prompts.
-    apart = int(np.random.default_rng([seed, 13]).integers(2**31))
+    apart = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
     found = (
         ranks.foreseen(
             tokens,
             read_parquet(effects) if effects.exists() else None,
             frame,
-            draws=draws,
+            bootstrap=bootstrap,
             seed=apart,
         )
         if len(frame)
@@ -482,22 +486,21 @@ def _known(
             )
 
 
+@with_settings(Bootstrap)
 def tables(
     rows: pd.DataFrame,
     offline: Offline | None = None,
     *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> dict[str, pd.DataFrame]:
     """All tables of a validation by file name. rows: see `read_outcomes`; offline: see
     `offline_answers`.
     """
-    outcomes = Outcomes(rows, draws=draws, seed=seed)
+    outcomes = Outcomes(rows, bootstrap=bootstrap)
     return {
         "validation_cells": cells_table(outcomes),
-        "validation_outcomes": outcome_table(outcomes, level=level),
-        "validation_verdicts": verdict_table(outcomes, level=level),
-        "validation_agreement": agreement_table(outcomes, offline, level=level),
+        "validation_outcomes": outcome_table(outcomes, level=bootstrap.level),
+        "validation_verdicts": verdict_table(outcomes, level=bootstrap.level),
+        "validation_agreement": agreement_table(outcomes, offline, level=bootstrap.level),
         "validation_foreseen": foreseen_table(outcomes, offline),
     }
