@@ -15,10 +15,19 @@ from diagnostics import criteria as registry
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, column, support_column
 
-TAIL = "teacher_tail_mass"
+TAIL_COLUMN = "teacher_tail_mass"
 NO_TAIL = 2e-6
 """Tail mass up to which a bound is as good as exact."""
-NAMES = ("outcome", "measurement", "measure", "score", "criterion", "other", "proxy", "term")
+NAMING_COLUMNS = (
+    "outcome",
+    "measurement",
+    "measure",
+    "score",
+    "criterion",
+    "other",
+    "proxy",
+    "term",
+)
 """Columns of tables whose cells name a measurement, an outcome or a criterion."""
 MEANING = {
     "exact": "as with a teacher that was run",
@@ -31,7 +40,7 @@ MEANING = {
 
 def is_listed(tokens: pd.DataFrame) -> bool:
     """The table's teacher is known by lists alone."""
-    return TAIL in tokens
+    return TAIL_COLUMN in tokens
 
 
 def table(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +65,7 @@ def _expected(tokens: pd.DataFrame) -> Iterator[str]:
     for name, entry in SCHEMA.items():
         if (
             entry.stage in ("before",)
-            and name != TAIL
+            and name != TAIL_COLUMN
             and not (name == "student_dropped_mass" and name not in tokens)
         ):
             yield from [
@@ -72,7 +81,7 @@ def _row(tokens: pd.DataFrame, name: str) -> tuple:
     defined = float(tokens[name].notna().mean()) if name in tokens else 0.0
     exact = {"exact": defined, "where listed": defined, "impossible": 0.0}.get(status)
     if exact is None:
-        sure = tokens[TAIL] <= NO_TAIL
+        sure = tokens[TAIL_COLUMN] <= NO_TAIL
         covered = name.replace("compatibility", "bhattacharyya")
         if name.startswith("compatibility") and covered in tokens:
             sure |= tokens[covered].notna()
@@ -98,7 +107,7 @@ def marked(
 def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
     names = [
         name
-        for name in NAMES
+        for name in NAMING_COLUMNS
         if name in frame and frame[name].map(lambda cell: isinstance(cell, str)).any()
     ]
     if not len(frame) or "exactness" in frame or not (names or otherwise):

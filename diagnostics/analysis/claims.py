@@ -27,7 +27,7 @@ import pandas as pd
 
 from diagnostics.analysis.bootstrap import Estimate, holm
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.robustness import GAINS, Finding
+from diagnostics.analysis.robustness import CLAIM_OUTCOMES, Finding
 from diagnostics.core.schema import require_columns
 
 STATEMENTS = {
@@ -37,7 +37,7 @@ STATEMENTS = {
     "C4": "C2 and C3 do not depend on K or on the proxy of compatibility",
     "C5": "TA-OPD at 5 % matches or beats full OPD, entropy, divergence and TIP",
 }
-PARTS = {
+CLAIM_STATISTICS = {
     "C1": ("spearman_difference",),
     "C2": ("tertile_difference", "matched_difference"),
     "C3": ("decomposition",),
@@ -99,7 +99,7 @@ def verdicts(
     found: Sequence[Finding],
     *,
     level: float = Bootstrap.level,
-    placebo: Collection[str] = GAINS,
+    placebo: Collection[str] = CLAIM_OUTCOMES,
     imbalance: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """C1-C4 for both gains on every split.
@@ -114,8 +114,8 @@ def verdicts(
         here = [finding for finding in found if finding.split == split]
         looks = [
             _look(claim, outcome, split, here)
-            for claim in PARTS
-            for outcome in GAINS
+            for claim in CLAIM_STATISTICS
+            for outcome in CLAIM_OUTCOMES
             if _has(here, outcome)
         ]
         corrected = holm([look.p_value for look in looks])
@@ -176,7 +176,7 @@ def _look(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> Cla
         finding
         for finding in found
         if finding.outcome == outcome
-        and finding.statistic in PARTS[claim]
+        and finding.statistic in CLAIM_STATISTICS[claim]
         and ((finding.proxy, finding.k) == (base.proxy, base.k)) == (claim != "C4")
     ]
     defined = tuple(finding for finding in mine if np.isfinite(_p(finding)))

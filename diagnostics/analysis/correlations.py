@@ -29,7 +29,7 @@ from diagnostics.analysis.rank_correlation import Controls, Variable
 from diagnostics.analysis.splits import controls, outcomes, row, scores, splits
 from diagnostics.core.settings import with_settings
 
-METHODS: dict[str, Callable] = {
+CORRELATION_METHODS: dict[str, Callable] = {
     "spearman": rank_correlation.spearman,
     "pearson": rank_correlation.pearson,
     "kendall": rank_correlation.kendall,
@@ -60,7 +60,7 @@ def associate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    methods: Iterable[str] = tuple(METHODS),
+    methods: Iterable[str] = tuple(CORRELATION_METHODS),
     bootstrap: Bootstrap = Bootstrap(),
 ) -> list[Association]:
     """Every correlation with its draws: what `correlate` and its sister tables are read from."""
@@ -78,7 +78,10 @@ def associate(
                     name,
                     split.name,
                     method,
-                    *(METHODS[method](score, y, split.prompts) for y in (values, placebo)),
+                    *(
+                        CORRELATION_METHODS[method](score, y, split.prompts)
+                        for y in (values, placebo)
+                    ),
                 )
                 for name, score in variables.items()
                 for method in methods
@@ -192,7 +195,7 @@ def within_prompt_correlations(
     def statistic(x, y, held, prompts, method):
         return rank_correlation.within_prompts(x, y, prompts, method=method)
 
-    return _each(tokens, statistic, METHODS, criteria, {}, bootstrap=bootstrap)
+    return _each(tokens, statistic, CORRELATION_METHODS, criteria, {}, bootstrap=bootstrap)
 
 
 def _each(

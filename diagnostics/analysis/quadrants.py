@@ -19,8 +19,8 @@ from diagnostics.criteria import relative_position
 
 Q3_SCORES = ("compatibility", "teachability", "incompatible", "divergence")
 MATCHED_SCORES = ("compatibility", "teachability", "incompatible")
-GROUPS = {"tertile": 3, "quartile": 4}
-QUADRANTS = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
+GROUP_COUNTS = {"tertile": 3, "quartile": 4}
+QUADRANT_NAMES = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
 @with_settings(Bootstrap)
@@ -39,7 +39,7 @@ def quadrant_means(
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             values, here = split.values(tokens, outcome), quadrant[split.mask]
-            for number, name in QUADRANTS.items():
+            for number, name in QUADRANT_NAMES.items():
                 mask = np.ones(len(here), dtype=bool) if name == "all" else here == number
                 found = {"mean": mean(values, split.prompts, mask)}
                 found |= locations(values, split.prompts, mask, share=share)
@@ -130,8 +130,8 @@ def q3_contrast(
     Groups are tertiles and quartiles of the score over all Q3 positions of the split, cut once.
     Returns columns outcome, split, score, groups (tertile, quartile), difference, low, high,
     bottom_mean, top_mean, placebo_difference, positions, prompts."""
-    rows, names = [], {count: name for name, count in GROUPS.items()}
-    for contrast in _contrasts(tokens, by, GROUPS.values(), bootstrap):
+    rows, names = [], {count: name for name, count in GROUP_COUNTS.items()}
+    for contrast in _contrasts(tokens, by, GROUP_COUNTS.values(), bootstrap):
         for outcome in outcomes(tokens):
             values, placebo = (
                 contrast.split.values(tokens, name) for name in (outcome, f"placebo_{outcome}")

@@ -38,9 +38,9 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
-OFFLINE = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
-MEASURES = ("forward_kl", "reverse_kl")
-EFFECTS = (*MEASURES, "js")
+OFFLINE_OUTCOMES = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
+RANKED_MEASURES = ("forward_kl", "reverse_kl")
+EFFECT_MEASURES = (*RANKED_MEASURES, "js")
 NO_INTERVAL = Bootstrap(draws=0)
 """For tables of values alone."""
 
@@ -78,8 +78,8 @@ def agreement(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
-    measures: Iterable[str] = MEASURES,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
+    measures: Iterable[str] = RANKED_MEASURES,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Kendall's tau between captured outcomes and interventions, over cells.
@@ -115,8 +115,8 @@ def answers(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
-    measures: Iterable[str] = MEASURES,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
+    measures: Iterable[str] = RANKED_MEASURES,
 ) -> pd.DataFrame:
     """Every cell's value and its rank among the criteria of its budget, 1 the best, by each answer.
 
@@ -138,7 +138,7 @@ def foreseen(
     effects: pd.DataFrame | None,
     cells: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> list[CellScores]:
     """What a main job says of cells that are not its own, for a comparison with something else than
@@ -170,7 +170,7 @@ def foreseen(
         )
         reductions = [
             _reduction(effects, cells, "held_out", measure, held_out)
-            for measure in EFFECTS
+            for measure in EFFECT_MEASURES
             if measure in effects
         ]
         found += [
@@ -184,7 +184,7 @@ def _cells(effects: pd.DataFrame) -> pd.DataFrame:
     """Criterion and budget of each cell but full and placebo, which no selection competes with."""
     require_columns(
         effects,
-        ("criterion", "budget", "draw", "prompt_id", "split", "positions", *MEASURES),
+        ("criterion", "budget", "draw", "prompt_id", "split", "positions", *RANKED_MEASURES),
         what="An intervention table",
     )
     cells = effects.loc[~effects["criterion"].isin(["full", "placebo"]), ["criterion", "budget"]]

@@ -58,13 +58,19 @@ MODELS = {
         "teacher_entropy",
     ),
 }
-BASE = "interaction"
+BASE_MODEL = "interaction"
 """The model that R^2 is compared with."""
 WINSORISED = (0.0, 0.01, 0.05)
-HELD = ("student_entropy", "divergence", "position", "teacher_entropy")
+HELD_TERMS = ("student_entropy", "divergence", "position", "teacher_entropy")
 CURVE_SCORES = ("compatibility", "teachability", "incompatible")
 DECILES, GRID, INNER_KNOTS = 10, 25, 3
-NEEDS = ("student_entropy", "forward_kl", "compatibility", "position", "response_length")
+REGRESSION_COLUMNS = (
+    "student_entropy",
+    "forward_kl",
+    "compatibility",
+    "position",
+    "response_length",
+)
 
 
 def terms(
@@ -74,7 +80,7 @@ def terms(
 
     `substitute` reads another column in place of one, e.g. {"compatibility": "topk_overlap_k8"}.
     """
-    require_columns(tokens, NEEDS, what="A regression of the gain")
+    require_columns(tokens, REGRESSION_COLUMNS, what="A regression of the gain")
     h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
     c = score_criterion(tokens, "compatibility", substitute=substitute)
     found = {
@@ -138,7 +144,7 @@ def regressions(
                 fits = {model: fit(model, values, predictors, split) for model in MODELS}
                 key = {"outcome": outcome, "split": split.name, "winsorised": share}
                 for model, found in fits.items():
-                    base = fits[BASE] if model != BASE else None
+                    base = fits[BASE_MODEL] if model != BASE_MODEL else None
                     rows += (
                         _coefficients(key | {"model": model}, found, base, bootstrap.level)
                         if found
@@ -200,7 +206,7 @@ def residual_curves(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap())
     draw. Returns columns outcome, split, score, curve, at (the score), residual (in the outcome's
     unit), low, high, positions, prompts."""
     predictors, rows = terms(tokens), []
-    held = [predictors[name] for name in HELD if name in predictors]
+    held = [predictors[name] for name in HELD_TERMS if name in predictors]
     for split in splits(tokens, bootstrap=bootstrap):
         controls = [column[split.mask] for column in held]
         for outcome in outcomes(tokens):

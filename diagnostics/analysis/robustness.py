@@ -63,7 +63,7 @@ STATISTICS = (
     "decomposition",
     "decomposition_per_unit",
 )
-GAINS = ("gain", "relative_gain")
+CLAIM_OUTCOMES = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -276,11 +276,14 @@ def gain_robustness(
         )
     for variant, kept in _subsets(tokens).items():
         rows += _variant(
-            kept, variant, [name for name in GAINS if name in kept], bootstrap=bootstrap
+            kept, variant, [name for name in CLAIM_OUTCOMES if name in kept], bootstrap=bootstrap
         )
     for loss, table in (losses or {}).items():
         rows += _variant(
-            table, f"loss_{loss}", [name for name in GAINS if name in table], bootstrap=bootstrap
+            table,
+            f"loss_{loss}",
+            [name for name in CLAIM_OUTCOMES if name in table],
+            bootstrap=bootstrap,
         )
     return pd.DataFrame(rows)
 

@@ -47,9 +47,9 @@ from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
 log = logging.getLogger("diagnostics")
-OUTCOMES = ("gain", "relative_gain", "positive_gain")
-ALL_OUTCOMES = (*OUTCOMES, "first_order_gain", "lift")
-BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+CAPTURED_OUTCOMES = ("gain", "relative_gain", "positive_gain")
+ALL_OUTCOMES = (*CAPTURED_OUTCOMES, "first_order_gain", "lift")
+CURVE_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 ENRICHMENT_BUDGETS = (0.01, 0.05, 0.1, 0.3)
 RANDOM_SELECTIONS = 200
 """Random selections whose captured shares make the band of `random`."""
@@ -63,7 +63,9 @@ class ComparisonConfig:
     criteria: tuple[str, ...] = field(
         default=(), metadata={"help": "criteria; none means all that the columns allow"}
     )
-    budgets: tuple[float, ...] = field(default=BUDGETS, metadata={"help": "shares of positions"})
+    budgets: tuple[float, ...] = field(
+        default=CURVE_BUDGETS, metadata={"help": "shares of positions"}
+    )
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,8 @@ def parts(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    outcomes: Iterable[str] = OUTCOMES,
-    budgets: Iterable[float] = BUDGETS,
+    outcomes: Iterable[str] = CAPTURED_OUTCOMES,
+    budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Iterator[SplitSelections]:
     """The table's splits, each with its selections. `random` and `full` are left out: their curves
@@ -347,8 +349,8 @@ def selection_curves(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    outcomes: Iterable[str] = OUTCOMES,
-    budgets: Iterable[float] = BUDGETS,
+    outcomes: Iterable[str] = CAPTURED_OUTCOMES,
+    budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Share of the total outcome that each criterion captures at each budget, in long form.
@@ -457,7 +459,7 @@ def selection_summary(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    outcomes: Iterable[str] = OUTCOMES,
+    outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
@@ -549,7 +551,7 @@ def selection_overlap(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    budgets: Iterable[float] = BUDGETS,
+    budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """How alike the criteria are: Jaccard of their selections at each budget, Spearman of their
@@ -731,8 +733,8 @@ def compare(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    outcomes: Iterable[str] = OUTCOMES,
-    budgets: Iterable[float] = BUDGETS,
+    outcomes: Iterable[str] = CAPTURED_OUTCOMES,
+    budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> dict[str, pd.DataFrame]:
     """All four tables of the offline comparison by name; `budgets` are those of curves and

@@ -16,7 +16,7 @@ from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
 
-OUTCOMES = ("gain", "relative_gain", "reverse_gain")
+STUDY_OUTCOMES = ("gain", "relative_gain", "reverse_gain")
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 
 
@@ -65,10 +65,10 @@ def splits(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> Itera
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:
     """The outcomes that the table holds. Raises DiagnosticsError where it holds none."""
-    present = [name for name in OUTCOMES if name in tokens]
+    present = [name for name in STUDY_OUTCOMES if name in tokens]
     if not present:
         raise DiagnosticsError(
-            f"The analysis needs an outcome, one of {', '.join(OUTCOMES)}; the table has "
+            f"The analysis needs an outcome, one of {', '.join(STUDY_OUTCOMES)}; the table has "
             f"{', '.join(map(str, tokens.columns[:40]))}. Run the probe on it first."
         )
     return present

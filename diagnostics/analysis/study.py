@@ -33,7 +33,7 @@ from diagnostics.analysis.quadrants import (
 )
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
-from diagnostics.analysis.splits import OUTCOMES, outcomes, scores, splits
+from diagnostics.analysis.splits import STUDY_OUTCOMES, outcomes, scores, splits
 from diagnostics.core.schema import support_column
 from diagnostics.core.settings import with_settings
 
@@ -59,7 +59,7 @@ __all__ = [
 
 _PLANE = ("student_entropy", "forward_kl")
 _Q3 = (*_PLANE, "compatibility")
-_CLAIMS = regressions.NEEDS
+_CLAIMS = regressions.REGRESSION_COLUMNS
 
 
 @with_settings(Bootstrap)
@@ -207,7 +207,7 @@ def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[
     made = claims.verdicts(
         found,
         level=bootstrap.level,
-        placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens],
+        placebo=[name for name in STUDY_OUTCOMES if f"placebo_{name}" in tokens],
         imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
     )
     return {
@@ -222,7 +222,7 @@ def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple
         missing = [need for need in registry.find(name).needs if need not in tokens]
         if missing:
             yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"
-    for outcome in OUTCOMES:
+    for outcome in STUDY_OUTCOMES:
         if outcome not in tokens:
             yield "all", f"outcome {outcome}", f"no column {outcome}"
         elif f"placebo_{outcome}" not in tokens:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from diagnostics.analysis.bounds import is_listed
 from diagnostics.analysis.claims import UNBALANCED
-from diagnostics.analysis.splits import OUTCOMES
+from diagnostics.analysis.splits import STUDY_OUTCOMES
 from diagnostics.criteria import quadrants
 
 FEW_PROMPTS = 20
@@ -23,7 +23,7 @@ RARE_QUADRANT = 0.05
 UNDEFINED_SHARE = 0.2
 INFLATED = 10.0
 DROPPED_MASS = 0.01
-COLUMNS = ("code", "subject", "value", "limit", "message")
+WARNING_COLUMNS = ("code", "subject", "value", "limit", "message")
 
 
 def warnings(tokens: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -33,7 +33,7 @@ def warnings(tokens: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFr
     of another framework's table left in `tokens.attrs["warnings"]`. Returns columns code, subject,
     value, limit, message."""
     rows = [row for rule in RULES for row in rule(tokens, tables)]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=WARNING_COLUMNS)
 
 
 def _few_prompts(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
@@ -175,7 +175,7 @@ def _scale_of_c3(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 
 def _no_placebo(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    for outcome in OUTCOMES:
+    for outcome in STUDY_OUTCOMES:
         if outcome in tokens and f"placebo_{outcome}" not in tokens:
             yield (
                 "no_placebo",

@@ -222,7 +222,9 @@ def test_a_constant_score_and_a_single_prompt(tokens):
 def test_differences_are_paired_and_cover_every_pair(tokens):
     found = correlation_tables.associate(tokens, criteria=NAMES, **DRAWS)
     table = correlation_tables.correlation_differences(found, level=0.95)
-    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(correlation_tables.METHODS)
+    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(
+        correlation_tables.CORRELATION_METHODS
+    )
     row = one(
         table,
         outcome="gain",

@@ -148,7 +148,7 @@ def test_models_that_cannot_be_fitted_have_no_rows(tokens):
 def test_decile_means_of_the_residual_equal_a_loop(tokens):
     table = R.residual_curves(tokens, **DRAWS)
     made = columns(tokens)
-    held = np.column_stack([np.ones(len(tokens)), *(made[name] for name in R.HELD)])
+    held = np.column_stack([np.ones(len(tokens)), *(made[name] for name in R.HELD_TERMS)])
     rest = tokens.gain - held @ np.linalg.lstsq(held, tokens.gain, rcond=None)[0]
     for score in R.CURVE_SCORES:
         rows = table.query(
