@@ -82,16 +82,14 @@ def terms(
     """
     require_columns(tokens, REGRESSION_COLUMNS, what="A regression of the gain")
     h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
-    c = score_criterion(tokens, "compatibility", substitute=substitute)
     found = {
         "student_entropy": h,
         "divergence": d,
         "entropy_x_divergence": h * d,
         "position": relative_position(tokens),
-        "compatibility": c,
-        "teachability": d * c,
-        "incompatible": d * (1 - c),
     }
+    for name in CURVE_SCORES:
+        found[name] = score_criterion(tokens, name, substitute=substitute)
     if "teacher_entropy" in tokens:
         found["teacher_entropy"] = normalize(tokens["teacher_entropy"])
     return found
