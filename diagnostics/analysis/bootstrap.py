@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,8 +48,8 @@ class PromptClusters:
     ids: [N] prompt of each position. Statistics that share one `PromptClusters` share its draws, so that
     their differences are paired."""
 
-    @with_settings(Bootstrap)
-    def __init__(self, ids, *, bootstrap: Bootstrap = Bootstrap()):
+    @with_settings(bootstrap=Bootstrap)
+    def __init__(self, ids, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any):
         self.codes, self.names = pd.factorize(pd.Series(ids), sort=True)
         self.count, self.draws, self.seed = len(self.names), bootstrap.draws, bootstrap.seed
 

@@ -7,7 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisConfig:
-    """The flags that every analysis shares."""
+    """The settings of intervals that are flags of every analysis command.
+
+    Attributes:
+        draws: Number of times that the prompts are resampled.
+        level: Coverage of the intervals, between 0 and 1.
+    """
 
     draws: int = dataclasses.field(default=1000, metadata={"help": "bootstrap draws over prompts"})
     level: float = dataclasses.field(default=0.95, metadata={"help": "level of the intervals"})
@@ -18,9 +23,9 @@ class Bootstrap(AnalysisConfig):
     """How the prompts are resampled, and how wide the intervals are.
 
     Attributes:
-        draws: Number of times that the prompts are resampled.
-        level: Coverage of the intervals, between 0 and 1.
         seed: Seed of the draws; the criterion `random` takes the same one.
     """
 
-    seed: int = 0
+    seed: int = dataclasses.field(
+        default=0, metadata={"help": "seed of the draws and of the criterion random"}
+    )

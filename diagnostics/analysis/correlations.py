@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,13 +56,14 @@ class Association:
         return {name: getattr(self, name) for name in ("outcome", "criterion", "split", "method")}
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def associate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     methods: Iterable[str] = tuple(CORRELATION_METHODS),
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> list[Association]:
     """Every correlation with its draws: what `correlate` and its sister tables are read from."""
     scored, found = scores(tokens, criteria, seed=bootstrap.seed), []
@@ -89,12 +91,13 @@ def associate(
     return found
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def correlate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion, in long form.
 
@@ -153,12 +156,13 @@ def correlation_differences(associations: list[Association], *, level: float) ->
     return pd.DataFrame(rows)
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def partial_correlations(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion given (h, d, relative position).
 
@@ -178,12 +182,13 @@ def partial_correlations(
     )
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def within_prompt_correlations(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Mean over prompts of the correlation within a prompt, so that no difference between prompts
     enters.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,12 +24,13 @@ GROUP_COUNTS = {"tertile": 3, "quartile": 4}
 QUADRANT_NAMES = {0: "all", 1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4"}
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def quadrant_means(
     tokens: pd.DataFrame,
     *,
     share: float = 0.05,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Mean, median, trimmed and winsorised mean of every outcome in each quadrant and over all.
 
@@ -51,9 +53,9 @@ def quadrant_means(
     return pd.DataFrame(rows)
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def position_means(
-    tokens: pd.DataFrame, *, bins: int = 10, bootstrap: Bootstrap = Bootstrap()
+    tokens: pd.DataFrame, *, bins: int = 10, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> pd.DataFrame:
     """Mean of every outcome along the response, in `bins` equal bins of relative position t/(T -
     1).
@@ -118,12 +120,13 @@ def _contrasts(
             yield from contrasts(scored, in_q3, split, count)
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def q3_contrast(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = Q3_SCORES,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Within Q3, mean outcome of the top minus the bottom group of each score.
 
@@ -162,12 +165,13 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else np.nan
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def q3_groups(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = Q3_SCORES,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Mean outcome of each tertile (group 1 is the lowest) of each score within Q3.
 
@@ -211,13 +215,14 @@ def pair_up(
     )
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def matching(
     tokens: pd.DataFrame,
     *,
     by: Iterable[str] = MATCHED_SCORES,
     caliper: float = np.inf,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d,
     position).

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,7 +74,7 @@ class Tau(Estimate):
         return float(np.maximum(low, -1.0)), float(np.minimum(high, 1.0))
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def agreement(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
@@ -81,6 +82,7 @@ def agreement(
     outcomes: Iterable[str] = OFFLINE_OUTCOMES,
     measures: Iterable[str] = RANKED_MEASURES,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Kendall's tau between captured outcomes and interventions, over cells.
 
@@ -132,7 +134,7 @@ def answers(
     return table
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def foreseen(
     tokens: pd.DataFrame,
     effects: pd.DataFrame | None,
@@ -140,6 +142,7 @@ def foreseen(
     *,
     outcomes: Iterable[str] = OFFLINE_OUTCOMES,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> list[CellScores]:
     """What a main job says of cells that are not its own, for a comparison with something else than
     its interventions.

@@ -20,6 +20,7 @@ lacks it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,9 +123,9 @@ def decomposition_difference(regression: Regression, *, per_unit: bool = False) 
     return first - second
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def regressions(
-    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> dict[str, pd.DataFrame]:
     """The three models for every outcome and split, raw and winsorised by 1 and 5 %.
 
@@ -195,8 +196,10 @@ def _tests(key: dict, found: Regression, level: float) -> list[dict]:
 # --------------------------------------------------------------------------------
 
 
-@with_settings(Bootstrap)
-def residual_curves(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
+@with_settings(bootstrap=Bootstrap)
+def residual_curves(
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
+) -> pd.DataFrame:
     """What is left of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
 
     `decile` rows are means over tenths of the score by rank; `spline` rows a cubic regression

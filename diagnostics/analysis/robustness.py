@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -219,9 +220,13 @@ def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, i
     return found
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def findings(
-    tokens: pd.DataFrame, *, base_k: int = BASE_K, bootstrap: Bootstrap = Bootstrap()
+    tokens: pd.DataFrame,
+    *,
+    base_k: int = BASE_K,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> list[Finding]:
     """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
     found = []
@@ -249,12 +254,13 @@ def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
     )
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def gain_robustness(
     tokens: pd.DataFrame,
     *,
     losses: Mapping[str, pd.DataFrame] | None = None,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """All statistics under every form of the gain.
 
@@ -357,8 +363,10 @@ def _spread(values: np.ndarray) -> dict:
     }
 
 
-@with_settings(Bootstrap)
-def coverage(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
+@with_settings(bootstrap=Bootstrap)
+def coverage(
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
+) -> pd.DataFrame:
     """What each outcome rests on.
 
     Returns columns outcome, split, contexts, undefined (positions without a value),

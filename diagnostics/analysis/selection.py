@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -245,7 +246,7 @@ def _enrichment(sums: np.ndarray) -> np.ndarray:
     return _ratio(_ratio(captured, total), selected / count)
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def parts(
     tokens: pd.DataFrame,
     *,
@@ -253,6 +254,7 @@ def parts(
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> Iterator[SplitSelections]:
     """The table's splits, each with its selections. `random` and `full` are left out: their curves
     are known.
@@ -344,7 +346,7 @@ def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str
 # -----------------------------------------------------------------------------------------
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def selection_curves(
     tokens: pd.DataFrame,
     *,
@@ -352,6 +354,7 @@ def selection_curves(
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Share of the total outcome that each criterion captures at each budget, in long form.
 
@@ -454,7 +457,7 @@ def _long(*columns: dict) -> list[dict]:
     ).to_dict("records")
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def selection_summary(
     tokens: pd.DataFrame,
     *,
@@ -462,6 +465,7 @@ def selection_summary(
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Each criterion in five numbers: normalised area, and enrichment at four budgets.
 
@@ -546,13 +550,14 @@ def _against_best(estimates: dict[str, Estimate], level: float) -> Iterator[dict
 # -------------------------------------------------------------------------------
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def selection_overlap(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """How alike the criteria are: Jaccard of their selections at each budget, Spearman of their
     scores.
@@ -653,13 +658,14 @@ def _type_of(text: str) -> str:
     return "number" if any(c.isdigit() for c in text) else "punctuation"
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def selection_profile(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """What each criterion selects, at each budget, beside what there is to select.
 
@@ -728,7 +734,7 @@ def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     return measures
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def compare(
     tokens: pd.DataFrame,
     *,
@@ -736,6 +742,7 @@ def compare(
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """All four tables of the offline comparison by name; `budgets` are those of curves and
     overlap.

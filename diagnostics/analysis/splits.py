@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,8 +37,10 @@ class Split:
         return np.where(np.isfinite(values), values, np.nan)
 
 
-@with_settings(Bootstrap)
-def splits(tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()) -> Iterator[Split]:
+@with_settings(bootstrap=Bootstrap)
+def splits(
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
+) -> Iterator[Split]:
     """`all`, then `step` and `held_out` where the table has both."""
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):

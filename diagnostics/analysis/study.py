@@ -10,6 +10,7 @@ What the table's columns do not allow is left out and listed in `left_out` with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -62,7 +63,7 @@ _Q3 = (*_PLANE, "compatibility")
 _CLAIMS = regressions.REGRESSION_COLUMNS
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def study(
     tokens: pd.DataFrame,
     *,
@@ -71,6 +72,7 @@ def study(
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
+    **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """Every table that the token table allows, by file name.
 

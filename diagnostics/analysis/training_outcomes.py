@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,8 +117,8 @@ class SeedPromptEstimate:
 class Outcomes:
     """The grid's evaluations as crossed values, on shared draws of the held-out prompts."""
 
-    @with_settings(Bootstrap)
-    def __init__(self, rows: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap()):
+    @with_settings(bootstrap=Bootstrap)
+    def __init__(self, rows: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any):
         require_columns(
             rows,
             ("criterion", "budget", "seed", "measure", "prompt_id", "total", "count"),
@@ -427,9 +428,13 @@ def _answer(
     )
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def offline_answers(
-    directory: Path, cells: Iterable[tuple[str, float]], *, bootstrap: Bootstrap = Bootstrap()
+    directory: Path,
+    cells: Iterable[tuple[str, float]],
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> Offline:
     """What a finished main job says of cells (criterion, budget), from its positions and
     interventions.
@@ -486,12 +491,13 @@ def _known(
             )
 
 
-@with_settings(Bootstrap)
+@with_settings(bootstrap=Bootstrap)
 def tables(
     rows: pd.DataFrame,
     offline: Offline | None = None,
     *,
     bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """All tables of a validation by file name. rows: see `read_outcomes`; offline: see
     `offline_answers`.
