@@ -1,16 +1,18 @@
-"""Correlations and contrasts: a token table in, a DataFrame with intervals out.
+"""Correlations of outcomes with criteria: a token table in, a table with intervals out.
 
-Scores are normalised over the whole table; a split only chooses which positions count. The outcomes
+Scores are normalized over the whole table; a split only chooses which positions count. The outcomes
 are `gain` and `reverse_gain` in nats and `relative_gain` as a fraction. The placebo of an outcome
-is the same quantity after a random step of the same norm: what having D on both sides gives alone.
-Every interval resamples prompts (see `statistics`); every table carries its positions and prompts.
+is the same quantity after a random step of the same norm: D enters both the criterion and the gain,
+and the placebo's correlation measures that mechanical coupling. Every interval resamples prompts
+(see `bootstrap`); every table carries its numbers of positions and prompts.
 
 Q3, the confident and wrong positions, is h <= median and d >= median (see `criteria.quadrants`).
 
 Departures from the scripts released with arXiv 2605.26844: predictors come from before the step
 only; the cluster is the prompt, not the context; matching pairs the top with the bottom tertile of
 all Q3 positions (there: above with below the prompt's own median), with replacement as there,
-without, and within a caliper."""
+without, and within a caliper.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,16 @@ CALIPER = 0.5
 
 @dataclass(frozen=True)
 class Association:
-    """The correlation of one outcome with one criterion on one split, and its placebo's."""
+    """The correlation of one outcome with one criterion on one split, and its placebo's.
+
+    Attributes:
+        outcome: Column of the outcome.
+        criterion: Name of the criterion.
+        split: `all`, `step` or `held_out`.
+        method: spearman, pearson or kendall.
+        estimate: The correlation.
+        placebo: The correlation with the outcome's placebo, NaN without one.
+    """
 
     outcome: str
     criterion: str
@@ -52,7 +63,7 @@ class Association:
 
     @property
     def key(self) -> dict:
-        """What names it in a table."""
+        """The columns that name it in a table."""
         return {name: getattr(self, name) for name in ("outcome", "criterion", "split", "method")}
 
 
@@ -65,7 +76,21 @@ def associate(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> list[Association]:
-    """Every correlation with its draws: what `correlate` and its sister tables are read from."""
+    """Every correlation with its draws, from which `correlate` and its sister tables are made.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Names or aliases; None takes all that the table's columns allow.
+        methods: Some of spearman, pearson, kendall.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        One association per outcome, criterion, split and method.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
+    """
     scored, found = scores(tokens, criteria, seed=bootstrap.seed), []
     methods = tuple(methods)
     for split in splits(tokens, bootstrap=bootstrap):
@@ -101,26 +126,42 @@ def correlate(
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion, in long form.
 
-    criteria: names or aliases; None takes all that the table's columns allow. Returns columns
-    outcome, criterion, split (all, step, held_out), method (spearman, pearson, kendall), estimate,
-    low, high, placebo, positions, prompts. `placebo` is the correlation with the outcome's placebo,
-    NaN without one. Undefined pairs are left out position by position; a constant score gives NaN.
-    Raises DiagnosticsError where the table holds no outcome or lacks a criterion's columns."""
+    Undefined pairs are left out position by position.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Names or aliases; None takes all that the table's columns allow.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        One row per combination, with columns outcome, criterion, split (all, step, held_out),
+        method (spearman, pearson, kendall), estimate, low, high, placebo, positions, prompts.
+        `placebo` is the correlation with the outcome's placebo, NaN without one. A constant score
+        gives NaN.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
+
+    Reference:
+        arXiv 2605.26844 (the correlations); Cameron and Miller 2015 (clustered intervals).
+    """
     return correlation_table(
         associate(tokens, criteria=criteria, bootstrap=bootstrap), level=bootstrap.level
     )
 
 
 def correlation_table(associations: list[Association], *, level: float) -> pd.DataFrame:
-    """`correlate` from associations already made."""
+    """The table of `correlate` from associations that are made already."""
     return pd.DataFrame(
         [a.key | row(a.estimate, level, placebo=a.placebo.value) for a in associations]
     )
 
 
 def placebo_excess(associations: list[Association], *, level: float) -> pd.DataFrame:
-    """Each correlation minus its placebo's, paired over prompts; columns as `correlate`, `excess`
-    for estimate.
+    """Each correlation minus its placebo's, paired over prompts.
+
+    The columns are those of `correlate`, with `excess` in place of `estimate`.
     """
     return pd.DataFrame(
         [
@@ -135,8 +176,14 @@ def correlation_differences(associations: list[Association], *, level: float) ->
     """Correlation of `criterion` minus correlation of `other`, for every pair and method, paired
     over prompts.
 
-    Returns columns outcome, criterion, other, split, method, difference, low, high, p_value
-    (against 0, not corrected for the number of pairs), positions, prompts."""
+    Args:
+        associations: As from `associate`.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns outcome, criterion, other, split, method, difference, low, high, p_value (against 0,
+        not corrected for the number of pairs), positions, prompts.
+    """
     rows, alike = [], defaultdict(list)
     for association in associations:
         alike[association.outcome, association.split, association.method].append(association)
@@ -166,13 +213,24 @@ def partial_correlations(
 ) -> pd.DataFrame:
     """Correlation of every outcome with every criterion given (h, d, relative position).
 
-    Columns as `correlate`; method is spearman (of ranks) or pearson. NaN where the controls
-    determine the criterion, as they do `entropy`."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Names or aliases; None takes all that the table's columns allow.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns as from `correlate`; method is spearman (of ranks) or pearson. NaN where the
+        controls determine the criterion, as they determine `entropy`.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
+    """
 
     def statistic(x, y, held, prompts, method):
         return rank_correlation.partial(x, y, held, prompts, ranked=method == "spearman")
 
-    return _each(
+    return _correlations_of(
         tokens,
         statistic,
         ("spearman", "pearson"),
@@ -190,20 +248,32 @@ def within_prompt_correlations(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
-    """Mean over prompts of the correlation within a prompt, so that no difference between prompts
-    enters.
+    """Mean over prompts of the correlation within a prompt, which no difference between prompts
+    can enter.
 
-    Columns as `correlate`. Prompts with fewer than five defined positions, or
-    with a constant, are left out and not counted.
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Names or aliases; None takes all that the table's columns allow.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns as from `correlate`. Prompts with fewer than five defined positions, or with a
+        constant, are left out and not counted.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
     """
 
     def statistic(x, y, held, prompts, method):
         return rank_correlation.within_prompts(x, y, prompts, method=method)
 
-    return _each(tokens, statistic, CORRELATION_METHODS, criteria, {}, bootstrap=bootstrap)
+    return _correlations_of(
+        tokens, statistic, CORRELATION_METHODS, criteria, {}, bootstrap=bootstrap
+    )
 
 
-def _each(
+def _correlations_of(
     tokens: pd.DataFrame,
     statistic: Callable,
     methods: Iterable[str],

@@ -32,10 +32,17 @@ def quadrant_means(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
-    """Mean, median, trimmed and winsorised mean of every outcome in each quadrant and over all.
+    """Mean, median, trimmed and winsorized mean of every outcome in each quadrant and over all.
 
-    Returns columns outcome, split, quadrant (all, Q1..Q4), statistic, estimate, low, high, share
-    (of the split's positions), positions, prompts. `share` of each tail is trimmed or winsorised.
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        share: Share of the values at each end that is trimmed or winsorized.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, quadrant (all, Q1..Q4), statistic, estimate, low, high, share (of
+        the split's positions that lie in the quadrant), positions, prompts.
     """
     quadrant, rows = registry.quadrants(tokens), []
     for split in splits(tokens, bootstrap=bootstrap):
@@ -57,11 +64,18 @@ def quadrant_means(
 def position_means(
     tokens: pd.DataFrame, *, bins: int = 10, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> pd.DataFrame:
-    """Mean of every outcome along the response, in `bins` equal bins of relative position t/(T -
-    1).
+    """Mean of every outcome along the response, in equal bins of relative position t/(T - 1).
 
-    Returns columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high,
-    positions, prompts. A bin without positions has no row."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        bins: Number of bins.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high, positions,
+        prompts. A bin without positions has no row.
+    """
     place, rows = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1), []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
@@ -79,12 +93,18 @@ def position_means(
 
 @dataclass(frozen=True)
 class Contrast:
-    """Top and bottom group of a score among the Q3 positions of a split."""
+    """Top and bottom group of a score among the Q3 positions of a split.
+
+    Attributes:
+        split: The split with its n positions.
+        score: Name of the score.
+        group: [n] 1 for the lowest group, `groups` for the highest, 0 outside Q3.
+        groups: Number of groups.
+    """
 
     split: Split
     score: str
     group: np.ndarray
-    """[n] 1 for the lowest group, `groups` for the highest, 0 outside Q3."""
     groups: int
 
     @property
@@ -130,9 +150,26 @@ def q3_contrast(
 ) -> pd.DataFrame:
     """Within Q3, mean outcome of the top minus the bottom group of each score.
 
-    Groups are tertiles and quartiles of the score over all Q3 positions of the split, cut once.
-    Returns columns outcome, split, score, groups (tertile, quartile), difference, low, high,
-    bottom_mean, top_mean, placebo_difference, positions, prompts."""
+    Q3 holds the confident and wrong positions: low student entropy, high divergence. Groups are
+    tertiles and quartiles of the score over all Q3 positions of the split, cut once.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        by: Criteria whose scores form the groups.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, score, groups (tertile, quartile), difference, low, high,
+        bottom_mean, top_mean, placebo_difference, positions, prompts; means in the outcome's unit.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
+            needs.
+
+    Reference:
+        arXiv 2605.26844 (the contrast between compatible and incompatible Q3 positions).
+    """
     rows, names = [], {count: name for name, count in GROUP_COUNTS.items()}
     for contrast in _contrasts(tokens, by, GROUP_COUNTS.values(), bootstrap):
         for outcome in outcomes(tokens):
@@ -151,16 +188,16 @@ def q3_contrast(
                     contrast.difference(values),
                     bootstrap.level,
                     named="difference",
-                    bottom_mean=_mean(values[contrast.bottom]),
-                    top_mean=_mean(values[contrast.top]),
-                    placebo_difference=_mean(placebo[contrast.top])
-                    - _mean(placebo[contrast.bottom]),
+                    bottom_mean=_finite_mean(values[contrast.bottom]),
+                    top_mean=_finite_mean(values[contrast.top]),
+                    placebo_difference=_finite_mean(placebo[contrast.top])
+                    - _finite_mean(placebo[contrast.bottom]),
                 )
             )
     return pd.DataFrame(rows)
 
 
-def _mean(values: np.ndarray) -> float:
+def _finite_mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else np.nan
 
@@ -173,9 +210,21 @@ def q3_groups(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
-    """Mean outcome of each tertile (group 1 is the lowest) of each score within Q3.
+    """Mean outcome of each tertile of each score within Q3.
 
-    Returns columns outcome, split, score, group, mean, low, high, positions, prompts.
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        by: Criteria whose scores form the groups.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, score, group (1 is the lowest), mean, low, high, positions, prompts;
+        means in the outcome's unit.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
+            needs.
     """
     rows = []
     for contrast in _contrasts(tokens, by, [3], bootstrap):
@@ -193,9 +242,9 @@ def q3_groups(
     return pd.DataFrame(rows)
 
 
-def features(tokens: pd.DataFrame) -> np.ndarray:
-    """[N, 3] h, d and relative position, each over its standard deviation within Q3: the space to
-    match in.
+def matching_features(tokens: pd.DataFrame) -> np.ndarray:
+    """Coordinates [N, 3] to match in: h, d and relative position, each over its standard deviation
+    within Q3.
     """
     columns, in_q3 = controls(tokens).values(), registry.quadrants(tokens) == 3
     spreads = [column[in_q3].std() if in_q3.any() else 0.0 for column in columns]
@@ -205,8 +254,16 @@ def features(tokens: pd.DataFrame) -> np.ndarray:
 def pair_up(
     contrast: Contrast, space: np.ndarray, *, replacement: bool = True, caliper: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of top with bottom positions of a contrast, within prompts; space: [n, F] features on
-    its split.
+    """Pair top with bottom positions of a contrast, within prompts.
+
+    Args:
+        contrast: The two groups among the n positions of a split.
+        space: [n, F] coordinates on that split.
+        replacement: Whether a bottom position may be taken more than once.
+        caliper: Distance beyond which a pair is dropped.
+
+    Returns:
+        Row numbers of the top and of the bottom position of each pair.
     """
     defined = np.isfinite(space).all(axis=1)
     top, bottom = contrast.top & defined, contrast.bottom & defined
@@ -224,13 +281,25 @@ def matching(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
-    """Within Q3 and within a prompt, top minus bottom tertile of each score at like (h, d,
+    """Within Q3 and within a prompt, top minus bottom tertile of each score at similar (h, d,
     position).
 
-    caliper: distance, in standard deviations within Q3, beyond which a pair is dropped. Returns
-    columns outcome, split, score, replacement, difference, low, high, placebo_difference, matched
-    (share of top positions with a partner), positions (pairs), prompts."""
-    space, rows = features(tokens), []
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        by: Criteria whose scores form the groups.
+        caliper: Distance, in standard deviations within Q3, beyond which a pair is dropped.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, score, replacement, difference, low, high, placebo_difference,
+        matched (share of top positions with a partner), positions (pairs), prompts.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
+            needs.
+    """
+    space, rows = matching_features(tokens), []
     for contrast in _contrasts(tokens, by, [3], bootstrap):
         for replacement in (True, False):
             pairs = pair_up(
@@ -270,12 +339,25 @@ def balance(
     caliper: float = np.inf,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Standardised mean differences of what was matched on, top minus bottom tertile, before and
-    after.
+    """Standardized mean differences of the matched covariates, top minus bottom tertile, before
+    and after matching.
 
-    The scale is the root mean variance of the two groups before matching, throughout. Returns
-    columns split, score, covariate, replacement, before, after, positions (pairs), prompts."""
-    columns, space, rows = controls(tokens), features(tokens), []
+    The scale is the root mean variance of the two groups before matching, throughout.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        by: Criteria whose scores form the groups.
+        caliper: Distance, in standard deviations within Q3, beyond which a pair is dropped.
+        seed: Seed of the criterion `random`.
+
+    Returns:
+        Columns split, score, covariate, replacement, before, after, positions (pairs), prompts.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
+            needs.
+    """
+    columns, space, rows = controls(tokens), matching_features(tokens), []
     for contrast in _contrasts(tokens, by, [3], Bootstrap(draws=0, seed=seed)):
         split = contrast.split
         for replacement in (True, False):

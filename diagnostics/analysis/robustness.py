@@ -1,17 +1,19 @@
-"""Do the conclusions depend on the support, on how gain is measured, or on saturated predictors?
+"""Do the conclusions depend on the support, the form of the gain, or saturated predictors?
 
-Four statistics carry claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
+Four statistics test claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
 
-    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's placebo if there is one
+    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's
+                           placebo if there is one
     tertile_difference     mean outcome, top minus bottom tertile of c within Q3
-    matched_difference     the same within prompts at like (h, d, position), with replacement
-    decomposition          beta(d*c) - beta(d*(1 - c)), standardised (see `regressions`)
-    decomposition_per_unit the same for a unit of d; not a claim's test, but the standardised one
-    can differ from it in
-                           sign where d*c and d*(1 - c) vary differently
+    matched_difference     the same within prompts at similar (h, d, position), with replacement
+    decomposition          beta(d*c) - beta(d*(1 - c)), standardized (see `regressions`)
+    decomposition_per_unit the same per unit of d; no claim is tested by it, but it can differ in
+                           sign from the standardized one where the variances of d*c and d*(1 - c)
+                           differ
 
 Here they are repeated with every proxy of compatibility and every K, for every form of the gain,
-and without special tokens and first positions, so that a reader sees at one glance what moves."""
+and without special tokens and first positions.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ from diagnostics.analysis.bootstrap import (
 )
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
-from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
+from diagnostics.analysis.quadrants import Contrast, contrasts, matching_features, pair_up
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.errors import DiagnosticsError
@@ -52,10 +54,10 @@ PROXIES = (
 )
 SUPPORTS = (4, 8, 16, 32)
 BASE_K = 16
-"""K of the columns without a suffix where nothing says it: the scorer's default."""
+"""K of the columns without a suffix where it is stated nowhere: the default of the scorer."""
 MOST_K, TELLING = 256, 30
-"""K up to which the overlap's denominators are tried, and positions with part of an overlap that
-are enough to tell K by them.
+"""The largest K that is tried as the overlaps' denominator, and the number of positions with a
+partial overlap that suffice to infer K.
 """
 STATISTICS = (
     "spearman_difference",
@@ -68,14 +70,19 @@ CLAIM_OUTCOMES = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-class Claims:
-    """The statistics of one table, with one column in the place of compatibility."""
+class ClaimStatistics:
+    """The statistics of one table, with one column in the place of compatibility.
+
+    Args:
+        tokens: A token table with outcomes.
+        proxy: Column to read in place of compatibility.
+    """
 
     def __init__(self, tokens: pd.DataFrame, *, proxy: str = "compatibility"):
         self.tokens, self.proxy = tokens, proxy
         self.predictors = regressions.terms(tokens, substitute={"compatibility": proxy})
         self.in_q3 = quadrants(tokens) == 3
-        self.space = features(tokens)
+        self.space = matching_features(tokens)
 
     def estimates(
         self,
@@ -85,8 +92,16 @@ class Claims:
         names: Iterable[str] = STATISTICS,
         winsorised: float = 0.0,
     ) -> dict[str, Estimate]:
-        """By name, for one outcome on one split; winsorising clips both tails of the outcome and of
-        its placebo.
+        """Compute statistics for one outcome on one split.
+
+        Args:
+            split: The split.
+            outcome: Column of the outcome.
+            names: Statistics to compute.
+            winsorised: Share of each tail at which the outcome and its placebo are clipped.
+
+        Returns:
+            Estimates by name.
         """
         values, placebo = (
             winsorize(split.values(self.tokens, name), winsorised)
@@ -118,7 +133,7 @@ class Claims:
         return {name: make[name]() for name in names}
 
     def contrast(self, split: Split) -> Contrast:
-        """Tertiles of c within Q3."""
+        """Tertiles of c within Q3 of the split."""
         return next(contrasts({self.proxy: self.predictors["compatibility"]}, self.in_q3, split, 3))
 
     def _pairs(self, contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +158,16 @@ class Claims:
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the statistics, and which proxy, K, outcome and split it is for."""
+    """One of the statistics, with its proxy, K, outcome and split.
+
+    Attributes:
+        proxy: Measurement in the place of compatibility.
+        k: Number of tokens in its support.
+        outcome: Column of the outcome.
+        split: `all`, `step` or `held_out`.
+        statistic: Name of the statistic.
+        estimate: Its value.
+    """
 
     proxy: str
     k: int
@@ -153,7 +177,7 @@ class Finding:
     estimate: Estimate
 
     def row(self, level: float) -> dict:
-        """As a row of a table."""
+        """The finding as a row of a table, with an interval at that level."""
         key = {
             name: getattr(self, name) for name in ("proxy", "k", "outcome", "split", "statistic")
         }
@@ -161,17 +185,26 @@ class Finding:
 
 
 def depends_on_k(tokens: pd.DataFrame) -> list[str]:
-    """Columns without a suffix whose value depends on K."""
+    """Columns without a suffix whose values depend on K."""
     return [name for name in tokens if name in SCHEMA and SCHEMA[name].by_support]
 
 
 def known_k(tokens: pd.DataFrame, stated: int | None = None) -> int | None:
-    """K of the columns without a suffix: as stated, as the table says, or as its overlaps show;
-    None where nothing tells.
+    """K of the columns without a suffix.
 
-    stated: what a caller, a flag or a manifest says. `topk_overlap` is a number of tokens over K,
-    so its values tell K where enough positions have a part of an overlap. Raises DiagnosticsError
-    where a stated K cannot be these columns'."""
+    `topk_overlap` is a number of tokens over K, so its values tell K where enough positions have a
+    partial overlap.
+
+    Args:
+        tokens: A token table; `attrs["k"]` counts as stated where nothing else is.
+        stated: K according to a caller, a flag or a manifest.
+
+    Returns:
+        K as stated or as the overlaps show it; None where neither is known.
+
+    Raises:
+        DiagnosticsError: If a stated K contradicts the columns.
+    """
     stated = tokens.attrs.get("k") if stated is None else stated
     if stated is not None and stated < 1:
         raise DiagnosticsError(f"K is a number of tokens, 1 or more; got {stated}.")
@@ -206,8 +239,14 @@ def _are_parts(overlap: np.ndarray, k: int) -> bool:
 
 
 def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, int, str]]:
-    """(proxy, K, column) for every stand-in of compatibility that the table holds at any K,
-    compatibility first.
+    """Stand-ins of compatibility that the table holds, at any K.
+
+    Args:
+        tokens: A token table.
+        base_k: K of the columns without a suffix.
+
+    Returns:
+        (proxy, K, column), compatibility first.
     """
     found = [(proxy, base_k, proxy) for proxy in PROXIES if proxy in tokens]
     for proxy in PROXIES:
@@ -228,11 +267,21 @@ def findings(
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> list[Finding]:
-    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
+    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        base_k: K of the columns without a suffix.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        One finding per proxy, K, outcome, split and statistic.
+    """
     found = []
     parts = list(splits(tokens, bootstrap=bootstrap))
     for proxy, k, name in supports(tokens, base_k=base_k):
-        claims = Claims(tokens, proxy=name)
+        claims = ClaimStatistics(tokens, proxy=name)
         wanted = STATISTICS if name == "compatibility" else STATISTICS[1:]
         for split in parts:
             for outcome in outcomes(tokens):
@@ -247,8 +296,14 @@ def findings(
 def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
     """The statistics of C2 and C3 for every proxy and K.
 
-    Returns columns proxy, k, outcome, split, statistic, estimate, low, high, p_value, positions
-    (pairs for the matched difference), prompts."""
+    Args:
+        found: As from `findings`.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns proxy, k, outcome, split, statistic, estimate, low, high, p_value, positions (pairs
+        for the matched difference), prompts.
+    """
     return pd.DataFrame(
         [finding.row(level) for finding in found if finding.statistic != "spearman_difference"]
     )
@@ -264,11 +319,19 @@ def gain_robustness(
 ) -> pd.DataFrame:
     """All statistics under every form of the gain.
 
-    losses: token tables of steps with other losses on the same bank, by loss. Returns columns
-    variant (what is different: nothing, winsorised_0.01, winsorised_0.05, no_special_tokens,
-    no_first_position, neither, or loss_<name>), outcome, split, statistic, estimate, low, high,
-    p_value, positions, prompts. Where positions are left out, scores are normalised over those that
-    stay."""
+    Where positions are left out, scores are normalized over those that stay.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        losses: Token tables of steps with other losses on the same bank, by loss.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns variant (the difference: nothing, winsorised_0.01, winsorised_0.05,
+        no_special_tokens, no_first_position, neither, or loss_<name>), outcome, split, statistic,
+        estimate, low, high, p_value, positions, prompts.
+    """
     rows: list[dict] = []
     forms = [
         name
@@ -311,7 +374,7 @@ def _variant(
     bootstrap: Bootstrap,
     winsorised: float = 0.0,
 ) -> list[dict]:
-    claims, rows = Claims(tokens), []
+    claims, rows = ClaimStatistics(tokens), []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in forms:
             key = {"variant": variant, "outcome": outcome, "split": split.name}
@@ -324,16 +387,19 @@ def _variant(
     return rows
 
 
-# --- saturation and coverage
-# ------------------------------------------------------------------------
+# Saturation and coverage
 
 
 def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Quantiles of every measurement from before the step, and how much of it lies at the clip
-    bounds of N().
+    """Quantiles of every measurement from before the step, and its share at the clip bounds of N().
 
-    Returns columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at
-    or beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts."""
+    Args:
+        tokens: A token table.
+
+    Returns:
+        Columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at or
+        beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts.
+    """
     prompts, rows = PromptClusters(tokens["prompt_id"], draws=0), []
     for name in tokens.columns:
         if name in SCHEMA and SCHEMA[name].stage == "before":
@@ -367,12 +433,19 @@ def _spread(values: np.ndarray) -> dict:
 def coverage(
     tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> pd.DataFrame:
-    """What each outcome rests on.
+    """How much data each outcome is computed from.
 
-    Returns columns outcome, split, contexts, undefined (positions without a value),
-    effective_prompts (as many prompts of equal length would weigh the same), design_effect
-    (variance of the mean over that of independent positions), effective_positions (positions over
-    the design effect), positions, prompts."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, contexts, undefined (positions without a value), effective_prompts
+        (as many prompts of equal length would weigh the same), design_effect (variance of the mean
+        over that of independent positions), effective_positions (positions over the design effect),
+        positions, prompts.
+    """
     rows = []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):

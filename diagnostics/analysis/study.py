@@ -1,10 +1,11 @@
 """The study: every table from one token table, without torch or a model.
 
     import diagnostics as dx
-    tables = dx.analysis.study(dx.read_tokens("tokens.parquet"))
+    tables = dx.study(dx.read_tokens("tokens.parquet"))
     tables["verdicts"]
 
-What the table's columns do not allow is left out and listed in `left_out` with the reason.
+A table that the token table's columns do not allow is left out and listed in `left_out` with the
+reason.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ __all__ = [
     "within_prompt_correlations",
 ]
 
-_PLANE = ("student_entropy", "forward_kl")
-_Q3 = (*_PLANE, "compatibility")
-_CLAIMS = regressions.REGRESSION_COLUMNS
+_QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
+_Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
+_CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -74,17 +75,32 @@ def study(
     base_k: int | None = None,
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
-    """Every table that the token table allows, by file name.
+    """Make every table that the token table allows.
 
-    criteria: those to correlate, None takes all that the columns allow; training: the verdicts of a
-    grid of trainings (`validation.verdict_table`), for claim C5; losses: token tables of steps with
-    other losses, by loss; base_k: K of the columns without a suffix, None reads it from the table
-    (`robustness.known_k`) and warns where nothing tells it. The tables are correlations,
-    placebo_excess, differences, partial, within_prompt, quadrants, positions, q3_contrast,
-    q3_groups, matching and balance (also within a caliper: ..._caliper), regressions,
-    decomposition, residual_curves, support_robustness, gain_robustness, saturation, coverage,
-    verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the
-    table holds no outcome, no row or no prompt_id."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Criteria to correlate; None takes all that the columns allow.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        training: Verdicts of a grid of trainings (`training_outcomes.verdict_table`), for claim C5.
+        losses: Token tables of steps with other losses on the same bank, by loss.
+        base_k: K of the columns without a suffix; None reads it from the table
+            (`robustness.known_k`) and warns where it is not known.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Tables by file name: correlations, placebo_excess, differences, partial, within_prompt,
+        quadrants, positions, q3_contrast, q3_groups, matching and balance (also within a caliper:
+        matching_caliper, balance_caliper), regressions, decomposition, residual_curves,
+        support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
+        (columns table, what, why), and exactness for a top-K teacher.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
+            contradicts its columns.
+
+    Reference:
+        arXiv 2605.26844 (the claims and the released analysis).
+    """
     outcomes(tokens)
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(tokens, base_k)
@@ -106,13 +122,13 @@ def study(
     made["warnings"] = study_warnings.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
     return bounds.marked(made, tokens) | (
-        {"exactness": bounds.table(tokens)} if bounds.is_listed(tokens) else {}
+        {"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {}
     )
 
 
 def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:
-    """The table and the K of its columns; a table that depends on a K which nothing tells gets a
-    warning for it.
+    """The table and the K of its columns; a table that depends on an unknown K gets a warning for
+    it.
     """
     k, dependent = robustness.known_k(tokens, stated), robustness.depends_on_k(tokens)
     if k is None and dependent:
@@ -156,36 +172,39 @@ def _plan(
                 "within_prompt", within_prompt_correlations, criteria=criteria, bootstrap=bootstrap
             ),
         ),
-        (_PLANE, one("quadrants", quadrant_means, bootstrap=bootstrap)),
+        (_QUADRANT_COLUMNS, one("quadrants", quadrant_means, bootstrap=bootstrap)),
         (("position", "response_length"), one("positions", position_means, bootstrap=bootstrap)),
-        (_Q3, one("q3_contrast", q3_contrast, bootstrap=bootstrap)),
-        (_Q3, one("q3_groups", q3_groups, bootstrap=bootstrap)),
-        (_CLAIMS, one("matching", matching, bootstrap=bootstrap)),
-        (_CLAIMS, one("balance", balance, seed=bootstrap.seed)),
+        (_Q3_COLUMNS, one("q3_contrast", q3_contrast, bootstrap=bootstrap)),
+        (_Q3_COLUMNS, one("q3_groups", q3_groups, bootstrap=bootstrap)),
+        (_CLAIM_COLUMNS, one("matching", matching, bootstrap=bootstrap)),
+        (_CLAIM_COLUMNS, one("balance", balance, seed=bootstrap.seed)),
         (
-            _CLAIMS,
+            _CLAIM_COLUMNS,
             one("matching_caliper", matching, caliper=correlations.CALIPER, bootstrap=bootstrap),
         ),
         (
-            _CLAIMS,
+            _CLAIM_COLUMNS,
             one("balance_caliper", balance, caliper=correlations.CALIPER, seed=bootstrap.seed),
         ),
         (
-            _CLAIMS,
+            _CLAIM_COLUMNS,
             several(
                 ("regressions", "decomposition"),
                 lambda: regressions.regressions(tokens, bootstrap=bootstrap),
             ),
         ),
-        (_CLAIMS, one("residual_curves", residual_curves, bootstrap=bootstrap)),
+        (_CLAIM_COLUMNS, one("residual_curves", residual_curves, bootstrap=bootstrap)),
         (
-            _CLAIMS,
+            _CLAIM_COLUMNS,
             several(
                 ("support_robustness", "verdicts"),
                 lambda: _claims(tokens, base_k=base_k, bootstrap=bootstrap),
             ),
         ),
-        (_CLAIMS, one("gain_robustness", gain_robustness, losses=losses, bootstrap=bootstrap)),
+        (
+            _CLAIM_COLUMNS,
+            one("gain_robustness", gain_robustness, losses=losses, bootstrap=bootstrap),
+        ),
         ((), one("saturation", saturation)),
         ((), one("coverage", coverage, bootstrap=bootstrap)),
     ]
@@ -219,7 +238,7 @@ def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
-    """What the columns do not allow although its table is made."""
+    """(table, part, reason) for each part that is left out of a table for want of columns."""
     for name in registry.list_criteria().index:
         missing = [need for need in registry.find(name).needs if need not in tokens]
         if missing:

@@ -144,7 +144,7 @@ def test_a_known_effect_is_found_and_an_absent_one_is_not():
             {"drop": ["prompt_id"]},
             r"^the analysis needs the column prompt_id; this one has context_id",
         ),
-        ({"rows": 0}, r"^The token table has no rows, so there is nothing to analyse\."),
+        ({"rows": 0}, r"^The token table has no rows, so there is nothing to analyze\."),
     ],
 )
 def test_tables_that_cannot_be_analysed(tokens, change, message):

@@ -12,7 +12,7 @@ from diagnostics.analysis import selection
 from diagnostics.analysis.selection import (
     ALL_OUTCOMES,
     compare,
-    parts,
+    split_selections,
     profile_measures,
     selection_curves,
     selection_overlap,
@@ -134,7 +134,7 @@ def resampled(tokens, statistic, weights, names):
 def test_draws_are_those_of_a_plain_resampling():
     tokens = table(prompts=6)
     part = next(
-        parts(
+        split_selections(
             tokens,
             criteria=["divergence"],
             outcomes=["gain", "relative_gain"],
@@ -180,7 +180,7 @@ def test_area_is_the_integral_of_the_curve():
     count = len(tokens)
     budgets = [(k + 1) / count for k in range(count)]
     part = next(
-        parts(tokens, criteria=["teachability"], outcomes=["gain"], budgets=budgets, draws=2)
+        split_selections(tokens, criteria=["teachability"], outcomes=["gain"], budgets=budgets, draws=2)
     )
     curves = [
         [0.0, *(e.value for e in part.shares(choice, "gain"))]
@@ -383,7 +383,7 @@ def test_a_criterion_overlaps_with_itself_wholly():
 
 def test_jaccard_draws_are_those_of_a_plain_resampling():
     tokens = table(prompts=6)
-    part = selection.whole(tokens, ["divergence", "entropy"], [0.2], draws=8, seed=2)
+    part = selection.table_selections(tokens, ["divergence", "entropy"], [0.2], draws=8, seed=2)
     ((estimate, _),) = selection._jaccards(part, "divergence", "entropy")
     a, b = (criteria.select(tokens, name, budget=0.2) for name in ("divergence", "entropy"))
     expected = resampled(
