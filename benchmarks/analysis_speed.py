@@ -81,7 +81,7 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
 
 
 def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
-    """Seconds a draw of a bootstrap that concatenates DataFrames, for the same cells as
+    """Seconds per draw of a bootstrap that concatenates DataFrames, for the same cells as
     `correlate`.
     """
     frame = tokens.assign(

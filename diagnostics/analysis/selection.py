@@ -580,24 +580,26 @@ def selection_summary(
                     key | line | {"positions": defined}
                     for line in _against_best(estimates, bootstrap.level)
                 ]
-    order = [
-        "outcome",
-        "criterion",
-        "split",
-        "statistic",
-        "budget",
-        "estimate",
-        "low",
-        "high",
-        "baseline",
-        "best",
-        "behind_best",
-        "behind_best_low",
-        "behind_best_high",
-        "positions",
-        "prompts",
-    ]
-    return pd.DataFrame(rows, columns=order)
+    return pd.DataFrame(rows, columns=_SUMMARY_COLUMNS)
+
+
+_SUMMARY_COLUMNS = [
+    "outcome",
+    "criterion",
+    "split",
+    "statistic",
+    "budget",
+    "estimate",
+    "low",
+    "high",
+    "baseline",
+    "best",
+    "behind_best",
+    "behind_best_low",
+    "behind_best_high",
+    "positions",
+    "prompts",
+]
 
 
 def _against_best(estimates: dict[str, Estimate], level: float) -> Iterator[dict]:
@@ -675,19 +677,21 @@ def selection_overlap(
                 | {"statistic": "jaccard", "budget": budget, "chance": chance}
                 | row(estimate, bootstrap.level)
             )
-    order = [
-        "criterion",
-        "other",
-        "statistic",
-        "budget",
-        "estimate",
-        "low",
-        "high",
-        "chance",
-        "positions",
-        "prompts",
-    ]
-    return pd.DataFrame(rows, columns=order)
+    return pd.DataFrame(rows, columns=_OVERLAP_COLUMNS)
+
+
+_OVERLAP_COLUMNS = [
+    "criterion",
+    "other",
+    "statistic",
+    "budget",
+    "estimate",
+    "low",
+    "high",
+    "chance",
+    "positions",
+    "prompts",
+]
 
 
 def _jaccards(part: SplitSelections, one: str, other: str) -> Iterator[tuple[Estimate, float]]:
@@ -795,21 +799,23 @@ def selection_profile(
                         "positions": int(count),
                     }
                 )
-    order = [
-        "criterion",
-        "budget",
-        "measure",
-        "estimate",
-        "low",
-        "high",
-        "full",
-        "minus_full",
-        "minus_full_low",
-        "minus_full_high",
-        "positions",
-        "prompts",
-    ]
-    return pd.DataFrame(rows, columns=order)
+    return pd.DataFrame(rows, columns=_PROFILE_COLUMNS)
+
+
+_PROFILE_COLUMNS = [
+    "criterion",
+    "budget",
+    "measure",
+    "estimate",
+    "low",
+    "high",
+    "full",
+    "minus_full",
+    "minus_full_low",
+    "minus_full_high",
+    "positions",
+    "prompts",
+]
 
 
 def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:

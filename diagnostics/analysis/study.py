@@ -11,6 +11,7 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -62,6 +63,8 @@ __all__ = [
 _QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
 _Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
 _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
+_REGRESSION_TABLES = ("regressions", "decomposition")
+_CLAIM_TABLES = ("support_robustness", "verdicts")
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -104,11 +107,10 @@ def study(
     outcomes(tokens)
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(tokens, base_k)
-    plan = _plan(tokens, criteria, bootstrap, losses, base_k)
     made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
-    for needs, make in plan:
-        missing = [name for name in needs if name not in tokens]
-        for name, table in make(missing).items():
+    for step in _plan(tokens, criteria, bootstrap, losses, base_k):
+        missing = [name for name in step.needs if name not in tokens]
+        for name, table in step.tables(missing).items():
             if table is not None and len(table):
                 made[name] = table
             else:
@@ -147,71 +149,56 @@ def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int
     return tokens, robustness.BASE_K if k is None else k
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Some tables of the study, the columns that they need, and how they are made."""
+
+    names: tuple[str, ...]
+    needs: tuple[str, ...]
+    make: Callable[[], dict[str, pd.DataFrame]]
+
+    def tables(self, missing: list[str]) -> Mapping[str, pd.DataFrame | None]:
+        """The tables by name; None for each where columns are missing."""
+        return dict.fromkeys(self.names) if missing else self.make()
+
+
 def _plan(
     tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
-) -> list[tuple[tuple[str, ...], Callable]]:
-    """(columns needed, missing columns -> tables by name); a step with missing columns makes
-    None.
-    """
+) -> list[_Step]:
+    """The steps of the study in the order of its tables."""
+    scored = {"criteria": criteria, "bootstrap": bootstrap}
+    drawn, seeded = {"bootstrap": bootstrap}, {"seed": bootstrap.seed}
+    near = {"caliper": correlations.CALIPER}
 
-    def one(name: str, function: Callable, **more) -> Callable:
-        return lambda missing: {name: None if missing else function(tokens, **more)}
+    def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
+        return _Step((name,), needs, lambda: {name: function(tokens, **options)})
 
-    def several(names: tuple[str, ...], function: Callable) -> Callable:
-        return lambda missing: dict.fromkeys(names) if missing else function()
+    def several(names: tuple[str, ...], needs: tuple[str, ...], function: Callable, **options):
+        return _Step(names, needs, lambda: function(tokens, **options))
 
     return [
-        ((), several((), lambda: _correlations(tokens, criteria, bootstrap=bootstrap))),
-        (
-            position_splits.HELD_COLUMNS,
-            one("partial", partial_correlations, criteria=criteria, bootstrap=bootstrap),
-        ),
-        (
-            (),
-            one(
-                "within_prompt", within_prompt_correlations, criteria=criteria, bootstrap=bootstrap
-            ),
-        ),
-        (_QUADRANT_COLUMNS, one("quadrants", quadrant_means, bootstrap=bootstrap)),
-        (("position", "response_length"), one("positions", position_means, bootstrap=bootstrap)),
-        (_Q3_COLUMNS, one("q3_contrast", q3_contrast, bootstrap=bootstrap)),
-        (_Q3_COLUMNS, one("q3_groups", q3_groups, bootstrap=bootstrap)),
-        (_CLAIM_COLUMNS, one("matching", matching, bootstrap=bootstrap)),
-        (_CLAIM_COLUMNS, one("balance", balance, seed=bootstrap.seed)),
-        (
-            _CLAIM_COLUMNS,
-            one("matching_caliper", matching, caliper=correlations.CALIPER, bootstrap=bootstrap),
-        ),
-        (
-            _CLAIM_COLUMNS,
-            one("balance_caliper", balance, caliper=correlations.CALIPER, seed=bootstrap.seed),
-        ),
-        (
-            _CLAIM_COLUMNS,
-            several(
-                ("regressions", "decomposition"),
-                lambda: regressions.regressions(tokens, bootstrap=bootstrap),
-            ),
-        ),
-        (_CLAIM_COLUMNS, one("residual_curves", residual_curves, bootstrap=bootstrap)),
-        (
-            _CLAIM_COLUMNS,
-            several(
-                ("support_robustness", "verdicts"),
-                lambda: _claims(tokens, base_k=base_k, bootstrap=bootstrap),
-            ),
-        ),
-        (
-            _CLAIM_COLUMNS,
-            one("gain_robustness", gain_robustness, losses=losses, bootstrap=bootstrap),
-        ),
-        ((), one("saturation", saturation)),
-        ((), one("coverage", coverage, bootstrap=bootstrap)),
+        several((), (), _correlations, **scored),
+        one("partial", position_splits.HELD_COLUMNS, partial_correlations, **scored),
+        one("within_prompt", (), within_prompt_correlations, **scored),
+        one("quadrants", _QUADRANT_COLUMNS, quadrant_means, **drawn),
+        one("positions", ("position", "response_length"), position_means, **drawn),
+        one("q3_contrast", _Q3_COLUMNS, q3_contrast, **drawn),
+        one("q3_groups", _Q3_COLUMNS, q3_groups, **drawn),
+        one("matching", _CLAIM_COLUMNS, matching, **drawn),
+        one("balance", _CLAIM_COLUMNS, balance, **seeded),
+        one("matching_caliper", _CLAIM_COLUMNS, matching, **near, **drawn),
+        one("balance_caliper", _CLAIM_COLUMNS, balance, **near, **seeded),
+        several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
+        one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **drawn),
+        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
+        one("saturation", (), saturation),
+        one("coverage", (), coverage, **drawn),
     ]
 
 
 def _correlations(
-    tokens: pd.DataFrame, criteria: list[str] | None, *, bootstrap: Bootstrap
+    tokens: pd.DataFrame, *, criteria: list[str] | None, bootstrap: Bootstrap
 ) -> dict[str, pd.DataFrame]:
     found = correlations.associate(tokens, criteria=criteria, bootstrap=bootstrap)
     return {

@@ -1,3 +1,5 @@
+"""How exact each number is with a top-K teacher."""
+
 import numpy as np
 import pandas as pd
 
