@@ -63,7 +63,9 @@ class PromptClusters:
     @with_settings(bootstrap=Bootstrap)
     def __init__(self, ids, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any):
         self.codes, self.names = pd.factorize(pd.Series(ids), sort=True)
-        self.count, self.draws, self.seed = len(self.names), bootstrap.draws, bootstrap.seed
+        self.count = len(self.names)
+        self.draws = bootstrap.draws
+        self.seed = bootstrap.seed
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -90,6 +92,8 @@ class PromptClusters:
             [prompts, columns] sums, float64.
         """
         codes = self.codes if at is None else self.codes[at]
+        # Runs of one prompt are added up first: reduceat is many times faster than a bincount of
+        # every position.
         if not len(codes):
             return np.zeros((self.count, len(columns)))
         starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
@@ -155,6 +159,7 @@ class Estimate:
 
         It is NaN with one prompt, and where too few draws or left-out values are defined.
         """
+        # A statistic that is undefined in a few draws, e.g. that of a rare group, keeps its interval.
         draws = self._scale(self.draws)
         draws = draws[np.isfinite(draws)]
         if self.prompts < 2 or len(draws) < max(2, ENOUGH_DRAWS * len(self.draws)):
@@ -181,7 +186,8 @@ class Estimate:
             float(special.stdtrit(max(self.prompts - 1, 1), (1 + level) / 2)) * self.standard_error
         )
         middle = self._scale(self.value)
-        low, high = middle - reach, middle + reach
+        low = middle - reach
+        high = middle + reach
         return (
             (float(np.tanh(low)), float(np.tanh(high)))
             if self.correlation
@@ -201,6 +207,7 @@ class Estimate:
         )
 
     def _scale(self, value):
+        # arctanh(+-1) is infinite; the clip keeps a perfect correlation finite.
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
 
 
@@ -233,11 +240,9 @@ def of_sums(
         P estimates.
     """
     total = sums.sum(0)
-    value, draws, left_out = (
-        function(total),
-        function(prompts.weights @ sums),
-        function(total - sums),
-    )
+    value = function(total)
+    draws = function(prompts.weights @ sums)
+    left_out = function(total - sums)
     counts = int(mask.sum()), prompts.present(mask)
     return [
         Estimate(float(value[i]), draws[:, i], *counts, left_out=left_out[:, i], **options)
@@ -292,7 +297,9 @@ def mean_difference(
     used = (top | bottom) & np.isfinite(values)
     if not (used & top).any() or not (used & bottom).any():
         return undefined(prompts, used)
-    y, upper, lower = values[used], top[used].astype(np.float64), bottom[used].astype(np.float64)
+    y = values[used]
+    upper = top[used].astype(np.float64)
+    lower = bottom[used].astype(np.float64)
     sums = prompts.sums(upper, upper * y, lower, lower * y, at=used)
     return of_sums(
         lambda s: ratio_of_sums(s[..., :2]) - ratio_of_sums(s[..., 2:]), sums, prompts, used
@@ -334,8 +341,10 @@ def locations(
             ("median", "trimmed_mean", "winsorised_mean"), undefined(prompts, mask)
         )
     order = np.argsort(values[mask])
-    ordered, codes = values[mask][order], prompts.codes[mask][order]
-    cut, counts = int(share * len(ordered)), (len(ordered), prompts.present(mask))
+    ordered = values[mask][order]
+    codes = prompts.codes[mask][order]
+    cut = int(share * len(ordered))
+    counts = (len(ordered), prompts.present(mask))
     middle = [
         _order_statistic(ordered, codes, prompts, 0.5, lambda total, s=s: (total + s) // 2)
         for s in (-1, 0)
@@ -374,13 +383,12 @@ def _order_statistic(
             prompts.weights @ np.bincount(part, minlength=prompts.count)
             for part in (codes[:start], codes)
         )
-        wanted, within = (
-            rank(total),
-            prompts.weights @ np.bincount(codes[start:stop], minlength=prompts.count),
-        )
+        wanted = rank(total)
+        within = prompts.weights @ np.bincount(codes[start:stop], minlength=prompts.count)
         if ((before <= wanted) & (wanted < before + within) | (total == 0)).all():
             break
-    found, rows = np.full(len(total), np.nan), max(1, CHUNK // (stop - start))
+    found = np.full(len(total), np.nan)
+    rows = max(1, CHUNK // (stop - start))
     for first in range(0, len(total), rows):
         block = np.arange(first, min(first + rows, len(total)))
         block = block[total[block] > 0]
@@ -397,7 +405,8 @@ def design_effect(values: np.ndarray, prompts: PromptClusters) -> float:
     """Variance of the mean with clusters over its variance with independent positions; NaN where
     either is undefined.
     """
-    estimate, finite = mean(values, prompts), values[np.isfinite(values)]
+    estimate = mean(values, prompts)
+    finite = values[np.isfinite(values)]
     if len(finite) < 2 or not np.var(finite) > 0:
         return np.nan
     return float(estimate.standard_error**2 / (np.var(finite, ddof=1) / len(finite)))

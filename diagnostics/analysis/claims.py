@@ -218,10 +218,12 @@ def _claim_test(claim: str, outcome: str, split: str, found: Sequence[Finding]) 
 
 def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
     """Level of each row's interval such that it excludes 0 exactly where Holm rejects."""
-    p_values, alpha = np.asarray(p_values, dtype=np.float64), 1 - level
+    p_values = np.asarray(p_values, dtype=np.float64)
+    alpha = 1 - level
     order = np.argsort(p_values)
     order = order[np.isfinite(p_values[order])]
-    levels, share = np.full(p_values.shape, level), alpha
+    levels = np.full(p_values.shape, level)
+    share = alpha
     for rank, at in enumerate(order):
         share = alpha / (len(order) - rank)
         if p_values[at] > share:
@@ -232,7 +234,8 @@ def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
 
 
 def _row(test: ClaimTest, p: float, at: float, looks: int, level: float, remark: str) -> dict:
-    verdict, part = test.verdict(p, level), test.deciding
+    verdict = test.verdict(p, level)
+    part = test.deciding
     if part is not None and part.estimate.value < 0:
         at = 1 - (1 - at) / len(test.parts)
     estimate = part.estimate if part else Estimate(np.nan, np.empty(0), 0, 0)

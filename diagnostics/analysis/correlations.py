@@ -91,7 +91,8 @@ def associate(
     Raises:
         DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
     """
-    scored, found = scores(tokens, criteria, seed=bootstrap.seed), []
+    scored = scores(tokens, criteria, seed=bootstrap.seed)
+    found = []
     methods = tuple(methods)
     for split in splits(tokens, bootstrap=bootstrap):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
@@ -184,7 +185,8 @@ def correlation_differences(associations: list[Association], *, level: float) ->
         Columns outcome, criterion, other, split, method, difference, low, high, p_value (against 0,
         not corrected for the number of pairs), positions, prompts.
     """
-    rows, alike = [], defaultdict(list)
+    rows = []
+    alike = defaultdict(list)
     for association in associations:
         alike[association.outcome, association.split, association.method].append(association)
     for (outcome, split, method), same in alike.items():
@@ -285,13 +287,12 @@ def _correlations_of(
     """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, split and
     method.
     """
-    scored, rows = scores(tokens, criteria, seed=bootstrap.seed), []
+    scored = scores(tokens, criteria, seed=bootstrap.seed)
+    rows = []
     for split in splits(tokens, bootstrap=bootstrap):
         variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-        held, bare = (
-            Controls([column[split.mask] for column in fixed.values()]),
-            split.prompts.without_draws(),
-        )
+        held = Controls([column[split.mask] for column in fixed.values()])
+        bare = split.prompts.without_draws()
         for outcome in outcomes(tokens):
             y, placebo = (
                 Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}")

@@ -38,6 +38,7 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
     """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly
     dependent.
     """
+    # Scaled to a correlation matrix, so that the determinant does not depend on the columns' units.
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
         scaled = matrix / (scale[..., :, None] * scale[..., None, :])
@@ -101,7 +102,8 @@ def regress(
         return None
     spread = dict(zip([*terms, "outcome"], (float(column[mask].std()) for column in columns)))
     scaled = [standardize(column[mask]) for column in columns]
-    sums, q = cross_products(scaled, prompts, mask), len(columns) + 1
+    sums = cross_products(scaled, prompts, mask)
+    q = len(columns) + 1
     values = of_sums(lambda s: _coefficients_and_fit(s, q), sums, prompts, mask)
     if not np.isfinite(values[0].value):
         return None

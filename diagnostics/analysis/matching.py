@@ -51,7 +51,8 @@ def match(
     rows = np.flatnonzero(treated | control)
     rows = rows[np.argsort(codes[rows], kind="stable")]
     for group in np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1):
-        t, c = group[treated[group]], group[control[group]]
+        t = group[treated[group]]
+        c = group[control[group]]
         if len(t) and len(c):
             distance = spatial.distance.cdist(features[t], features[c])
             cost = np.where(distance > caliper, TOO_FAR, distance)

@@ -44,10 +44,12 @@ def quadrant_means(
         Columns outcome, split, quadrant (all, Q1..Q4), statistic, estimate, low, high, share (of
         the split's positions that lie in the quadrant), positions, prompts.
     """
-    quadrant, rows = registry.quadrants(tokens), []
+    quadrant = registry.quadrants(tokens)
+    rows = []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
-            values, here = split.values(tokens, outcome), quadrant[split.mask]
+            values = split.values(tokens, outcome)
+            here = quadrant[split.mask]
             for number, name in QUADRANT_NAMES.items():
                 mask = np.ones(len(here), dtype=bool) if name == "all" else here == number
                 found = {"mean": mean(values, split.prompts, mask)}
@@ -76,10 +78,12 @@ def position_means(
         Columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high, positions,
         prompts. A bin without positions has no row.
     """
-    place, rows = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1), []
+    place = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1)
+    rows = []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
-            values, here = split.values(tokens, outcome), place[split.mask]
+            values = split.values(tokens, outcome)
+            here = place[split.mask]
             for number in np.unique(here):
                 key = {"outcome": outcome, "split": split.name, "position": (number + 0.5) / bins}
                 rows.append(
@@ -134,7 +138,8 @@ def contrasts(
 def _contrasts(
     tokens: pd.DataFrame, by: Iterable[str], groups: Iterable[int], bootstrap: Bootstrap
 ) -> Iterator[Contrast]:
-    scored, in_q3 = scores(tokens, by, seed=bootstrap.seed), registry.quadrants(tokens) == 3
+    scored = scores(tokens, by, seed=bootstrap.seed)
+    in_q3 = registry.quadrants(tokens) == 3
     for split in splits(tokens, bootstrap=bootstrap):
         for count in groups:
             yield from contrasts(scored, in_q3, split, count)
@@ -170,7 +175,8 @@ def q3_contrast(
     Reference:
         arXiv 2605.26844 (the contrast between compatible and incompatible Q3 positions).
     """
-    rows, names = [], {count: name for name, count in GROUP_COUNTS.items()}
+    rows = []
+    names = {count: name for name, count in GROUP_COUNTS.items()}
     for contrast in _contrasts(tokens, by, GROUP_COUNTS.values(), bootstrap):
         for outcome in outcomes(tokens):
             values, placebo = (
@@ -246,7 +252,9 @@ def matching_features(tokens: pd.DataFrame) -> np.ndarray:
     """Coordinates [N, 3] to match in: h, d and relative position, each over its standard deviation
     within Q3.
     """
-    columns, in_q3 = controls(tokens).values(), registry.quadrants(tokens) == 3
+    columns = controls(tokens).values()
+    in_q3 = registry.quadrants(tokens) == 3
+    # Distances inside Q3 are compared, so the spread inside Q3 is the unit.
     spreads = [column[in_q3].std() if in_q3.any() else 0.0 for column in columns]
     return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
 
@@ -266,7 +274,8 @@ def pair_up(
         Row numbers of the top and of the bottom position of each pair.
     """
     defined = np.isfinite(space).all(axis=1)
-    top, bottom = contrast.top & defined, contrast.bottom & defined
+    top = contrast.top & defined
+    bottom = contrast.bottom & defined
     return pair_matching.match(
         space, top, bottom, contrast.split.prompts.codes, replacement=replacement, caliper=caliper
     )
@@ -299,7 +308,8 @@ def matching(
         DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
             needs.
     """
-    space, rows = matching_features(tokens), []
+    space = matching_features(tokens)
+    rows = []
     for contrast in _contrasts(tokens, by, [3], bootstrap):
         for replacement in (True, False):
             pairs = pair_up(
@@ -357,7 +367,9 @@ def balance(
         DiagnosticsError: If the table holds no outcome, or lacks a column that a score or a control
             needs.
     """
-    columns, space, rows = controls(tokens), matching_features(tokens), []
+    columns = controls(tokens)
+    space = matching_features(tokens)
+    rows = []
     for contrast in _contrasts(tokens, by, [3], Bootstrap(draws=0, seed=seed)):
         split = contrast.split
         for replacement in (True, False):
@@ -387,7 +399,8 @@ def _imbalance(
     values: np.ndarray, contrast: Contrast, pairs: tuple[np.ndarray, np.ndarray]
 ) -> tuple[float, float]:
     finite = np.isfinite(values)
-    top, bottom = values[contrast.top & finite], values[contrast.bottom & finite]
+    top = values[contrast.top & finite]
+    bottom = values[contrast.bottom & finite]
     if not len(top) or not len(bottom):
         return np.nan, np.nan
     scale = np.sqrt((np.var(top) + np.var(bottom)) / 2)

@@ -205,9 +205,8 @@ def offline_values(
     """
     everywhere = np.ones(len(tokens), dtype=bool)
     prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
-    present = _present(
-        tokens, [name for name in outcomes if name != "lift"], everywhere
-    )  # a lift is of the step half alone
+    # A lift is defined on the step half alone, and these values are of all positions.
+    present = _present(tokens, [name for name in outcomes if name != "lift"], everywhere)
     found = [
         _captured(tokens, everywhere, cells, outcome, prompts, bootstrap.seed)
         for outcome in present
@@ -326,10 +325,8 @@ def _captured(
     positions = tokens.loc[on_step, ["position"]].reset_index(drop=True)
     values = outcome_values(tokens, outcome)[on_step]
     part = SplitSelections("step", prompts, positions, budgets, {outcome: values}, scored)
-    inside, total = (
-        {name: part.inside(choice, values) for name, choice in part.choices.items()},
-        part.total(values),
-    )
+    inside = {name: part.inside(choice, values) for name, choice in part.choices.items()}
+    total = part.total(values)
     sums = []
     for criterion, budget in cells.itertuples(index=False):
         expected = total[:, 0] * registry.budget_count(len(positions), budget) / len(positions)
@@ -390,7 +387,8 @@ def _pairings(found: list[CellScores]) -> Iterator[tuple[CellScores, CellScores]
 
 def kendall(x: CellScores, y: CellScores, pairs: np.ndarray) -> Tau:
     """Tau-b over the pairs [C, C], with its draws; NaN where an answer ties every pair."""
-    a, b = x.signs[:, pairs], y.signs[:, pairs]
+    a = x.signs[:, pairs]
+    b = y.signs[:, pairs]
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return Tau(float(tau[0]), tau[1:], int(pairs.any(axis=1).sum()), min(x.prompts, y.prompts))

@@ -74,6 +74,7 @@ class Ranked:
     ):
         self.order = np.argsort(values) if order is None else order
         if within is not None:
+            # A stable sort of 16-bit integers is a radix sort, which takes linear time.
             small = np.uint16 if within.max(initial=0) < 2**16 else np.int64
             self.order = self.order[np.argsort(within[self.order].astype(small), kind="stable")]
         self.below, self.ties = np.empty((2, len(values)), dtype=np.int64)
@@ -155,7 +156,8 @@ def spearman(x, y, prompts: PromptClusters) -> Estimate:
 def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: PromptClusters) -> Estimate:
     if len(x) < 3:
         return undefined(prompts, mask)
-    x, y = standardize(x), standardize(y)
+    x = standardize(x)
+    y = standardize(y)
     sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, at=mask)
     return of_sums(_pearson_from_sums, sums, prompts, mask, correlation=True)[0]
 
@@ -259,13 +261,15 @@ def _earlier_and_lower(level: np.ndarray) -> np.ndarray:
 
     Whole blocks are counted by a table, the elements of the same block pairwise.
     """
-    n, side = len(level), max(LEAST_BLOCK, int(np.sqrt(len(level)) / 2))
+    n = len(level)
+    side = max(LEAST_BLOCK, int(np.sqrt(len(level)) / 2))
     blocks = -(-n // side)
     levels = np.arange(blocks * side, dtype=np.int32)
     levels[:n] = level
     places = np.empty_like(levels)
     places[levels] = np.arange(blocks * side, dtype=np.int32)
-    row, column = np.arange(blocks * side) // side, levels // side
+    row = np.arange(blocks * side) // side
+    column = levels // side
     table = np.bincount(row * blocks + column, minlength=blocks**2).reshape(blocks, blocks)
     counts = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))[row, column]
     counts += _earlier_and_lower_in_block(levels, side)
@@ -382,7 +386,8 @@ class Controls:
             design = np.stack([np.ones(int(mask.sum())), *map(standardize, columns)], axis=1)
             left, size, _ = np.linalg.svd(design, full_matrices=False)
             self._bases[key] = left[:, size > 1e-8 * size[0]]
-        basis, scaled = self._bases[key], standardize(values)
+        basis = self._bases[key]
+        scaled = standardize(values)
         rest = scaled - basis @ (basis.T @ scaled)
         return rest if np.mean(rest**2) > SINGULAR else np.zeros_like(rest)
 

@@ -91,7 +91,8 @@ def terms(
         DiagnosticsError: If a column is missing.
     """
     require_columns(tokens, REGRESSION_COLUMNS, what="A regression of the gain")
-    h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
+    h = normalize(tokens["student_entropy"])
+    d = normalize(tokens["forward_kl"])
     found = {
         "student_entropy": h,
         "divergence": d,
@@ -168,7 +169,9 @@ def regressions(
         winsorised, scale (standardised, per_unit), difference, low, high, p_value, positions,
         prompts. Models that cannot be fitted have no rows.
     """
-    predictors, rows, tests = terms(tokens), [], []
+    predictors = terms(tokens)
+    rows = []
+    tests = []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             for share in WINSORISED:
@@ -247,17 +250,16 @@ def residual_curves(
         Columns outcome, split, score, curve, at (the score), residual (in the outcome's unit), low,
         high, positions, prompts.
     """
-    predictors, rows = terms(tokens), []
+    predictors = terms(tokens)
+    rows = []
     held = [predictors[name] for name in HELD_TERMS if name in predictors]
     for split in splits(tokens, bootstrap=bootstrap):
         controls = [column[split.mask] for column in held]
         for outcome in outcomes(tokens):
             values = split.values(tokens, outcome)
             for score in CURVE_SCORES:
-                x, key = (
-                    predictors[score][split.mask],
-                    {"outcome": outcome, "split": split.name, "score": score},
-                )
+                x = predictors[score][split.mask]
+                key = {"outcome": outcome, "split": split.name, "score": score}
                 for curve, points in residual_curve(x, values, controls, split.prompts).items():
                     rows += [
                         key | {"curve": curve, "at": at} | row(e, bootstrap.level, named="residual")
@@ -284,7 +286,8 @@ def residual_curve(
     mask = np.all(np.isfinite([x, values, *controls]), axis=0)
     if mask.sum() < DECILES * 2:
         return {}
-    x, values = x[mask], values[mask]
+    x = x[mask]
+    values = values[mask]
     columns = [rank_correlation.standardize(control[mask]) for control in controls]
     group = rank_correlation.groups_by_rank(x, DECILES, np.ones(len(x), dtype=bool))
     here = [number for number in range(1, DECILES + 1) if (group == number).any()]
@@ -318,7 +321,8 @@ def _points(
     basis'[1, controls, values].
     """
     fixed = [np.ones(len(values)), *columns, values]
-    q, k = len(fixed), basis.shape[1]
+    q = len(fixed)
+    k = basis.shape[1]
     products = [a * b for a in fixed for b in fixed]
     products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
     products += [basis[:, i] * b for i in range(k) for b in fixed]

@@ -109,6 +109,7 @@ class ClaimStatistics:
         )
         contrast = self.contrast(split)
 
+        # Two of the statistics need the same regression, and neither may be wanted.
         @cache
         def decomposition() -> Regression | None:
             return regressions.fit("decomposition", values, self.predictors, split, robust=False)
@@ -374,7 +375,8 @@ def _variant(
     bootstrap: Bootstrap,
     winsorised: float = 0.0,
 ) -> list[dict]:
-    claims, rows = ClaimStatistics(tokens), []
+    claims = ClaimStatistics(tokens)
+    rows = []
     for split in splits(tokens, bootstrap=bootstrap):
         for outcome in forms:
             key = {"variant": variant, "outcome": outcome, "split": split.name}
@@ -400,7 +402,8 @@ def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
         Columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at or
         beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts.
     """
-    prompts, rows = PromptClusters(tokens["prompt_id"], draws=0), []
+    prompts = PromptClusters(tokens["prompt_id"], draws=0)
+    rows = []
     for name in tokens.columns:
         if name in SCHEMA and SCHEMA[name].stage == "before":
             values = tokens[name].to_numpy(dtype=np.float64)
@@ -418,7 +421,8 @@ def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
 def _spread(values: np.ndarray) -> dict:
     at = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.nan)
     found = dict(zip(QUANTILES, map(float, at)))
-    low, high = found[LOW_QUANTILE], found[HIGH_QUANTILE]
+    low = found[LOW_QUANTILE]
+    high = found[HIGH_QUANTILE]
     ends = ((values <= low).mean(), (values >= high).mean()) if len(values) else (np.nan, np.nan)
     return {
         "mean": float(values.mean()) if len(values) else np.nan,

@@ -114,7 +114,8 @@ def select_at_budgets(
     count = len(positions)
     wanted = np.array([registry.budget_count(count, budget) for budget in budgets])
     order = registry.ranking(positions, score)
-    first, height = np.full(count, len(wanted)), np.zeros(count)
+    first = np.full(count, len(wanted))
+    height = np.zeros(count)
     first[order] = np.searchsorted(wanted, np.arange(len(order)), side="right")
     height[order] = (count - np.arange(len(order)) - 0.5) / count
     selected = np.minimum(wanted, len(order))
@@ -169,6 +170,7 @@ class SplitSelections:
 
     def random_bands(self, level: float) -> dict[str, np.ndarray]:
         """By outcome, quantiles [2, budgets] of the share that random selections capture."""
+        # A stream of its own, so that the band does not depend on the draws of prompts.
         generator = np.random.default_rng([self.prompts.seed, 1])
         last = (
             np.array(
@@ -208,7 +210,8 @@ class SplitSelections:
 
     def enrichments(self, choice: BudgetSelection, outcome: str) -> list[Estimate]:
         """Captured share over the share of positions selected, at each budget."""
-        values, ones = self.values[outcome], np.ones(len(self.positions))
+        values = self.values[outcome]
+        ones = np.ones(len(self.positions))
         over = np.hstack([self.inside(choice, values), self.inside(choice, ones)])
         return self.estimates(_enrichment, over, self.total(values), self.total(ones))
 
@@ -260,7 +263,9 @@ def _ratio_of_halves(sums: np.ndarray) -> np.ndarray:
 
 
 def _enrichment(sums: np.ndarray) -> np.ndarray:
-    inside, total, count = sums[..., :-2], sums[..., -2:-1], sums[..., -1:]
+    inside = sums[..., :-2]
+    total = sums[..., -2:-1]
+    count = sums[..., -1:]
     captured, selected = np.split(inside, 2, axis=-1)
     return positive_ratio(positive_ratio(captured, total), selected / count)
 
@@ -620,8 +625,9 @@ def _against_best(estimates: dict[str, Estimate], level: float) -> Iterator[dict
         }
         behind = (estimate - estimates[best]) if best and name != best else None
         ends = behind.interval(level) if behind else (np.nan, np.nan)
+        own = np.nan if best is None else 0.0
         yield line | {
-            "behind_best": behind.value if behind else np.nan if best is None else 0.0,
+            "behind_best": behind.value if behind else own,
             "behind_best_low": ends[0],
             "behind_best_high": ends[1],
         }
@@ -696,7 +702,9 @@ _OVERLAP_COLUMNS = [
 
 def _jaccards(part: SplitSelections, one: str, other: str) -> Iterator[tuple[Estimate, float]]:
     """Jaccard at each budget, and that of two independent selections of the same sizes."""
-    a, b, ones = part.choices[one], part.choices[other], np.ones(len(part.positions))
+    a = part.choices[one]
+    b = part.choices[other]
+    ones = np.ones(len(part.positions))
     both, either = (
         _sums_within_budgets(part.prompts, f(a.first, b.first), ones, len(part.budgets))
         for f in (np.maximum, np.minimum)
@@ -779,7 +787,8 @@ def selection_profile(
         DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is outside (0,
         1].
     """
-    part, rows = table_selections(tokens, criteria, budgets, bootstrap=bootstrap), []
+    part = table_selections(tokens, criteria, budgets, bootstrap=bootstrap)
+    rows = []
     for measure, values in profile_measures(tokens).items():
         full = part.mean(values)
         for name, choice in part.choices.items():

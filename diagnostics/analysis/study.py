@@ -107,7 +107,8 @@ def study(
     outcomes(tokens)
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(tokens, base_k)
-    made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
+    made = {}
+    left_out = list(_gaps(tokens, base_k, losses, training))
     for step in _plan(tokens, criteria, bootstrap, losses, base_k):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
@@ -132,7 +133,8 @@ def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int
     """The table and the K of its columns; a table that depends on an unknown K gets a warning for
     it.
     """
-    k, dependent = robustness.known_k(tokens, stated), robustness.depends_on_k(tokens)
+    k = robustness.known_k(tokens, stated)
+    dependent = robustness.depends_on_k(tokens)
     if k is None and dependent:
         tokens = tokens.copy()
         tokens.attrs["warnings"] = [
@@ -167,7 +169,8 @@ def _plan(
 ) -> list[_Step]:
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
-    drawn, seeded = {"bootstrap": bootstrap}, {"seed": bootstrap.seed}
+    drawn = {"bootstrap": bootstrap}
+    seeded = {"seed": bootstrap.seed}
     near = {"caliper": correlations.CALIPER}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:

@@ -81,13 +81,11 @@ class SeedPromptEstimate:
     @property
     def errors(self) -> tuple[float, float]:
         """Squared errors E_S over seeds and E_G over prompts, see `training.grid`."""
-        seeds = (
-            0.0
-            if self.fixed
-            else self.seeds_S.var(ddof=1) / len(self.seeds_S)
-            if len(self.seeds_S) > 1
-            else np.nan
-        )
+        seeds = np.nan
+        if self.fixed:
+            seeds = 0.0
+        elif len(self.seeds_S) > 1:
+            seeds = self.seeds_S.var(ddof=1) / len(self.seeds_S)
         means_D = self.draws_DS.mean(axis=1)
         prompts = (
             np.var(means_D[np.isfinite(means_D)], ddof=1) * self.prompts / (self.prompts - 1)
@@ -112,10 +110,8 @@ class SeedPromptEstimate:
         error = seeds + prompts
         if not error > 0:
             return (self.value, self.value) if error == 0 else (np.nan, np.nan)
-        freedom = error**2 / (
-            (0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1))
-            + prompts**2 / (self.prompts - 1)
-        )
+        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
+        freedom = error**2 / (of_seeds + prompts**2 / (self.prompts - 1))
         reach = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(error)
         return self.value - reach, self.value + reach
 
@@ -151,7 +147,8 @@ class Outcomes:
             ("criterion", "budget", "seed", "measure", "prompt_id", "total", "count"),
             what="A table of training outcomes",
         )
-        self.bootstrap, self.seed = bootstrap, bootstrap.seed
+        self.bootstrap = bootstrap
+        self.seed = bootstrap.seed
         self._prompts: dict[tuple, PromptClusters] = {}
         self.tables = dict(iter(rows.groupby("measure", sort=False)))
         cells = rows.loc[
@@ -176,10 +173,8 @@ class Outcomes:
             for name in ("total", "count")
         )
         prompts = self._shared(tuple(total_SG.columns))
-        total_SG, count_SG = (
-            total_SG.to_numpy(dtype=np.float64),
-            count_SG.to_numpy(dtype=np.float64),
-        )
+        total_SG = total_SG.to_numpy(dtype=np.float64)
+        count_SG = count_SG.to_numpy(dtype=np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             draws_DS = (prompts.weights @ total_SG.T) / (prompts.weights @ count_SG.T)
             return SeedPromptEstimate(
@@ -354,7 +349,10 @@ def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level:
     seeds = len(difference.seeds_S)
     verdict = "inconclusive"
     if seeds >= MINIMUM_SEEDS and np.isfinite([low, high, margin]).all():
-        verdict = "supported" if low >= -margin else "refuted" if high < -margin else verdict
+        if low >= -margin:
+            verdict = "supported"
+        elif high < -margin:
+            verdict = "refuted"
     return {
         "rival": rival,
         "difference": difference.value,
@@ -523,10 +521,8 @@ def offline_answers(
         raise DiagnosticsError(
             f"{path} does not exist. Name a run directory whose main job is finished."
         )
-    tokens, effects = (
-        validate_tokens(read_parquet(unchanged(directory, path.name))),
-        unchanged(directory, "interventions.parquet"),
-    )
+    tokens = validate_tokens(read_parquet(unchanged(directory, path.name)))
+    effects = unchanged(directory, "interventions.parquet")
     scorable = registry.available(tokens)
     frame = pd.DataFrame(
         [cell for cell in cells if registry.find(cell[0]).name in scorable],

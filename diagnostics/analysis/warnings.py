@@ -51,8 +51,9 @@ def _few_prompts(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 number,
                 FEW_PROMPTS,
                 (
-                    f"{row.outcome} on {row.split} rests on {row.prompts} prompts that weigh like"
-                    f" {number:.1f}; intervals were calibrated for {FEW_PROMPTS} and more."
+                    f"{row.outcome} on {row.split} is computed from {row.prompts} prompts, which"
+                    f" weigh as much as {number:.1f} of equal length; intervals were calibrated for"
+                    f" {FEW_PROMPTS} and more."
                 ),
             )
 
@@ -67,8 +68,8 @@ def _undefined_outcomes(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 share,
                 UNDEFINED_SHARE,
                 (
-                    f"{row.outcome} is undefined at {share:.0%} of the {row.split} positions, and"
-                    " says nothing about them."
+                    f"{row.outcome} is undefined at {share:.0%} of the {row.split} positions, which"
+                    " no result covers."
                 ),
             )
 
@@ -84,8 +85,8 @@ def _saturated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 SATURATED_SHARE,
                 (
                     f"Compatibility is at least {SATURATED} at {share:.0%} of positions:"
-                    " normalising it blows up tiny differences. Use a smaller K, or do not read"
-                    " much into c."
+                    " normalization magnifies tiny differences. Use a smaller K, or interpret c"
+                    " with care."
                 ),
             )
 
@@ -99,7 +100,7 @@ def _constant(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 row.distinct,
                 2,
                 (
-                    f"{row.measurement} has one value or none, so every score made of it alone is"
+                    f"{row.measurement} has one value or none, so every score made from it alone is"
                     " constant."
                 ),
             )
@@ -117,8 +118,8 @@ def _rare_quadrants(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                     share,
                     RARE_QUADRANT,
                     (
-                        f"Only {share:.1%} of positions lie in Q{number}; contrasts within it rest"
-                        " on few positions."
+                        f"Only {share:.1%} of positions lie in Q{number}; contrasts within it are"
+                        " computed from few positions."
                     ),
                 )
 
@@ -188,8 +189,8 @@ def _no_placebo(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 0,
                 1,
                 (
-                    f"There is no placebo for {outcome}: how much of a correlation mere coupling"
-                    " with D gives is not known."
+                    f"There is no placebo for {outcome}: it is not known how much of a correlation"
+                    " comes from D being on both sides."
                 ),
             )
 

@@ -69,7 +69,7 @@ def test_uneven_prompts_count_for_fewer(tokens):
     row = robustness.coverage(lopsided, draws=5).iloc[0]
     assert row.prompts == 50 and row.effective_prompts < 5
     assert (
-        "rests on 50 prompts that weigh like"
+        "is computed from 50 prompts, which weigh as much as"
         in warnings(lopsided, {"coverage": robustness.coverage(lopsided, draws=5)}).message[0]
     )
 
