@@ -159,7 +159,7 @@ class Estimate:
 
         It is NaN with one prompt, and where too few draws or left-out values are defined.
         """
-        # A statistic that is undefined in a few draws, e.g. that of a rare group, keeps its interval.
+        # A statistic that a few draws leave undefined, e.g. of a rare group, keeps its interval.
         draws = self._scale(self.draws)
         draws = draws[np.isfinite(draws)]
         if self.prompts < 2 or len(draws) < max(2, ENOUGH_DRAWS * len(self.draws)):

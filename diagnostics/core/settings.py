@@ -109,7 +109,8 @@ def _merged(parameter: str, config: type, passed: Any, given: Mapping[str, Any])
         for name, field in _fields(config).items()
         if name in given
     }
-    return dataclasses.replace(config() if passed is None else passed, **changes)
+    current: Any = config() if passed is None else passed
+    return dataclasses.replace(current, **changes)
 
 
 def _as_tuple(value: Any) -> Any:
