@@ -34,12 +34,16 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.formulas import (
+    RELEASED_EPSILON,
+    acceptance,
+    relative_gain,
+    released_relative_gain,
+)
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR
 
 log = logging.getLogger("diagnostics")
-RELEASED_EPS = 1e-12
 MEASURED = {
     "Hs_full": "student_entropy",
     "Ht_full": "teacher_entropy",
@@ -421,7 +425,7 @@ def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
     if "advantage" not in tokens and {"student_logprob", "teacher_logprob"} <= set(tokens):
         tokens["advantage"] = tokens["teacher_logprob"] - tokens["student_logprob"]
     if "advantage" in tokens:
-        tokens["acceptance"] = np.exp(tokens["advantage"].clip(upper=0.0))
+        tokens["acceptance"] = acceptance(tokens["advantage"])
     for name in INDICATORS:
         if name in tokens:
             if gaps := int(tokens[name].isna().sum()):
@@ -459,18 +463,18 @@ def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: boo
         if kl not in tokens and relative in frame and after is not None:
             # G = (b - a)/(b + eps) gives b = (a + G*eps)/(1 - G)
             share = _numbers(frame[relative])
-            tokens[kl] = (after + share * RELEASED_EPS) / (1 - share).where(share < 1)
+            tokens[kl] = (after + share * RELEASED_EPSILON) / (1 - share).where(share < 1)
         if kl not in tokens:
             continue
         if after is None and relative in frame:
-            after = tokens[kl] - _numbers(frame[relative]) * (tokens[kl] + RELEASED_EPS)
+            after = tokens[kl] - _numbers(frame[relative]) * (tokens[kl] + RELEASED_EPSILON)
         if after is None:
             continue
         tokens[f"{kl}_after"] = after
         tokens[gain] = tokens[kl] - after
         if floored:
-            tokens[floored] = (tokens[gain] / tokens[kl]).where(tokens[kl] >= RELATIVE_GAIN_FLOOR)
-            tokens[released] = tokens[gain] / (tokens[kl] + RELEASED_EPS)
+            tokens[floored] = relative_gain(tokens[kl], after)
+            tokens[released] = released_relative_gain(tokens[kl], after)
 
 
 def _say_left_out(frame: pd.DataFrame) -> None:

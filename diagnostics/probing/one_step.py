@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.core.formulas import relative_gain, released_relative_gain
 from diagnostics.core.progress import Shards, no_shards
 from diagnostics.core.schema import validate_tokens
 from diagnostics.core.settings import with_settings
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR, Bank
+from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Store
@@ -176,22 +177,18 @@ def gains(before: tuple, after: tuple, placebo: tuple | None = None) -> dict[str
         reverse_gain; with a placebo also placebo_gain, placebo_relative_gain and
         placebo_reverse_gain.
     """
-    gain, reverse_gain = before[0] - after[0], before[1] - after[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        base = np.where(before[0] >= RELATIVE_GAIN_FLOOR, before[0], np.nan)
-        columns = {
-            "forward_kl_after": after[0],
-            "reverse_kl_after": after[1],
-            "gain": gain,
-            "relative_gain": gain / base,
-            "relative_gain_released": gain / (before[0] + 1e-12),
-            "reverse_gain": reverse_gain,
-        }
-        if placebo is None:
-            return columns
-        placebo_gain = before[0] - placebo[0]
-        return columns | {
-            "placebo_gain": placebo_gain,
-            "placebo_relative_gain": placebo_gain / base,
-            "placebo_reverse_gain": before[1] - placebo[1],
-        }
+    columns = {
+        "forward_kl_after": after[0],
+        "reverse_kl_after": after[1],
+        "gain": before[0] - after[0],
+        "relative_gain": relative_gain(before[0], after[0]),
+        "relative_gain_released": released_relative_gain(before[0], after[0]),
+        "reverse_gain": before[1] - after[1],
+    }
+    if placebo is None:
+        return columns
+    return columns | {
+        "placebo_gain": before[0] - placebo[0],
+        "placebo_relative_gain": relative_gain(before[0], placebo[0]),
+        "placebo_reverse_gain": before[1] - placebo[1],
+    }

@@ -27,7 +27,7 @@ from diagnostics.criteria import select
 from diagnostics.pipeline.cli import main
 from diagnostics.training import grid as grid_module
 from diagnostics.training.grid import TrainingCell, ValidateConfig, grid
-from tests.analysis.test_rank_agreement import make_effects
+from tests.made_tokens import make_effects
 from tests.study_tables import tokens as study_tokens
 
 PROMPTS, SEEDS = 40, 3
