@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import io
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.report.naming import readable
 
 SINGLE, DOUBLE = 3.3, 6.9
 """Inches: one column and two columns of a paper."""
@@ -57,22 +58,6 @@ SPLITS = {
 }
 """Colour, marker and words of each split."""
 
-OUTCOMES = {
-    "gain": "gain",
-    "relative_gain": "relative gain",
-    "reverse_gain": "reverse gain",
-    "positive_gain": "positive gain",
-    "relative_gain_released": "relative gain, released form",
-    "first_order_gain": "first-order gain",
-}
-UNITS = {
-    "gain": "nats",
-    "relative_gain": "of D",
-    "reverse_gain": "nats",
-    "positive_gain": "nats",
-    "first_order_gain": "nats",
-}
-
 
 class NotebookFigure(Figure):
     """A Figure that shows itself in a notebook even where no pyplot backend was started."""
@@ -83,7 +68,7 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def style(width: float, dark: bool) -> dict:
+def settings(width: float, dark: bool) -> dict[str, Any]:
     """Matplotlib settings for a width in inches and a page.
 
     Text is never read as mathematics: names of runs, criteria and columns come from outside, and
@@ -140,22 +125,6 @@ def style(width: float, dark: bool) -> dict:
         "text.parse_math": False,
         "hatch.linewidth": 0.5,
     }
-
-
-def plate(draw: Callable) -> Callable:
-    """Draw in the one style, settle the layout once, and leave a figure that can be saved at
-    once.
-    """
-
-    @functools.wraps(draw)
-    def drawn(*tables, **options) -> Figure:
-        with matplotlib.rc_context(style(options.get("width", DOUBLE), options.get("dark", False))):
-            figure = draw(*tables, **options)
-            figure.draw_without_rendering()
-            figure.set_layout_engine(None)  # a later save then draws once, not twice
-        return figure
-
-    return drawn
 
 
 def canvas(
@@ -232,16 +201,6 @@ def halves(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.split != "all"].reset_index(drop=True) if both else table
 
 
-def preferred(table: pd.DataFrame) -> str:
-    """The split of a figure that shows one: held-out positions, which never carried the loss, else
-    all.
-    """
-    return next(
-        (name for name in ("held_out", "all") if (table.split == name).any()),
-        str(table.split.iloc[0]),
-    )
-
-
 def nearest_budget(table: pd.DataFrame, share: float = 0.05) -> float:
     """The budget of the table that is nearest to `share`, on a logarithmic scale."""
     budgets = np.unique(table.budget.to_numpy(float))
@@ -259,26 +218,11 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------
 
 
-def words(name: str) -> str:
-    """A column's or criterion's name as it stands in a figure."""
-    text = OUTCOMES.get(name, str(name).replace("_", " "))
-    text = re.sub(r"\b(kl|js|tip|jsd|q[1-4])\b", lambda match: match.group(0).upper(), text)
-    return (
-        text.replace("topk", "top-K")
-        .replace("jaccard", "Jaccard")
-        .replace("bhattacharyya", "Bhattacharyya")
-    )
-
-
-def with_unit(outcome: str) -> str:
-    """An outcome with its unit in brackets."""
-    return f"{words(outcome)} ({UNITS[outcome]})" if outcome in UNITS else words(outcome)
-
-
 def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
     """Colour, marker and words of a split."""
     return SPLITS.get(
-        split, (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], words(split))
+        split,
+        (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], readable(split)),
     )
 
 
@@ -500,7 +444,7 @@ def offsets(count: int, step: float) -> np.ndarray:
 def names_down(ax, names: Iterable[str]) -> None:
     """Names as the rows of a forest, the first on top."""
     names = list(names)
-    ax.set_yticks(range(len(names)), [words(name) for name in names])
+    ax.set_yticks(range(len(names)), [readable(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)

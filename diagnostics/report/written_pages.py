@@ -13,6 +13,11 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.tables import write_json
 
 
+def encoded(text: str) -> bytes:
+    """A page as UTF-8; a name that is no Unicode, as file systems allow, stands there escaped."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_pages(directory: str | Path, pages: Mapping[str, bytes]) -> None:
     """Write pages and figures, and their hashes into pages.json; equal files give equal bytes.
 
