@@ -40,7 +40,7 @@ SHARED = {
     "validation_verdicts": ("claim", "measure", "rival"),
     "validation_outcomes": ("criterion", "budget", "measure"),
 }
-"""Tables that are set side by side, with what names a row."""
+"""Tables that are set side by side, with the columns that name a row."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,15 @@ from diagnostics.report.run_results import RunResults
 
 
 def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str]) -> str:
-    """The report for a repository's page: answer, verdicts, figures as links, what was not run,
-    provenance in short.
+    """The report as Markdown: answer, verdicts, figures as links, missing parts, provenance.
+
+    Args:
+        run: The run's tables, tokens and notes.
+        drawn: Names of the figures that were drawn.
+        left_out: For each figure that could not be drawn, the reason.
+
+    Returns:
+        The text of report.md. Text that came from models, prompts or users is escaped.
     """
     blocks = [
         f"# {_plain(summary.title(run))}",

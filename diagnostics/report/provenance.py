@@ -23,7 +23,7 @@ PARTS = {
 
 
 def warnings(run: RunResults) -> list[str]:
-    """What reading the run and its analysis warn of."""
+    """The notes made while the run was read, then the warnings of its analysis."""
     table = run.table("warnings")
     return [
         *run.reading_notes,
@@ -32,9 +32,7 @@ def warnings(run: RunResults) -> list[str]:
 
 
 def provenance(run: RunTables) -> str:
-    """The manifest as tables: versions first, then each stage's settings, facts, inputs and
-    files.
-    """
+    """The manifest as HTML tables: versions, each stage's settings, facts, inputs and files."""
     parts = [("Versions", run.manifest.get("versions", {}))]
     for name, stage in run.manifest.get("stages", {}).items():
         parts += [
@@ -69,8 +67,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 
 def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
-    """Sentences on what the reader should not look for here: parts of the study, parts of tables,
-    figures.
+    """Sentences on the parts of the study, of tables, and the figures that this run lacks.
+
+    Args:
+        run: The run's tables.
+        left_out: For each figure that could not be drawn, the reason.
+
+    Returns:
+        One sentence per missing part.
     """
     lines = [
         text[0].upper() + text[1:] + "." for name, text in PARTS.items() if run.table(name) is None

@@ -109,8 +109,9 @@ def _analysis_tables(directory: Path, reading: _Reading) -> dict[str, pd.DataFra
 
 
 class _Reading:
-    """Files of a run, each compared with the manifest before it is read; what is not as it was
-    written is left out and said.
+    """Reads files of a run after comparing each with the manifest.
+
+    A file whose hash is not the recorded one is left out, and a note says so.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]):
@@ -123,8 +124,15 @@ class _Reading:
         log.warning("%s: %s", self.directory, sentence)
 
     def read(self, name: str, reader: Callable[[Path], Any], *, ask: bool = True) -> Any:
-        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether
-        a record is looked for.
+        """Read a file of the run.
+
+        Args:
+            name: The file, relative to the run directory.
+            reader: Turns the file's path into its content.
+            ask: Whether a file that the manifest does not record gets a note.
+
+        Returns:
+            What `reader` returned; None where there is no such file, or it was changed.
         """
         digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
         if digest is None:
@@ -141,8 +149,15 @@ class _Reading:
 
 
 def training_tables(directory: Path, reading: _Reading | None = None) -> dict[str, pd.DataFrame]:
-    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of
-    every step.
+    """Read what a training, or a grid of trainings, writes outside tables/.
+
+    Args:
+        directory: The run directory.
+        reading: The reader that keeps the notes; a new one without a manifest where None.
+
+    Returns:
+        `evaluations` and `training_metrics`, as far as the run has them. The metrics have one row
+        per step; those of a grid name their cell in the columns criterion, budget and seed.
     """
     reading = reading or _Reading(directory, {"stages": {}})
     found = {
@@ -165,7 +180,7 @@ def training_tables(directory: Path, reading: _Reading | None = None) -> dict[st
 
 
 def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
-    """Which training a cell is, from its record; None where there is no readable record."""
+    """Criterion, budget and seed of a training, from its record; None where none is readable."""
     try:
         record = json.loads(files.read_inside(directory, name))
     except (OSError, ValueError, RecursionError):
@@ -175,9 +190,7 @@ def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
 
 
 def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
-    """Metrics line by line; what a killed process had begun to write, or is no object, is left out
-    and counted.
-    """
+    """Metrics, one row per line; a line that is cut or damaged is left out and counted."""
     rows, broken = [], 0
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -202,6 +215,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    """A table; one without columns where the file is empty."""
     try:
         return pd.read_csv(path)
     except pd.errors.EmptyDataError:

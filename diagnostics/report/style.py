@@ -1,9 +1,10 @@
-"""The one style of all figures and what they are built from: canvas, rows, marks, legend, caption,
-ticks.
+"""The one style of all figures, and their parts: canvas, rows, marks, legend, caption, ticks.
 
-Categories take Okabe and Ito's colours, and marker or line style always repeats what the colour
-says. Colours of the page itself (ink, rules, paper) come in a light and a dark set, so that a
-report can exchange them."""
+Categories take the colors of Okabe and Ito, which color-blind readers can tell apart. A marker or a
+line style always repeats what the color says, so that a figure can be read in black and white.
+Colors of the page itself (ink, rules, paper) come in a light and a dark set, so that a report can
+exchange them.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ SPLITS = {
     "held_out": (BLUE, "o", "held-out contexts"),
     "all": (GREEN, "^", "all contexts"),
 }
-"""Colour, marker and words of each split."""
+"""Color, marker and name of each split."""
 
 
 class NotebookFigure(Figure):
@@ -146,22 +147,22 @@ def canvas(
 
 
 def ink() -> str:
-    """Colour of text on the current page."""
+    """Color of text on the current page."""
     return matplotlib.rcParams["text.color"]
 
 
 def quiet() -> str:
-    """Colour of what should stand back on the current page."""
+    """Color of secondary text and marks on the current page."""
     return matplotlib.rcParams["xtick.color"]
 
 
 def paper() -> str:
-    """Colour of the current page."""
+    """Background color of the current page."""
     return matplotlib.rcParams["axes.facecolor"]
 
 
 def panels(count: int, width: float) -> tuple[int, int]:
-    """Rows and columns for panels that need half a page each."""
+    """Rows and columns for panels that need half a page each; a narrow page has one column."""
     return (count, 1) if width < 5 else (1, count)
 
 
@@ -194,8 +195,9 @@ def keep(
 
 
 def halves(table: pd.DataFrame) -> pd.DataFrame:
-    """Step and held-out rows where the table has both; rows over all positions would show them
-    twice.
+    """The rows of the step and held-out splits where the table has both, otherwise all rows.
+
+    Rows over all positions would show the same positions a second time.
     """
     both = {"step", "held_out"} <= set(table.split)
     return table[table.split != "all"].reset_index(drop=True) if both else table
@@ -214,12 +216,12 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
     return known + [name for name in seen if name not in known]
 
 
-# --- words
+# --- captions and colors
 # ------------------------------------------------------------------------------------------
 
 
 def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
-    """Colour, marker and words of a split."""
+    """Color, marker and name of a split."""
     return SPLITS.get(
         split,
         (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], readable(split)),
@@ -252,7 +254,7 @@ def counts(table: pd.DataFrame) -> str:
 
 
 def bars(level: float | None, what: str = "Bars", *, over: str = "prompts") -> str:
-    """What the bars are; the table does not know the level that it was made at."""
+    """The caption's sentence on intervals; the table does not record their level."""
     return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over {over}."
 
 
@@ -294,8 +296,9 @@ def diverging() -> LinearSegmentedColormap:
 
 
 def signed_root(reach: float) -> FuncNorm:
-    """Colours by the signed square root: small values of either sign stay apart where a few are
-    large.
+    """A color scale by the signed square root, between -reach and reach.
+
+    Small values of either sign stay apart where a few values are large.
     """
     return FuncNorm(
         (
@@ -308,12 +311,13 @@ def signed_root(reach: float) -> FuncNorm:
 
 
 CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
-"""Criteria that look the same in every figure."""
+"""Criteria that have the same color and marker in every figure."""
 
 
 def criterion_style(name: str, names: Iterable[str]) -> dict:
-    """Colour, marker and line of a criterion: the usual six are fixed, the others among `names`
-    follow in their order.
+    """Color, marker and line of a criterion.
+
+    The usual six are fixed; the others among `names` follow in their order.
     """
     if name in ("random", "full"):
         return {
@@ -341,8 +345,9 @@ def criterion_style(name: str, names: Iterable[str]) -> dict:
 
 
 def powers(*axes) -> None:
-    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more
-    than the rest.
+    """Set the ticks of logarithmic axes, after the data have been drawn.
+
+    Labels are written without mathtext, whose layout takes longer than all the rest of a figure.
     """
     for axis in axes:
         low, high = axis.get_view_interval()

@@ -1,9 +1,10 @@
-"""What a run found, in sentences: tables and a manifest in, plain text out.
+"""The findings of a run in sentences: tables and a manifest in, plain text out.
 
-Every number comes from a table or the manifest, every claim from an interval, never from a point: a
-criterion is said to lead another only where a paired interval, or two intervals that do not meet,
-say so. Both gains are always named side by side, since the order of criteria can turn over between
-them."""
+Every number comes from a table or the manifest. Every claim comes from an interval, never from a
+point: a criterion is said to lead another only where a paired interval, or two intervals that do
+not overlap, say so. Both gains are always named side by side, since the order of criteria can
+differ between them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
 ENOUGH_CELLS = 6
-"""Trainings below which a rank agreement is left to its table: three of them are in order by chance
-once in six.
+"""Number of trainings from which a rank agreement is stated; three of them are in the right order
+by chance once in six times.
 """
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
@@ -52,8 +53,13 @@ def title(run: RunTables) -> str:
 
 
 def answer(run: RunTables) -> dict[str, str]:
-    """The finding as a handful of questions, each with a short answer in numbers; what the run has
-    no table for is left out.
+    """The findings as a few questions, each with a short answer in numbers.
+
+    Args:
+        run: The tables and the manifest; a question whose tables are missing is left out.
+
+    Returns:
+        The answers by question, in the order of the page.
     """
     parts = {
         "What was done?": (setup,),
@@ -71,8 +77,9 @@ def answer(run: RunTables) -> dict[str, str]:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Significant digits without exponent where that stays short; an en dash for what is
-    undefined.
+    """A number with that many significant digits, without an exponent where it stays short.
+
+    An undefined value becomes an en dash.
     """
     if not np.isfinite(value):
         return "–"
@@ -93,7 +100,7 @@ def between(value: float, low: float, high: float, *, show=number) -> str:
 
 
 def setup(run: RunTables) -> str:
-    """What was done: loss, optimiser, prompts, positions, and what the step did to its own loss."""
+    """What was done: loss, optimizer, prompts, positions, and the change of the step's own loss."""
     step, table = run.stage("probe"), run.table("correlations")
     if not step and table is None:
         return ""
@@ -107,7 +114,7 @@ def setup(run: RunTables) -> str:
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
         text += (
-            f"; its loss of {number(before, 3)} nats a position {'fell' if drop >= 0 else 'rose'}"
+            f"; its loss of {number(before, 3)} nats per position {'fell' if drop >= 0 else 'rose'}"
             f" by {number(abs(drop))}"
         )
         text += (
@@ -178,7 +185,7 @@ def _sentence(text: str) -> str:
 
 
 def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Where teachability stands, wherever it does not lead both."""
+    """The correlations of teachability, unless it leads by both gains and so was named already."""
     found = {outcome: rows[rows.criterion == REFERENCE] for outcome, rows in tables.items()}
     if any(rows.empty for rows in found.values()) or all(
         rows.index[0] == 0 for rows in found.values()
@@ -193,8 +200,10 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _challengers(run: RunTables, rows: pd.DataFrame, outcome: str) -> str:
-    """Who cannot be told apart from the leader: by paired differences where the run has them, else
-    by intervals.
+    """The criteria that cannot be told apart from the leader.
+
+    Paired differences decide where the run has them, because they are sharper; otherwise the
+    intervals do.
     """
     first, rest = rows.iloc[0], rows.iloc[1:]
     paired = run.table("differences")
@@ -255,8 +264,8 @@ def _place(order: list[str], name: str) -> str:
 
 
 def budget(run: RunTables, share: float = 0.05) -> str:
-    """What the best criterion and teachability capture of each gain at one budget, against random
-    and the oracle.
+    """The share of each gain that the best criterion and teachability capture at one budget, with
+    random and the oracle for comparison.
     """
     table = run.table("selection_curves")
     if table is None:
@@ -331,7 +340,7 @@ def _q3_part(row, outcome: str) -> str:
 
 
 def judged(run: RunTables) -> str:
-    """What became of each claim, by each gain and each measure of training."""
+    """The verdict on each claim, by each gain and each measure of training."""
     table, _ = claims(run)
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
@@ -346,8 +355,9 @@ def judged(run: RunTables) -> str:
 
 
 def _counted(rows: pd.DataFrame) -> str:
-    """`C1 and C2 are supported, C4 is refuted`; claims at other budgets than their own are left to
-    the cards.
+    """`C1 and C2 are supported, C4 is refuted`.
+
+    Only the cards name claims at budgets other than their own.
     """
     own = rows[~rows.claim.astype(str).str.contains(" at ")]
     groups = [
@@ -363,9 +373,7 @@ def _counted(rows: pd.DataFrame) -> str:
 
 
 def _refuted_by(run: RunTables, measure: str) -> str:
-    """The rivals that teachability falls short of at the claim's own budget: one of them is enough
-    to refute C5.
-    """
+    """The rivals that beat teachability at the claim's own budget; one of them refutes C5."""
     table = run.table("validation_verdicts")
     if table is None:
         return ""
@@ -379,7 +387,7 @@ def _refuted_by(run: RunTables, measure: str) -> str:
 
 
 def trained(run: RunTables, share: float = 0.05) -> str:
-    """What trainings gained over the untouched student, or how one training went."""
+    """The gains of trainings over the untouched student, or the course of a single training."""
     table = run.table("validation_outcomes")
     if table is None:
         return _one_training(run)
@@ -399,7 +407,9 @@ def trained(run: RunTables, share: float = 0.05) -> str:
 
 
 def _gains(rows: pd.DataFrame, share: float) -> str:
-    """Full, then at the budget nearest to `share` the best criterion, teachability and random."""
+    """The gain on all positions, then, at the budget nearest to `share`, the gains of the best
+    criterion, teachability and random selection.
+    """
     shown = [
         f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()
     ]
@@ -455,8 +465,8 @@ def _one_training(run: RunTables) -> str:
 
 
 def foreseen(run: RunTables) -> str:
-    """Which offline answer ranked the trainings most as their outcome did, and how far the usual
-    ones do.
+    """The offline answer whose ranking of the trainings agrees most with their outcome, and the
+    agreement of the usual answers.
     """
     table = run.table("validation_agreement")
     if table is None:
@@ -485,8 +495,9 @@ def foreseen(run: RunTables) -> str:
 
 
 def training_claims(run: RunTables) -> pd.DataFrame:
-    """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was
-    trained.
+    """Claim C5 as rows of verdicts.
+
+    Empty where the verdicts hold it already, or no grid was trained.
     """
     table, known = run.table("validation_verdicts"), run.table("verdicts")
     if table is None or (known is not None and known.claim.str.startswith("C5").any()):
@@ -508,7 +519,7 @@ def claims(run: RunTables) -> tuple[pd.DataFrame, bool]:
 
 
 def certainty(run: RunTables) -> str:
-    """What the intervals rest on and what would change the answer."""
+    """What the intervals rest on, and what could change the answer."""
     rows = ranked(run, "gain")
     if rows.empty:
         return _certainty_of_trainings(run)

@@ -1,6 +1,7 @@
 """Figures show what the tables hold: read back from the artists, never from pixels."""
 
 import functools
+import inspect
 import io
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import quadrants
 from diagnostics.report import figures, naming, style
+from diagnostics.report.figures import registry
 from tests import study_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)
@@ -824,3 +826,40 @@ def test_runs_are_named_as_their_folders_whatever_these_hold():
         " _first",
         "a $x$",
     ]
+
+
+# --- options and registry
+# -------------------------------------------------------------------------------------------
+
+FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE")]
+
+
+def test_completion_shows_figures_and_the_two_widths_alone():
+    assert dir(figures) == sorted(figures.__all__)
+    assert {"SINGLE", "DOUBLE"} < set(figures.__all__) and set(FIGURES) == set(EVERY)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_option_stands_in_the_signature_and_in_the_docstring(name):
+    draw = getattr(figures, name)
+    parameters = inspect.signature(draw).parameters
+    assert (parameters["width"].default, parameters["dark"].default) == (figures.DOUBLE, False)
+    assert "page" not in parameters and "**page" not in draw.__doc__
+    for option in parameters:
+        assert f"\n        {option}: " in draw.__doc__, option
+    assert "\n    Returns:\n" in draw.__doc__ and "\n    Raises:\n" in draw.__doc__
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(
+        TypeError, match=r"^correlations\(\): got an unexpected keyword argument 'widht'$"
+    ):
+        figures.correlations(study_tables.correlations(), widht=3.3)
+    with pytest.raises(TypeError, match="'level'"):
+        figures.distributions(study_tables.tokens(), level=0.9)
+
+
+def test_the_page_s_order_names_every_figure_once():
+    assert sorted(registry.ORDER) == sorted(registry.FIGURES)
+    assert [spec.name for spec in registry.in_page_order()] == list(registry.ORDER)
+    assert registry.ORDER[0] == "correlations"

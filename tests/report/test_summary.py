@@ -57,7 +57,7 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
         summary.setup(RunResults(study_tables.manifest(), {"correlations": table}))
         == "The student took AdamW's first step of the reverse KL loss on 12 step prompts (300"
         " positions) and was re-scored there and on 20 held-out prompts (500 positions); its"
-        " loss of 0.810 nats a position fell by 0.026, 82% of the first-order prediction."
+        " loss of 0.810 nats per position fell by 0.026, 82% of the first-order prediction."
     )
 
 
@@ -245,8 +245,8 @@ def test_numbers_are_the_tables():
 def test_without_tables_nothing_is_claimed():
     assert summary.answer(RunResults()) == {}
     assert list(summary.answer(RunResults(study_tables.manifest(), {})).values()) == [
-        "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats a"
-        " position fell by 0.026, 82% of the first-order prediction."
+        "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats"
+        " per position fell by 0.026, 82% of the first-order prediction."
     ]
 
 

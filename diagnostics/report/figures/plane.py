@@ -194,7 +194,7 @@ def quadrants(
     rows, columns = style.panels(len(outcomes), page["width"])
     figure, axes = style.canvas(page["width"], 0.8 + 1.85 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
-        _beside(ax, table[table.outcome == outcome], "quadrant", names, "estimate")
+        _marks_by_category(ax, table[table.outcome == outcome], "quadrant", names, "estimate")
         ax.set_xticks(
             range(len(names)), [f"{name}\n{share.get(name, np.nan):.0%}" for name in names]
         )
@@ -207,8 +207,8 @@ def quadrants(
     return figure
 
 
-def _beside(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
-    """One mark a category and split, splits side by side."""
+def _marks_by_category(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
+    """Draw one mark per category and split, with the splits side by side."""
     splits = style.present(table.split, style.SPLITS)
     style.zero(ax)
     ax.grid(axis="x", visible=False)

@@ -113,7 +113,7 @@ def _some_cells(table: pd.DataFrame, budget: float | None) -> tuple[pd.DataFrame
 
 
 def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
-    """A line a cell with the range of its seeds."""
+    """Draw one line per cell, with a band over the range of its seeds."""
     keys = [key for key in ("criterion", "budget") if key in table]
     criteria = table.criterion.unique() if "criterion" in table else []
     for number, (key, cell) in enumerate(
@@ -281,8 +281,8 @@ def validation(
 
 
 FORESEEN = ("captured_gain", "captured_relative_gain", "intervention_forward_kl", "one_step_gain")
-"""Answers of the usual scatter: what a criterion captures of each gain, what a step on its
-selection does, and a training's own first step.
+"""Offline answers of the usual scatter: the share of each gain that a criterion captures, the drop
+after one step on its selection, and the gain of a training's own first step.
 """
 ANSWERS = {
     "captured_gain": "captured gain",
