@@ -495,12 +495,12 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
     with torch.no_grad():
         pair.student.model.lm_head.weight *= 0.1  # so that every token is drawn now and then
     end = pair.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert rollouts.turn_end(pair) == end
+    assert rollouts.unlisted_turn_end(pair) == end
     bank = rollout(pair, [Prompt(f"p{i}", "two") for i in range(20)], max_new_tokens=40)
     after = [
         len(c.response_ids) - 1 - c.response_ids.index(end) for c in bank if end in c.response_ids
     ]
-    assert sum(after) and rollouts.behind_turn_end(pair, bank) == {
+    assert sum(after) and rollouts.positions_after_turn_end(pair, bank) == {
         "token": "<|im_end|>",
         "id": end,
         "responses": sum(n > 0 for n in after),
@@ -517,8 +517,10 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
     pair.student.model.generation_config.eos_token_id = [1, end]
     caplog.clear()
     assert (
-        rollouts.turn_end(pair) is None
-        and rollouts.behind_turn_end(pair, rollout(pair, [Prompt("p", "two")], max_new_tokens=20))
+        rollouts.unlisted_turn_end(pair) is None
+        and rollouts.positions_after_turn_end(
+            pair, rollout(pair, [Prompt("p", "two")], max_new_tokens=20)
+        )
         == {}
         and not caplog.text
     )
@@ -536,7 +538,7 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
     ],
 )
 def test_templates_whose_turns_end_well_or_not_at_all(template):
-    assert rollouts.turn_end(make_pair(template)) is None
+    assert rollouts.unlisted_turn_end(make_pair(template)) is None
 
 
 def test_no_token_that_can_end_a_response_is_said(caplog):

@@ -19,11 +19,11 @@ import numpy as np
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
 
-DEEPEST = 64
+MAX_NESTING = 64
 """Levels of lists and objects in a message; real ones have about ten, and Python's own stack ends
 before a thousand.
 """
-OURS = (
+RESERVED_ARGUMENTS = (
     "conversation",
     "messages",
     "tokenize",
@@ -38,16 +38,16 @@ OURS = (
     "sanitize_control_tokens",
 )
 """Arguments of the template's caller that this program sets itself, or whose result is no text."""
-ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns that go into the template beside the messages."""
-PYTHON_TEXT = re.compile(r"\s*\[\s*\{\s*'\w+'\s*:")
+PYTHON_LITERAL = re.compile(r"\s*\[\s*\{\s*'\w+'\s*:")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message holds what the model thought; the library fills the others from any
 of them.
 """
 
 
-def shown(value, length: int = 80) -> str:
+def preview(value, length: int = 80) -> str:
     """The beginning of a value for a message; a nest too deep to print says so."""
     try:
         return repr(str(value)[:length])
@@ -55,14 +55,14 @@ def shown(value, length: int = 80) -> str:
         return "a value nested too deeply to show"
 
 
-def plain(value, where: str, depth: int = 0):
+def to_json_value(value, where: str, depth: int = 0):
     """A value as JSON has it: arrays as lists, keys that are missing left out at every level.
 
     Raises DiagnosticsError for a nest deeper than DEEPEST or a value of another kind.
     """
-    if depth > DEEPEST:
+    if depth > MAX_NESTING:
         raise DiagnosticsError(
-            f"{where} holds lists or objects more than {DEEPEST} levels deep, which no conversation"
+            f"{where} holds lists or objects more than {MAX_NESTING} levels deep, which no conversation"
             " needs. Mend or remove that row."
         )
     if isinstance(value, np.generic):
@@ -71,16 +71,16 @@ def plain(value, where: str, depth: int = 0):
         return value
     if isinstance(value, Mapping):
         return {
-            str(key): plain(held, where, depth + 1)
+            str(key): to_json_value(held, where, depth + 1)
             for key, held in value.items()
             if not missing(held)
         }
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(held, where, depth + 1) for held in value]
+        return [to_json_value(held, where, depth + 1) for held in value]
     if isinstance(value, (datetime.date, datetime.time, decimal.Decimal)):
         return str(value)
     raise DiagnosticsError(
-        f"{where} holds a {type(value).__name__} ({shown(value, 60)}) in a conversation. Write"
+        f"{where} holds a {type(value).__name__} ({preview(value, 60)}) in a conversation. Write"
         " texts, numbers, lists and objects."
     )
 
@@ -101,7 +101,7 @@ def from_json(text: str, where: str) -> Any:
         ) from error
 
 
-def read_text(value, where: str):
+def parse_messages(value, where: str):
     """A prompt or reply: text that holds messages as JSON becomes the messages, other text stays.
 
     Raises DiagnosticsError for messages in Python's notation, as a table of dicts becomes in a CSV.
@@ -115,7 +115,7 @@ def read_text(value, where: str):
         and all(isinstance(message, dict) and "role" in message for message in held)
     ):
         return held
-    if PYTHON_TEXT.match(value) and re.search(r"'role'\s*:", value):
+    if PYTHON_LITERAL.match(value) and re.search(r"'role'\s*:", value):
         raise DiagnosticsError(
             f"{where} holds chat messages in Python's notation: {value[:60]!r}. Write them as JSON,"
             " with json.dumps."
@@ -133,7 +133,7 @@ def as_messages(value, where: str, *, blocks: bool = False) -> list[dict]:
     if not messages:
         raise DiagnosticsError(
             f"{where}: a prompt is text or a list of {{role, content}} messages; found"
-            f" {shown(value)}. Mend that row."
+            f" {preview(value)}. Mend that row."
         )
     return [
         _message(message, f"{where}, message {number}", blocks)
@@ -144,10 +144,10 @@ def as_messages(value, where: str, *, blocks: bool = False) -> list[dict]:
 def _message(value, where: str, blocks: bool) -> dict:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise DiagnosticsError(
-            f"{where}: a message is an object with a role and content; found {shown(value)}. Mend"
+            f"{where}: a message is an object with a role and content; found {preview(value)}. Mend"
             " that row."
         )
-    message, where = plain(value, where), f"{where} ({value['role'][:20]})"
+    message, where = to_json_value(value, where), f"{where} ({value['role'][:20]})"
     content = message.get("content")
     if isinstance(content, list):
         texts = [_block(block, where) for block in content]
@@ -162,7 +162,7 @@ def _message(value, where: str, blocks: bool) -> dict:
         )
     elif content is not None and not isinstance(content, str):
         raise DiagnosticsError(
-            f"{where} has the content {shown(content)}; it should be text, or a list of blocks of"
+            f"{where} has the content {preview(content)}; it should be text, or a list of blocks of"
             " text. Mend that row."
         )
     return message
@@ -176,7 +176,7 @@ def _block(block, where: str) -> str:
     if isinstance(text, str) and block.get("type", "text") in ("text", "input_text", "output_text"):
         return text
     raise DiagnosticsError(
-        f"{where} holds a block of content that is no text: {shown(block)}. Only text is read;"
+        f"{where} holds a block of content that is no text: {preview(block)}. Only text is read;"
         " remove that row."
     )
 
@@ -186,15 +186,15 @@ def row_arguments(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     as JSON text; empty ones are none.
     """
     found = {}
-    for name in ARGUMENTS:
+    for name in TEMPLATE_COLUMNS:
         value = values.get(name)
         value = from_json(value, where) if isinstance(value, str) else value
         if not missing(value) and not (hasattr(value, "__len__") and not len(value)):
-            found[name] = plain(value, f"{where}, {name}")
+            found[name] = to_json_value(value, f"{where}, {name}")
     given = found.pop("chat_template_kwargs", {})
     if not isinstance(given, dict):
         raise DiagnosticsError(
-            f"{where}: chat_template_kwargs should be an object; found {shown(given)}. Mend that"
+            f"{where}: chat_template_kwargs should be an object; found {preview(given)}. Mend that"
             " row."
         )
     return template_arguments(given | found, where)
@@ -204,7 +204,7 @@ def template_arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
     """The same arguments, checked. Raises DiagnosticsError for one that is ours, or of a type that
     no template takes.
     """
-    taken = [name for name in given if name in OURS]
+    taken = [name for name in given if name in RESERVED_ARGUMENTS]
     if taken:
         raise DiagnosticsError(
             f"{where} names {', '.join(taken)}, which this program sets itself when it renders a"
@@ -216,18 +216,18 @@ def template_arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
             isinstance(value, list) and all(isinstance(item, dict) for item in value)
         ):
             raise DiagnosticsError(
-                f"{where}: {name} should be a list of objects; found {shown(value)}. Mend or leave"
+                f"{where}: {name} should be a list of objects; found {preview(value)}. Mend or leave"
                 " it out."
             )
     template, final = given.get("chat_template"), given.get("continue_final_message")
     if template is not None and not isinstance(template, str):
         raise DiagnosticsError(
-            f"{where}: chat_template should be a template's name or text; found {shown(template)}."
+            f"{where}: chat_template should be a template's name or text; found {preview(template)}."
             " Mend or leave it out."
         )
     if final is not None and not isinstance(final, bool):
         raise DiagnosticsError(
-            f"{where}: continue_final_message should be true or false; found {shown(final)}. Mend"
+            f"{where}: continue_final_message should be true or false; found {preview(final)}. Mend"
             " or leave it out."
         )
     return given

@@ -60,7 +60,7 @@ def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...
     if not template or not special_ids(tokenizer).intersection(bare):
         return False
     if _BEGINNINGS.get(tokenizer, ("",))[0] != template:
-        written = render(tokenizer, [{"role": "user", "content": "a"}])
+        written = try_render(tokenizer, [{"role": "user", "content": "a"}])
         _BEGINNINGS[tokenizer] = (
             template,
             written and tuple(tokenizer(written, add_special_tokens=False)["input_ids"]),
@@ -79,7 +79,7 @@ def special_ids(tokenizer) -> frozenset[int]:
     return frozenset(flagged.union(tokenizer.all_special_ids))
 
 
-def render(
+def try_render(
     tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs
 ) -> str | None:
     """Messages of our own by the chat template, to learn how it writes; None without one, or where
@@ -103,6 +103,6 @@ def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
     )
     no_clock = {**kwargs, "strftime_now": "no function"}  # whoever calls it ends in an error
     return (
-        render(tokenizer, question, **kwargs) is not None
-        and render(tokenizer, question, **no_clock) is None
+        try_render(tokenizer, question, **kwargs) is not None
+        and try_render(tokenizer, question, **no_clock) is None
     )

@@ -34,9 +34,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.conversations import REASONING, from_json, read_text, row_arguments, shown
+from diagnostics.contexts.conversations import (
+    REASONING,
+    from_json,
+    parse_messages,
+    preview,
+    row_arguments,
+)
 from diagnostics.contexts.encoding import encode_prompt
-from diagnostics.contexts.prompts import NOTED, digest, far_longer, is_vague, name_of, say_unused
+from diagnostics.contexts.prompts import (
+    NOTED,
+    digest,
+    id_text,
+    is_ambiguous_id,
+    is_far_longer,
+    log_unused_columns,
+)
 from diagnostics.contexts.rendering import PROBE, Renderer
 from diagnostics.contexts.torch_archive import Opaque, read_archive
 from diagnostics.core.errors import DiagnosticsError
@@ -54,7 +67,7 @@ tokenizer's.
 
 
 @dataclass(frozen=True)
-class BankConfig:
+class ImportConfig:
     """Responses that were sampled elsewhere, in place of sampling."""
 
     rollouts: str | None = field(
@@ -94,13 +107,13 @@ class Rollout:
 
 
 def read_rollouts(pair: Pair, path: str | Path, **options) -> Bank:
-    """Contexts from a file of rollouts; arguments and errors as in `freeze`, what it counts goes to
+    """Contexts from a file of rollouts; arguments and errors as in `freeze_rollouts`, what it counts goes to
     the log alone.
     """
-    return freeze(pair, path, **options)[0]
+    return freeze_rollouts(pair, path, **options)[0]
 
 
-def freeze(
+def freeze_rollouts(
     pair: Pair,
     path: str | Path,
     *,
@@ -120,9 +133,9 @@ def freeze(
     vocabulary, ids that mostly spell another text than the file's, or fewer contexts than asked
     for."""
     path = Path(path)
-    frame = _frame(path)
-    kind = _format(frame, rollouts_format, path)
-    freezer = _Freezer(pair, Renderer(pair.tokenizer, chat, chat_template_kwargs), prompts)
+    frame = read_rows_of_rollouts(path)
+    kind = find_format(frame, rollouts_format, path)
+    freezer = Freezer(pair, Renderer(pair.tokenizer, chat, chat_template_kwargs), prompts)
     asked: set[str] = set()
     found = []
     for number, values in enumerate(frame.to_dict("records"), 1):
@@ -131,14 +144,14 @@ def freeze(
     kept = [context for context in found if context is not None]
     wanted = len(kept) if contexts is None else contexts
     counts = freezer.counted()
-    _require_own_tokenizer(freezer.counts, path)
+    require_same_tokenizer(freezer.counts, path)
     if not kept or not 1 <= wanted <= len(kept):
-        _say(counts, path)
+        log_counts(counts, path)
         raise DiagnosticsError(
             f"{path} holds {len(kept)} usable contexts of {len(frame)}, and {wanted} are asked for."
             " Name a larger file or lower --contexts."
         )
-    bank = Bank(tuple(_named(kept[:wanted], path)))
+    bank = Bank(tuple(number_contexts(kept[:wanted], path)))
     log.info(
         "%s (%s): %d contexts, %d positions of %d rows",
         path,
@@ -147,8 +160,8 @@ def freeze(
         bank.positions,
         len(frame),
     )
-    _say(counts, path)
-    say_unused(set(map(str, frame.columns)) - asked, path)
+    log_counts(counts, path)
+    log_unused_columns(set(map(str, frame.columns)) - asked, path)
     return bank, {
         "format": kind,
         "rows": len(frame),
@@ -193,7 +206,7 @@ COUNTED = {
 HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
 
 
-def _say(counts: dict[str, int], path: Path) -> None:
+def log_counts(counts: dict[str, int], path: Path) -> None:
     for name, words in COUNTED.items():
         if counts[name]:
             noun = "" if name.startswith("prompts_") else "contexts "
@@ -207,7 +220,7 @@ def _say(counts: dict[str, int], path: Path) -> None:
             )
 
 
-def _require_own_tokenizer(counts: Counter, path: Path) -> None:
+def require_same_tokenizer(counts: Counter, path: Path) -> None:
     if counts["spelled"] and counts["other_spelling"] > FOREIGN_SHARE * counts["spelled"]:
         raise DiagnosticsError(
             f"{path}: {counts['other_spelling']} of {counts['spelled']} responses decode to another"
@@ -220,7 +233,7 @@ def _require_own_tokenizer(counts: Counter, path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
-def _frame(path: Path) -> pd.DataFrame:
+def read_rows_of_rollouts(path: Path) -> pd.DataFrame:
     if path.suffix != ".pt":
         return read_rows(path, text=True)
     held = read_archive(path)
@@ -277,13 +290,13 @@ class Row:
         if value is None or isinstance(value, str):
             return value
         raise DiagnosticsError(
-            f"{self.where}: {name} should be text; found {shown(value, 60)}. Mend that row."
+            f"{self.where}: {name} should be text; found {preview(value, 60)}. Mend that row."
         )
 
     def reply(self, name: str) -> dict[str, Any]:
         """A response as text or as messages, also as JSON text, by the names of `Rollout`."""
         given = self.get(name)
-        value = read_text(given, f"{self.where}, {name}")
+        value = parse_messages(given, f"{self.where}, {name}")
         listed = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
         if listed and (
             value is given or value[0]["role"] == "assistant"
@@ -301,12 +314,12 @@ class Row:
     def name(self, name: str) -> str | None:
         """An id as text, None where it is missing, or a float that several ids would share."""
         value = self.get(name)
-        self.counts["prompts_vague_ids"] += is_vague(value)
-        return name_of(value, self.where)
+        self.counts["prompts_vague_ids"] += is_ambiguous_id(value)
+        return id_text(value, self.where)
 
     def whole(self, name: str) -> int | None:
         """A whole number or None. Raises DiagnosticsError for anything else."""
-        value = name_of(self.get(name), self.where)
+        value = id_text(self.get(name), self.where)
         if value is None or value.removeprefix("-").isdecimal():
             return None if value is None else int(value[:30])
         raise DiagnosticsError(
@@ -326,7 +339,7 @@ class Row:
         ):
             raise DiagnosticsError(
                 f"{self.where}: {name} should be a list of token ids; found"
-                f" {shown(self.get(name), 60)}. Mend that row."
+                f" {preview(self.get(name), 60)}. Mend that row."
             )
         return tuple(int(i) for i in value)
 
@@ -342,7 +355,7 @@ class Row:
         ):
             raise DiagnosticsError(
                 f"{self.where}: {name} should be a list of 0 and 1, one a token of the response;"
-                f" found {shown(self.get(name), 60)}. Mend that row."
+                f" found {preview(self.get(name), 60)}. Mend that row."
             )
         return tuple(map(bool, value))
 
@@ -511,7 +524,7 @@ FORMATS: dict[str, Format] = {
 """In the order in which they are looked for."""
 
 
-def _format(frame: pd.DataFrame, wanted: str, path: Path) -> str:
+def find_format(frame: pd.DataFrame, wanted: str, path: Path) -> str:
     fitting = [
         name
         for name, kind in FORMATS.items()
@@ -545,7 +558,7 @@ def _format(frame: pd.DataFrame, wanted: str, path: Path) -> str:
 # --------------------------------------------------------------------------------------
 
 
-class _Freezer:
+class Freezer:
     """Turns rows into contexts and counts what it meets."""
 
     def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
@@ -646,7 +659,7 @@ class _Freezer:
         `parts` is in it.
         """
         prompt, arguments = (
-            read_text(rollout.prompt, where),
+            parse_messages(rollout.prompt, where),
             self.renderer.arguments | rollout.arguments,
         )
         if isinstance(prompt, str) or missing(prompt):
@@ -700,7 +713,7 @@ class _Freezer:
         return replace(rollout, prompt=text)
 
     def _rendered(self, value: Any, rollout: Rollout, where: str, *, count: bool = True) -> str:
-        value = read_text(value, where)
+        value = parse_messages(value, where)
         if isinstance(value, str) and rollout.rendered:
             return value
         return self.renderer(value, where, rollout.arguments, count=count)
@@ -723,7 +736,7 @@ class _Freezer:
             rollout.response if rollout.response_ids is None else None,
         ]
         return self.window is not None and any(
-            text is not None and far_longer(text, self.window, self.tokenizer) for text in texts
+            text is not None and is_far_longer(text, self.window, self.tokenizer) for text in texts
         )
 
     def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -883,7 +896,7 @@ class _Freezer:
         ).strip()
 
 
-def _named(contexts: list[Context], path: Path) -> Iterator[Context]:
+def number_contexts(contexts: list[Context], path: Path) -> Iterator[Context]:
     """Contexts without a name of their own are numbered within their prompt. Raises
     DiagnosticsError where two have one name.
     """

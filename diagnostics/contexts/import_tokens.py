@@ -58,14 +58,14 @@ MEASURED = {
     "teacher_logp_sampled": "teacher_logprob",
     "sampled_teacher_adv": "advantage",
 }
-WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+TRUTH_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 """Flags as words; numbers and true booleans are read as they are."""
 STATED_K = ("k", "top_k", "topk")
 LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
-LARGEST = 2**31 - 2
+LARGEST_INT = 2**31 - 2
 """Largest position, length and token id that the token table's columns hold."""
 INDICATORS = ("teacher_top1_in_topk", "sampled_in_teacher_topk")
-OF_TEACHER = ("teacher_entropy", "teacher_logprob")
+TEACHER_COLUMNS = ("teacher_entropy", "teacher_logprob")
 """What training the student does not change."""
 OUTCOMES = {
     "G_KLf": ("forward_kl", "gain", "relative_gain", "relative_gain_released"),
@@ -126,7 +126,7 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
     require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
     notes: list[list[str]] = []
     frame = frame.reset_index(drop=True)
-    keys, kept = pd.DataFrame(_keys(frame, notes)), _supervised(frame, notes)
+    keys, kept = pd.DataFrame(key_columns(frame, notes)), _supervised(frame, notes)
     frame, keys = frame[kept].reset_index(drop=True), keys[kept].reset_index(drop=True)
     after = _plain_is_after(frame)
     tokens = keys.assign(**_before(frame, after, notes))
@@ -139,7 +139,7 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
         tokens["top1_match"] = frame["student_top1_id"] == frame["teacher_top1_id"]
     if after or set(OUTCOMES) & set(frame):
         _add_outcomes(tokens, frame, after)
-    _say_left_out(frame)
+    _log_left_out(frame)
     tokens = validate_tokens(tokens)
     for _, _, message in notes:
         log.warning("%s", message)
@@ -152,7 +152,7 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
 def _stated_k(frame: pd.DataFrame) -> int | None:
     """K of the columns that depend on it, where a column says it or lists of one length show it."""
     for name in STATED_K:
-        values = _numbers(frame[name]).dropna().unique() if name in frame else []
+        values = to_numbers(frame[name]).dropna().unique() if name in frame else []
         if len(values) == 1 and values[0] >= 1 and values[0] == round(values[0]):
             return int(values[0])
     for name in LISTS:
@@ -175,7 +175,7 @@ def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
     if "loss_mask_original" not in frame:
         return np.ones(len(frame), dtype=bool)
     written = frame["loss_mask_original"]
-    mask = _numbers(written)
+    mask = to_numbers(written)
     odd = written[mask.isna() & written.notna()]
     if len(odd):
         raise DiagnosticsError(
@@ -200,12 +200,12 @@ def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
     return kept
 
 
-def _numbers(values: pd.Series) -> pd.Series:
+def to_numbers(values: pd.Series) -> pd.Series:
     """Values as float64, words for true and false included; NaN for anything else."""
     if not pd.api.types.is_numeric_dtype(values):
         values = values.map(
             lambda value: (
-                WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+                TRUTH_WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
             )
         )
     try:
@@ -228,14 +228,16 @@ def _number(value) -> float:
 def _plain_is_after(frame: pd.DataFrame) -> bool:
     """Whether plain columns belong to the trained student."""
     if {"KLf_full", "KLf_full_base"} <= set(frame.columns):
-        before, after = (_numbers(frame[name]).to_numpy() for name in ("KLf_full_base", "KLf_full"))
+        before, after = (
+            to_numbers(frame[name]).to_numpy() for name in ("KLf_full_base", "KLf_full")
+        )
         return not np.array_equal(before, after, equal_nan=True)
     return any(name in frame for name in OUTCOMES) or any(
         str(name).endswith("_base") for name in frame
     )
 
 
-def _keys(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
     sample = _samples(frame, notes)
     context = sample
     if "rollout_id" in frame:
@@ -319,8 +321,8 @@ def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
 
 def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
     """A column of whole numbers from 0. Raises DiagnosticsError with what else it holds."""
-    values = _numbers(frame[name])
-    odd = frame[name][~((values >= 0) & (values <= LARGEST)) | (values != values.round())]
+    values = to_numbers(frame[name])
+    odd = frame[name][~((values >= 0) & (values <= LARGEST_INT)) | (values != values.round())]
     if len(odd):
         raise DiagnosticsError(
             f"{name} should hold whole numbers from 0, and {len(odd)} of {len(frame)} rows hold"
@@ -336,15 +338,15 @@ def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd
     last = position.groupby(context).transform("max")
     length = last + 1
     if "resp_len" in frame:
-        stated = _numbers(frame["resp_len"]).groupby(context).transform("max")
-        length = stated.where((stated > last) & (stated <= LARGEST), length)
+        stated = to_numbers(frame["resp_len"]).groupby(context).transform("max")
+        length = stated.where((stated > last) & (stated <= LARGEST_INT), length)
     if "pos_norm" in frame:
-        place = _numbers(frame["pos_norm"])
+        place = to_numbers(frame["pos_norm"])
         furthest = position.where((place > 0) & (place <= 1)).groupby(context).transform("max")
         stated = (position / place).where((position == furthest) & (place > 0)).groupby(
             context
         ).transform("max").round() + 1
-        length = stated.where((stated > last) & (stated <= LARGEST), length)
+        length = stated.where((stated > last) & (stated <= LARGEST_INT), length)
     return length.astype("int64")
 
 
@@ -368,7 +370,7 @@ def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Serie
             found[ours] = _measured(frame[f"{theirs}_base"], notes)
         elif theirs in frame and not (after and ours in ("forward_kl", "reverse_kl")):
             found[ours] = _measured(frame[theirs], notes)
-            if after and ours not in OF_TEACHER:
+            if after and ours not in TEACHER_COLUMNS:
                 leaking.append(f"{theirs} ({ours})")
     if leaking:
         notes.append(
@@ -389,7 +391,7 @@ def _measured(values: pd.Series, notes: list) -> pd.Series:
     """A column of measurements; what is written there and is no number counts as undefined, and is
     counted.
     """
-    found = _numbers(values)
+    found = to_numbers(values)
     odd = values[found.isna() & values.notna() & (values.astype(str).str.lower() != "nan")]
     if len(odd):
         notes.append(
@@ -410,8 +412,8 @@ def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
     the table.
     """
     if "Cmass" in frame and not {"compatibility", "compatibility_intersection"} & set(tokens):
-        exact = "Cmass_exact" in frame and (_numbers(frame["Cmass_exact"]) == 1).all()
-        tokens["compatibility" if exact else "compatibility_intersection"] = _numbers(
+        exact = "Cmass_exact" in frame and (to_numbers(frame["Cmass_exact"]) == 1).all()
+        tokens["compatibility" if exact else "compatibility_intersection"] = to_numbers(
             frame["Cmass"]
         )
     if set(TRAINING_BANK) & set(frame):
@@ -455,15 +457,15 @@ def _set_floored_apart(tokens: pd.DataFrame, notes: list) -> None:
 def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: bool) -> None:
     for relative, (kl, gain, floored, released) in OUTCOMES.items():
         plain = "KLf_full" if kl == "forward_kl" else "KLr_full"
-        after = _numbers(frame[plain]) if plain in frame and plain_is_after else None
+        after = to_numbers(frame[plain]) if plain in frame and plain_is_after else None
         if kl not in tokens and relative in frame and after is not None:
             # G = (b - a)/(b + eps) gives b = (a + G*eps)/(1 - G)
-            share = _numbers(frame[relative])
+            share = to_numbers(frame[relative])
             tokens[kl] = (after + share * RELEASED_EPS) / (1 - share).where(share < 1)
         if kl not in tokens:
             continue
         if after is None and relative in frame:
-            after = tokens[kl] - _numbers(frame[relative]) * (tokens[kl] + RELEASED_EPS)
+            after = tokens[kl] - to_numbers(frame[relative]) * (tokens[kl] + RELEASED_EPS)
         if after is None:
             continue
         tokens[f"{kl}_after"] = after
@@ -473,7 +475,7 @@ def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: boo
             tokens[released] = tokens[gain] / (tokens[kl] + RELEASED_EPS)
 
 
-def _say_left_out(frame: pd.DataFrame) -> None:
+def _log_left_out(frame: pd.DataFrame) -> None:
     used = {
         *MEASURED,
         *(f"{name}_base" for name in MEASURED),

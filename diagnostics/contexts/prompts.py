@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.contexts.conversations import ARGUMENTS, plain, read_text, row_arguments
+from diagnostics.contexts.conversations import (
+    TEMPLATE_COLUMNS,
+    parse_messages,
+    row_arguments,
+    to_json_value,
+)
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
@@ -56,9 +61,9 @@ NOTED = {
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
-KNOWN = ("prompt_id", "answer", "hint", "teacher_prompt", *ARGUMENTS)
+OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
 """Columns that a prompt file may have beside the prompt."""
-FROZEN = ("context_id", "prompt_ids", "response_ids", "finished")
+CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
 """Columns by which a table of this program's contexts is told: its prompts are rendered."""
 CHARACTERS = 16
 """Characters of a text that are tokenised for each token of the limit, at first, to see whether it
@@ -143,8 +148,8 @@ def read_prompts(
     counted in a warning. Returns the first `contexts` prompts, all where None. Raises
     DiagnosticsError for a source that is missing, empty or unreadable, a missing column, a prompt
     of another type, an id with two prompts, or fewer prompts than asked for."""
-    frame = _read_source(str(path), prompts_split)
-    column = _prompt_column(frame, prompt_column, path)
+    frame = read_source(str(path), prompts_split)
+    column = prompt_column_of(frame, prompt_column, path)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
     counts: Counter = Counter(
@@ -158,10 +163,13 @@ def read_prompts(
             prompts[prompt.prompt_id] = prompt
     counts.update({name: renderer.counts[name] for name in NOTED})
     _say(counts, path, limit)
-    say_unused(
-        set(frame.columns) - {column, *KNOWN} - (set(FROZEN) if _is_frozen(frame) else set()), path
+    log_unused_columns(
+        set(frame.columns)
+        - {column, *OPTIONAL_COLUMNS}
+        - (set(CONTEXT_COLUMNS) if _is_frozen(frame) else set()),
+        path,
     )
-    chosen = take(
+    chosen = first_prompts(
         list(prompts.values()), contexts, str(path), over_long=(counts["over_long"], limit)
     )
     counts["not_needed"] = len(prompts) - len(chosen)
@@ -180,10 +188,10 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         stays = frozen or renderer.spells(value, values.get("prompt_ids"))
         text = renderer(value, where, arguments, rendered=stays)
         teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
-        renderer.counts["vague_ids"] += is_vague(values.get("prompt_id"))
-        source = value if stays else read_text(value, where)
-        identity = name_of(values.get("prompt_id"), where) or names.setdefault(
-            (text, teacher), _source_digest(source, arguments, values)
+        renderer.counts["vague_ids"] += is_ambiguous_id(values.get("prompt_id"))
+        source = value if stays else parse_messages(value, where)
+        identity = id_text(values.get("prompt_id"), where) or names.setdefault(
+            (text, teacher), source_digest(source, arguments, values)
         )
         yield Prompt(
             identity,
@@ -194,7 +202,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         )
 
 
-def _source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> str:
+def source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> str:
     """Name of what a row asks, before any template wrote it: the same tomorrow, and for another
     model's template.
 
@@ -223,7 +231,7 @@ def _plain_value(value):
 
 
 def _is_frozen(frame: pd.DataFrame) -> bool:
-    return set(FROZEN) <= set(frame.columns)
+    return set(CONTEXT_COLUMNS) <= set(frame.columns)
 
 
 def _unusable(
@@ -257,12 +265,12 @@ def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:
     """More tokens than `limit`; a text of fewer bytes than that is not tokenised to find out."""
     short = 4 * len(text) + 8 <= limit or len(text.encode("utf-8", "surrogatepass")) + 8 <= limit
     return not short and (
-        far_longer(text, limit, tokenizer)
+        is_far_longer(text, limit, tokenizer)
         or len(encode_prompt(tokenizer, text, rendered=rendered)) > limit
     )
 
 
-def far_longer(text: str, limit: int, tokenizer) -> bool:
+def is_far_longer(text: str, limit: int, tokenizer) -> bool:
     """A beginning of the text has over twice `limit` tokens, so that the whole, however large, need
     not be tokenised.
 
@@ -290,7 +298,7 @@ def _say(counts: Counter, path, limit: int | None) -> None:
             log.warning("%s: %d %s", path, counts[kind], words)
 
 
-def say_unused(names, path) -> None:
+def log_unused_columns(names, path) -> None:
     """Name, once, the columns of a file that nothing was read from."""
     unused = sorted(map(str, names))
     if unused:
@@ -301,7 +309,7 @@ def say_unused(names, path) -> None:
         )
 
 
-def take(
+def first_prompts(
     prompts: list[Prompt],
     contexts: int | None,
     source: str,
@@ -332,7 +340,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def _read_source(source: str, split: str | None) -> pd.DataFrame:
+def read_source(source: str, split: str | None) -> pd.DataFrame:
     if source.startswith(DATASET):
         return _read_dataset(source.removeprefix(DATASET), split or "train")
     if split is not None:
@@ -382,7 +390,7 @@ def _open_dataset(datasets, name: str, split: str):
     )
 
 
-def _prompt_column(frame: pd.DataFrame, wanted: str | None, path) -> str:
+def prompt_column_of(frame: pd.DataFrame, wanted: str | None, path) -> str:
     names = [wanted] if wanted else ["prompt", "messages"]
     for name in names:
         if name in frame.columns:
@@ -421,23 +429,23 @@ def cell_text(value, where: str) -> str | None:
         return None
     held = value.item() if isinstance(value, np.generic) else value
     return (
-        json.dumps(plain(held, where))
+        json.dumps(to_json_value(held, where))
         if isinstance(held, (list, tuple, dict, np.ndarray))
         else str(held)
     )
 
 
-def name_of(value, where: str) -> str | None:
+def id_text(value, where: str) -> str | None:
     """An id as text, None where there is none; 3.0, as a column that once had gaps holds it, is 3,
     and a vague one is none.
     """
     value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, float) or not value.is_integer():
         return cell_text(value, where)
-    return None if is_vague(value) else str(int(value))
+    return None if is_ambiguous_id(value) else str(int(value))
 
 
-def is_vague(value) -> bool:
+def is_ambiguous_id(value) -> bool:
     """A whole number that a float no longer tells from its neighbours: as an id it would join what
     was apart.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 from diagnostics.contexts.conversations import (
     as_messages,
-    read_text,
+    parse_messages,
     require_template,
     template_arguments,
 )
@@ -57,7 +57,7 @@ class Renderer:
 
         arguments: what the row itself hands to the template. rendered: a text is known to be what
         the tokenizer saw. count: note in `counts` what became of it."""
-        value = "" if missing(value) else value if rendered else read_text(value, where)
+        value = "" if missing(value) else value if rendered else parse_messages(value, where)
         counts, arguments = self.counts if count else Counter(), self.arguments | (arguments or {})
         if isinstance(value, str) and self._stays(value, rendered, counts):
             counts["arguments_unused"] += bool(
@@ -168,7 +168,7 @@ class Renderer:
         self, value, hint: str, where: str, arguments: dict[str, Any] | None = None
     ) -> str:
         """The prompt with a hint before the last user message's text, or before the text."""
-        value = read_text(value, where)
+        value = parse_messages(value, where)
         if isinstance(value, str) and self.wraps_text and self.is_rendered(value):
             raise DiagnosticsError(
                 f"{where} has a hint, and its prompt is rendered already, so that the hint has no"

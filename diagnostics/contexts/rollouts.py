@@ -37,7 +37,7 @@ BATCH_TOKENS = 8192
 """As for scoring: what a batch may hold before padding and memory cost more than the passes
 saved.
 """
-TAKEN_OVER = (
+HONORED_SETTINGS = (
     "eos_token_id",
     "pad_token_id",
     "bos_token_id",
@@ -47,7 +47,7 @@ TAKEN_OVER = (
     "cache_implementation",
 )
 """Generation settings that are taken over, or that cannot change a token."""
-NEUTRAL = {
+NEUTRAL_VALUES = {
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,
@@ -106,8 +106,8 @@ def rollout(
     taken from. Out of memory, a batch is halved. Raises DiagnosticsError for settings out of range,
     a prompt without tokens or with a token that a model lacks, and a prompt that leaves no room for
     its response in the models' window."""
-    say_cautions(pair)
-    bank = sample(
+    warn_before_sampling(pair)
+    bank = sample_responses(
         pair,
         prompts,
         max_new_tokens=max_new_tokens,
@@ -119,7 +119,7 @@ def rollout(
         batch_tokens=batch_tokens,
         shards=shards,
     )
-    behind = behind_turn_end(pair, bank)
+    behind = positions_after_turn_end(pair, bank)
     if behind:
         log.warning(
             "%d of %d positions lie behind a %r (id %d) that ended the turn",
@@ -131,7 +131,7 @@ def rollout(
     return bank
 
 
-def sample(
+def sample_responses(
     pair: Pair,
     prompts: Sequence[Prompt],
     *,
@@ -157,7 +157,7 @@ def sample(
             f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt} and"
             f" temperature={temperature} must be positive."
         )
-    encoded = encode(pair, prompts, max_new_tokens=max_new_tokens)
+    encoded = encode_prompts(pair, prompts, max_new_tokens=max_new_tokens)
     requests = [
         _Request(prompt, sample, ids)
         for prompt, ids in zip(prompts, encoded)
@@ -188,7 +188,9 @@ def sample(
     )
 
 
-def encode(pair: Pair, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[tuple[int, ...]]:
+def encode_prompts(
+    pair: Pair, prompts: Sequence[Prompt], *, max_new_tokens: int
+) -> list[tuple[int, ...]]:
     """Ids of each prompt, as the student reads them wherever it is sampled.
 
     Raises DiagnosticsError for a prompt (or teacher's prompt) without tokens, with a token that a
@@ -250,39 +252,39 @@ def sampled_from(*, temperature: float = 1.0, top_p: float = 1.0, top_k: int | N
     ) + (", renormalised" if narrowed else "")
 
 
-def set_aside(model: nn.Module) -> dict[str, Any]:
+def ignored_settings(model: nn.Module) -> dict[str, Any]:
     """What the checkpoint's own generation settings ask for and sampling does not do."""
     settings = getattr(model, "generation_config", None)
     asked = settings.to_diff_dict() if settings is not None else {}
     return {
         name: value if isinstance(value, (bool, int, float, str, list)) else str(value)
         for name, value in sorted(asked.items())
-        if name not in TAKEN_OVER
+        if name not in HONORED_SETTINGS
         and not name.startswith("_")
-        and value not in (None, False, [], {}, NEUTRAL.get(name))
+        and value not in (None, False, [], {}, NEUTRAL_VALUES.get(name))
     }
 
 
 def sampling_facts(pair: Pair, **options) -> dict[str, Any]:
     """What the manifest says about how responses were drawn. options: as for `sampled_from`."""
-    aside = set_aside(pair.student.model)
+    aside = ignored_settings(pair.student.model)
     return {"sampled_from": sampled_from(**options)} | (
         {"generation_config_set_aside": aside} if aside else {}
     )
 
 
-def say_cautions(pair: Pair) -> None:
+def warn_before_sampling(pair: Pair) -> None:
     """Say, before anything is sampled, what a user of this checkpoint may expect and does not
     get.
     """
-    aside = set_aside(pair.student.model)
+    aside = ignored_settings(pair.student.model)
     if aside:
         log.warning(
             "the student's generation_config.json asks for %s: set aside, tokens are drawn from the"
             " student's own distribution",
             ", ".join(f"{name}={value}" for name, value in aside.items()),
         )
-    end = turn_end(pair)
+    end = unlisted_turn_end(pair)
     if end is not None:
         log.warning(
             "the chat template ends a turn with %r, which does not end a response: add its id %d to"
@@ -332,14 +334,14 @@ def _is_valid(settings) -> bool:
     return True
 
 
-def turn_end(pair: Pair) -> int | None:
+def unlisted_turn_end(pair: Pair) -> int | None:
     """The special token with which the chat template ends the assistant's turn, where it is no end
     of a response; else None.
     """
-    from diagnostics.contexts.encoding import render
+    from diagnostics.contexts.encoding import try_render
 
     mark = "answer"
-    text = render(
+    text = try_render(
         pair.tokenizer,
         [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}],
         add_generation_prompt=False,
@@ -351,11 +353,11 @@ def turn_end(pair: Pair) -> int | None:
     return ids[0] if found else None
 
 
-def behind_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
+def positions_after_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
     """How many responses went on behind the template's end of a turn, and for how many positions;
     {} where none did.
     """
-    end = turn_end(pair)
+    end = unlisted_turn_end(pair)
     behind = [
         len(context.response_ids) - 1 - context.response_ids.index(end)
         for context in bank
@@ -395,10 +397,10 @@ class _Request:
     prompt_ids: tuple[int, ...]
 
     def stream(self, seed: int) -> np.random.Generator:
-        return stream(seed, self.prompt.prompt_id, self.sample)
+        return random_stream(seed, self.prompt.prompt_id, self.sample)
 
 
-def stream(*name) -> np.random.Generator:
+def random_stream(*name) -> np.random.Generator:
     """The random stream of that name: the same parts give the same draws, other parts others."""
     text = "/".join(map(str, name)).encode()
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:16], "big"))

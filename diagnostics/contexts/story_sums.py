@@ -73,7 +73,7 @@ VERBS = {
 }
 MISREAD = ("wins", "earns", "sells", "lends")
 """Verbs whose operation the student takes for the other one."""
-MISREAD_RIGHT = 0.15
+MISREAD_RIGHT_SHARE = 0.15
 """Share of the right operation in the student's corpus after a misread verb."""
 
 FACTS = {
@@ -318,10 +318,10 @@ def _table(slot: str, side: Side) -> dict[str, float]:
         rotation, words = OPEN[slot][0] * column, OPEN[slot][1].split()
         order = words[rotation:] + words[:rotation]
         weights = {word: 1 / (rank + OPEN_OFFSET) for rank, word in enumerate(order)}
-    return _normalised(weights)
+    return _normalized(weights)
 
 
-def _normalised(weights: dict[str, float]) -> dict[str, float]:
+def _normalized(weights: dict[str, float]) -> dict[str, float]:
     total = sum(weights.values())
     return {word: weight / total for word, weight in weights.items() if weight > 0}
 
@@ -353,7 +353,10 @@ def _operation(verb: str, side: Side) -> dict[str, float]:
     right = VERBS[verb]
     if side == "teacher" or verb not in MISREAD:
         return {right: 1.0}
-    return {"minus" if right == "plus" else "plus": 1 - MISREAD_RIGHT, right: MISREAD_RIGHT}
+    return {
+        "minus" if right == "plus" else "plus": 1 - MISREAD_RIGHT_SHARE,
+        right: MISREAD_RIGHT_SHARE,
+    }
 
 
 def _number(slot: str, story: Story, side: Side, written: dict[str, str]) -> str:

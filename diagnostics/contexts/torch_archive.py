@@ -22,41 +22,41 @@ from typing import Any
 
 from diagnostics.core.errors import DiagnosticsError
 
-DIRECTORY = 2**26
+MAX_DIRECTORY_BYTES = 2**26
 """Bytes of the zip's list of entries: half a million of them, as torch names them; zipfile reads
 them all at once.
 """
-ENTRIES = 500_000
+MAX_ENTRIES = 500_000
 """Entries of the zip; torch writes one a tensor, and a dump of rollouts has some thousands."""
-PROGRAM = 2**29
+MAX_PROGRAM_BYTES = 2**29
 """Bytes of the program: what 2^25 instructions with the longest number each, and their texts, come
 to.
 """
-SMALL = 2**24
+ALWAYS_ALLOWED_BYTES = 2**24
 """Bytes up to which a program may be packed as tightly as it likes: it is read within seconds."""
-RATIO = 100
+MAX_PACKING_RATIO = 100
 """Times by which a larger program may be packed. torch does not pack at all, and token ids shrink
 to a tenth.
 """
-INSTRUCTIONS = 2**25
+MAX_INSTRUCTIONS = 2**25
 """Instructions: ids, log-probabilities and masks of ten million tokens, read in about twenty
 seconds.
 """
-TEXT = 2**26
+MAX_TEXT = 2**26
 """Bytes of one text: ten times a response of a million tokens."""
-NESTING = 100
+MAX_NESTING = 100
 """Levels of lists, tuples and dicts in each other. Dumps have fewer than ten, and Python's own
 printer gives up near 1000.
 """
-EXPANDED = 2**27
+MAX_EXPANDED = 2**27
 """Values, and each 64 characters of text, with what is shared counted everywhere it stands: whoever
 walks the value meets so many.
 """
-LARGEST_KEY = 2**60
+KEY_LIMIT = 2**60
 """Least whole number that is no key: larger ones can be made so that thousands share a hash, and a
 dict of them takes for ever.
 """
-PIECE = 2**20
+PIECE_BYTES = 2**20
 """Bytes that are unpacked at a time."""
 
 
@@ -74,7 +74,7 @@ def read_archive(path: str | Path) -> Any:
     archive of that kind."""
     path = Path(path)
     try:
-        value = _Machine().run(_program(path))
+        value = _PickleMachine().run(_program(path))
         _require_small(value)
         return value
     except _REFUSED as error:
@@ -106,13 +106,13 @@ def _program(path: Path) -> bytes:
     """The bytes of the one data.pkl in the zip, never more than are allowed."""
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
-    with open(path, "rb") as file, zipfile.ZipFile(_Sparing(file)) as archive:
+    with open(path, "rb") as file, zipfile.ZipFile(_BoundedFile(file)) as archive:
         entries = archive.infolist()
-        if len(entries) > ENTRIES:
-            raise ValueError(f"{len(entries)} entries, and {ENTRIES} are the most")
+        if len(entries) > MAX_ENTRIES:
+            raise ValueError(f"{len(entries)} entries, and {MAX_ENTRIES} are the most")
         found = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(found) != 1 or found[0].file_size > PROGRAM:
-            raise ValueError(f"{len(found)} data.pkl of at most {PROGRAM} bytes in it")
+        if len(found) != 1 or found[0].file_size > MAX_PROGRAM_BYTES:
+            raise ValueError(f"{len(found)} data.pkl of at most {MAX_PROGRAM_BYTES} bytes in it")
         _require_plainly_packed(found[0])
         return b"".join(_pieces(archive, found[0]))
 
@@ -120,9 +120,9 @@ def _program(path: Path) -> bytes:
 def _require_plainly_packed(entry: zipfile.ZipInfo) -> None:
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("data.pkl is packed in a way that torch does not write")
-    if entry.file_size > max(SMALL, RATIO * entry.compress_size):
+    if entry.file_size > max(ALWAYS_ALLOWED_BYTES, MAX_PACKING_RATIO * entry.compress_size):
         raise ValueError(
-            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and {RATIO} times is"
+            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and {MAX_PACKING_RATIO} times is"
             " the most"
         )
 
@@ -133,7 +133,7 @@ def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]
     """
     left = entry.file_size
     with archive.open(entry) as content:
-        while piece := content.read(min(PIECE, left + 1)):
+        while piece := content.read(min(PIECE_BYTES, left + 1)):
             left -= len(piece)
             if left < 0:
                 raise ValueError(
@@ -144,7 +144,7 @@ def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]
         raise ValueError(f"data.pkl ends {left} bytes early")
 
 
-class _Sparing:
+class _BoundedFile:
     """A file that refuses to be read in pieces larger than the longest list of entries: zipfile
     asks for whatever a zip names.
     """
@@ -160,11 +160,13 @@ class _Sparing:
 
     def read(self, size: int = -1) -> bytes:
         """So many bytes; all that are left for a negative size."""
-        if size > DIRECTORY:
-            raise ValueError(f"it names a part of {size} bytes, and {DIRECTORY} are the most")
-        found = self.file.read(size if size >= 0 else DIRECTORY + 1)
-        if len(found) > DIRECTORY:
-            raise ValueError(f"it has a part of more than {DIRECTORY} bytes")
+        if size > MAX_DIRECTORY_BYTES:
+            raise ValueError(
+                f"it names a part of {size} bytes, and {MAX_DIRECTORY_BYTES} are the most"
+            )
+        found = self.file.read(size if size >= 0 else MAX_DIRECTORY_BYTES + 1)
+        if len(found) > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"it has a part of more than {MAX_DIRECTORY_BYTES} bytes")
         return found
 
 
@@ -192,11 +194,11 @@ def _require_small(value: Any) -> None:
             todo += [
                 (part, False) for part in _parts(item) if isinstance(part, dict | list | tuple)
             ]
-    if _measured([value], totals)[0] > EXPANDED:
+    if _measured([value], totals)[0] > MAX_EXPANDED:
         raise ValueError(_TOO_LARGE)
 
 
-_TOO_LARGE = f"written out, its value holds more than {EXPANDED} parts"
+_TOO_LARGE = f"written out, its value holds more than {MAX_EXPANDED} parts"
 
 
 def _parts(item: dict | list | tuple):
@@ -219,14 +221,14 @@ def _measured(item: dict | list | tuple, totals: dict[int, tuple[int, int]]) -> 
             size, deepest = size + inner, max(deepest, levels)
         else:
             size += 1 + (len(part) // 64 if isinstance(part, str) else 0)
-    if deepest >= NESTING:
-        raise ValueError(f"its values are nested more than {NESTING} deep")
-    if size > EXPANDED:
+    if deepest >= MAX_NESTING:
+        raise ValueError(f"its values are nested more than {MAX_NESTING} deep")
+    if size > MAX_EXPANDED:
         raise ValueError(_TOO_LARGE)
     return size, deepest + 1
 
 
-class _Machine:
+class _PickleMachine:
     """The stack machine, for instructions that build plain data."""
 
     def __init__(self) -> None:
@@ -237,8 +239,8 @@ class _Machine:
     def run(self, program: bytes) -> Any:
         for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
             name = instruction.name
-            if count >= INSTRUCTIONS:
-                raise ValueError(f"more than {INSTRUCTIONS} instructions")
+            if count >= MAX_INSTRUCTIONS:
+                raise ValueError(f"more than {MAX_INSTRUCTIONS} instructions")
             if name == "STOP":
                 return self.stack[-1]
             if name in _PUSHES:
@@ -298,7 +300,7 @@ def _require_keys(keys: list[Any]) -> None:
             raise ValueError(
                 f"a key is a {type(key).__name__}, and text and whole numbers are the only keys"
             )
-        if isinstance(key, int) and not -LARGEST_KEY < key < LARGEST_KEY:
+        if isinstance(key, int) and not -KEY_LIMIT < key < KEY_LIMIT:
             raise ValueError(
                 f"a key is a whole number of {key.bit_length()} bits, and 60 are the most"
             )
@@ -309,8 +311,8 @@ def _argument(value: Any) -> Any:
 
 
 def _text(value: str) -> str:
-    if len(value) > TEXT:
-        raise ValueError(f"a text of {len(value)} characters, and {TEXT} are the most")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"a text of {len(value)} characters, and {MAX_TEXT} are the most")
     return value
 
 
@@ -325,7 +327,7 @@ _PUSHES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _text),
     "GLOBAL": lambda _: Opaque(),
 }
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+_ACTIONS: dict[str, Callable[[_PickleMachine, Any], None]] = {
     "MARK": lambda m, _: m.marks.append(len(m.stack)),
     "POP": lambda m, _: m.stack.pop() and None,
     "BINPUT": lambda m, at: m.memo.__setitem__(at, m.stack[-1]),

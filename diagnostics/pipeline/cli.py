@@ -125,7 +125,7 @@ STAGES = {
         "models.pair.PairConfig",
         "contexts.prompts.PromptConfig",
         "contexts.rollouts.RolloutConfig",
-        "contexts.import_rollouts.BankConfig",
+        "contexts.import_rollouts.ImportConfig",
     ),
     "score": ("models.pair.PairConfig", "probing.scores.ScoreConfig"),
     "probe": (
@@ -505,7 +505,7 @@ def _stage(parsed: argparse.Namespace) -> dict:
                 models,
                 configs["PromptConfig"],
                 configs["RolloutConfig"],
-                configs["BankConfig"],
+                configs["ImportConfig"],
             )
         if parsed.command in ("run", "score"):
             stages.score_stage(run, models, configs["ScoreConfig"])

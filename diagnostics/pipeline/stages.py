@@ -56,7 +56,7 @@ def _settings(config) -> dict:
 
 def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
     """Sample and freeze contexts; with `elsewhere.rollouts`, freeze what was sampled elsewhere."""
-    from diagnostics.contexts.rollouts import behind_turn_end, sampling_facts
+    from diagnostics.contexts.rollouts import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -83,7 +83,7 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
-        behind = behind_turn_end(pair, bank)
+        behind = positions_after_turn_end(pair, bank)
         return {
             **pair.facts,
             "contexts": len(bank),
@@ -128,7 +128,7 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
     """Freeze a file of rollouts as the run's contexts; --prompts names the prompts that they came
     from.
     """
-    from diagnostics.contexts.import_rollouts import freeze
+    from diagnostics.contexts.import_rollouts import freeze_rollouts
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -139,7 +139,7 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
             else []
         )
         kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
-        bank, counts = freeze(
+        bank, counts = freeze_rollouts(
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,

@@ -113,7 +113,7 @@ def evaluate(
     `verify(response, answer)` is given. Returns one row a measure and prompt with columns measure,
     prompt_id, total, count (see the module's head; KLs in nats). Raises DiagnosticsError without
     prompts or samples."""
-    from diagnostics.contexts.rollouts import sample
+    from diagnostics.contexts.rollouts import sample_responses
 
     if not prompts or samples < 1:
         raise DiagnosticsError(
@@ -124,12 +124,12 @@ def evaluate(
     pair.student.model.eval()
     try:
         options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        sampled = sample(pair, prompts, samples_per_prompt=samples, **options)
+        sampled = sample_responses(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
             frames += _divergences(bank, "bank_")
         if verify is not None:
-            greedy = sample(pair, prompts, top_k=1, **options)
+            greedy = sample_responses(pair, prompts, top_k=1, **options)
             frames += [
                 _accuracy("accuracy", sampled, prompts, verify),
                 _accuracy("accuracy_greedy", greedy, prompts, verify),

@@ -205,13 +205,13 @@ def train(
     that do not fit together, prompts in both sets, a directory with an unfinished training (unless
     `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory
     gives out."""
-    from diagnostics.contexts.rollouts import make_savable, say_cautions
+    from diagnostics.contexts.rollouts import make_savable, warn_before_sampling
 
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     engine_options.require_installed(engine.trl)
     _check_data(pair, prompts, held_out, config, engine)
-    say_cautions(pair)
+    warn_before_sampling(pair)
     make_savable(pair.student.model)
     checkpoint = _prepare(
         directory,
@@ -628,13 +628,13 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
     """Each prompt's ids, as sampling and scoring have them: TRL would put the tokenizer's special
     tokens around the rendered text.
     """
-    from diagnostics.contexts.rollouts import encode
+    from diagnostics.contexts.rollouts import encode_prompts
 
     distinct = list({id(prompt): prompt for prompt in order}.values())
     known = dict(
         zip(
             map(id, distinct),
-            map(list, encode(pair, distinct, max_new_tokens=engine.max_new_tokens)),
+            map(list, encode_prompts(pair, distinct, max_new_tokens=engine.max_new_tokens)),
         )
     )
     return [known[id(prompt)] for prompt in order]

@@ -292,14 +292,17 @@ class SelectedDistillationTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs):
         """TRL's batch with its loss narrowed to the selected positions."""
         self._streams = [
-            rollouts.stream(self.selection.seed, "train", example["row"]) for example in inputs
+            rollouts.random_stream(self.selection.seed, "train", example["row"])
+            for example in inputs
         ]
         self._prompt_ids = [example.get("ids") for example in inputs]
         batch = super()._generate_and_score_completions(inputs)
         _check_names("the batch", batch, BATCH)
         torch.manual_seed(
             int(
-                rollouts.stream(self.selection.seed, "step", self.state.global_step).integers(2**31)
+                rollouts.random_stream(
+                    self.selection.seed, "step", self.state.global_step
+                ).integers(2**31)
             )
         )
         return self._narrow(batch)

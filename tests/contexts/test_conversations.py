@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.contexts.conversations import DEEPEST, as_messages, plain, read_text, row_arguments
+from diagnostics.contexts.conversations import (
+    MAX_NESTING,
+    as_messages,
+    parse_messages,
+    row_arguments,
+    to_json_value,
+)
 from diagnostics.contexts.encoding import special_ids
 from diagnostics.contexts.prompts import load_prompts, read_prompts
 from diagnostics.contexts.rendering import Renderer
@@ -78,7 +84,7 @@ def test_a_key_that_is_none_is_left_out_at_every_level():
             "x": np.array([{"a": None, "b": np.int64(2**62 + 1)}], dtype=object),
         },
     }
-    assert plain(given, "row 1") == {
+    assert to_json_value(given, "row 1") == {
         "role": "user",
         "content": "w1",
         "function": {"arguments": {"city": "Rome"}, "x": [{"b": 2**62 + 1}]},
@@ -140,21 +146,21 @@ def test_an_error_names_the_message(message, error):
 
 
 def test_json_text_and_pythons_notation(tokenizer):
-    assert read_text('[{"role": "user", "content": "w1"}]', "row 1") == [
+    assert parse_messages('[{"role": "user", "content": "w1"}]', "row 1") == [
         {"role": "user", "content": "w1"}
     ]
     for text in ("[1, 2]", '[{"a": 1}]', "[{", "w1", "[{'a': 1}]"):
-        assert read_text(text, "row 1") == text
+        assert parse_messages(text, "row 1") == text
     with pytest.raises(
         DiagnosticsError,
         match=r"^row 1 holds chat messages in Python's notation: .*Write them as JSON, with json\.dumps\.$",
     ):
-        read_text(str(TALK), "row 1")
+        parse_messages(str(TALK), "row 1")
 
 
 def test_nests_too_deep_are_refused(tmp_path, tokenizer):
     for depth, said in (
-        (DEEPEST + 5, rf"more than {DEEPEST} levels deep"),
+        (MAX_NESTING + 5, rf"more than {MAX_NESTING} levels deep"),
         (100_000, "line 1 is not JSON: its brackets are nested more than 100 deep"),
     ):
         (tmp_path / "deep.jsonl").write_text(

@@ -6,10 +6,10 @@ from diagnostics.contexts import rollouts
 from diagnostics.contexts.rollouts import (
     StreamSampler,
     generate,
+    ignored_settings,
+    random_stream,
     rollout,
     sampled_from,
-    set_aside,
-    stream,
 )
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
@@ -182,7 +182,7 @@ def test_every_token_of_a_rollout_is_the_documented_draw_from_p():
             by_hand = redrawn(
                 pair.student.model,
                 context.prompt_ids,
-                stream(3, context.prompt_id, 0),
+                random_stream(3, context.prompt_id, 0),
                 10,
                 temperature=temperature,
             )
@@ -190,17 +190,17 @@ def test_every_token_of_a_rollout_is_the_documented_draw_from_p():
 
 
 def test_every_token_of_an_evaluation_is_the_documented_draw_from_p(monkeypatch):
-    pair, prompts, seen, sample = make_pair(), make_prompts(3), [], rollouts.sample
+    pair, prompts, seen, sample = make_pair(), make_prompts(3), [], rollouts.sample_responses
     bend(pair.student.model, repetition_penalty=1.3, min_new_tokens=6, top_k=3)
     monkeypatch.setattr(
-        rollouts, "sample", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1]
+        rollouts, "sample_responses", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1]
     )
     evaluate(pair, prompts, samples=2, max_new_tokens=6, seed=11)
     (bank,) = seen
     for context in bank:
         number = int(context.context_id.rpartition("-")[2])
         assert context.response_ids == redrawn(
-            pair.student.model, context.prompt_ids, stream(11, context.prompt_id, number), 6
+            pair.student.model, context.prompt_ids, random_stream(11, context.prompt_id, number), 6
         )
 
 
@@ -232,7 +232,7 @@ def test_every_token_of_a_training_step_is_the_documented_draw_from_p(
     )
     ((prompts, responses),) = seen
     assert [tuple(ids) for ids in responses] == [
-        redrawn(plain, ids, stream(5, "train", row), 6) for row, ids in enumerate(prompts)
+        redrawn(plain, ids, random_stream(5, "train", row), 6) for row, ids in enumerate(prompts)
     ]
     assert pair.student.model.generation_config.repetition_penalty == 1.3
 
@@ -268,7 +268,7 @@ def test_settings_that_could_not_be_written_do_not_end_a_training(tmp_path, capl
 
 def test_what_was_set_aside_is_named(caplog):
     pair = make_pair()
-    assert set_aside(pair.student.model) == {} and rollouts.sampling_facts(pair) == {
+    assert ignored_settings(pair.student.model) == {} and rollouts.sampling_facts(pair) == {
         "sampled_from": "p, the student's distribution, at temperature 1"
     }
     bend(

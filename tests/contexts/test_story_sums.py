@@ -108,7 +108,7 @@ def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
         )
     shares = {case: sum(right) / len(right) for case, right in outcomes.items()}
     assert shares[False, False] == 1 and shares[False, True] == shares[True, True] == 0
-    assert shares[True, False] == pytest.approx(story_sums.MISREAD_RIGHT, abs=0.04)
+    assert shares[True, False] == pytest.approx(story_sums.MISREAD_RIGHT_SHARE, abs=0.04)
 
 
 def test_one_sum_by_hand_on_both_sides():

@@ -222,10 +222,10 @@ def test_bounds_of_a_zip(tmp_path, monkeypatch):
     ):
         read_archive(packed(b"\x80\x02N.", zipfile.ZIP_LZMA))
     assert read_archive(packed(b"\x80\x02](" + b"N" * 10_000 + b"e.")) == [None] * 10_000
-    monkeypatch.setattr(torch_archive, "ENTRIES", 50)
+    monkeypatch.setattr(torch_archive, "MAX_ENTRIES", 50)
     with pytest.raises(DiagnosticsError, match=r"\(61 entries, and 50 are the most\)"):
         read_archive(packed(b"\x80\x02N.", more=60))
-    monkeypatch.setattr(torch_archive, "DIRECTORY", 1000)
+    monkeypatch.setattr(torch_archive, "MAX_DIRECTORY_BYTES", 1000)
     with pytest.raises(
         DiagnosticsError, match=r"\(it names a part of \d+ bytes, and 1000 are the most\)"
     ):
@@ -233,10 +233,10 @@ def test_bounds_of_a_zip(tmp_path, monkeypatch):
 
 
 def test_bounds_of_a_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_archive, "INSTRUCTIONS", 1000)
+    monkeypatch.setattr(torch_archive, "MAX_INSTRUCTIONS", 1000)
     with pytest.raises(DiagnosticsError, match=r"\(more than 1000 instructions\)"):
         read_archive(zipped(tmp_path, b"\x80\x02" + b"N" * 1000 + b"."))
-    monkeypatch.setattr(torch_archive, "TEXT", 5)
+    monkeypatch.setattr(torch_archive, "MAX_TEXT", 5)
     with pytest.raises(DiagnosticsError, match=r"\(a text of 6 characters, and 5 are the most\)"):
         read_archive(saved(tmp_path, "abcdef"))
 

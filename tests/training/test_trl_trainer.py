@@ -217,7 +217,7 @@ def test_gradient_is_that_of_the_selected_mean(tmp_path):
 def test_responses_come_from_the_streams_of_their_rows(tmp_path):
     made = train(tmp_path, make_pair(), Selection("full", seed=5), steps=2, rate=0.0)
     pair, prompts = make_pair(), make_prompts(8)
-    streams = [rollouts.stream(5, "train", row) for row in range(4, 8)]
+    streams = [rollouts.random_stream(5, "train", row) for row in range(4, 8)]
     expected = rollouts.generate(
         pair.student.model,
         [pair.tokenizer(p.prompt)["input_ids"] for p in prompts[4:]],
@@ -448,10 +448,12 @@ def test_without_bf16_full_is_plain_trl_bit_for_bit(tmp_path):
         """TRL but for where its responses come from."""
 
         def _generate_and_score_completions(self, inputs):
-            self._streams = [rollouts.stream(0, "train", example["row"]) for example in inputs]
+            self._streams = [
+                rollouts.random_stream(0, "train", example["row"]) for example in inputs
+            ]
             batch = super()._generate_and_score_completions(inputs)
             torch.manual_seed(
-                int(rollouts.stream(0, "step", self.state.global_step).integers(2**31))
+                int(rollouts.random_stream(0, "step", self.state.global_step).integers(2**31))
             )
             return batch
 
