@@ -9,8 +9,6 @@ are counted and said, never dropped in silence; so are the columns that are not 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -18,25 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from diagnostics.contexts.conversations import (
-    TEMPLATE_COLUMNS,
-    parse_messages,
-    row_arguments,
-    to_json_value,
-)
+from diagnostics.contexts.conversations import TEMPLATE_COLUMNS, parse_messages, row_arguments
 from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.contexts.prompt_ids import cell_text, id_text, is_ambiguous_id, source_digest
+from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.rows import AS_WRITTEN, EXACT, keep_whole_numbers, missing, read_rows
+from diagnostics.core.rows import missing
 from diagnostics.core.types import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("diagnostics")
-DATASET = "hf:"
 LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
 NOTED = {
     "replies_cut": (
@@ -202,34 +194,6 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         )
 
 
-def source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> str:
-    """Name of what a row asks, before any template wrote it: the same tomorrow, and for another
-    model's template.
-
-    values: the row, whose hint and teacher_prompt are asked as well.
-    """
-    more = arguments | {name: _plain_value(values.get(name)) for name in ("teacher_prompt", "hint")}
-    parts = {"prompt": _plain_value(value)} | {
-        name: part for name, part in more.items() if part not in (None, "")
-    }
-    if set(parts) == {"prompt"} and isinstance(value, str):
-        return digest(value)
-    return digest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str))
-
-
-def _plain_value(value):
-    """A cell in JSON's terms, keys without a value left out: Arrow gives every message the keys of
-    all.
-    """
-    if isinstance(value, dict):
-        return {str(key): _plain_value(part) for key, part in value.items() if not missing(part)}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain_value(part) for part in value]
-    return None if missing(value) else value
-
-
 def _is_frozen(frame: pd.DataFrame) -> bool:
     return set(CONTEXT_COLUMNS) <= set(frame.columns)
 
@@ -335,72 +299,6 @@ def first_prompts(
     return prompts[:wanted]
 
 
-def digest(text: str) -> str:
-    """Short stable name of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-
-
-def read_source(source: str, split: str | None) -> pd.DataFrame:
-    if source.startswith(DATASET):
-        return _read_dataset(source.removeprefix(DATASET), split or "train")
-    if split is not None:
-        raise DiagnosticsError(
-            f"--prompts-split {split} belongs to a data set, and {source} is a file. Write"
-            f" hf:{source}, or leave the split out."
-        )
-    return read_rows(Path(source), text=True)
-
-
-def _read_dataset(name: str, split: str) -> pd.DataFrame:
-    """One split of a Hugging Face data set, or of a local folder of its files (also one that
-    `save_to_disk` wrote).
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DiagnosticsError(
-            "Prompts from a data set need the package datasets. Run `pip install datasets`, or give"
-            " a file."
-        ) from error
-    datasets.disable_progress_bars()
-    try:
-        return keep_whole_numbers(
-            _open_dataset(datasets, name, split).with_format("arrow")[:].to_pandas(**AS_WRITTEN)
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DiagnosticsError(
-            f"{DATASET}{name}, split {split!r}, cannot be read ({reason}). Check name,"
-            " configuration and --prompts-split; a name needs a network, a local folder does not."
-        ) from error
-
-
-def _open_dataset(datasets, name: str, split: str):
-    folder = Path(name)
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(name)[split]
-    if (folder / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    if folder.is_dir():
-        return datasets.load_dataset(name, split=split)
-    name, _, revision = name.partition("@")
-    name, _, configuration = name.partition(":")
-    return datasets.load_dataset(
-        name, configuration or None, split=split, revision=revision or None
-    )
-
-
-def prompt_column_of(frame: pd.DataFrame, wanted: str | None, path) -> str:
-    names = [wanted] if wanted else ["prompt", "messages"]
-    for name in names:
-        if name in frame.columns:
-            return name
-    raise DiagnosticsError(
-        f"{path} has no column {' or '.join(map(repr, names))}; it has"
-        f" {', '.join(map(str, frame.columns[:20]))}. Name the column with --prompt-column."
-    )
-
-
 def _teacher_prompt(
     values: dict[str, Any],
     value,
@@ -421,32 +319,3 @@ def _teacher_prompt(
     return (
         renderer.with_hint(value, hint, where, arguments) if hint and not missing(value) else None
     )
-
-
-def cell_text(value, where: str) -> str | None:
-    """A cell as text, lists and objects as JSON; None where it is missing or empty."""
-    if missing(value) or (isinstance(value, str) and not value):
-        return None
-    held = value.item() if isinstance(value, np.generic) else value
-    return (
-        json.dumps(to_json_value(held, where))
-        if isinstance(held, (list, tuple, dict, np.ndarray))
-        else str(held)
-    )
-
-
-def id_text(value, where: str) -> str | None:
-    """An id as text, None where there is none; 3.0, as a column that once had gaps holds it, is 3,
-    and a vague one is none.
-    """
-    value = value.item() if isinstance(value, np.generic) else value
-    if not isinstance(value, float) or not value.is_integer():
-        return cell_text(value, where)
-    return None if is_ambiguous_id(value) else str(int(value))
-
-
-def is_ambiguous_id(value) -> bool:
-    """A whole number that a float no longer tells from its neighbours: as an id it would join what
-    was apart.
-    """
-    return isinstance(value, (float, np.floating)) and EXACT <= abs(value) < float("inf")

@@ -56,7 +56,7 @@ def _settings(config) -> dict:
 
 def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
     """Sample and freeze contexts; with `elsewhere.rollouts`, freeze what was sampled elsewhere."""
-    from diagnostics.contexts.rollouts import positions_after_turn_end, sampling_facts
+    from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -330,7 +330,7 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
 
 def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
     """Train the student; gains on the frozen bank join the token table where there is one."""
-    from diagnostics.contexts.rollouts import sampling_facts
+    from diagnostics.contexts.generation_settings import sampling_facts
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 

@@ -205,7 +205,7 @@ def train(
     that do not fit together, prompts in both sets, a directory with an unfinished training (unless
     `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory
     gives out."""
-    from diagnostics.contexts.rollouts import make_savable, warn_before_sampling
+    from diagnostics.contexts.generation_settings import make_savable, warn_before_sampling
 
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")

@@ -21,7 +21,7 @@ from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
 from tests.conftest import make_tokenizer
-from tests.contexts.test_prompts import TEMPLATE, jsonl
+from tests.contexts.factories import TEMPLATE, jsonl
 
 CHATML = (
     "{% if tools %}<|im_start|>tools {{ tools | length }} {{ tools[0].function.name }}<|im_end|>\n{% endif %}"

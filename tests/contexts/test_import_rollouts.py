@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 
 from diagnostics import read_rollouts
-from diagnostics.contexts.import_rollouts import COUNTED, freeze_rollouts
+from diagnostics.contexts.import_counts import COUNTED
+from diagnostics.contexts.import_rollouts import freeze_rollouts
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context, read_bank
 from diagnostics.pipeline.cli import main
 from tests.conftest import make_pair, make_prompts, make_tokenizer
-from tests.contexts.test_prompts import TEMPLATE, jsonl
+from tests.contexts.factories import TEMPLATE, jsonl
 
 FILES = Path(__file__).parents[1] / "files"
 

@@ -2,15 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.contexts import rollouts
-from diagnostics.contexts.rollouts import (
-    StreamSampler,
-    generate,
-    ignored_settings,
-    random_stream,
-    rollout,
-    sampled_from,
-)
+from diagnostics.contexts import generation, generation_settings, rollouts
+from diagnostics.contexts.generation import StreamSampler, generate, random_stream
+from diagnostics.contexts.generation_settings import ignored_settings, sampled_from
+from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
 from diagnostics.models.pair import assemble
@@ -268,9 +263,9 @@ def test_settings_that_could_not_be_written_do_not_end_a_training(tmp_path, capl
 
 def test_what_was_set_aside_is_named(caplog):
     pair = make_pair()
-    assert ignored_settings(pair.student.model) == {} and rollouts.sampling_facts(pair) == {
-        "sampled_from": "p, the student's distribution, at temperature 1"
-    }
+    assert ignored_settings(pair.student.model) == {} and generation_settings.sampling_facts(
+        pair
+    ) == {"sampled_from": "p, the student's distribution, at temperature 1"}
     bend(
         pair.student.model,
         repetition_penalty=1.1,
@@ -280,7 +275,7 @@ def test_what_was_set_aside_is_named(caplog):
         num_beams=1,
         do_sample=True,
     )
-    assert rollouts.sampling_facts(pair, top_p=0.9)["generation_config_set_aside"] == {
+    assert generation_settings.sampling_facts(pair, top_p=0.9)["generation_config_set_aside"] == {
         "repetition_penalty": 1.1,
         "top_k": 20,
     }
@@ -306,7 +301,7 @@ def test_a_narrowed_distribution_is_named_as_such():
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_halves_and_draws_the_same(pair, monkeypatch, caplog, kind):
-    whole, passes, once = rollout(pair, make_prompts(7), max_new_tokens=6), [], rollouts._generate
+    whole, passes, once = rollout(pair, make_prompts(7), max_new_tokens=6), [], generation._generate
 
     def small(model, prompts, chooser, *rest):
         passes.append(len(prompts))
@@ -315,7 +310,7 @@ def test_out_of_memory_halves_and_draws_the_same(pair, monkeypatch, caplog, kind
             raise kind("no room")
         return once(model, prompts, chooser, *rest)
 
-    monkeypatch.setattr(rollouts, "_generate", small)
+    monkeypatch.setattr(generation, "_generate", small)
     assert rollout(pair, make_prompts(7), max_new_tokens=6) == whole
     assert (
         passes == [7, 3, 1, 2, 4, 2, 2]
@@ -327,7 +322,7 @@ def test_one_prompt_that_does_not_fit_names_the_remedy(pair, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(rollouts, "_generate", full)
+    monkeypatch.setattr(generation, "_generate", full)
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -348,9 +343,9 @@ def test_one_prompt_that_does_not_fit_names_the_remedy(pair, monkeypatch):
 
 
 def test_batch_tokens_bound_a_pass(pair, monkeypatch):
-    widths, once = [], rollouts._generate
+    widths, once = [], generation._generate
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "_generate",
         lambda model, prompts, *rest: (
             widths.append(len(prompts) * (max(map(len, prompts)) + 6))
