@@ -12,13 +12,22 @@ from diagnostics.models.chat_templates import Template
 
 
 def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int, ...]:
-    """Ids of a prompt, the only ones that sampling, scoring, training and imports use.
+    """Encode a prompt. Sampling, scoring, training and imports all use these ids.
 
-    rendered: a chat template wrote the text, which then is all there is: the ids are those of
-    `apply_chat_template(tokenize=True)`. Other text keeps the tokenizer's start token, which stands
-    once where the text brings it as well, unless the text holds special tokens and the chat
-    template writes no start token. Nothing is ever put behind a prompt: the student would answer
-    after the end of a text."""
+    Other text than a rendered one keeps the tokenizer's start token. It is written once where the
+    text brings it as well, and not at all where the text holds special tokens and the chat template
+    writes no start token. Nothing is ever added after a prompt: the student would answer after the
+    end of a text.
+
+    Args:
+        tokenizer: The pair's tokenizer.
+        text: The prompt as text.
+        rendered: A chat template wrote the text. It is then complete, and the ids are those of
+            `apply_chat_template(tokenize=True)`.
+
+    Returns:
+        The token ids.
+    """
     require_unicode(text)
     bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     start = () if rendered else start_ids(tokenizer)
@@ -28,7 +37,7 @@ def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int,
 
 
 def start_ids(tokenizer) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before every text."""
+    """Return the ids that the tokenizer puts before every text."""
     for text in ("a", "0", "."):  # not every vocabulary has a token for each
         bare, whole = (
             tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -47,14 +56,14 @@ def start_ids(tokenizer) -> tuple[int, ...]:
 _BEGINNINGS: weakref.WeakKeyDictionary[Any, tuple[str, tuple[int, ...] | None]] = (
     weakref.WeakKeyDictionary()
 )
-"""By tokenizer: its chat template, and the ids of what that writes for a question; seen once, as it
-takes a process.
+"""Per tokenizer: its chat template, and the ids of what that writes for a question. They are kept
+because rendering them starts a process.
 """
 
 
 def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...]) -> bool:
-    """The text has special tokens, and the template that writes such texts begins them without
-    `start`.
+    """Whether the text has special tokens and the template that writes such texts begins them
+    without `start`.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     if not template or not special_ids(tokenizer).intersection(bare):
@@ -70,8 +79,8 @@ def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...
 
 
 def special_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that `decode(skip_special_tokens=True)` leaves out: those named (start,
-    end, ...) and those flagged.
+    """Return the ids that `decode(skip_special_tokens=True)` leaves out: named tokens (start, end,
+    ...) and tokens flagged as special.
     """
     flagged = {
         i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
@@ -82,8 +91,8 @@ def special_ids(tokenizer) -> frozenset[int]:
 def try_render(
     tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs
 ) -> str | None:
-    """Messages of our own by the chat template, to learn how it writes; None without one, or where
-    it refuses them.
+    """Render our own messages to learn how the chat template writes; None where there is no
+    template or it refuses them.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -96,7 +105,7 @@ def try_render(
 
 
 def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
-    """The chat template asks for the time, so that a prompt is another one tomorrow."""
+    """Whether the chat template asks for the time, so that a prompt differs from day to day."""
     question, kwargs = (
         [{"role": "user", "content": "a"}],
         template_arguments(kwargs or {}, "--chat-template-kwargs"),

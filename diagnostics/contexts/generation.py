@@ -1,4 +1,6 @@
-"""Continue prompts token by token, each from a random stream of its own."""
+"""Continue prompts token by token, each prompt from its own random stream.
+
+Axes in names: B prompts of a batch, T tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -19,13 +21,23 @@ log = logging.getLogger("diagnostics")
 
 
 def random_stream(*name) -> np.random.Generator:
-    """The random stream of that name: the same parts give the same draws, other parts others."""
+    """Return the random generator with that name: equal parts give equal draws."""
     text = "/".join(map(str, name)).encode()
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:16], "big"))
 
 
 class StreamSampler:
-    """Picks each row's next token from its own stream; a logits processor for greedy `generate`."""
+    """A logits processor that picks each row's next token from the row's own random stream.
+
+    It leaves one finite logit per row, so `generate` in greedy mode takes exactly that token.
+
+    Args:
+        streams: One random generator per prompt of the batch.
+        temperature: Sampling temperature, greater than 0.
+        top_p: Nucleus mass; 1 keeps the whole vocabulary.
+        top_k: Number of most likely tokens to sample from; 0 keeps all.
+        vocabulary: Number of ids that may be drawn; later ids get probability 0.
+    """
 
     def __init__(
         self,
@@ -60,7 +72,7 @@ class StreamSampler:
         return torch.full_like(logits_BV, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
     def part(self, rows: slice) -> StreamSampler:
-        """The chooser of these rows alone."""
+        """Return a sampler for these rows alone; the streams are shared, not copied."""
         part = copy.copy(self)
         part.streams = self.streams[rows]
         return part
@@ -69,21 +81,35 @@ class StreamSampler:
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    chooser: StreamSampler,
+    sampler: StreamSampler,
     *,
     end_ids: Sequence[int],
     max_new_tokens: int,
     halves: bool = True,
 ) -> list[list[int]]:
-    """Continue prompts (ids, padded on the left here); each result stops after its first end token,
-    which it keeps.
+    """Continue prompts, and cut each continuation after its first end token, which is kept.
 
-    Out of memory, the prompts are continued in two halves, again and again down to one, with the
-    same draws. halves: False for a model whose passes several processes must make together. Raises
-    DiagnosticsError where one does not fit."""
-    states = [stream.bit_generator.state for stream in chooser.streams]
+    Where memory runs out, the prompts are continued in two halves, repeatedly down to single
+    prompts, with the same draws.
+
+    Args:
+        model: Causal language model with transformers' `generate`.
+        prompts: Token ids of each prompt; they are padded on the left here.
+        sampler: Picks the tokens; it holds one stream per prompt.
+        end_ids: Ids that end a continuation.
+        max_new_tokens: Longest continuation, in tokens.
+        halves: Whether to halve where memory runs out. False for a model whose forward passes
+            several processes must make together.
+
+    Returns:
+        One list of new token ids per prompt.
+
+    Raises:
+        DiagnosticsError: A single prompt does not fit in memory.
+    """
+    states = [stream.bit_generator.state for stream in sampler.streams]
     try:
-        return _generate(model, prompts, chooser, end_ids, max_new_tokens)
+        return _generate(model, prompts, sampler, end_ids, max_new_tokens)
     except (torch.OutOfMemoryError, MemoryError) as error:
         if not halves:
             raise
@@ -93,7 +119,7 @@ def generate(
         len(prompts),
         max_new_tokens,
     )
-    for stream, state in zip(chooser.streams, states):
+    for stream, state in zip(sampler.streams, states):
         stream.bit_generator.state = state
     middle = len(prompts) // 2
     parts = (slice(0, middle), slice(middle, None))
@@ -101,7 +127,7 @@ def generate(
         ids
         for rows in parts
         for ids in generate(
-            model, prompts[rows], chooser.part(rows), end_ids=end_ids, max_new_tokens=max_new_tokens
+            model, prompts[rows], sampler.part(rows), end_ids=end_ids, max_new_tokens=max_new_tokens
         )
     ]
 
@@ -109,6 +135,7 @@ def generate(
 def _require_halves(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, error: BaseException
 ) -> None:
+    """Raise DiagnosticsError where a batch of one prompt cannot be halved any more."""
     if len(prompts) == 1:
         raise DiagnosticsError(
             f"One prompt of {len(prompts[0])} tokens with {max_new_tokens} new ones does not fit in"
@@ -121,14 +148,15 @@ def _require_halves(
 def _generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    chooser: StreamSampler,
+    sampler: StreamSampler,
     end_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
+    """Continue all prompts in one batch; arguments and result as in `generate`."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     width, device = max(map(len, prompts)), next(model.parameters()).device
-    filler = next((i for i in end_ids if i < chooser.vocabulary), 0)
+    filler = next((i for i in end_ids if i < sampler.vocabulary), 0)
     ids_BT = torch.tensor(
         [[filler] * (width - len(ids)) + list(ids) for ids in prompts], device=device
     )
@@ -146,11 +174,12 @@ def _generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([chooser]),
+            logits_processor=LogitsProcessorList([sampler]),
         )
     return [_cut_at_end(row, end_ids) for row in output_BT[:, width:].tolist()]
 
 
 def _cut_at_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Return the ids up to and including the first end token."""
     ends = [place for place, i in enumerate(ids) if i in end_ids]
     return ids[: ends[0] + 1] if ends else ids

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation settings ask for, and what sampling does with that."""
+"""What a checkpoint's generation settings ask for, and how sampling treats them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HONORED_SETTINGS = (
     "use_cache",
     "cache_implementation",
 )
-"""Generation settings that are taken over, or that cannot change a token."""
+"""Generation settings that sampling follows, or that cannot change a token."""
 NEUTRAL_VALUES = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -40,11 +40,13 @@ NEUTRAL_VALUES = {
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
 }
-"""Values that ask for nothing."""
+"""Values of generation settings that have no effect."""
 
 
 def sampled_from(*, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = 0) -> str:
-    """The distribution that responses are drawn from, in words, as the manifest names it."""
+    """Describe the distribution that responses are drawn from, as the manifest names it. Arguments
+    as in `rollout`.
+    """
     narrowed = ([f"the {top_k} likeliest tokens of it"] if top_k else []) + (
         [f"the nucleus of mass {top_p:g} of that"] if top_p < 1 else []
     )
@@ -54,7 +56,7 @@ def sampled_from(*, temperature: float = 1.0, top_p: float = 1.0, top_k: int | N
 
 
 def ignored_settings(model: nn.Module) -> dict[str, Any]:
-    """What the checkpoint's own generation settings ask for and sampling does not do."""
+    """Return the checkpoint's generation settings that sampling does not follow, by name."""
     settings = getattr(model, "generation_config", None)
     asked = settings.to_diff_dict() if settings is not None else {}
     return {
@@ -67,7 +69,7 @@ def ignored_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def sampling_facts(pair: Pair, **options) -> dict[str, Any]:
-    """What the manifest says about how responses were drawn. options: as for `sampled_from`."""
+    """Return what the manifest says about sampling. options: as in `sampled_from`."""
     aside = ignored_settings(pair.student.model)
     return {"sampled_from": sampled_from(**options)} | (
         {"generation_config_set_aside": aside} if aside else {}
@@ -75,8 +77,8 @@ def sampling_facts(pair: Pair, **options) -> dict[str, Any]:
 
 
 def warn_before_sampling(pair: Pair) -> None:
-    """Say, before anything is sampled, what a user of this checkpoint may expect and does not
-    get.
+    """Warn where this checkpoint's settings promise a behavior that sampling does not have, or
+    where no token can end a response.
     """
     aside = ignored_settings(pair.student.model)
     if aside:
@@ -103,12 +105,12 @@ def warn_before_sampling(pair: Pair) -> None:
 
 
 def make_savable(model: nn.Module) -> None:
-    """Mend generation settings that transformers refuses to write once anything in them was
-    changed, as training does.
+    """Repair generation settings that transformers refuses to write once training has changed them.
 
-    Many checkpoints ask for a temperature without asking for sampling. Where that is not the whole
-    contradiction, the ids alone are kept, and a warning says so: a training must not end at the
-    file that nothing here reads."""
+    Many checkpoints set a temperature without do_sample. Where that is not the whole contradiction,
+    only the start, end and padding ids are kept, and a warning says so: a training must not fail at
+    a file that this program never reads.
+    """
     from transformers import GenerationConfig
 
     settings = getattr(model, "generation_config", None)
@@ -136,8 +138,8 @@ def _is_valid(settings) -> bool:
 
 
 def unlisted_turn_end(pair: Pair) -> int | None:
-    """The special token with which the chat template ends the assistant's turn, where it is no end
-    of a response; else None.
+    """Return the special token that ends the assistant's turn in the chat template but is not an
+    end id of the pair; None where there is none.
     """
     from diagnostics.contexts.encoding import try_render
 
@@ -155,8 +157,15 @@ def unlisted_turn_end(pair: Pair) -> int | None:
 
 
 def positions_after_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
-    """How many responses went on behind the template's end of a turn, and for how many positions;
-    {} where none did.
+    """Count the responses that continue after the template's end of a turn.
+
+    Args:
+        pair: The pair whose student wrote the responses.
+        bank: Frozen contexts.
+
+    Returns:
+        `token`, `id`, number of `responses` and of `positions` after that token; {} where there
+        are none.
     """
     end = unlisted_turn_end(pair)
     behind = [
@@ -176,11 +185,11 @@ def positions_after_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
 
 @contextmanager
 def without_own_settings(model: nn.Module) -> Iterator[None]:
-    """The checkpoint's generation settings are away while the block runs: `generate` fills every
-    gap of ours from them.
+    """Remove the checkpoint's own generation settings while the block runs.
 
-    Wrappers (adapters, sharding) hold settings of their own or reach for those within, so all
-    modules are looked at."""
+    `generate` fills every setting that ours leave open from them. Wrappers (adapters, sharding)
+    hold settings of their own or look up those of the wrapped model, so all modules are searched.
+    """
     from transformers import GenerationConfig
 
     holders = [

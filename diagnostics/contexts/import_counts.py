@@ -1,4 +1,4 @@
-"""What importing rollouts counts, and how the log says it."""
+"""What importing rollouts counts, and how the log reports it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diagnostics.core.errors import DiagnosticsError
 
 log = logging.getLogger("diagnostics")
 FOREIGN_SHARE = 0.5
-"""Share of contexts whose ids spell another text than the file's, from which the file is another
-tokenizer's.
+"""If more than this share of the responses have ids that spell another text than the file's,
+another tokenizer wrote the ids.
 """
 COUNTED = {
     "from_text": "given as text, so their tokens are those of re-encoding",
@@ -46,9 +46,11 @@ COUNTED = {
 }
 """What is counted, in the words of the log."""
 HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
+"""Counts that are logged as information; the others are warnings."""
 
 
 def log_counts(counts: dict[str, int], path: Path) -> None:
+    """Log every count that is not zero."""
     for name, words in COUNTED.items():
         if counts[name]:
             noun = "" if name.startswith("prompts_") else "contexts "
@@ -63,6 +65,7 @@ def log_counts(counts: dict[str, int], path: Path) -> None:
 
 
 def require_same_tokenizer(counts: Counter, path: Path) -> None:
+    """Raise DiagnosticsError where most ids spell another text than the file's."""
     if counts["spelled"] and counts["other_spelling"] > FOREIGN_SHARE * counts["spelled"]:
         raise DiagnosticsError(
             f"{path}: {counts['other_spelling']} of {counts['spelled']} responses decode to another"

@@ -20,7 +20,7 @@ from diagnostics.core.rows import missing, read_rows
 
 @dataclass(frozen=True)
 class Rollout:
-    """One row of such a file: text, or ids, or both."""
+    """One row of a rollout file: text, or ids, or both."""
 
     prompt: Any = None
     """Text or chat messages."""
@@ -30,19 +30,22 @@ class Rollout:
     prompt_id: str | None = None
     context_id: str | None = None
     rendered: bool = False
-    """The prompt's text is what the tokenizer saw; no template is put around it."""
+    """Whether the prompt's text is what the tokenizer saw, so that no template is put around it."""
     own: tuple[bool, ...] | None = None
-    """Response tokens that the student wrote; None where it wrote all."""
+    """For each response token, whether the student wrote it; None where it wrote all of them."""
     teacher_prompt: Any = None
-    """What the teacher reads in the prompt's place, text or messages."""
+    """What the teacher reads in place of the prompt, text or messages."""
     teacher_prompt_ids: tuple[int, ...] | None = None
     reply: Any = None
     """The response as chat messages, in place of its text."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """What the row hands to the chat template beside its messages."""
+    """What the row passes to the chat template in addition to its messages."""
 
 
 def read_rows_of_rollouts(path: Path) -> pd.DataFrame:
+    """Return the rows of a rollout file as a table. Raises DiagnosticsError where it cannot be
+    read.
+    """
     if path.suffix != ".pt":
         return read_rows(path, text=True)
     held = read_archive(path)
@@ -61,17 +64,21 @@ def read_rows_of_rollouts(path: Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Format:
-    """How one framework's rows are told and read."""
+    """How the rows of one framework are recognized and read."""
 
     needs: tuple[str, ...]
-    """A row of this format has all of these columns."""
+    """Columns that a row of this format has, all of them."""
     read: Callable[[Row], Rollout]
 
 
 class Row:
-    """A row with typed access to its values; the errors say where.
+    """A row with typed access to its values; errors name the row.
 
-    counts: where vague ids are counted. asked: gathers the columns that were read.
+    Args:
+        values: The row's cells by column.
+        where: Name of the row, for errors.
+        counts: Counter of ambiguous ids; None counts nothing.
+        asked: Collects the names of the columns that were read; None collects nothing.
     """
 
     def __init__(
@@ -88,22 +95,24 @@ class Row:
         )
 
     def get(self, name: str) -> Any:
-        """A value, None where it is missing."""
+        """Return a value, or None where it is missing."""
         self.asked.add(name)
         value = self.values.get(name)
         return None if missing(value) else value
 
     def text(self, name: str) -> str | None:
-        """A value as text or None. Raises DiagnosticsError for another type."""
+        """Return a value as text, or None. Raises DiagnosticsError for another type."""
         value = self.get(name)
         if value is None or isinstance(value, str):
             return value
         raise DiagnosticsError(
-            f"{self.where}: {name} should be text; found {preview(value, 60)}. Mend that row."
+            f"{self.where}: {name} should be text; found {preview(value, 60)}. Fix that row."
         )
 
     def reply(self, name: str) -> dict[str, Any]:
-        """A response as text or as messages, also as JSON text, by the names of `Rollout`."""
+        """Return a response that is text or messages (also as JSON text), under the names of
+        `Rollout`.
+        """
         given = self.get(name)
         value = parse_messages(given, f"{self.where}, {name}")
         listed = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
@@ -114,30 +123,30 @@ class Row:
         return {"response": self.text(name)}
 
     def arguments(self) -> dict[str, Any]:
-        """What the row hands to the chat template."""
+        """Return what the row passes to the chat template."""
         return row_arguments(
             {name: self.get(name) for name in ("tools", "documents", "chat_template_kwargs")},
             self.where,
         )
 
     def name(self, name: str) -> str | None:
-        """An id as text, None where it is missing, or a float that several ids would share."""
+        """Return an id as text; None where it is missing or is an ambiguous float."""
         value = self.get(name)
         self.counts["prompts_vague_ids"] += is_ambiguous_id(value)
         return id_text(value, self.where)
 
     def whole(self, name: str) -> int | None:
-        """A whole number or None. Raises DiagnosticsError for anything else."""
+        """Return a whole number, or None. Raises DiagnosticsError for anything else."""
         value = id_text(self.get(name), self.where)
         if value is None or value.removeprefix("-").isdecimal():
             return None if value is None else int(value[:30])
         raise DiagnosticsError(
-            f"{self.where}: {name} should be a whole number; found {value[:60]!r}. Mend that row."
+            f"{self.where}: {name} should be a whole number; found {value[:60]!r}. Fix that row."
         )
 
     def ids(self, name: str) -> tuple[int, ...] | None:
-        """A list of whole numbers, also written as JSON, or None. Raises DiagnosticsError for
-        anything else.
+        """Return a list of token ids, also where it is written as JSON, or None. Raises
+        DiagnosticsError for anything else.
         """
         value = self._listed(name)
         if value is None:
@@ -148,12 +157,12 @@ class Row:
         ):
             raise DiagnosticsError(
                 f"{self.where}: {name} should be a list of token ids; found"
-                f" {preview(self.get(name), 60)}. Mend that row."
+                f" {preview(self.get(name), 60)}. Fix that row."
             )
         return tuple(int(i) for i in value)
 
     def mask(self, name: str) -> tuple[bool, ...] | None:
-        """A list of 0 and 1, or of truth values, or None. Raises DiagnosticsError for anything
+        """Return a list of 0 and 1, or of booleans, or None. Raises DiagnosticsError for anything
         else.
         """
         value = self._listed(name)
@@ -163,12 +172,13 @@ class Row:
             isinstance(i, (bool, int, float, np.generic)) and i in (0, 1) for i in value
         ):
             raise DiagnosticsError(
-                f"{self.where}: {name} should be a list of 0 and 1, one a token of the response;"
-                f" found {preview(self.get(name), 60)}. Mend that row."
+                f"{self.where}: {name} should be a list of 0 and 1, one per response token;"
+                f" found {preview(self.get(name), 60)}. Fix that row."
             )
         return tuple(map(bool, value))
 
     def _listed(self, name: str) -> Any:
+        """Return a value that is a list, an array, or a list written as JSON."""
         value = self.get(name)
         if isinstance(value, str):
             return from_json(value, f"{self.where}, {name}") if value else None
@@ -176,8 +186,8 @@ class Row:
 
 
 def read_row(kind: Format, row: Row) -> Rollout:
-    """One row in this module's terms. Raises DiagnosticsError where it has neither text nor ids of
-    both parts.
+    """Read one row as a `Rollout`. Raises DiagnosticsError where the prompt or the response has
+    neither text nor ids.
     """
     rollout = kind.read(row)
     if any(isinstance(part, Opaque) for part in (rollout.prompt, rollout.response)):
@@ -190,13 +200,14 @@ def read_row(kind: Format, row: Row) -> Rollout:
         rollout.response is None and rollout.response_ids is None and rollout.reply is None
     ):
         raise DiagnosticsError(
-            f"{row.where} lacks {'a prompt' if without_prompt else 'a response'}. Mend or remove"
+            f"{row.where} lacks {'a prompt' if without_prompt else 'a response'}. Fix or remove"
             " that row."
         )
     return rollout
 
 
 def _read_contexts(row: Row) -> Rollout:
+    """Read a row of this project's own contexts."""
     return Rollout(
         row.text("prompt"),
         row.text("response"),
@@ -211,14 +222,14 @@ def _read_contexts(row: Row) -> Rollout:
 
 
 def _read_released(row: Row) -> Rollout:
-    """`tokens` is prompt and response in one; samples and groups are named as `interop` names them
-    in token banks.
+    """Read a row of a released context bank. `tokens` holds prompt and response together; samples
+    and groups get the names that `import_tokens` gives them.
     """
     tokens, length, first = row.ids("tokens"), row.whole("resp_len"), row.whole("prompt_len")
     total = row.whole("total_len")
     if tokens is None or length is None:
         raise DiagnosticsError(
-            f"{row.where} lacks {'tokens' if tokens is None else 'resp_len'}. Mend or remove that"
+            f"{row.where} lacks {'tokens' if tokens is None else 'resp_len'}. Fix or remove that"
             " row."
         )
     first = len(tokens) - length if first is None else first
@@ -230,7 +241,7 @@ def _read_released(row: Row) -> Rollout:
     ):
         raise DiagnosticsError(
             f"{row.where}: {len(tokens)} tokens cannot be a prompt of {first} and a response of"
-            f" {length} (total_len {total}). Mend that row."
+            f" {length} (total_len {total}). Fix that row."
         )
     sample, group, rollout = (
         row.name("sample_index"),
@@ -253,18 +264,20 @@ def _read_released(row: Row) -> Rollout:
 
 
 def _read_slime(row: Row) -> Rollout:
-    """Of a chat with tools, `loss_mask` tells which response tokens are the student's."""
+    """Read a row of slime's rollouts. For a chat with tools, `loss_mask` says which response tokens
+    are the student's.
+    """
     tokens, length, mask = row.ids("tokens"), row.whole("response_length"), row.mask("loss_mask")
     if tokens is None or length is None:
         raise DiagnosticsError(
-            f"{row.where} lacks {'tokens' if tokens is None else 'response_length'}. Mend or remove"
+            f"{row.where} lacks {'tokens' if tokens is None else 'response_length'}. Fix or remove"
             " that row."
         )
     if not 0 <= length < len(tokens) or (mask is not None and len(mask) != length):
         raise DiagnosticsError(
             f"{row.where}: {len(tokens)} tokens with a response of"
             f" {length}{'' if mask is None else f' and a loss mask of {len(mask)}'} do not fit"
-            " together. Mend that row."
+            " together. Fix that row."
         )
     first, group = len(tokens) - length, row.name("group_index")
     return Rollout(
@@ -279,12 +292,13 @@ def _read_slime(row: Row) -> Rollout:
 
 
 def _read_verl(row: Row) -> Rollout:
+    """Read a row of verl's rollout dumps, which holds decoded text."""
     return Rollout(row.text("input"), row.text("output"), rendered=True)
 
 
 def _read_trl(row: Row) -> Rollout:
-    """Prompts are decoded text, or messages with the reply as messages too; a prompt that ends with
-    the reply's beginning is continued.
+    """Read a row of TRL's logged completions: prompts are decoded text, or messages, with the reply
+    as messages too. A prompt that ends with the beginning of the reply is continued.
     """
     return Rollout(
         row.get("prompt"),
@@ -295,10 +309,11 @@ def _read_trl(row: Row) -> Rollout:
 
 
 MASKS = ("loss_mask", "response_mask", "completion_mask")
-"""Columns in which a plain row may say which of its response's tokens are the student's."""
+"""Columns in which a plain row may say which response tokens are the student's."""
 
 
 def _read_plain(row: Row) -> Rollout:
+    """Read a row of any other file that has a prompt and a response."""
     prompt, ids = row.get("prompt"), row.ids("response_ids")
     masks = {name: row.mask(name) for name in MASKS}
     name, own = next(
@@ -330,10 +345,23 @@ FORMATS: dict[str, Format] = {
     "trl": Format(("prompt", "completion"), _read_trl),
     "plain": Format((), _read_plain),
 }
-"""In the order in which they are looked for."""
+"""The known formats, in the order in which they are tried."""
 
 
 def find_format(frame: pd.DataFrame, wanted: str, path: Path) -> str:
+    """Return the name of the format of a file's rows.
+
+    Args:
+        frame: The file's rows.
+        wanted: `auto`, or the format that the user names.
+        path: The file, for errors.
+
+    Returns:
+        A key of FORMATS.
+
+    Raises:
+        DiagnosticsError: The format is unknown, or the columns do not fit it.
+    """
     fitting = [
         name
         for name, kind in FORMATS.items()

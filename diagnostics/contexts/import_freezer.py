@@ -1,4 +1,4 @@
-"""Imported rows become frozen contexts."""
+"""Imported rows become frozen contexts: messages become text, and text becomes ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 
 class Freezer:
-    """Turns rows into contexts and counts what it meets."""
+    """Turns imported rows into contexts and counts what it finds.
+
+    Args:
+        pair: Student and teacher; the tokenizer, the shared vocabulary and the window are
+            theirs.
+        renderer: Renders prompts and replies with the chat template.
+        prompts: Prompts that the rollouts came from, to restore lost special tokens.
+    """
 
     def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
         self.tokenizer, self.end_ids, self.vocabulary, self.window = (
@@ -44,7 +51,9 @@ class Freezer:
         self.seen: set[tuple] = set()
 
     def __call__(self, rollout: Rollout, where: str) -> Context | None:
-        """The context, or None for one that is left out."""
+        """Return the context of a row, or None where the row is left out. Raises DiagnosticsError
+        where a token id lies outside the shared vocabulary.
+        """
         rollout = self._with_reply(rollout, where)
         if rollout is None:
             return None
@@ -74,15 +83,15 @@ class Freezer:
         return self._context(rollout, prompt_ids, response_ids) if usable else None
 
     def counted(self) -> dict[str, int]:
-        """What was met, by the names of COUNTED."""
+        """Return what was found, by the names of COUNTED."""
         of_prompts = {f"prompts_{name}": count for name, count in self.renderer.counts.items()}
         return {name: self.counts[name] + of_prompts.get(name, 0) for name in COUNTED}
 
     # --- messages as text
 
     def _with_reply(self, rollout: Rollout, where: str) -> Rollout | None:
-        """A reply in messages as the text of its first one, which the student wrote; None where
-        that cannot be told.
+        """Replace a reply in messages by the text of its first message, which the student wrote;
+        None where that text cannot be determined.
         """
         if rollout.reply is None:
             return rollout
@@ -93,8 +102,8 @@ class Freezer:
         return None if text is None else replace(rollout, response=text)
 
     def _written(self, rollout: Rollout, message: dict, where: str) -> str | None:
-        """A message's text with its reasoning and tool calls as the template writes them; None
-        where reasoning is lost.
+        """Return a message's text with its reasoning and tool calls as the template writes them;
+        None where the reasoning is lost.
         """
         content = message.get("content") or ""
         content = (
@@ -120,8 +129,8 @@ class Freezer:
     def _rewritten(
         self, rollout: Rollout, message: dict, parts: set[str], where: str
     ) -> str | None:
-        """What the template writes for a reply after asking for it, None where nothing of the
-        `parts` is in it.
+        """Return what the template writes for a reply after asking for it; None where nothing of
+        the `parts` is in it.
         """
         prompt, arguments = (
             parse_messages(rollout.prompt, where),
@@ -152,8 +161,8 @@ class Freezer:
         )
 
     def _with_prompt(self, rollout: Rollout, where: str) -> Rollout:
-        """The prompt as rendered text; one that lost its special tokens is looked up among the
-        prompts.
+        """Replace the prompt by its rendered text. A prompt that lost its special tokens is looked
+        up among the known prompts.
         """
         if missing(rollout.prompt) or rollout.prompt_ids is not None:
             text = rollout.prompt if isinstance(rollout.prompt, str) else None
@@ -178,13 +187,14 @@ class Freezer:
         return replace(rollout, prompt=text)
 
     def _rendered(self, value: Any, rollout: Rollout, where: str, *, count: bool = True) -> str:
+        """Return the rendered text of a prompt, of the student or the teacher."""
         value = parse_messages(value, where)
         if isinstance(value, str) and rollout.rendered:
             return value
         return self.renderer(value, where, rollout.arguments, count=count)
 
     def _with_teacher_ids(self, rollout: Rollout, where: str) -> Rollout:
-        """What the teacher reads in the prompt's place, where the row has it, as text and ids."""
+        """Add the teacher's own prompt as text and ids, where the row has one."""
         if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
             text = self._rendered(rollout.teacher_prompt, rollout, where, count=False)
             return replace(
@@ -195,7 +205,9 @@ class Freezer:
     # --- text as ids, and which of them are the response
 
     def _cannot_fit(self, rollout: Rollout) -> bool:
-        """A text so much longer than the window that it need not be tokenised whole."""
+        """Whether a text is so much longer than the window that it need not be tokenized
+        completely.
+        """
         texts = [
             rollout.prompt if rollout.prompt_ids is None else None,
             rollout.response if rollout.response_ids is None else None,
@@ -205,6 +217,7 @@ class Freezer:
         )
 
     def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of prompt and response, encoding them together where they are text."""
         prompt_ids = (
             rollout.prompt_ids
             if rollout.prompt_ids is not None
@@ -223,8 +236,8 @@ class Freezer:
         return prompt_ids, self._encode(rollout.response)
 
     def _own(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> tuple[int, ...]:
-        """The response up to the first token that the student did not write; filler is none of it,
-        whatever the mask says.
+        """Cut the response at the first token that the student did not write. Padding does not
+        belong to it, whatever the mask says.
         """
         if own is None or all(own):
             return response_ids
@@ -239,7 +252,9 @@ class Freezer:
         response_ids: tuple[int, ...],
         teacher_ids: tuple[int, ...] | None,
     ):
-        """Both prompts without filler, and the response up to its first end token."""
+        """Return prompt, response and teacher's prompt: both prompts without padding, the response
+        up to its first end token.
+        """
         bare, bare_teacher = self._unpadded(prompt_ids), teacher_ids and self._unpadded(teacher_ids)
         first = (
             self._run(response_ids)
@@ -265,8 +280,8 @@ class Freezer:
         return bare, kept, bare_teacher
 
     def _unpadded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """A prompt without filler at its ends. One end token, or one start token, may be its own;
-        the padding token is not.
+        """Remove padding from both ends of a prompt. One end token, or one start token, may belong
+        to the prompt; the padding token does not.
         """
         for _ in range(2):  # once from each side, turned round in between
             run = self._run(ids)
@@ -278,10 +293,11 @@ class Freezer:
         return ids
 
     def _run(self, ids: tuple[int, ...]) -> int:
-        """How often the first id stands at the beginning."""
+        """Return how often the first id is repeated at the beginning."""
         return next((place for place, i in enumerate(ids) if i != ids[0]), len(ids))
 
     def _usable(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> bool:
+        """Whether there is a response and it fits into the window with its prompt."""
         over_long = self.window is not None and len(prompt_ids) + len(response_ids) > self.window
         self.counts["empty"] += not response_ids
         self.counts["over_long"] += over_long and bool(response_ids)
@@ -294,8 +310,8 @@ class Freezer:
         response_ids: tuple[int, ...],
         given_ids: tuple[int, ...],
     ) -> None:
-        """Count drift, other text and repeats. given_ids: the response before it was cut, which the
-        file's text is of.
+        """Count drift, other text and repetitions. given_ids: the response before it was cut, which
+        is what the file's text spells.
         """
         ids = prompt_ids + response_ids
         self.counts["retokenised"] += self._encode(self._text(ids)) != ids
@@ -314,7 +330,7 @@ class Freezer:
     def _spells(
         self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...], response: str
     ) -> bool:
-        """The ids decode to the text, special tokens written or left out."""
+        """Whether the ids decode to the text, with special tokens written or left out."""
         whole = self._text(prompt_ids + response_ids)
         forms = (
             whole[len(self._text(prompt_ids)) :],
@@ -326,6 +342,7 @@ class Freezer:
     def _context(
         self, rollout: Rollout, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
     ) -> Context:
+        """Build the context of a row."""
         prompt = rollout.prompt if isinstance(rollout.prompt, str) else self._text(prompt_ids)
         return Context(
             context_id=rollout.context_id or "",
@@ -343,7 +360,7 @@ class Freezer:
         return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))
 
     def _is_written(self, text: str) -> bool:
-        """The chat template wrote the text, here or where the prompts were read."""
+        """Whether the chat template wrote the text, here or when the prompts were read."""
         return text in self.renderer.written
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -356,14 +373,15 @@ class Freezer:
         )
 
     def _stripped(self, text: str) -> str:
+        """Return the text of a prompt as a dump without special tokens would hold it."""
         return self.tokenizer.decode(
             encode_prompt(self.tokenizer, text), skip_special_tokens=True
         ).strip()
 
 
 def number_contexts(contexts: list[Context], path: Path) -> Iterator[Context]:
-    """Contexts without a name of their own are numbered within their prompt. Raises
-    DiagnosticsError where two have one name.
+    """Yield the contexts, numbering those without an id within their prompt. Raises
+    DiagnosticsError where two have the same id.
     """
     samples, taken = Counter(), set()
     for context in contexts:

@@ -1,26 +1,29 @@
-"""Rollouts that were sampled elsewhere become frozen contexts.
+"""Rollouts that were sampled by another program become frozen contexts.
 
-    format     columns that tell it                    what wrote it
-    contexts   context_id, prompt_ids, finished …      this project
-    released   tokens, resp_len                        the context bank of the scripts of arXiv 2605.26844
-    slime      tokens, response_length                 slime's debug rollouts: the .pt archive, or its samples as JSONL
-    verl       input, output                           verl's rollout dumps, JSONL
-    trl        prompt, completion                      TRL's logged completions, parquet
-    plain      prompt, response                        anything: text, chat messages, or prompt_ids and response_ids
+    format     identifying columns              written by
+    contexts   context_id, prompt_ids,          this project
+               response_ids, finished
+    released   tokens, resp_len                 the scripts of arXiv 2605.26844 (context bank)
+    slime      tokens, response_length          slime's debug rollouts: the .pt archive, or its
+                                                samples as JSONL
+    verl       input, output                    verl's rollout dumps, JSONL
+    trl        prompt, completion               TRL's logged completions, parquet
+    plain      prompt, response                 anything: text, chat messages, or prompt_ids and
+                                                response_ids
 
-Ids are taken as they stand. Text is encoded by the pair's tokenizer, prompt and response together,
-so that the response begins where its first token would have; the prompt goes through the chat
-template as a prompt file's does, unless it has been through it or the format stores rendered text.
-A response ends where the student stopped: at the first token that it did not write (a tool's, by
-the loss mask or the message's role), and with the first end token; filler before or after goes. A
-reply in messages is the text of its first message, with tool calls and reasoning as the template
-writes them.
+Ids are taken as they are. Text is encoded by the pair's tokenizer, prompt and response together, so
+that the response begins where its first token would have begun. The prompt goes through the chat
+template, like those of a prompt file, unless it is rendered already or the format stores rendered
+text. A response ends where the student stopped: at the first token that it did not write (a tool's,
+by the loss mask or the message's role), and with the first end token. Padding before or after it is
+removed. A reply in messages is the text of its first message, with tool calls and reasoning as the
+template writes them.
 
-Three more things can go wrong without a trace in such files, and are looked for in every context.
-*Re-tokenisation drift*: the ids decode to a text that encodes to other ids, so that positions exist
-that the student never saw. *Other text*: the ids decode to something else than the file's text.
-*Lost special tokens*: dumps that were decoded without them give prompts that no model was asked;
-where the prompt file is named as well, its prompts are put back in their place."""
+Three more faults leave no trace in such files, so every context is checked for them.
+*Re-tokenization drift*: the ids decode to a text that encodes to other ids, so that positions exist
+that the student never saw. *Other text*: the ids decode to another text than the file's. *Lost
+special tokens*: dumps that were decoded without them give prompts that no model was asked; where
+the prompt file is named as well, its prompts replace them."""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ log = logging.getLogger("diagnostics")
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Responses that were sampled elsewhere, in place of sampling."""
+    """Settings of importing responses that were sampled by another program."""
 
     rollouts: str | None = field(
         default=None, metadata={"help": "file of prompts with responses; nothing is sampled then"}
@@ -66,11 +69,50 @@ class ImportConfig:
     )
 
 
-def read_rollouts(pair: Pair, path: str | Path, **options) -> Bank:
-    """Contexts from a file of rollouts; arguments and errors as in `freeze_rollouts`, what it counts goes to
-    the log alone.
+def read_rollouts(
+    pair: Pair,
+    path: str | Path,
+    *,
+    rollouts_format: str = "auto",
+    prompts: Sequence[Prompt] = (),
+    contexts: int | None = None,
+    chat: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Bank:
+    """Read a file of rollouts and freeze it with the pair's tokenizer.
+
+    Responses without tokens and contexts longer than the models' window are left out. What was
+    counted goes to the log.
+
+    Args:
+        pair: Student and teacher; the tokenizer, the shared vocabulary and the window are
+            theirs.
+        path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
+        rollouts_format: `auto`, or the name of a format in the table of this module.
+        prompts: The prompts that the rollouts came from. They replace prompts of the file that
+            lost their special tokens.
+        contexts: Take the first contexts up to this number; None takes all.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        A Bank in file order.
+
+    Raises:
+        DiagnosticsError: The file cannot be read or has no known format; a row has neither text
+            nor ids; ids lie outside the vocabulary, or mostly spell another text than the
+            file's; or there are fewer contexts than asked for.
     """
-    return freeze_rollouts(pair, path, **options)[0]
+    return freeze_rollouts(
+        pair,
+        path,
+        rollouts_format=rollouts_format,
+        prompts=prompts,
+        contexts=contexts,
+        chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
+    )[0]
 
 
 def freeze_rollouts(
@@ -83,15 +125,30 @@ def freeze_rollouts(
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Bank, dict[str, Any]]:
-    """Read a file of rollouts and freeze it with the pair's tokenizer.
+    """Read a file of rollouts as `read_rollouts` does, and return the counts with the bank.
 
-    prompts: where the dump lost special tokens, the prompts it came from. contexts: take the first
-    so many, all where None. Responses without tokens and contexts longer than the models' windows
-    are left out. Returns the bank in file order and what was counted, which is also logged: rows,
-    contexts, positions, what COUNTED names, not_needed. Raises DiagnosticsError for a file that
-    cannot be read or is of no known format, a row that holds neither text nor ids, ids outside the
-    vocabulary, ids that mostly spell another text than the file's, or fewer contexts than asked
-    for."""
+    Args:
+        pair: Student and teacher; the tokenizer, the shared vocabulary and the window are
+            theirs.
+        path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
+        rollouts_format: `auto`, or the name of a format in the table of this module.
+        prompts: The prompts that the rollouts came from. They replace prompts of the file that
+            lost their special tokens.
+        contexts: Take the first contexts up to this number; None takes all.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        The bank in file order, and a dict with `format`, `rows`, `contexts`, `positions`, the
+        counts that COUNTED explains, and `not_needed` (usable contexts beyond the number asked
+        for).
+
+    Raises:
+        DiagnosticsError: The file cannot be read or has no known format; a row has neither text
+            nor ids; ids lie outside the vocabulary, or mostly spell another text than the
+            file's; or there are fewer contexts than asked for.
+    """
     path = Path(path)
     frame = read_rows_of_rollouts(path)
     kind = find_format(frame, rollouts_format, path)

@@ -1,29 +1,30 @@
-"""Token tables from elsewhere, under this project's names.
+"""Token tables of other programs, under this project's names.
 
 Read are our own tables and those of the scripts released with arXiv 2605.26844 (CSV, JSONL or
 parquet):
 
-    sample_index, group_index, tok_pos, token_id          context, prompt, position, sampled token
-    Hs_full, Ht_full, KLf_full, KLr_full                  H(p), H(q), KL(q||p), KL(p||q), nats
-    Cmass_true, Cmass_topk, Coverlap, CBC, reach_t1       compatibility, its lower bound from both lists, overlap,
-                                                          Bhattacharyya coefficient, teacher's first
-                                                          choice in reach
-    KLf_union                                             KL(q||p) on the union of the lists; in the token bank of
-                                                          the training code floored at 1e-12
-                                                          (`..._released`)
-    resp_len, pos_norm                                    response length, relative position t/(T - 1)
-    loss_mask_original                                    0 (or a word for no) where the position carried no loss
-    <name>_base                                           the same before training
-    G_KLf, G_KLr                                          (before - after) / (before + 1e-12)
+    sample_index, group_index,     context, prompt, position and sampled token
+    tok_pos, token_id
+    Hs_full, Ht_full               H(p), H(q), nats
+    KLf_full, KLr_full             KL(q||p), KL(p||q), nats
+    Cmass_true, Cmass_topk         compatibility, its lower bound from both lists
+    Coverlap, CBC, reach_t1        overlap, Bhattacharyya coefficient, teacher's first choice in
+                                   reach
+    KLf_union                      KL(q||p) on the union of the lists; in the token bank of the
+                                   training code floored at 1e-12 (`..._released`)
+    resp_len, pos_norm             response length, relative position t/(T - 1)
+    loss_mask_original             0 (or a word for no) where the position carried no loss
+    <name>_base                    the same before training
+    G_KLf, G_KLr                   (before - after) / (before + 1e-12)
 
-Those scripts score a bank, train, score it again and join: in a table with gains the plain columns
-belong to the *trained* student, unless KLf_full equals KLf_full_base everywhere (then the scores of
-theta0 were joined). Where a predictor exists from after training only, it contains the outcome
-already: it is read, because nothing else is there, and every such column is named in a warning. The
-training code's `CBC` is floored like its `KLf_union` and comes in as `bhattacharyya_released`,
-which no statistic takes for the exact coefficient. A column `k`, `top_k` or `topk` with one value,
-or the length of the lists of top ids, says the K of the table. Warnings also travel in
-`attrs["warnings"]`, from where the study takes them."""
+Those scripts score a bank, train, score it again and join the two. In a table with gains the plain
+columns therefore belong to the *trained* student, unless KLf_full equals KLf_full_base everywhere
+(then the scores of theta0 were joined). Where a predictor exists only from after training, it
+already contains the outcome: it is read, because there is nothing else, and a warning names every
+such column. The training code's `CBC` is floored like its `KLf_union` and is stored as
+`bhattacharyya_released`, which no statistic takes for the exact coefficient. A column `k`, `top_k`
+or `topk` with one value, or the length of the lists of top ids, gives the K of the table. Warnings
+are also stored in `attrs["warnings"]`, from which the study takes them."""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ from diagnostics.core.types import RELATIVE_GAIN_FLOOR
 
 log = logging.getLogger("diagnostics")
 RELEASED_EPS = 1e-12
+"""What the released scripts add to a denominator, in nats."""
 MEASURED = {
     "Hs_full": "student_entropy",
     "Ht_full": "teacher_entropy",
@@ -59,15 +61,22 @@ MEASURED = {
     "teacher_logp_sampled": "teacher_logprob",
     "sampled_teacher_adv": "advantage",
 }
+"""Released column -> our column."""
 STATED_K = ("k", "top_k", "topk")
+"""Columns that may state the K of the table."""
 LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
+"""Columns of top ids, whose length gives K."""
 INDICATORS = ("teacher_top1_in_topk", "sampled_in_teacher_topk")
+"""Columns that hold true or false."""
 TEACHER_COLUMNS = ("teacher_entropy", "teacher_logprob")
-"""What training the student does not change."""
+"""Columns that training the student does not change."""
 OUTCOMES = {
     "G_KLf": ("forward_kl", "gain", "relative_gain", "relative_gain_released"),
     "G_KLr": ("reverse_kl", "reverse_gain", None, None),
 }
+"""Released relative gain -> our divergence, gain, relative gain, and relative gain with
+RELEASED_EPS.
+"""
 KEYS = (
     "sample_index",
     "sample_ordinal",
@@ -80,19 +89,32 @@ KEYS = (
     "resp_len",
     "loss_mask_original",
 )
+"""Released columns that name a row."""
 TRAINING_BANK = ("schema_version", "Cmass_exact", "Cprefix_ema", "budget_method")
-"""Columns of the token bank that the training code writes; the scoring script writes none of
-them.
+"""Columns of the token bank that the training code writes; the scoring script writes none of them.
 """
 
 
 def read_tokens(path: str | Path) -> pd.DataFrame:
-    """Open a token table, ours or a released script's, by its columns.
+    """Read a token table, ours or a released script's, which its columns tell apart.
 
-    Returns a table that `types.validate_tokens` accepts; columns with no counterpart are left out
-    and named in the log. What a reader should know about it is logged as a warning and kept in
-    `attrs["warnings"]`, a list of [code, subject, message]. Raises DiagnosticsError where the file
-    cannot be read or is neither kind of table."""
+    Args:
+        path: CSV, JSONL or parquet file with one row per position.
+
+    Returns:
+        A table that `validate_tokens` accepts: `context_id`, `prompt_id`, `position`,
+        `response_length`, `token_id`, `token`, and those measurements of the schema that the
+        file has (divergences and entropies in nats, undefined values NaN). Columns without a
+        counterpart are left out and named in the log. `attrs["warnings"]` lists [code, subject,
+        message] for every warning, which is also logged; `attrs["k"]` is K where the file
+        states it.
+
+    Raises:
+        DiagnosticsError: The file cannot be read or is neither kind of table.
+
+    Reference:
+        The released columns are those of the scripts of arXiv 2605.26844.
+    """
     path = Path(path)
     frame = read_rows(path)
     if "context_id" in frame:
@@ -107,7 +129,9 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
 
 
 def _text_as_written(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """In a CSV a token may be the word `null` and an id `007`; neither is a number or missing."""
+    """Read the text columns of a CSV as text: a token may be the word `null` and an id `007`, and
+    neither is a number or missing.
+    """
     if path.suffix == ".csv":
         text = [name for name in ("context_id", "prompt_id", "token", "split") if name in frame]
         frame = frame.assign(**pd.read_csv(path, usecols=text, dtype="str", keep_default_na=False))
@@ -115,10 +139,16 @@ def _text_as_written(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def from_released(frame: pd.DataFrame) -> pd.DataFrame:
-    """A released token bank under our names; gains in nats are worked out from what was there
-    before.
+    """Convert a released token bank to our columns, with gains in nats.
 
-    Positions outside `loss_mask_original` are dropped. Raises DiagnosticsError for missing keys.
+    Args:
+        frame: The bank as its file has it. Positions outside `loss_mask_original` are dropped.
+
+    Returns:
+        A table as `read_tokens` returns it.
+
+    Raises:
+        DiagnosticsError: A key column is missing, or a column holds values of another type.
     """
     require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
     notes: list[list[str]] = []
@@ -147,7 +177,9 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _stated_k(frame: pd.DataFrame) -> int | None:
-    """K of the columns that depend on it, where a column says it or lists of one length show it."""
+    """Return K of the columns that depend on it, where a column states it or lists of one length
+    show it.
+    """
     for name in STATED_K:
         values = to_numbers(frame[name]).dropna().unique() if name in frame else []
         if len(values) == 1 and values[0] >= 1 and values[0] == round(values[0]):
@@ -168,7 +200,7 @@ def _stated_k(frame: pd.DataFrame) -> int | None:
 
 
 def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
-    """Mask of the rows that carry loss; a gap in the loss mask counts as none."""
+    """Return the mask of the rows that carry loss; a gap in the loss mask counts as no loss."""
     if "loss_mask_original" not in frame:
         return np.ones(len(frame), dtype=bool)
     written = frame["loss_mask_original"]
@@ -198,7 +230,7 @@ def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
 
 
 def _plain_is_after(frame: pd.DataFrame) -> bool:
-    """Whether plain columns belong to the trained student."""
+    """Whether the plain columns belong to the trained student."""
     if {"KLf_full", "KLf_full_base"} <= set(frame.columns):
         before, after = (
             to_numbers(frame[name]).to_numpy() for name in ("KLf_full_base", "KLf_full")
@@ -210,6 +242,9 @@ def _plain_is_after(frame: pd.DataFrame) -> bool:
 
 
 def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Series]:
+    """Return our measurements from before training. A warning names those that exist only from
+    after it.
+    """
     found, leaking = {}, []
     for theirs, ours in MEASURED.items():
         if f"{theirs}_base" in frame:
@@ -226,7 +261,7 @@ def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Serie
                 (
                     f"{', '.join(leaking)} were read after training and are used as predictors all"
                     " the same: they contain the outcome, so their correlations with the gain"
-                    " cannot be trusted. Score the bank with the untrained student to mend it."
+                    " cannot be trusted. Score the bank with the untrained student to avoid that."
                 ),
             ]
         )
@@ -234,9 +269,7 @@ def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Serie
 
 
 def _measured(values: pd.Series, notes: list) -> pd.Series:
-    """A column of measurements; what is written there and is no number counts as undefined, and is
-    counted.
-    """
+    """Return a column of measurements. Cells that are not numbers become NaN and are counted."""
     found = to_numbers(values)
     odd = values[found.isna() & values.notna() & (values.astype(str).str.lower() != "nan")]
     if len(odd):
@@ -254,8 +287,8 @@ def _measured(values: pd.Series, notes: list) -> pd.Series:
 
 
 def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
-    """What follows from other columns, and the names and types that depend on which script wrote
-    the table.
+    """Add what follows from other columns, and settle names and types that depend on which script
+    wrote the table.
     """
     if "Cmass" in frame and not {"compatibility", "compatibility_intersection"} & set(tokens):
         exact = "Cmass_exact" in frame and (to_numbers(frame["Cmass_exact"]) == 1).all()
@@ -280,9 +313,7 @@ def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
 
 
 def _set_floored_apart(tokens: pd.DataFrame, notes: list) -> None:
-    """What the training code works out from both lists with probabilities outside them floored,
-    under names of its own.
-    """
+    """Rename what the training code computes with probabilities outside the lists floored."""
     for name in ("union_forward_kl", "bhattacharyya"):
         if name in tokens:
             tokens[f"{name}_released"] = tokens.pop(name)
@@ -301,6 +332,7 @@ def _set_floored_apart(tokens: pd.DataFrame, notes: list) -> None:
 
 
 def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: bool) -> None:
+    """Add the divergences after training and the gains."""
     for relative, (kl, gain, floored, released) in OUTCOMES.items():
         plain = "KLf_full" if kl == "forward_kl" else "KLr_full"
         after = to_numbers(frame[plain]) if plain in frame and plain_is_after else None
@@ -322,6 +354,7 @@ def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: boo
 
 
 def _log_left_out(frame: pd.DataFrame) -> None:
+    """Log the columns without a counterpart."""
     used = {
         *MEASURED,
         *(f"{name}_base" for name in MEASURED),

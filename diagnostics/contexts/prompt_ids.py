@@ -1,4 +1,4 @@
-"""Stable names of prompts, and cells of a table as text."""
+"""Stable names of prompts, and table cells as text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from diagnostics.core.rows import EXACT, missing
 
 
 def source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> str:
-    """Name of what a row asks, before any template wrote it: the same tomorrow, and for another
-    model's template.
+    """Name what a row asks, before a template renders it: the name does not depend on the day or
+    the model's template.
 
-    values: the row, whose hint and teacher_prompt are asked as well.
+    Args:
+        value: The prompt, text or messages.
+        arguments: What the row passes to the chat template.
+        values: The whole row; its `hint` and `teacher_prompt` are part of what it asks.
+
+    Returns:
+        Twelve hexadecimal digits.
     """
     more = arguments | {name: _json_part(values.get(name)) for name in ("teacher_prompt", "hint")}
     parts = {"prompt": _json_part(value)} | {
@@ -28,8 +34,8 @@ def source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> s
 
 
 def _json_part(value):
-    """A cell in JSON's terms, keys without a value left out: Arrow gives every message the keys of
-    all.
+    """Return a cell as JSON has it, without keys that have no value: Arrow gives every message the
+    keys of all messages.
     """
     if isinstance(value, dict):
         return {str(key): _json_part(part) for key, part in value.items() if not missing(part)}
@@ -41,12 +47,12 @@ def _json_part(value):
 
 
 def digest(text: str) -> str:
-    """Short stable name of a text."""
+    """Return a short stable name of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def cell_text(value, where: str) -> str | None:
-    """A cell as text, lists and objects as JSON; None where it is missing or empty."""
+    """Return a cell as text, lists and objects as JSON; None where it is missing or empty."""
     if missing(value) or (isinstance(value, str) and not value):
         return None
     held = value.item() if isinstance(value, np.generic) else value
@@ -58,8 +64,9 @@ def cell_text(value, where: str) -> str | None:
 
 
 def id_text(value, where: str) -> str | None:
-    """An id as text, None where there is none; 3.0, as a column that once had gaps holds it, is 3,
-    and a vague one is none.
+    """Return an id as text; None where there is none, or where it is ambiguous.
+
+    The float 3.0 is read as 3: a column of whole numbers becomes one of floats once it has gaps.
     """
     value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, float) or not value.is_integer():
@@ -68,7 +75,7 @@ def id_text(value, where: str) -> str | None:
 
 
 def is_ambiguous_id(value) -> bool:
-    """A whole number that a float no longer tells from its neighbours: as an id it would join what
-    was apart.
+    """Whether a whole number is stored as a float too large to differ from its neighbors: as an id
+    it would merge different prompts.
     """
     return isinstance(value, (float, np.floating)) and EXACT <= abs(value) < float("inf")

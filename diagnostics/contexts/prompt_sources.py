@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DATASET = "hf:"
+"""Prefix that marks a Hugging Face data set."""
 
 
 def read_source(source: str, split: str | None) -> pd.DataFrame:
+    """Return the table of a file or data set. Raises DiagnosticsError where it cannot be read, or
+    where a split is given for a file.
+    """
     if source.startswith(DATASET):
         return _read_dataset(source.removeprefix(DATASET), split or "train")
     if split is not None:
@@ -26,7 +30,7 @@ def read_source(source: str, split: str | None) -> pd.DataFrame:
 
 
 def _read_dataset(name: str, split: str) -> pd.DataFrame:
-    """One split of a Hugging Face data set, or of a local folder of its files (also one that
+    """Return one split of a Hugging Face data set, or of a local folder of its files (also one that
     `save_to_disk` wrote).
     """
     try:
@@ -50,6 +54,7 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
 
 
 def _open_dataset(datasets, name: str, split: str):
+    """Open a data set by folder, or by name with an optional configuration and revision."""
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file():
         return datasets.load_from_disk(name)[split]
@@ -65,6 +70,9 @@ def _open_dataset(datasets, name: str, split: str):
 
 
 def prompt_column_of(frame: pd.DataFrame, wanted: str | None, path) -> str:
+    """Return the name of the prompt's column. Raises DiagnosticsError where the table does not have
+    it.
+    """
     names = [wanted] if wanted else ["prompt", "messages"]
     for name in names:
         if name in frame.columns:

@@ -1,11 +1,12 @@
 """Prompt files and data sets become prompts with stable ids.
 
-JSONL, parquet or CSV, or a Hugging Face data set (`hf:NAME`), with a `prompt` column (text, or a
-list of chat messages), or `messages`, or any column by name; optional `answer` and `prompt_id`. A
-teacher that sees more than the student gets it from `teacher_prompt` (text or messages, whole) or
-`hint` (text put before the last user message). `tools`, `documents` and `chat_template_kwargs` go
-into the row's template. A text that is rendered already stays as it is. Rows that cannot be used
-are counted and said, never dropped in silence; so are the columns that are not used."""
+JSONL, parquet or CSV files and Hugging Face data sets (`hf:NAME`) are read. The prompt stands in a
+column `prompt` (text, or a list of chat messages), `messages`, or any named column; `answer` and
+`prompt_id` are optional. A teacher that sees more than the student reads `teacher_prompt` (text or
+messages, in place of the prompt) or `hint` (text that is put before the last user message).
+`tools`, `documents` and `chat_template_kwargs` go to the chat template. A text that is rendered
+already stays as it is. Rows that cannot be used are counted and logged, never dropped silently;
+columns that are not used are named in the log."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diagnostics")
 LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
+"""Reasons for leaving a prompt out, by the name of the count."""
 NOTED = {
     "replies_cut": (
         "chats end with the assistant's turn, which was cut off: the student writes it. Where it"
@@ -54,18 +56,18 @@ NOTED = {
 }
 """What is counted while prompts are rendered, in the words of the log."""
 OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
-"""Columns that a prompt file may have beside the prompt."""
+"""Columns that a prompt file may have in addition to the prompt."""
 CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
-"""Columns by which a table of this program's contexts is told: its prompts are rendered."""
+"""A table with all of these columns holds this program's contexts, whose prompts are rendered."""
 CHARACTERS = 16
-"""Characters of a text that are tokenised for each token of the limit, at first, to see whether it
+"""Characters of a text that are tokenized per token of the limit, at first, to see whether the text
 is longer; four are usual.
 """
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts, and how they are rendered."""
+    """Settings of reading and rendering prompts."""
 
     prompts: str | None = field(
         default=None,
@@ -106,17 +108,64 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in file order, and what became of the rows."""
+    """Prompts in file order, and counts of what became of the rows."""
 
     prompts: list[Prompt]
     counts: dict[str, int]
-    """rows read, prompts used, rows left out (empty, repeated, over_long), what NOTED says of the
-    rendering, not_needed (usable, beyond the number asked for)."""
+    """Number of `rows` read and of `prompts` returned; rows left out (`empty`, `repeated`,
+    `over_long`); the counts of NOTED; and `not_needed`, usable prompts beyond the number asked
+    for.
+    """
 
 
-def load_prompts(path: str | Path, **options) -> list[Prompt]:
-    """The prompts of a file or data set; arguments and errors as in `read_prompts`."""
-    return read_prompts(path, **options).prompts
+def load_prompts(
+    path: str | Path,
+    *,
+    tokenizer,
+    prompts_split: str | None = None,
+    prompt_column: str | None = None,
+    contexts: int | None = None,
+    max_prompt_tokens: int | None = None,
+    chat: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Prompt]:
+    """Read prompts from a file or data set and render them with the tokenizer's chat template.
+
+    Empty prompts, repetitions of an earlier prompt and prompts that are too long are left out; a
+    warning in the log counts them.
+
+    Args:
+        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
+            data set.
+        tokenizer: The pair's tokenizer; its chat template renders the prompts.
+        prompts_split: Split of a data set; None reads `train`. Files have none.
+        prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
+        contexts: Number of prompts to return; None returns all.
+        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
+            limit.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already. Message lists are always rendered.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        The prompts in file order, each with the rendered text, its answer if it has one, and
+        the teacher's own prompt if it has one.
+
+    Raises:
+        DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
+            prompt is neither text nor messages; an id names two prompts; or there are fewer
+            prompts than `contexts`.
+    """
+    return read_prompts(
+        path,
+        tokenizer=tokenizer,
+        prompts_split=prompts_split,
+        prompt_column=prompt_column,
+        contexts=contexts,
+        max_prompt_tokens=max_prompt_tokens,
+        chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
+    ).prompts
 
 
 def read_prompts(
@@ -130,16 +179,29 @@ def read_prompts(
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PromptSet:
-    """Read and render prompts, and count what was left out.
+    """Read prompts as `load_prompts` does, and return the counts with them.
 
-    path: a file, or `hf:NAME[:CONFIG][@REVISION]` with `prompts_split`. Message lists, also as JSON
-    text, always go through the tokenizer's chat template, text only with `chat`, where there is a
-    template and it is not rendered already; all ask for a reply. chat_template_kwargs: what the
-    template is given; a row's own come before. Empty prompts, repeats of an earlier one and those
-    of more than `max_prompt_tokens` tokens (None: the tokenizer's own limit) are left out and
-    counted in a warning. Returns the first `contexts` prompts, all where None. Raises
-    DiagnosticsError for a source that is missing, empty or unreadable, a missing column, a prompt
-    of another type, an id with two prompts, or fewer prompts than asked for."""
+    Args:
+        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
+            data set.
+        tokenizer: The pair's tokenizer; its chat template renders the prompts.
+        prompts_split: Split of a data set; None reads `train`. Files have none.
+        prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
+        contexts: Number of prompts to return; None returns all.
+        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
+            limit.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already. Message lists are always rendered.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        A PromptSet: the prompts in file order, and what became of the rows.
+
+    Raises:
+        DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
+            prompt is neither text nor messages; an id names two prompts; or there are fewer
+            prompts than `contexts`.
+    """
     frame = read_source(str(path), prompts_split)
     column = prompt_column_of(frame, prompt_column, path)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
@@ -170,6 +232,7 @@ def read_prompts(
 
 
 def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
+    """Yield the prompt of each row of the table."""
     frozen = _is_frozen(frame) and column == "prompt"
     names: dict[
         tuple[str, str | None], str
@@ -195,14 +258,15 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
 
 
 def _is_frozen(frame: pd.DataFrame) -> bool:
+    """Whether the table holds this program's contexts."""
     return set(CONTEXT_COLUMNS) <= set(frame.columns)
 
 
 def _unusable(
     prompt: Prompt, earlier: dict[str, Prompt], tokenizer, limit: int | None, path
 ) -> str | None:
-    """Why a prompt is left out, None where it is not. Raises DiagnosticsError for an id that names
-    another prompt.
+    """Return why a prompt is left out, or None where it is usable. Raises DiagnosticsError where
+    its id already names another prompt.
     """
     if not prompt.prompt.strip():
         return "empty"
@@ -226,7 +290,9 @@ def _unusable(
 
 
 def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:
-    """More tokens than `limit`; a text of fewer bytes than that is not tokenised to find out."""
+    """Whether the text has more than `limit` tokens. A text with fewer bytes than that is not
+    tokenized.
+    """
     short = 4 * len(text) + 8 <= limit or len(text.encode("utf-8", "surrogatepass")) + 8 <= limit
     return not short and (
         is_far_longer(text, limit, tokenizer)
@@ -235,10 +301,10 @@ def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:
 
 
 def is_far_longer(text: str, limit: int, tokenizer) -> bool:
-    """A beginning of the text has over twice `limit` tokens, so that the whole, however large, need
-    not be tokenised.
+    """Whether a beginning of the text has more than twice `limit` tokens.
 
-    Twice, because a cut within a word changes the tokens of that word.
+    The whole text, however large, then need not be tokenized. The factor is two because cutting
+    inside a word changes the tokens of that word.
     """
     size = CHARACTERS * limit + 4096
     while size < len(text):
@@ -250,6 +316,7 @@ def is_far_longer(text: str, limit: int, tokenizer) -> bool:
 
 
 def _say(counts: Counter, path, limit: int | None) -> None:
+    """Log how many prompts were left out, and why."""
     if any(counts[kind] for kind in LEFT_OUT):
         left_out = ", ".join(
             f"{counts[kind]} {word}"
@@ -263,7 +330,7 @@ def _say(counts: Counter, path, limit: int | None) -> None:
 
 
 def log_unused_columns(names, path) -> None:
-    """Name, once, the columns of a file that nothing was read from."""
+    """Log the names of the columns that nothing was read from."""
     unused = sorted(map(str, names))
     if unused:
         log.info(
@@ -280,9 +347,19 @@ def first_prompts(
     *,
     over_long: tuple[int, int | None] = (0, None),
 ) -> list[Prompt]:
-    """The first `contexts` prompts. Raises DiagnosticsError where there are fewer, or none.
+    """Return the first `contexts` prompts; None returns all.
 
-    over_long: how many were left out for their length, and the limit; the message names it then.
+    Args:
+        prompts: The usable prompts.
+        contexts: Number asked for.
+        source: File or data set, for the error.
+        over_long: How many prompts were left out for their length, and the limit in tokens.
+
+    Returns:
+        The chosen prompts.
+
+    Raises:
+        DiagnosticsError: There are fewer prompts than asked for, or none.
     """
     wanted = len(prompts) if contexts is None else contexts
     if not prompts or not 1 <= wanted <= len(prompts):
@@ -308,6 +385,9 @@ def _teacher_prompt(
     *,
     rendered: bool,
 ) -> str | None:
+    """Return what the teacher reads in place of the prompt, rendered; None where it reads the
+    prompt. Raises DiagnosticsError where a row has both a teacher_prompt and a hint.
+    """
     whole, hint = values.get("teacher_prompt"), cell_text(values.get("hint"), where)
     if not missing(whole) and not (isinstance(whole, str) and not whole.strip()):
         if hint:

@@ -1,4 +1,4 @@
-"""Keys of a released token bank: context, prompt, position and token of each row."""
+"""The keys of a released token bank: context, prompt, position and token of each row."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pandas as pd
 from diagnostics.core.errors import DiagnosticsError
 
 TRUTH_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
-"""Flags as words; numbers and true booleans are read as they are."""
+"""Words for true and false; numbers and booleans are read as they are."""
 LARGEST_INT = 2**31 - 2
 """Largest position, length and token id that the token table's columns hold."""
 
 
 def to_numbers(values: pd.Series) -> pd.Series:
-    """Values as float64, words for true and false included; NaN for anything else."""
+    """Return values as float64, words for true and false included; NaN for anything else."""
     if not pd.api.types.is_numeric_dtype(values):
         values = values.map(
             lambda value: (
@@ -32,6 +32,7 @@ def to_numbers(values: pd.Series) -> pd.Series:
 
 
 def _number(value) -> float:
+    """Return one value as a float, NaN where it is no number."""
     try:
         return float(str(value))
     except ValueError:
@@ -39,6 +40,18 @@ def _number(value) -> float:
 
 
 def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+    """Return the key columns of the token table for a released bank.
+
+    Args:
+        frame: The bank's rows.
+        notes: Warnings are appended here as [code, subject, message].
+
+    Returns:
+        `context_id`, `prompt_id`, `position`, `response_length`, `token_id` and `token`.
+
+    Raises:
+        DiagnosticsError: Samples cannot be told apart, or a position or id is no whole number.
+    """
     sample = _samples(frame, notes)
     context = sample
     if "rollout_id" in frame:
@@ -58,9 +71,7 @@ def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
 
 
 def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
-    """The sample that each row belongs to, by its index or, where slime left that out, by its
-    ordinal.
-    """
+    """Return the sample of each row, by its index or, where slime left that out, by its ordinal."""
     gaps = int(frame["sample_index"].isna().sum())
     if not gaps:
         return "sample-" + _ids(frame["sample_index"])
@@ -83,7 +94,7 @@ def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
 
 
 def _filled(values: pd.Series, by: pd.Series) -> pd.Series:
-    """Gaps filled from the other rows of the same sample, where those agree."""
+    """Fill gaps from the other rows of the same sample, where those agree."""
     if values.notna().all():
         return values
     known = values.groupby(by).agg(
@@ -93,7 +104,7 @@ def _filled(values: pd.Series, by: pd.Series) -> pd.Series:
 
 
 def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
-    """The group of each row; a sample without one counts as a prompt of its own."""
+    """Return the group of each row; a sample without a group counts as a prompt of its own."""
     alone = (
         "counts as a prompt of its own; where a prompt has several samples, intervals are too"
         " short."
@@ -121,20 +132,22 @@ def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
 
 
 def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
-    """A column of whole numbers from 0. Raises DiagnosticsError with what else it holds."""
+    """Return a column of whole numbers from 0. Raises DiagnosticsError that shows what else it
+    holds.
+    """
     values = to_numbers(frame[name])
     odd = frame[name][~((values >= 0) & (values <= LARGEST_INT)) | (values != values.round())]
     if len(odd):
         raise DiagnosticsError(
             f"{name} should hold whole numbers from 0, and {len(odd)} of {len(frame)} rows hold"
-            f" something else ({str(odd.iloc[0])[:60]!r}). Mend them."
+            f" something else ({str(odd.iloc[0])[:60]!r}). Fix them."
         )
     return values.astype("int64")
 
 
 def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd.Series:
-    """T of each response, positions outside the loss mask included: as `pos_norm` = t/(T - 1) or
-    `resp_len` has it, else by the last position.
+    """Return the length T of each response, positions outside the loss mask included: from
+    `pos_norm` = t/(T - 1) or `resp_len`, or else from the last position.
     """
     last = position.groupby(context).transform("max")
     length = last + 1
@@ -152,7 +165,7 @@ def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd
 
 
 def _ids(values: pd.Series) -> pd.Series:
-    """Ids as text; 3.0, as a column that once had gaps holds it, is 3."""
+    """Return ids as text; 3.0, as a column that once had gaps holds it, is 3."""
     texts = [
         (
             str(int(value))

@@ -1,4 +1,4 @@
-"""Rows become the text that a model reads: chat templates, rendered text, begun replies."""
+"""Rows become the text that a model reads: chat templates, rendered texts, begun replies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from diagnostics.core.rows import missing
 from diagnostics.models.chat_templates import Template
 
 PROBE = "opd-probe"
-"""What is rendered to see what a template writes around a message."""
+"""Text that is rendered to see what a template writes around a message."""
 
 
 class Renderer:
-    """Text or chat messages as the text that the tokenizer will see."""
+    """Renders text or chat messages to the text that the tokenizer reads.
+
+    Args:
+        tokenizer: The pair's tokenizer with its chat template.
+        chat: Whether to put the template around plain text, too.
+        kwargs: Arguments of the template for every row.
+    """
 
     def __init__(self, tokenizer, chat: bool = True, kwargs: dict[str, Any] | None = None):
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
@@ -52,11 +58,22 @@ class Renderer:
         rendered: bool = False,
         count: bool = True,
     ) -> str:
-        """The rendered prompt, "" for a missing one. Raises DiagnosticsError for anything else than
-        text or messages.
+        """Render a prompt.
 
-        arguments: what the row itself hands to the template. rendered: a text is known to be what
-        the tokenizer saw. count: note in `counts` what became of it."""
+        Args:
+            value: Text or chat messages; a missing value gives "".
+            where: Name of the row, for errors.
+            arguments: What the row itself passes to the template.
+            rendered: Whether a text is known to be rendered already.
+            count: Whether to record in `counts` what became of the prompt.
+
+        Returns:
+            The rendered text.
+
+        Raises:
+            DiagnosticsError: The value is neither text nor messages, or the template refuses
+                it.
+        """
         value = "" if missing(value) else value if rendered else parse_messages(value, where)
         counts, arguments = self.counts if count else Counter(), self.arguments | (arguments or {})
         if isinstance(value, str) and self._stays(value, rendered, counts):
@@ -72,12 +89,12 @@ class Renderer:
         return self._asked(messages, where, arguments, counts)
 
     def messages(self, value, where: str) -> list[dict]:
-        """Chat messages as this template reads them."""
+        """Return chat messages in the form that this template reads."""
         return as_messages(value, where, blocks=_has_blocks(value) and self.reads_blocks)
 
     def render(self, messages: list[dict], where: str, arguments: dict[str, Any], **how) -> str:
-        """What the template writes for these messages. Raises DiagnosticsError where there is no
-        template, or it does not.
+        """Return what the template writes for these messages. Raises DiagnosticsError where there
+        is no template or it refuses them.
         """
         if not self.has_template:
             raise DiagnosticsError(
@@ -129,15 +146,15 @@ class Renderer:
         return text
 
     def continues(self, messages: list[dict], arguments: dict[str, Any]) -> bool:
-        """The last message begins the reply: the caller says so, or the message itself (`prefix`,
-        as some servers take it).
+        """Whether the last message begins the reply: by the argument `continue_final_message`, or
+        by the message's own key `prefix`, as some servers accept it.
         """
         return messages[-1]["role"] == "assistant" and bool(
             arguments.get("continue_final_message") or messages[-1].get("prefix") is True
         )
 
     def question(self, messages: list[dict]) -> list[dict]:
-        """The chat up to the reply that is asked for."""
+        """Return the chat without the reply that is asked for."""
         answered = messages[-1]["role"] == "assistant" and len(messages) > 1
         return messages[:-1] if answered else messages
 
@@ -150,7 +167,9 @@ class Renderer:
         arguments: dict[str, Any],
         how: dict,
     ) -> bool:
-        """The template writes something of that argument, as the first row that has it shows."""
+        """Whether the template writes anything of that argument. The first row that has the
+        argument decides for all.
+        """
         if name not in self._writes:
             try:
                 without = self.render(
@@ -167,7 +186,9 @@ class Renderer:
     def with_hint(
         self, value, hint: str, where: str, arguments: dict[str, Any] | None = None
     ) -> str:
-        """The prompt with a hint before the last user message's text, or before the text."""
+        """Render the prompt with a hint before the text of the last user message, or before a text
+        prompt.
+        """
         value = parse_messages(value, where)
         if isinstance(value, str) and self.wraps_text and self.is_rendered(value):
             raise DiagnosticsError(
@@ -203,11 +224,13 @@ class Renderer:
     # What the template writes around a message, seen from what it makes of one.
 
     def has_special(self, text: str) -> bool:
-        """A special token of the tokenizer is in the text."""
+        """Whether a special token of the tokenizer occurs in the text."""
         return any(token in text for token in self.special)
 
     def is_rendered(self, text: str) -> bool:
-        """The text begins with a special token, or is framed as the template frames a question."""
+        """Whether the text begins with a special token, or is framed as the template frames a
+        question.
+        """
         stripped = text.strip()
         if any(stripped.startswith(token) for token in self.special):
             return True
@@ -219,7 +242,7 @@ class Renderer:
         )
 
     def spells(self, text, ids) -> bool:
-        """The text is that of the prompt's ids, so it is what the tokenizer saw."""
+        """Whether the text is that of the prompt's ids, and therefore what the tokenizer saw."""
         if (
             not isinstance(text, str)
             or not text
@@ -236,7 +259,7 @@ class Renderer:
     @cached_property
     def frame(self) -> tuple[str, str]:
         """What the template writes before a question and, to ask for the reply, at the very end;
-        empty where that cannot be seen.
+        empty where that cannot be determined.
         """
         asked, told = self._probe(PROBE), self._probe(PROBE, add_generation_prompt=False)
         if PROBE not in asked:
@@ -246,11 +269,12 @@ class Renderer:
 
     @cached_property
     def reads_blocks(self) -> bool:
-        """The template takes content as a list of blocks, and writes the text in it."""
+        """Whether the template takes content as a list of blocks and writes their text."""
         text = self._probe(PROBE)
         return bool(text) and text == self._probe([{"type": "text", "text": PROBE}])
 
     def _probe(self, content, **how) -> str:
+        """Render one message with this content; "" where the template refuses it."""
         try:
             return self.render(
                 [{"role": "user", "content": content}],
@@ -263,6 +287,7 @@ class Renderer:
 
 
 def _has_blocks(value) -> bool:
+    """Whether any message has its content as a list of blocks."""
     return isinstance(value, (list, tuple, np.ndarray)) and any(
         isinstance(message, dict) and isinstance(message.get("content"), (list, np.ndarray))
         for message in value

@@ -1,14 +1,13 @@
 """Sample the student once and freeze what it wrote.
 
-Each context draws from a random stream of its own, named by (seed, prompt id, sample number),
-through the inverse of the cumulative distribution. The text therefore does not depend on which
-prompts share a batch, beyond the rounding of the logits.
+The tokens are drawn from the student's own distribution p at the requested temperature; `top_p` and
+`top_k` narrow it where they are set. Each context draws from its own random stream, named by (seed,
+prompt id, sample number), by inverting the cumulative distribution. The text therefore does not
+depend on which prompts share a batch, except for the rounding of the logits.
 
-The distribution is the student's own, p, at the temperature asked for; `top_p` and `top_k` narrow
-it where they are given. What a checkpoint's generation_config.json asks for besides
-(repetition_penalty, suppress_tokens, num_beams, ...) would make the tokens draws from something
-else than p: it is set aside, but for the ids that end a response, and named in the log and the
-manifest."""
+A checkpoint's generation_config.json may ask for more (repetition_penalty, suppress_tokens,
+num_beams, ...). The tokens would then be drawn from something other than p, so these settings are
+ignored, except for the ids that end a response. The log and the manifest name what was ignored."""
 
 from __future__ import annotations
 
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diagnostics.contexts import generation
 from diagnostics.contexts.encoding import encode_prompt
-from diagnostics.contexts.generation import StreamSampler, generate, random_stream
+from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
@@ -29,14 +29,14 @@ from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
-"""As for scoring: what a batch may hold before padding and memory cost more than the passes
-saved.
+"""Default number of tokens per batch, as for scoring: larger batches lose more to padding and
+memory than they save in forward passes.
 """
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How responses are sampled."""
+    """Settings of sampling responses."""
 
     max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
     temperature: float = field(
@@ -68,13 +68,32 @@ def rollout(
     batch_tokens: int = BATCH_TOKENS,
     shards: Shards | None = None,
 ) -> Bank:
-    """Sample `samples_per_prompt` responses to each prompt from the student and freeze them.
+    """Sample responses to each prompt from the student and freeze them.
 
-    Responses end at an end-of-sequence token, which is kept as their last id, or after
-    `max_new_tokens`. Returns a Bank in prompt order. shards: where finished batches are kept, and
-    taken from. Out of memory, a batch is halved. Raises DiagnosticsError for settings out of range,
-    a prompt without tokens or with a token that a model lacks, and a prompt that leaves no room for
-    its response in the models' window."""
+    A response ends at an end-of-sequence token, which is kept as its last id, or after
+    `max_new_tokens`. A batch that does not fit in memory is halved. Warnings about the checkpoint's
+    own generation settings go to the log.
+
+    Args:
+        pair: Student and teacher with their shared tokenizer; only the student is run.
+        prompts: Rendered prompts, as `load_prompts` or `sums` returns them.
+        max_new_tokens: Longest response, in tokens.
+        temperature: Sampling temperature, greater than 0. The divergences keep temperature 1.
+        top_p: Nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
+        top_k: Number of most likely tokens to sample from; 0 keeps all.
+        samples_per_prompt: Number of responses per prompt.
+        seed: Seed of sampling. Equal seeds give equal responses, whatever the batches are.
+        batch_tokens: Tokens per forward pass, padding included.
+        shards: Where finished batches are kept and taken from again; None keeps nothing.
+
+    Returns:
+        A Bank in prompt order with `len(prompts) * samples_per_prompt` contexts, whose ids are
+        `<prompt_id>-<sample>`.
+
+    Raises:
+        DiagnosticsError: A setting is out of range; a prompt has no tokens or a token that a
+            model lacks; or a prompt leaves no room for its response in the models' window.
+    """
     warn_before_sampling(pair)
     bank = sample_responses(
         pair,
@@ -113,8 +132,8 @@ def sample_responses(
     batch_tokens: int = BATCH_TOKENS,
     shards: Shards | None = None,
 ) -> Bank:
-    """`rollout` without its cautions, for a student that is sampled again and again as it
-    changes.
+    """Sample as `rollout` does, without its warnings: for a student that is sampled repeatedly
+    while it changes. Arguments, result and errors are those of `rollout`.
     """
     if not 0 < top_p <= 1 or top_k < 0:
         raise DiagnosticsError(
@@ -160,11 +179,21 @@ def sample_responses(
 def encode_prompts(
     pair: Pair, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Ids of each prompt, as the student reads them wherever it is sampled.
+    """Encode each prompt to the ids that the student reads wherever it is sampled.
 
-    Raises DiagnosticsError for a prompt (or teacher's prompt) without tokens, with a token that a
-    model has no row for, or too long for a response of `max_new_tokens` beside it in the models'
-    window."""
+    Args:
+        pair: Student and teacher; the tokenizer, vocabulary and window are theirs.
+        prompts: Rendered prompts.
+        max_new_tokens: Tokens to reserve for the response.
+
+    Returns:
+        One tuple of token ids per prompt.
+
+    Raises:
+        DiagnosticsError: A prompt, or a teacher's prompt, has no tokens, has a token that a
+            model has no row for, or is too long for a response of `max_new_tokens` in the
+            models' window.
+    """
     encoded = [
         encode_prompt(pair.tokenizer, prompt.prompt, rendered=prompt.rendered) for prompt in prompts
     ]
@@ -177,6 +206,7 @@ def encode_prompts(
 
 
 def _teacher_ids(pair: Pair, prompt: Prompt) -> tuple[int, ...] | None:
+    """Return the ids of the teacher's own prompt, or None where it reads the student's."""
     return (
         None
         if prompt.teacher_prompt is None
@@ -210,11 +240,12 @@ def _require_usable(pair: Pair, prompt: Prompt, ids: Sequence[int], max_new_toke
 def _responses(
     pair: Pair, requests: list[_Request], seed: int, options: tuple, max_new_tokens: int
 ) -> list[list[int]]:
-    chooser = StreamSampler([request.stream(seed) for request in requests], *options)
-    return generate(
+    """Sample one batch of requests; one list of response ids per request."""
+    sampler = StreamSampler([request.stream(seed) for request in requests], *options)
+    return generation.generate(
         pair.student.model,
         [request.prompt_ids for request in requests],
-        chooser,
+        sampler,
         end_ids=pair.end_ids,
         max_new_tokens=max_new_tokens,
     )
@@ -222,18 +253,21 @@ def _responses(
 
 @dataclass(frozen=True)
 class _Request:
+    """One response to be sampled."""
+
     prompt: Prompt
     sample: int
     prompt_ids: tuple[int, ...]
 
     def stream(self, seed: int) -> np.random.Generator:
+        """Return the random stream of this response."""
         return random_stream(seed, self.prompt.prompt_id, self.sample)
 
 
 def _batches(
     requests: list[_Request], batch_tokens: int, max_new_tokens: int
 ) -> Iterator[list[int]]:
-    """Request numbers grouped by prompt length, so that padding is small."""
+    """Yield request numbers in batches, grouped by prompt length so that padding is small."""
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
     batch: list[int] = []
     for i in order:
@@ -248,6 +282,7 @@ def _batches(
 
 
 def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
+    """Build the context of one sampled response."""
     return Context(
         context_id=f"{request.prompt.prompt_id}-{request.sample}",
         prompt_id=request.prompt.prompt_id,

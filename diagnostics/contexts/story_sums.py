@@ -1,22 +1,22 @@
-"""Story sums: a small language with a verifier, spoken rightly by a teacher and wrongly by a
-student.
+"""Story sums: a small language with a verifier; the teacher speaks it correctly, the student not.
 
-A prompt tells of somebody who has `a` things and gains or loses `b`; the response is a few
-sentences of story and then the worked sum. Every word of a response fills a *slot*, and for each
-slot the table below gives two distributions over words, one a side. The teacher's side is correct.
-The student's side differs from it in ways that were chosen so that all four quadrants of entropy
-and divergence occur:
+A prompt tells of somebody who has `a` things and gains or loses `b`. The response is a few
+sentences of story and then the sum, worked out. Every word of a response fills a *slot*, and for
+each slot there are two distributions over words (`story_words`), one per side. The teacher's side
+is correct. The student's side differs from it in ways that were chosen so that all four quadrants
+of entropy and divergence occur:
 
-- open choices among 20 to 60 words, with the same preferences on both sides (uncertain, agreed) or with
-  the student's preferences rotated down the list (uncertain, disagreed);
-- small choices among a few wordings, with the same weights, slightly other ones, or a habit (confident);
-- facts: a word that follows from the name or the things of the prompt. The student knows some; in *mixed*
-  ones it prefers a wrong word and keeps the right one second; in *unseen* ones it never met the
-  right word;
-- the sum: some verbs are misread (mixed), carries are dropped (the student never met 10 to 18).
+- open choices among 20 to 60 words, with the same preferences on both sides (uncertain, agreed) or
+  with the student's preferences rotated down the list (uncertain, disagreed);
+- small choices among a few wordings, with the same weights, slightly different ones, or a habit
+  (confident);
+- facts: a word that follows from the name or the things of the prompt. The student knows some; in
+  *mixed* ones it prefers a wrong word and keeps the right one second; in *unseen* ones it never met
+  the right word;
+- the sum: some verbs are misread (mixed), and carries are dropped (the student never met 10 to 18).
 
-Everything is drawn from explicit generators, and prompts fall into splits by a hash of their text.
-"""
+Everything is drawn from explicit generators, and prompts are assigned to splits by a hash of their
+text."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ from diagnostics.core.types import Prompt
 Side = Literal["teacher", "student"]
 Split = Literal["train", "probe", "test"]
 SIDES = ("teacher", "student")
+"""Who speaks."""
 SPLITS = {"train": range(8), "probe": range(8, 9), "test": range(9, 10)}
-"""Which of ten hash buckets a split owns."""
+"""Which of ten hash buckets belong to each split."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,33 @@ class Story:
 
     @property
     def answer(self) -> int:
-        """The right number."""
+        """The correct number."""
         return self.a + self.b if VERBS[self.verb] == "plus" else self.a - self.b
 
 
 def split_of(prompt: str) -> str:
-    """The split that owns a prompt's text."""
+    """Return the split that a prompt's text belongs to."""
     bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
 def stories(rng: random.Random, *, split: Split) -> Iterator[Story]:
-    """Endless stories of one split, drawn from `rng`; a story may return.
+    """Yield stories of one split without end; a story may repeat.
 
-    Sums lie under 100, differences are at least 20 and borrow nothing, and the same holds of the
-    other operation but for the borrowing, so that a misread verb still leads to a number the
-    language has."""
+    Sums lie below 100; differences are at least 20 and need no borrowing. The same bounds hold for
+    the other operation, except for the borrowing, so that a misread verb still leads to a number of
+    the language.
+
+    Args:
+        rng: Generator that the stories are drawn from.
+        split: `train`, `probe` or `test`.
+
+    Yields:
+        Stories.
+
+    Raises:
+        DiagnosticsError: The split is unknown.
+    """
     if split not in SPLITS:
         raise DiagnosticsError(f"Unknown split {split!r}. Known are {', '.join(SPLITS)}.")
     while True:
@@ -101,10 +113,18 @@ def stories(rng: random.Random, *, split: Split) -> Iterator[Story]:
 
 
 def sums(n: int, *, seed: int, split: Split = "train") -> list[Prompt]:
-    """`n` different prompts of one split with their answers; the same for the same seed.
+    """Write different prompts of one split with their answers.
 
-    The id of a prompt is `sum-` and a hash of its text, so splits share no id.
-    Raises DiagnosticsError for an unknown split or n < 1.
+    Args:
+        n: Number of prompts, at least 1.
+        seed: Seed of the prompts; equal seeds give equal prompts.
+        split: `train`, `probe` or `test`. Splits never share a prompt.
+
+    Returns:
+        `n` prompts. Each id is `sum-` and a hash of the text; each answer is a number as text.
+
+    Raises:
+        DiagnosticsError: The split is unknown, or n is less than 1.
     """
     if n < 1:
         raise DiagnosticsError(f"n is {n}; ask for at least one prompt.")
@@ -117,19 +137,34 @@ def sums(n: int, *, seed: int, split: Split = "train") -> list[Prompt]:
 
 
 def verify(response: str, answer: str | int) -> bool:
-    """True where the response ends in `makes N.` or `gives N.` with N the answer.
+    """Judge whether a response gives the right number.
 
     A response that was cut before its last full stop is wrong, whatever numbers it holds.
+
+    Args:
+        response: The response as text, without special tokens.
+        answer: The reference answer, as `sums` writes it.
+
+    Returns:
+        True where the response ends in `makes N.` or `gives N.` with N equal to the answer.
     """
     end = re.search(r"\b(?:makes|gives) (\d+)\.\s*$", response)
     return end is not None and int(end[1]) == int(answer)
 
 
 def choices(slot: str, story: Story, *, side: Side, written: dict[str, str]) -> dict[str, float]:
-    """The words that may fill a slot with their probabilities on one side of the language.
+    """Return the words that may fill a slot, with their probabilities on one side of the language.
 
-    written: words of the slots before it in the same response (only `op`, `tens` and `ones`
-    matter)."""
+    Args:
+        slot: Name of the slot.
+        story: What the prompt tells.
+        side: `teacher` or `student`.
+        written: Words of the earlier slots of the same response; only `op`, `tens` and `ones`
+            matter.
+
+    Returns:
+        Word -> probability; the probabilities add up to 1.
+    """
     fixed = {
         "NAME": story.name,
         "ITEMS": story.items,
@@ -151,6 +186,7 @@ def choices(slot: str, story: Story, *, side: Side, written: dict[str, str]) -> 
 
 @cache
 def word_weights(slot: str, side: Side) -> dict[str, float]:
+    """Return the probabilities of the words of an open or small slot on one side."""
     column = SIDES.index(side)
     if slot in SMALL:
         pairs = (entry.split(":") for entry in SMALL[slot].split())
@@ -163,18 +199,20 @@ def word_weights(slot: str, side: Side) -> dict[str, float]:
 
 
 def _normalized(weights: dict[str, float]) -> dict[str, float]:
+    """Scale weights to probabilities and drop words of weight 0."""
     total = sum(weights.values())
     return {word: weight / total for word, weight in weights.items() if weight > 0}
 
 
 def fact_kind(slot: str, key: str) -> str:
-    """How the student holds a fact: `known`, `mixed` or `unseen`."""
+    """Return how the student holds a fact: `known`, `mixed` or `unseen`."""
     table, column = FACTS[slot]
     return KINDS[(_row(table, key) + 3 * column) % len(KINDS)]
 
 
 @cache
 def fact_words(slot: str, key: str, side: Side) -> dict[str, float]:
+    """Return the words that may fill a fact slot, with their probabilities on one side."""
     table, column = FACTS[slot]
     row = _row(table, key)
     kind, right = fact_kind(slot, key), table[row][column]
@@ -187,10 +225,12 @@ def fact_words(slot: str, key: str, side: Side) -> dict[str, float]:
 
 
 def _row(table: list[list[str]], key: str) -> int:
+    """Return the row of a table whose first column is `key`."""
     return next(row for row, words in enumerate(table) if words[0] == key)
 
 
 def _operation(verb: str, side: Side) -> dict[str, float]:
+    """Return plus and minus with their probabilities after a verb."""
     right = VERBS[verb]
     if side == "teacher" or verb not in MISREAD:
         return {right: 1.0}
@@ -201,7 +241,9 @@ def _operation(verb: str, side: Side) -> dict[str, float]:
 
 
 def _number(slot: str, story: Story, side: Side, written: dict[str, str]) -> str:
-    """The student drops carries and, where it takes away, the smaller digit from the larger."""
+    """Return the tens, ones or total that one side writes. The student drops carries and, where it
+    subtracts, takes the smaller digit from the larger.
+    """
     if slot == "total":
         return str(int(written["tens"]) + int(written["ones"]))
     unit = 10 if slot == "tens" else 1
@@ -212,7 +254,7 @@ def _number(slot: str, story: Story, side: Side, written: dict[str, str]) -> str
 
 
 def write(story: Story, rng: random.Random, *, side: Side) -> Iterator[tuple[str, str]]:
-    """One response as (slot, word) pairs in order."""
+    """Yield one response as (slot, word) pairs in order."""
     plan = _pick(
         {" ".join(order): weights[SIDES.index(side)] for order, weights in PLANS.items()}, rng
     )
@@ -223,6 +265,7 @@ def write(story: Story, rng: random.Random, *, side: Side) -> Iterator[tuple[str
 
 
 def _pick(weights: dict[str, float], rng: random.Random) -> str:
+    """Draw a word by its weight; a single word takes no draw."""
     return (
         next(iter(weights))
         if len(weights) == 1
@@ -231,9 +274,20 @@ def _pick(weights: dict[str, float], rng: random.Random) -> str:
 
 
 def corpus(n: int, *, seed: int, side: Side, split: Split = "train") -> Iterator[tuple[str, str]]:
-    """`n` pairs of prompt and response as one side writes them.
+    """Yield pairs of prompt and response as one side writes them; the two sides draw from different
+    streams.
 
-    The two sides draw from different streams. Raises DiagnosticsError for an unknown side or split.
+    Args:
+        n: Number of pairs.
+        seed: Seed of the stories and the words.
+        side: `teacher` or `student`.
+        split: `train`, `probe` or `test`.
+
+    Yields:
+        (prompt, response) as text.
+
+    Raises:
+        DiagnosticsError: The side or the split is unknown.
     """
     if side not in SIDES:
         raise DiagnosticsError(f"Unknown side {side!r}. Known are {', '.join(SIDES)}.")
@@ -243,13 +297,13 @@ def corpus(n: int, *, seed: int, side: Side, split: Split = "train") -> Iterator
 
 
 def join(words) -> str:
-    """Words as text: single spaces, none before a comma or a full stop."""
+    """Return words as text: single spaces, none before a comma or a full stop."""
     return " ".join(words).replace(" ,", ",").replace(" .", ".")
 
 
 def vocabulary() -> list[str]:
-    """Every word of prompts and responses once: the numbers to 99, then the others in order of the
-    alphabet.
+    """Return every word of prompts and responses once: the numbers to 99, then the other words in
+    alphabetical order.
     """
     words = {
         word for slot in [*OPEN, *SMALL] for side in SIDES for word in word_weights(slot, side)
@@ -277,16 +331,18 @@ _SLOTS = {
     "ones",
     "total",
 }
+"""Names in SENTENCES that stand for words rather than for themselves."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts that can be written in any number, and what judges a response to them."""
+    """A source of prompts in any number, and the judge of a response to them."""
 
     write: Callable[..., list[Prompt]]
     """(n, *, seed, split) -> prompts; splits never share a prompt."""
     verify: Callable[[str, str], bool]
-    """(response, answer) -> accepted."""
+    """(response, answer) -> whether the response is accepted."""
 
 
 TASKS = {"sums": Task(sums, verify)}
+"""Tasks by the name that a named pair gives."""

@@ -153,7 +153,7 @@ def handed_over(monkeypatch):
     """The prompts' ids as `generate` got them."""
     seen, generate = [], generation.generate
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda model, prompts, *rest, **more: (
             seen.extend(tuple(map(int, ids)) for ids in prompts),
@@ -358,13 +358,13 @@ def test_a_rollout_resumed_the_next_day_mixes_nothing(
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
     file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), generation.generate, []
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) < 3 else 1 / 0),
     )
     with pytest.raises(ZeroDivisionError):
         _roll(tmp_path / "resumed", folders, file)
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     assert "the chat template writes the date of the day" in caplog.text
     clock.day = 2
     _roll(tmp_path / "resumed", folders, file)
@@ -382,7 +382,7 @@ def test_a_rollout_resumed_the_same_day_goes_on(tmp_path, folders, clock, monkey
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
     file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), generation.generate, []
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) != 3 else 1 / 0),
     )

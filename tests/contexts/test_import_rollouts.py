@@ -435,7 +435,7 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
             {"prompt": 5, "response": "w1"},
             r"row 1: a prompt is text or a list of \{role, content\} messages; found '5'",
         ),
-        ({"prompt": None, "response": "w1"}, r"row 1 lacks a prompt\. Mend or remove that row\."),
+        ({"prompt": None, "response": "w1"}, r"row 1 lacks a prompt\. Fix or remove that row\."),
         ({"prompt": "w1", "response": None}, r"row 1 lacks a response\."),
         (
             {"prompt": "w1", "response_ids": [1.5]},

@@ -213,7 +213,7 @@ def test_keys_that_are_no_whole_numbers_are_named(tmp_path, name, values, shown)
         DiagnosticsError,
         match=(
             rf"^{name} should hold whole numbers from 0, and 1 of 4 rows hold something else"
-            rf" \('{shown}'\)\. Mend them\.$"
+            rf" \('{shown}'\)\. Fix them\.$"
         ),
     ):
         read(bank(**{name: values}), tmp_path)

@@ -217,7 +217,7 @@ def test_every_token_of_a_training_step_is_the_documented_draw_from_p(
         seen.append((prompts, generate(model, prompts, *rest, **more)))
         return seen[-1][1]
 
-    monkeypatch.setattr(rollouts, "generate", watched)
+    monkeypatch.setattr(generation, "generate", watched)
     train(
         pair,
         make_prompts(4),
