@@ -41,10 +41,8 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     from diagnostics.models.pair import NAMED_PAIRS
 
     options = dataclasses.asdict(config)
-    path, kwargs = (
-        options.pop("prompts"),
-        json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs"),
-    )
+    path = options.pop("prompts")
+    kwargs = json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
     named = NAMED_PAIRS.get(models.config.pair)
     if path is None and named and named.task:
         write = TASKS[named.task].write

@@ -196,11 +196,12 @@ def row_arguments(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return what a row passes to the template: its `tools`, `documents` and
     `chat_template_kwargs`, also as JSON text. Empty ones are left out.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in TEMPLATE_COLUMNS:
         value = values.get(name)
         value = from_json(value, where) if isinstance(value, str) else value
-        if not missing(value) and not (hasattr(value, "__len__") and not len(value)):
+        empty = value is None or (hasattr(value, "__len__") and not len(value))
+        if not empty and not missing(value):
             found[name] = to_json_value(value, f"{where}, {name}")
     given = found.pop("chat_template_kwargs", {})
     if not isinstance(given, dict):

@@ -53,7 +53,7 @@ def start_ids(tokenizer) -> tuple[int, ...]:
     return ()
 
 
-_BEGINNINGS: weakref.WeakKeyDictionary[Any, tuple[str, tuple[int, ...] | None]] = (
+_BEGINNINGS: weakref.WeakKeyDictionary[Any, tuple[str, tuple[int, ...]]] = (
     weakref.WeakKeyDictionary()
 )
 """Per tokenizer: its chat template, and the ids of what that writes for a question. They are kept
@@ -70,10 +70,8 @@ def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...
         return False
     if _BEGINNINGS.get(tokenizer, ("",))[0] != template:
         written = try_render(tokenizer, [{"role": "user", "content": "a"}])
-        _BEGINNINGS[tokenizer] = (
-            template,
-            written and tuple(tokenizer(written, add_special_tokens=False)["input_ids"]),
-        )
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"] if written else ()
+        _BEGINNINGS[tokenizer] = (template, tuple(ids))
     beginning = _BEGINNINGS[tokenizer][1]
     return bool(beginning) and beginning[: len(start)] != start
 
@@ -100,17 +98,16 @@ def try_render(
         return Template(tokenizer)(
             messages, "the chat template", add_generation_prompt=add_generation_prompt, **kwargs
         )
-    except DiagnosticsError:  # what the template does with prompts is seen when they are rendered
+    except DiagnosticsError:  # a fault of the template is reported when prompts are rendered
         return None
 
 
 def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
     """Whether the chat template asks for the time, so that a prompt differs from day to day."""
-    question, kwargs = (
-        [{"role": "user", "content": "a"}],
-        template_arguments(kwargs or {}, "--chat-template-kwargs"),
-    )
-    no_clock = {**kwargs, "strftime_now": "no function"}  # whoever calls it ends in an error
+    question = [{"role": "user", "content": "a"}]
+    kwargs = template_arguments(kwargs or {}, "--chat-template-kwargs")
+    # A template that calls this in place of the clock ends in an error.
+    no_clock = {**kwargs, "strftime_now": "no function"}
     return (
         try_render(tokenizer, question, **kwargs) is not None
         and try_render(tokenizer, question, **no_clock) is None

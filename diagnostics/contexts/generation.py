@@ -8,6 +8,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +56,12 @@ class StreamSampler:
         )
 
     def __call__(self, ids_BT: Tensor, logits_BV: Tensor) -> Tensor:
+        """Return logits [B, V] that are 0 at the drawn token and -inf elsewhere."""
         scores_BV = logits_BV.double() / self.temperature
         scores_BV[:, self.vocabulary :] = -torch.inf
         for warper in self.warpers:
             scores_BV = warper(ids_BT, scores_BV)
+        # Float64, so that the draw does not depend on how a float32 sum over V is rounded.
         cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
         uniform_B1 = torch.tensor(
             [[stream.random()] for stream in self.streams],
@@ -68,6 +71,7 @@ class StreamSampler:
         chosen_B1 = torch.searchsorted(
             cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True
         )
+        # A uniform number near 1 may land behind the last entry.
         chosen_B1 = chosen_B1.clamp_max(logits_BV.shape[-1] - 1)
         return torch.full_like(logits_BV, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
@@ -146,7 +150,7 @@ def _require_halves(
 
 @torch.no_grad()
 def _generate(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     sampler: StreamSampler,
     end_ids: Sequence[int],

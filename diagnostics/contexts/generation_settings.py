@@ -104,7 +104,7 @@ def warn_before_sampling(pair: Pair) -> None:
         )
 
 
-def make_savable(model: nn.Module) -> None:
+def make_savable(model: Any) -> None:
     """Repair generation settings that transformers refuses to write once training has changed them.
 
     Many checkpoints set a temperature without do_sample. Where that is not the whole contradiction,
@@ -192,7 +192,7 @@ def without_own_settings(model: nn.Module) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    holders = [
+    holders: list[Any] = [
         module
         for module in model.modules()
         if isinstance(vars(module).get("generation_config"), GenerationConfig)

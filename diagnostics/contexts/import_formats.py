@@ -88,11 +88,10 @@ class Row:
         counts: Counter | None = None,
         asked: set[str] | None = None,
     ):
-        self.values, self.where = values, where
-        self.counts, self.asked = (
-            Counter() if counts is None else counts,
-            (set() if asked is None else asked),
-        )
+        self.values = values
+        self.where = where
+        self.counts: Counter = Counter() if counts is None else counts
+        self.asked: set[str] = set() if asked is None else asked
 
     def get(self, name: str) -> Any:
         """Return a value, or None where it is missing."""
@@ -116,9 +115,8 @@ class Row:
         given = self.get(name)
         value = parse_messages(given, f"{self.where}, {name}")
         listed = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
-        if listed and (
-            value is given or value[0]["role"] == "assistant"
-        ):  # a student may write such JSON itself
+        # A student may itself write text that is JSON of messages, but not of its own role.
+        if listed and (value is given or value[0]["role"] == "assistant"):
             return {"reply": list(value)}
         return {"response": self.text(name)}
 
@@ -243,18 +241,12 @@ def _read_released(row: Row) -> Rollout:
             f"{row.where}: {len(tokens)} tokens cannot be a prompt of {first} and a response of"
             f" {length} (total_len {total}). Fix that row."
         )
-    sample, group, rollout = (
-        row.name("sample_index"),
-        row.name("group_index"),
-        row.name("rollout_id"),
-    )
-    context = (
-        None
-        if sample is None
-        else f"sample-{sample}"
-        if rollout is None
-        else f"rollout-{rollout}-sample-{sample}"
-    )
+    sample = row.name("sample_index")
+    group = row.name("group_index")
+    rollout = row.name("rollout_id")
+    context = None if sample is None else f"sample-{sample}"
+    if context is not None and rollout is not None:
+        context = f"rollout-{rollout}-{context}"
     return Rollout(
         prompt_ids=tokens[:first],
         response_ids=tokens[first : first + length],

@@ -34,13 +34,12 @@ class Freezer:
     """
 
     def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
-        self.tokenizer, self.end_ids, self.vocabulary, self.window = (
-            pair.tokenizer,
-            pair.end_ids,
-            pair.vocabulary,
-            pair.window,
-        )
-        self.renderer, self.counts = renderer, Counter()
+        self.tokenizer = pair.tokenizer
+        self.end_ids = pair.end_ids
+        self.vocabulary = pair.vocabulary
+        self.window = pair.window
+        self.renderer = renderer
+        self.counts: Counter = Counter()
         renderer.written.update(prompt.prompt for prompt in prompts if prompt.rendered)
         self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
         self.writes_special = renderer.has_template and renderer.has_special(
@@ -54,10 +53,10 @@ class Freezer:
         """Return the context of a row, or None where the row is left out. Raises DiagnosticsError
         where a token id lies outside the shared vocabulary.
         """
-        rollout = self._with_reply(rollout, where)
-        if rollout is None:
+        with_reply = self._with_reply(rollout, where)
+        if with_reply is None:
             return None
-        rollout = self._with_prompt(rollout, where)
+        rollout = self._with_prompt(with_reply, where)
         if self._cannot_fit(rollout):
             self.counts["over_long"] += 1
             return None
@@ -87,7 +86,7 @@ class Freezer:
         of_prompts = {f"prompts_{name}": count for name, count in self.renderer.counts.items()}
         return {name: self.counts[name] + of_prompts.get(name, 0) for name in COUNTED}
 
-    # --- messages as text
+    # Messages become text.
 
     def _with_reply(self, rollout: Rollout, where: str) -> Rollout | None:
         """Replace a reply in messages by the text of its first message, which the student wrote;
@@ -109,10 +108,8 @@ class Freezer:
         content = (
             content if isinstance(content, str) else "\n".join(block["text"] for block in content)
         )
-        thought, calls = (
-            {name for name in REASONING if message.get(name)},
-            {"tool_calls"} & set(message),
-        )
+        thought = {name for name in REASONING if message.get(name)}
+        calls = {"tool_calls"} & set(message)
         if not thought and not calls:
             return content
         text = self._rewritten(rollout, message, thought, where) if thought else content
@@ -132,10 +129,8 @@ class Freezer:
         """Return what the template writes for a reply after asking for it; None where nothing of
         the `parts` is in it.
         """
-        prompt, arguments = (
-            parse_messages(rollout.prompt, where),
-            self.renderer.arguments | rollout.arguments,
-        )
+        prompt = parse_messages(rollout.prompt, where)
+        arguments = self.renderer.arguments | rollout.arguments
         if isinstance(prompt, str) or missing(prompt):
             return None
         messages = self.renderer.messages(prompt, where)
@@ -147,18 +142,12 @@ class Freezer:
         def whole(reply: dict) -> str:
             return self.renderer.render([*asked, reply], where, arguments)
 
-        full, without = (
-            whole(message),
-            whole(
-                {"content": ""} | {key: value for key, value in message.items() if key not in parts}
-            ),
-        )
+        kept = {key: value for key, value in message.items() if key not in parts}
+        full, without = whole(message), whole({"content": ""} | kept)
+        if full == without or not full.startswith(before):
+            return None
         closing = whole({"role": "assistant", "content": PROBE}).rpartition(PROBE)[2]
-        return (
-            full.removeprefix(before).removesuffix(closing)
-            if full != without and full.startswith(before)
-            else None
-        )
+        return full.removeprefix(before).removesuffix(closing)
 
     def _with_prompt(self, rollout: Rollout, where: str) -> Rollout:
         """Replace the prompt by its rendered text. A prompt that lost its special tokens is looked
@@ -202,7 +191,7 @@ class Freezer:
             )
         return rollout
 
-    # --- text as ids, and which of them are the response
+    # Text becomes ids, and the response is cut out of them.
 
     def _cannot_fit(self, rollout: Rollout) -> bool:
         """Whether a text is so much longer than the window that it need not be tokenized
@@ -225,6 +214,7 @@ class Freezer:
         )
         if rollout.response_ids is not None:
             return prompt_ids, rollout.response_ids
+        assert rollout.response is not None  # read_row refuses a row that has neither
         self.counts["from_text"] += 1
         before = rollout.prompt if rollout.prompt_ids is None else self._text(prompt_ids)
         whole = rollout.prompt_ids is not None or self._is_written(rollout.prompt)
@@ -283,7 +273,7 @@ class Freezer:
         """Remove padding from both ends of a prompt. One end token, or one start token, may belong
         to the prompt; the padding token does not.
         """
-        for _ in range(2):  # once from each side, turned round in between
+        for _ in range(2):  # once per end: the ids are reversed in between
             run = self._run(ids)
             own = ids[:1] == (getattr(self.tokenizer, "bos_token_id", None),) or (
                 run == 1 and ids[0] in self.end_ids
@@ -383,7 +373,8 @@ def number_contexts(contexts: list[Context], path: Path) -> Iterator[Context]:
     """Yield the contexts, numbering those without an id within their prompt. Raises
     DiagnosticsError where two have the same id.
     """
-    samples, taken = Counter(), set()
+    samples: Counter[str] = Counter()
+    taken: set[str] = set()
     for context in contexts:
         name = context.context_id or f"{context.prompt_id}-{samples[context.prompt_id]}"
         samples[context.prompt_id] += not context.context_id

@@ -63,7 +63,7 @@ class ImportConfig:
     rollouts_format: str = field(
         default="auto",
         metadata={
-            "help": "who wrote it",
+            "help": "program that wrote the file of rollouts",
             "choices": ("auto", "contexts", "released", "slime", "verl", "trl", "plain"),
         },
     )

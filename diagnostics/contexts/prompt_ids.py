@@ -78,4 +78,4 @@ def is_ambiguous_id(value) -> bool:
     """Whether a whole number is stored as a float too large to differ from its neighbors: as an id
     it would merge different prompts.
     """
-    return isinstance(value, (float, np.floating)) and EXACT <= abs(value) < float("inf")
+    return isinstance(value, (float, np.floating)) and EXACT <= abs(float(value)) < float("inf")

@@ -85,13 +85,16 @@ class PromptConfig:
         default=None,
         metadata={"help": "column with the prompt; `prompt` or `messages` where not given"},
     )
-    contexts: int | None = field(default=None, metadata={"help": "use the first so many prompts"})
+    contexts: int | None = field(
+        default=None,
+        metadata={"help": "number of prompts to use, from the first on; all where not given"},
+    )
     max_prompt_tokens: int | None = field(
         default=None,
         metadata={
             "help": (
-                "leave out longer prompts; what the models' windows leave beside the response where"
-                " not given"
+                "leave out prompts with more tokens; where not given, those that leave no room for"
+                " the response in the models' window"
             )
         },
     )
@@ -234,9 +237,8 @@ def read_prompts(
 def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
     """Yield the prompt of each row of the table."""
     frozen = _is_frozen(frame) and column == "prompt"
-    names: dict[
-        tuple[str, str | None], str
-    ] = {}  # of what is rendered alike, the first row's: a repeat
+    # Rows that render to the same texts are repetitions and get the first one's name.
+    names: dict[tuple[str, str | None], str] = {}
     for number, values in enumerate(frame.to_dict("records"), 1):
         where = f"{path}, row {number}"
         value, arguments = values[column], row_arguments(values, where)

@@ -23,11 +23,8 @@ def to_numbers(values: pd.Series) -> pd.Series:
         )
     try:
         return pd.to_numeric(values, errors="coerce").astype("float64")
-    except (
-        OverflowError,
-        TypeError,
-        ValueError,
-    ):  # a whole number beyond float64, or cells that hold no single value
+    except (OverflowError, TypeError, ValueError):
+        # A whole number is beyond float64, or cells hold something other than one value.
         return pd.Series([_number(value) for value in values], index=values.index, dtype="float64")
 
 

@@ -121,7 +121,7 @@ class Renderer:
         counts["rendered"] += rendered
         if (
             rendered and self.frame[0] and text.startswith(self.frame[0])
-        ):  # as the template begins a prompt, start token or none
+        ):  # it begins as the template begins a prompt, with or without a start token
             self.written.add(text)
         counts["special_inside"] += not rendered and self.has_special(text)
         return rendered
@@ -140,9 +140,12 @@ class Renderer:
         text = self.render(messages, where, arguments, **how)
         self.written.add(text)
         given = [name for name in ("tools", "documents") if arguments.get(name)]
-        counts["arguments_unused"] += any(
-            [not self._is_written(name, text, messages, where, arguments, how) for name in given]
-        )
+        unused = [
+            name
+            for name in given
+            if not self._is_written(name, text, messages, where, arguments, how)
+        ]
+        counts["arguments_unused"] += bool(unused)
         return text
 
     def continues(self, messages: list[dict], arguments: dict[str, Any]) -> bool:
@@ -178,7 +181,7 @@ class Renderer:
                     {key: value for key, value in arguments.items() if key != name},
                     **how,
                 )
-            except DiagnosticsError:  # it cannot do without
+            except DiagnosticsError:  # the template needs this argument
                 without = None
             self._writes[name] = text != without
         return self._writes[name]
@@ -221,7 +224,7 @@ class Renderer:
             count=False,
         )
 
-    # What the template writes around a message, seen from what it makes of one.
+    # What the template writes around a message is found by rendering one.
 
     def has_special(self, text: str) -> bool:
         """Whether a special token of the tokenizer occurs in the text."""

@@ -38,20 +38,20 @@ memory than they save in forward passes.
 class RolloutConfig:
     """Settings of sampling responses."""
 
-    max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest response, in tokens"})
     temperature: float = field(
-        default=1.0, metadata={"help": "sampling temperature; the KL temperature stays 1"}
+        default=1.0, metadata={"help": "sampling temperature; the divergences keep temperature 1"}
     )
     top_p: float = field(
         default=1.0, metadata={"help": "nucleus mass; 1 keeps the whole vocabulary"}
     )
     top_k: int = field(
-        default=0, metadata={"help": "sample from so many likeliest tokens; 0 from all"}
+        default=0, metadata={"help": "sample from this many most likely tokens; 0 keeps all"}
     )
-    samples_per_prompt: int = field(default=1, metadata={"help": "responses to each prompt"})
+    samples_per_prompt: int = field(default=1, metadata={"help": "responses per prompt"})
     seed: int = field(default=0, metadata={"help": "seed of sampling"})
     batch_tokens: int = field(
-        default=BATCH_TOKENS, metadata={"help": "tokens in one forward pass, padding included"}
+        default=BATCH_TOKENS, metadata={"help": "tokens per forward pass, padding included"}
     )
 
 
@@ -59,13 +59,13 @@ def rollout(
     pair: Pair,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    samples_per_prompt: int = 1,
-    seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    max_new_tokens: int = RolloutConfig.max_new_tokens,
+    temperature: float = RolloutConfig.temperature,
+    top_p: float = RolloutConfig.top_p,
+    top_k: int = RolloutConfig.top_k,
+    samples_per_prompt: int = RolloutConfig.samples_per_prompt,
+    seed: int = RolloutConfig.seed,
+    batch_tokens: int = RolloutConfig.batch_tokens,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample responses to each prompt from the student and freeze them.
@@ -123,57 +123,77 @@ def sample_responses(
     pair: Pair,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    samples_per_prompt: int = 1,
-    seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    max_new_tokens: int = RolloutConfig.max_new_tokens,
+    temperature: float = RolloutConfig.temperature,
+    top_p: float = RolloutConfig.top_p,
+    top_k: int = RolloutConfig.top_k,
+    samples_per_prompt: int = RolloutConfig.samples_per_prompt,
+    seed: int = RolloutConfig.seed,
+    batch_tokens: int = RolloutConfig.batch_tokens,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample as `rollout` does, without its warnings: for a student that is sampled repeatedly
     while it changes. Arguments, result and errors are those of `rollout`.
     """
-    if not 0 < top_p <= 1 or top_k < 0:
-        raise DiagnosticsError(
-            f"top_p={top_p} must lie in (0, 1], where 1 keeps every token, and top_k={top_k} must"
-            " not be negative; 0 keeps every token."
-        )
-    if max_new_tokens < 1 or samples_per_prompt < 1 or not 0 < temperature < float("inf"):
-        raise DiagnosticsError(
-            f"max_new_tokens={max_new_tokens}, samples_per_prompt={samples_per_prompt} and"
-            f" temperature={temperature} must be positive."
-        )
-    encoded = encode_prompts(pair, prompts, max_new_tokens=max_new_tokens)
+    config = RolloutConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        samples_per_prompt=samples_per_prompt,
+        seed=seed,
+        batch_tokens=batch_tokens,
+    )
+    _require_in_range(config)
     requests = [
         _Request(prompt, sample, ids)
-        for prompt, ids in zip(prompts, encoded)
+        for prompt, ids in zip(
+            prompts, encode_prompts(pair, prompts, max_new_tokens=max_new_tokens)
+        )
         for sample in range(samples_per_prompt)
     ]
-    written = np.zeros((len(requests), max_new_tokens))  # id + 1; 0 after the end
-    options, shards = (temperature, top_p, top_k, pair.vocabulary), shards or Shards()
-    todo = distributed.share(list(_batches(requests, batch_tokens, max_new_tokens)), len)
+    responses = _sample_requests(pair, requests, config, shards or Shards())
+    return Bank(tuple(_freeze(pair, *both) for both in zip(requests, responses)))
+
+
+def _require_in_range(config: RolloutConfig) -> None:
+    """Raise DiagnosticsError for a setting that sampling cannot follow."""
+    if not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise DiagnosticsError(
+            f"top_p={config.top_p} must lie in (0, 1], where 1 keeps every token, and"
+            f" top_k={config.top_k} must not be negative; 0 keeps every token."
+        )
+    if (
+        config.max_new_tokens < 1
+        or config.samples_per_prompt < 1
+        or not 0 < config.temperature < float("inf")
+    ):
+        raise DiagnosticsError(
+            f"max_new_tokens={config.max_new_tokens},"
+            f" samples_per_prompt={config.samples_per_prompt} and"
+            f" temperature={config.temperature} must be positive."
+        )
+
+
+def _sample_requests(
+    pair: Pair, requests: list[_Request], config: RolloutConfig, shards: Shards
+) -> list[list[int]]:
+    """Sample all requests, each process its share of the batches; the ids of every response."""
+    # Processes add up their rows, so a row holds id + 1, and 0 after the response's end.
+    written = np.zeros((len(requests), config.max_new_tokens))
+    batches = list(_batches(requests, config.batch_tokens, config.max_new_tokens))
+    todo = distributed.share(batches, len)
     with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
         for batch in todo:
             found = shards.take(batch)
-            responses = (
-                _responses(pair, [requests[i] for i in batch], seed, options, max_new_tokens)
-                if found is None
-                else found["ids"]
-            )
             if found is None:
-                shards.add(batch, {"ids": responses})
-            for i, ids in zip(batch, responses):
+                found = {"ids": _responses(pair, [requests[i] for i in batch], config)}
+                shards.add(batch, found)
+            for i, ids in zip(batch, found["ids"]):
                 written[i, : len(ids)] = np.array(ids) + 1
             bar.update(len(batch))
     ids_NT = distributed.sum_over_processes(written).astype(int)
-    return Bank(
-        tuple(
-            _freeze(pair, request, (row[row > 0] - 1).tolist())
-            for request, row in zip(requests, ids_NT)
-        )
-    )
+    return [(row[row > 0] - 1).tolist() for row in ids_NT]
 
 
 def encode_prompts(
@@ -237,17 +257,21 @@ def _require_usable(pair: Pair, prompt: Prompt, ids: Sequence[int], max_new_toke
         )
 
 
-def _responses(
-    pair: Pair, requests: list[_Request], seed: int, options: tuple, max_new_tokens: int
-) -> list[list[int]]:
+def _responses(pair: Pair, requests: list[_Request], config: RolloutConfig) -> list[list[int]]:
     """Sample one batch of requests; one list of response ids per request."""
-    sampler = StreamSampler([request.stream(seed) for request in requests], *options)
+    sampler = StreamSampler(
+        [request.stream(config.seed) for request in requests],
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        pair.vocabulary,
+    )
     return generation.generate(
         pair.student.model,
         [request.prompt_ids for request in requests],
         sampler,
         end_ids=pair.end_ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
     )
 
 

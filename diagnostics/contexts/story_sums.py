@@ -133,7 +133,8 @@ def sums(n: int, *, seed: int, split: Split = "train") -> list[Prompt]:
         identity = "sum-" + hashlib.sha256(story.prompt.encode()).hexdigest()[:12]
         chosen.setdefault(identity, Prompt(identity, story.prompt, str(story.answer)))
         if len(chosen) == n:
-            return list(chosen.values())
+            break
+    return list(chosen.values())
 
 
 def verify(response: str, answer: str | int) -> bool:

@@ -160,12 +160,10 @@ class _BoundedFile:
 
     def __init__(self, file) -> None:
         self.file = file
-        self.seek, self.tell, self.close, self.seekable = (
-            file.seek,
-            file.tell,
-            file.close,
-            file.seekable,
-        )
+        self.seek = file.seek
+        self.tell = file.tell
+        self.close = file.close
+        self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
         """Return that many bytes, or all the rest for a negative size. Raises ValueError beyond the

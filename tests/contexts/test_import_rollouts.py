@@ -1,3 +1,5 @@
+"""Imported rollouts: every format's rows become the contexts that the student would have left."""
+
 import dataclasses
 import json
 import shutil
@@ -534,7 +536,7 @@ def test_files_that_cannot_be_used(pair, tmp_path):
 
 
 def test_the_command_line_freezes_a_file(folders, tmp_path, capsys):
-    models = folders[:4] + ["--device", "cpu", "--quiet", "--output-dir", str(tmp_path / "out")]
+    models = [*folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(tmp_path / "out")]
     shutil.copy(FILES / "plain.jsonl", tmp_path / "mine.jsonl")
     assert main(["rollout", *models, "--rollouts", str(tmp_path / "mine.jsonl")]) == 0
     assert len(read_bank(tmp_path / "out" / "contexts.parquet")) == 4

@@ -1,3 +1,5 @@
+"""Imported token tables: released columns under our names, with what cannot be trusted named."""
+
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,3 +1,5 @@
+"""Prompt files and data sets: what is read, rendered, left out and counted."""
+
 import pandas as pd
 import pytest
 

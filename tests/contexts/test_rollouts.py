@@ -1,3 +1,5 @@
+"""Sampling: every token is the documented draw from the student's own distribution."""
+
 import numpy as np
 import pytest
 import torch

@@ -113,9 +113,10 @@ def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
 
 def test_one_sum_by_hand_on_both_sides():
     written = {"op": "plus", "tens": "70", "ones": "12"}
-    number = lambda slot, side, **words: story_sums.choices(
-        slot, STORY, side=side, written=words or written
-    )
+
+    def number(slot, side, **words):
+        return story_sums.choices(slot, STORY, side=side, written=words or written)
+
     assert number("tens", "teacher") == number("tens", "student") == {"70": 1.0}
     assert number("ones", "teacher") == {"12": 1.0} and number("ones", "student") == {"2": 1.0}
     assert number("total", "teacher") == {"82": 1.0}

@@ -1,3 +1,5 @@
+"""Torch archives: plain data is read, code is never run, and every bound holds."""
+
 import io
 import os
 import zipfile
@@ -144,6 +146,7 @@ def test_a_program_with_any_byte_wrong_never_escapes(tmp_path):
         program = archive.read(
             next(name for name in archive.namelist() if name.endswith("data.pkl"))
         )
+    refused = []
     for at in range(len(program)):
         for flip in (0x01, 0x55, 0xFF):
             broken = bytearray(program)
@@ -151,7 +154,8 @@ def test_a_program_with_any_byte_wrong_never_escapes(tmp_path):
             try:
                 read_archive(zipped(tmp_path, bytes(broken)))
             except DiagnosticsError as error:
-                assert "cannot be read as a torch archive" in str(error)
+                refused.append(str(error))
+    assert refused and all("cannot be read as a torch archive" in text for text in refused)
 
 
 DOUBLED = b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
