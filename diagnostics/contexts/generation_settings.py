@@ -44,8 +44,8 @@ NEUTRAL_VALUES = {
 
 
 def sampled_from(*, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = 0) -> str:
-    """Describe the distribution that responses are drawn from, as the manifest names it. Arguments
-    as in `rollout`.
+    """Describe the distribution that responses are drawn from, as the manifest names it.
+    `temperature`, `top_p` and `top_k` are as in `rollout`.
     """
     narrowed = ([f"the {top_k} likeliest tokens of it"] if top_k else []) + (
         [f"the nucleus of mass {top_p:g} of that"] if top_p < 1 else []
@@ -83,7 +83,7 @@ def warn_before_sampling(pair: Pair) -> None:
     aside = ignored_settings(pair.student.model)
     if aside:
         log.warning(
-            "the student's generation_config.json asks for %s: set aside, tokens are drawn from the"
+            "the student's generation_config.json asks for %s: ignored, tokens are drawn from the"
             " student's own distribution",
             ", ".join(f"{name}={value}" for name, value in aside.items()),
         )
@@ -91,14 +91,14 @@ def warn_before_sampling(pair: Pair) -> None:
     if end is not None:
         log.warning(
             "the chat template ends a turn with %r, which does not end a response: add its id %d to"
-            " eos_token_id in the student's generation_config.json, or responses go on behind it",
+            " eos_token_id in the student's generation_config.json, or responses continue after it",
             pair.tokenizer.convert_ids_to_tokens(end),
             end,
         )
     if not any(i < pair.vocabulary for i in pair.end_ids):
         log.warning(
             "no token that ends a response is among the %d shared ids (end ids: %s): every response"
-            " goes on to its longest",
+            " runs to the maximum length",
             pair.vocabulary,
             list(pair.end_ids) or "none",
         )
@@ -124,8 +124,8 @@ def make_savable(model: Any) -> None:
     model.generation_config = sampled if _is_valid(sampled) else GenerationConfig(**ids)
     if model.generation_config is not sampled:
         log.warning(
-            "the student's generation_config.json contradicts itself; the trained student's keeps"
-            " its start, end and padding ids alone"
+            "the student's generation_config.json contradicts itself; the trained student keeps"
+            " only its start, end and padding ids"
         )
 
 

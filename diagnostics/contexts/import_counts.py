@@ -15,28 +15,28 @@ FOREIGN_SHARE = 0.5
 another tokenizer wrote the ids.
 """
 COUNTED = {
-    "from_text": "given as text, so their tokens are those of re-encoding",
-    "retokenised": "whose ids decode to a text that encodes to other ids (re-tokenisation drift)",
+    "from_text": "given as text, so their tokens come from encoding that text again",
+    "retokenised": "whose ids decode to a text that encodes to other ids (re-tokenization drift)",
     "other_text": "whose ids decode to another text than the file's",
     "joined": "whose response would have shared a token with the prompt, and was encoded apart",
     "without_special": (
-        "whose prompt has no special token although the chat template writes some: the dump has"
-        " lost them. Name the prompt file with --prompts"
+        "whose prompt has no special token although the chat template writes some: the dump lost"
+        " them. Name the prompt file with --prompts"
     ),
     "restored": "whose prompt's special tokens were put back from --prompts",
     "cut": "cut at the first token that the student did not write",
     "after_end": (
-        "cut after their first end token: what the file has beyond it is no part of the response"
+        "cut after their first end token: what follows it does not belong to the response"
     ),
-    "padded": "with filler around the prompt or the response, which was taken off",
-    "rewritten": "whose tool calls or reasoning the chat template wrote again from their messages",
+    "padded": "with padding around the prompt or the response, which was removed",
+    "rewritten": "whose tool calls or reasoning the chat template rendered from their messages",
     "unwritten": (
-        "with tool calls or reasoning that the chat template does not write: left out where"
+        "with tool calls or reasoning that the chat template does not write: left out where the"
         " reasoning is lost, cut before a lost call"
     ),
     "empty": "without response tokens, left out",
-    "over_long": "longer than the models' windows, left out",
-    "repeated": "with the tokens of an earlier one",
+    "over_long": "longer than the models' window, left out",
+    "repeated": "with the same tokens as an earlier one",
     "prompts_replies_cut": NOTED["replies_cut"],
     "prompts_continued": NOTED["continued"],
     "prompts_rendered": NOTED["rendered"],

@@ -70,8 +70,8 @@ def _open_dataset(datasets, name: str, split: str):
 
 
 def prompt_column_of(frame: pd.DataFrame, wanted: str | None, path) -> str:
-    """Return the name of the prompt's column. Raises DiagnosticsError where the table does not have
-    it.
+    """Return the name of the prompt's column in `frame`: the `wanted` one, or else the first usual
+    one. Raises DiagnosticsError where the table lacks it; `path` is named in the error.
     """
     names = [wanted] if wanted else ["prompt", "messages"]
     for name in names:

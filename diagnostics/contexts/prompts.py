@@ -34,24 +34,25 @@ LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
 """Reasons for leaving a prompt out, by the name of the count."""
 NOTED = {
     "replies_cut": (
-        "chats end with the assistant's turn, which was cut off: the student writes it. Where it"
-        " should go on from there, "
+        "chats end with the assistant's turn, which was cut off: the student writes it. To let"
+        " the student continue that turn, "
         """pass --chat-template-kwargs '{"continue_final_message": true}'"""
     ),
     "continued": (
         "chats end with the beginning of the assistant's turn, which the student continues"
     ),
-    "rendered": "prompts were rendered before: no chat template was put around them",
+    "rendered": "prompts were rendered already: no chat template was put around them",
     "special_inside": (
-        "texts hold special tokens in their midst; the chat template was put around them as"
-        " they are"
+        "texts contain special tokens after their beginning; the chat template was put around"
+        " them unchanged"
     ),
     "vague_ids": (
-        "ids are floats of 2**53 and more, which no longer tell whole numbers apart: the prompts"
+        "ids are floats of 2**53 and more, which no longer tell whole numbers apart: these prompts"
         " are named by their text instead"
     ),
     "arguments_unused": (
-        "prompts have tools or documents that are not used: nothing of them is in the rendered text"
+        "prompts have tools or documents that are not used: the rendered text contains nothing of"
+        " them"
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""

@@ -191,6 +191,18 @@ class Renderer:
     ) -> str:
         """Render the prompt with a hint before the text of the last user message, or before a text
         prompt.
+
+        Args:
+            value: The prompt, text or chat messages.
+            hint: Text that only the teacher reads.
+            where: Name of the row, for errors.
+            arguments: What the row itself passes to the template.
+
+        Returns:
+            The rendered text.
+
+        Raises:
+            DiagnosticsError: The prompt is rendered already, or has no user message.
         """
         value = parse_messages(value, where)
         if isinstance(value, str) and self.wraps_text and self.is_rendered(value):

@@ -110,7 +110,7 @@ def rollout(
     behind = positions_after_turn_end(pair, bank)
     if behind:
         log.warning(
-            "%d of %d positions lie behind a %r (id %d) that ended the turn",
+            "%d of %d positions come after a %r (id %d) that ended the turn",
             behind["positions"],
             bank.positions,
             behind["token"],

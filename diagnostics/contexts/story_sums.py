@@ -255,7 +255,16 @@ def _number(slot: str, story: Story, side: Side, written: dict[str, str]) -> str
 
 
 def write(story: Story, rng: random.Random, *, side: Side) -> Iterator[tuple[str, str]]:
-    """Yield one response as (slot, word) pairs in order."""
+    """Yield one response as (slot, word) pairs in order.
+
+    Args:
+        story: What the prompt tells.
+        rng: Generator that the words are drawn from.
+        side: `teacher` or `student`.
+
+    Yields:
+        The slot and the word that fills it.
+    """
     plan = _pick(
         {" ".join(order): weights[SIDES.index(side)] for order, weights in PLANS.items()}, rng
     )

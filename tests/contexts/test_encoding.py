@@ -511,7 +511,7 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
         " eos_token_id" in caplog.text
     )
     assert (
-        f"{sum(after)} of {bank.positions} positions lie behind a '<|im_end|>' (id {end}) that"
+        f"{sum(after)} of {bank.positions} positions come after a '<|im_end|>' (id {end}) that"
         " ended the turn" in caplog.text
     )
     pair.student.model.generation_config.eos_token_id = [1, end]

@@ -255,7 +255,7 @@ def test_retokenisation_drift_is_counted(merging, tmp_path, caplog):
         and counts["other_text"] == 0
     )
     assert caplog.messages == [
-        f"{file}: 2 contexts whose ids decode to a text that encodes to other ids (re-tokenisation"
+        f"{file}: 2 contexts whose ids decode to a text that encodes to other ids (re-tokenization"
         " drift)"
     ]
 

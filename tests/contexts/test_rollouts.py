@@ -283,7 +283,7 @@ def test_what_was_set_aside_is_named(caplog):
     }
     rollout(pair, make_prompts(1), max_new_tokens=1)
     assert caplog.messages == [
-        "the student's generation_config.json asks for repetition_penalty=1.1, top_k=20: set aside,"
+        "the student's generation_config.json asks for repetition_penalty=1.1, top_k=20: ignored,"
         " tokens are drawn from the student's own distribution"
     ]
 
