@@ -72,13 +72,13 @@ class Freezer:
                 f"{where} holds token id {outside[0]}, and the shared vocabulary has"
                 f" {self.vocabulary}. Another tokenizer wrote it; give the text alone."
             )
-        prompt_ids, response_ids, teacher_ids = self._trimmed(
-            prompt_ids, self._own(given_ids, rollout.own), rollout.teacher_prompt_ids
+        prompt_ids, response_ids, teacher_ids = self._without_padding(
+            prompt_ids, self._students_part(given_ids, rollout.own), rollout.teacher_prompt_ids
         )
         rollout = replace(rollout, teacher_prompt_ids=teacher_ids)
         usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)
         if usable:
-            self._inspect(rollout, prompt_ids, response_ids, given_ids)
+            self._count_faults(rollout, prompt_ids, response_ids, given_ids)
         return self._context(rollout, prompt_ids, response_ids) if usable else None
 
     def counted(self) -> dict[str, int]:
@@ -225,7 +225,9 @@ class Freezer:
         self.counts["joined"] += 1
         return prompt_ids, self._encode(rollout.response)
 
-    def _own(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> tuple[int, ...]:
+    def _students_part(
+        self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None
+    ) -> tuple[int, ...]:
         """Cut the response at the first token that the student did not write. Padding does not
         belong to it, whatever the mask says.
         """
@@ -236,30 +238,19 @@ class Freezer:
         self.counts["padded"] += all(i in self.fillers for i in response_ids[first:])
         return response_ids[:first]
 
-    def _trimmed(
+    def _without_padding(
         self,
         prompt_ids: tuple[int, ...],
         response_ids: tuple[int, ...],
         teacher_ids: tuple[int, ...] | None,
-    ):
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
         """Return prompt, response and teacher's prompt: both prompts without padding, the response
         up to its first end token.
         """
-        bare, bare_teacher = self._unpadded(prompt_ids), teacher_ids and self._unpadded(teacher_ids)
-        first = (
-            self._run(response_ids)
-            if response_ids and response_ids[0] == self.pad and self.pad not in self.end_ids
-            else 0
-        )
-        kept = response_ids[first:]
-        end = next((place for place, i in enumerate(kept) if i in self.end_ids), None)
-        if end is None:
-            beyond = (
-                kept[len(kept) - self._run(kept[::-1]) :] if kept and kept[-1] == self.pad else ()
-            )
-            kept = kept[: len(kept) - len(beyond)]
-        else:
-            kept, beyond = kept[: end + 1], kept[end + 1 :]
+        bare = self._unpadded(prompt_ids)
+        bare_teacher = teacher_ids and self._unpadded(teacher_ids)
+        first = self._leading_padding(response_ids)
+        kept, beyond = self._split_at_end(response_ids[first:])
         foreign = any(i not in self.fillers for i in beyond)
         self.counts["after_end"] += foreign
         self.counts["padded"] += (
@@ -269,12 +260,29 @@ class Freezer:
         )
         return bare, kept, bare_teacher
 
+    def _leading_padding(self, response_ids: tuple[int, ...]) -> int:
+        """Return the number of padding tokens before a response.
+
+        Where the padding token also ends responses, it is an empty response's end instead.
+        """
+        if not response_ids or response_ids[0] != self.pad or self.pad in self.end_ids:
+            return 0
+        return self._leading_repeats(response_ids)
+
+    def _split_at_end(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return a response up to its first end token, else without final padding, and the rest."""
+        end = next((place for place, i in enumerate(ids) if i in self.end_ids), None)
+        if end is not None:
+            return ids[: end + 1], ids[end + 1 :]
+        padding = self._leading_repeats(ids[::-1]) if ids and ids[-1] == self.pad else 0
+        return ids[: len(ids) - padding], ids[len(ids) - padding :]
+
     def _unpadded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Remove padding from both ends of a prompt. One end token, or one start token, may belong
         to the prompt; the padding token does not.
         """
         for _ in range(2):  # once per end: the ids are reversed in between
-            run = self._run(ids)
+            run = self._leading_repeats(ids)
             own = ids[:1] == (getattr(self.tokenizer, "bos_token_id", None),) or (
                 run == 1 and ids[0] in self.end_ids
             )
@@ -282,7 +290,7 @@ class Freezer:
             ids = ids[::-1]
         return ids
 
-    def _run(self, ids: tuple[int, ...]) -> int:
+    def _leading_repeats(self, ids: tuple[int, ...]) -> int:
         """Return how often the first id is repeated at the beginning."""
         return next((place for place, i in enumerate(ids) if i != ids[0]), len(ids))
 
@@ -293,7 +301,7 @@ class Freezer:
         self.counts["over_long"] += over_long and bool(response_ids)
         return bool(response_ids) and not over_long
 
-    def _inspect(
+    def _count_faults(
         self,
         rollout: Rollout,
         prompt_ids: tuple[int, ...],

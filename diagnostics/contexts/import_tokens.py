@@ -153,8 +153,11 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
     require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
     notes: list[list[str]] = []
     frame = frame.reset_index(drop=True)
-    keys, kept = pd.DataFrame(key_columns(frame, notes)), _supervised(frame, notes)
-    frame, keys = frame[kept].reset_index(drop=True), keys[kept].reset_index(drop=True)
+    # Keys first: a response's length counts the positions outside the loss mask as well.
+    keys = pd.DataFrame(key_columns(frame, notes))
+    kept = _supervised(frame, notes)
+    keys = keys[kept].reset_index(drop=True)
+    frame = frame[kept].reset_index(drop=True)
     after = _plain_is_after(frame)
     tokens = keys.assign(**_before(frame, after, notes))
     _derive(tokens, frame, notes)
@@ -185,17 +188,10 @@ def _stated_k(frame: pd.DataFrame) -> int | None:
         if len(values) == 1 and values[0] >= 1 and values[0] == round(values[0]):
             return int(values[0])
     for name in LISTS:
-        lengths = (
-            {
-                len(row)
-                for row in frame[name]
-                if hasattr(row, "__len__") and not isinstance(row, str)
-            }
-            if name in frame
-            else set()
-        )
-        if len(lengths) == 1 and (found := lengths.pop()):
-            return found
+        rows = frame.get(name, ())
+        lengths = {len(row) for row in rows if hasattr(row, "__len__") and not isinstance(row, str)}
+        if len(lengths) == 1 and lengths != {0}:
+            return lengths.pop()
     return None
 
 
@@ -245,21 +241,23 @@ def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Serie
     """Return our measurements from before training. A warning names those that exist only from
     after it.
     """
-    found, leaking = {}, []
+    found: dict[str, pd.Series] = {}
+    leaking: dict[str, str] = {}
     for theirs, ours in MEASURED.items():
         if f"{theirs}_base" in frame:
             found[ours] = _measured(frame[f"{theirs}_base"], notes)
         elif theirs in frame and not (after and ours in ("forward_kl", "reverse_kl")):
             found[ours] = _measured(frame[theirs], notes)
             if after and ours not in TEACHER_COLUMNS:
-                leaking.append(f"{theirs} ({ours})")
+                leaking[theirs] = ours
     if leaking:
+        columns = ", ".join(f"{theirs} ({ours})" for theirs, ours in leaking.items())
         notes.append(
             [
                 "read_after",
-                ", ".join(name.split(" (")[1][:-1] for name in leaking),
+                ", ".join(leaking.values()),
                 (
-                    f"{', '.join(leaking)} were read after training and are used as predictors all"
+                    f"{columns} were read after training and are used as predictors all"
                     " the same: they contain the outcome, so their correlations with the gain"
                     " cannot be trusted. Score the bank with the untrained student to avoid that."
                 ),

@@ -285,11 +285,9 @@ def _unusable(
     if same is not None:
         return "repeated"
     texts = [text for text in (prompt.prompt, prompt.teacher_prompt) if text is not None]
-    return (
-        "over_long"
-        if limit and any(_longer(text, limit, tokenizer, prompt.rendered) for text in texts)
-        else None
-    )
+    if limit and any(_longer(text, limit, tokenizer, prompt.rendered) for text in texts):
+        return "over_long"
+    return None
 
 
 def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:

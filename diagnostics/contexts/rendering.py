@@ -47,7 +47,7 @@ class Renderer:
         self.counts: Counter = Counter()
         self._writes: dict[str, bool] = {}
         self.written: set[str] = set()
-        """Texts that the chat template wrote whole: `encode_prompt` adds nothing to them."""
+        """Texts that the chat template wrote completely: `encode_prompt` adds nothing to them."""
 
     def __call__(
         self,
@@ -74,9 +74,13 @@ class Renderer:
             DiagnosticsError: The value is neither text nor messages, or the template refuses
                 it.
         """
-        value = "" if missing(value) else value if rendered else parse_messages(value, where)
-        counts, arguments = self.counts if count else Counter(), self.arguments | (arguments or {})
-        if isinstance(value, str) and self._stays(value, rendered, counts):
+        if missing(value):
+            value = ""
+        elif not rendered:
+            value = parse_messages(value, where)
+        counts = self.counts if count else Counter()
+        arguments = self.arguments | (arguments or {})
+        if isinstance(value, str) and self._needs_no_template(value, rendered, counts):
             counts["arguments_unused"] += bool(
                 value and (arguments.get("tools") or arguments.get("documents"))
             )
@@ -86,7 +90,7 @@ class Renderer:
             if isinstance(value, str)
             else self.messages(value, where)
         )
-        return self._asked(messages, where, arguments, counts)
+        return self._render_request(messages, where, arguments, counts)
 
     def messages(self, value, where: str) -> list[dict]:
         """Return chat messages in the form that this template reads."""
@@ -111,25 +115,24 @@ class Renderer:
             **how,
         )
 
-    def _stays(self, text: str, rendered: bool, counts: Counter) -> bool:
-        """A text that no template goes around: there is none, it is empty, or it has been through
-        it.
+    def _needs_no_template(self, text: str, rendered: bool, counts: Counter) -> bool:
+        """Whether no template is put around a text: there is none, the text is empty, or it is
+        rendered already.
         """
         if not self.wraps_text or not text.strip():
             return True
         rendered = rendered or self.is_rendered(text)
         counts["rendered"] += rendered
-        if (
-            rendered and self.frame[0] and text.startswith(self.frame[0])
-        ):  # it begins as the template begins a prompt, with or without a start token
+        # A text that begins as the template begins a prompt is complete: no start token is added.
+        if rendered and self.frame[0] and text.startswith(self.frame[0]):
             self.written.add(text)
         counts["special_inside"] += not rendered and self.has_special(text)
         return rendered
 
-    def _asked(
+    def _render_request(
         self, messages: list[dict], where: str, arguments: dict[str, Any], counts: Counter
     ) -> str:
-        """Messages with the reply asked for, or with a reply that was begun left open."""
+        """Render messages so that they ask for the reply, or leave a begun reply open."""
         if self.continues(messages, arguments):
             counts["continued"] += 1
             how = {"continue_final_message": True}

@@ -329,7 +329,7 @@ def test_rendered_text_stays_as_it_is(tmp_path, tokenizer, caplog):
     assert (found.counts["rendered"], found.counts["special_inside"]) == (
         1,
         1,
-    ) and "1 prompts were rendered before: no chat template was put around them" in caplog.text
+    ) and "1 prompts were rendered already: no chat template was put around them" in caplog.text
     plain_frame = chatml(
         "{% for m in messages %}USER: {{ m.content }} {% endfor %}{% if add_generation_prompt"
         " %}ASSISTANT:{% endif %}"

@@ -413,8 +413,8 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
     )
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
         "1 contexts without response tokens, left out",
-        "1 contexts longer than the models' windows, left out",
-        "1 contexts with the tokens of an earlier one",
+        "1 contexts longer than the models' window, left out",
+        "1 contexts with the same tokens as an earlier one",
     ]
     with pytest.raises(
         DiagnosticsError, match=r"r\.jsonl holds 3 usable contexts of 5, and 4 are asked for"
@@ -639,7 +639,7 @@ def test_what_the_template_does_not_write_is_counted(chatty, tmp_path, caplog):
     assert words(chatty, bank) == ["w2"] and counts["unwritten"] == 3 and counts["rewritten"] == 0
     assert (
         "3 contexts with tool calls or reasoning that the chat template does not write: left out"
-        " where reasoning is lost" in caplog.text
+        " where the reasoning is lost" in caplog.text
     )
     with pytest.raises(DiagnosticsError, match=r"n\.jsonl holds 0 usable contexts of 2"):
         freeze_rollouts(chatty, jsonl(tmp_path / "n.jsonl", *rows[1:]))
@@ -726,7 +726,7 @@ def test_text_beyond_an_end_token_is_cut(pair, tmp_path, caplog):
         and counts["other_text"] == 0
     )
     assert (
-        "2 contexts cut after their first end token: what the file has beyond it is no part of the"
+        "2 contexts cut after their first end token: what follows it does not belong to the"
         " response" in caplog.text
     )
 
