@@ -334,7 +334,7 @@ READERS = {
             path, tokenizer=pair.tokenizer, contexts=2, max_prompt_tokens=5
         ),
     ),
-    "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze(pair, path)),
+    "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze_rollouts(pair, path)),
     "contexts": (CONTEXTS, lambda path, pair, chat: types.read_bank(path)),
     "tokens": (OURS, lambda path, pair, chat: schema.read_tokens(path)),
     "token tables": (OURS, lambda path, pair, chat: import_tokens.read_tokens(path)),

@@ -37,7 +37,7 @@ from diagnostics.pipeline.run import Run
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig
     from diagnostics.analysis.selection import ComparisonConfig
-    from diagnostics.contexts.import_rollouts import BankConfig
+    from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
     from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
@@ -81,7 +81,7 @@ def rollout_stage(
     models: Models,
     prompts: PromptConfig,
     rollout: RolloutConfig,
-    elsewhere: BankConfig | None = None,
+    elsewhere: ImportConfig | None = None,
 ) -> None:
     """Sample and freeze contexts, or freeze the rollouts of another program.
 
@@ -93,7 +93,7 @@ def rollout_stage(
         elsewhere: A file of rollouts. Where its `rollouts` is set, those are frozen and nothing is
             sampled.
     """
-    from diagnostics.contexts.rollouts import behind_turn_end, sampling_facts
+    from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -116,7 +116,7 @@ def rollout_stage(
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
-        behind = behind_turn_end(pair, bank)
+        behind = positions_after_turn_end(pair, bank)
         return {
             **pair.facts,
             "contexts": len(bank),
@@ -157,9 +157,9 @@ def _responses_so_far(run: Run, rendered: str) -> Shards:
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: BankConfig) -> None:
+def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
-    from diagnostics.contexts.import_rollouts import freeze
+    from diagnostics.contexts.import_rollouts import freeze_rollouts
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -170,7 +170,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Ban
             else []
         )
         kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
-        bank, counts = freeze(
+        bank, counts = freeze_rollouts(
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
@@ -384,7 +384,7 @@ def train_stage(
         engine: How TRL runs the training.
         evaluation: What is measured on held-out prompts, and how often.
     """
-    from diagnostics.contexts.rollouts import sampling_facts
+    from diagnostics.contexts.generation_settings import sampling_facts
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 

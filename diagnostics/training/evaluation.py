@@ -109,7 +109,7 @@ def evaluate(
     Raises:
         DiagnosticsError: There are no prompts or no samples.
     """
-    from diagnostics.contexts.rollouts import sample
+    from diagnostics.contexts.rollouts import sample_responses
     from diagnostics.probing.frozen_bank import FrozenBank
 
     if not prompts or samples < 1:
@@ -121,12 +121,12 @@ def evaluate(
     pair.student.model.eval()
     try:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
-        sampled = sample(pair, prompts, samples_per_prompt=samples, **options)
+        sampled = sample_responses(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
             frames += _divergences(bank, "bank_")
         if verify is not None:
-            greedy = sample(pair, prompts, top_k=1, **options)
+            greedy = sample_responses(pair, prompts, top_k=1, **options)
             frames += [
                 _accuracy("accuracy", sampled, prompts, verify),
                 _accuracy("accuracy_greedy", greedy, prompts, verify),

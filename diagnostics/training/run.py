@@ -259,13 +259,13 @@ def train(
     Reference:
         TA-OPD, arXiv 2605.26844.
     """
-    from diagnostics.contexts.rollouts import make_savable, say_cautions
+    from diagnostics.contexts.generation_settings import make_savable, warn_before_sampling
 
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     engine_options.require_installed(engine.trl)
     _check_data(pair, prompts, held_out, config, engine)
-    say_cautions(pair)
+    warn_before_sampling(pair)
     make_savable(pair.student.model)
     checkpoint = _prepare(
         directory,
@@ -716,13 +716,13 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
 
     TRL would add the tokenizer's special tokens to the rendered text.
     """
-    from diagnostics.contexts.rollouts import encode
+    from diagnostics.contexts.rollouts import encode_prompts
 
     distinct = list({id(prompt): prompt for prompt in order}.values())
     known = dict(
         zip(
             map(id, distinct),
-            map(list, encode(pair, distinct, max_new_tokens=engine.max_new_tokens)),
+            map(list, encode_prompts(pair, distinct, max_new_tokens=engine.max_new_tokens)),
         )
     )
     return [known[id(prompt)] for prompt in order]

@@ -45,7 +45,7 @@ from trl import __version__ as trl_version
 from trl.models.utils import unwrap_model_for_generation
 
 from diagnostics import criteria
-from diagnostics.contexts import rollouts
+from diagnostics.contexts import generation
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
@@ -294,7 +294,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, has_tool_images
             )
-        chooser = rollouts.StreamSampler(
+        chooser = generation.StreamSampler(
             self._streams, self.temperature, self.top_p, self.top_k, self.pair.vocabulary
         )
         whole = unwrap_model_for_generation(
@@ -310,7 +310,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             autocast,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            return rollouts.generate(
+            return generation.generate(
                 student,
                 prompt_ids,
                 chooser,
@@ -322,14 +322,17 @@ class SelectedDistillationTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs):
         """TRL's batch with its loss narrowed to the selected positions."""
         self._streams = [
-            rollouts.stream(self.selection.seed, "train", example["row"]) for example in inputs
+            generation.random_stream(self.selection.seed, "train", example["row"])
+            for example in inputs
         ]
         self._prompt_ids = [example.get("ids") for example in inputs]
         batch = super()._generate_and_score_completions(inputs)
         _check_names("the batch", batch, BATCH)
         torch.manual_seed(
             int(
-                rollouts.stream(self.selection.seed, "step", self.state.global_step).integers(2**31)
+                generation.random_stream(
+                    self.selection.seed, "step", self.state.global_step
+                ).integers(2**31)
             )
         )
         return self._narrow(batch)

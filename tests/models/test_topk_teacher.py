@@ -24,7 +24,7 @@ from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
 from diagnostics.training.run import train
 from tests.conftest import make_bank, make_prompts
-from tests.contexts.test_prompts import jsonl
+from tests.contexts.factories import jsonl
 
 V = 64
 
