@@ -32,7 +32,7 @@ from diagnostics.core.schema import SCHEMA
 from diagnostics.core.tables import write_csv
 from diagnostics.core.types import Context
 from diagnostics.models import pair, topk_teacher
-from diagnostics.pipeline import cli
+from diagnostics.pipeline import cli, registry
 from diagnostics.pipeline import run as run_directory
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
@@ -299,10 +299,12 @@ def ends_well(name, call) -> None:
     """The call returns, or raises a DiagnosticsError of one paragraph that says something."""
     COUNTS[name] = COUNTS.get(name, 0) + 1
     with contextlib.redirect_stderr(io.StringIO()), np.errstate(all="ignore"):
+        said = None
         try:
             call()
         except DiagnosticsError as error:
-            assert len(str(error)) > 20 and str(error).strip() == str(error)
+            said = str(error)
+    assert said is None or (len(said) > 20 and said.strip() == said)
 
 
 def tree(folder):
@@ -339,7 +341,7 @@ READERS = {
             path, tokenizer=pair.tokenizer, contexts=2, max_prompt_tokens=5
         ),
     ),
-    "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze(pair, path)),
+    "rollouts": (ROLLOUTS, lambda path, pair, chat: import_rollouts.freeze_rollouts(pair, path)),
     "contexts": (CONTEXTS, lambda path, pair, chat: types.read_bank(path)),
     "tokens": (OURS, lambda path, pair, chat: schema.read_tokens(path)),
     "token tables": (OURS, lambda path, pair, chat: import_tokens.read_tokens(path)),
@@ -579,7 +581,7 @@ def options_of(command):
     )
 
 
-COMMANDS = {command: options_of(command) for command in cli.PURPOSE}
+COMMANDS = {command: options_of(command) for command in (stage.name for stage in registry.COMMANDS)}
 ARGUMENTS = st.one_of(
     TEXT.map(lambda text: text[:200].replace("\0", "")),
     NUMBERS.map(str).map(lambda text: text[:60]),

@@ -23,6 +23,8 @@ MANIFEST_DEPTH = 32
 """Deepest nesting of a manifest; this program writes five levels, and a page shows them by
 recursion.
 """
+REMEDY = "Choose another --output-dir, or remove that file."
+"""What to do where a directory to write into holds a damaged manifest."""
 PATHS = (
     "student",
     "teacher",
@@ -39,43 +41,45 @@ PATHS = (
 """Settings that name a file or folder: recorded by its last name."""
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
     """A manifest as this module writes it. Raises DiagnosticsError for a file that is missing,
-    damaged or something else.
+    damaged or something else; remedy: the sentence that tells the reader what to do then.
     """
     try:
         with open(path, "rb") as file:
             content = file.read(MANIFEST_BYTES + 1)
         manifest = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _no_manifest(path, getattr(error, "strerror", None) or str(error)) from error
+        raise _no_manifest(path, remedy, getattr(error, "strerror", None) or str(error)) from error
     if len(content) > MANIFEST_BYTES or _deeper(manifest, MANIFEST_DEPTH):
-        raise _no_manifest(path, f"more than {MANIFEST_BYTES:,} bytes or {MANIFEST_DEPTH} levels")
+        raise _no_manifest(
+            path, remedy, f"more than {MANIFEST_BYTES:,} bytes or {MANIFEST_DEPTH} levels"
+        )
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
     if not isinstance(stages, dict):
-        raise _no_manifest(path, "no stages")
+        raise _no_manifest(path, remedy, "no stages")
     for name, record in stages.items():
         parts = {"models": {}, "code": {}} | record if isinstance(record, dict) else {}
         if not all(
             isinstance(parts.get(part), dict)
             for part in ("settings", "inputs", "files", "models", "code")
         ):
-            raise _no_manifest(path, f"stage {name!r} has no settings, inputs and files")
+            raise _no_manifest(path, remedy, f"stage {name!r} has no settings, inputs and files")
     if not all(
         isinstance(manifest.get(part, {}), dict) for part in ("versions", "joined", "begun")
     ):
-        raise _no_manifest(path, "versions are no object")
+        raise _no_manifest(path, remedy, "versions are no object")
     if not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names)
         for names in manifest.get("begun", {}).values()
     ):
-        raise _no_manifest(path, "what was begun is no list of names")
+        raise _no_manifest(path, remedy, "what was begun is no list of names")
     named = [
         file for record in stages.values() for part in ("inputs", "files") for file in record[part]
     ] + list(manifest.get("joined", {}))
     outside = next((file for file in named if _leads_out(file)), None)
     if outside is not None:
-        raise _no_manifest(path, f"it names a file outside its directory, {outside!r}")
+        raise _no_manifest(path, remedy, f"it names a file outside its directory, {outside!r}")
     return manifest
 
 
@@ -93,11 +97,8 @@ def _leads_out(name: str) -> bool:
     return False
 
 
-def _no_manifest(path: Path, reason: str) -> DiagnosticsError:
-    return DiagnosticsError(
-        f"{path} is not a manifest of this project ({reason}). Choose another --output-dir, or"
-        " remove that file."
-    )
+def _no_manifest(path: Path, remedy: str, reason: str) -> DiagnosticsError:
+    return DiagnosticsError(f"{path} is not a manifest of this project ({reason}). {remedy}")
 
 
 def recorded(settings: Mapping[str, Any], *, apart: bool = False) -> dict[str, Any]:

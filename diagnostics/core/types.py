@@ -212,8 +212,6 @@ SCHEMA |= {
     for status, names in _LISTED.items()
     for name in names
 }
-RELATIVE_GAIN_FLOOR = 1e-3
-"""Nats of forward KL under which a relative gain is undefined."""
 
 
 def read_bank(path: str | Path) -> Bank:

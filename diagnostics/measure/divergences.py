@@ -53,6 +53,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.formulas import acceptance
 from diagnostics.core.schema import support_column
 
 Logits = Callable[[Tensor], Tensor]
@@ -546,7 +547,7 @@ def _sampled(student: _Model, teacher: _Model, sampled_N: Tensor) -> dict[str, T
         "student_logprob": ln_p_N,
         "teacher_logprob": ln_q_N,
         "advantage": ln_q_N - ln_p_N,
-        "acceptance": (ln_q_N - ln_p_N).clamp(max=0).exp(),
+        "acceptance": acceptance(ln_q_N - ln_p_N),
     }
 
 

@@ -43,7 +43,7 @@ LENGTH_PER_CHARACTER = 16
 SHORT = 4096
 """Bytes of a conversation that no honest template spends seconds on."""
 ENOUGH = 2
-"""Such conversations after which a template is asked no more, or every prompt would take as long."""
+"""Such conversations after which a template is asked no more: every prompt would take as long."""
 TOO_LONG = "it takes longer than"
 ENDLESS = f"it did not end for {ENOUGH} short conversations"
 _ended: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
+from diagnostics.core.formulas import acceptance
 from diagnostics.core.rows import missing, read_rows, require_unicode
 from diagnostics.core.schema import require_columns, support_column
 from diagnostics.core.types import Bank, Context
@@ -696,7 +697,7 @@ def _measured(
     held_n = (ids_nK == sampled_n[:, None]).any(1).to(mass_n.device)
     out["teacher_logprob"] = torch.where(held_n, out["teacher_logprob"] + mass_n.log(), torch.nan)
     out["advantage"] = out["teacher_logprob"] - out["student_logprob"]
-    out["acceptance"] = out["advantage"].clamp(max=0).exp()
+    out["acceptance"] = acceptance(out["advantage"])
     for name in out:
         if name.startswith(("compatibility", "teacher_top_")) and (
             name.endswith("_p") or name.startswith("compatibility")

@@ -1,3 +1,5 @@
+"""Imported token tables: released columns under our names, with what cannot be trusted named."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -213,7 +215,7 @@ def test_keys_that_are_no_whole_numbers_are_named(tmp_path, name, values, shown)
         DiagnosticsError,
         match=(
             rf"^{name} should hold whole numbers from 0, and 1 of 4 rows hold something else"
-            rf" \('{shown}'\)\. Mend them\.$"
+            rf" \('{shown}'\)\. Fix them\.$"
         ),
     ):
         read(bank(**{name: values}), tmp_path)

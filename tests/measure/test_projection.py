@@ -281,11 +281,11 @@ def test_text_is_drawn_from_the_logits_that_are_measured(pair, monkeypatch):
     """What the first token is drawn from is float32, and that token's log-probability there is the
     scored one.
     """
-    from diagnostics.contexts import rollouts
+    from diagnostics.contexts import generation
 
-    seen, choose = [], rollouts.StreamSampler.__call__
+    seen, choose = [], generation.StreamSampler.__call__
     monkeypatch.setattr(
-        rollouts.StreamSampler,
+        generation.StreamSampler,
         "__call__",
         lambda self, ids, logits: (seen.append(logits.clone()), choose(self, ids, logits))[1],
     )

@@ -10,7 +10,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models import chat_templates
 from diagnostics.models.chat_templates import Template
 from tests.conftest import make_tokenizer
-from tests.contexts.test_prompts import TEMPLATE, jsonl
+from tests.contexts.factories import TEMPLATE, jsonl
 
 QUESTION = [{"role": "user", "content": "w1"}]
 

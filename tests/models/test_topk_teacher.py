@@ -24,7 +24,7 @@ from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
 from diagnostics.training.run import train
 from tests.conftest import make_bank, make_prompts
-from tests.contexts.test_prompts import jsonl
+from tests.contexts.factories import jsonl
 
 V = 64
 
@@ -908,7 +908,7 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^This pair has a student alone, which can write and not be graded\. Name a teacher,"
+            r"^This pair has only a student, which can sample responses but not grade them\. Name"
             r" or a file of its log-probabilities\.$"
         ),
     ):

@@ -1,3 +1,5 @@
+"""The run directory: stages are done once, and nothing that somebody wrote is overwritten."""
+
 import io
 import json
 import os
@@ -45,7 +47,8 @@ def test_other_settings_are_refused_and_nothing_changes(tmp_path):
         run.stage("one", settings={"x": 1, "y": 2}, outputs=["a.txt"], work=write(run, b"hello"))
         with pytest.raises(
             DiagnosticsError,
-            match=r"holds stage 'one' of another configuration \(setting x: was 1, now 3\)\. Nothing was overwritten",
+            match=r"holds stage 'one' of another configuration \(setting x: was 1, now 3\)\."
+            r" Nothing was overwritten",
         ):
             run.stage(
                 "one", settings={"x": 3, "y": 2}, outputs=["a.txt"], work=write(run, b"other")
@@ -90,7 +93,8 @@ def test_other_models_are_refused_with_the_difference(tmp_path):
         for name in ("one", "two"):  # by the stage itself, and by any other of the same directory
             with pytest.raises(
                 DiagnosticsError,
-                match=r"holds stage 'one' of another configuration \(model student: was 's1', now 's2'\)\. Nothing was",
+                match=r"holds stage 'one' of another configuration \(model student: was 's1',"
+                r" now 's2'\)\. Nothing was",
             ):
                 run.stage(
                     name,
@@ -112,8 +116,10 @@ def test_other_code_is_refused_with_the_difference(tmp_path, other_code):
         with pytest.raises(DiagnosticsError) as refused:
             stage(run, work=write(run, b"other"))
     assert str(refused.value) == (
-        f"{tmp_path} holds stage 'one' of another version of this program (code version: was {was!r}, now '0.0.0 0123456789abcdef'). "
-        "Nothing was overwritten. Choose another --output-dir, that version, or --accept-code to keep what it measured."
+        f"{tmp_path} holds stage 'one' of another version of this program (code version: was"
+        f" {was!r}, now '0.0.0 0123456789abcdef'). "
+        "Nothing was overwritten. Choose another --output-dir, that version, or --accept-code"
+        " to keep what it measured."
     )
     assert (tmp_path / "a.txt").read_bytes() == b"hello"
 
@@ -202,7 +208,10 @@ def test_a_code_version_knows_sub_packages(package, name, reads):
     assert code_version(name) != before
 
 
-CODE = '"""Module."""\nX = 1\n"""What X is."""\n\ndef f(a, b=2):\n    """Add."""\n    # why\n    return a + b\n\n\nclass C:\n    """A class."""\n    y: int = 3\n'
+CODE = (
+    '"""Module."""\nX = 1\n"""What X is."""\n\ndef f(a, b=2):\n    """Add."""\n    # why\n'
+    '    return a + b\n\n\nclass C:\n    """A class."""\n    y: int = 3\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +255,8 @@ def test_source_that_cannot_be_read_is_said(package):
     (package / "base.py").write_text("def")
     with pytest.raises(
         DiagnosticsError,
-        match=r"^The source .*base\.py cannot be read \(.*\), so this program cannot say which code measured\. Install the package again\.$",
+        match=r"^The source .*base\.py cannot be read \(.*\), so this program cannot say"
+        r" which code measured\. Install the package again\.$",
     ):
         code_version("base")
 
@@ -273,7 +283,8 @@ def test_a_damaged_input_is_not_read(tmp_path):
         (tmp_path / "a.txt").write_bytes(b"hellx")
         with pytest.raises(
             DiagnosticsError,
-            match=r"Stage 'two' reads .*a\.txt, which is not as it was written: its sha256 is .*Run the stage that writes it again\.",
+            match=r"Stage 'two' reads .*a\.txt, which is not as it was written: its sha256 is"
+            r" .*Run the stage that writes it again\.",
         ):
             run.stage("two", settings={}, inputs=["a.txt"], outputs=[], work=dict)
 
@@ -310,24 +321,31 @@ def test_missing_input_names_the_remedy(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with open_run(tmp_path), pytest.raises(DiagnosticsError, match="is in use by another process"):
-        with open_run(tmp_path):
-            raise AssertionError("the lock was given twice")
+    with (
+        open_run(tmp_path),
+        pytest.raises(DiagnosticsError, match="is in use by another process"),
+        open_run(tmp_path),
+    ):
+        raise AssertionError("the lock was given twice")
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DiagnosticsError, match=r"holds 'thesis\.tex' and no manifest\.json"):
-        with open_run(tmp_path):
-            raise AssertionError("opened")
+    with (
+        pytest.raises(DiagnosticsError, match=r"holds 'thesis\.tex' and no manifest\.json"),
+        open_run(tmp_path),
+    ):
+        raise AssertionError("opened")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiagnosticsError, match="cannot be used as output directory"):
-        with open_run(tmp_path / "file"):
-            raise AssertionError("opened")
+    with (
+        pytest.raises(DiagnosticsError, match="cannot be used as output directory"),
+        open_run(tmp_path / "file"),
+    ):
+        raise AssertionError("opened")
 
 
 def test_a_broken_manifest_is_refused(tmp_path):
@@ -345,7 +363,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         DiagnosticsError,
-        match=r"a cannot be written \(No space left on device\)\. Nothing finished was lost\. Make room or choose another",
+        match=r"a cannot be written \(No space left on device\)\. Nothing finished was lost\."
+        r" Make room or choose another",
     ):
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
@@ -618,7 +637,7 @@ def test_a_foreign_folder_keeps_its_lock_and_gets_none(tmp_path, elsewhere):
         before = contents(folder)
         with (
             pytest.raises(
-                DiagnosticsError, match="and no manifest.json, so it is not a run of this project"
+                DiagnosticsError, match=r"and no manifest\.json, so it is not a run of this project"
             ),
             open_run(folder),
         ):
@@ -656,7 +675,8 @@ def test_an_unrecorded_file_is_not_replaced(tmp_path, outputs):
         (tmp_path / "a.txt").write_bytes(b"my own")
         with pytest.raises(
             DiagnosticsError,
-            match=r"a\.txt is there, and manifest\.json has no record of it, so it is not this program's to replace\. "
+            match=r"a\.txt is there, and manifest\.json has no record of it, so it is not this"
+            r" program's to replace\. "
             r"Nothing was overwritten\. Move it away, or choose another --output-dir\.$",
         ):
             run.stage(
@@ -731,7 +751,8 @@ def test_a_lost_manifest_protects_what_was_measured(tmp_path, name):
     before = contents(directory)
     with pytest.raises(
         DiagnosticsError,
-        match=r"no manifest\.json, so nothing says with which settings its files were made\. Nothing was overwritten\. Bring",
+        match=r"no manifest\.json, so nothing says with which settings its files were made\."
+        r" Nothing was overwritten\. Bring",
     ):
         finished(directory)
     assert contents(directory) == before
@@ -752,7 +773,8 @@ def test_pages_are_replaced_only_as_they_were_written(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
             DiagnosticsError,
-            match=f"{name} {said}, so it is not this program's to replace. Nothing was overwritten. Move it away, or",
+            match=f"{name} {said}, so it is not this program's to replace. Nothing was"
+            " overwritten. Move it away, or",
         ):
             written_pages.write_pages(tmp_path, {"figures/x.png": b"r", name: b"three"})
         assert (tmp_path / name).read_bytes() == content and (
@@ -783,7 +805,7 @@ def test_pages_whose_writing_was_interrupted_are_ours(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", ["[1]", "{", '{"a": 1}'])
 def test_a_damaged_record_of_pages_is_refused(tmp_path, content):
     (tmp_path / "pages.json").write_text(content)
-    with pytest.raises(DiagnosticsError, match="pages.json"):
+    with pytest.raises(DiagnosticsError, match=r"pages\.json"):
         written_pages.write_pages(tmp_path, {"a.html": b"x"})
     assert os.listdir(tmp_path) == ["pages.json"]
 
@@ -850,7 +872,8 @@ def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplo
             (b"b", "came out with other bytes than before, on as many threads"),
             (
                 b"c",
-                "one: a.txt came out with other bytes than before; threads were 2 and are 1, which changes the order of sums",
+                "one: a.txt came out with other bytes than before; threads were 2 and are 1,"
+                " which changes the order of sums",
             ),
             (b"c", ""),
         ):
@@ -906,6 +929,7 @@ def test_a_file_of_another_run_is_compared_with_its_manifest(tmp_path, caplog):
     (directory / "tables/a.csv").write_bytes(b"x\n2\n")
     with pytest.raises(
         DiagnosticsError,
-        match=r"tables/a\.csv is not as it was written: its sha256 is .*Run the stage that writes it again in .*, or name another run\.$",
+        match=r"tables/a\.csv is not as it was written: its sha256 is .*Run the stage that"
+        r" writes it again in .*, or name another run\.$",
     ):
         manifest.unchanged(directory, "tables/a.csv")

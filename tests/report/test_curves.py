@@ -34,7 +34,7 @@ def run(tmp_path):
 def read(directory):
     """The curves that the page has, and what it says."""
     results = run_results.read_run(directory)
-    return results.table("training_metrics"), " ".join(results.cautions)
+    return results.table("training_metrics"), " ".join(results.reading_notes)
 
 
 def change_curve(run):

@@ -64,11 +64,11 @@ def test_the_contexts_that_a_training_froze_are_its_own(tmp_path, caplog):
     assert main(train) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert "contexts.parquet" in manifest["stages"]["train"]["files"]
-    assert not run_results.read_run(tmp_path).cautions
+    assert not run_results.read_run(tmp_path).reading_notes
     assert main(train) == 0
     edited = pd.read_parquet(tmp_path / "contexts.parquet")[:-1]
     edited.to_parquet(tmp_path / "contexts.parquet", index=False)
-    assert any("contexts.parquet" in said for said in run_results.read_run(tmp_path).cautions)
+    assert any("contexts.parquet" in said for said in run_results.read_run(tmp_path).reading_notes)
 
 
 def test_contexts_of_a_rollout_that_were_changed_are_not_trained_against(tmp_path, capsys):
