@@ -42,6 +42,7 @@ from diagnostics.core.formulas import (
     relative_gain,
     released_relative_gain,
 )
+from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
 
@@ -119,6 +120,7 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
         The released columns are those of the scripts of arXiv 2605.26844.
     """
     path = Path(path)
+    require_as_written(path)
     frame = read_rows(path)
     if "context_id" in frame:
         return validate_tokens(_text_as_written(frame, path))

@@ -62,9 +62,12 @@ def code_version(*modules: str) -> str:
     this package.
 
     modules: dotted names inside the package. Comments, docstrings and layout are no part of the
-    hash. Raises DiagnosticsError where the source of a module cannot be read."""
+    hash. Raises DiagnosticsError where the source of a module cannot be read, ValueError for a name
+    that is no module: a hash over nothing would never change."""
     from diagnostics import __version__
 
+    if unknown := [name for name in modules if _place(name) is None]:
+        raise ValueError(f"no module of this package is named {', '.join(unknown)}")
     digest = hashlib.sha256()
     for name, tree in sorted(_imported(modules).items()):
         if not set(PLUMBING) & {name, name.split(".")[0]}:

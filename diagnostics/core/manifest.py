@@ -14,6 +14,7 @@ from typing import Any
 
 from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.limits import regular
 
 log = logging.getLogger("diagnostics")
 MANIFEST_BYTES = 64 * 2**20
@@ -133,11 +134,9 @@ def without_home(value: Any) -> Any:
         return {key: without_home(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_home(each) for each in value]
-    return (
-        value.replace(f"{home}/", "~/")
-        if isinstance(value, str) and home.startswith("/")
-        else value
-    )
+    if not isinstance(value, str) or not home.startswith("/"):
+        return value
+    return "~" if value == home else value.replace(f"{home}/", "~/")
 
 
 def unchanged(directory: str | Path, name: str) -> Path:
@@ -164,6 +163,37 @@ def unchanged(directory: str | Path, name: str) -> Path:
             directory / name,
         )
     return directory / name
+
+
+def require_as_written(path: str | Path) -> None:
+    """Refuse a file of a run directory that is not as the manifest beside it has it.
+
+    A file without a manifest beside it, without a record in it, or beside another program's
+    manifest.json is nobody's to vouch for, and passes. Raises DiagnosticsError for a changed one.
+    """
+    path = Path(path)
+    beside = path.parent / "manifest.json"
+    if files.kind(beside) != "file" or not regular(path):
+        return
+    try:
+        known = hashes_of(read_manifest(beside), path.name)
+    except DiagnosticsError:
+        return
+    if known and files.sha256_file(path) not in known:
+        raise DiagnosticsError(
+            f"{path} is not as it was written: {beside} has another hash of it. Run the stage that"
+            " writes it again, or move the file away from that manifest to read it as it is."
+        )
+
+
+def hashes_read(manifest: Mapping[str, Any], name: str) -> list[str]:
+    """Hashes that a reader may hold a file to: those of `hashes_of`, else what a stage read it
+    with.
+    """
+    stages = manifest["stages"].values()
+    return hashes_of(manifest, name) or [
+        record["inputs"][name] for record in stages if name in record.get("inputs", {})
+    ]
 
 
 def hashes_of(manifest: Mapping[str, Any], name: str) -> list[str]:

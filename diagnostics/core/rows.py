@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.limits import parse_json
+from diagnostics.core.limits import parse_json, regular
 from diagnostics.core.schema import read_parquet
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
             " to one of these."
         )
     try:
+        if path.suffix != ".parquet" and path.exists() and not regular(path):
+            raise ValueError("it is not a regular file")  # a pipe would be waited for without end
         frame = readers[path.suffix](path)
     except DiagnosticsError:
         raise

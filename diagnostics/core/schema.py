@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.manifest import require_as_written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,5 +278,8 @@ def read_parquet(path: str | Path, **options) -> pd.DataFrame:
 
 
 def read_tokens(path: str | Path) -> pd.DataFrame:
-    """Read and validate a `tokens.parquet` that this project wrote."""
+    """Read and validate a `tokens.parquet` that this project wrote. Raises DiagnosticsError for one
+    that is damaged, or not as the manifest beside it has it.
+    """
+    require_as_written(path)
     return validate_tokens(read_parquet(path))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.manifest import require_as_written
 from diagnostics.core.schema import SCHEMA, Listed, read_parquet, require_columns
 
 if TYPE_CHECKING:
@@ -214,5 +215,8 @@ SCHEMA |= {
 
 
 def read_bank(path: str | Path) -> Bank:
-    """Read a `contexts.parquet` that this project wrote."""
+    """Read a `contexts.parquet` that this project wrote. Raises DiagnosticsError for one that is
+    damaged, or not as the manifest beside it has it.
+    """
+    require_as_written(path)
     return Bank.from_frame(read_parquet(path))

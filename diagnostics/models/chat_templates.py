@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections import Counter
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -39,6 +40,16 @@ LENGTH_PER_CHARACTER = 16
 """Characters that it may write for each that it was given."""
 
 
+SHORT = 4096
+"""Bytes of a conversation that no honest template spends seconds on."""
+ENOUGH = 2
+"""Such conversations after which a template is asked no more: every prompt would take as long."""
+TOO_LONG = "it takes longer than"
+ENDLESS = f"it did not end for {ENOUGH} short conversations"
+_ended: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+"""How often each template of a tokenizer had to be ended."""
+
+
 class Template:
     """A tokenizer's chat template, called with messages."""
 
@@ -58,7 +69,10 @@ class Template:
                 f"{where}: {str(error)[:200]}. A chat template takes texts, numbers, lists and"
                 " objects. Mend that row."
             ) from error
-        answer = self._answer(request)
+        template = str(arguments.get("chat_template") or self.tokenizer.chat_template)
+        ended = _ended.setdefault(self.tokenizer, Counter())
+        answer = self._answer(request) if ended[template] < ENOUGH else {"refused": ENDLESS}
+        ended[template] += TOO_LONG in answer.get("refused", "") and len(request) <= SHORT
         if "text" in answer:
             return answer["text"]
         raise DiagnosticsError(
@@ -121,7 +135,7 @@ class _Renderer:
             pass
         ended = self.close()
         if late or ended == signal.SIGXCPU:
-            self.ended_by = f"it takes longer than {SECONDS} seconds"
+            self.ended_by = f"{TOO_LONG} {SECONDS} seconds"
         else:
             self.ended_by = (
                 f"its process was ended by {signal.Signals(ended).name}"

@@ -29,7 +29,7 @@ from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import read_parquet, validate_tokens
-from diagnostics.core.tables import write_csv, write_json, write_parquet
+from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
@@ -348,8 +348,10 @@ def frozen_bank(
     """
     from diagnostics.contexts.rollouts import rollout
 
-    if run.path("contexts.parquet").exists():
-        return read_bank(run.path("contexts.parquet"))
+    name = "contexts.parquet"
+    if run.path(name).exists():
+        if "rollout" in run.manifest["stages"] or run.as_written(name):
+            return read_bank(run.path(name))
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
@@ -361,6 +363,7 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, and the student's weights."""
     names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet"]
+    names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
     written = [name for name in names if run.path(name).exists()]
     return written + [f"student/{path.name}" for path in weights]
@@ -470,7 +473,7 @@ def analyze_stage(
         {},
         (table_path(training, "validation_verdicts", what="validation") if training else None),
     )
-    trained = pd.read_csv(source) if source else None
+    trained = read_csv(source) if source else None
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
@@ -782,6 +785,7 @@ def validate_stage(
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
+        **file_hash("peft", options.get("peft")),
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -815,7 +819,8 @@ def validate_stage(
     run.stage(
         "validate",
         settings=settings,
-        inputs=[f"cells/{name}.parquet" for name in names],
+        inputs=[f"cells/{name}.{kind}" for name in names for kind in ("parquet", "json")]
+        + [f"cells/{cell.name}.curve.parquet" for cell in cells],
         outputs=lambda: [f"tables/{name}.csv" for name in made],
         work=work,
         derived=True,
@@ -877,7 +882,7 @@ def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
     return (
-        [pd.read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
+        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
         if path and path.exists()
         else []
     )

@@ -209,12 +209,15 @@ def _differences(runs: Mapping[str, RunResults]) -> pd.DataFrame:
 def _settings(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for stage, record in manifest.get("stages", {}).items():
         for name, value in record.get("settings", {}).items():
-            yield (
-                f"{stage}: {name}",
-                (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)),
-            )
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield _unicode(f"{stage}: {name}"), _unicode(shown)
     facts = summary.models(RunTables(manifest))
     yield from ((f"model: {role}", name) for role, name in facts.items())
+
+
+def _unicode(text: str) -> str:
+    """Half a surrogate pair, as JSON may hold one, written out: no table takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _finding(run: RunResults) -> str:

@@ -14,8 +14,9 @@ import pandas as pd
 
 from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.manifest import hashes_of, read_manifest
+from diagnostics.core.manifest import hashes_read, read_manifest
 from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.tables import read_csv
 from diagnostics.core.types import Bank, read_bank
 from diagnostics.report import summary
 from diagnostics.report.run_tables import RunTables
@@ -134,7 +135,7 @@ class _Reading:
         Returns:
             What `reader` returned; None where there is no such file, or it was changed.
         """
-        digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
+        digest, known = files.hash_inside(self.directory, name), hashes_read(self.manifest, name)
         if digest is None:
             return None
         if known and digest not in known:
@@ -169,24 +170,50 @@ def training_tables(directory: Path, reading: _Reading | None = None) -> dict[st
     curves = []
     for name, kind in files.walk(reading.directory, "cells"):
         if name.endswith(".curve.parquet") and kind == "file":
-            cell = _read_cell(reading.directory, name.removesuffix(".curve.parquet") + ".json")
-            if cell is None:
-                reading.say(f"{name} has no record of its training beside it and was left out.")
-            else:
-                curve = reading.read(name, read_parquet, ask=False)
-                curves += [] if curve is None else [curve.assign(**cell)]
+            curve = _read_curve(reading, name)
+            curves += [] if curve is None else [curve]
     found |= {"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {}
     return {name: table for name, table in found.items() if table is not None}
 
 
-def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
-    """Criterion, budget and seed of a training, from its record; None where none is readable."""
+def _read_curve(reading: _Reading, name: str) -> pd.DataFrame | None:
+    """The metrics of one cell of a grid, with the columns that say which it is. None, with a word,
+    where its record is lost or was changed, or has another hash of the curve.
+    """
+    beside = name.removesuffix(".curve.parquet") + ".json"
+    said = len(reading.notes)
+    record = reading.read(beside, _read_record, ask=False)
+    if record is not None and not _is_of(record["cell"], Path(beside).stem):
+        reading.say(f"{beside} is the record of another training and was left out of this page.")
+        return None
+    if record is None:
+        if len(reading.notes) == said:
+            reading.say(f"{name} has no record of its training beside it and was left out.")
+        return None
+    known = record["files"].get(name.rpartition("/")[2])
+    if known not in (None, files.hash_inside(reading.directory, name)):
+        reading.say(f"{name} is not as its record has it and was left out of this page.")
+        return None
+    curve = reading.read(name, read_parquet, ask=False)
+    return None if curve is None else curve.assign(**record["cell"])
+
+
+def _is_of(cell: Mapping[str, Any], name: str) -> bool:
+    """Whether a record's training is the one that its file is named by."""
+    begins, ends = f"{cell.get('criterion')}-", f"-seed{cell.get('seed')}"
+    return name.startswith(begins) and name.endswith(ends)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A cell's record; None where it cannot be read as one."""
     try:
-        record = json.loads(files.read_inside(directory, name))
+        record = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    cell = record.get("cell") if isinstance(record, dict) else None
-    return cell if isinstance(cell, dict) else None
+    parts = {"files": {}} | record if isinstance(record, dict) else {}
+    whole = isinstance(parts.get("cell"), dict) and isinstance(parts["files"], dict)
+    plain = whole and all(isinstance(value, str | int | float) for value in parts["cell"].values())
+    return parts if plain else None
 
 
 def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
@@ -217,7 +244,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _read_csv(path: Path) -> pd.DataFrame:
     """A table; one without columns where the file is empty."""
     try:
-        return pd.read_csv(path)
+        return read_csv(path)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (OSError, ValueError) as error:

@@ -69,7 +69,8 @@ def _read_pages(directory: Path) -> dict[str, list[str]]:
             " away."
         ) from error
     if not isinstance(content, dict) or not all(
-        isinstance(hashes, list) for hashes in content.values()
+        isinstance(hashes, list) and all(isinstance(digest, str) for digest in hashes)
+        for hashes in content.values()
     ):
         raise DiagnosticsError(
             f"{directory / 'pages.json'} is not this program's record of its pages. Move it away."

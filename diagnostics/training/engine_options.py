@@ -250,7 +250,7 @@ def trl_fields(text: str | None) -> dict[str, Any]:
     for name, value in fields.items():
         if not fits(known[name], value):
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {_words(known[name])} is needed."
+                f"{where} sets {name} to {_seen(value)}; {_words(known[name])} is needed."
                 " Correct it there."
             )
     _check_values(fields, where)
@@ -279,16 +279,30 @@ def _hints() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(DistillationConfig)}
 
 
+SHOWN = 8
+"""Characters of a text that an error repeats; a token is longer."""
+
+
+def _seen(value: Any) -> str:
+    """A value of the wrong type as an error may show it."""
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"a text of {len(value)} characters"
+    return json.dumps(value)[:80] if not isinstance(value, list | dict) else type(value).__name__
+
+
 def fits(hint: Any, value: Any) -> bool:
     """Whether a JSON value has a field's type.
 
-    An integer also fits a float field; a boolean fits no number field.
+    An integer also fits a float field; a boolean fits no number field, and a text no field of
+    an object, where it would be recorded unread.
 
     Args:
         hint: The field's type hint.
         value: The value that was read.
     """
     kinds = _kinds(hint)
+    if isinstance(value, str) and dict in kinds:
+        return False
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int):
@@ -410,8 +424,7 @@ def peft_fields(text: str | None) -> dict[str, Any]:
         ):
             shown = " or ".join(dict.fromkeys(_words(kind) for kind in kinds))
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {shown} is needed. Correct it"
-                " there."
+                f"{where} sets {name} to {_seen(value)}; {shown} is needed. Correct it there."
             )
     if fields.get("init_lora_weights", True) not in INITS:
         raise DiagnosticsError(

@@ -177,12 +177,14 @@ class Job:
     @property
     def engine_identity(self) -> dict:
         """Engine options that a finished cell must share; a file counts by its content."""
-        trl = (
-            {"trl": self.sources.get("trl_sha256", self.engine["trl"])}
-            if self.engine.get("trl")
-            else {}
-        )
-        return json.loads(json.dumps(self.engine | trl))
+        from diagnostics.core.manifest import recorded
+
+        said = {
+            name: self.sources.get(f"{name}_sha256", self.engine[name])
+            for name in ("trl", "peft")
+            if self.engine.get(name)
+        }
+        return json.loads(json.dumps(recorded(self.engine | said)))
 
     def finished(self, name: str) -> bool:
         """Whether a cell was trained with these settings and its files are as they were written.
@@ -238,7 +240,11 @@ class Job:
             (
                 record.get("sources", {}),
                 self.sources,
-                [key for key in record.get("sources", {}) if key != "trl_sha256"],
+                [
+                    key
+                    for key in record.get("sources", {})
+                    if key not in ("trl_sha256", "peft_sha256")
+                ],
             ),
         ]
         different = [

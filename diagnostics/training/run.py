@@ -758,7 +758,10 @@ def _save_student(trainer, pair: Pair, folder: Path) -> None:
         )
         model, state = model and model.merge_and_unload(), None
     if distributed.is_main():
+        from diagnostics.training.trl_trainer import name_base
+
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        name_base(folder)
         pair.tokenizer.save_pretrained(folder)
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,7 @@ from diagnostics.contexts import generation
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
+from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, losses
 from diagnostics.models.pair import Pair, Readout
 
@@ -218,6 +220,22 @@ class Selection:
             for name in COMPARED
             if name != criteria.find(self.criterion).name
         }
+
+
+def name_base(folder: Path) -> None:
+    """Let a saved adapter name its base model by the last name of its folder.
+
+    peft writes the whole path, and a home folder with it, into the settings and a README.md; while
+    it saves it needs the path, or it asks the hub for a model of that name."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    if base and Path(base).is_dir():
+        settings["base_model_name_or_path"] = Path(base).absolute().name
+        write_json(path, settings)
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 class SelectedDistillationTrainer(DistillationTrainer):
@@ -633,7 +651,9 @@ class SelectedDistillationTrainer(DistillationTrainer):
         """
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            name_base(folder)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """TRL's method, with the response tokens per second added."""

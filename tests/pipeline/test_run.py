@@ -73,7 +73,7 @@ def stage(run, **changed):
         inputs=["in.txt"],
         outputs=["a.txt"],
         work=write(run, b"hello"),
-        code=("statistics",),
+        code=("analysis.bootstrap",),
         models=lambda: {"student": "s1"},
     )
     return run.stage("one", **options | changed)
