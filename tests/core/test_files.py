@@ -182,3 +182,18 @@ def test_hashes_and_missing_files(root):
         files.TEMPORARY.fullmatch(name) is not None
         for name in (".0123456789abcdef.opd.tmp", ".notes.tmp", ".x.opd.tmp")
     ] == [True, False, False]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"a cannot be written \(No space left on device\)\. Nothing finished was lost\. Make room or choose another",
+    ):
+        write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]

@@ -14,7 +14,8 @@ from diagnostics import criteria, rollout, score
 from diagnostics.contexts.story_sums import sums
 from diagnostics.measure import divergences, losses, projection
 from diagnostics.measure.projection import linear, wide_head
-from diagnostics.models.pair import Readout, load_pair
+from diagnostics.models.pair import load_pair
+from diagnostics.models.readout import Readout
 
 MEASURES = ("forward_kl", "reverse_kl", "js", "compatibility", "advantage", "student_entropy")
 
