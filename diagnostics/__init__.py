@@ -17,15 +17,9 @@ __version__ = "0.1.0"
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
-    "core.types": (
-        "Bank",
-        "Context",
-        "DiagnosticsError",
-        "Prompt",
-        "SCHEMA",
-        "read_bank",
-        "validate_tokens",
-    ),
+    "core.errors": ("DiagnosticsError",),
+    "core.schema": ("SCHEMA", "validate_tokens"),
+    "core.types": ("Bank", "Context", "Prompt", "read_bank"),
     "criteria": ("criterion", "list_criteria", "normalize", "score_criterion", "select"),
     "models.pair": ("Pair", "load_pair"),
     "contexts.prompts": ("load_prompts",),

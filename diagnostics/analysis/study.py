@@ -211,7 +211,7 @@ def _claims(
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
     """What the columns do not allow although its table is made."""
-    for name in registry.list_criteria().index:
+    for name in registry.names():
         missing = [need for need in registry.find(name).needs if need not in tokens]
         if missing:
             yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"

@@ -27,7 +27,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     from diagnostics.contexts.encoding import uses_clock
     from diagnostics.contexts.prompts import PromptSet, read_prompts
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     options = dataclasses.asdict(config)
     path, kwargs = (
@@ -100,7 +100,7 @@ def training_prompts(
     `eval_contexts`, unless there is a file of held-out prompts. Each leaves `room` for a response.
     """
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     count = evaluation.eval_contexts
     named = NAMED_PAIRS.get(models.config.pair)

@@ -35,8 +35,7 @@ import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import read_rows
-from diagnostics.core.schema import require_columns, validate_tokens
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR
+from diagnostics.core.schema import RELATIVE_GAIN_FLOOR, require_columns, validate_tokens
 
 log = logging.getLogger("diagnostics")
 RELEASED_EPS = 1e-12

@@ -25,6 +25,7 @@ PLUMBING = (
     "core.tables",
     "core.manifest",
     "core.fingerprints",
+    "core.run_lock",
 )
 """Modules that decide where and when, never a number."""
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")

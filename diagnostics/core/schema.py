@@ -5,7 +5,7 @@ table.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -175,6 +175,35 @@ SCHEMA: dict[str, Column] = {
     ]
 }
 """Every column that a token table may hold, in the order in which it is written."""
+_LISTED: dict[Listed, tuple[str, ...]] = {
+    "lower bound": (
+        "teacher_entropy",
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "hellinger",
+        "compatibility",
+        "forward_kl_after",
+        "reverse_kl_after",
+    ),
+    "where listed": (
+        "teacher_logprob",
+        "advantage",
+        "acceptance",
+        "bhattacharyya",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ),
+    "impossible": ("teacher_dropped_mass",),
+    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
+}
+SCHEMA |= {
+    name: replace(SCHEMA[name], listed=status)
+    for status, names in _LISTED.items()
+    for name in names
+}
+RELATIVE_GAIN_FLOOR = 1e-3
+"""Nats of forward KL under which a relative gain is undefined."""
 KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "token")
 """Columns that every token table has."""
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import SCHEMA, Listed, read_parquet, require_columns
+from diagnostics.core.schema import read_parquet, require_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,37 +182,6 @@ def _whole(ids) -> tuple[int, ...]:
             f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the"
             " table, or read it with --rollouts."
         ) from error
-
-
-_LISTED: dict[Listed, tuple[str, ...]] = {
-    "lower bound": (
-        "teacher_entropy",
-        "forward_kl",
-        "reverse_kl",
-        "js",
-        "hellinger",
-        "compatibility",
-        "forward_kl_after",
-        "reverse_kl_after",
-    ),
-    "where listed": (
-        "teacher_logprob",
-        "advantage",
-        "acceptance",
-        "bhattacharyya",
-        "union_forward_kl",
-        "union_log_ratio_variance",
-    ),
-    "impossible": ("teacher_dropped_mass",),
-    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
-}
-SCHEMA |= {
-    name: replace(SCHEMA[name], listed=status)
-    for status, names in _LISTED.items()
-    for name in names
-}
-RELATIVE_GAIN_FLOOR = 1e-3
-"""Nats of forward KL under which a relative gain is undefined."""
 
 
 def read_bank(path: str | Path) -> Bank:

@@ -57,7 +57,7 @@ class Models:
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
         from diagnostics.models.loading import base_folder
-        from diagnostics.models.pair import named_pair
+        from diagnostics.models.named_pairs import named_pair
 
         settings = self.settings
         if settings["pair"] is not None:

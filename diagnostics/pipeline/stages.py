@@ -254,7 +254,8 @@ def import_tokens(run: Run, path: Path) -> None:
 
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
     """Gains of a student that was trained anywhere: the frozen positions scored again with it."""
-    from diagnostics.models.pair import load_pair, named_pair
+    from diagnostics.models.named_pairs import named_pair
+    from diagnostics.models.pair import load_pair
     from diagnostics.probing.one_step import gains
     from diagnostics.training.evaluation import FrozenBank
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, no_shards
-from diagnostics.core.schema import require_columns, validate_tokens
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR, Bank
+from diagnostics.core.schema import RELATIVE_GAIN_FLOOR, require_columns, validate_tokens
+from diagnostics.core.types import Bank
 from diagnostics.measure import losses
 from diagnostics.measure.divergences import to_float64
 from diagnostics.models import topk_teacher

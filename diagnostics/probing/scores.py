@@ -28,7 +28,8 @@ from diagnostics.core.schema import validate_tokens
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences
 from diagnostics.models import topk_teacher
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192

@@ -50,7 +50,8 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.measure import divergences, losses
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 
