@@ -37,13 +37,10 @@ def require_launcher() -> None:
     given = {"RANK": os.environ.get("RANK"), "WORLD_SIZE": os.environ.get("WORLD_SIZE")}
     if given == {"RANK": None, "WORLD_SIZE": None}:
         return
-    numbers = [
-        int(value) if value is not None and value.isdecimal() else None for value in given.values()
-    ]
-    whole = None not in numbers and numbers[0] < numbers[1]
-    if whole and (
-        numbers[1] == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
-    ):
+    numbers = [int(value) for value in given.values() if value is not None and value.isdecimal()]
+    whole = len(numbers) == 2 and numbers[0] < numbers[1]
+    reachable = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if whole and (numbers[1] == 1 or reachable):
         return
     said = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     raise DiagnosticsError(

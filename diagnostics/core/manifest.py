@@ -54,7 +54,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(stages, dict):
         raise _no_manifest(path, "no stages")
     for name, record in stages.items():
-        parts = {"models": {}, "code": {}} | record if isinstance(record, dict) else {}
+        parts: dict[str, Any] = {}
+        if isinstance(record, dict):
+            parts = {"models": {}, "code": {}} | record
         if not all(
             isinstance(parts.get(part), dict)
             for part in ("settings", "inputs", "files", "models", "code")
@@ -127,6 +129,7 @@ def _last_name(value: str) -> str:
 
 
 def without_home(value: Any) -> Any:
+    """A value in whose texts the user's home folder is written `~`."""
     home = os.path.expanduser("~").rstrip("/")
     if isinstance(value, dict):
         return {key: without_home(each) for key, each in value.items()}

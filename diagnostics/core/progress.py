@@ -61,7 +61,9 @@ class Shards:
     def __init__(self, folder: Path | None = None):
         import pandas as pd
 
-        self.folder, self._pending, self._since = folder, [], time.monotonic()
+        self.folder = folder
+        self._pending: list[tuple[Sequence[int], dict[str, Sequence]]] = []
+        self._since = time.monotonic()
         whole = list(self._whole())
         found = (
             pd.concat(whole, ignore_index=True).drop_duplicates("row").set_index("row")
@@ -99,6 +101,9 @@ class Shards:
                 self._write()
 
     def _write(self) -> None:
+        folder = self.folder
+        if folder is None:
+            return
         import pandas as pd
 
         frame = pd.concat(
@@ -109,11 +114,11 @@ class Shards:
         frame.to_parquet(buffer, index=False)
         name = f"{distributed.rank()}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.parquet"
         try:
-            files.replace(self.folder / name, buffer.getvalue())
-        except OSError as error:  # a luxury: the stage itself may still end well
+            files.replace(folder / name, buffer.getvalue())
+        except OSError as error:  # best effort: the stage does not need this file
             log.warning(
                 "%s cannot be written (%s): a killed run would do this part again",
-                self.folder / name,
+                folder / name,
                 error.strerror,
             )
         self._pending, self._since = [], time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,20 +50,15 @@ def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
     import pandas as pd
 
     csv_options = {"dtype": "str", "keep_default_na": False} if text else {}
-    readers = {
+
+    def read_written(file: Path) -> pd.DataFrame:
+        return keep_whole_numbers(read_parquet(file, to_pandas_kwargs=AS_WRITTEN))
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".jsonl": lambda file: pd.DataFrame(_read_jsonl(file), dtype=object if text else None),
-        ".parquet": read_parquet,
+        ".parquet": read_written if text else read_parquet,
         ".csv": lambda file: pd.read_csv(file, **csv_options),
     }
-    readers |= (
-        {
-            ".parquet": lambda file: keep_whole_numbers(
-                read_parquet(file, to_pandas_kwargs=AS_WRITTEN)
-            )
-        }
-        if text
-        else {}
-    )
     _require_name(path)
     if path.suffix not in readers:
         raise DiagnosticsError(

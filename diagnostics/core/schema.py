@@ -247,11 +247,11 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
     Unknown columns are kept, last. Raises DiagnosticsError for a missing key, a column that cannot
     take its dtype, or a position that appears twice."""
     require_columns(tokens, KEYS, what="a token table")
-    known = [name for name in tokens.columns if column(name)]
-    order = sorted(known, key=_place)
+    known = {name: entry for name in tokens.columns if (entry := column(name)) is not None}
+    order = sorted(known, key=lambda name: _place(name, known[name]))
     tokens = tokens[order + [name for name in tokens.columns if name not in known]].copy()
-    for name in known:
-        tokens[name] = _cast(tokens[name], column(name).dtype)
+    for name, entry in known.items():
+        tokens[name] = _cast(tokens[name], entry.dtype)
     twice = tokens.duplicated(["context_id", "position"])
     if twice.any():
         row = tokens[twice].iloc[0]
@@ -262,12 +262,11 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
     return tokens.reset_index(drop=True)
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Schema order; the run's own K first, then other K, or later steps, from small to large."""
-    base = column(name).name
-    return list(SCHEMA).index(base), (
-        0 if name == base else int(name.rpartition("_")[2].removeprefix("k"))
-    )
+def _place(name: str, entry: Column) -> tuple[int, int]:
+    """Schema order; the run's own K first, then other K or later steps, from small to large."""
+    own = name == entry.name
+    variant = 0 if own else int(name.rpartition("_")[2].removeprefix("k"))
+    return list(SCHEMA).index(entry.name), variant
 
 
 def _cast(values: pd.Series, dtype: str) -> pd.Series:

@@ -18,7 +18,8 @@ set is named:
     bhattacharyya                       sum over U of sqrt(p_U q_U), both renormalised on U
     union_forward_kl                    KL(q_U||p_U), teacher first
     union_log_ratio_variance            variance under p_U of ln q_U - ln p_U
-    union_forward_kl_released           KL over U of max(1e-12, q/q(T) on T else 0) from max(1e-12, p/p(S) on S else 0)
+    union_forward_kl_released           KL(q'||p') over U, q' = max(1e-12, q/q(T) on T, else 0),
+                                        p' = max(1e-12, p/p(S) on S, else 0)
 
 Reference: the measurements of arXiv 2605.26844 and its released scripts; union_log_ratio_variance
 is the weight of projected-gradient selection, and student_top1_in_teacher_top5 the test of
@@ -630,7 +631,7 @@ def _tops(model: str, ids_NK: Tensor, ln_NK: Tensor) -> dict[str, Tensor]:
     """Ids and probabilities of a model's likeliest tokens, a column each; ids are exact in
     float64.
     """
-    columns = {}
+    columns: dict[str, Tensor] = {}
     for j in range(ids_NK.shape[1]):
         columns |= {
             f"{model}_top_{j}": ids_NK[:, j].double(),

@@ -3,12 +3,12 @@
 With p the student's distribution, q the teacher's, y the sampled token, S the student's top K, z
 the student's logits, the value of a position in nats and its derivative in z:
 
-    forward_kl     KL(q||p), teacher first                                     p - q
-    reverse_kl     KL(p||q), student first                                     p (ln p - ln q - KL(p||q))
-    jsd            beta KL(q||m) + (1 - beta) KL(p||m),                        (1 - beta) p (ln p - ln m - KL(p||m))
+    forward_kl     KL(q||p), teacher first                 p - q
+    reverse_kl     KL(p||q), student first                 p (ln p - ln q - KL(p||q))
+    jsd            beta KL(q||m) + (1 - beta) KL(p||m),    (1 - beta) p (ln p - ln m - KL(p||m))
                    m = beta q + (1 - beta) p
-    sampled        -A ln p(y), A = ln q(y) - ln p(y) without derivative        A (p - [y])
-    topk_reverse   KL(p_S||q_S), both renormalised on S                        reverse_kl's, on S
+    sampled        -A ln p(y), A = ln q(y) - ln p(y)       A (p - [y]), with A held constant
+    topk_reverse   KL(p_S||q_S), renormalized on S         that of reverse_kl, on S
 
 `sampled` is the policy gradient on the sampled token: over y ~ p its derivative averages to
 reverse_kl's. beta = 0 of jsd is forward_kl and beta = 1 is reverse_kl, as in TRL's and Liger's
@@ -148,13 +148,15 @@ def chunked_loss(
     def chunk_value(at_n: Tensor, gradients: _Gradients | None) -> Tensor:
         """One chunk's part of the sum; its derivative goes to `gradients`."""
         hidden_nH = _at(student_hidden_NH, at_n).detach()
+        scale_n = to_float64(_at(weights_N, at_n)) / denominator
         positions = _Positions(
             _at(sampled_N, at_n),
-            _at(advantage_N, at_n),
-            to_float64(_at(weights_N, at_n)) / denominator,
+            None if advantage_N is None else _at(advantage_N, at_n),
+            scale_n,
         )
+        slope_nV: Tensor | None = None
         if gradients is None:
-            student_nV, slope_nV = student_logits(hidden_nH), None
+            student_nV = student_logits(hidden_nH)
         else:
             student_nV = gradients.trace(student_logits, hidden_nH)
             slope_nV = torch.empty_like(student_nV, requires_grad=False)
@@ -166,9 +168,9 @@ def chunked_loss(
             objective, student_nV.detach(), teacher_nV, positions, slope_NV=slope_nV
         )
         del teacher_nV
-        if gradients is not None:
+        if gradients is not None and slope_nV is not None:
             gradients.add(student_nV, slope_nV, at_n)
-        return (values_n * positions.scale_N.to(values_n.device)).sum()
+        return (values_n * scale_n.to(values_n.device)).sum()
 
     if torch.is_grad_enabled() and (student_hidden_NH.requires_grad or leaves):
         return _Chunked.apply(chunk_value, chunks, student_hidden_NH, *leaves)
@@ -202,10 +204,9 @@ class _Positions:
 
     def __getitem__(self, rows: slice | Tensor) -> _Positions:
         return _Positions(
-            *(
-                None if x is None else x[rows]
-                for x in (self.sampled_N, self.advantage_N, self.scale_N)
-            )
+            self.sampled_N[rows],
+            None if self.advantage_N is None else self.advantage_N[rows],
+            None if self.scale_N is None else self.scale_N[rows],
         )
 
     def scaled(self, derivative_NV: Tensor) -> Tensor:
@@ -326,9 +327,8 @@ def _jsd(
 def _log_mixture_over_p(beta: float, block: Block, distributions_r2V: Tensor) -> Tensor:
     """log2 m - log2 p [r, V], m = beta q + (1 - beta) p, in the block's buffer of log2 p."""
     mixture_rV, ln_rV = block.spare_r2V.unbind(1)
-    torch.lerp(*distributions_r2V.unbind(1), beta, out=mixture_rV).clamp_(
-        min=torch.finfo(mixture_rV.dtype).tiny
-    )
+    p_rV, q_rV = distributions_r2V.unbind(1)
+    torch.lerp(p_rV, q_rV, beta, out=mixture_rV).clamp_(min=torch.finfo(mixture_rV.dtype).tiny)
     centred_rV = block.centred_r2V[:, 0]
     return torch.sub(torch.log2(mixture_rV, out=ln_rV), centred_rV, out=centred_rV).add_(
         block.total_r2[:, :1].log2().to(centred_rV)
@@ -452,7 +452,10 @@ class _Gradients:
 
     def add(self, logits_nV: Tensor, slope_nV: Tensor, at_n: Tensor) -> None:
         """Carry a derivative in the chunk's logits on to hidden states and parameters."""
-        inputs = [x for x in (self._input_nH, *self._leaves) if x.requires_grad]
+        input_nH = self._input_nH
+        if input_nH is None:
+            raise RuntimeError("add() follows trace(), once per chunk.")
+        inputs = [x for x in (input_nH, *self._leaves) if x.requires_grad]
         # Retained, since what a head uses may share a graph between chunks; this chunk's goes with
         # its logits.
         parts = dict(
@@ -463,8 +466,8 @@ class _Gradients:
                 ),
             )
         )
-        if self._hidden_NH is not None and parts[id(self._input_nH)] is not None:
-            self._hidden_NH[at_n.to(self._hidden_NH.device)] = parts[id(self._input_nH)]
+        if self._hidden_NH is not None and parts[id(input_nH)] is not None:
+            self._hidden_NH[at_n.to(self._hidden_NH.device)] = parts[id(input_nH)]
         for leaf in self._leaves:
             if parts[id(leaf)] is not None:
                 self.sum_of(leaf).add_(parts[id(leaf)])
@@ -577,8 +580,8 @@ def _leaves(output: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _at(values_N: Tensor | None, at_n: Tensor) -> Tensor | None:
-    return None if values_N is None else values_N[at_n.to(values_N.device)]
+def _at(values_N: Tensor, at_n: Tensor) -> Tensor:
+    return values_N[at_n.to(values_N.device)]
 
 
 def _sum(values: Iterable[Tensor], device: torch.device) -> Tensor:

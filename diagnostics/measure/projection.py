@@ -126,6 +126,15 @@ def add_to_weight(sum_VH: Tensor, gradient_nV: Tensor, states_nH: Tensor) -> Non
     sum_VH.addmm_(gradient_nV.T.to(sum_VH.dtype), states_nH.to(sum_VH.dtype))
 
 
+def _to_weight(gradient_nV: Tensor, states_nH: Tensor, weight_VH: Tensor) -> Tensor:
+    """The derivative [V, H] in the weight, in the weight's dtype."""
+    to_weight_VH = torch.empty_like(weight_VH)
+    wide_nH = states_nH.to(gradient_nV.dtype)
+    for rows in _parts(weight_VH, gradient_nV.dtype):
+        to_weight_VH[rows] = (gradient_nV[:, rows].T @ wide_nH).to(weight_VH.dtype)
+    return to_weight_VH
+
+
 class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -139,14 +148,9 @@ class _Widened(torch.autograd.Function):
         states_nH, weight_VH = ctx.saved_tensors
         states, weight, bias = ctx.needs_input_grad
         with no_autocast(weight_VH.device.type):
-            to_weight = torch.empty_like(weight_VH) if weight else None
-            for rows in _parts(weight_VH, gradient_nV.dtype) if weight else ():
-                to_weight[rows] = (gradient_nV[:, rows].T @ states_nH.to(gradient_nV.dtype)).to(
-                    weight_VH.dtype
-                )
             return (
                 to_states(gradient_nV, weight_VH, states_nH.dtype) if states else None,
-                to_weight,
+                _to_weight(gradient_nV, states_nH, weight_VH) if weight else None,
                 gradient_nV.sum(0).to(ctx.bias_dtype) if bias else None,
             )
 
@@ -159,13 +163,7 @@ def wide_head(model: nn.Module) -> Iterator[None]:
     no plain linear layer, or that accelerate moves about or FSDP shards, stays as it is."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    moved = head is not None and (hasattr(head, "_hf_hook") or "forward" in vars(head))
-    if (
-        not is_plain(head)
-        or head.weight.dtype not in NARROW
-        or moved
-        or type(head.weight) is not nn.Parameter
-    ):
+    if not isinstance(head, nn.Linear) or not _can_be_widened(head):
         yield
         return
 
@@ -173,11 +171,19 @@ def wide_head(model: nn.Module) -> Iterator[None]:
         logits_nV = linear(states_BTH.reshape(-1, states_BTH.shape[-1]), head.weight, head.bias)
         return logits_nV.view(*states_BTH.shape[:-1], -1)
 
-    head.forward = forward
+    head.forward = forward  # type: ignore[assignment]
     try:
         yield
     finally:
         del head.forward
+
+
+def _can_be_widened(head: nn.Linear) -> bool:
+    """A plain narrow head that stays where it is: accelerate's hooks and FSDP's shards replace
+    `forward` or the weight's class.
+    """
+    moved = hasattr(head, "_hf_hook") or "forward" in vars(head)
+    return head.weight.dtype in NARROW and not moved and type(head.weight) is nn.Parameter
 
 
 def is_plain(head: nn.Module | None) -> bool:

@@ -88,13 +88,10 @@ def _rendered(tokenizer, request: str) -> dict[str, str]:
     except Exception as error:
         return {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
     longest = LENGTH + LENGTH_PER_CHARACTER * len(request)
-    if not isinstance(text, str) or len(text) > longest:
-        return {
-            "refused": (
-                "it writes"
-                f" {f'{len(text)} characters, and {longest} are the most' if isinstance(text, str) else type(text).__name__}"
-            )
-        }
+    if not isinstance(text, str):
+        return {"refused": f"it writes {type(text).__name__}"}
+    if len(text) > longest:
+        return {"refused": f"it writes {len(text)} characters, and {longest} are the most"}
     return {"text": text}
 
 

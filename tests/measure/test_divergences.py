@@ -43,7 +43,7 @@ def oracle(
 ) -> dict[str, float]:
     p, q = softmax(student), softmax(teacher)
     m = [(a + b) / 2 for a, b in zip(p, q)]
-    first, second = (best(p, 2) + [None])[:2]
+    first, second = ([*best(p, 2), None])[:2]
     ln_p, ln_q = math.log(p[y]) if p[y] else -INF, math.log(q[y]) if q[y] else -INF
     out = {
         "student_entropy": -math.fsum(xlog(x, x) for x in p),
@@ -269,7 +269,7 @@ def test_bounds(scale):
         "shared_student_mass",
         "bhattacharyya",
     ]
-    for name in unit + ["acceptance", "hellinger", "student_margin"]:
+    for name in [*unit, "acceptance", "hellinger", "student_margin"]:
         assert measured[name].min() >= 0 and measured[name].max() <= 1 + 1e-6, name
     assert measured["js"].min() > 0 and measured["js"].max() <= LN2 + 1e-6
     assert (measured["compatibility_intersection"] <= measured["compatibility"] + 1e-12).all()
