@@ -1,4 +1,4 @@
-"""Rows of JSONL, parquet and CSV files, as they are written."""
+"""Rows of JSONL, parquet and CSV files, with their values as the file has them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,20 @@ def require_unicode(text: str) -> None:
 
 
 def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
-    """A JSONL, parquet or CSV file as a table. Raises DiagnosticsError with the line that cannot be
-    read.
+    """Read a JSONL, parquet or CSV file as a table.
 
-    text: values stay as they are written; otherwise a CSV's cells become numbers, words such as NA
-    gaps, and a column of whole numbers with a gap floats."""
+    Args:
+        path: The file; its suffix says the format.
+        text: Whether values stay as they are written. Otherwise a CSV's cells become numbers, words
+            such as NA become gaps, and a column of whole numbers with a gap becomes floats.
+
+    Returns:
+        One row per row of the file.
+
+    Raises:
+        DiagnosticsError: The file cannot be read, with the line where one is at fault, or holds no
+            rows.
+    """
     import pandas as pd
 
     csv_options = {"dtype": "str", "keep_default_na": False} if text else {}

@@ -12,10 +12,10 @@ the student's logits, the value of a position in nats and its derivative in z:
 
 `sampled` is the policy gradient on the sampled token: over y ~ p its derivative averages to
 reverse_kl's. beta = 0 of jsd is forward_kl and beta = 1 is reverse_kl, as in TRL's and Liger's
-generalised JSD: the interior form tends to 0 at both ends, so the ends are special cases, not
+generalized JSD: the interior form tends to 0 at both ends, so the ends are special cases, not
 limits.
 
-Reference: arXiv 2306.13649 (generalised JSD), arXiv 2605.26844 (loss on the sampled token).
+Reference: arXiv 2306.13649 (generalized JSD), arXiv 2605.26844 (loss on the sampled token).
 
 The reduction is the sum over positions of weight times value, over a denominator that the caller
 counts globally, so that accumulation and data parallelism leave the gradient unchanged.
@@ -75,22 +75,34 @@ def per_position(
     k: int = 16,
     advantage_N: Tensor | None = None,
 ) -> Tensor:
-    """The objective [N] of each position in nats, float64, differentiable once in the student's
-    logits.
+    """The objective of each position, differentiable once in the student's logits.
 
-    student_logits_NV, teacher_logits_NV: [N, V] over the same ids. sampled_N: [N] ids, used by
-    `sampled` only. beta: used by `jsd` only. k: used by `topk_reverse` only. advantage_N: [N]
-    replaces ln q(y) - ln p(y) in `sampled` (an advantage frozen earlier). Raises DiagnosticsError
-    for an unknown loss or a beta outside [0, 1]."""
+    Args:
+        student_logits_NV: [N, V], any floating dtype.
+        teacher_logits_NV: [N, V] over the same ids; no gradient flows into it.
+        sampled_N: [N] ids of the sampled tokens; only `sampled` uses them.
+        loss: One of LOSSES.
+        beta: Weight of the teacher in [0, 1]; only `jsd` uses it.
+        k: Size of the support in tokens; only `topk_reverse` uses it.
+        advantage_N: [N] replaces ln q(y) - ln p(y) in `sampled`, such as an advantage that was
+            frozen earlier.
+
+    Returns:
+        float64 [N] in nats; NaN where undefined.
+
+    Raises:
+        DiagnosticsError: The loss is unknown, beta lies outside [0, 1], or K is not positive.
+
+    Reference:
+        arXiv 2306.13649 (generalized JSD), arXiv 2605.26844 (loss on the sampled token).
+    """
     objective = _objective(loss, beta=beta, k=k)
     positions = _Positions(sampled_N, advantage_N)
     return _PerPosition.apply(student_logits_NV, teacher_logits_NV.detach(), positions, objective)
 
 
 def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
-    """Raise DiagnosticsError for an unknown loss, a beta outside [0, 1], or a K that is not
-    positive.
-    """
+    """Raise DiagnosticsError for an unknown loss, beta outside [0, 1], or K below 1."""
     if loss not in LOSSES:
         raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(LOSSES)}.")
     if not 0 <= beta <= 1:
@@ -103,11 +115,19 @@ def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
 
 
 def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
-    """Sum over positions of weight times value, divided by `denominator` (the global sum of
-    weights, or count).
+    """Sum over positions of weight times value, over a denominator.
 
-    A position of weight 0 does not count, whatever its value. Raises DiagnosticsError for a
-    denominator <= 0."""
+    Args:
+        values_N: [N] values of the positions, in nats.
+        weights_N: [N] weights. A position of weight 0 does not count, whatever its value.
+        denominator: The global sum of weights, or the global count of positions.
+
+    Returns:
+        A scalar in nats.
+
+    Raises:
+        DiagnosticsError: The denominator is not positive.
+    """
     _check_denominator(denominator)
     kept_N = weights_N != 0
     return (values_N[kept_N] * weights_N[kept_N]).sum() / denominator
@@ -128,20 +148,39 @@ def chunked_loss(
     advantage_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The reduced objective, a scalar in nats; logits and their derivative live for one chunk of
-    positions.
+    """The reduced objective, with the logits and their derivative of one chunk in memory.
 
-    Differentiable once in student_hidden_NH [N, H] and in the parameters that `student_logits`
-    uses. The derivatives are taken during the forward; the backward hands them over. weights_N:
-    [N]; positions of weight 0 are never projected. denominator: global, see `reduce`. chunk:
-    positions. The rest as in `per_position`."""
+    The result is differentiable once in `student_hidden_NH` and in the parameters that
+    `student_logits` uses. The derivatives are taken during the forward pass; the backward pass only
+    hands them over.
+
+    Args:
+        student_hidden_NH: [N, H] states of the student.
+        student_logits: Maps states [n, H] to logits [n, V].
+        teacher_hidden_NH: [N, H'] states of the teacher.
+        teacher_logits: The same map of the teacher; no gradient flows into it.
+        sampled_N: [N] ids of the sampled tokens.
+        loss: One of LOSSES.
+        weights_N: [N] weights; positions of weight 0 are never projected.
+        denominator: Global sum of weights or count of positions, as in `reduce`.
+        beta: As in `per_position`.
+        k: As in `per_position`.
+        advantage_N: As in `per_position`.
+        chunk: Positions per projection; None chooses a number by the vocabulary's size.
+
+    Returns:
+        A scalar in nats, float64 (float32 where the device has no float64).
+
+    Raises:
+        DiagnosticsError: As `per_position`, and for a denominator that is not positive.
+    """
     _check_denominator(denominator)
     objective = _objective(loss, beta=beta, k=k)
     nothing_0V = student_logits(student_hidden_NH[:0].detach())
     leaves = _leaves(nothing_0V)
     kept_n = weights_N.nonzero()[:, 0]
-    # Half of scoring's chunk: the logits' derivative stands beside them, and the head's gradient
-    # beside both.
+    # Half of scoring's chunk, since memory also holds the logits' derivative and the head's
+    # gradient.
     step = chunk or max(1, chunk_size(nothing_0V.shape[-1], nothing_0V.device) // 2)
     chunks = kept_n.split(step) if len(kept_n) else ()
 
@@ -195,7 +234,7 @@ def _objective(loss: str, *, beta: float, k: int) -> _Objective:
 
 @dataclass(frozen=True)
 class _Positions:
-    """What a loss takes besides logits."""
+    """What a loss takes in addition to logits."""
 
     sampled_N: Tensor
     advantage_N: Tensor | None
@@ -494,11 +533,12 @@ class _Gradients:
 
 
 class _LinearsAddInPlace(TorchFunctionMode):
-    """Inside, a linear layer with a parameter (or a slice of one) as weight adds the weight's
-    derivative to the running sum.
+    """Make linear layers add their weight's derivative to the running sum.
 
-    Autograd would make one [V, H] tensor more for each chunk, which at full vocabulary is most of
-    the memory. Both F.linear and `projection.linear` are meant."""
+    This applies to F.linear and `projection.linear` while the mode is active, where the weight is a
+    parameter or a slice of one. Autograd would create one more [V, H] tensor for each chunk, which
+    at full vocabulary is most of the memory.
+    """
 
     def __init__(self, gradients: _Gradients):
         super().__init__()

@@ -3,11 +3,11 @@
     z = h W' + b, every product and sum in float32 (float64 where either side is), never rounded to
     a narrower dtype
 
-bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by some 0.03, and a
-KL by 1e-2 nats. The states and weights of a narrow model are what they are; their product need not
-be. The head is widened a part of the vocabulary at a time, so that memory holds WIDENED_BYTES more
-and not a second head. On CUDA the matrix product itself takes narrow operands and gives float32,
-where torch offers that.
+bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by about 0.03, and a
+KL by 1e-2 nats. The states and weights of a narrow model are given; their product need not be
+rounded as well. The head is widened one part of the vocabulary at a time, so that memory holds
+WIDENED_BYTES more and not a second head. On CUDA the matrix product itself takes narrow operands
+and returns float32, where torch offers that.
 
 Autocast is off inside, since it would round the operands again. Derivatives are made in the wide
 dtype and rounded once, to the dtype of what they belong to.
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 WIDENED_BYTES = 32 * 2**20
-"""Of the head's weight that is held in the wide dtype at a time: large enough for a fast matrix
+"""Bytes of the head's weight that are held in the wide dtype at a time: enough for a fast matrix
 product.
 """
 NARROW = (torch.float16, torch.bfloat16)
@@ -44,8 +44,15 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def linear(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """`F.linear` whose result [n, V] is float32 at least, and whose sums are too. Differentiable
-    once.
+    """`F.linear` whose sums and result are at least float32; differentiable once.
+
+    Args:
+        states_nH: [n, H], any floating dtype.
+        weight_VH: [V, H], any floating dtype.
+        bias_V: [V], or None.
+
+    Returns:
+        Logits [n, V], float32, or float64 where either side is float64.
     """
     given = (states_nH, weight_VH, bias_V)
     if has_torch_function(tuple(x for x in given if x is not None)):
@@ -78,8 +85,9 @@ def _product(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Ten
 
 
 def _takes_narrow(weight_VH: Tensor) -> bool:
-    """True where torch multiplies narrow matrices into a float32 one. Found by trying, once a
-    device.
+    """True where torch multiplies narrow matrices into a float32 one.
+
+    This is found by trying, once per device and dtype.
     """
     if weight_VH.device.type != "cuda" or weight_VH.dtype not in NARROW:
         return False
@@ -157,10 +165,11 @@ class _Widened(torch.autograd.Function):
 
 @contextmanager
 def wide_head(model: nn.Module) -> Iterator[None]:
-    """While the block runs, the model's own logits leave its narrow output head in float32.
+    """Make a model's own logits leave its narrow output head in float32 while the block runs.
 
-    For models that are run whole: those that cannot be taken apart, and generation. A head that is
-    no plain linear layer, or that accelerate moves about or FSDP shards, stays as it is."""
+    This is for models that are run whole: those that cannot be taken apart, and generation. A head
+    that is not a plain linear layer, or that accelerate moves or FSDP shards, stays as it is.
+    """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if not isinstance(head, nn.Linear) or not _can_be_widened(head):

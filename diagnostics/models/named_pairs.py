@@ -23,8 +23,9 @@ log = logging.getLogger("diagnostics")
 
 
 def data_folder() -> Path:
-    """Where the repository's `data/` lies: inside the installed package as `assets`, beside it in a
-    checkout.
+    """Folder of the repository's `data/`.
+
+    An installed package holds it as `assets`; in a checkout it lies next to the package.
     """
     package = Path(str(resources.files("diagnostics")))
     installed = package / "assets"
@@ -39,24 +40,30 @@ SMOLLM2_REMOVED_LAYERS = (15, 16, 17, 18)
 
 @dataclass(frozen=True)
 class NamedPair:
-    """Everything that a pair's name stands for, so that a further named pair is one more entry of
-    `NAMED_PAIRS`.
+    """Everything that the name of a pair stands for.
+
+    A further named pair is one more entry of `NAMED_PAIRS`.
     """
 
     folders: Callable[[], tuple[Path, Path]]
     """Folders of student and teacher; the first call may have to prepare them."""
     learning_rate: float
-    """Of training all weights."""
+    """Learning rate of a training of all weights."""
     task: str | None = None
-    """The entry of `tasks.TASKS` that writes its prompts and judges its responses."""
+    """Entry of `story_sums.TASKS` that writes the prompts and judges the responses."""
     prompts: Path | None = None
-    """Its prompt file, where no task writes them."""
+    """Prompt file, where no task writes the prompts."""
     made_of: dict[str, str] = field(default_factory=dict)
-    """What identifies its weights before they are prepared; where empty, its folders are hashed."""
+    """Hashes that identify the weights before they are prepared; empty means that the folders are
+    hashed."""
 
 
 def named_pair(name: str) -> NamedPair:
-    """The entry of a named pair. Raises DiagnosticsError for a name that is not known."""
+    """The entry of a named pair.
+
+    Raises:
+        DiagnosticsError: No pair has that name.
+    """
     if name not in NAMED_PAIRS:
         known = ", ".join(NAMED_PAIRS)
         raise DiagnosticsError(
@@ -66,7 +73,11 @@ def named_pair(name: str) -> NamedPair:
 
 
 def embedded_folders() -> tuple[Path, Path]:
-    """The pair that ships with the package. Raises DiagnosticsError where its files are missing."""
+    """Folders of the pair that ships with the package.
+
+    Raises:
+        DiagnosticsError: Its files are missing from the installation.
+    """
     folders = DATA / "embedded" / "student", DATA / "embedded" / "teacher"
     missing = [folder for folder in folders if not (folder / "config.json").is_file()]
     if missing:
@@ -78,7 +89,7 @@ def embedded_folders() -> tuple[Path, Path]:
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $OPD_DIAGNOSTICS_CACHE, else the user's cache folder."""
+    """Folder of converted weights: $OPD_DIAGNOSTICS_CACHE, else the user's cache folder."""
     base = os.environ.get("OPD_DIAGNOSTICS_CACHE")
     return (
         Path(base)
@@ -88,10 +99,13 @@ def cache_folder() -> Path:
 
 
 def smollm2_folders() -> tuple[Path, Path]:
-    """SmolLM2-135M-Instruct as teacher and the same model without four middle layers as student.
+    """SmolLM2-135M-Instruct as teacher, and the same model without four middle layers as student.
 
-    Converted once from the GGUF file of a pinned package into the cache folder. Raises
-    DiagnosticsError where the package is missing or its file is not the expected one."""
+    Both are converted once, from the GGUF file of a pinned package into the cache folder.
+
+    Raises:
+        DiagnosticsError: The package is missing, or its file is not the expected one.
+    """
     folder = cache_folder() / f"smollm2-{SMOLLM2_SHA256[:12]}"
     student, teacher = folder / "student", folder / "teacher"
     if not (student / "model.safetensors").exists():
@@ -99,13 +113,12 @@ def smollm2_folders() -> tuple[Path, Path]:
     return student, teacher
 
 
-# The rates of the named pairs are far larger than the paper's 1e-6, since their models are far
-# smaller than the paper's.
+# The learning rates are far larger than the paper's 1e-6, since the models are far smaller.
 NAMED_PAIRS = {
-    # Of 1e-4 and 3e-4 the larger at which *full* OPD still ends 95 % of its responses after 60
-    # steps (0.97 and 0.88).
+    # At 1e-4, 97 % of the responses still end by themselves after 60 steps of full OPD; at 3e-4
+    # only 88 % do.
     "embedded": NamedPair(embedded_folders, learning_rate=1e-4, task="sums"),
-    # Twice what is still linear for one step.
+    # Twice the rate at which one step is still linear.
     "smollm2": NamedPair(
         smollm2_folders,
         learning_rate=1e-5,
@@ -135,8 +148,9 @@ def _smollm2_gguf() -> Path:
 
 
 def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
-    """Write both models as safetensors; the student last, since its file marks the conversion as
-    done.
+    """Write both models as safetensors.
+
+    The student comes last, since its file marks the conversion as done.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

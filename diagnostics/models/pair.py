@@ -40,14 +40,16 @@ class Pair:
     """A student and the teacher that grades it, over one shared vocabulary."""
 
     name: str
+    """Name of the pair, or "custom"."""
     student: Readout
     teacher: Readout | topk_teacher.TopKTeacher | None
-    """None where the student only writes."""
+    """None where the student only samples responses."""
     tokenizer: PreTrainedTokenizerBase
     facts: dict = field(default_factory=dict)
-    """What the manifest records: model identities, dtypes, vocabulary, template hash."""
+    """Facts for the manifest: identities and dtypes of the models, vocabulary, chat template."""
     offload_teacher: bool = False
-    """The teacher is on the device only while its states are computed; its head stays."""
+    """True where the teacher is on the device only while its states are computed; a copy of its
+    head stays there."""
 
     @property
     def vocabulary(self) -> int:
@@ -56,7 +58,7 @@ class Pair:
 
     @property
     def window(self) -> int | None:
-        """Tokens that both models' position range holds; None where neither names one."""
+        """Length in tokens that both models can read; None where neither configuration names one."""
         run = [
             readout.model
             for readout in (self.student, self.teacher)
@@ -70,8 +72,12 @@ class Pair:
 
     @contextmanager
     def teachers_turn(self) -> Iterator[None]:
-        """The student waits in main memory while the teacher has the device; afterwards the other
-        way round.
+        """Swap the models: the teacher has the device, and the student waits in main memory.
+
+        Afterwards the models swap back.
+
+        Raises:
+            DiagnosticsError: The pair has no teacher that can be run.
         """
         teacher = self.teacher
         if not isinstance(teacher, Readout):
@@ -89,7 +95,7 @@ class Pair:
             move(self.student.model, device)
 
     def _repr_html_(self) -> str:
-        """Who the models are and what they share."""
+        """Names, sizes and dtypes of both models, for a notebook."""
         rows = "".join(
             _summary_row(role, self.facts[role])
             for role in ("student", "teacher")
@@ -102,9 +108,7 @@ class Pair:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the tokenizer's end of sequence and those of the student's own
-        settings.
-        """
+        """Ids that end a response: the tokenizer's, and those of the student's generation config."""
         own = getattr(self.student.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, (list, tuple)) else [own]
         return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
@@ -200,31 +204,44 @@ def load_pair(
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
 
-    student, teacher: Hugging Face ids, local folders, LoRA adapters, GGUF files (`sources`), or
-    models already in memory (then pass `tokenizer`). Both run in eval mode. Configured vocabularies
-    of different size are cut to the shared ids. Where the chat templates differ, the student's
-    serves both. teacher_logprobs: a file in the teacher's place (`remote`). alone: a student
-    without a teacher will do, for writing. Raises DiagnosticsError for an unknown name, a model
-    that cannot be read, or tokenizers that map any token to different ids."""
+    Both models run in eval mode. Configured vocabularies of different size are cut to the shared
+    ids. Where the chat templates differ, the student's template serves both models.
+
+    Args:
+        pair: Name of a named pair, such as `embedded` or `smollm2`, in place of `student` and
+            `teacher`.
+        student: Hugging Face id, local folder, LoRA adapter, GGUF file (`models.loading`), or a
+            model in memory; a model in memory needs `tokenizer`.
+        teacher: The same of the teacher.
+        teacher_logprobs: File of a teacher's top-K log-probabilities in place of a teacher
+            (`models.topk_teacher`).
+        tokenizer: Tokenizer of both models; None loads each model's own and compares them.
+        student_revision: Branch, tag or commit of a Hugging Face id.
+        teacher_revision: The same of the teacher.
+        dtype: Dtype of the student's weights; a step needs float32 or float64.
+        teacher_dtype: Dtype of the teacher's weights, or `int8` or `nf4` (CUDA only); None means
+            the student's dtype.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        teacher_device: Device of the teacher; None means `device`.
+        offload_teacher: Whether the models take turns on the device, and the waiting one lies in
+            main memory.
+        shard_teacher: Whether the teacher's layers are spread over the processes (FSDP2).
+        alone: Whether a student without a teacher is enough, as for sampling responses.
+
+    Returns:
+        The pair, with the facts that a manifest records.
+
+    Raises:
+        DiagnosticsError: The name is unknown, arguments contradict each other, a model cannot be
+            read, or the tokenizers map a token to different ids.
+    """
+    _refuse_conflicts(
+        pair, student, teacher, teacher_logprobs, twice=shard_teacher and offload_teacher
+    )
     teacher_dtype = teacher_dtype or dtype
-    if shard_teacher and offload_teacher:
-        raise DiagnosticsError(
-            "Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices;"
-            " give one or the other."
-        )
     if pair is not None:
-        if student is not None or teacher is not None:
-            raise DiagnosticsError(
-                f"Got the named pair {pair!r} and a student or teacher as well. Give one or the"
-                " other."
-            )
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
-    if teacher is not None and teacher_logprobs is not None:
-        raise DiagnosticsError(
-            f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well."
-            " Give one or the other."
-        )
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
         model = load_model(student, student_revision, dtype=dtype, device=device)
         return _without_teacher(
@@ -263,19 +280,47 @@ def load_pair(
     return assembled
 
 
+def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) -> None:
+    """Refuse arguments of `load_pair` of which only one can be followed."""
+    if twice:
+        raise DiagnosticsError(
+            "Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices;"
+            " give one or the other."
+        )
+    if pair is not None and (student is not None or teacher is not None):
+        raise DiagnosticsError(
+            f"Got the named pair {pair!r} and a student or teacher as well. Give one or the other."
+        )
+    if teacher is not None and teacher_logprobs is not None:
+        raise DiagnosticsError(
+            f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well."
+            " Give one or the other."
+        )
+
+
 def assemble(
     name: str,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Pair:
-    """Join two models in memory and record what they are."""
+    """Join two models in memory to a pair, and record their identities.
+
+    Args:
+        name: Name of the pair, for the manifest.
+        student: Causal language model; it is put into eval mode.
+        teacher: Causal language model; it is put into eval mode.
+        tokenizer: Tokenizer of both.
+
+    Returns:
+        The pair, cut to the smaller of the two configured vocabularies.
+    """
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     shared = min(sizes)
     if sizes[0] != sizes[1]:
         log.warning(
             "configured vocabularies differ (student %d, teacher %d): both are cut to %d ids and"
-            " renormalised",
+            " renormalized",
             *sizes,
             shared,
         )
@@ -299,7 +344,7 @@ def _without_teacher(
     tokenizer: PreTrainedTokenizerBase,
     logprobs: str | Path | None,
 ) -> Pair:
-    """A student alone, or with a teacher that is known by a file of log-probabilities."""
+    """A student alone, or with a teacher known by a file of log-probabilities."""
     student = Readout(model)
     teacher = (
         topk_teacher.read_lists(logprobs, vocabulary=student.vocabulary)
@@ -346,9 +391,13 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def require_same_tokens(student, teacher) -> None:
-    """Refuse two tokenizers that name any id differently: the teacher would grade other words.
+    """Refuse two tokenizers that map any token to different ids.
 
-    Compared over the tokens that either knows; sizes may differ only by ids that one of them lacks.
+    With such a pair the teacher would grade other words than the student wrote. Sizes may differ,
+    as long as the larger tokenizer only adds tokens.
+
+    Raises:
+        DiagnosticsError: The tokenizers differ in a token or id that both know.
     """
     if student is teacher:
         return

@@ -32,7 +32,12 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 
 
 class Readout:
-    """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`."""
+    """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`.
+
+    Args:
+        model: A causal language model of transformers.
+        vocabulary: Number of ids that `logits` returns; None means all.
+    """
 
     def __init__(self, model: PreTrainedModel, *, vocabulary: int | None = None):
         self.model = model
@@ -45,8 +50,8 @@ class Readout:
         self._scale = 1.0
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
         self.sharded = False
-        """Its layers are spread over the processes, which then run it equally often and at the same
-        time.
+        """True where the layers are spread over the processes. All processes must then run the
+        model equally often and at the same time.
         """
         self.apart = self._reproduces_logits(logit_scales(config))
         if not self.apart:
@@ -57,12 +62,19 @@ class Readout:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """Device of the model's inputs."""
         return next(self.model.parameters()).device
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """States [B, T, H] of right-padded ids; row t predicts token t + 1. mask: 1 on real
-        tokens.
+        """Hidden states of right-padded sequences; the state at t predicts token t + 1.
+
+        Args:
+            ids_BT: [B, T] token ids.
+            mask_BT: [B, T] 1 on real tokens, 0 on padding.
+
+        Returns:
+            [B, T, H] in the model's dtype; full logits [B, T, V] for a model that cannot be taken
+            apart.
         """
         inputs = {
             "input_ids": ids_BT.to(self.device),
@@ -75,13 +87,14 @@ class Readout:
             return self.model(**inputs).logits
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
-        """Logits [n, V] over the shared vocabulary, float32 or float64 whatever the model's dtype
-        (`projection`).
+        """Logits [n, V] over the shared vocabulary, from states [n, H].
+
+        They are float32 or float64 whatever the model's dtype is (`measure.projection`).
         """
         return self._project(hidden_nH, slice(0, self.vocabulary))
 
     def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
-        """Logits [n, full - V] of the ids that the other model lacks."""
+        """Logits [n, full - V] of the ids that the other model lacks, from states [n, H]."""
         return self._project(hidden_nH, slice(self.vocabulary, self.full_vocabulary))
 
     def _project(self, hidden_nH: Tensor, ids: slice) -> Tensor:
@@ -100,8 +113,9 @@ class Readout:
         )
 
     def park(self) -> None:
-        """Move the model to main memory, leaving a copy of its head where it was: states can still
-        be projected.
+        """Move the model to main memory.
+
+        A copy of its head stays on the device, so that states can still be projected.
         """
         if self.apart and self._spare_head is None:
             bias = None if self.head.bias is None else self.head.bias.detach().clone()
@@ -109,12 +123,17 @@ class Readout:
         move(self.model, "cpu")
 
     def shard(self, device: str) -> None:
-        """Spread the decoder layers over the processes (FSDP2); embeddings, norm and head stay
-        whole in each.
+        """Spread the decoder layers over the processes (FSDP2).
 
-        A layer is gathered when it runs and let go of after, so that a process holds its share of
-        the layers and one layer more. Raises DiagnosticsError for a single process or a model that
-        cannot be taken apart."""
+        Embeddings, norm and head stay whole in each process. A layer is gathered when it runs and
+        released afterwards, so that a process holds its share of the layers and one more layer.
+
+        Args:
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            DiagnosticsError: There is one process, or the model cannot be taken apart.
+        """
         if distributed.world() == 1 or not self.apart:
             why = (
                 "this is the only process"
@@ -138,9 +157,9 @@ class Readout:
 
     @torch.no_grad()
     def _reproduces_logits(self, scales: Sequence[float]) -> bool:
-        """The halves give the model's own logits on a short sequence, to the rounding of its dtype.
+        """Whether the halves give the model's own logits on a short sequence, up to rounding.
 
-        scales: what the model may multiply its logits by; the first that does so is kept.
+        scales: factors by which the model may multiply its logits; the first that fits is kept.
         """
         if not is_plain(self.head) or self.backbone is self.model:
             return False
@@ -159,21 +178,22 @@ class Readout:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """What a model runs before its output head; the model itself where that is not known.
+    """The part of a model before its output head; the model itself where that is unknown.
 
-    Some classes name a prefix that they do not have (Llama 4's text model): there it is what all
-    others call `model`."""
+    Some classes name a prefix that they do not have (Llama 4's text model); there it is the
+    attribute `model`, as in all other classes.
+    """
     inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def logit_scales(config) -> list[float]:
-    """What a model of this configuration may multiply its logits by, likeliest first; 1 is always
-    among them.
+    """Factors by which a model of this configuration may multiply its logits, most likely first.
 
-    One name means one thing in most families and another in some (Granite divides by
-    `logits_scaling`, HyperCLOVA X multiplies; MPT has a scale in words and leaves it out), so each
-    is tried on the model itself."""
+    One name means different things in different families (Granite divides by `logits_scaling`,
+    HyperCLOVA X multiplies; MPT names a scale and does not apply it), so each factor is tried on
+    the model itself. 1 is always among them.
+    """
     found: list[float] = []
     for name in LOGIT_SCALES:
         value = getattr(config, name, None)
@@ -196,7 +216,12 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 
 
 def remove_layers(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
-    """Depth-prune a decoder in place."""
+    """Remove some of a decoder's layers, in place.
+
+    Args:
+        model: The model; its configuration follows.
+        layers: Indices of the layers to remove.
+    """
     base: Any = model.base_model
     kept = [layer for index, layer in enumerate(decoder_layers(base)) if index not in layers]
     for index, layer in enumerate(kept):

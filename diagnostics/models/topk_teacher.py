@@ -114,7 +114,7 @@ class Completed:
         """Never to be called: the lists alone are no distribution."""
         raise TypeError("a teacher known by lists has logits only beside a student's")
 
-    def given(self, lists_n2K: Tensor, student_nV: Tensor) -> Tensor:
+    def completed_by(self, lists_n2K: Tensor, student_nV: Tensor) -> Tensor:
         """ln q^ [n, V] of the module's head, on the student's device."""
         return completed(student_nV, *unpacked(lists_n2K.to(student_nV.device)))
 

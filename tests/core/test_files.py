@@ -163,7 +163,7 @@ def test_what_may_not_be_replaced_is_asked_by_name(root):
     def before(name):
         raise DiagnosticsError(f"not {name}")
 
-    with guard(root, before), pytest.raises(DiagnosticsError, match="^not a/b$"):
+    with guard(root, before), pytest.raises(DiagnosticsError, match=r"^not a/b$"):
         write_atomic(root / "a/b", b"x")
     assert os.listdir(root) == []
     with guard(root, before), guard(root):  # the inner one decides while it lasts

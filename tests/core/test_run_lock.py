@@ -35,7 +35,7 @@ def test_a_foreign_folder_keeps_its_lock_and_gets_none(tmp_path, elsewhere):
         before = contents(folder)
         with (
             pytest.raises(
-                DiagnosticsError, match="and no manifest.json, so it is not a run of this project"
+                DiagnosticsError, match=r"and no manifest\.json, so it is not a run of this project"
             ),
             open_run(folder),
         ):

@@ -655,7 +655,7 @@ def test_a_sampled_id_outside_the_vocabulary_is_refused():
 def test_as_many_sampled_ids_as_positions():
     assert (
         message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4]))
-        == "There are 2 positions and sampled tokens of shape (1,); give one id a position."
+        == "There are 2 positions and sampled tokens of shape (1,); give one id per position."
     )
 
 
