@@ -51,7 +51,7 @@ class Models:
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Identity of each model: a hash over its local files, or the commit of a Hugging Face id."""
+        """Identity of each model: a hash over local files, or the commit of a Hugging Face id."""
         return dict(self._fingerprint)
 
     @cached_property

@@ -19,7 +19,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models import topk_teacher
 from diagnostics.models.loading import (
     DTYPES,
-    QUANTISED,
+    QUANTIZED,
     SOURCE_FACTS,
     load_model,
     load_tokenizer,
@@ -58,7 +58,7 @@ class Pair:
 
     @property
     def window(self) -> int | None:
-        """Length in tokens that both models can read; None where neither configuration names one."""
+        """Length in tokens that both models can read; None where neither names one."""
         run = [
             readout.model
             for readout in (self.student, self.teacher)
@@ -108,7 +108,7 @@ class Pair:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the tokenizer's, and those of the student's generation config."""
+        """Ids that end a response: the tokenizer's and those of the student's own settings."""
         own = getattr(self.student.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, (list, tuple)) else [own]
         return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
@@ -165,7 +165,7 @@ class PairConfig:
                 "teacher's dtype, the student's where not given; int8 and nf4 are bitsandbytes' and"
                 " need CUDA"
             ),
-            "choices": (*DTYPES, *QUANTISED),
+            "choices": (*DTYPES, *QUANTIZED),
         },
     )
     device: str = field(
@@ -261,15 +261,16 @@ def load_pair(
     ]
     require_same_tokens(*tokenizers)
     template = shared_template(*tokenizers)
+    teacher_place = teacher_device or ("cpu" if offload_teacher else device)
+    if shard_teacher:
+        teacher_place = "cpu"  # its layers move to the devices when they are sharded
     models = (
         load_model(student, student_revision, dtype=dtype, device=device),
         load_model(
             teacher,
             teacher_revision,
             dtype=teacher_dtype,
-            device=(
-                "cpu" if shard_teacher else teacher_device or ("cpu" if offload_teacher else device)
-            ),
+            device=teacher_place,
         ),
     )
     assembled = assemble(pair or "custom", *models, tokenizers[0])
