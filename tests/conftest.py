@@ -90,9 +90,8 @@ def make_bank(lengths, *, prompt_lengths=None, seed: int = 0) -> Bank:
     generator = torch.Generator().manual_seed(seed)
     contexts = []
     for i, length in enumerate(lengths):
-        prompt = [0] + torch.randint(
-            4, 64, (prompt_lengths[i] if prompt_lengths else 2 + i % 4,), generator=generator
-        ).tolist()
+        size = prompt_lengths[i] if prompt_lengths else 2 + i % 4
+        prompt = [0, *torch.randint(4, 64, (size,), generator=generator).tolist()]
         response = torch.randint(4, 64, (length,), generator=generator).tolist()
         contexts.append(
             Context(f"c{i}", f"p{i}", "prompt", tuple(prompt), "response", tuple(response), False)

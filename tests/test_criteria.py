@@ -53,7 +53,6 @@ def table(n=40, seed=0):
 
 
 # --- normalisation
-# ----------------------------------------------------------------------------------
 
 
 def test_normalise_by_hand():
@@ -101,7 +100,6 @@ def test_constant_columns_are_zero_and_missing_ones_stay_missing():
 
 
 # --- every criterion against its formula
-# ------------------------------------------------------------
 
 
 def _softor(a, b):
@@ -273,7 +271,6 @@ def test_another_support_takes_the_place_of_compatibility():
 
 
 # --- registry
-# ---------------------------------------------------------------------------------------
 
 
 def test_the_registry_as_a_table():
@@ -455,7 +452,6 @@ def test_a_missing_column_and_a_wrong_number_of_scores(registry):
 
 
 # --- quadrants
-# --------------------------------------------------------------------------------------
 
 
 def test_quadrants_by_hand():
@@ -480,7 +476,6 @@ def test_quadrants_split_without_ties_evenly():
 
 
 # --- selection
-# --------------------------------------------------------------------------------------
 
 
 def _select_loop(tokens, scores, budget):

@@ -7,7 +7,7 @@ from torch import nn
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models import readout
 from diagnostics.pipeline.cli import main
-from tests.core.test_distributed import torchrun
+from tests.launch import torchrun
 
 
 @pytest.mark.slow

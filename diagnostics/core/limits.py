@@ -75,7 +75,6 @@ def memory() -> int:
 
 
 # --- JSON
-# ---------------------------------------------------------------------------------------------
 
 
 def parse_json(text: str) -> Any:
@@ -105,7 +104,6 @@ def json_depth(text: str) -> int:
 
 
 # --- parquet
-# ------------------------------------------------------------------------------------------
 
 
 def check_parquet(path: str | Path) -> None:
@@ -206,7 +204,6 @@ def _repeated_bytes(array: pa.Array) -> int:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------
 
 
 def check_weights(source: str | Path) -> None:

@@ -100,7 +100,6 @@ def _rendered(tokenizer, request: str) -> dict[str, str]:
 
 
 # --- the process that renders
-# -------------------------------------------------------------------------
 
 
 class _Renderer:

@@ -286,7 +286,6 @@ def _shape_of(
 
 
 # --- the file
-# ---------------------------------------------------------------------------------------------
 
 
 def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
@@ -600,7 +599,6 @@ def _check_lists(ids_TK: np.ndarray, ln_q_TK: np.ndarray, vocabulary: int, where
 
 
 # --- what the lists determine
-# --------------------------------------------------------------------------------
 
 
 def unpacked(lists_n2K: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,10 @@ def test_what_is_no_file_is_neither_read_nor_written_nor_removed(root, outside, 
             guard(root),
             pytest.raises(
                 DiagnosticsError,
-                match=rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was read "
-                r"from it or written through it\. Remove it, or put a file in its place",
+                match=(
+                    rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was"
+                    r" read from it or written through it\. Remove it, or put a file in its place"
+                ),
             ),
         ):
             do()
@@ -193,7 +195,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         DiagnosticsError,
-        match=r"a cannot be written \(No space left on device\)\. Nothing finished was lost\. Make room or choose another",
+        match=(
+            r"a cannot be written \(No space left on device\)\. Nothing finished was lost\."
+            r" Make room or choose another"
+        ),
     ):
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]

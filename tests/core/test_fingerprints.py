@@ -1,4 +1,4 @@
-"""Fingerprints: which code, which files, which libraries and how many threads a result depends on."""
+"""Fingerprints: code, files, libraries and threads that a result depends on."""
 
 import os
 import zipfile
@@ -17,7 +17,9 @@ def package(tmp_path, monkeypatch):
     sources = {
         "core/types": "X = 1",
         "base": "from diagnostics.core.types import X",
-        "top": "def f():\n    from diagnostics import base\n    from diagnostics.core import files\n",
+        "top": (
+            "def f():\n    from diagnostics import base\n    from diagnostics.core import files\n"
+        ),
         "apart": "Y = 2",
         "core/files": "Z = 3",
         "inner/__init__": "",
@@ -73,7 +75,20 @@ def test_a_code_version_knows_sub_packages(package, name, reads):
     assert code_version(name) != before
 
 
-CODE = '"""Module."""\nX = 1\n"""What X is."""\n\ndef f(a, b=2):\n    """Add."""\n    # why\n    return a + b\n\n\nclass C:\n    """A class."""\n    y: int = 3\n'
+CODE = '''"""Module."""
+X = 1
+"""What X is."""
+
+def f(a, b=2):
+    """Add."""
+    # why
+    return a + b
+
+
+class C:
+    """A class."""
+    y: int = 3
+'''
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,10 @@ def test_source_that_cannot_be_read_is_said(package):
     (package / "base.py").write_text("def")
     with pytest.raises(
         DiagnosticsError,
-        match=r"^The source .*base\.py cannot be read \(.*\), so this program cannot say which code measured\. Install the package again\.$",
+        match=(
+            r"^The source .*base\.py cannot be read \(.*\), so this program cannot say which code"
+            r" measured\. Install the package again\.$"
+        ),
     ):
         code_version("base")
 

@@ -1,3 +1,5 @@
+"""Prompts, contexts and banks as nouns and as tables."""
+
 import subprocess
 import sys
 
@@ -67,8 +69,9 @@ def test_functions_named_like_their_module_can_be_called_again_and_again(first):
     in its place.
     """
     code = (
-        f"import {first}; import diagnostics as dx; print(len(dx.list_criteria()) == len(dx.list_criteria())"
-        " > 10)\nfor f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n   "
+        f"import {first}; import diagnostics as dx\n"
+        "print(len(dx.list_criteria()) == len(dx.list_criteria()) > 10)\n"
+        "for f in (dx.probe, dx.probe, dx.agreement, dx.agreement):\n    try: f()\n   "
         " except TypeError as e: print('missing' in str(e))"
     )
     assert (
@@ -85,4 +88,4 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True
     ).stdout.split() == ["False", "False"]
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        diagnostics.nothing
+        _ = diagnostics.nothing

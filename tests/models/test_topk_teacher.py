@@ -1,3 +1,5 @@
+"""A top-K teacher: bounds, files, and lists that cannot be used."""
+
 import dataclasses
 import json
 import math
@@ -75,7 +77,6 @@ def bare(ids, ln_q):
 
 
 # --- by hand
-# -------------------------------------------------------------------------------------------------
 
 
 def test_three_tokens_and_a_bucket_by_hand():
@@ -170,7 +171,6 @@ def test_an_unlisted_token_is_undefined_and_an_unlisted_top_makes_a_bound_by_han
 
 
 # --- an independent oracle
-# ---------------------------------------------------------------------------------------
 
 
 def oracle(p, q, ids, y, k):
@@ -274,7 +274,6 @@ def test_lists_of_different_length_end_in_fillers():
 
 
 # --- invariants
-# ------------------------------------------------------------------------------------------------------
 
 
 BOUNDS = [
@@ -379,7 +378,6 @@ def test_the_gradient_is_that_of_the_bucketed_loss(loss):
 
 
 # --- through the instrument
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -474,7 +472,6 @@ def test_batches_of_any_size_score_alike(pair, bank, tmp_path):
 
 
 # --- signs in place of log-probabilities, shifted lists, other bases
-# -----------------------------------------------------
 
 
 def with_sign(rows, value):
@@ -691,7 +688,6 @@ def test_probabilities_are_no_log_probabilities(tmp_path):
 
 
 # --- depth, files, and what is refused
-# ---------------------------------------------------------------------------------
 
 
 def teacher_of(bank, *lists):
