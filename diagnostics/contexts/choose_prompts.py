@@ -38,7 +38,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     from diagnostics.contexts.encoding import uses_clock
     from diagnostics.contexts.prompts import PromptSet, read_prompts
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     options = dataclasses.asdict(config)
     path = options.pop("prompts")
@@ -121,7 +121,7 @@ def training_prompts(
         Training prompts and held-out prompts.
     """
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     count = evaluation.eval_contexts
     named = NAMED_PAIRS.get(models.config.pair)

@@ -1,6 +1,4 @@
-"""The manifest of a run directory: read with care, and asked for the hash of every file that is
-read.
-"""
+"""The manifest of a run directory: how it is read, and how files are compared with it."""
 
 from __future__ import annotations
 
@@ -42,8 +40,15 @@ PATHS = (
 
 
 def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
-    """A manifest as this module writes it. Raises DiagnosticsError for a file that is missing,
-    damaged or something else; remedy: the sentence that tells the reader what to do then.
+    """Read and check a manifest.
+
+    Args:
+        path: The file.
+        remedy: The sentence that tells the reader what to do where it cannot be read.
+
+    Raises:
+        DiagnosticsError: The file is missing or damaged, is no manifest, or names a file outside
+            its directory.
     """
     try:
         with open(path, "rb") as file:
@@ -59,7 +64,9 @@ def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
     if not isinstance(stages, dict):
         raise _no_manifest(path, remedy, "no stages")
     for name, record in stages.items():
-        parts = {"models": {}, "code": {}} | record if isinstance(record, dict) else {}
+        parts: dict[str, Any] = {}
+        if isinstance(record, dict):
+            parts = {"models": {}, "code": {}} | record
         if not all(
             isinstance(parts.get(part), dict)
             for part in ("settings", "inputs", "files", "models", "code")
@@ -102,10 +109,13 @@ def _no_manifest(path: Path, remedy: str, reason: str) -> DiagnosticsError:
 
 
 def recorded(settings: Mapping[str, Any], *, apart: bool = False) -> dict[str, Any]:
-    """Settings as a file may hold them: inputs by their last name, and no home folder in any text.
+    """Settings as a manifest may hold them: inputs by their last name, and no home folder.
 
-    apart: where no hash of their content stands beside them, tell inputs of one last name apart by
-    a hash of their place."""
+    Args:
+        settings: Name and value of each setting.
+        apart: Whether to add a hash of each input's place. Inputs of the same last name need it
+            where the manifest holds no hash of their content.
+    """
     places = {
         f"{key}_place": (
             hashlib.sha256(os.path.abspath(value).encode("utf-8", "surrogateescape")).hexdigest()[
@@ -129,6 +139,7 @@ def _last_name(value: str) -> str:
 
 
 def without_home(value: Any) -> Any:
+    """A value in whose texts the user's home folder is written `~`."""
     home = os.path.expanduser("~").rstrip("/")
     if isinstance(value, dict):
         return {key: without_home(each) for key, each in value.items()}
@@ -140,7 +151,7 @@ def without_home(value: Any) -> Any:
 
 
 def unchanged(directory: str | Path, name: str) -> Path:
-    """The path of a file of another run, compared with that run's manifest before anybody reads it.
+    """Compare a file of another run with that run's manifest, before anything reads it.
 
     Raises DiagnosticsError where the file is not as it was written, or is no regular file. A file
     in no record is named in a warning."""
@@ -197,7 +208,7 @@ def hashes_read(manifest: Mapping[str, Any], name: str) -> list[str]:
 
 
 def hashes_of(manifest: Mapping[str, Any], name: str) -> list[str]:
-    """Hashes that a manifest has of a file."""
+    """Hashes that a manifest holds of a file, from its stages and its joined files."""
     known = [
         record["files"][name]
         for record in manifest["stages"].values()

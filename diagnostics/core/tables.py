@@ -1,6 +1,4 @@
-"""Tables and JSON as files: equal content gives equal bytes, and a reader sees the old file or the
-new.
-"""
+"""Tables and JSON as files: equal content gives equal bytes, and writes are atomic."""
 
 from __future__ import annotations
 

@@ -280,7 +280,8 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         checkpoint: Folder or Hugging Face id of the trained student.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.models.pair import load_pair, named_pair
+    from diagnostics.models.named_pairs import named_pair
+    from diagnostics.models.pair import load_pair
     from diagnostics.probing.frozen_bank import FrozenBank
     from diagnostics.probing.one_step import gains
 

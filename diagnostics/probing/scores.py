@@ -30,7 +30,8 @@ from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences
 from diagnostics.models import topk_teacher
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192

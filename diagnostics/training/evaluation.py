@@ -265,7 +265,7 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
             " `answer` column."
         )
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     named = NAMED_PAIRS.get(pair)
     task = TASKS.get(named.task if name == "auto" and named else name)

@@ -47,7 +47,7 @@ from diagnostics.core.schema import read_parquet
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
 from diagnostics.measure.losses import LOSSES
-from diagnostics.models.pair import NAMED_PAIRS
+from diagnostics.models.named_pairs import NAMED_PAIRS
 from diagnostics.models.topk_teacher import refuse
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options

@@ -52,7 +52,8 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, losses
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 

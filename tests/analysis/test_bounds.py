@@ -5,7 +5,7 @@ import pandas as pd
 
 from diagnostics.analysis import bounds
 from diagnostics.core.schema import SCHEMA, column
-from tests.core.test_types import keys
+from tests.factories import keys
 
 
 def tokens(**columns):

@@ -1,9 +1,9 @@
-"""Tables as CSV: what a spreadsheet would calculate is text there, and comes back as it was."""
+"""Tables as files: equal content gives equal bytes, and formulas of a spreadsheet are text."""
 
 import pandas as pd
 import pytest
 
-from diagnostics.core.tables import read_csv, write_csv
+from diagnostics.core.tables import read_csv, write_csv, write_parquet
 
 TEXTS = ["=1+1", "+1", "-x", "@sum(a)", "\tx", "'=1", "''-", "'plain", "it's", "", "a=b", "−1"]
 
@@ -35,3 +35,13 @@ def test_half_a_surrogate_pair_is_written_out(tmp_path):
 def test_tables_of_an_odd_shape_are_written(tmp_path, frame):
     content = write_csv(tmp_path / "a.csv", frame).read_text()
     assert content.strip() in ("", "x,x\n'=a,b")
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    frame = pd.DataFrame({"x": [0.1, 2.0], "name": ["a", "b"]})
+    for write_table in (write_parquet, write_csv):
+        first, second = (
+            write_table(tmp_path / "1", frame).read_bytes(),
+            write_table(tmp_path / "2", frame.copy()).read_bytes(),
+        )
+        assert first == second

@@ -12,7 +12,8 @@ from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import losses
-from diagnostics.models.pair import Readout, assemble
+from diagnostics.models.pair import assemble
+from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
 from diagnostics.training import trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
