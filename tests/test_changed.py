@@ -145,8 +145,7 @@ def test_changed_scores_join_no_table(tmp_path):
             join_tokens(run)
 
 
-# --- damage
-# -------------------------------------------------------------------------------------------
+# --- damage ---
 
 
 @pytest.mark.parametrize(
@@ -180,8 +179,7 @@ def test_a_name_that_is_no_unicode_stands_escaped(run):
     assert r"p\udcff.jsonl" in page.build(run).read_text(encoding="utf-8")
 
 
-# --- pages
-# --------------------------------------------------------------------------------------------
+# --- pages ---
 
 
 def test_a_page_of_somebody_s_own_is_not_replaced(run, capsys):

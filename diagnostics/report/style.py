@@ -166,8 +166,7 @@ def panels(count: int, width: float) -> tuple[int, int]:
     return (count, 1) if width < 5 else (1, count)
 
 
-# --- tables
-# -----------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def keep(
@@ -216,8 +215,7 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
     return known + [name for name in seen if name not in known]
 
 
-# --- captions and colors
-# ------------------------------------------------------------------------------------------
+# --- captions and colors ---
 
 
 def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
@@ -340,8 +338,7 @@ def criterion_style(name: str, names: Iterable[str]) -> dict:
     }
 
 
-# --- axes and marks
-# ---------------------------------------------------------------------------------
+# --- axes and marks ---
 
 
 def powers(*axes) -> None:

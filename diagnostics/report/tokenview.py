@@ -171,16 +171,7 @@ def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list
         return list(bank)[:MOST_CONTEXTS]
     wanted = [context] if isinstance(context, (int, str, np.integer)) else list(context)
     by_id = {one.context_id: one for one in bank}
-    found = [
-        (
-            by_id.get(one)
-            if isinstance(one, str)
-            else bank[one]
-            if -len(bank) <= one < len(bank)
-            else None
-        )
-        for one in wanted
-    ]
+    found = [by_id.get(one) if isinstance(one, str) else _at(bank, one) for one in wanted]
     if None in found or not found:
         missing = wanted[found.index(None)] if found else wanted
         raise DiagnosticsError(
@@ -189,6 +180,11 @@ def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list
             " context_id, or a list of them."
         )
     return found
+
+
+def _at(bank: Bank, index: int) -> Context | None:
+    """The context of that index, counted from the end where negative; None outside the bank."""
+    return bank[index] if -len(bank) <= index < len(bank) else None
 
 
 def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
@@ -248,10 +244,8 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
     found, measured = [], set(MEASURES) & set(tokens.columns)
     width = "<u2" if len(tokens) < 2**16 else "<u4"
     for name in names:
-        scores, ranks = (
-            registry.score_criterion(tokens, name),
-            np.zeros(len(tokens), dtype=np.int64),
-        )
+        scores = registry.score_criterion(tokens, name)
+        ranks = np.zeros(len(tokens), dtype=np.int64)
         order = registry.ranking(tokens, scores)
         ranks[order] = np.arange(1, len(order) + 1)
         shown = f"{name} (criterion)" if name in measured else name
@@ -299,7 +293,8 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
     ]
 
 
-TOPS = tuple(f"{role}_top{part}" for role in ("student", "teacher") for part in ("", "_p"))
+ROLES = ("student", "teacher")
+TOPS = tuple(f"{role}_top{part}" for role in ROLES for part in ("", "_p"))
 """Columns of the table of most likely tokens that the view shows."""
 
 
@@ -316,35 +311,30 @@ def _tops(tops: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
     )
     table = tops.set_index(["context_id", "position"])[list(TOPS)]
     table = table.reindex(pd.MultiIndex.from_frame(shown[["context_id", "position"]]))
+    cells = [cell for role in ROLES for cell in table[f"{role}_top"] if not _is_missing(cell)]
+    k = max(map(len, cells), default=0)
     words: dict[str, int] = {}
-    k = max(
-        (
-            len(cell)
-            for role in ("student", "teacher")
-            for cell in table[f"{role}_top"]
-            if not _is_missing(cell)
-        ),
-        default=0,
-    )
     packed: dict[str, Any] = {}
-    for role in ("student", "teacher"):
-        ids, shares = np.zeros((len(table), k), dtype=np.int64), np.zeros((len(table), k))
-        for i, (tokens, probabilities) in enumerate(
-            zip(table[f"{role}_top"], table[f"{role}_top_p"], strict=True)
-        ):
-            if not _is_missing(tokens):
-                ids[i, : len(tokens)] = [
-                    words.setdefault(str(token), len(words)) + 1 for token in tokens
-                ]
-                shares[i, : len(tokens)] = probabilities
-        packed[role] = {
-            "ids": ids.ravel(),
-            "p": pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2"),
-        }
+    for role in ROLES:
+        ids, shares = _padded(table[f"{role}_top"], table[f"{role}_top_p"], k, words)
+        steps = pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2")
+        packed[role] = {"ids": ids.ravel(), "p": steps}
     width = "<u2" if len(words) < 2**16 - 1 else "<u4"
     for role in packed:
         packed[role]["ids"] = pack(packed[role]["ids"], width)
     return packed | {"k": k, "words": list(words), "width": width, "steps": PROBABILITY_STEPS}
+
+
+def _padded(
+    tokens: pd.Series, probabilities: pd.Series, k: int, words: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices [N, k] into `words`, to which new tokens are added, and probabilities [N, k]."""
+    ids, shares = np.zeros((len(tokens), k), dtype=np.int64), np.zeros((len(tokens), k))
+    for i, (names, values) in enumerate(zip(tokens, probabilities, strict=True)):
+        if not _is_missing(names):
+            ids[i, : len(names)] = [words.setdefault(str(name), len(words)) + 1 for name in names]
+            shares[i, : len(names)] = values
+    return ids, shares
 
 
 def _is_missing(cell: Any) -> bool:

@@ -155,7 +155,7 @@ def test_one_table_gives_the_same_bytes_twice_and_a_dark_page_others(name):
 
 
 @pytest.mark.parametrize("name", ["correlations", "calibration", "selection_overlap"])
-def test_page_colours(name):
+def test_page_colors(name):
     for dark, page in ((False, style.LIGHT), (True, style.DARK)):
         figure = drawn(name, figures.SINGLE, dark)
         assert matplotlib.colors.to_hex(figure.get_facecolor()).upper() == page["paper"]
@@ -828,8 +828,7 @@ def test_runs_are_named_as_their_folders_whatever_these_hold():
     ]
 
 
-# --- options and registry
-# -------------------------------------------------------------------------------------------
+# --- options and registry ---
 
 FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE")]
 

@@ -146,7 +146,7 @@ def test_figures_stand_at_both_widths_with_a_reading(source):
             assert f"{spec.title} {spec.reading}" in page.text
 
 
-def test_page_colours_are_variables(source):
+def test_page_colors_are_variables(source):
     drawings = "".join(re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL))
     for name, color in style.LIGHT.items():
         assert color.lower() not in drawings

@@ -1,3 +1,5 @@
+"""The style of the figures: rows that are kept, captions, colors, ticks and readable names."""
+
 from typing import Unpack
 
 import matplotlib
@@ -129,7 +131,7 @@ def test_captions_stay_within_the_page():
     )
 
 
-def test_colours_of_either_sign_meet_in_the_middle():
+def test_colors_of_either_sign_meet_in_the_middle():
     norm = style.signed_root(4.0)
     np.testing.assert_allclose(
         [float(norm(value)) for value in (-4.0, -1.0, 0.0, 1.0, 4.0)], [0, 0.25, 0.5, 0.75, 1]

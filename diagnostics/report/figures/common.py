@@ -99,37 +99,16 @@ def statistic_forest(
         The figure.
     """
     names, outcomes = list(dict.fromkeys(table[key])), style.present(table.outcome, outcomes)
-    spread = 0.7 / max(len(series), 2)
-    figure, axes = style.canvas(
-        page["width"], 1.2 + (0.14 * len(series) + 0.06) * len(names), 1, len(outcomes), sharey=True
-    )
+    height = 1.2 + (0.14 * len(series) + 0.06) * len(names)
+    figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
+    has_unit = statistic in ("tertile_difference", "matched_difference") and page["width"] > 5
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         style.zero(ax, "x")
         ax.xaxis.set_major_locator(MaxNLocator(5 if page["width"] > 5 else 3))
-        for offset, (words, color, marker, rows) in zip(
-            style.offsets(len(series), spread), series, strict=True
-        ):
-            rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
-            style.lying(
-                ax,
-                np.arange(len(names)) + offset,
-                rows,
-                "estimate",
-                marker=marker,
-                color=color,
-                label=words,
-                zorder=3,
-            )
-        unit = (
-            f" ({naming.UNITS.get(outcome, '')})"
-            if statistic in ("tertile_difference", "matched_difference")
-            else ""
-        )
+        _series_marks(ax, series, key, names, outcome)
         ax.set_title(naming.readable(outcome))
-        ax.set_xlabel(
-            STATISTICS.get(statistic, naming.readable(statistic))
-            + (unit if page["width"] > 5 else "")
-        )
+        unit = f" ({naming.UNITS.get(outcome, '')})" if has_unit else ""
+        ax.set_xlabel(STATISTICS.get(statistic, naming.readable(statistic)) + unit)
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 4)
     where = {
@@ -138,6 +117,15 @@ def statistic_forest(
     }.get(statistic, "")
     style.caption(figure, style.counts(table), where, style.bars(page["level"]))
     return figure
+
+
+def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
+    """Draw the marks of every series for one outcome, side by side within a row."""
+    places = style.offsets(len(series), 0.7 / max(len(series), 2))
+    for offset, (label, color, marker, rows) in zip(places, series, strict=True):
+        rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
+        y, look = np.arange(len(names)) + offset, {"marker": marker, "color": color}
+        style.lying(ax, y, rows, "estimate", label=label, zorder=3, **look)
 
 
 def interval_of(table: pd.DataFrame, value: str) -> pd.DataFrame:

@@ -357,27 +357,16 @@ def q3_contrast(
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     needs = ("outcome", "split", "score", "difference", "low", "high", "placebo_difference")
-    table = style.halves(
-        style.keep(
-            table,
-            "figures.q3_contrast",
-            (*needs, "groups"),
-            {"outcome": outcomes, "groups": groups},
-        )
-    )
+
+    def kept(rows: pd.DataFrame, column: str, value: str | bool) -> pd.DataFrame:
+        where = {"outcome": outcomes, column: value}
+        return style.halves(style.keep(rows, "figures.q3_contrast", (*needs, column), where))
+
+    table = kept(table, "groups", groups)
     outcomes, scores = style.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
-    if matching is not None:
-        where = {"outcome": outcomes, "replacement": True}
-        matching = style.halves(
-            style.keep(matching, "figures.q3_contrast", (*needs, "replacement"), where)
-        )
-    figure, axes = style.canvas(
-        page["width"],
-        1.25 + (0.32 if matching is None else 0.5) * len(scores),
-        1,
-        len(outcomes),
-        sharey=True,
-    )
+    matching = None if matching is None else kept(matching, "replacement", True)
+    height = 1.25 + (0.32 if matching is None else 0.5) * len(scores)
+    figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         pair = None if matching is None else matching[matching.outcome == outcome]
         _contrast_rows(ax, table[table.outcome == outcome], pair, scores)
@@ -386,15 +375,12 @@ def q3_contrast(
         ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
     style.names_down(axes[0, 0], scores)
     style.legend(figure, axes[0, 0], 3 if page["width"] > 5 else 2, style.placebo_key())
+    hollow = "Hollow: matched within a prompt on entropy, divergence and place."
     style.caption(
         figure,
         style.counts(table),
         f"Top minus bottom {groups} within Q3.",
-        (
-            ""
-            if matching is None
-            else "Hollow: matched within a prompt on entropy, divergence and place."
-        ),
+        hollow if matching is not None else "",
         style.bars(page["level"]),
     )
     return figure
@@ -403,6 +389,7 @@ def q3_contrast(
 def _contrast_rows(
     ax, table: pd.DataFrame, matching: pd.DataFrame | None, scores: list[str]
 ) -> None:
+    """Draw one row per score: a mark per split, raw and matched, each with its placebo."""
     kinds = [(table, None, "")] + (
         [] if matching is None else [(matching, style.paper(), ", matched")]
     )
@@ -412,10 +399,8 @@ def _contrast_rows(
     for index, split in enumerate(splits):
         color, marker, words = style.split_style(split, index)
         for rows, face, more in kinds:
-            rows, y = (
-                rows[rows.split == split].set_index("score").reindex(scores),
-                np.arange(len(scores)) + next(places),
-            )
+            rows = rows[rows.split == split].set_index("score").reindex(scores)
+            y = np.arange(len(scores)) + next(places)
             style.lying(
                 ax,
                 y,

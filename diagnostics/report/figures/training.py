@@ -332,22 +332,7 @@ def validation_scatter(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
-    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
-    trained = interval_of(
-        style.keep(table, "figures.validation_scatter", needs, {"measure": measure}), "gain"
-    )
-    foreseen = style.keep(
-        foreseen,
-        "figures.validation_scatter",
-        ("criterion", "budget", "answer", "value"),
-        {"answer": answers},
-    )
-    both = trained.merge(
-        foreseen[["criterion", "budget", "answer", "value"]], on=["criterion", "budget"]
-    )
-    both = style.keep(
-        both.dropna(subset=["value", "gain"]), "figures.validation_scatter", ("value",)
-    )
+    both = _foreseen_and_trained(table, foreseen, answers, measure)
     shown, names = style.present(both.answer, answers), list(dict.fromkeys(both.criterion))
     across = min(2, len(shown))
     down = -(-len(shown) // across)
@@ -363,18 +348,28 @@ def validation_scatter(
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     style.legend(figure, axes[0, 0], 5 if page["width"] > 5 else 3)
-    words = (
-        f"{len(both[['criterion', 'budget']].drop_duplicates())} cells; a larger mark is a larger"
-        " budget."
-    )
+    cells = len(both[["criterion", "budget"]].drop_duplicates())
     style.caption(
         figure,
         f"Trained gain in {naming.readable(measure)}.",
-        words,
+        f"{cells} cells; a larger mark is a larger budget.",
         _trained_counts(table),
         style.bars(page["level"], over="seeds and prompts"),
     )
     return figure
+
+
+def _foreseen_and_trained(
+    table: pd.DataFrame, foreseen: pd.DataFrame, answers: Sequence[str], measure: str
+) -> pd.DataFrame:
+    """One row per (criterion, budget, answer) with the predicted value and the trained gain."""
+    what = "figures.validation_scatter"
+    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
+    trained = interval_of(style.keep(table, what, needs, {"measure": measure}), "gain")
+    columns = ["criterion", "budget", "answer", "value"]
+    foreseen = style.keep(foreseen, what, columns, {"answer": answers})
+    both = trained.merge(foreseen[columns], on=["criterion", "budget"])
+    return style.keep(both.dropna(subset=["value", "gain"]), what, ("value",))
 
 
 def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
