@@ -279,6 +279,8 @@ def _hints() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(DistillationConfig)}
 
 
+MOST_WORKERS = 64
+"""Processes that read prompts; each is started at once, and a million of them end the machine."""
 SHOWN = 8
 """Characters of a text that an error repeats; a token is longer."""
 
@@ -344,6 +346,12 @@ def _check_values(fields: dict[str, Any], where: str) -> None:
         raise DiagnosticsError(
             f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and"
             " metrics.jsonl. Remove report_to there."
+        )
+    if not 0 <= fields.get("dataloader_num_workers", 0) <= MOST_WORKERS:
+        raise DiagnosticsError(
+            f"{where} sets dataloader_num_workers to {fields['dataloader_num_workers']}; 0 to"
+            f" {MOST_WORKERS} processes may read the prompts, which are in memory already. Correct"
+            " it there."
         )
     if fields.get("vllm_mode", "colocate") != "colocate":
         raise DiagnosticsError(

@@ -34,3 +34,10 @@ def test_values_for_an_adapter_are_not_shown_either(name, value):
 def test_a_text_is_no_object(name):
     with pytest.raises(DiagnosticsError, match="an object"):
         engine_options.trl_fields(json.dumps({name: "{}"}))
+
+
+@pytest.mark.parametrize("count", [-1, 65, 10**6])
+def test_processes_that_read_prompts_are_bounded(count):
+    with pytest.raises(DiagnosticsError, match="0 to 64 processes"):
+        engine_options.trl_fields(json.dumps({"dataloader_num_workers": count}))
+    assert engine_options.trl_fields('{"dataloader_num_workers": 2}')
