@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diagnostics.core import distributed
-from diagnostics.probing.one_step import StepBench, loss_weights, probe, split_prompts
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import batches, score
+from diagnostics.probing.step import StepBench, loss_weights, split_prompts
 
 VOCABULARY = 151_936
 STUDENT = {

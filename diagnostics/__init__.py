@@ -20,8 +20,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # a type checker and an editor know every name and refuse any other.
 _HOMES = {
     "core.errors": ("DiagnosticsError",),
-    "core.schema": ("validate_tokens",),
-    "core.types": ("Bank", "Context", "Prompt", "SCHEMA", "read_bank"),
+    "core.schema": ("SCHEMA", "validate_tokens"),
+    "core.types": ("Bank", "Context", "Prompt", "read_bank"),
     "criteria": ("criterion", "list_criteria", "normalize", "score_criterion", "select"),
     "models.pair": ("Pair", "load_pair"),
     "contexts.prompts": ("load_prompts",),

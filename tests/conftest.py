@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from diagnostics.core import progress
 from diagnostics.core.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
@@ -154,3 +155,17 @@ def registry(monkeypatch):
 
     monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
     monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    for name in ("analyze-0123456789abcdef/data", "notes.txt", ".lock"):
+        (tmp_path / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "elsewhere" / name).write_bytes(b"precious")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every batch is written when it is done."""
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)

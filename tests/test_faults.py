@@ -366,7 +366,7 @@ def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys
 
 
 def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):
-    from diagnostics.models.pair import Readout
+    from diagnostics.models.readout import Readout
 
     real, failures = Readout.hidden, []
 

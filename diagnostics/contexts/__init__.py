@@ -1,0 +1,1 @@
+"""Prompts, sampled responses, and imports of both."""

@@ -1,4 +1,4 @@
-"""Which prompts a command works on, and which are kept apart for evaluation."""
+"""Which prompts a command works on, and which are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diagnostics")
 EMBEDDED_CONTEXTS = 128
+"""Number of prompts that a pair with a task of its own writes where none is given."""
 
 
 def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
-    """Prompts from the file or data set, or those that a named pair brings; each leaves `room` for
-    a response.
+    """Return the prompts of the file or data set, or those that a named pair brings.
+
+    Args:
+        models: The lazily loaded pair.
+        config: A PromptConfig.
+        room: Tokens of the models' window that each prompt must leave for a response.
+
+    Returns:
+        The prompts and their counts.
+
+    Raises:
+        DiagnosticsError: There are no prompts, or the window is too small for the response.
     """
     from diagnostics.contexts.encoding import uses_clock
     from diagnostics.contexts.prompts import PromptSet, read_prompts
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     options = dataclasses.asdict(config)
-    path, kwargs = (
-        options.pop("prompts"),
-        json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs"),
-    )
+    path = options.pop("prompts")
+    kwargs = json_object(options.pop("chat_template_kwargs"), "--chat-template-kwargs")
     named = NAMED_PAIRS.get(models.config.pair)
     if path is None and named and named.task:
         write = TASKS[named.task].write
@@ -59,7 +68,9 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
 
 
 def _room_for_a_prompt(window: int | None, response: int) -> int | None:
-    """Tokens that the window leaves for a prompt beside a response; None without a window."""
+    """Return the tokens that the window leaves for a prompt beside a response; None without a
+    window.
+    """
     if window is not None and window <= response:
         raise DiagnosticsError(
             f"The models' window of {window} tokens leaves no room for a prompt beside a response"
@@ -69,6 +80,7 @@ def _room_for_a_prompt(window: int | None, response: int) -> int | None:
 
 
 def json_object(text: str, flag: str) -> dict:
+    """Return the JSON object that a flag was given. Raises DiagnosticsError for anything else."""
     try:
         value = parse_json(text)
     except ValueError:
@@ -79,9 +91,7 @@ def json_object(text: str, flag: str) -> dict:
 
 
 def rendered_sha256(prompts: list[Prompt]) -> str:
-    """One hash over what the models read: a template that writes the date makes it another one
-    every day.
-    """
+    """Return one hash over what the models read; a template that writes the date changes it."""
     texts = [prompt.prompt for prompt in prompts]
     return hashlib.sha256(
         json.dumps(
@@ -94,25 +104,39 @@ def rendered_sha256(prompts: list[Prompt]) -> str:
 def training_prompts(
     models: Models, prompts, evaluation, *, needed: int, seed: int, room: int = 1
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and prompts to hold out.
+    """Return prompts to train on and prompts to hold out.
 
-    A named pair with a task writes as many of both as are `needed`; a file gives up its last
-    `eval_contexts`, unless there is a file of held-out prompts. Each leaves `room` for a response.
+    A named pair with a task writes as many of both as are needed. A file gives its last
+    `eval_contexts` prompts, unless a file of held-out prompts is given.
+
+    Args:
+        models: The lazily loaded pair.
+        prompts: A PromptConfig.
+        evaluation: An EvaluationConfig.
+        needed: Number of training prompts that a task should write.
+        seed: Seed of the training prompts that a task writes.
+        room: Tokens of the models' window that each prompt must leave for a response.
+
+    Returns:
+        Training prompts and held-out prompts.
     """
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     count = evaluation.eval_contexts
     named = NAMED_PAIRS.get(models.config.pair)
-    if prompts.prompts is None and named and named.task:
-        write = TASKS[named.task].write
-        return write(prompts.contexts or needed, seed=seed, split="train"), (
-            write(count, seed=0, split="test") if count else []
-        )
-    found = choose_prompts(models, prompts, room=room).prompts
-    if evaluation.eval_prompts:
-        held_out = dataclasses.replace(
+    held_out = []
+    if evaluation.eval_prompts and count:
+        file = dataclasses.replace(
             prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count
         )
-        return found, choose_prompts(models, held_out, room=room).prompts if count else []
+        held_out = choose_prompts(models, file, room=room).prompts
+    if prompts.prompts is None and named and named.task:
+        write = TASKS[named.task].write
+        if count and not evaluation.eval_prompts:
+            held_out = write(count, seed=0, split="test")
+        return write(prompts.contexts or needed, seed=seed, split="train"), held_out
+    found = choose_prompts(models, prompts, room=room).prompts
+    if evaluation.eval_prompts:
+        return found, held_out
     return found[: len(found) - count], found[len(found) - count :]

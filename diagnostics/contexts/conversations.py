@@ -1,9 +1,9 @@
-"""Chat messages and their template's arguments, from every shape in which files hold them.
+"""Chat messages and their template's arguments, from every form in which files hold them.
 
-Frameworks write one conversation in many ways: as JSON text in a CSV, with every key in every
-message as Arrow does (a missing one is None), with content as a list of blocks, with content that
-is null beside tool calls. Here all become lists of plain dicts, as the template's author meant
-them, or are refused in a sentence that names the message."""
+Frameworks write one conversation in many ways: as JSON text in a CSV; with every key in every
+message, as Arrow does (a missing one is None); with content as a list of blocks; with content that
+is null where there are tool calls. Here all of them become lists of plain dicts, as the template's
+author meant them, or are refused with an error that names the message."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import numpy as np
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
 
-DEEPEST = 64
-"""Levels of lists and objects in a message; real ones have about ten, and Python's own stack ends
+MAX_NESTING = 64
+"""Levels of lists and objects in a message. Real ones have about ten, and Python's own stack ends
 before a thousand.
 """
-OURS = (
+RESERVED_ARGUMENTS = (
     "conversation",
     "messages",
     "tokenize",
@@ -37,33 +37,33 @@ OURS = (
     "tokenizer_kwargs",
     "sanitize_control_tokens",
 )
-"""Arguments of the template's caller that this program sets itself, or whose result is no text."""
-ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
-"""Columns that go into the template beside the messages."""
-PYTHON_TEXT = re.compile(r"\s*\[\s*\{\s*'\w+'\s*:")
+"""Arguments of the template's caller that this program sets itself, or whose result is not text."""
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+"""Columns that are passed to the template with the messages."""
+PYTHON_LITERAL = re.compile(r"\s*\[\s*\{\s*'\w+'\s*:")
+"""Beginning of a list of dicts as Python prints it."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which a message holds what the model thought; the library fills the others from any
-of them.
+"""Names under which a message holds the model's reasoning; the library fills the others from any of
+them.
 """
 
 
-def shown(value, length: int = 80) -> str:
-    """The beginning of a value for a message; a nest too deep to print says so."""
+def preview(value, length: int = 80) -> str:
+    """Return the beginning of a value for an error; a value nested too deeply to print says so."""
     try:
         return repr(str(value)[:length])
     except RecursionError:
         return "a value nested too deeply to show"
 
 
-def plain(value, where: str, depth: int = 0):
-    """A value as JSON has it: arrays as lists, keys that are missing left out at every level.
-
-    Raises DiagnosticsError for a nest deeper than DEEPEST or a value of another kind.
+def to_json_value(value, where: str, depth: int = 0):
+    """Return a value as JSON has it: arrays as lists, missing keys left out at every level. Raises
+    DiagnosticsError for a value nested more than MAX_NESTING levels deep or of another type.
     """
-    if depth > DEEPEST:
+    if depth > MAX_NESTING:
         raise DiagnosticsError(
-            f"{where} holds lists or objects more than {DEEPEST} levels deep, which no conversation"
-            " needs. Mend or remove that row."
+            f"{where} holds lists or objects more than {MAX_NESTING} levels deep, which no"
+            " conversation needs. Fix or remove that row."
         )
     if isinstance(value, np.generic):
         value = value.item()
@@ -71,23 +71,23 @@ def plain(value, where: str, depth: int = 0):
         return value
     if isinstance(value, Mapping):
         return {
-            str(key): plain(held, where, depth + 1)
+            str(key): to_json_value(held, where, depth + 1)
             for key, held in value.items()
             if not missing(held)
         }
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(held, where, depth + 1) for held in value]
+        return [to_json_value(held, where, depth + 1) for held in value]
     if isinstance(value, (datetime.date, datetime.time, decimal.Decimal)):
         return str(value)
     raise DiagnosticsError(
-        f"{where} holds a {type(value).__name__} ({shown(value, 60)}) in a conversation. Write"
+        f"{where} holds a {type(value).__name__} ({preview(value, 60)}) in a conversation. Write"
         " texts, numbers, lists and objects."
     )
 
 
 def from_json(text: str, where: str) -> Any:
-    """The list or object that a text holds as JSON, the text itself where it is none. Raises
-    DiagnosticsError for a nest too deep.
+    """Return the list or object that a text holds as JSON, or the text itself where it holds none.
+    Raises DiagnosticsError for JSON that is nested too deeply.
     """
     if text.lstrip()[:1] not in ("[", "{"):
         return text
@@ -97,14 +97,13 @@ def from_json(text: str, where: str) -> Any:
         return text
     except RecursionError as error:
         raise DiagnosticsError(
-            f"{where} holds JSON that is nested too deeply. Mend or remove that row."
+            f"{where} holds JSON that is nested too deeply. Fix or remove that row."
         ) from error
 
 
-def read_text(value, where: str):
-    """A prompt or reply: text that holds messages as JSON becomes the messages, other text stays.
-
-    Raises DiagnosticsError for messages in Python's notation, as a table of dicts becomes in a CSV.
+def parse_messages(value, where: str):
+    """Return the messages that a text holds as JSON; any other value stays as it is. Raises
+    DiagnosticsError for messages in Python's notation, which a table of dicts becomes in a CSV.
     """
     if not isinstance(value, str):
         return value
@@ -115,7 +114,7 @@ def read_text(value, where: str):
         and all(isinstance(message, dict) and "role" in message for message in held)
     ):
         return held
-    if PYTHON_TEXT.match(value) and re.search(r"'role'\s*:", value):
+    if PYTHON_LITERAL.match(value) and re.search(r"'role'\s*:", value):
         raise DiagnosticsError(
             f"{where} holds chat messages in Python's notation: {value[:60]!r}. Write them as JSON,"
             " with json.dumps."
@@ -124,16 +123,25 @@ def read_text(value, where: str):
 
 
 def as_messages(value, where: str, *, blocks: bool = False) -> list[dict]:
-    """A list of chat messages, each with a role and with text, tool calls or reasoning.
+    """Return chat messages, each with a role and with text, tool calls or reasoning.
 
-    Content in blocks becomes one text, its blocks on lines of their own; with `blocks`, for a
-    template that reads them, they stay. Other keys stay as they are. Raises DiagnosticsError for
-    anything else, naming the message."""
+    Args:
+        value: A list of messages.
+        where: Name of the row, for errors.
+        blocks: Whether the template reads content as blocks. Otherwise the texts of the blocks
+            are joined by line breaks.
+
+    Returns:
+        The messages as plain dicts; other keys stay as they are.
+
+    Raises:
+        DiagnosticsError: The value is no list of messages; the error names the message.
+    """
     messages = list(value) if isinstance(value, (list, tuple, np.ndarray)) else None
     if not messages:
         raise DiagnosticsError(
             f"{where}: a prompt is text or a list of {{role, content}} messages; found"
-            f" {shown(value)}. Mend that row."
+            f" {preview(value)}. Fix that row."
         )
     return [
         _message(message, f"{where}, message {number}", blocks)
@@ -142,12 +150,15 @@ def as_messages(value, where: str, *, blocks: bool = False) -> list[dict]:
 
 
 def _message(value, where: str, blocks: bool) -> dict:
+    """Return one message as a plain dict. Raises DiagnosticsError where it has no role or no usable
+    content.
+    """
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise DiagnosticsError(
-            f"{where}: a message is an object with a role and content; found {shown(value)}. Mend"
+            f"{where}: a message is an object with a role and content; found {preview(value)}. Fix"
             " that row."
         )
-    message, where = plain(value, where), f"{where} ({value['role'][:20]})"
+    message, where = to_json_value(value, where), f"{where} ({value['role'][:20]})"
     content = message.get("content")
     if isinstance(content, list):
         texts = [_block(block, where) for block in content]
@@ -162,49 +173,50 @@ def _message(value, where: str, blocks: bool) -> dict:
         )
     elif content is not None and not isinstance(content, str):
         raise DiagnosticsError(
-            f"{where} has the content {shown(content)}; it should be text, or a list of blocks of"
-            " text. Mend that row."
+            f"{where} has the content {preview(content)}; it should be text, or a list of blocks of"
+            " text. Fix that row."
         )
     return message
 
 
 def _block(block, where: str) -> str:
-    """The text of one block. Raises DiagnosticsError for an image, a sound or anything else."""
+    """Return the text of one block. Raises DiagnosticsError for an image, audio and so on."""
     if isinstance(block, str):
         return block
     text = block.get("text") if isinstance(block, dict) else None
     if isinstance(text, str) and block.get("type", "text") in ("text", "input_text", "output_text"):
         return text
     raise DiagnosticsError(
-        f"{where} holds a block of content that is no text: {shown(block)}. Only text is read;"
+        f"{where} holds a block of content that is no text: {preview(block)}. Only text is read;"
         " remove that row."
     )
 
 
 def row_arguments(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a row hands to the template: its `tools`, `documents` and `chat_template_kwargs`, also
-    as JSON text; empty ones are none.
+    """Return what a row passes to the template: its `tools`, `documents` and
+    `chat_template_kwargs`, also as JSON text. Empty ones are left out.
     """
-    found = {}
-    for name in ARGUMENTS:
+    found: dict[str, Any] = {}
+    for name in TEMPLATE_COLUMNS:
         value = values.get(name)
         value = from_json(value, where) if isinstance(value, str) else value
-        if not missing(value) and not (hasattr(value, "__len__") and not len(value)):
-            found[name] = plain(value, f"{where}, {name}")
+        empty = value is None or (hasattr(value, "__len__") and not len(value))
+        if not empty and not missing(value):
+            found[name] = to_json_value(value, f"{where}, {name}")
     given = found.pop("chat_template_kwargs", {})
     if not isinstance(given, dict):
         raise DiagnosticsError(
-            f"{where}: chat_template_kwargs should be an object; found {shown(given)}. Mend that"
+            f"{where}: chat_template_kwargs should be an object; found {preview(given)}. Fix that"
             " row."
         )
     return template_arguments(given | found, where)
 
 
 def template_arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same arguments, checked. Raises DiagnosticsError for one that is ours, or of a type that
-    no template takes.
+    """Return the same arguments after checking them. Raises DiagnosticsError for an argument that
+    this program sets itself, or of a type that no template takes.
     """
-    taken = [name for name in given if name in OURS]
+    taken = [name for name in given if name in RESERVED_ARGUMENTS]
     if taken:
         raise DiagnosticsError(
             f"{where} names {', '.join(taken)}, which this program sets itself when it renders a"
@@ -216,28 +228,30 @@ def template_arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
             isinstance(value, list) and all(isinstance(item, dict) for item in value)
         ):
             raise DiagnosticsError(
-                f"{where}: {name} should be a list of objects; found {shown(value)}. Mend or leave"
+                f"{where}: {name} should be a list of objects; found {preview(value)}. Fix or leave"
                 " it out."
             )
     template, final = given.get("chat_template"), given.get("continue_final_message")
     if template is not None and not isinstance(template, str):
         raise DiagnosticsError(
-            f"{where}: chat_template should be a template's name or text; found {shown(template)}."
-            " Mend or leave it out."
+            f"{where}: chat_template should be a template's name or text; found"
+            f" {preview(template)}. Fix or leave it out."
         )
     if final is not None and not isinstance(final, bool):
         raise DiagnosticsError(
-            f"{where}: continue_final_message should be true or false; found {shown(final)}. Mend"
+            f"{where}: continue_final_message should be true or false; found {preview(final)}. Fix"
             " or leave it out."
         )
     return given
 
 
 def require_template(templates, arguments: dict[str, Any], where: str) -> None:
-    """Raise DiagnosticsError where a tokenizer's templates leave open which one is meant, or none
-    has the name that is given.
+    """Raise DiagnosticsError where it is not clear which of a tokenizer's templates is meant.
 
-    templates: a tokenizer's `chat_template`, a text, a dict of named ones, or None.
+    Args:
+        templates: A tokenizer's `chat_template`: a text, a dict of named templates, or None.
+        arguments: The template's arguments; `chat_template` may name one.
+        where: Name of the row, for errors.
     """
     wanted = arguments.get("chat_template")
     names = sorted(templates) if isinstance(templates, dict) else []

@@ -12,13 +12,22 @@ from diagnostics.models.chat_templates import Template
 
 
 def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int, ...]:
-    """Ids of a prompt, the only ones that sampling, scoring, training and imports use.
+    """Encode a prompt. Sampling, scoring, training and imports all use these ids.
 
-    rendered: a chat template wrote the text, which then is all there is: the ids are those of
-    `apply_chat_template(tokenize=True)`. Other text keeps the tokenizer's start token, which stands
-    once where the text brings it as well, unless the text holds special tokens and the chat
-    template writes no start token. Nothing is ever put behind a prompt: the student would answer
-    after the end of a text."""
+    Other text than a rendered one keeps the tokenizer's start token. It is written once where the
+    text brings it as well, and not at all where the text holds special tokens and the chat template
+    writes no start token. Nothing is ever added after a prompt: the student would answer after the
+    end of a text.
+
+    Args:
+        tokenizer: The pair's tokenizer.
+        text: The prompt as text.
+        rendered: A chat template wrote the text. It is then complete, and the ids are those of
+            `apply_chat_template(tokenize=True)`.
+
+    Returns:
+        The token ids.
+    """
     require_unicode(text)
     bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     start = () if rendered else start_ids(tokenizer)
@@ -28,7 +37,7 @@ def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int,
 
 
 def start_ids(tokenizer) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before every text."""
+    """Return the ids that the tokenizer puts before every text."""
     for text in ("a", "0", "."):  # not every vocabulary has a token for each
         bare, whole = (
             tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -44,34 +53,32 @@ def start_ids(tokenizer) -> tuple[int, ...]:
     return ()
 
 
-_BEGINNINGS: weakref.WeakKeyDictionary[Any, tuple[str, tuple[int, ...] | None]] = (
+_BEGINNINGS: weakref.WeakKeyDictionary[Any, tuple[str, tuple[int, ...]]] = (
     weakref.WeakKeyDictionary()
 )
-"""By tokenizer: its chat template, and the ids of what that writes for a question; seen once, as it
-takes a process.
+"""Per tokenizer: its chat template, and the ids of what that writes for a question. They are kept
+because rendering them starts a process.
 """
 
 
 def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...]) -> bool:
-    """The text has special tokens, and the template that writes such texts begins them without
-    `start`.
+    """Whether the text has special tokens and the template that writes such texts begins them
+    without `start`.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     if not template or not special_ids(tokenizer).intersection(bare):
         return False
     if _BEGINNINGS.get(tokenizer, ("",))[0] != template:
-        written = render(tokenizer, [{"role": "user", "content": "a"}])
-        _BEGINNINGS[tokenizer] = (
-            template,
-            written and tuple(tokenizer(written, add_special_tokens=False)["input_ids"]),
-        )
+        written = try_render(tokenizer, [{"role": "user", "content": "a"}])
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"] if written else ()
+        _BEGINNINGS[tokenizer] = (template, tuple(ids))
     beginning = _BEGINNINGS[tokenizer][1]
     return bool(beginning) and beginning[: len(start)] != start
 
 
 def special_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that `decode(skip_special_tokens=True)` leaves out: those named (start,
-    end, ...) and those flagged.
+    """Return the ids that `decode(skip_special_tokens=True)` leaves out: named tokens (start, end,
+    ...) and tokens flagged as special.
     """
     flagged = {
         i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
@@ -79,11 +86,11 @@ def special_ids(tokenizer) -> frozenset[int]:
     return frozenset(flagged.union(tokenizer.all_special_ids))
 
 
-def render(
+def try_render(
     tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs
 ) -> str | None:
-    """Messages of our own by the chat template, to learn how it writes; None without one, or where
-    it refuses them.
+    """Render our own messages to learn how the chat template writes; None where there is no
+    template or it refuses them.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -91,18 +98,17 @@ def render(
         return Template(tokenizer)(
             messages, "the chat template", add_generation_prompt=add_generation_prompt, **kwargs
         )
-    except DiagnosticsError:  # what the template does with prompts is seen when they are rendered
+    except DiagnosticsError:  # a fault of the template is reported when prompts are rendered
         return None
 
 
 def uses_clock(tokenizer, kwargs: dict[str, Any] | None = None) -> bool:
-    """The chat template asks for the time, so that a prompt is another one tomorrow."""
-    question, kwargs = (
-        [{"role": "user", "content": "a"}],
-        template_arguments(kwargs or {}, "--chat-template-kwargs"),
-    )
-    no_clock = {**kwargs, "strftime_now": "no function"}  # whoever calls it ends in an error
+    """Whether the chat template asks for the time, so that a prompt differs from day to day."""
+    question = [{"role": "user", "content": "a"}]
+    kwargs = template_arguments(kwargs or {}, "--chat-template-kwargs")
+    # A template that calls this in place of the clock ends in an error.
+    no_clock = {**kwargs, "strftime_now": "no function"}
     return (
-        render(tokenizer, question, **kwargs) is not None
-        and render(tokenizer, question, **no_clock) is None
+        try_render(tokenizer, question, **kwargs) is not None
+        and try_render(tokenizer, question, **no_clock) is None
     )

@@ -1,16 +1,15 @@
 """Prompt files and data sets become prompts with stable ids.
 
-JSONL, parquet or CSV, or a Hugging Face data set (`hf:NAME`), with a `prompt` column (text, or a
-list of chat messages), or `messages`, or any column by name; optional `answer` and `prompt_id`. A
-teacher that sees more than the student gets it from `teacher_prompt` (text or messages, whole) or
-`hint` (text put before the last user message). `tools`, `documents` and `chat_template_kwargs` go
-into the row's template. A text that is rendered already stays as it is. Rows that cannot be used
-are counted and said, never dropped in silence; so are the columns that are not used."""
+JSONL, parquet or CSV files and Hugging Face data sets (`hf:NAME`) are read. The prompt stands in a
+column `prompt` (text, or a list of chat messages), `messages`, or any named column; `answer` and
+`prompt_id` are optional. A teacher that sees more than the student reads `teacher_prompt` (text or
+messages, in place of the prompt) or `hint` (text that is put before the last user message).
+`tools`, `documents` and `chat_template_kwargs` go to the chat template. A text that is rendered
+already stays as it is. Rows that cannot be used are counted and logged, never dropped silently;
+columns that are not used are named in the log."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -18,57 +17,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from diagnostics.contexts.conversations import ARGUMENTS, plain, read_text, row_arguments
+from diagnostics.contexts.conversations import TEMPLATE_COLUMNS, parse_messages, row_arguments
 from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.contexts.prompt_ids import cell_text, id_text, is_ambiguous_id, source_digest
+from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.rows import AS_WRITTEN, EXACT, keep_whole_numbers, missing, read_rows
+from diagnostics.core.rows import missing
 from diagnostics.core.types import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("diagnostics")
-DATASET = "hf:"
 LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
+"""Reasons for leaving a prompt out, by the name of the count."""
 NOTED = {
     "replies_cut": (
-        "chats end with the assistant's turn, which was cut off: the student writes it. Where it"
-        " should go on from there, "
+        "chats end with the assistant's turn, which was cut off: the student writes it. To let"
+        " the student continue that turn, "
         """pass --chat-template-kwargs '{"continue_final_message": true}'"""
     ),
     "continued": (
         "chats end with the beginning of the assistant's turn, which the student continues"
     ),
-    "rendered": "prompts were rendered before: no chat template was put around them",
+    "rendered": "prompts were rendered already: no chat template was put around them",
     "special_inside": (
-        "texts hold special tokens in their midst; the chat template was put around them as"
-        " they are"
+        "texts contain special tokens after their beginning; the chat template was put around"
+        " them unchanged"
     ),
     "vague_ids": (
-        "ids are floats of 2**53 and more, which no longer tell whole numbers apart: the prompts"
+        "ids are floats of 2**53 and more, which no longer tell whole numbers apart: these prompts"
         " are named by their text instead"
     ),
     "arguments_unused": (
-        "prompts have tools or documents that are not used: nothing of them is in the rendered text"
+        "prompts have tools or documents that are not used: the rendered text contains nothing of"
+        " them"
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
-KNOWN = ("prompt_id", "answer", "hint", "teacher_prompt", *ARGUMENTS)
-"""Columns that a prompt file may have beside the prompt."""
-FROZEN = ("context_id", "prompt_ids", "response_ids", "finished")
-"""Columns by which a table of this program's contexts is told: its prompts are rendered."""
+OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
+"""Columns that a prompt file may have in addition to the prompt."""
+CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
+"""A table with all of these columns holds this program's contexts, whose prompts are rendered."""
 CHARACTERS = 16
-"""Characters of a text that are tokenised for each token of the limit, at first, to see whether it
+"""Characters of a text that are tokenized per token of the limit, at first, to see whether the text
 is longer; four are usual.
 """
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts, and how they are rendered."""
+    """Settings of reading and rendering prompts."""
 
     prompts: str | None = field(
         default=None,
@@ -86,13 +86,16 @@ class PromptConfig:
         default=None,
         metadata={"help": "column with the prompt; `prompt` or `messages` where not given"},
     )
-    contexts: int | None = field(default=None, metadata={"help": "use the first so many prompts"})
+    contexts: int | None = field(
+        default=None,
+        metadata={"help": "number of prompts to use, from the first on; all where not given"},
+    )
     max_prompt_tokens: int | None = field(
         default=None,
         metadata={
             "help": (
-                "leave out longer prompts; what the models' windows leave beside the response where"
-                " not given"
+                "leave out prompts with more tokens; where not given, those that leave no room for"
+                " the response in the models' window"
             )
         },
     )
@@ -109,17 +112,64 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in file order, and what became of the rows."""
+    """Prompts in file order, and counts of what became of the rows."""
 
     prompts: list[Prompt]
     counts: dict[str, int]
-    """rows read, prompts used, rows left out (empty, repeated, over_long), what NOTED says of the
-    rendering, not_needed (usable, beyond the number asked for)."""
+    """Number of `rows` read and of `prompts` returned; rows left out (`empty`, `repeated`,
+    `over_long`); the counts of NOTED; and `not_needed`, usable prompts beyond the number asked
+    for.
+    """
 
 
-def load_prompts(path: str | Path, **options) -> list[Prompt]:
-    """The prompts of a file or data set; arguments and errors as in `read_prompts`."""
-    return read_prompts(path, **options).prompts
+def load_prompts(
+    path: str | Path,
+    *,
+    tokenizer,
+    prompts_split: str | None = None,
+    prompt_column: str | None = None,
+    contexts: int | None = None,
+    max_prompt_tokens: int | None = None,
+    chat: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Prompt]:
+    """Read prompts from a file or data set and render them with the tokenizer's chat template.
+
+    Empty prompts, repetitions of an earlier prompt and prompts that are too long are left out; a
+    warning in the log counts them.
+
+    Args:
+        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
+            data set.
+        tokenizer: The pair's tokenizer; its chat template renders the prompts.
+        prompts_split: Split of a data set; None reads `train`. Files have none.
+        prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
+        contexts: Number of prompts to return; None returns all.
+        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
+            limit.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already. Message lists are always rendered.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        The prompts in file order, each with the rendered text, its answer if it has one, and
+        the teacher's own prompt if it has one.
+
+    Raises:
+        DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
+            prompt is neither text nor messages; an id names two prompts; or there are fewer
+            prompts than `contexts`.
+    """
+    return read_prompts(
+        path,
+        tokenizer=tokenizer,
+        prompts_split=prompts_split,
+        prompt_column=prompt_column,
+        contexts=contexts,
+        max_prompt_tokens=max_prompt_tokens,
+        chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
+    ).prompts
 
 
 def read_prompts(
@@ -133,18 +183,31 @@ def read_prompts(
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PromptSet:
-    """Read and render prompts, and count what was left out.
+    """Read prompts as `load_prompts` does, and return the counts with them.
 
-    path: a file, or `hf:NAME[:CONFIG][@REVISION]` with `prompts_split`. Message lists, also as JSON
-    text, always go through the tokenizer's chat template, text only with `chat`, where there is a
-    template and it is not rendered already; all ask for a reply. chat_template_kwargs: what the
-    template is given; a row's own come before. Empty prompts, repeats of an earlier one and those
-    of more than `max_prompt_tokens` tokens (None: the tokenizer's own limit) are left out and
-    counted in a warning. Returns the first `contexts` prompts, all where None. Raises
-    DiagnosticsError for a source that is missing, empty or unreadable, a missing column, a prompt
-    of another type, an id with two prompts, or fewer prompts than asked for."""
-    frame = _read_source(str(path), prompts_split)
-    column = _prompt_column(frame, prompt_column, path)
+    Args:
+        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
+            data set.
+        tokenizer: The pair's tokenizer; its chat template renders the prompts.
+        prompts_split: Split of a data set; None reads `train`. Files have none.
+        prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
+        contexts: Number of prompts to return; None returns all.
+        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
+            limit.
+        chat: Render text prompts with the chat template, where there is one and the text is not
+            rendered already. Message lists are always rendered.
+        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+
+    Returns:
+        A PromptSet: the prompts in file order, and what became of the rows.
+
+    Raises:
+        DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
+            prompt is neither text nor messages; an id names two prompts; or there are fewer
+            prompts than `contexts`.
+    """
+    frame = read_source(str(path), prompts_split)
+    column = prompt_column_of(frame, prompt_column, path)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
     counts: Counter = Counter(
@@ -158,10 +221,13 @@ def read_prompts(
             prompts[prompt.prompt_id] = prompt
     counts.update({name: renderer.counts[name] for name in NOTED})
     _say(counts, path, limit)
-    say_unused(
-        set(frame.columns) - {column, *KNOWN} - (set(FROZEN) if _is_frozen(frame) else set()), path
+    log_unused_columns(
+        set(frame.columns)
+        - {column, *OPTIONAL_COLUMNS}
+        - (set(CONTEXT_COLUMNS) if _is_frozen(frame) else set()),
+        path,
     )
-    chosen = take(
+    chosen = first_prompts(
         list(prompts.values()), contexts, str(path), over_long=(counts["over_long"], limit)
     )
     counts["not_needed"] = len(prompts) - len(chosen)
@@ -170,20 +236,20 @@ def read_prompts(
 
 
 def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
+    """Yield the prompt of each row of the table."""
     frozen = _is_frozen(frame) and column == "prompt"
-    names: dict[
-        tuple[str, str | None], str
-    ] = {}  # of what is rendered alike, the first row's: a repeat
+    # Rows that render to the same texts are repetitions and get the first one's name.
+    names: dict[tuple[str, str | None], str] = {}
     for number, values in enumerate(frame.to_dict("records"), 1):
         where = f"{path}, row {number}"
         value, arguments = values[column], row_arguments(values, where)
         stays = frozen or renderer.spells(value, values.get("prompt_ids"))
         text = renderer(value, where, arguments, rendered=stays)
         teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
-        renderer.counts["vague_ids"] += is_vague(values.get("prompt_id"))
-        source = value if stays else read_text(value, where)
-        identity = name_of(values.get("prompt_id"), where) or names.setdefault(
-            (text, teacher), _source_digest(source, arguments, values)
+        renderer.counts["vague_ids"] += is_ambiguous_id(values.get("prompt_id"))
+        source = value if stays else parse_messages(value, where)
+        identity = id_text(values.get("prompt_id"), where) or names.setdefault(
+            (text, teacher), source_digest(source, arguments, values)
         )
         yield Prompt(
             identity,
@@ -194,43 +260,16 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         )
 
 
-def _source_digest(value, arguments: dict[str, Any], values: dict[str, Any]) -> str:
-    """Name of what a row asks, before any template wrote it: the same tomorrow, and for another
-    model's template.
-
-    values: the row, whose hint and teacher_prompt are asked as well.
-    """
-    more = arguments | {name: _plain_value(values.get(name)) for name in ("teacher_prompt", "hint")}
-    parts = {"prompt": _plain_value(value)} | {
-        name: part for name, part in more.items() if part not in (None, "")
-    }
-    if set(parts) == {"prompt"} and isinstance(value, str):
-        return digest(value)
-    return digest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str))
-
-
-def _plain_value(value):
-    """A cell in JSON's terms, keys without a value left out: Arrow gives every message the keys of
-    all.
-    """
-    if isinstance(value, dict):
-        return {str(key): _plain_value(part) for key, part in value.items() if not missing(part)}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain_value(part) for part in value]
-    return None if missing(value) else value
-
-
 def _is_frozen(frame: pd.DataFrame) -> bool:
-    return set(FROZEN) <= set(frame.columns)
+    """Whether the table holds this program's contexts."""
+    return set(CONTEXT_COLUMNS) <= set(frame.columns)
 
 
 def _unusable(
     prompt: Prompt, earlier: dict[str, Prompt], tokenizer, limit: int | None, path
 ) -> str | None:
-    """Why a prompt is left out, None where it is not. Raises DiagnosticsError for an id that names
-    another prompt.
+    """Return why a prompt is left out, or None where it is usable. Raises DiagnosticsError where
+    its id already names another prompt.
     """
     if not prompt.prompt.strip():
         return "empty"
@@ -246,27 +285,27 @@ def _unusable(
     if same is not None:
         return "repeated"
     texts = [text for text in (prompt.prompt, prompt.teacher_prompt) if text is not None]
-    return (
-        "over_long"
-        if limit and any(_longer(text, limit, tokenizer, prompt.rendered) for text in texts)
-        else None
-    )
+    if limit and any(_longer(text, limit, tokenizer, prompt.rendered) for text in texts):
+        return "over_long"
+    return None
 
 
 def _longer(text: str, limit: int, tokenizer, rendered: bool) -> bool:
-    """More tokens than `limit`; a text of fewer bytes than that is not tokenised to find out."""
+    """Whether the text has more than `limit` tokens. A text with fewer bytes than that is not
+    tokenized.
+    """
     short = 4 * len(text) + 8 <= limit or len(text.encode("utf-8", "surrogatepass")) + 8 <= limit
     return not short and (
-        far_longer(text, limit, tokenizer)
+        is_far_longer(text, limit, tokenizer)
         or len(encode_prompt(tokenizer, text, rendered=rendered)) > limit
     )
 
 
-def far_longer(text: str, limit: int, tokenizer) -> bool:
-    """A beginning of the text has over twice `limit` tokens, so that the whole, however large, need
-    not be tokenised.
+def is_far_longer(text: str, limit: int, tokenizer) -> bool:
+    """Whether a beginning of the text has more than twice `limit` tokens.
 
-    Twice, because a cut within a word changes the tokens of that word.
+    The whole text, however large, then need not be tokenized. The factor is two because cutting
+    inside a word changes the tokens of that word.
     """
     size = CHARACTERS * limit + 4096
     while size < len(text):
@@ -278,6 +317,7 @@ def far_longer(text: str, limit: int, tokenizer) -> bool:
 
 
 def _say(counts: Counter, path, limit: int | None) -> None:
+    """Log how many prompts were left out, and why."""
     if any(counts[kind] for kind in LEFT_OUT):
         left_out = ", ".join(
             f"{counts[kind]} {word}"
@@ -290,8 +330,8 @@ def _say(counts: Counter, path, limit: int | None) -> None:
             log.warning("%s: %d %s", path, counts[kind], words)
 
 
-def say_unused(names, path) -> None:
-    """Name, once, the columns of a file that nothing was read from."""
+def log_unused_columns(names, path) -> None:
+    """Log the names of the columns that nothing was read from."""
     unused = sorted(map(str, names))
     if unused:
         log.info(
@@ -301,16 +341,26 @@ def say_unused(names, path) -> None:
         )
 
 
-def take(
+def first_prompts(
     prompts: list[Prompt],
     contexts: int | None,
     source: str,
     *,
     over_long: tuple[int, int | None] = (0, None),
 ) -> list[Prompt]:
-    """The first `contexts` prompts. Raises DiagnosticsError where there are fewer, or none.
+    """Return the first `contexts` prompts; None returns all.
 
-    over_long: how many were left out for their length, and the limit; the message names it then.
+    Args:
+        prompts: The usable prompts.
+        contexts: Number asked for.
+        source: File or data set, for the error.
+        over_long: How many prompts were left out for their length, and the limit in tokens.
+
+    Returns:
+        The chosen prompts.
+
+    Raises:
+        DiagnosticsError: There are fewer prompts than asked for, or none.
     """
     wanted = len(prompts) if contexts is None else contexts
     if not prompts or not 1 <= wanted <= len(prompts):
@@ -327,72 +377,6 @@ def take(
     return prompts[:wanted]
 
 
-def digest(text: str) -> str:
-    """Short stable name of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-
-
-def _read_source(source: str, split: str | None) -> pd.DataFrame:
-    if source.startswith(DATASET):
-        return _read_dataset(source.removeprefix(DATASET), split or "train")
-    if split is not None:
-        raise DiagnosticsError(
-            f"--prompts-split {split} belongs to a data set, and {source} is a file. Write"
-            f" hf:{source}, or leave the split out."
-        )
-    return read_rows(Path(source), text=True)
-
-
-def _read_dataset(name: str, split: str) -> pd.DataFrame:
-    """One split of a Hugging Face data set, or of a local folder of its files (also one that
-    `save_to_disk` wrote).
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DiagnosticsError(
-            "Prompts from a data set need the package datasets. Run `pip install datasets`, or give"
-            " a file."
-        ) from error
-    datasets.disable_progress_bars()
-    try:
-        return keep_whole_numbers(
-            _open_dataset(datasets, name, split).with_format("arrow")[:].to_pandas(**AS_WRITTEN)
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DiagnosticsError(
-            f"{DATASET}{name}, split {split!r}, cannot be read ({reason}). Check name,"
-            " configuration and --prompts-split; a name needs a network, a local folder does not."
-        ) from error
-
-
-def _open_dataset(datasets, name: str, split: str):
-    folder = Path(name)
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(name)[split]
-    if (folder / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    if folder.is_dir():
-        return datasets.load_dataset(name, split=split)
-    name, _, revision = name.partition("@")
-    name, _, configuration = name.partition(":")
-    return datasets.load_dataset(
-        name, configuration or None, split=split, revision=revision or None
-    )
-
-
-def _prompt_column(frame: pd.DataFrame, wanted: str | None, path) -> str:
-    names = [wanted] if wanted else ["prompt", "messages"]
-    for name in names:
-        if name in frame.columns:
-            return name
-    raise DiagnosticsError(
-        f"{path} has no column {' or '.join(map(repr, names))}; it has"
-        f" {', '.join(map(str, frame.columns[:20]))}. Name the column with --prompt-column."
-    )
-
-
 def _teacher_prompt(
     values: dict[str, Any],
     value,
@@ -402,6 +386,9 @@ def _teacher_prompt(
     *,
     rendered: bool,
 ) -> str | None:
+    """Return what the teacher reads in place of the prompt, rendered; None where it reads the
+    prompt. Raises DiagnosticsError where a row has both a teacher_prompt and a hint.
+    """
     whole, hint = values.get("teacher_prompt"), cell_text(values.get("hint"), where)
     if not missing(whole) and not (isinstance(whole, str) and not whole.strip()):
         if hint:
@@ -413,32 +400,3 @@ def _teacher_prompt(
     return (
         renderer.with_hint(value, hint, where, arguments) if hint and not missing(value) else None
     )
-
-
-def cell_text(value, where: str) -> str | None:
-    """A cell as text, lists and objects as JSON; None where it is missing or empty."""
-    if missing(value) or (isinstance(value, str) and not value):
-        return None
-    held = value.item() if isinstance(value, np.generic) else value
-    return (
-        json.dumps(plain(held, where))
-        if isinstance(held, (list, tuple, dict, np.ndarray))
-        else str(held)
-    )
-
-
-def name_of(value, where: str) -> str | None:
-    """An id as text, None where there is none; 3.0, as a column that once had gaps holds it, is 3,
-    and a vague one is none.
-    """
-    value = value.item() if isinstance(value, np.generic) else value
-    if not isinstance(value, float) or not value.is_integer():
-        return cell_text(value, where)
-    return None if is_vague(value) else str(int(value))
-
-
-def is_vague(value) -> bool:
-    """A whole number that a float no longer tells from its neighbours: as an id it would join what
-    was apart.
-    """
-    return isinstance(value, (float, np.floating)) and EXACT <= abs(value) < float("inf")

@@ -1,4 +1,4 @@
-"""Rows become the text that a model reads: chat templates, rendered text, begun replies."""
+"""Rows become the text that a model reads: chat templates, rendered texts, begun replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from diagnostics.contexts.conversations import (
     as_messages,
-    read_text,
+    parse_messages,
     require_template,
     template_arguments,
 )
@@ -20,11 +20,17 @@ from diagnostics.core.rows import missing
 from diagnostics.models.chat_templates import Template
 
 PROBE = "opd-probe"
-"""What is rendered to see what a template writes around a message."""
+"""Text that is rendered to see what a template writes around a message."""
 
 
 class Renderer:
-    """Text or chat messages as the text that the tokenizer will see."""
+    """Renders text or chat messages to the text that the tokenizer reads.
+
+    Args:
+        tokenizer: The pair's tokenizer with its chat template.
+        chat: Whether to put the template around plain text, too.
+        kwargs: Arguments of the template for every row.
+    """
 
     def __init__(self, tokenizer, chat: bool = True, kwargs: dict[str, Any] | None = None):
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
@@ -41,7 +47,7 @@ class Renderer:
         self.counts: Counter = Counter()
         self._writes: dict[str, bool] = {}
         self.written: set[str] = set()
-        """Texts that the chat template wrote whole: `encode_prompt` adds nothing to them."""
+        """Texts that the chat template wrote completely: `encode_prompt` adds nothing to them."""
 
     def __call__(
         self,
@@ -52,14 +58,29 @@ class Renderer:
         rendered: bool = False,
         count: bool = True,
     ) -> str:
-        """The rendered prompt, "" for a missing one. Raises DiagnosticsError for anything else than
-        text or messages.
+        """Render a prompt.
 
-        arguments: what the row itself hands to the template. rendered: a text is known to be what
-        the tokenizer saw. count: note in `counts` what became of it."""
-        value = "" if missing(value) else value if rendered else read_text(value, where)
-        counts, arguments = self.counts if count else Counter(), self.arguments | (arguments or {})
-        if isinstance(value, str) and self._stays(value, rendered, counts):
+        Args:
+            value: Text or chat messages; a missing value gives "".
+            where: Name of the row, for errors.
+            arguments: What the row itself passes to the template.
+            rendered: Whether a text is known to be rendered already.
+            count: Whether to record in `counts` what became of the prompt.
+
+        Returns:
+            The rendered text.
+
+        Raises:
+            DiagnosticsError: The value is neither text nor messages, or the template refuses
+                it.
+        """
+        if missing(value):
+            value = ""
+        elif not rendered:
+            value = parse_messages(value, where)
+        counts = self.counts if count else Counter()
+        arguments = self.arguments | (arguments or {})
+        if isinstance(value, str) and self._needs_no_template(value, rendered, counts):
             counts["arguments_unused"] += bool(
                 value and (arguments.get("tools") or arguments.get("documents"))
             )
@@ -69,15 +90,15 @@ class Renderer:
             if isinstance(value, str)
             else self.messages(value, where)
         )
-        return self._asked(messages, where, arguments, counts)
+        return self._render_request(messages, where, arguments, counts)
 
     def messages(self, value, where: str) -> list[dict]:
-        """Chat messages as this template reads them."""
+        """Return chat messages in the form that this template reads."""
         return as_messages(value, where, blocks=_has_blocks(value) and self.reads_blocks)
 
     def render(self, messages: list[dict], where: str, arguments: dict[str, Any], **how) -> str:
-        """What the template writes for these messages. Raises DiagnosticsError where there is no
-        template, or it does not.
+        """Return what the template writes for these messages. Raises DiagnosticsError where there
+        is no template or it refuses them.
         """
         if not self.has_template:
             raise DiagnosticsError(
@@ -94,25 +115,24 @@ class Renderer:
             **how,
         )
 
-    def _stays(self, text: str, rendered: bool, counts: Counter) -> bool:
-        """A text that no template goes around: there is none, it is empty, or it has been through
-        it.
+    def _needs_no_template(self, text: str, rendered: bool, counts: Counter) -> bool:
+        """Whether no template is put around a text: there is none, the text is empty, or it is
+        rendered already.
         """
         if not self.wraps_text or not text.strip():
             return True
         rendered = rendered or self.is_rendered(text)
         counts["rendered"] += rendered
-        if (
-            rendered and self.frame[0] and text.startswith(self.frame[0])
-        ):  # as the template begins a prompt, start token or none
+        # A text that begins as the template begins a prompt is complete: no start token is added.
+        if rendered and self.frame[0] and text.startswith(self.frame[0]):
             self.written.add(text)
         counts["special_inside"] += not rendered and self.has_special(text)
         return rendered
 
-    def _asked(
+    def _render_request(
         self, messages: list[dict], where: str, arguments: dict[str, Any], counts: Counter
     ) -> str:
-        """Messages with the reply asked for, or with a reply that was begun left open."""
+        """Render messages so that they ask for the reply, or leave a begun reply open."""
         if self.continues(messages, arguments):
             counts["continued"] += 1
             how = {"continue_final_message": True}
@@ -123,21 +143,24 @@ class Renderer:
         text = self.render(messages, where, arguments, **how)
         self.written.add(text)
         given = [name for name in ("tools", "documents") if arguments.get(name)]
-        counts["arguments_unused"] += any(
-            [not self._is_written(name, text, messages, where, arguments, how) for name in given]
-        )
+        unused = [
+            name
+            for name in given
+            if not self._is_written(name, text, messages, where, arguments, how)
+        ]
+        counts["arguments_unused"] += bool(unused)
         return text
 
     def continues(self, messages: list[dict], arguments: dict[str, Any]) -> bool:
-        """The last message begins the reply: the caller says so, or the message itself (`prefix`,
-        as some servers take it).
+        """Whether the last message begins the reply: by the argument `continue_final_message`, or
+        by the message's own key `prefix`, as some servers accept it.
         """
         return messages[-1]["role"] == "assistant" and bool(
             arguments.get("continue_final_message") or messages[-1].get("prefix") is True
         )
 
     def question(self, messages: list[dict]) -> list[dict]:
-        """The chat up to the reply that is asked for."""
+        """Return the chat without the reply that is asked for."""
         answered = messages[-1]["role"] == "assistant" and len(messages) > 1
         return messages[:-1] if answered else messages
 
@@ -150,7 +173,9 @@ class Renderer:
         arguments: dict[str, Any],
         how: dict,
     ) -> bool:
-        """The template writes something of that argument, as the first row that has it shows."""
+        """Whether the template writes anything of that argument. The first row that has the
+        argument decides for all.
+        """
         if name not in self._writes:
             try:
                 without = self.render(
@@ -159,7 +184,7 @@ class Renderer:
                     {key: value for key, value in arguments.items() if key != name},
                     **how,
                 )
-            except DiagnosticsError:  # it cannot do without
+            except DiagnosticsError:  # the template needs this argument
                 without = None
             self._writes[name] = text != without
         return self._writes[name]
@@ -167,8 +192,22 @@ class Renderer:
     def with_hint(
         self, value, hint: str, where: str, arguments: dict[str, Any] | None = None
     ) -> str:
-        """The prompt with a hint before the last user message's text, or before the text."""
-        value = read_text(value, where)
+        """Render the prompt with a hint before the text of the last user message, or before a text
+        prompt.
+
+        Args:
+            value: The prompt, text or chat messages.
+            hint: Text that only the teacher reads.
+            where: Name of the row, for errors.
+            arguments: What the row itself passes to the template.
+
+        Returns:
+            The rendered text.
+
+        Raises:
+            DiagnosticsError: The prompt is rendered already, or has no user message.
+        """
+        value = parse_messages(value, where)
         if isinstance(value, str) and self.wraps_text and self.is_rendered(value):
             raise DiagnosticsError(
                 f"{where} has a hint, and its prompt is rendered already, so that the hint has no"
@@ -200,14 +239,16 @@ class Renderer:
             count=False,
         )
 
-    # What the template writes around a message, seen from what it makes of one.
+    # What the template writes around a message is found by rendering one.
 
     def has_special(self, text: str) -> bool:
-        """A special token of the tokenizer is in the text."""
+        """Whether a special token of the tokenizer occurs in the text."""
         return any(token in text for token in self.special)
 
     def is_rendered(self, text: str) -> bool:
-        """The text begins with a special token, or is framed as the template frames a question."""
+        """Whether the text begins with a special token, or is framed as the template frames a
+        question.
+        """
         stripped = text.strip()
         if any(stripped.startswith(token) for token in self.special):
             return True
@@ -219,7 +260,7 @@ class Renderer:
         )
 
     def spells(self, text, ids) -> bool:
-        """The text is that of the prompt's ids, so it is what the tokenizer saw."""
+        """Whether the text is that of the prompt's ids, and therefore what the tokenizer saw."""
         if (
             not isinstance(text, str)
             or not text
@@ -236,7 +277,7 @@ class Renderer:
     @cached_property
     def frame(self) -> tuple[str, str]:
         """What the template writes before a question and, to ask for the reply, at the very end;
-        empty where that cannot be seen.
+        empty where that cannot be determined.
         """
         asked, told = self._probe(PROBE), self._probe(PROBE, add_generation_prompt=False)
         if PROBE not in asked:
@@ -246,11 +287,12 @@ class Renderer:
 
     @cached_property
     def reads_blocks(self) -> bool:
-        """The template takes content as a list of blocks, and writes the text in it."""
+        """Whether the template takes content as a list of blocks and writes their text."""
         text = self._probe(PROBE)
         return bool(text) and text == self._probe([{"type": "text", "text": PROBE}])
 
     def _probe(self, content, **how) -> str:
+        """Render one message with this content; "" where the template refuses it."""
         try:
             return self.render(
                 [{"role": "user", "content": content}],
@@ -263,6 +305,7 @@ class Renderer:
 
 
 def _has_blocks(value) -> bool:
+    """Whether any message has its content as a list of blocks."""
     return isinstance(value, (list, tuple, np.ndarray)) and any(
         isinstance(message, dict) and isinstance(message.get("content"), (list, np.ndarray))
         for message in value

@@ -1,14 +1,16 @@
 """Plain data out of a torch archive, read without running anything in it.
 
-A `.pt` file is a zip whose `data.pkl` is a program for a small stack machine. Here only the
+A `.pt` file is a zip archive whose `data.pkl` is a program for a small stack machine. Here only the
 instructions that build dicts, lists, tuples, text, numbers, booleans and None are carried out.
 Those that name or call code (classes, functions, storages of tensors) leave an `Opaque` mark in
-place of a value: nothing is imported or called, so an archive from a stranger can do no more than
-be refused.
+place of a value. Nothing is imported or called, so an untrusted archive cannot execute code.
+`torch.load` with weights_only=True does not serve here: it fails at the first class that it does
+not know, and real dumps hold such classes beside the plain rows.
 
-Nor can it hang the reader or fill its memory: entries, sizes, instructions, nesting and the size of
-the value with everything that is shared in it counted as often as it stands there are bounded, each
-before the work it would cause. Nothing here recurses."""
+Nor can an archive hang the reader or fill its memory. The number of entries, the sizes, the
+instructions, the nesting, and the size of the value (with everything that is shared in it counted
+as often as it occurs) are bounded, each before the work that it would cause. Nothing here
+recurses."""
 
 from __future__ import annotations
 
@@ -22,59 +24,65 @@ from typing import Any
 
 from diagnostics.core.errors import DiagnosticsError
 
-DIRECTORY = 2**26
-"""Bytes of the zip's list of entries: half a million of them, as torch names them; zipfile reads
-them all at once.
+MAX_DIRECTORY_BYTES = 2**26
+"""Bytes of the zip's list of entries: half a million of them, as torch names them. zipfile reads
+the list as a whole.
 """
-ENTRIES = 500_000
-"""Entries of the zip; torch writes one a tensor, and a dump of rollouts has some thousands."""
-PROGRAM = 2**29
-"""Bytes of the program: what 2^25 instructions with the longest number each, and their texts, come
-to.
+MAX_ENTRIES = 500_000
+"""Entries of the zip. torch writes one per tensor, and a dump of rollouts has a few thousand."""
+MAX_PROGRAM_BYTES = 2**29
+"""Bytes of the program: enough for 2^25 instructions with the longest numbers, and their texts."""
+ALWAYS_ALLOWED_BYTES = 2**24
+"""A program up to this size may be compressed to any degree: it is read within seconds."""
+MAX_PACKING_RATIO = 100
+"""Compression that is allowed for a larger program. torch does not compress at all, and token ids
+shrink to a tenth.
 """
-SMALL = 2**24
-"""Bytes up to which a program may be packed as tightly as it likes: it is read within seconds."""
-RATIO = 100
-"""Times by which a larger program may be packed. torch does not pack at all, and token ids shrink
-to a tenth.
-"""
-INSTRUCTIONS = 2**25
+MAX_INSTRUCTIONS = 2**25
 """Instructions: ids, log-probabilities and masks of ten million tokens, read in about twenty
 seconds.
 """
-TEXT = 2**26
-"""Bytes of one text: ten times a response of a million tokens."""
-NESTING = 100
-"""Levels of lists, tuples and dicts in each other. Dumps have fewer than ten, and Python's own
-printer gives up near 1000.
+MAX_TEXT = 2**26
+"""Characters of one text: ten times a response of a million tokens."""
+MAX_NESTING = 100
+"""Levels of lists, tuples and dicts inside each other. Dumps have fewer than ten, and Python's own
+printer fails near 1000.
 """
-EXPANDED = 2**27
-"""Values, and each 64 characters of text, with what is shared counted everywhere it stands: whoever
-walks the value meets so many.
+MAX_EXPANDED = 2**27
+"""Values, and each 64 characters of text, with what is shared counted wherever it occurs: code that
+walks the value visits this many.
 """
-LARGEST_KEY = 2**60
-"""Least whole number that is no key: larger ones can be made so that thousands share a hash, and a
-dict of them takes for ever.
+KEY_LIMIT = 2**60
+"""Smallest whole number that is refused as a key. Larger ones can be chosen so that thousands share
+a hash, and building a dict of them would take forever.
 """
-PIECE = 2**20
-"""Bytes that are unpacked at a time."""
+PIECE_BYTES = 2**20
+"""Bytes that are decompressed at a time."""
 
 
 class Opaque:
-    """A value that only code could build."""
+    """Stands for a value that only code could build."""
 
     def __repr__(self) -> str:
         return "a value that needs code to be built"
 
 
 def read_archive(path: str | Path) -> Any:
-    """The value that a torch archive holds, with `Opaque` where it is not plain data.
+    """Return the value that a torch archive holds, with `Opaque` for what is not plain data.
 
-    Raises DiagnosticsError for a file that is missing, damaged, beyond the bounds above or no
-    archive of that kind."""
+    Args:
+        path: A `.pt` file.
+
+    Returns:
+        Dicts, lists, tuples, text, numbers, booleans, None and `Opaque`.
+
+    Raises:
+        DiagnosticsError: The file is missing, damaged, exceeds a bound of this module, or is no
+            such archive.
+    """
     path = Path(path)
     try:
-        value = _Machine().run(_program(path))
+        value = _PickleMachine().run(_program(path))
         _require_small(value)
         return value
     except _REFUSED as error:
@@ -99,41 +107,42 @@ _REFUSED = (
     RuntimeError,
     MemoryError,
 )
-"""What damage to a zip, or to the program in it, ends in."""
+"""Errors that damage to a zip, or to the program in it, leads to."""
 
 
 def _program(path: Path) -> bytes:
-    """The bytes of the one data.pkl in the zip, never more than are allowed."""
+    """Return the bytes of the zip's only data.pkl, at most as many as are allowed."""
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
-    with open(path, "rb") as file, zipfile.ZipFile(_Sparing(file)) as archive:
+    with open(path, "rb") as file, zipfile.ZipFile(_BoundedFile(file)) as archive:
         entries = archive.infolist()
-        if len(entries) > ENTRIES:
-            raise ValueError(f"{len(entries)} entries, and {ENTRIES} are the most")
+        if len(entries) > MAX_ENTRIES:
+            raise ValueError(f"{len(entries)} entries, and {MAX_ENTRIES} are the most")
         found = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(found) != 1 or found[0].file_size > PROGRAM:
-            raise ValueError(f"{len(found)} data.pkl of at most {PROGRAM} bytes in it")
+        if len(found) != 1 or found[0].file_size > MAX_PROGRAM_BYTES:
+            raise ValueError(f"{len(found)} data.pkl of at most {MAX_PROGRAM_BYTES} bytes in it")
         _require_plainly_packed(found[0])
         return b"".join(_pieces(archive, found[0]))
 
 
 def _require_plainly_packed(entry: zipfile.ZipInfo) -> None:
+    """Raise ValueError for a compression that torch does not write, or one beyond the bound."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("data.pkl is packed in a way that torch does not write")
-    if entry.file_size > max(SMALL, RATIO * entry.compress_size):
+    if entry.file_size > max(ALWAYS_ALLOWED_BYTES, MAX_PACKING_RATIO * entry.compress_size):
         raise ValueError(
-            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and {RATIO} times is"
-            " the most"
+            f"{entry.compress_size} bytes that unpack to {entry.file_size}, and"
+            f" {MAX_PACKING_RATIO} times is the most"
         )
 
 
 def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-    """The entry's content. The size that it names is not believed: reading stops one byte beyond
-    it.
+    """Yield the entry's content. The size that it names is not trusted: reading stops one byte
+    beyond it.
     """
     left = entry.file_size
     with archive.open(entry) as content:
-        while piece := content.read(min(PIECE, left + 1)):
+        while piece := content.read(min(PIECE_BYTES, left + 1)):
             left -= len(piece)
             if left < 0:
                 raise ValueError(
@@ -144,35 +153,35 @@ def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]
         raise ValueError(f"data.pkl ends {left} bytes early")
 
 
-class _Sparing:
+class _BoundedFile:
     """A file that refuses to be read in pieces larger than the longest list of entries: zipfile
-    asks for whatever a zip names.
+    asks for whatever size a zip names.
     """
 
     def __init__(self, file) -> None:
         self.file = file
-        self.seek, self.tell, self.close, self.seekable = (
-            file.seek,
-            file.tell,
-            file.close,
-            file.seekable,
-        )
+        self.seek = file.seek
+        self.tell = file.tell
+        self.close = file.close
+        self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes; all that are left for a negative size."""
-        if size > DIRECTORY:
-            raise ValueError(f"it names a part of {size} bytes, and {DIRECTORY} are the most")
-        found = self.file.read(size if size >= 0 else DIRECTORY + 1)
-        if len(found) > DIRECTORY:
-            raise ValueError(f"it has a part of more than {DIRECTORY} bytes")
+        """Return that many bytes, or all the rest for a negative size. Raises ValueError beyond the
+        bound.
+        """
+        if size > MAX_DIRECTORY_BYTES:
+            raise ValueError(
+                f"it names a part of {size} bytes, and {MAX_DIRECTORY_BYTES} are the most"
+            )
+        found = self.file.read(size if size >= 0 else MAX_DIRECTORY_BYTES + 1)
+        if len(found) > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"it has a part of more than {MAX_DIRECTORY_BYTES} bytes")
         return found
 
 
 def _require_small(value: Any) -> None:
-    """Raise ValueError for a value that holds itself, is nested too deeply or, walked, would never
-    end.
-
-    What is shared is looked at once and counted wherever it stands.
+    """Raise ValueError for a value that contains itself, is nested too deeply, or would take too
+    long to walk. What is shared is visited once and counted wherever it occurs.
     """
     totals: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
@@ -192,20 +201,21 @@ def _require_small(value: Any) -> None:
             todo += [
                 (part, False) for part in _parts(item) if isinstance(part, dict | list | tuple)
             ]
-    if _measured([value], totals)[0] > EXPANDED:
+    if _measured([value], totals)[0] > MAX_EXPANDED:
         raise ValueError(_TOO_LARGE)
 
 
-_TOO_LARGE = f"written out, its value holds more than {EXPANDED} parts"
+_TOO_LARGE = f"written out, its value holds more than {MAX_EXPANDED} parts"
 
 
 def _parts(item: dict | list | tuple):
+    """Return what a container holds."""
     return item.values() if isinstance(item, dict) else item
 
 
 def _measured(item: dict | list | tuple, totals: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values in a container, itself among them, and levels. Raises ValueError where either is too
-    large.
+    """Return the number of values in a container, itself included, and its levels. Raises
+    ValueError where either is too large.
     """
     size = 1 + (
         sum(1 + len(key) // 64 for key in item if isinstance(key, str))
@@ -219,15 +229,15 @@ def _measured(item: dict | list | tuple, totals: dict[int, tuple[int, int]]) -> 
             size, deepest = size + inner, max(deepest, levels)
         else:
             size += 1 + (len(part) // 64 if isinstance(part, str) else 0)
-    if deepest >= NESTING:
-        raise ValueError(f"its values are nested more than {NESTING} deep")
-    if size > EXPANDED:
+    if deepest >= MAX_NESTING:
+        raise ValueError(f"its values are nested more than {MAX_NESTING} deep")
+    if size > MAX_EXPANDED:
         raise ValueError(_TOO_LARGE)
     return size, deepest + 1
 
 
-class _Machine:
-    """The stack machine, for instructions that build plain data."""
+class _PickleMachine:
+    """The stack machine, limited to instructions that build plain data."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -235,10 +245,13 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
+        """Carry out a program and return the value on top of the stack at its end. Raises
+        ValueError for an instruction that plain data does not need.
+        """
         for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
             name = instruction.name
-            if count >= INSTRUCTIONS:
-                raise ValueError(f"more than {INSTRUCTIONS} instructions")
+            if count >= MAX_INSTRUCTIONS:
+                raise ValueError(f"more than {MAX_INSTRUCTIONS} instructions")
             if name == "STOP":
                 return self.stack[-1]
             if name in _PUSHES:
@@ -252,16 +265,16 @@ class _Machine:
         raise ValueError("it ends in the middle")
 
     def replace(self, count: int, value: Any) -> None:
-        """Put a value in place of the uppermost `count`."""
+        """Put a value in place of the uppermost `count` values."""
         self.pop(count)
         self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
-        """Take what was pushed since the last mark."""
+        """Take the values that were pushed since the last mark."""
         return self.pop(len(self.stack) - self.marks.pop())
 
     def tuple_of(self, count: int) -> None:
-        """The uppermost values as one tuple."""
+        """Put the uppermost `count` values into one tuple."""
         self.stack.append(tuple(self.pop(count)))
 
     def extend(self, values: list[Any]) -> None:
@@ -272,7 +285,7 @@ class _Machine:
             raise ValueError("a value is added to something that is no list")
 
     def update(self, values: list[Any]) -> None:
-        """Add keys and values, in turn, to the dict on top."""
+        """Add keys and values, which alternate, to the dict on top."""
         if isinstance(self.stack[-1], dict):
             _require_keys(values[::2])
             self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
@@ -280,7 +293,7 @@ class _Machine:
             raise ValueError("a key is set on something that is no dict")
 
     def pop(self, count: int) -> list[Any]:
-        """Take the uppermost values."""
+        """Take the uppermost `count` values."""
         first = len(self.stack) - count
         if first < 0 or count < 0:
             raise ValueError("an instruction finds too few values")
@@ -290,15 +303,15 @@ class _Machine:
 
 
 def _require_keys(keys: list[Any]) -> None:
-    """Text and whole numbers: the hash of a tuple walks all that is in it, however often, and as
-    deep as it goes.
+    """Raise ValueError for keys other than text and small whole numbers. The hash of a tuple walks
+    everything in it, as often as it occurs and as deep as it goes.
     """
     for key in keys:
         if not isinstance(key, str | int):
             raise ValueError(
                 f"a key is a {type(key).__name__}, and text and whole numbers are the only keys"
             )
-        if isinstance(key, int) and not -LARGEST_KEY < key < LARGEST_KEY:
+        if isinstance(key, int) and not -KEY_LIMIT < key < KEY_LIMIT:
             raise ValueError(
                 f"a key is a whole number of {key.bit_length()} bits, and 60 are the most"
             )
@@ -309,8 +322,8 @@ def _argument(value: Any) -> Any:
 
 
 def _text(value: str) -> str:
-    if len(value) > TEXT:
-        raise ValueError(f"a text of {len(value)} characters, and {TEXT} are the most")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"a text of {len(value)} characters, and {MAX_TEXT} are the most")
     return value
 
 
@@ -325,7 +338,8 @@ _PUSHES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _text),
     "GLOBAL": lambda _: Opaque(),
 }
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+"""Instructions that push one value, and how it is made from their argument."""
+_ACTIONS: dict[str, Callable[[_PickleMachine, Any], None]] = {
     "MARK": lambda m, _: m.marks.append(len(m.stack)),
     "POP": lambda m, _: m.stack.pop() and None,
     "BINPUT": lambda m, at: m.memo.__setitem__(at, m.stack[-1]),
@@ -342,5 +356,6 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda m, _: m.update(m.pop(2)),
     "SETITEMS": lambda m, _: m.update(m.since_mark()),
 }
+"""Instructions that work on the stack."""
 _OPAQUE = {"STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3, "BUILD": 2, "BINPERSID": 1}
 """Instructions that name or call code, and how many values they take."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAIR = "models.pair.PairConfig"
 PROMPTS = "contexts.prompts.PromptConfig"
 ROLLOUT = "contexts.rollouts.RolloutConfig"
-BANK = "contexts.import_rollouts.BankConfig"
+BANK = "contexts.import_rollouts.ImportConfig"
 SCORE = "probing.scores.ScoreConfig"
 PROBE = "probing.one_step.ProbeConfig"
 INTERVENTION = "probing.intervention.InterventionConfig"

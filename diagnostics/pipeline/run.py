@@ -46,6 +46,7 @@ log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",
     "training_gains.parquet",
@@ -282,6 +283,16 @@ class Run:
         if joined.get(name) != digest or name in self.manifest.get("begun", {}):
             joined[name] = digest
             self._end(name)
+
+    def wrote(self, stage: str, name: str) -> bool:
+        """True for a file that this stage wrote: no other one's record has it, and it was not there
+        when the stage began.
+        """
+        others = [record for each, record in self.manifest["stages"].items() if each != stage]
+        begun = self.manifest.get("begun", {}).get(stage)
+        mine = name in self.manifest["stages"].get(stage, {}).get("files", {})
+        new = begun is not None and name not in begun
+        return (mine or new) and not any(name in record["files"] for record in others)
 
     def record_file(self, name: str) -> None:
         """Record the hash of a file that was already written, as `joining` does."""

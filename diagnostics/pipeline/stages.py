@@ -29,7 +29,7 @@ from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import read_parquet, validate_tokens
-from diagnostics.core.tables import write_csv, write_json, write_parquet
+from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
@@ -37,7 +37,7 @@ from diagnostics.pipeline.run import Run
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig
     from diagnostics.analysis.selection import ComparisonConfig
-    from diagnostics.contexts.import_rollouts import BankConfig
+    from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
     from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
@@ -81,7 +81,7 @@ def rollout_stage(
     models: Models,
     prompts: PromptConfig,
     rollout: RolloutConfig,
-    elsewhere: BankConfig | None = None,
+    elsewhere: ImportConfig | None = None,
 ) -> None:
     """Sample and freeze contexts, or freeze the rollouts of another program.
 
@@ -93,7 +93,7 @@ def rollout_stage(
         elsewhere: A file of rollouts. Where its `rollouts` is set, those are frozen and nothing is
             sampled.
     """
-    from diagnostics.contexts.rollouts import behind_turn_end, sampling_facts
+    from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -116,7 +116,7 @@ def rollout_stage(
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
-        behind = behind_turn_end(pair, bank)
+        behind = positions_after_turn_end(pair, bank)
         return {
             **pair.facts,
             "contexts": len(bank),
@@ -157,9 +157,9 @@ def _responses_so_far(run: Run, rendered: str) -> Shards:
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: BankConfig) -> None:
+def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
-    from diagnostics.contexts.import_rollouts import freeze
+    from diagnostics.contexts.import_rollouts import freeze_rollouts
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -170,7 +170,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Ban
             else []
         )
         kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
-        bank, counts = freeze(
+        bank, counts = freeze_rollouts(
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
@@ -204,9 +204,7 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(
-            models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores")
-        )
+        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
@@ -233,12 +231,7 @@ def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: 
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair,
-            bank,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            **dataclasses.asdict(config),
-            shards=run.shards,
+            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
@@ -287,9 +280,10 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         checkpoint: Folder or Hugging Face id of the trained student.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.models.pair import load_pair, named_pair
+    from diagnostics.models.named_pairs import named_pair
+    from diagnostics.models.pair import load_pair
+    from diagnostics.probing.frozen_bank import FrozenBank
     from diagnostics.probing.one_step import gains
-    from diagnostics.training.evaluation import FrozenBank
 
     def work() -> dict:
         options = dataclasses.asdict(models.config)
@@ -320,7 +314,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet"],
         work=work,
-        code=("probing.one_step", "training.evaluation"),
+        code=("probing.one_step", "probing.frozen_bank"),
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
@@ -355,8 +349,10 @@ def frozen_bank(
     """
     from diagnostics.contexts.rollouts import rollout
 
-    if run.path("contexts.parquet").exists():
-        return read_bank(run.path("contexts.parquet"))
+    name = "contexts.parquet"
+    if run.path(name).exists():
+        if "rollout" in run.manifest["stages"] or run.as_written(name):
+            return read_bank(run.path(name))
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
@@ -368,6 +364,7 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, and the student's weights."""
     names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet"]
+    names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
     written = [name for name in names if run.path(name).exists()]
     return written + [f"student/{path.name}" for path in weights]
@@ -391,7 +388,7 @@ def train_stage(
         engine: How TRL runs the training.
         evaluation: What is measured on held-out prompts, and how often.
     """
-    from diagnostics.contexts.rollouts import sampling_facts
+    from diagnostics.contexts.generation_settings import sampling_facts
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
@@ -477,7 +474,7 @@ def analyze_stage(
         {},
         (table_path(training, "validation_verdicts", what="validation") if training else None),
     )
-    trained = pd.read_csv(source) if source else None
+    trained = read_csv(source) if source else None
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
@@ -614,7 +611,8 @@ def intervene_stage(
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.probing.intervention import interventions, summarize
+    from diagnostics.probing.intervention import interventions
+    from diagnostics.probing.intervention_table import summarize
 
     _require_probe_settings(run, probe, what="An intervention")
 
@@ -626,12 +624,12 @@ def intervene_stage(
         result = interventions(
             models.pair,
             bank,
+            probe,
+            config,
             tokens=tokens,
             batch_tokens=batch_tokens,
             cache=run.path("cells"),
             shards=run.shards,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
         )
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked(
@@ -691,11 +689,11 @@ def attribute_stage(
         result = attribute(
             models.pair,
             bank,
+            probe,
+            config,
+            analysis,
             tokens=tokens,
             batch_tokens=batch_tokens,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
-            **dataclasses.asdict(analysis),
         )
         write_parquet(
             run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]
@@ -788,6 +786,7 @@ def validate_stage(
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
+        **file_hash("peft", options.get("peft")),
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -821,7 +820,8 @@ def validate_stage(
     run.stage(
         "validate",
         settings=settings,
-        inputs=[f"cells/{name}.parquet" for name in names],
+        inputs=[f"cells/{name}.{kind}" for name in names for kind in ("parquet", "json")]
+        + [f"cells/{cell.name}.curve.parquet" for cell in cells],
         outputs=lambda: [f"tables/{name}.csv" for name in made],
         work=work,
         derived=True,
@@ -883,7 +883,7 @@ def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
     return (
-        [pd.read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
+        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
         if path and path.exists()
         else []
     )

@@ -8,19 +8,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.contexts.conversations import DEEPEST, as_messages, plain, read_text, row_arguments
+from diagnostics.contexts.conversations import (
+    MAX_NESTING,
+    as_messages,
+    parse_messages,
+    row_arguments,
+    to_json_value,
+)
 from diagnostics.contexts.encoding import special_ids
 from diagnostics.contexts.prompts import load_prompts, read_prompts
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
 from tests.conftest import make_tokenizer
-from tests.contexts.test_prompts import TEMPLATE, jsonl
+from tests.contexts.factories import TEMPLATE, jsonl
 
 CHATML = (
-    "{% if tools %}<|im_start|>tools {{ tools | length }} {{ tools[0].function.name }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    "{% if 'tool_calls' in m %}<call>{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments | tojson }}</call>{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if tools %}<|im_start|>tools {{ tools | length }} {{ tools[0].function.name"
+    " }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{"
+    " m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% if 'tool_calls' in m %}<call>{{ m.tool_calls[0].function.name }} {{"
+    " m.tool_calls[0].function.arguments | tojson }}</call>{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -30,7 +39,8 @@ TALK = [
     {"role": "tool", "content": "sunny"},
 ]
 RENDERED = (
-    '<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<call>weather {"city": "Rome"}</call><|im_end|>\n'
+    '<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<call>weather {"city":'
+    ' "Rome"}</call><|im_end|>\n'
     "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
 )
 
@@ -78,7 +88,7 @@ def test_a_key_that_is_none_is_left_out_at_every_level():
             "x": np.array([{"a": None, "b": np.int64(2**62 + 1)}], dtype=object),
         },
     }
-    assert plain(given, "row 1") == {
+    assert to_json_value(given, "row 1") == {
         "role": "user",
         "content": "w1",
         "function": {"arguments": {"city": "Rome"}, "x": [{"b": 2**62 + 1}]},
@@ -102,7 +112,10 @@ def test_blocks_of_text_are_one_text_unless_the_template_reads_them(tmp_path, to
     assert rendered(file, tokenizer) == [
         "<|im_start|>user\nw1\nw2<|im_end|>\n<|im_start|>assistant\n"
     ]
-    reads = "{% for m in messages %}[{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}{{ b.text }}|{% endfor %}{% endif %}]{% endfor %}"
+    reads = (
+        "{% for m in messages %}[{% if m.content is string %}{{ m.content }}{% else %}{% for"
+        " b in m.content %}{{ b.text }}|{% endfor %}{% endif %}]{% endfor %}"
+    )
     assert rendered(file, chatml(reads.replace("|{%", "{%"))) == [
         "[w1w2]"
     ]  # as the library renders the blocks
@@ -116,19 +129,23 @@ def test_blocks_of_text_are_one_text_unless_the_template_reads_them(tmp_path, to
     [
         (
             {"role": "user", "content": None},
-            r"^row 1, message 2 \(user\) has no content \(None\) and no tool_calls\. Give it text, or remove it\.$",
+            r"^row 1, message 2 \(user\) has no content \(None\) and no tool_calls\. Give it"
+            r" text, or remove it\.$",
         ),
         (
             {"role": "user", "content": 5},
-            r"^row 1, message 2 \(user\) has the content '5'; it should be text, or a list of blocks of text\.",
+            r"^row 1, message 2 \(user\) has the content '5'; it should be text, or a list of"
+            r" blocks of text\.",
         ),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
-            r"^row 1, message 2 \(user\) holds a block of content that is no text: \"\{'type': 'image_url'",
+            r"^row 1, message 2 \(user\) holds a block of content that is no text: \"\{'type':"
+            r" 'image_url'",
         ),
         (
             {"from": "human", "value": "w1"},
-            r"^row 1, message 2: a message is an object with a role and content; found \"\{'from': 'human'",
+            r"^row 1, message 2: a message is an object with a role and content; found"
+            r" \"\{'from': 'human'",
         ),
         ({"role": "user", "content": "w1", "x": b"w"}, r"^row 1, message 2 holds a bytes"),
         ("w1", r"^row 1, message 2: a message is an object"),
@@ -140,21 +157,24 @@ def test_an_error_names_the_message(message, error):
 
 
 def test_json_text_and_pythons_notation(tokenizer):
-    assert read_text('[{"role": "user", "content": "w1"}]', "row 1") == [
+    assert parse_messages('[{"role": "user", "content": "w1"}]', "row 1") == [
         {"role": "user", "content": "w1"}
     ]
     for text in ("[1, 2]", '[{"a": 1}]', "[{", "w1", "[{'a': 1}]"):
-        assert read_text(text, "row 1") == text
+        assert parse_messages(text, "row 1") == text
     with pytest.raises(
         DiagnosticsError,
-        match=r"^row 1 holds chat messages in Python's notation: .*Write them as JSON, with json\.dumps\.$",
+        match=(
+            r"^row 1 holds chat messages in Python's notation: .*Write them as JSON, with"
+            r" json\.dumps\.$"
+        ),
     ):
-        read_text(str(TALK), "row 1")
+        parse_messages(str(TALK), "row 1")
 
 
 def test_nests_too_deep_are_refused(tmp_path, tokenizer):
     for depth, said in (
-        (DEEPEST + 5, rf"more than {DEEPEST} levels deep"),
+        (MAX_NESTING + 5, rf"more than {MAX_NESTING} levels deep"),
         (100_000, "line 1 is not JSON: its brackets are nested more than 100 deep"),
     ):
         (tmp_path / "deep.jsonl").write_text(
@@ -251,7 +271,8 @@ def test_arguments_that_change_nothing_are_said(tmp_path, caplog):
         (
             "tokenize",
             False,
-            r"names tokenize, which this program sets itself when it renders a prompt\. Leave it out\.",
+            r"names tokenize, which this program sets itself when it renders a prompt\. Leave it"
+            r" out\.",
         ),
         ("messages", [], "names messages, which"),
         ("add_generation_prompt", False, "names add_generation_prompt, which"),
@@ -274,7 +295,8 @@ def test_named_templates_are_chosen_by_name(tmp_path):
     two = chatml({"tool_use": "T{{ messages[0].content }}", "rag": "R{{ messages[0].content }}"})
     with pytest.raises(
         DiagnosticsError,
-        match=r"the tokenizer has the chat templates rag, tool_use, and none of them is the default\. "
+        match=r"the tokenizer has the chat templates rag, tool_use, and none of them is"
+        r" the default\. "
         r"""Choose one with --chat-template-kwargs '\{"chat_template": "rag"\}'\.$""",
     ):
         load_prompts(file, tokenizer=two)
@@ -307,9 +329,10 @@ def test_rendered_text_stays_as_it_is(tmp_path, tokenizer, caplog):
     assert (found.counts["rendered"], found.counts["special_inside"]) == (
         1,
         1,
-    ) and "1 prompts were rendered before: no chat template was put around them" in caplog.text
+    ) and "1 prompts were rendered already: no chat template was put around them" in caplog.text
     plain_frame = chatml(
-        "{% for m in messages %}USER: {{ m.content }} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+        "{% for m in messages %}USER: {{ m.content }} {% endfor %}{% if add_generation_prompt"
+        " %}ASSISTANT:{% endif %}"
     )
     assert rendered(
         jsonl(tmp_path / "v.jsonl", {"prompt": "USER: w1 ASSISTANT:"}, {"prompt": "w1 ASSISTANT:"}),
@@ -476,7 +499,10 @@ def test_columns_that_are_not_used_are_named_once(tmp_path, tokenizer, caplog):
 def test_a_file_name_that_no_record_can_hold(tmp_path, tokenizer):
     with pytest.raises(
         DiagnosticsError,
-        match=r"^The name of the file '.*\\udcff\.jsonl' is not UTF-8, so no record can hold it\. Rename the file\.$",
+        match=(
+            r"^The name of the file '.*\\udcff\.jsonl' is not UTF-8, so no record can hold"
+            r" it\. Rename the file\.$"
+        ),
     ):
         load_prompts(tmp_path / "p\udcff.jsonl", tokenizer=tokenizer)
 
@@ -484,13 +510,13 @@ def test_a_file_name_that_no_record_can_hold(tmp_path, tokenizer):
 def test_a_huge_prompt_is_left_out_by_its_beginning(tmp_path, tokenizer, monkeypatch):
     """However long the text, no more than a beginning of it is tokenised."""
     seen = []
-    monkeypatch.setattr(
-        type(tokenizer),
-        "__call__",
-        lambda self, text, _call=type(tokenizer).__call__, **how: (
-            seen.append(len(text)) or _call(self, text, **how)
-        ),
-    )
+    call = type(tokenizer).__call__
+
+    def watched(self, text, **how):
+        seen.append(len(text))
+        return call(self, text, **how)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
     file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1 " * 10**6}, {"prompt": "w2"})
     found = read_prompts(file, tokenizer=tokenizer, max_prompt_tokens=100, chat=False)
     assert (

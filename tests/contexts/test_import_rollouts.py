@@ -1,3 +1,5 @@
+"""Imported rollouts: every format's rows become the contexts that the student would have left."""
+
 import dataclasses
 import json
 import shutil
@@ -7,14 +9,15 @@ import pandas as pd
 import pytest
 
 from diagnostics import read_rollouts
-from diagnostics.contexts.import_rollouts import COUNTED, freeze
+from diagnostics.contexts.import_counts import COUNTED
+from diagnostics.contexts.import_rollouts import freeze_rollouts
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context, read_bank
 from diagnostics.pipeline.cli import main
 from tests.conftest import make_pair, make_prompts, make_tokenizer
-from tests.contexts.test_prompts import TEMPLATE, jsonl
+from tests.contexts.factories import TEMPLATE, jsonl
 
 FILES = Path(__file__).parents[1] / "files"
 
@@ -32,7 +35,7 @@ def zero_but(**counts):
 
 
 def test_the_released_context_bank(pair):
-    bank, counts = freeze(pair, FILES / "released.jsonl")
+    bank, counts = freeze_rollouts(pair, FILES / "released.jsonl")
     assert shown(bank) == [
         ("sample-0", "group-0", (0, 5, 6), (7, 8, 1), True),
         ("sample-1", "group-0", (0, 5, 6), (9, 9, 9, 9), False),
@@ -47,7 +50,7 @@ def test_debug_rollouts_of_slime(pair, name, caplog):
     """Of the second sample the last three tokens came from a tool or after it: its context ends
     before them.
     """
-    bank, counts = freeze(pair, FILES / name)
+    bank, counts = freeze_rollouts(pair, FILES / name)
     assert shown(bank) == [
         ("group-3-0", "group-3", (0, 5, 6), (7, 8, 1), True),
         ("group-3-1", "group-3", (0, 5, 6), (7, 8), False),
@@ -59,7 +62,7 @@ def test_debug_rollouts_of_slime(pair, name, caplog):
 
 
 def test_rollout_dumps_of_verl(pair):
-    bank, counts = freeze(pair, FILES / "verl.jsonl")
+    bank, counts = freeze_rollouts(pair, FILES / "verl.jsonl")
     assert [(c.prompt_ids, c.response_ids) for c in bank] == [
         ((0, 5, 6), (7, 8)),
         ((0, 5, 6), (9,)),
@@ -72,7 +75,7 @@ def test_rollout_dumps_of_verl(pair):
 
 
 def test_completions_of_trl(pair):
-    bank, counts = freeze(pair, FILES / "trl.parquet")
+    bank, counts = freeze_rollouts(pair, FILES / "trl.parquet")
     assert [(c.prompt_ids, c.response_ids) for c in bank] == [
         ((0, 5, 6), (7, 8)),
         ((0, 11), (12, 12, 12)),
@@ -81,7 +84,7 @@ def test_completions_of_trl(pair):
 
 
 def test_plain_rows_of_text_and_ids(pair):
-    bank, counts = freeze(pair, FILES / "plain.jsonl")
+    bank, counts = freeze_rollouts(pair, FILES / "plain.jsonl")
     assert [(c.prompt_ids, c.response_ids) for c in bank] == [
         ((0, 5, 6), (7, 8)),
         ((0, 5, 6), (9,)),
@@ -196,7 +199,7 @@ def test_ids_make_the_round_trip(pair, sampled, tmp_path, write):
 
 @pytest.mark.parametrize("write", [as_verl, as_trl, as_plain, as_csv, as_ids])
 def test_text_makes_the_round_trip(pair, sampled, tmp_path, write):
-    found, counts = freeze(pair, write(sampled, tmp_path / "r.jsonl", pair))
+    found, counts = freeze_rollouts(pair, write(sampled, tmp_path / "r.jsonl", pair))
     assert [(c.prompt_ids, c.response_ids, c.finished) for c in found] == [
         (c.prompt_ids, c.response_ids, c.finished) for c in sampled
     ]
@@ -245,21 +248,21 @@ def test_retokenisation_drift_is_counted(merging, tmp_path, caplog):
         {"prompt_ids": [c], "response_ids": [ab]},
         {"prompt_ids": [c, a, b], "response_ids": [c]},
     )
-    bank, counts = freeze(merging, file)
+    bank, counts = freeze_rollouts(merging, file)
     assert (
         [x.response_ids for x in bank] == [(a, b), (ab,), (c,)]
         and counts["retokenised"] == 2
         and counts["other_text"] == 0
     )
     assert caplog.messages == [
-        f"{file}: 2 contexts whose ids decode to a text that encodes to other ids (re-tokenisation"
+        f"{file}: 2 contexts whose ids decode to a text that encodes to other ids (re-tokenization"
         " drift)"
     ]
 
 
 def test_a_token_across_the_border_is_counted(merging, tmp_path):
     """Prompt ca and response b would be c ab together; the response stays the response."""
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         merging,
         jsonl(
             tmp_path / "r.jsonl",
@@ -278,7 +281,7 @@ def test_a_token_across_the_border_is_counted(merging, tmp_path):
 def test_text_that_the_ids_do_not_spell(merging, pair, tmp_path):
     c, d = (merging.tokenizer.convert_tokens_to_ids(t) for t in "cd")
     rows = [{"prompt_ids": [c], "response_ids": [d], "response": text} for text in ("d", "d", "e")]
-    assert freeze(merging, jsonl(tmp_path / "a.jsonl", *rows))[1]["other_text"] == 1
+    assert freeze_rollouts(merging, jsonl(tmp_path / "a.jsonl", *rows))[1]["other_text"] == 1
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -286,8 +289,10 @@ def test_text_that_the_ids_do_not_spell(merging, pair, tmp_path):
             r" tokenizer wrote their ids\. Use the model"
         ),
     ):
-        freeze(merging, jsonl(tmp_path / "b.jsonl", *rows[1:], rows[2]))
-    lossy = freeze(pair, jsonl(tmp_path / "c.jsonl", {"prompt": "w1", "response": " w2 nowhere"}))
+        freeze_rollouts(merging, jsonl(tmp_path / "b.jsonl", *rows[1:], rows[2]))
+    lossy = freeze_rollouts(
+        pair, jsonl(tmp_path / "c.jsonl", {"prompt": "w1", "response": " w2 nowhere"})
+    )
     assert lossy[0][0].response_ids == (6, 3) and lossy[1]["other_text"] == 1
 
 
@@ -309,7 +314,7 @@ def test_lost_special_tokens_are_seen_and_put_back(chatty, tmp_path, caplog):
         {"input": "w1 w2", "output": " w3"},
         {"input": "w7", "output": " w8"},
     )
-    bank, counts = freeze(chatty, file)
+    bank, counts = freeze_rollouts(chatty, file)
     assert (
         bank[0].prompt_ids == (0, 5, 6)
         and counts["without_special"] == 2
@@ -323,7 +328,7 @@ def test_lost_special_tokens_are_seen_and_put_back(chatty, tmp_path, caplog):
         jsonl(tmp_path / "p.jsonl", {"prompt": "w1 w2"}, {"prompt": "w9"}),
         tokenizer=chatty.tokenizer,
     )
-    bank, counts = freeze(chatty, file, prompts=prompts)
+    bank, counts = freeze_rollouts(chatty, file, prompts=prompts)
     assert (
         bank[0].prompt_ids == (64, 5, 6, 65)
         and bank[0].prompt == "<user> w1 w2 <go>"
@@ -341,13 +346,13 @@ def test_plain_text_takes_the_template_unless_it_has_it(chatty, tmp_path):
         {"prompt": "<user> w1 <go>", "response": " w2"},
         {"messages": [{"role": "user", "content": "w1"}], "response": " w2"},
     )
-    bank, counts = freeze(chatty, file)
+    bank, counts = freeze_rollouts(chatty, file)
     assert (
         {c.prompt_ids for c in bank} == {(64, 5, 65)}
         and counts["repeated"] == 2
         and counts["without_special"] == 0
     )
-    assert freeze(chatty, file, chat=False)[0][0].prompt_ids == (0, 5)
+    assert freeze_rollouts(chatty, file, chat=False)[0][0].prompt_ids == (0, 5)
 
 
 def test_a_teachers_prompt_comes_along(pair, chatty, tmp_path):
@@ -380,7 +385,7 @@ def test_messages_of_trl(pair, tmp_path):
         "prompt": [{"role": "user", "content": "w1"}],
         "completion": [{"role": "assistant", "content": " w2"}],
     }
-    bank, _ = freeze(pair, jsonl(tmp_path / "r.jsonl", talk))
+    bank, _ = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", talk))
     assert bank[0].prompt == "[user] w1 [go] " and bank[0].response_ids == (6,)
 
 
@@ -394,7 +399,7 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
         ids | {"response_ids": [6] * 300},
         ids | {"response_ids": [7]},
     )
-    bank, counts = freeze(pair, file, contexts=2)
+    bank, counts = freeze_rollouts(pair, file, contexts=2)
     assert [c.response_ids for c in bank] == [(6,), (6,)] and pair.window == 256
     assert counts == zero_but(
         format="plain",
@@ -408,13 +413,13 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
     )
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
         "1 contexts without response tokens, left out",
-        "1 contexts longer than the models' windows, left out",
-        "1 contexts with the tokens of an earlier one",
+        "1 contexts longer than the models' window, left out",
+        "1 contexts with the same tokens as an earlier one",
     ]
     with pytest.raises(
         DiagnosticsError, match=r"r\.jsonl holds 3 usable contexts of 5, and 4 are asked for"
     ):
-        freeze(pair, file, contexts=4)
+        freeze_rollouts(pair, file, contexts=4)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +437,7 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
             {"prompt": 5, "response": "w1"},
             r"row 1: a prompt is text or a list of \{role, content\} messages; found '5'",
         ),
-        ({"prompt": None, "response": "w1"}, r"row 1 lacks a prompt\. Mend or remove that row\."),
+        ({"prompt": None, "response": "w1"}, r"row 1 lacks a prompt\. Fix or remove that row\."),
         ({"prompt": "w1", "response": None}, r"row 1 lacks a response\."),
         (
             {"prompt": "w1", "response_ids": [1.5]},
@@ -474,7 +479,7 @@ def test_empty_long_and_repeated_contexts_are_counted(pair, tmp_path, caplog):
 )
 def test_rows_that_cannot_be_used(pair, tmp_path, row, message):
     with pytest.raises(DiagnosticsError, match=message):
-        freeze(pair, jsonl(tmp_path / "r.jsonl", row))
+        freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", row))
 
 
 def test_files_that_cannot_be_used(pair, tmp_path):
@@ -485,7 +490,7 @@ def test_files_that_cannot_be_used(pair, tmp_path):
         DiagnosticsError,
         match=r"list\.pt holds no list of samples, so it is no debug rollout of slime",
     ):
-        freeze(pair, tmp_path / "list.pt")
+        freeze_rollouts(pair, tmp_path / "list.pt")
     torch.save(
         {"samples": [{"tokens": torch.tensor([1, 2]), "response_length": 1}]},
         tmp_path / "tensor.pt",
@@ -497,7 +502,7 @@ def test_files_that_cannot_be_used(pair, tmp_path):
             r" built'"
         ),
     ):
-        freeze(pair, tmp_path / "tensor.pt")
+        freeze_rollouts(pair, tmp_path / "tensor.pt")
     torch.save(
         {"samples": [{"prompt": torch.tensor([1, 2]), "response": "w1"}]}, tmp_path / "opaque.pt"
     )
@@ -505,13 +510,13 @@ def test_files_that_cannot_be_used(pair, tmp_path):
         DiagnosticsError,
         match=r"row 1 holds a value that only code could build\. Write the rows as JSONL",
     ):
-        freeze(pair, tmp_path / "opaque.pt")
+        freeze_rollouts(pair, tmp_path / "opaque.pt")
     two = {"prompt": "w1", "response": "w2", "context_id": "c"}
     with pytest.raises(
         DiagnosticsError,
         match=r"two\.jsonl: two contexts are named 'c'\. Give every row its own id, or none\.",
     ):
-        freeze(pair, jsonl(tmp_path / "two.jsonl", two, two))
+        freeze_rollouts(pair, jsonl(tmp_path / "two.jsonl", two, two))
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -519,7 +524,7 @@ def test_files_that_cannot_be_used(pair, tmp_path):
             r" needed are verl: input, output\."
         ),
     ):
-        freeze(pair, tmp_path / "two.jsonl", rollouts_format="verl")
+        freeze_rollouts(pair, tmp_path / "two.jsonl", rollouts_format="verl")
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -527,11 +532,11 @@ def test_files_that_cannot_be_used(pair, tmp_path):
             r" trl, plain\.$"
         ),
     ):
-        freeze(pair, tmp_path / "two.jsonl", rollouts_format="x")
+        freeze_rollouts(pair, tmp_path / "two.jsonl", rollouts_format="x")
 
 
 def test_the_command_line_freezes_a_file(folders, tmp_path, capsys):
-    models = folders[:4] + ["--device", "cpu", "--quiet", "--output-dir", str(tmp_path / "out")]
+    models = [*folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(tmp_path / "out")]
     shutil.copy(FILES / "plain.jsonl", tmp_path / "mine.jsonl")
     assert main(["rollout", *models, "--rollouts", str(tmp_path / "mine.jsonl")]) == 0
     assert len(read_bank(tmp_path / "out" / "contexts.parquet")) == 4
@@ -602,7 +607,7 @@ def test_a_tools_words_are_not_the_students(calling, tmp_path):
         ]
     ).to_csv(tmp_path / "t.csv", index=False)
     for file in (tmp_path / "t.parquet", tmp_path / "t.csv", jsonl(tmp_path / "t.jsonl", *rows)):
-        bank, counts = freeze(calling, file, contexts=2)
+        bank, counts = freeze_rollouts(calling, file, contexts=2)
         assert (
             words(calling, bank) == ["w2 w9 w3", "w8 w6 w7"]
             and bank[0].prompt == "<user> w1 <eos> <user> "
@@ -613,9 +618,9 @@ def test_a_tools_words_are_not_the_students(calling, tmp_path):
             and counts["unwritten"] == 0
             and counts["format"] == "trl"
         )
-    bank, counts = freeze(calling, tmp_path / "t.jsonl")
+    bank, counts = freeze_rollouts(calling, tmp_path / "t.jsonl")
     assert words(calling, bank)[2:] == ["w5"] and counts["empty"] == 1
-    plain, _ = freeze(
+    plain, _ = freeze_rollouts(
         calling, jsonl(tmp_path / "p.jsonl", {"messages": QUESTION, "response": [CALLING, TOOL]})
     )
     assert words(calling, plain) == ["w2 w9 w3"]
@@ -630,19 +635,19 @@ def test_what_the_template_does_not_write_is_counted(chatty, tmp_path, caplog):
         {"prompt": QUESTION, "completion": [THOUGHT]},
         {"prompt": "<user> w1", "completion": [THOUGHT]},
     ]
-    bank, counts = freeze(chatty, jsonl(tmp_path / "t.jsonl", *rows))
+    bank, counts = freeze_rollouts(chatty, jsonl(tmp_path / "t.jsonl", *rows))
     assert words(chatty, bank) == ["w2"] and counts["unwritten"] == 3 and counts["rewritten"] == 0
     assert (
         "3 contexts with tool calls or reasoning that the chat template does not write: left out"
-        " where reasoning is lost" in caplog.text
+        " where the reasoning is lost" in caplog.text
     )
     with pytest.raises(DiagnosticsError, match=r"n\.jsonl holds 0 usable contexts of 2"):
-        freeze(chatty, jsonl(tmp_path / "n.jsonl", *rows[1:]))
+        freeze_rollouts(chatty, jsonl(tmp_path / "n.jsonl", *rows[1:]))
 
 
 def test_a_begun_reply_is_continued_as_trl_does(calling, tmp_path):
     prompt = [*QUESTION, {"role": "assistant", "content": "w2"}]
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         calling, jsonl(tmp_path / "t.jsonl", {"prompt": prompt, "completion": [ANSWER]})
     )
     assert (
@@ -650,7 +655,7 @@ def test_a_begun_reply_is_continued_as_trl_does(calling, tmp_path):
         and words(calling, bank) == ["w5"]
         and counts["prompts_continued"] == 1
     )
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         calling, jsonl(tmp_path / "p.jsonl", {"messages": prompt, "response": " w2"})
     )
     assert bank[0].prompt == "<user> w1 <eos> <user> " and counts["prompts_replies_cut"] == 1
@@ -661,7 +666,7 @@ def test_tools_of_a_row_reach_its_prompt(calling, tmp_path):
         "{% if tools %}{{ tools[0].function.name }} {% endif %}" + CALLS
     )
     tool = {"type": "function", "function": {"name": "w3"}}
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         calling,
         jsonl(
             tmp_path / "t.jsonl",
@@ -696,7 +701,7 @@ def test_filler_and_what_follows_an_end_are_no_part_of_a_context(
     does not fill is.
     """
     good = {"prompt_ids": [9], "response_ids": [9]}
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         pair, jsonl(tmp_path / "r.jsonl", {"prompt_ids": prompt, "response_ids": response}, good)
     )
     assert [(c.prompt_ids, c.response_ids) for c in bank][:-1] == ([found] if found[1] else [])
@@ -706,7 +711,7 @@ def test_filler_and_what_follows_an_end_are_no_part_of_a_context(
 
 
 def test_text_beyond_an_end_token_is_cut(pair, tmp_path, caplog):
-    bank, counts = freeze(
+    bank, counts = freeze_rollouts(
         pair,
         jsonl(
             tmp_path / "r.jsonl",
@@ -721,7 +726,7 @@ def test_text_beyond_an_end_token_is_cut(pair, tmp_path, caplog):
         and counts["other_text"] == 0
     )
     assert (
-        "2 contexts cut after their first end token: what the file has beyond it is no part of the"
+        "2 contexts cut after their first end token: what follows it does not belong to the"
         " response" in caplog.text
     )
 
@@ -731,7 +736,7 @@ def test_a_mask_may_be_of_truth_values_and_come_with_plain_rows(pair, tmp_path):
         {"prompt_ids": [5], "response_ids": [6, 7, 8], "loss_mask": [True, False, True]},
         {"prompt_ids": [5], "response_ids": [7, 2, 2], "response_mask": [1.0, 0, 0]},
     ]
-    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows))
     assert [c.response_ids for c in bank] == [(6,), (7,)] and (counts["cut"], counts["padded"]) == (
         1,
         1,
@@ -741,7 +746,7 @@ def test_a_mask_may_be_of_truth_values_and_come_with_plain_rows(pair, tmp_path):
         ([1, 2, 3], r"row 1: loss_mask should be a list of 0 and 1"),
     ):
         with pytest.raises(DiagnosticsError, match=message):
-            freeze(pair, jsonl(tmp_path / "b.jsonl", {**rows[0], "loss_mask": mask}))
+            freeze_rollouts(pair, jsonl(tmp_path / "b.jsonl", {**rows[0], "loss_mask": mask}))
 
 
 def test_ids_in_a_column_with_a_gap_are_exact(pair, tmp_path):
@@ -760,19 +765,21 @@ def test_ids_in_a_column_with_a_gap_are_exact(pair, tmp_path):
     pd.DataFrame(columns | {"prompt_id": [2.0**62, 2.0**62, None]}).to_parquet(
         tmp_path / "f.parquet"
     )
-    bank, counts = freeze(pair, tmp_path / "f.parquet")
+    bank, counts = freeze_rollouts(pair, tmp_path / "f.parquet")
     assert len({c.prompt_id for c in bank}) == 3 and counts["prompts_vague_ids"] == 2
 
 
 def test_a_response_that_is_json_stays_the_students(pair, tmp_path):
     text = '[{"role": "user", "content": "w1"}]'
-    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": text}))
+    bank, counts = freeze_rollouts(
+        pair, jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": text})
+    )
     assert len(bank) == 1 and counts["from_text"] == 1 and counts["rewritten"] == counts["cut"] == 0
 
 
 def test_columns_that_nothing_was_read_from_are_named(pair, tmp_path, caplog):
     caplog.set_level("INFO")
-    freeze(
+    freeze_rollouts(
         pair,
         jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2", "reward": 1.0, "uid": "x"}),
     )
@@ -793,7 +800,7 @@ def test_a_huge_row_is_left_out_by_its_beginning(pair, tmp_path, monkeypatch):
         {"prompt": "w1", "response": "w2 " * 10**6},
         {"prompt": "w1", "response": "w2"},
     )
-    bank, counts = freeze(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows))
     assert len(bank) == 1 and counts["over_long"] == 2 and max(seen) < 10**5
 
 
@@ -808,7 +815,7 @@ def test_special_tokens_are_told_by_their_flag(chatty, tmp_path):
     assert "<turn>" not in chatty.tokenizer.all_special_tokens
     pair = dataclasses.replace(chatty, tokenizer=chatty.tokenizer)
     assert (
-        freeze(pair, jsonl(tmp_path / "v.jsonl", {"input": "w1", "output": " w2"}))[1][
+        freeze_rollouts(pair, jsonl(tmp_path / "v.jsonl", {"input": "w1", "output": " w2"}))[1][
             "without_special"
         ]
         == 1

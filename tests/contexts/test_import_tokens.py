@@ -1,3 +1,5 @@
+"""Imported token tables: released columns under our names, with what cannot be trusted named."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from diagnostics.analysis.study import study
 from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.core.errors import DiagnosticsError
-from tests.core.test_types import keys
+from tests.factories import keys
 
 
 def bank(**columns):
@@ -213,7 +215,7 @@ def test_keys_that_are_no_whole_numbers_are_named(tmp_path, name, values, shown)
         DiagnosticsError,
         match=(
             rf"^{name} should hold whole numbers from 0, and 1 of 4 rows hold something else"
-            rf" \('{shown}'\)\. Mend them\.$"
+            rf" \('{shown}'\)\. Fix them\.$"
         ),
     ):
         read(bank(**{name: values}), tmp_path)

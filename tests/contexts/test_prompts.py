@@ -1,4 +1,4 @@
-import json
+"""Prompt files and data sets: what is read, rendered, left out and counted."""
 
 import pandas as pd
 import pytest
@@ -7,11 +7,7 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.prompts import NOTED, load_prompts, read_prompts
 from diagnostics.core.errors import DiagnosticsError
 from tests.conftest import make_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt"
-    " %}[go]{% endif %}{{ mark | default('') }}"
-)
+from tests.contexts.factories import TEMPLATE, jsonl
 
 
 @pytest.fixture
@@ -24,11 +20,6 @@ def chat():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-def jsonl(path, *rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return path
 
 
 def test_text_stays_text_without_a_template(tmp_path, plain):

@@ -1,16 +1,13 @@
+"""Sampling: every token is the documented draw from the student's own distribution."""
+
 import numpy as np
 import pytest
 import torch
 
-from diagnostics.contexts import rollouts
-from diagnostics.contexts.rollouts import (
-    StreamSampler,
-    generate,
-    rollout,
-    sampled_from,
-    set_aside,
-    stream,
-)
+from diagnostics.contexts import generation, generation_settings, rollouts
+from diagnostics.contexts.generation import StreamSampler, generate, random_stream
+from diagnostics.contexts.generation_settings import ignored_settings, sampled_from
+from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
 from diagnostics.models.pair import assemble
@@ -182,7 +179,7 @@ def test_every_token_of_a_rollout_is_the_documented_draw_from_p():
             by_hand = redrawn(
                 pair.student.model,
                 context.prompt_ids,
-                stream(3, context.prompt_id, 0),
+                random_stream(3, context.prompt_id, 0),
                 10,
                 temperature=temperature,
             )
@@ -190,17 +187,17 @@ def test_every_token_of_a_rollout_is_the_documented_draw_from_p():
 
 
 def test_every_token_of_an_evaluation_is_the_documented_draw_from_p(monkeypatch):
-    pair, prompts, seen, sample = make_pair(), make_prompts(3), [], rollouts.sample
+    pair, prompts, seen, sample = make_pair(), make_prompts(3), [], rollouts.sample_responses
     bend(pair.student.model, repetition_penalty=1.3, min_new_tokens=6, top_k=3)
     monkeypatch.setattr(
-        rollouts, "sample", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1]
+        rollouts, "sample_responses", lambda *a, **k: seen.append(sample(*a, **k)) or seen[-1]
     )
     evaluate(pair, prompts, samples=2, max_new_tokens=6, seed=11)
     (bank,) = seen
     for context in bank:
         number = int(context.context_id.rpartition("-")[2])
         assert context.response_ids == redrawn(
-            pair.student.model, context.prompt_ids, stream(11, context.prompt_id, number), 6
+            pair.student.model, context.prompt_ids, random_stream(11, context.prompt_id, number), 6
         )
 
 
@@ -222,7 +219,7 @@ def test_every_token_of_a_training_step_is_the_documented_draw_from_p(
         seen.append((prompts, generate(model, prompts, *rest, **more)))
         return seen[-1][1]
 
-    monkeypatch.setattr(rollouts, "generate", watched)
+    monkeypatch.setattr(generation, "generate", watched)
     train(
         pair,
         make_prompts(4),
@@ -232,7 +229,7 @@ def test_every_token_of_a_training_step_is_the_documented_draw_from_p(
     )
     ((prompts, responses),) = seen
     assert [tuple(ids) for ids in responses] == [
-        redrawn(plain, ids, stream(5, "train", row), 6) for row, ids in enumerate(prompts)
+        redrawn(plain, ids, random_stream(5, "train", row), 6) for row, ids in enumerate(prompts)
     ]
     assert pair.student.model.generation_config.repetition_penalty == 1.3
 
@@ -268,9 +265,9 @@ def test_settings_that_could_not_be_written_do_not_end_a_training(tmp_path, capl
 
 def test_what_was_set_aside_is_named(caplog):
     pair = make_pair()
-    assert set_aside(pair.student.model) == {} and rollouts.sampling_facts(pair) == {
-        "sampled_from": "p, the student's distribution, at temperature 1"
-    }
+    assert ignored_settings(pair.student.model) == {} and generation_settings.sampling_facts(
+        pair
+    ) == {"sampled_from": "p, the student's distribution, at temperature 1"}
     bend(
         pair.student.model,
         repetition_penalty=1.1,
@@ -280,13 +277,13 @@ def test_what_was_set_aside_is_named(caplog):
         num_beams=1,
         do_sample=True,
     )
-    assert rollouts.sampling_facts(pair, top_p=0.9)["generation_config_set_aside"] == {
+    assert generation_settings.sampling_facts(pair, top_p=0.9)["generation_config_set_aside"] == {
         "repetition_penalty": 1.1,
         "top_k": 20,
     }
     rollout(pair, make_prompts(1), max_new_tokens=1)
     assert caplog.messages == [
-        "the student's generation_config.json asks for repetition_penalty=1.1, top_k=20: set aside,"
+        "the student's generation_config.json asks for repetition_penalty=1.1, top_k=20: ignored,"
         " tokens are drawn from the student's own distribution"
     ]
 
@@ -306,7 +303,7 @@ def test_a_narrowed_distribution_is_named_as_such():
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_halves_and_draws_the_same(pair, monkeypatch, caplog, kind):
-    whole, passes, once = rollout(pair, make_prompts(7), max_new_tokens=6), [], rollouts._generate
+    whole, passes, once = rollout(pair, make_prompts(7), max_new_tokens=6), [], generation._generate
 
     def small(model, prompts, chooser, *rest):
         passes.append(len(prompts))
@@ -315,7 +312,7 @@ def test_out_of_memory_halves_and_draws_the_same(pair, monkeypatch, caplog, kind
             raise kind("no room")
         return once(model, prompts, chooser, *rest)
 
-    monkeypatch.setattr(rollouts, "_generate", small)
+    monkeypatch.setattr(generation, "_generate", small)
     assert rollout(pair, make_prompts(7), max_new_tokens=6) == whole
     assert (
         passes == [7, 3, 1, 2, 4, 2, 2]
@@ -327,7 +324,7 @@ def test_one_prompt_that_does_not_fit_names_the_remedy(pair, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(rollouts, "_generate", full)
+    monkeypatch.setattr(generation, "_generate", full)
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -348,9 +345,9 @@ def test_one_prompt_that_does_not_fit_names_the_remedy(pair, monkeypatch):
 
 
 def test_batch_tokens_bound_a_pass(pair, monkeypatch):
-    widths, once = [], rollouts._generate
+    widths, once = [], generation._generate
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "_generate",
         lambda model, prompts, *rest: (
             widths.append(len(prompts) * (max(map(len, prompts)) + 6))

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from diagnostics.contexts import story_sums
+from diagnostics.contexts import story_sums, story_words
 from diagnostics.contexts.story_sums import Story
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
@@ -101,21 +101,22 @@ def test_the_student_side_is_wrong_where_its_misconceptions_say_so():
     outcomes = {(misread, carry): [] for misread in (True, False) for carry in (True, False)}
     rng = random.Random(2)
     for story in islice(story_sums.stories(rng, split="train"), 2000):
-        carry = story_sums.VERBS[story.verb] == "plus" and story.a % 10 + story.b % 10 > 9
+        carry = story_words.VERBS[story.verb] == "plus" and story.a % 10 + story.b % 10 > 9
         response = story_sums.join(word for _, word in story_sums.write(story, rng, side="student"))
-        outcomes[story.verb in story_sums.MISREAD, carry].append(
+        outcomes[story.verb in story_words.MISREAD, carry].append(
             story_sums.verify(response, story.answer)
         )
     shares = {case: sum(right) / len(right) for case, right in outcomes.items()}
     assert shares[False, False] == 1 and shares[False, True] == shares[True, True] == 0
-    assert shares[True, False] == pytest.approx(story_sums.MISREAD_RIGHT, abs=0.04)
+    assert shares[True, False] == pytest.approx(story_words.MISREAD_RIGHT_SHARE, abs=0.04)
 
 
 def test_one_sum_by_hand_on_both_sides():
     written = {"op": "plus", "tens": "70", "ones": "12"}
-    number = lambda slot, side, **words: story_sums.choices(
-        slot, STORY, side=side, written=words or written
-    )
+
+    def number(slot, side, **words):
+        return story_sums.choices(slot, STORY, side=side, written=words or written)
+
     assert number("tens", "teacher") == number("tens", "student") == {"70": 1.0}
     assert number("ones", "teacher") == {"12": 1.0} and number("ones", "student") == {"2": 1.0}
     assert number("total", "teacher") == {"82": 1.0}
@@ -137,7 +138,7 @@ def test_the_student_never_meets_the_unseen_words():
     """
     unseen = {
         row[column]
-        for slot, (table, column) in story_sums.FACTS.items()
+        for slot, (table, column) in story_words.FACTS.items()
         for row in table
         if story_sums.fact_kind(slot, row[0]) == "unseen"
     }
@@ -155,7 +156,7 @@ def test_the_student_never_meets_the_unseen_words():
 
 
 def test_kinds_of_facts_are_balanced_and_mixed_ones_keep_the_right_word_second():
-    for slot, (table, column) in story_sums.FACTS.items():
+    for slot, (table, column) in story_words.FACTS.items():
         kinds = [story_sums.fact_kind(slot, row[0]) for row in table]
         assert [kinds.count(kind) for kind in ("known", "mixed", "unseen")] == [6, 9, 9]
         for row, kind in zip(table, kinds):
@@ -170,13 +171,13 @@ def test_kinds_of_facts_are_balanced_and_mixed_ones_keep_the_right_word_second()
 
 
 def test_open_words_belong_to_one_list_and_rotate_on_the_students_side():
-    lists = {story_sums.OPEN[slot][1] for slot in story_sums.OPEN}
+    lists = {story_words.OPEN[slot][1] for slot in story_words.OPEN}
     words = [word for text in lists for word in text.split()]
     words += [
-        word for table in (story_sums.PEOPLE, story_sums.THINGS) for row in table for word in row
-    ] + list(story_sums.VERBS)
+        word for table in (story_words.PEOPLE, story_words.THINGS) for row in table for word in row
+    ] + list(story_words.VERBS)
     assert len(words) == len(set(words))
-    for slot, (rotation, text) in story_sums.OPEN.items():
+    for slot, (rotation, text) in story_words.OPEN.items():
         teacher, student = (
             story_sums.choices(slot, STORY, side=side, written={}) for side in story_sums.SIDES
         )

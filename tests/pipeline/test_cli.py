@@ -164,7 +164,7 @@ def test_every_stage_says_what_it_does(capsys):
         ),
         (
             ["report", "--compare", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"],
-            "cannot be read as a manifest (No such file or directory)",
+            "is not a manifest of this project (No such file or directory)",
         ),
         (["fly"], "invalid choice: 'fly'"),
         (["--quiet"], "the following arguments are required"),

@@ -8,11 +8,12 @@ from transformers import PrinterCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from diagnostics import criteria
-from diagnostics.contexts import rollouts
+from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import losses
-from diagnostics.models.pair import Readout, assemble
+from diagnostics.models.pair import assemble
+from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
 from diagnostics.training import trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
@@ -217,11 +218,11 @@ def test_gradient_is_that_of_the_selected_mean(tmp_path):
 def test_responses_come_from_the_streams_of_their_rows(tmp_path):
     made = train(tmp_path, make_pair(), Selection("full", seed=5), steps=2, rate=0.0)
     pair, prompts = make_pair(), make_prompts(8)
-    streams = [rollouts.stream(5, "train", row) for row in range(4, 8)]
-    expected = rollouts.generate(
+    streams = [generation.random_stream(5, "train", row) for row in range(4, 8)]
+    expected = generation.generate(
         pair.student.model,
         [pair.tokenizer(p.prompt)["input_ids"] for p in prompts[4:]],
-        rollouts.StreamSampler(streams, 1.0, 1.0, 0, 64),
+        generation.StreamSampler(streams, 1.0, 1.0, 0, 64),
         end_ids=pair.end_ids,
         max_new_tokens=8,
     )
@@ -448,16 +449,18 @@ def test_without_bf16_full_is_plain_trl_bit_for_bit(tmp_path):
         """TRL but for where its responses come from."""
 
         def _generate_and_score_completions(self, inputs):
-            self._streams = [rollouts.stream(0, "train", example["row"]) for example in inputs]
+            self._streams = [
+                generation.random_stream(0, "train", example["row"]) for example in inputs
+            ]
             batch = super()._generate_and_score_completions(inputs)
             torch.manual_seed(
-                int(rollouts.stream(0, "step", self.state.global_step).integers(2**31))
+                int(generation.random_stream(0, "step", self.state.global_step).integers(2**31))
             )
             return batch
 
         def _generate_single_turn(self, prompt_ids, *_, **__):
-            chooser = rollouts.StreamSampler(self._streams, 1.0, 1.0, 0, 64)
-            return rollouts.generate(
+            chooser = generation.StreamSampler(self._streams, 1.0, 1.0, 0, 64)
+            return generation.generate(
                 self.model, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=8
             )
 
@@ -551,7 +554,7 @@ def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):
     pair.teacher.apart = False
     message = (
         r"^The teacher \(LlamaForCausalLM\) cannot be taken apart into backbone and output head,"
-        r" from which the loss is made\. It can be scored and probed; "
+        r" from which the loss is computed\. It can be scored and probed; "
     )
     with pytest.raises(DiagnosticsError, match=message):
         train(tmp_path, pair, Selection("full"))

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from diagnostics.contexts import rollouts
+from diagnostics.contexts import generation, generation_settings, rollouts
 from diagnostics.contexts.encoding import encode_prompt, special_ids, start_ids, uses_clock
 from diagnostics.contexts.import_rollouts import read_rollouts
 from diagnostics.contexts.prompts import PromptConfig, read_prompts
@@ -151,9 +151,9 @@ def prompt_file(path, count=3):
 @pytest.fixture
 def handed_over(monkeypatch):
     """The prompts' ids as `generate` got them."""
-    seen, generate = [], rollouts.generate
+    seen, generate = [], generation.generate
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda model, prompts, *rest, **more: (
             seen.extend(tuple(map(int, ids)) for ids in prompts),
@@ -356,15 +356,15 @@ def test_a_rollout_resumed_the_next_day_mixes_nothing(
     from diagnostics.core.types import read_bank
 
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
-    file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), rollouts.generate, []
+    file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), generation.generate, []
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) < 3 else 1 / 0),
     )
     with pytest.raises(ZeroDivisionError):
         _roll(tmp_path / "resumed", folders, file)
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     assert "the chat template writes the date of the day" in caplog.text
     clock.day = 2
     _roll(tmp_path / "resumed", folders, file)
@@ -380,9 +380,9 @@ def test_a_rollout_resumed_the_same_day_goes_on(tmp_path, folders, clock, monkey
     from diagnostics.core import progress as run_directory
 
     monkeypatch.setattr(run_directory, "SHARD_SECONDS", 0)
-    file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), rollouts.generate, []
+    file, generate, calls = prompt_file(tmp_path / "p.jsonl", 4), generation.generate, []
     monkeypatch.setattr(
-        rollouts,
+        generation,
         "generate",
         lambda *a, **k: calls.append(1) or (generate(*a, **k) if len(calls) != 3 else 1 / 0),
     )
@@ -495,12 +495,12 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
     with torch.no_grad():
         pair.student.model.lm_head.weight *= 0.1  # so that every token is drawn now and then
     end = pair.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert rollouts.turn_end(pair) == end
+    assert generation_settings.unlisted_turn_end(pair) == end
     bank = rollout(pair, [Prompt(f"p{i}", "two") for i in range(20)], max_new_tokens=40)
     after = [
         len(c.response_ids) - 1 - c.response_ids.index(end) for c in bank if end in c.response_ids
     ]
-    assert sum(after) and rollouts.behind_turn_end(pair, bank) == {
+    assert sum(after) and generation_settings.positions_after_turn_end(pair, bank) == {
         "token": "<|im_end|>",
         "id": end,
         "responses": sum(n > 0 for n in after),
@@ -511,14 +511,16 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
         " eos_token_id" in caplog.text
     )
     assert (
-        f"{sum(after)} of {bank.positions} positions lie behind a '<|im_end|>' (id {end}) that"
+        f"{sum(after)} of {bank.positions} positions come after a '<|im_end|>' (id {end}) that"
         " ended the turn" in caplog.text
     )
     pair.student.model.generation_config.eos_token_id = [1, end]
     caplog.clear()
     assert (
-        rollouts.turn_end(pair) is None
-        and rollouts.behind_turn_end(pair, rollout(pair, [Prompt("p", "two")], max_new_tokens=20))
+        generation_settings.unlisted_turn_end(pair) is None
+        and generation_settings.positions_after_turn_end(
+            pair, rollout(pair, [Prompt("p", "two")], max_new_tokens=20)
+        )
         == {}
         and not caplog.text
     )
@@ -536,7 +538,7 @@ def test_a_turn_end_that_ends_no_response_is_named_and_counted(caplog):
     ],
 )
 def test_templates_whose_turns_end_well_or_not_at_all(template):
-    assert rollouts.turn_end(make_pair(template)) is None
+    assert generation_settings.unlisted_turn_end(make_pair(template)) is None
 
 
 def test_no_token_that_can_end_a_response_is_said(caplog):

@@ -1,0 +1,394 @@
+"""Imported rows become frozen contexts: messages become text, and text becomes ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diagnostics.contexts.conversations import REASONING, parse_messages
+from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.contexts.import_counts import COUNTED
+from diagnostics.contexts.import_formats import Rollout
+from diagnostics.contexts.prompt_ids import digest
+from diagnostics.contexts.prompts import is_far_longer
+from diagnostics.contexts.rendering import PROBE, Renderer
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import missing, require_unicode
+from diagnostics.core.types import Context, Prompt
+
+if TYPE_CHECKING:
+    from diagnostics.models.pair import Pair
+
+
+class Freezer:
+    """Turns imported rows into contexts and counts what it finds.
+
+    Args:
+        pair: Student and teacher; the tokenizer, the shared vocabulary and the window are
+            theirs.
+        renderer: Renders prompts and replies with the chat template.
+        prompts: Prompts that the rollouts came from, to restore lost special tokens.
+    """
+
+    def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
+        self.tokenizer = pair.tokenizer
+        self.end_ids = pair.end_ids
+        self.vocabulary = pair.vocabulary
+        self.window = pair.window
+        self.renderer = renderer
+        self.counts: Counter = Counter()
+        renderer.written.update(prompt.prompt for prompt in prompts if prompt.rendered)
+        self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
+        self.writes_special = renderer.has_template and renderer.has_special(
+            "".join(renderer.frame)
+        )
+        self.pad = getattr(self.tokenizer, "pad_token_id", None)
+        self.fillers = {*self.end_ids} | ({self.pad} - {None})
+        self.seen: set[tuple] = set()
+
+    def __call__(self, rollout: Rollout, where: str) -> Context | None:
+        """Return the context of a row, or None where the row is left out. Raises DiagnosticsError
+        where a token id lies outside the shared vocabulary.
+        """
+        with_reply = self._with_reply(rollout, where)
+        if with_reply is None:
+            return None
+        rollout = self._with_prompt(with_reply, where)
+        if self._cannot_fit(rollout):
+            self.counts["over_long"] += 1
+            return None
+        prompt_ids, given_ids = self._ids(rollout)
+        rollout = self._with_teacher_ids(rollout, where)
+        outside = [
+            i
+            for i in (*prompt_ids, *given_ids, *(rollout.teacher_prompt_ids or ()))
+            if i >= self.vocabulary
+        ]
+        if outside:
+            raise DiagnosticsError(
+                f"{where} holds token id {outside[0]}, and the shared vocabulary has"
+                f" {self.vocabulary}. Another tokenizer wrote it; give the text alone."
+            )
+        prompt_ids, response_ids, teacher_ids = self._without_padding(
+            prompt_ids, self._students_part(given_ids, rollout.own), rollout.teacher_prompt_ids
+        )
+        rollout = replace(rollout, teacher_prompt_ids=teacher_ids)
+        usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)
+        if usable:
+            self._count_faults(rollout, prompt_ids, response_ids, given_ids)
+        return self._context(rollout, prompt_ids, response_ids) if usable else None
+
+    def counted(self) -> dict[str, int]:
+        """Return what was found, by the names of COUNTED."""
+        of_prompts = {f"prompts_{name}": count for name, count in self.renderer.counts.items()}
+        return {name: self.counts[name] + of_prompts.get(name, 0) for name in COUNTED}
+
+    # Messages become text.
+
+    def _with_reply(self, rollout: Rollout, where: str) -> Rollout | None:
+        """Replace a reply in messages by the text of its first message, which the student wrote;
+        None where that text cannot be determined.
+        """
+        if rollout.reply is None:
+            return rollout
+        messages = self.renderer.messages(rollout.reply, f"{where}, the reply")
+        own = messages[:1] if messages[0]["role"] == "assistant" else []
+        self.counts["cut"] += len(messages) > len(own)
+        text = self._written(rollout, own[0], where) if own else ""
+        return None if text is None else replace(rollout, response=text)
+
+    def _written(self, rollout: Rollout, message: dict, where: str) -> str | None:
+        """Return a message's text with its reasoning and tool calls as the template writes them;
+        None where the reasoning is lost.
+        """
+        content = message.get("content") or ""
+        content = (
+            content if isinstance(content, str) else "\n".join(block["text"] for block in content)
+        )
+        thought = {name for name in REASONING if message.get(name)}
+        calls = {"tool_calls"} & set(message)
+        if not thought and not calls:
+            return content
+        text = self._rewritten(rollout, message, thought, where) if thought else content
+        with_calls = (
+            self._rewritten(rollout, message, calls, where) if calls and text is not None else text
+        )
+        lost = text is None or with_calls is None
+        self.counts["unwritten" if lost else "rewritten"] += 1
+        if with_calls is not None or text is None:
+            return with_calls
+        bare = {key: value for key, value in message.items() if key != "tool_calls"}
+        return self._rewritten(rollout, bare, thought, where) if thought else content
+
+    def _rewritten(
+        self, rollout: Rollout, message: dict, parts: set[str], where: str
+    ) -> str | None:
+        """Return what the template writes for a reply after asking for it; None where nothing of
+        the `parts` is in it.
+        """
+        prompt = parse_messages(rollout.prompt, where)
+        arguments = self.renderer.arguments | rollout.arguments
+        if isinstance(prompt, str) or missing(prompt):
+            return None
+        messages = self.renderer.messages(prompt, where)
+        if self.renderer.continues(messages, arguments):
+            return None
+        asked = self.renderer.question(messages)
+        before = self.renderer(asked, where, rollout.arguments, count=False)
+
+        def whole(reply: dict) -> str:
+            return self.renderer.render([*asked, reply], where, arguments)
+
+        kept = {key: value for key, value in message.items() if key not in parts}
+        full, without = whole(message), whole({"content": ""} | kept)
+        if full == without or not full.startswith(before):
+            return None
+        closing = whole({"role": "assistant", "content": PROBE}).rpartition(PROBE)[2]
+        return full.removeprefix(before).removesuffix(closing)
+
+    def _with_prompt(self, rollout: Rollout, where: str) -> Rollout:
+        """Replace the prompt by its rendered text. A prompt that lost its special tokens is looked
+        up among the known prompts.
+        """
+        if missing(rollout.prompt) or rollout.prompt_ids is not None:
+            text = rollout.prompt if isinstance(rollout.prompt, str) else None
+            return replace(rollout, prompt=text)
+        original = (
+            self.stripped.get(rollout.prompt.strip())
+            if rollout.rendered and isinstance(rollout.prompt, str)
+            else None
+        )
+        if original is not None:
+            self.counts["restored"] += 1
+            return replace(
+                rollout,
+                prompt=original.prompt,
+                prompt_id=rollout.prompt_id or original.prompt_id,
+                teacher_prompt=rollout.teacher_prompt or original.teacher_prompt,
+            )
+        text = self._rendered(rollout.prompt, rollout, where)
+        self.counts["without_special"] += self.writes_special and not self.renderer.has_special(
+            text
+        )
+        return replace(rollout, prompt=text)
+
+    def _rendered(self, value: Any, rollout: Rollout, where: str, *, count: bool = True) -> str:
+        """Return the rendered text of a prompt, of the student or the teacher."""
+        value = parse_messages(value, where)
+        if isinstance(value, str) and rollout.rendered:
+            return value
+        return self.renderer(value, where, rollout.arguments, count=count)
+
+    def _with_teacher_ids(self, rollout: Rollout, where: str) -> Rollout:
+        """Add the teacher's own prompt as text and ids, where the row has one."""
+        if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
+            text = self._rendered(rollout.teacher_prompt, rollout, where, count=False)
+            return replace(
+                rollout, teacher_prompt=text, teacher_prompt_ids=self._encode_prompt(text)
+            )
+        return rollout
+
+    # Text becomes ids, and the response is cut out of them.
+
+    def _cannot_fit(self, rollout: Rollout) -> bool:
+        """Whether a text is so much longer than the window that it need not be tokenized
+        completely.
+        """
+        texts = [
+            rollout.prompt if rollout.prompt_ids is None else None,
+            rollout.response if rollout.response_ids is None else None,
+        ]
+        return self.window is not None and any(
+            text is not None and is_far_longer(text, self.window, self.tokenizer) for text in texts
+        )
+
+    def _ids(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of prompt and response, encoding them together where they are text."""
+        prompt_ids = (
+            rollout.prompt_ids
+            if rollout.prompt_ids is not None
+            else self._encode_prompt(rollout.prompt)
+        )
+        if rollout.response_ids is not None:
+            return prompt_ids, rollout.response_ids
+        assert rollout.response is not None  # read_row refuses a row that has neither
+        self.counts["from_text"] += 1
+        before = rollout.prompt if rollout.prompt_ids is None else self._text(prompt_ids)
+        whole = rollout.prompt_ids is not None or self._is_written(rollout.prompt)
+        encode = self._encode if whole else self._encode_prompt
+        together = encode(before + rollout.response)
+        if together[: len(prompt_ids)] == prompt_ids:
+            return prompt_ids, together[len(prompt_ids) :]
+        self.counts["joined"] += 1
+        return prompt_ids, self._encode(rollout.response)
+
+    def _students_part(
+        self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None
+    ) -> tuple[int, ...]:
+        """Cut the response at the first token that the student did not write. Padding does not
+        belong to it, whatever the mask says.
+        """
+        if own is None or all(own):
+            return response_ids
+        first = own.index(False)
+        self.counts["cut"] += not all(i in self.fillers for i in response_ids[first:])
+        self.counts["padded"] += all(i in self.fillers for i in response_ids[first:])
+        return response_ids[:first]
+
+    def _without_padding(
+        self,
+        prompt_ids: tuple[int, ...],
+        response_ids: tuple[int, ...],
+        teacher_ids: tuple[int, ...] | None,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+        """Return prompt, response and teacher's prompt: both prompts without padding, the response
+        up to its first end token.
+        """
+        bare = self._unpadded(prompt_ids)
+        bare_teacher = teacher_ids and self._unpadded(teacher_ids)
+        first = self._leading_padding(response_ids)
+        kept, beyond = self._split_at_end(response_ids[first:])
+        foreign = any(i not in self.fillers for i in beyond)
+        self.counts["after_end"] += foreign
+        self.counts["padded"] += (
+            (bare, bare_teacher) != (prompt_ids, teacher_ids)
+            or first > 0
+            or (bool(beyond) and not foreign)
+        )
+        return bare, kept, bare_teacher
+
+    def _leading_padding(self, response_ids: tuple[int, ...]) -> int:
+        """Return the number of padding tokens before a response.
+
+        Where the padding token also ends responses, it is an empty response's end instead.
+        """
+        if not response_ids or response_ids[0] != self.pad or self.pad in self.end_ids:
+            return 0
+        return self._leading_repeats(response_ids)
+
+    def _split_at_end(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return a response up to its first end token, else without final padding, and the rest."""
+        end = next((place for place, i in enumerate(ids) if i in self.end_ids), None)
+        if end is not None:
+            return ids[: end + 1], ids[end + 1 :]
+        padding = self._leading_repeats(ids[::-1]) if ids and ids[-1] == self.pad else 0
+        return ids[: len(ids) - padding], ids[len(ids) - padding :]
+
+    def _unpadded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Remove padding from both ends of a prompt. One end token, or one start token, may belong
+        to the prompt; the padding token does not.
+        """
+        for _ in range(2):  # once per end: the ids are reversed in between
+            run = self._leading_repeats(ids)
+            own = ids[:1] == (getattr(self.tokenizer, "bos_token_id", None),) or (
+                run == 1 and ids[0] in self.end_ids
+            )
+            ids = ids[run - own :] if run and run < len(ids) and ids[0] in self.fillers else ids
+            ids = ids[::-1]
+        return ids
+
+    def _leading_repeats(self, ids: tuple[int, ...]) -> int:
+        """Return how often the first id is repeated at the beginning."""
+        return next((place for place, i in enumerate(ids) if i != ids[0]), len(ids))
+
+    def _usable(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> bool:
+        """Whether there is a response and it fits into the window with its prompt."""
+        over_long = self.window is not None and len(prompt_ids) + len(response_ids) > self.window
+        self.counts["empty"] += not response_ids
+        self.counts["over_long"] += over_long and bool(response_ids)
+        return bool(response_ids) and not over_long
+
+    def _count_faults(
+        self,
+        rollout: Rollout,
+        prompt_ids: tuple[int, ...],
+        response_ids: tuple[int, ...],
+        given_ids: tuple[int, ...],
+    ) -> None:
+        """Count drift, other text and repetitions. given_ids: the response before it was cut, which
+        is what the file's text spells.
+        """
+        ids = prompt_ids + response_ids
+        self.counts["retokenised"] += self._encode(self._text(ids)) != ids
+        self.counts["repeated"] += (prompt_ids, response_ids) in self.seen
+        self.seen.add((prompt_ids, response_ids))
+        if rollout.response is not None and (rollout.own is None or all(rollout.own)):
+            spelled = any(
+                self._spells(prompt_ids, found, rollout.response)
+                for found in {response_ids, given_ids}
+            )
+            self.counts["other_text"] += not spelled
+            if rollout.response_ids is not None:
+                self.counts["spelled"] += 1
+                self.counts["other_spelling"] += not spelled
+
+    def _spells(
+        self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...], response: str
+    ) -> bool:
+        """Whether the ids decode to the text, with special tokens written or left out."""
+        whole = self._text(prompt_ids + response_ids)
+        forms = (
+            whole[len(self._text(prompt_ids)) :],
+            self._text(response_ids),
+            self.tokenizer.decode(response_ids, skip_special_tokens=True),
+        )
+        return any(form.strip() == response.strip() for form in forms)
+
+    def _context(
+        self, rollout: Rollout, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
+    ) -> Context:
+        """Build the context of a row."""
+        prompt = rollout.prompt if isinstance(rollout.prompt, str) else self._text(prompt_ids)
+        return Context(
+            context_id=rollout.context_id or "",
+            prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt),
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            response=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            response_ids=response_ids,
+            finished=response_ids[-1] in self.end_ids,
+            teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None,
+            teacher_prompt_ids=rollout.teacher_prompt_ids,
+        )
+
+    def _encode_prompt(self, text: str) -> tuple[int, ...]:
+        return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))
+
+    def _is_written(self, text: str) -> bool:
+        """Whether the chat template wrote the text, here or when the prompts were read."""
+        return text in self.renderer.written
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        require_unicode(text)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _stripped(self, text: str) -> str:
+        """Return the text of a prompt as a dump without special tokens would hold it."""
+        return self.tokenizer.decode(
+            encode_prompt(self.tokenizer, text), skip_special_tokens=True
+        ).strip()
+
+
+def number_contexts(contexts: list[Context], path: Path) -> Iterator[Context]:
+    """Yield the contexts, numbering those without an id within their prompt. Raises
+    DiagnosticsError where two have the same id.
+    """
+    samples: Counter[str] = Counter()
+    taken: set[str] = set()
+    for context in contexts:
+        name = context.context_id or f"{context.prompt_id}-{samples[context.prompt_id]}"
+        samples[context.prompt_id] += not context.context_id
+        if name in taken:
+            raise DiagnosticsError(
+                f"{path}: two contexts are named {name!r}. Give every row its own id, or none."
+            )
+        taken.add(name)
+        yield replace(context, context_id=name)

@@ -1,0 +1,174 @@
+"""The keys of a released token bank: context, prompt, position and token of each row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.core.errors import DiagnosticsError
+
+TRUTH_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+"""Words for true and false; numbers and booleans are read as they are."""
+LARGEST_INT = 2**31 - 2
+"""Largest position, length and token id that the token table's columns hold."""
+
+
+def to_numbers(values: pd.Series) -> pd.Series:
+    """Return values as float64, words for true and false included; NaN for anything else."""
+    if not pd.api.types.is_numeric_dtype(values):
+        values = values.map(
+            lambda value: (
+                TRUTH_WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+            )
+        )
+    try:
+        return pd.to_numeric(values, errors="coerce").astype("float64")
+    except (OverflowError, TypeError, ValueError):
+        # A whole number is beyond float64, or cells hold something other than one value.
+        return pd.Series([_number(value) for value in values], index=values.index, dtype="float64")
+
+
+def _number(value) -> float:
+    """Return one value as a float, NaN where it is no number."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return np.nan
+
+
+def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+    """Return the key columns of the token table for a released bank.
+
+    Args:
+        frame: The bank's rows.
+        notes: Warnings are appended here as [code, subject, message].
+
+    Returns:
+        `context_id`, `prompt_id`, `position`, `response_length`, `token_id` and `token`.
+
+    Raises:
+        DiagnosticsError: Samples cannot be told apart, or a position or id is no whole number.
+    """
+    sample = _samples(frame, notes)
+    context = sample
+    if "rollout_id" in frame:
+        rollout = _filled(frame["rollout_id"], sample)
+        context = ("rollout-" + _ids(rollout) + "-").where(rollout.notna(), "") + sample
+    position = _whole(frame, "tok_pos")
+    token_id = _whole(frame, "token_id")
+    token = frame["token"].astype(str) if "token" in frame else token_id.astype(str)
+    return {
+        "context_id": context,
+        "prompt_id": _prompts(frame, context, notes),
+        "position": position,
+        "response_length": _lengths(frame, context, position),
+        "token_id": token_id,
+        "token": token,
+    }
+
+
+def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
+    """Return the sample of each row, by its index or, where slime left that out, by its ordinal."""
+    gaps = int(frame["sample_index"].isna().sum())
+    if not gaps:
+        return "sample-" + _ids(frame["sample_index"])
+    if "sample_ordinal" in frame and frame["sample_ordinal"].notna().all():
+        notes.append(
+            [
+                "sample_ordinal",
+                "sample_index",
+                (
+                    f"sample_index is empty in {gaps} of {len(frame)} rows; samples are told apart"
+                    " by sample_ordinal."
+                ),
+            ]
+        )
+        return "ordinal-" + _ids(frame["sample_ordinal"])
+    raise DiagnosticsError(
+        f"sample_index is empty in {gaps} of {len(frame)} rows, and there is no sample_ordinal to"
+        " tell the samples apart. Fill one of the two in."
+    )
+
+
+def _filled(values: pd.Series, by: pd.Series) -> pd.Series:
+    """Fill gaps from the other rows of the same sample, where those agree."""
+    if values.notna().all():
+        return values
+    known = values.groupby(by).agg(
+        lambda found: found.dropna().iloc[0] if found.nunique() == 1 else None
+    )
+    return values.astype(object).where(values.notna(), by.map(known.astype(object)))
+
+
+def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
+    """Return the group of each row; a sample without a group counts as a prompt of its own."""
+    alone = (
+        "counts as a prompt of its own; where a prompt has several samples, intervals are too"
+        " short."
+    )
+    if "group_index" not in frame or frame["group_index"].isna().all():
+        notes.append(
+            ["no_prompts", "group_index", f"There is no group_index, so every sample {alone}"]
+        )
+        return context
+    group = _filled(frame["group_index"], context)
+    gaps, lone = int(frame["group_index"].isna().sum()), context[group.isna()].nunique()
+    if gaps:
+        rest = f"; {lone} samples have none at all, and each {alone}" if lone else "."
+        notes.append(
+            [
+                "no_prompts" if lone else "gaps",
+                "group_index",
+                (
+                    f"group_index is empty in {gaps} of {len(frame)} rows; where other rows of the"
+                    f" sample have it, theirs is taken{rest}"
+                ),
+            ]
+        )
+    return ("group-" + _ids(group)).where(group.notna(), context)
+
+
+def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column of whole numbers from 0. Raises DiagnosticsError that shows what else it
+    holds.
+    """
+    values = to_numbers(frame[name])
+    odd = frame[name][~((values >= 0) & (values <= LARGEST_INT)) | (values != values.round())]
+    if len(odd):
+        raise DiagnosticsError(
+            f"{name} should hold whole numbers from 0, and {len(odd)} of {len(frame)} rows hold"
+            f" something else ({str(odd.iloc[0])[:60]!r}). Fix them."
+        )
+    return values.astype("int64")
+
+
+def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd.Series:
+    """Return the length T of each response, positions outside the loss mask included: from
+    `pos_norm` = t/(T - 1) or `resp_len`, or else from the last position.
+    """
+    last = position.groupby(context).transform("max")
+    length = last + 1
+    if "resp_len" in frame:
+        stated = to_numbers(frame["resp_len"]).groupby(context).transform("max")
+        length = stated.where((stated > last) & (stated <= LARGEST_INT), length)
+    if "pos_norm" in frame:
+        place = to_numbers(frame["pos_norm"])
+        furthest = position.where((place > 0) & (place <= 1)).groupby(context).transform("max")
+        stated = (position / place).where((position == furthest) & (place > 0)).groupby(
+            context
+        ).transform("max").round() + 1
+        length = stated.where((stated > last) & (stated <= LARGEST_INT), length)
+    return length.astype("int64")
+
+
+def _ids(values: pd.Series) -> pd.Series:
+    """Return ids as text; 3.0, as a column that once had gaps holds it, is 3."""
+    texts = [
+        (
+            str(int(value))
+            if isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+            else str(value)
+        )
+        for value in values
+    ]
+    return pd.Series(texts, index=values.index, dtype="str")
