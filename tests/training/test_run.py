@@ -529,7 +529,7 @@ def test_trl_fields_come_from_a_file(tmp_path):
             trl_config(tmp_path, TrainConfig(), EngineConfig(trl=str(path)), rate=1e-4)
 
 
-CONFIGS = Path(training_run.__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_the_configs_at_scale_are_read(tmp_path):
