@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +226,7 @@ class Pair:
     student: Readout
     teacher: Readout | topk_teacher.TopKTeacher | None
     """None where the student only writes."""
-    tokenizer: Any
+    tokenizer: object
     facts: dict = field(default_factory=dict)
     """What the manifest records: model identities, dtypes, vocabulary, template hash."""
     offload_teacher: bool = False
