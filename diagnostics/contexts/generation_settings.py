@@ -168,6 +168,8 @@ def positions_after_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:
         are none.
     """
     end = unlisted_turn_end(pair)
+    if end is None:
+        return {}
     behind = [
         len(context.response_ids) - 1 - context.response_ids.index(end)
         for context in bank

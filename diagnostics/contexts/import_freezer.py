@@ -34,7 +34,7 @@ class Freezer:
     """
 
     def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
-        self.tokenizer = pair.tokenizer
+        self.tokenizer: Any = pair.tokenizer
         self.end_ids = pair.end_ids
         self.vocabulary = pair.vocabulary
         self.window = pair.window

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -307,12 +308,13 @@ def _batches(
 
 def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
     """Build the context of one sampled response."""
+    tokenizer: Any = pair.tokenizer  # decode() of one list of ids gives one text
     return Context(
         context_id=f"{request.prompt.prompt_id}-{request.sample}",
         prompt_id=request.prompt.prompt_id,
         prompt=request.prompt.prompt,
         prompt_ids=request.prompt_ids,
-        response=pair.tokenizer.decode(ids, skip_special_tokens=True),
+        response=tokenizer.decode(ids, skip_special_tokens=True),
         response_ids=tuple(ids),
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
