@@ -10,5 +10,8 @@ setup(
     packages=[*find_packages(include=["diagnostics", "diagnostics.*"]), "diagnostics.assets"],
     package_dir={"diagnostics.assets": "data"},
     include_package_data=False,  # exactly what the next line names
-    package_data={"diagnostics": ["py.typed", "**/static/*"], "diagnostics.assets": ["**/*"]},
+    package_data={
+        "diagnostics": ["py.typed", "*.pyi", "**/static/*"],
+        "diagnostics.assets": ["**/*"],
+    },
 )

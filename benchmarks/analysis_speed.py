@@ -81,7 +81,7 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
 
 
 def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
-    """Seconds a draw of a bootstrap that concatenates DataFrames, for the same cells as
+    """Seconds per draw of a bootstrap that concatenates DataFrames, for the same cells as
     `correlate`.
     """
     frame = tokens.assign(
@@ -94,7 +94,7 @@ def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
         keys = list(groups)
         for _ in range(draws):
             drawn = pd.concat([groups[keys[i]] for i in rng.integers(0, len(keys), len(keys))])
-            for outcome in splits.OUTCOMES:
+            for outcome in splits.STUDY_OUTCOMES:
                 kept = drawn[drawn[outcome].notna()]
                 for name in names:
                     pair = kept[[f"score_{name}", outcome]].dropna()

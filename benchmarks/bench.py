@@ -132,12 +132,15 @@ class Heads:
         self.student_VH.requires_grad_(trainable)
 
     def student(self, hidden_nH: Tensor) -> Tensor:
+        """The student's logits [n, V] of its states."""
         return F.linear(hidden_nH, self.student_VH)
 
     def teacher(self, hidden_nH: Tensor) -> Tensor:
+        """The teacher's logits [n, V] of its states."""
         return F.linear(hidden_nH, self.teacher_VH)
 
     def states(self) -> tuple:
+        """States and head of the student, then of the teacher."""
         return self.student_NH, self.student, self.teacher_NH, self.teacher
 
 
@@ -157,6 +160,7 @@ def seconds_in_turn(repeats: int, *functions: Callable[[], object]) -> list[floa
 
 
 def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict[str, Tensor]:
+    """Every measurement of full logits, at this benchmark's K and sweep."""
     return divergences.measure(student_NV, teacher_NV, sampled_N, k=K, sweep=SWEEP)
 
 
@@ -234,6 +238,7 @@ def reference_loop(
 
 
 def reference_position(student_V: Tensor, teacher_V: Tensor, y: int) -> dict[str, float]:
+    """The measurements of one position, by the formulas as they are written."""
     ln_p_V, ln_q_V = student_V.log_softmax(-1), teacher_V.log_softmax(-1)
     p_V, q_V = ln_p_V.exp(), ln_q_V.exp()
     ln_m_V = ((p_V + q_V) / 2).log()
@@ -260,6 +265,7 @@ def reference_position(student_V: Tensor, teacher_V: Tensor, y: int) -> dict[str
 
 
 def reference_support(p_V: Tensor, q_V: Tensor, s: set[int], t: set[int]) -> dict[str, float]:
+    """The measurements of one position on two supports, by the formulas as they are written."""
     union = sorted(s | t)
     p_U, q_U = p_V[union] / p_V[union].sum(), q_V[union] / q_V[union].sum()
     return {
@@ -318,6 +324,7 @@ def warm_up(sizes: Sizes) -> None:
 
 
 def scoring(heads: Heads) -> dict[str, Tensor]:
+    """Every measurement of hidden states, with the logits made in chunks."""
     return divergences.measure_hidden(*heads.states(), heads.sampled_N, k=K, sweep=SWEEP)
 
 
@@ -342,6 +349,7 @@ def scoring_memory_growth(sizes: Sizes) -> Measured:
 
 
 def ours(heads: Heads, loss: str) -> Tensor:
+    """The loss with its logits made in chunks."""
     return losses.chunked_loss(
         *heads.states(),
         heads.sampled_N,
@@ -376,11 +384,15 @@ def loss_memory(sizes: Sizes, loss: str) -> Measured:
     warm_up(sizes)
     peaks = []
     for implementation in (ours, full_logits):
-        heads = Heads(sizes, sizes.loss_positions, trainable=True)
-        peaks.append(peak_extra(lambda: implementation(heads, loss).backward()))
-        del heads
+        peaks.append(_peak_of_backward(implementation, sizes, loss))
     gradients = 4 * sizes.student * (sizes.vocabulary + sizes.loss_positions) / MEBIBYTE
     return Measured(peaks[0] / peaks[1], gradients / peaks[1])
+
+
+def _peak_of_backward(implementation, sizes: Sizes, loss: str) -> float:
+    """Peak memory of one loss and its backward pass; its heads are freed on return."""
+    heads = Heads(sizes, sizes.loss_positions, trainable=True)
+    return peak_extra(lambda: implementation(heads, loss).backward())
 
 
 for _loss in ("forward_kl", "reverse_kl", "jsd"):

@@ -1,17 +1,17 @@
-"""Are the intervals and tests of `diagnostics.analysis.bootstrap` calibrated? Simulated data sets
-with clustered positions.
+"""Calibration of the analysis's intervals and tests on simulated, clustered positions.
 
-    python benchmarks/calibration.py [--datasets 1000] [--draws 1000] [--output
-    benchmarks/CALIBRATION.md]
+    python benchmarks/calibration.py [--datasets 1000] [--draws 1000] \\
+        [--output benchmarks/CALIBRATION.md]
 
 Prompts have 5 to 35 positions. Entropy, divergence, compatibility and the outcome each vary between
 prompts (intraclass correlation 0.3), the outcome's errors are t with 5 degrees of freedom. Under
-*null* the outcome has nothing to do with the predictors, so that 1 - coverage of 0 is the rate at
-which a nominal 5 % test rejects. Under *effect* it depends on d*c, on d*(1 - c) and on h, and the
+*null* the outcome is independent of the predictors, so that 1 - coverage of 0 is the rate at which
+a nominal 5 % test rejects. Under *effect* it depends on d*c, on d*(1 - c) and on h, and the
 truth is the mean over large samples.
 
-Beside the intervals that the project reports: the percentile interval and BCa from the same draws,
-the usual cluster-robust CR1 interval, and the interval that takes positions for independent."""
+The intervals that the project reports are compared with the percentile interval and BCa from the
+same draws, the usual cluster-robust CR1 interval, and the interval for independent positions.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ POPULATIONS, POPULATION_PROMPTS = 20, 2000
 
 
 def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, np.ndarray]:
-    """One data set: prompt codes and normalised h, d, c with the outcome y, all [N]."""
+    """One data set: prompt codes and normalized h, d, c with the outcome y, all [N]."""
     codes = np.repeat(np.arange(prompts), rng.integers(5, 36, prompts))
 
     def clustered(errors: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ def estimates(data: dict[str, np.ndarray], prompts: PromptClusters) -> dict[str,
 
 
 def independent(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Intervals that take positions for independent."""
+    """Intervals that treat positions as independent."""
     h, d, c, y = (data[name] for name in "hdcy")
     n, z = len(y), stats.norm.ppf((1 + LEVEL) / 2)
     r = np.arctanh(np.corrcoef(d * c, y)[0, 1])
@@ -313,14 +313,15 @@ def report(
     seconds: float,
 ) -> str:
     """The results as Markdown."""
+    largest = table.groupby("prompts").datasets.max().items()
+    sizes = ", ".join(f"{count} at {prompts} prompts" for prompts, count in largest)
     lines = [
         "# Calibration of intervals and tests",
         "",
         (
             "Written by `python benchmarks/calibration.py`; its head says how the data are made."
             " Figures are percentages of simulated data sets"
-            f" ({', '.join(f'{n} at {p} prompts' for p, n in table.groupby('prompts').datasets.max().items())}),"
-            f" {draws} draws each, nominal 95 %. {platform.machine()}, Python"
+            f" ({sizes}), {draws} draws each, nominal 95 %. {platform.machine()}, Python"
             f" {platform.python_version()}, numpy {np.__version__}, one thread, {seconds / 60:.0f}"
             " min."
         ),

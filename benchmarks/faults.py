@@ -1,8 +1,9 @@
-"""Long campaigns against a run directory: kill -9 at random moments, a disk that fills up. Run by
-hand.
+"""Long campaigns against a run directory, run by hand: kill -9 at random moments, a full disk.
 
-    python benchmarks/faults.py kills --kills 20      what is measured, the intervention grid, the main job: killed and resumed
-    python benchmarks/faults.py disk                  a small tmpfs (needs root), filled up, made larger, resumed
+    python benchmarks/faults.py kills --kills 20    measurements, the intervention grid and the main
+                                                    job, each killed and resumed
+    python benchmarks/faults.py disk                a small tmpfs (needs root) that is filled up,
+                                                    made larger, and used again
 
 Every trial ends with a comparison of all final files with those of an uninterrupted run. The
 embedded pair, few contexts; every finished batch is on disk at once, so that a run of a minute has

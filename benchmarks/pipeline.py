@@ -1,7 +1,6 @@
-"""Rows of the benchmark that run whole stages: scoring, the probe, two processes, and the paper's
-size on a GPU.
+"""Rows of the benchmark that run whole stages: scoring, the probe, two processes, and a GPU.
 
-    python benchmarks/pipeline.py [--quick]        # these rows alone; `bench.py` runs them after its own
+    python benchmarks/pipeline.py [--quick]    # these rows alone; bench.py runs them after its own
 
 Random weights in the shapes of Qwen2.5 0.5B (student) and 1.5B (teacher), float32; the two-process
 row takes two of their layers, and `quick` takes two narrow ones over 16,000 tokens. Each ratio is
@@ -28,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diagnostics.core import distributed
-from diagnostics.probing.one_step import StepBench, loss_weights, probe, split_prompts
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import batches, score
+from diagnostics.probing.step import StepBench, loss_weights, split_prompts
 
 VOCABULARY = 151_936
 STUDENT = {
@@ -196,7 +196,7 @@ def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
     and of the placebo.
     """
     teacher, student = (
-        seconds(lambda: bare(model, todo)) for model in (pair.teacher, pair.student)
+        seconds(lambda model=model: bare(model, todo)) for model in (pair.teacher, pair.student)
     )
     found = {}
 

@@ -1,31 +1,27 @@
 """opd-diagnostics: which of a teacher's token-level signals can this student learn from?
 
-Names load on first use, so `import diagnostics` stays cheap and needs neither torch nor a model.
+A name is imported on its first use, so `import diagnostics` is quick and needs neither torch nor a
+model.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
-# Large tensors in large pages: filling a fresh one takes a third to a fifth of the time. Torch
-# reads this at its first allocation.
+# Large tensors lie in large memory pages, which makes filling a fresh one three to five times as
+# fast. Torch reads this variable at its first allocation, so it is set before torch is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# Where each public name lives. `scripts/docs.py` writes __init__.pyi from these two tables, so that
+# a type checker and an editor know every name and refuse any other.
 _HOMES = {
-    "core.types": (
-        "Bank",
-        "Context",
-        "DiagnosticsError",
-        "Prompt",
-        "SCHEMA",
-        "read_bank",
-        "validate_tokens",
-    ),
+    "core.errors": ("DiagnosticsError",),
+    "core.schema": ("SCHEMA", "validate_tokens"),
+    "core.types": ("Bank", "Context", "Prompt", "read_bank"),
     "criteria": ("criterion", "list_criteria", "normalize", "score_criterion", "select"),
     "models.pair": ("Pair", "load_pair"),
     "contexts.prompts": ("load_prompts",),
@@ -58,36 +54,22 @@ _HOMES = {
     "report.compare_runs": ("compare_runs",),
 }
 _MODULES = {"plot": "report.figures"}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted({*_HOME, *_MODULES})
+_HOME = {name: home for home, names in _HOMES.items() for name in names} | _MODULES
+__all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
-    if name in _MODULES:
-        return importlib.import_module(f"diagnostics.{_MODULES[name]}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"diagnostics.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use, and keep it so that every later use finds it at once.
+
+    Raises:
+        AttributeError: The package has no public name of this spelling.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
+    module = importlib.import_module(f"diagnostics.{_HOME[name]}")
+    globals()[name] = value = module if name in _MODULES else getattr(module, name)
+    return value
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Callable(ModuleType):
-    """A module that is called like the function of its name: once imported, it stands where that
-    function stood.
-    """
-
-    def __call__(self, *args, **options):
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value) -> None:
-        if _HOME.get(name) == name and isinstance(value, ModuleType):
-            value.__class__ = _Callable
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

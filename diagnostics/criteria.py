@@ -1,4 +1,4 @@
-"""Selection criteria: one score a position, higher is selected.
+"""Selection criteria: one score per position, where a higher score is selected first.
 
 With H(p) the student's entropy, D = KL(q||p) (teacher first) and C the teacher's mass on the
 student's top K, write h, d, c for the three after `normalize`:
@@ -6,16 +6,16 @@ student's top K, write h, d, c for the three after `normalize`:
     N(z) = clip((z - Q05) / (Q95 - Q05), 0, 1)
 
 with linearly interpolated quantiles over the valid response positions of the whole table or batch.
-Teachability is d*c (arXiv 2605.26844): disagreement, where it lies within the student's reach.
+Teachability is d*c (arXiv 2605.26844): disagreement within the student's reach.
 
-Departures from the released training code: a constant column maps to 0 and a non-finite value to
-NaN, which is never selected (there: silently zero); `teachability_entropy` combines d*c, not
-N(D*C); quadrant Q3 is h <= median and d >= median, as in the released analysis (the training code:
-h < median). A budget keeps ceil(budget*N) positions (the analysis scripts round), and a minimum per
-context stays within it, by the criterion itself (there: on top of it, filled by h + N(D*C) -
-h*N(D*C)).
+Departures from the released training code of that paper: a constant column maps to 0, and a
+non-finite value maps to NaN and is never selected (the released code silently sets it to zero).
+`teachability_entropy` combines d*c and not N(D*C). Quadrant Q3 is h <= median and d >= median, as
+in the released analysis (the training code uses h < median). A budget keeps ceil(budget*N)
+positions (the analysis scripts round). A minimum per context stays within the budget and is filled
+by the criterion itself (the released code adds it on top, filled by h + N(D*C) - h*N(D*C)).
 
-A criterion is a plain function of table columns. Register one with three lines:
+A criterion is a plain function of table columns. Three lines register one:
 
     @criterion("mine", needs=["teacher_logprob", "student_entropy"])
     def mine(tokens):
@@ -37,6 +37,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column, require_columns
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
+DEFAULT_BUDGET = 0.05
 SELECTKD_REJECTED_WEIGHT = 0.01
 IW_PREFIX_GAMMA = 0.5
 
@@ -49,20 +50,28 @@ class Criterion:
 
     name: str
     function: Callable
+    """Takes a table with the columns that `needs` names; returns one score per row."""
     needs: tuple[str, ...]
     formula: str
     kind: Kind
     """*select* keeps the best positions; *weight* is meant as a loss weight and can also be ranked;
     *all* keeps every position at any budget."""
     direction: str
-    """Which end of the formula's value is selected; the score is negated where that is the low
+    """Which end of the formula's value is selected. The score is negated where that is the low
     end.
     """
     budget: float
+    """Share of positions that is kept where no budget is given."""
     source: str
+    """arXiv number of the paper that defines the formula, or "ours"; as given for a user's own."""
     aliases: tuple[str, ...]
+    """Names of the same criterion in released code."""
     mine: bool
     """True for a criterion that a user registered."""
+    recommended: bool = False
+    """True for the few criteria to start with; `list_criteria` lists these first."""
+    note: str = ""
+    """Which other criterion this one negates or nearly repeats, or what the source leaves open."""
 
 
 _REGISTRY: dict[str, Criterion] = {}
@@ -76,16 +85,42 @@ def criterion(
     formula: str = "",
     kind: Kind = "select",
     direction: str = "high",
-    budget: float = 0.05,
+    budget: float = DEFAULT_BUDGET,
     source: str = "",
     aliases: Iterable[str] = (),
+    recommended: bool = False,
+    note: str = "",
 ) -> Callable:
-    """Register `function(tokens) -> one score a position`; a `seed` argument makes it a seeded one.
+    """Register the decorated `function(tokens)` as a selection criterion.
 
-    Raises DiagnosticsError where a built-in criterion or another's alias has the name already;
-    registering one's own name again replaces it, as rerunning a notebook cell does. The function is
-    given the columns that `needs` names and no others, so that nothing from after the step can slip
-    into a score."""
+    The function receives the columns that `needs` names and no others, so that nothing measured
+    after the step can slip into a score. It returns one score per row, and a higher score is
+    selected first. A function with an argument `seed` receives the seed of the selection.
+    Registering one's own name again replaces the entry, as rerunning a notebook cell does.
+
+    Args:
+        name: Name of the criterion in tables, figures and flags.
+        needs: Columns of the token table that the function reads, all from before the step.
+        formula: What is shown in `list_criteria`; the first line of the function's docstring where
+            empty.
+        kind: `select` keeps the best positions; `weight` is meant as a loss weight and can also be
+            ranked; `all` keeps every position at any budget.
+        direction: `high` or `low`: which end of the formula's value is selected. This is shown
+            only; the function itself negates its score where the low end is selected.
+        budget: Share of positions in (0, 1] that is kept where no budget is given.
+        source: Where the formula comes from, such as an arXiv number. The built-in criteria
+            without a source say "ours".
+        aliases: Further names under which the criterion is found.
+        recommended: Whether `list_criteria` lists the criterion among the first.
+        note: Which other criterion this one negates or nearly repeats.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        DiagnosticsError: A built-in criterion or another criterion's alias already has one of the
+            names. The decorator raises it.
+    """
     needs, aliases = tuple(needs), tuple(aliases)
 
     def register(function: Callable) -> Callable:
@@ -97,16 +132,18 @@ def criterion(
                     f"Criterion {word!r} is taken, by {owner!r}. Register yours under another name."
                 )
         _REGISTRY[name] = Criterion(
-            name,
-            function,
-            needs,
-            formula or (inspect.getdoc(function) or "").split("\n")[0],
-            kind,
-            direction,
-            budget,
-            source,
-            aliases,
-            mine,
+            name=name,
+            function=function,
+            needs=needs,
+            formula=formula or (inspect.getdoc(function) or "").split("\n")[0],
+            kind=kind,
+            direction=direction,
+            budget=budget,
+            source=source or ("" if mine else "ours"),
+            aliases=aliases,
+            mine=mine,
+            recommended=recommended,
+            note=note,
         )
         _ALIASES.update({alias: name for alias in aliases if alias != name})
         return function
@@ -115,7 +152,14 @@ def criterion(
 
 
 def find(name: str) -> Criterion:
-    """The criterion of that name or alias. Raises DiagnosticsError with the known names."""
+    """Return the criterion of a name or alias.
+
+    Args:
+        name: A registered name, or one of its aliases.
+
+    Raises:
+        DiagnosticsError: No criterion has that name; the message lists the known ones.
+    """
     entry = _REGISTRY.get(_ALIASES.get(name, name))
     if entry is None:
         raise DiagnosticsError(
@@ -125,20 +169,34 @@ def find(name: str) -> Criterion:
     return entry
 
 
+def names() -> list[str]:
+    """Names of all criteria, in the order in which they were registered."""
+    return list(_REGISTRY)
+
+
 def list_criteria() -> pd.DataFrame:
-    """The registry as a table indexed by name."""
+    """List all registered criteria, the recommended ones first.
+
+    Returns:
+        One row per criterion, indexed by name, with the columns `recommended`, `formula`,
+        `direction`, `kind`, `needs`, `budget`, `source`, `note`, `aliases` and `mine` (the fields
+        of `Criterion`; lists are joined by commas).
+    """
     fields = (
         "name",
+        "recommended",
         "formula",
         "direction",
         "kind",
         "needs",
         "budget",
         "source",
+        "note",
         "aliases",
         "mine",
     )
-    rows = [{field: getattr(entry, field) for field in fields} for entry in _REGISTRY.values()]
+    entries = sorted(_REGISTRY.values(), key=lambda entry: not entry.recommended)
+    rows = [{field: getattr(entry, field) for field in fields} for entry in entries]
     for row in rows:
         row["needs"], row["aliases"] = ", ".join(row["needs"]), ", ".join(row["aliases"])
     return pd.DataFrame(rows, columns=fields).set_index("name")
@@ -150,10 +208,21 @@ def available(tokens: pd.DataFrame) -> list[str]:
 
 
 def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
-    """N(z) of the module's head over the finite values of one whole table or batch.
+    """Scale values to [0, 1] between their 5 % and 95 % quantiles.
 
-    Returns float64 [N] in [0, 1]; NaN where the value is not finite, 0 everywhere where Q95 equals
-    Q05."""
+    N(z) = clip((z - Q05) / (Q95 - Q05), 0, 1), with linearly interpolated quantiles over the finite
+    values.
+
+    Args:
+        values: [N] the values of one whole table or batch; any unit.
+
+    Returns:
+        float64 [N] in [0, 1]. A value that is not finite gives NaN. Where Q95 equals Q05, every
+        finite value gives 0.
+
+    Reference:
+        arXiv 2605.26844 and its released code.
+    """
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)
     result = np.full(values.shape, np.nan)
@@ -168,13 +237,22 @@ def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
 def score_criterion(
     tokens: pd.DataFrame, name: str, *, seed: int = 0, substitute: Mapping[str, str] | None = None
 ) -> np.ndarray:
-    """Score every position of the table with one criterion.
+    """Score every position of a token table with one criterion.
 
-    tokens: valid response positions only, one a row; `seed` matters to `random` alone. `substitute`
-    reads another column in place of a needed one, e.g. {"compatibility": "topk_overlap_k8"}.
-    Returns float64 [N], higher is selected, NaN where undefined. Raises DiagnosticsError for an
-    unknown criterion, a missing column, a column measured after the step, or a wrong number of
-    scores."""
+    Args:
+        tokens: Token table with one row per valid response position.
+        name: Name or alias of the criterion.
+        seed: Seed of criteria that draw random numbers; of the built-in ones only `random` does.
+        substitute: Columns to read in place of needed ones, for example
+            {"compatibility": "topk_overlap_k8"}.
+
+    Returns:
+        float64 [N], where a higher score is selected first; NaN where the score is undefined.
+
+    Raises:
+        DiagnosticsError: The criterion is unknown, a column is missing or was measured after the
+            step, or the function returns a wrong number of scores.
+    """
     entry = find(name)
     substitute = {new: old for new, old in (substitute or {}).items() if new in entry.needs}
     require_columns(
@@ -186,7 +264,7 @@ def score_criterion(
     if scores.shape != (len(tokens),):
         raise DiagnosticsError(
             f"Criterion {name!r} returned shape {scores.shape} for {len(tokens)} positions. Return"
-            " one score a row."
+            " one score per row."
         )
     return np.where(np.isfinite(scores), scores, np.nan)
 
@@ -197,6 +275,7 @@ def _call(entry: Criterion, declared: pd.DataFrame, columns: set, seed: int):
         return entry.function(declared, **seeded)
     except (KeyError, AttributeError) as error:
         name = error.args[0] if isinstance(error, KeyError) else error.name
+        # A typo of the user's own keeps its traceback; only an undeclared column gets our sentence.
         if name in columns - set(entry.needs):
             raise DiagnosticsError(
                 f"Criterion {entry.name!r} reads {name}, which its needs ({', '.join(entry.needs)})"
@@ -217,8 +296,16 @@ def _refuse_outcomes(entry: Criterion, substitute: Mapping[str, str]) -> None:
 
 
 def budget_count(positions: int, budget: float) -> int:
-    """ceil(budget * positions), safe against the last bit of the product. Raises for a budget
-    outside (0, 1].
+    """Number of positions that a budget keeps: ceil(budget * positions).
+
+    The product is rounded to nine decimals first, so that its last bit cannot add a position.
+
+    Args:
+        positions: Number of positions of the whole table or batch.
+        budget: Share of positions in (0, 1].
+
+    Raises:
+        DiagnosticsError: The budget lies outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise DiagnosticsError(f"A budget is a share of positions in (0, 1]; got {budget}.")
@@ -233,18 +320,38 @@ def select(
     per_context_minimum: int = 0,
     seed: int = 0,
 ) -> np.ndarray:
-    """Mask of the ceil(budget * N) best positions of the whole table or batch.
+    """Select the ceil(budget * N) best positions of a whole table or batch.
 
-    by: a criterion's name, or scores [N]. Ties go to the earlier position, then to the earlier row.
-    `per_context_minimum` first keeps the best so many of each context, within the same budget.
-    Positions with a NaN score are never selected, so fewer are kept where too few scores are
-    defined. A criterion of kind *all* keeps every position. Returns bool [N]. A budget counts
-    supervised positions; it saves no forward compute."""
+    Ties go to the earlier position, then to the earlier row. Positions with a NaN score are never
+    selected, so fewer positions are kept where too few scores are defined. A budget counts
+    supervised positions; it saves no forward compute.
+
+    Args:
+        tokens: Token table of N rows, with at least `position`, `context_id` where
+            `per_context_minimum` is given, and the columns that the criterion needs.
+        by: Name of a criterion, or scores [N] where a higher score is selected first.
+        budget: Share of positions in (0, 1]; None stands for the criterion's own budget, and for
+            0.05 where scores are given. A criterion of kind `all` keeps every position.
+        per_context_minimum: Number of best positions of every context that are kept first, within
+            the same budget.
+        seed: Seed of criteria that draw random numbers.
+
+    Returns:
+        bool [N], True where the position is selected.
+
+    Raises:
+        DiagnosticsError: The budget lies outside (0, 1], or is too small for the minimum per
+            context; and as `score_criterion`.
+    """
     entry = find(by) if isinstance(by, str) else None
     if entry is not None and entry.kind == "all":
         return np.ones(len(tokens), dtype=bool)
-    scores = score_criterion(tokens, by, seed=seed) if entry else np.asarray(by, dtype=np.float64)
-    budget = budget if budget is not None else entry.budget if entry else 0.05
+    if isinstance(by, str):
+        scores = score_criterion(tokens, by, seed=seed)
+    else:
+        scores = np.asarray(by, dtype=np.float64)
+    if budget is None:
+        budget = entry.budget if entry else DEFAULT_BUDGET
     count = budget_count(len(tokens), budget)
     order = ranking(tokens, scores)
     guaranteed = _best_of_each_context(tokens, order, per_context_minimum, count)
@@ -256,8 +363,15 @@ def select(
 
 
 def ranking(tokens: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
-    """Row numbers from best to worst score; ties by position, then row; undefined scores left
-    out.
+    """Row numbers from the best to the worst score.
+
+    Args:
+        tokens: Token table of N rows with the column `position`.
+        scores: [N], where a higher score comes first.
+
+    Returns:
+        int [M]. Ties go to the earlier position, then to the earlier row; rows whose score is not
+        finite are left out.
     """
     scores = np.asarray(scores, dtype=np.float64)
     order = np.lexsort((np.arange(len(tokens)), tokens["position"].to_numpy(), -scores))
@@ -269,12 +383,8 @@ def _best_of_each_context(
 ) -> np.ndarray:
     if not minimum:
         return order[:0]
-    place = (
-        tokens["context_id"]
-        .iloc[order]
-        .groupby(tokens["context_id"].iloc[order].to_numpy())
-        .cumcount()
-    )
+    contexts = tokens["context_id"].iloc[order]
+    place = contexts.groupby(contexts.to_numpy()).cumcount()
     best = order[place.to_numpy() < minimum]
     if len(best) > count:
         raise DiagnosticsError(
@@ -285,10 +395,18 @@ def _best_of_each_context(
 
 
 def quadrants(tokens: pd.DataFrame) -> np.ndarray:
-    """Quadrant of each position as int 1..4, 0 where H or D is undefined.
+    """Quadrant of each position in the plane of entropy and divergence.
 
-    Split at the medians of h and d. Q3, confident and wrong, is h <= median and d >= median; ties
-    at the medians go to it first, then Q1 high-high, Q2 high h low d, Q4 low-low."""
+    The plane is split at the medians of h and d. Q3, confident and wrong, is h <= median and
+    d >= median; ties at the medians go to it first. Q1 is high-high, Q2 high h and low d, Q4
+    low-low.
+
+    Args:
+        tokens: Token table of N rows with `student_entropy` and `forward_kl` in nats.
+
+    Returns:
+        int [N]: 1 to 4, and 0 where H or D is undefined.
+    """
     h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
     defined = np.isfinite(h) & np.isfinite(d)
     if not defined.any():
@@ -300,23 +418,24 @@ def quadrants(tokens: pd.DataFrame) -> np.ndarray:
 
 
 def relative_position(tokens: pd.DataFrame) -> np.ndarray:
-    """t / (T - 1) in [0, 1], 0 where the response has one token."""
+    """t / (T - 1) in [0, 1], and 0 where the response has one token."""
+    # A response of one token divides by 1, not by 0: its only position is its first.
     last = np.maximum(tokens["response_length"].to_numpy(dtype=np.float64) - 1, 1)
     return tokens["position"].to_numpy(dtype=np.float64) / last
 
 
 # --- the registry
-# -----------------------------------------------------------------------------------
 
 _TA = "2605.26844"
 _TIP = "2604.14084"
+_SPARSE_OPD = "2609.04565"
+_UNSEEN = "the method's own text was not seen; this form is ours"
 _H, _D, _C = "student_entropy", "forward_kl", "compatibility"
 
 
 def soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b - a*b, written as 1 - (1 - a)(1 - b): exactly 1 wherever a or b is 1, so that rounding
-    decides no tie.
-    """
+    """a + b - a*b, for a and b in [0, 1]."""
+    # In this form the value is exactly 1 wherever a or b is 1, so that rounding decides no tie.
     return 1 - (1 - a) * (1 - b)
 
 
@@ -327,49 +446,98 @@ def soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     kind="all",
     budget=1.0,
     aliases=["pure_opd"],
+    note="the baseline: no selection",
 )
 def _full(tokens):
     return np.ones(len(tokens))
 
 
-@criterion("random", needs=["position"], formula="uniform, seeded")
+@criterion(
+    "random",
+    needs=["position"],
+    formula="uniform, seeded",
+    recommended=True,
+    note="the control of every other criterion",
+)
 def _random(tokens, *, seed):
     return np.random.default_rng(seed).random(len(tokens))
 
 
-@criterion("entropy", needs=[_H], formula="h")
+@criterion(
+    "entropy",
+    needs=[_H],
+    formula="h",
+    source=_TA,
+    recommended=True,
+)
 def _entropy(tokens):
     return normalize(tokens[_H])
 
 
-@criterion("divergence", needs=[_D], formula="d")
+@criterion(
+    "divergence",
+    needs=[_D],
+    formula="d",
+    source=_TA,
+    recommended=True,
+    note="`reverse_divergence`, `jsd` and `hellinger` measure nearly the same",
+)
 def _divergence(tokens):
     return normalize(tokens[_D])
 
 
-@criterion("reverse_divergence", needs=["reverse_kl"], formula="N(KL(p||q))")
+@criterion(
+    "reverse_divergence",
+    needs=["reverse_kl"],
+    formula="N(KL(p||q))",
+    note="near `divergence`, with the student first",
+)
 def _reverse_divergence(tokens):
     return normalize(tokens["reverse_kl"])
 
 
-@criterion("compatibility", needs=[_C], formula="c", source=_TA)
+@criterion(
+    "compatibility",
+    needs=[_C],
+    formula="c",
+    source=_TA,
+    recommended=True,
+)
 def _compatibility(tokens):
     return normalize(tokens[_C])
 
 
-@criterion("teachability", needs=[_D, _C], formula="d*c", source=_TA, aliases=["dlearn_high"])
+@criterion(
+    "teachability",
+    needs=[_D, _C],
+    formula="d*c",
+    source=_TA,
+    aliases=["dlearn_high"],
+    recommended=True,
+)
 def _teachability(tokens):
     return normalize(tokens[_D]) * normalize(tokens[_C])
 
 
 @criterion(
-    "incompatible", needs=[_D, _C], formula="d*(1 - c)", source=_TA, aliases=["dincompat_high"]
+    "incompatible",
+    needs=[_D, _C],
+    formula="d*(1 - c)",
+    source=_TA,
+    aliases=["dincompat_high"],
+    note="the rest of `divergence` after `teachability`",
 )
 def _incompatible(tokens):
     return normalize(tokens[_D]) * (1 - normalize(tokens[_C]))
 
 
-@criterion("tip", needs=[_H, _D], formula="h + d - h*d", source=_TIP)
+@criterion(
+    "tip",
+    needs=[_H, _D],
+    formula="h + d - h*d",
+    source=_TIP,
+    recommended=True,
+)
 def _tip(tokens):
     return soft_or(normalize(tokens[_H]), normalize(tokens[_D]))
 
@@ -389,6 +557,7 @@ def _min_max(values: pd.Series) -> np.ndarray:
     needs=[_H, "reverse_kl"],
     formula="soft-or of min-max H(p) and min-max KL(p||q)",
     source=_TIP,
+    note="near `tip`: reverse KL, scaled by minimum and maximum",
 )
 def _tip_paper(tokens):
     return soft_or(_min_max(tokens[_H]), _min_max(tokens["reverse_kl"]))
@@ -400,6 +569,7 @@ def _tip_paper(tokens):
     formula="h + dc - h*dc",
     source=_TA,
     aliases=["ca_softor"],
+    note="`tip` with d*c in place of d",
 )
 def _teachability_entropy(tokens):
     return soft_or(normalize(tokens[_H]), _teachability(tokens))
@@ -411,28 +581,53 @@ def _teachability_entropy(tokens):
     formula="d*c inside Q3, undefined elsewhere",
     source=_TA,
     aliases=["q3_teachability_high"],
+    note="`teachability` inside one quadrant",
 )
 def _q3_teachability(tokens):
     return np.where(quadrants(tokens) == 3, _teachability(tokens), np.nan)
 
 
-@criterion("advantage_abs", needs=["advantage"], formula="|A|, A = ln q(y) - ln p(y)")
+@criterion(
+    "advantage_abs",
+    needs=["advantage"],
+    formula="|A|, A = ln q(y) - ln p(y)",
+    note="the size of `advantage`",
+)
 def _advantage_abs(tokens):
     return tokens["advantage"].abs()
 
 
-@criterion("surprise", needs=["advantage"], formula="-A", aliases=["sampled_rkl_max"])
+@criterion(
+    "surprise",
+    needs=["advantage"],
+    formula="-A",
+    aliases=["sampled_rkl_max"],
+    source=_SPARSE_OPD,
+    note="the negation of `advantage`",
+)
 def _surprise(tokens):
     return -tokens["advantage"]
 
 
-@criterion("advantage", needs=["advantage"], formula="A", aliases=["sampled_rkl_min"])
+@criterion(
+    "advantage",
+    needs=["advantage"],
+    formula="A",
+    aliases=["sampled_rkl_min"],
+    source=_SPARSE_OPD,
+    note="the negation of `surprise`",
+)
 def _advantage(tokens):
     return tokens["advantage"]
 
 
 @criterion(
-    "acceptance", needs=["acceptance"], formula="min(1, q(y)/p(y))", kind="weight", budget=1.0
+    "acceptance",
+    needs=["acceptance"],
+    formula="min(1, q(y)/p(y))",
+    kind="weight",
+    budget=1.0,
+    note="`advantage` capped at 0, as a probability",
 )
 def _acceptance(tokens):
     return tokens["acceptance"]
@@ -444,6 +639,7 @@ def _acceptance(tokens):
     kind="weight",
     budget=1.0,
     formula="1 where the student's first choice is in the teacher's top 5, else 0.01",
+    source="2510.24021",
 )
 def _selectkd(tokens):
     return np.where(tokens["student_top1_in_teacher_top5"], 1.0, SELECTKD_REJECTED_WEIGHT)
@@ -454,19 +650,31 @@ def _selectkd(tokens):
     needs=["union_log_ratio_variance"],
     formula="Var_pU[ln qU - ln pU]",
     aliases=["pgt"],
+    recommended=True,
+    note=_UNSEEN,
 )
 def _projected_gradient(tokens):
     return tokens["union_log_ratio_variance"]
 
 
 @criterion(
-    "early", needs=["position", "response_length"], formula="1 - t/(T - 1)", aliases=["prefix"]
+    "early",
+    needs=["position", "response_length"],
+    formula="1 - t/(T - 1)",
+    aliases=["prefix"],
+    source=_TA,
+    note="the negation of `late`",
 )
 def _early(tokens):
     return 1 - relative_position(tokens)
 
 
-@criterion("late", needs=["position", "response_length"], formula="t/(T - 1)")
+@criterion(
+    "late",
+    needs=["position", "response_length"],
+    formula="t/(T - 1)",
+    note="the negation of `early`",
+)
 def _late(tokens):
     return relative_position(tokens)
 
@@ -476,12 +684,22 @@ def _teacher_confidence(tokens):
     return -tokens["teacher_entropy"]
 
 
-@criterion("hellinger", needs=["hellinger"], formula="sqrt(1 - sum sqrt(p q))")
+@criterion(
+    "hellinger",
+    needs=["hellinger"],
+    formula="sqrt(1 - sum sqrt(p q))",
+    note="near `divergence`, bounded by 1",
+)
 def _hellinger(tokens):
     return tokens["hellinger"]
 
 
-@criterion("jsd", needs=["js"], formula="JS(p, q)")
+@criterion(
+    "jsd",
+    needs=["js"],
+    formula="JS(p, q)",
+    note="near `divergence`, bounded by ln 2",
+)
 def _jsd(tokens):
     return tokens["js"]
 
@@ -497,6 +715,7 @@ def _margin(tokens):
     kind="weight",
     budget=1.0,
     formula="1 + 0.5*(1 - sum_{k<t}|A_k| / sum_{k<T}|A_k|)",
+    source="2606.22600",
 )
 def _iw_prefix(tokens):
     ordered = tokens.reset_index(drop=True).sort_values(["context_id", "position"])
@@ -525,6 +744,7 @@ def _position_weight(tokens):
     kind="weight",
     budget=1.0,
     formula="(1 + 1 - H(q)/max)(1 + H(p)/max), over its mean; maxima over the table",
+    note=_UNSEEN,
 )
 def _fire(tokens):
     confident_teacher = 1 - tokens["teacher_entropy"] / tokens["teacher_entropy"].max()

@@ -1,13 +1,19 @@
-"""Write what can be read off the code: the README's file tree and docs/columns.md. `--check` only
-compares.
+"""Write what follows from the code: pages of docs/ and the package's stub. `--check` only compares.
+
+- `docs/structure.md`: rooms from the import contract, modules from their first lines;
+- `docs/commands.md`: the table of commands, from the registry of stages;
+- `docs/columns.md`: every column of the token table, from the schema;
+- `diagnostics/__init__.pyi`: the public names, from `diagnostics/__init__.py`.
 
 As a hook of mkdocs (see mkdocs.yml) it also makes the pages that need no file of their own: the
-front page from the README, and one page a stage from the command line, the settings' dataclasses
-and the docstrings."""
+front page from the README, one page per command from the registry, the dataclasses of its settings
+and the docstrings, and the reference of the public names.
+"""
 
 from __future__ import annotations
 
 import ast
+import configparser
 import dataclasses
 import re
 import sys
@@ -15,65 +21,77 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-ORDER = (
-    "types parallel files runs divergences criteria losses templates conversations prompts remote"
-    " sources pairs tasks rollouts archives banks interop scores probe attribution intervention"
-    " trainer training evaluation validation statistics tables exactness analysis comparison"
-    " agreement verdicts plates figures tokenview narrative report config stages rerun cli"
-).split()
-OTHER = {
-    "data/embedded": "the embedded pair and its card",
-    "data/prompts.jsonl": "instruction prompts for the smollm2 pair",
-    "scripts": "how the embedded pair was made; requirements.txt; this tree and the site's pages",
-    "benchmarks": "cost against its floor, calibration of the intervals, and measured results",
-    "docs": (
-        "the site's pages that are not made from the code: statistics, columns, criteria, scale, …"
-    ),
-    "notebooks": "the instrument from Jupyter, step by step",
-    "reports": "committed studies",
-    "tests": "one file a module",
-}
+PACKAGE = ROOT / "diagnostics"
+PROGRAM = "python -m diagnostics"
 
 
-MODULES = {
-    "rollout": "prompts conversations templates rollouts banks",
-    "score": "scores divergences",
-    "probe": "probe losses",
-    "analyze": "analysis regressions robustness interop",
-    "compare": "comparison criteria",
-    "intervene": "intervention agreement",
-    "attribute": "attribution",
-    "report": "report narrative tokenview sidebyside",
-    "train": "training trainer evaluation",
-    "validate": "validation",
-    "run": "stages",
-    "rerun": "rerun",
-}
-"""Modules whose docstrings a stage's page shows."""
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=[.?])\s|\n\n", text)[0].replace("\n", " ").strip()
 
 
-def line(path: Path) -> str:
-    """First sentence of a module's docstring."""
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return re.split(r"(?<=\.)\s|\n\n", text)[0].replace("\n", " ").strip()
+# --- docs/structure.md: the rooms
 
 
-def tree() -> str:
-    """The tree as a fenced block, modules in the order in which they may import each other."""
-    modules = {path.stem: path for path in (ROOT / "diagnostics").glob("*.py")}
-    names = [name for name in ORDER if name in modules] + sorted(
-        set(modules) - set(ORDER) - {"__init__", "__main__"}
-    )
-    rows = [("diagnostics/", "a module imports only from those above it")]
-    rows += [(f"  {name}.py", line(modules[name])) for name in names]
-    rows += [(name, text) for name, text in OTHER.items() if (ROOT / name).exists()]
-    width = max(len(name) for name, _ in rows)
-    return "```\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows) + "\n```"
+def layers() -> list[list[str]]:
+    """The layers of the import contract, lowest first, each with the names of its rooms."""
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / ".importlinter")
+    lines = contract["importlinter:contract:rooms"]["layers"].split("\n")
+    rooms = [
+        [part.strip().removeprefix("diagnostics.") for part in line.split("|")]
+        for line in reversed(lines)
+        if line.strip()
+    ]
+    return [layer for layer in rooms if layer != ["__main__"]]
+
+
+def rooms() -> str:
+    """A section per room, lowest layer first, with a table of its modules."""
+    parts = []
+    for layer in layers():
+        for room in sorted(layer):
+            folder = PACKAGE / room
+            head = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            beside = [f"`{other}`" for other in sorted(layer) if other != room]
+            note = f" It and {' and '.join(beside)} do not import each other." if beside else ""
+            parts += [f"### {room}", f"{first_sentence(head)}{note}".strip()]
+            if folder.is_dir():
+                parts.append(_modules(folder))
+    return "\n\n".join(filter(None, parts))
+
+
+def _modules(folder: Path) -> str:
+    rows = [
+        f"| `{path.relative_to(folder)}` | {_escaped(first_sentence(path))} |"
+        for path in sorted(folder.rglob("*.py"))
+        if path != folder / "__init__.py"
+    ]
+    return "\n".join(["| module | what it holds |", "|---|---|", *rows])
+
+
+# --- docs/commands.md: the table of commands
+
+
+def commands() -> str:
+    """The table of commands, in the order in which a study uses them."""
+    from diagnostics.pipeline.registry import COMMANDS
+
+    rows = [
+        f"| `{stage.name}` | {stage.purpose} | {stage.reads} | {stage.writes} |"
+        for stage in COMMANDS
+    ]
+    head = ["| command | what it does | reads | writes |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
+# --- docs/columns.md: the token table
 
 
 def columns() -> str:
-    """docs/columns.md: every column of the token table, from the schema."""
-    from diagnostics.core.schema import SCHEMA
+    """Every column of the token table, from the schema."""
+    from diagnostics.core.types import SCHEMA
 
     stages = {
         "key": "Keys: what the row is",
@@ -82,11 +100,12 @@ def columns() -> str:
         "outcome": "Outcomes: what is predicted",
     }
     parts = [
-        "# Columns of the token table\n\nOne row a response position. Logarithms are natural; p is"
-        " the student's distribution, q the teacher's, y the sampled\ntoken, S and T the K"
-        " likeliest tokens of each, U both together. A column marked K depends on it: other K stand"
-        " beside it\nas `<name>_k<K>`; *by lists* says what it is with a teacher that is known by"
-        " top-K lists alone (docs/inputs.md). Written from\nthe schema by `scripts/docs.py`."
+        "# Columns of the token table",
+        "One row per response position. Logarithms are natural; p is the student's distribution, q"
+        " the teacher's, y the\nsampled token, S and T the K most likely tokens of each, U both"
+        " together. A column marked K depends on it: other K\nstand beside it as `<name>_k<K>`."
+        " *By lists* says what a column is with a teacher that is known by top-K lists alone\n"
+        "([inputs](inputs.md)). `scripts/docs.py` writes this page from the schema.",
     ]
     for stage, title in stages.items():
         rows = [
@@ -102,71 +121,120 @@ def columns() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# --- diagnostics/__init__.pyi: the public names for type checkers and editors
+
+
+def stub() -> str:
+    """The package's stub, in ruff's format: the real imports, and `__all__`."""
+    import diagnostics
+
+    parts = [
+        '"""The public names, for type checkers and editors. Written by scripts/docs.py."""',
+        "\n".join(
+            _import(f"diagnostics.{home}", sorted(names, key=_import_order))
+            for home, names in sorted({**_modules_as_names(), **diagnostics._HOMES}.items())
+        ),
+        "__version__: str\n__all__ = [\n"
+        + "".join(f'    "{name}",\n' for name in sorted(diagnostics.__all__, key=_import_order))
+        + "]\n",
+    ]
+    return "\n\n".join(parts)
+
+
+def _modules_as_names() -> dict[str, tuple[str, ...]]:
+    """Public modules as imports from the package that holds them: `figures as plot`."""
+    import diagnostics
+
+    return {
+        home.rpartition(".")[0]: (f"{home.rpartition('.')[2]} as {name}",)
+        for name, home in diagnostics._MODULES.items()
+    }
+
+
+def _import(module: str, names: list[str]) -> str:
+    line = f"from {module} import {', '.join(names)}"
+    if len(line) <= 100:
+        return line
+    return f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+
+
+def _import_order(name: str) -> tuple[int, str]:
+    """Constants, then classes, then functions: ruff's order."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+# --- all files
+
+
+def between(text: str, name: str, content: str) -> str:
+    """Replace what stands between the two markers `<!-- name -->` and `<!-- end of name -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"A page needs the markers {begin} and {end} once each.")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
 def pages() -> dict[Path, str]:
-    """Each generated page with what it should hold."""
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(## Where things are\n\n).*?(?=\n\n## )",
-        lambda match: match[1] + tree(),
-        readme.read_text(),
-        flags=re.S,
-    )
-    return {readme: text, ROOT / "docs" / "columns.md": columns()}
+    """Each generated file with what it should hold."""
+    structure, table = ROOT / "docs" / "structure.md", ROOT / "docs" / "commands.md"
+    return {
+        structure: between(structure.read_text(encoding="utf-8"), "rooms", rooms()),
+        table: between(table.read_text(encoding="utf-8"), "commands", commands()),
+        ROOT / "docs" / "columns.md": columns(),
+        PACKAGE / "__init__.pyi": stub(),
+    }
 
 
 # --- the site
-# --------------------------------------------------------------------------------------
 
 
 def stage_page(name: str) -> str:
-    """A stage's page: what it is for, what it reads and writes, examples, every setting, and its
-    modules.
-    """
-    from diagnostics.pipeline import cli
+    """The page of a command: purpose, inputs, outputs, examples, every setting, its modules."""
+    from diagnostics.pipeline.registry import BY_NAME, load_configs
 
+    stage = BY_NAME[name]
+    examples = "\n".join(f"{PROGRAM} {example}" for example in stage.example)
     parts = [
         f"# {name}",
-        cli.PURPOSE[name][0].upper() + cli.PURPOSE[name][1:] + ".",
-        _files_of(name),
-        f"```\n{_dedented(cli.EXAMPLES[name])}\n```",
+        stage.purpose,
+        f"Reads {stage.reads}. Writes {stage.writes}.",
+        f"```\n{examples}\n```",
+        "## Settings",
+        _own_flags(stage),
+        *(_settings(config) for config in load_configs(name).values()),
+        *(f"::: diagnostics.{module}" for module in stage.modules),
     ]
-    configs = cli._configs(name)
-    if configs:
-        parts += ["## Settings", *(_settings(config) for config in configs)]
-    parts += [f"::: diagnostics.{module}" for module in MODULES.get(name, "").split()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _dedented(text: str) -> str:
-    return "\n".join(part.strip() for part in text.split("\n"))
+def _own_flags(stage) -> str:
+    """A table of a command's flags that no dataclass holds."""
+    from diagnostics.pipeline.registry import flags_of
 
-
-def _files_of(name: str) -> str:
-    """The stage's row of the README's table, in words."""
-    for row in re.findall(
-        r"^\|([^|\n]+)\|([^|\n]+)\|([^|\n]+)\|$", (ROOT / "README.md").read_text(), flags=re.M
-    ):
-        if f"`{name}`" in row[0]:
-            return f"Reads {row[1].strip()}; writes {row[2].strip()}."
-    return ""
+    rows = [
+        f"| `{flag.names[0]}` | {_escaped(flag.options.get('help', ''))} |"
+        for flag in flags_of(stage)
+    ]
+    rows += ["| `--quiet` | print only warnings and errors on stderr |"]
+    rows += ["| `--json` | print the result as one JSON object |"]
+    return "\n".join(["| flag | |", "|---|---|", *rows])
 
 
 def _settings(config: type) -> str:
     """A table of a dataclass's fields as flags."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for field in dataclasses.fields(config):
-        default = (
-            ",".join(map(str, field.default))
-            if isinstance(field.default, tuple)
-            else ""
-            if field.default is None
-            else str(field.default)
-        )
-        rows.append(
-            f"| `--{field.name.replace('_', '-')}` | {f'`{default}`' if default else '–'} |"
-            f" {_escaped(field.metadata.get('help', ''))} |"
-        )
+        flag, default = field.name.replace("_", "-"), _shown(field.default)
+        meaning = _escaped(field.metadata.get("help", ""))
+        rows.append(f"| `--{flag}` | {f'`{default}`' if default else '–'} | {meaning} |")
     return f"*{(config.__doc__ or '').split(chr(10))[0].rstrip('.')}*\n\n" + "\n".join(rows)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "" if default is None else str(default)
 
 
 def _escaped(text: str) -> str:
@@ -175,7 +243,7 @@ def _escaped(text: str) -> str:
 
 
 def public_names() -> str:
-    """Every name of the package with the module that it comes from."""
+    """A table of every public name with the module that it comes from."""
     import diagnostics
 
     rows = [
@@ -186,16 +254,28 @@ def public_names() -> str:
     return "\n".join(["| names | module |", "|---|---|", *rows])
 
 
+def reference() -> str:
+    """The docstring of every public name, with the table of its parameters."""
+    import diagnostics
+
+    return "\n\n".join(
+        f"::: diagnostics.{home}.{name}"
+        for home, names in diagnostics._HOMES.items()
+        for name in names
+    )
+
+
 def on_config(config):
     """mkdocs: the order of the pages; those of docs/ that are not named here follow by name."""
     sys.path.insert(0, str(ROOT))  # mkdocs puts the path back after it has loaded its hooks
-    from diagnostics.pipeline import cli
+    from diagnostics.pipeline.registry import COMMANDS
 
-    first = ["commands.md", "statistics.md", "columns.md", "criteria.md", "python.md"]
+    first = ["glossary.md", "commands.md", "statistics.md", "columns.md", "criteria.md"]
+    first += ["python.md", "structure.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
     config.nav = [
         {"Overview": "index.md"},
-        {"Stages": [f"stages/{name}.md" for name in cli.PURPOSE if name != "criteria"]},
+        {"Commands": [f"stages/{stage.name}.md" for stage in COMMANDS]},
         *first,
         *others,
         "contributing.md",
@@ -207,34 +287,37 @@ def on_files(files, config):
     """mkdocs: add the pages that are made from the code."""
     from mkdocs.structure.files import File
 
-    from diagnostics.pipeline import cli
+    from diagnostics.pipeline.registry import COMMANDS
 
-    made = {f"stages/{name}.md": stage_page(name) for name in cli.PURPOSE if name != "criteria"}
+    made = {f"stages/{stage.name}.md": stage_page(stage.name) for stage in COMMANDS}
     made["index.md"] = (
         (ROOT / "README.md")
-        .read_text()
+        .read_text(encoding="utf-8")
         .replace("](docs/", "](")
         .replace("](CONTRIBUTING.md)", "](contributing.md)")
     )
-    made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
+    made["contributing.md"] = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    )
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """mkdocs: fill in the list of names."""
-    return (
-        markdown.replace("{{ names }}", public_names())
-        if page.file.src_uri == "python.md"
-        else markdown
-    )
+    """mkdocs: fill in the public names and their reference."""
+    if page.file.src_uri != "python.md":
+        return markdown
+    return markdown.replace("{{ names }}", public_names()).replace("{{ reference }}", reference())
 
 
 def main() -> int:
-    """Write the pages, or with `--check` name those that are behind the code."""
+    """Write the files, or with `--check` name those that are behind the code."""
+    wanted = pages()
     behind = [
-        path for path, text in pages().items() if not path.exists() or path.read_text() != text
+        path
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     if "--check" in sys.argv:
         print(
@@ -246,8 +329,7 @@ def main() -> int:
         )
         return int(bool(behind))
     for path in behind:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(pages()[path])
+        path.write_text(wanted[path], encoding="utf-8")
     return 0
 
 

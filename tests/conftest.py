@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from diagnostics.core import progress
 from diagnostics.core.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
@@ -89,9 +90,9 @@ def make_bank(lengths, *, prompt_lengths=None, seed: int = 0) -> Bank:
     generator = torch.Generator().manual_seed(seed)
     contexts = []
     for i, length in enumerate(lengths):
-        prompt = [0] + torch.randint(
-            4, 64, (prompt_lengths[i] if prompt_lengths else 2 + i % 4,), generator=generator
-        ).tolist()
+        prompt_length = prompt_lengths[i] if prompt_lengths else 2 + i % 4
+        drawn = torch.randint(4, 64, (prompt_length,), generator=generator).tolist()
+        prompt = [0, *drawn]
         response = torch.randint(4, 64, (length,), generator=generator).tolist()
         contexts.append(
             Context(f"c{i}", f"p{i}", "prompt", tuple(prompt), "response", tuple(response), False)
@@ -154,3 +155,17 @@ def registry(monkeypatch):
 
     monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
     monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    for name in ("analyze-0123456789abcdef/data", "notes.txt", ".lock"):
+        (tmp_path / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "elsewhere" / name).write_bytes(b"precious")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every batch is written when it is done."""
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)

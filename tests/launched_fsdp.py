@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from diagnostics.models.pair import Readout
+from diagnostics.models.readout import Readout
 from diagnostics.training import run as training_run
 from diagnostics.training.evaluation import EvaluationConfig
 from tests.conftest import make_pair, make_prompts

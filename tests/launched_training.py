@@ -8,6 +8,7 @@ there is.)"""
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from tests.conftest import make_pair, make_prompts
 class Recording(trl_trainer.SelectedDistillationTrainer):
     """Keeps prompt, response and mask of every row."""
 
-    rows: list = []
+    rows: ClassVar[list] = []
 
     def _narrow(self, batch):
         batch = super()._narrow(batch)

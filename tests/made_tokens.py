@@ -1,6 +1,4 @@
-"""A token table with known dependence of the gains on their predictors, for the tests of the
-analysis.
-"""
+"""Token tables, interventions and verdicts of known content, for the tests of the analysis."""
 
 from __future__ import annotations
 
@@ -9,6 +7,16 @@ import pandas as pd
 
 from diagnostics.core.schema import validate_tokens
 from diagnostics.criteria import normalize
+
+INTERVENED_CRITERIA = ("divergence", "teachability", "entropy", "compatibility", "incompatible")
+INTERVENED_BUDGETS = (0.05, 0.2, 0.5)
+FOUR_RIVALS = {
+    "full": (0.0, -0.005, 0.005),
+    "entropy": (0.1, 0.05, 0.15),
+    "divergence": (0.2, 0.1, 0.3),
+    "tip": (0.02, 0.01, 0.03),
+}
+"""(difference, low, high) of each rival in a grid where teachability wins."""
 
 
 def made_tokens(
@@ -71,3 +79,65 @@ def made_tokens(
                 tokens[name].isna(), np.nan, 0.1 * rng.normal(size=n)
             )
     return validate_tokens(tokens)
+
+
+def only_row(table, **where):
+    """The only row of a table with these values."""
+    for name, value in where.items():
+        table = table[table[name] == value]
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+def make_effects(tokens, value, *, draws=3, noise=0.0):
+    """Interventions whose mean reduction in a cell is value(criterion, budget) on every position,
+    plus noise by prompt.
+    """
+    rng, rows = np.random.default_rng(0), []
+    by_prompt = tokens.groupby("prompt_id").agg(
+        split=("split", "first"), positions=("position", "size")
+    )
+    for criterion in ("full", "placebo", "random", *INTERVENED_CRITERIA):
+        for budget in (1.0,) if criterion in ("full", "placebo") else INTERVENED_BUDGETS:
+            for draw in range(draws if criterion == "random" else 1):
+                for prompt, row in by_prompt.iterrows():
+                    mean = (
+                        value(criterion, budget)
+                        + noise * rng.normal()
+                        + (draw - (draws - 1) / 2 if criterion == "random" else 0)
+                    )
+                    rows.append(
+                        {
+                            "criterion": criterion,
+                            "budget": budget,
+                            "draw": draw,
+                            "prompt_id": prompt,
+                            "split": row.split,
+                            "positions": row.positions,
+                            "forward_kl": mean * row.positions,
+                            "reverse_kl": -mean * row.positions,
+                            "js": 0.0,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def training_verdicts(verdict, seeds=3, **rivals):
+    """Verdicts of a grid for one measure: (difference, low, high) of each rival."""
+    key = {
+        "claim": "C5",
+        "measure": "forward_kl",
+        "budget": 0.05,
+        "margin": 0.01,
+        "seeds": seeds,
+        "prompts": 40,
+    }
+    rows = [
+        key
+        | {"rival": "all", "verdict": verdict, "difference": np.nan, "low": np.nan, "high": np.nan}
+    ]
+    rows += [
+        key | {"rival": name, "verdict": "", "difference": d, "low": low, "high": high}
+        for name, (d, low, high) in rivals.items()
+    ]
+    return pd.DataFrame(rows)

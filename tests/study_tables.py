@@ -879,3 +879,21 @@ def record(directory: Path) -> Path:
     recorded["joined"] = {"tokens.parquet": sha256_file(directory / "tokens.parquet")}
     (directory / "manifest.json").write_text(json.dumps(recorded), encoding="utf-8")
     return directory
+
+
+def grid_outcomes() -> pd.DataFrame:
+    """What every prompt showed after each training of a small grid, over three seeds."""
+    cells = [
+        ("full", 1.0),
+        *((name, 0.05) for name in ("teachability", "entropy", "tip", "random")),
+    ]
+    rng = np.random.default_rng(0)
+    rows = [
+        (name, budget, seed, "reverse_kl", f"p{prompt:02d}", 8 * rng.normal(0.7, 0.1), 8)
+        for name, budget in [("untouched", 0.0), *cells]
+        for seed in ([-1] if name == "untouched" else range(3))
+        for prompt in range(40)
+    ]
+    return pd.DataFrame(
+        rows, columns=["criterion", "budget", "seed", "measure", "prompt_id", "total", "count"]
+    )

@@ -43,12 +43,12 @@ def test_a_changed_file_is_left_out_of_the_page_and_the_page_says_so(run, caplog
     )
     assert f'<p class="warning">{said}</p>' in text and "FORGED" not in text and said in caplog.text
     assert said.replace("_", r"\_") in (run / "report.md").read_text()
-    material = run_results.read_run(run)
+    results = run_results.read_run(run)
     assert (
-        material.table("correlations") is None,
-        material.table("verdicts") is None,
-        material.tokens is None,
-        material.bank is None,
+        results.table("correlations") is None,
+        results.table("verdicts") is None,
+        results.tokens is None,
+        results.bank is None,
     ) == tuple(
         name == each
         for each in (
@@ -145,8 +145,7 @@ def test_changed_scores_join_no_table(tmp_path):
             join_tokens(run)
 
 
-# --- damage
-# -------------------------------------------------------------------------------------------
+# --- damage ---
 
 
 @pytest.mark.parametrize(
@@ -167,8 +166,8 @@ def test_a_curve_without_a_readable_record_is_left_out(run, record):
     pd.DataFrame({"step": [1]}).to_parquet(run / "cells/a.curve.parquet")
     if record is not None:
         (run / "cells/a.json").write_text(record)
-    material = run_results.read_run(run)
-    assert material.cautions == (
+    results = run_results.read_run(run)
+    assert results.reading_notes == (
         "cells/a.curve.parquet has no record of its training beside it and was left out.",
     )
 
@@ -180,8 +179,7 @@ def test_a_name_that_is_no_unicode_stands_escaped(run):
     assert r"p\udcff.jsonl" in page.build(run).read_text(encoding="utf-8")
 
 
-# --- pages
-# --------------------------------------------------------------------------------------------
+# --- pages ---
 
 
 def test_a_page_of_somebody_s_own_is_not_replaced(run, capsys):

@@ -1,3 +1,7 @@
+"""Every criterion equals its formula; the registry, selections, ties and quadrants."""
+
+import itertools
+import re
 from math import ceil, exp, sqrt
 
 import numpy as np
@@ -49,7 +53,6 @@ def table(n=40, seed=0):
 
 
 # --- normalisation
-# ----------------------------------------------------------------------------------
 
 
 def test_normalise_by_hand():
@@ -97,7 +100,6 @@ def test_constant_columns_are_zero_and_missing_ones_stay_missing():
 
 
 # --- every criterion against its formula
-# ------------------------------------------------------------
 
 
 def _softor(a, b):
@@ -269,32 +271,58 @@ def test_another_support_takes_the_place_of_compatibility():
 
 
 # --- registry
-# ---------------------------------------------------------------------------------------
 
 
 def test_the_registry_as_a_table():
     listed = C.list_criteria()
     assert listed.index.is_unique and list(listed.columns) == [
+        "recommended",
         "formula",
         "direction",
         "kind",
         "needs",
         "budget",
         "source",
+        "note",
         "aliases",
         "mine",
     ]
     assert listed.loc["teachability"].to_dict() == {
+        "recommended": True,
         "formula": "d*c",
         "direction": "high",
         "kind": "select",
         "needs": "forward_kl, compatibility",
         "budget": 0.05,
         "source": "2605.26844",
+        "note": "",
         "aliases": "dlearn_high",
         "mine": False,
     }
     assert listed.loc["full", "kind"] == "all" and (listed.formula != "").all()
+
+
+def test_the_recommended_criteria_come_first_and_the_rest_keeps_its_order():
+    listed = C.list_criteria()
+    first = "random entropy divergence compatibility teachability tip projected_gradient".split()
+    assert list(listed.index[listed.recommended]) == list(listed.index[: len(first)]) == first
+    assert list(listed.index[len(first) :]) == [name for name in C.names() if name not in first]
+
+
+def test_every_built_in_formula_has_a_source_or_says_ours():
+    for name, row in C.list_criteria().iterrows():
+        assert re.fullmatch(r"ours|\d{4}\.\d{5}", row.source), name
+
+
+def test_negations_and_near_duplicates_are_marked():
+    tokens, listed = table(), C.list_criteria()
+    scores = {name: score_criterion(tokens, name) for name in listed.index}
+    for one, other in itertools.combinations(listed.index, 2):
+        if np.allclose(scores[one], -scores[other]) or np.allclose(scores[one], 1 - scores[other]):
+            assert listed.note[one] == f"the negation of `{other}`"
+            assert listed.note[other] == f"the negation of `{one}`"
+    for name, note in listed.note.items():
+        assert all(mentioned in listed.index for mentioned in re.findall(r"`(\w+)`", note)), name
 
 
 @pytest.mark.parametrize(
@@ -424,7 +452,6 @@ def test_a_missing_column_and_a_wrong_number_of_scores(registry):
 
 
 # --- quadrants
-# --------------------------------------------------------------------------------------
 
 
 def test_quadrants_by_hand():
@@ -449,7 +476,6 @@ def test_quadrants_split_without_ties_evenly():
 
 
 # --- selection
-# --------------------------------------------------------------------------------------
 
 
 def _select_loop(tokens, scores, budget):

@@ -1,3 +1,6 @@
+"""Generated pages follow the code, and the site builds without a warning."""
+
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diagnostics.core.schema import SCHEMA
-from diagnostics.pipeline.cli import PURPOSE
+from diagnostics.pipeline.registry import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +32,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-2000:]
     assert (tmp_path / "contributing" / "index.html").exists()
-    for name in PURPOSE:
-        if name != "criteria":
-            assert (tmp_path / "stages" / name / "index.html").exists(), name
+    for stage in COMMANDS:
+        assert (tmp_path / "stages" / stage.name / "index.html").exists(), stage.name
     probe, statistics, columns = (
         (tmp_path / name / "index.html").read_text()
         for name in ("stages/probe", "statistics", "columns")
@@ -51,14 +53,31 @@ def test_the_site_builds_without_a_warning(tmp_path):
     ]
 
 
-def test_readme_names_every_module():
-    readme = (ROOT / "README.md").read_text()
-    missing = [
-        path.name
-        for path in (ROOT / "diagnostics").glob("*.py")
-        if not path.name.startswith("__") and f"  {path.name}" not in readme
-    ]
-    assert missing == []
+def test_every_room_of_the_contract_has_its_modules_on_the_page_of_the_structure():
+    page = (ROOT / "docs" / "structure.md").read_text()
+    for path in (ROOT / "diagnostics").rglob("*.py"):
+        room, *inner = path.relative_to(ROOT / "diagnostics").parts
+        if room.startswith("__"):
+            continue
+        section = page.split(f"### {room.removesuffix('.py')}\n")[1].split("\n### ")[0]
+        assert inner in ([], ["__init__.py"]) or f"| `{'/'.join(inner)}` |" in section, path
+
+
+def test_pages_of_the_commands_name_modules_that_exist():
+    for stage in COMMANDS:
+        for module in stage.modules:
+            assert importlib.util.find_spec(f"diagnostics.{module}"), (stage.name, module)
+
+
+def test_the_page_of_the_commands_names_each_with_what_it_reads_and_writes():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for stage in COMMANDS:
+        assert f"| `{stage.name}` | {stage.purpose} | {stage.reads} | {stage.writes} |" in page
+
+
+def test_the_readme_stays_narrow():
+    lines = (ROOT / "README.md").read_text().split("\n")
+    assert [line for line in lines if len(line) > 100] == []
 
 
 def test_readme_shows_the_commands():

@@ -222,7 +222,8 @@ def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert (
         error.startswith("error: ")
-        and f" cannot be written ({words}). Nothing finished was lost. Make room or choose another --output-dir"
+        and f" cannot be written ({words}). Nothing finished was lost. Make room or choose"
+        " another --output-dir"
         in error
     )
     known = hashes(reference)
@@ -262,7 +263,8 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert main(["rollout", "--pair", "embedded", "--output-dir", str(tmp_path / "out")]) == 2
     assert (
         capsys.readouterr().err
-        == f"error: {tmp_path / 'out'} cannot be used as output directory (Permission denied). Choose a folder that can be written.\n"
+        == f"error: {tmp_path / 'out'} cannot be used as output directory (Permission denied)."
+        " Choose a folder that can be written.\n"
     )
 
 
@@ -356,14 +358,15 @@ def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys
         capsys.readouterr()
         .err.strip()
         .endswith(
-            f"error: The memory does not suffice ({error}). What was finished is kept. Use smaller --batch-tokens, "
+            f"error: The memory does not suffice ({error}). What was finished is kept. Use"
+            " smaller --batch-tokens, "
             "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine."
         )
     )
 
 
 def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):
-    from diagnostics.models.pair import Readout
+    from diagnostics.models.readout import Readout
 
     real, failures = Readout.hidden, []
 
@@ -420,7 +423,8 @@ def test_positions_without_finite_logits_are_excluded_counted_and_named(whose, v
         else f"0 are the student's and {bad.sum()}"
     )
     assert (
-        f"{bad.sum()} of 323 positions have NaN or infinite logits and are excluded (the first at position {first} of context 'c8', the {whose}'s; "
+        f"{bad.sum()} of 323 positions have NaN or infinite logits and are excluded (the first"
+        f" at position {first} of context 'c8', the {whose}'s; "
         f"of {bad.sum()} looked at, {counted} the teacher's alone)"
     ) in caplog.text
     result = probe(pair, bank, tokens=tokens)
@@ -437,8 +441,10 @@ def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
     pair = assemble("fp16", make_model(1), teacher, make_tokenizer())
     with pytest.raises(
         DiagnosticsError,
-        match=r"positions have NaN or infinite logits \(the first at position \d of context 'c0', the teacher's; of 38 looked at, 0 are the "
-        r"student's and 38 the teacher's alone\)\. Load the models in float32, or check their weights\.$",
+        match=r"positions have NaN or infinite logits \(the first at position \d of context"
+        r" 'c0', the teacher's; of 38 looked at, 0 are the "
+        r"student's and 38 the teacher's alone\)\. Load the models in float32, or check their"
+        r" weights\.$",
     ):
         score(pair, bank)
 

@@ -10,7 +10,11 @@ import csv
 import io
 import json
 import os
+import shutil
+import subprocess
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,17 +25,20 @@ from hypothesis import strategies as st
 from diagnostics.contexts import import_rollouts, import_tokens, rollouts, story_sums, torch_archive
 from diagnostics.contexts.prompts import read_prompts
 from diagnostics.core import manifest as manifests
-from diagnostics.core import schema, types
+from diagnostics.core import run_lock, schema, types
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.schema import SCHEMA
+from diagnostics.core.tables import write_csv
 from diagnostics.core.types import Context
 from diagnostics.models import pair, topk_teacher
-from diagnostics.pipeline import cli
+from diagnostics.pipeline import cli, registry
 from diagnostics.pipeline import run as run_directory
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
+from diagnostics.report import run_results, written_pages
 from diagnostics.training import engine_options
+from tests import study_tables
 from tests.conftest import make_bank, make_pair, make_prompts, make_tokenizer
 
 ALL = int(os.environ.get("FUZZ_CASES", 2600))
@@ -292,10 +299,12 @@ def ends_well(name, call) -> None:
     """The call returns, or raises a DiagnosticsError of one paragraph that says something."""
     COUNTS[name] = COUNTS.get(name, 0) + 1
     with contextlib.redirect_stderr(io.StringIO()), np.errstate(all="ignore"):
+        said = None
         try:
             call()
         except DiagnosticsError as error:
-            assert len(str(error)) > 20 and str(error).strip() == str(error)
+            said = str(error)
+    assert said is None or (len(said) > 20 and said.strip() == said)
 
 
 def tree(folder):
@@ -421,7 +430,7 @@ def test_manifests(tmp_path, manifest, raw):
                 outputs=[],
                 work=pytest.fail,
                 models=lambda: {"student": "x"},
-                code=("types",),
+                code=("core.types",),
             )
 
     ends_well("manifests", lambda: manifests.read_manifest(tmp_path / "manifest.json"))
@@ -572,7 +581,7 @@ def options_of(command):
     )
 
 
-COMMANDS = {command: options_of(command) for command in cli.PURPOSE}
+COMMANDS = {command: options_of(command) for command in (stage.name for stage in registry.COMMANDS)}
 ARGUMENTS = st.one_of(
     TEXT.map(lambda text: text[:200].replace("\0", "")),
     NUMBERS.map(str).map(lambda text: text[:60]),
@@ -662,3 +671,172 @@ def test_command_lines(desk, arguments, fresh):
         )
     assert tree(desk / "here") == before
     assert {path.name for path in desk.iterdir()} <= {"here", OUT.split("/")[0]}
+
+
+# --- run directories
+# ------------------------------------------------------------------------------------
+
+PLACES = [
+    "manifest.json",
+    "tokens.parquet",
+    "contexts.parquet",
+    "pages.json",
+    "report.html",
+    ".lock",
+    "tables",
+    "tables/verdicts.csv",
+    "tables/mine.csv",
+    "figures",
+    "figures/quadrants.png",
+    ".partial",
+    ".partial/made-0123456789abcdef",
+    ".partial/made-0123456789abcdef/a.parquet",
+    "cells",
+    "cells/full-1-seed0.json",
+    "cells/full-1-seed0.curve.parquet",
+    "metrics.jsonl",
+    "evaluations.csv",
+    "made.csv",
+    ".0123456789abcdef.opd.tmp",
+]
+
+
+def to_link(place, outside, content):
+    place.symlink_to(outside / ("folder" if len(content) % 2 else "file"))
+
+
+def to_dangling(place, outside, content):
+    place.symlink_to(outside / "nothing")
+
+
+def to_loop(place, outside, content):
+    place.symlink_to(place)
+
+
+def to_hard_link(place, outside, content):
+    os.link(outside / "file", place)
+
+
+def to_pipe(place, outside, content):
+    os.mkfifo(place)
+
+
+def to_folder(place, outside, content):
+    place.mkdir()
+    (place / "inner").write_bytes(content)
+
+
+def to_bytes(place, outside, content):
+    place.write_bytes(content)
+
+
+def to_nothing(place, outside, content):
+    pass
+
+
+DAMAGES = [to_link, to_dangling, to_loop, to_hard_link, to_pipe, to_folder, to_bytes, to_nothing]
+MODES = [0o000, 0o200, 0o444, 0o500, 0o755]
+
+
+def damage(directory, outside, name, kind, content):
+    """Put something else in a place; a folder on the way that is none any more keeps it out."""
+    place = directory / name
+    if any(parent.is_symlink() or parent.is_file() for parent in place.parents):
+        return
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    elif os.path.lexists(place):
+        place.unlink()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    kind(place, outside, content)
+
+
+def cut_or_flip(directory, name, at, cut):
+    """Half a file, or one with another byte in it."""
+    place = directory / name
+    if place.is_symlink() or not place.is_file() or not place.stat().st_size:
+        return
+    content = bytearray(place.read_bytes())
+    at %= len(content)
+    if cut:
+        del content[at:]
+    else:
+        content[at] ^= 0x20
+    os.unlink(place)  # a hard link's other name keeps its content
+    place.write_bytes(content)
+
+
+def read_all(directory):
+    run_results.read_run(directory)
+
+
+def read_tokens_there(directory):
+    schema.read_tokens(directory / "tokens.parquet")
+
+
+def read_bank_there(directory):
+    types.read_bank(directory / "contexts.parquet")
+
+
+def finish_a_stage(directory):
+    with run_directory.open_run(directory) as run:
+        made = run.path("made.csv")
+        table = pd.DataFrame({"a": [1]})
+        run.stage(
+            "made", settings={}, outputs=["made.csv"], work=lambda: write_csv(made, table) and None
+        )
+
+
+def write_a_page(directory):
+    with run_lock.hold(directory):
+        written_pages.write_pages(directory, {"report.html": b"page", "figures/quadrants.png": b""})
+
+
+USES = [read_all, read_tokens_there, read_bank_there, finish_a_stage, write_a_page]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, to be copied and damaged."""
+    folder = tmp_path_factory.mktemp("finished")
+    return study_tables.write_run(folder / "run", verdicts=study_tables.verdicts())
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases(0.08)
+@given(
+    damages=st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from(DAMAGES), st.binary(max_size=40)),
+        max_size=3,
+    ),
+    cuts=st.lists(st.tuples(st.sampled_from(PLACES), st.integers(0, 10**6), st.booleans())),
+    modes=st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(MODES)), max_size=2),
+    use=st.sampled_from(USES),
+)
+def test_damaged_run_directories(finished, damages, cuts, modes, use):
+    """Links, pipes, folders, modes, cut and edited files: nothing beyond the directory changes."""
+    with tempfile.TemporaryDirectory() as place:
+        directory, outside = Path(place, "run"), Path(place, "outside")
+        shutil.copytree(finished, directory)
+        (outside / "folder").mkdir(parents=True)
+        (outside / "file").write_text("precious")
+        (outside / "folder/inner").write_text("precious")
+        for name, kind, content in damages:
+            damage(directory, outside, name, kind, content)
+        for name, at, cut in cuts[:2]:
+            cut_or_flip(directory, name, at, cut)
+        for name, mode in modes:
+            if os.path.exists(directory / name) and not os.path.islink(directory / name):
+                os.chmod(directory / name, mode)
+        before = contents(outside)
+        ends_well("run directories", lambda: use(directory))
+        assert contents(outside) == before
+        subprocess.run(["chmod", "-R", "u+rwX", str(directory)], check=False)
+
+
+def contents(folder):
+    """Names and contents of the files beneath a folder."""
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,3 +1,5 @@
+"""The notebooks run from top to bottom, store no outputs and use the public API."""
+
 import json
 import os
 import subprocess

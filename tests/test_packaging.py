@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.models import pair
+from diagnostics.models import named_pairs, pair
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (".gitignore", "docs/.gitignore")
@@ -122,7 +122,7 @@ def test_a_notebook_of_the_installed_package_loads_the_embedded_pair(installed, 
 
 
 def test_an_installation_without_its_data_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(pair, "DATA", tmp_path)
+    monkeypatch.setattr(named_pairs, "DATA", tmp_path)
     with pytest.raises(
         pair.DiagnosticsError, match=r"embedded pair is missing .* holds no config\.json\. Install"
     ):
@@ -130,8 +130,8 @@ def test_an_installation_without_its_data_says_so(tmp_path, monkeypatch):
 
 
 def test_a_checkout_reads_its_own_data():
-    assert pair.data_folder() == ROOT / "data" or pair.data_folder().name == "assets"
-    assert (pair.data_folder() / "prompts.jsonl").is_file()
+    assert named_pairs.data_folder() == ROOT / "data" or named_pairs.data_folder().name == "assets"
+    assert (named_pairs.data_folder() / "prompts.jsonl").is_file()
 
 
 def test_requirements_follow_from_the_project_file():

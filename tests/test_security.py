@@ -17,7 +17,7 @@ from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = sorted((ROOT / "diagnostics").glob("*.py"))
+PACKAGE = sorted((ROOT / "diagnostics").rglob("*.py"))
 SOURCES = [
     *PACKAGE,
     *sorted((ROOT / "scripts").glob("*.py")),
@@ -152,7 +152,7 @@ def test_the_environment_is_asked_for_named_settings_only():
     }
     asked = {
         (path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
-        for path, name, call in calls([path for path in PACKAGE])
+        for path, name, call in calls(PACKAGE)
         if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")
     }
     assert {name for _, name in asked} <= allowed

@@ -5,9 +5,9 @@ import pytest
 from torch import nn
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.models import pair
+from diagnostics.models import readout
 from diagnostics.pipeline.cli import main
-from tests.core.test_distributed import torchrun
+from tests.launch import torchrun
 
 
 @pytest.mark.slow
@@ -56,4 +56,4 @@ def test_decoder_layers_are_the_longest_list():
         nn.ModuleList([nn.Linear(1, 1)]),
         nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]),
     )
-    assert pair.decoder_layers(backbone) is backbone.layers
+    assert readout.decoder_layers(backbone) is backbone.layers

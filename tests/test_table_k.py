@@ -61,7 +61,7 @@ def test_the_study_writes_each_k_for_its_own_columns():
     table = study(tokens, criteria=["divergence"], **DRAWS)["support_robustness"]
     assert set(table[table.proxy == "compatibility"].k) == {8, 16, 32}
     for k, name in ((8, "compatibility"), (16, "compatibility_k16"), (32, "compatibility_k32")):
-        claims = R.Claims(tokens, proxy=name)
+        claims = R.ClaimStatistics(tokens, proxy=name)
         expected = claims.estimates(
             next(R.splits(tokens, **DRAWS)), "gain", names=["decomposition"]
         )["decomposition"].value

@@ -1,4 +1,4 @@
-"""Statistics for positions that come in clusters, one cluster a prompt.
+"""Statistics for positions that come in clusters, one cluster per prompt.
 
     w ~ Multinomial(G; 1/G, ..., 1/G)        a draw: how often each of the G prompts is taken
     T*(w) = f(sum_g w_g s_g)                 its statistic, a function of per-prompt sums s_g
@@ -10,47 +10,66 @@ h is Fisher's arctanh for a correlation and the identity otherwise. Prompts are 
 positions within a prompt never are, because they are not independent. A statistic of sums costs one
 product [draws, G] @ [G, sums] for all draws together.
 
-Exact in every draw: means, differences, Pearson, regressions, medians. Approximate: Spearman ranks
-once and resamples ranks, partial correlations take residuals once, Kendall and trimmed means
-resample their first-order term, groups and winsorising limits are cut once.
+Exact in every draw: means, differences, Pearson, regressions, medians. Approximate: Spearman
+computes ranks once and resamples them, partial correlations compute residuals once, Kendall and
+trimmed means resample their first-order term, and groups and winsorizing limits are cut once.
 `benchmarks/CALIBRATION.md` has the measured differences.
 
-Departures: with some tens of prompts the percentile interval is too short (it covers 87-93 % for 95
-% at 20 prompts) and BCa shorter still (82-93 %), so the interval is a t interval, and the
-bootstrap's standard error, biased downwards, is replaced by the jackknife's, biased upwards, where
-that is larger (94-97.5 %). References: Efron and Stein 1981; Efron and Tibshirani 1993, ch. 11-14;
-Cameron and Miller 2015; MacKinnon, Nielsen and Webb 2023 (t(G-1) with the cluster jackknife);
-Hoeffding 1948 (projection)."""
+Departures: with some tens of prompts the percentile interval is too short (its coverage is 87-93 %
+instead of 95 % at 20 prompts) and BCa is shorter still (82-93 %). The interval is therefore a t
+interval, and the bootstrap's standard error, which is biased downwards, is replaced by the
+jackknife's, which is biased upwards, where the latter is larger (coverage 94-97.5 %).
+
+References: Efron and Stein 1981; Efron and Tibshirani 1993, ch. 11-14; Cameron and Miller 2015;
+MacKinnon, Nielsen and Webb 2023 (t(G-1) with the cluster jackknife); Hoeffding 1948 (projection).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
+from diagnostics.analysis.config import Bootstrap
+from diagnostics.core.settings import with_settings
+
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
 CHUNK = 2_000_000
-"""Elements of a [draws, positions] block that are held at a time."""
+"""Number of elements of a [draws, positions] block that is held in memory at a time."""
 
 
 class PromptClusters:
-    """The prompts of N positions, and how often each draw takes each.
+    """The prompts of N positions, and how often each draw takes each of them.
 
-    ids: [N] prompt of each position. Statistics that share one `PromptClusters` share its draws, so that
-    their differences are paired."""
+    Statistics that share one `PromptClusters` share its draws, so that their differences are
+    paired.
 
-    def __init__(self, ids, *, draws: int = 1000, seed: int = 0):
+    Args:
+        ids: [N] prompt of each position.
+        bootstrap: Number of draws and their seed; the level is not used here.
+
+    Attributes:
+        codes: [N] number of each position's prompt, from 0.
+        names: [prompts] ids in the order of their numbers.
+        count: Number of prompts.
+    """
+
+    @with_settings(bootstrap=Bootstrap)
+    def __init__(self, ids, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any):
         self.codes, self.names = pd.factorize(pd.Series(ids), sort=True)
-        self.count, self.draws, self.seed = len(self.names), draws, seed
+        self.count = len(self.names)
+        self.draws = bootstrap.draws
+        self.seed = bootstrap.seed
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """[draws, prompts] times that a draw takes a prompt."""
+        """[draws, prompts] number of times that each draw takes each prompt, float64."""
         if not self.count:
             return np.zeros((self.draws, 0))
         shares = np.full(self.count, 1 / self.count)
@@ -61,11 +80,20 @@ class PromptClusters:
         )
 
     def sums(self, *columns: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
-        """Sums [prompts, columns] over each prompt's positions.
+        """Sum columns over the positions of each prompt.
 
-        columns: [N] each, or one value for each position that `at`, a mask or row numbers, picks.
-        Fastest where a prompt's positions stand together."""
+        It is fastest where the positions of a prompt stand together.
+
+        Args:
+            columns: [N] values each, or one value per position that `at` picks.
+            at: A mask [N] or row numbers of the positions that count; None means all.
+
+        Returns:
+            [prompts, columns] sums, float64.
+        """
         codes = self.codes if at is None else self.codes[at]
+        # Runs of one prompt are added up first: reduceat is many times faster than a bincount of
+        # every position.
         if not len(codes):
             return np.zeros((self.count, len(columns)))
         starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
@@ -75,30 +103,36 @@ class PromptClusters:
         )
 
     def without_draws(self) -> PromptClusters:
-        """The same prompts for statistics whose interval is not wanted."""
+        """The same prompts without draws, for statistics that need no interval."""
         return PromptClusters(self.codes, draws=0)
 
     def present(self, mask: np.ndarray) -> int:
-        """Number of prompts with a position under the mask [N]."""
+        """Number of prompts that have a position under the mask [N]."""
         return int(np.count_nonzero(np.bincount(self.codes[mask], minlength=self.count)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with what its interval needs and what it rests on."""
+    """A statistic, what its interval needs, and the data it is computed from.
+
+    Attributes:
+        value: The statistic.
+        draws: [draws] its bootstrap replicates.
+        positions: Number of positions that it is computed from.
+        prompts: Number of prompts that these positions belong to.
+        correlation: True where the interval is computed on Fisher's scale.
+        left_out: [prompts] its value without each prompt; None where the jackknife does not apply.
+    """
 
     value: float
     draws: np.ndarray
-    """[draws] its bootstrap replicates."""
     positions: int
     prompts: int
     correlation: bool = False
-    """True where the interval is taken on Fisher's scale."""
     left_out: np.ndarray | None = None
-    """[prompts] its value without each prompt; None where the jackknife does not apply."""
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Paired difference; both must come from the same `PromptClusters`."""
+        """Paired difference; both estimates must come from the same `PromptClusters`."""
         either = self.left_out is None or other.left_out is None
         return Estimate(
             self.value - other.value,
@@ -109,7 +143,7 @@ class Estimate:
         )
 
     def times(self, factor: float) -> Estimate:
-        """The estimate in another unit."""
+        """The estimate in another unit: the value, its draws and its ends times a factor."""
         left_out = None if self.left_out is None else self.left_out * factor
         return Estimate(
             self.value * factor,
@@ -121,9 +155,11 @@ class Estimate:
 
     @cached_property
     def standard_error(self) -> float:
-        """On the interval's scale; NaN with one prompt, or where too few draws or left-out values
-        are defined.
+        """The standard error on the interval's scale.
+
+        It is NaN with one prompt, and where too few draws or left-out values are defined.
         """
+        # A statistic that a few draws leave undefined, e.g. of a rare group, keeps its interval.
         draws = self._scale(self.draws)
         draws = draws[np.isfinite(draws)]
         if self.prompts < 2 or len(draws) < max(2, ENOUGH_DRAWS * len(self.draws)):
@@ -137,13 +173,21 @@ class Estimate:
         )
         return float(np.maximum(bootstrap, jackknife))
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Low and high end of the t interval with prompts - 1 degrees of freedom."""
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
+        """Compute the t interval with prompts - 1 degrees of freedom.
+
+        Args:
+            level: Coverage, between 0 and 1.
+
+        Returns:
+            Low and high end, in the statistic's unit.
+        """
         reach = (
             float(special.stdtrit(max(self.prompts - 1, 1), (1 + level) / 2)) * self.standard_error
         )
         middle = self._scale(self.value)
-        low, high = middle - reach, middle + reach
+        low = middle - reach
+        high = middle + reach
         return (
             (float(np.tanh(low)), float(np.tanh(high)))
             if self.correlation
@@ -152,8 +196,9 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided, against 0; at most 1 - level exactly where the interval at that level excludes
-        0.
+        """Two-sided p value against 0.
+
+        It is at most 1 - level exactly where the interval at that level excludes 0.
         """
         if not self.standard_error > 0:
             return np.nan
@@ -162,11 +207,12 @@ class Estimate:
         )
 
     def _scale(self, value):
+        # arctanh(+-1) is infinite; the clip keeps a perfect correlation finite.
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
 
 
 def undefined(prompts: PromptClusters, mask: np.ndarray | None = None) -> Estimate:
-    """What a statistic is where too little is finite."""
+    """The estimate of a statistic for which too few values are finite: NaN with its counts."""
     mask = np.zeros(len(prompts.codes), dtype=bool) if mask is None else mask
     left_out = np.full(prompts.count, np.nan)
     return Estimate(
@@ -181,16 +227,22 @@ def undefined(prompts: PromptClusters, mask: np.ndarray | None = None) -> Estima
 def of_sums(
     function: Callable, sums: np.ndarray, prompts: PromptClusters, mask: np.ndarray, **options
 ) -> list[Estimate]:
-    """Estimates of a vector-valued function of summed per-prompt sums.
+    """Estimate each component of a function of per-prompt sums.
 
-    function: sums [..., S] -> values [..., P]; sums: [prompts, S]; mask: [N] positions that they
-    cover."""
+    Args:
+        function: Takes sums [..., S] and returns values [..., P].
+        sums: [prompts, S] sums over the positions of each prompt.
+        prompts: The prompts with their draws.
+        mask: [N] positions that the sums cover; only their number is used.
+        options: Further fields of `Estimate`, e.g. correlation=True.
+
+    Returns:
+        P estimates.
+    """
     total = sums.sum(0)
-    value, draws, left_out = (
-        function(total),
-        function(prompts.weights @ sums),
-        function(total - sums),
-    )
+    value = function(total)
+    draws = function(prompts.weights @ sums)
+    left_out = function(total - sums)
     counts = int(mask.sum()), prompts.present(mask)
     return [
         Estimate(float(value[i]), draws[:, i], *counts, left_out=left_out[:, i], **options)
@@ -198,13 +250,28 @@ def of_sums(
     ]
 
 
-def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
+def positive_ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """over / under, NaN where the latter is not positive."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(sums[..., :1] > 0, sums[..., 1:2] / sums[..., :1], np.nan)
+        return np.where(under > 0, over / under, np.nan)
+
+
+def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
+    """[..., 1] second sum over first sum of sums [..., 2], NaN where the first is not positive."""
+    return positive_ratio(sums[..., 1:2], sums[..., :1])
 
 
 def mean(values: np.ndarray, prompts: PromptClusters, mask: np.ndarray | None = None) -> Estimate:
-    """Mean over the finite values [N] under the mask."""
+    """Mean of values over the positions of a mask.
+
+    Args:
+        values: [N] values; those that are not finite do not count.
+        prompts: The prompts of the N positions, with their draws.
+        mask: [N] positions that count; None means all.
+
+    Returns:
+        The mean; NaN where no value is finite.
+    """
     mask = np.isfinite(values) if mask is None else mask & np.isfinite(values)
     if not mask.any():
         return undefined(prompts, mask)
@@ -216,11 +283,23 @@ def mean(values: np.ndarray, prompts: PromptClusters, mask: np.ndarray | None = 
 def mean_difference(
     values: np.ndarray, prompts: PromptClusters, top: np.ndarray, bottom: np.ndarray
 ) -> Estimate:
-    """Mean over the positions of `top` minus mean over those of `bottom`, disjoint masks [N]."""
+    """Mean over one group of positions minus the mean over another.
+
+    Args:
+        values: [N] values; those that are not finite do not count.
+        prompts: The prompts of the N positions, with their draws.
+        top: Mask [N] of the first group.
+        bottom: Mask [N] of the second group, disjoint from the first.
+
+    Returns:
+        The difference; NaN where a group has no finite value.
+    """
     used = (top | bottom) & np.isfinite(values)
     if not (used & top).any() or not (used & bottom).any():
         return undefined(prompts, used)
-    y, upper, lower = values[used], top[used].astype(np.float64), bottom[used].astype(np.float64)
+    y = values[used]
+    upper = top[used].astype(np.float64)
+    lower = bottom[used].astype(np.float64)
     sums = prompts.sums(upper, upper * y, lower, lower * y, at=used)
     return of_sums(
         lambda s: ratio_of_sums(s[..., :2]) - ratio_of_sums(s[..., 2:]), sums, prompts, used
@@ -240,20 +319,32 @@ def winsorize(values: np.ndarray, share: float) -> np.ndarray:
 def locations(
     values: np.ndarray, prompts: PromptClusters, mask: np.ndarray, *, share: float = 0.05
 ) -> dict[str, Estimate]:
-    """Median, trimmed mean and winsorised mean of the finite values [N] under the mask.
+    """Median, trimmed mean and winsorized mean of the finite values under a mask.
 
-    Of n positions the floor(share * n) at each end are dropped (trimmed) or set to the next one
-    kept (winsorised). Order statistics are exact in every draw; the trimmed mean moves with its
-    winsorised values over 1 - 2 share, its influence function. The jackknife, wrong for order
-    statistics, is used for none."""
+    Of n values the floor(share * n) at each end are dropped (trimmed) or set to the next value that
+    is kept (winsorized). Order statistics are exact in every draw. The trimmed mean moves with its
+    winsorized values over 1 - 2 share, which is its influence function. The jackknife is wrong for
+    order statistics and is used for none of the three.
+
+    Args:
+        values: [N] values.
+        prompts: The prompts of the N positions, with their draws.
+        mask: [N] positions that count.
+        share: Share of the values at each end that is trimmed or winsorized.
+
+    Returns:
+        Estimates by name: median, trimmed_mean, winsorised_mean.
+    """
     mask = mask & np.isfinite(values)
     if not mask.any():
         return dict.fromkeys(
             ("median", "trimmed_mean", "winsorised_mean"), undefined(prompts, mask)
         )
     order = np.argsort(values[mask])
-    ordered, codes = values[mask][order], prompts.codes[mask][order]
-    cut, counts = int(share * len(ordered)), (len(ordered), prompts.present(mask))
+    ordered = values[mask][order]
+    codes = prompts.codes[mask][order]
+    cut = int(share * len(ordered))
+    counts = (len(ordered), prompts.present(mask))
     middle = [
         _order_statistic(ordered, codes, prompts, 0.5, lambda total, s=s: (total + s) // 2)
         for s in (-1, 0)
@@ -280,8 +371,9 @@ def _order_statistic(
     """[draws] the value of rank(total weight), from 0, among sorted values [n]; NaN for a draw
     without weight.
 
-    It is looked for within a twentieth of the ranks on either side of the share `near`, and
-    everywhere if that fails."""
+    The value is searched for within a twentieth of the ranks on either side of the share `near`,
+    and among all ranks if it is not there in some draw.
+    """
     n = len(ordered)
     for start, stop in (
         (int(max(near - 0.05, 0) * n), int(np.ceil(min(near + 0.05, 1) * n))),
@@ -291,13 +383,12 @@ def _order_statistic(
             prompts.weights @ np.bincount(part, minlength=prompts.count)
             for part in (codes[:start], codes)
         )
-        wanted, within = (
-            rank(total),
-            prompts.weights @ np.bincount(codes[start:stop], minlength=prompts.count),
-        )
+        wanted = rank(total)
+        within = prompts.weights @ np.bincount(codes[start:stop], minlength=prompts.count)
         if ((before <= wanted) & (wanted < before + within) | (total == 0)).all():
             break
-    found, rows = np.full(len(total), np.nan), max(1, CHUNK // (stop - start))
+    found = np.full(len(total), np.nan)
+    rows = max(1, CHUNK // (stop - start))
     for first in range(0, len(total), rows):
         block = np.arange(first, min(first + rows, len(total)))
         block = block[total[block] > 0]
@@ -311,10 +402,11 @@ def _order_statistic(
 
 
 def design_effect(values: np.ndarray, prompts: PromptClusters) -> float:
-    """Variance of the mean with clusters over its variance without; NaN where either is
-    undefined.
+    """Variance of the mean with clusters over its variance with independent positions; NaN where
+    either is undefined.
     """
-    estimate, finite = mean(values, prompts), values[np.isfinite(values)]
+    estimate = mean(values, prompts)
+    finite = values[np.isfinite(values)]
     if len(finite) < 2 or not np.var(finite) > 0:
         return np.nan
     return float(estimate.standard_error**2 / (np.var(finite, ddof=1) / len(finite)))
@@ -327,8 +419,16 @@ def effective_clusters(sizes: np.ndarray) -> float:
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p values, which bound the chance of any false rejection; NaN stays NaN and is
-    not counted.
+    """Adjust p values by Holm's method.
+
+    Args:
+        p_values: [tests] p values; NaN marks a test that was not made and is not counted.
+
+    Returns:
+        [tests] adjusted p values, which bound the chance of any false rejection; NaN stays NaN.
+
+    Reference:
+        Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
     p_values = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p_values.shape, np.nan)

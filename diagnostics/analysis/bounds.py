@@ -1,9 +1,10 @@
-"""What a number is worth when the teacher is known by lists of its likeliest tokens alone: exact, a
-bound, or nothing.
+"""Exact, bound or undefined: what each number means with a top-K teacher.
 
-A token table says so itself: it has `teacher_tail_mass`. Then every table made of it gets a column
-`exactness`, and there is one table that goes through the measurements. With a teacher that was run,
-nothing here does anything."""
+A top-K teacher is known only by lists of its K most likely tokens per position. A token table says
+so itself: it has the column `teacher_tail_mass`. Every table made from it then gets a column
+`exactness`, and the table `exactness` lists all measurements. For a teacher with full logits these
+functions return their input unchanged.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +16,23 @@ from diagnostics import criteria as registry
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, column, support_column
 
-TAIL = "teacher_tail_mass"
+TAIL_COLUMN = "teacher_tail_mass"
 NO_TAIL = 2e-6
 """Tail mass up to which a bound is as good as exact."""
-NAMES = ("outcome", "measurement", "measure", "score", "criterion", "other", "proxy", "term")
-"""Columns of tables whose cells name a measurement, an outcome or a criterion."""
+NAMING_COLUMNS = (
+    "outcome",
+    "measurement",
+    "measure",
+    "score",
+    "criterion",
+    "other",
+    "proxy",
+    "term",
+)
+"""Columns of result tables whose cells name a measurement, an outcome or a criterion."""
 MEANING = {
-    "exact": "as with a teacher that was run",
-    "lower bound": "what is outside the list counts as one token: never above the exact value",
+    "exact": "as with full logits of the teacher",
+    "lower bound": "all tokens outside the list count as one: never above the exact value",
     "where listed": "exact where the list holds the tokens it needs, undefined elsewhere",
     "impossible": "not determined by lists of this depth, and left out",
     "change of a bound": "the exact fall of a lower bound, no bound of the exact fall",
@@ -30,23 +40,30 @@ MEANING = {
 
 
 def is_listed(tokens: pd.DataFrame) -> bool:
-    """The table's teacher is known by lists alone."""
-    return TAIL in tokens
+    """True where the table's teacher is known by top-K lists alone."""
+    return TAIL_COLUMN in tokens
 
 
-def table(tokens: pd.DataFrame) -> pd.DataFrame:
-    """One row a measurement: measurement, exactness, defined and exact (shares of positions),
-    meaning. Empty for a teacher that was run.
+def exactness_table(tokens: pd.DataFrame) -> pd.DataFrame:
+    """How exact each measurement of a table with a top-K teacher is.
 
     A lower bound is exact where the tail is empty; compatibility also where the list holds the
-    student's whole top K."""
+    student's whole top K.
+
+    Args:
+        tokens: A token table.
+
+    Returns:
+        One row per measurement with columns measurement, exactness, defined and exact (shares of
+        positions), meaning; empty for a teacher with full logits.
+    """
     rows = [_row(tokens, name) for name in _expected(tokens)] if is_listed(tokens) else []
     return pd.DataFrame(rows, columns=["measurement", "exactness", "defined", "exact", "meaning"])
 
 
 def _expected(tokens: pd.DataFrame) -> Iterator[str]:
     """Measurements and outcomes in schema order: those that the table has, and those that a teacher
-    that was run would have given.
+    with full logits would have given.
     """
     sizes = [
         name.removeprefix("compatibility_k")
@@ -56,7 +73,7 @@ def _expected(tokens: pd.DataFrame) -> Iterator[str]:
     for name, entry in SCHEMA.items():
         if (
             entry.stage in ("before",)
-            and name != TAIL
+            and name != TAIL_COLUMN
             and not (name == "student_dropped_mass" and name not in tokens)
         ):
             yield from [
@@ -72,7 +89,7 @@ def _row(tokens: pd.DataFrame, name: str) -> tuple:
     defined = float(tokens[name].notna().mean()) if name in tokens else 0.0
     exact = {"exact": defined, "where listed": defined, "impossible": 0.0}.get(status)
     if exact is None:
-        sure = tokens[TAIL] <= NO_TAIL
+        sure = tokens[TAIL_COLUMN] <= NO_TAIL
         covered = name.replace("compatibility", "bhattacharyya")
         if name.startswith("compatibility") and covered in tokens:
             sure |= tokens[covered].notna()
@@ -83,10 +100,15 @@ def _row(tokens: pd.DataFrame, name: str) -> tuple:
 def marked(
     tables: Mapping[str, pd.DataFrame], tokens: pd.DataFrame, *, otherwise: str | None = None
 ) -> dict[str, pd.DataFrame]:
-    """The tables, each with a column `exactness` where the teacher is known by lists and a row
-    names what it is about.
+    """Add a column `exactness` to tables made with a top-K teacher.
 
-    otherwise: what a table says whose rows name nothing.
+    Args:
+        tables: Tables by name.
+        tokens: The token table that they are made from.
+        otherwise: Exactness of a table whose rows name no measurement; None leaves it without one.
+
+    Returns:
+        The tables; unchanged where the teacher has full logits.
     """
     return (
         {name: _marked(frame, otherwise) for name, frame in tables.items()}
@@ -98,7 +120,7 @@ def marked(
 def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
     names = [
         name
-        for name in NAMES
+        for name in NAMING_COLUMNS
         if name in frame and frame[name].map(lambda cell: isinstance(cell, str)).any()
     ]
     if not len(frame) or "exactness" in frame or not (names or otherwise):
@@ -111,7 +133,7 @@ def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
 
 
 def _of_row(cells: tuple) -> str:
-    """Every measurement behind a row that is not exact, with what it is; `exact` where there is
+    """Every measurement behind a row that is not exact, with its exactness; `exact` where there is
     none.
     """
     found = {name: column(name).listed for cell in cells for name in _measurements(cell)}
@@ -120,7 +142,7 @@ def _of_row(cells: tuple) -> str:
 
 
 def _measurements(cell) -> tuple[str, ...]:
-    """The columns that a cell stands for: itself, or what a criterion reads."""
+    """The columns that a cell stands for: itself, or those that its criterion reads."""
     if not isinstance(cell, str):
         return ()
     if column(cell) is not None:

@@ -1,20 +1,23 @@
-"""What the study says about claims C1-C5.
+"""Tests of the claims C1-C5 and one verdict per claim.
 
     C1  raw KL is a coarse proxy               spearman_difference > 0, beyond the placebo's
     C2  in Q3, compatible beats incompatible   tertile_difference > 0 and matched_difference > 0
     C3  learnable disagreement carries it      decomposition > 0
-    C4  not an artefact of K or the proxy      C2 and C3 for every other K and proxy of compatibility
+    C4  not an artefact of K or the proxy      C2 and C3 for every other K and proxy of
+                                               compatibility
     C5  TA-OPD at 5 % matches or beats full    training runs: held-out KL and accuracy
         OPD and the other criteria
 
-A verdict comes from tests, never from a point. A claim of several parts is supported where every
-part is above 0 (its p value is the largest, intersection-union), refuted where some part is below 0
-(the smallest p of the parts below 0, times the number of parts, Bonferroni). Within a split, the
-claims C1-C4 for both gains are eight looks: Holm's correction holds the chance of any false verdict
-among them at 1 - level, and the interval shown is the one at the level that Holm leaves to its row.
-The primary split is `all`; `step` and `held_out` are reported with a correction of their own.
+A verdict comes from tests, never from a point estimate. A claim of several parts is supported where
+every part is above 0 (its p value is the largest, intersection-union), and refuted where some part
+is below 0 (the smallest p of the parts below 0, times the number of parts, Bonferroni). Within a
+split, the claims C1-C4 for both gains are eight tests ("looks"): Holm's correction keeps the chance
+of any false verdict among them at 1 - level, and the interval shown is the one at the level that
+Holm leaves to its row. The primary split is `all`; `step` and `held_out` are reported with a
+correction of their own.
 
-C5 is judged in `validation`, over seeds and prompts; here it only takes the form of the others.
+C5 is tested in `training_outcomes`, over seeds and prompts; here its rows only get the columns of
+the others.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import bootstrap
-from diagnostics.analysis.bootstrap import Estimate
-from diagnostics.analysis.robustness import GAINS, Finding
+from diagnostics.analysis.bootstrap import Estimate, holm
+from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.robustness import CLAIM_OUTCOMES, Finding
 from diagnostics.core.schema import require_columns
 
 STATEMENTS = {
@@ -37,7 +40,7 @@ STATEMENTS = {
     "C4": "C2 and C3 do not depend on K or on the proxy of compatibility",
     "C5": "TA-OPD at 5 % matches or beats full OPD, entropy, divergence and TIP",
 }
-PARTS = {
+CLAIM_STATISTICS = {
     "C1": ("spearman_difference",),
     "C2": ("tertile_difference", "matched_difference"),
     "C3": ("decomposition",),
@@ -45,8 +48,8 @@ PARTS = {
 }
 OUTCOME_WORDS = {"gain": "absolute gain", "relative_gain": "relative gain"}
 UNITS = {"gain": "nats", "relative_gain": "of D"}
-UNBALANCED = 0.1
-"""Standard deviations by which matched pairs may differ before it is said."""
+IMBALANCE_LIMIT = 0.1
+"""Standardized difference between matched pairs above which the sentence of C2 mentions it."""
 TA_BUDGET = 0.05
 RIVALS = ("full", "entropy", "divergence", "tip")
 MINIMUM_SEEDS = 3
@@ -54,36 +57,56 @@ MINIMUM_SEEDS = 3
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """One claim for one gain on one split, before the correction."""
+    """The test of one claim for one gain on one split, before the correction.
+
+    Attributes:
+        claim: C1, C2, C3 or C4.
+        outcome: Column of the gain.
+        split: `all`, `step` or `held_out`.
+        parts: The claim's parts that are defined.
+        undefined: Number of parts that could not be computed.
+    """
 
     claim: str
     outcome: str
     split: str
     parts: tuple[Finding, ...]
-    """The claim's parts that are defined."""
     undefined: int
-    """Parts that could not be computed."""
 
     @property
     def deciding(self) -> Finding | None:
-        """The part with the weakest support, or the one that speaks most against the claim."""
+        """The part with the weakest support, or the one that contradicts the claim most; None
+        without parts.
+        """
         if not self.parts:
             return None
         against = [part for part in self.parts if part.estimate.value < 0]
-        return min(against, key=_p) if against else max(self.parts, key=_p)
+        return min(against, key=_p_value) if against else max(self.parts, key=_p_value)
 
     @property
     def p_value(self) -> float:
-        """Of the claim being false where all parts lie above 0, of it being true where some lie
+        """P value of the claim's negation where all parts are above 0, of the claim where some are
         below.
         """
         if not self.parts:
             return np.nan
         part = self.deciding
-        return min(1.0, _p(part) * len(self.parts)) if part.estimate.value < 0 else _p(part)
+        return (
+            min(1.0, _p_value(part) * len(self.parts))
+            if part.estimate.value < 0
+            else _p_value(part)
+        )
 
     def verdict(self, p_corrected: float, level: float) -> str:
-        """supported, refuted or inconclusive."""
+        """Judge the claim.
+
+        Args:
+            p_corrected: The p value after the correction for all tests of the split.
+            level: 1 - level is the chance of a false verdict that is accepted.
+
+        Returns:
+            supported, refuted or inconclusive.
+        """
         if not p_corrected <= 1 - level:
             return "inconclusive"
         if self.deciding.estimate.value < 0:
@@ -91,69 +114,79 @@ class ClaimTest:
         return "supported" if not self.undefined or self.claim == "C4" else "inconclusive"
 
 
-def _p(finding: Finding) -> float:
+def _p_value(finding: Finding) -> float:
     return finding.estimate.p_value
 
 
 def verdicts(
     found: Sequence[Finding],
     *,
-    level: float = 0.95,
-    placebo: Collection[str] = GAINS,
+    level: float = Bootstrap.level,
+    placebo: Collection[str] = CLAIM_OUTCOMES,
     imbalance: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """C1-C4 for both gains on every split.
 
-    found: the statistics of `robustness.findings`; placebo: outcomes that have one, so that C1 went
-    beyond it; imbalance: by how many standard deviations matched pairs still differ, by split, to
-    be said where it is more than a tenth. Returns columns claim, statement, outcome, split,
-    primary, verdict, statistic (of the deciding part), estimate, low, high, p_value, p_corrected,
-    looks, parts, sentence, positions, prompts."""
+    Args:
+        found: The statistics of `robustness.findings`.
+        level: 1 - level is the chance of any false verdict per split.
+        placebo: Outcomes that have a placebo, so that C1 was tested beyond it.
+        imbalance: Largest standardized difference that is left between matched pairs, by split; the
+            sentence of C2 says so where it is more than a tenth.
+
+    Returns:
+        Columns claim, statement, outcome, split, primary, verdict, statistic (of the deciding
+        part), estimate, low, high, p_value, p_corrected, looks, parts, sentence, positions,
+        prompts.
+
+    Reference:
+        arXiv 2605.26844 (the claims); Holm 1979; Berger 1982 (intersection-union tests).
+    """
     rows = []
     for split in dict.fromkeys(finding.split for finding in found):
         here = [finding for finding in found if finding.split == split]
         looks = [
-            _look(claim, outcome, split, here)
-            for claim in PARTS
-            for outcome in GAINS
-            if _has(here, outcome)
+            _claim_test(claim, outcome, split, here)
+            for claim in CLAIM_STATISTICS
+            for outcome in CLAIM_OUTCOMES
+            if _has_outcome(here, outcome)
         ]
-        corrected = bootstrap.holm([look.p_value for look in looks])
-        levels = _holm_levels([look.p_value for look in looks], level)
+        corrected = holm([test.p_value for test in looks])
+        levels = _holm_levels([test.p_value for test in looks], level)
         rows += [
             _row(
-                look,
+                test,
                 p,
                 at,
                 len(looks),
                 level,
-                _remark(look, here, level, placebo, (imbalance or {}).get(split, 0.0)),
+                _remark(test, here, level, placebo, (imbalance or {}).get(split, 0.0)),
             )
-            for look, p, at in zip(looks, corrected, levels, strict=True)
+            for test, p, at in zip(looks, corrected, levels, strict=True)
         ]
     return pd.DataFrame(rows)
 
 
 def _remark(
-    look: ClaimTest,
+    test: ClaimTest,
     found: Sequence[Finding],
     level: float,
     placebo: Collection[str],
     imbalance: float,
 ) -> str:
-    """What the sentence of a claim should not leave out."""
-    if look.claim == "C1":
-        return " beyond the placebo's" if look.outcome in placebo else ", without a placebo"
-    if look.claim == "C2" and imbalance > UNBALANCED:
+    """A qualification that belongs to the sentence of a claim, or nothing."""
+    if test.claim == "C1":
+        return " beyond the placebo's" if test.outcome in placebo else ", without a placebo"
+    if test.claim == "C2" and imbalance > IMBALANCE_LIMIT:
         return (
             f"; matched pairs still differ by up to {imbalance:.1f} standard deviations in what"
             " they were matched on"
         )
-    if look.claim == "C3":
+    if test.claim == "C3":
         units = [
             f
             for f in found
-            if (f.statistic, f.outcome) == ("decomposition_per_unit", look.outcome)
+            if (f.statistic, f.outcome) == ("decomposition_per_unit", test.outcome)
             and f.proxy == found[0].proxy
             and f.k == found[0].k
         ]
@@ -161,34 +194,36 @@ def _remark(
             low, high = units[0].estimate.interval(level)
             return (
                 f", per unit of d {units[0].estimate.value:+.3g} [{low:+.3g}, {high:+.3g}]"
-                f" {UNITS[look.outcome]}"
+                f" {UNITS[test.outcome]}"
             )
     return ""
 
 
-def _has(found: Sequence[Finding], outcome: str) -> bool:
+def _has_outcome(found: Sequence[Finding], outcome: str) -> bool:
     return any(finding.outcome == outcome for finding in found)
 
 
-def _look(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> ClaimTest:
+def _claim_test(claim: str, outcome: str, split: str, found: Sequence[Finding]) -> ClaimTest:
     base = next(finding for finding in found)
     mine = [
         finding
         for finding in found
         if finding.outcome == outcome
-        and finding.statistic in PARTS[claim]
+        and finding.statistic in CLAIM_STATISTICS[claim]
         and ((finding.proxy, finding.k) == (base.proxy, base.k)) == (claim != "C4")
     ]
-    defined = tuple(finding for finding in mine if np.isfinite(_p(finding)))
+    defined = tuple(finding for finding in mine if np.isfinite(_p_value(finding)))
     return ClaimTest(claim, outcome, split, defined, len(mine) - len(defined))
 
 
 def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
     """Level of each row's interval such that it excludes 0 exactly where Holm rejects."""
-    p_values, alpha = np.asarray(p_values, dtype=np.float64), 1 - level
+    p_values = np.asarray(p_values, dtype=np.float64)
+    alpha = 1 - level
     order = np.argsort(p_values)
     order = order[np.isfinite(p_values[order])]
-    levels, share = np.full(p_values.shape, level), alpha
+    levels = np.full(p_values.shape, level)
+    share = alpha
     for rank, at in enumerate(order):
         share = alpha / (len(order) - rank)
         if p_values[at] > share:
@@ -198,45 +233,46 @@ def _holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
     return levels
 
 
-def _row(look: ClaimTest, p: float, at: float, looks: int, level: float, remark: str) -> dict:
-    verdict, part = look.verdict(p, level), look.deciding
+def _row(test: ClaimTest, p: float, at: float, looks: int, level: float, remark: str) -> dict:
+    verdict = test.verdict(p, level)
+    part = test.deciding
     if part is not None and part.estimate.value < 0:
-        at = 1 - (1 - at) / len(look.parts)
+        at = 1 - (1 - at) / len(test.parts)
     estimate = part.estimate if part else Estimate(np.nan, np.empty(0), 0, 0)
     low, high = estimate.interval(at) if part else (np.nan, np.nan)
     return {
-        "claim": look.claim,
-        "statement": STATEMENTS[look.claim],
-        "outcome": look.outcome,
-        "split": look.split,
-        "primary": look.split == "all",
+        "claim": test.claim,
+        "statement": STATEMENTS[test.claim],
+        "outcome": test.outcome,
+        "split": test.split,
+        "primary": test.split == "all",
         "verdict": verdict,
         "statistic": part.statistic if part else "",
         "estimate": estimate.value,
         "low": low,
         "high": high,
-        "p_value": look.p_value,
+        "p_value": test.p_value,
         "p_corrected": p,
         "looks": looks,
-        "parts": len(look.parts),
-        "sentence": _sentence(look, verdict, low, high, p, looks, remark),
+        "parts": len(test.parts),
+        "sentence": _sentence(test, verdict, low, high, p, looks, remark),
         "positions": estimate.positions,
         "prompts": estimate.prompts,
     }
 
 
 def _sentence(
-    look: ClaimTest, verdict: str, low: float, high: float, p: float, looks: int, remark: str
+    test: ClaimTest, verdict: str, low: float, high: float, p: float, looks: int, remark: str
 ) -> str:
-    """One plain sentence with the numbers."""
+    """One plain sentence with the numbers of a claim."""
     about = (
-        f"{look.claim} is {verdict} for the {OUTCOME_WORDS[look.outcome]} on {_where(look.split)}: "
+        f"{test.claim} is {verdict} for the {OUTCOME_WORDS[test.outcome]} on {_where(test.split)}: "
     )
-    part = look.deciding
+    part = test.deciding
     if part is None:
         return about + (
             "nothing to compare with, no other K or proxy is in the table."
-            if look.claim == "C4"
+            if test.claim == "C4"
             else "its statistics are undefined here."
         )
     numbers = f"{part.estimate.value:+.3g} [{low:+.3g}, {high:+.3g}]"
@@ -244,16 +280,16 @@ def _sentence(
         "C1": f"Spearman of d*c minus Spearman of d is {numbers}",
         "C2": (
             f"the top less the bottom tertile of compatibility in Q3 {_kind(part)} {numbers}"
-            f" {UNITS[look.outcome]}"
+            f" {UNITS[test.outcome]}"
         ),
         "C3": f"beta(d*c) minus beta(d*(1 - c)) is {numbers}",
         "C4": (
-            f"{_agreeing(look)} of {len(look.parts)} statistics over {_variants(look)} lie above 0,"
+            f"{_agreeing(test)} of {len(test.parts)} statistics over {_variants(test)} lie above 0,"
             f" and the one that decides, {part.statistic.replace('_', ' ')} with {part.proxy} at K"
             f" = {part.k}, is {numbers}"
         ),
-    }[look.claim]
-    missing = f"; {look.undefined} more could not be computed" if look.undefined else ""
+    }[test.claim]
+    missing = f"; {test.undefined} more could not be computed" if test.undefined else ""
     return (
         f"{about}{text}{remark}{missing} ({part.estimate.prompts} prompts; p = {p:.2g} after Holm"
         f" over {looks} looks)."
@@ -274,27 +310,33 @@ def _kind(part: Finding) -> str:
     )
 
 
-def _agreeing(look: ClaimTest) -> int:
-    return sum(part.estimate.value > 0 for part in look.parts)
+def _agreeing(test: ClaimTest) -> int:
+    return sum(part.estimate.value > 0 for part in test.parts)
 
 
-def _variants(look: ClaimTest) -> str:
-    pairs = {(part.proxy, part.k) for part in look.parts}
+def _variants(test: ClaimTest) -> str:
+    pairs = {(part.proxy, part.k) for part in test.parts}
     supports = sorted({k for _, k in pairs})
     return f"{len(pairs)} other supports (K = {', '.join(map(str, supports))})"
 
 
-# --- C5
-# ---------------------------------------------------------------------------------------------
+# C5, from a grid of trainings
 
 
 def of_training(table: pd.DataFrame) -> pd.DataFrame:
-    """C5 in the columns of `verdicts`: a row for each measure and budget of
-    `validation.verdict_table`.
+    """C5 in the columns of `verdicts`.
 
-    outcome is the measure, split `training`; the numbers are those of the rival that decides: the
-    one closest to overtaking where the claim is supported, the one furthest ahead where it is
-    refuted. positions is 0. Raises DiagnosticsError where columns are missing."""
+    Args:
+        table: Verdicts of a grid of trainings, as from `training_outcomes.verdict_table`.
+
+    Returns:
+        One row per measure and budget. outcome is the measure and split is `training`; the numbers
+        are those of the rival that decides: the one closest to overtaking where the claim is
+        supported, the one furthest ahead where it is refuted. positions is 0.
+
+    Raises:
+        DiagnosticsError: If a column is missing.
+    """
     require_columns(
         table,
         (
@@ -313,7 +355,7 @@ def of_training(table: pd.DataFrame) -> pd.DataFrame:
         what="A table of training verdicts",
     )
     overall = table[table["rival"] == "all"]
-    return pd.DataFrame([_of_grid(row, _rivals(table, row)) for row in overall.itertuples()])
+    return pd.DataFrame([_training_row(row, _rivals(table, row)) for row in overall.itertuples()])
 
 
 def _rivals(table: pd.DataFrame, row) -> pd.DataFrame:
@@ -325,7 +367,7 @@ def _rivals(table: pd.DataFrame, row) -> pd.DataFrame:
     return table[same]
 
 
-def _of_grid(row, rivals: pd.DataFrame) -> dict:
+def _training_row(row, rivals: pd.DataFrame) -> dict:
     ends = rivals.dropna(subset=["low", "high"])
     by = "high" if row.verdict == "refuted" else "low"
     part = ends.loc[ends[by].idxmin()] if len(ends) else None

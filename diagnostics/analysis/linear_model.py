@@ -14,8 +14,15 @@ from diagnostics.analysis.rank_correlation import SINGULAR, standardize
 def cross_products(
     columns: Sequence[np.ndarray], prompts: PromptClusters, mask: np.ndarray
 ) -> np.ndarray:
-    """Sums [prompts, q * q] of the products of all pairs of [1, *columns], each column
-    [mask.sum()].
+    """Sum the products of all pairs of [1, *columns] per prompt.
+
+    Args:
+        columns: The values [mask.sum()] of each column under the mask.
+        prompts: The prompts of the N positions.
+        mask: [N] positions that count.
+
+    Returns:
+        [prompts, q * q] sums for q = 1 + number of columns.
     """
     columns = [np.ones(int(mask.sum())), *columns]
     q = len(columns)
@@ -31,6 +38,7 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
     """Inverses of positive definite matrices [..., p, p]; NaN where the columns are linearly
     dependent.
     """
+    # Scaled to a correlation matrix, so that the determinant does not depend on the columns' units.
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
         scaled = matrix / (scale[..., :, None] * scale[..., None, :])
@@ -43,19 +51,25 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Regression:
-    """Least squares on standardised columns, with an intercept that is 0 and left out."""
+    """A least-squares fit on standardized columns; its intercept is 0 and is left out.
+
+    Attributes:
+        coefficients: Standardized coefficient by term, with intervals from the cluster jackknife
+            and bootstrap as everywhere.
+        robust_error: The usual cluster-robust standard error (statsmodels, CR1), by term.
+        inflation: Variance inflation factor by term.
+        r_squared: Share of the outcome's variance that the terms explain.
+        fitted: [N] fitted values of the standardized outcome, NaN outside the mask.
+        spread: Standard deviation by which each term was divided, and the outcome's under
+        `outcome`.
+    """
 
     coefficients: dict[str, Estimate]
-    """Standardised, by term; intervals from the cluster jackknife and bootstrap as everywhere."""
     robust_error: dict[str, float]
-    """The usual cluster-robust standard error (statsmodels, CR1), by term."""
     inflation: dict[str, float]
-    """Variance inflation factor by term."""
     r_squared: Estimate
     fitted: np.ndarray
-    """[N] fitted values of the standardised outcome, NaN outside the mask."""
     spread: dict[str, float]
-    """Standard deviation by which each term, and the outcome under `outcome`, was divided."""
 
 
 def regress(
@@ -65,10 +79,22 @@ def regress(
     *,
     robust: bool = True,
 ) -> Regression | None:
-    """Regress an outcome [N] on terms, each [N], over the positions where all are finite.
+    """Regress an outcome on terms over the positions where all of them are finite.
 
-    All columns are standardised over those positions, once. `robust=False` leaves the CR1 errors
-    out. None where there are too few positions or a term is constant or a combination of others.
+    All columns are standardized over those positions, once.
+
+    Args:
+        outcome: [N] values.
+        terms: [N] values by term.
+        prompts: The prompts of the N positions, with their draws.
+        robust: False leaves the CR1 errors out, as NaN.
+
+    Returns:
+        The fit; None where there are too few positions, or a term is constant or a linear
+        combination of others.
+
+    Reference:
+        Liang and Zeger 1986 (CR1 errors).
     """
     columns = [np.asarray(column, dtype=np.float64) for column in (*terms.values(), outcome)]
     mask = np.all(np.isfinite(columns), axis=0)
@@ -76,7 +102,8 @@ def regress(
         return None
     spread = dict(zip([*terms, "outcome"], (float(column[mask].std()) for column in columns)))
     scaled = [standardize(column[mask]) for column in columns]
-    sums, q = cross_products(scaled, prompts, mask), len(columns) + 1
+    sums = cross_products(scaled, prompts, mask)
+    q = len(columns) + 1
     values = of_sums(lambda s: _coefficients_and_fit(s, q), sums, prompts, mask)
     if not np.isfinite(values[0].value):
         return None

@@ -1,4 +1,4 @@
-"""Matching within prompts and standardised differences."""
+"""Matching of positions within prompts, and standardized differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diagnostics.analysis.bootstrap import (
 )
 
 TOO_FAR = 1e9
-"""Cost of a pair outside the caliper, so that an assignment takes it only for want of another."""
+"""Cost of a pair outside the caliper: an assignment takes one only where no other is left."""
 
 
 def match(
@@ -30,15 +30,29 @@ def match(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pair treated with control positions of the same prompt, nearest in Euclidean distance.
 
-    features: [N, F], all finite where a position is treated or control (masks [N]); codes: [N]
-    prompts. With replacement each treated position takes its nearest control; without, the pairs of
-    each prompt minimise the summed distance and the larger side keeps some unpaired. Pairs further
-    apart than the caliper are dropped. Returns row numbers of both."""
+    With replacement each treated position takes its nearest control. Without it, the pairs of each
+    prompt minimize the summed distance, and the larger side keeps some positions unpaired.
+
+    Args:
+        features: [N, F] coordinates, finite wherever a position is treated or control.
+        treated: Mask [N].
+        control: Mask [N].
+        codes: [N] number of each position's prompt.
+        replacement: Whether a control may be taken more than once.
+        caliper: Distance beyond which a pair is dropped.
+
+    Returns:
+        Row numbers of the treated and of the control position of each pair.
+
+    Reference:
+        Rosenbaum and Rubin 1985; Stuart 2010 (matching with and without replacement).
+    """
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     rows = np.flatnonzero(treated | control)
     rows = rows[np.argsort(codes[rows], kind="stable")]
     for group in np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1):
-        t, c = group[treated[group]], group[control[group]]
+        t = group[treated[group]]
+        c = group[control[group]]
         if len(t) and len(c):
             distance = spatial.distance.cdist(features[t], features[c])
             cost = np.where(distance > caliper, TOO_FAR, distance)
@@ -57,8 +71,15 @@ def match(
 def matched_difference(
     values: np.ndarray, prompts: PromptClusters, pairs: tuple[np.ndarray, np.ndarray]
 ) -> Estimate:
-    """Mean over pairs of values at the treated minus values at the control position; `positions`
-    counts pairs.
+    """Mean over pairs of the value at the treated minus the value at the control position.
+
+    Args:
+        values: [N] values; pairs with one that is not finite do not count.
+        prompts: The prompts of the N positions, with their draws.
+        pairs: Row numbers of the treated and of the control positions, as from `match`.
+
+    Returns:
+        The difference; its `positions` counts pairs.
     """
     treated, control = pairs
     difference = values[treated] - values[control]
@@ -76,7 +97,7 @@ def matched_difference(
 
 def standardized_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:
     """Difference of means over a given standard deviation; NaN where a side is empty or the scale
-    0.
+    is 0.
     """
     if not len(first) or not len(second) or not scale > 0:
         return np.nan

@@ -1,24 +1,26 @@
-"""Does the offline answer hold? Captured gain against what a step on the selected positions does.
+"""Kendall's tau between captured gain and the effect of a step on the selected positions.
 
-Cells are criteria x budgets. Offline, a cell is its captured share of an outcome over the step
-positions (see `comparison`); by intervention, it is the mean reduction of a divergence after a step
-on its positions alone (see `intervention`). With x and y two such answers over the cells,
+Cells are criteria x budgets. Offline, a cell's value is its captured share of an outcome over the
+step positions (see `selection`); by intervention, it is the mean reduction of a divergence after a
+step on its positions alone (see `probing.intervention`). With x and y two such answers over the
+cells,
 
-    tau = sum over pairs of sgn(x_a - x_b) sgn(y_a - y_b) / sqrt(pairs untied in x * pairs untied in
-    y)
+    tau = sum over pairs of sgn(x_a - x_b) sgn(y_a - y_b)
+          / sqrt(pairs untied in x * pairs untied in y)
 
 is Kendall's tau-b over the pairs of a *scope*: all pairs; the pairs of equal budget pooled, which
 leaves out the trivial part, that a larger budget captures and teaches more; and each budget alone.
 
-In each draw both answers are worked out anew. Step and held-out prompts are resampled apart, since
-the split was given: x and y share draws where they rest on the same prompts.
+In each draw both answers are computed anew. Step and held-out prompts are resampled separately,
+since the split was given: x and y share draws where they are computed from the same prompts.
 
-A share of a total says nothing where a resampled total is not positive; cells are therefore ranked
+A share of a total means nothing where a resampled total is not positive. Cells are therefore ranked
 by captured sums, which rank them as shares do where there are shares.
 
 Reference: Kendall 1945 (tau-b). Departure: tau's interval is on its own scale and ends at -1 and 1.
-Over a few cells it often is 1 exactly in a draw, where Fisher's scale has no end. The cells are
-fixed, not a sample of criteria."""
+Over a few cells tau often is exactly 1 in a draw, where Fisher's scale has no end. The cells are
+fixed, not a sample of criteria.
+"""
 
 from __future__ import annotations
 
@@ -26,31 +28,43 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.selection import SplitSelections, is_baseline, outcome_values
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 
-OFFLINE = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
-MEASURES = ("forward_kl", "reverse_kl")
-EFFECTS = (*MEASURES, "js")
+OFFLINE_OUTCOMES = ("gain", "relative_gain", "positive_gain", "first_order_gain", "lift")
+RANKED_MEASURES = ("forward_kl", "reverse_kl")
+EFFECT_MEASURES = (*RANKED_MEASURES, "js")
+NO_INTERVAL = Bootstrap(draws=0)
+"""For tables of values alone."""
 
 
 @dataclass(frozen=True)
 class CellScores:
-    """One way of valuing every cell, with its bootstrap."""
+    """The values that one method gives every cell, with their draws.
+
+    Attributes:
+        name: Name of the answer in the tables.
+        value_C: [cells] values.
+        draws_DC: [draws, cells] the same in each draw of the prompts.
+        prompts: Number of prompts that the values are computed from.
+        unit: Divisor for display: for captured sums, the total.
+    """
 
     name: str
     value_C: np.ndarray
     draws_DC: np.ndarray
     prompts: int
     unit: float = 1.0
-    """What the values are divided by to be shown: for captured sums, the total."""
 
     @cached_property
     def signs(self) -> np.ndarray:
@@ -63,36 +77,58 @@ class CellScores:
 class Tau(Estimate):
     """A Kendall's tau, with an interval that ends at -1 and 1."""
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Low and high end of the t interval with prompts - 1 degrees of freedom."""
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
+        """Compute the t interval with prompts - 1 degrees of freedom.
+
+        Args:
+            level: Coverage, between 0 and 1.
+
+        Returns:
+            Low and high end, within [-1, 1].
+        """
         low, high = super().interval(level)
         return float(np.maximum(low, -1.0)), float(np.minimum(high, 1.0))
 
 
+@with_settings(bootstrap=Bootstrap)
 def agreement(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
-    measures: Iterable[str] = MEASURES,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
+    measures: Iterable[str] = RANKED_MEASURES,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Kendall's tau between captured outcomes and interventions, over cells.
 
-    tokens: a token table with `split` and outcomes. effects: `Interventions.by_prompt()`, or the
-    file that the stage writes. outcomes: those that the table lacks are left out. Returns columns
-    scope (all, within_budget, or budget_<share>), x, y (captured_<outcome>, or <split>_<measure>
-    for a mean reduction), kendall, low, high, cells, prompts (of the smaller half). Raises
-    DiagnosticsError where split or prompts of the two do not agree, or no outcome is there."""
+    Args:
+        tokens: A token table with `split` and outcomes.
+        effects: `Interventions.by_prompt()`, or the `interventions.parquet` that the stage writes.
+        outcomes: Outcome columns to compare by; those that the table lacks are left out.
+        measures: Divergences whose reduction by a step is compared with.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns scope (all, within_budget, or budget_<share>), x, y (captured_<outcome>, or
+        <split>_<measure> for a mean reduction), kendall, low, high, cells, prompts (of the smaller
+        half).
+
+    Raises:
+        DiagnosticsError: If split or prompts of the two tables do not agree, the table has none of
+            the outcomes, or the interventions hold no cell but full and placebo.
+
+    Reference:
+        Kendall 1945 (tau-b).
+    """
     cells = _cells(effects)
-    answers = _answers(tokens, effects, cells, outcomes, measures, draws=draws, seed=seed)
+    answers = _answers(tokens, effects, cells, outcomes, measures, bootstrap=bootstrap)
     rows = []
     for scope, pairs in scopes(cells):
         for x, y in _pairings(answers):
             estimate = kendall(x, y, pairs)
-            low, high = estimate.interval(level)
+            low, high = estimate.interval(bootstrap.level)
             rows.append(
                 {
                     "scope": scope,
@@ -112,16 +148,27 @@ def answers(
     tokens: pd.DataFrame,
     effects: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
-    measures: Iterable[str] = MEASURES,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
+    measures: Iterable[str] = RANKED_MEASURES,
 ) -> pd.DataFrame:
-    """Every cell's value and its rank among the criteria of its budget, 1 the best, by each answer.
+    """Every cell's value and its rank among the criteria of its budget, by each answer.
 
-    Returns columns criterion, budget, then for each answer of `agreement` the value and
-    <answer>_rank."""
+    Args:
+        tokens: A token table with `split` and outcomes.
+        effects: `Interventions.by_prompt()`, or the `interventions.parquet` that the stage writes.
+        outcomes: Outcome columns to compare by; those that the table lacks are left out.
+        measures: Divergences whose reduction by a step is compared with.
+
+    Returns:
+        One row per cell with columns criterion, budget, then for each answer of `agreement` its
+        value and <answer>_rank, 1 for the best.
+
+    Raises:
+        DiagnosticsError: As `agreement`.
+    """
     cells = _cells(effects)
     table = cells.copy()
-    for answer in _answers(tokens, effects, cells, outcomes, measures, draws=2, seed=0):
+    for answer in _answers(tokens, effects, cells, outcomes, measures, bootstrap=NO_INTERVAL):
         table[answer.name] = answer.value_C / answer.unit if answer.unit > 0 else np.nan
         table[f"{answer.name}_rank"] = (
             pd.Series(answer.value_C).groupby(table["budget"]).rank(ascending=False, method="min")
@@ -129,28 +176,41 @@ def answers(
     return table
 
 
-def foreseen(
+@with_settings(bootstrap=Bootstrap)
+def offline_values(
     tokens: pd.DataFrame,
     effects: pd.DataFrame | None,
     cells: pd.DataFrame,
     *,
-    outcomes: Iterable[str] = OFFLINE,
-    draws: int = 1000,
-    seed: int = 0,
+    outcomes: Iterable[str] = OFFLINE_OUTCOMES,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> list[CellScores]:
-    """What a main job says of cells that are not its own, for a comparison with something else than
-    its interventions.
+    """Values that a main job gives to cells of another run.
 
-    effects: as for `agreement`, None where no intervention was made. cells: columns criterion,
-    budget. Returns captured_<outcome> over all positions and, at held-out positions,
-    intervention_<measure>, NaN in a cell that was not intervened on. Raises DiagnosticsError where
-    the table has no outcome, or lacks a column of a criterion."""
+    Args:
+        tokens: The main job's token table.
+        effects: Its interventions as for `agreement`; None where no intervention was made.
+        cells: Columns criterion, budget.
+        outcomes: Outcome columns to compare by; those that the table lacks are left out.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        captured_<outcome> over all positions and, at held-out positions, intervention_<measure>,
+        which is NaN in a cell without an intervention.
+
+    Raises:
+        DiagnosticsError: If the table has no outcome, or lacks a column that a criterion needs.
+    """
     everywhere = np.ones(len(tokens), dtype=bool)
-    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
-    present = _present(
-        tokens, [name for name in outcomes if name != "lift"], everywhere
-    )  # a lift is of the step half alone
-    found = [_captured(tokens, everywhere, cells, outcome, prompts, seed) for outcome in present]
+    prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
+    # A lift is defined on the step half alone, and these values are of all positions.
+    present = _present(tokens, [name for name in outcomes if name != "lift"], everywhere)
+    found = [
+        _captured(tokens, everywhere, cells, outcome, prompts, bootstrap.seed)
+        for outcome in present
+    ]
     if effects is not None:
         require_columns(
             effects,
@@ -159,12 +219,12 @@ def foreseen(
         )
         held_out = PromptClusters(
             effects.loc[effects["split"] == "held_out", "prompt_id"].unique(),
-            draws=draws,
-            seed=seed + 1,
+            bootstrap=bootstrap,
+            seed=bootstrap.seed + 1,
         )
         reductions = [
             _reduction(effects, cells, "held_out", measure, held_out)
-            for measure in EFFECTS
+            for measure in EFFECT_MEASURES
             if measure in effects
         ]
         found += [
@@ -175,10 +235,10 @@ def foreseen(
 
 
 def _cells(effects: pd.DataFrame) -> pd.DataFrame:
-    """Criterion and budget of each cell but full and placebo, which no selection competes with."""
+    """Criterion and budget of each cell except full and placebo, which are no selections."""
     require_columns(
         effects,
-        ("criterion", "budget", "draw", "prompt_id", "split", "positions", *MEASURES),
+        ("criterion", "budget", "draw", "prompt_id", "split", "positions", *RANKED_MEASURES),
         what="An intervention table",
     )
     cells = effects.loc[~effects["criterion"].isin(["full", "placebo"]), ["criterion", "budget"]]
@@ -198,17 +258,18 @@ def _answers(
     outcomes: Iterable[str],
     measures: Iterable[str],
     *,
-    draws: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> list[CellScores]:
     _require_same_split(tokens, effects)
     on_step = (tokens["split"] == "step").to_numpy()
     halves = {
-        name: PromptClusters(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed + number)
+        name: PromptClusters(
+            tokens["prompt_id"].to_numpy()[mask], bootstrap=bootstrap, seed=bootstrap.seed + number
+        )
         for number, (name, mask) in enumerate((("step", on_step), ("held_out", ~on_step)))
     }
     found = [
-        _captured(tokens, on_step, cells, outcome, halves["step"], seed)
+        _captured(tokens, on_step, cells, outcome, halves["step"], bootstrap.seed)
         for outcome in _present(tokens, outcomes, on_step)
     ]
     return found + [
@@ -255,7 +316,7 @@ def _captured(
     prompts: PromptClusters,
     seed: int,
 ) -> CellScores:
-    """Captured sum of the outcome over the step positions, cell by cell; for random its
+    """Captured sum of the outcome over the step positions, for every cell; for random its
     expectation.
     """
     names = [name for name in dict.fromkeys(cells["criterion"]) if not is_baseline(name)]
@@ -264,10 +325,8 @@ def _captured(
     positions = tokens.loc[on_step, ["position"]].reset_index(drop=True)
     values = outcome_values(tokens, outcome)[on_step]
     part = SplitSelections("step", prompts, positions, budgets, {outcome: values}, scored)
-    inside, total = (
-        {name: part.inside(choice, values) for name, choice in part.choices.items()},
-        part.total(values),
-    )
+    inside = {name: part.inside(choice, values) for name, choice in part.choices.items()}
+    total = part.total(values)
     sums = []
     for criterion, budget in cells.itertuples(index=False):
         expected = total[:, 0] * registry.budget_count(len(positions), budget) / len(positions)
@@ -287,8 +346,8 @@ def _captured(
 def _reduction(
     effects: pd.DataFrame, cells: pd.DataFrame, split: str, measure: str, prompts: PromptClusters
 ) -> CellScores:
-    """Mean reduction over the split's positions, cell by cell; for random averaged over its
-    draws.
+    """Mean reduction over the split's positions, for every cell; for random the mean over its
+    selections.
     """
     here = effects[effects["split"] == split]
     keys = ["criterion", "budget", "prompt_id"]
@@ -327,8 +386,9 @@ def _pairings(found: list[CellScores]) -> Iterator[tuple[CellScores, CellScores]
 
 
 def kendall(x: CellScores, y: CellScores, pairs: np.ndarray) -> Tau:
-    """Tau-b over the pairs, with its draws; NaN where an answer ties every pair."""
-    a, b = x.signs[:, pairs], y.signs[:, pairs]
+    """Tau-b over the pairs [C, C], with its draws; NaN where an answer ties every pair."""
+    a = x.signs[:, pairs]
+    b = y.signs[:, pairs]
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return Tau(float(tau[0]), tau[1:], int(pairs.any(axis=1).sum()), min(x.prompts, y.prompts))

@@ -16,17 +16,21 @@ from diagnostics.analysis.bootstrap import (
 )
 
 LEAST_BLOCK = 128
-"""Side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600 positions. Longer
-arrays take blocks of half the root of their length, so that the table of blocks grows no faster
-than they do."""
+"""Smallest side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600
+positions. Longer arrays have blocks of half the root of their length, so that the table of blocks
+grows no faster than they do."""
 SINGULAR = 1e-10
 """Determinant of a correlation matrix under which its columns count as linearly dependent."""
 ROUNDING = 1e-26
-"""Centred over uncentred sum of squares under which a prompt's values count as constant."""
+"""Centered over uncentered sum of squares under which a prompt's values count as constant."""
 
 
 class Variable:
-    """Values [N], with their ranks under a mask worked out once however many partners they meet."""
+    """Values [N] whose ranks under a mask are computed once, for however many partners.
+
+    Args:
+        values: [N] values; those that are not finite never count.
+    """
 
     def __init__(self, values):
         self.values = np.asarray(values, dtype=np.float64)
@@ -34,8 +38,14 @@ class Variable:
         self._ranked: dict[bytes, Ranked] = {}
 
     def ranked(self, mask: np.ndarray, prompts: PromptClusters | None = None) -> Ranked:
-        """Ranks of the values under the mask, among all of them or, with prompts, within each
-        prompt.
+        """Ranks of the values under a mask.
+
+        Args:
+            mask: [N] positions that count; their values must be finite.
+            prompts: Where given, a value is ranked among those of its own prompt.
+
+        Returns:
+            The ranks [mask.sum()].
         """
         key = np.packbits(mask).tobytes() + (b"within" if prompts else b"")
         if key not in self._ranked:
@@ -47,10 +57,13 @@ class Variable:
 
 
 class Ranked:
-    """For each of n finite values, how many are smaller and how many equal (itself included).
+    """For each of n finite values, how many are smaller and how many are equal (itself included).
 
-    within: where given, [n] groups, and only values of one's own group are counted; `order` may
-    then give the order of the values over all groups."""
+    Args:
+        values: [n] values.
+        within: [n] groups; where given, only values of the same group are counted.
+        order: [n] the order of the values over all groups, if it is known already.
+    """
 
     def __init__(
         self,
@@ -61,6 +74,7 @@ class Ranked:
     ):
         self.order = np.argsort(values) if order is None else order
         if within is not None:
+            # A stable sort of 16-bit integers is a radix sort, which takes linear time.
             small = np.uint16 if within.max(initial=0) < 2**16 else np.int64
             self.order = self.order[np.argsort(within[self.order].astype(small), kind="stable")]
         self.below, self.ties = np.empty((2, len(values)), dtype=np.int64)
@@ -74,8 +88,10 @@ class Ranked:
         self.untied = bool((self.ties == 1).all())
 
     def shifted(self, start: np.ndarray) -> Ranked:
-        """Ranks within groups as ranks over all, groups laid end to end; start: [n] where each
-        one's group begins.
+        """Ranks within groups as ranks over all, with the groups laid end to end.
+
+        Args:
+            start: [n] rank at which each value's group begins.
         """
         whole = copy(self)
         whole.below = self.below + start
@@ -88,8 +104,8 @@ class Ranked:
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First index and length of the run of equal columns that each element of a sorted array lies
-    in.
+    """First index and length of the run of equal columns that each element of a sorted array
+    belongs to.
     """
     ordered = np.atleast_2d(ordered)
     new = np.flatnonzero(
@@ -105,18 +121,34 @@ def _pair(x, y) -> tuple[Variable, Variable, np.ndarray]:
 
 
 def pearson(x, y, prompts: PromptClusters) -> Estimate:
-    """Pearson's correlation of x [N] and y [N], arrays or Variables, where both are finite; NaN for
-    a constant.
+    """Pearson's correlation over the positions where both variables are finite.
+
+    Args:
+        x: [N] values, an array or a `Variable`.
+        y: [N] values, an array or a `Variable`.
+        prompts: The prompts of the N positions, with their draws.
+
+    Returns:
+        The correlation; NaN for a constant.
     """
     x, y, mask = _pair(x, y)
     return _pearson(x.values[mask], y.values[mask], mask, prompts)
 
 
 def spearman(x, y, prompts: PromptClusters) -> Estimate:
-    """Spearman's correlation.
+    """Spearman's correlation over the positions where both variables are finite.
 
     Positions are ranked once and their ranks resampled, which is not the same as ranking each draw
-    anew: see `benchmarks/CALIBRATION.md` for how little the standard errors differ."""
+    anew: `benchmarks/CALIBRATION.md` shows how little the standard errors differ.
+
+    Args:
+        x: [N] values, an array or a `Variable`.
+        y: [N] values, an array or a `Variable`.
+        prompts: The prompts of the N positions, with their draws.
+
+    Returns:
+        The correlation; NaN for a constant.
+    """
     x, y, mask = _pair(x, y)
     return _pearson(x.ranked(mask).average, y.ranked(mask).average, mask, prompts)
 
@@ -124,7 +156,8 @@ def spearman(x, y, prompts: PromptClusters) -> Estimate:
 def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: PromptClusters) -> Estimate:
     if len(x) < 3:
         return undefined(prompts, mask)
-    x, y = standardize(x), standardize(y)
+    x = standardize(x)
+    y = standardize(y)
     sums = prompts.sums(np.ones_like(x), x, y, x * x, y * y, x * y, at=mask)
     return of_sums(_pearson_from_sums, sums, prompts, mask, correlation=True)[0]
 
@@ -140,18 +173,30 @@ def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
 
 def standardize(values: np.ndarray) -> np.ndarray:
     """Mean 0 and standard deviation 1 (divisor n); zeros for a constant."""
-    centred = values - values.mean()
-    spread = np.sqrt(np.mean(centred**2))
+    centered = values - values.mean()
+    spread = np.sqrt(np.mean(centered**2))
     constant = spread <= 1e-14 * np.abs(values).max()
-    return np.zeros_like(centred) if constant else centred / spread
+    return np.zeros_like(centered) if constant else centered / spread
 
 
 def kendall(x, y, prompts: PromptClusters) -> Estimate:
     """Kendall's tau-b, exact; its draws and left-out values resample its projection on prompts.
 
     The projection is the first-order term of the U-statistic: 2/n^2 times the sum over a prompt's
-    positions of their signs against all others, less the same for the tie counts in the
-    denominator."""
+    positions of their signs against all others, minus the same for the tie counts in the
+    denominator.
+
+    Args:
+        x: [N] values, an array or a `Variable`.
+        y: [N] values, an array or a `Variable`.
+        prompts: The prompts of the N positions, with their draws.
+
+    Returns:
+        The correlation; NaN where a variable ties every pair.
+
+    Reference:
+        Kendall 1945 (tau-b); Hoeffding 1948 (projection of a U-statistic).
+    """
     x, y, mask = _pair(x, y)
     if mask.sum() < 3:
         return undefined(prompts, mask)
@@ -171,11 +216,18 @@ def kendall(x, y, prompts: PromptClusters) -> Estimate:
 
 
 def concordance(x: Ranked, y: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each i the sums over j of sgn(xi - xj) sgn(yi - yj), of [xi != xj] and of [yi != yj].
+    """Concordant minus discordant partners of each position, and its untied partners.
 
     With P = [xj < xi], E = [xj = xi], and Q, F the same for y, the product of signs is
-    (2P + E - 1)(2Q + F - 1). EQ and PF fall out of two lexicographic sorts, and PQ out of counting,
+    (2P + E - 1)(2Q + F - 1). EQ and PF follow from two lexicographic sorts, and PQ from counting,
     along the one, the earlier elements that are lower in the other.
+
+    Args:
+        x: Ranks of n values.
+        y: Ranks of n values.
+
+    Returns:
+        For each i the sums over j of sgn(xi - xj) sgn(yi - yj), of [xi != xj] and of [yi != yj].
     """
     n = len(x.order)
     by_x, eq, ef, repeat = _lexicographic(x, y)
@@ -190,8 +242,9 @@ def concordance(x: Ranked, y: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _lexicographic(first: Ranked, second: Ranked) -> tuple[np.ndarray, ...]:
-    """Order by (first, second, index), and for each element: how many share `first` and lie below
-    in `second`, how many share both, and how many of those come earlier."""
+    """Order by (first, second, index), and for each element: how many have the same `first` and are
+    lower in `second`, how many have both the same, and how many of those come earlier.
+    """
     if first.untied:
         zeros = np.zeros_like(first.below)
         return first.order, zeros, zeros + 1, zeros
@@ -204,16 +257,19 @@ def _lexicographic(first: Ranked, second: Ranked) -> tuple[np.ndarray, ...]:
 
 
 def _earlier_and_lower(level: np.ndarray) -> np.ndarray:
-    """For a permutation: how many earlier elements are lower. Whole blocks by a table, the rest
-    pairwise.
+    """For a permutation: how many earlier elements are lower.
+
+    Whole blocks are counted by a table, the elements of the same block pairwise.
     """
-    n, side = len(level), max(LEAST_BLOCK, int(np.sqrt(len(level)) / 2))
+    n = len(level)
+    side = max(LEAST_BLOCK, int(np.sqrt(len(level)) / 2))
     blocks = -(-n // side)
     levels = np.arange(blocks * side, dtype=np.int32)
     levels[:n] = level
     places = np.empty_like(levels)
     places[levels] = np.arange(blocks * side, dtype=np.int32)
-    row, column = np.arange(blocks * side) // side, levels // side
+    row = np.arange(blocks * side) // side
+    column = levels // side
     table = np.bincount(row * blocks + column, minlength=blocks**2).reshape(blocks, blocks)
     counts = np.pad(table.cumsum(0).cumsum(1), ((1, 0), (1, 0)))[row, column]
     counts += _earlier_and_lower_in_block(levels, side)
@@ -232,11 +288,19 @@ def _earlier_and_lower_in_block(values: np.ndarray, side: int) -> np.ndarray:
 def within_prompts(
     x, y, prompts: PromptClusters, *, method: str = "spearman", least: int = 5
 ) -> Estimate:
-    """Mean over prompts of the correlation within each, Spearman's, Pearson's or Kendall's; prompts
-    count alike.
+    """Mean over prompts of the correlation within each prompt, every prompt with the same weight.
 
-    A prompt takes part with at least `least` positions where both are finite and neither is
-    constant."""
+    Args:
+        x: [N] values, an array or a `Variable`.
+        y: [N] values, an array or a `Variable`.
+        prompts: The prompts of the N positions, with their draws.
+        method: spearman, pearson or kendall.
+        least: Number of positions with both values finite that a prompt needs to take part; neither
+            of its variables may be constant.
+
+    Returns:
+        The mean; its counts are those of the prompts that take part.
+    """
     x, y, mask = _pair(x, y)
     if not mask.any():
         return undefined(prompts, mask)
@@ -253,8 +317,8 @@ def within_prompts(
 def _moments_within(
     x: Variable, y: Variable, mask: np.ndarray, prompts: PromptClusters, method: str
 ) -> tuple[np.ndarray, ...]:
-    """[prompts] each: positions, and centred sums of squares and products of values or of ranks
-    within the prompt.
+    """[prompts] each: number of positions, and centered sums of squares and products of the values
+    or of the ranks within the prompt.
     """
     codes = prompts.codes[mask]
     x, y = (
@@ -270,11 +334,12 @@ def _moments_within(
 def _concordance_within(
     x: Variable, y: Variable, mask: np.ndarray, prompts: PromptClusters, _: str
 ) -> tuple[np.ndarray, ...]:
-    """[prompts] each: positions, untied pairs in x, in y, and concordant less discordant pairs, of
-    the prompt's own.
+    """[prompts] each: number of positions, untied pairs in x, untied pairs in y, and concordant
+    minus discordant pairs among the prompt's own positions.
 
-    With the prompts' values laid end to end, two positions of different prompts always agree: they
-    are taken off."""
+    With the prompts' values laid end to end, two positions of different prompts always agree: those
+    pairs are subtracted.
+    """
     codes = prompts.codes[mask]
     size = np.bincount(codes, minlength=prompts.count)
     start = (np.cumsum(size) - size)[codes]
@@ -290,7 +355,11 @@ def _concordance_within(
 
 
 class Controls:
-    """Columns [N] to hold fixed, with the space that they span under a mask worked out once."""
+    """Columns to hold fixed, whose span under a mask is computed once.
+
+    Args:
+        columns: [N] values each, arrays or Variables.
+    """
 
     def __init__(self, columns: Sequence):
         self.columns = [v if isinstance(v, Variable) else Variable(v) for v in columns]
@@ -300,8 +369,16 @@ class Controls:
         self._bases: dict[tuple[bytes, bool], np.ndarray] = {}
 
     def residual(self, values: np.ndarray, mask: np.ndarray, *, ranked: bool) -> np.ndarray:
-        """What a least-squares fit of values [mask.sum()] on an intercept and the columns leaves;
-        zeros for nothing.
+        """The residual of a least-squares fit on an intercept and the columns.
+
+        Args:
+            values: [mask.sum()] values to fit.
+            mask: [N] positions that count; all columns must be finite there.
+            ranked: Whether the columns enter as ranks.
+
+        Returns:
+            [mask.sum()] residual of the standardized values; zeros where the columns determine
+            them.
         """
         key = np.packbits(mask).tobytes(), ranked
         if key not in self._bases:
@@ -309,17 +386,28 @@ class Controls:
             design = np.stack([np.ones(int(mask.sum())), *map(standardize, columns)], axis=1)
             left, size, _ = np.linalg.svd(design, full_matrices=False)
             self._bases[key] = left[:, size > 1e-8 * size[0]]
-        basis, centred = self._bases[key], standardize(values)
-        rest = centred - basis @ (basis.T @ centred)
+        basis = self._bases[key]
+        scaled = standardize(values)
+        rest = scaled - basis @ (basis.T @ scaled)
         return rest if np.mean(rest**2) > SINGULAR else np.zeros_like(rest)
 
 
 def partial(x, y, controls: Controls, prompts: PromptClusters, *, ranked: bool = True) -> Estimate:
-    """Correlation of x [N] and y [N] given the controls; of ranks (ranked once) or of values.
+    """Correlation of x and y given the controls: the correlation of their two residuals.
 
-    The correlation of the two residuals. Residuals are taken once: they are orthogonal to the
-    controls, so a draw's own fit would change its value in the second order only. NaN where x or y
-    is a linear combination of the controls."""
+    Residuals are computed once. They are orthogonal to the controls, so a fit in every draw would
+    change its value in the second order only.
+
+    Args:
+        x: [N] values, an array or a `Variable`.
+        y: [N] values, an array or a `Variable`.
+        controls: The columns to hold fixed.
+        prompts: The prompts of the N positions, with their draws.
+        ranked: Whether the correlation is of ranks (computed once) or of values.
+
+    Returns:
+        The correlation; NaN where x or y is a linear combination of the controls.
+    """
     x, y, mask = _pair(x, y)
     mask = mask & controls.finite
     if mask.sum() < len(controls.columns) + 3:
@@ -331,10 +419,19 @@ def partial(x, y, controls: Controls, prompts: PromptClusters, *, ranked: bool =
 
 
 def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarray:
-    """Groups 1..groups of equal size by rank of the finite scores under the mask; 0 elsewhere.
+    """Cut the finite scores under a mask into groups of equal size.
 
-    Equal scores stay together, in the group that holds the middle of their ranks, so heavy ties
-    leave groups unequal or empty."""
+    Equal scores stay together, in the group that holds the middle of their ranks, so many ties
+    leave groups unequal or empty.
+
+    Args:
+        score: [N] scores.
+        groups: Number of groups.
+        mask: [N] positions that count.
+
+    Returns:
+        [N] group from 1 (lowest) to `groups`, 0 for positions that do not count.
+    """
     mask = mask & np.isfinite(score)
     result = np.zeros(len(score), dtype=int)
     if mask.any():

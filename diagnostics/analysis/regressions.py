@@ -1,7 +1,7 @@
-"""Regressions of the gain, and what is left of it after entropy, divergence and position.
+"""Regressions of the gain, and its residual after entropy, divergence and position.
 
-With h, d, c the normalised student entropy, forward KL and compatibility, ht the normalised teacher
-entropy and t the relative position, all standardised to mean 0 and standard deviation 1 over the
+With h, d, c the normalized student entropy, forward KL and compatibility, ht the normalized teacher
+entropy and t the relative position, all standardized to mean 0 and standard deviation 1 over the
 positions of a fit:
 
     interaction      gain ~ h + d + h*d + t + ht
@@ -9,27 +9,31 @@ positions of a fit:
     decomposition    gain ~ h + d*c + d*(1 - c) + t + ht
 
 The decomposition splits d into a part within the student's reach and a part outside of it; claim C3
-of arXiv 2605.26844 is that the coefficient of the first is the larger. Standardised coefficients
-also differ where the two predictors merely vary differently, so the difference is given *per unit*
-of d too.
+of arXiv 2605.26844 is that the coefficient of the first is the larger. Standardized coefficients
+also differ where the two predictors merely have different variances, so the difference is also
+given *per unit* of d.
 
 Departures: intervals are cluster-robust (the released scripts give coefficients alone); the usual
-CR1 errors, too small with some tens of prompts, stand beside them. ht is left out where the table
-lacks it."""
+CR1 errors, which are too small with some tens of prompts, are in a column of their own. ht is left
+out where the table lacks it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.interpolate import BSpline
 
-from diagnostics.analysis import bootstrap, linear_model, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis import linear_model, rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums, winsorize
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position, score_criterion
 
 MODELS = {
@@ -56,34 +60,47 @@ MODELS = {
         "teacher_entropy",
     ),
 }
-BASE = "interaction"
-"""The model that R^2 is compared with."""
+BASE_MODEL = "interaction"
+"""The model whose R^2 the others are compared with."""
 WINSORISED = (0.0, 0.01, 0.05)
-HELD = ("student_entropy", "divergence", "position", "teacher_entropy")
+HELD_TERMS = ("student_entropy", "divergence", "position", "teacher_entropy")
 CURVE_SCORES = ("compatibility", "teachability", "incompatible")
 DECILES, GRID, INNER_KNOTS = 10, 25, 3
-NEEDS = ("student_entropy", "forward_kl", "compatibility", "position", "response_length")
+REGRESSION_COLUMNS = (
+    "student_entropy",
+    "forward_kl",
+    "compatibility",
+    "position",
+    "response_length",
+)
 
 
 def terms(
     tokens: pd.DataFrame, *, substitute: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Predictors [N] by name, normalised over the whole table and not yet standardised.
+    """Predictors of the regressions, normalized over the whole table and not yet standardized.
 
-    `substitute` reads another column in place of one, e.g. {"compatibility": "topk_overlap_k8"}.
+    Args:
+        tokens: A token table with N rows.
+        substitute: Columns to read in place of others, e.g. {"compatibility": "topk_overlap_k8"}.
+
+    Returns:
+        [N] values by name of the term.
+
+    Raises:
+        DiagnosticsError: If a column is missing.
     """
-    require_columns(tokens, NEEDS, what="A regression of the gain")
-    h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
-    c = score_criterion(tokens, "compatibility", substitute=substitute)
+    require_columns(tokens, REGRESSION_COLUMNS, what="A regression of the gain")
+    h = normalize(tokens["student_entropy"])
+    d = normalize(tokens["forward_kl"])
     found = {
         "student_entropy": h,
         "divergence": d,
         "entropy_x_divergence": h * d,
         "position": relative_position(tokens),
-        "compatibility": c,
-        "teachability": d * c,
-        "incompatible": d * (1 - c),
     }
+    for name in CURVE_SCORES:
+        found[name] = score_criterion(tokens, name, substitute=substitute)
     if "teacher_entropy" in tokens:
         found["teacher_entropy"] = normalize(tokens["teacher_entropy"])
     return found
@@ -97,16 +114,33 @@ def fit(
     *,
     robust: bool = True,
 ) -> Regression | None:
-    """One model for outcome values [n] on a split; predictors [N] over the table. None where it
-    cannot be fitted.
+    """Fit one model on a split.
+
+    Args:
+        model: interaction, compatibility or decomposition.
+        values: [n] outcome on the split.
+        predictors: [N] terms over the whole table, as from `terms`; those that are missing are left
+            out.
+        split: The split.
+        robust: False leaves the CR1 errors out.
+
+    Returns:
+        The fit; None where it is undefined.
     """
     chosen = {name: predictors[name][split.mask] for name in MODELS[model] if name in predictors}
     return linear_model.regress(values, chosen, split.prompts, robust=robust)
 
 
 def decomposition_difference(regression: Regression, *, per_unit: bool = False) -> Estimate:
-    """Coefficient of d*c minus that of d*(1 - c): standardised, or in the outcome's unit for a unit
-    of d.
+    """Coefficient of d*c minus that of d*(1 - c).
+
+    Args:
+        regression: A fit of the model decomposition.
+        per_unit: True for coefficients in the outcome's unit per unit of d, False for standardized
+            ones.
+
+    Returns:
+        The difference.
     """
     first, second = (regression.coefficients[name] for name in ("teachability", "incompatible"))
     if per_unit:
@@ -116,31 +150,43 @@ def decomposition_difference(regression: Regression, *, per_unit: bool = False) 
     return first - second
 
 
+@with_settings(bootstrap=Bootstrap)
 def regressions(
-    tokens: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> dict[str, pd.DataFrame]:
-    """The three models for every outcome and split, raw and winsorised by 1 and 5 %.
+    """The three models for every outcome and split, raw and winsorized by 1 and 5 %.
 
-    Returns `regressions`: outcome, split, winsorised (share of each tail), model, term, coefficient
-    (standardised), low, high, p_value, robust_error (CR1, statsmodels), inflation (variance
-    inflation factor), r_squared, r_squared_gain (over the interaction model, NaN for itself) with
-    its low and high, positions, prompts; and `decomposition`: outcome, split, winsorised, scale
-    (standardised, per_unit), difference, low, high, p_value, positions, prompts. Models that cannot
-    be fitted have no rows."""
-    predictors, rows, tests = terms(tokens), [], []
-    for split in splits(tokens, draws=draws, seed=seed):
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Two tables. `regressions`: outcome, split, winsorised (share of each tail), model, term,
+        coefficient (standardized), low, high, p_value, robust_error (CR1, statsmodels), inflation
+        (variance inflation factor), r_squared, r_squared_gain (over the interaction model, NaN for
+        itself) with its low and high, positions, prompts. `decomposition`: outcome, split,
+        winsorised, scale (standardised, per_unit), difference, low, high, p_value, positions,
+        prompts. Models that cannot be fitted have no rows.
+    """
+    predictors = terms(tokens)
+    rows = []
+    tests = []
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             for share in WINSORISED:
-                values = bootstrap.winsorize(split.values(tokens, outcome), share)
+                values = winsorize(split.values(tokens, outcome), share)
                 fits = {model: fit(model, values, predictors, split) for model in MODELS}
                 key = {"outcome": outcome, "split": split.name, "winsorised": share}
                 for model, found in fits.items():
-                    base = fits[BASE] if model != BASE else None
+                    base = fits[BASE_MODEL] if model != BASE_MODEL else None
                     rows += (
-                        _coefficients(key | {"model": model}, found, base, level) if found else []
+                        _coefficients(key | {"model": model}, found, base, bootstrap.level)
+                        if found
+                        else []
                     )
                 if fits["decomposition"]:
-                    tests += _tests(key, fits["decomposition"], level)
+                    tests += _tests(key, fits["decomposition"], bootstrap.level)
     return {"regressions": pd.DataFrame(rows), "decomposition": pd.DataFrame(tests)}
 
 
@@ -182,33 +228,41 @@ def _tests(key: dict, found: Regression, level: float) -> list[dict]:
     ]
 
 
-# --- residual curves
-# --------------------------------------------------------------------------------
+# Residual curves
 
 
+@with_settings(bootstrap=Bootstrap)
 def residual_curves(
-    tokens: pd.DataFrame, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> pd.DataFrame:
-    """What is left of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
+    """Residual of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
 
-    `decile` rows are means over tenths of the score by rank; `spline` rows a cubic regression
-    spline with three inner knots at the quartiles. Both are refitted, residuals included, in every
-    draw. Returns columns outcome, split, score, curve, at (the score), residual (in the outcome's
-    unit), low, high, positions, prompts."""
-    predictors, rows = terms(tokens), []
-    held = [predictors[name] for name in HELD if name in predictors]
-    for split in splits(tokens, draws=draws, seed=seed):
+    `decile` rows are means over tenths of the score by rank; `spline` rows are a cubic regression
+    spline with three inner knots at the quartiles. Both are fitted anew, residuals included, in
+    every draw.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, score, curve, at (the score), residual (in the outcome's unit), low,
+        high, positions, prompts.
+    """
+    predictors = terms(tokens)
+    rows = []
+    held = [predictors[name] for name in HELD_TERMS if name in predictors]
+    for split in splits(tokens, bootstrap=bootstrap):
         controls = [column[split.mask] for column in held]
         for outcome in outcomes(tokens):
             values = split.values(tokens, outcome)
             for score in CURVE_SCORES:
-                x, key = (
-                    predictors[score][split.mask],
-                    {"outcome": outcome, "split": split.name, "score": score},
-                )
+                x = predictors[score][split.mask]
+                key = {"outcome": outcome, "split": split.name, "score": score}
                 for curve, points in residual_curve(x, values, controls, split.prompts).items():
                     rows += [
-                        key | {"curve": curve, "at": at} | row(e, level, named="residual")
+                        key | {"curve": curve, "at": at} | row(e, bootstrap.level, named="residual")
                         for at, e in points
                     ]
     return pd.DataFrame(rows)
@@ -217,20 +271,30 @@ def residual_curves(
 def residual_curve(
     x: np.ndarray, values: np.ndarray, controls: list[np.ndarray], prompts: PromptClusters
 ) -> dict[str, list[tuple[float, Estimate]]]:
-    """Points of both curves for a score x [N]; a curve that the score's distinct values do not
-    allow is empty.
+    """Points of both curves for one score.
+
+    Args:
+        x: [N] score.
+        values: [N] outcome.
+        controls: [N] each, the columns that are held fixed.
+        prompts: The prompts of the N positions, with their draws.
+
+    Returns:
+        By curve its points (score, residual); a curve for which the score has too few distinct
+        values is left out.
     """
     mask = np.all(np.isfinite([x, values, *controls]), axis=0)
     if mask.sum() < DECILES * 2:
         return {}
-    x, values = x[mask], values[mask]
+    x = x[mask]
+    values = values[mask]
     columns = [rank_correlation.standardize(control[mask]) for control in controls]
     group = rank_correlation.groups_by_rank(x, DECILES, np.ones(len(x), dtype=bool))
     here = [number for number in range(1, DECILES + 1) if (group == number).any()]
     indicator = np.stack([group == number for number in here], axis=1).astype(np.float64)
-    centres = [float(x[group == number].mean()) for number in here]
+    centers = [float(x[group == number].mean()) for number in here]
     curves = {
-        "decile": _points(centres, indicator, np.eye(len(here)), values, columns, prompts, mask)
+        "decile": _points(centers, indicator, np.eye(len(here)), values, columns, prompts, mask)
     }
     knots = np.unique(np.quantile(x, np.linspace(0, 1, INNER_KNOTS + 2)))
     if len(knots) == INNER_KNOTS + 2:
@@ -250,12 +314,15 @@ def _points(
     prompts: PromptClusters,
     mask: np.ndarray,
 ):
-    """Regress the residual of values [n] on a basis [n, k] and evaluate [points, k], by sums alone.
+    """Regress the residual of values [n] on a basis [n, k] and evaluate it [points, k], from sums
+    alone.
 
-    The sums are the cross products of [1, controls, values], then basis'basis and basis'[1,
-    controls, values]."""
+    The sums are the cross products of [1, controls, values], then basis'basis and
+    basis'[1, controls, values].
+    """
     fixed = [np.ones(len(values)), *columns, values]
-    q, k = len(fixed), basis.shape[1]
+    q = len(fixed)
+    k = basis.shape[1]
     products = [a * b for a in fixed for b in fixed]
     products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
     products += [basis[:, i] * b for i in range(k) for b in fixed]
@@ -269,4 +336,4 @@ def _points(
         residual = cross[..., -1:] - cross[..., :-1] @ beta
         return (evaluate @ linear_model.inverse(inner) @ residual)[..., 0]
 
-    return list(zip(at, bootstrap.of_sums(curve, sums, prompts, mask)))
+    return list(zip(at, of_sums(curve, sums, prompts, mask)))

@@ -1,35 +1,47 @@
-"""Do the conclusions depend on the support, on how gain is measured, or on saturated predictors?
+"""Do the conclusions depend on the support, the form of the gain, or saturated predictors?
 
-Four statistics carry claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
+Four statistics test claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
 
-    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's placebo if there is one
+    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's
+                           placebo if there is one
     tertile_difference     mean outcome, top minus bottom tertile of c within Q3
-    matched_difference     the same within prompts at like (h, d, position), with replacement
-    decomposition          beta(d*c) - beta(d*(1 - c)), standardised (see `regressions`)
-    decomposition_per_unit the same for a unit of d; not a claim's test, but the standardised one
-    can differ from it in
-                           sign where d*c and d*(1 - c) vary differently
+    matched_difference     the same within prompts at similar (h, d, position), with replacement
+    decomposition          beta(d*c) - beta(d*(1 - c)), standardized (see `regressions`)
+    decomposition_per_unit the same per unit of d; no claim is tested by it, but it can differ in
+                           sign from the standardized one where the variances of d*c and d*(1 - c)
+                           differ
 
 Here they are repeated with every proxy of compatibility and every K, for every form of the gain,
-and without special tokens and first positions, so that a reader sees at one glance what moves."""
+and without special tokens and first positions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import bootstrap, matching, rank_correlation, regressions
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis import matching, rank_correlation, regressions
+from diagnostics.analysis.bootstrap import (
+    Estimate,
+    PromptClusters,
+    design_effect,
+    effective_clusters,
+    undefined,
+    winsorize,
+)
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
-from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
+from diagnostics.analysis.quadrants import Contrast, contrasts, matching_features, pair_up
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.splits import Split, outcomes, row, splits
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
 
 PROXIES = (
@@ -42,10 +54,10 @@ PROXIES = (
 )
 SUPPORTS = (4, 8, 16, 32)
 BASE_K = 16
-"""K of the columns without a suffix where nothing says it: the scorer's default."""
+"""K of the columns without a suffix where it is stated nowhere: the default of the scorer."""
 MOST_K, TELLING = 256, 30
-"""K up to which the overlap's denominators are tried, and positions with part of an overlap that
-are enough to tell K by them.
+"""The largest K that is tried as the overlaps' denominator, and the number of positions with a
+partial overlap that suffice to infer K.
 """
 STATISTICS = (
     "spearman_difference",
@@ -54,18 +66,23 @@ STATISTICS = (
     "decomposition",
     "decomposition_per_unit",
 )
-GAINS = ("gain", "relative_gain")
+CLAIM_OUTCOMES = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-class Claims:
-    """The statistics of one table, with one column in the place of compatibility."""
+class ClaimStatistics:
+    """The statistics of one table, with one column in the place of compatibility.
+
+    Args:
+        tokens: A token table with outcomes.
+        proxy: Column to read in place of compatibility.
+    """
 
     def __init__(self, tokens: pd.DataFrame, *, proxy: str = "compatibility"):
         self.tokens, self.proxy = tokens, proxy
         self.predictors = regressions.terms(tokens, substitute={"compatibility": proxy})
         self.in_q3 = quadrants(tokens) == 3
-        self.space = features(tokens)
+        self.space = matching_features(tokens)
 
     def estimates(
         self,
@@ -75,15 +92,24 @@ class Claims:
         names: Iterable[str] = STATISTICS,
         winsorised: float = 0.0,
     ) -> dict[str, Estimate]:
-        """By name, for one outcome on one split; winsorising clips both tails of the outcome and of
-        its placebo.
+        """Compute statistics for one outcome on one split.
+
+        Args:
+            split: The split.
+            outcome: Column of the outcome.
+            names: Statistics to compute.
+            winsorised: Share of each tail at which the outcome and its placebo are clipped.
+
+        Returns:
+            Estimates by name.
         """
         values, placebo = (
-            bootstrap.winsorize(split.values(self.tokens, name), winsorised)
+            winsorize(split.values(self.tokens, name), winsorised)
             for name in (outcome, f"placebo_{outcome}")
         )
         contrast = self.contrast(split)
 
+        # Two of the statistics need the same regression, and neither may be wanted.
         @cache
         def decomposition() -> Regression | None:
             return regressions.fit("decomposition", values, self.predictors, split, robust=False)
@@ -93,7 +119,7 @@ class Claims:
             return (
                 regressions.decomposition_difference(found, per_unit=per_unit)
                 if found
-                else bootstrap.undefined(split.prompts)
+                else undefined(split.prompts)
             )
 
         make = {
@@ -108,7 +134,7 @@ class Claims:
         return {name: make[name]() for name in names}
 
     def contrast(self, split: Split) -> Contrast:
-        """Tertiles of c within Q3."""
+        """Tertiles of c within Q3 of the split."""
         return next(contrasts({self.proxy: self.predictors["compatibility"]}, self.in_q3, split, 3))
 
     def _pairs(self, contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +159,16 @@ class Claims:
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the statistics, and which proxy, K, outcome and split it is for."""
+    """One of the statistics, with its proxy, K, outcome and split.
+
+    Attributes:
+        proxy: Measurement in the place of compatibility.
+        k: Number of tokens in its support.
+        outcome: Column of the outcome.
+        split: `all`, `step` or `held_out`.
+        statistic: Name of the statistic.
+        estimate: Its value.
+    """
 
     proxy: str
     k: int
@@ -143,7 +178,7 @@ class Finding:
     estimate: Estimate
 
     def row(self, level: float) -> dict:
-        """As a row of a table."""
+        """The finding as a row of a table, with an interval at that level."""
         key = {
             name: getattr(self, name) for name in ("proxy", "k", "outcome", "split", "statistic")
         }
@@ -151,17 +186,26 @@ class Finding:
 
 
 def depends_on_k(tokens: pd.DataFrame) -> list[str]:
-    """Columns without a suffix whose value depends on K."""
+    """Columns without a suffix whose values depend on K."""
     return [name for name in tokens if name in SCHEMA and SCHEMA[name].by_support]
 
 
 def known_k(tokens: pd.DataFrame, stated: int | None = None) -> int | None:
-    """K of the columns without a suffix: as stated, as the table says, or as its overlaps show;
-    None where nothing tells.
+    """K of the columns without a suffix.
 
-    stated: what a caller, a flag or a manifest says. `topk_overlap` is a number of tokens over K,
-    so its values tell K where enough positions have a part of an overlap. Raises DiagnosticsError
-    where a stated K cannot be these columns'."""
+    `topk_overlap` is a number of tokens over K, so its values tell K where enough positions have a
+    partial overlap.
+
+    Args:
+        tokens: A token table; `attrs["k"]` counts as stated where nothing else is.
+        stated: K according to a caller, a flag or a manifest.
+
+    Returns:
+        K as stated or as the overlaps show it; None where neither is known.
+
+    Raises:
+        DiagnosticsError: If a stated K contradicts the columns.
+    """
     stated = tokens.attrs.get("k") if stated is None else stated
     if stated is not None and stated < 1:
         raise DiagnosticsError(f"K is a number of tokens, 1 or more; got {stated}.")
@@ -196,8 +240,14 @@ def _are_parts(overlap: np.ndarray, k: int) -> bool:
 
 
 def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, int, str]]:
-    """(proxy, K, column) for every stand-in of compatibility that the table holds at any K,
-    compatibility first.
+    """Stand-ins of compatibility that the table holds, at any K.
+
+    Args:
+        tokens: A token table.
+        base_k: K of the columns without a suffix.
+
+    Returns:
+        (proxy, K, column), compatibility first.
     """
     found = [(proxy, base_k, proxy) for proxy in PROXIES if proxy in tokens]
     for proxy in PROXIES:
@@ -210,14 +260,29 @@ def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, i
     return found
 
 
+@with_settings(bootstrap=Bootstrap)
 def findings(
-    tokens: pd.DataFrame, *, base_k: int = BASE_K, draws: int = 1000, seed: int = 0
+    tokens: pd.DataFrame,
+    *,
+    base_k: int = BASE_K,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> list[Finding]:
-    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
+    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        base_k: K of the columns without a suffix.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        One finding per proxy, K, outcome, split and statistic.
+    """
     found = []
-    parts = list(splits(tokens, draws=draws, seed=seed))
+    parts = list(splits(tokens, bootstrap=bootstrap))
     for proxy, k, name in supports(tokens, base_k=base_k):
-        claims = Claims(tokens, proxy=name)
+        claims = ClaimStatistics(tokens, proxy=name)
         wanted = STATISTICS if name == "compatibility" else STATISTICS[1:]
         for split in parts:
             for outcome in outcomes(tokens):
@@ -232,42 +297,63 @@ def findings(
 def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
     """The statistics of C2 and C3 for every proxy and K.
 
-    Returns columns proxy, k, outcome, split, statistic, estimate, low, high, p_value, positions
-    (pairs for the matched difference), prompts."""
+    Args:
+        found: As from `findings`.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns proxy, k, outcome, split, statistic, estimate, low, high, p_value, positions (pairs
+        for the matched difference), prompts.
+    """
     return pd.DataFrame(
         [finding.row(level) for finding in found if finding.statistic != "spearman_difference"]
     )
 
 
+@with_settings(bootstrap=Bootstrap)
 def gain_robustness(
     tokens: pd.DataFrame,
     *,
     losses: Mapping[str, pd.DataFrame] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> pd.DataFrame:
     """All statistics under every form of the gain.
 
-    losses: token tables of steps with other losses on the same bank, by loss. Returns columns
-    variant (what is different: nothing, winsorised_0.01, winsorised_0.05, no_special_tokens,
-    no_first_position, neither, or loss_<name>), outcome, split, statistic, estimate, low, high,
-    p_value, positions, prompts. Where positions are left out, scores are normalised over those that
-    stay."""
-    rows, options = [], {"draws": draws, "level": level, "seed": seed}
+    Where positions are left out, scores are normalized over those that stay.
+
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        losses: Token tables of steps with other losses on the same bank, by loss.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns variant (the difference: nothing, winsorised_0.01, winsorised_0.05,
+        no_special_tokens, no_first_position, neither, or loss_<name>), outcome, split, statistic,
+        estimate, low, high, p_value, positions, prompts.
+    """
+    rows: list[dict] = []
     forms = [
         name
         for name in ("gain", "relative_gain", "relative_gain_released", "reverse_gain")
         if name in tokens
     ]
-    rows += _variant(tokens, "nothing", forms, **options)
+    rows += _variant(tokens, "nothing", forms, bootstrap=bootstrap)
     for share in (0.01, 0.05):
-        rows += _variant(tokens, f"winsorised_{share:g}", forms, winsorised=share, **options)
+        rows += _variant(
+            tokens, f"winsorised_{share:g}", forms, winsorised=share, bootstrap=bootstrap
+        )
     for variant, kept in _subsets(tokens).items():
-        rows += _variant(kept, variant, [name for name in GAINS if name in kept], **options)
+        rows += _variant(
+            kept, variant, [name for name in CLAIM_OUTCOMES if name in kept], bootstrap=bootstrap
+        )
     for loss, table in (losses or {}).items():
         rows += _variant(
-            table, f"loss_{loss}", [name for name in GAINS if name in table], **options
+            table,
+            f"loss_{loss}",
+            [name for name in CLAIM_OUTCOMES if name in table],
+            bootstrap=bootstrap,
         )
     return pd.DataFrame(rows)
 
@@ -286,33 +372,38 @@ def _variant(
     variant: str,
     forms: list[str],
     *,
-    draws: int,
-    level: float,
-    seed: int,
+    bootstrap: Bootstrap,
     winsorised: float = 0.0,
 ) -> list[dict]:
-    claims, rows = Claims(tokens), []
-    for split in splits(tokens, draws=draws, seed=seed):
+    claims = ClaimStatistics(tokens)
+    rows = []
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in forms:
             key = {"variant": variant, "outcome": outcome, "split": split.name}
             for name, estimate in claims.estimates(split, outcome, winsorised=winsorised).items():
                 rows.append(
-                    key | {"statistic": name} | row(estimate, level, p_value=estimate.p_value)
+                    key
+                    | {"statistic": name}
+                    | row(estimate, bootstrap.level, p_value=estimate.p_value)
                 )
     return rows
 
 
-# --- saturation and coverage
-# ------------------------------------------------------------------------
+# Saturation and coverage
 
 
 def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Quantiles of every measurement from before the step, and how much of it lies at the clip
-    bounds of N().
+    """Quantiles of every measurement from before the step, and its share at the clip bounds of N().
 
-    Returns columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at
-    or beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts."""
-    prompts, rows = PromptClusters(tokens["prompt_id"], draws=0), []
+    Args:
+        tokens: A token table.
+
+    Returns:
+        Columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at or
+        beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts.
+    """
+    prompts = PromptClusters(tokens["prompt_id"], draws=0)
+    rows = []
     for name in tokens.columns:
         if name in SCHEMA and SCHEMA[name].stage == "before":
             values = tokens[name].to_numpy(dtype=np.float64)
@@ -330,7 +421,8 @@ def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
 def _spread(values: np.ndarray) -> dict:
     at = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.nan)
     found = dict(zip(QUANTILES, map(float, at)))
-    low, high = found[LOW_QUANTILE], found[HIGH_QUANTILE]
+    low = found[LOW_QUANTILE]
+    high = found[HIGH_QUANTILE]
     ends = ((values <= low).mean(), (values >= high).mean()) if len(values) else (np.nan, np.nan)
     return {
         "mean": float(values.mean()) if len(values) else np.nan,
@@ -341,19 +433,29 @@ def _spread(values: np.ndarray) -> dict:
     }
 
 
-def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """What each outcome rests on.
+@with_settings(bootstrap=Bootstrap)
+def coverage(
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
+) -> pd.DataFrame:
+    """How much data each outcome is computed from.
 
-    Returns columns outcome, split, contexts, undefined (positions without a value),
-    effective_prompts (as many prompts of equal length would weigh the same), design_effect
-    (variance of the mean over that of independent positions), effective_positions (positions over
-    the design effect), positions, prompts."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Columns outcome, split, contexts, undefined (positions without a value), effective_prompts
+        (as many prompts of equal length would weigh the same), design_effect (variance of the mean
+        over that of independent positions), effective_positions (positions over the design effect),
+        positions, prompts.
+    """
     rows = []
-    for split in splits(tokens, draws=draws, seed=seed):
+    for split in splits(tokens, bootstrap=bootstrap):
         for outcome in outcomes(tokens):
             values = split.values(tokens, outcome)
             finite = np.isfinite(values)
-            effect = bootstrap.design_effect(values, split.prompts)
+            effect = design_effect(values, split.prompts)
             sizes = np.bincount(split.prompts.codes[finite], minlength=split.prompts.count)
             rows.append(
                 {
@@ -361,7 +463,7 @@ def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.Da
                     "split": split.name,
                     "contexts": tokens["context_id"][split.mask].nunique(),
                     "undefined": int((~finite).sum()),
-                    "effective_prompts": bootstrap.effective_clusters(sizes),
+                    "effective_prompts": effective_clusters(sizes),
                     "design_effect": effect,
                     "effective_positions": float(finite.sum() / effect) if effect > 0 else np.nan,
                     "positions": int(finite.sum()),

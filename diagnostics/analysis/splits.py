@@ -1,45 +1,68 @@
-"""Step and held-out parts of a table, and what a row of a results table says about them."""
+"""The splits of a token table, their outcomes, scores and controls, and rows of results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
 
-OUTCOMES = ("gain", "relative_gain", "reverse_gain")
+STUDY_OUTCOMES = ("gain", "relative_gain", "reverse_gain")
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some positions of a table with their prompts' draws."""
+    """Some positions of a table with the draws of their prompts.
+
+    Attributes:
+        name: `all`, `step` or `held_out`.
+        mask: [N] the positions, over the whole table.
+        prompts: The prompts of the split's n positions.
+    """
 
     name: str
     mask: np.ndarray
     prompts: PromptClusters
 
     def values(self, tokens: pd.DataFrame, name: str) -> np.ndarray:
-        """A column on the split as float64, NaN where it is not finite or the table lacks it."""
+        """[n] a column on the split as float64; NaN where it is not finite or is missing."""
         if name not in tokens:
             return np.full(int(self.mask.sum()), np.nan)
         values = tokens[name].to_numpy(dtype=np.float64)[self.mask]
         return np.where(np.isfinite(values), values, np.nan)
 
 
-def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterator[Split]:
-    """`all`, then `step` and `held_out` where the table has both."""
+@with_settings(bootstrap=Bootstrap)
+def splits(
+    tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
+) -> Iterator[Split]:
+    """Split a token table into step and held-out positions.
+
+    Args:
+        tokens: A token table, one row per response position, with `prompt_id`.
+        bootstrap: Draws, level and seed; every split has draws of its own.
+
+    Yields:
+        `all`, then `step` and `held_out` where the column `split` has both.
+
+    Raises:
+        DiagnosticsError: If the table has no row, or a row has no prompt_id.
+    """
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):
         raise DiagnosticsError(
-            "The token table has no rows, so there is nothing to analyse. Score a bank with"
+            "The token table has no rows, so there is nothing to analyze. Score a bank with"
             " responses."
         )
     nameless = int(tokens["prompt_id"].isna().sum())
@@ -57,15 +80,19 @@ def splits(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Iterato
             if name == "all"
             else (tokens["split"] == name).to_numpy(dtype=bool)
         )
-        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], draws=draws, seed=seed))
+        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], bootstrap=bootstrap))
 
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:
-    """The outcomes that the table holds. Raises DiagnosticsError where it holds none."""
-    present = [name for name in OUTCOMES if name in tokens]
+    """Names of the outcomes that the table holds.
+
+    Raises:
+        DiagnosticsError: If it holds none.
+    """
+    present = [name for name in STUDY_OUTCOMES if name in tokens]
     if not present:
         raise DiagnosticsError(
-            f"The analysis needs an outcome, one of {', '.join(OUTCOMES)}; the table has "
+            f"The analysis needs an outcome, one of {', '.join(STUDY_OUTCOMES)}; the table has "
             f"{', '.join(map(str, tokens.columns[:40]))}. Run the probe on it first."
         )
     return present
@@ -74,10 +101,16 @@ def outcomes(tokens: pd.DataFrame) -> list[str]:
 def scores(
     tokens: pd.DataFrame, names: Iterable[str] | None = None, *, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Scores [N] by criterion over the whole table; all that its columns allow where `names` is
-    None.
+    """Score every position of a table with each criterion.
 
-    `full` is left out then: a constant correlates with nothing.
+    Args:
+        tokens: A token table with N rows.
+        names: Criteria; None takes all that the table's columns allow, except those of kind *all*,
+            because a constant correlates with nothing.
+        seed: Seed of the criterion `random`.
+
+    Returns:
+        Scores [N] by criterion.
     """
     if names is None:
         names = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
@@ -85,14 +118,31 @@ def scores(
 
 
 def controls(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What partial correlations and matching hold fixed: h, d and t/(T - 1), each [N]."""
+    """The covariates that partial correlations and matching hold fixed.
+
+    Returns:
+        [N] each: the normalized student entropy h, the normalized forward KL d, and t/(T - 1).
+
+    Raises:
+        DiagnosticsError: If a column for one of them is missing.
+    """
     require_columns(tokens, HELD_COLUMNS, what="Holding entropy, divergence and position fixed")
     h, d = (normalize(tokens[name]) for name in ("student_entropy", "forward_kl"))
     return {"student_entropy": h, "forward_kl": d, "position": relative_position(tokens)}
 
 
 def row(estimate: Estimate, level: float, *, named: str = "estimate", **more) -> dict:
-    """Value, interval, whatever is in `more`, and counts, as a table's row."""
+    """Make a row of a results table from an estimate.
+
+    Args:
+        estimate: The estimate.
+        level: Coverage of its interval.
+        named: Name of the column that holds the value.
+        more: Further columns, placed between the interval and the counts.
+
+    Returns:
+        The value, low, high, whatever is in `more`, positions and prompts.
+    """
     low, high = estimate.interval(level)
     return (
         {named: estimate.value, "low": low, "high": high}

@@ -1,15 +1,18 @@
 """The study: every table from one token table, without torch or a model.
 
     import diagnostics as dx
-    tables = dx.analysis.study(dx.read_tokens("tokens.parquet"))
+    tables = dx.study(dx.read_tokens("tokens.parquet"))
     tables["verdicts"]
 
-What the table's columns do not allow is left out and listed in `left_out` with the reason.
+A table that the token table's columns do not allow is left out and listed in `left_out` with the
+reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -17,6 +20,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import bounds, claims, correlations, regressions, robustness
 from diagnostics.analysis import splits as position_splits
 from diagnostics.analysis import warnings as study_warnings
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.correlations import (
     correlate,
     partial_correlations,
@@ -32,8 +36,9 @@ from diagnostics.analysis.quadrants import (
 )
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
-from diagnostics.analysis.splits import OUTCOMES, outcomes, scores, splits
+from diagnostics.analysis.splits import STUDY_OUTCOMES, outcomes, scores, splits
 from diagnostics.core.schema import support_column
+from diagnostics.core.settings import with_settings
 
 __all__ = [
     "balance",
@@ -55,42 +60,58 @@ __all__ = [
     "within_prompt_correlations",
 ]
 
-_PLANE = ("student_entropy", "forward_kl")
-_Q3 = (*_PLANE, "compatibility")
-_CLAIMS = regressions.NEEDS
+_QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
+_Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
+_CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
+_REGRESSION_TABLES = ("regressions", "decomposition")
+_CLAIM_TABLES = ("support_robustness", "verdicts")
 
 
+@with_settings(bootstrap=Bootstrap)
 def study(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
+    **settings: Any,
 ) -> dict[str, pd.DataFrame]:
-    """Every table that the token table allows, by file name.
+    """Make every table that the token table allows.
 
-    criteria: those to correlate, None takes all that the columns allow; training: the verdicts of a
-    grid of trainings (`validation.verdict_table`), for claim C5; losses: token tables of steps with
-    other losses, by loss; base_k: K of the columns without a suffix, None reads it from the table
-    (`robustness.known_k`) and warns where nothing tells it. The tables are correlations,
-    placebo_excess, differences, partial, within_prompt, quadrants, positions, q3_contrast,
-    q3_groups, matching and balance (also within a caliper: ..._caliper), regressions,
-    decomposition, residual_curves, support_robustness, gain_robustness, saturation, coverage,
-    verdicts, warnings and left_out (columns table, what, why). Raises DiagnosticsError where the
-    table holds no outcome, no row or no prompt_id."""
+    Args:
+        tokens: A token table, one row per response position, with at least one outcome.
+        criteria: Criteria to correlate; None takes all that the columns allow.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        training: Verdicts of a grid of trainings (`training_outcomes.verdict_table`), for claim C5.
+        losses: Token tables of steps with other losses on the same bank, by loss.
+        base_k: K of the columns without a suffix; None reads it from the table
+            (`robustness.known_k`) and warns where it is not known.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        Tables by file name: correlations, placebo_excess, differences, partial, within_prompt,
+        quadrants, positions, q3_contrast, q3_groups, matching and balance (also within a caliper:
+        matching_caliper, balance_caliper), regressions, decomposition, residual_curves,
+        support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
+        (columns table, what, why), and exactness for a top-K teacher.
+
+    Raises:
+        DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
+            contradicts its columns.
+
+    Reference:
+        arXiv 2605.26844 (the claims and the released analysis).
+    """
     outcomes(tokens)
-    options = {"draws": draws, "level": level, "seed": seed}
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(tokens, base_k)
-    plan = _plan(tokens, criteria, options, losses, base_k)
-    made, left_out = {}, list(_gaps(tokens, base_k, losses, training))
-    for needs, make in plan:
-        missing = [name for name in needs if name not in tokens]
-        for name, table in make(missing).items():
+    made = {}
+    left_out = list(_gaps(tokens, base_k, losses, training))
+    for step in _plan(tokens, criteria, bootstrap, losses, base_k):
+        missing = [name for name in step.needs if name not in tokens]
+        for name, table in step.tables(missing).items():
             if table is not None and len(table):
                 made[name] = table
             else:
@@ -104,15 +125,16 @@ def study(
     made["warnings"] = study_warnings.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
     return bounds.marked(made, tokens) | (
-        {"exactness": bounds.table(tokens)} if bounds.is_listed(tokens) else {}
+        {"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {}
     )
 
 
 def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:
-    """The table and the K of its columns; a table that depends on a K which nothing tells gets a
-    warning for it.
+    """The table and the K of its columns; a table that depends on an unknown K gets a warning for
+    it.
     """
-    k, dependent = robustness.known_k(tokens, stated), robustness.depends_on_k(tokens)
+    k = robustness.known_k(tokens, stated)
+    dependent = robustness.depends_on_k(tokens)
     if k is None and dependent:
         tokens = tokens.copy()
         tokens.attrs["warnings"] = [
@@ -129,93 +151,89 @@ def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int
     return tokens, robustness.BASE_K if k is None else k
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Some tables of the study, the columns that they need, and how they are made."""
+
+    names: tuple[str, ...]
+    needs: tuple[str, ...]
+    make: Callable[[], dict[str, pd.DataFrame]]
+
+    def tables(self, missing: list[str]) -> Mapping[str, pd.DataFrame | None]:
+        """The tables by name; None for each where columns are missing."""
+        return dict.fromkeys(self.names) if missing else self.make()
+
+
 def _plan(
-    tokens: pd.DataFrame, criteria: list[str] | None, options: dict, losses, base_k: int
-) -> list[tuple[tuple[str, ...], Callable]]:
-    """(columns needed, missing columns -> tables by name); a step with missing columns makes
-    None.
-    """
+    tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
+) -> list[_Step]:
+    """The steps of the study in the order of its tables."""
+    scored = {"criteria": criteria, "bootstrap": bootstrap}
+    drawn = {"bootstrap": bootstrap}
+    seeded = {"seed": bootstrap.seed}
+    near = {"caliper": correlations.CALIPER}
 
-    def one(name: str, function: Callable, **more) -> Callable:
-        return lambda missing: {name: None if missing else function(tokens, **more)}
+    def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
+        return _Step((name,), needs, lambda: {name: function(tokens, **options)})
 
-    def several(names: tuple[str, ...], function: Callable) -> Callable:
-        return lambda missing: dict.fromkeys(names) if missing else function()
+    def several(names: tuple[str, ...], needs: tuple[str, ...], function: Callable, **options):
+        return _Step(names, needs, lambda: function(tokens, **options))
 
     return [
-        ((), several((), lambda: _correlations(tokens, criteria, **options))),
-        (
-            position_splits.HELD_COLUMNS,
-            one("partial", partial_correlations, criteria=criteria, **options),
-        ),
-        ((), one("within_prompt", within_prompt_correlations, criteria=criteria, **options)),
-        (_PLANE, one("quadrants", quadrant_means, **options)),
-        (("position", "response_length"), one("positions", position_means, **options)),
-        (_Q3, one("q3_contrast", q3_contrast, **options)),
-        (_Q3, one("q3_groups", q3_groups, **options)),
-        (_CLAIMS, one("matching", matching, **options)),
-        (_CLAIMS, one("balance", balance, seed=options["seed"])),
-        (_CLAIMS, one("matching_caliper", matching, caliper=correlations.CALIPER, **options)),
-        (
-            _CLAIMS,
-            one("balance_caliper", balance, caliper=correlations.CALIPER, seed=options["seed"]),
-        ),
-        (
-            _CLAIMS,
-            several(
-                ("regressions", "decomposition"), lambda: regressions.regressions(tokens, **options)
-            ),
-        ),
-        (_CLAIMS, one("residual_curves", residual_curves, **options)),
-        (
-            _CLAIMS,
-            several(
-                ("support_robustness", "verdicts"),
-                lambda: _claims(tokens, base_k=base_k, **options),
-            ),
-        ),
-        (_CLAIMS, one("gain_robustness", gain_robustness, losses=losses, **options)),
-        ((), one("saturation", saturation)),
-        ((), one("coverage", coverage, draws=options["draws"], seed=options["seed"])),
+        several((), (), _correlations, **scored),
+        one("partial", position_splits.HELD_COLUMNS, partial_correlations, **scored),
+        one("within_prompt", (), within_prompt_correlations, **scored),
+        one("quadrants", _QUADRANT_COLUMNS, quadrant_means, **drawn),
+        one("positions", ("position", "response_length"), position_means, **drawn),
+        one("q3_contrast", _Q3_COLUMNS, q3_contrast, **drawn),
+        one("q3_groups", _Q3_COLUMNS, q3_groups, **drawn),
+        one("matching", _CLAIM_COLUMNS, matching, **drawn),
+        one("balance", _CLAIM_COLUMNS, balance, **seeded),
+        one("matching_caliper", _CLAIM_COLUMNS, matching, **near, **drawn),
+        one("balance_caliper", _CLAIM_COLUMNS, balance, **near, **seeded),
+        several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
+        one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **drawn),
+        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
+        one("saturation", (), saturation),
+        one("coverage", (), coverage, **drawn),
     ]
 
 
 def _correlations(
-    tokens: pd.DataFrame, criteria: list[str] | None, *, draws: int, level: float, seed: int
+    tokens: pd.DataFrame, *, criteria: list[str] | None, bootstrap: Bootstrap
 ) -> dict[str, pd.DataFrame]:
-    found = correlations.associate(tokens, criteria=criteria, draws=draws, seed=seed)
+    found = correlations.associate(tokens, criteria=criteria, bootstrap=bootstrap)
     return {
-        "correlations": correlations.correlation_table(found, level=level),
-        "placebo_excess": correlations.placebo_excess(found, level=level),
-        "differences": correlations.correlation_differences(found, level=level),
+        "correlations": correlations.correlation_table(found, level=bootstrap.level),
+        "placebo_excess": correlations.placebo_excess(found, level=bootstrap.level),
+        "differences": correlations.correlation_differences(found, level=bootstrap.level),
     }
 
 
-def _claims(
-    tokens: pd.DataFrame, *, base_k: int, draws: int, level: float, seed: int
-) -> dict[str, pd.DataFrame]:
-    found = robustness.findings(tokens, base_k=base_k, draws=draws, seed=seed)
-    pairs = balance(tokens, by=["compatibility"], seed=seed)
+def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[str, pd.DataFrame]:
+    found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
+    pairs = balance(tokens, by=["compatibility"], seed=bootstrap.seed)
     pairs = pairs[pairs["replacement"]]
     made = claims.verdicts(
         found,
-        level=level,
-        placebo=[name for name in OUTCOMES if f"placebo_{name}" in tokens],
+        level=bootstrap.level,
+        placebo=[name for name in STUDY_OUTCOMES if f"placebo_{name}" in tokens],
         imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
     )
     return {
-        "support_robustness": robustness.support_robustness(found, level=level),
+        "support_robustness": robustness.support_robustness(found, level=bootstrap.level),
         "verdicts": made,
     }
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
-    """What the columns do not allow although its table is made."""
-    for name in registry.list_criteria().index:
+    """(table, part, reason) for each part that is left out of a table for want of columns."""
+    for name in registry.names():
         missing = [need for need in registry.find(name).needs if need not in tokens]
         if missing:
             yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"
-    for outcome in OUTCOMES:
+    for outcome in STUDY_OUTCOMES:
         if outcome not in tokens:
             yield "all", f"outcome {outcome}", f"no column {outcome}"
         elif f"placebo_{outcome}" not in tokens:

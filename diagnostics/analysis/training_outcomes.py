@@ -1,5 +1,7 @@
-"""What a grid of short trainings gained, over seeds and prompts, and whether the offline answers
-foresaw it.
+"""Gains of a grid of short trainings over seeds and prompts, compared with offline values.
+
+`training.grid` has the formulas of the errors: E_S is the variance over seeds, E_G that over
+prompts.
 """
 
 from __future__ import annotations
@@ -7,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,17 +19,19 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_agreement import CellScores
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
+from diagnostics.core.settings import with_settings
 
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_kl")
 HIGHER_IS_BETTER = ("accuracy", "accuracy_greedy")
 JUDGED = ("reverse_kl", "forward_kl", "accuracy", "accuracy_greedy")
-"""Measures that verdicts and agreement are about."""
+"""Measures for which there are verdicts and agreement."""
 CLAIMANT = "teachability"
 MARGIN = 0.1
-"""Share of full's gain by which a criterion may fall short and still match."""
+"""Share of full's gain by which a criterion may be below a rival and still match it."""
 FIRST_STEP = {
     "one_step_gain": "gain_step_1",
     "one_step_reverse_gain": "reverse_gain_step_1",
@@ -37,15 +42,19 @@ FIRST_STEP = {
 
 @dataclass(frozen=True)
 class SeedPromptEstimate:
-    """A value over seeds and prompts, with what its interval is made of."""
+    """A value over seeds and prompts, with the parts of its interval.
+
+    Attributes:
+        seeds_S: [seeds] value of each seed over all prompts; one entry for a value without seeds.
+        draws_DS: [draws, seeds] the same in each draw of prompts.
+        prompts: Number of prompts.
+        fixed: True for the untouched student, which has no seeds and no spread over them.
+    """
 
     seeds_S: np.ndarray
-    """Value of each seed over all prompts; one entry for a value without seeds."""
     draws_DS: np.ndarray
-    """The same in each draw of prompts."""
     prompts: int
     fixed: bool = False
-    """True for the untouched student, which has no seeds and no spread over them."""
 
     @property
     def value(self) -> float:
@@ -71,14 +80,12 @@ class SeedPromptEstimate:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """E_S and E_G of the module's head."""
-        seeds = (
-            0.0
-            if self.fixed
-            else self.seeds_S.var(ddof=1) / len(self.seeds_S)
-            if len(self.seeds_S) > 1
-            else np.nan
-        )
+        """Squared errors E_S over seeds and E_G over prompts, see `training.grid`."""
+        seeds = np.nan
+        if self.fixed:
+            seeds = 0.0
+        elif len(self.seeds_S) > 1:
+            seeds = self.seeds_S.var(ddof=1) / len(self.seeds_S)
         means_D = self.draws_DS.mean(axis=1)
         prompts = (
             np.var(means_D[np.isfinite(means_D)], ddof=1) * self.prompts / (self.prompts - 1)
@@ -87,22 +94,32 @@ class SeedPromptEstimate:
         )
         return float(seeds), float(prompts)
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Low and high end; NaN with one seed or one prompt."""
+    def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
+        """Compute the t interval with Satterthwaite's degrees of freedom.
+
+        Args:
+            level: Coverage, between 0 and 1.
+
+        Returns:
+            Low and high end; NaN with one seed or one prompt.
+
+        Reference:
+            Satterthwaite 1946.
+        """
         seeds, prompts = self.errors
         error = seeds + prompts
         if not error > 0:
             return (self.value, self.value) if error == 0 else (np.nan, np.nan)
-        freedom = error**2 / (
-            (0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1))
-            + prompts**2 / (self.prompts - 1)
-        )
+        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
+        freedom = error**2 / (of_seeds + prompts**2 / (self.prompts - 1))
         reach = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(error)
         return self.value - reach, self.value + reach
 
     def resampled(self, seed: int) -> np.ndarray:
-        """Draws [D] over prompts and seeds at once; the same seeds are taken for every value of a
-        grid.
+        """Draws [D] over prompts and seeds at once.
+
+        Args:
+            seed: Equal seeds take the same trainings for every value of a grid.
         """
         count = self.draws_DS.shape[1]
         taken_DS = np.random.default_rng([seed, 11]).integers(
@@ -112,24 +129,39 @@ class SeedPromptEstimate:
 
 
 class Outcomes:
-    """The grid's evaluations as crossed values, on shared draws of the held-out prompts."""
+    """The grid's evaluations as values over seeds and prompts, with shared draws of the prompts.
 
-    def __init__(self, rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0):
+    Args:
+        rows: Columns criterion, budget, seed, measure, prompt_id, total, count.
+        bootstrap: Number of draws and their seed.
+        settings: Fields of `bootstrap`.
+
+    Raises:
+        DiagnosticsError: If a column is missing.
+    """
+
+    @with_settings(bootstrap=Bootstrap)
+    def __init__(self, rows: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any):
         require_columns(
             rows,
             ("criterion", "budget", "seed", "measure", "prompt_id", "total", "count"),
             what="A table of training outcomes",
         )
-        self.draws, self.seed = draws, seed
+        self.bootstrap = bootstrap
+        self.seed = bootstrap.seed
         self._prompts: dict[tuple, PromptClusters] = {}
-        self.tables = {measure: part for measure, part in rows.groupby("measure", sort=False)}
+        self.tables = dict(iter(rows.groupby("measure", sort=False)))
         cells = rows.loc[
             rows["criterion"] != "untouched", ["criterion", "budget"]
         ].drop_duplicates()
         self.cells = list(cells.itertuples(index=False, name=None))
 
     def of(self, measure: str, criterion: str, budget: float) -> SeedPromptEstimate:
-        """The measure of one cell. Raises DiagnosticsError where the grid does not hold it."""
+        """The measure of one cell.
+
+        Raises:
+            DiagnosticsError: If the grid does not hold it.
+        """
         part = self.tables.get(measure, pd.DataFrame(columns=["criterion", "budget"]))
         part = part[(part["criterion"] == criterion) & (part["budget"] == budget)]
         if part.empty:
@@ -141,10 +173,8 @@ class Outcomes:
             for name in ("total", "count")
         )
         prompts = self._shared(tuple(total_SG.columns))
-        total_SG, count_SG = (
-            total_SG.to_numpy(dtype=np.float64),
-            count_SG.to_numpy(dtype=np.float64),
-        )
+        total_SG = total_SG.to_numpy(dtype=np.float64)
+        count_SG = count_SG.to_numpy(dtype=np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             draws_DS = (prompts.weights @ total_SG.T) / (prompts.weights @ count_SG.T)
             return SeedPromptEstimate(
@@ -155,8 +185,9 @@ class Outcomes:
             )
 
     def gain(self, measure: str, criterion: str, budget: float) -> SeedPromptEstimate:
-        """Improvement over the untouched student; positive is better. A measure that is a gain
-        already stays.
+        """Improvement of a measure over the untouched student; positive is better.
+
+        A measure that is a gain already is returned as it is.
         """
         value = self.of(measure, criterion, budget)
         if measure not in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER):
@@ -169,10 +200,10 @@ class Outcomes:
         return [name for name in wanted if name in self.tables]
 
     def _shared(self, names: tuple) -> PromptClusters:
-        """Equal prompts have equal draws, whatever the measure."""
+        """The prompts with draws that depend on their names alone, whatever the measure."""
         if names not in self._prompts:
             self._prompts[names] = PromptClusters(
-                np.array(names, dtype=object).astype(str), draws=self.draws, seed=self.seed
+                np.array(names, dtype=object).astype(str), bootstrap=self.bootstrap
             )
         return self._prompts[names]
 
@@ -192,13 +223,19 @@ def cells_table(outcomes: Outcomes) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)[["criterion", "budget", "seed", "measure", "value"]]
 
 
-def outcome_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
-    """Every measure of every cell over seeds and prompts, and what it is paired against.
+def outcome_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
+    """Every measure of every cell over seeds and prompts, with paired differences.
 
-    Returns columns criterion, budget, measure, mean, low, high; gain (improvement over the
-    untouched student, positive is better), gain_low, gain_high; minus_full and minus_random (paired
-    differences of gains; random at the same budget) with their _low and _high; seeds, prompts. What
-    cannot be is NaN."""
+    Args:
+        outcomes: The grid's evaluations.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns criterion, budget, measure, mean, low, high; gain (improvement over the untouched
+        student, positive is better), gain_low, gain_high; minus_full and minus_random (paired
+        differences of gains; random at the same budget) with their _low and _high; seeds, prompts.
+        Undefined entries are NaN.
+    """
     rows = []
     for measure in outcomes.tables:
         judged = measure in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
@@ -248,14 +285,19 @@ def _paired(
     return row
 
 
-def verdict_table(outcomes: Outcomes, *, level: float = 0.95) -> pd.DataFrame:
-    """C5 for each measure: against each rival, and overall (`rival` = all); also at the grid's
-    other budgets.
+def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
+    """C5 for each measure and budget: against each rival, and overall (`rival` = all).
 
-    Returns columns claim, measure, budget, rival, difference (of gains, teachability minus rival),
-    low, high, margin, beats (the interval lies above 0), verdict, seeds, prompts. The claim is
-    about 5 %; its name at another budget is `C5 at <budget>`. A rival that was not trained is left
-    out, and then the overall verdict is inconclusive."""
+    Args:
+        outcomes: The grid's evaluations.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns claim, measure, budget, rival, difference (of gains, teachability minus rival), low,
+        high, margin, beats (the interval is above 0), verdict, seeds, prompts. The claim is about 5
+        %; its name at another budget is `C5 at <budget>`. A rival that was not trained is left out,
+        and then the overall verdict is inconclusive.
+    """
     rows = []
     budgets = sorted(
         {budget for criterion, budget in outcomes.cells if criterion == CLAIMANT},
@@ -307,7 +349,10 @@ def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level:
     seeds = len(difference.seeds_S)
     verdict = "inconclusive"
     if seeds >= MINIMUM_SEEDS and np.isfinite([low, high, margin]).all():
-        verdict = "supported" if low >= -margin else "refuted" if high < -margin else verdict
+        if low >= -margin:
+            verdict = "supported"
+        elif high < -margin:
+            verdict = "refuted"
     return {
         "rival": rival,
         "difference": difference.value,
@@ -333,14 +378,20 @@ def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
 
 @dataclass(frozen=True)
 class OfflineValue:
-    """What another run says of a cell, with the draws of that run's own prompts."""
+    """The value that another run gives to a cell, with the draws of that run's own prompts.
+
+    Attributes:
+        value: The value.
+        draws_D: [draws] its bootstrap replicates.
+        prompts: Number of that run's prompts.
+    """
 
     value: float
     draws_D: np.ndarray
     prompts: int
 
     def resampled(self, seed: int) -> np.ndarray:
-        """Draws [D]; they are given."""
+        """The draws [D] as they are; the seed is not used."""
         return self.draws_D
 
 
@@ -349,24 +400,31 @@ Offline = Mapping[str, Mapping[tuple[str, float], OfflineValue]]
 
 
 def agreement_table(
-    outcomes: Outcomes, offline: Offline | None = None, *, level: float = 0.95
+    outcomes: Outcomes, offline: Offline | None = None, *, level: float = Bootstrap.level
 ) -> pd.DataFrame:
-    """Kendall's tau between what was foreseen and the gain of training, over the cells but full.
+    """Kendall's tau between offline values and the gain of training, over the cells except full.
 
-    offline: see `offline_answers`; the gain after each training's own first step is added. Returns
-    columns scope (all, within_budget, or budget_<share>), x (the answer), y (`trained_<measure>`),
-    kendall, low, high, cells, prompts. Only cells that both sides hold are compared; fewer than
-    three give no row."""
+    Args:
+        outcomes: The grid's evaluations.
+        offline: The values of another run, see `offline_answers`.
+        level: Coverage of the intervals.
+
+    Returns:
+        Columns scope (all, within_budget, or budget_<share>), x (the answer), y
+        (`trained_<measure>`), kendall, low, high, cells, prompts. The gain after each training's
+        own first step is among the answers. Only cells that both sides hold are compared; fewer
+        than three give no row.
+    """
     rows = []
     trained = outcomes.measures(JUDGED)
-    for name, values in _foreseen(outcomes, offline):
+    for name, values in _offline_and_first_step(outcomes, offline):
         cells = [cell for cell in outcomes.cells if cell[0] != "full" and cell in values]
         if len(cells) < 3:
             continue
         frame = pd.DataFrame(cells, columns=["criterion", "budget"])
-        answer = _answer(name, [values[cell] for cell in cells], outcomes)
+        answer = _cell_scores(name, [values[cell] for cell in cells], outcomes)
         gains = [
-            _answer(f"trained_{m}", [outcomes.gain(m, *cell) for cell in cells], outcomes)
+            _cell_scores(f"trained_{m}", [outcomes.gain(m, *cell) for cell in cells], outcomes)
             for m in trained
         ]
         for scope, pairs in ranks.scopes(frame):
@@ -391,27 +449,34 @@ def agreement_table(
 
 
 def foreseen_table(outcomes: Outcomes, offline: Offline | None = None) -> pd.DataFrame:
-    """What was foreseen of each trained cell but full, before its training or after its first step.
+    """Offline value of each trained cell except full, before its training or after its first step.
 
-    offline: as for `agreement_table`. Returns columns criterion, budget, answer, value; the answers
-    of the grid's own first steps are the means over its seeds. Cells that an answer does not know
-    are left out."""
+    Args:
+        outcomes: The grid's evaluations.
+        offline: The values of another run, see `offline_answers`.
+
+    Returns:
+        Columns criterion, budget, answer, value; the answers of the grid's own first steps are the
+        means over its seeds. Cells without a value are left out.
+    """
     rows = [
         (*cell, name, values[cell].value)
-        for name, values in _foreseen(outcomes, offline)
+        for name, values in _offline_and_first_step(outcomes, offline)
         for cell in outcomes.cells
         if cell[0] != "full" and cell in values
     ]
     return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
 
 
-def _foreseen(outcomes: Outcomes, offline: Offline | None) -> Iterator[tuple[str, Mapping]]:
+def _offline_and_first_step(
+    outcomes: Outcomes, offline: Offline | None
+) -> Iterator[tuple[str, Mapping]]:
     for measure in outcomes.measures(FIRST_STEP):
         yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
     yield from (offline or {}).items()
 
 
-def _answer(
+def _cell_scores(
     name: str, values: Sequence[SeedPromptEstimate | OfflineValue], outcomes: Outcomes
 ) -> CellScores:
     """Values of some cells with their draws."""
@@ -424,16 +489,31 @@ def _answer(
     )
 
 
+@with_settings(bootstrap=Bootstrap)
 def offline_answers(
-    directory: Path, cells: Iterable[tuple[str, float]], *, draws: int = 1000, seed: int = 0
+    directory: Path,
+    cells: Iterable[tuple[str, float]],
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> Offline:
-    """What a finished main job says of cells (criterion, budget), from its positions and
-    interventions.
+    """The values that a finished main job gives to cells, from its positions and interventions.
 
-    captured_<outcome>: share of the outcome that the criterion captures at the budget, over all
-    positions. intervention_<measure>: mean reduction at held-out positions after a step on the
-    selected ones alone. A cell is missing where the job knows nothing of it. Raises
-    DiagnosticsError where the directory has no tokens.parquet with gains."""
+    Args:
+        directory: Run directory of the main job.
+        cells: (criterion, budget) of each cell.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        By answer and cell. captured_<outcome> is the share of the outcome that the criterion
+        captures at the budget, over all positions. intervention_<measure> is the mean reduction at
+        held-out positions after a step on the selected positions alone. Cells without data in that
+        run are left out.
+
+    Raises:
+        DiagnosticsError: If the directory has no tokens.parquet with gains.
+    """
     from diagnostics.core.manifest import unchanged
 
     path = directory / "tokens.parquet"
@@ -441,33 +521,31 @@ def offline_answers(
         raise DiagnosticsError(
             f"{path} does not exist. Name a run directory whose main job is finished."
         )
-    tokens, effects = (
-        validate_tokens(read_parquet(unchanged(directory, path.name))),
-        unchanged(directory, "interventions.parquet"),
-    )
+    tokens = validate_tokens(read_parquet(unchanged(directory, path.name)))
+    effects = unchanged(directory, "interventions.parquet")
     scorable = registry.available(tokens)
     frame = pd.DataFrame(
         [cell for cell in cells if registry.find(cell[0]).name in scorable],
         columns=["criterion", "budget"],
     )
-    # Draws of their own: with as many prompts, equal seeds would tie these draws to those of the
-    # trainings' prompts.
-    apart = int(np.random.default_rng([seed, 13]).integers(2**31))
+    # These draws have a seed of their own: with as many prompts, an equal seed would make them the
+    # draws of the trainings' prompts.
+    apart = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
     found = (
-        ranks.foreseen(
+        ranks.offline_values(
             tokens,
             read_parquet(effects) if effects.exists() else None,
             frame,
-            draws=draws,
+            bootstrap=bootstrap,
             seed=apart,
         )
         if len(frame)
         else []
     )
-    return {answer.name: dict(_known(answer, frame)) for answer in found}
+    return {answer.name: dict(_values_by_cell(answer, frame)) for answer in found}
 
 
-def _known(
+def _values_by_cell(
     answer: CellScores, cells: pd.DataFrame
 ) -> Iterator[tuple[tuple[str, float], OfflineValue]]:
     for c, cell in enumerate(cells.itertuples(index=False, name=None)):
@@ -482,22 +560,31 @@ def _known(
             )
 
 
+@with_settings(bootstrap=Bootstrap)
 def tables(
     rows: pd.DataFrame,
     offline: Offline | None = None,
     *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
+    **settings: Any,
 ) -> dict[str, pd.DataFrame]:
-    """All tables of a validation by file name. rows: see `read_outcomes`; offline: see
-    `offline_answers`.
+    """All tables of a validation by file name.
+
+    Args:
+        rows: The grid's evaluations, as from `training.grid.read_outcomes`.
+        offline: The values of another run, see `offline_answers`.
+        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
+        settings: Fields of `bootstrap`.
+
+    Returns:
+        validation_cells, validation_outcomes, validation_verdicts, validation_agreement and
+        validation_foreseen.
     """
-    outcomes = Outcomes(rows, draws=draws, seed=seed)
+    outcomes = Outcomes(rows, bootstrap=bootstrap)
     return {
         "validation_cells": cells_table(outcomes),
-        "validation_outcomes": outcome_table(outcomes, level=level),
-        "validation_verdicts": verdict_table(outcomes, level=level),
-        "validation_agreement": agreement_table(outcomes, offline, level=level),
+        "validation_outcomes": outcome_table(outcomes, level=bootstrap.level),
+        "validation_verdicts": verdict_table(outcomes, level=bootstrap.level),
+        "validation_agreement": agreement_table(outcomes, offline, level=bootstrap.level),
         "validation_foreseen": foreseen_table(outcomes, offline),
     }

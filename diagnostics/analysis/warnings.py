@@ -1,7 +1,7 @@
-"""Where a conclusion would rest on little or nothing: the warnings of the study.
+"""Warnings of the study, where a conclusion rests on little data or none.
 
 Each rule looks at the token table or at a finished table and returns rows of code, subject, value,
-limit and message. A rule that does not apply returns none; an empty warnings table is good news.
+limit and message. A rule that does not apply returns none; an empty table means no warning applies.
 """
 
 from __future__ import annotations
@@ -12,32 +12,37 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bounds import is_listed
-from diagnostics.analysis.claims import UNBALANCED
-from diagnostics.analysis.splits import OUTCOMES
+from diagnostics.analysis.claims import IMBALANCE_LIMIT
+from diagnostics.analysis.splits import STUDY_OUTCOMES
 from diagnostics.criteria import quadrants
 
 FEW_PROMPTS = 20
-"""Clusters under which intervals were not calibrated (`benchmarks/CALIBRATION.md`)."""
+"""Number of clusters below which intervals were not calibrated (`benchmarks/CALIBRATION.md`)."""
 SATURATED, SATURATED_SHARE = 0.99, 0.75
 RARE_QUADRANT = 0.05
 UNDEFINED_SHARE = 0.2
 INFLATED = 10.0
 DROPPED_MASS = 0.01
-COLUMNS = ("code", "subject", "value", "limit", "message")
+WARNING_COLUMNS = ("code", "subject", "value", "limit", "message")
 
 
 def warnings(tokens: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """All warnings for a token table and the study's tables so far.
+    """All warnings for a token table and the study's tables.
 
-    Reads coverage, saturation, regressions and balance where `tables` has them, and what a reader
-    of another framework's table left in `tokens.attrs["warnings"]`. Returns columns code, subject,
-    value, limit, message."""
+    Args:
+        tokens: A token table; `attrs["warnings"]` may hold warnings of the reader that imported it.
+        tables: Tables by name; coverage, saturation, regressions, decomposition and balance are
+            read where they are present.
+
+    Returns:
+        Columns code, subject, value, limit, message.
+    """
     rows = [row for rule in RULES for row in rule(tokens, tables)]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=WARNING_COLUMNS)
 
 
 def _few_prompts(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    for row in _of(tables, "coverage"):
+    for row in _rows_of(tables, "coverage"):
         number = row.effective_prompts
         if number < FEW_PROMPTS:
             yield (
@@ -46,14 +51,15 @@ def _few_prompts(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 number,
                 FEW_PROMPTS,
                 (
-                    f"{row.outcome} on {row.split} rests on {row.prompts} prompts that weigh like"
-                    f" {number:.1f}; intervals were calibrated for {FEW_PROMPTS} and more."
+                    f"{row.outcome} on {row.split} is computed from {row.prompts} prompts, which"
+                    f" weigh as much as {number:.1f} of equal length; intervals were calibrated for"
+                    f" {FEW_PROMPTS} and more."
                 ),
             )
 
 
 def _undefined_outcomes(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    for row in _of(tables, "coverage"):
+    for row in _rows_of(tables, "coverage"):
         share = row.undefined / max(row.undefined + row.positions, 1)
         if share > UNDEFINED_SHARE:
             yield (
@@ -62,8 +68,8 @@ def _undefined_outcomes(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 share,
                 UNDEFINED_SHARE,
                 (
-                    f"{row.outcome} is undefined at {share:.0%} of the {row.split} positions, and"
-                    " says nothing about them."
+                    f"{row.outcome} is undefined at {share:.0%} of the {row.split} positions, which"
+                    " no result covers."
                 ),
             )
 
@@ -79,14 +85,14 @@ def _saturated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 SATURATED_SHARE,
                 (
                     f"Compatibility is at least {SATURATED} at {share:.0%} of positions:"
-                    " normalising it blows up tiny differences. Use a smaller K, or do not read"
-                    " much into c."
+                    " normalization magnifies tiny differences. Use a smaller K, or interpret c"
+                    " with care."
                 ),
             )
 
 
 def _constant(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    for row in _of(tables, "saturation"):
+    for row in _rows_of(tables, "saturation"):
         if row.distinct <= 1:
             yield (
                 "constant",
@@ -94,7 +100,7 @@ def _constant(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 row.distinct,
                 2,
                 (
-                    f"{row.measurement} has one value or none, so every score made of it alone is"
+                    f"{row.measurement} has one value or none, so every score made from it alone is"
                     " constant."
                 ),
             )
@@ -112,8 +118,8 @@ def _rare_quadrants(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                     share,
                     RARE_QUADRANT,
                     (
-                        f"Only {share:.1%} of positions lie in Q{number}; contrasts within it rest"
-                        " on few positions."
+                        f"Only {share:.1%} of positions lie in Q{number}; contrasts within it are"
+                        " computed from few positions."
                     ),
                 )
 
@@ -138,12 +144,12 @@ def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     if len(table):
         tables = {"balance": table[table["replacement"]].assign(after=table["after"].abs())}
     for (score, split), value in _largest(tables, "balance", ["score", "split"], "after"):
-        if value > UNBALANCED:
+        if value > IMBALANCE_LIMIT:
             yield (
                 "unbalanced",
                 f"{score}, {split}",
                 value,
-                UNBALANCED,
+                IMBALANCE_LIMIT,
                 (
                     f"Pairs matched for {score} on {split} still differ by up to {value:.2f}"
                     " standard deviations in what they were matched on; the table matching_caliper"
@@ -175,7 +181,7 @@ def _scale_of_c3(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 
 def _no_placebo(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
-    for outcome in OUTCOMES:
+    for outcome in STUDY_OUTCOMES:
         if outcome in tokens and f"placebo_{outcome}" not in tokens:
             yield (
                 "no_placebo",
@@ -183,8 +189,8 @@ def _no_placebo(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 0,
                 1,
                 (
-                    f"There is no placebo for {outcome}: how much of a correlation mere coupling"
-                    " with D gives is not known."
+                    f"There is no placebo for {outcome}: it is not known how much of a correlation"
+                    " comes from D being on both sides."
                 ),
             )
 
@@ -213,10 +219,10 @@ def _listed_teacher(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
             mass,
             0.0,
             (
-                "The teacher is known by lists of its likeliest tokens, outside which lies"
+                "The teacher is known only by lists of its most likely tokens, which leave out"
                 f" {mass:.2%} of its mass on average. KLs, JS, teacher entropy and compatibility"
                 " are lower bounds, and gains are changes of such a bound; the table exactness"
-                " goes through the measurements."
+                " lists the measurements."
             ),
         )
 
@@ -242,7 +248,7 @@ RULES: tuple[Callable, ...] = (
 )
 
 
-def _of(tables: dict[str, pd.DataFrame], name: str) -> Iterator:
+def _rows_of(tables: dict[str, pd.DataFrame], name: str) -> Iterator:
     return tables[name].itertuples() if name in tables else iter(())
 
 

@@ -38,7 +38,7 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
     from diagnostics.contexts.encoding import uses_clock
     from diagnostics.contexts.prompts import PromptSet, read_prompts
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     options = dataclasses.asdict(config)
     path = options.pop("prompts")
@@ -121,19 +121,22 @@ def training_prompts(
         Training prompts and held-out prompts.
     """
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     count = evaluation.eval_contexts
     named = NAMED_PAIRS.get(models.config.pair)
-    if prompts.prompts is None and named and named.task:
-        write = TASKS[named.task].write
-        return write(prompts.contexts or needed, seed=seed, split="train"), (
-            write(count, seed=0, split="test") if count else []
-        )
-    found = choose_prompts(models, prompts, room=room).prompts
-    if evaluation.eval_prompts:
-        held_out = dataclasses.replace(
+    held_out = []
+    if evaluation.eval_prompts and count:
+        file = dataclasses.replace(
             prompts, prompts=evaluation.eval_prompts, prompts_split=None, contexts=count
         )
-        return found, choose_prompts(models, held_out, room=room).prompts if count else []
+        held_out = choose_prompts(models, file, room=room).prompts
+    if prompts.prompts is None and named and named.task:
+        write = TASKS[named.task].write
+        if count and not evaluation.eval_prompts:
+            held_out = write(count, seed=0, split="test")
+        return write(prompts.contexts or needed, seed=seed, split="train"), held_out
+    found = choose_prompts(models, prompts, room=room).prompts
+    if evaluation.eval_prompts:
+        return found, held_out
     return found[: len(found) - count], found[len(found) - count :]

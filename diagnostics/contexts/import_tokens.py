@@ -36,13 +36,17 @@ import pandas as pd
 
 from diagnostics.contexts.released_keys import key_columns, to_numbers
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.formulas import (
+    RELEASED_EPSILON,
+    acceptance,
+    relative_gain,
+    released_relative_gain,
+)
+from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
-from diagnostics.core.types import RELATIVE_GAIN_FLOOR
 
 log = logging.getLogger("diagnostics")
-RELEASED_EPS = 1e-12
-"""What the released scripts add to a denominator, in nats."""
 MEASURED = {
     "Hs_full": "student_entropy",
     "Ht_full": "teacher_entropy",
@@ -116,6 +120,7 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
         The released columns are those of the scripts of arXiv 2605.26844.
     """
     path = Path(path)
+    require_as_written(path)
     frame = read_rows(path)
     if "context_id" in frame:
         return validate_tokens(_text_as_written(frame, path))
@@ -300,7 +305,7 @@ def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
     if "advantage" not in tokens and {"student_logprob", "teacher_logprob"} <= set(tokens):
         tokens["advantage"] = tokens["teacher_logprob"] - tokens["student_logprob"]
     if "advantage" in tokens:
-        tokens["acceptance"] = np.exp(tokens["advantage"].clip(upper=0.0))
+        tokens["acceptance"] = acceptance(tokens["advantage"])
     for name in INDICATORS:
         if name in tokens:
             if gaps := int(tokens[name].isna().sum()):
@@ -337,18 +342,18 @@ def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: boo
         if kl not in tokens and relative in frame and after is not None:
             # G = (b - a)/(b + eps) gives b = (a + G*eps)/(1 - G)
             share = to_numbers(frame[relative])
-            tokens[kl] = (after + share * RELEASED_EPS) / (1 - share).where(share < 1)
+            tokens[kl] = (after + share * RELEASED_EPSILON) / (1 - share).where(share < 1)
         if kl not in tokens:
             continue
         if after is None and relative in frame:
-            after = tokens[kl] - to_numbers(frame[relative]) * (tokens[kl] + RELEASED_EPS)
+            after = tokens[kl] - to_numbers(frame[relative]) * (tokens[kl] + RELEASED_EPSILON)
         if after is None:
             continue
         tokens[f"{kl}_after"] = after
         tokens[gain] = tokens[kl] - after
         if floored:
-            tokens[floored] = (tokens[gain] / tokens[kl]).where(tokens[kl] >= RELATIVE_GAIN_FLOOR)
-            tokens[released] = tokens[gain] / (tokens[kl] + RELEASED_EPS)
+            tokens[floored] = relative_gain(tokens[kl], after)
+            tokens[released] = released_relative_gain(tokens[kl], after)
 
 
 def _log_left_out(frame: pd.DataFrame) -> None:

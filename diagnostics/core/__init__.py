@@ -1,0 +1,1 @@
+"""What every room uses: errors, tables, files of a run, fingerprints, processes."""

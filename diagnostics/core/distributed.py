@@ -1,11 +1,11 @@
-"""Several processes, one result: contexts are shared out, sums and tables are global.
+"""Several processes, one result: contexts are divided among processes, sums are global.
 
 Start any command under `torchrun --nproc-per-node N -m diagnostics …` or `accelerate launch`.
-Batches are formed before they are shared out, so every number of processes scores the same batches,
+Batches are formed before they are divided, so every number of processes scores the same batches,
 and tables do not depend on it: each batch's numbers come from one process, and a probe's mean loss
-and gradient are added up in more digits than they keep. (The number of *threads* orders sums within
-a tensor; last digits may hang on that.) Only the first process writes. Alone, every function here
-is the identity and torch is not imported."""
+and gradient are added up in more digits than they keep. (The number of *threads* does order the
+sums within a tensor, so last digits may depend on that.) Only the first process writes. With a
+single process every function here is the identity, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -31,19 +31,17 @@ def world() -> int:
 
 
 def require_launcher() -> None:
-    """Refuse an environment that is half a launcher's: this process would wait for others, or write
-    nothing.
+    """Refuse an environment in which a launcher's variables are set only in part.
+
+    A process in it would wait for others that never start, or would write nothing.
     """
     given = {"RANK": os.environ.get("RANK"), "WORLD_SIZE": os.environ.get("WORLD_SIZE")}
     if given == {"RANK": None, "WORLD_SIZE": None}:
         return
-    numbers = [
-        int(value) if value is not None and value.isdecimal() else None for value in given.values()
-    ]
-    whole = None not in numbers and numbers[0] < numbers[1]
-    if whole and (
-        numbers[1] == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
-    ):
+    numbers = [int(value) for value in given.values() if value is not None and value.isdecimal()]
+    whole = len(numbers) == 2 and numbers[0] < numbers[1]
+    reachable = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if whole and (numbers[1] == 1 or reachable):
         return
     said = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     raise DiagnosticsError(
@@ -82,8 +80,9 @@ def local_device(name: str) -> str:
 
 
 def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
-    """This process's part of the items, in order: the costliest first, each to the least loaded
-    process.
+    """This process's part of the items, in their order.
+
+    Items are assigned from the most to the least costly, each to the least loaded process.
     """
     if world() == 1:
         return list(items)
@@ -97,8 +96,9 @@ def share(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
 
 
 def sum_over_processes(array):
-    """Sum of a float64 numpy array over the processes; each fills in its own part and leaves 0
-    elsewhere.
+    """Sum of a float64 numpy array over the processes.
+
+    Each process fills in its own part and leaves 0 in all other places.
     """
     if world() == 1:
         return array
@@ -110,7 +110,10 @@ def sum_over_processes(array):
 
 
 def names(columns: Sequence[str]) -> set[str]:
-    """Union of the processes' short ASCII names; every process has all of them or none."""
+    """Union of the processes' short ASCII names.
+
+    Every process passes all of them or none.
+    """
     if world() == 1:
         return set(columns)
     import torch
@@ -126,7 +129,7 @@ def names(columns: Sequence[str]) -> set[str]:
 
 
 def total_lengths(length: int) -> list[int]:
-    """Each process's number, by rank."""
+    """The number that each process passed, by rank."""
     import numpy as np
 
     mine = np.zeros(world())
@@ -142,6 +145,6 @@ def sum_in_place(tensors: Sequence) -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, so that files written before are there after."""
+    """Wait for all processes, so that files written before it exist after it."""
     if world() > 1:
         group().barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 
 class DiagnosticsError(ValueError):
-    """An input that cannot be used. The message says what was wrong, the value seen, and the
-    remedy.
+    """An input that cannot be used.
+
+    The message has three parts: what was wrong, the value that was seen, and the remedy.
     """

@@ -1,14 +1,14 @@
-"""Files inside a directory: opened without following links, of the right kind, and never outside
-it.
+"""Files inside a directory, opened without following links and never outside the directory.
 
-    with guard(directory):                    # while it lasts, nothing beneath `directory` is written through a link
+    with guard(directory):                 # no file beneath `directory` is written through a link
         write_atomic(directory / "a" / "b.csv", content)
-    read_inside(directory, "a/b.csv")         # bytes of a regular file; a link, a pipe or a way out is refused
-    remove_inside(directory, "a/b.csv")       # a regular file of the same user
+    read_inside(directory, "a/b.csv")      # a regular file; refuses links, pipes and ways out
+    remove_inside(directory, "a/b.csv")    # a regular file of the same user
 
 A directory may come from a stranger (an archive keeps links and pipes) or lie on a shared disk. The
-directory itself may be a link, since a user named it; what lies in it may not lead out. Every step
-down is taken relative to the folder above it, so that what was looked at is what is opened."""
+directory itself may be a link, since a user named it; its entries may not lead out of it. Each step
+down is opened relative to the folder above, so that the entry that was checked is the one opened.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: code, libraries, models' files and threads."""
+"""Fingerprints of what a result depends on: code, libraries, models' files, threads."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ PLUMBING = (
     "core.tables",
     "core.manifest",
     "core.fingerprints",
+    "core.run_lock",
 )
 """Modules that decide where and when, never a number."""
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
@@ -58,13 +59,22 @@ def versions() -> dict[str, str]:
 
 @cache
 def code_version(*modules: str) -> str:
-    """The package's version and a hash over the code of `modules` and of all that they import from
-    this package.
+    """The package's version and a hash over the code that some modules run.
 
-    modules: dotted names inside the package. Comments, docstrings and layout are no part of the
-    hash. Raises DiagnosticsError where the source of a module cannot be read."""
+    The hash covers the modules and everything that they import from this package. Comments,
+    docstrings and layout are no part of it.
+
+    Args:
+        modules: Dotted names inside the package, such as `probing.scores`.
+
+    Raises:
+        DiagnosticsError: The source of a module cannot be read.
+        ValueError: A name is no module; a hash over nothing would never change.
+    """
     from diagnostics import __version__
 
+    if unknown := [name for name in modules if _place(name) is None]:
+        raise ValueError(f"no module of this package is named {', '.join(unknown)}")
     digest = hashlib.sha256()
     for name, tree in sorted(_imported(modules).items()):
         if not set(PLUMBING) & {name, name.split(".")[0]}:
@@ -114,7 +124,7 @@ def _imported(modules: Iterable[str]) -> dict[str, ast.Module]:
 
 
 def _place(name: str):
-    """Where the source of a module lies; None where no module of the package has that name."""
+    """Path of a module's source; None where the package has no module of that name."""
     parts = name.split(".")
     for end in ((*parts[:-1], f"{parts[-1]}.py"), (*parts, "__init__.py")) if name else ():
         place = PACKAGE.joinpath(*end)
@@ -154,9 +164,7 @@ def _imports(tree: ast.Module, name: str, *, package: bool) -> Iterator[str]:
 
 
 def fingerprint_files(source: Path) -> str:
-    """One hash over a model's file, or over the names and contents of the files in its folder that
-    decide what it says.
-    """
+    """One hash over a model's file, or over names and contents of a folder's `MODEL_FILES`."""
     if source.is_file():
         return sha256_file(source)
     digest = hashlib.sha256()
@@ -168,11 +176,15 @@ def fingerprint_files(source: Path) -> str:
 
 
 def threads(*, models: bool) -> int:
-    """Threads that sums are shared out to: torch's in a stage with models, else those that the
-    machine offers to BLAS.
+    """Number of threads that sums are divided among.
 
-    Sums in another order end in other last digits, so a file that is made again on another number
-    may have other bytes."""
+    Sums in another order differ in their last digits, so a file that is made again on another
+    number of threads may have other bytes.
+
+    Args:
+        models: Whether the stage runs models. Then torch's number counts, else the number that the
+            machine offers to BLAS.
+    """
     if models and "torch" in sys.modules:
         return sys.modules["torch"].get_num_threads()
     asked = os.environ.get("OMP_NUM_THREADS", "")

@@ -1,4 +1,4 @@
-"""How much a file from elsewhere may ask for, looked at before a library reads it.
+"""Bounds on what an untrusted file may ask for, checked before a library reads it.
 
 A few kilobytes can declare a billion rows, a list of 2^60 values, or brackets in brackets without
 end. Each function here reads what a file says about itself, with work that the file's own size
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 SMALL_CELLS = 2**24
 """Rows times columns that any table may have: read within seconds, however few bytes hold them."""
 CELLS_A_BYTE = 200
-"""Rows times columns for each byte of a larger table. Constant columns pack well, but a table has
-some that are not.
+"""Rows times columns for each byte of a larger table. Constant columns pack well, but every real
+table has some columns that are not constant.
 """
 SMALL_TABLE = 2**30
 """Bytes of unpacked or repeated text that any table may have."""
@@ -75,7 +75,6 @@ def memory() -> int:
 
 
 # --- JSON
-# ---------------------------------------------------------------------------------------------
 
 
 def parse_json(text: str) -> Any:
@@ -105,7 +104,6 @@ def json_depth(text: str) -> int:
 
 
 # --- parquet
-# ------------------------------------------------------------------------------------------
 
 
 def check_parquet(path: str | Path) -> None:
@@ -206,7 +204,6 @@ def _repeated_bytes(array: pa.Array) -> int:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------
 
 
 def check_weights(source: str | Path) -> None:

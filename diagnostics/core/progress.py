@@ -1,4 +1,4 @@
-"""Progress that is seen, and batches that an interrupted stage does not compute again."""
+"""Progress bars, and shards: finished batches that an interrupted stage does not repeat."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether progress stays hidden even on a terminal."""
+    """Set whether progress bars stay hidden even on a terminal."""
     global _quiet
     _quiet = quiet
 
@@ -34,8 +34,15 @@ def set_quiet(quiet: bool) -> None:
 def progress(
     iterable: Iterable | None = None, *, total: int, description: str, unit: str = " positions"
 ):
-    """A tqdm bar with rate and time left; there is none where the output is no terminal, as in a
-    log, or after `set_quiet`.
+    """A tqdm bar with rate and time left.
+
+    The bar is hidden where the output is not a terminal, as in a log, and after `set_quiet`.
+
+    Args:
+        iterable: What the bar counts; None where the caller updates the bar itself.
+        total: Number of units at the end.
+        description: Text before the bar.
+        unit: Name of the unit in the rate, with a leading space.
     """
     from tqdm import tqdm
 
@@ -52,16 +59,21 @@ def progress(
 
 
 class Shards:
-    """Results of a pass over batches, kept as they come; without a folder nothing is kept.
+    """Results of a pass over batches, kept on disk as they come.
 
-    A shard is a parquet file with a column `row` and one column a measurement. Its name ends in the
-    hash of its content, so that a damaged one is known and left out. Every process keeps its own
-    and reads all."""
+    Without a folder nothing is kept.
+
+    A shard is a parquet file with a column `row` and one column per measurement. Its name ends in
+    the hash of its content, so that a damaged shard is recognized and left out. Every process
+    writes its own shards and reads all of them.
+    """
 
     def __init__(self, folder: Path | None = None):
         import pandas as pd
 
-        self.folder, self._pending, self._since = folder, [], time.monotonic()
+        self.folder = folder
+        self._pending: list[tuple[Sequence[int], dict[str, Sequence]]] = []
+        self._since = time.monotonic()
         whole = list(self._whole())
         found = (
             pd.concat(whole, ignore_index=True).drop_duplicates("row").set_index("row")
@@ -87,18 +99,24 @@ class Shards:
                 log.warning("%s is damaged and left out", path)
 
     def take(self, rows: Sequence[int]) -> pd.DataFrame | None:
-        """What was measured at these rows earlier, in their order; None where any is missing."""
+        """Measurements of these rows from an earlier run, in the order of `rows`.
+
+        Returns None where any of the rows is missing.
+        """
         places = self._found.index.get_indexer(rows)
         return None if (places < 0).any() or not len(places) else self._found.iloc[places]
 
     def add(self, rows: Sequence[int], columns: dict[str, Sequence]) -> None:
-        """Keep the measurements of these rows: on disk a few seconds later."""
+        """Keep the measurements of these rows; they are on disk a few seconds later."""
         if self.folder is not None:
             self._pending.append((rows, columns))
             if time.monotonic() - self._since >= SHARD_SECONDS:
                 self._write()
 
     def _write(self) -> None:
+        folder = self.folder
+        if folder is None:
+            return
         import pandas as pd
 
         frame = pd.concat(
@@ -109,18 +127,16 @@ class Shards:
         frame.to_parquet(buffer, index=False)
         name = f"{distributed.rank()}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.parquet"
         try:
-            files.replace(self.folder / name, buffer.getvalue())
-        except OSError as error:  # a luxury: the stage itself may still end well
+            files.replace(folder / name, buffer.getvalue())
+        except OSError as error:  # best effort: the stage does not need this file
             log.warning(
                 "%s cannot be written (%s): a killed run would do this part again",
-                self.folder / name,
+                folder / name,
                 error.strerror,
             )
         self._pending, self._since = [], time.monotonic()
 
 
 def no_shards(name: str) -> Shards:
-    """Shards of a pass that keeps nothing on disk; what a pass has where there is no run
-    directory.
-    """
+    """Shards that keep nothing on disk, for a pass outside a run directory."""
     return Shards()

@@ -1,14 +1,15 @@
-"""Rows of JSONL, parquet and CSV files, as they are written."""
+"""Rows of JSONL, parquet and CSV files, with their values as the file has them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.limits import parse_json
+from diagnostics.core.limits import parse_json, regular
 from diagnostics.core.schema import read_parquet
 
 if TYPE_CHECKING:
@@ -41,28 +42,32 @@ def require_unicode(text: str) -> None:
 
 
 def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
-    """A JSONL, parquet or CSV file as a table. Raises DiagnosticsError with the line that cannot be
-    read.
+    """Read a JSONL, parquet or CSV file as a table.
 
-    text: values stay as they are written; otherwise a CSV's cells become numbers, words such as NA
-    gaps, and a column of whole numbers with a gap floats."""
+    Args:
+        path: The file; its suffix says the format.
+        text: Whether values stay as they are written. Otherwise a CSV's cells become numbers, words
+            such as NA become gaps, and a column of whole numbers with a gap becomes floats.
+
+    Returns:
+        One row per row of the file.
+
+    Raises:
+        DiagnosticsError: The file cannot be read, with the line where one is at fault, or holds no
+            rows.
+    """
     import pandas as pd
 
     csv_options = {"dtype": "str", "keep_default_na": False} if text else {}
-    readers = {
+
+    def read_written(file: Path) -> pd.DataFrame:
+        return keep_whole_numbers(read_parquet(file, to_pandas_kwargs=AS_WRITTEN))
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".jsonl": lambda file: pd.DataFrame(_read_jsonl(file), dtype=object if text else None),
-        ".parquet": read_parquet,
+        ".parquet": read_written if text else read_parquet,
         ".csv": lambda file: pd.read_csv(file, **csv_options),
     }
-    readers |= (
-        {
-            ".parquet": lambda file: keep_whole_numbers(
-                read_parquet(file, to_pandas_kwargs=AS_WRITTEN)
-            )
-        }
-        if text
-        else {}
-    )
     _require_name(path)
     if path.suffix not in readers:
         raise DiagnosticsError(
@@ -70,6 +75,8 @@ def read_rows(path: Path, *, text: bool = False) -> pd.DataFrame:
             " to one of these."
         )
     try:
+        if path.suffix != ".parquet" and path.exists() and not regular(path):
+            raise ValueError("it is not a regular file")  # a pipe would be waited for without end
         frame = readers[path.suffix](path)
     except DiagnosticsError:
         raise

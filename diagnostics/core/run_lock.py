@@ -37,13 +37,19 @@ FILES = (
     "pages.json",
     ".lock",
 )
-"""Files of a run directory that this program keeps, beside those that a manifest names."""
+"""Files of a run directory that this program keeps, in addition to those in the manifest."""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, made where it is not there, and remove what a killed
-    process had begun to write.
+    """Hold the lock of a run directory.
+
+    The directory is created where it does not exist, and files that a killed process left
+    half-written are removed.
+
+    Raises:
+        DiagnosticsError: Another process holds the lock, the folder cannot be written, belongs to
+            something else, or holds a link in place of a file of this program.
     """
     with _usable(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -82,10 +88,10 @@ def _take_lock(lock: int, directory: Path) -> None:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """A folder with files but no manifest belongs to somebody else, or has lost the record of what
-    its files are.
+    """Refuse a folder with files but no manifest.
 
-    Contexts alone may be laid into a new directory, to be scored there.
+    The folder belongs to something else, or has lost the record of its files. Contexts alone may be
+    put into a new directory, to be scored there.
     """
     present = sorted(
         entry.name for entry in os.scandir(directory) if not entry.name.startswith(".")
@@ -106,8 +112,9 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def refuse_unfit(directory: Path, names: Iterable[str]) -> None:
-    """Links, pipes and the like in place of this program's files and folders: they would be read or
-    written through.
+    """Refuse links, pipes and the like in place of this program's files and folders.
+
+    This program would read or write through them.
     """
     for name in names:
         if (found := files.kind(directory / name)) not in ("file", None):
@@ -121,9 +128,7 @@ def refuse_unfit(directory: Path, names: Iterable[str]) -> None:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """Remove what a killed process had begun to write: by this program's own naming, in this
-    program's own folders.
-    """
+    """Remove half-written files, recognized by name, from this program's own folders."""
     found = [(name, files.kind(directory / name)) for name in sorted(os.listdir(directory))]
     found += [entry for folder in FOLDERS for entry in files.walk(directory, folder)]
     for name, kind in found:
@@ -132,8 +137,9 @@ def _remove_unfinished(directory: Path) -> None:
 
 
 def remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> None:
-    """Remove an empty folder, or a file of this program's naming; what is somebody else's stays,
-    with a word.
+    """Remove an empty folder, or a file of this program's naming.
+
+    Anything else stays, with a warning.
     """
     if kind == "folder":
         gone = files.remove_folder(directory, name)
@@ -146,8 +152,10 @@ def remove_ours(directory: Path, name: str, kind: str, naming: re.Pattern) -> No
 
 @contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Hold a folder while pages are written into it: a run by its lock; any other, in which no file
-    is left for it, by itself.
+    """Hold a folder while pages are written into it.
+
+    A run directory is held by its lock file. Any other folder is locked itself, so that no lock
+    file is left in it.
     """
     if files.kind(directory / "manifest.json") is not None:
         with locked(directory), files.guard(directory):

@@ -1,15 +1,14 @@
-"""The schema of the token table: every column's meaning, unit and stage, and the checks of a
-table.
-"""
+"""The schema of the token table: meaning, unit and stage of every column, and a table's checks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.manifest import require_as_written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,9 +31,9 @@ class Column:
     by_support: bool = False
     """True where the value depends on K; other K are stored as `<name>_k<K>`."""
     listed: Listed = "exact"
-    """What the value is with a teacher that is known by lists of its likeliest tokens alone
-    (`remote`): *exact*; a *lower bound*; exact *where listed* and NaN elsewhere; *impossible*; or,
-    of an outcome, the exact *change of a bound*."""
+    """What the value is with a top-K teacher, known by its most likely tokens alone
+    (`topk_teacher`): *exact*; a *lower bound*; exact *where listed* and NaN in all other places;
+    *impossible*; or, for an outcome, the exact *change of a bound*."""
 
 
 def _columns(
@@ -175,15 +174,42 @@ SCHEMA: dict[str, Column] = {
     ]
 }
 """Every column that a token table may hold, in the order in which it is written."""
+_LISTED: dict[Listed, tuple[str, ...]] = {
+    "lower bound": (
+        "teacher_entropy",
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "hellinger",
+        "compatibility",
+        "forward_kl_after",
+        "reverse_kl_after",
+    ),
+    "where listed": (
+        "teacher_logprob",
+        "advantage",
+        "acceptance",
+        "bhattacharyya",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ),
+    "impossible": ("teacher_dropped_mass",),
+    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
+}
+SCHEMA |= {
+    name: replace(SCHEMA[name], listed=status)
+    for status, names in _LISTED.items()
+    for name in names
+}
 KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "token")
 """Columns that every token table has."""
 
 
 def column(name: str) -> Column | None:
-    """Schema of a column, also for `<name>_k<K>` and for an outcome after n steps of training,
-    `<name>_step_<n>`.
+    """Schema entry of a column name.
 
-    None where the name is not the instrument's own.
+    `<name>_k<K>` (another support) and `<name>_step_<n>` (an outcome after n steps of training)
+    have the entry of `<name>`. Returns None for a column that this program does not define.
     """
     base, _, k = name.rpartition("_k")
     if base in SCHEMA and SCHEMA[base].by_support and k.isdigit():
@@ -195,14 +221,18 @@ def column(name: str) -> Column | None:
 
 
 def support_column(name: str, k: int | None) -> str:
-    """Name of a support-dependent column for another K: `compatibility`, 8 ->
-    `compatibility_k8`.
-    """
+    """Name of a support-dependent column at K: `compatibility`, 8 gives `compatibility_k8`."""
     return name if k is None else f"{name}_k{k}"
 
 
 def require_columns(frame: pd.DataFrame, names: Iterable[str], *, what: str) -> None:
-    """Raise DiagnosticsError where `frame` lacks one of the columns."""
+    """Raise DiagnosticsError where a table lacks a column.
+
+    Args:
+        frame: The table.
+        names: Columns that it needs.
+        what: What needs them, as the subject of the error's sentence.
+    """
     missing = [name for name in names if name not in frame.columns]
     if missing:
         raise DiagnosticsError(
@@ -213,32 +243,39 @@ def require_columns(frame: pd.DataFrame, names: Iterable[str], *, what: str) -> 
 
 
 def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Check a token table against the schema and return it with the schema's dtypes and order.
+    """Check a token table against the schema.
 
-    Unknown columns are kept, last. Raises DiagnosticsError for a missing key, a column that cannot
-    take its dtype, or a position that appears twice."""
+    Args:
+        tokens: One row per response position, with the columns of `KEYS` at least.
+
+    Returns:
+        A copy with the schema's dtypes and column order; unknown columns are kept and come last.
+
+    Raises:
+        DiagnosticsError: A key column is missing, a column cannot take its dtype, or a position
+            appears twice.
+    """
     require_columns(tokens, KEYS, what="a token table")
-    known = [name for name in tokens.columns if column(name)]
-    order = sorted(known, key=_place)
+    known = {name: entry for name in tokens.columns if (entry := column(name)) is not None}
+    order = sorted(known, key=lambda name: _place(name, known[name]))
     tokens = tokens[order + [name for name in tokens.columns if name not in known]].copy()
-    for name in known:
-        tokens[name] = _cast(tokens[name], column(name).dtype)
+    for name, entry in known.items():
+        tokens[name] = _cast(tokens[name], entry.dtype)
     twice = tokens.duplicated(["context_id", "position"])
     if twice.any():
         row = tokens[twice].iloc[0]
         raise DiagnosticsError(
             f"Position {row.position} of context {row.context_id!r} appears more than once. "
-            "A token table has one row a response position; drop the repeats."
+            "A token table has one row per response position; drop the repeats."
         )
     return tokens.reset_index(drop=True)
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Schema order; the run's own K first, then other K, or later steps, from small to large."""
-    base = column(name).name
-    return list(SCHEMA).index(base), (
-        0 if name == base else int(name.rpartition("_")[2].removeprefix("k"))
-    )
+def _place(name: str, entry: Column) -> tuple[int, int]:
+    """Schema order; the run's own K first, then other K or later steps, from small to large."""
+    own = name == entry.name
+    variant = 0 if own else int(name.rpartition("_")[2].removeprefix("k"))
+    return list(SCHEMA).index(entry.name), variant
 
 
 def _cast(values: pd.Series, dtype: str) -> pd.Series:
@@ -246,14 +283,21 @@ def _cast(values: pd.Series, dtype: str) -> pd.Series:
         return values.astype("str" if dtype == "string" else dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise DiagnosticsError(
-            f"Column {values.name} should hold {dtype}, and holds {values.dtype} ({error}). Mend"
+            f"Column {values.name} should hold {dtype}, and holds {values.dtype} ({error}). Fix"
             " the file that it came from."
         ) from error
 
 
 def read_parquet(path: str | Path, **options) -> pd.DataFrame:
-    """Read one parquet file. options: as pandas takes them. Raises DiagnosticsError where it is
-    missing, damaged, or holds more than it can (`bounds`).
+    """Read one parquet file.
+
+    Args:
+        path: The file.
+        options: Further arguments of `pandas.read_parquet`.
+
+    Raises:
+        DiagnosticsError: The file is missing or damaged, or its table would not fit the memory
+            (`core.limits`).
     """
     import pandas as pd
     import pyarrow as pa
@@ -277,5 +321,10 @@ def read_parquet(path: str | Path, **options) -> pd.DataFrame:
 
 
 def read_tokens(path: str | Path) -> pd.DataFrame:
-    """Read and validate a `tokens.parquet` that this project wrote."""
+    """Read and validate a `tokens.parquet` that this program wrote.
+
+    Raises:
+        DiagnosticsError: The file is damaged, or is not as the manifest beside it has it.
+    """
+    require_as_written(path)
     return validate_tokens(read_parquet(path))

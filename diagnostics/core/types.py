@@ -1,6 +1,6 @@
-"""The nouns of the instrument and the schema of its token table.
+"""The nouns of this program: prompt, context and bank.
 
-Read this file first: everything else speaks in these terms.
+Read this file first, then `core.schema`: everything else speaks in these terms.
 
 A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A
 response of T tokens gives T *positions*; position t is the prefix that ends just before response
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import SCHEMA, Listed, read_parquet, require_columns
+from diagnostics.core.manifest import require_as_written
+from diagnostics.core.schema import read_parquet, require_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +35,9 @@ class Prompt:
     answer: str | None = None
     """Reference answer where the task can be verified."""
     teacher_prompt: str | None = None
-    """What the teacher reads in its place, rendered; the student's prompt where None."""
+    """Rendered prompt for the teacher; None means the same as `prompt`."""
     rendered: bool = False
-    """A chat template wrote it whole: no token is added when it is encoded."""
+    """True where a chat template wrote the whole text, so that encoding adds no token."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Context:
     finished: bool
     """True where the response ended by itself; its last id is then the end-of-sequence token."""
     teacher_prompt: str | None = None
-    """What the teacher reads in place of the prompt; the prompt itself where None."""
+    """Rendered prompt for the teacher; None means the same as `prompt`."""
     teacher_prompt_ids: tuple[int, ...] | None = None
 
     @property
@@ -74,7 +75,7 @@ class Context:
 
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
-"""Columns that a context table has only where the teacher reads another prompt."""
+"""Columns of a context table that are there only where the teacher reads its own prompt."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Bank:
         return sum(len(context.response_ids) for context in self.contexts)
 
     def _repr_html_(self) -> str:
-        """How much there is, and how it begins."""
+        """Counts, and the beginning of the first context, for a notebook."""
         from html import escape
 
         if not self.contexts:
@@ -114,8 +115,11 @@ class Bank:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only
-        where there are any.
+        """The bank as a table.
+
+        Returns:
+            One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
+            the teacher's prompts only where there are any.
         """
         import pandas as pd
 
@@ -131,8 +135,14 @@ class Bank:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Bank:
-        """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id
-        repeats.
+        """The bank that a table holds; the inverse of `to_frame`.
+
+        Args:
+            frame: One row per context, with the columns of `contexts.parquet`.
+
+        Raises:
+            DiagnosticsError: A column is missing, a context id repeats, or a value has the wrong
+                kind.
         """
         require_columns(
             frame,
@@ -168,7 +178,7 @@ def _truth(value) -> bool:
     plain = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(plain, bool | int | float) or plain not in (True, False):
         raise DiagnosticsError(
-            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Mend the"
+            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Fix the"
             " table's column finished."
         )
     return bool(plain)
@@ -179,42 +189,23 @@ def _whole(ids) -> tuple[int, ...]:
         return tuple(map(operator.index, ids))
     except TypeError as error:
         raise DiagnosticsError(
-            f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the"
+            f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Fix the"
             " table, or read it with --rollouts."
         ) from error
 
 
-_LISTED: dict[Listed, tuple[str, ...]] = {
-    "lower bound": (
-        "teacher_entropy",
-        "forward_kl",
-        "reverse_kl",
-        "js",
-        "hellinger",
-        "compatibility",
-        "forward_kl_after",
-        "reverse_kl_after",
-    ),
-    "where listed": (
-        "teacher_logprob",
-        "advantage",
-        "acceptance",
-        "bhattacharyya",
-        "union_forward_kl",
-        "union_log_ratio_variance",
-    ),
-    "impossible": ("teacher_dropped_mass",),
-    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
-}
-SCHEMA |= {
-    name: replace(SCHEMA[name], listed=status)
-    for status, names in _LISTED.items()
-    for name in names
-}
-RELATIVE_GAIN_FLOOR = 1e-3
-"""Nats of forward KL under which a relative gain is undefined."""
-
-
 def read_bank(path: str | Path) -> Bank:
-    """Read a `contexts.parquet` that this project wrote."""
+    """Read a `contexts.parquet` that this program wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The frozen contexts, in the file's order.
+
+    Raises:
+        DiagnosticsError: The file cannot be read, does not hold contexts, or is not as the
+            manifest beside it has it.
+    """
+    require_as_written(path)
     return Bank.from_frame(read_parquet(path))

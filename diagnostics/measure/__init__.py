@@ -1,0 +1,1 @@
+"""Functions of logits alone: divergences, losses and the projection onto the vocabulary."""

@@ -1,5 +1,6 @@
-"""Entropies, divergences, top-K supports and masses of two next-token distributions. The only
-definition of each.
+"""Entropies, divergences, top-K supports and masses of two next-token distributions.
+
+This module holds the only definition of each.
 
 With p the student's distribution at a position, q the teacher's, y the sampled token, S and T the K
 most likely tokens of p and of q and U = S | T, all sums over the whole shared vocabulary unless a
@@ -15,10 +16,11 @@ set is named:
     compatibility_intersection          sum over S & T of q
     topk_overlap, topk_jaccard          |S & T|/K, |S & T|/|U|
     shared_student_mass                 sum over S & T of p
-    bhattacharyya                       sum over U of sqrt(p_U q_U), both renormalised on U
+    bhattacharyya                       sum over U of sqrt(p_U q_U), both renormalized on U
     union_forward_kl                    KL(q_U||p_U), teacher first
     union_log_ratio_variance            variance under p_U of ln q_U - ln p_U
-    union_forward_kl_released           KL over U of max(1e-12, q/q(T) on T else 0) from max(1e-12, p/p(S) on S else 0)
+    union_forward_kl_released           KL(q'||p') over U, q' = max(1e-12, q/q(T) on T, else 0),
+                                        p' = max(1e-12, p/p(S) on S, else 0)
 
 Reference: the measurements of arXiv 2605.26844 and its released scripts; union_log_ratio_variance
 is the weight of projected-gradient selection, and student_top1_in_teacher_top5 the test of
@@ -32,10 +34,11 @@ Numbers: logits are upcast to float32 (float64 stays) before any softmax. Both K
 ln q - ln p, so that what cancels has cancelled before it is multiplied; sums over the vocabulary
 end in float64. A KL or a JS may come out negative by rounding (about 1e-7 nats) and is returned so.
 
-Undefined is NaN: a position with a NaN or +inf logit in either model is NaN in every measurement. A
-logit of -inf is probability 0, and 0 ln 0 = 0; KL(q||p) is inf where q > 0 and p = 0.
+Undefined values are NaN: a position with a NaN or +inf logit in either model is NaN in every
+measurement. A logit of -inf is probability 0, and 0 ln 0 = 0; KL(q||p) is inf where q > 0 and
+p = 0.
 
-Cost: a chunk of positions is projected at a time, and measured a few rows at a time, so that the
+Cost: positions are projected one chunk at a time and measured a few rows at a time, so that the
 passes over the vocabulary stay in the processor's cache. Per row and model there is one exp2, and
 for the row one log2.
 
@@ -53,6 +56,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.formulas import acceptance
 from diagnostics.core.schema import support_column
 
 Logits = Callable[[Tensor], Tensor]
@@ -61,17 +65,17 @@ Logits = Callable[[Tensor], Tensor]
 RELEASED_FLOOR = 1e-12
 SELECTKD_TOP = 5
 CHUNK_BYTES = 192 * 2**20
-"""Both models' float32 logits for one chunk of positions, on the CPU; larger chunks project little
-faster.
+"""Bytes of both models' float32 logits for one chunk of positions on the CPU. Larger chunks project
+hardly faster.
 """
 BLOCK_BYTES = 16 * 2**20
-"""Buffers of one row block on the CPU: few enough for its last-level cache."""
+"""Bytes of the buffers of one row block on the CPU, so that they fit its last-level cache."""
 ACCELERATOR_FACTOR = 8
-"""How much larger chunks and row blocks are elsewhere, where launches cost more than misses."""
+"""Factor on both sizes on an accelerator, where kernel launches cost more than cache misses."""
 GROUP = 64
-"""Ids whose largest logit stands for them in the top-K search."""
+"""Ids per group; a group's largest logit stands for it in the top-K search."""
 RUNS = 64
-"""Sums over equal parts of the vocabulary that are formed before float64 takes over."""
+"""Number of equal parts of the vocabulary that are summed before float64 adds the sums up."""
 LN2 = log(2)
 ABSENT = 2000.0
 """Nats below the row's maximum that stand for a logit of -inf: exp(-2000) is 0 in float64."""
@@ -86,15 +90,27 @@ def measure(
     k: int = 16,
     sweep: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """All measurements of each position, from logits in hand.
+    """Measure every position from the logits of both models.
 
-    student_logits_NV, teacher_logits_NV: [N, V] over the same ids, any floating dtype. sampled_N:
-    [N] ids of the sampled tokens. k: size of the supports; for each other K in `sweep` the
-    support-dependent measurements come again as `<name>_k<K>`. A K beyond V counts as V.
+    Args:
+        student_logits_NV: [N, V], any floating dtype; -inf excludes a token.
+        teacher_logits_NV: [N, V] over the same ids, any floating dtype.
+        sampled_N: [N] ids of the sampled tokens.
+        k: Size of the supports, in tokens. A K beyond V counts as V.
+        sweep: Further K, for which the support-dependent measurements are returned as
+            `<name>_k<K>`.
 
-    Returns float64 tensors [N], named and in the units of `types.SCHEMA`; indicators are 0 or 1.
-    Raises DiagnosticsError where shapes differ, a sampled id is outside the vocabulary, or a K is
-    not positive."""
+    Returns:
+        float64 tensors [N] by column name, in the units of `core.schema.SCHEMA`. Indicators are 0
+        or 1; a position with a NaN or +inf logit is NaN in all of them.
+
+    Raises:
+        DiagnosticsError: Shapes differ, a sampled id is outside the vocabulary, or a K is not
+            positive.
+
+    Reference:
+        arXiv 2605.26844 and its released scripts; see the head of this module.
+    """
     out, _ = _measure(student_logits_NV, teacher_logits_NV, sampled_N, k=k, sweep=sweep)
     return out
 
@@ -108,7 +124,7 @@ def _measure(
     sweep: Sequence[int],
     tops: int = 0,
 ) -> tuple[dict, dict]:
-    """Measurements by name, and each model's log-normaliser [N]."""
+    """Measurements by name, and each model's log-normalizer [N]."""
     _check(student_NV, teacher_NV, sampled_N, (k, *sweep))
     out = _rows(student_NV, teacher_NV)
     norms = {name: out.pop(f"{name}_norm") for name in ("student", "teacher")}
@@ -125,8 +141,14 @@ def _measure(
 
 @torch.no_grad()
 def kl_pair(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q||p) (teacher first) and KL(p||q) [N] in nats, float64; bit for bit the columns of
-    `measure`.
+    """KL(q||p) (teacher first) and KL(p||q) of each position.
+
+    Args:
+        student_logits_NV: [N, V], any floating dtype.
+        teacher_logits_NV: [N, V] over the same ids.
+
+    Returns:
+        Two float64 tensors [N] in nats, bit for bit the columns of `measure`.
     """
     _check(student_logits_NV, teacher_logits_NV)
     out = _rows(student_logits_NV, teacher_logits_NV, upto="kl")
@@ -137,8 +159,14 @@ def kl_pair(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tenso
 def kls_and_js(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(q||p) (teacher first), KL(p||q) and JS [N] in nats, float64; bit for bit the columns of
-    `measure`.
+    """KL(q||p) (teacher first), KL(p||q) and JS of each position.
+
+    Args:
+        student_logits_NV: [N, V], any floating dtype.
+        teacher_logits_NV: [N, V] over the same ids.
+
+    Returns:
+        Three float64 tensors [N] in nats, bit for bit the columns of `measure`.
     """
     _check(student_logits_NV, teacher_logits_NV)
     out = _rows(student_logits_NV, teacher_logits_NV, upto="js")
@@ -160,16 +188,32 @@ def measure_hidden(
     student_dropped: Logits | None = None,
     teacher_dropped: Logits | None = None,
 ) -> dict[str, Tensor]:
-    """`measure` from hidden states [N, H], projected `chunk` positions at a time; nothing larger
-    than a chunk is held.
+    """Measure every position from hidden states, with the logits of one chunk in memory.
 
-    The two models may sit on different devices; the result is on the student's. chunk: positions,
-    None picks a number from the vocabulary's size. Same chunk, same bits; another chunk changes
-    results by rounding alone. student_dropped, teacher_dropped: the head's logits over ids outside
-    the shared vocabulary, where there are any; then `student_dropped_mass`, `teacher_dropped_mass`
-    are measured too. tops: how many of each model's likeliest tokens come along, as
-    `<model>_top_<j>` (id) and `<model>_top_<j>_p` (probability) with j from 0; at most
-    SELECTKD_TOP."""
+    The two models may sit on different devices; the result is on the student's. The same chunk
+    gives the same bits; another chunk changes results by rounding alone.
+
+    Args:
+        student_hidden_NH: [N, H] states of the student.
+        student_logits: Maps states [n, H] to logits [n, V] over the shared vocabulary.
+        teacher_hidden_NH: [N, H'] states of the teacher, which may have another H.
+        teacher_logits: The same map of the teacher.
+        sampled_N: [N] ids of the sampled tokens.
+        k: Size of the supports, as in `measure`.
+        sweep: Further K, as in `measure`.
+        tops: Number of each model's most likely tokens that are returned as `<model>_top_<j>` (id)
+            and `<model>_top_<j>_p` (probability), j from 0; at most SELECTKD_TOP.
+        chunk: Positions per projection; None chooses a number by the vocabulary's size.
+        student_dropped: Maps states to the student's logits over ids outside the shared vocabulary,
+            where there are any; then `student_dropped_mass` is measured too.
+        teacher_dropped: The same of the teacher.
+
+    Returns:
+        float64 tensors [N] by column name, as `measure`.
+
+    Raises:
+        DiagnosticsError: As `measure`, and for a chunk that is not positive.
+    """
 
     def part(rows: slice) -> dict[str, Tensor]:
         student_nV = student_logits(student_hidden_NH[rows])
@@ -206,8 +250,18 @@ def kl_pair_hidden(
     js: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """`kl_pair`, or with `js` `kls_and_js`, chunk by chunk; bit for bit the columns of
-    `measure_hidden` with the same chunk.
+    """`kl_pair` (with `js`: `kls_and_js`) from hidden states, one chunk at a time.
+
+    Args:
+        student_hidden_NH: [N, H] states of the student.
+        student_logits: Maps states [n, H] to logits [n, V].
+        teacher_hidden_NH: [N, H'] states of the teacher.
+        teacher_logits: The same map of the teacher.
+        js: Whether JS is returned as a third tensor.
+        chunk: Positions per projection; None chooses a number by the vocabulary's size.
+
+    Returns:
+        float64 tensors [N] in nats, bit for bit the columns of `measure_hidden` at the same chunk.
     """
     measured = kls_and_js if js else kl_pair
 
@@ -224,37 +278,44 @@ def kl_pair_hidden(
 def teacher_logits_for(
     student_nV: Tensor, teacher_hidden_nH: Tensor, teacher_logits: Logits
 ) -> Tensor:
-    """The teacher's logits [n, V] on the device of the student's; one that is known in part is made
-    whole by them (`remote`).
+    """The teacher's logits [n, V], on the device of the student's.
+
+    A top-K teacher (`models.topk_teacher`) needs the student's logits to complete its own.
     """
-    given = getattr(teacher_logits, "given", None)
-    return (
-        teacher_logits(teacher_hidden_nH) if given is None else given(teacher_hidden_nH, student_nV)
-    ).to(student_nV.device)
+    completed_by = getattr(teacher_logits, "completed_by", None)
+    if completed_by is None:
+        return teacher_logits(teacher_hidden_nH).to(student_nV.device)
+    return completed_by(teacher_hidden_nH, student_nV).to(student_nV.device)
 
 
 @torch.no_grad()
 def mass_outside(
     hidden_NH: Tensor, logits: Logits, outside_logits: Logits, *, chunk: int | None = None
 ) -> Tensor:
-    """Probability [N] that a model gives to ids outside the shared vocabulary, before
-    renormalisation; float64.
+    """Probability of the ids outside the shared vocabulary, before renormalization.
 
-    logits, outside_logits: the same head's logits over the shared and over the other ids.
+    Args:
+        hidden_NH: [N, H] states of one model.
+        logits: Maps states to the head's logits over the shared ids.
+        outside_logits: Maps states to the same head's logits over the other ids.
+        chunk: Positions per projection; None chooses a number by the vocabulary's size.
+
+    Returns:
+        float64 [N] in [0, 1].
     """
 
     def part(rows: slice) -> Tensor:
-        inside_n = _log_normaliser(logits(hidden_NH[rows]))
+        inside_n = _log_normalizer(logits(hidden_NH[rows]))
         return _mass_outside(outside_logits(hidden_NH[rows]), inside_n)
 
     return torch.cat([part(rows) for rows in _slices(hidden_NH, logits, chunk)])
 
 
 def _mass_outside(outside_nW: Tensor, inside_n: Tensor) -> Tensor:
-    return torch.sigmoid(_log_normaliser(outside_nW).to(inside_n.device) - inside_n)
+    return torch.sigmoid(_log_normalizer(outside_nW).to(inside_n.device) - inside_n)
 
 
-def _log_normaliser(logits_nV: Tensor) -> Tensor:
+def _log_normalizer(logits_nV: Tensor) -> Tensor:
     """ln of the sum of exp [n], float64, a few rows at a time."""
     dtype = torch.promote_types(logits_nV.dtype, torch.float32)
     return torch.cat(
@@ -263,8 +324,9 @@ def _log_normaliser(logits_nV: Tensor) -> Tensor:
 
 
 def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
-    """Positions of a chunk when none is asked for; beyond 16 a multiple of 16, as matrix products
-    like it.
+    """Number of positions per chunk where none is asked for.
+
+    Beyond 16 it is a multiple of 16, which matrix products are fastest at.
     """
     positions = _budget(CHUNK_BYTES, device) // (2 * torch.float32.itemsize * vocabulary)
     return max(1, positions - positions % 16 if positions > 16 else positions)
@@ -308,7 +370,7 @@ def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
     if sampled_N.shape != shape[:1]:
         raise DiagnosticsError(
             f"There are {shape[0]} positions and sampled tokens of shape {tuple(sampled_N.shape)};"
-            " give one id a position."
+            " give one id per position."
         )
     outside_N = (sampled_N < 0) | (sampled_N >= shape[1])
     if outside_N.any():
@@ -319,11 +381,12 @@ def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
 
 
 class Block:
-    """Both models on a few rows, in buffers that stay in cache. Works in bits: exp2 takes half the
-    time of exp.
+    """Both models on a few rows, in buffers that stay in cache.
 
-    Every row-wise sum is float64. The methods are to be called in their order, since later ones
-    overwrite."""
+    The block works in bits, since exp2 takes half the time of exp. Every row-wise sum is float64.
+    The methods must be called in the order in which they are written, since later ones overwrite
+    buffers of earlier ones.
+    """
 
     def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
         self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
@@ -380,8 +443,9 @@ class Block:
 
 
 def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Block]]:
-    """The rows in turn, as many at a time as stay in cache. A block's buffers are used again for
-    the next.
+    """The rows in turn, as many at a time as stay in cache.
+
+    A block's buffers are used again for the next block.
     """
     count, vocabulary = student_NV.shape
     dtype = torch.promote_types(
@@ -400,8 +464,9 @@ def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Bloc
 def _rows(
     student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "all"] = "all"
 ) -> dict[str, Tensor]:
-    """Vocabulary-wide measurements of every row; those that hold a logit of -inf, NaN or +inf are
-    done again apart.
+    """Vocabulary-wide measurements of every row.
+
+    Rows that hold a logit of -inf, NaN or +inf are measured again by `_dense_with_absent`.
     """
     parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -414,8 +479,7 @@ def _rows(
 
 
 def not_finite(values_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """Rows [r] whose value is not finite, as many at a time as one float64 block and the copies
-    that lead to it hold.
+    """Rows [r] whose value is not finite, as many at a time as one float64 block holds.
 
     A vocabulary that is padded with -inf brings every row here.
     """
@@ -430,8 +494,9 @@ def _block_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> in
 
 
 def _dense(block: Block, *, upto: str) -> dict[str, Tensor]:
-    """A row with a logit that is not finite has a KL that is not. `*_norm` are log-normalisers,
-    `*_maxima` feed `top_ids`.
+    """Measurements of one block; a row with a logit that is not finite has a KL that is not.
+
+    `*_norm` are log-normalizers, and `*_maxima` feed `top_ids`.
     """
     if upto == "kl":
         return dict(zip(("forward_kl", "reverse_kl"), block.kls()))
@@ -503,8 +568,9 @@ def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor, *, upto: str) -> 
 
 
 def replace_neg_inf(logits_rV: Tensor) -> Tensor:
-    """Logits of -inf become so low that their probability is exactly 0, and finite; NaN and +inf
-    make a row NaN.
+    """Replace logits of -inf by finite ones so low that their probability is exactly 0.
+
+    NaN and +inf make a row NaN.
     """
     floor_r1 = logits_rV.amax(-1, keepdim=True) - ABSENT
     return torch.where(logits_rV == -torch.inf, floor_r1, logits_rV)
@@ -546,16 +612,24 @@ def _sampled(student: _Model, teacher: _Model, sampled_N: Tensor) -> dict[str, T
         "student_logprob": ln_p_N,
         "teacher_logprob": ln_q_N,
         "advantage": ln_q_N - ln_p_N,
-        "acceptance": (ln_q_N - ln_p_N).clamp(max=0).exp(),
+        "acceptance": acceptance(ln_q_N - ln_p_N),
     }
 
 
 def top_ids(logits_NV: Tensor, k: int, *, maxima_NG: Tensor | None = None) -> Tensor:
-    """Ids [N, min(k, V)] of the largest logits, largest first, ties to the lower id. Exact.
+    """Ids of the largest logits, largest first, ties to the lower id; exact.
 
     The k best ids lie in the k groups of GROUP ids whose maxima are largest (ties again to the
-    lower), so only those groups are searched. maxima_NG: [N, ceil(V / GROUP)] the groups' maxima
-    where already known."""
+    lower), so only those groups are searched.
+
+    Args:
+        logits_NV: [N, V].
+        k: Number of ids.
+        maxima_NG: [N, ceil(V / GROUP)] the groups' maxima, where they are known already.
+
+    Returns:
+        int64 [N, min(k, V)].
+    """
     vocabulary = logits_NV.shape[1]
     k = min(k, vocabulary)
     maxima_NG = _group(logits_NV, GROUP, torch.amax) if maxima_NG is None else maxima_NG
@@ -627,10 +701,11 @@ def _supports(
 
 
 def _tops(model: str, ids_NK: Tensor, ln_NK: Tensor) -> dict[str, Tensor]:
-    """Ids and probabilities of a model's likeliest tokens, a column each; ids are exact in
-    float64.
+    """Ids and probabilities of a model's most likely tokens, one column each.
+
+    Ids are exact in float64.
     """
-    columns = {}
+    columns: dict[str, Tensor] = {}
     for j in range(ids_NK.shape[1]):
         columns |= {
             f"{model}_top_{j}": ids_NK[:, j].double(),
@@ -662,7 +737,7 @@ def _support(
 
 
 def _union(ln_p_NU: Tensor, ln_q_NU: Tensor, union_NU: Tensor) -> dict[str, Tensor]:
-    """Measurements on U, p and q renormalised there; entries outside `union_NU` are repeats."""
+    """Measurements on U, p and q renormalized there; entries outside `union_NU` are repeats."""
     ln_p_NU = ln_p_NU.masked_fill(~union_NU, -torch.inf).log_softmax(-1)
     ln_q_NU = ln_q_NU.masked_fill(~union_NU, -torch.inf).log_softmax(-1)
     p_NU, q_NU = ln_p_NU.exp(), ln_q_NU.exp()
@@ -679,7 +754,7 @@ def _union(ln_p_NU: Tensor, ln_q_NU: Tensor, union_NU: Tensor) -> dict[str, Tens
 def _released(
     s_in_t_NK: Tensor, t_in_s_NK: Tensor, same_NKK: Tensor, p_s: Tensor, q_t: Tensor
 ) -> Tensor:
-    """The released training code's union KL, teacher first: each list renormalised, floored outside
+    """The released training code's union KL, teacher first: each list renormalized, floored outside
     itself.
     """
     floor = log(RELEASED_FLOOR)

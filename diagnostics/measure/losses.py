@@ -3,19 +3,19 @@
 With p the student's distribution, q the teacher's, y the sampled token, S the student's top K, z
 the student's logits, the value of a position in nats and its derivative in z:
 
-    forward_kl     KL(q||p), teacher first                                     p - q
-    reverse_kl     KL(p||q), student first                                     p (ln p - ln q - KL(p||q))
-    jsd            beta KL(q||m) + (1 - beta) KL(p||m),                        (1 - beta) p (ln p - ln m - KL(p||m))
+    forward_kl     KL(q||p), teacher first                 p - q
+    reverse_kl     KL(p||q), student first                 p (ln p - ln q - KL(p||q))
+    jsd            beta KL(q||m) + (1 - beta) KL(p||m),    (1 - beta) p (ln p - ln m - KL(p||m))
                    m = beta q + (1 - beta) p
-    sampled        -A ln p(y), A = ln q(y) - ln p(y) without derivative        A (p - [y])
-    topk_reverse   KL(p_S||q_S), both renormalised on S                        reverse_kl's, on S
+    sampled        -A ln p(y), A = ln q(y) - ln p(y)       A (p - [y]), with A held constant
+    topk_reverse   KL(p_S||q_S), renormalized on S         that of reverse_kl, on S
 
 `sampled` is the policy gradient on the sampled token: over y ~ p its derivative averages to
 reverse_kl's. beta = 0 of jsd is forward_kl and beta = 1 is reverse_kl, as in TRL's and Liger's
-generalised JSD: the interior form tends to 0 at both ends, so the ends are special cases, not
+generalized JSD: the interior form tends to 0 at both ends, so the ends are special cases, not
 limits.
 
-Reference: arXiv 2306.13649 (generalised JSD), arXiv 2605.26844 (loss on the sampled token).
+Reference: arXiv 2306.13649 (generalized JSD), arXiv 2605.26844 (loss on the sampled token).
 
 The reduction is the sum over positions of weight times value, over a denominator that the caller
 counts globally, so that accumulation and data parallelism leave the gradient unchanged.
@@ -75,22 +75,34 @@ def per_position(
     k: int = 16,
     advantage_N: Tensor | None = None,
 ) -> Tensor:
-    """The objective [N] of each position in nats, float64, differentiable once in the student's
-    logits.
+    """The objective of each position, differentiable once in the student's logits.
 
-    student_logits_NV, teacher_logits_NV: [N, V] over the same ids. sampled_N: [N] ids, used by
-    `sampled` only. beta: used by `jsd` only. k: used by `topk_reverse` only. advantage_N: [N]
-    replaces ln q(y) - ln p(y) in `sampled` (an advantage frozen earlier). Raises DiagnosticsError
-    for an unknown loss or a beta outside [0, 1]."""
+    Args:
+        student_logits_NV: [N, V], any floating dtype.
+        teacher_logits_NV: [N, V] over the same ids; no gradient flows into it.
+        sampled_N: [N] ids of the sampled tokens; only `sampled` uses them.
+        loss: One of LOSSES.
+        beta: Weight of the teacher in [0, 1]; only `jsd` uses it.
+        k: Size of the support in tokens; only `topk_reverse` uses it.
+        advantage_N: [N] replaces ln q(y) - ln p(y) in `sampled`, such as an advantage that was
+            frozen earlier.
+
+    Returns:
+        float64 [N] in nats; NaN where undefined.
+
+    Raises:
+        DiagnosticsError: The loss is unknown, beta lies outside [0, 1], or K is not positive.
+
+    Reference:
+        arXiv 2306.13649 (generalized JSD), arXiv 2605.26844 (loss on the sampled token).
+    """
     objective = _objective(loss, beta=beta, k=k)
     positions = _Positions(sampled_N, advantage_N)
     return _PerPosition.apply(student_logits_NV, teacher_logits_NV.detach(), positions, objective)
 
 
 def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
-    """Raise DiagnosticsError for an unknown loss, a beta outside [0, 1], or a K that is not
-    positive.
-    """
+    """Raise DiagnosticsError for an unknown loss, beta outside [0, 1], or K below 1."""
     if loss not in LOSSES:
         raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(LOSSES)}.")
     if not 0 <= beta <= 1:
@@ -103,11 +115,19 @@ def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
 
 
 def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
-    """Sum over positions of weight times value, divided by `denominator` (the global sum of
-    weights, or count).
+    """Sum over positions of weight times value, over a denominator.
 
-    A position of weight 0 does not count, whatever its value. Raises DiagnosticsError for a
-    denominator <= 0."""
+    Args:
+        values_N: [N] values of the positions, in nats.
+        weights_N: [N] weights. A position of weight 0 does not count, whatever its value.
+        denominator: The global sum of weights, or the global count of positions.
+
+    Returns:
+        A scalar in nats.
+
+    Raises:
+        DiagnosticsError: The denominator is not positive.
+    """
     _check_denominator(denominator)
     kept_N = weights_N != 0
     return (values_N[kept_N] * weights_N[kept_N]).sum() / denominator
@@ -128,33 +148,54 @@ def chunked_loss(
     advantage_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The reduced objective, a scalar in nats; logits and their derivative live for one chunk of
-    positions.
+    """The reduced objective, with the logits and their derivative of one chunk in memory.
 
-    Differentiable once in student_hidden_NH [N, H] and in the parameters that `student_logits`
-    uses. The derivatives are taken during the forward; the backward hands them over. weights_N:
-    [N]; positions of weight 0 are never projected. denominator: global, see `reduce`. chunk:
-    positions. The rest as in `per_position`."""
+    The result is differentiable once in `student_hidden_NH` and in the parameters that
+    `student_logits` uses. The derivatives are taken during the forward pass; the backward pass only
+    hands them over.
+
+    Args:
+        student_hidden_NH: [N, H] states of the student.
+        student_logits: Maps states [n, H] to logits [n, V].
+        teacher_hidden_NH: [N, H'] states of the teacher.
+        teacher_logits: The same map of the teacher; no gradient flows into it.
+        sampled_N: [N] ids of the sampled tokens.
+        loss: One of LOSSES.
+        weights_N: [N] weights; positions of weight 0 are never projected.
+        denominator: Global sum of weights or count of positions, as in `reduce`.
+        beta: As in `per_position`.
+        k: As in `per_position`.
+        advantage_N: As in `per_position`.
+        chunk: Positions per projection; None chooses a number by the vocabulary's size.
+
+    Returns:
+        A scalar in nats, float64 (float32 where the device has no float64).
+
+    Raises:
+        DiagnosticsError: As `per_position`, and for a denominator that is not positive.
+    """
     _check_denominator(denominator)
     objective = _objective(loss, beta=beta, k=k)
     nothing_0V = student_logits(student_hidden_NH[:0].detach())
     leaves = _leaves(nothing_0V)
     kept_n = weights_N.nonzero()[:, 0]
-    # Half of scoring's chunk: the logits' derivative stands beside them, and the head's gradient
-    # beside both.
+    # Half of scoring's chunk, since memory also holds the logits' derivative and the head's
+    # gradient.
     step = chunk or max(1, chunk_size(nothing_0V.shape[-1], nothing_0V.device) // 2)
     chunks = kept_n.split(step) if len(kept_n) else ()
 
     def chunk_value(at_n: Tensor, gradients: _Gradients | None) -> Tensor:
         """One chunk's part of the sum; its derivative goes to `gradients`."""
         hidden_nH = _at(student_hidden_NH, at_n).detach()
+        scale_n = to_float64(_at(weights_N, at_n)) / denominator
         positions = _Positions(
             _at(sampled_N, at_n),
-            _at(advantage_N, at_n),
-            to_float64(_at(weights_N, at_n)) / denominator,
+            None if advantage_N is None else _at(advantage_N, at_n),
+            scale_n,
         )
+        slope_nV: Tensor | None = None
         if gradients is None:
-            student_nV, slope_nV = student_logits(hidden_nH), None
+            student_nV = student_logits(hidden_nH)
         else:
             student_nV = gradients.trace(student_logits, hidden_nH)
             slope_nV = torch.empty_like(student_nV, requires_grad=False)
@@ -166,9 +207,9 @@ def chunked_loss(
             objective, student_nV.detach(), teacher_nV, positions, slope_NV=slope_nV
         )
         del teacher_nV
-        if gradients is not None:
+        if gradients is not None and slope_nV is not None:
             gradients.add(student_nV, slope_nV, at_n)
-        return (values_n * positions.scale_N.to(values_n.device)).sum()
+        return (values_n * scale_n.to(values_n.device)).sum()
 
     if torch.is_grad_enabled() and (student_hidden_NH.requires_grad or leaves):
         return _Chunked.apply(chunk_value, chunks, student_hidden_NH, *leaves)
@@ -193,7 +234,7 @@ def _objective(loss: str, *, beta: float, k: int) -> _Objective:
 
 @dataclass(frozen=True)
 class _Positions:
-    """What a loss takes besides logits."""
+    """What a loss takes in addition to logits."""
 
     sampled_N: Tensor
     advantage_N: Tensor | None
@@ -202,10 +243,9 @@ class _Positions:
 
     def __getitem__(self, rows: slice | Tensor) -> _Positions:
         return _Positions(
-            *(
-                None if x is None else x[rows]
-                for x in (self.sampled_N, self.advantage_N, self.scale_N)
-            )
+            self.sampled_N[rows],
+            None if self.advantage_N is None else self.advantage_N[rows],
+            None if self.scale_N is None else self.scale_N[rows],
         )
 
     def scaled(self, derivative_NV: Tensor) -> Tensor:
@@ -326,9 +366,8 @@ def _jsd(
 def _log_mixture_over_p(beta: float, block: Block, distributions_r2V: Tensor) -> Tensor:
     """log2 m - log2 p [r, V], m = beta q + (1 - beta) p, in the block's buffer of log2 p."""
     mixture_rV, ln_rV = block.spare_r2V.unbind(1)
-    torch.lerp(*distributions_r2V.unbind(1), beta, out=mixture_rV).clamp_(
-        min=torch.finfo(mixture_rV.dtype).tiny
-    )
+    p_rV, q_rV = distributions_r2V.unbind(1)
+    torch.lerp(p_rV, q_rV, beta, out=mixture_rV).clamp_(min=torch.finfo(mixture_rV.dtype).tiny)
     centred_rV = block.centred_r2V[:, 0]
     return torch.sub(torch.log2(mixture_rV, out=ln_rV), centred_rV, out=centred_rV).add_(
         block.total_r2[:, :1].log2().to(centred_rV)
@@ -452,7 +491,10 @@ class _Gradients:
 
     def add(self, logits_nV: Tensor, slope_nV: Tensor, at_n: Tensor) -> None:
         """Carry a derivative in the chunk's logits on to hidden states and parameters."""
-        inputs = [x for x in (self._input_nH, *self._leaves) if x.requires_grad]
+        input_nH = self._input_nH
+        if input_nH is None:
+            raise RuntimeError("add() follows trace(), once per chunk.")
+        inputs = [x for x in (input_nH, *self._leaves) if x.requires_grad]
         # Retained, since what a head uses may share a graph between chunks; this chunk's goes with
         # its logits.
         parts = dict(
@@ -463,8 +505,8 @@ class _Gradients:
                 ),
             )
         )
-        if self._hidden_NH is not None and parts[id(self._input_nH)] is not None:
-            self._hidden_NH[at_n.to(self._hidden_NH.device)] = parts[id(self._input_nH)]
+        if self._hidden_NH is not None and parts[id(input_nH)] is not None:
+            self._hidden_NH[at_n.to(self._hidden_NH.device)] = parts[id(input_nH)]
         for leaf in self._leaves:
             if parts[id(leaf)] is not None:
                 self.sum_of(leaf).add_(parts[id(leaf)])
@@ -491,11 +533,12 @@ class _Gradients:
 
 
 class _LinearsAddInPlace(TorchFunctionMode):
-    """Inside, a linear layer with a parameter (or a slice of one) as weight adds the weight's
-    derivative to the running sum.
+    """Make linear layers add their weight's derivative to the running sum.
 
-    Autograd would make one [V, H] tensor more for each chunk, which at full vocabulary is most of
-    the memory. Both F.linear and `projection.linear` are meant."""
+    This applies to F.linear and `projection.linear` while the mode is active, where the weight is a
+    parameter or a slice of one. Autograd would create one more [V, H] tensor for each chunk, which
+    at full vocabulary is most of the memory.
+    """
 
     def __init__(self, gradients: _Gradients):
         super().__init__()
@@ -577,8 +620,8 @@ def _leaves(output: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _at(values_N: Tensor | None, at_n: Tensor) -> Tensor | None:
-    return None if values_N is None else values_N[at_n.to(values_N.device)]
+def _at(values_N: Tensor, at_n: Tensor) -> Tensor:
+    return values_N[at_n.to(values_N.device)]
 
 
 def _sum(values: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -3,11 +3,11 @@
     z = h W' + b, every product and sum in float32 (float64 where either side is), never rounded to
     a narrower dtype
 
-bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by some 0.03, and a
-KL by 1e-2 nats. The states and weights of a narrow model are what they are; their product need not
-be. The head is widened a part of the vocabulary at a time, so that memory holds WIDENED_BYTES more
-and not a second head. On CUDA the matrix product itself takes narrow operands and gives float32,
-where torch offers that.
+bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by about 0.03, and a
+KL by 1e-2 nats. The states and weights of a narrow model are given; their product need not be
+rounded as well. The head is widened one part of the vocabulary at a time, so that memory holds
+WIDENED_BYTES more and not a second head. On CUDA the matrix product itself takes narrow operands
+and returns float32, where torch offers that.
 
 Autocast is off inside, since it would round the operands again. Derivatives are made in the wide
 dtype and rounded once, to the dtype of what they belong to.
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 WIDENED_BYTES = 32 * 2**20
-"""Of the head's weight that is held in the wide dtype at a time: large enough for a fast matrix
+"""Bytes of the head's weight that are held in the wide dtype at a time: enough for a fast matrix
 product.
 """
 NARROW = (torch.float16, torch.bfloat16)
@@ -44,8 +44,15 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def linear(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """`F.linear` whose result [n, V] is float32 at least, and whose sums are too. Differentiable
-    once.
+    """`F.linear` whose sums and result are at least float32; differentiable once.
+
+    Args:
+        states_nH: [n, H], any floating dtype.
+        weight_VH: [V, H], any floating dtype.
+        bias_V: [V], or None.
+
+    Returns:
+        Logits [n, V], float32, or float64 where either side is float64.
     """
     given = (states_nH, weight_VH, bias_V)
     if has_torch_function(tuple(x for x in given if x is not None)):
@@ -78,8 +85,9 @@ def _product(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Ten
 
 
 def _takes_narrow(weight_VH: Tensor) -> bool:
-    """True where torch multiplies narrow matrices into a float32 one. Found by trying, once a
-    device.
+    """True where torch multiplies narrow matrices into a float32 one.
+
+    This is found by trying, once per device and dtype.
     """
     if weight_VH.device.type != "cuda" or weight_VH.dtype not in NARROW:
         return False
@@ -126,6 +134,15 @@ def add_to_weight(sum_VH: Tensor, gradient_nV: Tensor, states_nH: Tensor) -> Non
     sum_VH.addmm_(gradient_nV.T.to(sum_VH.dtype), states_nH.to(sum_VH.dtype))
 
 
+def _to_weight(gradient_nV: Tensor, states_nH: Tensor, weight_VH: Tensor) -> Tensor:
+    """The derivative [V, H] in the weight, in the weight's dtype."""
+    to_weight_VH = torch.empty_like(weight_VH)
+    wide_nH = states_nH.to(gradient_nV.dtype)
+    for rows in _parts(weight_VH, gradient_nV.dtype):
+        to_weight_VH[rows] = (gradient_nV[:, rows].T @ wide_nH).to(weight_VH.dtype)
+    return to_weight_VH
+
+
 class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -139,33 +156,23 @@ class _Widened(torch.autograd.Function):
         states_nH, weight_VH = ctx.saved_tensors
         states, weight, bias = ctx.needs_input_grad
         with no_autocast(weight_VH.device.type):
-            to_weight = torch.empty_like(weight_VH) if weight else None
-            for rows in _parts(weight_VH, gradient_nV.dtype) if weight else ():
-                to_weight[rows] = (gradient_nV[:, rows].T @ states_nH.to(gradient_nV.dtype)).to(
-                    weight_VH.dtype
-                )
             return (
                 to_states(gradient_nV, weight_VH, states_nH.dtype) if states else None,
-                to_weight,
+                _to_weight(gradient_nV, states_nH, weight_VH) if weight else None,
                 gradient_nV.sum(0).to(ctx.bias_dtype) if bias else None,
             )
 
 
 @contextmanager
 def wide_head(model: nn.Module) -> Iterator[None]:
-    """While the block runs, the model's own logits leave its narrow output head in float32.
+    """Make a model's own logits leave its narrow output head in float32 while the block runs.
 
-    For models that are run whole: those that cannot be taken apart, and generation. A head that is
-    no plain linear layer, or that accelerate moves about or FSDP shards, stays as it is."""
+    This is for models that are run whole: those that cannot be taken apart, and generation. A head
+    that is not a plain linear layer, or that accelerate moves or FSDP shards, stays as it is.
+    """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    moved = head is not None and (hasattr(head, "_hf_hook") or "forward" in vars(head))
-    if (
-        not is_plain(head)
-        or head.weight.dtype not in NARROW
-        or moved
-        or type(head.weight) is not nn.Parameter
-    ):
+    if not isinstance(head, nn.Linear) or not _can_be_widened(head):
         yield
         return
 
@@ -173,11 +180,19 @@ def wide_head(model: nn.Module) -> Iterator[None]:
         logits_nV = linear(states_BTH.reshape(-1, states_BTH.shape[-1]), head.weight, head.bias)
         return logits_nV.view(*states_BTH.shape[:-1], -1)
 
-    head.forward = forward
+    head.forward = forward  # type: ignore[assignment]
     try:
         yield
     finally:
         del head.forward
+
+
+def _can_be_widened(head: nn.Linear) -> bool:
+    """A plain narrow head that stays where it is: accelerate's hooks and FSDP's shards replace
+    `forward` or the weight's class.
+    """
+    moved = hasattr(head, "_hf_hook") or "forward" in vars(head)
+    return head.weight.dtype in NARROW and not moved and type(head.weight) is nn.Parameter
 
 
 def is_plain(head: nn.Module | None) -> bool:

@@ -1,9 +1,9 @@
-"""A chat template renders in a process of its own, with bounds on time, memory and length.
+"""Chat templates, rendered in a process of their own with bounds on time, memory and length.
 
 A template is a program that came with a tokenizer. The library's sandbox keeps it from files and
 from the interpreter; nothing keeps it from looping for ever, or from writing without end. On Linux
-a forked process renders, and is ended when it takes longer, needs more or writes more than any real
-template does; elsewhere only the length is bounded."""
+a forked process renders. It is ended when it takes longer, needs more memory or writes more than
+any real template does. On other systems only the length is bounded."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections import Counter
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -30,13 +31,22 @@ MEMORY = 2 * 2**30
 conversation.
 """
 MEMORY_PER_BYTE = 64
-"""Further bytes for each byte of the conversation, which is copied some times at up to four bytes a
-character.
-"""
+"""Further bytes for each byte of the conversation, which is copied several times at up to four
+bytes per character."""
 LENGTH = 2**20
 """Characters that a template may write of its own."""
 LENGTH_PER_CHARACTER = 16
-"""Characters that it may write for each that it was given."""
+"""Further characters that a template may write for each character that it was given."""
+
+
+SHORT = 4096
+"""Bytes of a conversation that no honest template spends seconds on."""
+ENOUGH = 2
+"""Such conversations after which a template is asked no more: every prompt would take as long."""
+TOO_LONG = "it takes longer than"
+ENDLESS = f"it did not end for {ENOUGH} short conversations"
+_ended: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+"""How often each template of a tokenizer had to be ended."""
 
 
 class Template:
@@ -46,24 +56,32 @@ class Template:
         self.tokenizer, self._renderer = tokenizer, None
 
     def __call__(self, messages: list[dict], where: str, **arguments) -> str:
-        """The rendered text. Raises DiagnosticsError where the template refuses, fails or goes
-        beyond a bound.
+        """Render a conversation.
 
-        messages and arguments: plain values, as JSON has them. where: the row, for the error.
+        Args:
+            messages: Plain values, as JSON has them.
+            where: The row that holds the conversation, for errors.
+            arguments: Further arguments of the template, plain values as well.
+
+        Raises:
+            DiagnosticsError: The template refuses, fails or exceeds a bound.
         """
         try:
             request = json.dumps([messages, arguments])
         except (TypeError, ValueError, RecursionError) as error:
             raise DiagnosticsError(
                 f"{where}: {str(error)[:200]}. A chat template takes texts, numbers, lists and"
-                " objects. Mend that row."
+                " objects. Fix that row."
             ) from error
-        answer = self._answer(request)
+        template = str(arguments.get("chat_template") or self.tokenizer.chat_template)
+        ended = _ended.setdefault(self.tokenizer, Counter())
+        answer = self._answer(request) if ended[template] < ENOUGH else {"refused": ENDLESS}
+        ended[template] += TOO_LONG in answer.get("refused", "") and len(request) <= SHORT
         if "text" in answer:
             return answer["text"]
         raise DiagnosticsError(
             f"{where}: the chat template does not render this conversation ({answer['refused']})."
-            " Mend that row, or choose another template with --chat-template-kwargs"
+            " Fix that row, or choose another template with --chat-template-kwargs"
             " '{\"chat_template\": …}'."
         )
 
@@ -79,7 +97,7 @@ class Template:
 
 
 def _rendered(tokenizer, request: str) -> dict[str, str]:
-    """The text, or why there is none; a template may raise anything."""
+    """The rendered text, or the reason why there is none; a template may raise any error."""
     messages, arguments = json.loads(request)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
@@ -88,29 +106,25 @@ def _rendered(tokenizer, request: str) -> dict[str, str]:
     except Exception as error:
         return {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
     longest = LENGTH + LENGTH_PER_CHARACTER * len(request)
-    if not isinstance(text, str) or len(text) > longest:
-        return {
-            "refused": (
-                "it writes"
-                f" {f'{len(text)} characters, and {longest} are the most' if isinstance(text, str) else type(text).__name__}"
-            )
-        }
+    if not isinstance(text, str):
+        return {"refused": f"it writes {type(text).__name__}"}
+    if len(text) > longest:
+        return {"refused": f"it writes {len(text)} characters, and {longest} are the most"}
     return {"text": text}
 
 
 # --- the process that renders
-# -------------------------------------------------------------------------
 
 
 class _Renderer:
-    """The other end of the process; it is ended with this object."""
+    """The parent's end of a rendering process, which ends with this object."""
 
     def __init__(self, process: int, pipe: Connection):
         self.pipe, self.ended_by = pipe, ""
         self.close = weakref.finalize(self, _end, process, pipe, os.getpid())
 
     def ask(self, request: bytes) -> dict[str, str] | None:
-        """What the process answers; None where it ended or had to be, and `ended_by` says why."""
+        """Answer of the process; None where it ended or was ended, and `ended_by` says why."""
         late = False
         try:
             self.pipe.send_bytes(request)
@@ -121,7 +135,7 @@ class _Renderer:
             pass
         ended = self.close()
         if late or ended == signal.SIGXCPU:
-            self.ended_by = f"it takes longer than {SECONDS} seconds"
+            self.ended_by = f"{TOO_LONG} {SECONDS} seconds"
         else:
             self.ended_by = (
                 f"its process was ended by {signal.Signals(ended).name}"
@@ -151,8 +165,9 @@ def _start(tokenizer) -> _Renderer | None:
 
 
 def _end(process: int, pipe: Connection, owner: int) -> int:
-    """End the process, and return the signal that ended it before, 0 where none had; a fork of the
-    owner leaves it alone.
+    """End the process and return the signal that had ended it, or 0.
+
+    A fork of the owner leaves the process alone.
     """
     if os.getpid() != owner:
         return 0
@@ -168,11 +183,12 @@ def _end(process: int, pipe: Connection, owner: int) -> int:
 
 
 def _serve(tokenizer, pipe: Connection) -> None:
-    """Render what comes through the pipe until it closes; the forked process never leaves this
-    function.
+    """Render the requests of the pipe until it closes.
+
+    The forked process never leaves this function.
     """
     try:
-        gc.freeze()  # nothing of the parent's is ever finalised here
+        gc.freeze()  # nothing of the parent's is ever finalized here
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.closerange(3, pipe.fileno())  # locks and devices are the parent's

@@ -16,13 +16,15 @@ WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
 
 
 class Models:
-    """The pair of a command, loaded when a stage first needs it, and its identity for the
-    manifest.
+    """The pair of a command, loaded when a stage first needs it, and its identity.
+
+    Args:
+        config: A `PairConfig`.
+        alone: Whether a student without a teacher is enough, as for sampling responses.
     """
 
     def __init__(self, config, *, alone: bool = False):
         self.config, self.alone = config, alone
-        """alone: a student without a teacher will do, for writing."""
 
     @cached_property
     def pair(self):
@@ -33,7 +35,7 @@ class Models:
 
     @property
     def settings(self) -> dict:
-        """What names the pair; where it runs is left out."""
+        """Settings that name the pair; devices are left out."""
         named = {
             key: value for key, value in dataclasses.asdict(self.config).items() if key not in WHERE
         }
@@ -41,7 +43,7 @@ class Models:
 
     @property
     def writer_settings(self) -> dict:
-        """The same without a remote teacher's file, which is made from what the student wrote."""
+        """The same without a top-K teacher's file, which is made from the student's responses."""
         return {
             key: value
             for key, value in self.settings.items()
@@ -49,15 +51,13 @@ class Models:
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """What each model is made of: a hash over its local files, or the commit of a Hugging Face
-        id.
-        """
+        """Identity of each model: a hash over local files, or the commit of a Hugging Face id."""
         return dict(self._fingerprint)
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
         from diagnostics.models.loading import base_folder
-        from diagnostics.models.pair import named_pair
+        from diagnostics.models.named_pairs import named_pair
 
         settings = self.settings
         if settings["pair"] is not None:
@@ -88,8 +88,14 @@ class Models:
 
 
 def file_hash(name: str, path: str | None) -> dict[str, str]:
-    """The hash of a file of prompts, or of a local data set's files, for the settings of the stage
-    that reads it.
+    """Hash of a prompt file or of a local data set, for the settings of the stage that reads it.
+
+    Args:
+        name: Name of the setting; the entry is called `<name>_sha256`.
+        path: The file or folder, with or without `hf:` before it.
+
+    Returns:
+        One entry, or none where there is no such file or folder.
     """
     place = Path((path or "").removeprefix("hf:"))
     if path and os.path.isdir(place):

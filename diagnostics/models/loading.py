@@ -1,17 +1,16 @@
-"""What a model can come from: a folder or a Hugging Face id, a LoRA adapter, a GGUF file, quantised
-weights.
+"""Loading models: folders, Hugging Face ids, LoRA adapters, GGUF files, quantized weights.
 
 An *adapter* (a folder or id with adapter_config.json, as PEFT writes it) is merged into the base
 model that it names, in the dtype asked for: W + scale * B A. Where it touches one end of tied
 weights (head and embedding), the ends are untied first, and the merged model must give the adapted
-model's own logits. From then on it is a model like any other, and a step moves all of its weights,
+model's own logits. Afterwards it is a model like any other, and a step moves all of its weights,
 not the adapter's alone. A *GGUF* file (`FOLDER/FILE.gguf`, or `ID/FILE.gguf` on Hugging Face) is
-dequantised to the dtype asked for. *int8* and *nf4* are bitsandbytes' weights, made while loading;
-they and checkpoints that were saved so need CUDA, and serve for a teacher only.
+dequantized to the dtype asked for. *int8* and *nf4* are bitsandbytes' weights, made while loading;
+they, and checkpoints that were saved in these formats, need CUDA and serve as teachers only.
 
-Weights are read from safetensors or GGUF, never from a format that can run code. Code that a folder
-brings along (`auto_map`, custom_generate) is never run, and no flag allows it. A model whose file
-lacks weights is refused: the library would draw them at random."""
+Weights are read from safetensors or GGUF, never from a format that can run code. Code in a model's
+folder (`auto_map`, custom_generate) is never run, and no flag allows it. A model whose file lacks
+weights is refused, since the library would draw them at random."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +31,9 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.limits import check_weights, parse_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("diagnostics")
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +41,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-QUANTISED = ("int8", "nf4")
+QUANTIZED = ("int8", "nf4")
+SOURCE_FACTS = "source_facts"
+"""Attribute of a loaded model that says what is special about its source, for the manifest."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_COUNTED = 10_000
 """Most layers or experts that a config may name: the largest known models have a few hundred of
@@ -53,19 +57,28 @@ TRIED_TOKENS = 16
 """Tokens of the short sequence on which a merged model is compared with the adapted one."""
 
 
-def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> nn.Module:
-    """One causal language model in eval mode on its device. A model already in memory is moved, not
-    copied.
+def load_model(source, revision: str | None = None, *, dtype: str, device: str) -> PreTrainedModel:
+    """Load one causal language model in eval mode on its device.
 
-    source: see the module's head. dtype: one of DTYPES or QUANTISED. What is special about the
-    source is left in the model's `source_facts`, for the manifest. Raises DiagnosticsError for a
-    source that cannot be loaded."""
+    Args:
+        source: Folder, Hugging Face id, adapter or GGUF file, as in the head of this module; or a
+            model in memory, which is moved and not copied.
+        revision: Branch, tag or commit of a Hugging Face id.
+        dtype: One of DTYPES or QUANTIZED.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Returns:
+        The model. Its attribute `source_facts` holds what the manifest records of the source.
+
+    Raises:
+        DiagnosticsError: The source cannot be loaded.
+    """
     place = resolve_device(distributed.local_device(device))
     if isinstance(source, nn.Module):
-        return source.to(place).eval()
-    if dtype not in (*DTYPES, *QUANTISED):
+        return move(cast("PreTrainedModel", source), place).eval()
+    if dtype not in (*DTYPES, *QUANTIZED):
         raise DiagnosticsError(
-            f"Unknown dtype {dtype!r}. Known are {', '.join((*DTYPES, *QUANTISED))}."
+            f"Unknown dtype {dtype!r}. Known are {', '.join((*DTYPES, *QUANTIZED))}."
         )
     if is_gguf(source):
         model, facts = _load_gguf(str(source), revision, dtype)
@@ -73,13 +86,28 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
         model, facts = _load_adapter(folder, dtype, place)
     else:
         model, facts = _load_plain(source, revision, dtype, place)
-    model.source_facts = facts
-    return model.eval() if "quantised" in facts else model.to(place).eval()
+    setattr(model, SOURCE_FACTS, facts)
+    # Quantised weights were made on their device and cannot be moved.
+    return model.eval() if "quantised" in facts else move(model, place).eval()
+
+
+def move(model: PreTrainedModel, place: torch.device | str) -> PreTrainedModel:
+    """Move a model to a device, in place, and return it."""
+    movable: Any = model  # transformers' own `to` hides its arguments from a type checker
+    return movable.to(place)
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
-    """The tokenizer beside a model; an adapter without one has its base model's. Raises
-    DiagnosticsError where there is none.
+    """Load the tokenizer that belongs to a model.
+
+    An adapter without a tokenizer has its base model's.
+
+    Args:
+        source: As in `load_model`, but not a model in memory.
+        revision: Branch, tag or commit of a Hugging Face id.
+
+    Raises:
+        DiagnosticsError: There is no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -105,15 +133,13 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
 
 def is_gguf(source) -> bool:
-    """The source names a GGUF file."""
+    """Whether a source names a GGUF file."""
     return isinstance(source, (str, Path)) and str(source).endswith(".gguf")
 
 
 def _load_plain(
     source, revision: str | None, dtype: str, place: torch.device
-) -> tuple[nn.Module, dict]:
-    from transformers import AutoConfig
-
+) -> tuple[PreTrainedModel, dict]:
     check_weights(source)
     _check_config(source, revision)
     options: dict[str, Any] = {
@@ -121,34 +147,33 @@ def _load_plain(
         "use_safetensors": True,
         "dtype": DTYPES.get(dtype, torch.bfloat16),
     }
-    saved = (
-        getattr(
-            _from_source(AutoConfig, source, "model", revision=revision),
-            "quantization_config",
-            None,
-        )
-        or {}
-    )
-    method = (
-        saved.get("quant_method")
-        if isinstance(saved, dict)
-        else getattr(saved, "quant_method", None)
-    )
-    kind = (
-        dtype if dtype in QUANTISED else str(getattr(method, "value", method)) if method else None
-    )
+    kind = dtype if dtype in QUANTIZED else _saved_method(source, revision)
     if kind is None:
         return _whole(source, **options), {}
-    if dtype in QUANTISED or kind.startswith("bitsandbytes"):
+    if dtype in QUANTIZED or kind.startswith("bitsandbytes"):
         _require_cuda(kind, source, place)
-    if dtype in QUANTISED:
+    if dtype in QUANTIZED:
         options["quantization_config"] = _bitsandbytes(dtype)
     return _whole(source, device_map={"": place}, **options), {"quantised": kind}
 
 
-def _whole(source, **options) -> nn.Module:
-    """The model with every weight from its file: what the file lacks the library would draw at
-    random.
+def _saved_method(source, revision: str | None) -> str | None:
+    """Method by which a checkpoint's weights were quantized; None for plain weights."""
+    from transformers import AutoConfig
+
+    config = _from_source(AutoConfig, source, "model", revision=revision)
+    saved = getattr(config, "quantization_config", None) or {}
+    if isinstance(saved, dict):
+        method = saved.get("quant_method")
+    else:
+        method = getattr(saved, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def _whole(source, **options) -> PreTrainedModel:
+    """A model whose weights all come from its file.
+
+    The library would draw missing weights at random, so they are refused.
     """
     from transformers import AutoModelForCausalLM
 
@@ -160,7 +185,7 @@ def _whole(source, **options) -> nn.Module:
         raise DiagnosticsError(
             f"{source} lacks {len(lacking)} of the weights that its config.json asks for"
             f" ({', '.join(lacking[:3])}); they would be drawn at random. Save the whole model"
-            " again, or mend its config.json."
+            " again, or fix its config.json."
         )
     if spare:
         log.warning(
@@ -174,8 +199,9 @@ def _whole(source, **options) -> nn.Module:
 
 
 def _check_config(source, revision: str | None) -> None:
-    """Refuse a config.json that asks for code or for more parts than any model has, before anything
-    is built from it.
+    """Refuse a config.json that asks for code, or for more parts than any model has.
+
+    This happens before anything is built from it.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -194,7 +220,7 @@ def _check_config(source, revision: str | None) -> None:
         ):
             raise DiagnosticsError(
                 f"The config.json of {source} asks for {name} = {value:,}, and {MOST_COUNTED:,} is"
-                " the most that is built. Mend it."
+                " the most that is built. Fix it."
             )
         if name.endswith("_implementation") and "/" in str(value):
             raise DiagnosticsError(
@@ -210,7 +236,7 @@ def _check_config(source, revision: str | None) -> None:
 
 
 def _named(settings: dict) -> Iterator[tuple[str, Any]]:
-    """Every name with its value, at any depth."""
+    """Every name with its value, at any depth of nested settings."""
     waiting = [settings]
     while waiting:
         for name, value in waiting.pop().items():
@@ -239,11 +265,11 @@ def _bitsandbytes(dtype: str):
     )
 
 
-def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[nn.Module, dict]:
+def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[PreTrainedModel, dict]:
     from transformers import GgufConfig
 
     _require("gguf", "GGUF files")
-    if dtype in QUANTISED:
+    if dtype in QUANTIZED:
         raise DiagnosticsError(
             f"{source} is a GGUF file, which is dequantised when it is read; {dtype} would quantise"
             " it again. Use bfloat16 or float32."
@@ -261,8 +287,9 @@ def _load_gguf(source: str, revision: str | None, dtype: str) -> tuple[nn.Module
 
 
 def adapter_folder(source, revision: str | None = None) -> Path | None:
-    """The folder with an adapter's two files, fetched where the source is a Hugging Face id; None
-    for a whole model.
+    """Folder with an adapter's two files; None for a whole model.
+
+    The files are fetched where the source is a Hugging Face id.
     """
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -274,7 +301,8 @@ def adapter_folder(source, revision: str | None = None) -> Path | None:
     try:
         if find_adapter_config_file(str(source), revision=revision) is None:
             return None
-        return Path(cached_file(str(source), ADAPTER_WEIGHTS, revision=revision)).parent
+        found = cached_file(str(source), ADAPTER_WEIGHTS, revision=revision)
+        return None if found is None else Path(found).parent
     except (OSError, ValueError):
         return None
 
@@ -294,7 +322,8 @@ def _cached_adapter(source: str, revision: str | None) -> Path | None:
 
     if not all(_is_cached(source, file, revision) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         return None
-    return Path(try_to_load_from_cache(source, ADAPTER_CONFIG, revision=revision)).parent
+    settings = try_to_load_from_cache(source, ADAPTER_CONFIG, revision=revision)
+    return Path(settings).parent if isinstance(settings, str) else None
 
 
 def _adapter_settings(folder: Path) -> dict[str, Any]:
@@ -327,9 +356,7 @@ def _adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def _require_base(folder: Path, base: str) -> None:
-    """The base model is a folder that is there, with a model of its own in it, or a plain Hugging
-    Face id.
-    """
+    """Refuse a base model that is neither an existing folder with a model nor a Hugging Face id."""
     named = f"The adapter in {folder} names the base model {base!r}"
     if Path(base).is_dir():
         if (Path(base) / ADAPTER_CONFIG).is_file():
@@ -345,19 +372,17 @@ def _require_base(folder: Path, base: str) -> None:
 
 
 def base_folder(source, revision: str | None = None) -> Path | None:
-    """The local folder of the base model that a local adapter is merged into; None where there is
-    none.
-    """
+    """Local folder of the base model of a local adapter; None where there is none."""
     if not isinstance(source, (str, Path)) or not (Path(source) / ADAPTER_CONFIG).is_file():
         return None
     base = Path(_adapter_settings(Path(source))["base_model_name_or_path"])
     return base if base.is_dir() else None
 
 
-def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Module, dict]:
+def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[PreTrainedModel, dict]:
     settings = _adapter_settings(folder)
     base = settings["base_model_name_or_path"]
-    if dtype in QUANTISED:
+    if dtype in QUANTIZED:
         raise DiagnosticsError(
             f"{folder} is an adapter, which is merged into its base model; that cannot be done in"
             f" {dtype}. Use bfloat16 or float32."
@@ -382,7 +407,7 @@ def _load_adapter(folder: Path, dtype: str, place: torch.device) -> tuple[nn.Mod
     return merged, facts | {"adapter_sha256": sha256_file(folder / ADAPTER_WEIGHTS)}
 
 
-def _merge(model: nn.Module, folder: Path) -> nn.Module:
+def _merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with the adapter merged. Raises DiagnosticsError where the adapter does not fit, or
     where the merged model would be another than the adapted one."""
     from peft import PeftModel
@@ -407,9 +432,9 @@ def _merge(model: nn.Module, folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _tried(model: nn.Module) -> torch.Tensor:
-    """Logits [T, V] on a short sequence of ids from all over the vocabulary."""
-    size = model.get_input_embeddings().weight.shape[0]
+def _tried(model: PreTrainedModel) -> torch.Tensor:
+    """Logits [T, V] on a short sequence of ids spread over the vocabulary."""
+    size = len(cast("torch.Tensor", model.get_input_embeddings().weight))
     ids_BT = (
         torch.linspace(0, size - 1, TRIED_TOKENS).long()[None].to(next(model.parameters()).device)
     )
@@ -417,9 +442,7 @@ def _tried(model: nn.Module) -> torch.Tensor:
 
 
 def _require_same(adapted_TV: torch.Tensor, merged_TV: torch.Tensor, folder: Path) -> None:
-    """The merged model gives the adapted one's logits, but for what rounding each merged weight to
-    the dtype makes of them.
-    """
+    """Refuse a merged model whose logits differ from the adapted model's by more than rounding."""
     difference = float((adapted_TV - merged_TV).abs().max())
     if not difference <= torch.finfo(merged_TV.dtype).eps ** 0.5 * (
         1 + float(adapted_TV.abs().max())
@@ -433,17 +456,18 @@ def _require_same(adapted_TV: torch.Tensor, merged_TV: torch.Tensor, folder: Pat
 
 
 def _untie(adapted: nn.Module) -> bool:
-    """Give every owner of a shared weight a copy of its own where an adapter touches one of them.
+    """Give every owner of a shared weight its own copy where an adapter touches one of them.
 
-    A merge writes into the weight, and would change the other owners too: a head's adapter the
-    embedding, and the other way round."""
-    owners: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+    A merge writes into the weight and would change its other owners too: an adapter of the head
+    would change the embedding, and the other way round.
+    """
+    owners: dict[int, list[tuple[nn.Module, str, nn.Parameter, bool]]] = {}
     touched = tuple(f"{name}." for name, module in adapted.named_modules() if _is_adapter(module))
     for name, module in adapted.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(
-                    (module, key, f"{name}.".startswith(touched))
+                    (module, key, parameter, f"{name}.".startswith(touched))
                 )
     shared = [
         group
@@ -451,8 +475,7 @@ def _untie(adapted: nn.Module) -> bool:
         if len(group) > 1 and any(adapter for *_, adapter in group)
     ]
     for group in shared:
-        for module, key, _ in group[1:]:
-            own = module._parameters[key]
+        for module, key, own, _ in group[1:]:
             module._parameters[key] = nn.Parameter(
                 own.detach().clone(), requires_grad=own.requires_grad
             )
@@ -466,10 +489,13 @@ def _is_adapter(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-def _settle_ties(merged: nn.Module) -> None:
-    """Head and embedding that were tied and came out equal are tied again; others are recorded as
-    untied, so that a checkpoint of the model holds both."""
-    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+def _settle_ties(merged: PreTrainedModel) -> None:
+    """Tie head and embedding again where they came out equal.
+
+    Otherwise they are recorded as untied, so that a checkpoint of the model holds both.
+    """
+    head: Any = merged.get_output_embeddings()
+    embedding: Any = merged.get_input_embeddings()
     ties = getattr(merged, "all_tied_weights_keys", None)
     if head is None or not ties or head.weight is embedding.weight:
         return
@@ -483,14 +509,14 @@ def _settle_ties(merged: nn.Module) -> None:
 
 
 ANSWERED = ("tie_word_embeddings", "no longer tied after merging")
-"""Words of the library's warnings about tied weights, which are untied before an adapter is
-merged.
-"""
+"""Words of PEFT's warnings about tied weights. They are dropped, since the weights are untied
+before an adapter is merged."""
 
 
 def _pass_on(said: list[warnings.WarningMessage], folder: Path, *, untied: bool) -> None:
-    """Refuse or repeat what the library warned of: it may be about the numbers. Notices for
-    developers are left out.
+    """Refuse or repeat the warnings of PEFT, which may concern the numbers.
+
+    Notices for developers are left out.
     """
     for message in dict.fromkeys(
         str(entry.message)
@@ -513,13 +539,15 @@ def _pass_on(said: list[warnings.WarningMessage], folder: Path, *, untied: bool)
 
 
 def _require_fit(adapted: nn.Module, folder: Path) -> None:
-    """Every low-rank factor of the model comes from the file, and every one in the file is used:
-    PEFT passes over either.
+    """Refuse an adapter whose low-rank factors are not exactly those of the model.
+
+    PEFT silently skips factors that are missing on either side.
     """
     from safetensors import safe_open
 
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        there = {name for name in file.keys() if ".lora_" in name and "magnitude" not in name}
+        in_file = list(file.keys())
+    there = {name for name in in_file if ".lora_" in name and "magnitude" not in name}
     here = {
         name.replace(".default", "")
         for name, _ in adapted.named_parameters()
@@ -537,8 +565,7 @@ def _from_source(loader, source, what: str, **options):
     _quiet_bars_in_logs()
     if not isinstance(source, (str, Path)):
         raise DiagnosticsError(
-            f"No {what} came with {type(source).__name__}. Pass tokenizer=… beside models in"
-            " memory."
+            f"No {what} came with {type(source).__name__}. Pass tokenizer=… with models in memory."
         )
     place = str(source)
     if is_gguf(source):
@@ -550,7 +577,7 @@ def _from_source(loader, source, what: str, **options):
 
 
 def _no(what: str, source) -> tuple[str, str]:
-    """How the refusal of a source begins and ends."""
+    """Beginning and end of the error for a source that cannot be loaded."""
     return (
         f"No {what} can be loaded from {str(source)!r}",
         (
@@ -561,7 +588,7 @@ def _no(what: str, source) -> tuple[str, str]:
 
 
 def _attempt(load: Callable[[], Any], what: str, remedy: str) -> Any:
-    """The result, or a DiagnosticsError with the reason of what went wrong."""
+    """The result of `load`, whose errors become a DiagnosticsError with their reason."""
     try:
         return load()
     except (DiagnosticsError, torch.OutOfMemoryError, MemoryError):
@@ -577,9 +604,7 @@ def _attempt(load: Callable[[], Any], what: str, remedy: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message, with the second where the first announces it by a
-    colon.
-    """
+    """First line of an error's message, and the second where the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:400]
     return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) or not said else said
@@ -594,7 +619,7 @@ def _require(package: str, what: str) -> None:
 
 
 def _quiet_bars_in_logs() -> None:
-    """Loading bars are for terminals, as ours are."""
+    """Hide the library's loading bars in logs, as this program hides its own."""
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
@@ -602,17 +627,15 @@ def _quiet_bars_in_logs() -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises DiagnosticsError for a device that is not
-    there.
+    """The device of a name; `auto` is CUDA where there is one, then MPS, then the CPU.
+
+    Raises:
+        DiagnosticsError: The machine has no such device.
     """
     if device == "auto":
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -624,15 +647,22 @@ def resolve_device(device: str) -> torch.device:
 
 
 def shared_template(student, teacher) -> dict[str, Any]:
-    """Let one chat template serve both models, and say which.
+    """Let one chat template serve both models, and record which one.
 
-    student, teacher: tokenizers. The student's template renders every prompt; a student without one
-    takes the teacher's. Returns what the manifest records: whose it is, its hash, a short example,
-    and the same of the teacher's where that differs. A pair without templates gives {}."""
+    The student's template renders every prompt; a student without one takes the teacher's.
+
+    Args:
+        student: Tokenizer of the student; it receives the teacher's template where it has none.
+        teacher: Tokenizer of the teacher.
+
+    Returns:
+        Facts for the manifest: whose template it is, its hash, a short example, and the same of the
+        teacher's template where that differs. {} for a pair without templates.
+    """
     own, other = (getattr(tokenizer, "chat_template", None) for tokenizer in (student, teacher))
     if not (own or other):
         return {}
-    facts = {"of": "student" if own else "teacher"}
+    facts: dict[str, Any] = {"of": "student" if own else "teacher"}
     if not own:
         student.chat_template = other
         log.warning("the student's tokenizer has no chat template: the teacher's is used for both")

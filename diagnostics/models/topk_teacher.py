@@ -1,5 +1,4 @@
-"""A teacher that is known by lists of its likeliest tokens alone: what a server returns, stored in
-a file.
+"""A top-K teacher, known by lists of its most likely tokens alone: what a server returns.
 
 At a position the file holds a list L of token ids with ln q(v). The rest of the teacher's mass, r =
 1 - sum over L of q, is one bucket. With P = sum outside L of p, the student's mass there:
@@ -11,9 +10,10 @@ At a position the file holds a list L of token ids with ln q(v). The rest of the
     compatibility     sum over S & L of q                          at most C
 
 Merging tokens into a bucket can only lower an f-divergence (data processing), and a longer list
-only raises it; a list of the whole vocabulary gives the exact values. What needs q of one token is
-exact where L holds it and NaN elsewhere; what needs the teacher's top K is exact up to the list's
-depth and left out beyond it. `types.Column.listed` says for each column which of these it is.
+only raises it; a list of the whole vocabulary gives the exact values. A measurement that needs q of
+one token is exact where L holds that token and NaN otherwise; one that needs the teacher's top K is
+exact up to the list's depth and left out beyond it. `core.schema.Column.listed` says for each
+column which case it is.
 
 The bucket is carried as a full distribution: the teacher's tail takes the shape of the student's,
 
@@ -22,16 +22,16 @@ The bucket is carried as a full distribution: the teacher's tail takes the shape
 for KL(q^||p) is the bucketed KL, and so for KL(p||q^), JS and every f-divergence. Among the
 teachers that the list allows, q^ is the nearest to the student; therefore the derivative in the
 student's logits with q^ held still *is* that of the bucketed divergence (the envelope theorem), and
-the probe steps on the student's exact gradient of the bucketed loss. A gain is then the exact fall
+the probe steps on the student's exact gradient of the bucketed loss. A gain is then the exact drop
 of the bound, which is no bound of the exact gain.
 
-The file, JSONL or parquet: one row a context with `context_id` and, for each response token in
-turn, the lists `top_ids` and `top_logprobs` (natural, temperature 1); or one row a position with
-`position` besides. `response_ids` (`token_id`) may come along, and are then compared with the
-contexts'. A list is the server's top K, with the sampled token appended where the server does that.
-Values that stand for "not listed" (-9999, -100, -1e30, a floor) are no log-probabilities: such
-entries are read as absent, and counted. Lists that fit the response one place further on are
-refused, and so are logarithms to another base.
+The file is JSONL or parquet. It holds one row per context, with `context_id` and, for each response
+token in turn, the lists `top_ids` and `top_logprobs` (natural logarithms, temperature 1); or one
+row per position, with `position` in addition. `response_ids` (`token_id`) are optional; where
+present they are compared with the contexts'. A list is the server's top K, with the sampled token
+appended where the server does that. Values that stand for "not listed" (-9999, -100, -1e30, a
+floor) are no log-probabilities: such entries are read as absent, and counted. Lists that are
+shifted against the response are refused, and so are logarithms to another base.
 
 Axes: N positions, n of a chunk, K entries of the longest list (shorter ones end in id -1), V
 vocabulary."""
@@ -51,6 +51,7 @@ from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
+from diagnostics.core.formulas import acceptance
 from diagnostics.core.rows import missing, read_rows, require_unicode
 from diagnostics.core.schema import require_columns, support_column
 from diagnostics.core.types import Bank, Context
@@ -59,11 +60,11 @@ from diagnostics.measure.divergences import Logits, to_float64
 
 log = logging.getLogger("diagnostics")
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "sampled")
-"""Losses that a list determines; `sampled` where it holds every sampled token."""
+"""Losses that lists determine; `sampled` only where they hold every sampled token."""
 TAIL_FLOOR = 1e-6
-"""Least mass of the bucket: what log-probabilities rounded to six digits leave open."""
+"""Least mass of the bucket: the error of log-probabilities that are rounded to six digits."""
 TOO_MUCH = 0.01
-"""Mass beyond 1 from which a list is no list of probabilities."""
+"""Mass above 1 beyond which a list does not hold probabilities."""
 LEAST = -103.3
 """Below ln of the least number that float32 holds: no softmax in float32 gives a probability there,
 so the value is a sign.
@@ -104,38 +105,45 @@ class Lists:
     ln_q_TK: np.ndarray
     """float64, -inf there."""
     sampled_T: tuple[int, ...] | None
-    """The response as the file has it."""
+    """Response ids as in the file; None where the file has none."""
 
 
 class Completed:
-    """A listed teacher's logits, which take the student's to be whole."""
+    """Logits of a top-K teacher, which need the student's to be completed."""
 
     def __call__(self, lists_n2K: Tensor) -> Tensor:
-        """Never to be called: the lists alone are no distribution."""
-        raise TypeError("a teacher known by lists has logits only beside a student's")
+        """Refuse: the lists alone are not a distribution."""
+        raise TypeError("a teacher known by lists has logits only together with a student's")
 
-    def given(self, lists_n2K: Tensor, student_nV: Tensor) -> Tensor:
+    def completed_by(self, lists_n2K: Tensor, student_nV: Tensor) -> Tensor:
         """ln q^ [n, V] of the module's head, on the student's device."""
         return completed(student_nV, *unpacked(lists_n2K.to(student_nV.device)))
 
 
 class TopKTeacher:
-    """Stands where a `Readout` does, for everything that scores frozen contexts."""
+    """Takes the place of a `Readout` in everything that scores frozen contexts.
+
+    Args:
+        lists: Lists of each context, by context id.
+        vocabulary: Number of the student's ids.
+        name: Path of the file, for messages and the manifest.
+        absent: Number of entries of the file that were read as not listed.
+    """
 
     sharded, apart = False, True
 
     def __init__(self, lists: dict[str, Lists], *, vocabulary: int, name: str, absent: int = 0):
         self.lists, self.name, self.absent = lists, name, absent
-        """absent: entries of the file that were read as not listed."""
         self.vocabulary = self.full_vocabulary = vocabulary
         self.logits = Completed()
         self.width = max(entry.ids_TK.shape[1] for entry in lists.values())
 
     def depth(self, bank: Bank) -> int:
-        """How many of the teacher's likeliest tokens every list of the bank holds for sure.
+        """Number of the teacher's most likely tokens that every list of the bank certainly holds.
 
-        The shortest list's length; one less where all are equally long and hold the sampled token,
-        as the least likely at some position, for then it may stand there because it was sampled.
+        This is the shortest list's length. It is one less where all lists are equally long and hold
+        the sampled token, and where that is the least likely entry at some position: the server may
+        have appended it because it was sampled.
         """
         found = [
             _shape_of(self.lists[context.context_id], context.response_ids)
@@ -153,7 +161,7 @@ class TopKTeacher:
             if entry is not None and len(entry.ids_TK) != len(context.response_ids):
                 raise DiagnosticsError(
                     f"{self.name} has {len(entry.ids_TK)} lists for context {context.context_id!r},"
-                    f" whose response has {len(context.response_ids)} tokens. Give one list a"
+                    f" whose response has {len(context.response_ids)} tokens. Give one list per"
                     " response token, the first for the token right after the prompt."
                 )
             if (
@@ -178,9 +186,7 @@ class TopKTeacher:
         self._require_places(bank)
 
     def _require_places(self, bank: Bank) -> None:
-        """Refuse lists that hold the response's tokens at another place than their own; say where
-        they hold them seldom.
-        """
+        """Refuse lists that are shifted against the response; warn of sampled tokens not listed."""
         found = [
             (self.lists[context.context_id].ids_TK, np.array(context.response_ids))
             for context in bank
@@ -212,7 +218,15 @@ class TopKTeacher:
             )
 
     def states(self, contexts: Sequence[Context], at_n: tuple[Tensor, Tensor]) -> Tensor:
-        """The lists [n, 2K] at the positions of a batch, ids before log-probabilities; float64."""
+        """Packed lists at the positions of a batch.
+
+        Args:
+            contexts: Contexts of the batch.
+            at_n: Indices [n] of the context and [n] of the token before the position.
+
+        Returns:
+            float64 [n, 2K], ids before log-probabilities.
+        """
         rows = []
         for which, when in zip(*(index_n.tolist() for index_n in at_n)):
             entry, t = (
@@ -234,7 +248,7 @@ class TopKTeacher:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest records."""
+        """Facts for the manifest."""
         masses = np.concatenate([np.exp(entry.ln_q_TK).sum(1) for entry in self.lists.values()])
         return {
             "name": Path(self.name).name,
@@ -251,9 +265,7 @@ class TopKTeacher:
 def _held_at(
     ids_TK: np.ndarray, response_T: np.ndarray, shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the lists that have a token `shift` places on: whether they hold their own token, and
-    whether that one.
-    """
+    """For lists with a token `shift` places later: whether they hold their own, and that one."""
     lists = ids_TK[max(0, -shift) : len(ids_TK) - max(0, shift)]
     own, other = (response_T[max(0, -shift) + by :][: len(lists), None] for by in (0, shift))
     return (lists == own).any(1), (lists == other).any(1)
@@ -266,9 +278,7 @@ def _widened(values_K: np.ndarray, width: int, filler: float) -> np.ndarray:
 def _shape_of(
     entry: Lists, response_ids: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each list [T]: its length, whether it holds the sampled token, and whether as its least
-    likely.
-    """
+    """Of each list [T]: length, whether it holds the sampled token, and whether that comes last."""
     there_TK, sampled_T1 = entry.ids_TK >= 0, np.array(response_ids)[:, None]
     least_T1 = np.take_along_axis(
         entry.ids_TK, np.where(there_TK, entry.ln_q_TK, np.inf).argmin(1)[:, None], 1
@@ -277,15 +287,20 @@ def _shape_of(
 
 
 # --- the file
-# ---------------------------------------------------------------------------------------------
 
 
 def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
-    """A file of top-K log-probabilities as a teacher.
+    """Read a file of top-K log-probabilities as a teacher.
 
-    vocabulary: number of the student's ids. Raises DiagnosticsError for a file that cannot be read,
-    rows that are no lists, ids outside the vocabulary or twice in a list, and log-probabilities
-    that are not finite or add up to more than 1."""
+    Args:
+        path: JSONL or parquet file, as in the head of this module.
+        vocabulary: Number of the student's ids.
+
+    Raises:
+        DiagnosticsError: The file cannot be read, a row holds no lists, an id lies outside the
+            vocabulary or appears twice in a list, or log-probabilities are not finite or add up to
+            more than 1.
+    """
     frame = read_rows(Path(path), text=True)
     require_columns(
         frame,
@@ -305,7 +320,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
         context: _arrays(*parts[:2], f"{path}, context {context!r}")
         for context, parts in rows.items()
     }
-    signs = {context: entry for context, entry in zip(raw, absent_entries(list(raw.values())))}
+    signs = dict(zip(raw, absent_entries(list(raw.values()))))
     lists = {
         context: _lists(
             *raw[context],
@@ -323,7 +338,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
         absent=int(sum(sign.sum() for sign in signs.values())),
     )
     _require_natural(teacher)
-    _say(teacher)
+    _warn_of_bounds(teacher)
     if teacher.absent:
         values = np.concatenate([raw[context][1][sign] for context, sign in signs.items()])
         log.warning(
@@ -336,7 +351,7 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
     return teacher
 
 
-def _say(teacher: TopKTeacher) -> None:
+def _warn_of_bounds(teacher: TopKTeacher) -> None:
     tails = np.concatenate([1 - np.exp(entry.ln_q_TK).sum(1) for entry in teacher.lists.values()])
     log.warning(
         "%s: the teacher is known by lists of %d tokens; on average %.2g of its mass lies outside"
@@ -347,7 +362,7 @@ def _say(teacher: TopKTeacher) -> None:
     )
     if (tails <= 2 * TAIL_FLOOR).mean() > 0.99 and teacher.width < teacher.vocabulary:
         log.warning(
-            "%s: nearly every list adds up to 1. If the server renormalised them, nothing measured"
+            "%s: nearly every list adds up to 1. If the server renormalized them, nothing measured"
             " with them is right",
             teacher.name,
         )
@@ -361,8 +376,8 @@ def _by_context(frame: pd.DataFrame, path) -> Rows:
     repeated = frame["context_id"][frame["context_id"].duplicated()]
     if len(repeated):
         raise DiagnosticsError(
-            f"{path} has two rows for context {repeated.iloc[0]!r}. Give one row a context, or a"
-            " `position` column and one row a position."
+            f"{path} has two rows for context {repeated.iloc[0]!r}. Give one row per context, or a"
+            " `position` column and one row per position."
         )
     responses = frame["response_ids"] if "response_ids" in frame else [None] * len(frame)
     return {
@@ -378,7 +393,7 @@ def _by_context(frame: pd.DataFrame, path) -> Rows:
 
 
 def _by_position(frame: pd.DataFrame, path) -> Rows:
-    rows = {}
+    rows: Rows = {}
     frame = frame.assign(
         position=pd.to_numeric(frame["position"].astype(str), errors="coerce")
     ).sort_values("position", kind="stable")
@@ -386,7 +401,7 @@ def _by_position(frame: pd.DataFrame, path) -> Rows:
         if part["position"].tolist() != list(range(len(part))):
             raise DiagnosticsError(
                 f"{path}: the positions of context {context!r} are not 0 to {len(part) - 1}. Give"
-                " one row a response token, from 0."
+                " one row per response token, from 0."
             )
         sampled = (
             _ids(part["token_id"].tolist(), f"{path}, context {context!r}")
@@ -402,7 +417,7 @@ def _ids(values, where: str) -> tuple[int, ...]:
         return tuple(int(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:
         raise DiagnosticsError(
-            f"{where}: the sampled tokens should be whole numbers; found {str(values)[:60]!r}. Mend"
+            f"{where}: the sampled tokens should be whole numbers; found {str(values)[:60]!r}. Fix"
             " that row."
         ) from error
 
@@ -418,12 +433,11 @@ def _arrays(ids: Sequence, values: Sequence, where: str) -> tuple[np.ndarray, np
     if ids_TK.shape != values_TK.shape or _lengths(ids) != _lengths(values):
         raise DiagnosticsError(
             f"{where}: top_ids and top_logprobs do not have the same lengths. Give one"
-            " log-probability an id."
+            " log-probability per id."
         )
     if np.isnan(ids_TK).sum() != ids_TK.size - sum(_lengths(ids)):
         raise DiagnosticsError(
-            f"{where}: top_ids should be a list of lists of numbers, and holds a gap. Mend that"
-            " row."
+            f"{where}: top_ids should be a list of lists of numbers, and holds a gap. Fix that row."
         )
     there_TK = np.arange(ids_TK.shape[1]) < np.array(_lengths(ids))[:, None]
     ids_TK = np.where(there_TK, ids_TK, -1)
@@ -439,12 +453,17 @@ def _lengths(rows: Sequence) -> list[int]:
 
 
 def absent_entries(raw: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Which entries [T, K] of each context's (ids, values) hold a sign for "not listed" in place of
-    a log-probability.
+    """Find entries that hold a sign for "not listed" in place of a log-probability.
 
-    By the constants at the module's head: values that no softmax gives, whole numbers far below the
-    rest of their list, and a number that many different lists share to the last bit. Values are NaN
-    after the end of a list."""
+    Such signs are values that no softmax gives, whole numbers far below the rest of their list, and
+    a number that many different lists share to the last bit (see the constants of this module).
+
+    Args:
+        raw: Ids [T, K] and values [T, K] of each context; values are NaN after the end of a list.
+
+    Returns:
+        bool [T, K] of each context, True where the entry is such a sign.
+    """
     floors = _floors(raw)
     return [
         (values_TK < LEAST) | _stands_apart(values_TK) | np.isin(values_TK, floors)
@@ -459,9 +478,7 @@ def _stands_apart(values_TK: np.ndarray) -> np.ndarray:
 
 
 def _floors(raw: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The values that a server writes for all tokens below them, from what repeats over different
-    lists.
-    """
+    """Values that repeat over different lists: a server writes them for all tokens below."""
     distinct = {
         values_K[~np.isnan(values_K)].tobytes() for _, values_TK in raw for values_K in values_TK
     }
@@ -495,18 +512,19 @@ def _lists(
     vocabulary: int,
     where: str,
 ) -> Lists:
-    """Checked lists of one context without absent entries, their mass brought to at most 1 -
-    TAIL_FLOOR unless they hold the whole vocabulary.
+    """Checked lists of one context, without absent entries.
+
+    Their mass is scaled to at most 1 - TAIL_FLOOR unless they hold the whole vocabulary.
     """
     there_TK = ~np.isnan(values_TK) & ~absent_TK
     if (ids_TK[there_TK] < 0).any():
         raise DiagnosticsError(
-            f"{where}: top_ids holds an id below 0. Give one finite log-probability an id."
+            f"{where}: top_ids holds an id below 0. Give one finite log-probability per id."
         )
     if not there_TK.any(1).all():
         raise DiagnosticsError(
             f"{where} has a list in which every value stands for a token outside it"
-            f" ({np.nanmax(values_TK):.6g} …). Give the teacher's likeliest tokens."
+            f" ({np.nanmax(values_TK):.6g} …). Give the teacher's most likely tokens."
         )
     ids_TK, ln_q_TK = (
         np.where(there_TK, ids_TK, -1).astype(np.int64),
@@ -520,8 +538,9 @@ def _lists(
 
 
 def _require_natural(teacher: TopKTeacher) -> None:
-    """Refuse logarithms to base 2: their powers of two add up to 1 or little less at many
-    positions, and to more at none.
+    """Refuse logarithms to base 2.
+
+    Their powers of two add up to 1 or slightly less at many positions, and to more at none.
     """
     deep = [
         entry.ln_q_TK[(entry.ids_TK >= 0).sum(1) >= BASE_2_DEPTH]
@@ -545,12 +564,12 @@ def _padded(rows: Sequence, filler: float, where: str, name: str) -> np.ndarray:
         parts = [np.asarray(row, dtype=np.float64) for row in rows]
     except (TypeError, ValueError, OverflowError) as error:
         raise DiagnosticsError(
-            f"{where}: {name} should be a list of lists of numbers ({str(error)[:80]}). Mend that"
+            f"{where}: {name} should be a list of lists of numbers ({str(error)[:80]}). Fix that"
             " row."
         ) from error
     if not parts or any(part.ndim != 1 or not len(part) for part in parts):
         raise DiagnosticsError(
-            f"{where}: {name} should be a list of lists of numbers, none of them empty. Mend that"
+            f"{where}: {name} should be a list of lists of numbers, none of them empty. Fix that"
             " row."
         )
     width = max(map(len, parts))
@@ -581,7 +600,6 @@ def _check_lists(ids_TK: np.ndarray, ln_q_TK: np.ndarray, vocabulary: int, where
 
 
 # --- what the lists determine
-# --------------------------------------------------------------------------------
 
 
 def unpacked(lists_n2K: Tensor) -> tuple[Tensor, Tensor]:
@@ -630,11 +648,23 @@ def measure_hidden(
     tops: int = 0,
     student_dropped: Logits | None = None,
 ) -> dict[str, Tensor]:
-    """`divergences.measure_hidden` with a teacher's lists [N, 2K] in place of its hidden states.
+    """Measure every position with a teacher's lists in place of its hidden states.
 
-    depth: top tokens that every list holds. Returns the columns of `types.SCHEMA` that lists
-    determine, and `teacher_tail_mass`; which are bounds is in `Column.listed`. float64 [N], nats
-    and probabilities."""
+    Args:
+        student_hidden_NH: [N, H] states of the student.
+        student_logits: Maps states [n, H] to logits [n, V].
+        lists_N2K: [N, 2K] packed lists (`TopKTeacher.states`).
+        sampled_N: [N] ids of the sampled tokens.
+        depth: Number of the teacher's most likely tokens that every list holds.
+        k: Size of the supports, as in `divergences.measure_hidden`.
+        sweep: Further K.
+        tops: Number of most likely tokens that are returned; at most `depth` of the teacher's.
+        student_dropped: As in `divergences.measure_hidden`.
+
+    Returns:
+        float64 [N] by column name, in nats and probabilities: the columns of `core.schema.SCHEMA`
+        that lists determine (`Column.listed` says which are bounds), and `teacher_tail_mass`.
+    """
     step = divergences.chunk_size(
         student_logits(student_hidden_NH[:0]).shape[-1], student_hidden_NH.device
     )
@@ -672,9 +702,7 @@ def _measured(
     sweep: Sequence[int],
     tops: int,
 ) -> dict[str, Tensor]:
-    """Divergences from the completed teacher; everything else from the lists alone, whose mass it
-    puts right.
-    """
+    """Divergences from the completed teacher, everything else from the lists and their mass."""
     whole = divergences.measure(student_nV, completed(student_nV, ids_nK, ln_q_nK), sampled_n, k=1)
     out = divergences.measure_hidden(
         student_nV,
@@ -696,7 +724,7 @@ def _measured(
     held_n = (ids_nK == sampled_n[:, None]).any(1).to(mass_n.device)
     out["teacher_logprob"] = torch.where(held_n, out["teacher_logprob"] + mass_n.log(), torch.nan)
     out["advantage"] = out["teacher_logprob"] - out["student_logprob"]
-    out["acceptance"] = out["advantage"].clamp(max=0).exp()
+    out["acceptance"] = acceptance(out["advantage"])
     for name in out:
         if name.startswith(("compatibility", "teacher_top_")) and (
             name.endswith("_p") or name.startswith("compatibility")
@@ -718,8 +746,9 @@ def _defined(
     k: int,
     sweep: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Without the columns that need more of the teacher's top than the lists hold, and NaN where
-    the student's top is not all listed.
+    """Drop columns that need more of the teacher's top than the lists hold.
+
+    Columns over the union are NaN where the student's top is not listed completely.
     """
     vocabulary = student_nV.shape[1]
     top_nK = divergences.top_ids(student_nV, max(k, *sweep, 1))
@@ -746,8 +775,13 @@ def _defined(
 
 
 def require_loss(teacher, loss: str, advantage_N: np.ndarray, weights_N: np.ndarray) -> None:
-    """Raise DiagnosticsError for a loss that a listed teacher leaves open; any other teacher has
-    them all.
+    """Raise DiagnosticsError for a loss that a top-K teacher does not determine.
+
+    Args:
+        teacher: The pair's teacher; one that can be run determines every loss.
+        loss: Name of the loss.
+        advantage_N: [N] ln q(y) - ln p(y), NaN where the sampled token is not listed.
+        weights_N: [N] weights of the positions in the loss.
     """
     if not isinstance(teacher, TopKTeacher):
         return
@@ -765,7 +799,12 @@ def require_loss(teacher, loss: str, advantage_N: np.ndarray, weights_N: np.ndar
 
 
 def refuse(teacher, what: str) -> None:
-    """Raise DiagnosticsError where something needs a teacher that can be run."""
+    """Raise DiagnosticsError for a top-K teacher where a teacher must be run.
+
+    Args:
+        teacher: The pair's teacher.
+        what: What needs it, as the subject of the error's sentence.
+    """
     if isinstance(teacher, TopKTeacher):
         raise DiagnosticsError(
             f"{what} needs a teacher that can be run, and this one is known by the lists in"

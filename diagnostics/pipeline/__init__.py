@@ -1,0 +1,1 @@
+"""Run directories and commands: from the command line to finished stages and back."""

@@ -1,14 +1,14 @@
-"""The command line: `python -m diagnostics STAGE --output-dir DIR …`.
+"""The command line: `python -m diagnostics COMMAND --output-dir DIR …`.
 
 Exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used (one
-paragraph on stderr says why and what to do); 130 stopped by the user, 143 by a signal, 141 where
-the reader of the output went. Anything else is a fault of this program and shows its traceback."""
+paragraph on stderr says why and what to do); 130 stopped by the user, 143 by a signal, 141 when the
+reader of the output has gone. Anything else is a fault of this program and shows its traceback.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import logging
 import os
@@ -23,13 +23,27 @@ from diagnostics import __version__
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import set_quiet
+from diagnostics.pipeline import stages
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
+from diagnostics.pipeline.registry import (
+    BY_NAME,
+    COMMANDS,
+    PAIR,
+    Job,
+    Stage,
+    do,
+    flags_of,
+    load_configs,
+)
+from diagnostics.pipeline.run import open_run
 
 log = logging.getLogger("diagnostics")
-EXIT_CODES = """exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used, with one paragraph on
-stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went. The same command again goes on where an interrupted one was."""
+EXIT_CODES = """\
+exit codes: 0 done; 1 a repeated run has other files; 2 the input or the machine cannot be used,
+with one paragraph on stderr; 130 stopped by the user, 143 by a signal, 141 by a reader that went.
+The same command again continues an interrupted one."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-"""What the disk, not this program, is to blame for."""
+"""Errors for which the disk, not this program, is to blame."""
 NAMES = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -39,145 +53,9 @@ NAMES = (
     errno.EMFILE,
     errno.ENFILE,
 )
-"""What a path that was given, or the number of open files, is to blame for."""
+"""Errors for which a given path, or the number of open files, is to blame."""
 BROKEN_PIPE = 141
-"""Whoever read the output has stopped: as a shell counts a program that SIGPIPE ended."""
-
-EXAMPLES = {
-    "run": (
-        "python -m diagnostics run --pair embedded --output-dir reports/demo\n  python -m"
-        " diagnostics run --student ./small --teacher ./large --prompts prompts.jsonl --output-dir"
-        " reports/mine"
-    ),
-    "rollout": (
-        "python -m diagnostics rollout --pair embedded --contexts 64 --output-dir reports/mine\n "
-        " python -m diagnostics rollout --student ./small --teacher ./large --rollouts"
-        " rollout_data/40.jsonl --prompts prompts.jsonl --output-dir reports/mine"
-    ),
-    "score": (
-        "python -m diagnostics score --pair embedded --output-dir reports/mine\n  python -m"
-        " diagnostics score --pair embedded --after reports/trained/student --output-dir"
-        " reports/mine"
-    ),
-    "probe": (
-        "python -m diagnostics probe --pair embedded --loss forward_kl --output-dir reports/mine"
-    ),
-    "analyze": (
-        "python -m diagnostics analyze --output-dir reports/mine\n"
-        "  python -m diagnostics analyze --tokens token_bank.csv --output-dir reports/theirs"
-    ),
-    "compare": (
-        "python -m diagnostics compare --output-dir reports/mine --criteria"
-        " divergence,teachability,tip --budgets 0.01,0.05,0.1"
-    ),
-    "intervene": (
-        "python -m diagnostics intervene --pair embedded --criteria divergence,teachability"
-        " --budgets 0.05,0.3 --output-dir reports/mine"
-    ),
-    "attribute": (
-        "python -m diagnostics attribute --pair embedded --full-kernel --output-dir reports/mine"
-    ),
-    "report": (
-        "python -m diagnostics report reports/mine\n"
-        "  python -m diagnostics report --compare reports/demo reports/smollm2 --output-dir reports"
-    ),
-    "train": (
-        "python -m diagnostics train --pair embedded --criterion teachability --budget 0.05 --steps"
-        " 100 --output-dir reports/trained\n  accelerate launch -m diagnostics train --student"
-        " ./small --teacher ./large --prompts prompts.jsonl --output-dir reports/trained"
-    ),
-    "validate": (
-        "python -m diagnostics validate --pair embedded --offline reports/demo --output-dir"
-        " reports/validation"
-    ),
-    "rerun": (
-        "python -m diagnostics rerun reports/demo/manifest.json --output-dir reports/again\n "
-        " python -m diagnostics rerun reports/mine/manifest.json --inputs ./small ./large"
-        " prompts.jsonl --output-dir reports/again"
-    ),
-    "criteria": "python -m diagnostics criteria",
-}
-PURPOSE = {
-    "run": "the whole main job: rollout, score, probe, analyze, report",
-    "rollout": (
-        "sample one response a prompt from the student and freeze it, or freeze responses that were"
-        " sampled elsewhere"
-    ),
-    "score": "measure every response position of the frozen contexts",
-    "probe": "take one OPD step, re-score the same positions, restore the student",
-    "analyze": "write the tables of the study from tokens.parquet",
-    "compare": "what each criterion would have captured of the gains, at each budget",
-    "intervene": "one step with loss on the selected positions only, for each criterion and budget",
-    "attribute": "first-order gains, and where a position's gain comes from",
-    "report": (
-        "draw the figures and write report.html from the run's files alone, or set several runs"
-        " side by side"
-    ),
-    "train": "TA-OPD: train the student on the positions that a criterion selects",
-    "validate": "a grid of short trainings: do the probe's conclusions survive them?",
-    "rerun": "repeat a run from its manifest and compare every file's hash",
-    "criteria": "list the registered selection criteria",
-}
-
-
-STAGES = {
-    "rollout": (
-        "models.pair.PairConfig",
-        "contexts.prompts.PromptConfig",
-        "contexts.rollouts.RolloutConfig",
-        "contexts.import_rollouts.ImportConfig",
-    ),
-    "score": ("models.pair.PairConfig", "probing.scores.ScoreConfig"),
-    "probe": (
-        "models.pair.PairConfig",
-        "probing.one_step.ProbeConfig",
-        "probing.scores.ScoreConfig",
-    ),
-    "analyze": ("analysis.config.AnalysisConfig",),
-    "report": (),
-}
-STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
-STAGES["compare"] = ("analysis.selection.ComparisonConfig", "analysis.config.AnalysisConfig")
-STAGES["intervene"] = (
-    "models.pair.PairConfig",
-    "probing.one_step.ProbeConfig",
-    "probing.intervention.InterventionConfig",
-    "analysis.config.AnalysisConfig",
-    "probing.scores.ScoreConfig",
-)
-STAGES["attribute"] = (
-    "models.pair.PairConfig",
-    "probing.one_step.ProbeConfig",
-    "probing.attribution.AttributionConfig",
-    "analysis.config.AnalysisConfig",
-    "probing.scores.ScoreConfig",
-)
-STAGES["train"] = (
-    "models.pair.PairConfig",
-    "contexts.prompts.PromptConfig",
-    "training.run.TrainConfig",
-    "training.run.EngineConfig",
-    "training.evaluation.EvaluationConfig",
-)
-STAGES["validate"] = (
-    "models.pair.PairConfig",
-    "contexts.prompts.PromptConfig",
-    "training.grid.ValidateConfig",
-    "training.run.EngineConfig",
-    "training.evaluation.EvaluationConfig",
-    "analysis.config.AnalysisConfig",
-)
-
-
-def _configs(command: str) -> tuple[type, ...]:
-    """A command's dataclasses; loaded by name so that commands without a model never import
-    torch.
-    """
-    pairs = (name.rsplit(".", 1) for name in STAGES.get(command, ()))
-    return tuple(
-        getattr(importlib.import_module(f"diagnostics.{module}"), config)
-        for module, config in pairs
-    )
+"""The exit code when the reader of the output has stopped: 128 + SIGPIPE, as shells count it."""
 
 
 def program() -> str:
@@ -187,109 +65,48 @@ def program() -> str:
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser with one subcommand a stage; with `only`, the other subcommands get no flags."""
+    """Build the parser, with one subcommand per command of the registry.
+
+    Args:
+        only: A command; the others get no flags from configurations, whose modules are then not
+            imported. None gives every command all of its flags.
+    """
     parser = Parser(
         prog=program(),
         description="Which of a teacher's token-level signals can this student learn from?",
         epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"opd-diagnostics {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
-    for name in PURPOSE:
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"opd-diagnostics {__version__}",
+        help="print the version and exit",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in COMMANDS:
+        examples = "\n".join(f"  {program()} {example}" for example in stage.example)
         command = commands.add_parser(
-            name,
-            help=PURPOSE[name],
-            description=PURPOSE[name],
-            epilog=f"example:\n  {EXAMPLES[name].replace('python -m diagnostics', program())}",
+            stage.name,
+            help=stage.purpose,
+            description=stage.purpose,
+            epilog=f"example:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        configs = _configs(name) if only in (None, name) else ()
-        command.set_defaults(configs=configs)
-        command.add_argument(
-            "--quiet", action="store_true", help="only warnings and errors on stderr"
-        )
-        command.add_argument(
-            "--json", action="store_true", help="print the result as one JSON object"
-        )
-        if name in STAGES:
-            command.add_argument(
-                "--output-dir", required=name != "report", help="the run's directory"
-            )
-            add_flags(command, *configs)
-        if name == "report":
-            _report_flags(command)
-        if "models.pair.PairConfig" in STAGES.get(name, ()):
-            command.add_argument(
-                "--accept-code",
-                action="store_true",
-                help="keep finished stages that another version of this program measured",
-            )
-        if name == "rerun":
-            command.add_argument("manifest", help="manifest.json of a finished run")
-            command.add_argument("--output-dir", required=True, help="a new directory")
-            command.add_argument(
-                "--inputs",
-                nargs="+",
-                default=(),
-                metavar="PATH",
-                help=(
-                    "models, prompts and runs that the manifest names and that do not lie beside it"
-                ),
-            )
-            command.add_argument(
-                "--device", default="auto", help="where the models run (default: auto)"
-            )
-        if name == "validate":
-            command.add_argument(
-                "--offline",
-                help=(
-                    "run directory of a finished main job, whose answers are compared with the"
-                    " trainings"
-                ),
-            )
-        if name == "score":
-            command.add_argument(
-                "--after", help="a trained student: add its after-columns and gains to the table"
-            )
-        if name == "analyze":
-            command.add_argument(
-                "--training", help="run directory of a finished validation, for claim C5"
-            )
-            command.add_argument(
-                "--k",
-                type=int,
-                help="K of an imported table's columns, where the table does not say it",
-            )
-        if name in ("analyze", "compare"):
-            command.add_argument(
-                "--seed", type=int, default=0, help="seed of the bootstrap (default: 0)"
-            )
-            command.add_argument(
-                "--tokens",
-                help=(
-                    "read this token table (ours, or one of the released scripts') instead of the"
-                    " run's own"
-                ),
-            )
+        _add_flags(command, stage, load_configs(stage.name) if only in (None, stage.name) else {})
     return parser
 
 
-def _report_flags(command: argparse.ArgumentParser) -> None:
+def _add_flags(command: argparse.ArgumentParser, stage: Stage, configs: dict[str, type]) -> None:
+    """Give a command its own flags, those of its configurations, and those of every command."""
+    command.set_defaults(configs=configs)
     command.add_argument(
-        "directory", nargs="?", metavar="DIR", help="the run's directory, the same as --output-dir"
+        "--quiet", action="store_true", help="print only warnings and errors on stderr"
     )
-    command.add_argument(
-        "--contexts",
-        type=int,
-        default=24,
-        help="contexts shown token by token, 0 for none (default: 24)",
-    )
-    command.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="DIR",
-        help="finished runs to set side by side, in compare.html of --output-dir",
-    )
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    for own in flags_of(stage):
+        own.add(command)
+    add_flags(command, *configs.values())
 
 
 class Terminated(KeyboardInterrupt):
@@ -338,17 +155,14 @@ def _command(arguments: list[str]) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader has gone, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter complains once more at its end
+        # Python flushes stdout once more at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return code
 
 
 def printable(text: str) -> str:
-    """Text whose control and direction characters are written out: names in files from elsewhere
-    may steer a terminal.
-    """
+    """Write control and direction characters out: a stranger's file could steer a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
         for c in text
@@ -356,7 +170,7 @@ def printable(text: str) -> str:
 
 
 class _Printable(logging.Formatter):
-    """Log lines as `printable` has them."""
+    """Passes every log line through `printable`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -364,8 +178,9 @@ class _Printable(logging.Formatter):
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, with the lock given back and no unfinished file. A
-    launcher's processes just end.
+    """Let SIGTERM end a run as Ctrl-C does: the lock is given back, and no file is left unfinished.
+
+    Processes of a launcher just end, because the launcher decides for all of them.
     """
     if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -382,7 +197,7 @@ def _sigterm_stops() -> Iterator[None]:
 
 
 def _fault_of_the_machine(error: Exception) -> str | None:
-    """What to say where disk or memory gave out, None for anything else."""
+    """Say what to do when disk or memory gave out; None for any other error."""
     first = (str(error).splitlines() or [""])[0][:200]
     if (
         isinstance(error, MemoryError)
@@ -397,7 +212,7 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in NAMES:
         return (
             f"{str(error.filename or 'A path')[:120]} cannot be opened ({error.strerror}). Name a"
-            " file or folder that can be."
+            " file or folder that can be opened."
         )
     if isinstance(error, OSError) and error.errno in DISK:
         return (
@@ -435,22 +250,14 @@ def _criteria() -> dict:
 def _rerun(parsed: argparse.Namespace) -> dict:
     from diagnostics.pipeline import reproduce
 
-    def do(arguments: list[str]) -> None:
-        command = [
-            *arguments,
-            *(
-                ["--device", parsed.device]
-                if "models.pair.PairConfig" in STAGES[arguments[0]]
-                else []
-            ),
-        ]
-        _stage(build_parser(command[0]).parse_args(command))
+    def repeat(arguments: list[str]) -> None:
+        device = ["--device", parsed.device] if PAIR in BY_NAME[arguments[0]].configs else []
+        _stage(build_parser(arguments[0]).parse_args([*arguments, *device]))
 
     table = reproduce.rerun(
         Path(parsed.manifest),
         Path(parsed.output_dir),
-        configs=_configs,
-        do=do,
+        do=repeat,
         inputs=[Path(path) for path in parsed.inputs],
     )
     different = int((~table["same"]).sum())
@@ -467,9 +274,6 @@ def _rerun(parsed: argparse.Namespace) -> dict:
 
 
 def _report(parsed: argparse.Namespace) -> dict:
-    from diagnostics.pipeline.run import open_run
-    from diagnostics.pipeline.stages import report_stage
-
     if (parsed.directory is None) == (parsed.output_dir is None):
         raise DiagnosticsError(
             "A report goes into one directory: name it as DIR, or with --output-dir."
@@ -484,86 +288,16 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run:
-        return {"report": str(report_stage(run, contexts=parsed.contexts))}
+        return {"report": str(stages.report_stage(run, contexts=parsed.contexts))}
 
 
 def _stage(parsed: argparse.Namespace) -> dict:
-    from diagnostics.models import identity
-    from diagnostics.pipeline import stages
-    from diagnostics.pipeline.run import open_run
+    """Run a command that works on one run directory."""
+    from diagnostics.models.identity import Models
 
-    configs = {config.__name__: read_flags(parsed, config) for config in parsed.configs}
+    configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
         models = (
-            identity.Models(configs["PairConfig"], alone=parsed.command == "rollout")
-            if "PairConfig" in configs
-            else None
+            Models(configs[PAIR], alone=parsed.command == "rollout") if PAIR in configs else None
         )
-        if parsed.command in ("run", "rollout"):
-            stages.rollout_stage(
-                run,
-                models,
-                configs["PromptConfig"],
-                configs["RolloutConfig"],
-                configs["ImportConfig"],
-            )
-        if parsed.command in ("run", "score"):
-            stages.score_stage(run, models, configs["ScoreConfig"])
-        if getattr(parsed, "after", None):
-            stages.after_stage(
-                run, models, parsed.after, batch_tokens=configs["ScoreConfig"].batch_tokens
-            )
-        if parsed.command == "train":
-            stages.train_stage(
-                run,
-                models,
-                *(
-                    configs[name]
-                    for name in ("PromptConfig", "TrainConfig", "EngineConfig", "EvaluationConfig")
-                ),
-            )
-        if parsed.command == "validate":
-            stages.validate_stage(
-                run,
-                models,
-                *(configs[name] for name in ("PromptConfig", "ValidateConfig", "EvaluationConfig")),
-                offline=parsed.offline,
-                analysis=configs["AnalysisConfig"],
-                engine=configs["EngineConfig"],
-            )
-        if parsed.command in ("run", "probe"):
-            stages.probe_stage(
-                run,
-                models,
-                configs["ProbeConfig"],
-                batch_tokens=configs["ScoreConfig"].batch_tokens,
-            )
-        if parsed.command in ("intervene", "attribute"):
-            stage, own = (
-                (stages.intervene_stage, "InterventionConfig")
-                if parsed.command == "intervene"
-                else (stages.attribute_stage, "AttributionConfig")
-            )
-            stage(
-                run,
-                models,
-                *(configs[name] for name in ("ProbeConfig", own, "AnalysisConfig")),
-                batch_tokens=configs["ScoreConfig"].batch_tokens,
-            )
-        if getattr(parsed, "tokens", None):
-            stages.import_tokens(run, Path(parsed.tokens))
-        if parsed.command == "compare":
-            stages.compare_stage(
-                run, configs["ComparisonConfig"], configs["AnalysisConfig"], seed=parsed.seed
-            )
-        if parsed.command in ("run", "analyze"):
-            stages.analyze_stage(
-                run,
-                configs["AnalysisConfig"],
-                seed=parsed.seed,
-                training=getattr(parsed, "training", None),
-                k=parsed.k if parsed.command == "analyze" else None,
-            )
-        if parsed.command == "run":
-            return {"report": str(stages.report_stage(run))}
-        return {"output_dir": str(run.directory)}
+        return do(Job(parsed.command, run, models, configs, parsed))

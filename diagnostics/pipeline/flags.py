@@ -1,15 +1,18 @@
-"""Flags from dataclass fields: a stage's settings are written once, beside the code that reads
-them.
+"""Flags from the fields of dataclasses, so that a setting is written once, beside its reader.
 
-A field's type gives the flag's type, its default the default, and its metadata `help` and
-`choices`. `a_name` becomes `--a-name`, a bool `--name/--no-name`, a tuple of numbers a
-comma-separated list. Stages that share a field name share the flag."""
+The type of a field gives the type of the flag, its default the default, and its metadata `help` and
+`choices`. `a_name` becomes `--a-name`, a bool becomes `--name/--no-name`, and a tuple becomes a
+comma-separated list. Configurations of one command that share a field name share the flag.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from diagnostics.core.errors import DiagnosticsError
 
@@ -44,15 +47,42 @@ BOUNDS = {
     "save_every": (0, 10**9),
     "probe_every": (0, 10**9),
 }
-"""Least and most of a flag's number wherever it appears: what lies outside is a slip of the hand,
-or would fill the memory.
+"""Least and most of a flag's number wherever it appears. A value outside is a typing error, or
+would fill the memory, so it is rejected.
 """
 
 
+Recorded = Literal["always", "maybe", "never"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag, or a positional argument, that no configuration holds."""
+
+    names: tuple[str, ...]
+    """As argparse takes them."""
+    options: Mapping[str, Any]
+    """Keyword arguments of argparse's `add_argument`."""
+    recorded: Recorded = "never"
+    """Whether the manifest of a finished run has it among the settings of its stage."""
+
+    @property
+    def field(self) -> str:
+        """Its name in the parsed flags and in the manifest."""
+        return self.names[0].lstrip("-").replace("-", "_")
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Add it to a parser."""
+        parser.add_argument(*self.names, **self.options)
+
+
+def flag(name: str, *, recorded: Recorded = "never", **options: Any) -> Flag:
+    """The flag `--name`; options are those of argparse's `add_argument`."""
+    return Flag((f"--{name}",), options, recorded)
+
+
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """Add one flag for every distinct field of the dataclasses, grouped under the first that has
-    it.
-    """
+    """Add one flag per distinct field of the dataclasses, grouped under the first that has it."""
     seen: set[str] = set()
     for config in configs:
         group = parser.add_argument_group(
@@ -99,8 +129,14 @@ def _list_of(kind: type):
 
 
 def read_flags(arguments: argparse.Namespace, config: type):
-    """The dataclass filled from parsed flags; a dict-valued string stays a string for its owner to
-    parse.
+    """Fill the dataclass from parsed flags.
+
+    Args:
+        arguments: What the parser returned.
+        config: The dataclass. A JSON object stays a string, which its owner parses.
+
+    Raises:
+        DiagnosticsError: A number lies outside its bounds.
     """
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)}
     for name, value in values.items():
@@ -119,9 +155,8 @@ def read_flags(arguments: argparse.Namespace, config: type):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are DiagnosticsError, so that every mistake ends the same
-    way.
-    """
+    """An argparse parser that raises DiagnosticsError, so that every mistake ends the same way."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise the mistake, with the command whose help says more."""
         raise DiagnosticsError(f"{self.prog}: {message}. See `{self.prog} --help`.")

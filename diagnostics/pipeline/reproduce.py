@@ -1,14 +1,16 @@
 """Repeat a run from its manifest, and compare every file that it made.
 
-A manifest's settings become the commands that gave them, one a stage, in the order of the stages.
-Before anything is run the models and the prompt files are compared with what the manifest says of
-them; other code or other versions of libraries are named and do not stop the repetition, since they
-may be what it is for.
+The settings of a manifest become the commands that gave them, one command per stage, in the order
+of the registry. They go through the parser again rather than straight into dataclasses, because a
+manifest may be a stranger's: types, choices and bounds are checked like typed flags. Before any
+work the models and prompt files are compared with the manifest's hashes. Another version of the
+code or of a library is named and does not stop the repetition, since it may be the reason for it.
 
-What no stage wrote (contexts from elsewhere, laid into the directory by hand) is taken from beside
-the manifest, and must have the hash that the manifest gives. A manifest names models, prompts and
-other runs by their last names: they are looked for beside it and among the paths that the user
-names, and nowhere else, since a manifest may be a stranger's."""
+Files that no stage wrote (contexts that were copied into the directory by hand) are taken from the
+folder of the manifest, and must have the hash that the manifest gives. A manifest names models,
+prompts and other runs by their last names. They are looked for in its own folder and among the
+paths that the user names, and nowhere else, since a manifest may be a stranger's.
+"""
 
 from __future__ import annotations
 
@@ -28,53 +30,37 @@ from diagnostics.core import files, fingerprints, tables
 from diagnostics.core import manifest as manifests
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline import run as run_directory
+from diagnostics.pipeline.registry import BY_NAME, STAGES, load_configs
 
 log = logging.getLogger("diagnostics")
-ORDER = (
-    "rollout",
-    "score",
-    "import",
-    "probe",
-    "after",
-    "attribute",
-    "intervene",
-    "analyze",
-    "compare",
-    "train",
-    "validate",
-)
-COMMANDS = {"import": "analyze", "after": "score"}
-"""Stages whose command has another name."""
-FURTHER = {
-    "analyze": ("seed", "training", "k"),
-    "compare": ("seed",),
-    "after": ("after",),
-    "validate": ("offline",),
-    "import": ("tokens",),
-}
-"""Settings of a stage that no dataclass of its command holds."""
-REQUIRED = {"analyze": ("seed",), "compare": ("seed",), "after": ("after",), "import": ("tokens",)}
-"""Settings without which a stage cannot be repeated."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(/[\w.-]+\.gguf)?")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-Configs = Callable[[str], Sequence[type]]
-"""A command's dataclasses."""
 
 
 def rerun(
     path: Path,
     output_dir: Path,
     *,
-    configs: Configs,
     do: Callable[[list[str]], None],
     inputs: Sequence[Path] = (),
 ) -> pd.DataFrame:
-    """Repeat the run of the manifest at `path` in `output_dir` and compare the files.
+    """Repeat a run in another directory, and compare the files.
 
-    do: runs one command, given its arguments. inputs: models, prompt files and runs that the
-    manifest names and that do not lie beside it. Returns columns stage, file, was and now (sha256;
-    None where the file is not there), same. Raises DiagnosticsError where the manifest cannot be
-    read or repeated, or models or prompts are others or were not named."""
+    Args:
+        path: The manifest of the run.
+        output_dir: The directory of the repetition.
+        do: Runs one command, given its arguments.
+        inputs: Models, prompt files and runs that the manifest names and that do not lie in its
+            folder.
+
+    Returns:
+        One row per file with the columns stage, file, was and now (sha256; None where there is no
+        such file), and same.
+
+    Raises:
+        DiagnosticsError: The manifest cannot be read or repeated, an input was not named, or a
+            model or prompt file has changed.
+    """
     manifest = manifests.read_manifest(path)
     if not manifest["stages"]:
         raise DiagnosticsError(
@@ -85,7 +71,7 @@ def rerun(
         raise DiagnosticsError(
             f"{output_dir} is the run itself. Choose a new --output-dir to repeat it in."
         )
-    planned = list(commands(manifest, configs, Inputs(path.parent, inputs)))
+    planned = list(commands(manifest, Inputs(path.parent, inputs)))
     _require_same_pair(manifest)
     _lay_in(manifest, path.parent, output_dir)
     for command in planned:
@@ -94,36 +80,43 @@ def rerun(
     return compared(manifest, manifests.read_manifest(output_dir / "manifest.json"))
 
 
-def commands(manifest: dict[str, Any], configs: Configs, inputs: Inputs) -> Iterator[list[str]]:
-    """The arguments that gave each of the manifest's stages, without an output directory; inputs:
-    says where their files lie.
+def commands(manifest: dict[str, Any], inputs: Inputs) -> Iterator[list[str]]:
+    """Yield the arguments of the command that gave each stage, without an output directory.
 
-    Raises DiagnosticsError for a stage that no command gives, or a setting whose value the manifest
-    does not hold."""
+    Args:
+        manifest: The manifest, as `read_manifest` returns it.
+        inputs: Finds the files that the manifest names.
+
+    Raises:
+        DiagnosticsError: No command gives one of the stages, or the manifest lacks a setting.
+    """
     stages = manifest["stages"]
-    unknown = sorted(stages.keys() - set(ORDER))
+    known = [stage.name for stage in STAGES if stage.run is not None and stage.recorded]
+    unknown = sorted(stages.keys() - set(known))
     if unknown:
         raise DiagnosticsError(
             f"The manifest has the stage {unknown[0]!r}, which this version cannot repeat. Known"
-            f" are {', '.join(ORDER)}."
+            f" are {', '.join(known)}."
         )
-    for name in (name for name in ORDER if name in stages):
-        command = COMMANDS.get(name, name)
+    for name in (name for name in known if name in stages):
+        command = BY_NAME[name].command or name
         settings = _settings(name, stages[name], inputs)
-        fields = [field.name for field in _fields(configs(command))]
-        yield [
-            command,
-            *(
-                part
-                for field in dict.fromkeys([*fields, *FURTHER.get(name, ())])
-                for part in _flag(field, settings.get(field))
-            ),
-        ]
+        yield [command, *(part for key in _keys(name) for part in _flag(key, settings.get(key)))]
+
+
+def _keys(name: str) -> list[str]:
+    """The settings that the command of a stage takes: fields of its configurations, then flags."""
+    configs = load_configs(BY_NAME[name].command or name).values()
+    fields = [field.name for config in configs for field in dataclasses.fields(config)]
+    own = [flag.field for flag in BY_NAME[name].flags if flag.recorded != "never"]
+    return list(dict.fromkeys([*fields, *own]))
 
 
 def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """A stage's settings with its inputs found. Raises DiagnosticsError where one is missing or no
-    value of a setting.
+    """Return the settings of a stage with the paths of its inputs.
+
+    Raises:
+        DiagnosticsError: A setting or an input is missing, or has a value that it cannot have.
     """
     settings = dict(record["settings"])
     for key, value in settings.items():
@@ -134,7 +127,7 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
                 f"Stage {name!r} of the manifest has the {key} {str(value)[:60]!r}, which is no"
                 " value of that setting. It cannot be repeated."
             )
-    for key in REQUIRED.get(name, ()):
+    for key in (flag.field for flag in BY_NAME[name].flags if flag.recorded == "always"):
         if settings.get(key) is None:
             raise DiagnosticsError(
                 f"Stage {name!r} of the manifest records no {key}, so it cannot be repeated. Name"
@@ -147,20 +140,13 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
         for key in (*manifests.PATHS, *(["tokens"] if name == "import" else []))
         if settings.get(key)
     ]
-    paths = [
-        key for key in paths if not settings[key].lstrip().startswith("{")
-    ]  # an object written out is no path
+    # A JSON object in place of a file is no path.
+    paths = [key for key in paths if not settings[key].lstrip().startswith("{")]
     return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
 
 
-def _fields(configs: Sequence[type]) -> list[dataclasses.Field]:
-    return list(
-        {field.name: field for config in configs for field in dataclasses.fields(config)}.values()
-    )
-
-
 def _flag(name: str, value) -> list[str]:
-    """A setting as it was typed; nothing for one that was left out."""
+    """A setting as it was typed; nothing for a setting that was left out."""
     flag = name.replace("_", "-")
     if value is None:
         return []
@@ -170,19 +156,27 @@ def _flag(name: str, value) -> list[str]:
 
 
 class Inputs:
-    """Where the files and folders lie that a manifest names by their last names.
+    """Finds the files and folders that a manifest names by their last names.
 
     A manifest may be a stranger's, so nothing is read because it says so: an input is one of those
-    that the user `named`, or lies beside the manifest, inside its folder and behind no link."""
+    that the user `named`, or lies in the folder of the manifest, behind no link.
+    """
 
     def __init__(self, beside: Path, named: Sequence[Path] = ()):
         self.beside, self.named = beside, [Path(path) for path in named]
 
     def found(self, stage: str, key: str, value: str, record: Mapping[str, Any]) -> str:
-        """The path of a stage's input, or the id on the Hugging Face hub that it is.
+        """Return the path of a stage's input, or its id on the Hugging Face hub.
 
-        Raises DiagnosticsError where nobody named it, or where none of the candidates has the
-        recorded hash."""
+        Args:
+            stage: The stage, for messages.
+            key: The setting that names the input.
+            value: Its value in the manifest.
+            record: The stage's record, with the hashes.
+
+        Raises:
+            DiagnosticsError: Nobody named the input, or no candidate has the recorded hash.
+        """
         scheme, value = (
             ("hf:", value.removeprefix("hf:")) if value.startswith("hf:") else ("", value)
         )
@@ -208,9 +202,7 @@ class Inputs:
         )
 
     def _is_id(self, key: str, scheme: str, value: str) -> bool:
-        """Whether a name can only be an id on the hub: no hash of a local file is recorded, and no
-        local file has the name.
-        """
+        """Whether a value is an id on the hub: it looks like one, and no file has the name."""
         return bool(
             (key in ("student", "teacher", "after") or scheme)
             and HUB_ID.fullmatch(value)
@@ -229,7 +221,7 @@ class Inputs:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether a file or folder lies beneath `folder`, with no link on the way or in it."""
+    """Whether a file or folder lies below `folder`, with no link on the way or in it."""
     parts = files.inside(name)
     kinds = [files.kind(folder.joinpath(*parts[: end + 1])) for end in range(len(parts))]
     if kinds[:-1] != ["folder"] * (len(parts) - 1) or kinds[-1] not in ("file", "folder"):
@@ -238,9 +230,7 @@ def is_inside(folder: Path, name: str) -> bool:
 
 
 def _digest(key: str, record: Mapping[str, Any]) -> str | None:
-    """The recorded hash of a stage's input: of a file beside its setting, of a model's files among
-    the models.
-    """
+    """The recorded hash of a stage's input; models have theirs in a part of their own."""
     digest = record["settings"].get(f"{key}_sha256") or record.get("models", {}).get(key)
     return digest if isinstance(digest, str) and SHA256.fullmatch(digest) else None
 
@@ -283,7 +273,7 @@ def _require_same_pair(manifest: Mapping[str, Any]) -> None:
 
 
 def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
-    """Copy inputs that no stage wrote, from beside the manifest only."""
+    """Copy inputs that no stage wrote, from the folder of the manifest only."""
     written = {file for record in manifest["stages"].values() for file in record["files"]} | set(
         manifest.get("joined", {})
     )
@@ -311,10 +301,8 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
             files.write_atomic(run.path(file), read)
 
 
-def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
-    """Every file of the earlier manifest beside the later one's; columns as of `rerun`. Says which
-    versions are others.
-    """
+def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of other versions, numbers of threads, and prompts that were rendered otherwise."""
     other = [
         f"{name} {version} then, {now['versions'].get(name)} now"
         for name, version in was.get("versions", {}).items()
@@ -352,6 +340,19 @@ def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
                 stage,
                 *hashes,
             )
+
+
+def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
+    """Compare the files of two manifests, and warn of other versions, threads and prompts.
+
+    Args:
+        was: The earlier manifest.
+        now: The manifest of the repetition.
+
+    Returns:
+        One row per file of the earlier manifest, with the columns of `rerun`.
+    """
+    _warn_of_differences(was, now)
     rows = []
     for stage, record in was["stages"].items():
         files = now["stages"].get(stage, {}).get("files", {})

@@ -1,25 +1,26 @@
 """The run directory: a manifest, stages that are done once, writes that are whole or absent.
 
-    DIR/manifest.json      versions, models, and for each stage its settings, inputs and files with sha256
+    DIR/manifest.json      versions, models, and per stage its settings, inputs and files' sha256
     DIR/contexts.parquet   DIR/tokens.parquet   DIR/tables/*.csv   DIR/figures/*   DIR/report.html
 
-A stage's *fingerprint* is its settings, the hashes of the files it reads and of the models' files,
-and the code: the package's version and one hash over the source of the modules that decide the
-stage's numbers. Asked for again, a stage is kept where all of that agrees and its files are intact,
-done again where a file of its own is damaged or missing, and refused, with the difference shown,
-where the fingerprint is another: nothing that was measured is overwritten. A *derived* stage
-(tables, figures) is done again instead. What another version of the code measured can be kept on
-request.
+The *fingerprint* of a stage is its settings, the hashes of the files that it reads and of the
+models' files, and the code: the package's version and one hash over the source of the modules that
+decide the stage's numbers. When a stage is asked for again, it is kept if all of that agrees and
+its files are intact, and done again if one of its files is damaged or missing. If the fingerprint
+differs, it is refused with the difference shown, and nothing that was measured is overwritten. A
+*derived* stage (tables, figures) is done again instead. Results of another version of the code are
+kept on request.
 
-A stage under way keeps its finished parts in DIR/.partial, named by the fingerprint and by the hash
-of their content. Killed and started again, it goes on from there; the folder goes when the stage's
-files are written. See docs/faults.md.
+A running stage keeps its finished parts in DIR/.partial, named by the fingerprint and by the hash
+of their content. A stage that was killed continues from them; the folder is removed when the
+stage's files are written. See docs/faults.md.
 
 Nothing escapes the directory: what this program reads, writes or removes in it is reached through
-`files`, which follows no link. What no record of the manifest names is somebody's own and is never
-overwritten: a stage that begins writes down which files were there before it (`begun`), and refuses
-to replace any of them. Settings name an input by its last name, and its hash says which it was, so
-that a manifest tells nothing of the machine."""
+`files`, which follows no link. A file that no record of the manifest names belongs to somebody else
+and is never overwritten: a stage that begins writes down which files were there before it
+(`begun`), and refuses to replace any of them. Settings name an input by its last name, and its hash
+says which it was, so that a manifest tells nothing of the machine.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",
     "training_gains.parquet",
@@ -107,15 +109,27 @@ class Run:
         code: Sequence[str] = (),
         models: Callable[[], dict[str, str]] = dict,
     ) -> bool:
-        """Do `work()` once. It writes `outputs`, reads `inputs` and may return facts for the
-        manifest.
+        """Do the work of a stage once, and record it in the manifest.
 
-        `outputs` may be a function, called after the work. code: modules that decide the stage's
-        numbers. models: gives the hash of each model's files. Returns True where the work was done,
-        False where an earlier, intact result was kept. Raises DiagnosticsError where the directory
-        holds this stage with another fingerprint, a *derived* stage excepted, where it holds
-        anything of other models, where an input is missing or damaged, or where a file of the name
-        of an output is in no record."""
+        Args:
+            name: The name under which the manifest records it.
+            settings: What decides its numbers, as JSON.
+            inputs: Files of this directory that the work reads.
+            outputs: Files of this directory that it writes, or a function that is called after
+                the work and names them.
+            work: Does the work, and may return facts for the manifest.
+            derived: Whether another fingerprint means doing the work again rather than refusing.
+            code: Modules that decide the stage's numbers.
+            models: Gives the hash of each model's files.
+
+        Returns:
+            True if the work was done, False if an earlier, intact result was kept.
+
+        Raises:
+            DiagnosticsError: The directory holds this stage with another fingerprint and it is not
+                *derived*; it holds anything of other models; an input is missing or damaged; or a
+                file with the name of an output is in no record.
+        """
         inputs = {file: self._input_hash(name, file) for file in inputs}
         now = {
             "settings": recorded(settings),
@@ -150,13 +164,11 @@ class Run:
         return True
 
     def shards(self, name: str) -> Shards:
-        """Where the stage under way keeps the finished parts of the pass of that name."""
+        """Where the running stage keeps the finished parts of the pass of that name."""
         return Shards(self._partial and self._partial / name)
 
     def _begin(self, name: str, outputs: Iterable[str]) -> None:
-        """Write down which files were there before the stage: a directory with our files in it is
-        ours from the first on.
-        """
+        """Record which files were there before the stage, since those are not ours to replace."""
         if not distributed.is_main():
             return
         begun = self.manifest.get("begun", {})
@@ -176,10 +188,10 @@ class Run:
         write_json(self.manifest_path, self.manifest)
 
     def _unrecorded(self) -> set[str]:
-        """Files that no stage wrote, and none that was interrupted: somebody's own.
+        """Files that no stage wrote, finished or interrupted: they belong to somebody else.
 
-        What an interrupted stage had written is in no record either, but was not there when it
-        began."""
+        The files of an interrupted stage are in no record either, but were not there when it began.
+        """
         found = {
             entry.name
             for entry in os.scandir(self.directory)
@@ -216,9 +228,7 @@ class Run:
             )
 
     def _say_what_differs(self, name: str, record: dict) -> None:
-        """Where a finished stage was made again with equal settings and came out otherwise: which
-        files, and on how many threads.
-        """
+        """Warn when a stage was made again with equal settings and other bytes came out."""
         earlier = self.manifest["stages"].get(name)
         if earlier is None or _differences(
             earlier, record, parts=("settings", "inputs", "models", "code")
@@ -249,7 +259,7 @@ class Run:
             )
 
     def _clear_partial(self, stage: str) -> None:
-        """Remove the finished parts of a stage, and nothing else that lies there."""
+        """Remove the finished parts of a stage from `.partial`, and nothing else."""
         self._partial = None
         if not distributed.is_main():
             return
@@ -261,8 +271,9 @@ class Run:
 
     @contextmanager
     def joining(self, name: str) -> Iterator[None]:
-        """While a file that no single stage writes is written; its hash is recorded at the end, so
-        that damage to it is seen.
+        """Surround the writing of a file that no single stage writes.
+
+        Its hash is recorded at the end, so that damage to it is seen.
         """
         if not self._known(name):
             self._begin(name, [name])
@@ -273,8 +284,18 @@ class Run:
             joined[name] = digest
             self._end(name)
 
+    def wrote(self, stage: str, name: str) -> bool:
+        """True for a file that this stage wrote: no other one's record has it, and it was not there
+        when the stage began.
+        """
+        others = [record for each, record in self.manifest["stages"].items() if each != stage]
+        begun = self.manifest.get("begun", {}).get(stage)
+        mine = name in self.manifest["stages"].get(stage, {}).get("files", {})
+        new = begun is not None and name not in begun
+        return (mine or new) and not any(name in record["files"] for record in others)
+
     def record_file(self, name: str) -> None:
-        """Keep the hash of a file that was written already, as `joining` does."""
+        """Record the hash of a file that was already written, as `joining` does."""
         distributed.barrier()
         self.manifest.setdefault("joined", {})[name] = self._hash(name)
         write_json(self.manifest_path, self.manifest)
@@ -288,8 +309,10 @@ class Run:
         return digest
 
     def require(self, name: str) -> Path:
-        """The path of a file of this run. Raises DiagnosticsError where it is missing or not as it
-        was written.
+        """Return the path of a file of this run.
+
+        Raises:
+            DiagnosticsError: The file is missing, or is not as it was written.
         """
         if self._hash(name) not in (self._known(name) or [self._hash(name)]):
             raise DiagnosticsError(
@@ -317,8 +340,9 @@ class Run:
         return hashes_of(self.manifest, file)
 
     def as_written(self, file: str) -> bool:
-        """False, with a warning, for a file that is damaged: its stage will make it again, and
-        nobody should read it until then.
+        """Whether a file is intact.
+
+        A damaged one is warned of: nobody should read it until its stage has made it again.
         """
         known = self._known(file)
         whole = not known or self._hash(file) in known
@@ -340,8 +364,10 @@ class Run:
                 )
 
     def _keep(self, name: str, now: dict, *, derived: bool) -> bool:
-        """True where the earlier result of this stage stands. Raises DiagnosticsError where it is
-        another one's.
+        """Whether the earlier result of this stage is kept.
+
+        Raises:
+            DiagnosticsError: The earlier result has another fingerprint and is not derived.
         """
         earlier = self.manifest["stages"].get(name)
         if earlier is None:
@@ -390,9 +416,7 @@ def _differences(
     parts: Sequence[str] = ("settings", "inputs", "models"),
     shared: bool = False,
 ) -> list[str]:
-    """What differs between two fingerprints, in words. What an older record does not know of is not
-    compared.
-    """
+    """Say what differs between two fingerprints; keys that an older record lacks are left out."""
     return [
         f"{part.removesuffix('s')} {key}: was {was!r}, now {now[part].get(key)!r}"
         for part in parts
@@ -403,8 +427,10 @@ def _differences(
 
 
 def _same(key: str, was: Any, now: Any) -> bool:
-    """Whether a setting is the same; an older record has an input by its whole path, where its last
-    name is recorded now.
+    """Whether a setting is the same.
+
+    Older records have the whole path of an input, and newer ones its last name, so the two are
+    compared by their last names.
     """
     return was == now or (
         key in PATHS
@@ -417,11 +443,18 @@ def _same(key: str, was: Any, now: Any) -> bool:
 
 @contextmanager
 def open_run(directory: str | Path, *, accept_code: bool = False):
-    """Open (or create) a run directory and hold its lock while the block runs.
+    """Open or create a run directory, and hold its lock while the block runs.
 
-    What a killed process had begun to write is removed. accept_code: as for `Run`. Raises
-    DiagnosticsError where the path is a file, cannot be written, holds files of something else, or
-    links and pipes in place of this program's files, or is in use by another process."""
+    Files that a killed process had begun to write are removed.
+
+    Args:
+        directory: The run directory.
+        accept_code: Keep finished stages that another version of the code measured.
+
+    Raises:
+        DiagnosticsError: The path is a file or cannot be written, holds files of another program,
+            holds links or pipes in place of this program's files, or is in use by another process.
+    """
     directory = Path(directory)
     if not distributed.is_main():
         with files.guard(directory):

@@ -1,22 +1,19 @@
-"""The stages on a run directory: each reads files, calls one function, writes files.
+"""The stages on a run directory: each reads files, calls one function, and writes files.
 
-    rollout -> contexts.parquet     score -> scores.parquet, tops.parquet     probe -> gains.parquet, tables/calibration.csv
-    analyze -> tables/*.csv         report -> figures/*, report.html
-    compare -> tables/selection_*.csv, tables/offline_*.csv      intervene -> interventions.parquet, tables/intervention.csv, cells/*
-    attribute -> first_order.parquet, tables/{linearity,kernel,kernel_shares,lift}.csv
-    score --after -> gains.parquet from a checkpoint in place of the probe's
-    train -> training_gains.parquet and what `training` lists        validate -> what `validation` lists
-
-`tokens.parquet` is scores and gains side by side, written anew whenever either appears. Settings of
-rollout, score, probe and train are fixed once their files exist; tables and report are derived, and
-made again when what they come from, or how they are asked for, has changed."""
+`registry.STAGES` lists what each reads and writes. `tokens.parquet` joins scores and gains, and is
+written anew whenever either changes. The settings of rollout, score, probe and train are fixed once
+their files exist. Tables and report are derived: they are made again when their inputs, or the
+settings that they were asked with, have changed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -32,20 +29,45 @@ from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import read_parquet, validate_tokens
-from diagnostics.core.tables import write_csv, write_json, write_parquet
+from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 
+if TYPE_CHECKING:
+    from diagnostics.analysis.config import AnalysisConfig
+    from diagnostics.analysis.selection import ComparisonConfig
+    from diagnostics.contexts.import_rollouts import ImportConfig
+    from diagnostics.contexts.prompts import PromptConfig
+    from diagnostics.contexts.rollouts import RolloutConfig
+    from diagnostics.core.progress import Shards
+    from diagnostics.models.pair import Pair
+    from diagnostics.probing.attribution import AttributionConfig
+    from diagnostics.probing.intervention import InterventionConfig
+    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.scores import ScoreConfig
+    from diagnostics.training.evaluation import EvaluationConfig
+    from diagnostics.training.grid import TrainingCell, ValidateConfig
+    from diagnostics.training.run import EngineConfig, TrainConfig
+
 log = logging.getLogger("diagnostics")
 LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
-"""Options that the cells of earlier grids do not name; None is what those did."""
+"""Options that were added after the first grids. A cell names them only where they are set, so that
+cells of earlier grids keep their names; None is what those grids did."""
 GAIN_KEYS = ("context_id", "position")
 
 
-def _settings(config) -> dict:
-    """A configuration as a cell of the grid is named by it: an option that came later is named only
-    where it is used.
+def _merged(*parts: Any) -> dict[str, Any]:
+    """The fields of configurations and the entries of dictionaries, as one stage's settings."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged |= part if isinstance(part, dict) else dataclasses.asdict(part)
+    return merged
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings of a configuration by which a cell of the grid is named, without unused options
+    of `LATER`.
     """
     return {
         key: value
@@ -54,20 +76,31 @@ def _settings(config) -> dict:
     }
 
 
-def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) -> None:
-    """Sample and freeze contexts; with `elsewhere.rollouts`, freeze what was sampled elsewhere."""
+def rollout_stage(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    rollout: RolloutConfig,
+    elsewhere: ImportConfig | None = None,
+) -> None:
+    """Sample and freeze contexts, or freeze the rollouts of another program.
+
+    Args:
+        run: The open run directory.
+        models: The pair; the student samples.
+        prompts: Which prompts are answered, and how they are rendered.
+        rollout: How responses are sampled.
+        elsewhere: A file of rollouts. Where its `rollouts` is set, those are frozen and nothing is
+            sampled.
+    """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
-        return freeze_stage(run, models, prompts, elsewhere)
+        freeze_stage(run, models, prompts, elsewhere)
+        return
     path = prompts.prompts
-    settings = {
-        **models.writer_settings,
-        **dataclasses.asdict(prompts),
-        **dataclasses.asdict(rollout),
-        **file_hash("prompts", path),
-    }
+    settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
 
     def work() -> dict:
         pair = models.pair
@@ -105,8 +138,8 @@ def rollout_stage(run: Run, models: Models, prompts, rollout, elsewhere=None) ->
     )
 
 
-def _responses_so_far(run: Run, rendered: str):
-    """What an interrupted run sampled after the same rendered prompts, and after no others."""
+def _responses_so_far(run: Run, rendered: str) -> Shards:
+    """The responses that an interrupted run sampled for exactly these rendered prompts."""
     shards = run.shards(f"responses-{rendered[:16]}")
     folder = shards.folder
     others = (
@@ -117,17 +150,15 @@ def _responses_so_far(run: Run, rendered: str):
     if others:
         log.warning(
             "%s was interrupted when the prompts were rendered otherwise (a chat template that"
-            " writes the date?): what was sampled after those is set aside, and sampling begins"
+            " writes the date?). Its responses to those prompts are set aside, and sampling begins"
             " anew",
             run.directory,
         )
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
-    """Freeze a file of rollouts as the run's contexts; --prompts names the prompts that they came
-    from.
-    """
+def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
+    """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
     from diagnostics.contexts.import_rollouts import freeze_rollouts
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
@@ -159,12 +190,7 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
 
     run.stage(
         "rollout",
-        settings={
-            **models.writer_settings,
-            **dataclasses.asdict(prompts),
-            **dataclasses.asdict(elsewhere),
-            **files,
-        },
+        settings=_merged(models.writer_settings, prompts, elsewhere, files),
         outputs=["contexts.parquet"],
         work=work,
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
@@ -172,15 +198,13 @@ def freeze_stage(run: Run, models: Models, prompts, elsewhere) -> None:
     )
 
 
-def score_stage(run: Run, models: Models, config) -> None:
-    """Measure every response position, and keep what both models would have said there."""
+def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
+    """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.probing.scores import score_with_tops
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(
-            models.pair, bank, **dataclasses.asdict(config), shards=run.shards("scores")
-        )
+        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
@@ -197,8 +221,8 @@ def score_stage(run: Run, models: Models, config) -> None:
     join_tokens(run)
 
 
-def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
-    """Take the step and measure the gains."""
+def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: int) -> None:
+    """Take the step and measure the gains, on batches of at most `batch_tokens` tokens."""
     from diagnostics.probing.one_step import probe
 
     def work() -> dict:
@@ -207,12 +231,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair,
-            bank,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            **dataclasses.asdict(config),
-            shards=run.shards,
+            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
@@ -233,7 +252,7 @@ def probe_stage(run: Run, models: Models, config, *, batch_tokens: int) -> None:
 
 
 def import_tokens(run: Run, path: Path) -> None:
-    """Bring a token table from elsewhere into the run as its tokens.parquet."""
+    """Take over a token table of another program as the run's tokens.parquet."""
     from diagnostics.contexts.import_tokens import read_tokens
 
     def work() -> None:
@@ -253,10 +272,18 @@ def import_tokens(run: Run, path: Path) -> None:
 
 
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
-    """Gains of a student that was trained anywhere: the frozen positions scored again with it."""
-    from diagnostics.models.pair import load_pair, named_pair
+    """Measure the gains of a trained student: the frozen positions are scored again with it.
+
+    Args:
+        run: A run directory with scores and without a probe.
+        models: The pair of those scores.
+        checkpoint: Folder or Hugging Face id of the trained student.
+        batch_tokens: The most tokens of a batch.
+    """
+    from diagnostics.models.named_pairs import named_pair
+    from diagnostics.models.pair import load_pair
+    from diagnostics.probing.frozen_bank import FrozenBank
     from diagnostics.probing.one_step import gains
-    from diagnostics.training.evaluation import FrozenBank
 
     def work() -> dict:
         options = dataclasses.asdict(models.config)
@@ -287,14 +314,14 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet"],
         work=work,
-        code=("probing.one_step", "training.evaluation"),
+        code=("probing.one_step", "probing.frozen_bank"),
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
 
 
 def join_tokens(run: Run) -> None:
-    """Write tokens.parquet from the files that hold its columns."""
+    """Join the files that hold its columns to tokens.parquet."""
     tokens = read_parquet(run.require("scores.parquet"))
     for name in ("gains.parquet", "first_order.parquet", "training_gains.parquet"):
         if run.path(name).exists() and run.as_written(name):
@@ -313,14 +340,19 @@ def _refuse_shards(models: Models) -> None:
         )
 
 
-def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) -> Bank | None:
-    """The run's contexts; where there are none, the untouched student answers the held-out
-    prompts.
+def frozen_bank(
+    run: Run, pair: Pair, held_out: list[Prompt], *, max_new_tokens: int
+) -> Bank | None:
+    """Return the run's contexts, or else the untouched student's responses to held-out prompts.
+
+    Responses are written into the run. Without contexts and held-out prompts the result is None.
     """
     from diagnostics.contexts.rollouts import rollout
 
-    if run.path("contexts.parquet").exists():
-        return read_bank(run.path("contexts.parquet"))
+    name = "contexts.parquet"
+    if run.path(name).exists():
+        if "rollout" in run.manifest["stages"] or run.as_written(name):
+            return read_bank(run.path(name))
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
@@ -328,31 +360,51 @@ def frozen_bank(run: Run, pair, held_out: list[Prompt], *, max_new_tokens: int) 
     return bank
 
 
-def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -> None:
-    """Train the student; gains on the frozen bank join the token table where there is one."""
+def _trained_files(run: Run) -> list[str]:
+    """What a training has written: its logs and evaluations, and the student's weights."""
+    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names += ["training_gains.parquet"]
+    names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
+    weights = sorted(run.path("student").glob("*.safetensors"))
+    written = [name for name in names if run.path(name).exists()]
+    return written + [f"student/{path.name}" for path in weights]
+
+
+def train_stage(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    config: TrainConfig,
+    engine: EngineConfig,
+    evaluation: EvaluationConfig,
+) -> None:
+    """Train the student; gains on the frozen bank join the token table where there is one.
+
+    Args:
+        run: The open run directory.
+        models: The pair.
+        prompts: The prompts that are trained on.
+        config: The objective, the selection and the length of the training.
+        engine: How TRL runs the training.
+        evaluation: What is measured on held-out prompts, and how often.
+    """
     from diagnostics.contexts.generation_settings import sampling_facts
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
     _refuse_shards(models)
-    (
-        require_installed(engine.trl),
-        lora_config(engine.lora_rank, engine.peft),
-    )  # refused before anything is recorded or loaded
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(prompts),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(engine),
-        **dataclasses.asdict(evaluation),
-        **file_hash("prompts", prompts.prompts),
-        **file_hash("eval_prompts", evaluation.eval_prompts),
-        **file_hash("trl", engine.trl),
-        **file_hash("peft", engine.peft),
-    }
-    settings = {
-        key: value for key, value in settings.items() if key not in ("resume", "save_every")
-    }
+    # Options that cannot be used are refused before anything is recorded or loaded.
+    require_installed(engine.trl)
+    lora_config(engine.lora_rank, engine.peft)
+    hashes = [
+        file_hash("prompts", prompts.prompts),
+        file_hash("eval_prompts", evaluation.eval_prompts),
+        file_hash("trl", engine.trl),
+        file_hash("peft", engine.peft),
+    ]
+    settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
+    for name in ("resume", "save_every"):  # they do not change what is trained
+        del settings[name]
 
     def work() -> dict:
         write_json(run.manifest_path, run.manifest)
@@ -364,12 +416,9 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
             seed=config.seed,
             room=engine.max_new_tokens,
         )
-        wanted = held_out or engine.probe_every
-        bank = (
-            frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
-            if wanted
-            else None
-        )
+        bank = None
+        if held_out or engine.probe_every:
+            bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
         train(
             models.pair,
             data,
@@ -380,11 +429,8 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
             held_out=held_out,
             bank=bank,
         )
-        narrowed = {
-            name: value
-            for name, value in trl_fields(engine.trl).items()
-            if name in ("top_p", "top_k")
-        }
+        given = trl_fields(engine.trl)
+        narrowed = {name: given[name] for name in ("top_p", "top_k") if name in given}
         return {
             **models.pair.facts,
             "prompts": len(data),
@@ -393,23 +439,10 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
             "rendered_prompts_sha256": rendered_sha256([*data, *held_out]),
         }
 
-    def outputs() -> list[str]:
-        names = (
-            "train.json",
-            "metrics.jsonl",
-            "evaluations.csv",
-            "evaluations.parquet",
-            "training_gains.parquet",
-        )
-        weights = sorted(run.path("student").glob("*.safetensors"))
-        return [name for name in names if run.path(name).exists()] + [
-            f"student/{path.name}" for path in weights
-        ]
-
     run.stage(
         "train",
         settings=settings,
-        outputs=outputs,
+        outputs=lambda: _trained_files(run),
         work=work,
         code=("training.run", "training.trl_trainer", "training.engine_options"),
         models=models.fingerprint,
@@ -419,17 +452,29 @@ def train_stage(run: Run, models: Models, prompts, config, engine, evaluation) -
 
 
 def analyze_stage(
-    run: Run, config, *, seed: int, training: str | None = None, k: int | None = None
+    run: Run,
+    config: AnalysisConfig,
+    *,
+    seed: int,
+    training: str | None = None,
+    k: int | None = None,
 ) -> None:
-    """Write every table that the token table allows; training: directory of a finished validation,
-    for claim C5; k: K of an imported table."""
+    """Write every table that the token table allows.
+
+    Args:
+        run: A run directory with `tokens.parquet`.
+        config: Draws and level of the intervals.
+        seed: Seed of the bootstrap.
+        training: Directory of a finished validation, for claim C5.
+        k: K of an imported table's columns.
+    """
     from diagnostics.analysis.study import study
 
     tables, source = (
         {},
         (table_path(training, "validation_verdicts", what="validation") if training else None),
     )
-    trained = pd.read_csv(source) if source else None
+    trained = read_csv(source) if source else None
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
@@ -472,8 +517,10 @@ def analyze_stage(
 
 
 def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
-    """K of a token table's columns: the run's own scoring says it, an imported table or its flag
-    has to.
+    """Return the K of a token table's columns, as scoring, the table or `stated` says.
+
+    Raises:
+        DiagnosticsError: An imported table has columns that depend on K, and nothing states it.
     """
     from diagnostics.analysis.robustness import depends_on_k, known_k
 
@@ -487,8 +534,10 @@ def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
 
 
 def table_path(directory: str, name: str, *, what: str) -> Path:
-    """Where another run keeps a table. Raises DiagnosticsError where it has none of that name, or a
-    changed one.
+    """Return the path of another run's table.
+
+    Raises:
+        DiagnosticsError: The run has no table of that name, or the table has changed since.
     """
     path = Path(directory) / "tables" / f"{name}.csv"
     if not os.path.isfile(path):
@@ -498,8 +547,10 @@ def table_path(directory: str, name: str, *, what: str) -> Path:
     return unchanged(directory, f"tables/{name}.csv")
 
 
-def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
-    """Compare criteria on the gains at hand, and with interventions where there are any."""
+def compare_stage(
+    run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
+) -> None:
+    """Compare criteria by the gains of the run, and with its interventions where it has any."""
     from diagnostics.analysis.rank_agreement import agreement, answers
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
@@ -540,12 +591,28 @@ def compare_stage(run: Run, config, analysis, *, seed: int) -> None:
 
 
 def intervene_stage(
-    run: Run, models: Models, probe, config, analysis, *, batch_tokens: int
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    *,
+    batch_tokens: int,
 ) -> None:
-    """One step a criterion and budget. Finished cells are kept in `cells`, so that a wider grid
-    goes on from there.
+    """Take one step per criterion and budget.
+
+    Finished cells are kept in `cells`, so that a wider grid goes on from there.
+
+    Args:
+        run: A run directory with contexts and scores.
+        models: The pair.
+        probe: The step, which has to be the probe's where the run has one.
+        config: Criteria, budgets and how the sizes of the steps are matched.
+        analysis: Draws and level of the intervals.
+        batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.probing.intervention import interventions, summarize
+    from diagnostics.probing.intervention import interventions
+    from diagnostics.probing.intervention_table import summarize
 
     _require_probe_settings(run, probe, what="An intervention")
 
@@ -557,12 +624,12 @@ def intervene_stage(
         result = interventions(
             models.pair,
             bank,
+            probe,
+            config,
             tokens=tokens,
             batch_tokens=batch_tokens,
             cache=run.path("cells"),
             shards=run.shards,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
         )
         write_parquet(run.path("interventions.parquet"), result.by_prompt())
         table = marked(
@@ -577,13 +644,7 @@ def intervene_stage(
             "relative_norm": float(chosen.relative_norm),
         }
 
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(probe),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(analysis),
-        "batch_tokens": batch_tokens,
-    }
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "intervene",
         settings=settings,
@@ -597,9 +658,24 @@ def intervene_stage(
 
 
 def attribute_stage(
-    run: Run, models: Models, probe, config, analysis, *, batch_tokens: int
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: AttributionConfig,
+    analysis: AnalysisConfig,
+    *,
+    batch_tokens: int,
 ) -> None:
-    """Attribute the probe's step to the positions that took part in it."""
+    """Attribute the probe's step to the positions whose loss caused it.
+
+    Args:
+        run: A run directory with contexts, scores and gains.
+        models: The pair.
+        probe: The step, which has to be the probe's.
+        config: How many positions are attributed, and whether the whole kernel is written.
+        analysis: Draws and level of the intervals.
+        batch_tokens: The most tokens of a batch.
+    """
     from diagnostics.probing.attribution import attribute
 
     _require_probe_settings(run, probe, what="An attribution")
@@ -613,11 +689,11 @@ def attribute_stage(
         result = attribute(
             models.pair,
             bank,
+            probe,
+            config,
+            analysis,
             tokens=tokens,
             batch_tokens=batch_tokens,
-            **dataclasses.asdict(probe),
-            **dataclasses.asdict(config),
-            **dataclasses.asdict(analysis),
         )
         write_parquet(
             run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]
@@ -628,13 +704,7 @@ def attribute_stage(
         for name, table in marked(made, tokens, otherwise="change of a bound").items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {
-        **models.settings,
-        **dataclasses.asdict(probe),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(analysis),
-        "batch_tokens": batch_tokens,
-    }
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "attribute",
         settings=settings,
@@ -648,8 +718,8 @@ def attribute_stage(
     join_tokens(run)
 
 
-def _require_probe_settings(run: Run, probe, *, what: str) -> None:
-    """The step of a run's tables is one step: the probe's, where there is one."""
+def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
+    """Refuse settings of another step than the probe's: all tables of a run describe one step."""
     earlier = run.manifest["stages"].get("probe", {}).get("settings", {})
     different = [
         f"{name}: {earlier[name]!r} there, {value!r} now"
@@ -665,8 +735,14 @@ def _require_probe_settings(run: Run, probe, *, what: str) -> None:
 
 
 def report_stage(run: Run, *, contexts: int | None = None) -> Path:
-    """Draw the figures and write the report; contexts: how many are shown token by token, the
-    report's usual number where None.
+    """Draw the figures and write the report.
+
+    Args:
+        run: The open run directory.
+        contexts: How many contexts are shown token by token; None is the report's default.
+
+    Returns:
+        The path of report.html.
     """
     from diagnostics.report.page import CONTEXTS, build
 
@@ -676,21 +752,28 @@ def report_stage(run: Run, *, contexts: int | None = None) -> Path:
 def validate_stage(
     run: Run,
     models: Models,
-    prompts,
-    config,
-    evaluation,
+    prompts: PromptConfig,
+    config: ValidateConfig,
+    evaluation: EvaluationConfig,
     *,
     offline: str | None,
-    analysis,
-    engine=None,
+    analysis: AnalysisConfig,
+    engine: EngineConfig | None = None,
 ) -> None:
-    """Train the grid, cell by cell, and write its tables. What is finished is kept; a wider grid
-    adds to it.
+    """Train the grid, cell by cell, and write its tables.
 
-    engine: how TRL runs each training, but for what a grid decides itself.
+    Finished cells are kept, and a wider grid adds to them.
+
+    Args:
+        run: The open run directory.
+        models: The pair.
+        prompts: The prompts that are trained on.
+        config: Criteria, budgets and seeds of the grid, and the length of each training.
+        evaluation: What is measured on held-out prompts.
+        offline: Directory of a finished main job, whose answers are compared with the trainings.
+        analysis: Draws and level of the intervals.
+        engine: How TRL runs each training, except for what a grid decides itself.
     """
-    from diagnostics.analysis import training_outcomes
-    from diagnostics.analysis.claims import of_training
     from diagnostics.measure.losses import check_loss
     from diagnostics.training import grid
 
@@ -703,6 +786,7 @@ def validate_stage(
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
+        **file_hash("peft", options.get("peft")),
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -710,7 +794,7 @@ def validate_stage(
         *map(_settings, (models.config, prompts, evaluation, config)),
         options,
         sources,
-        code_version("training", "trainer", "evaluation"),
+        code_version("training.run", "training.trl_trainer", "training.evaluation"),
         run.accept_code,
         {file.removeprefix("cells/"): digest for file, digest in earlier.items()},
     )
@@ -719,36 +803,25 @@ def validate_stage(
     grid.run_grid(job, cells, workers=config.workers)
 
     def work() -> None:
-        competing = dict.fromkeys(
-            (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
-        )
-        answers = (
-            training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
-            if offline
-            else None
-        )
-        rows = grid.read_outcomes(folder, cells)
-        made.update(training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis)))
-        made["verdicts"] = pd.concat(
-            [*_claims_of(offline), of_training(made["validation_verdicts"])], ignore_index=True
-        )
+        made.update(_validation_tables(folder, cells, offline, analysis))
         for name, table in made.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = {
-        **models.settings,
-        **_settings(prompts),
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(evaluation),
-        **dataclasses.asdict(analysis),
-        "offline": offline,
-        **options,
-    }
+    settings = _merged(
+        models.settings,
+        _settings(prompts),
+        config,
+        evaluation,
+        analysis,
+        {"offline": offline},
+        options,
+    )
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage(
         "validate",
         settings=settings,
-        inputs=[f"cells/{name}.parquet" for name in names],
+        inputs=[f"cells/{name}.{kind}" for name in names for kind in ("parquet", "json")]
+        + [f"cells/{cell.name}.curve.parquet" for cell in cells],
         outputs=lambda: [f"tables/{name}.csv" for name in made],
         work=work,
         derived=True,
@@ -757,9 +830,33 @@ def validate_stage(
     )
 
 
-def _engine_of_cells(engine) -> dict:
-    """Engine options that were given. Raises DiagnosticsError for those that a grid decides
-    itself.
+def _validation_tables(
+    folder: Path, cells: Sequence[TrainingCell], offline: str | None, analysis: AnalysisConfig
+) -> dict[str, pd.DataFrame]:
+    """The tables of a finished grid, whose cells lie in `folder`."""
+    from diagnostics.analysis import training_outcomes
+    from diagnostics.analysis.claims import of_training
+    from diagnostics.training import grid
+
+    competing = dict.fromkeys(
+        (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
+    )
+    answers = (
+        training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
+        if offline
+        else None
+    )
+    rows = grid.read_outcomes(folder, cells)
+    made = training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis))
+    verdicts = [*_claims_of(offline), of_training(made["validation_verdicts"])]
+    return {**made, "verdicts": pd.concat(verdicts, ignore_index=True)}
+
+
+def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
+    """Return the engine options that differ from their defaults.
+
+    Raises:
+        DiagnosticsError: An option was given that a grid decides itself.
     """
     from diagnostics.training.run import EngineConfig
 
@@ -783,10 +880,10 @@ def _engine_of_cells(engine) -> dict:
 
 
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:
-    """The verdicts of a finished main job, as the beginning of a validation's."""
+    """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
     return (
-        [pd.read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
+        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
         if path and path.exists()
         else []
     )

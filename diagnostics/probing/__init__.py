@@ -1,0 +1,1 @@
+"""Measurements with models on frozen contexts: scores, one step, interventions, attribution."""

@@ -1,15 +1,14 @@
-"""The direction of a step, kept while its stage runs, so that an interrupted stage goes on along
-the same one.
+"""The direction of a step, kept while its stage runs, so that an interrupted stage continues.
 
-A backward pass on a GPU is not reproducible to the last bit, so a direction that is made again is
-another one, and what was measured along the first has no place beside it. The direction is
+A backward pass on a GPU is not reproducible to the last bit, so a direction that is computed again
+is a different one, and measurements along the first must not be mixed with it. The direction is
 therefore written once, into the stage's folder under DIR/.partial, and everything measured along it
-is named by the hash of its numbers (`Direction.name`): a stage that finds the direction goes on,
-and one that does not begins anew. Results of two directions never meet. The folder's own name holds
-the settings, the bank, the models and the code; it goes when the stage's files are written.
+is named by the hash of its numbers (`Direction.name`). A stage that finds the direction continues;
+a stage that does not find it starts again. The folder's own name holds the settings, the bank, the
+models and the code; the folder is removed when the stage's files are written.
 
-On disk: 4 bytes a parameter of a float32 student. Where there is no room for it, the stage goes on
-without."""
+On disk, a direction takes 4 bytes per parameter of a float32 student. Where there is no room for
+it, the stage runs without."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,31 +33,34 @@ from diagnostics.core.tables import write_json
 log = logging.getLogger("diagnostics")
 FILE, RECORD = "direction.safetensors", "step.json"
 RESERVE_BYTES = 2**30
-"""Room on the disk that a kept direction leaves to the stage's own files."""
+"""Free space on the disk that a kept direction leaves to the stage's own files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-    """An optimiser's first direction at theta0: theta1 = theta0 + step_size * update."""
+    """An optimizer's first direction at theta0: theta1 = theta0 + step_size * update."""
 
     update: list[Tensor]
-    """Empty where all that was measured along it is at hand."""
+    """One tensor per parameter; empty where every measurement along it is known already."""
     calibration_loss: str
-    """Loss whose drop decides the step's size: the step's own, save for `sampled`."""
+    """Loss whose drop decides the step's size: the step's own, except for `sampled`."""
     value: float
     """Mean of the calibration_loss at theta0, nats."""
     gradient_norm: float
+    """Norm of the gradient of the step's own mean loss."""
     slope: float
     """Change of the calibration_loss's mean in nats for a step of size 1, to first order."""
     norm: float
+    """Norm of the update for a step of size 1."""
     sha256: str = ""
     """Hash of the update and of the numbers above; made by `named`."""
 
     def named(self) -> Direction:
-        """The same with its hash, which costs one pass over the update."""
+        """The same direction with its hash, which costs one pass over the update."""
         digest = hashlib.sha256(json.dumps(self.facts()).encode())
         for tensor in self.update:
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
         return dataclasses.replace(self, sha256=digest.hexdigest())
 
     def facts(self) -> dict:
@@ -71,8 +74,9 @@ class Direction:
         }
 
     def name(self, step_size: float) -> str:
-        """A step's name. Another rounding of the gradient is another direction and gives another
-        name.
+        """The name of a step of this size along this direction.
+
+        Another rounding of the gradient is another direction and gives another name.
         """
         assert self.sha256, "a direction is named before anything is measured along it"
         return hashlib.sha256(f"{self.sha256} {float(step_size)!r}".encode()).hexdigest()[:16]
@@ -80,26 +84,31 @@ class Direction:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Where a stage keeps its direction and the calibration along it; without a folder nothing is
-    kept.
+    """Where a stage keeps its direction and the calibration along it.
+
+    Without a folder nothing is kept.
     """
 
     folder: Path | None
 
-    def direction(self, like: list[Tensor]) -> Direction | None:
-        """The direction of an interrupted run, on the devices of `like`; None where any process
-        lacks it or it is damaged.
+    def direction(self, like: Sequence[Tensor]) -> Direction | None:
+        """The direction of an interrupted run.
+
+        Args:
+            like: The student's parameters; the direction goes to their devices.
+
+        Returns:
+            The direction, or None where any process lacks it or it is damaged.
         """
-        found = self._read(like) if self.folder is not None else None
+        found = None if self.folder is None else self._read(self.folder / FILE, like)
         if not _everywhere(found):
             return None
-        log.info("%s: the direction of an interrupted run is taken up", self.folder)
+        log.info("%s: continuing along the direction of an interrupted run", self.folder)
         return found
 
-    def _read(self, like: list[Tensor]) -> Direction | None:
+    def _read(self, path: Path, like: Sequence[Tensor]) -> Direction | None:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / FILE
         if path.is_symlink() or not path.is_file():
             return None
         try:
@@ -108,20 +117,18 @@ class Store:
                 update = [file.get_tensor(str(i)).to(p.device) for i, p in enumerate(like)]
             found = Direction(update, **facts["facts"]).named()
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s): the direction is made anew", path, error)
+            log.warning("%s cannot be read (%s): the direction is computed again", path, error)
             return None
         same = all(
             u.shape == p.shape and u.dtype == p.dtype for u, p in zip(update, like, strict=True)
         )
         if not same or found.sha256 != facts["sha256"]:
-            log.warning("%s is damaged: the direction is made anew", path)
+            log.warning("%s is damaged: the direction is computed again", path)
             return None
         return found
 
     def keep(self, direction: Direction) -> None:
-        """Write a direction, whole or not at all; a disk without room for it is no fault of the
-        stage.
-        """
+        """Write a direction, whole or not at all. A disk without room for it is only a warning."""
         if self.folder is None or not distributed.is_main():
             return
         from safetensors.torch import save
@@ -143,8 +150,8 @@ class Store:
             write_atomic(self.folder / FILE, save(tensors, metadata={"direction": record}))
         except (DiagnosticsError, OSError) as error:
             log.warning(
-                "the step's direction cannot be kept, so that a killed run would begin this stage"
-                " anew: %s",
+                "the step's direction cannot be kept, so that a killed run would start this stage"
+                " again: %s",
                 error,
             )
 
@@ -160,7 +167,7 @@ class Store:
 
 
 def write_record(path: Path, direction: Direction, calibration: pd.DataFrame) -> None:
-    """Write what is known of a direction without its numbers, and the calibration along it."""
+    """Write a direction without its update, and the calibration along it."""
     content = {
         "facts": direction.facts(),
         "sha256": direction.sha256,
@@ -173,8 +180,9 @@ def write_record(path: Path, direction: Direction, calibration: pd.DataFrame) ->
 
 
 def read_record(path: Path) -> tuple[Direction, pd.DataFrame] | None:
-    """A direction without its update, and the calibration along it; None where any process lacks
-    them.
+    """A direction without its update, and the calibration along it.
+
+    None where any process lacks them.
     """
     found = None
     if path.is_file() and not path.is_symlink():
@@ -190,7 +198,7 @@ def read_record(path: Path) -> tuple[Direction, pd.DataFrame] | None:
 
 
 def _everywhere(found) -> bool:
-    """True where every process has found it: they go on together or begin together."""
+    """True where every process has found it: they continue together or start again together."""
     return (
         distributed.sum_over_processes(np.array([float(found is not None)]))[0]
         == distributed.world()

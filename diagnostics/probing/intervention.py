@@ -1,26 +1,27 @@
-"""What a step does when only the selected positions carry loss: selection criteria compared by
-intervention.
+"""What a step does when only the selected positions carry loss: criteria compared by intervention.
 
-    theta_c = theta0 + a_c * d_c,    d_c the optimiser's first direction for the mean loss over the positions of cell c
+    theta_c = theta0 + a_c * d_c
     reduction_i = D_i(theta0) - D_i(theta_c),   for D in KL(q||p), KL(p||q) and JS, in nats
 
-A *cell* is one criterion at one budget. Scores are normalised over the whole table, as everywhere;
-the selection is made among the step positions, and the budget is of those. Every cell starts from
-the same theta0, and with `match="norm"` moves the weights as far as the calibrated step on all
-positions does: a_c = a_full |d_full| / |d_c|. With `match="lr"` the learning rate is the same
-instead. (A small selection leaves some weights without gradient; at equal norm AdamW's first step
-then moves the others further.)
+where d_c is the optimizer's first direction for the mean loss over the positions of cell c.
 
-Always present: `full`, every step position; `random`, several draws a budget; `placebo`, the full
-step with every coordinate under a random sign. A cell is compared with `full` and with `random` *on
-its own positions*: what would those positions have gained, had all, or as many random ones, been
-supervised? Intervals resample prompts; those that involve `random` also carry the spread of its
-draws.
+A *cell* is one criterion at one budget. Scores are normalized over the whole table, as everywhere;
+the selection is made among the step positions, and the budget is a share of those. Every cell
+starts from the same theta0. With `match="norm"` it moves the weights as far as the calibrated step
+on all positions does: a_c = a_full |d_full| / |d_c|. With `match="lr"` the learning rate is the
+same instead. (A small selection leaves some weights without gradient; at equal norm AdamW's first
+step then moves the others further.)
 
-One teacher pass for all cells; the cells share each batch's student forward as far as memory for
-their gradients goes. A cell's result is a file named by everything that decides it, the bits of the
-full step's direction among that, so an interrupted grid goes on where it was (`directions`), and a
-wider grid keeps what it has.
+Three cells are always present: `full`, every step position; `random`, several draws per budget;
+`placebo`, the full step with every coordinate under a random sign. A cell is compared with `full`
+and with `random` *on its own positions*: how much would those positions have gained if all
+positions, or as many random ones, had been supervised? Intervals resample prompts; those that
+involve `random` also carry the spread of its draws.
+
+The teacher runs once for all cells; the cells share each batch's student forward pass as far as
+memory for their gradients goes. A cell's result is a file named by everything that decides it,
+including the bits of the full step's direction, so an interrupted grid continues where it stopped
+(`directions`), and a wider grid keeps the finished cells.
 
 Reference: arXiv 2605.26844 compares criteria by training runs; this is the first step of one, with
 the norm held.
@@ -33,10 +34,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,33 +46,33 @@ import torch
 from torch import Tensor
 
 from diagnostics import criteria as registry
-from diagnostics.analysis import bootstrap
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.analysis.selection import is_baseline
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
 from diagnostics.core.progress import Shards, no_shards
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
-from diagnostics.probing.directions import Direction, Store, read_record, write_record
-from diagnostics.probing.one_step import (
+from diagnostics.probing.directions import Store, read_record, write_record
+from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
+from diagnostics.probing.intervention_table import summarize
+from diagnostics.probing.step import (
+    PreparedStep,
+    ProbeConfig,
     StepBench,
     first_update,
     kept_step,
     loss_weights,
-    requested_step,
-    require_same_bank,
-    split_prompts,
-    tensor_norm,
+    step_positions,
 )
+from diagnostics.probing.tensor_lists import tensor_norm
 
 log = logging.getLogger("diagnostics")
-MEASURES = ("forward_kl", "reverse_kl", "js")
-GROUPS = ("selected", "unselected", "step", "held_out")
 MATCHES = ("norm", "lr")
 CRITERIA = (
     "entropy",
@@ -88,7 +90,17 @@ GRADIENT_BYTES = 2**30
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    """The grid of cells."""
+    """The grid of cells.
+
+    Attributes:
+        criteria: Registered criteria; `full`, `random` and `placebo` are always present.
+        budgets: Shares of the step positions, each in (0, 1].
+        match: What all cells have in common: the `norm` of the update, or the learning rate (`lr`).
+        random_draws: Random selections per budget, at least 1.
+
+    Raises:
+        DiagnosticsError: `match` is unknown, or there is no random draw.
+    """
 
     criteria: tuple[str, ...] = field(
         default=CRITERIA, metadata={"help": "criteria; full, random and a placebo are always there"}
@@ -105,197 +117,156 @@ class InterventionConfig:
     )
     random_draws: int = field(default=5, metadata={"help": "random selections a budget"})
 
-
-@dataclass(frozen=True)
-class InterventionCell:
-    """One selection of step positions, or the placebo."""
-
-    criterion: str
-    budget: float
-    draw: int
-    """Number of the random selection; 0 for everything else."""
-    weights_N: np.ndarray
-    """1.0 where the position carries loss, else 0.0."""
-
-    @property
-    def placebo(self) -> bool:
-        """True for the step in a random direction."""
-        return self.criterion == "placebo"
+    def __post_init__(self):
+        if self.match not in MATCHES:
+            raise DiagnosticsError(
+                f"Unknown match {self.match!r}. Known are {', '.join(MATCHES)}: cells have the"
+                " update's norm or its learning rate in common."
+            )
+        if self.random_draws < 1:
+            raise DiagnosticsError(
+                f"random_draws is {self.random_draws}; a comparison with random needs at least 1,"
+                " and 5 to see its spread."
+            )
 
 
-@dataclass(frozen=True)
-class Effect:
-    """What a cell's step did."""
-
-    step_size: float
-    update_norm: float
-    gradient_norm: float
-    """Of the cell's mean loss at theta0, nats."""
-    reduction_N3: np.ndarray
-    """Divergence before minus after, in the order of MEASURES, nats."""
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a position; the step's three numbers repeat."""
-        frame = pd.DataFrame(self.reduction_N3.astype(np.float32), columns=list(MEASURES))
-        return frame.assign(
-            step_size=self.step_size, update_norm=self.update_norm, gradient_norm=self.gradient_norm
-        )
-
-    @classmethod
-    def from_frame(cls, frame: pd.DataFrame) -> Effect:
-        """Inverse of `to_frame`."""
-        facts = [
-            float(frame[name].iloc[0]) for name in ("step_size", "update_norm", "gradient_norm")
-        ]
-        return cls(*facts, frame[list(MEASURES)].to_numpy(dtype=np.float64))
-
-
-@dataclass
-class Interventions:
-    """Every cell with its effect, on one table of positions."""
-
-    tokens: pd.DataFrame
-    split: np.ndarray
-    cells: list[InterventionCell]
-    effects: list[Effect]
-    calibration: pd.DataFrame
-    """Of the step on all positions, as `probe` has it."""
-
-    def by_prompt(self) -> pd.DataFrame:
-        """Sums over each prompt's positions, for whoever compares cells later without a model.
-
-        Columns criterion, budget, draw, prompt_id, split, positions (finite ones), then the summed
-        reductions forward_kl, reverse_kl, js (nats)."""
-        prompts = PromptClusters(self.tokens["prompt_id"].to_numpy(), draws=0)
-        place = pd.Series(self.split).groupby(prompts.codes).first().to_numpy()
-        frames = []
-        for cell, effect in zip(self.cells, self.effects, strict=True):
-            finite = np.isfinite(effect.reduction_N3).all(axis=1)
-            sums = prompts.sums(np.ones(finite.sum()), *effect.reduction_N3[finite].T, at=finite)
-            frame = pd.DataFrame(sums, columns=["positions", *MEASURES]).astype({"positions": int})
-            key = {
-                "criterion": cell.criterion,
-                "budget": cell.budget,
-                "draw": cell.draw,
-                "prompt_id": prompts.names,
-                "split": place,
-            }
-            frames.append(pd.concat([pd.DataFrame(key), frame], axis=1))
-        return pd.concat(frames, ignore_index=True)
-
-
+@with_settings(probe=ProbeConfig, config=InterventionConfig, analysis=AnalysisConfig)
 def intervene(
-    pair: Pair, bank: Bank, *, draws: int = 1000, level: float = 0.95, seed: int = 0, **options
-) -> pd.DataFrame:
-    """One step a cell from the same student, with loss on the selected positions only, and what it
-    changed.
-
-    options: those of `interventions` (criteria, budgets, tokens, loss, optimizer, match, cache, …).
-    Returns the table of `summarize`.
-    """
-    return summarize(
-        interventions(pair, bank, seed=seed, **options), draws=draws, level=level, seed=seed
-    )
-
-
-def interventions(
     pair: Pair,
     bank: Bank,
+    probe: ProbeConfig = ProbeConfig(),
+    config: InterventionConfig = InterventionConfig(),
+    analysis: AnalysisConfig = AnalysisConfig(),
     *,
-    criteria: Iterable[str] = CRITERIA,
-    budgets: Iterable[float] = BUDGETS,
     tokens: pd.DataFrame | None = None,
-    loss: str = "reverse_kl",
-    beta: float = 0.5,
-    optimizer: str = "adamw",
-    step: str | float = "auto",
-    match: str = "norm",
-    random_draws: int = 5,
-    held_out: float = 0.5,
-    seed: int = 0,
     batch_tokens: int = scores.BATCH_TOKENS,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Take one step per cell from the same student, and tabulate what each changed.
+
+    Only the selected positions of a cell carry loss. This is `interventions` followed by
+    `summarize`.
+
+    Args:
+        pair: The student, in float32 or float64, and its teacher.
+        bank: The frozen contexts, N response positions in all.
+        probe: The step; its fields may be given as keywords instead.
+        config: The grid of cells; its fields may be given as keywords instead.
+        analysis: How intervals are made; its fields may be given as keywords instead.
+        tokens: The bank's token table; None scores the bank first. Its column `split` is used
+            where it has one; otherwise prompts are split as in `probe`.
+        batch_tokens: Tokens in one forward pass, padding included.
+        cache: Folder for finished cells; nothing is kept by default.
+        shards: Where the step on all positions is kept until the grid is done.
+        settings: Fields of `probe`, `config` and `analysis`.
+
+    Returns:
+        The table of `summarize`: one row per criterion, budget, group of positions and measure.
+
+    Raises:
+        DiagnosticsError: As `interventions` does.
+    """
+    result = interventions(
+        pair,
+        bank,
+        probe,
+        config,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        cache=cache,
+        shards=shards,
+    )
+    return summarize(result, draws=analysis.draws, level=analysis.level, seed=probe.seed)
+
+
+@with_settings(probe=ProbeConfig, config=InterventionConfig)
+def interventions(
+    pair: Pair,
+    bank: Bank,
+    probe: ProbeConfig = ProbeConfig(),
+    config: InterventionConfig = InterventionConfig(),
+    *,
+    tokens: pd.DataFrame | None = None,
+    batch_tokens: int = scores.BATCH_TOKENS,
+    cache: str | Path | None = None,
+    shards: Callable[[str], Shards] = no_shards,
+    **settings: Any,
 ) -> Interventions:
     """Measure every cell of criteria x budgets, with full, random and placebo.
 
-    tokens: the bank's table; scored here where None. Its `split` is used where it has one, else
-    prompts are split as in `probe`. step: size of the full step, `auto` calibrates it. cache:
-    folder for finished cells. shards: where the step on all positions is kept until the grid is
-    done. Raises DiagnosticsError for unknown names, a budget outside (0, 1], no random draw, or a
-    table of another bank."""
-    step_size = requested_step(loss, optimizer, step)
-    if match not in MATCHES:
-        raise DiagnosticsError(
-            f"Unknown match {match!r}. Known are {', '.join(MATCHES)}: cells have the update's norm"
-            " or its learning rate in common."
-        )
-    if random_draws < 1:
-        raise DiagnosticsError(
-            f"random_draws is {random_draws}; a comparison with random needs at least 1, and 5 to"
-            " see its spread."
-        )
-    tokens = scores.score(pair, bank, batch_tokens=batch_tokens) if tokens is None else tokens
-    require_same_bank(bank, tokens)
-    split = (
-        tokens["split"].to_numpy(dtype=object)
-        if "split" in tokens
-        else split_prompts(tokens["prompt_id"], held_out=held_out, seed=seed)
-    )
-    cells = plan(
-        tokens, split, criteria=criteria, budgets=budgets, random_draws=random_draws, seed=seed
-    )
-    bench = StepBench(pair, bank, tokens, split, batch_tokens=batch_tokens)
-    settings = {"loss": loss, "beta": beta, "optimizer": optimizer}
+    Args:
+        pair: The student, in float32 or float64, and its teacher. The student ends as it began.
+        bank: The frozen contexts, N response positions in all.
+        probe: The step on all positions, whose size every cell's step is matched to; its fields
+            may be given as keywords instead.
+        config: The grid of cells; its fields may be given as keywords instead.
+        tokens: The bank's token table; None scores the bank first. Its column `split` is used
+            where it has one; otherwise prompts are split as in `probe`.
+        batch_tokens: Tokens in one forward pass, padding included.
+        cache: Folder for finished cells; nothing is kept by default.
+        shards: Where the step on all positions is kept until the grid is done.
+        settings: Fields of `probe` and `config`.
 
-    def grid_along(full: Direction, calibration: pd.DataFrame) -> Grid:
-        size = float(calibration.loc[calibration["chosen"], "step_size"].iloc[0])
-        return Grid(
-            bench,
-            **settings,
-            match=match,
-            full=full,
-            full_weights_N=cells[0].weights_N,
-            full_size=size,
-            seed=seed,
-            cache=None if cache is None else Path(cache),
-        )
+    Returns:
+        The cells with the effect of each (reductions in nats [N, 3]), for `summarize`.
 
-    record = (
-        None
-        if cache is None
-        else Path(cache)
-        / f"step-{_full_step_name(bench, cells[0].weights_N, step=step, **settings)}.json"
-    )
-    known = None if record is None else read_record(record)
-    if known is None or grid_along(*known).needs_direction(cells):
-        known = kept_step(
-            bench,
-            cells[0].weights_N,
-            Store(shards("direction").folder),
-            step_size=step_size,
-            **settings,
-        )
-        if record is not None:
-            write_record(record, *known)
-    grid, calibration = grid_along(*known), known[1]
-    effects = grid.measure(cells)
+    Raises:
+        DiagnosticsError: A name is unknown, a budget lies outside (0, 1], there is no random draw,
+            a cell selects no position, or the table is of another bank.
+    """
+    positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
+    # planned before the teacher runs: a grid that cannot be measured is refused at once
+    cells = plan(positions.tokens, positions.split, config, seed=probe.seed)
+    bench = StepBench(pair, bank, positions.tokens, positions.split, batch_tokens=batch_tokens)
+    folder = None if cache is None else Path(cache)
+    full = _full_step(bench, cells, probe, config, folder, Store(shards("direction").folder))
+    effects = Grid(full, probe, config.match, folder).measure(cells)
     bench.require_restored()
-    return Interventions(tokens, split, cells, effects, calibration)
+    return Interventions(bench.tokens, bench.split, cells, effects, full.calibration)
 
 
-def _full_step_name(bench: StepBench, weights_N: np.ndarray, **settings) -> str:
-    """Name of everything that decides the step on all positions, but for the rounding of its
+def _full_step(
+    bench: StepBench,
+    cells: Sequence[InterventionCell],
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    cache: Path | None,
+    store: Store,
+) -> PreparedStep:
+    """The step on all positions.
+
+    Where the cache knows it and has every cell that moves along it, the direction's numbers are
+    not needed, and no backward pass is made for it.
+    """
+    weights_N = cells[0].weights_N
+    if cache is None:
+        return kept_step(bench, weights_N, probe, store)
+    record = cache / f"step-{_full_step_name(bench, weights_N, probe)}.json"
+    known = read_record(record)
+    if known is not None:
+        full = PreparedStep(bench, weights_N, *known)
+        if not Grid(full, probe, config.match, cache).needs_direction(cells):
+            return full
+    full = kept_step(bench, weights_N, probe, store)
+    write_record(record, full.direction, full.calibration)
+    return full
+
+
+def _full_step_name(bench: StepBench, weights_N: np.ndarray, probe: ProbeConfig) -> str:
+    """Name of everything that decides the step on all positions, except the rounding of its
     gradient.
     """
-    identity = settings | _identity(bench) | {"code": code_version("intervention")}
+    settings = {name: getattr(probe, name) for name in ("loss", "beta", "optimizer", "step")}
+    identity = settings | _identity(bench) | {"code": code_version("probing.intervention")}
     return hashlib.sha256(
         json.dumps(identity, sort_keys=True, default=str).encode() + weights_N.tobytes()
     ).hexdigest()[:24]
 
 
 def _identity(bench: StepBench) -> dict:
-    """Both models and the bank."""
+    """Hashes of both models and of the bank."""
     ids = json.dumps(
         [
             [context.context_id, context.prompt_ids, context.response_ids, context.teacher_ids]
@@ -310,39 +281,39 @@ def _identity(bench: StepBench) -> dict:
 
 
 def plan(
-    tokens: pd.DataFrame,
-    split: np.ndarray,
-    *,
-    criteria: Iterable[str],
-    budgets: Iterable[float],
-    random_draws: int,
-    seed: int,
+    tokens: pd.DataFrame, split: np.ndarray, config: InterventionConfig, *, seed: int
 ) -> list[InterventionCell]:
     """The cells of a grid: full, placebo, then random and each criterion at each budget.
 
     A position whose measurements are not finite carries no loss, selected or not.
+
+    Args:
+        tokens: Token table, one row per position.
+        split: `step` or `held_out` for each position [N].
+        config: The grid.
+        seed: Seed of the random selections; draw number i uses seed + i.
+
+    Returns:
+        The cells; the first is `full`.
+
+    Raises:
+        DiagnosticsError: A criterion is unknown, a budget lies outside (0, 1], or a cell selects no
+            position with finite measurements.
     """
     usable_N = loss_weights(tokens, split)
-    budgets = sorted(set(budgets))
+    budgets = sorted(set(config.budgets))
     cells = [
         InterventionCell("full", 1.0, 0, usable_N),
         InterventionCell("placebo", 1.0, 0, usable_N),
     ]
-    for draw in range(random_draws):
-        score = registry.score_criterion(tokens, "random", seed=seed + draw)
+    named = [("random", draw) for draw in range(config.random_draws)]
+    named += [(name, 0) for name in dict.fromkeys(config.criteria) if not is_baseline(name)]
+    for name, draw in named:
+        score = registry.score_criterion(tokens, name, seed=seed + draw)
         cells += [
-            InterventionCell(
-                "random", budget, draw, _selected(tokens, split, score, budget, usable_N)
-            )
+            InterventionCell(name, budget, draw, _selected(tokens, split, score, budget, usable_N))
             for budget in budgets
         ]
-    for name in dict.fromkeys(criteria):
-        if not is_baseline(name):
-            score = registry.score_criterion(tokens, name, seed=seed)
-            cells += [
-                InterventionCell(name, budget, 0, _selected(tokens, split, score, budget, usable_N))
-                for budget in budgets
-            ]
     empty = next((cell for cell in cells if not cell.weights_N.any()), None)
     if empty is not None:
         raise DiagnosticsError(
@@ -363,23 +334,29 @@ def _selected(
 
 @dataclass(frozen=True)
 class Grid:
-    """A bench, the step on all positions as reference, and where finished cells are kept."""
+    """The step on all positions as reference, and where finished cells are kept."""
 
-    bench: StepBench
-    loss: str
-    beta: float
-    optimizer: str
+    full: PreparedStep
+    probe: ProbeConfig
     match: str
-    full: Direction
-    full_weights_N: np.ndarray
-    full_size: float
-    seed: int
     cache: Path | None
 
+    @property
+    def bench(self) -> StepBench:
+        """The bench of the step on all positions, which every cell uses."""
+        return self.full.bench
+
     def measure(self, cells: Sequence[InterventionCell]) -> list[Effect]:
-        """The effect of each cell. Cells with the same positions are measured once."""
+        """Measure the effect of each cell. Cells with the same positions are measured once.
+
+        Args:
+            cells: Cells of one grid on this bench.
+
+        Returns:
+            The effects, in the cells' order.
+        """
         keys = [self.key(cell) for cell in cells]
-        todo = {key: cell for key, cell in zip(keys, cells, strict=True)}
+        todo = dict(zip(keys, cells, strict=True))
         found = {key: effect for key in todo if (effect := self._kept(key)) is not None}
         missing = {key: cell for key, cell in todo.items() if key not in found}
         log.info(
@@ -399,13 +376,13 @@ class Grid:
         bank.
         """
         identity = self._identity | {
-            "loss": self.loss,
-            "beta": self.beta,
-            "optimizer": self.optimizer,
+            "loss": self.probe.loss,
+            "beta": self.probe.beta,
+            "optimizer": self.probe.optimizer,
             "match": self.match,
-            "size": self.full_size,
-            "direction": self.full.sha256,
-            "placebo": self.seed if cell.placebo else None,
+            "size": self.full.step_size,
+            "direction": self.full.direction.sha256,
+            "placebo": self.probe.seed if cell.placebo else None,
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(np.packbits(cell.weights_N > 0).tobytes())
@@ -442,7 +419,9 @@ class Grid:
         for start in range(0, len(todo), room):
             group = todo[start : start + room]
             partial = [cell.weights_N for _, cell in group if not self._is_full(cell)]
-            gradients = iter(shared_gradients(self.bench, partial, loss=self.loss, beta=self.beta))
+            gradients = iter(
+                shared_gradients(self.bench, partial, loss=self.probe.loss, beta=self.probe.beta)
+            )
             for number, (key, cell) in enumerate(group, start + 1):
                 gradient = None if self._is_full(cell) else next(gradients)
                 yield key, self._effect(cell, gradient, before, f"cell {number} of {len(todo)}")
@@ -451,18 +430,20 @@ class Grid:
         """True where the step on all positions is the cell's own, as it is for the placebo before
         its signs.
         """
-        return np.array_equal(cell.weights_N, self.full_weights_N)
+        return np.array_equal(cell.weights_N, self.full.weights_N)
 
     def _effect(
         self, cell: InterventionCell, gradient: list[Tensor] | None, before: tuple, description: str
     ) -> Effect:
         if gradient is None:
-            update, norm, gradient_norm = self.full.update, self.full.norm, self.full.gradient_norm
+            full = self.full.direction
+            update, norm, gradient_norm = full.update, full.norm, full.gradient_norm
         else:
-            update = first_update(gradient, self.optimizer)
+            update = first_update(gradient, self.probe.optimizer)
             norm, gradient_norm = tensor_norm(update), tensor_norm(gradient)
         size = self._size(norm, gradient_norm)
-        with self.bench.moved(update, size, placebo_seed=self.seed if cell.placebo else None):
+        seed = self.probe.seed if cell.placebo else None
+        with self.bench.moved(update, size, placebo_seed=seed):
             after = self.bench.rescore(description, js=True)
         return Effect(
             size, size * norm, gradient_norm, np.stack(before, axis=1) - np.stack(after, axis=1)
@@ -472,24 +453,31 @@ class Grid:
         """Step size of a cell. SGD's direction has norm 1, so there an equal learning rate scales
         with the gradient.
         """
+        full, size = self.full.direction, self.full.step_size
         if self.match == "norm":
-            return self.full_size * self.full.norm / norm if norm else 0.0
-        return self.full_size * (
-            gradient_norm / self.full.gradient_norm if self.optimizer == "sgd" else 1.0
-        )
+            return size * full.norm / norm if norm else 0.0
+        return size * (gradient_norm / full.gradient_norm if self.probe.optimizer == "sgd" else 1.0)
 
 
 def shared_gradients(
     bench: StepBench, weights: Sequence[np.ndarray], *, loss: str, beta: float
 ) -> list[list[Tensor]]:
-    """Gradients of several weightings of the mean loss, with one student forward a batch; out of
-    memory, one by one.
+    """Gradients of several weightings of the mean loss, with one student forward pass per batch.
 
-    weights: [N] each. Returns one list of tensors, parameter by parameter, for each weighting.
+    Out of memory, every weighting gets its own forward passes.
+
+    Args:
+        bench: The student at theta0.
+        weights: One float [N] per weighting, 0 where a position carries no loss.
+        loss: One of `losses.LOSSES`.
+        beta: The teacher's share in the mixture of `jsd`.
+
+    Returns:
+        For each weighting one tensor per parameter.
     """
     try:
         gradients = [[torch.zeros_like(p) for p in bench.parameters] for _ in weights]
-        for batch, teacher_nH in zip(bench.step_batches, bench.step_teacher, strict=True):
+        for batch, teacher_nH in bench.step:
             _add_gradients(bench, batch, teacher_nH, weights, gradients, loss=loss, beta=beta)
     except (torch.OutOfMemoryError, MemoryError):
         log.warning(
@@ -503,10 +491,10 @@ def shared_gradients(
 
 def _add_gradients(
     bench: StepBench,
-    batch,
+    batch: scores.Batch,
     teacher_nH: Tensor,
     weights: Sequence[np.ndarray],
-    gradients,
+    gradients: list[list[Tensor]],
     *,
     loss: str,
     beta: float,
@@ -526,149 +514,3 @@ def _add_gradients(
         ):
             if add is not None:
                 total += add
-
-
-# --- the table
-# --------------------------------------------------------------------------------------
-
-
-def summarize(
-    result: Interventions, *, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
-    """Mean reductions of each cell by group of positions, with prompt-bootstrap intervals.
-
-    Returns columns criterion, budget, group (selected and unselected step positions, step: both,
-    held_out), measure (forward_kl = KL(q||p), reverse_kl = KL(p||q), js), reduction (mean of before
-    - after, nats a position; positive is better), low, high; minus_random and minus_full with their
-    _low and _high (mean over the same positions of this cell's reduction less that of random,
-    averaged over its draws at this budget, or of the full step); spread (standard deviation over
-    the draws of random), selected (positions that carried loss), step_size, update_norm,
-    gradient_norm, positions, prompts. The rows of `random` average its draws; what cannot be is
-    NaN."""
-    prompts = PromptClusters(result.tokens["prompt_id"].to_numpy(), draws=draws, seed=seed)
-    noise = np.random.default_rng([seed, 2]).standard_normal(draws)
-    together: dict[tuple[str, float], list[int]] = {}
-    for index, cell in enumerate(result.cells):
-        together.setdefault((cell.criterion, cell.budget), []).append(index)
-    rows = []
-    for (criterion, budget), members in together.items():
-        rivals = together.get(("random", budget), []) if criterion != "random" else []
-        for group in GROUPS:
-            masks = [_group(result, index, group) for index in members]
-            if not all(mask.any() for mask in masks):
-                continue
-            for m, measure in enumerate(MEASURES):
-                key = {"criterion": criterion, "budget": budget, "group": group, "measure": measure}
-                row = _compared(
-                    result, prompts, masks, members, rivals, m, level=level, noise=noise
-                )
-                rows.append(key | row | _facts(result, members))
-    return pd.DataFrame(rows)
-
-
-def _group(result: Interventions, index: int, group: str) -> np.ndarray:
-    """Positions [N] of a group of a cell, as far as they were measured."""
-    chosen, on_step = result.cells[index].weights_N > 0, result.split == "step"
-    masks = {
-        "selected": chosen,
-        "unselected": on_step & ~chosen,
-        "step": on_step,
-        "held_out": ~on_step,
-    }
-    return masks[group] & np.isfinite(result.effects[index].reduction_N3).all(axis=1)
-
-
-def _compared(
-    result: Interventions,
-    prompts: PromptClusters,
-    masks: list[np.ndarray],
-    members: list[int],
-    rivals: list[int],
-    m: int,
-    *,
-    level: float,
-    noise: np.ndarray,
-) -> dict:
-    """Own mean, and paired differences to random and to the full step on the same positions."""
-    own = _mean_over_draws(result, prompts, masks, [[index] for index in members], m)
-    full = _mean_over_draws(result, prompts, masks, [[0]] * len(masks), m)
-    spread = _spread(result, masks, members, m)
-    if len(members) > 1:
-        own = _noisy(own, spread / len(members) ** 0.5, noise)
-    row = _ends("reduction", own, level, prefix="")
-    rival = (own - _rival(result, prompts, masks[0], rivals, m, noise)) if rivals else None
-    against_full = own - full if result.cells[members[0]].criterion != "full" else None
-    row |= _ends("minus_random", rival, level) | _ends("minus_full", against_full, level)
-    return row | {"spread": spread, "positions": own.positions, "prompts": own.prompts}
-
-
-def _rival(
-    result: Interventions,
-    prompts: PromptClusters,
-    mask: np.ndarray,
-    rivals: list[int],
-    m: int,
-    noise: np.ndarray,
-) -> Estimate:
-    """Mean over random's draws of its reduction on the positions of the mask."""
-    estimate = _mean_over_draws(result, prompts, [mask], [rivals], m)
-    spread = _spread(result, [mask] * len(rivals), rivals, m)
-    return _noisy(estimate, spread / len(rivals) ** 0.5, noise) if len(rivals) > 1 else estimate
-
-
-def _mean_over_draws(
-    result: Interventions,
-    prompts: PromptClusters,
-    masks: list[np.ndarray],
-    effects: list[list[int]],
-    m: int,
-) -> Estimate:
-    """Mean over masks of the mean reduction on each, averaged over the effects that go with it."""
-    sums = []
-    for mask, indices in zip(masks, effects, strict=True):
-        values = np.mean([result.effects[i].reduction_N3[mask, m] for i in indices], axis=0)
-        sums.append(prompts.sums(values, np.ones(len(values)), at=mask))
-
-    def mean(sums: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios = np.where(sums[..., 1::2] > 0, sums[..., 0::2] / sums[..., 1::2], np.nan)
-        return ratios.mean(axis=-1, keepdims=True)
-
-    any_of_them = np.logical_or.reduce(masks)
-    return replace(
-        bootstrap.of_sums(mean, np.hstack(sums), prompts, any_of_them)[0],
-        positions=int(masks[0].sum()),
-    )
-
-
-def _spread(result: Interventions, masks: list[np.ndarray], indices: list[int], m: int) -> float:
-    means = [
-        result.effects[i].reduction_N3[mask, m].mean()
-        for mask, i in zip(masks, indices, strict=True)
-    ]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else np.nan
-
-
-def _noisy(estimate: Estimate, error: float, noise: np.ndarray) -> Estimate:
-    """The estimate with the error that a few random selections bring."""
-    return replace(estimate, draws=estimate.draws + error * noise)
-
-
-def _ends(name: str, estimate: Estimate | None, level: float, *, prefix: str | None = None) -> dict:
-    prefix = f"{name}_" if prefix is None else prefix
-    low, high = estimate.interval(level) if estimate else (np.nan, np.nan)
-    return {
-        name: estimate.value if estimate else np.nan,
-        f"{prefix}low": low,
-        f"{prefix}high": high,
-    }
-
-
-def _facts(result: Interventions, members: list[int]) -> dict:
-    """Selected positions and the step, averaged over draws."""
-    effects = [result.effects[index] for index in members]
-    selected = [int((result.cells[index].weights_N > 0).sum()) for index in members]
-    return {"selected": round(float(np.mean(selected)))} | {
-        name: float(np.mean([getattr(effect, name) for effect in effects]))
-        for name in ("step_size", "update_norm", "gradient_norm")
-    }

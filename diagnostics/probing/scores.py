@@ -1,10 +1,10 @@
-"""Frozen contexts and a pair become the token table.
+"""The token table: every response position of frozen contexts, measured with a pair.
 
 Contexts are grouped by length, padded on the right and sent through the backbones; only the states
 that predict response tokens are kept, and `divergences` projects those chunk by chunk. The state at
-index t - 1 predicts token t: `_batch` is the only place that says so. A teacher with a prompt of
-its own reads that and the same response: its state for response token t lies as much later as its
-prompt is longer, and `Batch.for_teacher` is the only place that says so.
+index t - 1 predicts token t; only `_batch` relies on that. A teacher with a prompt of its own reads
+that prompt and the same response. Its state for response token t therefore lies later by the
+difference in the prompts' lengths; only `Batch.for_teacher` relies on that.
 
 Axes: B contexts, T tokens, n response positions of a batch, N of the bank, H hidden size, V
 vocabulary."""
@@ -12,8 +12,9 @@ vocabulary."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,25 +25,33 @@ from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
-from diagnostics.core.schema import validate_tokens
+from diagnostics.core.schema import column, validate_tokens
+from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences
 from diagnostics.models import topk_teacher
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
 TOPS = 5
-"""Likeliest tokens of each model that the token view shows."""
+"""Number of most likely tokens of each model that the token view shows."""
 NOT_FINITE_LIMIT = 0.01
 """Share of positions that may be excluded for NaN or infinite logits before scoring stops."""
 NOT_FINITE_SHOWN = 64
-"""Positions that are looked at again, to say whose logits they are, where scoring stops."""
+"""Positions that are examined again to tell whose logits are not finite, where scoring stops."""
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How contexts are scored."""
+    """How contexts are scored.
+
+    Attributes:
+        k: Size of the top-K supports.
+        sweep: Other sizes K that are measured in the same pass.
+        batch_tokens: Tokens in one forward pass, padding included.
+    """
 
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
     sweep: tuple[int, ...] = field(
@@ -51,6 +60,10 @@ class ScoreConfig:
     batch_tokens: int = field(
         default=BATCH_TOKENS, metadata={"help": "tokens in one forward pass, padding included"}
     )
+
+
+Teacher = Readout | topk_teacher.TopKTeacher
+"""What grades the responses: a model, or a file of its log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +78,20 @@ class Batch:
     rows_n: Tensor
     """Rows of the token table that the positions fill."""
     contexts: tuple[Context, ...] = ()
-    """The contexts [B], for what the teacher reads."""
+    """The contexts [B], which hold the teacher's prompts."""
 
-    def teacher_states(self, teacher: Readout) -> Tensor:
-        """The teacher's states [n, H] of the response positions, after the prompt that it reads; a
-        listed teacher's lists.
+    def teacher_states(self, teacher: Teacher) -> Tensor:
+        """Teacher hidden states [n, H] at the response positions, given the teacher's own prompt.
+
+        For a top-K teacher: its packed lists [n, 2K].
         """
         if isinstance(teacher, topk_teacher.TopKTeacher):
             return teacher.states(self.contexts, self.at_n)
         return self.for_teacher().states(teacher)
 
     def for_teacher(self) -> Batch:
-        """The batch as the teacher reads it: the same positions, tokens and rows, after its own
-        prompts.
+        """The batch as the teacher reads it: after its own prompts, with the same positions, tokens
+        and rows.
         """
         if all(context.teacher_prompt_ids is None for context in self.contexts):
             return self
@@ -94,7 +108,7 @@ class Batch:
     def states(self, model: Readout) -> Tensor:
         """States [n, H] of the response positions, on the model's device.
 
-        Out of memory, the contexts are run in two halves, again and again down to one.
+        Out of memory, the contexts are run in two halves, repeatedly down to one context.
         """
         try:
             hidden_BTH = model.hidden(self.ids_BT, self.mask_BT)
@@ -111,8 +125,9 @@ class Batch:
         return torch.cat([half.states(model) for half in halves])
 
     def halves(self, error: BaseException) -> list[Batch]:
-        """The batch in two, after it did not fit. Raises DiagnosticsError where it is one context
-        already.
+        """The batch in two halves, after it did not fit in memory.
+
+        Raises DiagnosticsError where it is one context already.
         """
         contexts = len(self.ids_BT)
         if contexts == 1:
@@ -146,11 +161,16 @@ class Batch:
 def batches(
     bank: Bank, *, batch_tokens: int = BATCH_TOKENS, keep: np.ndarray | None = None
 ) -> list[Batch]:
-    """Group contexts of like length into batches of at most `batch_tokens` tokens, padding
-    included.
+    """Group contexts of similar length into batches.
 
-    keep: bool [N]; only positions that it marks are in the batches, and contexts without any are
-    left out."""
+    Args:
+        bank: The frozen contexts, N response positions in all.
+        batch_tokens: Most tokens in a batch, padding included; a longer context has its own batch.
+        keep: Mask bool [N]; other positions, and contexts without a marked one, are left out.
+
+    Returns:
+        The batches, shortest contexts first.
+    """
     starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
     wanted = [
         i
@@ -172,12 +192,10 @@ def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray 
         first = len(context.prompt_ids)
         for t, token in enumerate(context.response_ids):
             if keep is None or keep[start + t]:
-                (
-                    which.append(b),
-                    when.append(first + t - 1),
-                    rows.append(start + t),
-                    sampled.append(token),
-                )
+                which.append(b)
+                when.append(first + t - 1)
+                rows.append(start + t)
+                sampled.append(token)
     return Batch(
         ids_BT,
         mask_BT,
@@ -189,7 +207,7 @@ def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray 
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids [B, T], zeros on the right, and the mask of what is no filler."""
+    """Ids [B, T] with zeros on the right, and the mask of real tokens [B, T]."""
     width = max(map(len, sequences))
     ids_BT, mask_BT = torch.zeros(2, len(sequences), width, dtype=torch.long).unbind()
     for b, ids in enumerate(sequences):
@@ -198,46 +216,64 @@ def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
+@with_settings(config=ScoreConfig)
 def score(
     pair: Pair,
     bank: Bank,
+    config: ScoreConfig = ScoreConfig(),
     *,
-    k: int = 16,
-    sweep: Sequence[int] = (4, 8, 32),
-    batch_tokens: int = BATCH_TOKENS,
     shards: Shards | None = None,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Measure every response position of the bank, exactly over the shared vocabulary.
 
-    Returns the token table (`types.SCHEMA`): one row a position, in bank order, KLs and entropies
-    in nats; support-dependent columns also for each other K in `sweep`. A position with NaN or
-    infinite logits is NaN in every measurement and counted in a warning. shards: where finished
-    batches are kept, and taken from. Raises DiagnosticsError for an empty bank, ids outside the
-    vocabulary, a prompt without tokens, or more than 1 % such positions."""
-    return _table(
-        pair, bank, _columns(pair, bank, k=k, sweep=sweep, batch_tokens=batch_tokens, shards=shards)
-    )
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts, N response positions in all.
+        config: Supports and batches; its fields may be given as keywords instead.
+        shards: Where finished batches are kept, and taken from; nothing is kept by default.
+        settings: Fields of `config`.
+
+    Returns:
+        The token table (`schema.SCHEMA`): one row per position in bank order, KLs and entropies in
+        nats, and support-dependent columns also for each other K in `sweep`. A position with NaN
+        or infinite logits is NaN in every measurement and counted in a warning.
+
+    Raises:
+        DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
+            tokens, or more than 1 % of its positions have NaN or infinite logits.
+    """
+    return _table(pair, bank, _columns(pair, bank, config, shards=shards))
 
 
+@with_settings(config=ScoreConfig)
 def score_with_tops(
     pair: Pair,
     bank: Bank,
+    config: ScoreConfig = ScoreConfig(),
     *,
-    k: int = 16,
-    sweep: Sequence[int] = (4, 8, 32),
-    batch_tokens: int = BATCH_TOKENS,
     shards: Shards | None = None,
+    **settings: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`score`, and from the same pass what each model would have said: its likeliest tokens, for
-    the token view.
+    """Measure as `score` does, and list each model's most likely tokens from the same pass.
 
-    Returns the token table, the same to the bit, and one row a position with the columns
-    context_id, position and for `student` and `teacher` <model>_top (lists of at most TOPS tokens
-    as text, likeliest first), <model>_top_p (their probabilities, float32) and <model>_top_ids. The
-    lists of a position with NaN or infinite logits are empty."""
-    columns = _columns(
-        pair, bank, k=k, sweep=sweep, batch_tokens=batch_tokens, shards=shards, tops=TOPS
-    )
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts, N response positions in all.
+        config: Supports and batches; its fields may be given as keywords instead.
+        shards: Where finished batches are kept, and taken from; nothing is kept by default.
+        settings: Fields of `config`.
+
+    Returns:
+        The token table of `score`, equal in every bit; and for the token view one row per position
+        with columns context_id, position and for `student` and `teacher` <model>_top (lists of at
+        most TOPS tokens as text, most likely first), <model>_top_p (their probabilities, float32)
+        and <model>_top_ids. The lists of a position with NaN or infinite logits are empty.
+
+    Raises:
+        DiagnosticsError: As `score` does.
+    """
+    columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
         for name in list(columns)
@@ -261,61 +297,81 @@ def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFra
 
 
 def _columns(
-    pair: Pair,
-    bank: Bank,
-    *,
-    k: int,
-    sweep: Sequence[int],
-    batch_tokens: int,
-    shards: Shards | None,
-    tops: int = 0,
+    pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
 ) -> dict[str, np.ndarray]:
     """Every measurement [N] by name, float64, over all processes."""
     check_bank(pair, bank)
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
-    todo = _take_up(
-        local_batches(batches(bank, batch_tokens=batch_tokens)), shards, columns, bank.positions
-    )
-    options = {
-        "k": k,
-        "sweep": tuple(sweep),
-        "tops": tops,
-        "student_dropped": _dropped(pair.student),
-    }
-    listed = isinstance(pair.teacher, topk_teacher.TopKTeacher)
-    depth = pair.teacher.depth(bank) if listed else None
-    for batch, student_nH, teacher_nH in _forward(pair, todo, "score"):
-        if listed:
-            measured = topk_teacher.measure_hidden(
-                student_nH, pair.student.logits, teacher_nH, batch.sampled_n, depth=depth, **options
-            )
-        else:
-            measured = divergences.measure_hidden(
-                student_nH,
-                pair.student.logits,
-                teacher_nH,
-                pair.teacher.logits,
-                batch.sampled_n,
-                teacher_dropped=_dropped(pair.teacher),
-                **options,
-            )
-        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
-        shards.add(batch.rows_n.numpy(), values)
+    own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
+    measure = _measure(pair, bank, config, tops=tops)
+    for batch, student_nH, teacher_nH in _forward(
+        pair, _not_kept(own, shards, columns, bank.positions), "score"
+    ):
+        measured = measure(batch, student_nH, teacher_nH)
+        values: dict[str, Any] = {
+            name: values_n.double().cpu().numpy() for name, values_n in measured.items()
+        }
+        shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, bank.positions)
     return _gathered(columns, bank.positions)
 
 
+Measure = Callable[[Batch, Tensor, Tensor], Mapping[str, Tensor]]
+"""From a batch and the states [n, H] of both models to the measurements [n] by name."""
+
+
+def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measure:
+    """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
+    student, teacher = pair.student, teacher_of(pair)
+    k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
+    if isinstance(teacher, topk_teacher.TopKTeacher):
+        depth = teacher.depth(bank)
+
+        def measure_lists(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
+            return topk_teacher.measure_hidden(
+                student_nH,
+                student.logits,
+                teacher_nH,
+                batch.sampled_n,
+                depth=depth,
+                k=k,
+                sweep=sweep,
+                tops=tops,
+                student_dropped=student_dropped,
+            )
+
+        return measure_lists
+    logits, teacher_dropped = teacher.logits, _dropped(teacher)
+
+    def measure_logits(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
+        return divergences.measure_hidden(
+            student_nH,
+            student.logits,
+            teacher_nH,
+            logits,
+            batch.sampled_n,
+            teacher_dropped=teacher_dropped,
+            k=k,
+            sweep=sweep,
+            tops=tops,
+            student_dropped=student_dropped,
+        )
+
+    return measure_logits
+
+
 def _lists(pair: Pair, lists: dict[str, np.ndarray], role: str) -> pd.DataFrame:
-    """A model's likeliest tokens as three columns of lists."""
+    """A model's most likely tokens as three columns of lists."""
     count = sum(name.startswith(f"{role}_top_") for name in lists) // 2
     ids_NK = np.stack([lists[f"{role}_top_{j}"] for j in range(count)], axis=1)
     shares_NK = np.stack([lists[f"{role}_top_{j}_p"] for j in range(count)], axis=1)
     known_N = np.isfinite(shares_NK).all(axis=1)
     distinct, codes = np.unique(np.nan_to_num(ids_NK).astype(np.int32), return_inverse=True)
-    texts = np.array([pair.tokenizer.decode([token]) for token in distinct.tolist()], dtype=object)
+    tokenizer: Any = pair.tokenizer
+    texts = np.array([tokenizer.decode([token]) for token in distinct.tolist()], dtype=object)
     codes_NK = codes.reshape(ids_NK.shape)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "top": texts[codes_NK],
         "top_p": shares_NK.astype(np.float32),
         "top_ids": distinct[codes_NK],
@@ -329,19 +385,19 @@ def _lists(pair: Pair, lists: dict[str, np.ndarray], role: str) -> pd.DataFrame:
 
 
 def _fill(
-    columns: dict[str, np.ndarray], batch: Batch, values: Mapping[str, Sequence], positions: int
+    columns: dict[str, np.ndarray], batch: Batch, values: Mapping[str, np.ndarray], positions: int
 ) -> None:
     for name in values:
         columns.setdefault(name, np.zeros(positions))[batch.rows_n.numpy()] = values[name]
 
 
-def _take_up(
+def _not_kept(
     todo: list[Batch], shards: Shards, columns: dict[str, np.ndarray], positions: int
 ) -> list[Batch]:
-    """Fill in what an interrupted run measured; returns the batches that are left."""
+    """Fill in the rows that an interrupted run kept; returns the batches that are left."""
     left = []
     for batch in todo:
-        found = shards.take(batch.rows_n.numpy())
+        found = shards.take(batch.rows_n.tolist())
         if found is None:
             left.append(batch)
         else:
@@ -355,23 +411,38 @@ def local_batches(todo: list[Batch]) -> list[Batch]:
 
 
 def _gathered(columns: dict[str, np.ndarray], positions: int) -> dict[str, np.ndarray]:
-    """Columns with every process's rows; a process without batches brings none of its own."""
+    """Columns with the rows of all processes; a process without batches has no columns itself."""
     if distributed.world() == 1:
         return columns
-    names = sorted(distributed.names(columns))
+    names = sorted(distributed.names(list(columns)))
     whole = distributed.sum_over_processes(
         np.stack([columns.get(name, np.zeros(positions)) for name in names])
     )
     return dict(zip(names, whole))
 
 
-def check_bank(pair: Pair, bank: Bank) -> None:
-    """Refuse a bank that the pair cannot score."""
+def teacher_of(pair: Pair) -> Teacher:
+    """The pair's teacher. Raises DiagnosticsError for a pair that has a student alone."""
     if pair.teacher is None:
         raise DiagnosticsError(
-            "This pair has a student alone, which can write and not be graded. Name a teacher, or a"
-            " file of its log-probabilities."
+            "This pair has only a student, which can sample responses but not grade them. Name a"
+            " teacher, or a file of its log-probabilities."
         )
+    return pair.teacher
+
+
+def check_bank(pair: Pair, bank: Bank) -> None:
+    """Refuse a bank that the pair cannot score.
+
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts.
+
+    Raises:
+        DiagnosticsError: The pair has no teacher, the bank has no response token, a context has no
+            prompt token or an id outside the shared vocabulary, or a top-K teacher lacks a list.
+    """
+    teacher = teacher_of(pair)
     if not bank.positions:
         raise DiagnosticsError(
             f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or"
@@ -390,31 +461,37 @@ def check_bank(pair: Pair, bank: Bank) -> None:
                 f" vocabulary has {pair.vocabulary}. The bank was written by another tokenizer;"
                 " sample it again with this pair."
             )
-    if isinstance(pair.teacher, topk_teacher.TopKTeacher):
-        pair.teacher.require(bank)
+    if isinstance(teacher, topk_teacher.TopKTeacher):
+        teacher.require(bank)
 
 
 @torch.no_grad()
 def _forward(
     pair: Pair, todo: list[Batch], description: str
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    taught = (
+    of_teacher = (
         iter(teacher_states(pair, todo))
         if pair.offload_teacher
         else _teacher_states_in_turn(pair, todo)
     )
-    for teacher_nH, batch in zip(taught, _with_progress(todo, description)):
+    for teacher_nH, batch in zip(of_teacher, _with_progress(todo, description)):
         yield batch, batch.states(pair.student), teacher_nH
 
 
 def _teacher_states_in_turn(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
-    """The teacher's states [n, H] for each batch. A sharded teacher needs every process at every
-    pass: those with fewer batches run it on one token until all are through."""
-    spare = max(distributed.total_lengths(len(todo))) - len(todo) if pair.teacher.sharded else 0
+    """The teacher's states [n, H] for each batch.
+
+    A sharded teacher needs every process at every pass, so those with fewer batches run it on one
+    token until all are through.
+    """
+    teacher, spare = teacher_of(pair), 0
+    if teacher.sharded:  # asked before the first pass, since the processes wait for each other here
+        spare = max(distributed.total_lengths(len(todo))) - len(todo)
     for batch in todo:
-        yield batch.teacher_states(pair.teacher)
+        yield batch.teacher_states(teacher)
     for _ in range(spare):
-        pair.teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
+        assert isinstance(teacher, Readout), "a top-K teacher is never sharded"
+        teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
 
 
 def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
@@ -426,10 +503,18 @@ def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
 
 @torch.no_grad()
 def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
-    """The teacher's states [n, H] for each batch: one forward pass, kept for every later re-score.
+    """The teacher's states for each batch, from one forward pass.
 
     With `offload_teacher` the two models take turns on the device, and the states wait in main
-    memory."""
+    memory.
+
+    Args:
+        pair: Student and teacher.
+        todo: This process's batches.
+
+    Returns:
+        One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
+    """
     if not pair.offload_teacher:
         return [
             teacher_nH
@@ -439,7 +524,8 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
         ]
     with pair.teachers_turn():
         return [
-            batch.teacher_states(pair.teacher).cpu() for batch in _with_progress(todo, "teacher")
+            batch.teacher_states(teacher_of(pair)).cpu()
+            for batch in _with_progress(todo, "teacher")
         ]
 
 
@@ -454,25 +540,35 @@ def rescore(
     js: bool = False,
     shards: Shards | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """Forward KL (teacher first), reverse KL and with `js` JS [N] in nats with the student as it is
-    now; 0 where not scored.
+    """Measure the divergences with the student as it is now.
 
-    todo, teacher: this process's batches and the teacher's states for them. shards: as for `score`.
+    Args:
+        pair: Student and teacher.
+        todo: This process's batches.
+        teacher: The teacher's states [n, H] for each of them.
+        positions: Number N of positions of the bank.
+        description: What the progress bar says.
+        js: Whether the Jensen-Shannon divergence is measured too.
+        shards: Where finished batches are kept, and taken from; nothing is kept by default.
+
+    Returns:
+        KL(q||p) (teacher first), KL(p||q) and with `js` JS, each float64 [N] in nats over all
+        processes; 0 at a position that no batch has.
     """
-    shards, names = (
-        shards or Shards(),
-        (("forward_kl", "reverse_kl", "js") if js else ("forward_kl", "reverse_kl")),
-    )
+    shards, logits = shards or Shards(), teacher_of(pair).logits
+    names = ("forward_kl", "reverse_kl", "js") if js else ("forward_kl", "reverse_kl")
     columns: dict[str, np.ndarray] = {name: np.zeros(positions) for name in names}
-    left = {id(batch) for batch in _take_up(todo, shards, columns, positions)}
+    left = {id(batch) for batch in _not_kept(todo, shards, columns, positions)}
     for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
         if id(batch) not in left:
             continue
         measured = divergences.kl_pair_hidden(
-            batch.states(pair.student), pair.student.logits, teacher_nH, pair.teacher.logits, js=js
+            batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
         )
-        values = {name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)}
-        shards.add(batch.rows_n.numpy(), values)
+        values: dict[str, Any] = {
+            name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)
+        }
+        shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, positions)
     return tuple(distributed.sum_over_processes(np.stack(list(columns.values()))))
 
@@ -507,18 +603,20 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             "is_special",
         ],
     )
-    texts = {token: pair.tokenizer.decode([token]) for token in frame["token_id"].unique()}
+    tokenizer: Any = pair.tokenizer
+    texts = {token: tokenizer.decode([token]) for token in frame["token_id"].unique()}
     return frame.assign(token=frame["token_id"].map(texts))
 
 
 def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Indicator columns pass through float; a position that was not scored counts as False there
-    and NaN elsewhere.
-    """
-    from diagnostics.core.schema import column
+    """Turn indicator columns, which pass through float, back into bool.
 
+    A position that was not scored is False in those and NaN in the others.
+    """
+    kinds = {name: column(name) for name in columns}
+    flags = {name for name, kind in kinds.items() if kind is not None and kind.dtype == "bool"}
     return {
-        name: np.nan_to_num(values).astype(bool) if column(name).dtype == "bool" else values
+        name: np.nan_to_num(values).astype(bool) if name in flags else values
         for name, values in columns.items()
     }
 
@@ -552,10 +650,9 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
 
 @torch.no_grad()
 def _not_finite_of_student(pair: Pair, bank: Bank, rows: np.ndarray) -> np.ndarray:
-    """Whether the student's own logits are at fault [len(rows)]; where they are not, the teacher's
-    are.
-    """
-    keep, found = np.zeros(bank.positions, dtype=bool), np.zeros(bank.positions, dtype=bool)
+    """Whether the student's logits are not finite, bool [rows]; otherwise the teacher's are not."""
+    keep = np.zeros(bank.positions, dtype=bool)
+    found = np.zeros(bank.positions, dtype=bool)
     keep[rows] = True
     for batch in batches(bank, keep=keep):
         logits_nV = pair.student.logits(batch.states(pair.student))

@@ -1,0 +1,1 @@
+"""Tables in, pages out: figures, summaries in sentences, token views and report.html."""

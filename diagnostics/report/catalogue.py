@@ -1,4 +1,7 @@
-"""What each table of a run holds, in the order of the page."""
+"""What each table of a run holds, in the order of the page.
+
+This is the only place where tables are described: the page takes its captions from here.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ TABLES = {
     "verdicts": "Each claim against its interval, for both gains.",
     "warnings": "Where a conclusion would rest on too little.",
     "correlations": (
-        "Correlation of each gain with each criterion; estimate with interval, placebo beside it."
+        "Correlation of each gain with each criterion, with its interval and the placebo's."
     ),
-    "placebo_excess": "The same minus the placebo's, paired.",
+    "placebo_excess": "The same minus the placebo's, in paired draws.",
     "differences": "Paired differences between two criteria's correlations.",
     "partial": "Correlations given entropy, divergence and position.",
-    "within_prompt": "Mean of the correlations within a prompt.",
+    "within_prompt": "Mean over prompts of the correlation within each.",
     "quadrants": "Mean, median, trimmed and winsorised gain in each quadrant.",
     "positions": "Mean gain along the response.",
     "q3_contrast": "Within Q3: mean gain of the top group minus that of the bottom group.",
@@ -20,7 +23,7 @@ TABLES = {
     "balance": "What was matched on, before and after, in standard deviations.",
     "matching_caliper": "The same with no pair further apart than the caliper.",
     "balance_caliper": "What those pairs were matched on, before and after.",
-    "regressions": "Standardised coefficients of three models, cluster-robust.",
+    "regressions": "Standardised coefficients of three models, with cluster-robust intervals.",
     "decomposition": "Difference of the coefficients of compatible and incompatible divergence.",
     "residual_curves": "Residual gain along each score.",
     "support_robustness": "The claims' statistics for each proxy and K.",
@@ -29,7 +32,7 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
-    "intervention": "One step a criterion and budget; drops in nats a position.",
+    "intervention": "One step per criterion and budget; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",
     "linearity": "Realised against first-order gain by step size.",
@@ -38,17 +41,17 @@ TABLES = {
     "lift": "What each group's losses do for held-out prompts.",
     "validation_verdicts": "Claim C5 against each rival, and overall.",
     "validation_outcomes": "Every measure of every training, over seeds and prompts.",
-    "validation_agreement": "Kendall's tau between what was foreseen and what was trained.",
-    "validation_foreseen": "What was foreseen of each training, by every answer.",
+    "validation_agreement": "Kendall's tau between predicted and trained gains.",
+    "validation_foreseen": "What every offline answer predicted of each training.",
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
-    "saturation": "Quantiles of every measurement and how much is clipped.",
+    "saturation": "Quantiles of every measurement and the share that is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
-    "calibration": "Every step size that was tried; drops in nats a position of the step's loss.",
-    "left_out": "What the columns did not allow.",
+    "calibration": "Every step size that was tried; drops in nats per position of the step's loss.",
+    "left_out": "Parts that the columns did not allow.",
     "exactness": (
-        "What each measurement is worth with a teacher that is known by top-K lists alone."
+        "Which measurements are lower bounds with a teacher that is known by top-K lists alone."
     ),
 }
 """What each table holds, in the order of the page; others follow by name."""

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.run_lock import hold
-from diagnostics.report import figures, run_results, summary, svg
-from diagnostics.report import page as report_page
-from diagnostics.report.summary import RunResults
-from diagnostics.report.written_pages import write_pages
+from diagnostics.report import figures, naming, page, run_results, summary, svg
+from diagnostics.report.figures.registry import CORE
+from diagnostics.report.page_tables import table_block
+from diagnostics.report.run_results import RunResults
+from diagnostics.report.run_tables import RunTables
+from diagnostics.report.written_pages import encoded, write_pages
 
 SHARED = {
     "correlations": ("outcome", "criterion", "split", "method"),
@@ -37,25 +40,25 @@ SHARED = {
     "validation_verdicts": ("claim", "measure", "rival"),
     "validation_outcomes": ("criterion", "budget", "measure"),
 }
-"""Tables that are set side by side, with what names a row."""
+"""Tables that are set side by side, with the columns that name a row."""
 
 
 @dataclass(frozen=True)
 class RunComparison:
     """Several runs; shows itself in a notebook as what differs and what was found."""
 
-    materials: Mapping[str, RunResults]
-    """By name of the run."""
+    runs: Mapping[str, RunResults]
+    """What each run directory holds, by the name of the run."""
     tables: Mapping[str, pd.DataFrame]
     """Tables that at least two runs have, with a column run in front."""
     settings: pd.DataFrame
-    """Settings and models that differ, one column a run."""
+    """Settings and models that differ, one column per run."""
 
     @property
     def verdicts(self) -> pd.DataFrame:
-        """Verdict of each claim and gain, one column a run."""
+        """Verdict of each claim and gain, one column per run."""
         names = ["claim", "outcome", "verdict"]
-        found = {run: summary.claims(material)[0] for run, material in self.materials.items()}
+        found = {name: summary.claims(run)[0] for name, run in self.runs.items()}
         frames = [
             table[names].assign(run=run) for run, table in found.items() if set(names) <= set(table)
         ]
@@ -63,19 +66,19 @@ class RunComparison:
             return pd.DataFrame()
         table = pd.concat(frames, ignore_index=True).drop_duplicates(["claim", "outcome", "run"])
         wide = table.pivot(index=["claim", "outcome"], columns="run", values="verdict")
-        return wide.reindex(columns=list(self.materials)).astype(object).fillna("–")
+        return wide.reindex(columns=list(self.runs)).astype(object).fillna("–")
 
     @property
     def html(self) -> str:
         """All of it as one self-contained page."""
         lead = "".join(
-            f"<p><b>{html.escape(name)}.</b> {html.escape(_finding(material))}</p>"
-            for name, material in self.materials.items()
+            f"<p><b>{html.escape(name)}.</b> {html.escape(_finding(run))}</p>"
+            for name, run in self.runs.items()
         )
         lead += "".join(
-            f'<p class="warning">{html.escape(f"{name}: {caution}")}</p>'
-            for name, material in self.materials.items()
-            for caution in material.cautions
+            f'<p class="warning">{html.escape(f"{name}: {note}")}</p>'
+            for name, run in self.runs.items()
+            for note in run.reading_notes
         )
         sections = [
             ("verdicts", "Verdicts", _grid(self.verdicts, "verdict")),
@@ -84,19 +87,19 @@ class RunComparison:
                 "What differs",
                 _grid(self.settings, "setting") or "<p>No setting that the manifests record.</p>",
             ),
-            ("figures", "Figures", "".join(_figure(*drawn) for drawn in self.plates())),
+            ("figures", "Figures", "".join(_figure(*drawn) for drawn in self.drawings())),
             (
                 "tables",
                 "Tables",
-                "".join(
-                    report_page.table_block(name, table) for name, table in self.tables.items()
-                ),
+                "".join(table_block(name, table) for name, table in self.tables.items()),
             ),
         ]
-        return report_page.shell(f"{len(self.materials)} runs side by side", "", lead, sections)
+        return page.shell(f"{len(self.runs)} runs side by side", "", lead, sections)
 
-    def plates(self) -> Iterable[tuple]:
-        """Name, caption and the figure at both widths, for each table that can be drawn."""
+    def drawings(self) -> Iterable[tuple[str, str, Figure, Figure]]:
+        """Name, caption, and the figure for a page and for a phone, for each table that can be
+        drawn.
+        """
         for name, table, options, caption in _drawable(self.tables):
             table = table.assign(
                 run=table["run"].str.replace("$", r"\$")
@@ -112,7 +115,7 @@ class RunComparison:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, atomically."""
-        return write_atomic(path, report_page.encoded(self.html))
+        return write_atomic(path, encoded(self.html))
 
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
@@ -126,9 +129,20 @@ def compare_runs(
 ) -> RunComparison:
     """Set finished runs side by side.
 
-    directories: run directories with a manifest and tables. names: what to call them; their
-    folders' names where None. Raises DiagnosticsError for fewer than two, for names that repeat, or
-    where a directory is not a finished run."""
+    Args:
+        directories: Two or more run directories, each with manifest.json and tables/*.csv.
+        names: A name for each run; the shortest endings of the paths that tell them apart where
+            None.
+
+    Returns:
+        The settings that differ, the verdicts, and the tables that at least two runs have, each
+        with a column `run` in front. In a notebook it shows itself; `save` writes one
+        self-contained page.
+
+    Raises:
+        DiagnosticsError: There are fewer than two directories, names repeat, or a directory is not
+            a finished run.
+    """
     paths = [Path(directory) for directory in directories]
     names = list(names) if names is not None else _folder_names(paths)
     if len(paths) < 2 or len(names) != len(paths) or len(set(names)) != len(names):
@@ -137,20 +151,27 @@ def compare_runs(
             f" and the names {', '.join(map(str, names)) or 'none'}. Name more directories, or pass"
             " names=[…]."
         )
-    materials = {
-        str(name): run_results.read_run(path) for name, path in zip(names, paths, strict=True)
-    }
-    return RunComparison(materials, dict(_joined(materials)), _differences(materials))
+    runs = {str(name): run_results.read_run(path) for name, path in zip(names, paths, strict=True)}
+    return RunComparison(runs, dict(_joined(runs)), _differences(runs))
 
 
 def write(directories: Sequence[str | Path], into: Path) -> Path:
-    """Write compare.html into a folder, a run or any other, and its hash into pages.json there.
+    """Write compare.html into a folder, and its hash into pages.json there.
 
-    Raises DiagnosticsError as `compare_runs` does, where another process uses the folder, or where
-    a compare.html is there that is not as this program wrote it."""
-    page = report_page.encoded(compare_runs(directories).html)
+    Args:
+        directories: Two or more run directories.
+        into: The folder; it may be a run directory or any other.
+
+    Returns:
+        The path of compare.html.
+
+    Raises:
+        DiagnosticsError: A directory is not a finished run, another process uses the folder, or a
+            compare.html stands there that is not as this program wrote it.
+    """
+    content = encoded(compare_runs(directories).html)
     with hold(into):
-        write_pages(into, {"compare.html": page})
+        write_pages(into, {"compare.html": content})
     return into / "compare.html"
 
 
@@ -164,25 +185,23 @@ def _folder_names(paths: list[Path]) -> list[str]:
     return ["/".join(part) for part in parts]
 
 
-def _joined(materials: Mapping[str, RunResults]) -> Iterable[tuple[str, pd.DataFrame]]:
+def _joined(runs: Mapping[str, RunResults]) -> Iterable[tuple[str, pd.DataFrame]]:
     for name in SHARED:
         found = {
-            run: material.table(name)
-            for run, material in materials.items()
-            if material.table(name) is not None
+            label: run.table(name) for label, run in runs.items() if run.table(name) is not None
         }
         if len(found) > 1:
             joined = pd.concat(
-                [table.assign(run=run) for run, table in found.items()], ignore_index=True
+                [table.assign(run=label) for label, table in found.items()], ignore_index=True
             )
             yield name, joined[["run", *(column for column in joined if column != "run")]]
 
 
-def _differences(materials: Mapping[str, RunResults]) -> pd.DataFrame:
+def _differences(runs: Mapping[str, RunResults]) -> pd.DataFrame:
     """Settings and model facts whose value is not the same in all runs, a dash where a run has
     none.
     """
-    flat = {run: dict(_settings(material.manifest)) for run, material in materials.items()}
+    flat = {name: dict(_settings(run.manifest)) for name, run in runs.items()}
     table = pd.DataFrame(flat, dtype=object).fillna("–")
     return table[table.nunique(axis=1) > 1].rename_axis("setting")
 
@@ -190,19 +209,22 @@ def _differences(materials: Mapping[str, RunResults]) -> pd.DataFrame:
 def _settings(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for stage, record in manifest.get("stages", {}).items():
         for name, value in record.get("settings", {}).items():
-            yield (
-                f"{stage}: {name}",
-                (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)),
-            )
-    facts = summary.models(RunResults(manifest))
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield _unicode(f"{stage}: {name}"), _unicode(shown)
+    facts = summary.models(RunTables(manifest))
     yield from ((f"model: {role}", name) for role, name in facts.items())
 
 
-def _finding(material: RunResults) -> str:
+def _unicode(text: str) -> str:
+    """Half a surrogate pair, as JSON may hold one, written out: no table takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _finding(run: RunResults) -> str:
     """The paragraphs that compare signals, as far as the run has them."""
     return " ".join(
-        text for text in (summary.signals(material), summary.trained(material)) if text
-    ) or summary.title(material)
+        text for text in (summary.signals(run), summary.trained(run)) if text
+    ) or summary.title(run)
 
 
 def _drawable(
@@ -212,13 +234,13 @@ def _drawable(
     for name, where, options, caption in (
         (
             "correlations",
-            {"method": "spearman", "criterion": figures.CORE},
+            {"method": "spearman", "criterion": CORE},
             {},
             "Rank correlation of each criterion with both gains, in each run.",
         ),
         (
             "selection_summary",
-            {"statistic": "area", "criterion": figures.CORE},
+            {"statistic": "area", "criterion": CORE},
             {"label": "normalised area"},
             (
                 "Area between a criterion's curve of captured gain and random selection's: 0 is"
@@ -238,25 +260,25 @@ def _drawable(
         for column, wanted in where.items():
             table = table[table[column].isin([wanted] if isinstance(wanted, str) else wanted)]
         parts = [
-            rows[rows.split == summary.preferred_split(rows)]
+            rows[rows.split == naming.preferred_split(rows)]
             for _, rows in table.groupby("run", sort=False)
         ]
         if len(parts) > 1:
             yield name, pd.concat(parts, ignore_index=True), options, caption
 
 
-def _figure(name: str, caption: str, wide, narrow) -> str:
-    plates = {"wide": wide, "narrow": narrow}
+def _figure(name: str, caption: str, wide: Figure, narrow: Figure) -> str:
+    widths = {"wide": wide, "narrow": narrow}
     drawings = "".join(
-        f'<div class="{size}">{svg.inline_svg(plate, f"{name}-{size}")}</div>'
-        for size, plate in plates.items()
+        f'<div class="{size}">{svg.inline_svg(figure, f"{name}-{size}")}</div>'
+        for size, figure in widths.items()
     )
     text = html.escape(f"{caption} Every run has its own prompts and its own intervals.")
     return f'<figure id="figure-{name}">{drawings}<figcaption>{text}</figcaption></figure>'
 
 
 def _grid(table: pd.DataFrame, kind: str) -> str:
-    """A small table with one column a run."""
+    """A small table with one column per run."""
     if table.empty:
         return ""
     buffer = io.StringIO()
@@ -273,6 +295,6 @@ def _grid(table: pd.DataFrame, kind: str) -> str:
         )
         buffer.write(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>\n')
     return (
-        '<div class="scroll"><table'
-        f' class="facts"><thead><tr>{head}</tr></thead><tbody>\n{buffer.getvalue()}</tbody></table></div>'
+        '<div class="scroll"><table class="facts">'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{buffer.getvalue()}</tbody></table></div>"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +14,128 @@ import pandas as pd
 
 from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.manifest import hashes_of, read_manifest
+from diagnostics.core.manifest import hashes_read, read_manifest
 from diagnostics.core.schema import read_parquet, validate_tokens
-from diagnostics.core.types import read_bank
-from diagnostics.report.summary import RunResults
+from diagnostics.core.tables import read_csv
+from diagnostics.core.types import Bank, read_bank
+from diagnostics.report import summary
+from diagnostics.report.run_tables import RunTables
 
 log = logging.getLogger("diagnostics")
 
 
-def read_run(directory: str | Path) -> RunResults:
-    """A finished run's files, for a notebook or the report: `run = dx.read_run("reports/demo")`
-    shows what it found.
+@dataclass(frozen=True)
+class RunResults(RunTables):
+    """What a run directory holds; shows itself in a notebook as findings and verdicts."""
 
-    Returns a RunResults with the manifest, tables (by name), tokens, bank and likeliest tokens (None
-    where the run has none). Needs neither torch nor a model. Raises DiagnosticsError where the
-    manifest or every table is missing, or a file is damaged."""
+    tokens: pd.DataFrame | None = None
+    """The token table, one row per response position; None where the run has none."""
+    bank: Bank | None = None
+    """The frozen contexts."""
+    tops: pd.DataFrame | None = None
+    """Both models' most likely tokens at each position, as `score_with_tops` returns them."""
+    reading_notes: tuple[str, ...] = ()
+    """Sentences on files that were left out, or that the manifest does not record."""
+
+    def _repr_html_(self) -> str:
+        """The findings, the verdicts, and what else there is to look at."""
+        shown, _ = summary.claims(self)
+        columns = [name for name in ("claim", "outcome", "verdict") if name in shown]
+        found = "".join(
+            f"<p><b>{question}</b> {html.escape(text)}</p>"
+            for question, text in summary.answer(self).items()
+        )
+        verdicts = shown[columns].to_html(index=False) if len(shown) else ""
+        title = html.escape(summary.title(self))
+        return f"<h4>{title}</h4>{found}{verdicts}<p>{html.escape(self._contents())}</p>"
+
+    def _contents(self) -> str:
+        """The sizes of the token table, the bank and every table in one line."""
+        names = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
+        kept = [
+            f"{len(self.tokens):,} positions" if self.tokens is not None else "",
+            f"{len(self.bank):,} contexts" if self.bank is not None else "",
+        ]
+        return "; ".join([*filter(None, kept), f"tables (rows): {names}"])
+
+
+def read_run(directory: str | Path) -> RunResults:
+    """Read the files of a finished run, for a notebook or the report.
+
+    Needs neither torch nor a model. In a notebook `run = dx.read_run("reports/demo")` shows the
+    findings and the verdicts. A file whose content is no longer what the manifest recorded is left
+    out, and `reading_notes` says so.
+
+    Args:
+        directory: A run directory with manifest.json and tables/*.csv, as `python -m diagnostics
+            run` and the single stages write it.
+
+    Returns:
+        The manifest, the tables by name, the token table, the bank of contexts and the most likely
+        tokens; the last three are None where the run has no such file.
+
+    Raises:
+        DiagnosticsError: The manifest or every table is missing, a file is damaged, or a link
+            stands where this program keeps a file of its own.
+    """
     directory = Path(directory)
-    manifest = _read_manifest(directory / "manifest.json")
+    manifest = _read_manifest(directory)
     reading = _Reading(directory, manifest)
+    tables = _analysis_tables(directory, reading) | training_tables(directory, reading)
+    if not tables:
+        notes = f" ({' '.join(reading.notes)})" if reading.notes else ""
+        raise DiagnosticsError(
+            f"{directory / 'tables'} holds no table{notes}. Run `python -m diagnostics analyze"
+            f" --output-dir {directory}` first."
+        )
+    return RunResults(
+        manifest,
+        tables,
+        reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path))),
+        reading.read("contexts.parquet", read_bank),
+        reading.read("tops.parquet", read_parquet),
+        tuple(reading.notes),
+    )
+
+
+def _analysis_tables(directory: Path, reading: _Reading) -> dict[str, pd.DataFrame]:
+    """Every CSV file directly below DIR/tables, by its name without the ending."""
     names = [
         name
         for name, kind in files.walk(directory, "tables")
-        if name.endswith(".csv") and kind != "folder"
+        if name.endswith(".csv") and name.count("/") == 1 and kind != "folder"
     ]
-    tables = {
-        Path(name).stem: reading.read(name, _read_csv) for name in names if name.count("/") == 1
-    }
-    tables = {name: table for name, table in tables.items() if table is not None} | training_tables(
-        directory, reading
-    )
-    if not tables:
-        said = f" ({' '.join(reading.cautions)})" if reading.cautions else ""
-        raise DiagnosticsError(
-            f"{directory / 'tables'} holds no table{said}. Run `python -m diagnostics analyze"
-            f" --output-dir {directory}` first."
-        )
-    tokens = reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path)))
-    bank, tops = (
-        reading.read("contexts.parquet", read_bank),
-        reading.read("tops.parquet", read_parquet),
-    )
-    return RunResults(manifest, tables, tokens, bank, tops, tuple(reading.cautions))
+    found = {Path(name).stem: reading.read(name, _read_csv) for name in names}
+    return {name: table for name, table in found.items() if table is not None}
 
 
 class _Reading:
-    """Files of a run, each compared with the manifest before it is read; what is not as it was
-    written is left out and said.
+    """Reads files of a run after comparing each with the manifest.
+
+    A file whose hash is not the recorded one is left out, and a note says so.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]):
-        self.directory, self.manifest, self.cautions = directory, manifest, []
+        self.directory, self.manifest = directory, manifest
+        self.notes: list[str] = []
 
     def say(self, sentence: str) -> None:
         """Keep a sentence for the page, and log it."""
-        self.cautions.append(sentence)
+        self.notes.append(sentence)
         log.warning("%s: %s", self.directory, sentence)
 
     def read(self, name: str, reader: Callable[[Path], Any], *, ask: bool = True) -> Any:
-        """What `reader` makes of a file; None where there is none, or it was changed. ask: whether
-        a record is looked for.
+        """Read a file of the run.
+
+        Args:
+            name: The file, relative to the run directory.
+            reader: Turns the file's path into its content.
+            ask: Whether a file that the manifest does not record gets a note.
+
+        Returns:
+            What `reader` returned; None where there is no such file, or it was changed.
         """
-        digest, known = files.hash_inside(self.directory, name), hashes_of(self.manifest, name)
+        digest, known = files.hash_inside(self.directory, name), hashes_read(self.manifest, name)
         if digest is None:
             return None
         if known and digest not in known:
@@ -87,8 +150,15 @@ class _Reading:
 
 
 def training_tables(directory: Path, reading: _Reading | None = None) -> dict[str, pd.DataFrame]:
-    """What a training, or a grid of them, leaves beside its tables: evaluations, and the metrics of
-    every step.
+    """Read what a training, or a grid of trainings, writes outside tables/.
+
+    Args:
+        directory: The run directory.
+        reading: The reader that keeps the notes; a new one without a manifest where None.
+
+    Returns:
+        `evaluations` and `training_metrics`, as far as the run has them. The metrics have one row
+        per step; those of a grid name their cell in the columns criterion, budget and seed.
     """
     reading = reading or _Reading(directory, {"stages": {}})
     found = {
@@ -100,30 +170,54 @@ def training_tables(directory: Path, reading: _Reading | None = None) -> dict[st
     curves = []
     for name, kind in files.walk(reading.directory, "cells"):
         if name.endswith(".curve.parquet") and kind == "file":
-            cell = _read_cell(reading.directory, name.removesuffix(".curve.parquet") + ".json")
-            if cell is None:
-                reading.say(f"{name} has no record of its training beside it and was left out.")
-            else:
-                curve = reading.read(name, read_parquet, ask=False)
-                curves += [] if curve is None else [curve.assign(**cell)]
+            curve = _read_curve(reading, name)
+            curves += [] if curve is None else [curve]
     found |= {"training_metrics": pd.concat(curves, ignore_index=True)} if curves else {}
     return {name: table for name, table in found.items() if table is not None}
 
 
-def _read_cell(directory: Path, name: str) -> dict[str, Any] | None:
-    """Which training a cell is, from its record; None where there is no readable record."""
+def _read_curve(reading: _Reading, name: str) -> pd.DataFrame | None:
+    """The metrics of one cell of a grid, with the columns that say which it is. None, with a word,
+    where its record is lost or was changed, or has another hash of the curve.
+    """
+    beside = name.removesuffix(".curve.parquet") + ".json"
+    said = len(reading.notes)
+    record = reading.read(beside, _read_record, ask=False)
+    if record is not None and not _is_of(record["cell"], Path(beside).stem):
+        reading.say(f"{beside} is the record of another training and was left out of this page.")
+        return None
+    if record is None:
+        if len(reading.notes) == said:
+            reading.say(f"{name} has no record of its training beside it and was left out.")
+        return None
+    known = record["files"].get(name.rpartition("/")[2])
+    if known not in (None, files.hash_inside(reading.directory, name)):
+        reading.say(f"{name} is not as its record has it and was left out of this page.")
+        return None
+    curve = reading.read(name, read_parquet, ask=False)
+    return None if curve is None else curve.assign(**record["cell"])
+
+
+def _is_of(cell: Mapping[str, Any], name: str) -> bool:
+    """Whether a record's training is the one that its file is named by."""
+    begins, ends = f"{cell.get('criterion')}-", f"-seed{cell.get('seed')}"
+    return name.startswith(begins) and name.endswith(ends)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A cell's record; None where it cannot be read as one."""
     try:
-        record = json.loads(files.read_inside(directory, name))
+        record = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    cell = record.get("cell") if isinstance(record, dict) else None
-    return cell if isinstance(cell, dict) else None
+    parts = {"files": {}} | record if isinstance(record, dict) else {}
+    whole = isinstance(parts.get("cell"), dict) and isinstance(parts["files"], dict)
+    plain = whole and all(isinstance(value, str | int | float) for value in parts["cell"].values())
+    return parts if plain else None
 
 
 def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
-    """Metrics line by line; what a killed process had begun to write, or is no object, is left out
-    and counted.
-    """
+    """Metrics, one row per line; a line that is cut or damaged is left out and counted."""
     rows, broken = [], 0
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -139,27 +233,18 @@ def _read_lines(path: Path, say: Callable[[str], None]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """The run's manifest, which must be a regular file and not a link to one elsewhere."""
+    path = directory / "manifest.json"
     if (found := files.kind(path)) not in ("file", None):
         raise files.unfit(path, found, "file")
-    try:
-        return read_manifest(path)
-    except DiagnosticsError as error:
-        said = str(error).replace(
-            "Choose another --output-dir, or remove that file.",
-            "Name the --output-dir of an earlier run.",
-        )
-        unread = (
-            "cannot be read as a manifest"
-            if error.__cause__ is not None
-            else "is not a manifest of this project"
-        )
-        raise DiagnosticsError(said.replace("is not a manifest of this project", unread)) from error
+    return read_manifest(path, remedy="Name the --output-dir of an earlier run.")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    """A table; one without columns where the file is empty."""
     try:
-        return pd.read_csv(path)
+        return read_csv(path)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (OSError, ValueError) as error:

@@ -1,16 +1,17 @@
-"""The one style of all figures and what they are built from: canvas, rows, marks, legend, caption,
-ticks.
+"""The one style of all figures, and their parts: canvas, rows, marks, legend, caption, ticks.
 
-Categories take Okabe and Ito's colours, and marker or line style always repeats what the colour
-says. Colours of the page itself (ink, rules, paper) come in a light and a dark set, so that a
-report can exchange them."""
+Categories take the colors of Okabe and Ito, which color-blind readers can tell apart. A marker or a
+line style always repeats what the color says, so that a figure can be read in black and white.
+Colors of the page itself (ink, rules, paper) come in a light and a dark set, so that a report can
+exchange them.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
+from diagnostics.report.naming import readable
 
 SINGLE, DOUBLE = 3.3, 6.9
 """Inches: one column and two columns of a paper."""
@@ -55,23 +57,7 @@ SPLITS = {
     "held_out": (BLUE, "o", "held-out contexts"),
     "all": (GREEN, "^", "all contexts"),
 }
-"""Colour, marker and words of each split."""
-
-OUTCOMES = {
-    "gain": "gain",
-    "relative_gain": "relative gain",
-    "reverse_gain": "reverse gain",
-    "positive_gain": "positive gain",
-    "relative_gain_released": "relative gain, released form",
-    "first_order_gain": "first-order gain",
-}
-UNITS = {
-    "gain": "nats",
-    "relative_gain": "of D",
-    "reverse_gain": "nats",
-    "positive_gain": "nats",
-    "first_order_gain": "nats",
-}
+"""Color, marker and name of each split."""
 
 
 class NotebookFigure(Figure):
@@ -83,7 +69,7 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def style(width: float, dark: bool) -> dict:
+def settings(width: float, dark: bool) -> dict[str, Any]:
     """Matplotlib settings for a width in inches and a page.
 
     Text is never read as mathematics: names of runs, criteria and columns come from outside, and
@@ -142,22 +128,6 @@ def style(width: float, dark: bool) -> dict:
     }
 
 
-def plate(draw: Callable) -> Callable:
-    """Draw in the one style, settle the layout once, and leave a figure that can be saved at
-    once.
-    """
-
-    @functools.wraps(draw)
-    def drawn(*tables, **options) -> Figure:
-        with matplotlib.rc_context(style(options.get("width", DOUBLE), options.get("dark", False))):
-            figure = draw(*tables, **options)
-            figure.draw_without_rendering()
-            figure.set_layout_engine(None)  # a later save then draws once, not twice
-        return figure
-
-    return drawn
-
-
 def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **options
 ) -> tuple[NotebookFigure, np.ndarray]:
@@ -177,27 +147,26 @@ def canvas(
 
 
 def ink() -> str:
-    """Colour of text on the current page."""
+    """Color of text on the current page."""
     return matplotlib.rcParams["text.color"]
 
 
 def quiet() -> str:
-    """Colour of what should stand back on the current page."""
+    """Color of secondary text and marks on the current page."""
     return matplotlib.rcParams["xtick.color"]
 
 
 def paper() -> str:
-    """Colour of the current page."""
+    """Background color of the current page."""
     return matplotlib.rcParams["axes.facecolor"]
 
 
 def panels(count: int, width: float) -> tuple[int, int]:
-    """Rows and columns for panels that need half a page each."""
+    """Rows and columns for panels that need half a page each; a narrow page has one column."""
     return (count, 1) if width < 5 else (1, count)
 
 
-# --- tables
-# -----------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def keep(
@@ -225,21 +194,12 @@ def keep(
 
 
 def halves(table: pd.DataFrame) -> pd.DataFrame:
-    """Step and held-out rows where the table has both; rows over all positions would show them
-    twice.
+    """The rows of the step and held-out splits where the table has both, otherwise all rows.
+
+    Rows over all positions would show the same positions a second time.
     """
     both = {"step", "held_out"} <= set(table.split)
     return table[table.split != "all"].reset_index(drop=True) if both else table
-
-
-def preferred(table: pd.DataFrame) -> str:
-    """The split of a figure that shows one: held-out positions, which never carried the loss, else
-    all.
-    """
-    return next(
-        (name for name in ("held_out", "all") if (table.split == name).any()),
-        str(table.split.iloc[0]),
-    )
 
 
 def nearest_budget(table: pd.DataFrame, share: float = 0.05) -> float:
@@ -255,30 +215,14 @@ def present(values: pd.Series, order: Iterable[str]) -> list[str]:
     return known + [name for name in seen if name not in known]
 
 
-# --- words
-# ------------------------------------------------------------------------------------------
-
-
-def words(name: str) -> str:
-    """A column's or criterion's name as it stands in a figure."""
-    text = OUTCOMES.get(name, str(name).replace("_", " "))
-    text = re.sub(r"\b(kl|js|tip|jsd|q[1-4])\b", lambda match: match.group(0).upper(), text)
-    return (
-        text.replace("topk", "top-K")
-        .replace("jaccard", "Jaccard")
-        .replace("bhattacharyya", "Bhattacharyya")
-    )
-
-
-def with_unit(outcome: str) -> str:
-    """An outcome with its unit in brackets."""
-    return f"{words(outcome)} ({UNITS[outcome]})" if outcome in UNITS else words(outcome)
+# --- captions and colors ---
 
 
 def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
-    """Colour, marker and words of a split."""
+    """Color, marker and name of a split."""
     return SPLITS.get(
-        split, (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], words(split))
+        split,
+        (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], readable(split)),
     )
 
 
@@ -308,7 +252,7 @@ def counts(table: pd.DataFrame) -> str:
 
 
 def bars(level: float | None, what: str = "Bars", *, over: str = "prompts") -> str:
-    """What the bars are; the table does not know the level that it was made at."""
+    """The caption's sentence on intervals; the table does not record their level."""
     return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over {over}."
 
 
@@ -350,8 +294,9 @@ def diverging() -> LinearSegmentedColormap:
 
 
 def signed_root(reach: float) -> FuncNorm:
-    """Colours by the signed square root: small values of either sign stay apart where a few are
-    large.
+    """A color scale by the signed square root, between -reach and reach.
+
+    Small values of either sign stay apart where a few values are large.
     """
     return FuncNorm(
         (
@@ -364,12 +309,13 @@ def signed_root(reach: float) -> FuncNorm:
 
 
 CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
-"""Criteria that look the same in every figure."""
+"""Criteria that have the same color and marker in every figure."""
 
 
 def criterion_style(name: str, names: Iterable[str]) -> dict:
-    """Colour, marker and line of a criterion: the usual six are fixed, the others among `names`
-    follow in their order.
+    """Color, marker and line of a criterion.
+
+    The usual six are fixed; the others among `names` follow in their order.
     """
     if name in ("random", "full"):
         return {
@@ -392,13 +338,13 @@ def criterion_style(name: str, names: Iterable[str]) -> dict:
     }
 
 
-# --- axes and marks
-# ---------------------------------------------------------------------------------
+# --- axes and marks ---
 
 
 def powers(*axes) -> None:
-    """Ticks on logarithmic axes once the data are drawn, written without mathtext, which costs more
-    than the rest.
+    """Set the ticks of logarithmic axes, after the data have been drawn.
+
+    Labels are written without mathtext, whose layout takes longer than all the rest of a figure.
     """
     for axis in axes:
         low, high = axis.get_view_interval()
@@ -500,7 +446,7 @@ def offsets(count: int, step: float) -> np.ndarray:
 def names_down(ax, names: Iterable[str]) -> None:
     """Names as the rows of a forest, the first on top."""
     names = list(names)
-    ax.set_yticks(range(len(names)), [words(name) for name in names])
+    ax.set_yticks(range(len(names)), [readable(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)

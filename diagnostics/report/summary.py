@@ -1,85 +1,36 @@
-"""What a run found, in sentences: tables and a manifest in, plain text out.
+"""The findings of a run in sentences: tables and a manifest in, plain text out.
 
-Every number comes from a table or the manifest, every claim from an interval, never from a point: a
-criterion is said to lead another only where a paired interval, or two intervals that do not meet,
-say so. Both gains are always named side by side, since the order of criteria can turn over between
-them."""
+Every number comes from a table or the manifest. Every claim comes from an interval, never from a
+point: a criterion is said to lead another only where a paired interval, or two intervals that do
+not overlap, say so. Both gains are always named side by side, since the order of criteria can
+differ between them.
+"""
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import claims as claim_tests
-from diagnostics.core.types import Bank
+from diagnostics.report.naming import MEASURES, preferred_split, readable
+from diagnostics.report.run_tables import RunTables
 
 WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
 ENOUGH_CELLS = 6
-"""Trainings below which a rank agreement is left to its table: three of them are in order by chance
-once in six.
+"""Number of trainings from which a rank agreement is stated; three of them are in the right order
+by chance once in six times.
 """
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
 
 
-@dataclass(frozen=True)
-class RunResults:
-    """What a run directory holds."""
-
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    tokens: pd.DataFrame | None = None
-    bank: Bank | None = None
-    tops: pd.DataFrame | None = None
-    """Both models' likeliest tokens, see `tokenview.show`."""
-    cautions: tuple[str, ...] = ()
-    """What was left out or is in no record, in sentences."""
-
-    def table(self, name: str) -> pd.DataFrame | None:
-        """The table of that name where the run has one with rows."""
-        table = self.tables.get(name)
-        return None if table is None or table.empty else table
-
-    def _repr_html_(self) -> str:
-        """What was found, the verdicts, and what there is to look at."""
-        shown, _ = claims(self)
-        columns = [name for name in ("claim", "outcome", "verdict") if name in shown]
-        found = "".join(
-            f"<p><b>{question}</b> {html.escape(text)}</p>"
-            for question, text in answer(self).items()
-        )
-        names = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
-        kept = [
-            f"{len(self.tokens):,} positions" if self.tokens is not None else "",
-            f"{len(self.bank):,} contexts" if self.bank is not None else "",
-        ]
-        return (
-            f"<h4>{html.escape(title(self))}</h4>{found}{shown[columns].to_html(index=False) if len(shown) else ''}"
-            f"<p>{html.escape('; '.join([*filter(None, kept), f'tables (rows): {names}']))}</p>"
-        )
-
-    def stage(self, name: str) -> dict[str, Any]:
-        """Settings and facts of a stage in one dictionary; facts win."""
-        stage = self.manifest.get("stages", {}).get(name, {})
-        return {**stage.get("settings", {}), **(stage.get("facts") or {})}
-
-    @property
-    def level(self) -> float:
-        """Level of the intervals."""
-        return float(self.stage("analyze").get("level", 0.95))
-
-
-def models(material: RunResults) -> dict[str, str]:
+def models(run: RunTables) -> dict[str, str]:
     """Names of the pair, the student and the teacher, as far as the manifest has them."""
-    facts = {**material.stage("score"), **material.stage("rollout")}
+    facts = {**run.stage("score"), **run.stage("rollout")}
     names = {}
     for role in ("pair", "student", "teacher"):
         value = facts.get(role)
@@ -89,9 +40,9 @@ def models(material: RunResults) -> dict[str, str]:
     return names
 
 
-def title(material: RunResults) -> str:
+def title(run: RunTables) -> str:
     """One line that names the pair."""
-    names = models(material)
+    names = models(run)
     if names.get("pair") not in (None, "custom"):
         return (
             f"The {names['pair']} pair: which of the teacher's signals can the student learn from?"
@@ -101,9 +52,14 @@ def title(material: RunResults) -> str:
     return "Which of the teacher's signals can the student learn from?"
 
 
-def answer(material: RunResults) -> dict[str, str]:
-    """The finding as a handful of questions, each with a short answer in numbers; what the run has
-    no table for is left out.
+def answer(run: RunTables) -> dict[str, str]:
+    """The findings as a few questions, each with a short answer in numbers.
+
+    Args:
+        run: The tables and the manifest; a question whose tables are missing is left out.
+
+    Returns:
+        The answers by question, in the order of the page.
     """
     parts = {
         "What was done?": (setup,),
@@ -114,15 +70,16 @@ def answer(material: RunResults) -> dict[str, str]:
         "How sure, and what would change it?": (certainty,),
     }
     said = {
-        question: " ".join(text for part in answers if (text := part(material)))
+        question: " ".join(text for part in answers if (text := part(run)))
         for question, answers in parts.items()
     }
     return {question: text for question, text in said.items() if text}
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Significant digits without exponent where that stays short; an en dash for what is
-    undefined.
+    """A number with that many significant digits, without an exponent where it stays short.
+
+    An undefined value becomes an en dash.
     """
     if not np.isfinite(value):
         return "–"
@@ -142,22 +99,22 @@ def between(value: float, low: float, high: float, *, show=number) -> str:
     return f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def setup(material: RunResults) -> str:
-    """What was done: loss, optimiser, prompts, positions, and what the step did to its own loss."""
-    step, table = material.stage("probe"), material.table("correlations")
+def setup(run: RunTables) -> str:
+    """What was done: loss, optimizer, prompts, positions, and the change of the step's own loss."""
+    step, table = run.stage("probe"), run.table("correlations")
     if not step and table is None:
         return ""
     optimizer = {"adamw": "AdamW's first step", "sgd": "one gradient step"}.get(
         step.get("optimizer"), "one step"
     )
-    loss = f" of the {words(step['loss'])} loss" if "loss" in step else ""
+    loss = f" of the {readable(step['loss'])} loss" if "loss" in step else ""
     text = f"The student took {optimizer}{loss}"
     if table is not None:
         text += " on " + " and was re-scored there and on ".join(_halves(table))
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
         text += (
-            f"; its loss of {number(before, 3)} nats a position {'fell' if drop >= 0 else 'rose'}"
+            f"; its loss of {number(before, 3)} nats per position {'fell' if drop >= 0 else 'rose'}"
             f" by {number(abs(drop))}"
         )
         text += (
@@ -180,16 +137,11 @@ def _halves(table: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def preferred_split(table: pd.DataFrame) -> str:
-    """Held-out positions where there are any: they never carried the loss."""
-    return "held_out" if (table.split == "held_out").any() else str(table.split.iloc[0])
-
-
-def ranked(material: RunResults, outcome: str) -> pd.DataFrame:
+def ranked(run: RunTables, outcome: str) -> pd.DataFrame:
     """Spearman rows of one outcome on the preferred split, best first, without criteria that hold
     no signal.
     """
-    table = material.table("correlations")
+    table = run.table("correlations")
     if table is None:
         return pd.DataFrame()
     rows = table[
@@ -203,28 +155,28 @@ def ranked(material: RunResults, outcome: str) -> pd.DataFrame:
     return rows.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
-def signals(material: RunResults) -> str:
+def signals(run: RunTables) -> str:
     """Which criterion follows each gain best, what teachability reaches, and whether both gains
     agree.
     """
-    tables = {outcome: table for outcome in WORDS if not (table := ranked(material, outcome)).empty}
+    tables = {outcome: table for outcome in WORDS if not (table := ranked(run, outcome)).empty}
     if not tables:
         return ""
-    leaders = [_leader(material, table, outcome) for outcome, table in tables.items()]
+    leaders = [_leader(run, table, outcome) for outcome, table in tables.items()]
     parts = [_sentence("; ".join(leaders)), _reference(tables), _turnover(tables)]
     return " ".join(part for part in parts if part)
 
 
-def _leader(material: RunResults, rows: pd.DataFrame, outcome: str) -> str:
+def _leader(run: RunTables, rows: pd.DataFrame, outcome: str) -> str:
     first = rows.iloc[0]
     where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(
         first.split, ""
     )
-    interval = f"{material.level:.0%} interval {signed(first.low)} to {signed(first.high)}"
+    interval = f"{run.level:.0%} interval {signed(first.low)} to {signed(first.high)}"
     return (
-        f"{WORDS[outcome]} {where}follows {_name(first.criterion)} best (Spearman"
+        f"{WORDS[outcome]} {where}follows {readable(first.criterion)} best (Spearman"
         f" {signed(first.estimate)}, {interval}, placebo {signed(first.placebo)};"
-        f" {_challengers(material, rows, outcome)})"
+        f" {_challengers(run, rows, outcome)})"
     )
 
 
@@ -232,19 +184,8 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _name(criterion: str) -> str:
-    return words(criterion)
-
-
-def words(name: str) -> str:
-    """A column's, loss's or criterion's name in a sentence."""
-    return re.sub(
-        r"\b(kl|js|jsd|tip)\b", lambda match: match.group(0).upper(), str(name).replace("_", " ")
-    )
-
-
 def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Where teachability stands, wherever it does not lead both."""
+    """The correlations of teachability, unless it leads by both gains and so was named already."""
     found = {outcome: rows[rows.criterion == REFERENCE] for outcome, rows in tables.items()}
     if any(rows.empty for rows in found.values()) or all(
         rows.index[0] == 0 for rows in found.values()
@@ -258,12 +199,14 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
     return f"{REFERENCE.capitalize()} reaches {' and '.join(parts)}."
 
 
-def _challengers(material: RunResults, rows: pd.DataFrame, outcome: str) -> str:
-    """Who cannot be told apart from the leader: by paired differences where the run has them, else
-    by intervals.
+def _challengers(run: RunTables, rows: pd.DataFrame, outcome: str) -> str:
+    """The criteria that cannot be told apart from the leader.
+
+    Paired differences decide where the run has them, because they are sharper; otherwise the
+    intervals do.
     """
     first, rest = rows.iloc[0], rows.iloc[1:]
-    paired = material.table("differences")
+    paired = run.table("differences")
     if paired is None:
         close, alone = (
             rest[rest.high >= first.low].criterion.tolist(),
@@ -276,7 +219,7 @@ def _challengers(material: RunResults, rows: pd.DataFrame, outcome: str) -> str:
         )
     if not close:
         return alone
-    shown = ", ".join(map(_name, close[:3])) + (
+    shown = ", ".join(map(readable, close[:3])) + (
         f" and {len(close) - 3} more" if len(close) > 3 else ""
     )
     return f"not told apart from {shown}"
@@ -302,12 +245,12 @@ def _turnover(tables: Mapping[str, pd.DataFrame]) -> str:
     first, second = orders[0][0], orders[1][0]
     if first == second:
         return (
-            f"Both gains put {_name(first)} first, so the choice does not hinge on how gain is"
+            f"Both gains put {readable(first)} first, so the choice does not hinge on how gain is"
             " defined."
         )
     return (
-        f"The order turns over with the definition of gain: {_name(first)} is"
-        f" {_place(orders[1], first)} in relative terms, {_name(second)}"
+        f"The order turns over with the definition of gain: {readable(first)} is"
+        f" {_place(orders[1], first)} in relative terms, {readable(second)}"
         f" {_place(orders[0], second)} in nats."
     )
 
@@ -320,11 +263,11 @@ def _place(order: list[str], name: str) -> str:
     return f"{place}{ending} of {len(order)}"
 
 
-def budget(material: RunResults, share: float = 0.05) -> str:
-    """What the best criterion and teachability capture of each gain at one budget, against random
-    and the oracle.
+def budget(run: RunTables, share: float = 0.05) -> str:
+    """The share of each gain that the best criterion and teachability capture at one budget, with
+    random and the oracle for comparison.
     """
-    table = material.table("selection_curves")
+    table = run.table("selection_curves")
     if table is None:
         return ""
     rows = table[
@@ -351,7 +294,7 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
         return f"no criterion is defined for the {WORDS[outcome]}"
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
     text = (
-        f"{_name(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]}"
+        f"{readable(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]}"
         f" ({first.low:.1%} to {first.high:.1%}; random {first.random_low:.1%} to"
         f" {first.random_high:.1%}, oracle {first.oracle:.1%})"
     )
@@ -360,11 +303,11 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     return text.replace("-", "−")
 
 
-def q3(material: RunResults) -> str:
+def q3(run: RunTables) -> str:
     """The contrast of compatible against incompatible positions where the student is confident and
     wrong.
     """
-    table = material.table("q3_contrast")
+    table = run.table("q3_contrast")
     if table is None:
         return ""
     rows = table[
@@ -396,23 +339,15 @@ def _q3_part(row, outcome: str) -> str:
     )
 
 
-MEASURES = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "accuracy": "accuracy",
-    "accuracy_greedy": "greedy accuracy",
-}
-
-
-def judged(material: RunResults) -> str:
-    """What became of each claim, by each gain and each measure of training."""
-    table, _ = claims(material)
+def judged(run: RunTables) -> str:
+    """The verdict on each claim, by each gain and each measure of training."""
+    table, _ = claims(run)
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
     named = WORDS | MEASURES
     counted = {outcome: _counted(rows) for outcome, rows in table.groupby("outcome", sort=False)}
     parts = [
-        f"by {named[outcome]}, {text}{_refuted_by(material, outcome)}"
+        f"by {named[outcome]}, {text}{_refuted_by(run, outcome)}"
         for outcome, text in counted.items()
         if outcome in named and text
     ]
@@ -420,8 +355,9 @@ def judged(material: RunResults) -> str:
 
 
 def _counted(rows: pd.DataFrame) -> str:
-    """`C1 and C2 are supported, C4 is refuted`; claims at other budgets than their own are left to
-    the cards.
+    """`C1 and C2 are supported, C4 is refuted`.
+
+    Only the cards name claims at budgets other than their own.
     """
     own = rows[~rows.claim.astype(str).str.contains(" at ")]
     groups = [
@@ -436,11 +372,9 @@ def _counted(rows: pd.DataFrame) -> str:
     )
 
 
-def _refuted_by(material: RunResults, measure: str) -> str:
-    """The rivals that teachability falls short of at the claim's own budget: one of them is enough
-    to refute C5.
-    """
-    table = material.table("validation_verdicts")
+def _refuted_by(run: RunTables, measure: str) -> str:
+    """The rivals that beat teachability at the claim's own budget; one of them refutes C5."""
+    table = run.table("validation_verdicts")
     if table is None:
         return ""
     ahead = table.rival[
@@ -449,14 +383,14 @@ def _refuted_by(material: RunResults, measure: str) -> str:
         & (table.rival != "all")
         & (table.verdict == "refuted")
     ]
-    return f" (by {' and '.join(map(_name, ahead))})" if len(ahead) else ""
+    return f" (by {' and '.join(map(readable, ahead))})" if len(ahead) else ""
 
 
-def trained(material: RunResults, share: float = 0.05) -> str:
-    """What trainings gained over the untouched student, or how one training went."""
-    table = material.table("validation_outcomes")
+def trained(run: RunTables, share: float = 0.05) -> str:
+    """The gains of trainings over the untouched student, or the course of a single training."""
+    table = run.table("validation_outcomes")
     if table is None:
-        return _one_training(material)
+        return _one_training(run)
     parts = [
         f"in {words} {_gains(table[table.measure == measure], share)}"
         for measure, words in MEASURES.items()
@@ -464,7 +398,7 @@ def trained(material: RunResults, share: float = 0.05) -> str:
     ]
     if not parts:
         return ""
-    rows, steps = table[table.criterion != "untouched"], material.stage("validate").get("steps")
+    rows, steps = table[table.criterion != "untouched"], run.stage("validate").get("steps")
     length = f"{steps} steps with" if steps else "Trainings with"
     return (
         f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out"
@@ -473,7 +407,9 @@ def trained(material: RunResults, share: float = 0.05) -> str:
 
 
 def _gains(rows: pd.DataFrame, share: float) -> str:
-    """Full, then at the budget nearest to `share` the best criterion, teachability and random."""
+    """The gain on all positions, then, at the budget nearest to `share`, the gains of the best
+    criterion, teachability and random selection.
+    """
     shown = [
         f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()
     ]
@@ -490,7 +426,7 @@ def _gains(rows: pd.DataFrame, share: float) -> str:
     for name in dict.fromkeys([*first, REFERENCE, "random"]):
         best = " (the most there)" if [name] == first else ""
         shown += [
-            f"{_gain(row)} at {share:.0%} by {_name(name)}{best}"
+            f"{_gain(row)} at {share:.0%} by {readable(name)}{best}"
             for row in ranked[ranked.criterion == name].itertuples()
         ]
     return ", ".join(shown)
@@ -504,9 +440,9 @@ def _gain(row) -> str:
     )
 
 
-def _one_training(material: RunResults) -> str:
+def _one_training(run: RunTables) -> str:
     """First and last evaluation of a single training."""
-    table = material.table("evaluations")
+    table = run.table("evaluations")
     if table is None or table.step.nunique() < 2:
         return ""
     first, last = (
@@ -528,11 +464,11 @@ def _one_training(material: RunResults) -> str:
     )
 
 
-def foreseen(material: RunResults) -> str:
-    """Which offline answer ranked the trainings most as their outcome did, and how far the usual
-    ones do.
+def foreseen(run: RunTables) -> str:
+    """The offline answer whose ranking of the trainings agrees most with their outcome, and the
+    agreement of the usual answers.
     """
-    table = material.table("validation_agreement")
+    table = run.table("validation_agreement")
     if table is None:
         return ""
     rows = (
@@ -549,7 +485,7 @@ def foreseen(material: RunResults) -> str:
     ]
     shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
     parts = [
-        f"{words(row.x)} {between(row.kendall, row.low, row.high, show=signed)}"
+        f"{readable(row.x)} {between(row.kendall, row.low, row.high, show=signed)}"
         for row in shown.itertuples()
     ]
     return (
@@ -558,36 +494,37 @@ def foreseen(material: RunResults) -> str:
     )
 
 
-def training_claims(material: RunResults) -> pd.DataFrame:
-    """Claim C5 as rows of verdicts; empty where the verdicts hold it already, or no grid was
-    trained.
+def training_claims(run: RunTables) -> pd.DataFrame:
+    """Claim C5 as rows of verdicts.
+
+    Empty where the verdicts hold it already, or no grid was trained.
     """
-    table, known = material.table("validation_verdicts"), material.table("verdicts")
+    table, known = run.table("validation_verdicts"), run.table("verdicts")
     if table is None or (known is not None and known.claim.str.startswith("C5").any()):
         return pd.DataFrame()
     return claim_tests.of_training(table)
 
 
-def claims(material: RunResults) -> tuple[pd.DataFrame, bool]:
+def claims(run: RunTables) -> tuple[pd.DataFrame, bool]:
     """Primary verdicts with those of training, and whether the table has others."""
-    table = material.table("verdicts")
+    table = run.table("verdicts")
     table = (
         pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
     )
     shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
-    trained = training_claims(material)
+    trained = training_claims(run)
     return pd.concat(
         [part for part in (shown, trained) if len(part)] or [shown], ignore_index=True
     ), len(shown) < len(table)
 
 
-def certainty(material: RunResults) -> str:
-    """What the intervals rest on and what would change the answer."""
-    rows = ranked(material, "gain")
+def certainty(run: RunTables) -> str:
+    """What the intervals rest on, and what could change the answer."""
+    rows = ranked(run, "gain")
     if rows.empty:
-        return _certainty_of_trainings(material)
+        return _certainty_of_trainings(run)
     half = float(((rows.high - rows.low) / 2).median())
-    chosen = material.table("calibration")
+    chosen = run.table("calibration")
     step = ""
     if chosen is not None and chosen.chosen.astype(bool).any():
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
@@ -599,8 +536,8 @@ def certainty(material: RunResults) -> str:
     )
 
 
-def _certainty_of_trainings(material: RunResults) -> str:
-    table = material.table("validation_outcomes")
+def _certainty_of_trainings(run: RunTables) -> str:
+    table = run.table("validation_outcomes")
     rows = (
         pd.DataFrame()
         if table is None

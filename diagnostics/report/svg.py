@@ -25,9 +25,7 @@ def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
 
 
 def png(figure: Figure, dpi: int = 200) -> bytes:
-    """The figure as a PNG of 256 colours: a third of the size of a full one, and no difference to
-    see.
-    """
+    """The figure as a PNG of 256 colors, a third of the size without a visible difference."""
     before, buffer = figure.dpi, io.BytesIO()
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
@@ -45,10 +43,16 @@ def _is_mesh(artist) -> bool:
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element: own ids, page colours as variables, meshes of many cells as a
-    bitmap.
+    """The figure as an SVG element that can stand inside a page.
 
-    Text stays text, to be searched and read aloud; the page names its fonts.
+    Args:
+        figure: The figure, drawn for a light page.
+        name: A name that no other figure of the page has; it begins every id of the drawing, since
+            ids must be unique within a page.
+
+    Returns:
+        The element. Page colors are CSS variables, and meshes of many cells are a bitmap, which is
+        smaller. Text stays text, so that it can be searched and read aloud.
     """
     for mesh in figure.findobj(_is_mesh):
         mesh.set_rasterized(True)

@@ -1,12 +1,12 @@
-"""Contexts as coloured tokens: where on a response a measurement or a criterion is high.
+"""Contexts as colored tokens, which show where on a response a measurement or a criterion is high.
 
-    dx.show(bank, result.tokens, context=3, color="gain")            # in a notebook: shows itself
-    dx.show(bank, result.tokens).save("tokens.html")                 # one file, opens anywhere, offline
+    dx.show(bank, result.tokens, context=3, color="gain")  # in a notebook: shows itself
+    dx.show(bank, result.tokens).save("tokens.html")       # one file, opens anywhere, offline
 
-The page holds the prompt (dimmed) and the response token by token; a menu switches the colour
+The page holds the prompt (dimmed) and the response token by token; a menu switches the color
 between measurements and criteria, a slider sets the budget at which one criterion's selection is
 outlined, and a panel shows the numbers of the token under the pointer or the cursor, with both
-models' likeliest tokens where they are given. Everything that the page shows was computed here or
+models' most likely tokens where they are given. Everything that the page shows was computed here or
 before; its script only looks up and draws.
 
 Text reaches the page as JSON with every `<`, `>` and `&` escaped, and from there as text nodes,
@@ -61,7 +61,7 @@ MOST_CONTEXTS = 50
 """Contexts shown where none is named."""
 PROBABILITY_STEPS = 2**16 - 1
 SCALE_ENDS = (2, 98)
-"""Percentiles over the whole table at which the colour scale ends."""
+"""Percentiles over the whole table at which the color scale ends."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,29 @@ def show(
     criteria: Iterable[str] | None = None,
     tops: pd.DataFrame | None = None,
 ) -> TokenView:
-    """Show contexts of a bank token by token.
+    """Show contexts of a bank token by token, colored by a measurement or a criterion.
 
-    tokens: the token table, whole: scales, scores and ranks are over all of its rows. context:
-    index in the bank, context_id, or several; the first 50 where None. color: the measurement or
-    criterion to begin with. budget: share of all positions whose selection is outlined, moved to
-    the slider's nearest stop. criteria: names; a usual seven, and the user's own, where None. tops:
-    both models' likeliest tokens as `score_with_tops` gives them: columns context_id, position,
-    student_top, student_top_p, teacher_top, teacher_top_p. Raises DiagnosticsError for an unknown
-    context or colour, or a table of another bank."""
+    Args:
+        bank: The frozen contexts.
+        tokens: The whole token table of that bank, one row per response position: scales, scores
+            and ranks are computed over all of its rows, not only over the contexts shown.
+        context: An index in the bank, a context_id, or a list of them; the first 50 where None.
+        color: The measurement or criterion to begin with.
+        budget: Share of all positions whose selection is outlined at first, between 0 and 1; it is
+            moved to the nearest stop of the slider.
+        criteria: Names of the criteria to offer; a usual seven, and those that the user registered,
+            where None.
+        tops: Both models' most likely tokens as `score_with_tops` returns them, one row per
+            position, with the columns context_id, position, student_top, student_top_p,
+            teacher_top and teacher_top_p; probabilities are between 0 and 1.
+
+    Returns:
+        The view; it shows itself in a notebook, and `save` writes one self-contained page.
+
+    Raises:
+        DiagnosticsError: There is no such context or nothing of that name to color by, or the table
+            was scored from another bank.
+    """
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     contexts = _chosen(bank, context)
     rows = _rows(tokens, contexts)
@@ -141,7 +155,7 @@ def show(
     known = [measure["name"] for measure in payload["measures"]]
     if color not in known:
         raise DiagnosticsError(
-            f"Nothing to colour by under the name {color!r}. This table can show"
+            f"No measurement or criterion to color by is named {color!r}. This table can show"
             f" {', '.join(known)}."
         )
     title = (
@@ -157,16 +171,7 @@ def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list
         return list(bank)[:MOST_CONTEXTS]
     wanted = [context] if isinstance(context, (int, str, np.integer)) else list(context)
     by_id = {one.context_id: one for one in bank}
-    found = [
-        (
-            by_id.get(one)
-            if isinstance(one, str)
-            else bank[one]
-            if -len(bank) <= one < len(bank)
-            else None
-        )
-        for one in wanted
-    ]
+    found = [by_id.get(one) if isinstance(one, str) else _at(bank, one) for one in wanted]
     if None in found or not found:
         missing = wanted[found.index(None)] if found else wanted
         raise DiagnosticsError(
@@ -175,6 +180,11 @@ def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list
             " context_id, or a list of them."
         )
     return found
+
+
+def _at(bank: Bank, index: int) -> Context | None:
+    """The context of that index, counted from the end where negative; None outside the bank."""
+    return bank[index] if -len(bank) <= index < len(bank) else None
 
 
 def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
@@ -234,10 +244,8 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
     found, measured = [], set(MEASURES) & set(tokens.columns)
     width = "<u2" if len(tokens) < 2**16 else "<u4"
     for name in names:
-        scores, ranks = (
-            registry.score_criterion(tokens, name),
-            np.zeros(len(tokens), dtype=np.int64),
-        )
+        scores = registry.score_criterion(tokens, name)
+        ranks = np.zeros(len(tokens), dtype=np.int64)
         order = registry.ranking(tokens, scores)
         ranks[order] = np.arange(1, len(order) + 1)
         shown = f"{name} (criterion)" if name in measured else name
@@ -256,7 +264,7 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
 
 
 def _scale(values: np.ndarray) -> dict[str, Any]:
-    """Ends of the colour scale: symmetric around zero where the low end lies below it."""
+    """Ends of the color scale: symmetric around zero where the low end lies below it."""
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite, SCALE_ENDS) if len(finite) else (0.0, 1.0)
     signed = bool(low < 0)
@@ -285,51 +293,52 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
     ]
 
 
-TOPS = tuple(f"{role}_top{part}" for role in ("student", "teacher") for part in ("", "_p"))
-"""Columns of the likeliest tokens that the view shows."""
+ROLES = ("student", "teacher")
+TOPS = tuple(f"{role}_top{part}" for role in ROLES for part in ("", "_p"))
+"""Columns of the table of most likely tokens that the view shows."""
 
 
 def _tops(tops: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
-    """Both models' likeliest tokens at the shown positions: indices from 1 into a list of words, 0
-    for none, and probabilities in steps of 1/65535."""
+    """Both models' most likely tokens at the shown positions, packed.
+
+    Tokens are indices from 1 into a list of words, 0 for none; probabilities are in steps of
+    1/65535.
+    """
     require_columns(
-        tops, ("context_id", "position", *TOPS), what="The likeliest tokens of a token view"
+        tops,
+        ("context_id", "position", *TOPS),
+        what="The table of most likely tokens for a token view",
     )
     table = tops.set_index(["context_id", "position"])[list(TOPS)]
     table = table.reindex(pd.MultiIndex.from_frame(shown[["context_id", "position"]]))
+    cells = [cell for role in ROLES for cell in table[f"{role}_top"] if not _is_missing(cell)]
+    k = max(map(len, cells), default=0)
     words: dict[str, int] = {}
-    k = max(
-        (
-            len(cell)
-            for role in ("student", "teacher")
-            for cell in table[f"{role}_top"]
-            if not _is_missing(cell)
-        ),
-        default=0,
-    )
     packed: dict[str, Any] = {}
-    for role in ("student", "teacher"):
-        ids, shares = np.zeros((len(table), k), dtype=np.int64), np.zeros((len(table), k))
-        for i, (tokens, probabilities) in enumerate(
-            zip(table[f"{role}_top"], table[f"{role}_top_p"], strict=True)
-        ):
-            if not _is_missing(tokens):
-                ids[i, : len(tokens)] = [
-                    words.setdefault(str(token), len(words)) + 1 for token in tokens
-                ]
-                shares[i, : len(tokens)] = probabilities
-        packed[role] = {
-            "ids": ids.ravel(),
-            "p": pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2"),
-        }
+    for role in ROLES:
+        ids, shares = _padded(table[f"{role}_top"], table[f"{role}_top_p"], k, words)
+        steps = pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2")
+        packed[role] = {"ids": ids.ravel(), "p": steps}
     width = "<u2" if len(words) < 2**16 - 1 else "<u4"
     for role in packed:
         packed[role]["ids"] = pack(packed[role]["ids"], width)
     return packed | {"k": k, "words": list(words), "width": width, "steps": PROBABILITY_STEPS}
 
 
+def _padded(
+    tokens: pd.Series, probabilities: pd.Series, k: int, words: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices [N, k] into `words`, to which new tokens are added, and probabilities [N, k]."""
+    ids, shares = np.zeros((len(tokens), k), dtype=np.int64), np.zeros((len(tokens), k))
+    for i, (names, values) in enumerate(zip(tokens, probabilities, strict=True)):
+        if not _is_missing(names):
+            ids[i, : len(names)] = [words.setdefault(str(name), len(words)) + 1 for name in names]
+            shares[i, : len(names)] = values
+    return ids, shares
+
+
 def _is_missing(cell: Any) -> bool:
-    """True for a position that the table of likeliest tokens does not have."""
+    """True for a position that the table of most likely tokens does not have."""
     return cell is None or isinstance(cell, float)
 
 

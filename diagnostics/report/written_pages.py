@@ -1,4 +1,4 @@
-"""Pages are replaced only where this program wrote them."""
+"""Writing pages: an existing page is replaced only where this program wrote it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.tables import write_json
 
 
+def encoded(text: str) -> bytes:
+    """A page as UTF-8; a character that is not valid Unicode, as in some file names, is escaped."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_pages(directory: str | Path, pages: Mapping[str, bytes]) -> None:
     """Write pages and figures, and their hashes into pages.json; equal files give equal bytes.
 
-    A file of such a name that is not as this program wrote it is somebody's own, or was changed by
-    hand. Raises DiagnosticsError for it before anything is written."""
+    Args:
+        directory: The folder to write into.
+        pages: Content by file name, relative to the folder.
+
+    Raises:
+        DiagnosticsError: A file of such a name is not as this program wrote it, so it is somebody's
+            own or was edited. Nothing has been written then.
+    """
     directory = Path(directory)
     record = _read_pages(directory)
     for name in pages:
@@ -58,7 +69,8 @@ def _read_pages(directory: Path) -> dict[str, list[str]]:
             " away."
         ) from error
     if not isinstance(content, dict) or not all(
-        isinstance(hashes, list) for hashes in content.values()
+        isinstance(hashes, list) and all(isinstance(digest, str) for digest in hashes)
+        for hashes in content.values()
     ):
         raise DiagnosticsError(
             f"{directory / 'pages.json'} is not this program's record of its pages. Move it away."

@@ -1,0 +1,1 @@
+"""On-policy distillation with TRL, its evaluation, and grids of short trainings."""

@@ -1,11 +1,12 @@
-"""What may be said to TRL and peft from outside: read, checked and bounded before anything is
-built.
+"""Options for TRL and peft: read, checked and bounded before anything is built.
 
-Two JSON objects reach this far, `--trl` (fields of TRL's DistillationConfig) and `--peft` (fields
-of peft's LoraConfig), each in a file or written out. The fields that act are listed here; every
-other is refused with the way that leads to what it would do. A list of what is allowed, because a
-release adds fields that name hosts, tokens and folders faster than a list of what is not could
-follow. A refused field's value is never repeated, logged or recorded: it may be a token."""
+Two JSON objects are accepted, `--trl` (fields of TRL's DistillationConfig) and `--peft` (fields of
+peft's LoraConfig), each in a file or written out. The fields that have an effect are listed here;
+every other field is refused, and the message names the option that replaces it. This is a list of
+allowed fields because new releases add fields that name hosts, tokens and folders faster than a
+list of forbidden ones could follow. The value of a refused field is never repeated, logged or
+recorded, since it may be a token.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from typing import Any
 from diagnostics.core.errors import DiagnosticsError
 
 LARGEST = 1_000_000
-"""Bytes of a settings file; a real one has some hundred."""
+"""Most bytes of a settings file; a real one has a few hundred."""
 
 TRL_FIELDS = frozenset(
     {
@@ -82,8 +83,8 @@ TRL_FIELDS = frozenset(
         "log_unique_prompts",
     }
 )
-"""Fields of DistillationConfig that act here and neither name a place outside the run directory nor
-undo what is measured.
+"""Fields of DistillationConfig that have an effect here, name no place outside the run directory
+and do not invalidate the measurements.
 """
 
 LEAVES = "nothing leaves the run directory; upload DIR/student yourself"
@@ -125,7 +126,7 @@ WAYS = {
     "run_name": LEAVES,
     "project": LEAVES,
 }
-"""Refused field -> the way that leads to what it would do."""
+"""Refused field -> the option that replaces it, or the reason."""
 PREFIXES = {
     "hub_": LEAVES,
     "push_to_hub": LEAVES,
@@ -138,12 +139,12 @@ PREFIXES = {
 }
 ELSEWHERE = "a script that makes SelectedDistillationTrainer itself can set it (docs/scale.md)"
 TRACKERS = ("none", "tensorboard")
-"""Where metrics may go: into the run directory."""
+"""Trackers that write into the run directory."""
 BOTH_NAMES = (
     ("gradient_checkpointing", "activation_checkpointing"),
     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
 )
-"""Older and newer name of one option; TRL's page and most recipes have the older."""
+"""Older and newer name of one option; TRL's page and most recipes use the older one."""
 
 PEFT_FIELDS = {
     "target_modules": (str, list),
@@ -160,18 +161,24 @@ PEFT_FIELDS = {
     "init_lora_weights": (bool, str),
     "target_parameters": (list,),
 }
-"""Fields of LoraConfig that act, with their types. Not those that change the base model, name
-another one or need data.
+"""Fields of LoraConfig that have an effect, with their types. Fields that change the base model,
+name another model or need data are left out.
 """
 INITS = (True, False, "gaussian", "orthogonal")
-"""Starts of an adapter that leave the base weights as they are: a resumed training finds the same
-base.
+"""Initializations of an adapter that leave the base weights unchanged, so that a resumed training
+finds the same base.
 """
 
 
 def read_object(text: str | None, flag: str) -> dict[str, Any]:
-    """A JSON object from a file, or written out. Raises DiagnosticsError where it is neither, or
-    names a field twice.
+    """Read a JSON object from a file, or one that is written out.
+
+    Args:
+        text: The object or the file's path; None gives an empty object.
+        flag: The flag that it was given with, for the message.
+
+    Raises:
+        DiagnosticsError: It is neither, or it names a field twice.
     """
     if text is None:
         return {}
@@ -215,17 +222,25 @@ def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def trl_fields(text: str | None) -> dict[str, Any]:
-    """Fields of DistillationConfig from `--trl`, checked.
+    """Read and check fields of DistillationConfig.
 
-    Raises DiagnosticsError for a field that does not act here, with the way that leads there, or a
-    value of another type."""
+    Args:
+        text: Value of `--trl`: an object, a file's path, or None.
+
+    Returns:
+        The fields, under their newer names.
+
+    Raises:
+        DiagnosticsError: A field has no effect here (the message names its replacement), or a value
+            has another type.
+    """
     fields, where = read_object(text, "--trl"), _shown(text, "--trl")
     known = _hints()
     unknown = sorted(fields.keys() - known.keys() - WAYS.keys())
     if unknown:
         raise DiagnosticsError(
-            f"{where} sets {', '.join(unknown)}, which no DistillationConfig knows. Mend the name,"
-            " or remove it there."
+            f"{where} sets {', '.join(unknown)}, which no DistillationConfig knows. Correct the"
+            " name, or remove it there."
         )
     refused = [f"{name} ({way(name)})" for name in sorted(fields.keys() - TRL_FIELDS)]
     if refused:
@@ -235,8 +250,8 @@ def trl_fields(text: str | None) -> dict[str, Any]:
     for name, value in fields.items():
         if not fits(known[name], value):
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {_words(known[name])} is needed."
-                " Mend it there."
+                f"{where} sets {name} to {_seen(value)}; {_words(known[name])} is needed."
+                " Correct it there."
             )
     _check_values(fields, where)
     return _one_name(fields, where)
@@ -247,7 +262,7 @@ def _shown(text: str | None, flag: str) -> str:
 
 
 def way(name: str) -> str:
-    """What leads to what a refused field would do."""
+    """The option that replaces a refused field of this name, or the reason for the refusal."""
     found = WAYS.get(name) or next(
         (told for prefix, told in PREFIXES.items() if name.startswith(prefix)), None
     )
@@ -264,11 +279,32 @@ def _hints() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(DistillationConfig)}
 
 
+MOST_WORKERS = 64
+"""Processes that read prompts; each is started at once, and a million of them end the machine."""
+SHOWN = 8
+"""Characters of a text that an error repeats; a token is longer."""
+
+
+def _seen(value: Any) -> str:
+    """A value of the wrong type as an error may show it."""
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"a text of {len(value)} characters"
+    return json.dumps(value)[:80] if not isinstance(value, list | dict) else type(value).__name__
+
+
 def fits(hint: Any, value: Any) -> bool:
-    """True where a JSON value has a field's type. A whole number is a fraction too, a truth value
-    is no number.
+    """Whether a JSON value has a field's type.
+
+    An integer also fits a float field; a boolean fits no number field, and a text no field of
+    an object, where it would be recorded unread.
+
+    Args:
+        hint: The field's type hint.
+        value: The value that was read.
     """
     kinds = _kinds(hint)
+    if isinstance(value, str) and dict in kinds:
+        return False
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int):
@@ -305,11 +341,17 @@ def _words(hint: Any) -> str:
 
 
 def _check_values(fields: dict[str, Any], where: str) -> None:
-    """Values that would open a connection or write elsewhere."""
+    """Refuse values that would open a connection or write outside the run directory."""
     if any(tracker not in TRACKERS for tracker in trackers(fields)):
         raise DiagnosticsError(
             f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and"
             " metrics.jsonl. Remove report_to there."
+        )
+    if not 0 <= fields.get("dataloader_num_workers", 0) <= MOST_WORKERS:
+        raise DiagnosticsError(
+            f"{where} sets dataloader_num_workers to {fields['dataloader_num_workers']}; 0 to"
+            f" {MOST_WORKERS} processes may read the prompts, which are in memory already. Correct"
+            " it there."
         )
     if fields.get("vllm_mode", "colocate") != "colocate":
         raise DiagnosticsError(
@@ -319,13 +361,13 @@ def _check_values(fields: dict[str, Any], where: str) -> None:
 
 
 def trackers(fields: dict[str, Any]) -> list:
-    """Where metrics are to go as well."""
+    """The trackers that `report_to` asks for."""
     asked = fields.get("report_to") or []
     return [asked] if isinstance(asked, str) else asked
 
 
 def require_installed(text: str | None) -> None:
-    """Raise DiagnosticsError where `--trl` asks for a package that is not there."""
+    """Raise DiagnosticsError where `--trl`, whose value is `text`, needs a missing package."""
     fields, where = trl_fields(text), _shown(text, "--trl")
     if "tensorboard" in trackers(fields) and not importlib.util.find_spec("tensorboard"):
         raise DiagnosticsError(
@@ -340,8 +382,9 @@ def require_installed(text: str | None) -> None:
 
 
 def _one_name(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields under their newer names. Raises DiagnosticsError where both names are given and
-    say different things.
+    """The fields under their newer names.
+
+    Raises DiagnosticsError where both names are given with different values.
     """
     fields = dict(fields)
     for old, new in BOTH_NAMES:
@@ -357,8 +400,13 @@ def _one_name(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def peft_fields(text: str | None) -> dict[str, Any]:
-    """Fields of LoraConfig from `--peft`, checked. Raises DiagnosticsError for a field that does
-    not act, or a value of another type.
+    """Read and check fields of LoraConfig.
+
+    Args:
+        text: Value of `--peft`: an object, a file's path, or None.
+
+    Raises:
+        DiagnosticsError: A field has no effect here, or a value has another type.
     """
     fields, where = read_object(text, "--peft"), _shown(text, "--peft")
     refused = sorted(fields.keys() - PEFT_FIELDS.keys())
@@ -384,8 +432,7 @@ def peft_fields(text: str | None) -> dict[str, Any]:
         ):
             shown = " or ".join(dict.fromkeys(_words(kind) for kind in kinds))
             raise DiagnosticsError(
-                f"{where} sets {name} to {json.dumps(value)[:80]}; {shown} is needed. Mend it"
-                " there."
+                f"{where} sets {name} to {_seen(value)}; {shown} is needed. Correct it there."
             )
     if fields.get("init_lora_weights", True) not in INITS:
         raise DiagnosticsError(
@@ -397,10 +444,19 @@ def peft_fields(text: str | None) -> dict[str, Any]:
 
 
 def lora_config(rank: int, text: str | None = None):
-    """peft's LoraConfig of a rank with what `--peft` adds; None without a rank.
+    """Build peft's LoraConfig.
 
-    Raises DiagnosticsError where peft is not installed, fields come without a rank, or peft refuses
-    them."""
+    Args:
+        rank: Rank of the adapter; 0 for none.
+        text: Value of `--peft`: further fields.
+
+    Returns:
+        The configuration, or None without a rank.
+
+    Raises:
+        DiagnosticsError: peft is not installed, fields are given without a rank, or peft refuses
+            them.
+    """
     fields = peft_fields(text)
     if not rank:
         if fields:
@@ -428,5 +484,5 @@ def lora_config(rank: int, text: str | None = None):
         )
     except (TypeError, ValueError, ImportError) as error:
         raise DiagnosticsError(
-            f"peft does not take these settings: {error}. Mend {_shown(text, '--peft')}."
+            f"peft does not take these settings: {error}. Correct {_shown(text, '--peft')}."
         ) from error

@@ -1,15 +1,15 @@
-"""What a student can do on held-out prompts: divergence on its own fresh text, task accuracy,
-response length.
+"""What a student can do on held-out prompts: divergence on its own text, accuracy, length.
 
-    forward_kl, reverse_kl    KL(q||p) (teacher first), KL(p||q): mean over the positions of n sampled responses a prompt
+    forward_kl, reverse_kl    KL(q||p) (teacher first), KL(p||q): mean over the positions of the
+                              sampled responses
     accuracy                  share of the sampled responses that the verifier accepts (avg@n)
-    accuracy_greedy           the same for one response a prompt by the likeliest token
-    response_length, finished tokens a sampled response; share that ended by itself
+    accuracy_greedy           the same for one response per prompt, the most likely token each time
+    response_length, finished tokens per sampled response; share that ended with an end token
     bank_forward_kl, ...      the two divergences at the positions of frozen contexts
 
-Every measure is a ratio of sums over prompts, sum_g total_g / sum_g count_g, kept as one row a
+Every measure is a ratio of sums over prompts, sum_g total_g / sum_g count_g, kept as one row per
 prompt, so that means, intervals and paired differences between students come from one table.
-Intervals resample prompts (`statistics`). Responses are drawn from streams named (seed, prompt,
+Intervals resample prompts (`bootstrap`). Responses are drawn from streams named (seed, prompt,
 sample): two students meet the same random numbers, and an interrupted training meets them again.
 """
 
@@ -19,7 +19,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,21 +30,31 @@ from diagnostics.core.types import Bank, Prompt
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
+    from diagnostics.probing.frozen_bank import FrozenBank
 
 log = logging.getLogger("diagnostics")
 Verify = Callable[[str, str], bool]
 SEED = 1009
-"""Of the held-out responses, the same for every training, so that trainings of different seeds can
-be paired.
+"""Seed of the held-out responses. It is the same for every training, so that trainings of different
+seeds can be paired.
 """
 VERIFIERS = ("auto", "sums", "math", "none")
 COLUMNS = ("measure", "prompt_id", "total", "count")
-"""Of an evaluation: one row a measure and prompt."""
+"""Columns of an evaluation, which has one row per measure and prompt."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How the student is evaluated during training."""
+    """How the student is evaluated during training.
+
+    Attributes:
+        eval_every: Steps between two evaluations; 0 evaluates before and after training only.
+        eval_prompts: File of held-out prompts; the last of the training prompts where None.
+        eval_contexts: Number of held-out prompts; 0 turns evaluation off.
+        eval_samples: Sampled responses per held-out prompt.
+        verifier: What judges answers: `sums` (story sums), `math` (math-verify), `none`, or `auto`
+            (see `find_verifier`).
+    """
 
     eval_every: int = field(
         default=0,
@@ -69,34 +79,6 @@ class EvaluationConfig:
     )
 
 
-class FrozenBank:
-    """Contexts with the teacher's states for them, scored again and again as the student changes.
-
-    Under several processes each holds a share of the batches; results are whole on all.
-    """
-
-    def __init__(self, pair: Pair, bank: Bank, *, batch_tokens: int | None = None):
-        from diagnostics.probing import scores
-
-        scores.check_bank(pair, bank)
-        self.pair, self.bank = pair, bank
-        self.todo = scores.local_batches(
-            scores.batches(bank, batch_tokens=batch_tokens or scores.BATCH_TOKENS)
-        )
-        self.teacher = scores.teacher_states(pair, self.todo)
-        self.prompt_ids = np.repeat(
-            [context.prompt_id for context in bank], [len(context.response_ids) for context in bank]
-        )
-
-    def divergences(self) -> tuple[np.ndarray, np.ndarray]:
-        """KL(q||p) and KL(p||q) [N] in nats with the student as it is now."""
-        from diagnostics.probing import scores
-
-        return scores.rescore(
-            self.pair, self.todo, self.teacher, positions=self.bank.positions, description="bank"
-        )
-
-
 def evaluate(
     pair: Pair,
     prompts: Sequence[Prompt],
@@ -109,11 +91,26 @@ def evaluate(
 ) -> pd.DataFrame:
     """Evaluate the pair's student as it is now.
 
-    prompts: held out from training; those with an answer count towards accuracy where
-    `verify(response, answer)` is given. Returns one row a measure and prompt with columns measure,
-    prompt_id, total, count (see the module's head; KLs in nats). Raises DiagnosticsError without
-    prompts or samples."""
+    Args:
+        pair: The student and its teacher. The student is in evaluation mode meanwhile, and in its
+            former mode afterwards.
+        prompts: Prompts held out from training. Those with an answer count towards accuracy.
+        bank: Frozen contexts whose divergences are measured too.
+        verify: From a response and an answer to whether it is accepted; without it, accuracy is
+            left out.
+        samples: Sampled responses per prompt, at least 1.
+        max_new_tokens: Longest response in tokens.
+        seed: Seed of sampling.
+
+    Returns:
+        One row per measure and prompt, with columns measure (see the module's head; KLs in nats),
+        prompt_id, total and count.
+
+    Raises:
+        DiagnosticsError: There are no prompts or no samples.
+    """
     from diagnostics.contexts.rollouts import sample_responses
+    from diagnostics.probing.frozen_bank import FrozenBank
 
     if not prompts or samples < 1:
         raise DiagnosticsError(
@@ -123,7 +120,7 @@ def evaluate(
     training = pair.student.model.training
     pair.student.model.eval()
     try:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         sampled = sample_responses(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
@@ -140,7 +137,16 @@ def evaluate(
 
 
 def by_prompt(measure: str, prompt_ids: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
-    """One measure as rows of an evaluation: totals and counts of the finite values by prompt."""
+    """One measure as rows of an evaluation.
+
+    Args:
+        measure: Its name.
+        prompt_ids: The prompt of each value.
+        values: Numbers; NaN ones are neither added nor counted.
+
+    Returns:
+        One row per prompt, with the columns of COLUMNS.
+    """
     values = pd.Series(np.asarray(values, dtype=np.float64))
     groups = values.groupby(np.asarray(prompt_ids, dtype=object))
     sums = (
@@ -179,7 +185,13 @@ def _accuracy(measure: str, bank: Bank, prompts: Sequence[Prompt], verify: Verif
 def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """Mean of one measure, total over count, with its draws over prompts.
 
-    rows: columns prompt_id, total, count. NaN without a count.
+    Args:
+        rows: Columns prompt_id, total, count.
+        draws: Bootstrap draws over prompts.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The estimate; NaN without a count.
     """
     prompts = PromptClusters(rows["prompt_id"].to_numpy(), draws=draws, seed=seed)
     sums = prompts.sums(
@@ -201,7 +213,15 @@ def summarize_evaluation(
 ) -> pd.DataFrame:
     """Mean and prompt-bootstrap interval of each measure of an evaluation.
 
-    Returns columns measure, mean, low, high, count (positions or responses), prompts.
+    Args:
+        rows: Table of `evaluate`.
+        draws: Bootstrap draws over prompts.
+        level: Level of the intervals.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One row per measure, with columns measure, mean, low, high, count (positions or responses)
+        and prompts.
     """
     out = []
     for measure, part in rows.groupby("measure", sort=False):
@@ -221,11 +241,21 @@ def summarize_evaluation(
 
 
 def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify | None:
-    """The function (response, answer) -> accepted, or None where nothing can be judged.
+    """Find the function that judges responses.
 
-    auto: the task of a named pair (story sums for `embedded`); otherwise math-verify where it is
-    installed and prompts carry answers. Raises DiagnosticsError where a verifier was asked for and
-    cannot be had."""
+    Args:
+        name: One of VERIFIERS. `auto` means the task of a named pair (story sums for `embedded`);
+            otherwise math-verify, where it is installed and prompts carry answers.
+        pair: The pair's name.
+        prompts: The held-out prompts.
+
+    Returns:
+        A function from a response and an answer to whether it is accepted, or None where nothing
+        can be judged.
+
+    Raises:
+        DiagnosticsError: A verifier was asked for and is not available, or no prompt has an answer.
+    """
     answered = sum(prompt.answer is not None for prompt in prompts)
     if name == "none" or (name == "auto" and not answered):
         return None
@@ -235,7 +265,7 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
             " `answer` column."
         )
     from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.pair import NAMED_PAIRS
+    from diagnostics.models.named_pairs import NAMED_PAIRS
 
     named = NAMED_PAIRS.get(pair)
     task = TASKS.get(named.task if name == "auto" and named else name)
@@ -249,7 +279,7 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
             " use --verifier none."
         )
     log.warning(
-        "%d held-out prompts have answers, which nothing here can judge: accuracy is left out (pip"
+        "%d held-out prompts have answers, and no verifier is available: accuracy is left out (pip"
         " install math-verify)",
         answered,
     )
@@ -257,8 +287,11 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
 
 
 def verify_math(response: str, answer: str) -> bool:
-    """True where math-verify finds the response's last expression equal to the answer, plain or
-    LaTeX.
+    """Whether math-verify finds the response's last expression equal to the answer.
+
+    Args:
+        response: The student's text.
+        answer: The expected expression, plain or LaTeX.
     """
     from math_verify import parse, verify
 

@@ -1,34 +1,18 @@
-"""Do the probe's conclusions survive real training? A grid of short trainings, their outcomes, and
-who foresaw them.
+"""A grid of short trainings: do the probe's conclusions survive real training?
 
-A *cell* is one criterion at one budget; each is trained once a seed, with equal steps and optimiser
-settings, from the same student, and evaluated on the same held-out prompts with the same random
-numbers (`evaluation`). `full` has one cell. With S seeds and G held-out prompts, total T_sg and
-count N_sg of a measure,
+A *cell* is one criterion at one budget. Each cell is trained once per seed, with equal steps and
+optimizer settings, from the same student, and evaluated on the same held-out prompts with the same
+random numbers (`evaluation`). `full` has one cell. This module runs the grid;
+`training_outcomes` has its statistics and judges the claim.
 
-    value = 1/S sum_s v_s,   v_s = sum_g T_sg / sum_g N_sg
-    error^2 = E_S + E_G,     E_S = var_s(v_s) / S,   E_G = G/(G - 1) var over prompt draws of the value
-    interval = value +- t(f) * error,   f = error^4 / (E_S^2/(S - 1) + E_G^2/(G - 1))
+    DIR/cells/contexts.parquet           the frozen bank, sampled from the untouched student
+    DIR/cells/untouched.parquet, .json   evaluation of the untouched student, and its record
+    DIR/cells/<cell>.parquet             evaluation of a trained student, and its first step's gains
+    DIR/cells/<cell>.curve.parquet       metrics of its training, one row per step
+    DIR/cells/<cell>.json                its record, written last: settings, hashes, code version
 
-so seeds and prompts are crossed, and f is Welch and Satterthwaite's. (E_S holds some of what
-prompts and seeds do together, and E_G the rest: the interval errs to the long side.) Differences
-between cells are paired: v_s and the draws are subtracted before any error is taken. With one seed
-E_S is undefined, and so is the interval.
-
-Gain of a training = untouched - trained for divergences, trained - untouched for accuracies: larger
-is better.
-
-    C5  TA-OPD at 5 % matches or beats full OPD and the entropy, divergence and TIP baselines.
-        Against each rival: supported where the interval of gain(teachability) - gain(rival) reaches
-        no lower than -margin, refuted where it lies below, inconclusive otherwise or with fewer
-        than 3 seeds; margin = 10 % of the gain of full (0 where full gains nothing). Overall:
-        supported where all are, refuted where one is.
-
-Agreement with offline answers is Kendall's tau over cells (`agreement`); its draws resample prompts
-and seeds of the training outcomes and, apart from them, the prompts of the run that gave the
-offline answer.
-
-Reference: Satterthwaite 1946; Owen 2007 (crossed resampling); the claim is arXiv 2605.26844's.
+A cell whose record and files agree with the settings is finished and is never trained again, so an
+interrupted grid continues and a wider grid keeps its cells.
 """
 
 from __future__ import annotations
@@ -57,7 +41,23 @@ log = logging.getLogger("diagnostics")
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """The grid of trainings. Equal settings for every cell, fixed before any outcome was seen."""
+    """The grid of trainings, with equal settings for every cell.
+
+    Attributes:
+        criteria: Criteria to train with.
+        budgets: Shares of positions, for each criterion except `full`.
+        seeds: Trainings of each cell, with seeds 0, 1, ...
+        steps: Optimizer steps of each training.
+        batch: Responses per step.
+        learning_rate: None takes the named pair's rate, or 1e-6.
+        loss: One of `losses.LOSSES`.
+        max_new_tokens: Longest response in tokens.
+        workers: Trainings at the same time, one thread each.
+
+    Raises:
+        DiagnosticsError: There are no criteria, seeds or workers, a criterion is unknown, or a
+            budget lies outside (0, 1].
+    """
 
     criteria: tuple[str, ...] = field(
         default=("full", "random", "entropy", "divergence", "tip", "teachability", "incompatible"),
@@ -67,7 +67,7 @@ class ValidateConfig:
         default=(0.05, 0.1, 0.3), metadata={"help": "budgets of each but full"}
     )
     seeds: int = field(default=3, metadata={"help": "trainings of each cell, seeds 0, 1, …"})
-    steps: int = field(default=100, metadata={"help": "optimiser steps of each training"})
+    steps: int = field(default=100, metadata={"help": "optimizer steps of each training"})
     batch: int = field(default=16, metadata={"help": "responses in a step"})
     learning_rate: float | None = field(
         default=None, metadata={"help": "1e-6, or the named pair's where not given"}
@@ -103,18 +103,25 @@ class TrainingCell:
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """The stem of its files' names."""
         return f"{self.criterion}-{_budget_name(self.budget)}-seed{self.seed}"
 
 
 def _budget_name(budget: float) -> str:
-    """Six digits where they say it all, so that no two budgets share a name."""
+    """Six digits where they are exact, all digits otherwise: no two budgets share a name."""
     short = f"{budget:g}"
     return short if float(short) == budget else repr(budget)
 
 
 def grid(config: ValidateConfig) -> list[TrainingCell]:
-    """Every training, seed by seed, so that an interrupted grid holds whole comparisons."""
+    """List every training of a grid.
+
+    Args:
+        config: The grid.
+
+    Returns:
+        The cells, seed by seed, so that an interrupted grid holds whole comparisons.
+    """
     cells = []
     for seed in range(config.seeds):
         for criterion in dict.fromkeys(config.criteria):
@@ -128,9 +135,10 @@ def grid(config: ValidateConfig) -> list[TrainingCell]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs for any cell: names and numbers only."""
+    """Everything that a worker needs to train a cell; names and numbers only."""
 
     folder: Path
+    """Folder of the cells' files."""
     pair: dict
     """Fields of `PairConfig`."""
     prompts: dict
@@ -140,21 +148,19 @@ class Job:
     grid: dict
     """Fields of `ValidateConfig`."""
     engine: dict = field(default_factory=dict)
-    """Fields of `EngineConfig` that are not as they come."""
+    """Fields of `EngineConfig` that differ from their defaults."""
     sources: dict = field(default_factory=dict)
     """Hashes of the models' files and of the prompts."""
     code: str | None = None
     """Version of the modules that decide a training's numbers."""
     accept_code: bool = False
-    """Finished cells of another version are kept."""
+    """Whether finished cells of another version are kept."""
     known: dict = field(default_factory=dict)
-    """What the run's manifest has as hashes of cells' files."""
+    """Hashes of cells' files that the run's manifest records."""
 
     @property
     def identity(self) -> dict:
-        """Settings that a finished cell must share; which other cells there are is not among
-        them.
-        """
+        """Settings that a finished cell must share. The list of cells is not among them."""
         from diagnostics.core.manifest import recorded
         from diagnostics.models.identity import WHERE
 
@@ -171,19 +177,27 @@ class Job:
     @property
     def engine_identity(self) -> dict:
         """Engine options that a finished cell must share; a file counts by its content."""
-        trl = (
-            {"trl": self.sources.get("trl_sha256", self.engine["trl"])}
-            if self.engine.get("trl")
-            else {}
-        )
-        return json.loads(json.dumps(self.engine | trl))
+        from diagnostics.core.manifest import recorded
+
+        said = {
+            name: self.sources.get(f"{name}_sha256", self.engine[name])
+            for name in ("trl", "peft")
+            if self.engine.get(name)
+        }
+        return json.loads(json.dumps(recorded(self.engine | said)))
 
     def finished(self, name: str) -> bool:
-        """True where the cell is done with these settings and its files are as they were written.
+        """Whether a cell was trained with these settings and its files are as they were written.
 
-        A cell that is lost, cut or was changed is to be measured again, with a warning. Raises
-        DiagnosticsError where it is done with other settings, models or prompts, or by another
-        version of the code."""
+        A cell whose files are lost, cut short or changed is not finished, which is logged.
+
+        Args:
+            name: Name of a cell, or `untouched`.
+
+        Raises:
+            DiagnosticsError: The cell was trained with other settings, models or prompts, or by
+                another version of the code.
+        """
         try:
             record = self._record(name)
             if record is None:
@@ -226,7 +240,11 @@ class Job:
             (
                 record.get("sources", {}),
                 self.sources,
-                [key for key in record.get("sources", {}) if key != "trl_sha256"],
+                [
+                    key
+                    for key in record.get("sources", {})
+                    if key not in ("trl_sha256", "peft_sha256")
+                ],
             ),
         ]
         different = [
@@ -278,11 +296,11 @@ BANK = "contexts.parquet"
 
 
 class _Again(Exception):
-    """Why a cell that is there cannot be used."""
+    """Why the files of a cell cannot be used."""
 
 
 def _cell_of(record: dict) -> str | None:
-    """Name of the cell that a record is of."""
+    """Name of the cell that a record belongs to."""
     try:
         return TrainingCell(**record["cell"]).name
     except (KeyError, TypeError, ValueError):
@@ -296,8 +314,18 @@ def _sha256(path: Path) -> str:
 
 
 def run_grid(job: Job, cells: Sequence[TrainingCell], *, workers: int) -> None:
-    """Evaluate the untouched student, then train every cell that is not finished. Each leaves its
-    files when it ends.
+    """Evaluate the untouched student, then train every cell that is not finished.
+
+    Each training leaves its files when it ends.
+
+    Args:
+        job: Settings of the grid, and its folder.
+        cells: The trainings.
+        workers: Trainings at the same time; 1 trains in this process.
+
+    Raises:
+        DiagnosticsError: The folder is a link, a finished cell has other settings, or a training
+            fails.
     """
     if os.path.islink(job.folder):
         raise DiagnosticsError(
@@ -322,8 +350,9 @@ def run_grid(job: Job, cells: Sequence[TrainingCell], *, workers: int) -> None:
 
 
 def _say_threads(job: Job, cells: Sequence[TrainingCell]) -> None:
-    """Sums come out in another order on another number of threads, so that equal cells differ in
-    their last digits.
+    """Warn where cells were trained on different numbers of threads.
+
+    The number of threads orders sums, so that the last digits of equal cells differ.
     """
     records = [
         json.loads((job.folder / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells
@@ -337,7 +366,7 @@ def _say_threads(job: Job, cells: Sequence[TrainingCell]) -> None:
 
 
 def _share_out(job: Job, missing: Sequence[TrainingCell], workers: int) -> None:
-    """Train on several processes, which end with this one; what they had begun goes with them."""
+    """Train in several processes, which end with this one; unfinished work is removed."""
     from diagnostics.training.workers import share_out
 
     tasks = [(job, cell) for cell in missing]
@@ -351,7 +380,7 @@ def _share_out(job: Job, missing: Sequence[TrainingCell], workers: int) -> None:
 
 
 def _work(task: tuple[Job, TrainingCell]) -> str:
-    """One cell in a worker, on one thread: models this small lose time to a second one."""
+    """Train one cell in a worker, on one thread: small models lose time to a second one."""
     import torch
 
     torch.set_num_threads(1)
@@ -360,8 +389,14 @@ def _work(task: tuple[Job, TrainingCell]) -> str:
 
 
 def environments(workers: int, pair: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What each worker's environment adds: a GPU of its own where there are several and no device
-    was named.
+    """Environment variables of each worker.
+
+    Args:
+        workers: Number of workers.
+        pair: Fields of `PairConfig`.
+
+    Returns:
+        One mapping per worker. It names a GPU where there are several and no device was asked for.
     """
     if any(pair.get(name) not in (None, "auto", "cuda") for name in ("device", "teacher_device")):
         return [{}] * workers
@@ -374,7 +409,7 @@ def environments(workers: int, pair: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    """Names of the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES."""
     import torch
 
     count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -387,12 +422,16 @@ def visible_gpus() -> list[str]:
 
 
 SCRATCH = re.compile(r"\.training-.+-seed\d+")
-"""Names of the folders that trainings work in."""
+"""Names of the folders in which trainings work."""
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what killed trainings had begun: folders of our own naming, no link and nothing that a
-    link leads to.
+    """Remove the folders of killed trainings.
+
+    Only folders with our own names are removed, never a link or the target of a link.
+
+    Args:
+        folder: Folder of the cells.
     """
     if not folder.is_dir():
         return
@@ -424,16 +463,15 @@ _held: dict[str, Any] = {}
 
 
 def _fresh_pair(job: Job):
-    """A pair as it was loaded: the student's weights copied, the teacher's shared, and both
-    compared with what they were.
+    """A copy of the pair as it was loaded, which shares the teacher's weights.
 
-    Where they differ the models are loaded anew, with a warning.
+    Where a training changed the loaded weights, the models are loaded again with a warning.
     """
     key = json.dumps([job.pair, job.sources], sort_keys=True)
     if _held.get("key") == key and _checksum(_held["pair"]) != _held["checksum"]:
         log.warning(
             "a training changed the weights that the next one begins with; the models are loaded"
-            " anew"
+            " again"
         )
         _held.clear()
     if _held.get("key") != key:
@@ -447,8 +485,9 @@ def _fresh_pair(job: Job):
 
 
 def _copy(pair):
-    """The pair with modules, tokenizer and student's weights of its own. The teacher's weights are
-    not trained and stay one.
+    """The pair with modules, tokenizer and student's weights of its own.
+
+    The teacher's weights are not trained and stay shared.
     """
     import copy
 
@@ -458,8 +497,9 @@ def _copy(pair):
 
 
 def _checksum(pair) -> list[int]:
-    """One whole number for each model, over all bits of its weights and their order; where the
-    weights lie, and exact.
+    """One integer per model, exact over all bits of its weights and their order.
+
+    It is computed on the weights' own device.
     """
     import torch
 
@@ -469,9 +509,8 @@ def _checksum(pair) -> list[int]:
         for tensor in [] if model is None else [*model.parameters(), *model.buffers()]:
             bits = tensor.detach().contiguous().flatten()
             whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-            for piece in bits.view(whole[bits.element_size()]).split(
-                2**24
-            ):  # the sums below take eight bytes a weight
+            # in pieces, since the sums below take eight bytes per weight
+            for piece in bits.view(whole[bits.element_size()]).split(2**24):
                 places = torch.arange(1, len(piece) + 1, device=piece.device)
                 total = (31 * total + int((piece.long() * places).sum())) % 2**64
         sums.append(total)
@@ -504,10 +543,15 @@ def _pair_and_prompts(job: Job, seed: int):
 
 
 def run_untouched(job: Job) -> None:
-    """Freeze the bank and evaluate the untouched student, once for the whole grid."""
+    """Freeze the bank and evaluate the untouched student, once for the whole grid.
+
+    Args:
+        job: Settings of the grid, and its folder.
+    """
     from diagnostics.contexts.rollouts import rollout
     from diagnostics.core.tables import write_parquet
-    from diagnostics.training.evaluation import FrozenBank, evaluate, find_verifier
+    from diagnostics.probing.frozen_bank import FrozenBank
+    from diagnostics.training.evaluation import evaluate, find_verifier
 
     pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
     bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])
@@ -524,8 +568,14 @@ def run_untouched(job: Job) -> None:
 
 
 def run_cell(job: Job, cell: TrainingCell) -> str:
-    """Train one cell and leave its evaluation, its curve and then its record. Returns what to
-    log.
+    """Train one cell and write its evaluation, its curve and, last, its record.
+
+    Args:
+        job: Settings of the grid, and its folder.
+        cell: The training.
+
+    Returns:
+        A line for the log.
     """
     import time
 
@@ -605,12 +655,16 @@ def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
 
 
 def read_outcomes(folder: Path, cells: Iterable[TrainingCell]) -> pd.DataFrame:
-    """Evaluations of the untouched student and of the finished cells, one row a training, measure
-    and prompt.
+    """Read the evaluations of the untouched student and of the finished cells.
 
-    Columns criterion (`untouched` for the first), budget, seed, measure, prompt_id, total, count.
+    Args:
+        folder: Folder of the cells.
+        cells: The trainings; those without a record are left out.
+
+    Returns:
+        One row per training, measure and prompt, with columns criterion (`untouched` for the
+        untouched student), budget, seed, measure, prompt_id, total, count.
     """
-
     frames = [
         read_parquet(folder / "untouched.parquet").assign(
             criterion="untouched", budget=0.0, seed=-1

@@ -1,23 +1,25 @@
-"""TA-OPD training: on-policy distillation on the positions that a criterion selects, watched from
-outside.
+"""TA-OPD training: on-policy distillation on the positions that a criterion selects.
 
-    DIR/train.json                what is trained, with hashes of models and data; a resumed run must agree
-    DIR/metrics.jsonl             one line a step: loss, selected share, D, C and H on selected and all, Jaccard, ...
-    DIR/timings.jsonl             seconds and tokens a second of each step, which no two runs share
-    DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), a row a step
-    and measure
+    DIR/train.json                settings and hashes of models and data; a resumed run must agree
+    DIR/metrics.jsonl             one line per step: loss, selected share, D, C and H on selected
+                                  and on all positions, Jaccard index with other criteria, ...
+    DIR/timings.jsonl             seconds and tokens per second of each step, which differ every run
+    DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), one row per
+                                  step and measure
     DIR/contexts.parquet          the frozen bank
-    DIR/training_gains.parquet    gain of every frozen position after n steps: gain_step_<n> and its kin
-    DIR/checkpoints/              TRL's own; DIR/student/ the trained student
+    DIR/training_gains.parquet    gains of every frozen position after n steps: gain_step_<n>,
+                                  relative_gain_step_<n>, reverse_gain_step_<n>
+    DIR/checkpoints/              TRL's own checkpoints
+    DIR/student/                  the trained student
 
 The order of prompts is drawn once for all steps, and every response has its own random stream, so a
-run that was killed goes on from its last whole checkpoint as if nothing had happened: student,
+run that was killed continues from its last whole checkpoint with the same results: student,
 metrics, evaluations and gains are those of an uninterrupted run. Timings and checkpoints are not
-(they hold times and states of generators). Defaults are those of arXiv 2605.26844: K = 16, budget 5
-%, reverse KL, temperature 1, learning rate 1e-6 (2e-4 with LoRA).
+(they hold times and states of generators). Defaults are those of arXiv 2605.26844: K = 16, budget
+5 %, reverse KL, temperature 1, learning rate 1e-6 (2e-4 with LoRA).
 
 Departure: the paper's loss is the policy gradient on the sampled token (`sampled` here); the
-default is the full reverse KL whose expectation that is."""
+default is the full reverse KL, of which that loss is a sampled estimate."""
 
 from __future__ import annotations
 
@@ -45,12 +47,12 @@ from diagnostics.core.schema import read_parquet
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
 from diagnostics.measure.losses import LOSSES
-from diagnostics.models.pair import NAMED_PAIRS
+from diagnostics.models.named_pairs import NAMED_PAIRS
 from diagnostics.models.topk_teacher import refuse
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options
 from diagnostics.training.evaluation import (
     EvaluationConfig,
-    FrozenBank,
     evaluate,
     find_verifier,
     summarize_evaluation,
@@ -63,8 +65,8 @@ log = logging.getLogger("diagnostics")
 
 FULL_RATE, LORA_RATE = 1e-6, 2e-4
 TIMINGS = ("step_time", "tokens_per_second")
-"""What a step's log holds of the clock: kept in timings.jsonl, so that metrics.jsonl is the same
-from every run.
+"""Entries of a step's log that depend on the clock. They go to timings.jsonl, so that metrics.jsonl
+is the same from every run.
 """
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 CUT_SHORT = (
@@ -76,14 +78,29 @@ CUT_SHORT = (
     "I/O error",
     "quota exceeded",
 )
-"""How torch's and safetensors' writers, which raise no OSError, say that a file could not be
-written to its end.
+"""Parts of the messages of torch's and safetensors' writers, which raise no OSError when a file
+could not be written to its end.
 """
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained on."""
+    """What is trained, and on which positions.
+
+    Attributes:
+        criterion: Which positions carry loss, a registered criterion.
+        budget: Share of positions in (0, 1]; None takes the criterion's own.
+        loss: One of `losses.LOSSES`.
+        beta: The teacher's share in the mixture of `jsd`, from 0 to 1; no other loss reads it.
+        k: Size of the top-K supports.
+        steps: Optimizer steps.
+        batch: Responses per step, over all processes and accumulation steps.
+        learning_rate: None takes 1e-6, 2e-4 with LoRA, or the named pair's rate.
+        seed: Seed of data order, sampling and random selection.
+
+    Raises:
+        DiagnosticsError: There are no steps or no responses.
+    """
 
     criterion: str = field(
         default="teachability", metadata={"help": "which positions carry loss; see `criteria`"}
@@ -94,7 +111,7 @@ class TrainConfig:
     loss: str = field(default="reverse_kl", metadata={"help": "OPD loss", "choices": LOSSES})
     beta: float = field(default=0.5, metadata={"help": "teacher's share in the mixture of jsd"})
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
-    steps: int = field(default=150, metadata={"help": "optimiser steps"})
+    steps: int = field(default=150, metadata={"help": "optimizer steps"})
     batch: int = field(
         default=16, metadata={"help": "responses in a step, over all processes and accumulation"}
     )
@@ -112,7 +129,12 @@ class TrainConfig:
             )
 
     def rate(self, pair: str, lora_rank: int) -> float:
-        """The learning rate in force."""
+        """The learning rate in force.
+
+        Args:
+            pair: The pair's name.
+            lora_rank: Rank of the adapter; 0 trains all weights.
+        """
         named = NAMED_PAIRS.get(pair)
         fallback = LORA_RATE if lora_rank else named.learning_rate if named else FULL_RATE
         return fallback if self.learning_rate is None else self.learning_rate
@@ -120,7 +142,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How TRL runs it."""
+    """How TRL runs the training.
+
+    Attributes:
+        max_new_tokens: Longest response in tokens.
+        accumulation: Micro-batches per step on each process.
+        lora_rank: Rank of a LoRA adapter, which needs peft; 0 trains all weights.
+        save_every: Steps between two checkpoints; 0 writes none.
+        probe_every: Steps between two measurements of the frozen bank, which is also measured after
+            the first and the last step; 0 never measures it.
+        resume: Whether training continues from the last checkpoint in the output directory.
+        trl: Further fields of TRL's DistillationConfig: a JSON file, or an object written out.
+        peft: Further fields of peft's LoraConfig: a JSON file, or an object written out.
+    """
 
     max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
     accumulation: int = field(
@@ -165,13 +199,14 @@ class EngineConfig:
 
 @dataclass
 class TrainResult:
-    """What a training left behind, as tables and folders."""
+    """What `train` returns."""
 
     metrics: pd.DataFrame
-    """One row a step."""
+    """The log of the training, one row per step."""
     evaluations: pd.DataFrame
     """Mean and interval of each measure at each evaluated step; step 0 is the untouched student."""
     student: Path
+    """Folder of the trained student."""
 
     def _repr_html_(self) -> str:
         if self.evaluations.empty:
@@ -194,17 +229,36 @@ def train(
     untouched: pd.DataFrame | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
-    """Distil the pair's teacher into its student, in place, on the student's own responses to
-    `prompts`.
+    """Distill the pair's teacher into its student, in place, on the student's own responses.
 
-    held_out: prompts that are evaluated and never trained on; none turns evaluation off. bank:
-    frozen contexts for evaluation and `probe_every`. untouched: an evaluation of the student as it
-    is, where one was made already. options: further arguments of `SelectedDistillationTrainer`:
-    callbacks (added to ours), optimizers, peft_config. Under `accelerate launch` or `torchrun`
-    every process calls this alike; `batch` is the global one. Raises DiagnosticsError for settings
-    that do not fit together, prompts in both sets, a directory with an unfinished training (unless
-    `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory
-    gives out."""
+    Under `accelerate launch` or `torchrun` every process calls this function alike.
+
+    Args:
+        pair: The student, which is trained in place, and its teacher.
+        prompts: Prompts to train on.
+        output_dir: The run directory; see the module's head for its files.
+        config: What is trained; `batch` is the global one.
+        engine: How TRL runs the training.
+        evaluation: How the student is evaluated.
+        held_out: Prompts that are evaluated and never trained on; without any, nothing is
+            evaluated.
+        bank: Frozen contexts, for evaluation and `probe_every`.
+        untouched: An evaluation of the student as it is, where one exists already.
+        options: Further arguments of `SelectedDistillationTrainer`: callbacks (added to ours),
+            optimizers, peft_config.
+
+    Returns:
+        Metrics (one row per step), evaluations (one row per step and measure, with intervals) and
+        the folder of the trained student.
+
+    Raises:
+        DiagnosticsError: The settings do not fit together, a prompt is in both sets, the directory
+            holds an unfinished training (unless `engine.resume`), one with other settings or one
+            without a whole checkpoint, or disk or memory is exhausted.
+
+    Reference:
+        TA-OPD, arXiv 2605.26844.
+    """
     from diagnostics.contexts.generation_settings import make_savable, warn_before_sampling
 
     directory = Path(output_dir)
@@ -218,7 +272,7 @@ def train(
         _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation),
         resume=engine.resume,
     )
-    watcher = TrainingMonitor(
+    monitor = TrainingMonitor(
         pair, directory, config, engine, evaluation, held_out, bank, untouched
     )
     with warnings.catch_warnings():
@@ -228,7 +282,7 @@ def train(
         )
         with _explained(engine):
             trainer = _trainer(
-                pair, prompts, directory, config, engine, watcher, dict(options or {})
+                pair, prompts, directory, config, engine, monitor, dict(options or {})
             )
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -236,12 +290,11 @@ def train(
         _save_student(trainer, pair, directory / "student")
     distributed.barrier()
     return TrainResult(
-        read_lines(directory / "metrics.jsonl"), watcher.summary(), directory / "student"
+        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
     )
 
 
-# --- data and identity
-# ------------------------------------------------------------------------------
+# --- data and identity ---
 
 
 def _check_data(
@@ -281,7 +334,16 @@ def _check_data(
 
 
 def schedule(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
-    """`count` prompts in training order: shuffled anew for every pass over them."""
+    """Draw the training order.
+
+    Args:
+        prompts: Prompts to train on.
+        count: Number of prompts in all.
+        seed: Seed of the order.
+
+    Returns:
+        `count` prompts, shuffled again for every pass over them.
+    """
     generator, order = np.random.default_rng([seed, 7]), []
     while len(order) < count:
         order += generator.permutation(len(prompts)).tolist()
@@ -289,7 +351,7 @@ def schedule(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt
 
 
 def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> dict[str, Any]:
-    """What makes two trainings the same one."""
+    """Settings and hashes that a resumed training must share."""
 
     def digest(items) -> str:
         return hashlib.sha256(json.dumps(items).encode()).hexdigest()
@@ -317,7 +379,7 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
 
 
 def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None:
-    """Write train.json, or compare with the one that is there; the checkpoint to go on from."""
+    """Write train.json, or compare with the existing one; returns the checkpoint to resume from."""
     _refuse_links(directory)
     path, checkpoint = directory / "train.json", last_checkpoint(directory / "checkpoints")
     if path.exists() and checkpoint is not None:
@@ -343,8 +405,9 @@ def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None
 
 
 def _refuse_links(directory: Path) -> None:
-    """TRL writes, rotates and deletes below these folders; a link among them would lead it out of
-    the run.
+    """Refuse links in the folders in which TRL writes and deletes.
+
+    A link would lead it out of the run directory.
     """
     folders = [directory / "checkpoints", directory / "student"]
     for path in [
@@ -380,11 +443,20 @@ def _earlier_settings(path: Path) -> dict:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; TRL writes trainer_state.json last, so one without it
-    was never finished.
+    """Find the newest checkpoint that is whole.
 
-    A finished one with a cut or missing file is passed over with a warning. Raises DiagnosticsError
-    where no finished one is whole."""
+    TRL writes trainer_state.json last, so a checkpoint without it was never finished. A finished
+    one with a cut or missing file is passed over with a warning.
+
+    Args:
+        folder: Folder of the checkpoints.
+
+    Returns:
+        The checkpoint's folder, or None where none was finished.
+
+    Raises:
+        DiagnosticsError: Checkpoints were finished, and none of them is whole.
+    """
     finished = [
         path
         for path in folder.glob("checkpoint-*")
@@ -418,8 +490,9 @@ def _is_json(path: Path) -> bool:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is missing or cut short in a checkpoint, None where it is whole. The files' ends are
-    asked for, not every byte.
+    """What is missing or cut short in a checkpoint; None where it is whole.
+
+    Lengths and ends of files are checked, not every byte.
     """
     parts = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     for path in parts:
@@ -439,7 +512,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _ends_as_it_says(path: Path) -> bool:
-    """True where a safetensors file is as long as its header says."""
+    """Whether a safetensors file is as long as its header says."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -458,13 +531,12 @@ def _ends_as_it_says(path: Path) -> bool:
             return False
 
 
-# --- what others refuse, and what the machine does
-# --------------------------------------------------
+# --- errors of other libraries and of the machine ---
 
 
 @contextmanager
 def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
-    """What TRL, Accelerate, peft and the optimizer refuse before the first step, in one
+    """Turn an error of TRL, Accelerate, peft or the optimizer before the first step into one
     sentence.
     """
     try:
@@ -482,14 +554,14 @@ def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
         )
         raise DiagnosticsError(
             "TRL and its engines do not take these settings:"
-            f" {(str(error).splitlines() or [type(error).__name__])[0]} Mend {given}."
+            f" {(str(error).splitlines() or [type(error).__name__])[0]} Correct {given}."
         ) from error
 
 
 @contextmanager
 def _machine_named(directory: Path) -> Iterator[None]:
-    """A full disk, a limit on file sizes or a full memory, in one sentence that names the way
-    on.
+    """Turn an error about a full disk, a file size limit or full memory into one sentence with a
+    remedy.
     """
     import torch
 
@@ -525,18 +597,29 @@ def _cannot_write(error: BaseException | None) -> bool:
     return False
 
 
-# --- TRL
-# --------------------------------------------------------------------------------------------
+# --- TRL ---
 
 
 def trl_config(
     directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float, cpu: bool = True
 ):
-    """TRL's DistillationConfig. Full precision and no activation checkpointing unless `engine.trl`
-    asks for them.
+    """TRL's DistillationConfig.
 
-    cpu: the student is there; several processes join on the CPU only when told so. Raises
-    DiagnosticsError for a field that does not act here, or that TRL refuses."""
+    It has full precision and no activation checkpointing unless `engine.trl` asks for them.
+
+    Args:
+        directory: The run directory.
+        config: What is trained.
+        engine: How TRL runs it.
+        rate: The learning rate in force.
+        cpu: Whether the student is on the CPU, where several processes only join when told so.
+
+    Returns:
+        The configuration, of TRL's own class.
+
+    Raises:
+        DiagnosticsError: A field has no effect here, or TRL refuses it.
+    """
     from trl import DistillationConfig
 
     fields = {
@@ -572,20 +655,17 @@ def _trainer(
     directory: Path,
     config: TrainConfig,
     engine: EngineConfig,
-    watcher: TrainingMonitor,
+    monitor: TrainingMonitor,
     options: dict[str, Any],
 ):
-    from datasets import Dataset
     from transformers import PrinterCallback, set_seed
 
     from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
 
-    order = schedule(prompts, config.steps * config.batch, seed=config.seed)
+    needed = config.steps * config.batch
     adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
-    callbacks = [watcher.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
-    set_seed(
-        config.seed
-    )  # an adapter starts from random numbers, the same in every process and run
+    callbacks = [monitor.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
+    set_seed(config.seed)  # an adapter starts from random numbers, the same in every process
     trainer = SelectedDistillationTrainer(
         pair,
         Selection(
@@ -603,13 +683,7 @@ def _trainer(
             rate=config.rate(pair.name, engine.lora_rank),
             cpu=pair.student.device.type == "cpu",
         ),
-        train_dataset=Dataset.from_dict(
-            {
-                "prompt": [p.prompt for p in order],
-                "ids": _ids(pair, order, engine),
-                "row": list(range(len(order))),
-            }
-        ),
+        train_dataset=_dataset(pair, schedule(prompts, needed, seed=config.seed), engine),
         callbacks=callbacks,
         **{"peft_config": adapter} | options,
     )
@@ -620,13 +694,27 @@ def _trainer(
             f" {trainer.accelerator.num_processes}. Start them with torchrun or `accelerate launch"
             " --multi_gpu`."
         )
-    watcher.require_whole(trainer)
+    monitor.require_whole(trainer)
     return trainer
 
 
+def _dataset(pair: Pair, order: Sequence[Prompt], engine: EngineConfig):
+    """The prompts in training order, as `SelectedDistillationTrainer` reads them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt.prompt for prompt in order],
+            "ids": _ids(pair, order, engine),
+            "row": list(range(len(order))),
+        }
+    )
+
+
 def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list[int]]:
-    """Each prompt's ids, as sampling and scoring have them: TRL would put the tokenizer's special
-    tokens around the rendered text.
+    """The ids of each prompt, as in sampling and scoring.
+
+    TRL would add the tokenizer's special tokens to the rendered text.
     """
     from diagnostics.contexts.rollouts import encode_prompts
 
@@ -641,8 +729,9 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
 
 
 def _trackers(engine: EngineConfig, directory: Path) -> list:
-    """A writer for tensorboard in the run directory; left to itself it makes a folder where the
-    command was given, named by the host.
+    """A tensorboard writer in the run directory.
+
+    By default it would create a folder in the working directory, named by the host.
     """
     if "tensorboard" not in engine_options.trackers(engine_options.trl_fields(engine.trl)):
         return []
@@ -655,8 +744,8 @@ def _trackers(engine: EngineConfig, directory: Path) -> list:
 def _save_student(trainer, pair: Pair, folder: Path) -> None:
     """Write the trained student as one model, adapters merged in, and its tokenizer.
 
-    Merged on the first process, from whole weights. An adapter on a quantised student is written by
-    itself: merged in, it would be rounded."""
+    Adapters are merged on the first process, from whole weights. An adapter on a quantized student
+    is written by itself, since merging would round it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if hasattr(model, "merge_and_unload") and not getattr(
@@ -669,14 +758,15 @@ def _save_student(trainer, pair: Pair, folder: Path) -> None:
         )
         model, state = model and model.merge_and_unload(), None
     if distributed.is_main():
+        from diagnostics.training.trl_trainer import name_base
+
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        name_base(folder)
         pair.tokenizer.save_pretrained(folder)
 
 
 def _whole(sharded, state: dict):
-    """A model with adapters on the CPU like one whose parts are spread over the processes, from its
-    gathered weights.
-    """
+    """A copy on the CPU of a sharded model with adapters, from its gathered weights."""
     import copy
 
     from peft import get_peft_model
@@ -697,12 +787,25 @@ def _whole(sharded, state: dict):
     return whole
 
 
-# --- watching
-# ---------------------------------------------------------------------------------------
+# --- the monitor ---
 
 
 class TrainingMonitor:
-    """Writes metrics, evaluations and gains while TRL trains; knows which steps are due."""
+    """Writes metrics, evaluations and gains at the steps that are due while TRL trains.
+
+    Args:
+        pair: Student and teacher.
+        directory: The run directory.
+        config: What is trained.
+        engine: How TRL runs it.
+        evaluation: How the student is evaluated.
+        held_out: Prompts to evaluate on; none turns evaluation off.
+        bank: Frozen contexts, or None.
+        untouched: An evaluation of the student as it is, where one exists already.
+
+    Raises:
+        DiagnosticsError: `engine.probe_every` is set without a bank.
+    """
 
     def __init__(
         self,
@@ -736,8 +839,9 @@ class TrainingMonitor:
             )
 
     def require_whole(self, trainer) -> None:
-        """Evaluation calls the model outside TRL's wrappers, so no process may hold only a shard of
-        it.
+        """Refuse to evaluate a sharded student.
+
+        Evaluation calls the model outside TRL's wrappers, where a process has only its shard.
         """
         sharded = trainer.is_fsdp_enabled or (
             trainer.is_deepspeed_enabled
@@ -750,33 +854,35 @@ class TrainingMonitor:
             )
 
     def callback(self):
-        """The transformers callback that calls this watcher."""
+        """The transformers callback that calls this monitor."""
         from transformers import TrainerCallback
 
-        watcher = self
+        monitor = self
 
         class Watch(TrainerCallback):
-            """Hands TRL's events on."""
+            """Passes TRL's events on."""
 
             def on_train_begin(self, args, state, control, **_):
-                watcher.begin(state.global_step)
+                monitor.begin(state.global_step)
 
             def on_step_end(self, args, state, control, **_):
-                watcher.after_step(state.global_step)
+                monitor.after_step(state.global_step)
 
             def on_log(self, args, state, control, logs=None, **_):
                 if logs and "loss" in logs:
-                    watcher.log(state.global_step, logs)
+                    monitor.log(state.global_step, logs)
 
         return Watch()
 
     def path(self, name: str) -> Path:
-        """A file of the run."""
+        """The path of a file of the run."""
         return self.directory / name
 
     def begin(self, step: int) -> None:
-        """Forget what lies after `step` (0, or the checkpoint's); at the very start evaluate the
-        untouched student.
+        """Remove records of later steps than `step`; at step 0 evaluate the untouched student.
+
+        Args:
+            step: 0, or the checkpoint's step.
         """
         if distributed.is_main():
             for name in ("metrics.jsonl", "timings.jsonl"):
@@ -802,7 +908,7 @@ class TrainingMonitor:
         return table[table["step"] <= step]
 
     def after_step(self, step: int) -> None:
-        """Evaluate and re-score the bank where that is due."""
+        """Evaluate the student and score the bank again where that is due after `step`."""
         every, last = self.evaluation.eval_every, step == self.config.steps
         if last or (every and step % every == 0):
             self._evaluate(step)
@@ -811,7 +917,7 @@ class TrainingMonitor:
             self._gains(step)
 
     def log(self, step: int, logs: dict[str, float]) -> None:
-        """Append one step to metrics.jsonl, and what the clock said of it to timings.jsonl."""
+        """Append one step to metrics.jsonl, and its timings to timings.jsonl."""
         if not distributed.is_main():
             return
         _append(
@@ -869,7 +975,11 @@ class TrainingMonitor:
         )
 
     def summary(self, rows: pd.DataFrame | None = None) -> pd.DataFrame:
-        """Mean and interval of each measure at each evaluated step."""
+        """Mean and interval of each measure at each evaluated step.
+
+        Args:
+            rows: Evaluations with a column step; None reads the run's file.
+        """
         if rows is None:
             rows = (
                 read_parquet(self.path("evaluations.parquet"))
@@ -918,7 +1028,7 @@ class TrainingMonitor:
 
 
 GAINS = ("gain", "relative_gain", "reverse_gain")
-"""Outcomes that are kept for every probed step n as `<name>_step_<n>`."""
+"""Outcomes that are kept for every measured step n as `<name>_step_<n>`."""
 
 
 def _earlier_columns(table: pd.DataFrame, step: int) -> pd.DataFrame:
@@ -929,7 +1039,7 @@ def _earlier_columns(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def _append(path: Path, row: dict) -> None:
-    """Add a line to a file of the run, never through a link."""
+    """Append a line to a file of the run, never through a link."""
     with os.fdopen(
         files.open_inside(path.parent, path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a"
     ) as file:
@@ -937,7 +1047,7 @@ def _append(path: Path, row: dict) -> None:
 
 
 def _line(row: dict) -> str:
-    """One JSON line; what is not finite becomes null."""
+    """One JSON line; numbers that are not finite become null."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -946,7 +1056,7 @@ def _line(row: dict) -> str:
 
 
 def read_lines(path: Path) -> pd.DataFrame:
-    """A metrics.jsonl as a table; a last line that a crash cut short is left out."""
+    """Read a metrics.jsonl as a table; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

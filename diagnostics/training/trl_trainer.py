@@ -1,34 +1,35 @@
 """TRL's DistillationTrainer with the loss on the positions that a criterion selects.
 
-After TRL has generated the batch of an optimiser step, student and teacher are run over it once
-more, and
+After TRL has generated the batch of an optimizer step, student and teacher run over it once more:
 
     measure   `divergences.measure_hidden` at every valid response position
-    table     the positions of the whole step, over all processes and accumulation steps, as a token table
+    table     the positions of the whole step, over all processes and accumulation steps, as a
+              token table
     select    m = `criteria.select` at the budget, or w = the scores of a criterion of kind *weight*
     loss      sum_i m_i l_i / sum_i m_i       both sums over the whole step
 
-TRL's loss mask is `completion_mask * tool_mask` and its denominator `num_items_in_batch`: m goes
-into the first as `tool_mask`, its sum into the second, and generation, accumulation, sharding,
-checkpoints and trackers stay TRL's. The losses of TRL's beta family run on TRL's own kernel;
-`sampled`, `topk_reverse` and weighted positions on `losses`. On the first batch TRL's loss is
-compared with ours: a release that changes either is found there.
+TRL's loss mask is `completion_mask * tool_mask` and its denominator `num_items_in_batch`. The mask
+m enters the first as `tool_mask`, and its sum replaces the second, so that generation,
+accumulation, sharding, checkpoints and trackers stay TRL's. The losses of TRL's beta family run on
+TRL's own kernel; `sampled`, `topk_reverse` and weighted positions run on `losses`. On the first
+batch TRL's loss is compared with ours, which detects a release that changed either.
 
-Every response is sampled from a stream named by (seed, row of the data), so that text depends
-neither on the number of processes nor on whether training was interrupted. (vLLM samples by itself;
-there neither holds.)
+Every response is sampled from a stream named by (seed, row of the data), so that the text depends
+neither on the number of processes nor on whether training was interrupted. (With vLLM, which
+samples by itself, neither holds.)
 
 Reference: TA-OPD, arXiv 2605.26844. Departures from its released code: exact C and D over the
-vocabulary; the batch's quantiles over valid response positions only; ties at the budget to the
+vocabulary; the batch's quantiles over valid response positions only; ties at the budget go to the
 earlier position.
 
-Axes: B responses of this process, T response tokens, n valid positions of this process, N of the
-step, H hidden size."""
+Axes: B responses of this process, T response tokens, n valid positions of this process, N positions
+of the step, H hidden size."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,13 +50,15 @@ from diagnostics.contexts import generation
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
+from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, losses
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair
+from diagnostics.models.readout import Readout
 
 log = logging.getLogger("diagnostics")
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
-"""Our names for the ends of TRL's family; `jsd` is its inside."""
+"""The betas of the two ends of TRL's family; `jsd` lies between them."""
 COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompatible", "tip")
 """Criteria whose selection at the same budget is compared with the one in use, step by step."""
 LOGGED = (
@@ -76,8 +79,8 @@ PARITY_HALF = 5e-2
 another order.
 """
 ASIDE = ("teacher_states", "loss_weights", "student_entropy")
-"""What the loss needs beside TRL's batch. It goes round the student's wrapper: FSDP2 casts what it
-is handed to bfloat16.
+"""Tensors that the loss needs and TRL's batch does not have. They bypass the student's wrapper,
+since FSDP2 casts its inputs to bfloat16.
 """
 VLLM_ONLY = {
     "min_p": (None,),
@@ -85,9 +88,7 @@ VLLM_ONLY = {
     "generation_kwargs": (None, {}),
     "cache_implementation": (None,),
 }
-"""Generation options that act in vLLM and not in our own sampling, with the values that ask for
-nothing.
-"""
+"""Generation options that act in vLLM but not in our own sampling, with their neutral values."""
 
 RELIED_ON = {
     "_generate_and_score_completions": ("self", "inputs"),
@@ -109,7 +110,7 @@ RELIED_ON = {
     "_compute_loss": ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
 }
-"""TRL methods that are overridden or called, and how their parameters begin."""
+"""TRL methods that are overridden or called, with the names of their first parameters."""
 ATTRIBUTES = (
     "_forward_redirection",
     "_metrics",
@@ -125,8 +126,14 @@ BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_
 
 
 def check_contract(trainer: type = DistillationTrainer, version: str = trl_version) -> None:
-    """Raise DiagnosticsError where a TRL release lacks a method that is relied on, or has changed
-    its parameters.
+    """Check that the installed TRL has the methods that this module relies on.
+
+    Args:
+        trainer: TRL's trainer class.
+        version: TRL's version, for the message.
+
+    Raises:
+        DiagnosticsError: A method is missing, or its first parameters have other names.
     """
     for name, expected in RELIED_ON.items():
         method = getattr(trainer, name, None)
@@ -154,21 +161,34 @@ class Selection:
     """Which positions carry loss, and which loss."""
 
     criterion: str
+    """A registered criterion."""
     budget: float | None = None
-    """Share of positions; None takes the criterion's own."""
+    """Share of the step's positions, in (0, 1]; None takes the criterion's own."""
     loss: str = "reverse_kl"
     beta: float = 0.5
-    """Teacher's share in the mixture of `jsd`."""
+    """The teacher's share in the mixture of `jsd`."""
     k: int = 16
+    """Size of the top-K supports."""
     seed: int = 0
+    """Seed of sampling and of random selections."""
 
     def weights(self, tokens: pd.DataFrame, *, step: int) -> np.ndarray:
-        """Loss weight [N] of each position of one step's table: 0 or 1, or a soft weight of mean 1
-        where it is not 0.
+        """Loss weights of the positions of one step.
 
-        A position whose divergences are not finite weighs 0. A criterion of kind *weight* at a
-        budget of 1 weighs, at a smaller one it is ranked. Raises DiagnosticsError where nothing is
-        left."""
+        A criterion of kind *weight* gives soft weights at a budget of 1; at a smaller budget its
+        scores are ranked like any other's.
+
+        Args:
+            tokens: The step's token table, one row per position.
+            step: Number of the optimizer step, which seeds random selections.
+
+        Returns:
+            Float64 [N]: 0 or 1, or a soft weight; the mean over the nonzero ones is 1. A position
+            whose divergences are not finite has weight 0.
+
+        Raises:
+            DiagnosticsError: No position is left.
+        """
         entry = criteria.find(self.criterion)
         if entry.kind == "weight" and (self.budget or entry.budget) == 1:
             weights = np.nan_to_num(criteria.score_criterion(tokens, self.criterion)).clip(min=0)
@@ -187,7 +207,14 @@ class Selection:
         return weights * (np.count_nonzero(weights) / weights.sum())
 
     def masks(self, tokens: pd.DataFrame) -> dict[str, np.ndarray]:
-        """What other criteria would select at this budget, by name."""
+        """Selections of the other criteria in COMPARED at this budget.
+
+        Args:
+            tokens: The step's token table, one row per position.
+
+        Returns:
+            Mask bool [N] by criterion.
+        """
         budget = self.budget if self.budget is not None else criteria.find(self.criterion).budget
         return {
             name: criteria.select(tokens, name, budget=budget)
@@ -196,15 +223,37 @@ class Selection:
         }
 
 
-class SelectedDistillationTrainer(DistillationTrainer):
-    """`DistillationTrainer` whose loss counts only, or weighs, what a `Selection` picks.
+def name_base(folder: Path) -> None:
+    """Let a saved adapter name its base model by the last name of its folder.
 
-    pair: its student is trained in place, its teacher's vocabulary is cut to the student's. The
-    dataset has a column `prompt` (text as the tokenizer will see it), `row` (its number, which
-    names the sampling stream) and, where a chat template wrote the text, `ids` (what it encodes to;
-    `prompts.encode_prompt` of the text where there is no such column). options: TRL's own
-    arguments, `args`, `train_dataset`, `peft_config`, `callbacks`, `optimizers`. Raises
-    DiagnosticsError for a pair, an option or an engine that cannot be trained right."""
+    peft writes the whole path, and a home folder with it, into the settings and a README.md; while
+    it saves it needs the path, or it asks the hub for a model of that name."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    if base and Path(base).is_dir():
+        settings["base_model_name_or_path"] = Path(base).absolute().name
+        write_json(path, settings)
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+class SelectedDistillationTrainer(DistillationTrainer):
+    """`DistillationTrainer` whose loss counts only the positions of a `Selection`, or weighs them.
+
+    Args:
+        pair: Student and teacher. The student is trained in place; the teacher's vocabulary is cut
+            to the student's.
+        selection: Which positions carry loss, and which loss.
+        options: TRL's own arguments `args`, `train_dataset`, `peft_config`, `callbacks` and
+            `optimizers`. The dataset has a column `prompt` (text as the tokenizer will see it),
+            `row` (its number, which names the sampling stream) and, where a chat template wrote the
+            text, `ids` (its token ids; without this column `encoding.encode_prompt` of the text).
+
+    Raises:
+        DiagnosticsError: The pair, an option or the engine cannot be trained correctly.
+    """
 
     def __init__(self, pair: Pair, selection: Selection, **options):
         check_contract()
@@ -230,21 +279,21 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @property
     def begun(self) -> bool:
-        """True once a batch was generated: what fails after that is not the settings' fault."""
+        """Whether a batch was generated: a later failure is not due to the settings."""
         return bool(self._streams)
 
     def _send_telemetry(self) -> None:
-        """Training reports to nobody but the run directory and the trackers that were asked for."""
+        """Send nothing: training reports to the run directory and the requested trackers only."""
 
     def create_model_card(self, *_, **__) -> None:
-        """The run directory has a manifest instead."""
+        """Write nothing: the run directory has a manifest instead."""
 
-    # --- generation
-    # ---------------------------------------------------------------------------------
+    # --- generation ---
 
     def _tokenize_prompts(self, prompts):
-        """The examples' own ids, or those of `encode_prompt`: TRL puts special tokens around text
-        that has them already.
+        """The examples' own ids, or those of `encode_prompt`.
+
+        TRL would add special tokens to text that has them already.
         """
         if not all(isinstance(prompt, str) for prompt in prompts):
             return super()._tokenize_prompts(prompts)
@@ -259,7 +308,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        """Sample one response a prompt from the prompt's own stream."""
+        """Sample one response per prompt from the prompt's own stream."""
         if self.use_vllm:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, has_tool_images
@@ -307,8 +356,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         )
         return self._narrow(batch)
 
-    # --- selection
-    # ----------------------------------------------------------------------------------
+    # --- selection ---
 
     def _narrow(self, batch: dict) -> dict:
         """Put the selection of the whole step into the batch's loss mask and denominator."""
@@ -332,11 +380,10 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _measure(self, batch: dict, valid_BT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H],
-        which the loss reuses.
+        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H].
 
-        As many responses at a time as the loss takes, so that accumulation bounds the memory of
-        both."""
+        The loss reuses the states. It and this pass take the same number of responses at a time, so
+        that accumulation bounds the memory of both."""
         self.teacher_model.eval()
         rows = self.args.per_device_train_batch_size
         named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
@@ -351,9 +398,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         }, torch.cat(states)
 
     def _measure_rows(self, part: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """Measurements and teacher's states of some responses; out of memory, of one half after the
-        other.
-        """
+        """Measurements and teacher's states of some responses; out of memory, in two halves."""
         try:
             return [self._measured(part)]
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -373,8 +418,9 @@ class SelectedDistillationTrainer(DistillationTrainer):
         ]
 
     def _measured(self, part: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """One pass of both models. Measurements leave the student's wrapper by a closure: what it
-        returns is cast under FSDP2.
+        """One pass of both models.
+
+        Measurements leave the student's wrapper through a closure, since FSDP2 casts its results.
         """
         ids_BL = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
         mask_BL = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
@@ -415,8 +461,9 @@ class SelectedDistillationTrainer(DistillationTrainer):
     def _table(
         self, columns: dict[str, Tensor], valid_BT: Tensor, ids_BT: Tensor
     ) -> tuple[pd.DataFrame, np.ndarray]:
-        """The token table of the whole step, the same on every process, and a mask [N] of this
-        process's rows.
+        """The token table of the whole step, and a mask bool [N] of this process's rows.
+
+        The table is the same on every process.
         """
         names = sorted(columns)
         dense_BTM = torch.zeros(
@@ -448,9 +495,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         return tokens, context_N // len(valid_BT) == self.accelerator.process_index
 
     def _record(self, tokens: pd.DataFrame, weights_N: np.ndarray) -> None:
-        """Log what was selected, beside all positions and beside what other criteria would have
-        selected.
-        """
+        """Log the selected positions, all positions, and the overlap with other criteria."""
         selected_N = weights_N > 0
         metrics = {
             "selected": int(selected_N.sum()),
@@ -469,18 +514,18 @@ class SelectedDistillationTrainer(DistillationTrainer):
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))
 
-    # --- loss
-    # ---------------------------------------------------------------------------------------
+    # --- loss ---
 
     @property
     def _trl_loss(self) -> bool:
-        """True where TRL has the loss: a member of its beta family on unweighted positions."""
+        """Whether TRL has the loss: a member of its beta family on unweighted positions."""
         soft = criteria.find(self.selection.criterion).kind == "weight"
         return self.selection.loss in (*BETAS, "jsd") and not soft
 
     def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
-        """As TRL's, under the autocast that was asked for; in the loss, the teacher's states are
-        those of the scoring.
+        """TRL's method under the requested autocast.
+
+        Within the loss, the teacher's states are those of the measurement, so that it runs once.
         """
         student = unwrapped_model is self.accelerator.unwrap_model(self.model_wrapped)
         if not student and "teacher_states" in self._aside:
@@ -497,18 +542,18 @@ class SelectedDistillationTrainer(DistillationTrainer):
         return states
 
     def _autocast(self, model, *, student: bool) -> AbstractContextManager:
-        """Mixed precision for a backbone in float32. FSDP2 casts the student itself, and DeepSpeed
-        both.
+        """Mixed precision for a backbone in float32; FSDP2 casts the student itself.
 
-        Accelerate wraps `forward`, which is not what runs here: the backbones are called inside it.
+        Accelerate wraps `forward` in an autocast, and the backbones here are called without it.
         """
         if model.dtype != torch.float32 or (student and self.is_fsdp_enabled):
             return nullcontext()
         return self.accelerator.autocast()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As TRL's, with what is ours kept from the student's wrapper, and the loss that is logged
-        in full precision.
+        """TRL's method, with our own tensors kept from the student's wrapper.
+
+        The logged loss keeps its full precision.
         """
         self._aside = {name: inputs[name] for name in ASIDE if name in inputs}
         try:
@@ -526,12 +571,11 @@ class SelectedDistillationTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        """The loss of one micro-batch over the step's denominator, with the entropy sum and count
-        that TRL logs.
+        """The loss of one micro-batch over the step's denominator, and what TRL logs: the sum of
+        the student's entropy and the number of positions.
         """
-        if (
-            inputs.get("num_items_in_batch") is not None
-        ):  # as in TRL's compute_loss; the one handed in may have been cast
+        # as in TRL's compute_loss; the argument may have been cast
+        if inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = (
                 inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             )
@@ -576,8 +620,9 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _check_parity(self, unwrapped_student, inputs, num_items_in_batch, loss: Tensor) -> None:
-        """Once a training: TRL's loss of this batch is ours, from the same states (dropout would
-        draw others).
+        """Check once per training that TRL's loss of a batch equals ours from the same states.
+
+        (With states of another pass, dropout would make them differ.)
         """
         if self._checked:
             return
@@ -598,19 +643,21 @@ class SelectedDistillationTrainer(DistillationTrainer):
                 " mask, denominator or divergence has changed. Install trl==1.16.0."
             )
 
-    # --- files
-    # --------------------------------------------------------------------------------------
+    # --- files ---
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As transformers', without its pickle of the settings, which holds absolute paths and is
-        read by nobody.
+        """transformers' method, without its pickle of the settings.
+
+        That file holds absolute paths, and nothing reads it.
         """
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            name_base(folder)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        """As TRL's, with the response tokens handled in a second."""
+        """TRL's method, with the response tokens per second added."""
         metrics = self._metrics["train"]
         if self.model.training and metrics.get("step_time"):
             metrics["tokens_per_second"] = [sum(metrics["positions"]) / sum(metrics["step_time"])]
@@ -618,7 +665,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
 
 def _same_vocabulary(pair: Pair):
-    """The teacher, its head cut to the student's ids where it has more."""
+    """The teacher's model; where its head has more ids than the student's, the head is cut."""
     sizes = pair.student.full_vocabulary, pair.teacher.full_vocabulary
     if sizes[0] > sizes[1]:
         raise DiagnosticsError(
@@ -638,26 +685,24 @@ def _same_vocabulary(pair: Pair):
 
 
 def _check_pair(pair: Pair) -> None:
-    """Refuse a model whose loss cannot be made from states and head: TRL and the losses here read
-    both.
-    """
+    """Refuse a model without separate backbone and head, from which the loss is computed."""
     for role, readout in (("student", pair.student), ("teacher", pair.teacher)):
         if not isinstance(readout, Readout):
             raise DiagnosticsError(
-                f"Training runs both models, and this pair's {role} is none. Load the pair with"
-                " one."
+                f"Training runs both models, and this pair's {role} is not a model. Load the pair"
+                " with one."
             )
         if not readout.apart:
             raise DiagnosticsError(
                 f"The {role} ({type(readout.model).__name__}) cannot be taken apart into backbone"
-                " and output head, from which the loss is made. It can be scored and probed;"
+                " and output head, from which the loss is computed. It can be scored and probed;"
                 " choose another architecture for training."
             )
 
 
 def _check_options(selection: Selection, options: dict) -> None:
-    """Refuse what would be dropped in silence, or would bend the samples under an estimator that
-    needs them from p.
+    """Refuse options that would have no effect, or would draw samples from another distribution
+    than p under a loss that needs samples from p.
     """
     if options.get("tools") or options.get("eval_dataset") is not None:
         raise DiagnosticsError(
@@ -689,7 +734,7 @@ def _check_options(selection: Selection, options: dict) -> None:
 
 
 def _check_engine(*, zero3: bool, fsdp: int | None) -> None:
-    """Refuse the engines on which heads are never whole."""
+    """Refuse the engines that shard the output heads."""
     if zero3:
         raise DiagnosticsError(
             "DeepSpeed ZeRO-3 shards the output heads that the measurements project with. Use"
@@ -703,8 +748,9 @@ def _check_engine(*, zero3: bool, fsdp: int | None) -> None:
 
 
 def _check_adapter(model) -> None:
-    """Refuse an adapter on the output head, or on an embedding that is tied to it: the loss reads
-    the head's own weight.
+    """Refuse an adapter on the output head, or on an embedding that is tied to it.
+
+    The loss reads the head's own weight and would miss the adapter.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -724,8 +770,8 @@ def _check_adapter(model) -> None:
 def _gathered(readout: Readout, *, dtype: torch.dtype | None = None, head=None) -> Readout:
     """A read-out whose head is whole on this process and in the states' dtype, as TRL projects.
 
-    Under FSDP2 a weight is sharded until it is asked for. head: where the weight is now, if not in
-    the read-out's own."""
+    Under FSDP2 a weight is sharded until it is gathered. head: the module that has the weight now,
+    where it is not the read-out's own."""
     head = readout.head if head is None else head
     weight, bias = head.weight, head.bias
     if (
@@ -745,7 +791,7 @@ def _gathered(readout: Readout, *, dtype: torch.dtype | None = None, head=None) 
 
 
 def _typed(name: str, values_N: np.ndarray) -> np.ndarray:
-    """Indicators travel as numbers and are bool again in the table."""
+    """The values in their column's type: indicators are gathered as numbers and are bool again."""
     known = column(name)
     return (
         np.nan_to_num(values_N).astype(bool)

@@ -1,11 +1,11 @@
-"""Processes that share out long tasks, and end with the process that started them.
+"""Processes that share long tasks, and end with the process that started them.
 
-However the first process goes, by Ctrl-C, SIGTERM or kill -9, no worker goes on without it: Linux
-kills them with their parent (PR_SET_PDEATHSIG), elsewhere a thread of each asks once a second
-whether the parent is still there, and one that waits for its next task reads the end of its pipe. A
-worker takes no Ctrl-C of its own; the first process ends it.
+However the first process ends, by Ctrl-C, SIGTERM or kill -9, no worker outlives it: Linux kills
+workers with their parent (PR_SET_PDEATHSIG). On other systems a thread of each worker checks once
+per second whether the parent still exists, and a worker that waits for a task reads the end of its
+pipe. Workers ignore Ctrl-C; the first process ends them.
 
-Tasks and results pass as plain data, errors as their kind and their text.
+Tasks and results are passed as plain data, errors as their kind and their text.
 """
 
 from __future__ import annotations
@@ -23,45 +23,56 @@ from typing import Any
 from diagnostics.core.errors import DiagnosticsError
 
 PARENT_SECONDS = 1.0
-"""Between two looks whether the parent lives, where the system does not say: what an orphan
-computes in vain.
-"""
+"""Time between two checks for the parent: the most that an orphan computes in vain."""
 END_SECONDS = 10.0
-"""For a killed worker to be gone; it only has to give back its memory."""
+"""Longest wait for a killed worker, which only has to release its memory."""
 PR_SET_PDEATHSIG = 1
-"""Linux' prctl: a signal to this process when its parent dies."""
+"""Option of Linux' prctl: send this process a signal when its parent dies."""
 
 
 def share_out(
     work: Callable[[Any], Any], tasks: Sequence[Any], environments: Sequence[Mapping[str, str]]
 ) -> Iterator[Any]:
-    """Results of `work(task)` as they come, from one worker for each of the environments.
+    """Run tasks in several processes, and yield their results as they come.
 
-    work: a function of a module. Whatever ends this generator ends the workers, at once. Raises
-    DiagnosticsError where a worker dies, and the error of a task that fails."""
+    Whatever ends this generator ends the workers at once.
+
+    Args:
+        work: A function of a module, called with one task.
+        tasks: Plain data, handed out in this order.
+        environments: Environment variables of each worker; their number is that of the workers.
+
+    Yields:
+        The result of each task, in the order of completion.
+
+    Raises:
+        DiagnosticsError: A worker died. An error of a task is raised here as well.
+    """
     _start_tracker()
-    todo, hands = list(reversed(tasks)), []
+    todo = list(reversed(tasks))
+    workers: list[_Worker] = []
     try:
         for environment in environments[: len(tasks)]:
-            hands.append(_Hand(work, environment))
-            hands[-1].give(todo.pop())
-        while busy := [hand for hand in hands if hand.task is not None]:
-            for hand in _ready(busy):
-                result = hand.take()
+            workers.append(_Worker(work, environment))
+            workers[-1].give(todo.pop())
+        while busy := [worker for worker in workers if worker.task is not None]:
+            for worker in _ready(busy):
+                result = worker.take()
                 if todo:
-                    hand.give(todo.pop())
+                    worker.give(todo.pop())
                 yield result
     finally:
-        for hand in hands:
-            hand.process.kill()
-        for hand in hands:
-            hand.process.join(END_SECONDS)
-            hand.connection.close()
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join(END_SECONDS)
+            worker.connection.close()
 
 
 def _start_tracker() -> None:
-    """Python's own helper of such processes, without its warning of what killed workers did not
-    give back: it gives it back.
+    """Start Python's resource tracker without its warning about resources of killed workers.
+
+    It releases those resources in any case.
     """
     from multiprocessing import resource_tracker
 
@@ -73,15 +84,15 @@ def _start_tracker() -> None:
         sys.warnoptions.remove(quiet)
 
 
-def _ready(hands: Sequence[_Hand]) -> list[_Hand]:
+def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
     from multiprocessing.connection import wait
 
-    by_connection = {hand.connection: hand for hand in hands}
+    by_connection = {worker.connection: worker for worker in workers}
     return [by_connection[connection] for connection in wait(list(by_connection))]
 
 
-class _Hand:
-    """A worker as the first process sees it."""
+class _Worker:
+    """A worker process, seen from the first process."""
 
     def __init__(self, work: Callable[[Any], Any], environment: Mapping[str, str]) -> None:
         from multiprocessing import get_context
@@ -98,13 +109,12 @@ class _Hand:
     def give(self, task: Any) -> None:
         """Hand over the next task."""
         self.task = task
-        with contextlib.suppress(
-            OSError
-        ):  # a worker that is gone is noticed when its result is asked for
+        # a worker that is gone is noticed when its result is asked for
+        with contextlib.suppress(OSError):
             self.connection.send(task)
 
     def take(self) -> Any:
-        """The result of the task under way."""
+        """Wait for the result of the current task."""
         task, self.task = self.task, None
         try:
             kind, value = self.connection.recv()
@@ -121,9 +131,7 @@ class _Hand:
 
 
 def _error(kind: str, value: Any) -> Exception:
-    """A worker's error in this process: of its own kind where the command line has a sentence for
-    that.
-    """
+    """A worker's error, of its own kind where the command line has a message for that kind."""
     if kind == "OSError":
         return OSError(*value)
     known = {"DiagnosticsError": DiagnosticsError, "MemoryError": MemoryError}
@@ -148,7 +156,14 @@ def _described(error: Exception) -> tuple[str, Any]:
 def serve(
     connection, work: Callable[[Any], Any], environment: Mapping[str, str], parent: int
 ) -> None:
-    """What a worker does: task after task, until there are no more or the parent is gone."""
+    """Run in a worker: do one task after the other until the pipe ends.
+
+    Args:
+        connection: Pipe to the first process.
+        work: A function, called with one task.
+        environment: Environment variables of this worker.
+        parent: Process id of the first process.
+    """
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
@@ -159,14 +174,14 @@ def serve(
             return
         try:
             answer = "result", work(task)
-        except Exception as error:  # whatever it is, the first process says it
+        except Exception as error:  # of any kind: the first process reports it
             answer = _described(error)
         with contextlib.suppress(OSError):
             connection.send(answer)
 
 
 def end_with(parent: int) -> None:
-    """Let this process die when the process `parent`, which started it, does."""
+    """Let this process die with the process `parent`, which started it."""
     if sys.platform == "linux":
         import ctypes
 

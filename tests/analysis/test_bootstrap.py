@@ -1,3 +1,5 @@
+"""Resampled clusters, correlations, regressions and matching against plain implementations."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,8 +42,7 @@ def drawn_rows(prompts: PromptClusters, draw: int) -> np.ndarray:
     )
 
 
-# --- prompts and estimates
-# --------------------------------------------------------------------------
+# Prompts and estimates
 
 
 def test_sums_and_draws_by_hand():
@@ -119,8 +120,7 @@ def test_differences_are_paired():
     )
 
 
-# --- correlations
-# -----------------------------------------------------------------------------------
+# Correlations
 
 
 def test_kendall_by_hand():
@@ -335,8 +335,7 @@ def test_partial_recovers_a_given_value_and_is_undefined_for_a_control():
     )
 
 
-# --- means
-# ------------------------------------------------------------------------------------------
+# Means
 
 
 def test_mean_and_its_interval_by_hand():
@@ -450,8 +449,7 @@ def test_design_effect_and_effective_clusters():
     )
 
 
-# --- matching
-# ---------------------------------------------------------------------------------------
+# Matching
 
 
 def test_matching_by_hand():
@@ -517,8 +515,7 @@ def test_standardised_difference():
     ) and np.isnan(matching.standardized_difference(np.ones(2), np.ones(2), 0))
 
 
-# --- regression
-# -------------------------------------------------------------------------------------
+# Regression
 
 
 def test_regression_equals_statsmodels():
@@ -606,8 +603,7 @@ def test_holm_equals_statsmodels_and_skips_nan():
     assert np.isnan(bootstrap.holm([NAN])).all() and len(bootstrap.holm([])) == 0
 
 
-# --- calibration in small
-# ---------------------------------------------------------------------------
+# Calibration in small
 
 
 def test_clusters_widen_the_interval_and_independent_positions_do_not():

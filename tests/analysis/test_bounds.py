@@ -1,9 +1,11 @@
+"""How exact each number is with a top-K teacher."""
+
 import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import bounds
 from diagnostics.core.schema import SCHEMA, column
-from tests.core.test_types import keys
+from tests.factories import keys
 
 
 def tokens(**columns):
@@ -25,13 +27,13 @@ def test_a_teacher_that_was_run_needs_no_word():
     plain = keys(gain=[0.1, 0.2], forward_kl=[1.0, 2.0])
     assert (
         not bounds.is_listed(plain)
-        and bounds.table(plain).empty
+        and bounds.exactness_table(plain).empty
         and bounds.marked({"a": frame}, plain)["a"] is frame
     )
 
 
 def test_every_measurement_is_gone_through():
-    table = bounds.table(tokens()).set_index("measurement")
+    table = bounds.exactness_table(tokens()).set_index("measurement")
     assert table.loc["student_entropy", ["exactness", "defined", "exact"]].tolist() == [
         "exact",
         1.0,

@@ -1,5 +1,6 @@
+"""Verdicts on the claims: tests, corrections and sentences."""
+
 import numpy as np
-import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
@@ -8,8 +9,7 @@ from diagnostics.analysis import robustness
 from diagnostics.analysis.bootstrap import Estimate
 from diagnostics.analysis.robustness import Finding
 from diagnostics.core.errors import DiagnosticsError
-from tests.analysis.test_correlations import one
-from tests.made_tokens import made_tokens
+from tests.made_tokens import FOUR_RIVALS, made_tokens, only_row, training_verdicts
 
 
 def estimate(value, error=1.0, prompts=101):
@@ -74,33 +74,33 @@ def test_columns_and_sentence():
         "positions",
         "prompts",
     ]
-    row = one(table, claim="C4", outcome="relative_gain")
+    row = only_row(table, claim="C4", outcome="relative_gain")
     assert row.parts == 6 and row.statistic == "matched_difference"
     assert row.sentence.startswith(
         "C4 is supported for the relative gain on all positions: 6 of 6 statistics over 2 other"
         " supports (K = 8, 16) lie above 0, and the one that decides, matched difference with"
         " compatibility at K = 8, is +6.5 ["
     ) and row.sentence.endswith("after Holm over 8 looks).")
-    assert "beyond the placebo's" in one(table, claim="C1", outcome="gain").sentence
+    assert "beyond the placebo's" in only_row(table, claim="C1", outcome="gain").sentence
     unit = Finding("compatibility", 16, "gain", "all", "decomposition_per_unit", estimate(-2.0))
     told = V.verdicts([*both(STRONG), unit], imbalance={"all": 1.34})
     assert (
-        ", per unit of d -2 [" in one(told, claim="C3", outcome="gain").sentence
-        and "] nats (101 prompts" in one(told, claim="C3", outcome="gain").sentence
+        ", per unit of d -2 [" in only_row(told, claim="C3", outcome="gain").sentence
+        and "] nats (101 prompts" in only_row(told, claim="C3", outcome="gain").sentence
     )
     assert (
         "matched pairs still differ by up to 1.3 standard deviations"
-        in one(told, claim="C2", outcome="gain").sentence
+        in only_row(told, claim="C2", outcome="gain").sentence
     )
     assert (
         "still differ"
-        not in one(
+        not in only_row(
             V.verdicts(both(STRONG), imbalance={"all": 0.05}), claim="C2", outcome="gain"
         ).sentence
     )
     assert (
         "without a placebo"
-        in one(
+        in only_row(
             V.verdicts(both(STRONG), placebo=["gain"]), claim="C1", outcome="relative_gain"
         ).sentence
     )
@@ -134,7 +134,7 @@ def test_the_interval_excludes_zero_exactly_where_holm_rejects():
 
 def test_a_conjunction_takes_the_weakest_part():
     mixed = STRONG | {"matched_difference": 1.0}
-    row = one(V.verdicts(both(mixed)), claim="C2", outcome="gain")
+    row = only_row(V.verdicts(both(mixed)), claim="C2", outcome="gain")
     assert (
         row.verdict == "inconclusive"
         and row.statistic == "matched_difference"
@@ -145,13 +145,15 @@ def test_a_conjunction_takes_the_weakest_part():
 
 def test_one_part_below_zero_refutes_with_bonferroni():
     mixed = STRONG | {"tertile_difference": -5.0}
-    row = one(V.verdicts(both(mixed)), claim="C2", outcome="gain")
+    row = only_row(V.verdicts(both(mixed)), claim="C2", outcome="gain")
     assert (
         row.verdict == "refuted"
         and row.statistic == "tertile_difference"
         and row.p_value == pytest.approx(2 * estimate(-5.0).p_value)
     )
-    weak = one(V.verdicts(both(STRONG | {"tertile_difference": -2.2})), claim="C2", outcome="gain")
+    weak = only_row(
+        V.verdicts(both(STRONG | {"tertile_difference": -2.2})), claim="C2", outcome="gain"
+    )
     assert weak.verdict == "inconclusive"
 
 
@@ -164,7 +166,7 @@ def test_splits_are_corrected_apart_and_only_all_is_primary():
 
 
 def test_c4_without_other_supports_is_not_tested():
-    row = one(V.verdicts(both(STRONG)), claim="C4", outcome="gain")
+    row = only_row(V.verdicts(both(STRONG)), claim="C4", outcome="gain")
     assert (
         row.verdict == "inconclusive"
         and np.isnan([row.estimate, row.low, row.p_value, row.p_corrected]).all()
@@ -193,7 +195,7 @@ def test_undefined_parts_keep_a_claim_from_being_supported():
             Estimate(np.nan, np.full(9, np.nan), 0, 0),
         )
     )
-    row = one(V.verdicts(found), claim="C2")
+    row = only_row(V.verdicts(found), claim="C2")
     assert row.verdict == "inconclusive" and "1 more could not be computed" in row.sentence
     c4 = [
         *both(STRONG),
@@ -207,7 +209,7 @@ def test_undefined_parts_keep_a_claim_from_being_supported():
             Estimate(np.nan, np.full(9, np.nan), 0, 0),
         ),
     ]
-    row = one(V.verdicts(c4), claim="C4", outcome="gain")
+    row = only_row(V.verdicts(c4), claim="C4", outcome="gain")
     assert row.verdict == "supported" and "; 1 more could not be computed" in row.sentence
 
 
@@ -219,46 +221,16 @@ def test_c3_on_made_tables(learnable, incompatible, verdict):
         prompts=60, length=20, learnable=learnable, incompatible=incompatible
     ).drop(columns="split")
     table = V.verdicts(robustness.findings(tokens, draws=100))
-    assert one(table, claim="C3", outcome="gain").verdict == verdict
-    assert one(table, claim="C2", outcome="gain").verdict == verdict
-    assert one(table, claim="C4", outcome="gain").verdict == verdict
+    assert only_row(table, claim="C3", outcome="gain").verdict == verdict
+    assert only_row(table, claim="C2", outcome="gain").verdict == verdict
+    assert only_row(table, claim="C4", outcome="gain").verdict == verdict
 
 
-# --- C5
-# ---------------------------------------------------------------------------------------------
-
-
-def trained(verdict, seeds=3, **rivals):
-    """Verdicts of a grid for one measure: (difference, low, high) of each rival."""
-    key = {
-        "claim": "C5",
-        "measure": "forward_kl",
-        "budget": 0.05,
-        "margin": 0.01,
-        "seeds": seeds,
-        "prompts": 40,
-    }
-    rows = [
-        key
-        | {"rival": "all", "verdict": verdict, "difference": np.nan, "low": np.nan, "high": np.nan}
-    ]
-    rows += [
-        key | {"rival": name, "verdict": "", "difference": d, "low": low, "high": high}
-        for name, (d, low, high) in rivals.items()
-    ]
-    return pd.DataFrame(rows)
-
-
-FOUR = {
-    "full": (0.0, -0.005, 0.005),
-    "entropy": (0.1, 0.05, 0.15),
-    "divergence": (0.2, 0.1, 0.3),
-    "tip": (0.02, 0.01, 0.03),
-}
+# C5
 
 
 def test_c5_shows_the_rival_that_decides():
-    row = V.of_training(trained("supported", **FOUR)).iloc[0]
+    row = V.of_training(training_verdicts("supported", **FOUR_RIVALS)).iloc[0]
     assert (row.statistic, row.estimate, row.low, row.high, row.split, row.parts) == (
         "gain_over_full",
         0,
@@ -273,19 +245,19 @@ def test_c5_shows_the_rival_that_decides():
         " +0.005]; entropy +0.1 [+0.05, +0.15]; divergence +0.2 [+0.1, +0.3]; tip +0.02 [+0.01,"
         " +0.03] (3 seeds, 40 prompts; it may fall short by 0.01 and still match)."
     )
-    ahead = FOUR | {"tip": (-0.2, -0.3, -0.1), "entropy": (-0.2, -0.5, 0.1)}
-    assert V.of_training(trained("refuted", **ahead)).iloc[0].statistic == "gain_over_tip"
+    ahead = FOUR_RIVALS | {"tip": (-0.2, -0.3, -0.1), "entropy": (-0.2, -0.5, 0.1)}
+    assert V.of_training(training_verdicts("refuted", **ahead)).iloc[0].statistic == "gain_over_tip"
 
 
 def test_c5_with_too_little():
-    few = V.of_training(trained("inconclusive", seeds=2, **FOUR)).iloc[0]
+    few = V.of_training(training_verdicts("inconclusive", seeds=2, **FOUR_RIVALS)).iloc[0]
     assert few.sentence == "C5 is inconclusive for forward kl: fewer than 3 seeds were trained."
-    gap = V.of_training(trained("inconclusive", full=FOUR["full"])).iloc[0]
+    gap = V.of_training(training_verdicts("inconclusive", full=FOUR_RIVALS["full"])).iloc[0]
     assert gap.sentence.endswith("still match); not trained: divergence, entropy, tip.")
-    alone = V.of_training(trained("inconclusive")).iloc[0]
+    alone = V.of_training(training_verdicts("inconclusive")).iloc[0]
     assert alone.statistic == "" and np.isnan(alone.estimate)
     with pytest.raises(
         DiagnosticsError,
         match=r"^A table of training verdicts needs the column margin; this one has claim",
     ):
-        V.of_training(trained("supported", **FOUR).drop(columns="margin"))
+        V.of_training(training_verdicts("supported", **FOUR_RIVALS).drop(columns="margin"))

@@ -1,3 +1,5 @@
+"""Correlations, quadrants and matching against plain pandas loops, and their degenerate cases."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from diagnostics.analysis import splits
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import normalize, quadrants, score_criterion
-from tests.made_tokens import made_tokens
+from tests.made_tokens import made_tokens, only_row
 
 DRAWS = {"draws": 60}
 NAMES = ["teachability", "divergence", "entropy", "random"]
@@ -21,16 +23,7 @@ def tokens():
     return made_tokens()
 
 
-def one(table, **where):
-    """The only row of a table with these values."""
-    for name, value in where.items():
-        table = table[table[name] == value]
-    assert len(table) == 1
-    return table.iloc[0]
-
-
-# --- correlations
-# -----------------------------------------------------------------------------------
+# Correlations
 
 
 def test_correlations_equal_a_pandas_loop(tokens):
@@ -101,7 +94,10 @@ def test_scores_are_normalised_over_the_whole_table(tokens):
         held.drop(columns="split"), criteria=["teachability"], draws=5
     )
     pick = dict(outcome="gain", method="pearson")
-    assert one(whole, split="held_out", **pick).estimate != one(alone, split="all", **pick).estimate
+    assert (
+        only_row(whole, split="held_out", **pick).estimate
+        != only_row(alone, split="all", **pick).estimate
+    )
 
 
 def test_without_placebo_or_split(tokens):
@@ -124,7 +120,7 @@ def test_a_known_effect_is_found_and_an_absent_one_is_not():
         draws=200,
     )
     strong, none = (
-        one(table, outcome="gain", criterion=name, split="all", method="spearman")
+        only_row(table, outcome="gain", criterion=name, split="all", method="spearman")
         for name in ("teachability", "random")
     )
     assert strong.low > 0.3 and none.low < 0 < none.high
@@ -144,7 +140,7 @@ def test_a_known_effect_is_found_and_an_absent_one_is_not():
             {"drop": ["prompt_id"]},
             r"^the analysis needs the column prompt_id; this one has context_id",
         ),
-        ({"rows": 0}, r"^The token table has no rows, so there is nothing to analyse\."),
+        ({"rows": 0}, r"^The token table has no rows, so there is nothing to analyze\."),
     ],
 )
 def test_tables_that_cannot_be_analysed(tokens, change, message):
@@ -209,21 +205,22 @@ def test_a_constant_score_and_a_single_prompt(tokens):
     single = correlation_tables.correlate(
         tokens[tokens.prompt_id == "p1"], criteria=["divergence"], **DRAWS
     )
-    gain = one(single, outcome="gain", split="all", method="pearson")
+    gain = only_row(single, outcome="gain", split="all", method="pearson")
     assert (
         np.isfinite(gain.estimate) and np.isnan([gain.low, gain.high]).all() and gain.prompts == 1
     )
 
 
-# --- differences, excess, partial, within
-# -----------------------------------------------------------
+# Differences, excess, partial, within
 
 
 def test_differences_are_paired_and_cover_every_pair(tokens):
     found = correlation_tables.associate(tokens, criteria=NAMES, **DRAWS)
     table = correlation_tables.correlation_differences(found, level=0.95)
-    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(correlation_tables.METHODS)
-    row = one(
+    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(
+        correlation_tables.CORRELATION_METHODS
+    )
+    row = only_row(
         table,
         outcome="gain",
         split="all",
@@ -281,7 +278,7 @@ def test_partial_correlations_equal_residuals(tokens):
         v - held @ np.linalg.lstsq(held, v, rcond=None)[0]
         for v in (score_criterion(tokens, "teachability"), tokens.gain.to_numpy())
     ]
-    row = one(table, outcome="gain", criterion="teachability", split="all", method="pearson")
+    row = only_row(table, outcome="gain", criterion="teachability", split="all", method="pearson")
     assert row.estimate == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-10)
 
 
@@ -291,7 +288,7 @@ def test_partial_correlations_equal_residuals(tokens):
 )
 def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
     table = correlation_tables.within_prompt_correlations(tokens, criteria=["divergence"], **DRAWS)
-    row = one(table, outcome="gain", split="all", method=method)
+    row = only_row(table, outcome="gain", split="all", method=method)
     x = pd.Series(score_criterion(tokens, "divergence"))
     each = [
         oracle(x[rows.index], rows.gain).statistic
@@ -301,8 +298,7 @@ def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
     assert row.estimate == pytest.approx(np.mean(each), abs=1e-10) and row.prompts == len(each)
 
 
-# --- quadrants and Q3
-# -------------------------------------------------------------------------------
+# Quadrants and Q3
 
 
 def test_position_means_equal_a_loop(tokens):
@@ -394,7 +390,9 @@ def test_q3_tables_equal_a_loop(tokens):
         share = (score.rank() - 0.5) / len(score)
         for count, name in ((3, "tertile"), (4, "quartile")):
             top, bottom = part[share >= (count - 1) / count], part[share < 1 / count]
-            row = one(contrast, outcome="gain", split=split, score="compatibility", groups=name)
+            row = only_row(
+                contrast, outcome="gain", split=split, score="compatibility", groups=name
+            )
             assert row.top_mean == pytest.approx(
                 top.gain.mean()
             ) and row.bottom_mean == pytest.approx(bottom.gain.mean())
@@ -406,9 +404,9 @@ def test_q3_tables_equal_a_loop(tokens):
             )
         for number in (1, 2, 3):
             mean = part[(share >= (number - 1) / 3) & (share < number / 3)].gain.mean()
-            assert one(groups, outcome="gain", split=split, score="compatibility", group=number)[
-                "mean"
-            ] == pytest.approx(mean)
+            assert only_row(
+                groups, outcome="gain", split=split, score="compatibility", group=number
+            )["mean"] == pytest.approx(mean)
 
 
 def test_a_given_tertile_contrast_is_recovered():
@@ -416,7 +414,7 @@ def test_a_given_tertile_contrast_is_recovered():
     in d*c.
     """
     tokens = made_tokens(prompts=150, length=40, learnable=1.0, incompatible=0.0, noise=0.2)
-    row = one(
+    row = only_row(
         quadrant_tables.q3_contrast(tokens, draws=200),
         outcome="gain",
         split="all",
@@ -430,8 +428,7 @@ def test_a_given_tertile_contrast_is_recovered():
     assert row.low < truth < row.high and row.low > 0.8 * truth and truth > 0.1
 
 
-# --- matching
-# ---------------------------------------------------------------------------------------
+# Matching
 
 
 def test_matching_and_balance_agree(tokens):
@@ -460,7 +457,7 @@ def test_a_caliper_keeps_the_near_pairs(tokens):
 
 
 def test_balance_before_equals_the_usual_formula(tokens):
-    row = one(
+    row = only_row(
         quadrant_tables.balance(tokens),
         split="all",
         score="compatibility",
@@ -481,7 +478,7 @@ def test_matching_improves_balance_with_enough_positions():
     tokens["compatibility"] = 0.5 * normalize(tokens.student_entropy) + 0.5 * tokens.compatibility
     pick = dict(split="all", covariate="student_entropy", replacement=True)
     nearest, caliper = (
-        one(quadrant_tables.balance(tokens, by=["compatibility"], caliper=c), **pick)
+        only_row(quadrant_tables.balance(tokens, by=["compatibility"], caliper=c), **pick)
         for c in (np.inf, correlation_tables.CALIPER)
     )
     assert (

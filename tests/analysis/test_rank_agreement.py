@@ -1,15 +1,14 @@
+"""Agreement of captured gains with interventions, against a plain Kendall's tau."""
+
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
 from diagnostics import criteria
 from diagnostics.analysis.rank_agreement import agreement, answers
 from diagnostics.core.errors import DiagnosticsError
+from tests.made_tokens import INTERVENED_BUDGETS, INTERVENED_CRITERIA, make_effects
 from tests.study_tables import tokens as study_tokens
-
-NAMES = ("divergence", "teachability", "entropy", "compatibility", "incompatible")
-BUDGETS = (0.05, 0.2, 0.5)
 
 
 @pytest.fixture
@@ -17,39 +16,6 @@ def tokens():
     frame = study_tokens(prompts=12, seed=5)
     frame["gain"] += 0.02
     return frame
-
-
-def make_effects(tokens, value, *, draws=3, noise=0.0):
-    """Interventions whose mean reduction in a cell is value(criterion, budget) on every position,
-    plus noise by prompt.
-    """
-    rng, rows = np.random.default_rng(0), []
-    by_prompt = tokens.groupby("prompt_id").agg(
-        split=("split", "first"), positions=("position", "size")
-    )
-    for criterion in ("full", "placebo", "random", *NAMES):
-        for budget in (1.0,) if criterion in ("full", "placebo") else BUDGETS:
-            for draw in range(draws if criterion == "random" else 1):
-                for prompt, row in by_prompt.iterrows():
-                    mean = (
-                        value(criterion, budget)
-                        + noise * rng.normal()
-                        + (draw - (draws - 1) / 2 if criterion == "random" else 0)
-                    )
-                    rows.append(
-                        {
-                            "criterion": criterion,
-                            "budget": budget,
-                            "draw": draw,
-                            "prompt_id": prompt,
-                            "split": row.split,
-                            "positions": row.positions,
-                            "forward_kl": mean * row.positions,
-                            "reverse_kl": -mean * row.positions,
-                            "js": 0.0,
-                        }
-                    )
-    return pd.DataFrame(rows)
 
 
 def captured(tokens, criterion, budget):
@@ -71,7 +37,9 @@ def test_an_intervention_that_follows_the_captured_gain_agrees_wholly(tokens):
     effects = make_effects(
         tokens,
         lambda criterion, budget: (
-            captured(tokens, criterion, budget) if criterion in (*NAMES, "random") else 99.0
+            captured(tokens, criterion, budget)
+            if criterion in (*INTERVENED_CRITERIA, "random")
+            else 99.0
         ),
     )
     found = agreement(tokens, effects, draws=40)
@@ -97,7 +65,9 @@ def test_tau_is_scipys_over_cells(tokens):
     drawn = {}
     effects = make_effects(tokens, lambda *cell: drawn.setdefault(cell, rng.normal()))
     found = agreement(tokens, effects, draws=40)
-    cells = [(name, budget) for name in ("random", *NAMES) for budget in BUDGETS]
+    cells = [
+        (name, budget) for name in ("random", *INTERVENED_CRITERIA) for budget in INTERVENED_BUDGETS
+    ]
     x, y = [captured(tokens, *cell) for cell in cells], [drawn[cell] for cell in cells]
     row = one(found, scope="all", x="captured_gain", y="held_out_forward_kl")
     assert (
@@ -125,8 +95,8 @@ def test_within_budget_pools_the_pairs_of_each_budget(tokens):
     rng, drawn = np.random.default_rng(2), {}
     effects = make_effects(tokens, lambda *cell: drawn.setdefault(cell, rng.normal()), draws=1)
     concordant = pairs = 0
-    names = ("random", *NAMES)
-    for budget in BUDGETS:
+    names = ("random", *INTERVENED_CRITERIA)
+    for budget in INTERVENED_BUDGETS:
         for i, a in enumerate(names):
             for b in names[:i]:
                 dx = captured(tokens, a, budget) - captured(tokens, b, budget)
@@ -147,7 +117,7 @@ def test_noise_between_prompts_widens_the_interval(tokens):
         effects = make_effects(
             tokens,
             lambda criterion, budget: (
-                captured(tokens, criterion, budget) if criterion in NAMES else 0.0
+                captured(tokens, criterion, budget) if criterion in INTERVENED_CRITERIA else 0.0
             ),
             noise=noise,
         )
@@ -181,7 +151,7 @@ def test_answers_rank_within_a_budget(tokens):
         == own.held_out_forward_kl
     )
     assert table[table.criterion == "random"].held_out_forward_kl.tolist() == pytest.approx(
-        [captured(tokens, "random", b) for b in BUDGETS]
+        [captured(tokens, "random", b) for b in INTERVENED_BUDGETS]
     )
 
 
@@ -202,13 +172,13 @@ def test_a_total_that_is_not_positive_still_ranks(tokens):
     step = tokens[tokens.split == "step"]
     assert step.gain.sum() < 0
     sums = {}
-    for name in NAMES:
+    for name in INTERVENED_CRITERIA:
         score = criteria.score_criterion(tokens, name)[(tokens.split == "step").to_numpy()]
-        for budget in BUDGETS:
+        for budget in INTERVENED_BUDGETS:
             sums[name, budget] = step.gain[criteria.select(step, score, budget=budget)].sum()
     sums |= {
         ("random", budget): step.gain.sum() * np.ceil(budget * len(step)) / len(step)
-        for budget in BUDGETS
+        for budget in INTERVENED_BUDGETS
     }
     effects = make_effects(tokens, lambda *cell: sums.get(cell, 0.0), draws=1)
     row = one(

@@ -1,3 +1,5 @@
+"""Regressions against statsmodels, and residual curves against plain least squares."""
+
 import numpy as np
 import pytest
 import statsmodels.api as sm
@@ -6,8 +8,7 @@ from diagnostics.analysis import regressions as R
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import normalize, relative_position
-from tests.analysis.test_correlations import one
-from tests.made_tokens import made_tokens
+from tests.made_tokens import made_tokens, only_row
 
 DRAWS = {"draws": 60}
 
@@ -53,7 +54,7 @@ def test_models_equal_statsmodels(tokens, tables, model, share):
         cov_type="cluster", cov_kwds={"groups": tokens.prompt_id.factorize()[0]}, use_t=True
     )
     for i, term in enumerate(names, 1):
-        row = one(
+        row = only_row(
             tables["regressions"],
             outcome="gain",
             split="all",
@@ -73,7 +74,8 @@ def test_models_equal_statsmodels(tokens, tables, model, share):
 def test_r_squared_gain_is_over_the_interaction_model(tables):
     rows = tables["regressions"].query("outcome == 'gain' and split == 'all' and winsorised == 0")
     base, more = (
-        one(rows, model=model, term="student_entropy") for model in ("interaction", "compatibility")
+        only_row(rows, model=model, term="student_entropy")
+        for model in ("interaction", "compatibility")
     )
     assert (
         more.r_squared_gain == pytest.approx(more.r_squared - base.r_squared)
@@ -86,12 +88,14 @@ def test_the_decomposition_test_is_the_difference_of_its_coefficients(tables, to
     rows = tables["regressions"].query(
         "outcome == 'gain' and split == 'all' and winsorised == 0 and model == 'decomposition'"
     )
-    first, second = (one(rows, term=term).coefficient for term in ("teachability", "incompatible"))
-    test = one(
+    first, second = (
+        only_row(rows, term=term).coefficient for term in ("teachability", "incompatible")
+    )
+    test = only_row(
         tables["decomposition"], outcome="gain", split="all", winsorised=0.0, scale="standardised"
     )
     assert test.difference == pytest.approx(first - second)
-    per_unit = one(
+    per_unit = only_row(
         tables["decomposition"], outcome="gain", split="all", winsorised=0.0, scale="per_unit"
     )
     scale = tokens.gain.std(ddof=0)
@@ -105,12 +109,12 @@ def test_the_decomposition_test_is_the_difference_of_its_coefficients(tables, to
 def test_a_given_difference_of_slopes_is_recovered():
     tokens = made_tokens(prompts=120, length=40, learnable=1.2, incompatible=0.5, noise=0.3)
     found = R.regressions(tokens, draws=100)["decomposition"]
-    row = one(found, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
+    row = only_row(found, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
     assert row.low < 0.7 < row.high and row.high - row.low < 0.25
     equal = R.regressions(
         made_tokens(prompts=120, length=40, learnable=0.8, incompatible=0.8), draws=100
     )["decomposition"]
-    row = one(equal, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
+    row = only_row(equal, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
     assert row.low < 0 < row.high
 
 
@@ -119,7 +123,7 @@ def test_another_support_takes_the_place_of_compatibility(tokens):
     assert found["compatibility"] == pytest.approx(normalize(tokens.topk_overlap))
     with pytest.raises(
         DiagnosticsError,
-        match="^Criterion 'compatibility' reads gain, which is known only after the step",
+        match=r"^Criterion 'compatibility' reads gain, which is known only after the step",
     ):
         R.terms(tokens, substitute={"compatibility": "gain"})
     assert found["teachability"] + found["incompatible"] == pytest.approx(found["divergence"])
@@ -141,14 +145,13 @@ def test_models_that_cannot_be_fitted_have_no_rows(tokens):
     assert not len(R.regressions(tokens.head(4), draws=5)["regressions"])
 
 
-# --- residual curves
-# --------------------------------------------------------------------------------
+# Residual curves
 
 
 def test_decile_means_of_the_residual_equal_a_loop(tokens):
     table = R.residual_curves(tokens, **DRAWS)
     made = columns(tokens)
-    held = np.column_stack([np.ones(len(tokens)), *(made[name] for name in R.HELD)])
+    held = np.column_stack([np.ones(len(tokens)), *(made[name] for name in R.HELD_TERMS)])
     rest = tokens.gain - held @ np.linalg.lstsq(held, tokens.gain, rcond=None)[0]
     for score in R.CURVE_SCORES:
         rows = table.query(

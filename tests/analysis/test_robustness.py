@@ -1,3 +1,5 @@
+"""The claims' statistics by proxy, K and form of the gain; saturation and coverage."""
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -6,8 +8,7 @@ from diagnostics.analysis import quadrants as quadrant_tables
 from diagnostics.analysis import regressions
 from diagnostics.analysis import robustness as R
 from diagnostics.criteria import quadrants, score_criterion
-from tests.analysis.test_correlations import one
-from tests.made_tokens import made_tokens
+from tests.made_tokens import made_tokens, only_row
 
 DRAWS = {"draws": 40}
 
@@ -29,7 +30,7 @@ def test_the_statistics_are_those_of_the_other_tables(tokens, found):
         if (f.proxy, f.outcome, f.split, f.k) == ("compatibility", "gain", "all", 16)
     }
     assert mine["tertile_difference"] == pytest.approx(
-        one(
+        only_row(
             quadrant_tables.q3_contrast(tokens, draws=5),
             outcome="gain",
             split="all",
@@ -38,7 +39,7 @@ def test_the_statistics_are_those_of_the_other_tables(tokens, found):
         ).difference
     )
     assert mine["matched_difference"] == pytest.approx(
-        one(
+        only_row(
             quadrant_tables.matching(tokens, draws=5),
             outcome="gain",
             split="all",
@@ -48,10 +49,10 @@ def test_the_statistics_are_those_of_the_other_tables(tokens, found):
     )
     test = regressions.regressions(tokens, draws=5)["decomposition"]
     assert mine["decomposition"] == pytest.approx(
-        one(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference
+        only_row(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference
     )
     assert mine["decomposition_per_unit"] == pytest.approx(
-        one(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference
+        only_row(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference
     )
     rho = {
         (name, y): stats.spearmanr(score_criterion(tokens, name), tokens[y]).statistic
@@ -105,7 +106,7 @@ def test_support_table(tokens, found):
         "prompts",
     ]
     assert len(table) == 4 * 3 * 3 * 4 and "spearman_difference" not in set(table.statistic)
-    row = one(
+    row = only_row(
         table,
         proxy="compatibility",
         k=8,
@@ -148,16 +149,16 @@ def test_gain_table(tokens):
     ) == {"gain", "relative_gain", "reverse_gain"}
     pick = dict(outcome="gain", split="all", statistic="tertile_difference")
     kept = tokens[~tokens.is_special & (tokens.position > 0)].reset_index(drop=True)
-    alone = one(
+    alone = only_row(
         quadrant_tables.q3_contrast(kept, draws=5),
         outcome="gain",
         split="all",
         score="compatibility",
         groups="tertile",
     )
-    assert one(table, variant="neither", **pick).estimate == pytest.approx(alone.difference)
-    assert one(table, variant="neither", **pick).estimate != pytest.approx(
-        one(table, variant="nothing", **pick).estimate
+    assert only_row(table, variant="neither", **pick).estimate == pytest.approx(alone.difference)
+    assert only_row(table, variant="neither", **pick).estimate != pytest.approx(
+        only_row(table, variant="nothing", **pick).estimate
     )
 
 
@@ -167,9 +168,9 @@ def test_one_wild_gain_moves_the_raw_and_not_the_winsorised_contrast(tokens):
     wild.loc[in_q3[np.argmax(tokens.compatibility[in_q3])], "gain"] = 1e3
     pick = dict(outcome="gain", split="all", statistic="tertile_difference")
     before, after = (R.gain_robustness(t, **DRAWS) for t in (tokens, wild))
-    assert abs(one(after, variant="nothing", **pick).estimate) > 10
-    assert one(after, variant="winsorised_0.05", **pick).estimate == pytest.approx(
-        one(before, variant="winsorised_0.05", **pick).estimate, abs=0.3
+    assert abs(only_row(after, variant="nothing", **pick).estimate) > 10
+    assert only_row(after, variant="winsorised_0.05", **pick).estimate == pytest.approx(
+        only_row(before, variant="winsorised_0.05", **pick).estimate, abs=0.3
     )
 
 
@@ -180,7 +181,7 @@ def test_a_table_of_special_tokens_and_first_positions_alone(tokens):
 
 def test_saturation_by_hand(tokens):
     values = np.r_[np.ones(len(tokens) - 2), 0.0, np.nan]
-    row = one(R.saturation(tokens.assign(compatibility=values)), measurement="compatibility")
+    row = only_row(R.saturation(tokens.assign(compatibility=values)), measurement="compatibility")
     assert (row.q50, row.q05, row.undefined, row.distinct, row.positions) == (
         1.0,
         1.0,
@@ -191,18 +192,18 @@ def test_saturation_by_hand(tokens):
     assert row.at_low == 1.0 and row.at_high == pytest.approx(1 - 1 / (len(tokens) - 1))
     table = R.saturation(tokens)
     assert "gain" not in set(table.measurement) and "position" not in set(table.measurement)
-    spread = one(table, measurement="forward_kl")
+    spread = only_row(table, measurement="forward_kl")
     assert spread.q95 == pytest.approx(
         np.quantile(tokens.forward_kl, 0.95)
     ) and spread.at_low == pytest.approx(0.05, abs=0.02)
     assert np.isnan(
-        one(R.saturation(tokens.assign(forward_kl=np.nan)), measurement="forward_kl").q50
+        only_row(R.saturation(tokens.assign(forward_kl=np.nan)), measurement="forward_kl").q50
     )
 
 
 def test_coverage_by_hand(tokens):
     table = R.coverage(tokens, draws=200)
-    row = one(table, outcome="relative_gain", split="all")
+    row = only_row(table, outcome="relative_gain", split="all")
     sizes = tokens[tokens.relative_gain.notna()].groupby("prompt_id").size().to_numpy()
     assert (
         row.undefined == tokens.relative_gain.isna().sum()

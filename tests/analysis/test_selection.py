@@ -1,3 +1,5 @@
+"""Captured shares, areas, overlaps and profiles against plain selections."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +11,16 @@ from scipy import stats
 
 from diagnostics import criteria
 from diagnostics.analysis import selection
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.selection import (
     ALL_OUTCOMES,
     compare,
-    parts,
     profile_measures,
     selection_curves,
     selection_overlap,
     selection_profile,
     selection_summary,
+    split_selections,
     token_type,
 )
 from diagnostics.core.errors import DiagnosticsError
@@ -134,7 +137,7 @@ def resampled(tokens, statistic, weights, names):
 def test_draws_are_those_of_a_plain_resampling():
     tokens = table(prompts=6)
     part = next(
-        parts(
+        split_selections(
             tokens,
             criteria=["divergence"],
             outcomes=["gain", "relative_gain"],
@@ -153,16 +156,16 @@ def test_draws_are_those_of_a_plain_resampling():
         value = tokens[outcome].fillna(0).to_numpy()
         for b, budget in enumerate((0.1, 0.4)):
             mask = criteria.select(tokens, score, budget=budget)
-            expected = resampled(
-                tokens, lambda at: value[at][mask[at]].sum() / value[at].sum(), weights, names
-            )
+
+            def share(at, value=value, mask=mask):
+                return value[at][mask[at]].sum() / value[at].sum()
+
+            def enrichment(at, share=share, mask=mask):
+                return share(at) / mask[at].mean()
+
+            expected = resampled(tokens, share, weights, names)
             np.testing.assert_allclose(part.shares(choice, outcome)[b].draws, expected)
-            expected = resampled(
-                tokens,
-                lambda at: value[at][mask[at]].sum() / value[at].sum() / mask[at].mean(),
-                weights,
-                names,
-            )
+            expected = resampled(tokens, enrichment, weights, names)
             np.testing.assert_allclose(part.enrichments(choice, outcome)[b].draws, expected)
     gain = tokens.gain.to_numpy()
     expected = resampled(
@@ -180,7 +183,9 @@ def test_area_is_the_integral_of_the_curve():
     count = len(tokens)
     budgets = [(k + 1) / count for k in range(count)]
     part = next(
-        parts(tokens, criteria=["teachability"], outcomes=["gain"], budgets=budgets, draws=2)
+        split_selections(
+            tokens, criteria=["teachability"], outcomes=["gain"], budgets=budgets, draws=2
+        )
     )
     curves = [
         [0.0, *(e.value for e in part.shares(choice, "gain"))]
@@ -383,7 +388,9 @@ def test_a_criterion_overlaps_with_itself_wholly():
 
 def test_jaccard_draws_are_those_of_a_plain_resampling():
     tokens = table(prompts=6)
-    part = selection.whole(tokens, ["divergence", "entropy"], [0.2], draws=8, seed=2)
+    part = selection.table_selections(
+        tokens, ["divergence", "entropy"], [0.2], bootstrap=Bootstrap(draws=8, seed=2)
+    )
     ((estimate, _),) = selection._jaccards(part, "divergence", "entropy")
     a, b = (criteria.select(tokens, name, budget=0.2) for name in ("divergence", "entropy"))
     expected = resampled(

@@ -1,3 +1,5 @@
+"""The whole study: its tables, its gaps, and that it needs no torch."""
+
 import subprocess
 import sys
 
@@ -8,8 +10,7 @@ import pytest
 from diagnostics.analysis import correlations, study
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import criterion
-from tests.analysis.test_claims import FOUR, trained
-from tests.made_tokens import made_tokens
+from tests.made_tokens import FOUR_RIVALS, made_tokens, training_verdicts
 
 TABLES = {
     "correlations",
@@ -180,7 +181,7 @@ def test_training_runs_and_other_losses_join(tokens):
     made = study.study(
         tokens,
         **FEW,
-        training=trained("supported", **FOUR),
+        training=training_verdicts("supported", **FOUR_RIVALS),
         losses={"forward_kl": made_tokens(seed=3)},
     )
     assert made["verdicts"].claim.tolist()[-1] == "C5" and "loss_forward_kl" in set(

@@ -1,3 +1,5 @@
+"""Each warning of the study, and tables to which it does not apply."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,7 +41,10 @@ def test_a_sound_table_has_none(tokens):
 
 def test_saturated_compatibility_at_three_quarters(tokens):
     n = len(tokens)
-    at = lambda share: tokens.assign(compatibility=np.where(np.arange(n) < share * n, 0.995, 0.5))
+
+    def at(share):
+        return tokens.assign(compatibility=np.where(np.arange(n) < share * n, 0.995, 0.5))
+
     assert codes(at(0.76)) == [("saturated", "compatibility")] and codes(at(0.74)) == []
     assert (
         warnings(at(0.76), {})
@@ -64,7 +69,7 @@ def test_uneven_prompts_count_for_fewer(tokens):
     row = robustness.coverage(lopsided, draws=5).iloc[0]
     assert row.prompts == 50 and row.effective_prompts < 5
     assert (
-        "rests on 50 prompts that weigh like"
+        "is computed from 50 prompts, which weigh as much as"
         in warnings(lopsided, {"coverage": robustness.coverage(lopsided, draws=5)}).message[0]
     )
 

@@ -7,7 +7,7 @@ import pytest
 from diagnostics.analysis.study import study
 from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.core.errors import DiagnosticsError
-from tests.core.test_types import keys
+from tests.factories import keys
 
 
 def bank(**columns):

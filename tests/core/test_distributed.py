@@ -1,9 +1,6 @@
+"""Several processes give the tables of one, refuse as one does, and go on after a kill."""
+
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,29 +9,7 @@ import pytest
 from diagnostics.core import distributed
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline.cli import main
-
-
-def torchrun(processes, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={port}",
-        *arguments,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
+from tests.launch import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +105,7 @@ def test_two_processes_refuse_as_one_does(folders, tmp_path):
         2, "-m", "diagnostics", "run", "--pair", "nowhere", "--output-dir", str(tmp_path / "x")
     )
     assert done.returncode != 0 and "error: Unknown pair 'nowhere'" in done.stderr
-    assert "DiagnosticsError" not in done.stderr and "diagnostics/cli.py" not in done.stderr
+    assert "DiagnosticsError" not in done.stderr and "pipeline/cli.py" not in done.stderr
 
 
 def test_alone_everything_is_the_identity():

@@ -83,8 +83,10 @@ def test_what_is_no_file_is_neither_read_nor_written_nor_removed(root, outside, 
             guard(root),
             pytest.raises(
                 DiagnosticsError,
-                match=rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was read "
-                r"from it or written through it\. Remove it, or put a file in its place",
+                match=(
+                    rf"x\.csv is a {name}, where this program keeps a file of its own: nothing was"
+                    r" read from it or written through it\. Remove it, or put a file in its place"
+                ),
             ),
         ):
             do()
@@ -163,7 +165,7 @@ def test_what_may_not_be_replaced_is_asked_by_name(root):
     def before(name):
         raise DiagnosticsError(f"not {name}")
 
-    with guard(root, before), pytest.raises(DiagnosticsError, match="^not a/b$"):
+    with guard(root, before), pytest.raises(DiagnosticsError, match=r"^not a/b$"):
         write_atomic(root / "a/b", b"x")
     assert os.listdir(root) == []
     with guard(root, before), guard(root):  # the inner one decides while it lasts
@@ -182,3 +184,21 @@ def test_hashes_and_missing_files(root):
         files.TEMPORARY.fullmatch(name) is not None
         for name in (".0123456789abcdef.opd.tmp", ".notes.tmp", ".x.opd.tmp")
     ] == [True, False, False]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"a cannot be written \(No space left on device\)\. Nothing finished was lost\."
+            r" Make room or choose another"
+        ),
+    ):
+        write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]

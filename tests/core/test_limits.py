@@ -1,3 +1,5 @@
+"""Bounds on untrusted files: what declares too much is refused before a library reads it."""
+
 import json
 import os
 import struct

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, support_column
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import (
@@ -26,6 +25,8 @@ from diagnostics.measure.divergences import (
     measure_hidden,
     top_ids,
 )
+from tests.factories import message, padded, random_logits
+from tests.oracles import best, kl, softmax, xlog
 
 INF, LN2 = math.inf, math.log(2)
 INDICATORS = [
@@ -34,44 +35,7 @@ INDICATORS = [
 DROPPED = {"student_dropped_mass", "teacher_dropped_mass"}
 
 
-def random_logits(
-    seed: int, count: int, vocabulary: int, *, scale: float = 3.0, dtype=torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher (related, but far from equal) and sampled ids."""
-    generator = torch.Generator().manual_seed(seed)
-    student_NV = torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * scale
-    teacher_NV = (
-        0.6 * student_NV
-        + torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * scale / 2
-    )
-    return (
-        student_NV.to(dtype),
-        teacher_NV.to(dtype),
-        torch.randint(vocabulary, (count,), generator=generator),
-    )
-
-
 # ---------------------------------------------------------------- oracle: plain loops, float64
-
-
-def softmax(logits: list[float]) -> list[float]:
-    largest = max(logits)
-    weights = [math.exp(z - largest) for z in logits]
-    total = math.fsum(weights)
-    return [w / total for w in weights]
-
-
-def xlog(x: float, y: float) -> float:
-    """x ln y, 0 where x is 0."""
-    return 0.0 if x == 0 else x * math.log(y) if y > 0 else -INF
-
-
-def kl(a: list[float], b: list[float]) -> float:
-    return math.fsum(xlog(x, x) - xlog(x, y) for x, y in zip(a, b))
-
-
-def best(distribution: list[float], k: int) -> list[int]:
-    return sorted(range(len(distribution)), key=lambda v: (-distribution[v], v))[:k]
 
 
 def oracle(
@@ -79,7 +43,7 @@ def oracle(
 ) -> dict[str, float]:
     p, q = softmax(student), softmax(teacher)
     m = [(a + b) / 2 for a, b in zip(p, q)]
-    first, second = (best(p, 2) + [None])[:2]
+    first, second = ([*best(p, 2), None])[:2]
     ln_p, ln_q = math.log(p[y]) if p[y] else -INF, math.log(q[y]) if q[y] else -INF
     out = {
         "student_entropy": -math.fsum(xlog(x, x) for x in p),
@@ -305,7 +269,7 @@ def test_bounds(scale):
         "shared_student_mass",
         "bhattacharyya",
     ]
-    for name in unit + ["acceptance", "hellinger", "student_margin"]:
+    for name in [*unit, "acceptance", "hellinger", "student_margin"]:
         assert measured[name].min() >= 0 and measured[name].max() <= 1 + 1e-6, name
     assert measured["js"].min() > 0 and measured["js"].max() <= LN2 + 1e-6
     assert (measured["compatibility_intersection"] <= measured["compatibility"] + 1e-12).all()
@@ -425,18 +389,6 @@ def test_tokens_that_both_models_exclude_contribute_nothing(dtype):
     for name, values_N in measured.items():
         assert torch.allclose(values_N, within[name], atol=1e-6), name
     assert_equals_oracle(student_NV, teacher_NV, sampled_N, k=16, sweep=(100,), tolerance=1e-6)
-
-
-def padded(
-    seed: int, value: float, *, vocabulary: int = 700, count: int = 90
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A vocabulary whose last ids are no tokens: in both models for most rows, in either alone for
-    some, in neither for one.
-    """
-    student_NV, teacher_NV, sampled_N = random_logits(seed, count, vocabulary, dtype=torch.float32)
-    student_NV[:-1, -60:] = teacher_NV[:-1, -60:] = value
-    student_NV[3, -60:], teacher_NV[5, -60:], student_NV[7, 0] = 1.0, 1.0, math.nan
-    return student_NV, teacher_NV, sampled_N.clamp(max=vocabulary - 61)
 
 
 @pytest.mark.parametrize("value", [-INF, torch.finfo(torch.float32).min])
@@ -684,12 +636,6 @@ def test_peak_memory_is_bounded_and_flat():
 # ---------------------------------------------------------------- refusals
 
 
-def message(function, *args, **options) -> str:
-    with pytest.raises(DiagnosticsError) as raised:
-        function(*args, **options)
-    return str(raised.value)
-
-
 def test_logits_over_different_vocabularies_are_refused():
     assert (
         message(measure, torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
@@ -709,7 +655,7 @@ def test_a_sampled_id_outside_the_vocabulary_is_refused():
 def test_as_many_sampled_ids_as_positions():
     assert (
         message(measure, torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([4]))
-        == "There are 2 positions and sampled tokens of shape (1,); give one id a position."
+        == "There are 2 positions and sampled tokens of shape (1,); give one id per position."
     )
 
 

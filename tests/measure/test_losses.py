@@ -19,7 +19,8 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import kl_pair, measure
 from diagnostics.measure.losses import LOSSES, check_loss, chunked_loss, per_position, reduce
-from tests.measure.test_divergences import best, kl, message, padded, random_logits, softmax
+from tests.factories import message, padded, random_logits
+from tests.oracles import best, kl, softmax
 
 INF, LN2 = math.inf, math.log(2)
 SETTINGS = [

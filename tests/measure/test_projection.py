@@ -14,7 +14,8 @@ from diagnostics import criteria, rollout, score
 from diagnostics.contexts.story_sums import sums
 from diagnostics.measure import divergences, losses, projection
 from diagnostics.measure.projection import linear, wide_head
-from diagnostics.models.pair import Readout, load_pair
+from diagnostics.models.pair import load_pair
+from diagnostics.models.readout import Readout
 
 MEASURES = ("forward_kl", "reverse_kl", "js", "compatibility", "advantage", "student_entropy")
 
@@ -249,7 +250,7 @@ def test_mean_errors_of_a_bf16_pair_fall(three_ways, name):
 
 @pytest.mark.parametrize("name", ["teachability", "entropy"])
 def test_five_percent_of_a_bf16_pair_are_those_of_float32_logits(three_ways, name):
-    scored, of_rounded, of_exact = (
+    scored, _of_rounded, of_exact = (
         criteria.select(table, name, budget=0.05) for table in three_ways
     )
     assert scored.sum() and np.array_equal(scored, of_exact)

@@ -95,6 +95,17 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch):
     assert ours(QUESTION, "row 2") == "done"  # in a new process
 
 
+def test_a_template_that_never_ends_is_asked_twice(monkeypatch):
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
+    ours, loop = template(LOOP), [{"role": "user", "content": "loop"}]
+    for _ in range(chat_templates.ENOUGH):
+        with pytest.raises(DiagnosticsError, match="it takes longer than 1 seconds"):
+            ours(loop, "row 1")
+    monkeypatch.setattr(chat_templates, "_start", pytest.fail)
+    with pytest.raises(DiagnosticsError, match="did not end for 2 short conversations"):
+        ours(QUESTION, "row 2")
+
+
 def test_one_that_waits_is_ended_by_the_clock(monkeypatch):
     """Processor time alone would not see a process that is kept from running."""
     monkeypatch.setattr(chat_templates, "PATIENCE", 0.05)

@@ -1,3 +1,5 @@
+"""Models from folders, adapters, GGUF files and quantized weights, and what is refused."""
+
 import json
 import shutil
 
@@ -55,7 +57,6 @@ def adapter_like(folder, target, **changes):
 
 
 # --- LoRA
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_merged_adapter_is_the_base_plus_scaled_products(base):
@@ -222,7 +223,6 @@ def test_adapters_that_cannot_be_merged(base, tmp_path):
 
 
 # --- adapters on every module of tied and untied bases
-# -----------------------------------------------------------
 
 EVERYWHERE = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 ADAPTERS = {
@@ -426,7 +426,6 @@ def test_adapters_without_peft(base, monkeypatch):
 
 
 # --- GGUF
-# ---------------------------------------------------------------------------------------------------
 
 TOKENS = [
     "<bos>",
@@ -603,7 +602,6 @@ def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 # --- quantised and unsafe weights
-# ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -712,7 +710,6 @@ def test_another_base_model_is_another_student(ends, tmp_path):
 
 
 # --- what a folder may ask for
-# --------------------------------------------------------------------------------------
 
 
 def with_config(folder, **changes):
@@ -779,11 +776,15 @@ def test_a_config_that_names_code_to_fetch(folder):
 )
 def test_settings_nested_beyond_measure(folder, file):
     (folder / file).write_text('{"model_type": "llama", "a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+
+    def load():
+        load_model(folder, **LOAD)
+        load_tokenizer(folder)
+
     with pytest.raises(
         DiagnosticsError, match=r"^No (model|tokenizer) can be loaded from '.*m' \("
     ):
-        load_model(folder, **LOAD)
-        load_tokenizer(folder)
+        load()
 
 
 EVIL = """open({ran!r}, "w").write("x")
@@ -892,7 +893,6 @@ def test_the_code_of_an_adapters_base_is_not_run(evil, tmp_path):
 
 
 # --- chat templates
-# ----------------------------------------------------------------------------------------------
 
 
 def templated(text):
@@ -957,7 +957,6 @@ def test_the_pairs_facts_name_the_template(tmp_path):
 
 
 # --- Hugging Face ids
-# -----------------------------------------------------------------------------------------------
 
 
 def cached(hub, name, **files):

@@ -1,3 +1,5 @@
+"""A top-K teacher: bounds, files, and lists that cannot be used."""
+
 import dataclasses
 import json
 import math
@@ -68,14 +70,13 @@ def listed(pair, bank, k, tmp_path, **options):
 
 
 def bare(ids, ln_q):
-    """A teacher of one list a position."""
+    """A teacher of one list per position."""
     return torch.cat(
         [torch.tensor(ids, dtype=torch.float64), torch.tensor(ln_q, dtype=torch.float64)], 1
     )
 
 
 # --- by hand
-# -------------------------------------------------------------------------------------------------
 
 
 def test_three_tokens_and_a_bucket_by_hand():
@@ -170,7 +171,6 @@ def test_an_unlisted_token_is_undefined_and_an_unlisted_top_makes_a_bound_by_han
 
 
 # --- an independent oracle
-# ---------------------------------------------------------------------------------------
 
 
 def oracle(p, q, ids, y, k):
@@ -274,7 +274,6 @@ def test_lists_of_different_length_end_in_fillers():
 
 
 # --- invariants
-# ------------------------------------------------------------------------------------------------------
 
 
 BOUNDS = [
@@ -379,7 +378,6 @@ def test_the_gradient_is_that_of_the_bucketed_loss(loss):
 
 
 # --- through the instrument
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -474,7 +472,6 @@ def test_batches_of_any_size_score_alike(pair, bank, tmp_path):
 
 
 # --- signs in place of log-probabilities, shifted lists, other bases
-# -----------------------------------------------------
 
 
 def with_sign(rows, value):
@@ -691,7 +688,6 @@ def test_probabilities_are_no_log_probabilities(tmp_path):
 
 
 # --- depth, files, and what is refused
-# ---------------------------------------------------------------------------------
 
 
 def teacher_of(bank, *lists):
@@ -756,7 +752,7 @@ def test_mass_that_rounding_pushed_over_one_is_brought_back(tmp_path, caplog):
     entry = read_lists(file, vocabulary=V).lists["c"]
     assert np.exp(entry.ln_q_TK).sum() == pytest.approx(1 - topk_teacher.TAIL_FLOOR, abs=1e-12)
     assert (
-        "nearly every list adds up to 1. If the server renormalised them, nothing measured with"
+        "nearly every list adds up to 1. If the server renormalized them, nothing measured with"
         " them is right" in caplog.text
     )
     assert (
@@ -786,7 +782,7 @@ ONE = {"context_id": "c0", "top_ids": [[1, 2]] * 5, "top_logprobs": [[-1.0, -2.0
         ),
         (
             {"top_ids": [[1, -2]] * 5},
-            r"context 'c0': top_ids holds an id below 0\. Give one finite log-probability an id\.",
+            r"context 'c0': top_ids holds an id below 0\. Give one finite log-probability per id\.",
         ),
         (
             {"top_ids": [[1, 64]] * 5},
@@ -814,7 +810,7 @@ ONE = {"context_id": "c0", "top_ids": [[1, 2]] * 5, "top_logprobs": [[-1.0, -2.0
         (
             {"top_ids": [[1, 2]] * 4, "top_logprobs": [[-1.0, -2.0]] * 4},
             (
-                r"has 4 lists for context 'c0', whose response has 5 tokens\. Give one list a"
+                r"has 4 lists for context 'c0', whose response has 5 tokens\. Give one list per"
                 r" response token"
             ),
         ),
@@ -844,7 +840,7 @@ ONE = {"context_id": "c0", "top_ids": [[1, 2]] * 5, "top_logprobs": [[-1.0, -2.0
         (
             {"position": 1},
             (
-                r"the positions of context 'c0' are not 0 to 0\. Give one row a response token,"
+                r"the positions of context 'c0' are not 0 to 0\. Give one row per response token,"
                 r" from 0\."
             ),
         ),
@@ -871,7 +867,7 @@ def test_files_of_lists_that_cannot_be_used(tmp_path):
         read_lists(jsonl(tmp_path / "a.jsonl", {"context_id": "c"}), vocabulary=V)
     with pytest.raises(
         DiagnosticsError,
-        match=r"has two rows for context 'c0'\. Give one row a context, or a `position` column",
+        match=r"has two rows for context 'c0'\. Give one row per context, or a `position` column",
     ):
         read_lists(jsonl(tmp_path / "b.jsonl", ONE, ONE), vocabulary=V)
     with pytest.raises(TypeError, match="has logits only beside a student's"):
@@ -908,7 +904,7 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^This pair has a student alone, which can write and not be graded\. Name a teacher,"
+            r"^This pair has only a student, which can sample responses but not grade them\. Name"
             r" or a file of its log-probabilities\.$"
         ),
     ):

@@ -1,3 +1,5 @@
+"""Flags follow from dataclasses, and values outside their bounds are refused."""
+
 import dataclasses
 
 import pytest

@@ -1,3 +1,5 @@
+"""A run is repeated from its manifest alone, and a stranger's manifest opens nothing."""
+
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +11,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.manifest import read_manifest
 from diagnostics.pipeline import reproduce
-from diagnostics.pipeline.cli import _configs, main
+from diagnostics.pipeline.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +124,7 @@ def test_the_commands_are_those_that_were_given(done, folders):
     inputs = reproduce.Inputs(done, [Path(path) for path in named(folders)])
     planned = {
         command[0]: command
-        for command in reproduce.commands(read_manifest(done / "manifest.json"), _configs, inputs)
+        for command in reproduce.commands(read_manifest(done / "manifest.json"), inputs)
     }
     assert list(planned) == ["rollout", "score", "probe", "intervene", "analyze", "compare"]
     assert {f"--student={folders[1]}", "--contexts=20", "--max-new-tokens=10", "--chat"} <= set(
@@ -232,7 +234,6 @@ def test_what_cannot_be_repeated(done, folders, tmp_path, change, message):
         reproduce.rerun(
             manifest_of(done, tmp_path, change),
             tmp_path / "again",
-            configs=_configs,
             do=pytest.fail,
             inputs=named(folders),
         )
@@ -243,9 +244,7 @@ def test_the_run_itself_is_no_place_to_repeat_it(done):
     with pytest.raises(
         DiagnosticsError, match=r"is the run itself\. Choose a new --output-dir to repeat it in\.$"
     ):
-        reproduce.rerun(
-            done / "manifest.json", done / ".." / done.name, configs=_configs, do=pytest.fail
-        )
+        reproduce.rerun(done / "manifest.json", done / ".." / done.name, do=pytest.fail)
 
 
 def test_contexts_from_elsewhere_are_taken_from_beside_the_manifest(done, folders, tmp_path):
@@ -264,9 +263,7 @@ def test_contexts_from_elsewhere_are_taken_from_beside_the_manifest(done, folder
         asked.append(command)
         (tmp_path / "again/manifest.json").write_text(path.read_text())
 
-    table = reproduce.rerun(
-        path, tmp_path / "again", configs=_configs, do=do, inputs=named(folders)
-    )
+    table = reproduce.rerun(path, tmp_path / "again", do=do, inputs=named(folders))
     assert (tmp_path / "again/contexts.parquet").read_bytes() == (
         done / "contexts.parquet"
     ).read_bytes()
@@ -307,7 +304,6 @@ def repeat(path, tmp_path, inputs=()):
     reproduce.rerun(
         path,
         tmp_path / "again",
-        configs=_configs,
         do=lambda command: commands.append(command) or (_ for _ in ()).throw(InterruptedError),
         inputs=inputs,
     )
@@ -365,7 +361,7 @@ def test_an_input_that_leads_out_is_not_copied(tmp_path, how):
         (tmp_path / "theirs/up").symlink_to(tmp_path)
     path = strangers(tmp_path, "analyze", {"seed": 0}, {name: sha256_file(tmp_path / "secret")})
     with pytest.raises(
-        DiagnosticsError, match="is a link, where|it names a file outside its directory"
+        DiagnosticsError, match=r"is a link, where|it names a file outside its directory"
     ):
         repeat(path, tmp_path)
     assert not (tmp_path / "again").exists()

@@ -1,5 +1,10 @@
+"""The stages together: files, hashes, repetition, and refusal of other settings."""
+
+import ast
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 
@@ -63,7 +68,7 @@ def test_the_same_command_again_changes_nothing(finished, folders):
 
 def test_stages_one_by_one_elsewhere_give_the_same_bytes(finished, folders, tmp_path):
     directory = str(tmp_path / "steps")
-    models = folders[:4] + ["--device", "cpu", "--quiet"]
+    models = [*folders[:4], "--device", "cpu", "--quiet"]
     assert (
         main(["rollout", *folders[:10], "--device", "cpu", "--quiet", "--output-dir", directory])
         == 0
@@ -148,3 +153,24 @@ def test_a_table_alone_can_be_analysed(finished, tmp_path):
     assert (directory / "tables/correlations.csv").read_bytes() == (
         finished / "tables/correlations.csv"
     ).read_bytes()
+
+
+def code_names():
+    """Every module that a stage names as deciding its numbers, as the source has it."""
+    for path in (Path(__file__).parents[2] / "diagnostics").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            named = [key.value for key in node.keywords if key.arg == "code"]
+            for given in node.args if called == "code_version" else named:
+                yield from (
+                    part.value for part in ast.walk(given) if isinstance(part, ast.Constant)
+                )
+
+
+def test_the_modules_that_decide_a_stages_numbers_exist():
+    names = set(code_names())
+    assert "probing.scores" in names and "training.trl_trainer" in names
+    missing = [name for name in names if importlib.util.find_spec(f"diagnostics.{name}") is None]
+    assert missing == []

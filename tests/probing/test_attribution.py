@@ -1,3 +1,5 @@
+"""First-order gains, lift and kernel against per-position gradients by plain autograd."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,21 +7,18 @@ import torch
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
+from diagnostics.criteria import quadrants
 from diagnostics.models.pair import assemble, weights_sha256
-from diagnostics.probing import attribution
-from diagnostics.probing.attribution import (
-    PARTS,
-    Tracer,
-    attribute,
+from diagnostics.probing.attribution import attribute, sample_positions
+from diagnostics.probing.attribution_tables import (
     kernel_shares,
     lift_by_group,
     linearity,
-    plain_attention,
     position_groups,
-    sample_positions,
 )
-from diagnostics.probing.one_step import StepBench, loss_weights, split_prompts
 from diagnostics.probing.scores import score
+from diagnostics.probing.step import StepBench, loss_weights, split_prompts
+from diagnostics.probing.tracer import PARTS, Tracer, plain_attention
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
 
@@ -107,7 +106,7 @@ def brute_force(setting, optimizer):
     """Per-position gradients by plain autograd on whole logits: grad D [N, P], grad of the reverse
     KL [N, P], and a*P.
     """
-    pair, bank, tokens, split = setting
+    pair, bank, _tokens, split = setting
     parameters = list(pair.student.model.parameters())
     gradients = ([], [])
     for context in bank:
@@ -226,7 +225,7 @@ def brute_norm(setting):
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "sampled", "topk_reverse"])
 def test_first_order_gain_is_the_finite_difference(setting, loss):
-    pair, bank, tokens, split = setting
+    _pair, _bank, _tokens, _split = setting
     tracer = tracer_of(setting, "sgd", loss)
     gain = tracer.first_order_gain
     bench, small = tracer.bench, 1e-6
@@ -269,7 +268,7 @@ def test_tied_embeddings_give_the_output_layer_its_output_path_alone():
 
 
 def test_a_float32_llama_adds_up_too():
-    pair, bank, tokens, split = setting = make_setting(make_model(1))
+    pair, _bank, _tokens, split = setting = make_setting(make_model(1))
     targets = np.flatnonzero(split == "step")[:4]
     with plain_attention(pair.student.model):
         tracer = tracer_of(setting, "sgd")
@@ -375,7 +374,7 @@ def test_linearity_is_ordinary_least_squares():
         linearity(tokens, {0.5: realised}, 2.0, norm=0.25, draws=200).set_index("split").loc["all"]
     )
     x = 0.5 * tokens.first_order_gain
-    slope, intercept = np.polyfit(x, realised, 1)
+    slope, _intercept = np.polyfit(x, realised, 1)
     assert row.slope == pytest.approx(slope, rel=1e-9) and row.r2 == pytest.approx(
         np.corrcoef(x, realised)[0, 1] ** 2, rel=1e-9
     )
@@ -391,10 +390,10 @@ def test_sample_is_stratified_and_only_of_supervised_positions():
     tokens = study_tokens(prompts=12)
     weights = (tokens.split == "step").to_numpy().astype(float)
     rows = sample_positions(tokens, weights, count=20, seed=0)
-    quadrant = attribution.registry.quadrants(tokens)[rows]
+    quadrant = quadrants(tokens)[rows]
     assert (weights[rows] == 1).all() and len(set(rows)) == len(rows) and (np.diff(rows) > 0).all()
     for number in (1, 2, 3, 4):
-        there = ((attribution.registry.quadrants(tokens) == number) & (weights == 1)).sum()
+        there = ((quadrants(tokens) == number) & (weights == 1)).sum()
         assert (quadrant == number).sum() == min(5, there)
     assert not np.array_equal(rows, sample_positions(tokens, weights, count=20, seed=1))
     with pytest.raises(
@@ -408,7 +407,7 @@ def test_shares_weight_each_quadrant_by_what_it_stands_for():
     of the sample.
     """
     tokens = study_tokens(prompts=12)
-    quadrant, step = attribution.registry.quadrants(tokens), (tokens.split == "step").to_numpy()
+    quadrant, step = quadrants(tokens), (tokens.split == "step").to_numpy()
     rows = [np.flatnonzero(step & (quadrant == number))[0] for number in (1, 3)]
     kernel = tokens.loc[rows, ["context_id", "prompt_id", "position"]].reset_index(drop=True)
     kernel[["kernel", *PARTS, "total"]] = [
@@ -450,7 +449,7 @@ def test_lift_by_group_counts_shares():
 
 
 def test_an_architecture_without_forward_mode_is_named(setting, monkeypatch):
-    pair, bank, tokens, split = setting
+    pair, _bank, _tokens, _split = setting
     tracer = tracer_of(setting, "sgd")
 
     class Opaque(torch.autograd.Function):
@@ -471,11 +470,11 @@ def test_an_architecture_without_forward_mode_is_named(setting, monkeypatch):
             r" intervene on it"
         ),
     ):
-        tracer.first_order_gain
+        _ = tracer.first_order_gain
 
 
 def test_kernel_table_without_a_separable_head(setting, monkeypatch, caplog):
-    pair, bank, tokens, split = setting
+    pair, _bank, _tokens, split = setting
     tracer = tracer_of(setting, "sgd")
     monkeypatch.setattr(pair.student, "apart", False)
     table = tracer.kernel(np.flatnonzero(split == "step")[:2], full=False)

@@ -12,11 +12,12 @@ import torch
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.progress import Shards
 from diagnostics.probing import directions, intervention
-from diagnostics.probing import one_step as probe_module
+from diagnostics.probing import step as step_module
 from diagnostics.probing.directions import FILE, RECORD, Direction, Store, read_record
 from diagnostics.probing.intervention import Grid, interventions
-from diagnostics.probing.one_step import StepBench, probe
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
+from diagnostics.probing.step import StepBench
 from tests.conftest import make_pair, make_prompts
 
 GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
@@ -115,7 +116,7 @@ def test_an_interrupted_probe_goes_on_along_its_direction(
     interrupted(setting, tmp_path, monkeypatch, loss=loss)
     made = noise.calls
     passes = stop_at(monkeypatch, None)
-    monkeypatch.setattr(probe_module, "calibrate", None)
+    monkeypatch.setattr(step_module, "calibrate", None)
     resumed = probe(
         pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(tmp_path), loss=loss
     )
@@ -193,7 +194,7 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
         if len(measured) == limit:
             raise KeyboardInterrupt
         measured.append((cell.criterion, cell.budget))
-        along.append(self.full.sha256)
+        along.append(self.full.direction.sha256)
         return real(self, cell, *rest)
 
     monkeypatch.setattr(Grid, "_effect", effect)
@@ -202,7 +203,8 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
         "cache": tmp_path / "cells",
         "shards": shards_in(tmp_path / "scratch"),
     }
-    for limit in (1, 2, 3):  # each time one cell further
+    for further in (1, 2, 3):  # each time one cell further
+        limit = further
         with pytest.raises(KeyboardInterrupt):
             interventions(pair, bank, **options, **GRID)
     limit, made = 100, noise.calls
@@ -232,7 +234,7 @@ def test_a_grid_without_its_direction_measures_every_cell_again(setting, tmp_pat
         Grid,
         "_effect",
         lambda self, cell, *rest: (
-            along.append((self.full.sha256, cell.criterion)),
+            along.append((self.full.direction.sha256, cell.criterion)),
             real(self, cell, *rest),
         )[1],
     )
@@ -320,7 +322,7 @@ def test_a_disk_without_room_stops_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(directions, "RESERVE_BYTES", 2**62)
     Store(tmp_path / "x").keep(some_direction())
     assert (
-        "cannot be kept, so that a killed run would begin this stage anew: It takes 0.00 GiB"
+        "cannot be kept, so that a killed run would start this stage again: It takes 0.00 GiB"
         in caplog.text
         and not any(tmp_path.iterdir())
     )
@@ -329,4 +331,4 @@ def test_a_disk_without_room_stops_nothing(tmp_path, monkeypatch, caplog):
 def test_a_failed_write_stops_nothing(tmp_path, caplog):
     (tmp_path / "x").write_text("in the way")
     Store(tmp_path / "x").keep(some_direction())
-    assert "cannot be kept, so that a killed run would begin this stage anew" in caplog.text
+    assert "cannot be kept, so that a killed run would start this stage again" in caplog.text

@@ -1,3 +1,5 @@
+"""Cells of an intervention against the probe and torch's own steps; the grid's cache; its table."""
+
 import json
 
 import numpy as np
@@ -12,19 +14,29 @@ from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.pipeline.cli import main
 from diagnostics.probing import intervention
 from diagnostics.probing.intervention import (
-    MEASURES,
-    Effect,
     Grid,
-    InterventionCell,
-    Interventions,
+    InterventionConfig,
     intervene,
     interventions,
     plan,
     shared_gradients,
-    summarize,
 )
-from diagnostics.probing.one_step import StepBench, loss_weights, probe, split_prompts
+from diagnostics.probing.intervention_cells import (
+    MEASURES,
+    Effect,
+    InterventionCell,
+    Interventions,
+)
+from diagnostics.probing.intervention_table import summarize
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
+from diagnostics.probing.step import (
+    PreparedStep,
+    ProbeConfig,
+    StepBench,
+    loss_weights,
+    split_prompts,
+)
 from tests.conftest import make_model, make_pair, make_prompts
 from tests.study_tables import tokens as study_tokens
 
@@ -156,14 +168,10 @@ def test_baselines_are_not_planned_twice_and_broken_positions_carry_no_loss(sett
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     broken = np.flatnonzero(split == "step")[:3]
     tokens.loc[broken, "forward_kl"] = np.nan
-    cells = plan(
-        tokens,
-        split,
-        criteria=["full", "random", "entropy", "entropy"],
-        budgets=[1.0, 0.5, 0.5],
-        random_draws=1,
-        seed=0,
+    grid = InterventionConfig(
+        criteria=("full", "random", "entropy", "entropy"), budgets=(1.0, 0.5, 0.5), random_draws=1
     )
+    cells = plan(tokens, split, grid, seed=0)
     assert [(cell.criterion, cell.budget) for cell in cells] == [
         ("full", 1.0),
         ("placebo", 1.0),
@@ -256,40 +264,34 @@ def test_a_cells_name_holds_everything_that_decides_it(setting):
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     bench, usable = StepBench(pair, bank, tokens, split), loss_weights(tokens, split)
     full = bench.direction(usable, loss="reverse_kl", beta=0.5, optimizer="adamw")
-    settings = {
-        "bench": bench,
-        "loss": "reverse_kl",
-        "beta": 0.5,
-        "optimizer": "adamw",
-        "match": "norm",
-        "full": full,
-        "full_weights_N": usable,
-        "full_size": 1e-3,
-        "seed": 0,
-        "cache": None,
-    }
+
+    def grid(*, size=1e-3, match="norm", **settings):
+        calibration = pd.DataFrame({"step_size": [size], "chosen": [True]})
+        step = PreparedStep(bench, usable, full, calibration)
+        return Grid(step, ProbeConfig(**settings), match, None)
+
     cell, placebo = (
         InterventionCell("full", 1.0, 0, usable),
         InterventionCell("placebo", 1.0, 0, usable),
     )
     half = InterventionCell("entropy", 0.5, 0, usable * (np.arange(len(usable)) % 2))
-    keys = [Grid(**settings).key(c) for c in (cell, placebo, half)]
+    keys = [grid().key(c) for c in (cell, placebo, half)]
     keys += [
-        Grid(**settings | change).key(cell)
+        grid(**change).key(cell)
         for change in (
             {"loss": "jsd"},
             {"beta": 0.1},
             {"optimizer": "sgd"},
             {"match": "lr"},
-            {"full_size": 2e-3},
+            {"size": 2e-3},
         )
     ]
-    keys.append(Grid(**settings | {"seed": 1}).key(placebo))
+    keys.append(grid(seed=1).key(placebo))
     assert len(set(keys)) == len(keys)
     assert (
-        Grid(**settings | {"seed": 1}).key(cell)
+        grid(seed=1).key(cell)
         == keys[0]
-        == Grid(**settings).key(InterventionCell("tip", 1.0, 0, usable.copy()))
+        == grid().key(InterventionCell("tip", 1.0, 0, usable.copy()))
     )
 
 
@@ -326,7 +328,8 @@ def invented():
     """Effects drawn at random on a synthetic table: nothing but arithmetic is left to test."""
     tokens = study_tokens(prompts=10)
     split, rng = tokens.split.to_numpy(dtype=object), np.random.default_rng(0)
-    cells = plan(tokens, split, criteria=["divergence"], budgets=[0.2], random_draws=3, seed=0)
+    grid = InterventionConfig(criteria=("divergence",), budgets=(0.2,), random_draws=3)
+    cells = plan(tokens, split, grid, seed=0)
     effects = [
         Effect(0.1 * i, 1.0, 2.0, rng.normal(i, 1, size=(len(tokens), 3)))
         for i in range(len(cells))
@@ -472,6 +475,7 @@ def test_a_criterion_that_selects_nothing_is_named(setting):
     _, _, tokens = setting
     tokens = tokens.assign(acceptance=np.nan)
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
+    grid = InterventionConfig(criteria=("acceptance",), budgets=(0.1,), random_draws=1)
     with pytest.raises(
         DiagnosticsError,
         match=(
@@ -479,7 +483,7 @@ def test_a_criterion_that_selects_nothing_is_named(setting):
             r" it out, or raise the budget\.$"
         ),
     ):
-        plan(tokens, split, criteria=["acceptance"], budgets=[0.1], random_draws=1, seed=0)
+        plan(tokens, split, grid, seed=0)
 
 
 # --- the command line

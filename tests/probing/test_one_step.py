@@ -1,3 +1,5 @@
+"""One step against torch's own optimizer and a fresh score; its calibration and refusals."""
+
 import dataclasses
 import itertools
 
@@ -8,17 +10,12 @@ import torch
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.pair import assemble, weights_sha256
-from diagnostics.probing import one_step as probe_module
-from diagnostics.probing.one_step import (
-    Direction,
-    StepBench,
-    calibrate,
-    gains,
-    loss_weights,
-    probe,
-    split_prompts,
-)
+from diagnostics.probing import step as step_module
+from diagnostics.probing import tensor_lists
+from diagnostics.probing.directions import Direction
+from diagnostics.probing.one_step import gains, probe
 from diagnostics.probing.scores import score
+from diagnostics.probing.step import StepBench, calibrate, loss_weights, split_prompts
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
 
@@ -183,14 +180,12 @@ def test_the_order_of_the_batches_changes_no_bit(setting):
         loss_weights(tokens, split),
         StepBench(pair, bank, tokens, split, batch_tokens=20),
     )
-    batches, teacher = bench.step_batches, bench.step_teacher
+    batches, teacher = bench.step.batches, bench.step.teacher
     assert len(batches) >= 4
     values, gradients = [], []
     for order in list(itertools.permutations(range(len(batches))))[::7][:12]:
-        bench.step_batches, bench.step_teacher = (
-            [batches[i] for i in order],
-            [teacher[i] for i in order],
-        )
+        bench.step.batches = [batches[i] for i in order]
+        bench.step.teacher = [teacher[i] for i in order]
         value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
         values.append(value), gradients.append(gradient)
     assert len(set(values)) == 1
@@ -203,7 +198,7 @@ def test_norms_and_products_are_float64_sums_over_pieces():
     generator = torch.Generator().manual_seed(0)
     left, right = (
         [
-            torch.randn(3, probe_module.PIECE // 2 + 5, generator=generator).T,
+            torch.randn(3, tensor_lists.PIECE // 2 + 5, generator=generator).T,
             torch.randn(7, generator=generator),
             torch.tensor(2.0),
         ]
@@ -213,10 +208,12 @@ def test_norms_and_products_are_float64_sums_over_pieces():
         np.concatenate([t.numpy().astype(np.float64).ravel() for t in tensors])
         for tensors in (left, right)
     ]
-    assert probe_module.tensor_norm(left) == pytest.approx(
+    assert tensor_lists.tensor_norm(left) == pytest.approx(
         np.sqrt(np.square(flat[0]).sum()), rel=1e-13
     )
-    assert probe_module._dot(left, right) == pytest.approx((flat[0] * flat[1]).sum(), rel=1e-11)
+    assert tensor_lists.inner_product(left, right) == pytest.approx(
+        (flat[0] * flat[1]).sum(), rel=1e-11
+    )
 
 
 def test_the_placebo_moves_every_weight_as_far(setting):
@@ -328,7 +325,7 @@ def test_predictors_are_untouched_by_the_step(setting):
     assert (
         dataclasses.asdict(result.step)["step_positions"] == (result.tokens.split == "step").sum()
     )
-    assert "gain" in result._repr_html_() and probe_module.ADAM_EPS == 1e-8
+    assert "gain" in result._repr_html_() and step_module.ADAM_EPS == 1e-8
 
 
 @pytest.mark.parametrize(
@@ -339,7 +336,7 @@ def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, cap
     split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
     weights = loss_weights(tokens, split)
     reference = StepBench(pair, bank, tokens, split).gradient(weights, loss="reverse_kl", beta=0.5)
-    bench, real = StepBench(pair, bank, tokens, split), probe_module.losses.chunked_loss
+    bench, real = StepBench(pair, bank, tokens, split), step_module.losses.chunked_loss
     rows = []
 
     def no_room(_):
@@ -352,7 +349,7 @@ def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, cap
             no_room(None)
         return real(student_nH, *rest, **options)
 
-    monkeypatch.setattr(probe_module.losses, "chunked_loss", crowded)
+    monkeypatch.setattr(step_module.losses, "chunked_loss", crowded)
     first_layer = dict(pair.student.model.named_parameters())[
         "model.layers.0.self_attn.q_proj.weight"
     ]

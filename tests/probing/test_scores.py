@@ -1,3 +1,5 @@
+"""The token table against whole-model forwards, and the batches that it is measured in."""
+
 import numpy as np
 import pandas as pd
 import pytest

@@ -79,8 +79,8 @@ def test_shows_itself_in_a_notebook(comparison):
 
 def test_names_tell_folders_apart(tmp_path):
     paths = [study_tables.write_run(tmp_path / name / "run") for name in ("a", "b")]
-    assert list(compare_runs.compare_runs(paths).materials) == ["a/run", "b/run"]
-    assert list(compare_runs.compare_runs(paths, names=["x", "y"]).materials) == ["x", "y"]
+    assert list(compare_runs.compare_runs(paths).runs) == ["a/run", "b/run"]
+    assert list(compare_runs.compare_runs(paths, names=["x", "y"]).runs) == ["x", "y"]
 
 
 def test_refusals(directories):

@@ -1,6 +1,7 @@
 """Figures show what the tables hold: read back from the artists, never from pixels."""
 
 import functools
+import inspect
 import io
 
 import matplotlib
@@ -13,7 +14,8 @@ from matplotlib.figure import Figure
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import quadrants
-from diagnostics.report import figures, style
+from diagnostics.report import figures, naming, style
+from diagnostics.report.figures import registry
 from tests import study_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)
@@ -141,8 +143,8 @@ def test_fits_its_page_and_no_label_lies_on_another(name, width):
 def test_one_table_gives_the_same_bytes_twice_and_a_dark_page_others(name):
     draw, table = EVERY[name]
     light, again, dark = (
-        rendered(plate)
-        for plate in (
+        rendered(figure)
+        for figure in (
             drawn(name, figures.SINGLE),
             draw(table(), width=figures.SINGLE),
             drawn(name, figures.SINGLE, True),
@@ -153,7 +155,7 @@ def test_one_table_gives_the_same_bytes_twice_and_a_dark_page_others(name):
 
 
 @pytest.mark.parametrize("name", ["correlations", "calibration", "selection_overlap"])
-def test_page_colours(name):
+def test_page_colors(name):
     for dark, page in ((False, style.LIGHT), (True, style.DARK)):
         figure = drawn(name, figures.SINGLE, dark)
         assert matplotlib.colors.to_hex(figure.get_facecolor()).upper() == page["paper"]
@@ -186,7 +188,7 @@ def test_correlations_shows_estimates_intervals_and_placebo():
     table = study_tables.correlations()
     figure = figures.correlations(table)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    names = sorted(study_tables.CRITERIA, key=lambda name: labels.index(style.words(name)))
+    names = sorted(study_tables.CRITERIA, key=lambda name: labels.index(naming.readable(name)))
     order = table[
         (table.outcome == "gain") & (table.split == "held_out") & (table.method == "spearman")
     ]
@@ -331,7 +333,7 @@ def test_placebo_excess_shows_the_excess():
     rows = table[(table.outcome == "gain") & (table.split == "held_out")].sort_values(
         "excess", ascending=False
     )
-    place, values, ends = errorbars(figure.axes[0])["held-out contexts"]
+    _place, values, ends = errorbars(figure.axes[0])["held-out contexts"]
     np.testing.assert_allclose(values, rows.excess)
     np.testing.assert_allclose(ends, rows[["low", "high"]])
     assert figure.axes[0].get_xlabel() == "Spearman ρ excess"
@@ -345,7 +347,7 @@ def test_quadrants_shows_estimates_and_shares():
             rows = table[
                 (table.outcome == outcome) & (table.split == split) & (table.statistic == "mean")
             ].sort_values("quadrant")
-            place, values, ends = errorbars(ax)[label]
+            _place, values, ends = errorbars(ax)[label]
             np.testing.assert_allclose(values, rows.estimate)
             np.testing.assert_allclose(ends, rows[["low", "high"]])
     held = (
@@ -518,14 +520,14 @@ def test_distributions_count_every_finite_value():
 
 def test_coefficients_show_one_model():
     table = study_tables.regressions()
-    figure = figures.coefficients(table, winsorised=0.05)
+    figure = figures.coefficients(table, winsorized=0.05)
     rows = table[
         (table.outcome == "relative_gain")
         & (table.split == "step")
         & (table.winsorised == 0.05)
         & (table.model == "decomposition")
     ]
-    place, values, ends = errorbars(figure.axes[1])["step contexts"]
+    _place, values, ends = errorbars(figure.axes[1])["step contexts"]
     np.testing.assert_allclose(values, rows.coefficient)
     np.testing.assert_allclose(ends, rows[["low", "high"]])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
@@ -570,7 +572,7 @@ def test_residual_curves_show_deciles_and_spline():
     ]
     ax = figure.axes[3]
     decile, spline = rows[rows.curve == "decile"], rows[rows.curve == "spline"]
-    place, values, ends = errorbars(ax)["decile"]
+    place, _values, ends = errorbars(ax)["decile"]
     np.testing.assert_allclose(place.astype(float), decile["at"])
     np.testing.assert_allclose(ends, decile[["low", "high"]])
     np.testing.assert_allclose(
@@ -582,12 +584,12 @@ def test_residual_curves_show_deciles_and_spline():
 def test_attribution_figures_show_their_tables():
     table = study_tables.linearity()
     rows = table[table.split == "held_out"]
-    place, values, ends = errorbars(figures.linearity(table).axes[1])["held-out contexts"]
+    _place, values, ends = errorbars(figures.linearity(table).axes[1])["held-out contexts"]
     np.testing.assert_allclose(values, rows.r2)
     np.testing.assert_allclose(ends, rows[["r2_low", "r2_high"]])
     table = study_tables.kernel_shares()
     rows = table[(table.kernel == "full") & (table.part == "self")]
-    place, values, ends = errorbars(figures.kernel_shares(table).axes[0])["itself"]
+    _place, values, ends = errorbars(figures.kernel_shares(table).axes[0])["itself"]
     np.testing.assert_allclose(values, rows.share)
     np.testing.assert_allclose(ends, rows[["share_low", "share_high"]])
     table = study_tables.lift()
@@ -621,7 +623,7 @@ def test_validation_shows_gains_with_full_as_level():
     table = study_tables.validation_outcomes()
     figure = figures.validation(table)
     rows = table[(table.measure == "forward_kl") & (table.criterion == "teachability")]
-    place, values, ends = errorbars(figure.axes[0])["teachability"]
+    _place, values, ends = errorbars(figure.axes[0])["teachability"]
     np.testing.assert_allclose(values, rows.gain)
     np.testing.assert_allclose(ends, rows[["gain_low", "gain_high"]])
     full = next(line for line in figure.axes[0].lines if line.get_label() == "full")
@@ -739,7 +741,7 @@ def test_a_criterion_looks_alike_in_every_figure():
 
 def test_evaluations_show_means_and_intervals():
     table = study_tables.evaluations()
-    place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]
+    _place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]
     rows = table[table.measure == "forward_kl"]
     np.testing.assert_allclose(values, rows["mean"])
     np.testing.assert_allclose(ends, rows[["low", "high"]])
@@ -824,3 +826,39 @@ def test_runs_are_named_as_their_folders_whatever_these_hold():
         " _first",
         "a $x$",
     ]
+
+
+# --- options and registry ---
+
+FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE")]
+
+
+def test_completion_shows_figures_and_the_two_widths_alone():
+    assert dir(figures) == sorted(figures.__all__)
+    assert {"SINGLE", "DOUBLE"} < set(figures.__all__) and set(FIGURES) == set(EVERY)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_option_stands_in_the_signature_and_in_the_docstring(name):
+    draw = getattr(figures, name)
+    parameters = inspect.signature(draw).parameters
+    assert (parameters["width"].default, parameters["dark"].default) == (figures.DOUBLE, False)
+    assert "page" not in parameters and "**page" not in draw.__doc__
+    for option in parameters:
+        assert f"\n        {option}: " in draw.__doc__, option
+    assert "\n    Returns:\n" in draw.__doc__ and "\n    Raises:\n" in draw.__doc__
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(
+        TypeError, match=r"^correlations\(\): got an unexpected keyword argument 'widht'$"
+    ):
+        figures.correlations(study_tables.correlations(), widht=3.3)
+    with pytest.raises(TypeError, match="'level'"):
+        figures.distributions(study_tables.tokens(), level=0.9)
+
+
+def test_the_page_s_order_names_every_figure_once():
+    assert sorted(registry.ORDER) == sorted(registry.FIGURES)
+    assert [spec.name for spec in registry.in_page_order()] == list(registry.ORDER)
+    assert registry.ORDER[0] == "correlations"

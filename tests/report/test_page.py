@@ -15,8 +15,18 @@ import pytest
 from diagnostics.analysis import training_outcomes
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
-from diagnostics.report import catalogue, figures, page, run_results, style, summary
-from tests import browser, study_tables, test_validation
+from diagnostics.report import (
+    catalogue,
+    markdown,
+    page,
+    page_tables,
+    provenance,
+    run_results,
+    style,
+    summary,
+)
+from diagnostics.report.figures import registry
+from tests import browser, study_tables
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -89,7 +99,7 @@ DRAWN = (
 
 def test_writes_figures_and_pages_only(run):
     names = sorted(path.name for path in (run / "figures").iterdir())
-    assert names == sorted(f"{sheet}.{kind}" for sheet in DRAWN for kind in ("pdf", "png"))
+    assert names == sorted(f"{spec}.{kind}" for spec in DRAWN for kind in ("pdf", "png"))
     assert sorted(path.name for path in run.iterdir()) == [
         "contexts.parquet",
         "figures",
@@ -131,12 +141,12 @@ def test_holds_the_answer_from_the_tables(run, source):
 def test_figures_stand_at_both_widths_with_a_reading(source):
     page = Page(source)
     assert page.tags.count("svg") == 2 * len(DRAWN)
-    for sheet in figures.FIGURES.values():
-        if sheet.name in DRAWN:
-            assert f"{sheet.title} {sheet.reading}" in page.text
+    for spec in registry.FIGURES.values():
+        if spec.name in DRAWN:
+            assert f"{spec.title} {spec.reading}" in page.text
 
 
-def test_page_colours_are_variables(source):
+def test_page_colors_are_variables(source):
     drawings = "".join(re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL))
     for name, color in style.LIGHT.items():
         assert color.lower() not in drawings
@@ -150,7 +160,7 @@ def test_tables_hold_every_value(run, source):
         table = pd.read_csv(path)
         block = source[source.index(f'<details id="table-{path.stem}">') :]
         found = _read_block(block[: block.index("</details>")], list(table.columns))
-        kinds.add(len(table) > page.ROWS_WRITTEN)
+        kinds.add(len(table) > page_tables.ROWS_WRITTEN)
         pd.testing.assert_frame_equal(
             found,
             table.astype(dict.fromkeys(table.select_dtypes("number"), float)),
@@ -219,8 +229,8 @@ def test_same_files_same_bytes(run, tmp_path):
 
 
 def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_missing():
-    material = summary.RunResults({}, {"verdicts": study_tables.verdicts()})
-    cards = page.verdict_cards(material)
+    results = run_results.RunResults({}, {"verdicts": study_tables.verdicts()})
+    cards = page.verdict_cards(results)
     assert cards.count("<li") == 2
     assert (
         '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><p>gain: <span'
@@ -231,29 +241,29 @@ def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_mis
         " is supported for the relative_gain.</p></li>" in cards
     )
     assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
-    assert "Verdicts on the claims" in page.not_run(summary.RunResults(), {})
-    assert "Verdicts on the claims" not in page.not_run(material, {})
+    assert "Verdicts on the claims" in page.not_run(run_results.RunResults(), {})
+    assert "Verdicts on the claims" not in page.not_run(results, {})
     odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
     assert (
         '<li class="card inconclusive"><h3>mine</h3><p><span class="verdict inconclusive">perhaps'
-        " &lt;b&gt;</span></p>" in page.verdict_cards(summary.RunResults({}, {"verdicts": odd}))
+        " &lt;b&gt;</span></p>" in page.verdict_cards(run_results.RunResults({}, {"verdicts": odd}))
     )
 
 
 def test_warnings_stand_open_up_to_a_handful():
     table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
-    text = page.warning_list(summary.RunResults({}, {"warnings": table}))
+    text = page.warning_list(run_results.RunResults({}, {"warnings": table}))
     assert text.count('<p class="warning">Beware &lt;') == 6
     assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
-    assert page.warning_list(summary.RunResults()) == ""
+    assert page.warning_list(run_results.RunResults()) == ""
 
 
 def test_what_the_analysis_left_out_is_listed():
     table = pd.DataFrame(
         {"table": ["verdicts"], "what": ["claim C5"], "why": ["no training results were given"]}
     )
-    assert "verdicts, claim C5: no training results were given." in page.missing(
-        summary.RunResults({}, {"left_out": table}), {}
+    assert "verdicts, claim C5: no training results were given." in provenance.missing(
+        run_results.RunResults({}, {"left_out": table}), {}
     )
 
 
@@ -279,11 +289,11 @@ def test_markdown_for_a_repository(run):
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
     assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
-    material = summary.RunResults(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
-    assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in page.markdown(
-        material, {}, {}
+    results = run_results.RunResults(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
+    assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in markdown.markdown(
+        results, {}, {}
     )
-    assert page._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| \\`x\\`"
+    assert markdown._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| \\`x\\`"
 
 
 def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
@@ -317,17 +327,17 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     (directory / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
     )
-    material = run_results.read_run(directory)
+    results = run_results.read_run(directory)
     calls = {}
-    sheets = [
+    specs = [
         dataclasses.replace(
-            sheet, draw=lambda table, sheet=sheet, **options: calls.setdefault(sheet.name, options)
+            spec, draw=lambda table, spec=spec, **options: calls.setdefault(spec.name, options)
         )
-        for sheet in figures.FIGURES.values()
+        for spec in registry.FIGURES.values()
     ]
-    monkeypatch.setattr(figures, "FIGURES", {sheet.name: sheet for sheet in sheets})
-    drawn, left_out = page.draw_all(material)
-    assert set(drawn) == {sheet.name for sheet in sheets} and left_out == {}
+    monkeypatch.setattr(registry, "FIGURES", {spec.name: spec for spec in specs})
+    drawn, left_out = page.draw_all(results)
+    assert set(drawn) == {spec.name for spec in specs} and left_out == {}
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
     pd.testing.assert_frame_equal(
         calls["validation_scatter"]["foreseen"], made["validation_foreseen"]
@@ -367,10 +377,10 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     assert written - set(catalogue.TABLES) == set() and set(catalogue.TABLES) - written == later | {
         "exactness"
     }  # the last is for a teacher known by lists
-    assert set(
-        training_outcomes.tables(test_validation.outcome_rows(test_validation.FIVE), draws=20)
-    ) == {name for name in later if name.startswith("validation")}
-    drawn, left_out = page.draw_all(run_results.read_run(directory))
+    assert set(training_outcomes.tables(study_tables.grid_outcomes(), draws=20)) == {
+        name for name in later if name.startswith("validation")
+    }
+    _drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
         "evaluations",
         "training_curves",
@@ -428,7 +438,7 @@ def test_a_training_directory_has_a_report_too(tmp_path):
 
 
 def test_numbers_in_tables_are_rounded_and_keep_six_digits():
-    text = page.table_block(
+    text = page_tables.table_block(
         "mine<",
         pd.DataFrame({"a": [1.0, 2.56789123, np.nan], "b": [1, 20000, 3], "c": ["<i>", "x", "y"]}),
     )
@@ -449,8 +459,8 @@ def test_nothing_to_report(tmp_path):
         page.build(tmp_path)
     assert (
         str(error.value)
-        == f"{tmp_path / 'manifest.json'} cannot be read as a manifest (No such file or directory)."
-        " Name the --output-dir of an earlier run."
+        == f"{tmp_path / 'manifest.json'} is not a manifest of this project (No such file or"
+        " directory). Name the --output-dir of an earlier run."
     )
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(DiagnosticsError) as error:

@@ -1,3 +1,7 @@
+"""The style of the figures: rows that are kept, captions, colors, ticks and readable names."""
+
+from typing import Unpack
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -5,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.report import style
+from diagnostics.report import naming, style
+from diagnostics.report.figures.options import Page, on_page
 
 TABLE = pd.DataFrame(
     {
@@ -40,9 +45,9 @@ def test_splits_and_budgets_that_a_figure_takes():
     assert style.halves(TABLE).split.tolist() == ["step", "held_out"]
     assert style.halves(TABLE.iloc[:2]).split.tolist() == ["all", "step"]
     assert (
-        style.preferred(TABLE) == "held_out"
-        and style.preferred(TABLE.iloc[:2]) == "all"
-        and style.preferred(TABLE.iloc[1:2]) == "step"
+        naming.preferred_split(TABLE) == "held_out"
+        and naming.preferred_split(TABLE.iloc[:2]) == "all"
+        and naming.preferred_split(TABLE.iloc[1:2]) == "step"
     )
     assert (
         style.nearest_budget(TABLE) == 0.04 and style.nearest_budget(TABLE, 0.12) == 0.3
@@ -61,7 +66,7 @@ def test_splits_and_budgets_that_a_figure_takes():
     ],
 )
 def test_names_in_words(name, expected):
-    assert style.words(name) == expected
+    assert naming.readable(name) == expected
 
 
 def test_counts_and_bars_say_what_the_table_holds():
@@ -126,7 +131,7 @@ def test_captions_stay_within_the_page():
     )
 
 
-def test_colours_of_either_sign_meet_in_the_middle():
+def test_colors_of_either_sign_meet_in_the_middle():
     norm = style.signed_root(4.0)
     np.testing.assert_allclose(
         [float(norm(value)) for value in (-4.0, -1.0, 0.0, 1.0, 4.0)], [0, 0.25, 0.5, 0.75, 1]
@@ -138,9 +143,9 @@ def test_names_are_never_read_as_mathematics(name):
     """In titles, ticks, legends and captions, on the first drawing and on a later one."""
     import io
 
-    @style.plate
-    def draw(table, *, width=style.SINGLE, dark=False):
-        figure, axes = style.canvas(width, 2)
+    @on_page
+    def draw(table, **page: Unpack[Page]):
+        figure, axes = style.canvas(page["width"], 2)
         ax = axes[0, 0]
         ax.plot([0, 1], [0, 1], label=name)
         ax.set_title(name), ax.set_xlabel(name), ax.set_ylabel(name)
@@ -150,7 +155,7 @@ def test_names_are_never_read_as_mathematics(name):
         style.caption(figure, name)
         return figure
 
-    figure = draw(None)
+    figure = draw(None, width=style.SINGLE)
     for kind in ("svg", "png", "pdf"):
         figure.savefig(io.BytesIO(), format=kind)
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() == name]

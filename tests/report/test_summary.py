@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.report import summary
-from diagnostics.report.summary import RunResults
+from diagnostics.report.run_results import RunResults
 from tests import study_tables
 
 
@@ -24,7 +24,7 @@ def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05, pla
     }
 
 
-def material(*rows, **tables) -> RunResults:
+def results(*rows, **tables) -> RunResults:
     return RunResults(study_tables.manifest(), {"correlations": pd.DataFrame(rows), **tables})
 
 
@@ -57,7 +57,7 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
         summary.setup(RunResults(study_tables.manifest(), {"correlations": table}))
         == "The student took AdamW's first step of the reverse KL loss on 12 step prompts (300"
         " positions) and was re-scored there and on 20 held-out prompts (500 positions); its"
-        " loss of 0.810 nats a position fell by 0.026, 82% of the first-order prediction."
+        " loss of 0.810 nats per position fell by 0.026, 82% of the first-order prediction."
     )
 
 
@@ -69,7 +69,7 @@ def test_signals_name_the_leader_its_interval_its_placebo_and_teachability():
         row("tip", 0.3),
     ]
     assert (
-        summary.signals(material(*rows))
+        summary.signals(results(*rows))
         == "Gain in nats on held-out positions follows divergence best (Spearman +0.60, 95%"
         " interval +0.55 to +0.65, placebo +0.10; no other interval reaches it). Teachability"
         " reaches +0.40 (+0.35 to +0.45; placebo +0.20) with gain in nats."
@@ -78,7 +78,7 @@ def test_signals_name_the_leader_its_interval_its_placebo_and_teachability():
 
 def test_signals_admit_what_they_cannot_tell_apart():
     text = summary.signals(
-        material(*(row(name, 0.6 - i / 100) for i, name in enumerate(["a_b", "c", "d", "e", "f"])))
+        results(*(row(name, 0.6 - i / 100) for i, name in enumerate(["a_b", "c", "d", "e", "f"])))
     )
     assert (
         text.startswith("Gain in nats on held-out positions follows a b best")
@@ -101,11 +101,11 @@ def test_paired_differences_decide_where_there_are_any():
 
     rows = [row("a", 0.6), row("b", 0.58), row("c", 0.57)]
     apart = pd.DataFrame([pair("a", "b", 0.01, 0.03), pair("c", "a", -0.05, -0.01)])
-    assert summary.signals(material(*rows, differences=apart)).endswith(
+    assert summary.signals(results(*rows, differences=apart)).endswith(
         "; ahead of every other in paired draws)."
     )
     apart.loc[1, "high"] = 0.01
-    assert summary.signals(material(*rows, differences=apart)).endswith("; not told apart from c).")
+    assert summary.signals(results(*rows, differences=apart)).endswith("; not told apart from c).")
 
 
 def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
@@ -115,14 +115,14 @@ def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
         row("divergence", -0.1, outcome="relative_gain"),
         row("teachability", 0.2, outcome="relative_gain"),
     ]
-    text = summary.signals(material(*rows))
+    text = summary.signals(results(*rows))
     assert "; relative gain on held-out positions follows teachability best (Spearman +0.20" in text
     assert text.endswith(
         "The order turns over with the definition of gain: divergence is 2nd of 2 in relative"
         " terms, teachability 2nd of 2 in nats."
     )
     rows[2]["estimate"] = 0.9
-    assert summary.signals(material(*rows)).endswith(
+    assert summary.signals(results(*rows)).endswith(
         "Both gains put divergence first, so the choice does not hinge on how gain is defined."
     )
 
@@ -130,7 +130,7 @@ def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
 def test_budget_names_random_and_oracle():
     table = study_tables.selection_curves()
     assert (
-        summary.budget(material(selection_curves=table))
+        summary.budget(results(selection_curves=table))
         == "With 5% of the positions, teachability captures 15.4% of the gain in nats (13.8% to"
         " 16.1%; random 4.0% to 6.0%, oracle 40.7%); teachability captures 13.8% of the relative"
         " gain (12.5% to 14.5%; random 4.0% to 6.0%, oracle 40.7%)."
@@ -139,13 +139,13 @@ def test_budget_names_random_and_oracle():
         captured_share=table.captured_share.where(table.criterion != "teachability")
     )
     assert "divergence captures 10.0% of the gain in nats" in summary.budget(
-        material(selection_curves=undefined)
+        results(selection_curves=undefined)
     )
 
 
 def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
     assert (
-        summary.q3(material(q3_contrast=study_tables.q3_contrast()))
+        summary.q3(results(q3_contrast=study_tables.q3_contrast()))
         == "Among confident, wrong positions (Q3), the third with the highest compatibility gained"
         " 0.020 nats more (0.015 to 0.025) and 0.020 of their divergence more (−0.030 to 0.070,"
         " which leaves the sign open) than the third with the lowest."
@@ -214,7 +214,7 @@ def test_training_claims_come_once():
 
 def test_certainty_names_prompts_width_and_what_would_change_it():
     text = summary.certainty(
-        material(
+        results(
             row("a", 0.5, half=0.04),
             row("b", 0.4, half=0.06),
             row("c", 0.3, half=0.05),
@@ -245,8 +245,8 @@ def test_numbers_are_the_tables():
 def test_without_tables_nothing_is_claimed():
     assert summary.answer(RunResults()) == {}
     assert list(summary.answer(RunResults(study_tables.manifest(), {})).values()) == [
-        "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats a"
-        " position fell by 0.026, 82% of the first-order prediction."
+        "The student took AdamW's first step of the reverse KL loss; its loss of 0.810 nats"
+        " per position fell by 0.026, 82% of the first-order prediction."
     ]
 
 
@@ -267,7 +267,7 @@ def test_a_run_shows_itself_as_a_summary():
 
 def test_undefined_estimates_never_lead():
     rows = [row("broken", np.nan), row("tip", 0.2)]
-    assert summary.ranked(material(*rows), "gain").criterion.tolist() == ["tip"]
+    assert summary.ranked(results(*rows), "gain").criterion.tolist() == ["tip"]
 
 
 @pytest.mark.parametrize(

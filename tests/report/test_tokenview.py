@@ -241,8 +241,8 @@ def test_refusals(bank, tokens):
         )
     assert (
         str(error.value)
-        == "Nothing to colour by under the name 'mood'. This table can show gain, forward_kl,"
-        " divergence."
+        == "No measurement or criterion to color by is named 'mood'. This table can show"
+        " gain, forward_kl, divergence."
     )
     with pytest.raises(DiagnosticsError) as error:
         tokenview.show(bank, tokens.iloc[1:])

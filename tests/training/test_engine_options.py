@@ -95,11 +95,11 @@ def test_tensorboard_needs_its_package(monkeypatch):
     [
         (
             '{"max_grad_norm": "1.o"}',
-            r'^--trl sets max_grad_norm to "1\.o"; a number is needed\. Mend it there\.$',
+            r'^--trl sets max_grad_norm to "1\.o"; a number is needed\. Correct it there\.$',
         ),
         (
             '{"top_k": 2.5}',
-            r"^--trl sets top_k to 2\.5; a whole number is needed\. Mend it there\.$",
+            r"^--trl sets top_k to 2\.5; a whole number is needed\. Correct it there\.$",
         ),
         ('{"warmup_steps": true}', r"^--trl sets warmup_steps to true; a number is needed\."),
         ('{"weight_decay": NaN}', r"^--trl sets weight_decay to NaN; a number is needed\."),
@@ -148,7 +148,8 @@ def test_both_names_of_checkpointing_act(tmp_path, name):
 
 def test_what_trl_refuses_is_one_sentence(tmp_path):
     with pytest.raises(
-        DiagnosticsError, match=r"^TRL and its engines do not take these settings: .* Mend --trl\.$"
+        DiagnosticsError,
+        match=r"^TRL and its engines do not take these settings: .* Correct --trl\.$",
     ):
         trl_config(tmp_path, TrainConfig(), EngineConfig(trl='{"optim": "steepest"}'), rate=1e-4)
 
@@ -207,8 +208,8 @@ def test_adapters_beyond_their_rank(tmp_path):
         (
             '{"lora_alpha": "16"}',
             (
-                r'^--peft sets lora_alpha to "16"; a whole number or a number is needed\. Mend it'
-                r" there\.$"
+                r'^--peft sets lora_alpha to "16"; a whole number or a number is needed\. Correct'
+                r" it there\.$"
             ),
         ),
         ('{"lora_alpha": true}', r"^--peft sets lora_alpha to true; "),

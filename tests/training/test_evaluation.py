@@ -1,3 +1,5 @@
+"""Every measure of an evaluation against the modules that it stands on; verifiers; intervals."""
+
 import sys
 import types
 
@@ -9,11 +11,11 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import verify as verify_sum
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import score
 from diagnostics.training import evaluation
 from diagnostics.training.evaluation import (
     SEED,
-    FrozenBank,
     estimate,
     evaluate,
     find_verifier,

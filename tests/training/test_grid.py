@@ -27,7 +27,7 @@ from diagnostics.criteria import select
 from diagnostics.pipeline.cli import main
 from diagnostics.training import grid as grid_module
 from diagnostics.training.grid import TrainingCell, ValidateConfig, grid
-from tests.analysis.test_rank_agreement import make_effects
+from tests.made_tokens import make_effects
 from tests.study_tables import tokens as study_tokens
 
 PROMPTS, SEEDS = 40, 3
@@ -816,12 +816,14 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
         "mine",
     ]
     assert (outside / "kept").is_dir()
-    with pytest.raises(
-        DiagnosticsError,
-        match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
+    with (
+        pytest.raises(
+            DiagnosticsError,
+            match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
+        ),
+        grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)),
     ):
-        with grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)):
-            pass
+        pass
     (tmp_path / "linked").symlink_to(folder)
     with pytest.raises(
         DiagnosticsError,
@@ -926,7 +928,7 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(
     with torch.no_grad():
         next(first.teacher.model.parameters())[0, 0] += 1
     third = grid_module._fresh_pair(job)
-    assert len(loads) == 4 and "the models are loaded anew" in capsys.readouterr().err
+    assert len(loads) == 4 and "the models are loaded again" in capsys.readouterr().err
     assert (
         grid_module._checksum(third)
         == grid_module._checksum(second)[:1] + grid_module._checksum(third)[1:]

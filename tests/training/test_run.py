@@ -23,9 +23,10 @@ from diagnostics.criteria import budget_count
 from diagnostics.models.loading import load_model
 from diagnostics.models.pair import weights_sha256
 from diagnostics.pipeline.cli import main
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options
 from diagnostics.training import run as training_run
-from diagnostics.training.evaluation import EvaluationConfig, FrozenBank
+from diagnostics.training.evaluation import EvaluationConfig
 from diagnostics.training.run import (
     EngineConfig,
     TrainConfig,
@@ -135,7 +136,7 @@ def test_gains_after_n_steps_are_those_of_the_bank(finished):
 
 
 def test_the_trained_student_is_saved(finished):
-    folder, result, pair = finished
+    _folder, result, pair = finished
     saved = load_file(result.student / "model.safetensors")
     for name, parameter in pair.student.model.named_parameters():
         assert torch.equal(saved[name], parameter.detach())
@@ -511,7 +512,7 @@ def test_trl_fields_come_from_a_file(tmp_path):
         (
             '{"betta": 1}',
             (
-                r"^.*trl\.json sets betta, which no DistillationConfig knows\. Mend the name, or"
+                r"^.*trl\.json sets betta, which no DistillationConfig knows\. Correct the name, or"
                 r" remove it there\.$"
             ),
         ),
@@ -528,7 +529,7 @@ def test_trl_fields_come_from_a_file(tmp_path):
             trl_config(tmp_path, TrainConfig(), EngineConfig(trl=str(path)), rate=1e-4)
 
 
-CONFIGS = Path(training_run.__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_the_configs_at_scale_are_read(tmp_path):
@@ -581,7 +582,7 @@ def test_the_example_of_the_scale_page_runs(tmp_path, monkeypatch):
 
 
 def test_a_sharded_student_is_not_evaluated():
-    watcher = training_run.TrainingMonitor(
+    monitor = training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), HELD_OUT, None
     )
     sharded = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
@@ -591,7 +592,7 @@ def test_a_sharded_student_is_not_evaluated():
         r"and evaluate checkpoints afterwards with diagnostics\.evaluate\.$"
     )
     with pytest.raises(DiagnosticsError, match=message):
-        watcher.require_whole(sharded)
+        monitor.require_whole(sharded)
     training_run.TrainingMonitor(
         make_pair(), Path("x"), TrainConfig(), EngineConfig(), EvaluationConfig(), [], None
     ).require_whole(sharded)

@@ -12,7 +12,8 @@ from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import losses
-from diagnostics.models.pair import Readout, assemble
+from diagnostics.models.pair import assemble
+from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
 from diagnostics.training import trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
@@ -553,7 +554,7 @@ def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):
     pair.teacher.apart = False
     message = (
         r"^The teacher \(LlamaForCausalLM\) cannot be taken apart into backbone and output head,"
-        r" from which the loss is made\. It can be scored and probed; "
+        r" from which the loss is computed\. It can be scored and probed; "
     )
     with pytest.raises(DiagnosticsError, match=message):
         train(tmp_path, pair, Selection("full"))

@@ -100,17 +100,16 @@ def test_a_worker_looks_for_its_parent_where_the_system_does_not_tell(tmp_path):
 
 
 def test_whoever_stops_listening_ends_the_workers(tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
     shared = share_out(stay, [str(tmp_path / "a")], [{}])
-    with pytest.raises(KeyboardInterrupt):
-
-        def stop(*_):
-            raise KeyboardInterrupt
-
-        before = signal.signal(signal.SIGALRM, stop)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 8)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 8)
+        with pytest.raises(KeyboardInterrupt):
             next(shared)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert not (tmp_path / "a").exists() or not there(int((tmp_path / "a").read_text()))

@@ -1,16 +1,18 @@
-"""Figures: a finished table goes in, a matplotlib Figure comes out; nothing is estimated or saved
-here.
+"""Figures: a finished table goes in, a matplotlib Figure comes out.
 
     import diagnostics as dx
-    dx.plot.correlations(dx.correlate(tokens))                       # in a notebook: the figure shows itself
+    dx.plot.correlations(dx.correlate(tokens))  # in a notebook: the figure shows itself
     dx.plot.correlations(table, width=dx.plot.SINGLE).savefig("correlations.pdf")
 
-Every function takes `width` in inches (SINGLE = 3.3 for one column, DOUBLE = 6.9 for two) and
-`dark` for a dark page; those with intervals take the `level` that the table was made at, for the
-caption. Panels sit side by side at DOUBLE and below one another at SINGLE where they would not fit.
-Intervals are drawn as the table gives them; the numbers of prompts and positions stand below the
-figure. Both gains are shown in the order absolute, relative. Every function raises DiagnosticsError
-where its table lacks a column or has no row to show. The style lives in `plates`."""
+Nothing is estimated or saved here. Every function takes `width` in inches (SINGLE = 3.3 for one
+column, DOUBLE = 6.9 for two) and `dark` for a dark page. Those with intervals take the `level` that
+the table was made at, for the caption. Panels stand side by side at DOUBLE and below one another at
+SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of prompts
+and positions stand below the figure. Both gains are shown in the order absolute, relative. Every
+function raises DiagnosticsError where its table lacks a column or has no row to show. The style
+lives in `diagnostics.report.style`, the registry of the report's figures in
+`diagnostics.report.figures.registry`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,6 @@ from diagnostics.report.figures.plane import (
     quadrants,
 )
 from diagnostics.report.figures.ranking import correlations, placebo_excess
-from diagnostics.report.figures.registry import CORE, FIGURES, FigureSpec, figure
 from diagnostics.report.figures.regressions import (
     coefficients,
     gain_robustness,
@@ -48,11 +49,8 @@ from diagnostics.report.figures.training import (
 from diagnostics.report.style import DOUBLE, SINGLE
 
 __all__ = [
-    "CORE",
     "DOUBLE",
-    "FIGURES",
     "SINGLE",
-    "FigureSpec",
     "agreement",
     "calibration",
     "coefficients",
@@ -60,7 +58,6 @@ __all__ = [
     "distributions",
     "entropy_divergence",
     "evaluations",
-    "figure",
     "gain_robustness",
     "intervention",
     "kernel_shares",
@@ -82,3 +79,8 @@ __all__ = [
     "validation",
     "validation_scatter",
 ]
+
+
+def __dir__() -> list[str]:
+    """The figures and the two widths, for completion after `dx.plot.`."""
+    return __all__

@@ -5,16 +5,18 @@ others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import interval_of
+from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, DOUBLE, MARKERS
+from diagnostics.report.style import BLUE, CYCLE, MARKERS
 
 
 @figure(
@@ -25,20 +27,31 @@ from diagnostics.report.style import BLUE, CYCLE, DOUBLE, MARKERS
         " below stands on this prediction."
     ),
 )
-@style.plate
+@on_page
 def linearity(
-    table: pd.DataFrame, *, level: float | None = None, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Realised gain against its first-order prediction, by step size:
-    `dx.plot.linearity(tables["linearity"])`.
+    """Slope and r² of the realized on the predicted gain, by step size.
 
-    table: columns fraction, step_size, split, slope, slope_low, slope_high, r2, r2_low, r2_high,
-    positions, prompts. A slope of 1 means that the step is small enough for the prediction; r2
-    tells how well it orders positions."""
+    Example: `dx.plot.linearity(tables["linearity"])`. A slope of 1 means that the step is small
+    enough for the first-order prediction; r² says how well the prediction orders positions.
+
+    Args:
+        table: One row per (step_size, split), with the columns slope, slope_low, slope_high, r2,
+            r2_low, r2_high, positions and prompts.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("step_size", "split", "slope", "slope_low", "slope_high", "r2", "r2_low", "r2_high")
     table = style.halves(style.keep(table, "figures.linearity", needs))
-    rows, columns = style.panels(2, width)
-    figure, axes = style.canvas(width, 0.75 + 1.8 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(2, page["width"])
+    figure, axes = style.canvas(page["width"], 0.75 + 1.8 * rows, rows, columns, sharex=True)
     for ax, value, label in zip(
         axes.flat, ("slope", "r2"), ("slope, realised on predicted", "r²"), strict=True
     ):
@@ -62,7 +75,7 @@ def linearity(
     for ax in axes[-1]:
         ax.set_xlabel("step size (learning rate)")
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(level))
+    style.caption(figure, style.counts(table), style.bars(page["level"]))
     return figure
 
 
@@ -83,22 +96,31 @@ SOURCES = {
         "position that gains is not thereby a position worth its own loss."
     ),
 )
-@style.plate
+@on_page
 def kernel_shares(
     table: pd.DataFrame,
     *,
     kernel: str | None = None,
     groups: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Where a position's first-order gain comes from:
-    `dx.plot.kernel_shares(tables["kernel_shares"])`.
+    """Shares of a position's first-order gain by where the loss that caused it stood.
 
-    table: columns kernel, group, part (self, own_context, own_prompt, other_prompts), share,
-    share_low, share_high, positions, prompts. kernel: output_layer or full; the widest that is
-    there by default. Shares of a group sum to 1."""
+    Example: `dx.plot.kernel_shares(tables["kernel_shares"])`. The shares of one group sum to 1.
+
+    Args:
+        table: One row per (kernel, group, part), with the columns share, share_low, share_high,
+            positions and prompts; part is self, own_context, own_prompt or other_prompts.
+        kernel: output_layer or full; where None, full if the table has it.
+        groups: Groups of positions to show; all of the table where None.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("kernel", "group", "part", "share", "share_low", "share_high")
     table = style.keep(
         table,
@@ -109,7 +131,7 @@ def kernel_shares(
     kernel = kernel or ("full" if (table.kernel == "full").any() else str(table.kernel.iloc[0]))
     table = style.keep(table, "figures.kernel_shares", needs, {"kernel": kernel})
     names, parts = style.present(table.group, groups or ()), style.present(table.part, SOURCES)
-    figure, axes = style.canvas(width, 1.1 + 0.3 * len(names))
+    figure, axes = style.canvas(page["width"], 1.1 + 0.3 * len(names))
     ax = axes[0, 0]
     style.zero(ax, "x")
     for index, part in enumerate(parts):
@@ -126,12 +148,16 @@ def kernel_shares(
             zorder=3,
         )
     ax.set_xlabel("share of the first-order gain")
-    ax.xaxis.set_major_locator(MaxNLocator(7 if width > 5 else 4))
+    ax.xaxis.set_major_locator(MaxNLocator(7 if page["width"] > 5 else 4))
     ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
     style.names_down(ax, names)
-    style.legend(figure, ax, 4 if width > 5 else 2)
+    style.legend(figure, ax, 4 if page["width"] > 5 else 2)
     style.caption(
-        figure, style.counts(table), f"Kernel: {style.words(kernel)}.", GROUPED, style.bars(level)
+        figure,
+        style.counts(table),
+        f"Kernel: {naming.readable(kernel)}.",
+        GROUPED,
+        style.bars(page["level"]),
     )
     return figure
 
@@ -144,19 +170,32 @@ def kernel_shares(
         " positions."
     ),
 )
-@style.plate
+@on_page
 def lift(
-    table: pd.DataFrame, *, level: float | None = None, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """How much each group's losses do for held-out prompts: `dx.plot.lift(tables["lift"])`.
+    """Effect of each group's losses on held-out prompts, per position.
 
-    table: columns group, enrichment, enrichment_low, enrichment_high, positions, prompts. At 1 a
-    group lifts others as much as any position does on average."""
+    Example: `dx.plot.lift(tables["lift"])`. At 1, a group lifts held-out prompts as much as any
+    position does on average.
+
+    Args:
+        table: One row per group, with the columns enrichment, enrichment_low, enrichment_high,
+            positions and prompts.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     table = style.keep(
         table, "figures.lift", ("group", "enrichment", "enrichment_low", "enrichment_high")
     )
     rows = interval_of(table, "enrichment")
-    figure, axes = style.canvas(width, 0.8 + 0.2 * len(rows))
+    figure, axes = style.canvas(page["width"], 0.8 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x", 1.0)
     style.lying(
         axes[0, 0],
@@ -171,7 +210,7 @@ def lift(
     style.names_down(axes[0, 0], rows.group)
     known = rows[["low", "high"]].notna().all(axis=1).any()
     ends = (
-        style.bars(level)
+        style.bars(page["level"])
         if known
         else (
             "No intervals: the lift as a whole is not clear of zero, and a share of it means"

@@ -1,5 +1,6 @@
-"""What several figures share: forests of estimates, curves over budgets, and the choice of
-criteria.
+"""Parts of several figures: forests of estimates, curves over budgets, and the choice of criteria.
+
+Everything here draws onto given axes or prepares a table; none of it estimates anything.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
+from diagnostics.report.figures.options import Intervals
 from diagnostics.report.style import CYCLE, DASHES, MARKERS
 
 BOTH = ("gain", "relative_gain")
+"""The two gains that are always shown side by side, since the order of criteria can differ."""
 
 
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
+    """Criteria from the highest to the lowest `value` of one outcome and split, then the others."""
     rows = table[(table.outcome == outcome) & (table.split == split)]
     ordered = rows.sort_values(value, ascending=False, kind="stable").criterion.tolist()
     return style.present(table.criterion, ordered)
 
 
 def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: str) -> None:
+    """Draw a forest: one row per name, one mark with its interval per split.
+
+    Args:
+        ax: The axes to draw onto.
+        table: One row per (criterion, split), with `value`, low, high and, where it was measured,
+            placebo, which becomes a hollow diamond.
+        names: Criteria in the order of the rows, from the top.
+        splits: Splits in the order of the marks within a row.
+        value: The column of the estimates.
+    """
     style.zero(ax, "x")
     ax.xaxis.set_major_locator(MaxNLocator(5 if ax.figure.get_figwidth() > 5 else 3))
     for index, (split, offset) in enumerate(
@@ -46,6 +60,7 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
 
 
 def thin_color_bar(figure: Figure, ax, artist, **options):
+    """Add a narrow color bar beside the axes, for an artist with a color map."""
     bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(width=0.5, length=2)
@@ -58,60 +73,70 @@ STATISTICS = {
     "matched_difference": "matched difference",
     "spearman_difference": "ρ(d̂ĉ) − ρ(d̂)",
 }
+"""Label of the axis for each statistic of a claim."""
 
 
-def statistic_forest(table, key, series, statistic, outcomes, level, width) -> Figure:
-    """Rows by `key`, one mark for each of the series (words, colour, marker, rows), a panel for
-    each outcome.
+def statistic_forest(
+    table: pd.DataFrame,
+    key: str,
+    series: Sequence[tuple[str, str, str, pd.DataFrame]],
+    statistic: str,
+    outcomes: Sequence[str],
+    page: Intervals,
+) -> Figure:
+    """Draw a forest with several series, and one panel per outcome.
+
+    Args:
+        table: All rows that are shown; its columns prompts and positions go into the caption.
+        key: The column that names the rows of the forest.
+        series: For each series its name, color, marker and rows; the rows hold `key`, outcome,
+            estimate, low and high.
+        statistic: What the estimates are: a key of `STATISTICS`, or words for the axis.
+        outcomes: Forms of the gain, in the order of the panels.
+        page: Width of the figure and level of the intervals.
+
+    Returns:
+        The figure.
     """
     names, outcomes = list(dict.fromkeys(table[key])), style.present(table.outcome, outcomes)
-    spread = 0.7 / max(len(series), 2)
-    figure, axes = style.canvas(
-        width, 1.2 + (0.14 * len(series) + 0.06) * len(names), 1, len(outcomes), sharey=True
-    )
+    height = 1.2 + (0.14 * len(series) + 0.06) * len(names)
+    figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
+    has_unit = statistic in ("tertile_difference", "matched_difference") and page["width"] > 5
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         style.zero(ax, "x")
-        ax.xaxis.set_major_locator(MaxNLocator(5 if width > 5 else 3))
-        for offset, (words, color, marker, rows) in zip(
-            style.offsets(len(series), spread), series, strict=True
-        ):
-            rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
-            style.lying(
-                ax,
-                np.arange(len(names)) + offset,
-                rows,
-                "estimate",
-                marker=marker,
-                color=color,
-                label=words,
-                zorder=3,
-            )
-        unit = (
-            f" ({style.UNITS.get(outcome, '')})"
-            if statistic in ("tertile_difference", "matched_difference")
-            else ""
-        )
-        ax.set_title(style.words(outcome))
-        ax.set_xlabel(
-            STATISTICS.get(statistic, style.words(statistic)) + (unit if width > 5 else "")
-        )
+        ax.xaxis.set_major_locator(MaxNLocator(5 if page["width"] > 5 else 3))
+        _series_marks(ax, series, key, names, outcome)
+        ax.set_title(naming.readable(outcome))
+        unit = f" ({naming.UNITS.get(outcome, '')})" if has_unit else ""
+        ax.set_xlabel(STATISTICS.get(statistic, naming.readable(statistic)) + unit)
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 4)
     where = {
         "tertile_difference": "Tertiles of Q3.",
         "matched_difference": "Q3, matched within a prompt.",
     }.get(statistic, "")
-    style.caption(figure, style.counts(table), where, style.bars(level))
+    style.caption(figure, style.counts(table), where, style.bars(page["level"]))
     return figure
 
 
+def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
+    """Draw the marks of every series for one outcome, side by side within a row."""
+    places = style.offsets(len(series), 0.7 / max(len(series), 2))
+    for offset, (label, color, marker, rows) in zip(places, series, strict=True):
+        rows = rows[rows.outcome == outcome].drop_duplicates(key).set_index(key).reindex(names)
+        y, look = np.arange(len(names)) + offset, {"marker": marker, "color": color}
+        style.lying(ax, y, rows, "estimate", label=label, zorder=3, **look)
+
+
 def interval_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """The table with the ends of that value's interval as low and high."""
+    """The table with `value`_low and `value`_high as its columns low and high."""
     return table.assign(low=table[f"{value}_low"], high=table[f"{value}_high"])
 
 
 def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
-    """The named criteria, or all where six lines can hold them, or the usual six."""
+    """The named criteria; without names all of them, or the usual six where there are more lines
+    than the palette has colors.
+    """
     names = [
         name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")
     ]
@@ -124,13 +149,21 @@ def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[
     )
 
 
-def mark(index: int) -> dict:
+def mark(index: int) -> dict[str, str]:
+    """Color and marker of a series by its number; both repeat after all have been used."""
     return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = False) -> None:
-    """A line a criterion over its budgets, with bands, or with bars side by side where budgets are
-    few.
+    """Draw one line per criterion over its budgets.
+
+    Args:
+        ax: The axes to draw onto.
+        table: One row per (criterion, budget), with reduction, low and high, sorted by budget. The
+            criteria `full` and `placebo` become level lines.
+        names: Criteria to draw besides random.
+        bars: Whether intervals are bars, set side by side, which suits a few budgets; otherwise
+            they are bands.
     """
     ax.set_xscale("log")
     for name, line in (
@@ -146,11 +179,11 @@ def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = 
         x = rows.budget * np.exp(shift if bars else 0.0)
         if bars and len(rows):
             style.upright(
-                ax, x, rows, "reduction", label=style.words(name), **line | {"linewidth": 0.8}
+                ax, x, rows, "reduction", label=naming.readable(name), **line | {"linewidth": 0.8}
             )
         elif len(rows):
             style.band(ax, x, rows, line["color"])
-            ax.plot(x, rows.reduction, label=style.words(name), **line)
+            ax.plot(x, rows.reduction, label=naming.readable(name), **line)
     style.zero(ax)
     style.powers(ax.xaxis)
     ax.xaxis.set_major_formatter(FuncFormatter(style.percent))

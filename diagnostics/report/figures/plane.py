@@ -5,6 +5,7 @@ response.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.criteria import quadrants as quadrant_of
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import BOTH, thin_color_bar
+from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import DASHES, DOUBLE
+from diagnostics.report.style import DASHES
 
 FLOOR = 1e-3
 """Nats below which the logarithmic axes of the entropy-divergence plane do not look."""
@@ -32,29 +34,43 @@ FLOOR = 1e-3
     ),
     needs=("compatibility", "gain"),
 )
-@style.plate
+@on_page
 def entropy_divergence(
     tokens: pd.DataFrame,
     *,
     color: Sequence[str] = ("compatibility", "gain"),
     bins: int = 26,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Page],
 ) -> Figure:
-    """The plane of student entropy and forward KL: `dx.plot.entropy_divergence(result.tokens)`.
+    """The plane of student entropy and forward KL, colored by the mean of a column.
 
-    tokens: a token table. Each hexagon shows the mean of one column over its positions; the lines
-    are the medians that split the quadrants, with each quadrant's positions in its corner. Axes are
-    logarithmic in nats and start at 1e-3; what lies below is drawn on the edge. The scale of
-    `color` ends at the 2nd and 98th percentile of the hexagons; where values of both signs occur it
-    follows their square root."""
+    Example: `dx.plot.entropy_divergence(result.tokens)`. Each hexagon shows the mean of one column
+    over its positions. The lines are the medians that split the quadrants; each corner names its
+    quadrant's positions. Axes are logarithmic in nats and start at 1e-3; smaller values are drawn
+    on the edge. A color scale ends at the 2nd and 98th percentile of the hexagons; where values of
+    both signs occur, it follows their square root.
+
+    Args:
+        tokens: A token table, one row per response position, with the columns student_entropy,
+            forward_kl (nats), prompt_id and those of `color`. Positions with an undefined entropy
+            or divergence are left out.
+        color: Columns to color by, one panel for each.
+        bins: Number of hexagons along the horizontal axis.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("student_entropy", "forward_kl", "prompt_id", *color)
     tokens = style.keep(tokens, "figures.entropy_divergence", needs)
     defined = np.isfinite(tokens[list(needs[:2])].to_numpy(float)).all(axis=1)
     tokens = tokens[defined].reset_index(drop=True)
-    rows, columns = style.panels(len(color), width)
+    rows, columns = style.panels(len(color), page["width"])
     figure, axes = style.canvas(
-        width,
+        page["width"],
         0.45 + (2.45 if columns == 1 else 2.75) * rows,
         rows,
         columns,
@@ -64,7 +80,7 @@ def entropy_divergence(
     for ax, name in zip(axes.flat, color, strict=True):
         _hexagons(figure, ax, tokens, name, bins)
         _quadrant_lines(ax, tokens)
-        ax.set_title(f"mean {style.words(name)}")
+        ax.set_title(f"mean {naming.readable(name)}")
     for ax in axes[-1]:
         ax.set_xlabel("student entropy H(p) (nats)")
     for ax in axes[:, 0]:
@@ -138,50 +154,61 @@ def _quadrant_lines(ax, tokens: pd.DataFrame) -> None:
         "small share can hold less of the whole gain than one with a low mean and a large share."
     ),
 )
-@style.plate
+@on_page
 def quadrants(
     table: pd.DataFrame,
     *,
     statistic: str = "mean",
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Gain in each quadrant: `dx.plot.quadrants(dx.study(tokens)["quadrants"])`.
+    """Gain in each quadrant of entropy and divergence.
 
-    table: columns outcome, split, quadrant, statistic, estimate, low, high, share, positions,
-    prompts. Below each quadrant's name stands its share of the positions; `all` is the mean over
-    all of them."""
+    Example: `dx.plot.quadrants(dx.study(tokens)["quadrants"])`. Below each quadrant's name stands
+    its share of the positions; `all` is the mean over all of them.
+
+    Args:
+        table: One row per (outcome, split, quadrant, statistic), with the columns estimate, low,
+            high, share, positions and prompts.
+        statistic: The statistic to show: mean, median, or another of the table's.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "quadrant", "statistic", "estimate", "low", "high", "share")
     table = style.halves(
         style.keep(table, "figures.quadrants", needs, {"outcome": outcomes, "statistic": statistic})
     )
     outcomes, names = style.present(table.outcome, outcomes), sorted(table.quadrant.unique())
     share = (
-        table[table.split == style.preferred(table)]
+        table[table.split == naming.preferred_split(table)]
         .drop_duplicates("quadrant")
         .set_index("quadrant")
         .share
     )
-    rows, columns = style.panels(len(outcomes), width)
-    figure, axes = style.canvas(width, 0.8 + 1.85 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(outcomes), page["width"])
+    figure, axes = style.canvas(page["width"], 0.8 + 1.85 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
-        _beside(ax, table[table.outcome == outcome], "quadrant", names, "estimate")
+        _marks_by_category(ax, table[table.outcome == outcome], "quadrant", names, "estimate")
         ax.set_xticks(
             range(len(names)), [f"{name}\n{share.get(name, np.nan):.0%}" for name in names]
         )
-        ax.set_ylabel(f"{statistic} {style.with_unit(outcome)}")
+        ax.set_ylabel(f"{statistic} {naming.with_unit(outcome)}")
     style.legend(figure, axes[0, 0], 3)
     legend = (
         "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right."
     )
-    style.caption(figure, style.counts(table), legend, style.bars(level))
+    style.caption(figure, style.counts(table), legend, style.bars(page["level"]))
     return figure
 
 
-def _beside(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
-    """One mark a category and split, splits side by side."""
+def _marks_by_category(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
+    """Draw one mark per category and split, with the splits side by side."""
     splits = style.present(table.split, style.SPLITS)
     style.zero(ax)
     ax.grid(axis="x", visible=False)
@@ -212,37 +239,48 @@ def _beside(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
         "within the student's reach gained more."
     ),
 )
-@style.plate
+@on_page
 def q3_gain(
     table: pd.DataFrame,
     *,
     outcomes: Sequence[str] = BOTH,
     scores: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Mean gain by tertile of each score within Q3:
-    `dx.plot.q3_gain(dx.study(tokens)["q3_groups"])`.
+    """Mean gain within Q3 by groups of each score.
 
-    table: columns outcome, split, score, group (1 is the lowest), mean, low, high, positions,
-    prompts. For each score the marks run from its bottom to its top; a rising line means that the
-    gain rises with the score among confident, wrong positions."""
+    Example: `dx.plot.q3_gain(dx.study(tokens)["q3_groups"])`. For each score the marks run from its
+    lowest to its highest group. A rising line means that, among confident and wrong positions, the
+    gain rises with the score.
+
+    Args:
+        table: One row per (outcome, split, score, group), with the columns mean, low, high,
+            positions and prompts; group 1 is the lowest.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        scores: Names of the scores to show, in this order; all of the table where None.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "score", "group", "mean", "low", "high")
     where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
     table = style.halves(style.keep(table, "figures.q3_gain", needs, where))
     outcomes = style.present(table.outcome, outcomes)
-    rows, columns = style.panels(len(outcomes), width)
-    figure, axes = style.canvas(width, 0.75 + 1.85 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(outcomes), page["width"])
+    figure, axes = style.canvas(page["width"], 0.75 + 1.85 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         _group_lines(ax, table[table.outcome == outcome], style.present(table.score, scores or ()))
-        ax.set_ylabel(f"mean {style.with_unit(outcome)}")
+        ax.set_ylabel(f"mean {naming.with_unit(outcome)}")
     style.legend(figure, axes[0, 0], 3)
     style.caption(
         figure,
         style.counts(table),
         "Each group of marks: bottom to top of the score within Q3.",
-        style.bars(level),
+        style.bars(page["level"]),
     )
     return figure
 
@@ -274,7 +312,7 @@ def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
                 zorder=3,
                 label=words if place == 0 else f"_{score}",
             )
-    ax.set_xticks(range(len(scores)), [style.words(score) for score in scores])
+    ax.set_xticks(range(len(scores)), [naming.readable(score) for score in scores])
     ax.set_xlim(-0.5, len(scores) - 0.5)
 
 
@@ -288,64 +326,62 @@ def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
     ),
     arguments={"matching": "matching"},
 )
-@style.plate
+@on_page
 def q3_contrast(
     table: pd.DataFrame,
     matching: pd.DataFrame | None = None,
     *,
     groups: str = "tertile",
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Top minus bottom group of each score within Q3: `dx.plot.q3_contrast(tables["q3_contrast"],
-    tables["matching"])`.
+    """Top minus bottom group of each score within Q3, raw and matched.
 
-    table: columns outcome, split, score, groups, difference, low, high, placebo_difference,
-    positions, prompts. matching: the same differences between positions of one prompt with like
-    entropy, divergence and place, with a column replacement; drawn hollow, with replacement.
-    Diamonds are the placebo's differences."""
+    Example: `dx.plot.q3_contrast(tables["q3_contrast"], tables["matching"])`. Hollow marks are the
+    matched differences. Diamonds are the same differences after the placebo step.
+
+    Args:
+        table: One row per (outcome, split, score, groups), with the columns difference, low, high,
+            placebo_difference, positions and prompts.
+        matching: The same differences between positions of one prompt with similar entropy,
+            divergence and place, with a column replacement; only those with replacement are drawn.
+            Left out where None.
+        groups: How the top and the bottom group were formed: tertile, or another of the table's.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "score", "difference", "low", "high", "placebo_difference")
-    table = style.halves(
-        style.keep(
-            table,
-            "figures.q3_contrast",
-            (*needs, "groups"),
-            {"outcome": outcomes, "groups": groups},
-        )
-    )
+
+    def kept(rows: pd.DataFrame, column: str, value: str | bool) -> pd.DataFrame:
+        where = {"outcome": outcomes, column: value}
+        return style.halves(style.keep(rows, "figures.q3_contrast", (*needs, column), where))
+
+    table = kept(table, "groups", groups)
     outcomes, scores = style.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
-    if matching is not None:
-        where = {"outcome": outcomes, "replacement": True}
-        matching = style.halves(
-            style.keep(matching, "figures.q3_contrast", (*needs, "replacement"), where)
-        )
-    figure, axes = style.canvas(
-        width,
-        1.25 + (0.32 if matching is None else 0.5) * len(scores),
-        1,
-        len(outcomes),
-        sharey=True,
-    )
+    matching = None if matching is None else kept(matching, "replacement", True)
+    height = 1.25 + (0.32 if matching is None else 0.5) * len(scores)
+    figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         pair = None if matching is None else matching[matching.outcome == outcome]
         _contrast_rows(ax, table[table.outcome == outcome], pair, scores)
-        ax.set_title(style.words(outcome))
-        ax.set_xlabel(f"top − bottom ({style.UNITS.get(outcome, '')})")
-        ax.xaxis.set_major_locator(MaxNLocator(4 if width > 5 else 3))
+        ax.set_title(naming.readable(outcome))
+        ax.set_xlabel(f"top − bottom ({naming.UNITS.get(outcome, '')})")
+        ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
     style.names_down(axes[0, 0], scores)
-    style.legend(figure, axes[0, 0], 3 if width > 5 else 2, style.placebo_key())
+    style.legend(figure, axes[0, 0], 3 if page["width"] > 5 else 2, style.placebo_key())
+    hollow = "Hollow: matched within a prompt on entropy, divergence and place."
     style.caption(
         figure,
         style.counts(table),
         f"Top minus bottom {groups} within Q3.",
-        (
-            ""
-            if matching is None
-            else "Hollow: matched within a prompt on entropy, divergence and place."
-        ),
-        style.bars(level),
+        hollow if matching is not None else "",
+        style.bars(page["level"]),
     )
     return figure
 
@@ -353,6 +389,7 @@ def q3_contrast(
 def _contrast_rows(
     ax, table: pd.DataFrame, matching: pd.DataFrame | None, scores: list[str]
 ) -> None:
+    """Draw one row per score: a mark per split, raw and matched, each with its placebo."""
     kinds = [(table, None, "")] + (
         [] if matching is None else [(matching, style.paper(), ", matched")]
     )
@@ -362,10 +399,8 @@ def _contrast_rows(
     for index, split in enumerate(splits):
         color, marker, words = style.split_style(split, index)
         for rows, face, more in kinds:
-            rows, y = (
-                rows[rows.split == split].set_index("score").reindex(scores),
-                np.arange(len(scores)) + next(places),
-            )
+            rows = rows[rows.split == split].set_index("score").reindex(scores)
+            y = np.arange(len(scores)) + next(places)
             style.lying(
                 ax,
                 y,
@@ -394,24 +429,34 @@ def _contrast_rows(
         "place inherits this curve."
     ),
 )
-@style.plate
+@on_page
 def position_gain(
     table: pd.DataFrame,
     *,
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Mean gain along the response: `dx.plot.position_gain(tables["positions"])`.
+    """Mean gain along the response.
 
-    table: columns outcome, split, position (middle of a bin of relative positions, 0 to 1), mean,
-    low, high, positions, prompts."""
+    Example: `dx.plot.position_gain(tables["positions"])`.
+
+    Args:
+        table: One row per (outcome, split, position), with the columns mean, low, high, positions
+            and prompts; position is the middle of a bin of relative positions, between 0 and 1.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "position", "mean", "low", "high")
     table = style.halves(style.keep(table, "figures.position_gain", needs, {"outcome": outcomes}))
     outcomes = style.present(table.outcome, outcomes)
-    rows, columns = style.panels(len(outcomes), width)
-    figure, axes = style.canvas(width, 0.75 + 1.8 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(outcomes), page["width"])
+    figure, axes = style.canvas(page["width"], 0.75 + 1.8 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         style.zero(ax)
         for index, split in enumerate(style.present(table.split, style.SPLITS)):
@@ -429,9 +474,9 @@ def position_gain(
                 linestyle=DASHES[index],
                 label=words,
             )
-        ax.set_ylabel(f"mean {style.with_unit(outcome)}")
+        ax.set_ylabel(f"mean {naming.with_unit(outcome)}")
     for ax in axes[-1]:
         ax.set_xlabel("relative position in the response")
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(level, "Bands"))
+    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands"))
     return figure

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import BOTH, forest, forest_order
+from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import CORE, figure
-from diagnostics.report.style import DOUBLE
 
 METHODS = {"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendall τ"}
 
@@ -27,52 +28,77 @@ METHODS = {"spearman": "Spearman ρ", "pearson": "Pearson r", "kendall": "Kendal
     ),
     options={"criteria": CORE},
 )
-@style.plate
+@on_page
 def correlations(
     table: pd.DataFrame,
     *,
     method: str = "spearman",
     outcomes: Sequence[str] = BOTH,
     criteria: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Forest of each criterion's correlation with both gains:
-    `dx.plot.correlations(dx.correlate(tokens))`.
+    """Forest of each criterion's correlation with both gains.
 
-    table: columns outcome, criterion, split, method, estimate, low, high, placebo, positions,
-    prompts; the partial and within-prompt tables have the same. Filled marks are estimates with
-    their intervals, one colour and shape a split; a hollow diamond is what a random step of the
-    same norm shows, so only the distance from it speaks for the criterion. Criteria are ordered by
-    the first outcome on held-out contexts."""
+    Example: `dx.plot.correlations(dx.correlate(tokens))`. Filled marks are estimates with their
+    intervals, with one color and shape per split. A hollow diamond is the correlation with the gain
+    of a random step of the same norm, so only the distance from it speaks for the criterion.
+    Criteria are ordered by the first outcome on held-out contexts.
+
+    Args:
+        table: One row per (outcome, criterion, split, method), with the columns estimate, low,
+            high, positions, prompts and, where it was measured, placebo. The tables `partial` and
+            `within_prompt` of a study have the same columns.
+        method: The correlation to show: spearman, pearson or kendall.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        criteria: Names of the criteria to show; all of the table where None.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     return _criteria_forest(
-        table, "figures.correlations", "estimate", method, outcomes, criteria, level, width
+        table, "figures.correlations", "estimate", method, outcomes, criteria, page
     )
 
 
-@style.plate
+@on_page
 def placebo_excess(
     table: pd.DataFrame,
     *,
     method: str = "spearman",
     outcomes: Sequence[str] = BOTH,
     criteria: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Forest of correlation minus the placebo's:
-    `dx.plot.placebo_excess(dx.study(tokens)["placebo_excess"])`.
+    """Forest of each criterion's correlation minus the placebo's.
 
-    table: columns outcome, criterion, split, method, excess, low, high, positions, prompts. To the
-    right of zero a criterion says more than the mere presence of the divergence on both sides."""
+    Example: `dx.plot.placebo_excess(dx.study(tokens)["placebo_excess"])`. To the right of zero, a
+    criterion says more than the presence of the divergence in both the criterion and the gain gives
+    alone.
+
+    Args:
+        table: One row per (outcome, criterion, split, method), with the columns excess, low, high,
+            positions and prompts.
+        method: The correlation to show: spearman, pearson or kendall.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        criteria: Names of the criteria to show; all of the table where None.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     return _criteria_forest(
-        table, "figures.placebo_excess", "excess", method, outcomes, criteria, level, width
+        table, "figures.placebo_excess", "excess", method, outcomes, criteria, page
     )
 
 
-def _criteria_forest(table, what, value, method, outcomes, criteria, level, width) -> Figure:
+def _criteria_forest(table, what, value, method, outcomes, criteria, page) -> Figure:
     needs = ("outcome", "criterion", "split", "method", value, "low", "high")
     where = {"method": method, "outcome": outcomes} | (
         {"criterion": criteria} if criteria is not None else {}
@@ -83,13 +109,15 @@ def _criteria_forest(table, what, value, method, outcomes, criteria, level, widt
         style.present(table.split, style.SPLITS),
     )
     names = forest_order(table, outcomes[0], splits[-1], value)
-    figure, axes = style.canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    figure, axes = style.canvas(
+        page["width"], 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True
+    )
     label = METHODS.get(method, method) + (" excess" if value == "excess" else "")
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         forest(ax, table[table.outcome == outcome], names, splits, value)
-        ax.set_title(style.words(outcome))
+        ax.set_title(naming.readable(outcome))
         ax.set_xlabel(label)
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 3, *([style.placebo_key()] if "placebo" in table else []))
-    style.caption(figure, style.counts(table), style.bars(level))
+    style.caption(figure, style.counts(table), style.bars(page["level"]))
     return figure

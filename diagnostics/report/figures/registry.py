@@ -44,7 +44,42 @@ class FigureSpec:
 
 
 FIGURES: dict[str, FigureSpec] = {}
-"""The report's figures by name, in the order of the page."""
+"""The report's figures by name."""
+
+ORDER = (
+    "correlations",
+    "entropy_divergence",
+    "quadrants",
+    "position_gain",
+    "q3_gain",
+    "q3_contrast",
+    "coefficients",
+    "support_robustness",
+    "gain_robustness",
+    "residual_curves",
+    "selection_curves",
+    "selection_summary",
+    "selection_overlap",
+    "selection_profile",
+    "intervention",
+    "agreement",
+    "linearity",
+    "kernel_shares",
+    "lift",
+    "validation",
+    "validation_scatter",
+    "validation_agreement",
+    "evaluations",
+    "training_curves",
+    "calibration",
+    "distributions",
+)
+"""Names of the figures in the order of the page; a figure that is not named here comes last."""
+
+
+def in_page_order() -> list[FigureSpec]:
+    """The registered figures as the page shows them: the answer first, then what it rests on."""
+    return [FIGURES[name] for name in dict.fromkeys((*ORDER, *FIGURES)) if name in FIGURES]
 
 
 def figure(

@@ -5,16 +5,18 @@ gain.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import BOTH, forest, statistic_forest
+from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, DASHES, DOUBLE, MARKERS, ORANGE
+from diagnostics.report.style import BLUE, CYCLE, DASHES, MARKERS, ORANGE
 
 
 @figure(
@@ -25,24 +27,37 @@ from diagnostics.report.style import BLUE, CYCLE, DASHES, DOUBLE, MARKERS, ORANG
         "teachability (d̂ĉ) lies to the right of incompatible (d̂(1−ĉ))."
     ),
 )
-@style.plate
+@on_page
 def coefficients(
     table: pd.DataFrame,
     *,
     model: str = "decomposition",
-    winsorised: float = 0.0,
+    winsorized: float = 0.0,
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Standardised coefficients of one regression: `dx.plot.coefficients(tables["regressions"])`.
+    """Standardized coefficients of one regression of the gain.
 
-    table: columns outcome, split, winsorised, model, term, coefficient, low, high, r_squared,
-    positions, prompts. model: interaction, compatibility or decomposition. In the last,
-    teachability above incompatible is claim C3."""
+    Example: `dx.plot.coefficients(tables["regressions"])`. In the model `decomposition`, claim C3
+    says that teachability lies to the right of incompatible.
+
+    Args:
+        table: One row per (outcome, split, winsorised, model, term), with the columns coefficient,
+            low, high, positions and prompts.
+        model: The regression to show: interaction, compatibility or decomposition.
+        winsorized: The share of each tail at which the outcome was winsorized; 0 for the outcome as
+            it is.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "winsorised", "model", "term", "coefficient", "low", "high")
-    where = {"outcome": outcomes, "model": model, "winsorised": winsorised}
+    where = {"outcome": outcomes, "model": model, "winsorised": winsorized}
     table = style.halves(style.keep(table, "figures.coefficients", needs, where))
     outcomes, splits = (
         style.present(table.outcome, outcomes),
@@ -50,15 +65,17 @@ def coefficients(
     )
     terms = list(dict.fromkeys(table.term))
     table = table.rename(columns={"term": "criterion"})
-    figure, axes = style.canvas(width, 1.25 + 0.24 * len(terms), 1, len(outcomes), sharey=True)
+    figure, axes = style.canvas(
+        page["width"], 1.25 + 0.24 * len(terms), 1, len(outcomes), sharey=True
+    )
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         forest(ax, table[table.outcome == outcome], terms, splits, "coefficient")
-        ax.set_title(style.words(outcome))
+        ax.set_title(naming.readable(outcome))
         ax.set_xlabel("standardised β")
     style.names_down(axes[0, 0], terms)
     style.legend(figure, axes[0, 0], 3)
-    tails = f"Outcome winsorised at {winsorised:.0%}." if winsorised else ""
-    style.caption(figure, style.counts(table), tails, style.bars(level))
+    tails = f"Outcome winsorised at {winsorized:.0%}." if winsorized else ""
+    style.caption(figure, style.counts(table), tails, style.bars(page["level"]))
     return figure
 
 
@@ -70,23 +87,34 @@ def coefficients(
         " Claim C4 asks that it stay on one side of zero."
     ),
 )
-@style.plate
+@on_page
 def support_robustness(
     table: pd.DataFrame,
     *,
     statistic: str = "decomposition",
     outcomes: Sequence[str] = BOTH,
     split: str = "all",
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """A claim's statistic for every compatibility proxy and K:
-    `dx.plot.support_robustness(tables["support_robustness"])`.
+    """A claim's statistic for every compatibility proxy and K.
 
-    table: columns proxy, k, outcome, split, statistic, estimate, low, high, positions, prompts.
-    statistic: decomposition, tertile_difference or matched_difference. A claim that does not hang
-    on the support stays on one side of zero."""
+    Example: `dx.plot.support_robustness(tables["support_robustness"])`. A claim that does not
+    depend on the support stays on one side of zero.
+
+    Args:
+        table: One row per (proxy, k, outcome, split, statistic), with the columns estimate, low,
+            high, positions and prompts.
+        statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        split: The split to show.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
     table = style.keep(
         table,
@@ -98,7 +126,7 @@ def support_robustness(
         (f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k])
         for i, k in enumerate(sorted(table.k.unique()))
     ]
-    return statistic_forest(table, "proxy", series, statistic, outcomes, level, width)
+    return statistic_forest(table, "proxy", series, statistic, outcomes, page)
 
 
 @figure(
@@ -109,22 +137,33 @@ def support_robustness(
         " left out."
     ),
 )
-@style.plate
+@on_page
 def gain_robustness(
     table: pd.DataFrame,
     *,
     statistic: str = "decomposition",
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """A claim's statistic under other forms of the gain:
-    `dx.plot.gain_robustness(tables["gain_robustness"])`.
+    """A claim's statistic under other forms of the gain.
 
-    table: columns variant, outcome, split, statistic, estimate, low, high, positions, prompts. The
-    variant `nothing` leaves the table as it is; others winsorise the gain, leave out special tokens
-    or first positions, or take another loss."""
+    Example: `dx.plot.gain_robustness(tables["gain_robustness"])`. The variant `nothing` leaves the
+    table as it is. The others winsorize the gain, leave out special tokens or first positions, or
+    take another loss.
+
+    Args:
+        table: One row per (variant, outcome, split, statistic), with the columns estimate, low,
+            high, positions and prompts.
+        statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("variant", "outcome", "split", "statistic", "estimate", "low", "high")
     table = style.halves(
         style.keep(
@@ -135,7 +174,7 @@ def gain_robustness(
     for split in style.present(table.split, style.SPLITS):
         color, marker, words = style.split_style(split)
         series.append((words, color, marker, table[table.split == split]))
-    return statistic_forest(table, "variant", series, statistic, outcomes, level, width)
+    return statistic_forest(table, "variant", series, statistic, outcomes, page)
 
 
 @figure(
@@ -146,47 +185,63 @@ def gain_robustness(
         "each score. A flat curve at zero means that the score adds nothing to them."
     ),
 )
-@style.plate
+@on_page
 def residual_curves(
     table: pd.DataFrame,
     *,
     outcomes: Sequence[str] = BOTH,
     scores: Sequence[str] | None = None,
     split: str | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """What is left of the gain along a score: `dx.plot.residual_curves(tables["residual_curves"])`.
+    """The part of the gain that a regression leaves over, along each score.
 
-    table: columns outcome, split, score, curve (decile, spline), at, residual, low, high,
-    positions, prompts: the gain after a regression on student entropy, divergence, position and
-    teacher entropy. Marks are deciles, the band a spline."""
+    Example: `dx.plot.residual_curves(tables["residual_curves"])`. The regression holds student
+    entropy, divergence, position and teacher entropy. Marks are deciles of the score, the band is a
+    spline.
+
+    Args:
+        table: One row per (outcome, split, score, curve, at), with the columns residual, low, high,
+            positions and prompts; curve is decile or spline.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        scores: Names of the scores to show; all of the table where None.
+        split: The split to show; held-out positions where None and the table has them, otherwise
+            all.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("outcome", "split", "score", "curve", "at", "residual", "low", "high")
     where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
     table = style.keep(table, "figures.residual_curves", needs, where)
     table = style.keep(
-        table, "figures.residual_curves", needs, {"split": split or style.preferred(table)}
+        table, "figures.residual_curves", needs, {"split": split or naming.preferred_split(table)}
     )
     outcomes, scores = (
         style.present(table.outcome, outcomes),
         style.present(table.score, scores or ()),
     )
-    down, across = (len(outcomes), len(scores)) if width > 5 else (len(scores), len(outcomes))
-    figure, axes = style.canvas(width, 0.5 + 1.5 * down, down, across)
+    down, across = (
+        (len(outcomes), len(scores)) if page["width"] > 5 else (len(scores), len(outcomes))
+    )
+    figure, axes = style.canvas(page["width"], 0.5 + 1.5 * down, down, across)
     for (i, j), ax in np.ndenumerate(axes):
-        outcome, score = (outcomes[i], scores[j]) if width > 5 else (outcomes[j], scores[i])
+        outcome, score = (outcomes[i], scores[j]) if page["width"] > 5 else (outcomes[j], scores[i])
         _residuals(ax, table[(table.outcome == outcome) & (table.score == score)].sort_values("at"))
-        ax.set_xlabel(f"{style.words(score)} score")
-        if j == 0 or width < 5:
-            ax.set_ylabel(f"residual\n{style.with_unit(outcome)}" if width > 5 else "")
-        if width < 5:
-            ax.set_title(style.with_unit(outcome) if i == 0 else "")
+        ax.set_xlabel(f"{naming.readable(score)} score")
+        if j == 0 or page["width"] < 5:
+            ax.set_ylabel(f"residual\n{naming.with_unit(outcome)}" if page["width"] > 5 else "")
+        if page["width"] < 5:
+            ax.set_title(naming.with_unit(outcome) if i == 0 else "")
     style.caption(
         figure,
         style.counts(table),
         "Gain after regression on both entropies, divergence and position: deciles and spline.",
-        style.bars(level, "Bars and band"),
+        style.bars(page["level"], "Bars and band"),
     )
     return figure
 

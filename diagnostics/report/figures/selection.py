@@ -5,6 +5,7 @@ interventions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import (
     BOTH,
     forest,
@@ -20,8 +21,9 @@ from diagnostics.report.figures.common import (
     reduction_curves,
     shown_criteria,
 )
+from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import CORE, figure
-from diagnostics.report.style import BLUE, CYCLE, DASHES, DOUBLE
+from diagnostics.report.style import BLUE, CYCLE, DASHES
 
 
 @figure(
@@ -33,24 +35,36 @@ from diagnostics.report.style import BLUE, CYCLE, DASHES, DOUBLE
         "gain itself would capture."
     ),
 )
-@style.plate
+@on_page
 def selection_curves(
     table: pd.DataFrame,
     *,
     criteria: Sequence[str] | None = None,
     outcomes: Sequence[str] = BOTH,
     split: str | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Share of the total gain captured at each budget:
-    `dx.plot.selection_curves(dx.selection_curves(tokens))`.
+    """Share of the total gain that a selection captures at each budget.
 
-    table: columns outcome, criterion, split, budget, captured_share, low, high, random_low,
-    random_high, oracle, positions, prompts. The grey band holds random selections, the dotted line
-    is the oracle, which ranks by the gain itself. Shows up to six criteria on one split, held-out
-    where there is one."""
+    Example: `dx.plot.selection_curves(dx.selection_curves(tokens))`. The gray band holds random
+    selections; the dotted line is the oracle, which ranks positions by the gain itself.
+
+    Args:
+        table: One row per (outcome, criterion, split, budget), with the columns captured_share,
+            low, high, random_low, random_high, oracle, positions and prompts.
+        criteria: Names of the criteria to show; where None all of them, or the usual six where
+            there are more than six.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        split: The split to show; held-out positions where None and the table has them, otherwise
+            all.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = (
         "outcome",
         "criterion",
@@ -65,18 +79,18 @@ def selection_curves(
     )
     table = style.keep(table, "figures.selection_curves", needs, {"outcome": outcomes})
     table = style.keep(
-        table, "figures.selection_curves", needs, {"split": split or style.preferred(table)}
+        table, "figures.selection_curves", needs, {"split": split or naming.preferred_split(table)}
     )
     names, outcomes = shown_criteria(table, criteria), style.present(table.outcome, outcomes)
-    rows, columns = style.panels(len(outcomes), width)
-    figure, axes = style.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(outcomes), page["width"])
+    figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         _budget_curves(ax, table[table.outcome == outcome].sort_values("budget"), names)
-        ax.set_ylabel(f"share of total {style.words(outcome)}")
+        ax.set_ylabel(f"share of total {naming.readable(outcome)}")
     for ax in axes[-1]:
         ax.set_xlabel("budget (share of positions)")
-    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
-    style.caption(figure, style.counts(table), style.bars(level, "Bands"))
+    style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
+    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands"))
     return figure
 
 
@@ -89,7 +103,7 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     for name in names:
         rows, line = table[table.criterion == name], style.criterion_style(name, names)
         style.band(ax, rows.budget, rows, line["color"])
-        ax.plot(rows.budget, rows.captured_share, label=style.words(name), **line)
+        ax.plot(rows.budget, rows.captured_share, label=naming.readable(name), **line)
     ax.plot(
         common.budget,
         common.oracle,
@@ -116,23 +130,35 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     ),
     options={"criteria": CORE},
 )
-@style.plate
+@on_page
 def selection_summary(
     table: pd.DataFrame,
     *,
     budget: float | None = None,
     outcomes: Sequence[str] = BOTH,
     criteria: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Normalised area, or enrichment at a budget:
-    `dx.plot.selection_summary(tables["selection_summary"], budget=0.05)`.
+    """Normalized area of a selection curve, or enrichment at one budget.
 
-    table: columns outcome, criterion, split, statistic, budget, estimate, low, high, baseline,
-    positions, prompts. Without `budget` the area (0 random, 1 oracle); with one, how many times its
-    own share of the gain a criterion captures (1 is random). The line is the baseline."""
+    Example: `dx.plot.selection_summary(tables["selection_summary"], budget=0.05)`. The vertical
+    line is the baseline.
+
+    Args:
+        table: One row per (outcome, criterion, split, statistic, budget), with the columns
+            estimate, low, high, baseline, positions and prompts.
+        budget: Where None, the area is shown (0 is random, 1 the oracle); with a budget, how many
+            times its own share of the gain a criterion captures there (1 is random).
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        criteria: Names of the criteria to show; all of the table where None.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = (
         "outcome",
         "criterion",
@@ -154,15 +180,17 @@ def selection_summary(
         style.present(table.split, style.SPLITS),
     )
     names = forest_order(table, outcomes[0], splits[-1], "estimate")
-    figure, axes = style.canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    figure, axes = style.canvas(
+        page["width"], 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True
+    )
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         forest(ax, table[table.outcome == outcome], names, splits, "estimate")
         style.zero(ax, "x", float(table.baseline.iloc[0]))
-        ax.set_title(style.words(outcome))
+        ax.set_title(naming.readable(outcome))
         ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(level))
+    style.caption(figure, style.counts(table), style.bars(page["level"]))
     return figure
 
 
@@ -175,21 +203,32 @@ def selection_summary(
     ),
     options={"criteria": CORE},
 )
-@style.plate
+@on_page
 def selection_overlap(
     table: pd.DataFrame,
     *,
     budget: float | None = None,
     criteria: Sequence[str] | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Page],
 ) -> Figure:
-    """Heat map of how many positions two criteria share:
-    `dx.plot.selection_overlap(tables["selection_overlap"])`.
+    """Heat map of the share of positions that two criteria both select.
 
-    table: columns criterion, other, statistic, budget, estimate, chance, positions, prompts, each
-    pair once. A cell is the Jaccard index of the two selections at `budget`, the table's nearest to
-    5 % where None."""
+    Example: `dx.plot.selection_overlap(tables["selection_overlap"])`. A cell is the Jaccard index
+    of two selections at one budget.
+
+    Args:
+        table: One row per (criterion, other, statistic, budget), each pair once, with the columns
+            estimate, chance, positions and prompts.
+        budget: The budget to show; the table's nearest to 5 % where None.
+        criteria: Names of the criteria to show; all of the table where None.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("criterion", "other", "statistic", "budget", "estimate", "chance")
     table = style.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard"})
     budget = style.nearest_budget(table) if budget is None else budget
@@ -199,7 +238,7 @@ def selection_overlap(
     matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
     for row in table[table.criterion.isin(names) & table.other.isin(names)].itertuples():
         matrix.loc[row.criterion, row.other] = matrix.loc[row.other, row.criterion] = row.estimate
-    figure, axes = style.canvas(width, min(width, 1.0 + 0.4 * len(names)) + 0.9)
+    figure, axes = style.canvas(page["width"], min(page["width"], 1.0 + 0.4 * len(names)) + 0.9)
     _heat_map(figure, axes[0, 0], matrix, "Jaccard index")
     chance = table.chance.median()
     style.caption(
@@ -217,11 +256,13 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     size = min(matplotlib.rcParams["xtick.labelsize"], 0.8 * pitch)
     ax.set_xticks(
         range(len(matrix.columns)),
-        [style.words(name) for name in matrix.columns],
+        [naming.readable(name) for name in matrix.columns],
         rotation=90,
         fontsize=size,
     )
-    ax.set_yticks(range(len(matrix)), [style.words(name) for name in matrix.index], fontsize=size)
+    ax.set_yticks(
+        range(len(matrix)), [naming.readable(name) for name in matrix.index], fontsize=size
+    )
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -255,20 +296,32 @@ PROFILES = {
     reading="Shares of the selection at the budget below, beside those of all positions.",
     options={"criteria": CORE},
 )
-@style.plate
+@on_page
 def selection_profile(
     table: pd.DataFrame,
     *,
     budget: float | None = None,
     criteria: Sequence[str] | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Page],
 ) -> Figure:
-    """What each criterion selects, as shares of its selection:
-    `dx.plot.selection_profile(tables["selection_profile"])`.
+    """Composition of each criterion's selection.
 
-    table: columns criterion, budget, measure, estimate, full, positions, prompts. budget: the
-    table's nearest to 5 % where None. The lowest bar is all positions."""
+    Example: `dx.plot.selection_profile(tables["selection_profile"])`. Each bar is split by quadrant
+    and by kind of token; the lowest bar is all positions.
+
+    Args:
+        table: One row per (criterion, budget, measure), with the columns estimate, full, positions
+            and prompts; both values are shares between 0 and 1.
+        budget: The budget to show; the table's nearest to 5 % where None.
+        criteria: Names of the criteria to show; all of the table where None.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("criterion", "budget", "measure", "estimate", "full")
     table = style.keep(table, "figures.selection_profile", needs)
     budget = style.nearest_budget(table) if budget is None else budget
@@ -283,9 +336,9 @@ def selection_profile(
         if criteria is None
         else [n for n in criteria if (table.criterion == n).any()]
     )
-    rows, columns = style.panels(max(len(groups), 1), width)
+    rows, columns = style.panels(max(len(groups), 1), page["width"])
     figure, axes = style.canvas(
-        width, 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True
+        page["width"], 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True
     )
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
         _stacks(ax, table[table.measure.isin(measures)], measures, names)
@@ -293,7 +346,7 @@ def selection_profile(
         ax.legend(
             loc="upper left",
             bbox_to_anchor=(0, 0),
-            ncols=4 if width > 5 else 2,
+            ncols=4 if page["width"] > 5 else 2,
             handlelength=0.9,
             columnspacing=0.8,
         )
@@ -322,7 +375,7 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor=style.paper(),
             linewidth=0.4,
-            label=style.words(name).upper() if name[0] == "q" else style.words(name),
+            label=naming.readable(name).upper() if name[0] == "q" else naming.readable(name),
         )
         left = left + np.nan_to_num(shares)
     ax.set_xlim(0, 1)
@@ -343,41 +396,55 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
         " band speak for a criterion; the placebo is a random direction."
     ),
 )
-@style.plate
+@on_page
 def intervention(
     table: pd.DataFrame,
     *,
     measure: str = "forward_kl",
     groups: Sequence[str] = ("held_out", "step"),
     criteria: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """What a step on the selected positions alone does: `dx.plot.intervention(dx.intervene(pair,
-    bank))`.
+    """Effect of one step in which only the selected positions carry loss.
 
-    table: columns criterion, budget, group, measure, reduction, low, high, positions, prompts. One
-    line a criterion over its budgets; the level lines are the step on all positions and the
-    placebo."""
+    Example: `dx.plot.intervention(dx.intervene(pair, bank))`. There is one line per criterion over
+    its budgets. The level lines are the step on all positions and the placebo.
+
+    Args:
+        table: One row per (criterion, budget, group, measure), with the columns reduction, low,
+            high (nats), positions and prompts.
+        measure: The divergence whose drop is shown.
+        groups: Groups of positions to show, one panel for each.
+        criteria: Names of the criteria to show; where None all of them, or the usual six where
+            there are more than six.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
     table = style.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
     names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
-    rows, columns = style.panels(len(groups), width)
-    figure, axes = style.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(groups), page["width"])
+    figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
     for ax, group in zip(axes.flat, groups, strict=True):
         reduction_curves(ax, table[table.group == group].sort_values("budget"), names)
         ax.set_title(
             {"held_out": "held-out positions", "step": "step positions"}.get(
-                group, style.words(group)
+                group, naming.readable(group)
             )
         )
     for ax in axes[:, 0]:
-        ax.set_ylabel(f"drop of {style.words(measure)} (nats)")
+        ax.set_ylabel(f"drop of {naming.readable(measure)} (nats)")
     for ax in axes[-1]:
         ax.set_xlabel("budget (share of step positions)")
-    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
-    style.caption(figure, style.counts(table.drop(columns="group")), style.bars(level, "Bands"))
+    style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
+    style.caption(
+        figure, style.counts(table.drop(columns="group")), style.bars(page["level"], "Bands")
+    )
     return figure
 
 
@@ -399,22 +466,31 @@ def intervention(
     ),
     options={"answer": "trained_forward_kl"},
 )
-@style.plate
+@on_page
 def agreement(
     table: pd.DataFrame,
     *,
     scope: str = "within_budget",
     answer: str = "held_out_forward_kl",
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """How far the offline answers agree with interventions:
-    `dx.plot.agreement(tables["offline_agreement"])`.
+    """Rank agreement of the offline answers with one answer.
 
-    table: columns scope, x, y, kendall, low, high, cells, prompts. Rows are the other answers, each
-    compared with `answer` over the cells of `scope`: within_budget, all (which larger budgets, that
-    capture and teach more, raise by themselves), or budget_<share>."""
+    Example: `dx.plot.agreement(tables["offline_agreement"])`. Rows are the other answers.
+
+    Args:
+        table: One row per (scope, x, y), with the columns kendall, low, high, cells and prompts.
+        scope: The cells that are compared: within_budget, all, or budget_<share>. Over all of them
+            larger budgets, which capture and teach more, raise the agreement by themselves.
+        answer: The answer that the others are compared with.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("scope", "x", "y", "kendall", "low", "high")
     table = style.keep(table, "figures.agreement", needs, {"scope": scope})
     sides = [
@@ -422,13 +498,13 @@ def agreement(
         table[table.x == answer].rename(columns={"y": "other"}),
     ]
     rows = style.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
-    figure, axes = style.canvas(width, 0.85 + 0.2 * len(rows))
+    figure, axes = style.canvas(page["width"], 0.85 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x")
     style.lying(
         axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
     )
     axes[0, 0].set_xlim(-1.05, 1.05)
-    axes[0, 0].set_xlabel(f"Kendall τ with {style.words(answer)}")
+    axes[0, 0].set_xlabel(f"Kendall τ with {naming.readable(answer)}")
     style.names_down(axes[0, 0], rows.other)
     compared = "cells, compared at equal budgets" if scope == "within_budget" else "cells"
     cells = (
@@ -436,5 +512,5 @@ def agreement(
         if {"cells", "prompts"} <= set(rows)
         else ""
     )
-    style.caption(figure, cells, style.bars(level))
+    style.caption(figure, cells, style.bars(page["level"]))
     return figure

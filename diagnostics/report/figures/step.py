@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.core.schema import SCHEMA
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import BOTH, mark, statistic_forest
+from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, DASHES, DOUBLE, GREEN, ORANGE, PURPLE
+from diagnostics.report.style import BLUE, DASHES, GREEN, ORANGE, PURPLE
 
 
 @figure(
@@ -26,22 +28,38 @@ from diagnostics.report.style import BLUE, DASHES, DOUBLE, GREEN, ORANGE, PURPLE
         "about the signal."
     ),
 )
-@style.plate
+@on_page
 def calibration(
-    table: pd.DataFrame, *, ratio: float = 0.8, width: float = DOUBLE, dark: bool = False
+    table: pd.DataFrame,
+    *,
+    ratio: float = 0.8,
+    **page: Unpack[Page],
 ) -> Figure:
-    """How linear the step is: `dx.plot.calibration(result.calibration)`.
+    """Linearity of the step at each step size that was tried.
 
-    table: columns step_size, relative_norm, predicted_drop, realised_drop (nats a position of the
-    step's loss), ratio, chosen. The chosen step is ringed; the dashed line in the second panel is
-    `ratio`, the least share of the first-order prediction that a step may realise."""
+    Example: `dx.plot.calibration(result.calibration)`. The chosen step is ringed.
+
+    Args:
+        table: One row per step size, with the columns step_size, predicted_drop, realised_drop
+            (nats per position of the step's loss), ratio, chosen and, for the caption,
+            relative_norm.
+        ratio: The least share of the first-order prediction that a step may realize; drawn as a
+            dashed line.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
     table = style.keep(table, "figures.calibration", needs).sort_values(
         "step_size", ignore_index=True
     )
     table = style.keep(table[table.step_size > 0], "figures.calibration", needs)
-    rows, columns = style.panels(2, width)
-    figure, axes = style.canvas(width, 0.55 + 1.8 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(2, page["width"])
+    figure, axes = style.canvas(page["width"], 0.55 + 1.8 * rows, rows, columns, sharex=True)
     drop, share = axes.flat
     _drops(drop, table)
     share.plot(table.step_size, table.ratio, color=BLUE, marker="o")
@@ -53,7 +71,7 @@ def calibration(
     for ax in axes[-1]:
         ax.set_xlabel("step size (learning rate)")
         style.powers(ax.xaxis)
-    style.legend(figure, drop, 4 if width > 5 else 2)
+    style.legend(figure, drop, 4 if page["width"] > 5 else 2)
     style.caption(
         figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}."
     )
@@ -117,7 +135,7 @@ def _calibration_words(table: pd.DataFrame) -> str:
     )
 
 
-@style.plate
+@on_page
 def runs(
     table: pd.DataFrame,
     *,
@@ -125,15 +143,27 @@ def runs(
     value: str = "estimate",
     label: str = "Spearman ρ",
     outcomes: Sequence[str] = BOTH,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """One statistic of several runs, side by side: `dx.plot.runs(dx.compare_runs([DIR1,
-    DIR2]).tables["correlations"])`.
+    """One statistic of several runs, side by side.
 
-    table: columns run, outcome, `key` (what the rows are), `value`, low, high; one row a run,
-    outcome and key."""
+    Example: `dx.plot.runs(dx.compare_runs([DIR1, DIR2]).tables["correlations"])`.
+
+    Args:
+        table: One row per (run, outcome, `key`), with the columns run, outcome, `key`, `value`, low
+            and high.
+        key: The column that names the rows.
+        value: The column to show.
+        label: Name of the value below the axis, or the name of a statistic of `common.STATISTICS`.
+        outcomes: Forms of the gain to show, one panel for each, in this order.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     table = style.keep(
         table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes}
     )
@@ -145,7 +175,7 @@ def runs(
         (shown, *mark(i).values(), table[table.run == name])
         for i, (name, shown) in enumerate(names.items())
     ]
-    return statistic_forest(table, key, series, label, outcomes, level, width)
+    return statistic_forest(table, key, series, label, outcomes, page)
 
 
 MEASURES = (
@@ -172,31 +202,44 @@ MEASURES = (
         "leaves a criterion nothing to tell apart."
     ),
 )
-@style.plate
+@on_page
 def distributions(
     tokens: pd.DataFrame,
     *,
     columns: Sequence[str] | None = None,
     bins: int = 40,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Page],
 ) -> Figure:
-    """Histogram of every measurement: `dx.plot.distributions(tokens)`.
+    """Histogram of every measurement.
 
-    tokens: a token table; `columns` default to those of the usual twelve that it has. Counts are on
-    a logarithmic axis, since most mass often sits at one end."""
+    Example: `dx.plot.distributions(tokens)`. Counts are on a logarithmic axis, since most positions
+    often lie at one end.
+
+    Args:
+        tokens: A token table, one row per response position, with prompt_id and the columns to
+            show.
+        columns: Columns to show; where None, those of the usual twelve that the table has.
+        bins: Number of bins of each histogram.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     names = list(columns) if columns is not None else [name for name in MEASURES if name in tokens]
     tokens = style.keep(tokens, "figures.distributions", ("prompt_id", *(names or MEASURES[:1])))
-    across = min(4 if width > 5 else 2, len(names))
+    across = min(4 if page["width"] > 5 else 2, len(names))
     down = -(-len(names) // across)
-    figure, axes = style.canvas(width, 0.35 + 1.15 * down, down, across)
+    figure, axes = style.canvas(page["width"], 0.35 + 1.15 * down, down, across)
     figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
     for ax, name in zip(axes.flat, names, strict=False):
         values = tokens[name].to_numpy(float)
         values = values[np.isfinite(values)]
         unit = SCHEMA[name].unit if name in SCHEMA else ""
-        label = style.words(name) + (f" ({unit})" if unit else "")
-        ax.set_xlabel(label if width > 5 or len(label) < 26 else label.replace(" (", "\n("))
+        label = naming.readable(name) + (f" ({unit})" if unit else "")
+        ax.set_xlabel(label if page["width"] > 5 or len(label) < 26 else label.replace(" (", "\n("))
         ax.xaxis.set_major_locator(MaxNLocator(3))
         if len(values):
             ax.hist(values, bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diagnostics.report import style
+from diagnostics.report import naming, style
 from diagnostics.report.figures.common import interval_of, reduction_curves, shown_criteria
+from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, DASHES, DOUBLE
+from diagnostics.report.style import BLUE, DASHES
 
 TRAINED = ("forward_kl", "reverse_kl", "accuracy", "accuracy_greedy")
 MEASURE_UNITS = {
@@ -25,7 +27,7 @@ MEASURE_UNITS = {
 
 def _measured(name: str) -> str:
     """A measure of an evaluation with its unit."""
-    return f"{style.words(name)} ({MEASURE_UNITS.get(name, 'nats')})"
+    return f"{naming.readable(name)} ({MEASURE_UNITS.get(name, 'nats')})"
 
 
 MANY_CELLS = 6
@@ -40,35 +42,47 @@ MANY_CELLS = 6
         " selected, on the training batches."
     ),
 )
-@style.plate
+@on_page
 def training_curves(
     table: pd.DataFrame,
     *,
     measures: Sequence[str] = ("loss", "forward_kl/all"),
     budget: float | None = None,
     window: int | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Page],
 ) -> Figure:
-    """What training logged, step by step: `dx.plot.training_curves(result.metrics)`.
+    """Measures that training logged, step by step.
 
-    table: a column step, the measures, and where there are several trainings criterion, budget and
-    seed. A line is a criterion at a budget, the mean over its seeds of running means of `window`
-    steps (a twentieth of the steps where None); its band reaches from the lowest to the highest
-    seed. budget: that one alone, beside full; the nearest to 5 % where None and all of them would
-    be more than six lines."""
+    Example: `dx.plot.training_curves(result.metrics)`. There is one line per (criterion, budget):
+    the mean over its seeds. Its band reaches from the lowest to the highest seed.
+
+    Args:
+        table: One row per step, with the columns step and those of `measures`; where it holds
+            several trainings also criterion, budget and seed.
+        measures: Columns to show, one panel for each.
+        budget: The budget to show beside full. Where None, all of them, or the nearest to 5 % where
+            there would be more than six lines.
+        window: Number of steps of the running means; a twentieth of the steps where None.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     names = [name for name in measures if name in table] or list(measures)
     table = style.keep(table, "figures.training_curves", ("step", *names))
     table, share = _some_cells(table, budget)
     window = window or max(1, table.step.nunique() // 20)
-    rows, columns = style.panels(len(names), width)
-    figure, axes = style.canvas(width, 0.9 + 1.7 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(names), page["width"])
+    figure, axes = style.canvas(page["width"], 0.9 + 1.7 * rows, rows, columns, sharex=True)
     for ax, name in zip(axes.flat, names, strict=True):
         _seed_bands(ax, table, name, window)
         ax.set_ylabel(_logged(name))
     for ax in axes[-1]:
         ax.set_xlabel("optimiser step")
-    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     seeds = (
         f"Bands: lowest to highest of {table.seed.nunique()} seeds."
         if "seed" in table and table.seed.nunique() > 1
@@ -99,7 +113,7 @@ def _some_cells(table: pd.DataFrame, budget: float | None) -> tuple[pd.DataFrame
 
 
 def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
-    """A line a cell with the range of its seeds."""
+    """Draw one line per cell, with a band over the range of its seeds."""
     keys = [key for key in ("criterion", "budget") if key in table]
     criteria = table.criterion.unique() if "criterion" in table else []
     for number, (key, cell) in enumerate(
@@ -115,7 +129,7 @@ def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
         if key and (table[table.criterion == key[0]].budget.nunique() > 1):
             line |= {"linestyle": DASHES[number % len(DASHES)]}
         label = (
-            style.words(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "")
+            naming.readable(key[0]) + (f" {key[1]:.0%}" if len(key) > 1 and key[1] < 1 else "")
             if key
             else "training"
         )
@@ -142,9 +156,9 @@ def _logged(name: str) -> str:
     return units.get(
         name,
         (
-            f"{style.words(what)}, {where} (nats)"
+            f"{naming.readable(what)}, {where} (nats)"
             if where and "kl" in what
-            else style.words(name.replace("/", ", "))
+            else naming.readable(name.replace("/", ", "))
         ),
     )
 
@@ -157,20 +171,29 @@ def _logged(name: str) -> str:
         " rise above."
     ),
 )
-@style.plate
+@on_page
 def evaluations(
     table: pd.DataFrame,
     *,
     measures: Sequence[str] = TRAINED,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """The student on held-out prompts before, during and after training:
-    `dx.plot.evaluations(result.evaluations)`.
+    """The student on held-out prompts before, during and after training.
 
-    table: columns step, measure, mean, low, high, count, prompts. The dashed line is the untouched
-    student."""
+    Example: `dx.plot.evaluations(result.evaluations)`. The dashed line is the untouched student.
+
+    Args:
+        table: One row per (step, measure), with the columns mean, low, high and, for the caption,
+            prompts.
+        measures: Measures to show, one panel for each.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     table = style.keep(
         table,
         "figures.evaluations",
@@ -178,8 +201,8 @@ def evaluations(
         {"measure": measures},
     )
     names = style.present(table.measure, measures)
-    rows, columns = style.panels(len(names), width)
-    figure, axes = style.canvas(width, 0.6 + 1.6 * rows, rows, columns, sharex=True)
+    rows, columns = style.panels(len(names), page["width"])
+    figure, axes = style.canvas(page["width"], 0.6 + 1.6 * rows, rows, columns, sharex=True)
     for ax, name in zip(axes.flat, names, strict=True):
         part = table[table.measure == name].sort_values("step")
         style.upright(
@@ -191,7 +214,7 @@ def evaluations(
     for ax in axes[-1]:
         ax.set_xlabel("optimiser step")
     prompts = f"{int(table.prompts.max()):,} held-out prompts." if "prompts" in table else ""
-    style.caption(figure, prompts, style.bars(level))
+    style.caption(figure, prompts, style.bars(page["level"]))
     return figure
 
 
@@ -204,22 +227,33 @@ def evaluations(
         " the table instead."
     ),
 )
-@style.plate
+@on_page
 def validation(
     table: pd.DataFrame,
     *,
     measures: Sequence[str] = TRAINED,
     criteria: Sequence[str] | None = None,
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """What trainings gained on held-out prompts, by budget:
-    `dx.plot.validation(tables["validation_outcomes"])`.
+    """Gain of trainings over the untouched student on held-out prompts, by budget.
 
-    table: columns criterion, budget, measure, gain, gain_low, gain_high (improvement over the
-    untouched student), seeds, prompts. The level line is full OPD; bars are intervals over seeds
-    and prompts."""
+    Example: `dx.plot.validation(tables["validation_outcomes"])`. The level line is full
+    distillation. Bars are intervals over seeds and prompts.
+
+    Args:
+        table: One row per (criterion, budget, measure), with the columns gain, gain_low, gain_high,
+            seeds and prompts.
+        measures: Measures to show, one panel for each.
+        criteria: Names of the criteria to show; where None all of them, or the usual six where
+            there are more than six.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
     needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
     table = interval_of(
         style.keep(table, "figures.validation", needs, {"measure": measures}), "gain"
@@ -229,22 +263,26 @@ def validation(
         shown_criteria(table[table.criterion != "untouched"], criteria),
         style.present(table.measure, measures),
     )
-    down, across = (-(-len(shown) // 2), min(2, len(shown))) if width > 5 else (len(shown), 1)
-    figure, axes = style.canvas(width, 0.8 + 2.0 * down, down, across)
+    down, across = (
+        (-(-len(shown) // 2), min(2, len(shown))) if page["width"] > 5 else (len(shown), 1)
+    )
+    figure, axes = style.canvas(page["width"], 0.8 + 2.0 * down, down, across)
     for ax, name in zip(axes.flat, shown, strict=False):
         reduction_curves(ax, table[table.measure == name].sort_values("budget"), names, bars=True)
         ax.set_ylabel(f"gain in {_measured(name)}")
         ax.set_xlabel("budget (share of positions)")
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
-    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
-    style.caption(figure, _trained_counts(table), style.bars(level, over="seeds and prompts"))
+    style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
+    style.caption(
+        figure, _trained_counts(table), style.bars(page["level"], over="seeds and prompts")
+    )
     return figure
 
 
 FORESEEN = ("captured_gain", "captured_relative_gain", "intervention_forward_kl", "one_step_gain")
-"""Answers of the usual scatter: what a criterion captures of each gain, what a step on its
-selection does, and a training's own first step.
+"""Offline answers of the usual scatter: the share of each gain that a criterion captures, the drop
+after one step on its selection, and the gain of a training's own first step.
 """
 ANSWERS = {
     "captured_gain": "captured gain",
@@ -265,66 +303,73 @@ ANSWERS = {
     arguments={"foreseen": "validation_foreseen"},
     with_tables=("validation_foreseen",),
 )
-@style.plate
+@on_page
 def validation_scatter(
     table: pd.DataFrame,
     foreseen: pd.DataFrame,
     *,
     answers: Sequence[str] = FORESEEN,
     measure: str = "forward_kl",
-    level: float | None = None,
-    width: float = DOUBLE,
-    dark: bool = False,
+    **page: Unpack[Intervals],
 ) -> Figure:
-    """Foreseen against trained: `dx.plot.validation_scatter(tables["validation_outcomes"],
-    tables["validation_foreseen"])`.
+    """Gain that an offline answer predicted against the gain that training brought.
 
-    table: as `validation` has it. foreseen: columns criterion, budget, answer, value, one panel an
-    answer. A mark is one cell of the grid; a colour and shape is a criterion, a larger mark a
-    larger budget. Marks that rise to the right were foreseen."""
-    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
-    trained = interval_of(
-        style.keep(table, "figures.validation_scatter", needs, {"measure": measure}), "gain"
-    )
-    foreseen = style.keep(
-        foreseen,
-        "figures.validation_scatter",
-        ("criterion", "budget", "answer", "value"),
-        {"answer": answers},
-    )
-    both = trained.merge(
-        foreseen[["criterion", "budget", "answer", "value"]], on=["criterion", "budget"]
-    )
-    both = style.keep(
-        both.dropna(subset=["value", "gain"]), "figures.validation_scatter", ("value",)
-    )
+    Example: `dx.plot.validation_scatter(tables["validation_outcomes"],
+    tables["validation_foreseen"])`. A mark is one criterion at one budget; its color and shape name
+    the criterion, and its size grows with the budget. Marks that rise to the right were predicted.
+
+    Args:
+        table: One row per (criterion, budget, measure), as `validation` takes it.
+        foreseen: One row per (criterion, budget, answer), with the predicted value in the column
+            value.
+        answers: Offline answers to show, one panel for each.
+        measure: The measure of the trained gain.
+        **page: `level`, `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
+    both = _foreseen_and_trained(table, foreseen, answers, measure)
     shown, names = style.present(both.answer, answers), list(dict.fromkeys(both.criterion))
     across = min(2, len(shown))
     down = -(-len(shown) // across)
     figure, axes = style.canvas(
-        width, 0.9 + (1.9 if width > 5 else 1.5) * down, down, across, sharey=True
+        page["width"], 0.9 + (1.9 if page["width"] > 5 else 1.5) * down, down, across, sharey=True
     )
     figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
     for ax, answer in zip(axes.flat, shown, strict=False):
         _cells(ax, both[both.answer == answer], names)
-        ax.set_xlabel(ANSWERS.get(answer, style.words(answer)))
+        ax.set_xlabel(ANSWERS.get(answer, naming.readable(answer)))
     for ax in axes[:, 0]:
         ax.set_ylabel(f"trained gain ({MEASURE_UNITS.get(measure, 'nats')})")
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
-    style.legend(figure, axes[0, 0], 5 if width > 5 else 3)
-    words = (
-        f"{len(both[['criterion', 'budget']].drop_duplicates())} cells; a larger mark is a larger"
-        " budget."
-    )
+    style.legend(figure, axes[0, 0], 5 if page["width"] > 5 else 3)
+    cells = len(both[["criterion", "budget"]].drop_duplicates())
     style.caption(
         figure,
-        f"Trained gain in {style.words(measure)}.",
-        words,
+        f"Trained gain in {naming.readable(measure)}.",
+        f"{cells} cells; a larger mark is a larger budget.",
         _trained_counts(table),
-        style.bars(level, over="seeds and prompts"),
+        style.bars(page["level"], over="seeds and prompts"),
     )
     return figure
+
+
+def _foreseen_and_trained(
+    table: pd.DataFrame, foreseen: pd.DataFrame, answers: Sequence[str], measure: str
+) -> pd.DataFrame:
+    """One row per (criterion, budget, answer) with the predicted value and the trained gain."""
+    what = "figures.validation_scatter"
+    needs = ("criterion", "budget", "measure", "gain", "gain_low", "gain_high")
+    trained = interval_of(style.keep(table, what, needs, {"measure": measure}), "gain")
+    columns = ["criterion", "budget", "answer", "value"]
+    foreseen = style.keep(foreseen, what, columns, {"answer": answers})
+    both = trained.merge(foreseen[columns], on=["criterion", "budget"])
+    return style.keep(both.dropna(subset=["value", "gain"]), what, ("value",))
 
 
 def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
@@ -335,7 +380,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
         for number, cell in enumerate(
             table[table.criterion == name].sort_values("budget").to_dict("records")
         ):
-            label = style.words(name) if number == 0 else f"_{name} {number}"
+            label = naming.readable(name) if number == 0 else f"_{name} {number}"
             style.upright(
                 ax,
                 [cell["value"]],

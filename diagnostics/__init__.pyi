@@ -1,0 +1,87 @@
+"""The public names, for type checkers and editors. Written by scripts/docs.py."""
+
+from diagnostics.analysis.rank_agreement import agreement
+from diagnostics.analysis.selection import (
+    compare,
+    selection_curves,
+    selection_overlap,
+    selection_profile,
+    selection_summary,
+)
+from diagnostics.analysis.study import correlate, q3_contrast, q3_groups, study
+from diagnostics.contexts.import_rollouts import read_rollouts
+from diagnostics.contexts.import_tokens import read_tokens
+from diagnostics.contexts.prompts import load_prompts
+from diagnostics.contexts.rollouts import rollout
+from diagnostics.contexts.story_sums import sums, verify
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import validate_tokens
+from diagnostics.core.types import SCHEMA, Bank, Context, Prompt, read_bank
+from diagnostics.criteria import criterion, list_criteria, normalize, score_criterion, select
+from diagnostics.models.pair import Pair, load_pair
+from diagnostics.probing.attribution import attribute
+from diagnostics.probing.intervention import intervene, interventions
+from diagnostics.probing.one_step import probe
+from diagnostics.probing.scores import score, score_with_tops
+from diagnostics.report import figures as plot
+from diagnostics.report.compare_runs import compare_runs
+from diagnostics.report.page import read_run
+from diagnostics.report.tokenview import show
+from diagnostics.training.evaluation import (
+    EvaluationConfig,
+    evaluate,
+    find_verifier,
+    summarize_evaluation,
+)
+from diagnostics.training.run import EngineConfig, TrainConfig, train
+
+__version__: str
+__all__ = [
+    "SCHEMA",
+    "Bank",
+    "Context",
+    "DiagnosticsError",
+    "EngineConfig",
+    "EvaluationConfig",
+    "Pair",
+    "Prompt",
+    "TrainConfig",
+    "agreement",
+    "attribute",
+    "compare",
+    "compare_runs",
+    "correlate",
+    "criterion",
+    "evaluate",
+    "find_verifier",
+    "intervene",
+    "interventions",
+    "list_criteria",
+    "load_pair",
+    "load_prompts",
+    "normalize",
+    "plot",
+    "probe",
+    "q3_contrast",
+    "q3_groups",
+    "read_bank",
+    "read_rollouts",
+    "read_run",
+    "read_tokens",
+    "rollout",
+    "score",
+    "score_criterion",
+    "score_with_tops",
+    "select",
+    "selection_curves",
+    "selection_overlap",
+    "selection_profile",
+    "selection_summary",
+    "show",
+    "study",
+    "summarize_evaluation",
+    "sums",
+    "train",
+    "validate_tokens",
+    "verify",
+]

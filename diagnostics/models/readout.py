@@ -1,0 +1,231 @@
+"""One causal language model, taken apart into backbone and output head.
+
+Scoring projects hidden states to logits one chunk at a time, so it needs the two halves of a model
+separately. A head is trusted only after the two halves have reproduced the model's own logits on a
+short sequence (soft-capping and logit scaling included). A model that cannot be taken apart returns
+its full logits in place of hidden states, which costs memory and nothing else.
+
+Axes: B contexts, T tokens, n positions, H hidden size, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.core import distributed
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.measure.projection import is_plain, linear, wide_head
+from diagnostics.models.loading import move, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("diagnostics")
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Configuration fields that scale logits: Cohere's, Granite's, Falcon-H1's, Muse's."""
+
+
+class Readout:
+    """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`.
+
+    Args:
+        model: A causal language model of transformers.
+        vocabulary: Number of ids that `logits` returns; None means all.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocabulary: int | None = None):
+        self.model = model
+        self.backbone = backbone(model)
+        self.head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.full_vocabulary = config.vocab_size
+        self.vocabulary = vocabulary or self.full_vocabulary
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = 1.0
+        self._spare_head: tuple[Tensor, Tensor | None] | None = None
+        self.sharded = False
+        """True where the layers are spread over the processes. All processes must then run the
+        model equally often and at the same time.
+        """
+        self.apart = self._reproduces_logits(logit_scales(config))
+        if not self.apart:
+            log.warning(
+                "%s: head and backbone cannot be separated; full logits are held per micro-batch",
+                type(model).__name__,
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs."""
+        return next(self.model.parameters()).device
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Hidden states of right-padded sequences; the state at t predicts token t + 1.
+
+        Args:
+            ids_BT: [B, T] token ids.
+            mask_BT: [B, T] 1 on real tokens, 0 on padding.
+
+        Returns:
+            [B, T, H] in the model's dtype; full logits [B, T, V] for a model that cannot be taken
+            apart.
+        """
+        inputs = {
+            "input_ids": ids_BT.to(self.device),
+            "attention_mask": mask_BT.to(self.device),
+            "use_cache": False,
+        }
+        if self.apart:
+            return self.backbone(**inputs).last_hidden_state
+        with wide_head(self.model):
+            return self.model(**inputs).logits
+
+    def logits(self, hidden_nH: Tensor) -> Tensor:
+        """Logits [n, V] over the shared vocabulary, from states [n, H].
+
+        They are float32 or float64 whatever the model's dtype is (`measure.projection`).
+        """
+        return self._project(hidden_nH, slice(0, self.vocabulary))
+
+    def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
+        """Logits [n, full - V] of the ids that the other model lacks, from states [n, H]."""
+        return self._project(hidden_nH, slice(self.vocabulary, self.full_vocabulary))
+
+    def _project(self, hidden_nH: Tensor, ids: slice) -> Tensor:
+        if not self.apart:
+            return hidden_nH[:, ids]
+        weight, bias = self._spare_head or (self.head.weight, self.head.bias)
+        logits_nV = linear(
+            hidden_nH.to(weight.device), weight[ids], None if bias is None else bias[ids]
+        )
+        if self._scale != 1.0:
+            logits_nV = logits_nV * self._scale
+        return (
+            logits_nV
+            if self._softcap is None
+            else torch.tanh(logits_nV / self._softcap) * self._softcap
+        )
+
+    def park(self) -> None:
+        """Move the model to main memory.
+
+        A copy of its head stays on the device, so that states can still be projected.
+        """
+        if self.apart and self._spare_head is None:
+            bias = None if self.head.bias is None else self.head.bias.detach().clone()
+            self._spare_head = (self.head.weight.detach().clone(), bias)
+        move(self.model, "cpu")
+
+    def shard(self, device: str) -> None:
+        """Spread the decoder layers over the processes (FSDP2).
+
+        Embeddings, norm and head stay whole in each process. A layer is gathered when it runs and
+        released afterwards, so that a process holds its share of the layers and one more layer.
+
+        Args:
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            DiagnosticsError: There is one process, or the model cannot be taken apart.
+        """
+        if distributed.world() == 1 or not self.apart:
+            why = (
+                "this is the only process"
+                if self.apart
+                else f"{type(self.model).__name__} cannot be taken apart"
+            )
+            raise DiagnosticsError(
+                f"The teacher cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`,"
+                " or leave --shard-teacher out."
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        distributed.group()
+        place = resolve_device(distributed.local_device(device))
+        mesh = init_device_mesh(place.type, (distributed.world(),))
+        for layer in decoder_layers(self.backbone):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        move(self.model, place)
+        self.sharded = True
+
+    @torch.no_grad()
+    def _reproduces_logits(self, scales: Sequence[float]) -> bool:
+        """Whether the halves give the model's own logits on a short sequence, up to rounding.
+
+        scales: factors by which the model may multiply its logits; the first that fits is kept.
+        """
+        if not is_plain(self.head) or self.backbone is self.model:
+            return False
+        self.apart = True
+        ids_BT = torch.arange(4, device=self.device)[None] % self.full_vocabulary
+        mask_BT = torch.ones_like(ids_BT)
+        whole = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
+        states = self.hidden(ids_BT, mask_BT)[0]
+        rounding = max(torch.finfo(x.dtype).eps for x in (whole, states, self.head.weight))
+        for self._scale in scales:
+            halves = self._project(states, slice(0, self.full_vocabulary))
+            tolerance = 4 * rounding * (1 + whole.abs().max())
+            if whole.shape == halves.shape and bool((whole - halves).abs().max() <= tolerance):
+                return True
+        return False
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a model before its output head; the model itself where that is unknown.
+
+    Some classes name a prefix that they do not have (Llama 4's text model); there it is the
+    attribute `model`, as in all other classes.
+    """
+    inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def logit_scales(config) -> list[float]:
+    """Factors by which a model of this configuration may multiply its logits, most likely first.
+
+    One name means different things in different families (Granite divides by `logits_scaling`,
+    HyperCLOVA X multiplies; MPT names a scale and does not apply it), so each factor is tried on
+    the model itself. 1 is always among them.
+    """
+    found: list[float] = []
+    for name in LOGIT_SCALES:
+        value = getattr(config, name, None)
+        value = config.hidden_size**-0.5 if value == "inv_sqrt_d_model" else value
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value
+            and math.isfinite(value)
+        ):
+            found += [1 / value, value] if name == "logits_scaling" else [float(value)]
+    return list(dict.fromkeys([*found, math.prod(found), 1.0]))
+
+
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The list of a backbone's decoder layers: its longest list of modules."""
+    return max(
+        (module for module in backbone.modules() if isinstance(module, nn.ModuleList)), key=len
+    )
+
+
+def remove_layers(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Remove some of a decoder's layers, in place.
+
+    Args:
+        model: The model; its configuration follows.
+        layers: Indices of the layers to remove.
+    """
+    base: Any = model.base_model
+    kept = [layer for index, layer in enumerate(decoder_layers(base)) if index not in layers]
+    for index, layer in enumerate(kept):
+        attention: Any = layer.self_attn
+        attention.layer_idx = index
+    base.layers = nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)

@@ -1,0 +1,519 @@
+"""The one table of commands and stages: what each is for, takes, reads, writes and calls.
+
+The parser, the dispatcher, `rerun`, the pages of the documentation and the table of commands are
+made from `STAGES`, so a new stage is one new entry. Configurations are named rather than imported:
+a command without a model then never imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diagnostics.pipeline import stages
+from diagnostics.pipeline.flags import Flag, flag
+
+if TYPE_CHECKING:
+    from diagnostics.models.identity import Models
+    from diagnostics.pipeline.run import Run
+
+PAIR = "models.pair.PairConfig"
+PROMPTS = "contexts.prompts.PromptConfig"
+ROLLOUT = "contexts.rollouts.RolloutConfig"
+BANK = "contexts.import_rollouts.ImportConfig"
+SCORE = "probing.scores.ScoreConfig"
+PROBE = "probing.one_step.ProbeConfig"
+INTERVENTION = "probing.intervention.InterventionConfig"
+ATTRIBUTION = "probing.attribution.AttributionConfig"
+ANALYSIS = "analysis.config.AnalysisConfig"
+COMPARISON = "analysis.selection.ComparisonConfig"
+TRAIN = "training.run.TrainConfig"
+ENGINE = "training.run.EngineConfig"
+EVALUATION = "training.evaluation.EvaluationConfig"
+VALIDATE = "training.grid.ValidateConfig"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command at work on one run directory."""
+
+    command: str
+    """The command's name."""
+    run: Run
+    """The open run directory."""
+    models: Models | None
+    """The pair, loaded when a stage first needs it; None for commands without a model."""
+    configs: Mapping[str, Any]
+    """The command's configurations by the names above."""
+    flags: argparse.Namespace
+    """The parsed flags, for settings that no configuration holds."""
+
+    def flag(self, name: str) -> Any:
+        """The value of a flag, None where this command has no such flag."""
+        return getattr(self.flags, name, None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, or a part of one that the manifest records under a name of its own."""
+
+    name: str
+    """What the user types and the manifest records."""
+    purpose: str
+    """What it does, in one sentence."""
+    example: tuple[str, ...] = ()
+    """Arguments of commands to show, without the program's name."""
+    configs: tuple[str, ...] = ()
+    """Dataclasses whose fields are its flags, as `room.module.Class`."""
+    reads: str = ""
+    """Files and inputs that it reads, for the table of commands."""
+    writes: str = ""
+    """Files that it writes, for the table of commands."""
+    flags: tuple[Flag, ...] = ()
+    """Flags that no configuration holds; a command has those of its unnamed parts too."""
+    run: Callable[[Job], dict[str, str] | None] | None = None
+    """The work on a run directory; what it returns is the command's result. None for a command that
+    does not work on one run, which `cli` calls itself."""
+    parts: tuple[str, ...] = ()
+    """Stages that the command runs in turn, its own among them; itself alone where empty."""
+    command: str | None = None
+    """The command that runs it, where that has another name: the stage is no command then."""
+    recorded: bool = True
+    """Whether the manifest records it, so that `rerun` repeats it."""
+    modules: tuple[str, ...] = ()
+    """Modules whose docstrings its page of the documentation shows."""
+
+
+OUTPUT_DIR = flag("output-dir", required=True, help="directory of the run")
+ACCEPT_CODE = flag(
+    "accept-code",
+    action="store_true",
+    help="keep finished stages that another version of this program measured",
+)
+SEED = flag(
+    "seed", recorded="always", type=int, default=0, help="seed of the bootstrap (default: 0)"
+)
+
+
+def _rollout(job: Job) -> None:
+    stages.rollout_stage(
+        job.run, job.models, job.configs[PROMPTS], job.configs[ROLLOUT], job.configs[BANK]
+    )
+
+
+def _score(job: Job) -> None:
+    stages.score_stage(job.run, job.models, job.configs[SCORE])
+
+
+def _after(job: Job) -> None:
+    if job.flag("after"):
+        stages.after_stage(
+            job.run,
+            job.models,
+            job.flag("after"),
+            batch_tokens=job.configs[SCORE].batch_tokens,
+        )
+
+
+def _import(job: Job) -> None:
+    if job.flag("tokens"):
+        stages.import_tokens(job.run, Path(job.flag("tokens")))
+
+
+def _probe(job: Job) -> None:
+    stages.probe_stage(
+        job.run, job.models, job.configs[PROBE], batch_tokens=job.configs[SCORE].batch_tokens
+    )
+
+
+def _attribute(job: Job) -> None:
+    stages.attribute_stage(
+        job.run,
+        job.models,
+        job.configs[PROBE],
+        job.configs[ATTRIBUTION],
+        job.configs[ANALYSIS],
+        batch_tokens=job.configs[SCORE].batch_tokens,
+    )
+
+
+def _intervene(job: Job) -> None:
+    stages.intervene_stage(
+        job.run,
+        job.models,
+        job.configs[PROBE],
+        job.configs[INTERVENTION],
+        job.configs[ANALYSIS],
+        batch_tokens=job.configs[SCORE].batch_tokens,
+    )
+
+
+def _analyze(job: Job) -> None:
+    stages.analyze_stage(
+        job.run,
+        job.configs[ANALYSIS],
+        seed=job.flag("seed"),
+        training=job.flag("training"),
+        # The --k of `run` is the K of its scores, which the manifest already knows.
+        k=job.flag("k") if job.command == "analyze" else None,
+    )
+
+
+def _compare(job: Job) -> None:
+    stages.compare_stage(
+        job.run, job.configs[COMPARISON], job.configs[ANALYSIS], seed=job.flag("seed")
+    )
+
+
+def _report(job: Job) -> dict[str, str]:
+    return {"report": str(stages.report_stage(job.run))}
+
+
+def _train(job: Job) -> None:
+    stages.train_stage(
+        job.run,
+        job.models,
+        *(job.configs[name] for name in (PROMPTS, TRAIN, ENGINE, EVALUATION)),
+    )
+
+
+def _validate(job: Job) -> None:
+    stages.validate_stage(
+        job.run,
+        job.models,
+        *(job.configs[name] for name in (PROMPTS, VALIDATE, EVALUATION)),
+        offline=job.flag("offline"),
+        analysis=job.configs[ANALYSIS],
+        engine=job.configs[ENGINE],
+    )
+
+
+STAGES = (
+    Stage(
+        name="run",
+        purpose="Do the whole main job: rollout, score, probe, analyze, report.",
+        example=(
+            "run --pair embedded --output-dir reports/demo",
+            "run --student ./small --teacher ./large --prompts prompts.jsonl"
+            " --output-dir reports/mine",
+        ),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, ANALYSIS),
+        reads="two models and prompts",
+        writes="everything that its five stages write",
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        parts=("rollout", "score", "probe", "analyze", "report"),
+        modules=("pipeline.stages",),
+    ),
+    Stage(
+        name="rollout",
+        purpose=(
+            "Sample one response per prompt from the student and freeze it, or freeze responses"
+            " that were sampled by another program."
+        ),
+        example=(
+            "rollout --pair embedded --contexts 64 --output-dir reports/mine",
+            "rollout --student ./small --teacher ./large --rollouts rollout_data/40.jsonl"
+            " --prompts prompts.jsonl --output-dir reports/mine",
+        ),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK),
+        reads="prompts, or a file of rollouts",
+        writes="`contexts.parquet`: what the student wrote, frozen",
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_rollout,
+        modules=(
+            "contexts.prompts",
+            "contexts.conversations",
+            "models.chat_templates",
+            "contexts.rollouts",
+            "contexts.import_rollouts",
+        ),
+    ),
+    Stage(
+        name="score",
+        purpose="Measure every response position of the frozen contexts.",
+        example=(
+            "score --pair embedded --output-dir reports/mine",
+            "score --pair embedded --after reports/trained/student --output-dir reports/mine",
+        ),
+        configs=(PAIR, SCORE),
+        reads="`contexts.parquet`",
+        writes=(
+            "`scores.parquet`: every measurement before the step; `tops.parquet`: the most likely"
+            " tokens of both models; `tokens.parquet`"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_score,
+        parts=("score", "after"),
+        modules=("probing.scores", "measure.divergences"),
+    ),
+    Stage(
+        name="import",
+        purpose="Take over a token table that was written by another program.",
+        reads="a token table",
+        writes="`tokens.parquet`",
+        flags=(
+            flag(
+                "tokens",
+                recorded="always",
+                help=(
+                    "read this token table (of this program, or of one of the released scripts)"
+                    " instead of the run's own"
+                ),
+            ),
+        ),
+        run=_import,
+        command="analyze",
+    ),
+    Stage(
+        name="probe",
+        purpose="Take one distillation step, score the same positions again, restore the student.",
+        example=("probe --pair embedded --loss forward_kl --output-dir reports/mine",),
+        configs=(PAIR, PROBE, SCORE),
+        reads="`contexts.parquet`, `scores.parquet`",
+        writes=(
+            "`gains.parquet`, `tables/calibration.csv`; `tokens.parquet`: scores and gains joined"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_probe,
+        modules=("probing.one_step", "measure.losses"),
+    ),
+    Stage(
+        name="after",
+        purpose="Measure the gains of a student that was trained by another program.",
+        reads="`contexts.parquet`, `scores.parquet`",
+        writes="`gains.parquet`",
+        flags=(
+            flag(
+                "after",
+                recorded="always",
+                help="a trained student: add its columns after training and its gains to the table",
+            ),
+        ),
+        run=_after,
+        command="score",
+    ),
+    Stage(
+        name="attribute",
+        purpose="Compute first-order gains, and where the gain of a position comes from.",
+        example=("attribute --pair embedded --full-kernel --output-dir reports/mine",),
+        configs=(PAIR, PROBE, ATTRIBUTION, ANALYSIS, SCORE),
+        reads="`contexts.parquet`, `scores.parquet`, `gains.parquet`",
+        writes=(
+            "`first_order.parquet`, `tables/linearity.csv`, `tables/kernel.csv`,"
+            " `tables/kernel_shares.csv`, `tables/lift.csv`"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_attribute,
+        modules=("probing.attribution",),
+    ),
+    Stage(
+        name="intervene",
+        purpose=(
+            "Take one step per criterion and budget, with loss on the selected positions only."
+        ),
+        example=(
+            "intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3"
+            " --output-dir reports/mine",
+        ),
+        configs=(PAIR, PROBE, INTERVENTION, ANALYSIS, SCORE),
+        reads="`contexts.parquet`, `scores.parquet`",
+        writes=(
+            "`interventions.parquet`, `tables/intervention.csv`; `cells/`: finished steps, so that"
+            " a wider grid goes on from there"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_intervene,
+        modules=("probing.intervention", "analysis.rank_agreement"),
+    ),
+    Stage(
+        name="analyze",
+        purpose="Write the tables of the study from the token table.",
+        example=(
+            "analyze --output-dir reports/mine",
+            "analyze --tokens token_bank.csv --output-dir reports/theirs",
+        ),
+        configs=(ANALYSIS,),
+        reads="`tokens.parquet`, or another token table",
+        writes="`tables/*.csv`",
+        flags=(
+            OUTPUT_DIR,
+            flag(
+                "training",
+                recorded="maybe",
+                help="run directory of a finished validation, for claim C5",
+            ),
+            flag(
+                "k",
+                recorded="maybe",
+                type=int,
+                help="K of an imported table's columns, where the table does not say it",
+            ),
+            SEED,
+        ),
+        run=_analyze,
+        parts=("import", "analyze"),
+        modules=(
+            "analysis.study",
+            "analysis.regressions",
+            "analysis.robustness",
+            "contexts.import_tokens",
+        ),
+    ),
+    Stage(
+        name="compare",
+        purpose="Say what each criterion would have captured of the gains, at each budget.",
+        example=(
+            "compare --output-dir reports/mine --criteria divergence,teachability,tip"
+            " --budgets 0.01,0.05,0.1",
+        ),
+        configs=(COMPARISON, ANALYSIS),
+        reads="`tokens.parquet`; `interventions.parquet` where there is one",
+        writes="`tables/selection_*.csv`, `tables/offline_*.csv`",
+        flags=(OUTPUT_DIR, SEED),
+        run=_compare,
+        parts=("import", "compare"),
+        modules=("analysis.selection", "criteria"),
+    ),
+    Stage(
+        name="report",
+        purpose=(
+            "Draw the figures and write report.html from the run's files alone, or set several"
+            " runs side by side."
+        ),
+        example=(
+            "report reports/mine",
+            "report --compare reports/demo reports/smollm2 --output-dir reports",
+        ),
+        reads="whatever the run holds",
+        writes="`figures/*`, `report.html`, `report.md`; with `--compare`: `compare.html`",
+        flags=(
+            flag("output-dir", help="directory of the run, or of the comparison"),
+            Flag(("directory",), dict(nargs="?", metavar="DIR", help="the same as --output-dir")),
+            flag(
+                "contexts",
+                type=int,
+                default=24,
+                help="contexts shown token by token, 0 for none (default: 24)",
+            ),
+            flag(
+                "compare",
+                nargs="+",
+                metavar="DIR",
+                help="finished runs to set side by side, in compare.html of --output-dir",
+            ),
+        ),
+        run=_report,
+        recorded=False,
+        modules=("report.page", "report.summary", "report.tokenview", "report.compare_runs"),
+    ),
+    Stage(
+        name="train",
+        purpose="Train the student on the positions that a criterion selects (TA-OPD).",
+        example=(
+            "train --pair embedded --criterion teachability --budget 0.05 --steps 100"
+            " --output-dir reports/trained",
+        ),
+        configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
+        reads="two models and prompts; `contexts.parquet` where there is one",
+        writes=(
+            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_train,
+        modules=("training.run", "training.trl_trainer", "training.evaluation"),
+    ),
+    Stage(
+        name="validate",
+        purpose=(
+            "Train a grid of short trainings, and compare their outcomes with the probe's"
+            " conclusions."
+        ),
+        example=(
+            "validate --pair embedded --offline reports/demo --output-dir reports/validation",
+        ),
+        configs=(PAIR, PROMPTS, VALIDATE, ENGINE, EVALUATION, ANALYSIS),
+        reads="two models and prompts; with `--offline`: a finished run",
+        writes="`cells/`, `tables/validation_*.csv`, `tables/verdicts.csv`",
+        flags=(
+            OUTPUT_DIR,
+            ACCEPT_CODE,
+            flag(
+                "offline",
+                recorded="maybe",
+                help=(
+                    "run directory of a finished main job, whose answers are compared with the"
+                    " trainings"
+                ),
+            ),
+        ),
+        run=_validate,
+        modules=("training.grid", "analysis.training_outcomes"),
+    ),
+    Stage(
+        name="rerun",
+        purpose="Repeat a run from its manifest and compare the hash of every file.",
+        example=(
+            "rerun reports/demo/manifest.json --output-dir reports/again",
+            "rerun reports/mine/manifest.json --inputs ./small ./large prompts.jsonl"
+            " --output-dir reports/again",
+        ),
+        reads="`manifest.json` of a finished run, and what it names",
+        writes="the same files in a new directory",
+        flags=(
+            Flag(("manifest",), dict(help="manifest.json of a finished run")),
+            flag("output-dir", required=True, help="a new directory"),
+            flag(
+                "inputs",
+                nargs="+",
+                default=(),
+                metavar="PATH",
+                help=(
+                    "models, prompts and runs that the manifest names and that do not lie beside it"
+                ),
+            ),
+            flag("device", default="auto", help="where the models run (default: auto)"),
+        ),
+        modules=("pipeline.reproduce",),
+    ),
+    Stage(
+        name="criteria",
+        purpose="List the registered selection criteria.",
+        example=("criteria",),
+        reads="nothing",
+        writes="nothing",
+    ),
+)
+"""Every stage in the order of the work, so that each reads what those before it write."""
+BY_NAME = {stage.name: stage for stage in STAGES}
+COMMANDS = tuple(stage for stage in STAGES if stage.command is None)
+"""The stages that a user can type."""
+
+
+def flags_of(command: Stage) -> tuple[Flag, ...]:
+    """A command's own flags, and those of its parts that are no commands themselves."""
+    parts = (BY_NAME[name] for name in command.parts)
+    return command.flags + tuple(own for part in parts if part.command for own in part.flags)
+
+
+def load_configs(command: str) -> dict[str, type]:
+    """The dataclasses of a command by name; this imports the modules that define them."""
+    return {name: _imported(name) for name in BY_NAME[command].configs}
+
+
+def _imported(name: str) -> type:
+    module, _, config = name.rpartition(".")
+    return getattr(importlib.import_module(f"diagnostics.{module}"), config)
+
+
+def do(job: Job) -> dict[str, str]:
+    """Run a command's stages in turn on its run directory, and return what to print."""
+    result = {"output_dir": str(job.run.directory)}
+    for name in BY_NAME[job.command].parts or (job.command,):
+        work = BY_NAME[name].run
+        assert work is not None, name
+        result = work(job) or result
+    return result

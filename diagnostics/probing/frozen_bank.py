@@ -1,0 +1,128 @@
+"""Contexts with the teacher's states for them, scored again and again as the student changes.
+
+The teacher runs once, when the bank is set up. A bank may be divided into parts, such as the half
+of the prompts that carries a loss and the half that is held out; every part has batches of its own.
+
+Axes: N positions of the bank, n of a batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from diagnostics.core.progress import Shards
+from diagnostics.core.types import Bank
+from diagnostics.models.pair import Pair
+from diagnostics.probing import scores
+
+
+@dataclass
+class BankPart:
+    """This process's batches of a part of the bank, and the teacher's states [n, H] for each."""
+
+    batches: list[scores.Batch]
+    teacher: list[Tensor]
+
+    def __iter__(self) -> Iterator[tuple[scores.Batch, Tensor]]:
+        return zip(self.batches, self.teacher, strict=True)
+
+    def halve(self, error: BaseException) -> None:
+        """Halve every batch after one of them did not fit in memory.
+
+        Args:
+            error: The out-of-memory error, which is named where a batch is one context already.
+
+        Raises:
+            DiagnosticsError: A batch of one context cannot be halved.
+        """
+        halves = [batch.halves(error) for batch in self.batches]
+        self.teacher = [
+            part
+            for two, states in zip(halves, self.teacher, strict=True)
+            for part in states.split([len(half.rows_n) for half in two])
+        ]
+        self.batches = [half for two in halves for half in two]
+
+
+class FrozenBank:
+    """A bank, its batches and the teacher's states for them.
+
+    Under several processes each holds a share of the batches; results are whole on all.
+
+    Args:
+        pair: Student and teacher. The student may change between two calls, the teacher may not.
+        bank: The frozen contexts, N response positions in all.
+        batch_tokens: Tokens in one forward pass, padding included.
+        parts: Masks bool [N], each a part of the bank with its own batches; one part with every
+            position by default. A position that no mask has is not scored.
+
+    Raises:
+        DiagnosticsError: The pair cannot score the bank (see `scores.check_bank`).
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        bank: Bank,
+        *,
+        batch_tokens: int = scores.BATCH_TOKENS,
+        parts: Sequence[np.ndarray] | None = None,
+    ):
+        scores.check_bank(pair, bank)
+        self.pair, self.bank = pair, bank
+        groups = [
+            scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
+            for keep in ((None,) if parts is None else parts)
+        ]
+        states = iter(scores.teacher_states(pair, [batch for group in groups for batch in group]))
+        self.parts = [BankPart(group, [next(states) for _ in group]) for group in groups]
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """The prompt of every position [N]."""
+        return np.repeat(
+            [context.prompt_id for context in self.bank],
+            [len(context.response_ids) for context in self.bank],
+        )
+
+    @property
+    def batches(self) -> list[scores.Batch]:
+        """This process's batches of all parts, in the parts' order."""
+        return [batch for part in self.parts for batch in part.batches]
+
+    @property
+    def teacher(self) -> list[Tensor]:
+        """The teacher's states for `batches`."""
+        return [states for part in self.parts for states in part.teacher]
+
+    def rescore(
+        self, description: str, *, js: bool = False, shards: Shards | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Measure both divergences at every position with the student as it is now.
+
+        Args:
+            description: What the progress bar says.
+            js: Whether the Jensen-Shannon divergence is measured too.
+            shards: Where finished batches are kept, and taken from.
+
+        Returns:
+            KL(q||p) (teacher first), KL(p||q) and with `js` JS, each float64 [N] in nats; 0 at a
+            position that no part has.
+        """
+        return scores.rescore(
+            self.pair,
+            self.batches,
+            self.teacher,
+            positions=self.bank.positions,
+            description=description,
+            js=js,
+            shards=shards,
+        )
+
+    def divergences(self) -> tuple[np.ndarray, ...]:
+        """KL(q||p) (teacher first) and KL(p||q) [N] in nats with the student as it is now."""
+        return self.rescore("bank")

@@ -1,0 +1,685 @@
+"""Set-up of one optimizer step on frozen contexts, which probe, intervention and attribution share.
+
+    theta1 = theta0 + a * d,    d the optimizer's first direction at theta0, a its calibrated size
+
+The prompts are split in two: the *step* half carries the loss, the *held-out* half shows what
+spills over. For `adamw` d is AdamW's bias-corrected first update, -g/(|g| + eps), so that the step
+size a is its learning rate; for `sgd` d is -g/|g|, so that a is the update's norm. With step size
+`auto`, a is the largest size tried whose realized drop in mean loss is at least 80 % of the
+first-order prediction -a*<g, d>. (`sampled` is a linear surrogate whose own value bounds no step:
+its size is calibrated on the reverse KL that it estimates.)
+
+Axes: N positions of the bank, n of a batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diagnostics.core import distributed
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.progress import Shards
+from diagnostics.core.schema import require_columns
+from diagnostics.core.types import Bank
+from diagnostics.measure import losses
+from diagnostics.measure.divergences import to_float64
+from diagnostics.models import topk_teacher
+from diagnostics.models.pair import Pair, weights_sha256
+from diagnostics.probing import scores
+from diagnostics.probing.directions import Direction, Store
+from diagnostics.probing.frozen_bank import BankPart, FrozenBank
+from diagnostics.probing.tensor_lists import inner_product, random_signs, same_bits, tensor_norm
+
+log = logging.getLogger("diagnostics")
+ADAM_EPS = 1e-8
+LINEAR_ENOUGH = 0.8
+FIRST_TRIAL_DROP = 0.02
+"""Share of the loss that the first calibration trial is predicted to remove."""
+AIM = 0.85
+"""A trial aims at this share of the size where the last trial's parabola meets LINEAR_ENOUGH."""
+CLOSE_ENOUGH = 0.86
+"""Between this ratio and LINEAR_ENOUGH a calibration ends early."""
+CALIBRATION_TRIALS = 4
+"""On the step half these cost as much as two forward passes over the bank."""
+RESCUE_TRIALS = 3
+"""Further trials where none of the planned ones was linear."""
+OPTIMIZERS = ("adamw", "sgd")
+CALIBRATION_LOSS = {"sampled": "reverse_kl"}
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The step and its controls.
+
+    Attributes:
+        loss: Loss of the step, one of `losses.LOSSES`.
+        beta: The teacher's share in the mixture of `jsd`, from 0 to 1; no other loss reads it.
+        optimizer: Whose first update is the direction: `adamw` or `sgd`.
+        step: `auto` calibrates the size; otherwise a number of at least 0, which is the learning
+            rate for `adamw` and the norm of the update for `sgd`.
+        held_out: Share of the prompts that carry no loss.
+        seed: Seed of the split into step and held-out prompts, and of the placebo.
+
+    Raises:
+        DiagnosticsError: The loss or the optimizer is unknown, or the step is no number of at
+            least 0.
+    """
+
+    loss: str = field(
+        default="reverse_kl", metadata={"help": "OPD loss of the step", "choices": losses.LOSSES}
+    )
+    beta: float = field(default=0.5, metadata={"help": "teacher's share in the mixture of jsd"})
+    optimizer: str = field(
+        default="adamw", metadata={"help": "direction of the step", "choices": OPTIMIZERS}
+    )
+    step: str = field(
+        default="auto",
+        metadata={"help": "auto, or a number: learning rate (adamw) or update norm (sgd)"},
+    )
+    held_out: float = field(default=0.5, metadata={"help": "share of prompts that carry no loss"})
+    seed: int = field(default=0, metadata={"help": "seed of the split and of the placebo"})
+
+    def __post_init__(self):
+        requested_step(self.loss, self.optimizer, self.step)
+
+    @property
+    def step_size(self) -> float | None:
+        """The size that was asked for; None where it is to be calibrated."""
+        return requested_step(self.loss, self.optimizer, self.step)
+
+
+@dataclass(frozen=True)
+class StepPositions:
+    """The positions of a bank, and which of them carry the loss of a step."""
+
+    tokens: pd.DataFrame
+    """Token table, one row per position."""
+    split: np.ndarray
+    """`step` or `held_out` for each position [N]."""
+    weights_N: np.ndarray
+    """1.0 where a position carries loss in the step on all positions, else 0.0."""
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A calibrated step that has not been taken yet; the student stands at theta0."""
+
+    bench: StepBench
+    weights_N: np.ndarray
+    """1.0 where a position carries loss, else 0.0."""
+    direction: Direction
+    """The optimizer's first direction for the mean loss over these positions."""
+    calibration: pd.DataFrame
+    """The sizes that were tried (see `calibrate`)."""
+
+    @property
+    def chosen(self) -> pd.Series:
+        """The row of the calibration whose size is taken."""
+        return self.calibration[self.calibration["chosen"]].iloc[0]
+
+    @property
+    def step_size(self) -> float:
+        """Learning rate (adamw) or update norm (sgd) of the step."""
+        return float(self.chosen.step_size)
+
+
+def prepare_step(
+    pair: Pair,
+    bank: Bank,
+    tokens: pd.DataFrame | None,
+    config: ProbeConfig,
+    *,
+    batch_tokens: int = scores.BATCH_TOKENS,
+    keep_split: bool = True,
+    store: Store | None = None,
+) -> PreparedStep:
+    """Set up the step on all positions of the step half: gradient, direction and size.
+
+    Args:
+        pair: Student (float32 or float64) and teacher.
+        bank: The frozen contexts.
+        tokens: The bank's token table; None scores the bank first.
+        config: The step.
+        batch_tokens: Tokens in one forward pass, padding included.
+        keep_split: Whether the table's own column `split` is used where it has one.
+        store: Where direction and calibration are kept, and taken from after an interruption.
+
+    Returns:
+        The bench with the student at theta0, the weights, the direction and the calibration.
+
+    Raises:
+        DiagnosticsError: The table is of another bank, one half has no prompts, the student's
+            precision is too low for a small step, or loss or gradient is not finite.
+    """
+    positions = step_positions(
+        pair, bank, tokens, config, batch_tokens=batch_tokens, keep_split=keep_split
+    )
+    bench = StepBench(pair, bank, positions.tokens, positions.split, batch_tokens=batch_tokens)
+    return kept_step(bench, positions.weights_N, config, store or Store(None))
+
+
+def step_positions(
+    pair: Pair,
+    bank: Bank,
+    tokens: pd.DataFrame | None,
+    config: ProbeConfig,
+    *,
+    batch_tokens: int = scores.BATCH_TOKENS,
+    keep_split: bool = True,
+) -> StepPositions:
+    """The first part of `prepare_step`, which runs no model where there is a token table."""
+    if tokens is None:
+        tokens = scores.score(pair, bank, batch_tokens=batch_tokens)
+    require_same_bank(bank, tokens)
+    if keep_split and "split" in tokens:
+        split = tokens["split"].to_numpy(dtype=object)
+    else:
+        split = split_prompts(tokens["prompt_id"], held_out=config.held_out, seed=config.seed)
+    return StepPositions(tokens, split, loss_weights(tokens, split))
+
+
+def kept_step(
+    bench: StepBench, weights_N: np.ndarray, config: ProbeConfig, store: Store
+) -> PreparedStep:
+    """The step's direction and the calibration along it.
+
+    They are those of an interrupted run where the store has them, and are made and kept otherwise.
+    Measurements along a direction are named by its hash, so no result along another direction is
+    ever reused.
+    """
+    direction = store.direction(bench.parameters)
+    if direction is None:
+        direction = bench.direction(
+            weights_N, loss=config.loss, beta=config.beta, optimizer=config.optimizer
+        ).named()
+        store.keep(direction)
+    calibration = store.calibration(direction)
+    if calibration is None:
+        calibration = calibrate(
+            bench, direction, weights_N, beta=config.beta, step_size=config.step_size
+        )
+        store.keep_calibration(direction, calibration)
+    return PreparedStep(bench, weights_N, direction, calibration)
+
+
+class StepBench:
+    """A frozen bank and a student that can be moved along a direction and put back.
+
+    The bank is divided into three parts: `step`, `held_out`, and `nonfinite` for contexts in which
+    a measurement is NaN, which carry no loss.
+
+    Args:
+        pair: Student (float32 or float64) and teacher.
+        bank: The frozen contexts, N response positions in all.
+        tokens: The bank's token table, one row per position in bank order.
+        split: `step` or `held_out` for each position [N].
+        batch_tokens: Tokens in one forward pass, padding included.
+
+    Raises:
+        DiagnosticsError: The student's precision is too low for a small step, or the pair cannot
+            score the bank.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        bank: Bank,
+        tokens: pd.DataFrame,
+        split: np.ndarray,
+        *,
+        batch_tokens: int = scores.BATCH_TOKENS,
+    ):
+        self.pair, self.bank, self.tokens, self.split = pair, bank, tokens, split
+        self.teacher = scores.teacher_of(pair)
+        self.parameters: list[Tensor] = [
+            p for p in pair.student.model.parameters() if p.is_floating_point()
+        ]
+        _require_precision(self.parameters)
+        on_step, apart = split == "step", in_nonfinite_context(tokens)
+        masks = (on_step & ~apart, ~on_step & ~apart, apart)
+        self.frozen = FrozenBank(pair, bank, batch_tokens=batch_tokens, parts=masks)
+        self.origin = [p.detach().clone() for p in self.parameters]
+        self.origin_sha256 = weights_sha256(pair.student.model)
+        self.weight_norm = tensor_norm(self.origin)
+        self._sums: list[Tensor | None] = []
+
+    @property
+    def step(self) -> BankPart:
+        """The part of the bank that carries the loss."""
+        return self.frozen.parts[0]
+
+    @property
+    def held_out(self) -> BankPart:
+        """The part of the bank whose prompts carry no loss."""
+        return self.frozen.parts[1]
+
+    def mean_loss(
+        self, weights_N: np.ndarray, *, loss: str, beta: float, backward: bool = False
+    ) -> float:
+        """Weighted mean of the loss at the step positions.
+
+        The denominator is the sum of all weights, so neither value nor gradient depends on the
+        size or the number of batches. The advantage of `sampled` is held at theta0's.
+
+        Args:
+            weights_N: Float [N], 0 where a position carries no loss.
+            loss: One of `losses.LOSSES`.
+            beta: The teacher's share in the mixture of `jsd`.
+            backward: Whether the gradient is collected too (see `gradient`).
+
+        Returns:
+            The mean in nats.
+        """
+        parts_N = np.zeros(len(self.tokens))
+        with torch.set_grad_enabled(backward):
+            for batch, teacher_nH in self.step:
+                if not weights_N[batch.rows_n.numpy()].any():
+                    continue
+                student_nH = batch.states(self.pair.student)
+                part = self.batch_loss(
+                    batch, student_nH, teacher_nH, weights_N, loss=loss, beta=beta
+                )
+                parts_N[int(batch.rows_n[0])] = float(part.detach())
+                if backward:
+                    part.backward()
+                    self._collect_gradients()
+        # rounded once, so that neither the order of the batches nor their process matters
+        return math.fsum(distributed.sum_over_processes(parts_N))
+
+    def batch_loss(
+        self,
+        batch: scores.Batch,
+        student_nH: Tensor,
+        teacher_nH: Tensor,
+        weights_N: np.ndarray,
+        *,
+        loss: str,
+        beta: float,
+    ) -> Tensor:
+        """One batch's part of the weighted mean loss over all positions.
+
+        Args:
+            batch: The batch, n positions.
+            student_nH: The student's states [n, H].
+            teacher_nH: The teacher's states [n, H].
+            weights_N: Float [N] over the whole bank, 0 where a position carries no loss.
+            loss: One of `losses.LOSSES`.
+            beta: The teacher's share in the mixture of `jsd`.
+
+        Returns:
+            A scalar in nats, whose graph reaches `student_nH` and the output head.
+        """
+        rows = batch.rows_n.numpy()
+        return losses.chunked_loss(
+            student_nH,
+            self.pair.student.logits,
+            teacher_nH,
+            self.teacher.logits,
+            batch.sampled_n,
+            loss=loss,
+            beta=beta,
+            weights_N=torch.from_numpy(weights_N[rows]),
+            denominator=float(weights_N.sum()),
+            advantage_N=torch.from_numpy(self.tokens["advantage"].to_numpy()[rows]),
+        )
+
+    def gradient(
+        self, weights_N: np.ndarray, *, loss: str, beta: float
+    ) -> tuple[float, list[Tensor]]:
+        """Mean loss at theta0 and its gradient.
+
+        Batches are added up in float64: AdamW's first step divides a gradient by its own size,
+        which would turn the rounding of another order of summation into a different step. Out of
+        memory, every batch is halved and the gradient is started again.
+
+        Args:
+            weights_N: Float [N], 0 where a position carries no loss.
+            loss: One of `losses.LOSSES`.
+            beta: The teacher's share in the mixture of `jsd`.
+
+        Returns:
+            The mean in nats, and one tensor per parameter in the parameter's dtype.
+
+        Raises:
+            DiagnosticsError: Loss or gradient is not finite, or one context does not fit in memory.
+        """
+        value = None
+        while value is None:
+            self._sums = [None] * len(self.parameters)
+            # an attempt that ran out of memory leaves gradients behind
+            self.pair.student.model.zero_grad(set_to_none=True)
+            try:
+                value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.step.halve(error)
+        gradient = self._summed_gradients()
+        if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
+            raise DiagnosticsError(
+                f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the"
+                " models' logits for NaN or inf, or use float32."
+            )
+        return value, gradient
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            total = self._sums[i]
+            if total is None:  # the first batch's gradient is kept without a copy
+                self._sums[i] = p.grad
+            else:
+                total = to_float64(total)
+                total += p.grad.to(total.device)
+                self._sums[i] = total
+            p.grad = None
+
+    def _summed_gradients(self) -> list[Tensor]:
+        """The gradient over all processes in the parameters' dtype; what was collected is
+        forgotten.
+        """
+        sums = [
+            torch.zeros_like(p) if total is None else total
+            for p, total in zip(self.parameters, self._sums, strict=True)
+        ]
+        self._sums = []
+        if distributed.world() > 1:
+            sums = [to_float64(total) for total in sums]
+            distributed.sum_in_place(sums)
+        return [total.to(p) for p, total in zip(self.parameters, sums, strict=True)]
+
+    def direction(
+        self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str
+    ) -> Direction:
+        """The optimizer's first direction at theta0, and the loss that calibrates its size.
+
+        Args:
+            weights_N: Float [N], 0 where a position carries no loss.
+            loss: One of `losses.LOSSES`.
+            beta: The teacher's share in the mixture of `jsd`.
+            optimizer: `adamw` or `sgd`.
+
+        Returns:
+            The direction, without its hash.
+
+        Raises:
+            DiagnosticsError: A top-K teacher cannot supply this loss, or loss or gradient is not
+                finite.
+        """
+        advantage_N = self.tokens["advantage"].to_numpy()
+        topk_teacher.require_loss(self.teacher, loss, advantage_N, weights_N)
+        value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
+        norm = tensor_norm(gradient)
+        update = first_update(gradient, optimizer)
+        calibration_loss = CALIBRATION_LOSS.get(loss, loss)
+        if calibration_loss != loss:
+            value, gradient = self.gradient(weights_N, loss=calibration_loss, beta=beta)
+        slope = inner_product(gradient, update)
+        return Direction(update, calibration_loss, value, norm, slope, tensor_norm(update))
+
+    @contextmanager
+    def moved(
+        self, direction: list[Tensor], step_size: float, *, placebo_seed: int | None = None
+    ) -> Iterator[None]:
+        """Hold the student at theta0 + step_size * direction while the block runs.
+
+        Args:
+            direction: One tensor per parameter.
+            step_size: Factor of the direction.
+            placebo_seed: Where given, every coordinate of the update gets a random sign.
+        """
+        signs = random_signs(direction, placebo_seed)
+        try:
+            with torch.no_grad():
+                for p, o, d, sign in zip(self.parameters, self.origin, direction, signs):
+                    torch.mul(d, step_size, out=p)
+                    p.mul_(sign).add_(o)
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put theta0 back, bit for bit."""
+        for p, o in zip(self.parameters, self.origin, strict=True):
+            p.copy_(o)
+
+    def rescore(
+        self, description: str, *, js: bool = False, shards: Shards | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """The divergences of the whole bank, as `FrozenBank.rescore` measures them."""
+        return self.frozen.rescore(description, js=js, shards=shards)
+
+    def require_restored(self) -> None:
+        """Raise RuntimeError unless every bit of the student's weights is as at the start."""
+        changed = [
+            name
+            for name, p, o in zip(self.names, self.parameters, self.origin, strict=True)
+            if not same_bits(p, o)
+        ]
+        if changed:
+            raise RuntimeError(
+                f"{len(changed)} of the student's {len(self.parameters)} weights are not as before"
+                f" the step, {changed[0]} first"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `parameters`."""
+        return [
+            name for name, p in self.pair.student.model.named_parameters() if p.is_floating_point()
+        ]
+
+
+def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
+    """The optimizer's first update from a gradient, for a step of size 1.
+
+    Args:
+        gradient: One tensor per parameter.
+        optimizer: `adamw` gives -g/(|g| + eps) for each coordinate, `sgd` gives -g/|g|.
+
+    Returns:
+        One tensor per parameter.
+    """
+    if optimizer == "adamw":
+        sizes = (g.abs().add_(ADAM_EPS) for g in gradient)
+        return [torch.div(g, size, out=size).neg_() for g, size in zip(gradient, sizes)]
+    scale = max(tensor_norm(gradient), torch.finfo(torch.float32).tiny)
+    return [-g / scale for g in gradient]
+
+
+def calibrate(
+    bench: StepBench,
+    direction: Direction,
+    weights_N: np.ndarray,
+    *,
+    beta: float,
+    step_size: float | None = None,
+) -> pd.DataFrame:
+    """Compare the realized with the predicted drop of the mean loss along a direction.
+
+    With `step_size`, that size alone is tried and chosen. Otherwise up to four sizes are tried: the
+    shortfall of the ratio from 1 is modeled as a power of the size, with the exponent taken from
+    the last two trials, and each trial aims at a ratio a little above 0.8. Where none of the four
+    reaches 0.8, up to three smaller sizes follow. The largest size with a ratio of at least 0.8 is
+    chosen; where there is none, the smallest is chosen with a warning.
+
+    Args:
+        bench: The student at theta0.
+        direction: The direction along which the student is moved.
+        weights_N: Float [N], 0 where a position carries no loss.
+        beta: The teacher's share in the mixture of `jsd`.
+        step_size: The only size to try; None searches.
+
+    Returns:
+        One row per size in ascending order, with columns step_size, relative_norm (norm of the
+        update over the norm of the weights), predicted_drop and realised_drop (nats), ratio
+        (realized over predicted) and chosen.
+    """
+    first = (
+        -FIRST_TRIAL_DROP * abs(direction.value) / direction.slope if direction.slope < 0 else 0.0
+    )
+    size, rows = (first if step_size is None else step_size), []
+    for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
+        with bench.moved(direction.update, size):
+            realised = direction.value - bench.mean_loss(
+                weights_N, loss=direction.calibration_loss, beta=beta
+            )
+        predicted = -size * direction.slope
+        ratio = realised / predicted if predicted else np.nan
+        rows.append((size, size * direction.norm / bench.weight_norm, predicted, realised, ratio))
+        linear = any(row[-1] >= LINEAR_ENOUGH for row in rows)
+        if (
+            predicted == 0
+            or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH
+            or (linear and trial + 1 >= CALIBRATION_TRIALS)
+        ):
+            break
+        size = _next_size([(row[0], 1 - row[-1]) for row in rows])
+    table = pd.DataFrame(
+        rows, columns=["step_size", "relative_norm", "predicted_drop", "realised_drop", "ratio"]
+    )
+    return table.assign(chosen=table.index == _choose(table, step_size is None)).sort_values(
+        "step_size", ignore_index=True
+    )
+
+
+def _next_size(trials: list[tuple[float, float]]) -> float:
+    """The size at which the modeled shortfall is the share AIM of the allowed one.
+
+    trials: pairs of size and shortfall; the model is a power of the size through the last two.
+    """
+    size, short = trials[-1]
+    short = max(short, 1e-3) if np.isfinite(short) else np.inf
+    power = 1.0
+    if (
+        len(trials) > 1
+        and min(trials[-2][1], short) > 1e-3
+        and np.isfinite(short)
+        and np.isfinite(trials[-2][1])
+    ):
+        power = np.log(trials[-2][1] / short) / np.log(trials[-2][0] / size)
+    power = power if 0.05 < power < 4 else 1.0
+    return size * float(np.clip((AIM * (1 - LINEAR_ENOUGH) / short) ** (1 / power), 0.1, 8.0))
+
+
+def _choose(table: pd.DataFrame, automatic: bool) -> int:
+    enough = table[table["ratio"] >= LINEAR_ENOUGH]
+    if len(enough):
+        return enough["step_size"].idxmax()
+    if automatic and table["ratio"].notna().any():
+        log.warning(
+            "no step tried was linear (best ratio %.2f); the smallest is used", table["ratio"].max()
+        )
+    return table["step_size"].idxmin()
+
+
+def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.ndarray:
+    """Assign every position to the step half or the held-out half.
+
+    Args:
+        prompt_ids: The prompt of every position [N]; contexts of one prompt stay together.
+        held_out: Share of the prompts that carry no loss.
+        seed: Seed of the draw, at least 0.
+
+    Returns:
+        `step` or `held_out` for each position, object [N].
+
+    Raises:
+        DiagnosticsError: The seed is negative, or one half would have no prompts.
+    """
+    prompts = sorted(prompt_ids.unique())
+    count = round(held_out * len(prompts)) if abs(held_out) <= 1 else 0
+    if seed < 0:
+        raise DiagnosticsError(f"A seed is a whole number of at least 0; got {seed}.")
+    if not 0 < count < len(prompts):
+        raise DiagnosticsError(
+            f"held_out={held_out} leaves {len(prompts) - count} step and {count} held-out prompts"
+            f" of {len(prompts)}. Each half needs one at least; use more prompts or another share."
+        )
+    chosen = set(np.random.default_rng([seed, 0]).permutation(prompts)[:count])
+    return np.where(prompt_ids.isin(chosen), "held_out", "step").astype(object)
+
+
+def loss_weights(tokens: pd.DataFrame, split: np.ndarray) -> np.ndarray:
+    """Weights of the step on all positions.
+
+    Args:
+        tokens: Token table with forward_kl and reverse_kl, one row per position.
+        split: `step` or `held_out` for each position [N].
+
+    Returns:
+        Float [N]: 1.0 at step positions whose context has no NaN measurement, 0.0 otherwise.
+    """
+    finite = np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(
+        tokens["reverse_kl"].to_numpy()
+    )
+    return ((split == "step") & finite & ~in_nonfinite_context(tokens)).astype(float)
+
+
+def in_nonfinite_context(tokens: pd.DataFrame) -> np.ndarray:
+    """Mask bool [N] of the positions of contexts in which any measurement is NaN.
+
+    None of them may carry loss: 0 times NaN is NaN in the backward pass through a model.
+    """
+    return tokens["forward_kl"].isna().groupby(tokens["context_id"]).transform("any").to_numpy()
+
+
+def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
+    """Raise DiagnosticsError unless the table's rows are the bank's positions in order."""
+    require_columns(
+        tokens,
+        ("context_id", "token_id", "forward_kl", "reverse_kl", "advantage"),
+        what="A probe's token table",
+    )
+    expected = [(context.context_id, token) for context in bank for token in context.response_ids]
+    found = list(zip(tokens["context_id"], tokens["token_id"]))
+    if expected != found:
+        raise DiagnosticsError(
+            f"The token table ({len(found)} rows) does not list the bank's {len(expected)}"
+            " positions in order. Score this bank again."
+        )
+
+
+def requested_step(loss: str, optimizer: str, step: str | float) -> float | None:
+    """The step size that was asked for; None for `auto`.
+
+    Raises:
+        DiagnosticsError: The loss or the optimizer is unknown, or the step is no number of at
+            least 0.
+    """
+    if loss not in losses.LOSSES:
+        raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(losses.LOSSES)}.")
+    if optimizer not in OPTIMIZERS:
+        raise DiagnosticsError(
+            f"Unknown optimizer {optimizer!r}. Known are {', '.join(OPTIMIZERS)}."
+        )
+    if step == "auto":
+        return None
+    try:
+        size = float(step)
+    except (TypeError, ValueError):
+        size = float("nan")
+    if not (np.isfinite(size) and size >= 0):
+        raise DiagnosticsError(f"The step is 'auto' or a number of at least 0; got {step!r}.")
+    return size
+
+
+def _require_precision(parameters: list[Tensor]) -> None:
+    coarse = next(
+        (p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64)), None
+    )
+    if coarse is not None:
+        raise DiagnosticsError(
+            f"The student is in {str(coarse).removeprefix('torch.')}, where a step this small"
+            " vanishes in rounding. Load it with dtype='float32' (teacher_dtype may stay lower)."
+        )

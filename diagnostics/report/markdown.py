@@ -1,0 +1,65 @@
+"""The report for a repository's page: report.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from diagnostics.report import provenance, summary
+from diagnostics.report.figures.registry import in_page_order
+from diagnostics.report.run_results import RunResults
+
+
+def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str]) -> str:
+    """The report as Markdown: answer, verdicts, figures as links, missing parts, provenance.
+
+    Args:
+        run: The run's tables, tokens and notes.
+        drawn: Names of the figures that were drawn.
+        left_out: For each figure that could not be drawn, the reason.
+
+    Returns:
+        The text of report.md. Text that came from models, prompts or users is escaped.
+    """
+    blocks = [
+        f"# {_plain(summary.title(run))}",
+        *(f"**{question}** {_plain(text)}" for question, text in summary.answer(run).items()),
+        *_verdict_rows(run),
+    ]
+    blocks += [f"> {_plain(message)}" for message in provenance.warnings(run)]
+    for spec in in_page_order():
+        if spec.name in drawn:
+            blocks += [
+                f"## {spec.title}",
+                f"![{spec.title}](figures/{spec.name}.png)",
+                spec.reading,
+            ]
+    blocks += [
+        "## What was not run",
+        "\n".join(f"- {_plain(line)}" for line in provenance.missing(run, left_out)) or "Nothing.",
+    ]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in run.manifest.get("versions", {}).items()
+    )
+    blocks += [
+        "## Provenance",
+        _plain(
+            f"{versions}. Settings, models and the sha256 of each file: manifest.json; every"
+            " number: tables/*.csv."
+        ),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _verdict_rows(run: RunResults) -> list[str]:
+    shown, _ = summary.claims(run)
+    if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
+        return []
+    cells = shown[["claim", "outcome", "verdict", "sentence"]].astype(str).map(_plain)
+    rows = [f"| {' | '.join(row)} |" for row in cells.itertuples(index=False)]
+    return ["\n".join(["| claim | by | verdict | why |", "|---|---|---|---|", *rows])]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)

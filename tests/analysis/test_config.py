@@ -1,0 +1,50 @@
+"""How a bootstrap is set: one object, or its three fields as keywords."""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import diagnostics as dx
+from diagnostics.analysis.bootstrap import PromptClusters
+from diagnostics.analysis.config import AnalysisConfig, Bootstrap
+from tests.made_tokens import made_tokens
+
+PUBLIC = (
+    "agreement",
+    "compare",
+    "correlate",
+    "q3_contrast",
+    "q3_groups",
+    "selection_curves",
+    "selection_overlap",
+    "selection_profile",
+    "selection_summary",
+    "study",
+)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_show_one_object_and_its_fields(name):
+    shown = inspect.signature(getattr(dx, name)).parameters
+    assert "Bootstrap" in str(shown["bootstrap"].annotation)
+    fields = dataclasses.asdict(Bootstrap())
+    assert {field: shown[field].default for field in fields} == fields
+
+
+def test_the_flags_and_the_object_share_their_defaults():
+    assert dataclasses.asdict(Bootstrap()) == {**dataclasses.asdict(AnalysisConfig()), "seed": 0}
+
+
+def test_the_object_and_its_keywords_give_the_same_numbers():
+    tokens, whole = made_tokens(6, 10), Bootstrap(draws=7, level=0.8, seed=3)
+    pd.testing.assert_frame_equal(
+        dx.correlate(tokens, bootstrap=whole), dx.correlate(tokens, draws=7, level=0.8, seed=3)
+    )
+    first, second = (
+        PromptClusters(list("aabb"), **options).weights
+        for options in ({"bootstrap": whole}, {"draws": 7, "seed": 3})
+    )
+    np.testing.assert_array_equal(first, second)
