@@ -15,8 +15,8 @@ from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import sums, verify
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import validate_tokens
-from diagnostics.core.types import SCHEMA, Bank, Context, Prompt, read_bank
+from diagnostics.core.schema import SCHEMA, validate_tokens
+from diagnostics.core.types import Bank, Context, Prompt, read_bank
 from diagnostics.criteria import criterion, list_criteria, normalize, score_criterion, select
 from diagnostics.models.pair import Pair, load_pair
 from diagnostics.probing.attribution import attribute

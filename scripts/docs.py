@@ -91,7 +91,7 @@ def commands() -> str:
 
 def columns() -> str:
     """Every column of the token table, from the schema."""
-    from diagnostics.core.types import SCHEMA
+    from diagnostics.core.schema import SCHEMA
 
     stages = {
         "key": "Keys: what the row is",

@@ -350,9 +350,8 @@ def frozen_bank(
     from diagnostics.contexts.rollouts import rollout
 
     name = "contexts.parquet"
-    if run.path(name).exists():
-        if "rollout" in run.manifest["stages"] or run.as_written(name):
-            return read_bank(run.path(name))
+    if run.path(name).exists() and ("rollout" in run.manifest["stages"] or run.as_written(name)):
+        return read_bank(run.path(name))
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagnostics.core import files, fingerprints, manifest
+from diagnostics.core import manifest
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file, write_atomic
+from diagnostics.pipeline import run as run_directory
 from diagnostics.pipeline.run import open_run
 from diagnostics.report import written_pages
 from tests.factories import contents
@@ -78,7 +79,7 @@ def stage(run, **changed):
 def other_code(monkeypatch):
     """From the call on, the modules hash as if one of them had been edited."""
     return lambda: monkeypatch.setattr(
-        fingerprints, "code_version", lambda *_: "0.0.0 0123456789abcdef"
+        run_directory, "code_version", lambda *_: "0.0.0 0123456789abcdef"
     )
 
 
@@ -477,7 +478,7 @@ def test_pages_whose_writing_was_interrupted_are_ours(tmp_path, monkeypatch):
     written_pages.write_pages(tmp_path, pages)
     with monkeypatch.context() as patch:
         patch.setattr(
-            files,
+            written_pages,
             "write_atomic",
             lambda path, content: (
                 (_ for _ in ()).throw(KeyboardInterrupt)
@@ -518,7 +519,7 @@ def test_an_older_record_with_whole_paths_is_the_same_setting(tmp_path):
 
 def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplog):
     number = iter((2, 2, 1, 1))
-    monkeypatch.setattr(fingerprints, "threads", lambda **_: next(number))
+    monkeypatch.setattr(run_directory, "threads", lambda **_: next(number))
     with open_run(tmp_path) as run:
         for content, expected in (
             (b"a", ""),
