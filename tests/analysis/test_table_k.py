@@ -1,6 +1,4 @@
-"""Which K a table's columns have: as the scoring, the table or the flag says, and never taken for
-granted.
-"""
+"""K of a table's columns: stated by the scoring, the table or a flag, and never assumed."""
 
 import json
 
