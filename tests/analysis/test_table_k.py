@@ -1,6 +1,4 @@
-"""Which K a table's columns have: as the scoring, the table or the flag says, and never taken for
-granted.
-"""
+"""K of a table's columns: stated by the scoring, the table or a flag, and never assumed."""
 
 import json
 
@@ -12,7 +10,7 @@ from diagnostics.analysis import robustness as R
 from diagnostics.analysis.study import study
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
-from tests.made_tokens import made_tokens
+from tests.made_tokens import made_tokens, only_row
 
 DRAWS = {"draws": 10, "seed": 0}
 
@@ -22,13 +20,6 @@ def with_k(k, tokens=None):
     tokens = made_tokens(supports=(16, 32)) if tokens is None else tokens
     overlap = np.random.default_rng(3).integers(0, k + 1, len(tokens)) / k
     return tokens.assign(topk_overlap=overlap)
-
-
-def one(table, **where):
-    for name, value in where.items():
-        table = table[table[name] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 @pytest.mark.parametrize("k", [1, 4, 8, 10, 16, 64])
@@ -66,7 +57,7 @@ def test_the_study_writes_each_k_for_its_own_columns():
             next(R.splits(tokens, **DRAWS)), "gain", names=["decomposition"]
         )["decomposition"].value
         assert (
-            one(
+            only_row(
                 table,
                 proxy="compatibility",
                 k=k,
@@ -82,7 +73,7 @@ def test_an_unknown_k_is_said():
     tokens = made_tokens().drop(columns=["topk_overlap"])
     found = study(tokens, criteria=["divergence"], **DRAWS)["warnings"]
     assert (
-        one(found, code="unknown_k").message
+        only_row(found, code="unknown_k").message
         == "Nothing says at which K these columns were measured; K = 16 is written for it. Pass"
         " base_k, or --k."
     )
@@ -139,7 +130,7 @@ def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):
         if (f.outcome, f.split, f.statistic) == ("gain", "all", "tertile_difference")
     }
     for (proxy, k), value in found.items():
-        assert one(
+        assert only_row(
             table, proxy=proxy, k=k, outcome="gain", split="all", statistic="tertile_difference"
         ).estimate == pytest.approx(value, nan_ok=True)
     assert main(["analyze", "--draws", "5", "--k", "16", *out]) == 2
