@@ -905,7 +905,7 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):
         DiagnosticsError,
         match=(
             r"^This pair has only a student, which can sample responses but not grade them\. Name"
-            r" or a file of its log-probabilities\.$"
+            r" a teacher, or a file of its log-probabilities\.$"
         ),
     ):
         score(alone, bank)
