@@ -2,10 +2,9 @@
 
     python benchmarks/analysis_speed.py [--quick] [--naive-draws 3]
 
-Paper size is 300 prompts of 192 positions. The oracle concatenates, for every draw, the rows of the prompts that were
-drawn and correlates again with scipy; its time per draw is measured over a few draws and scaled to 1,000.
-Prints a table, or with --json a list of {name, value, unit, goal}.
-"""
+Paper size is 300 prompts of 192 positions. The oracle concatenates, for every draw, the rows of the
+prompts that were drawn and correlates again with scipy; its time per draw is measured over a few
+draws and scaled to 1,000. Prints a table, or with --json a list of {name, value, unit, goal}."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnostics import analysis, tables
-from diagnostics.criteria import normalise
-from diagnostics.types import validate_tokens
+from diagnostics.analysis import correlations, splits, study
+from diagnostics.core.schema import validate_tokens
+from diagnostics.criteria import normalize
 
 DRAWS = 1000
 METHODS = {"spearman": stats.spearmanr, "pearson": stats.pearsonr, "kendall": stats.kendalltau}
@@ -38,11 +37,19 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     codes, n = np.repeat(np.arange(prompts), length), prompts * length
     between = rng.normal(size=(prompts, 4))[codes]
-    tokens = pd.DataFrame({
-        "context_id": [f"c{g}" for g in codes], "prompt_id": [f"p{g}" for g in codes], "position": np.tile(np.arange(length), prompts),
-        "response_length": length, "token_id": rng.integers(0, 1000, n), "token": "t", "split": np.where(codes % 2, "held_out", "step"),
-        "is_special": rng.random(n) < 0.01, "student_top1_in_teacher_top5": rng.random(n) < 0.8,
-    })
+    tokens = pd.DataFrame(
+        {
+            "context_id": [f"c{g}" for g in codes],
+            "prompt_id": [f"p{g}" for g in codes],
+            "position": np.tile(np.arange(length), prompts),
+            "response_length": length,
+            "token_id": rng.integers(0, 1000, n),
+            "token": "t",
+            "split": np.where(codes % 2, "held_out", "step"),
+            "is_special": rng.random(n) < 0.01,
+            "student_top1_in_teacher_top5": rng.random(n) < 0.8,
+        }
+    )
     for i, name in enumerate(("student_entropy", "forward_kl", "teacher_entropy", "reverse_kl")):
         tokens[name] = np.exp(rng.normal(size=n) + 0.5 * between[:, i % 4])
     for name in ("js", "hellinger", "acceptance", "student_margin", "union_log_ratio_variance"):
@@ -51,13 +58,22 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
     compatibility = rng.beta(2, 1, n)
     for suffix in ("", "_k4", "_k8", "_k32"):
         near = np.clip(compatibility + 0.05 * rng.normal(size=n), 0, 1)
-        for name in ("compatibility", "compatibility_intersection", "shared_student_mass", "bhattacharyya"):
+        for name in (
+            "compatibility",
+            "compatibility_intersection",
+            "shared_student_mass",
+            "bhattacharyya",
+        ):
             tokens[name + suffix] = near * rng.uniform(0.9, 1, n)
         tokens[f"topk_overlap{suffix}"] = np.round(near * 16) / 16
-        tokens[f"topk_jaccard{suffix}"] = tokens[f"topk_overlap{suffix}"] / (2 - tokens[f"topk_overlap{suffix}"])
-    d = normalise(tokens["forward_kl"])
-    tokens["gain"] = d * (0.5 + 0.5 * normalise(tokens["compatibility"])) + rng.standard_t(5, n)
-    tokens["relative_gain"] = np.where(tokens["forward_kl"] > 0.1, tokens["gain"] / tokens["forward_kl"], np.nan)
+        tokens[f"topk_jaccard{suffix}"] = tokens[f"topk_overlap{suffix}"] / (
+            2 - tokens[f"topk_overlap{suffix}"]
+        )
+    d = normalize(tokens["forward_kl"])
+    tokens["gain"] = d * (0.5 + 0.5 * normalize(tokens["compatibility"])) + rng.standard_t(5, n)
+    tokens["relative_gain"] = np.where(
+        tokens["forward_kl"] > 0.1, tokens["gain"] / tokens["forward_kl"], np.nan
+    )
     tokens["reverse_gain"] = tokens["gain"] + rng.normal(size=n)
     for name in ("gain", "relative_gain", "reverse_gain"):
         tokens[f"placebo_{name}"] = np.where(tokens[name].isna(), np.nan, rng.normal(size=n))
@@ -65,8 +81,12 @@ def paper_size(prompts: int, length: int, seed: int = 0) -> pd.DataFrame:
 
 
 def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
-    """Seconds a draw of a bootstrap that concatenates DataFrames, for the same cells as `correlate`."""
-    frame = tokens.assign(**{f"score_{name}": score for name, score in tables.scores(tokens, names).items()})
+    """Seconds a draw of a bootstrap that concatenates DataFrames, for the same cells as
+    `correlate`.
+    """
+    frame = tokens.assign(
+        **{f"score_{name}": score for name, score in splits.scores(tokens, names).items()}
+    )
     rng, started = np.random.default_rng(0), time.perf_counter()
     for split in ("all", "step", "held_out"):
         part = frame if split == "all" else frame[frame["split"] == split]
@@ -74,7 +94,7 @@ def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
         keys = list(groups)
         for _ in range(draws):
             drawn = pd.concat([groups[keys[i]] for i in rng.integers(0, len(keys), len(keys))])
-            for outcome in tables.OUTCOMES:
+            for outcome in splits.OUTCOMES:
                 kept = drawn[drawn[outcome].notna()]
                 for name in names:
                     pair = kept[[f"score_{name}", outcome]].dropna()
@@ -85,7 +105,9 @@ def naive_seconds(tokens: pd.DataFrame, names: list[str], draws: int) -> float:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts, for a look")
     parser.add_argument("--naive-draws", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -98,18 +120,38 @@ def main() -> None:
         work()
         timed[name] = time.perf_counter() - wall, time.process_time() - cpu
 
-    names = list(tables.scores(tokens))
-    measure("warm up", lambda: analysis.study(tokens.head(2000), draws=10))
-    measure("correlate", lambda: tables.correlate(tokens, draws=DRAWS))
-    measure("study", lambda: analysis.study(tokens, draws=DRAWS))
+    names = list(splits.scores(tokens))
+    measure("warm up", lambda: study.study(tokens.head(2000), draws=10))
+    measure("correlate", lambda: correlations.correlate(tokens, draws=DRAWS))
+    measure("study", lambda: study.study(tokens, draws=DRAWS))
     some = ["teachability", "divergence", "random"]
     naive = naive_seconds(tokens, some, options.naive_draws) * DRAWS / len(some) * len(names)
     rows = [
-        {"name": f"correlate, {len(names)} criteria, {len(tokens):,} positions, {DRAWS:,} draws", "value": timed["correlate"][0], "unit": "s", "goal": 10},
-        {"name": "the same, processor time of one thread", "value": timed["correlate"][1], "unit": "s", "goal": None},
-        {"name": "naive bootstrap over correlate", "value": naive / timed["correlate"][0], "unit": "x", "goal": 100},
+        {
+            "name": f"correlate, {len(names)} criteria, {len(tokens):,} positions, {DRAWS:,} draws",
+            "value": timed["correlate"][0],
+            "unit": "s",
+            "goal": 10,
+        },
+        {
+            "name": "the same, processor time of one thread",
+            "value": timed["correlate"][1],
+            "unit": "s",
+            "goal": None,
+        },
+        {
+            "name": "naive bootstrap over correlate",
+            "value": naive / timed["correlate"][0],
+            "unit": "x",
+            "goal": 100,
+        },
         {"name": "study", "value": timed["study"][0], "unit": "s", "goal": 60},
-        {"name": "the same, processor time of one thread", "value": timed["study"][1], "unit": "s", "goal": None},
+        {
+            "name": "the same, processor time of one thread",
+            "value": timed["study"][1],
+            "unit": "s",
+            "goal": None,
+        },
     ]
     if options.json:
         print(json.dumps(rows, indent=1))

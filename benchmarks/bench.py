@@ -2,10 +2,11 @@
 
     python benchmarks/bench.py [--quick] [--only NAME ...] [--threads N] [--json] [--errors]
 
-A row is a function under `@row`: it returns what was measured and the floor that the work cannot go below,
-both in the row's unit. `--quick` shrinks the sizes and fails (exit code 1) only where a goal of memory or
-exactness is missed: its timings are for reading. Ratios compare parts that were timed in turn within one run,
-by their medians. Rows of memory run in a process of their own, so that nothing else has raised its peak.
+A row is a function under `@row`: it returns what was measured and the floor that the work cannot go
+below, both in the row's unit. `--quick` shrinks the sizes and fails (exit code 1) only where a goal
+of memory or exactness is missed: its timings are for reading. Ratios compare parts that were timed
+in turn within one run, by their medians. Rows of memory run in a process of their own, so that
+nothing else has raised its peak.
 
 Writes benchmarks/latest.json: a list of {name, value, unit, goal, floor}.
 """
@@ -26,12 +27,12 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from diagnostics import divergences, losses  # noqa: E402
-from diagnostics.types import SCHEMA  # noqa: E402
+from diagnostics.core.schema import SCHEMA
+from diagnostics.measure import divergences, losses
 
 K, SWEEP = 16, (4, 8, 32)
 MEBIBYTE = 2**20
@@ -52,7 +53,16 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(vocabulary=50_000, student=64, teacher=96, positions=640, loss_positions=1024, timed_positions=32, loop_positions=2, repeats=2)
+QUICK = Sizes(
+    vocabulary=50_000,
+    student=64,
+    teacher=96,
+    positions=640,
+    loss_positions=1024,
+    timed_positions=32,
+    loop_positions=2,
+    repeats=2,
+)
 
 
 @dataclass(frozen=True)
@@ -72,19 +82,25 @@ class Row:
     goal: float
     function: Callable[[Sizes], Measured]
     kind: str
-    """*time* is never a failure in a quick run; *memory* and *exact* are; *memory* runs in its own process."""
+    """*time* is never a failure in a quick run; *memory* and *exact* are; *memory* runs in its own
+    process.
+    """
     at_least: bool
     """True where the goal is to be reached from above."""
 
     def met(self, value: float) -> bool:
         """Whether the goal is reached; a row without one always is."""
-        return math.isnan(self.goal) or (value >= self.goal if self.at_least else value <= self.goal)
+        return math.isnan(self.goal) or (
+            value >= self.goal if self.at_least else value <= self.goal
+        )
 
 
 ROWS: dict[str, Row] = {}
 
 
-def row(name: str, *, unit: str, goal: float = math.nan, kind: str = "time", at_least: bool = False) -> Callable:
+def row(
+    name: str, *, unit: str, goal: float = math.nan, kind: str = "time", at_least: bool = False
+) -> Callable:
     """Register `function(sizes) -> Measured` as a row."""
 
     def register(function: Callable[[Sizes], Measured]) -> Callable[[Sizes], Measured]:
@@ -102,9 +118,15 @@ class Heads:
 
     def __init__(self, sizes: Sizes, positions: int, *, trainable: bool = False):
         generator = torch.Generator().manual_seed(0)
-        self.student_VH = torch.randn(sizes.vocabulary, sizes.student, generator=generator) * (3 / sizes.student**0.5)
-        self.teacher_VH = torch.randn(sizes.vocabulary, sizes.teacher, generator=generator) * (3 / sizes.teacher**0.5)
-        self.student_NH = torch.randn(positions, sizes.student, generator=generator).requires_grad_(trainable)
+        self.student_VH = torch.randn(sizes.vocabulary, sizes.student, generator=generator) * (
+            3 / sizes.student**0.5
+        )
+        self.teacher_VH = torch.randn(sizes.vocabulary, sizes.teacher, generator=generator) * (
+            3 / sizes.teacher**0.5
+        )
+        self.student_NH = torch.randn(positions, sizes.student, generator=generator).requires_grad_(
+            trainable
+        )
         self.teacher_NH = torch.randn(positions, sizes.teacher, generator=generator)
         self.sampled_N = torch.randint(sizes.vocabulary, (positions,), generator=generator)
         self.student_VH.requires_grad_(trainable)
@@ -122,8 +144,8 @@ class Heads:
 def seconds_in_turn(repeats: int, *functions: Callable[[], object]) -> list[float]:
     """Median seconds of each function; they run in turn, so that a slow spell falls on all of them.
 
-    Of the processor where there is one thread, which other programs do not stretch; else of the clock.
-    """
+    Of the processor where there is one thread, which other programs do not stretch; else of the
+    clock."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 1):
@@ -139,7 +161,9 @@ def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict[s
 
 
 def transcendental_passes(vocabulary: int) -> Callable[[], None]:
-    """Two exp2, one log2 and two square roots a token, in cache and nothing else: what the statistics cannot avoid."""
+    """Two exp2, one log2 and two square roots a token, in cache and nothing else: what the
+    statistics cannot avoid.
+    """
     both_2V, one_V = torch.rand(2, vocabulary), torch.rand(vocabulary)
     out_2V, out_V = torch.empty_like(both_2V), torch.empty_like(one_V)
 
@@ -183,18 +207,25 @@ def kl_pair_over_projections(sizes: Sizes) -> Measured:
 
 @row("loop_over_statistics", unit="times", goal=30, at_least=True)
 def loop_over_statistics(sizes: Sizes) -> Measured:
-    """The oracle, one position at a time in float64, over `measure` on the same logits. Floor: over the passes alone."""
+    """The oracle, one position at a time in float64, over `measure` on the same logits. Floor: over
+    the passes alone.
+    """
     heads = Heads(sizes, sizes.timed_positions)
     logits = heads.student(heads.student_NH), heads.teacher(heads.teacher_NH)
     few = [x[: sizes.loop_positions] for x in (*logits, heads.sampled_N)]
     loop, statistics, passes = seconds_in_turn(
-        sizes.repeats, lambda: reference_loop(*few), lambda: measure(*logits, heads.sampled_N), transcendental_passes(sizes.vocabulary)
+        sizes.repeats,
+        lambda: reference_loop(*few),
+        lambda: measure(*logits, heads.sampled_N),
+        transcendental_passes(sizes.vocabulary),
     )
     loop_position = loop / sizes.loop_positions
     return Measured(loop_position / (statistics / sizes.timed_positions), loop_position / passes)
 
 
-def reference_loop(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> list[dict[str, float]]:
+def reference_loop(
+    student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor
+) -> list[dict[str, float]]:
     """The main measurements, position by position, as one would write them to be sure of them."""
     return [
         reference_position(student_V.double(), teacher_V.double(), int(y))
@@ -218,7 +249,10 @@ def reference_position(student_V: Tensor, teacher_V: Tensor, y: int) -> dict[str
     }
     # Ties go to the lower id, which topk does not promise and a stable sort does.
     most = max(K, *SWEEP)
-    order_p, order_q = (x_V.sort(descending=True, stable=True).indices[:most].tolist() for x_V in (student_V, teacher_V))
+    order_p, order_q = (
+        x_V.sort(descending=True, stable=True).indices[:most].tolist()
+        for x_V in (student_V, teacher_V)
+    )
     for k in (K, *SWEEP):
         support = reference_support(p_V, q_V, set(order_p[:k]), set(order_q[:k]))
         out |= {name if k == K else f"{name}_k{k}": value for name, value in support.items()}
@@ -245,7 +279,11 @@ def statistics_error_float32(sizes: Sizes) -> Measured:
     heads = Heads(sizes, sizes.loop_positions)
     logits = heads.student(heads.student_NH), heads.teacher(heads.teacher_NH)
     measured, expected = measure(*logits, heads.sampled_N), reference_loop(*logits, heads.sampled_N)
-    errors = [abs(float(measured[name][i]) - value) for i, one in enumerate(expected) for name, value in one.items()]
+    errors = [
+        abs(float(measured[name][i]) - value)
+        for i, one in enumerate(expected)
+        for name, value in one.items()
+    ]
     return Measured(max(errors))
 
 
@@ -253,7 +291,9 @@ def statistics_error_float32(sizes: Sizes) -> Measured:
 
 
 def peak_extra(function: Callable[[], object]) -> float:
-    """MiB by which the process's peak of resident memory rises while `function` runs. Linux only."""
+    """MiB by which the process's peak of resident memory rises while `function` runs. Linux
+    only.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
@@ -266,7 +306,9 @@ def _status(field: str) -> float:
 
 
 def warm_up(sizes: Sizes) -> None:
-    """Run everything once at a small size, so that libraries and thread pools are loaded before the peak is reset."""
+    """Run everything once at a small size, so that libraries and thread pools are loaded before the
+    peak is reset.
+    """
     small = Sizes(vocabulary=2000, student=sizes.student, teacher=sizes.teacher)
     heads = Heads(small, 4, trainable=True)
     with torch.no_grad():
@@ -301,12 +343,18 @@ def scoring_memory_growth(sizes: Sizes) -> Measured:
 
 def ours(heads: Heads, loss: str) -> Tensor:
     return losses.chunked_loss(
-        *heads.states(), heads.sampled_N, loss=loss, weights_N=torch.ones(len(heads.sampled_N)), denominator=float(len(heads.sampled_N))
+        *heads.states(),
+        heads.sampled_N,
+        loss=loss,
+        weights_N=torch.ones(len(heads.sampled_N)),
+        denominator=float(len(heads.sampled_N)),
     )
 
 
 def full_logits(heads: Heads, loss: str) -> Tensor:
-    """The plain implementation: both models' logits of every position, softmax and divergence traced by autograd."""
+    """The plain implementation: both models' logits of every position, softmax and divergence
+    traced by autograd.
+    """
     with torch.no_grad():
         ln_q_NV = heads.teacher(heads.teacher_NH).log_softmax(-1)
     ln_p_NV = heads.student(heads.student_NH).log_softmax(-1)
@@ -315,12 +363,16 @@ def full_logits(heads: Heads, loss: str) -> Tensor:
     if loss == "reverse_kl":
         return F.kl_div(ln_q_NV, ln_p_NV, reduction="sum", log_target=True) / len(ln_p_NV)
     ln_m_NV = torch.logsumexp(torch.stack([ln_p_NV, ln_q_NV]) - math.log(2), 0)
-    kls = [F.kl_div(ln_m_NV, ln_NV, reduction="sum", log_target=True) for ln_NV in (ln_p_NV, ln_q_NV)]
+    kls = [
+        F.kl_div(ln_m_NV, ln_NV, reduction="sum", log_target=True) for ln_NV in (ln_p_NV, ln_q_NV)
+    ]
     return sum(kls) / 2 / len(ln_p_NV)
 
 
 def loss_memory(sizes: Sizes, loss: str) -> Measured:
-    """Peak of loss and backward over that of the full-logits form. Floor: the gradients of head and states alone."""
+    """Peak of loss and backward over that of the full-logits form. Floor: the gradients of head and
+    states alone.
+    """
     warm_up(sizes)
     peaks = []
     for implementation in (ours, full_logits):
@@ -332,7 +384,9 @@ def loss_memory(sizes: Sizes, loss: str) -> Measured:
 
 
 for _loss in ("forward_kl", "reverse_kl", "jsd"):
-    row(f"loss_memory_{_loss}", unit="ratio", goal=0.25, kind="memory")(lambda sizes, loss=_loss: loss_memory(sizes, loss))
+    row(f"loss_memory_{_loss}", unit="ratio", goal=0.25, kind="memory")(
+        lambda sizes, loss=_loss: loss_memory(sizes, loss)
+    )
 
 
 # ---------------------------------------------------------------- losses
@@ -340,7 +394,9 @@ for _loss in ("forward_kl", "reverse_kl", "jsd"):
 
 @row("loss_gradient_error", unit="relative", goal=1e-5, kind="exact")
 def loss_gradient_error(sizes: Sizes) -> Measured:
-    """Gradient of every loss in float32 against the full-logits form traced in float64, relative, the worst."""
+    """Gradient of every loss in float32 against the full-logits form traced in float64, relative,
+    the worst.
+    """
     small = Sizes(vocabulary=min(sizes.vocabulary, 20_000), student=64, teacher=96)
     errors = []
     for loss in ("forward_kl", "reverse_kl", "jsd"):
@@ -348,14 +404,18 @@ def loss_gradient_error(sizes: Sizes) -> Measured:
         for name in ("student_VH", "teacher_VH", "student_NH", "teacher_NH"):
             getattr(exact, name).data = getattr(heads, name).data.double()
         got = torch.autograd.grad(ours(heads, loss), [heads.student_NH, heads.student_VH])
-        expected = torch.autograd.grad(full_logits(exact, loss), [exact.student_NH, exact.student_VH])
+        expected = torch.autograd.grad(
+            full_logits(exact, loss), [exact.student_NH, exact.student_VH]
+        )
         errors += [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, expected)]
     return Measured(max(errors))
 
 
 @row("loss_over_full_logits", unit="ratio", goal=1.1)
 def loss_over_full_logits(sizes: Sizes) -> Measured:
-    """Time of reverse KL and its backward over that of the full-logits form. Floor: the four matrix products."""
+    """Time of reverse KL and its backward over that of the full-logits form. Floor: the four matrix
+    products.
+    """
     heads = Heads(sizes, sizes.timed_positions, trainable=True)
     slope_NV = torch.ones(sizes.timed_positions, sizes.vocabulary)
 
@@ -365,7 +425,9 @@ def loss_over_full_logits(sizes: Sizes) -> Measured:
             torch.mm(slope_NV, heads.student_VH), torch.mm(slope_NV.T, heads.student_NH)
 
     def step(implementation: Callable) -> Callable[[], None]:
-        return lambda: torch.autograd.grad(implementation(heads, "reverse_kl"), [heads.student_NH, heads.student_VH])
+        return lambda: torch.autograd.grad(
+            implementation(heads, "reverse_kl"), [heads.student_NH, heads.student_VH]
+        )
 
     mine, full, floor = seconds_in_turn(sizes.repeats, step(ours), step(full_logits), products)
     return Measured(mine / full, floor / full)
@@ -383,8 +445,14 @@ def loss_selection_projected(sizes: Sizes) -> Measured:
         return heads.student(hidden_nH)
 
     losses.chunked_loss(
-        heads.student_NH, counted, heads.teacher_NH, heads.teacher, heads.sampled_N,
-        loss="reverse_kl", weights_N=weights_N, denominator=20.0,
+        heads.student_NH,
+        counted,
+        heads.teacher_NH,
+        heads.teacher,
+        heads.sampled_N,
+        loss="reverse_kl",
+        weights_N=weights_N,
+        denominator=20.0,
     ).backward()
     return Measured(sum(projected) / 20, 1.0)
 
@@ -395,21 +463,33 @@ def loss_selection_projected(sizes: Sizes) -> Measured:
 def error_table(sizes: Sizes, *, positions: int = 32) -> str:
     """Markdown: largest error of each measurement against float64, by dtype of the logits.
 
-    *arithmetic*: from the same rounded logits in float64; *logits*: what rounding the logits itself changed.
-    """
+    *arithmetic*: from the same rounded logits in float64; *logits*: what rounding the logits itself
+    changed."""
     heads = Heads(sizes, positions)
-    student_NV, noise_NV = (head.double() / 3 for head in (heads.student(heads.student_NH), heads.teacher(heads.teacher_NH)))
+    student_NV, noise_NV = (
+        head.double() / 3
+        for head in (heads.student(heads.student_NH), heads.teacher(heads.teacher_NH))
+    )
     exact = [10 + 3 * student_NV, 10 + 2.5 * student_NV + 1.5 * noise_NV]
     reference, columns = measure(*exact, heads.sampled_N), {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         narrow = [logits_NV.to(dtype) for logits_NV in exact]
-        got, rounded = measure(*narrow, heads.sampled_N), measure(*(x.double() for x in narrow), heads.sampled_N)
+        got, rounded = (
+            measure(*narrow, heads.sampled_N),
+            measure(*(x.double() for x in narrow), heads.sampled_N),
+        )
         columns[dtype] = [(got, rounded), (rounded, reference)]
-    heading = " | ".join(f"{str(dtype)[6:]} arithmetic | {str(dtype)[6:]} logits" for dtype in columns)
+    heading = " | ".join(
+        f"{str(dtype)[6:]} arithmetic | {str(dtype)[6:]} logits" for dtype in columns
+    )
     lines = [f"| measurement | {heading} |", "|---|" + "---|" * 6]
     for name in (name for name in SCHEMA if name in reference):
-        errors = [float((a[name] - b[name]).abs().max()) for pairs in columns.values() for a, b in pairs]
-        lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" if error else "0" for error in errors) + " |")
+        errors = [
+            float((a[name] - b[name]).abs().max()) for pairs in columns.values() for a, b in pairs
+        ]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{error:.1e}" if error else "0" for error in errors) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -419,33 +499,56 @@ def error_table(sizes: Sizes, *, positions: int = 32) -> str:
 def run(entry: Row, sizes: Sizes, *, arguments: list[str]) -> dict:
     """One row as {name, value, unit, goal, floor}; a row of memory in its own process."""
     if entry.kind == "memory":
-        done = subprocess.run([sys.executable, __file__, "--row", entry.name, *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--row", entry.name, *arguments],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"{entry.name} failed:\n{done.stderr}")
         measured = Measured(**json.loads(done.stdout))
     else:
         measured = entry.function(sizes)
-    return {"name": entry.name, "value": measured.value, "unit": entry.unit, "goal": entry.goal, "floor": measured.floor}
+    return {
+        "name": entry.name,
+        "value": measured.value,
+        "unit": entry.unit,
+        "goal": entry.goal,
+        "floor": measured.floor,
+    }
 
 
 def line(result: dict, entry: Row, *, judged: bool) -> str:
-    """The row for reading: measured over floor last. judged: whether a goal that was missed is said to be."""
+    """The row for reading: measured over floor last. judged: whether a goal that was missed is said
+    to be.
+    """
     sign = "" if math.isnan(entry.goal) else ">= " if entry.at_least else "<= "
     goal = "-" if math.isnan(entry.goal) else f"{sign}{entry.goal:g}"
     over = result["value"] / result["floor"]
     floor, over = ("-", "-") if math.isnan(over) else (f"{result['floor']:.3g}", f"{over:.2f}")
     verdict = "  missed" if judged and not entry.met(result["value"]) else ""
-    return f"{result['name']:<30}{result['value']:>11.3g} {result['unit']:<9}{goal:>10}{floor:>11}{over:>9}{verdict}"
+    return (
+        f"{result['name']:<30}{result['value']:>11.3g}"
+        f" {result['unit']:<9}{goal:>10}{floor:>11}{over:>9}{verdict}"
+    )
 
 
 def main() -> int:
     """Print the table, write latest.json, and say by the exit code whether a bound was broken."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes; only goals of memory and exactness can fail")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes; only goals of memory and exactness can fail",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ROWS), help="these rows")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON and write no file")
-    parser.add_argument("--errors", action="store_true", help="print the table of errors by dtype instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON and write no file"
+    )
+    parser.add_argument(
+        "--errors", action="store_true", help="print the table of errors by dtype instead"
+    )
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -469,7 +572,14 @@ def main() -> int:
     import pipeline
 
     for found in [] if options.only else pipeline.rows(quick=options.quick):
-        entry = Row(found["name"], found["unit"], found["goal"], None, found.pop("kind"), found.pop("at_least"))
+        entry = Row(
+            found["name"],
+            found["unit"],
+            found["goal"],
+            None,
+            found.pop("kind"),
+            found.pop("at_least"),
+        )
         results.append(found)
         judged = entry.kind != "time" or not options.quick
         broken |= judged and not entry.met(found["value"])
@@ -477,7 +587,9 @@ def main() -> int:
             print(line(found, entry, judged=judged), flush=True)
     if not (options.only or options.json or torch.cuda.is_available()):
         print("not measured: the rows of a GPU, there is none")
-    written = json.dumps([{k: None if v != v else v for k, v in result.items()} for result in results], indent=1)
+    written = json.dumps(
+        [{k: None if v != v else v for k, v in result.items()} for result in results], indent=1
+    )
     print(written) if options.json else (HERE / "latest.json").write_text(written + "\n")
     return int(broken)
 

@@ -1,15 +1,17 @@
-"""Are the intervals and tests of `diagnostics.statistics` calibrated? Simulated data sets with clustered positions.
+"""Are the intervals and tests of `diagnostics.analysis.bootstrap` calibrated? Simulated data sets
+with clustered positions.
 
-    python benchmarks/calibration.py [--datasets 1000] [--draws 1000] [--output benchmarks/CALIBRATION.md]
+    python benchmarks/calibration.py [--datasets 1000] [--draws 1000] [--output
+    benchmarks/CALIBRATION.md]
 
-Prompts have 5 to 35 positions. Entropy, divergence, compatibility and the outcome each vary between prompts
-(intraclass correlation 0.3), the outcome's errors are t with 5 degrees of freedom. Under *null* the outcome
-has nothing to do with the predictors, so that 1 - coverage of 0 is the rate at which a nominal 5 % test rejects.
-Under *effect* it depends on d*c, on d*(1 - c) and on h, and the truth is the mean over large samples.
+Prompts have 5 to 35 positions. Entropy, divergence, compatibility and the outcome each vary between
+prompts (intraclass correlation 0.3), the outcome's errors are t with 5 degrees of freedom. Under
+*null* the outcome has nothing to do with the predictors, so that 1 - coverage of 0 is the rate at
+which a nominal 5 % test rejects. Under *effect* it depends on d*c, on d*(1 - c) and on h, and the
+truth is the mean over large samples.
 
-Beside the intervals that the project reports: the percentile interval and BCa from the same draws, the usual
-cluster-robust CR1 interval, and the interval that takes positions for independent.
-"""
+Beside the intervals that the project reports: the percentile interval and BCa from the same draws,
+the usual cluster-robust CR1 interval, and the interval that takes positions for independent."""
 
 from __future__ import annotations
 
@@ -30,10 +32,18 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnostics import robustness, statistics, verdicts
-from diagnostics.criteria import normalise
-from diagnostics.statistics import Controls, Estimate, Prompts
-from diagnostics.types import validate_tokens
+from diagnostics.analysis import (
+    bootstrap,
+    claims,
+    linear_model,
+    matching,
+    rank_correlation,
+    robustness,
+)
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.rank_correlation import Controls
+from diagnostics.core.schema import validate_tokens
+from diagnostics.criteria import normalize
 
 LEVEL = 0.95
 PROMPTS = (20, 50, 300)
@@ -51,36 +61,41 @@ def draw(rng: np.random.Generator, prompts: int, *, effect: bool) -> dict[str, n
         return CLUSTER * rng.normal(size=prompts)[codes] + np.sqrt(1 - CLUSTER**2) * errors
 
     n = len(codes)
-    h, d, c = (normalise(clustered(rng.normal(size=n))) for _ in range(3))
+    h, d, c = (normalize(clustered(rng.normal(size=n))) for _ in range(3))
     y = clustered(rng.standard_t(5, size=n))
     if effect:
-        y = y + EFFECT["teachability"] * d * c + EFFECT["incompatible"] * d * (1 - c) + EFFECT["entropy"] * h
+        y = (
+            y
+            + EFFECT["teachability"] * d * c
+            + EFFECT["incompatible"] * d * (1 - c)
+            + EFFECT["entropy"] * h
+        )
     return {"codes": codes, "h": h, "d": d, "c": c, "y": y}
 
 
-def estimates(data: dict[str, np.ndarray], prompts: Prompts) -> dict[str, Estimate]:
+def estimates(data: dict[str, np.ndarray], prompts: PromptClusters) -> dict[str, Estimate]:
     """Every kind of statistic that the study reports."""
     h, d, c, y = (data[name] for name in "hdcy")
-    learnable = statistics.Variable(d * c)
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    learnable = rank_correlation.Variable(d * c)
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = group == 3, group == 1
-    pairs = statistics.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
-    regression = statistics.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
-    places = statistics.locations(y, prompts, np.ones(len(y), dtype=bool))
-    spearman = statistics.spearman(learnable, y, prompts)
+    pairs = matching.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
+    regression = linear_model.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
+    places = bootstrap.locations(y, prompts, np.ones(len(y), dtype=bool))
+    spearman = rank_correlation.spearman(learnable, y, prompts)
     return {
         "spearman": spearman,
-        "pearson": statistics.pearson(learnable, y, prompts),
-        "kendall": statistics.kendall(learnable, y, prompts),
-        "spearman difference": spearman - statistics.spearman(d, y, prompts),
-        "partial spearman": statistics.partial(learnable, y, Controls([h, d]), prompts),
-        "within prompts": statistics.within_prompts(learnable, y, prompts),
-        "mean": statistics.mean(y, prompts),
+        "pearson": rank_correlation.pearson(learnable, y, prompts),
+        "kendall": rank_correlation.kendall(learnable, y, prompts),
+        "spearman difference": spearman - rank_correlation.spearman(d, y, prompts),
+        "partial spearman": rank_correlation.partial(learnable, y, Controls([h, d]), prompts),
+        "within prompts": rank_correlation.within_prompts(learnable, y, prompts),
+        "mean": bootstrap.mean(y, prompts),
         "median": places["median"],
         "trimmed mean": places["trimmed_mean"],
         "winsorised mean": places["winsorised_mean"],
-        "tertile difference": statistics.mean_difference(y, prompts, top, bottom),
-        "matched difference": statistics.matched_difference(y, prompts, pairs),
+        "tertile difference": bootstrap.mean_difference(y, prompts, top, bottom),
+        "matched difference": matching.matched_difference(y, prompts, pairs),
         "coefficient": regression.coefficients["dc"],
         "coefficient difference": regression.coefficients["dc"] - regression.coefficients["d(1-c)"],
         "r squared": regression.r_squared,
@@ -92,12 +107,14 @@ def independent(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     h, d, c, y = (data[name] for name in "hdcy")
     n, z = len(y), stats.norm.ppf((1 + LEVEL) / 2)
     r = np.arctanh(np.corrcoef(d * c, y)[0, 1])
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = y[group == 3], y[group == 1]
     error = np.sqrt(top.var(ddof=1) / len(top) + bottom.var(ddof=1) / len(bottom))
     gap = top.mean() - bottom.mean()
-    X = np.column_stack([np.ones(n), *(statistics.standardise(v) for v in (h, d * c, d * (1 - c)))])
-    target = statistics.standardise(y)
+    X = np.column_stack(
+        [np.ones(n), *(rank_correlation.standardize(v) for v in (h, d * c, d * (1 - c)))]
+    )
+    target = rank_correlation.standardize(y)
     beta, rest = np.linalg.lstsq(X, target, rcond=None)[:2]
     beta_error = np.sqrt(np.linalg.inv(X.T @ X)[2, 2] * rest[0] / (n - 4))
     mean_error = y.std(ddof=1) / np.sqrt(n)
@@ -124,25 +141,37 @@ def bca(estimate: Estimate) -> tuple[float, float]:
     return tuple(np.quantile(draws, stats.norm.cdf(bias + z / (1 - acceleration * z))))
 
 
-def intervals(data: dict[str, np.ndarray], prompts: Prompts) -> dict[tuple[str, str], tuple[float, float]]:
+def intervals(
+    data: dict[str, np.ndarray], prompts: PromptClusters
+) -> dict[tuple[str, str], tuple[float, float]]:
     """(statistic, method) -> interval for one data set."""
     made = estimates(data, prompts)
     error = made.pop("CR1")
-    found = {("coefficient", "CR1"): tuple(made["coefficient"].value + np.array([-1, 1]) * error * stats.t.ppf((1 + LEVEL) / 2, prompts.count - 1))}
+    found = {
+        ("coefficient", "CR1"): tuple(
+            made["coefficient"].value
+            + np.array([-1, 1]) * error * stats.t.ppf((1 + LEVEL) / 2, prompts.count - 1)
+        )
+    }
     for name, estimate in made.items():
-        found[name, "reported"], found[name, "percentile"] = estimate.interval(LEVEL), percentile(estimate)
+        found[name, "reported"], found[name, "percentile"] = (
+            estimate.interval(LEVEL),
+            percentile(estimate),
+        )
         if estimate.left_out is not None:
             found[name, "BCa"] = bca(estimate)
     return found | {(name, "independent"): ends for name, ends in independent(data).items()}
 
 
 def truth(*, effect: bool, seed: int) -> dict[str, float]:
-    """Values in the population, from samples together far larger than any data set; under null all but R^2 are 0."""
+    """Values in the population, from samples together far larger than any data set; under null all
+    but R^2 are 0.
+    """
     found = defaultdict(list)
     rng = np.random.default_rng(seed)
     for _ in range(POPULATIONS):
         data = draw(rng, POPULATION_PROMPTS, effect=effect)
-        made = estimates(data, Prompts(data["codes"], draws=0))
+        made = estimates(data, PromptClusters(data["codes"], draws=0))
         for name, estimate in made.items():
             if name != "CR1":
                 found[name].append(estimate.value)
@@ -155,26 +184,37 @@ def coverage(*, effect: bool, prompts: int, datasets: int, draws: int, seed: int
     values, hits = truth(effect=effect, seed=seed), defaultdict(list)
     for number in range(datasets):
         data = draw(np.random.default_rng([seed, prompts, number]), prompts, effect=effect)
-        for key, (low, high) in intervals(data, Prompts(data["codes"], draws=draws, seed=number)).items():
+        for key, (low, high) in intervals(
+            data, PromptClusters(data["codes"], draws=draws, seed=number)
+        ).items():
             if key[0] in values:
                 hits[key].append(low <= values[key[0]] <= high)
     rows = [
-        {"situation": "effect" if effect else "null", "prompts": prompts, "statistic": name, "method": method,
-         "coverage": 100 * float(np.mean(held)), "datasets": len(held)}
+        {
+            "situation": "effect" if effect else "null",
+            "prompts": prompts,
+            "statistic": name,
+            "method": method,
+            "coverage": 100 * float(np.mean(held)),
+            "datasets": len(held),
+        }
         for (name, method), held in hits.items()
     ]
     return pd.DataFrame(rows)
 
 
-# --- approximations ---------------------------------------------------------------------------------
+# --- approximations
+# ---------------------------------------------------------------------------------
 
 
 def approximations(*, prompts: int, draws: int, seed: int, repeats: int = 5) -> pd.DataFrame:
-    """Bootstrap standard error as computed over that of recomputing everything in every draw, by statistic."""
+    """Bootstrap standard error as computed over that of recomputing everything in every draw, by
+    statistic.
+    """
     ratios = defaultdict(list)
     for repeat in range(repeats):
         data = draw(np.random.default_rng([seed, repeat]), prompts, effect=True)
-        group = Prompts(data["codes"], draws=draws, seed=repeat)
+        group = PromptClusters(data["codes"], draws=draws, seed=repeat)
         rows = [np.flatnonzero(group.codes == g) for g in range(prompts)]
         again = defaultdict(list)
         for weights in group.weights.astype(int):
@@ -184,35 +224,52 @@ def approximations(*, prompts: int, draws: int, seed: int, repeats: int = 5) -> 
         made = estimates(data, group)
         for name, values in again.items():
             ratios[name].append(made[name].draws.std() / np.std(values))
-    return pd.DataFrame([{"statistic": n, "prompts": prompts, "ratio": float(np.mean(v)), "draws": draws, "datasets": repeats} for n, v in ratios.items()])
+    return pd.DataFrame(
+        [
+            {
+                "statistic": n,
+                "prompts": prompts,
+                "ratio": float(np.mean(v)),
+                "draws": draws,
+                "datasets": repeats,
+            }
+            for n, v in ratios.items()
+        ]
+    )
 
 
 def _anew(data: dict[str, np.ndarray]) -> dict[str, float]:
     h, d, c, y = (data[name] for name in "hdcy")
     learnable = d * c
-    group = statistics.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
+    group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     rank = {name: stats.rankdata(v) for name, v in {"x": learnable, "y": y, "h": h, "d": d}.items()}
     held = np.column_stack([np.ones(len(y)), rank["h"], rank["d"]])
     basis = np.linalg.qr(held)[0]
     rest = [rank[name] - basis @ (basis.T @ rank[name]) for name in "xy"]
     low, high = np.quantile(y, [0.05, 0.95])
     return {
-        "spearman": np.corrcoef(rank["x"], rank["y"])[0, 1], "kendall": stats.kendalltau(learnable, y).statistic,
-        "partial spearman": np.corrcoef(*rest)[0, 1], "trimmed mean": stats.trim_mean(y, 0.05),
-        "winsorised mean": np.clip(y, low, high).mean(), "tertile difference": y[group == 3].mean() - y[group == 1].mean(),
+        "spearman": np.corrcoef(rank["x"], rank["y"])[0, 1],
+        "kendall": stats.kendalltau(learnable, y).statistic,
+        "partial spearman": np.corrcoef(*rest)[0, 1],
+        "trimmed mean": stats.trim_mean(y, 0.05),
+        "winsorised mean": np.clip(y, low, high).mean(),
+        "tertile difference": y[group == 3].mean() - y[group == 1].mean(),
     }
 
 
-# --- verdicts ---------------------------------------------------------------------------------------
+# --- verdicts
+# ---------------------------------------------------------------------------------------
 
 
 def false_verdicts(*, prompts: int, datasets: int, draws: int, seed: int) -> float:
-    """Share of studies of the null with any verdict but inconclusive among their eight looks; at most 5 % nominally."""
+    """Share of studies of the null with any verdict but inconclusive among their eight looks; at
+    most 5 % nominally.
+    """
     wrong = 0
     for number in range(datasets):
         rng = np.random.default_rng([seed, prompts, number, 1])
         found = robustness.findings(_null_table(rng, prompts), draws=draws, seed=number)
-        wrong += bool((verdicts.verdicts(found, placebo=()).verdict != "inconclusive").any())
+        wrong += bool((claims.verdicts(found, placebo=()).verdict != "inconclusive").any())
     return 100 * wrong / datasets
 
 
@@ -222,33 +279,83 @@ def _null_table(rng: np.random.Generator, prompts: int) -> pd.DataFrame:
     codes, n = data["codes"], len(data["codes"])
     position = np.concatenate([np.arange(k) for k in np.bincount(codes)])
     spread = np.clip(data["c"] + 0.1 * rng.normal(size=n), 0, 1)
-    return validate_tokens(pd.DataFrame({
-        "context_id": codes.astype(str), "prompt_id": codes.astype(str), "position": position, "response_length": np.bincount(codes)[codes],
-        "token_id": 0, "token": "", "student_entropy": data["h"], "teacher_entropy": rng.random(n), "forward_kl": data["d"],
-        "compatibility": data["c"], "compatibility_k8": spread, "gain": data["y"], "relative_gain": np.resize(other, n),
-    }))
+    return validate_tokens(
+        pd.DataFrame(
+            {
+                "context_id": codes.astype(str),
+                "prompt_id": codes.astype(str),
+                "position": position,
+                "response_length": np.bincount(codes)[codes],
+                "token_id": 0,
+                "token": "",
+                "student_entropy": data["h"],
+                "teacher_entropy": rng.random(n),
+                "forward_kl": data["d"],
+                "compatibility": data["c"],
+                "compatibility_k8": spread,
+                "gain": data["y"],
+                "relative_gain": np.resize(other, n),
+            }
+        )
+    )
 
 
-# --- report -----------------------------------------------------------------------------------------
+# --- report
+# -----------------------------------------------------------------------------------------
 
 
-def report(table: pd.DataFrame, near: pd.DataFrame, wrong: dict[int, tuple[float, int]], *, draws: int, seconds: float) -> str:
+def report(
+    table: pd.DataFrame,
+    near: pd.DataFrame,
+    wrong: dict[int, tuple[float, int]],
+    *,
+    draws: int,
+    seconds: float,
+) -> str:
     """The results as Markdown."""
     lines = [
-        "# Calibration of intervals and tests", "",
-        "Written by `python benchmarks/calibration.py`; its head says how the data are made. Figures are percentages of simulated "
-        f"data sets ({', '.join(f'{n} at {p} prompts' for p, n in table.groupby('prompts').datasets.max().items())}), {draws} draws each, nominal 95 %. "
-        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, one thread, {seconds / 60:.0f} min.", "",
-        _outside(table), "",
+        "# Calibration of intervals and tests",
+        "",
+        (
+            "Written by `python benchmarks/calibration.py`; its head says how the data are made."
+            " Figures are percentages of simulated data sets"
+            f" ({', '.join(f'{n} at {p} prompts' for p, n in table.groupby('prompts').datasets.max().items())}),"
+            f" {draws} draws each, nominal 95 %. {platform.machine()}, Python"
+            f" {platform.python_version()}, numpy {np.__version__}, one thread, {seconds / 60:.0f}"
+            " min."
+        ),
+        "",
+        _outside(table),
+        "",
     ]
-    for situation, title in (("null", "Null: rate at which a nominal 5 % test rejects"), ("effect", "Effect: coverage of the nominal 95 % interval")):
+    for situation, title in (
+        ("null", "Null: rate at which a nominal 5 % test rejects"),
+        ("effect", "Effect: coverage of the nominal 95 % interval"),
+    ):
         here = table[table.situation == situation]
         here = here.assign(value=100 - here.coverage if situation == "null" else here.coverage)
         lines += [f"## {title}", "", *_markdown(here), ""]
-    lines += ["## Standard errors of approximate draws over those of recomputing every draw", "", "| statistic | prompts | ratio |", "|---|---|---|"]
+    lines += [
+        "## Standard errors of approximate draws over those of recomputing every draw",
+        "",
+        "| statistic | prompts | ratio |",
+        "|---|---|---|",
+    ]
     lines += [f"| {row.statistic} | {row.prompts} | {row.ratio:.3f} |" for row in near.itertuples()]
-    lines += ["", "## Verdicts under the null", "", "Share of studies with any verdict but *inconclusive* among eight looks (C1-C4, both gains) after Holm; nominally at most 5 %.", ""]
-    lines += [f"- {prompts} prompts: {share:.1f} % of {datasets}" for prompts, (share, datasets) in wrong.items()]
+    lines += [
+        "",
+        "## Verdicts under the null",
+        "",
+        (
+            "Share of studies with any verdict but *inconclusive* among eight looks (C1-C4, both"
+            " gains) after Holm; nominally at most 5 %."
+        ),
+        "",
+    ]
+    lines += [
+        f"- {prompts} prompts: {share:.1f} % of {datasets}"
+        for prompts, (share, datasets) in wrong.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -257,21 +364,36 @@ def _outside(table: pd.DataFrame) -> str:
     off = reported[(reported.coverage < 93) | (reported.coverage > 97)]
     if off.empty:
         return "Every reported interval covers within 93-97 %, and every test rejects within 3-7 %."
-    cells = [f"{row.statistic} at {row.prompts} prompts ({row.situation}, {row.coverage:.1f} %)" for row in off.itertuples()]
-    return f"Of {len(reported)} reported figures {len(off)} outside of 93-97 % coverage: {'; '.join(cells)}."
+    cells = [
+        f"{row.statistic} at {row.prompts} prompts ({row.situation}, {row.coverage:.1f} %)"
+        for row in off.itertuples()
+    ]
+    return (
+        f"Of {len(reported)} reported figures {len(off)} outside of 93-97 % coverage:"
+        f" {'; '.join(cells)}."
+    )
 
 
 def _markdown(here: pd.DataFrame) -> list[str]:
-    lines = ["| statistic | prompts | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 2) + "|"]
+    lines = [
+        "| statistic | prompts | " + " | ".join(METHODS) + " |",
+        "|---" * (len(METHODS) + 2) + "|",
+    ]
     for (name, prompts), rows in here.groupby(["statistic", "prompts"], sort=False):
         cells = rows.set_index("method").value.reindex(METHODS)
-        lines.append(f"| {name} | {prompts} | " + " | ".join("" if np.isnan(v) else f"{v:.1f}" for v in cells) + " |")
+        lines.append(
+            f"| {name} | {prompts} | "
+            + " | ".join("" if np.isnan(v) else f"{v:.1f}" for v in cells)
+            + " |"
+        )
     return lines
 
 
 def main() -> None:
     """Run everything and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--datasets", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -280,13 +402,27 @@ def main() -> None:
     started, tables = time.process_time(), []
     for prompts in PROMPTS:
         for effect in (False, True):
-            tables.append(coverage(effect=effect, prompts=prompts, datasets=options.datasets, draws=options.draws, seed=options.seed))
+            tables.append(
+                coverage(
+                    effect=effect,
+                    prompts=prompts,
+                    datasets=options.datasets,
+                    draws=options.draws,
+                    seed=options.seed,
+                )
+            )
             print(prompts, effect, f"{time.process_time() - started:.0f} s", flush=True)
     near = pd.concat([approximations(prompts=p, draws=400, seed=options.seed) for p in (20, 50)])
     half = max(options.datasets // 2, 1)
-    wrong = {p: (false_verdicts(prompts=p, datasets=half, draws=options.draws, seed=options.seed), half) for p in (20, 50)}
+    wrong = {
+        p: (false_verdicts(prompts=p, datasets=half, draws=options.draws, seed=options.seed), half)
+        for p in (20, 50)
+    }
     table = pd.concat(tables, ignore_index=True)
-    Path(options.output).write_text(report(table, near, wrong, draws=options.draws, seconds=time.process_time() - started), encoding="utf-8")
+    Path(options.output).write_text(
+        report(table, near, wrong, draws=options.draws, seconds=time.process_time() - started),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

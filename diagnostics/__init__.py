@@ -12,32 +12,52 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-# Large tensors in large pages: filling a fresh one takes a third to a fifth of the time. Torch reads this at its first allocation.
+# Large tensors in large pages: filling a fresh one takes a third to a fifth of the time. Torch
+# reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
-    "types": ("Bank", "Context", "DiagnosticsError", "Prompt", "SCHEMA", "read_bank", "validate_tokens"),
-    "criteria": ("criteria", "criterion", "normalise", "score_criterion", "select"),
-    "pairs": ("Pair", "load_pair"),
-    "prompts": ("load_prompts",),
-    "rollouts": ("rollout",),
-    "banks": ("read_rollouts",),
-    "scores": ("score", "score_with_tops"),
-    "probe": ("probe",),
-    "comparison": ("compare", "selection_curves", "selection_overlap", "selection_profile", "selection_summary"),
-    "agreement": ("agreement",),
-    "intervention": ("intervene", "interventions"),
-    "attribution": ("attribute",),
-    "training": ("EngineConfig", "TrainConfig", "train"),
-    "evaluation": ("EvaluationConfig", "evaluate", "find_verifier", "summarise_evaluation"),
-    "tasks": ("sums", "verify"),
-    "interop": ("read_tokens",),
-    "analysis": ("correlate", "q3_contrast", "q3_groups", "study"),
-    "tokenview": ("show",),
-    "report": ("read_run",),
-    "sidebyside": ("compare_runs",),
+    "core.types": (
+        "Bank",
+        "Context",
+        "DiagnosticsError",
+        "Prompt",
+        "SCHEMA",
+        "read_bank",
+        "validate_tokens",
+    ),
+    "criteria": ("criterion", "list_criteria", "normalize", "score_criterion", "select"),
+    "models.pair": ("Pair", "load_pair"),
+    "contexts.prompts": ("load_prompts",),
+    "contexts.rollouts": ("rollout",),
+    "contexts.import_rollouts": ("read_rollouts",),
+    "probing.scores": ("score", "score_with_tops"),
+    "probing.one_step": ("probe",),
+    "analysis.selection": (
+        "compare",
+        "selection_curves",
+        "selection_overlap",
+        "selection_profile",
+        "selection_summary",
+    ),
+    "analysis.rank_agreement": ("agreement",),
+    "probing.intervention": ("intervene", "interventions"),
+    "probing.attribution": ("attribute",),
+    "training.run": ("EngineConfig", "TrainConfig", "train"),
+    "training.evaluation": (
+        "EvaluationConfig",
+        "evaluate",
+        "find_verifier",
+        "summarize_evaluation",
+    ),
+    "contexts.story_sums": ("sums", "verify"),
+    "contexts.import_tokens": ("read_tokens",),
+    "analysis.study": ("correlate", "q3_contrast", "q3_groups", "study"),
+    "report.tokenview": ("show",),
+    "report.page": ("read_run",),
+    "report.compare_runs": ("compare_runs",),
 }
-_MODULES = {"plot": "figures"}
+_MODULES = {"plot": "report.figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted({*_HOME, *_MODULES})
 
@@ -55,7 +75,9 @@ def __dir__() -> list[str]:
 
 
 class _Callable(ModuleType):
-    """A module that is called like the function of its name: once imported, it stands where that function stood."""
+    """A module that is called like the function of its name: once imported, it stands where that
+    function stood.
+    """
 
     def __call__(self, *args, **options):
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)

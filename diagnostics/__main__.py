@@ -2,6 +2,6 @@
 
 import sys
 
-from diagnostics.cli import main
+from diagnostics.pipeline.cli import main
 
 sys.exit(main())

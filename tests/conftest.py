@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 import torch
 
-from diagnostics.types import Bank, Context, Prompt
+from diagnostics.core.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
 
 
 @pytest.fixture(autouse=True)
 def only_warnings_are_logged():
-    """A test begins with warnings alone being logged, whatever a command line before it asked for."""
+    """A test begins with warnings alone being logged, whatever a command line before it asked
+    for.
+    """
     logging.getLogger().setLevel(logging.WARNING)
 
 
@@ -28,9 +31,15 @@ def make_tokenizer(words=WORDS, *, pad_is_eos: bool = False):
     vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<pad>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>" if pad_is_eos else "<pad>"
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<eos>" if pad_is_eos else "<pad>",
     )
 
 
@@ -38,8 +47,18 @@ def make_model(seed: int, *, vocabulary: int = 64, hidden: int = 32, layers: int
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3, **options,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.3,
+        **options,
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -49,22 +68,34 @@ def make_model(seed: int, *, vocabulary: int = 64, hidden: int = 32, layers: int
 
 
 def make_pair(student_seed: int = 1, teacher_seed: int = 2, **options):
-    from diagnostics.pairs import assemble
+    from diagnostics.models.pair import assemble
 
-    return assemble("tiny", make_model(student_seed, **options), make_model(teacher_seed, hidden=48, **options), make_tokenizer())
+    return assemble(
+        "tiny",
+        make_model(student_seed, **options),
+        make_model(teacher_seed, hidden=48, **options),
+        make_tokenizer(),
+    )
 
 
 def make_prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"p{i}", " ".join(WORDS[(7 * i + j) % 60] for j in range(2 + i % 5))) for i in range(count)]
+    return [
+        Prompt(f"p{i}", " ".join(WORDS[(7 * i + j) % 60] for j in range(2 + i % 5)))
+        for i in range(count)
+    ]
 
 
 def make_bank(lengths, *, prompt_lengths=None, seed: int = 0) -> Bank:
     generator = torch.Generator().manual_seed(seed)
     contexts = []
     for i, length in enumerate(lengths):
-        prompt = [0] + torch.randint(4, 64, (prompt_lengths[i] if prompt_lengths else 2 + i % 4,), generator=generator).tolist()
+        prompt = [0] + torch.randint(
+            4, 64, (prompt_lengths[i] if prompt_lengths else 2 + i % 4,), generator=generator
+        ).tolist()
         response = torch.randint(4, 64, (length,), generator=generator).tolist()
-        contexts.append(Context(f"c{i}", f"p{i}", "prompt", tuple(prompt), "response", tuple(response), False))
+        contexts.append(
+            Context(f"c{i}", f"p{i}", "prompt", tuple(prompt), "response", tuple(response), False)
+        )
     return Bank(tuple(contexts))
 
 
@@ -76,3 +107,50 @@ def pair():
 @pytest.fixture
 def bank():
     return make_bank([5, 9, 1, 7, 12, 4])
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny pair and a prompt file on disk, and the flags that name them."""
+    base = tmp_path_factory.mktemp("pair")
+    pair = make_pair()
+    for name, readout in (("student", pair.student), ("teacher", pair.teacher)):
+        readout.model.save_pretrained(base / name)
+        pair.tokenizer.save_pretrained(base / name)
+    rows = [{"prompt": f"w{i} w{(7 * i) % 60} w{(11 * i) % 60}"} for i in range(30)]
+    (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        "--student",
+        str(base / "student"),
+        "--teacher",
+        str(base / "teacher"),
+        "--prompts",
+        str(base / "prompts.jsonl"),
+        "--contexts",
+        "20",
+        "--max-new-tokens",
+        "10",
+        "--draws",
+        "50",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(folders, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "out"
+    from diagnostics.pipeline.cli import main
+
+    assert main(["run", *folders, "--output-dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test adds."""
+    from diagnostics import criteria
+
+    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))

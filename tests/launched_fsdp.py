@@ -1,10 +1,11 @@
-"""Run by `python -m torch.distributed.run --nproc-per-node 2`: trainings of a tiny pair under FSDP2, one after the other.
+"""Run by `python -m torch.distributed.run --nproc-per-node 2`: trainings of a tiny pair under
+FSDP2, one after the other.
 
     python -m torch.distributed.run --nproc-per-node 2 tests/launched_fsdp.py FOLDER NAME [NAME ...]
 
-Each of `CASES` writes FOLDER/NAME as a training does. Two processes on the CPU stand in for two GPUs: Accelerate allows FSDP on accelerators only,
-so that one test of it is passed over in memory; `fully_shard`, its policies and the collectives are real.
-"""
+Each of `CASES` writes FOLDER/NAME as a training does. Two processes on the CPU stand in for two
+GPUs: Accelerate allows FSDP on accelerators only, so that one test of it is passed over in memory;
+`fully_shard`, its policies and the collectives are real."""
 
 import json
 import os
@@ -13,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from diagnostics import training  # noqa: E402
-from diagnostics.evaluation import EvaluationConfig  # noqa: E402
-from diagnostics.pairs import Readout  # noqa: E402
-from tests.conftest import make_pair, make_prompts  # noqa: E402
+from diagnostics.models.pair import Readout
+from diagnostics.training import run as training_run
+from diagnostics.training.evaluation import EvaluationConfig
+from tests.conftest import make_pair, make_prompts
 
 CASES = {
     "plain": {},
@@ -30,14 +31,21 @@ CASES = {
     "bf16-lora": {"bf16": True, "teacher": torch.bfloat16, "lora_rank": 4},
 }
 FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """configs/fsdp2-8gpu.yaml as the variables that `accelerate launch` makes of it."""
 
 
 SETTINGS = {"adam_epsilon": 1e-3}
-"""A step in proportion to its gradient: with AdamW's own 1e-8 the last bit of a gradient near 0 decides the sign of a whole step."""
+"""A step in proportion to its gradient: with AdamW's own 1e-8 the last bit of a gradient near 0
+decides the sign of a whole step.
+"""
 
 
 def allow_on_the_cpu() -> None:
@@ -57,16 +65,30 @@ def allow_on_the_cpu() -> None:
     state.AcceleratorState.__init__ = init
 
 
-def run(folder: Path, *, loss="reverse_kl", lora_rank=0, bf16=False, teacher=torch.float32, save_every=0) -> training.TrainResult:
+def run(
+    folder: Path, *, loss="reverse_kl", lora_rank=0, bf16=False, teacher=torch.float32, save_every=0
+) -> training_run.TrainResult:
     """Train for three steps of two micro-batches."""
     pair = make_pair()
     pair.teacher = Readout(pair.teacher.model.to(teacher), vocabulary=pair.vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    engine = training.EngineConfig(
-        max_new_tokens=8, save_every=save_every, accumulation=2, lora_rank=lora_rank, trl=json.dumps(SETTINGS | {"bf16": bf16}))
-    return training.train(
-        pair, make_prompts(24), output_dir=folder, engine=engine, evaluation=EvaluationConfig(eval_contexts=0),
-        config=training.TrainConfig(budget=0.2, steps=3, batch=8, learning_rate=1e-3, loss=loss))
+    engine = training_run.EngineConfig(
+        max_new_tokens=8,
+        save_every=save_every,
+        accumulation=2,
+        lora_rank=lora_rank,
+        trl=json.dumps(SETTINGS | {"bf16": bf16}),
+    )
+    return training_run.train(
+        pair,
+        make_prompts(24),
+        output_dir=folder,
+        engine=engine,
+        evaluation=EvaluationConfig(eval_contexts=0),
+        config=training_run.TrainConfig(
+            budget=0.2, steps=3, batch=8, learning_rate=1e-3, loss=loss
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Work for the workers of test_workers.py, and a process that has two of them: `python -m tests.launched_workers` prints their ids."""
+"""Work for the workers of test_workers.py, and a process that has two of them: `python -m
+tests.launched_workers` prints their ids.
+"""
 
 import os
 import time
 
-from diagnostics.types import DiagnosticsError
-from diagnostics.workers import share_out
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.training.workers import share_out
 
 
 def double(task):

@@ -1,4 +1,6 @@
-"""What machines do to a run: killed, interrupted, out of room or memory, damaged files. Nothing is lost and no part is taken for a whole."""
+"""What machines do to a run: killed, interrupted, out of room or memory, damaged files. Nothing is
+lost and no part is taken for a whole.
+"""
 
 import errno
 import json
@@ -14,15 +16,17 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import runs, scores
-from diagnostics.cli import main
-from diagnostics.pairs import assemble, load_pair
-from diagnostics.probe import probe
-from diagnostics.runs import open_run, sha256_file
-from diagnostics.scores import score
-from diagnostics.types import Bank, Context, DiagnosticsError, read_bank
+from diagnostics.core import progress, tables
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import sha256_file
+from diagnostics.core.types import Bank, Context, read_bank
+from diagnostics.models.pair import assemble, load_pair
+from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.run import open_run
+from diagnostics.probing import scores
+from diagnostics.probing.one_step import probe
+from diagnostics.probing.scores import score
 from tests.conftest import make_bank, make_model, make_tokenizer
-from tests.test_stages import folders  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch-tokens", "60"]
@@ -30,23 +34,37 @@ SMALL = ["--batch-tokens", "60"]
 
 def hashes(directory):
     """Every file of a run directory that is not hidden, with its hash."""
-    return {str(path.relative_to(directory)): sha256_file(path) for path in sorted(directory.rglob("*"))
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts)}
+    return {
+        str(path.relative_to(directory)): sha256_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    }
 
 
 def hidden(directory):
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and "/." in f"/{path.relative_to(directory)}")
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file() and "/." in f"/{path.relative_to(directory)}"
+    )
 
 
 def measure(options, directory):
-    """What the main job measures, without the tables and pages that follow from it: exit code of the last stage begun."""
+    """What the main job measures, without the tables and pages that follow from it: exit code of
+    the last stage begun.
+    """
     models, out = [*options[:4], "--device", "cpu", "--quiet"], ["--output-dir", str(directory)]
-    stages = ["rollout", *options[:10], *models[4:]], ["score", *models, *SMALL], ["probe", *models, *SMALL]
+    stages = (
+        ["rollout", *options[:10], *models[4:]],
+        ["score", *models, *SMALL],
+        ["probe", *models, *SMALL],
+    )
     return next((code for stage in stages if (code := main([*stage, *out]))), 0)
 
 
 @pytest.fixture(scope="module")
-def reference(folders, tmp_path_factory):  # noqa: F811
+def reference(folders, tmp_path_factory):
     """Measured in small batches, never interrupted."""
     directory = tmp_path_factory.mktemp("reference") / "out"
     assert measure(folders, directory) == 0
@@ -74,16 +92,21 @@ class Stop:
 
 @pytest.fixture
 def stop(monkeypatch):
-    monkeypatch.setattr(runs, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)
     return Stop(monkeypatch)
 
 
 @pytest.mark.parametrize("at", [7, -8, -2])
-def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders, tmp_path, stop, capsys, at):  # noqa: F811
+def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(
+    reference, folders, tmp_path, stop, capsys, at
+):
     assert measure(folders, tmp_path / "whole") == 0
     total = stop.calls
     assert (stop.count(at % (total + 1)), measure(folders, tmp_path / "out"))[1] == 130
-    assert capsys.readouterr().err == "stopped; what was finished is kept, and the same command goes on from there\n"
+    assert (
+        capsys.readouterr().err
+        == "stopped; what was finished is kept, and the same command goes on from there\n"
+    )
     assert any(name.startswith(".partial/") for name in hidden(tmp_path / "out"))
     done = at % (total + 1) - 1
     stop.count()
@@ -93,13 +116,17 @@ def test_an_interrupted_job_goes_on_at_the_batch_where_it_was(reference, folders
     assert hidden(tmp_path / "out") == [".lock"]
 
 
-# --- killed, terminated, two at once --------------------------------------------------------------------
+# --- killed, terminated, two at once
+# --------------------------------------------------------------------
 
 
 def in_a_process(options, directory):
-    """Measuring in a process of its own, forked from this one, every finished batch on disk at once."""
+    """Measuring in a process of its own, forked from this one, every finished batch on disk at
+    once.
+    """
+
     def child():
-        runs.SHARD_SECONDS = 0.0
+        progress.SHARD_SECONDS = 0.0
         os._exit(measure(options, directory))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -121,8 +148,17 @@ def wait_for(directory, pattern, process):
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("pattern", [".partial/rollout-*/responses-*/*.parquet", ".partial/score-*/scores/*.parquet", ".partial/probe-*/before/*.parquet"])
-def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, folders, tmp_path, pattern):  # noqa: F811
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".partial/rollout-*/responses-*/*.parquet",
+        ".partial/score-*/scores/*.parquet",
+        ".partial/probe-*/before/*.parquet",
+    ],
+)
+def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(
+    reference, folders, tmp_path, pattern
+):
     process = in_a_process(folders, tmp_path / "out")
     wait_for(tmp_path, f"out/{pattern}", process)
     process.kill()
@@ -133,27 +169,45 @@ def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(reference, fo
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(reference, folders, tmp_path, capfd):  # noqa: F811
+def test_a_second_process_is_refused_and_sigterm_ends_as_ctrl_c_does(
+    reference, folders, tmp_path, capfd
+):
     process = in_a_process(folders, tmp_path / "out")
     wait_for(tmp_path, "out/.partial/score-*/scores/*.parquet", process)
     process_stopped = os.kill(process.pid, signal.SIGSTOP)
     assert process_stopped is None and measure(folders, tmp_path / "out") == 2
-    assert "is in use by another process. Wait for it to end, or choose another --output-dir." in capfd.readouterr().err
+    assert (
+        "is in use by another process. Wait for it to end, or choose another --output-dir."
+        in capfd.readouterr().err
+    )
     os.kill(process.pid, signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode == 143
-    assert "stopped; what was finished is kept, and the same command goes on from there" in capfd.readouterr().err
+    assert (
+        "stopped; what was finished is kept, and the same command goes on from there"
+        in capfd.readouterr().err
+    )
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert measure(folders, tmp_path / "out") == 0 and hashes(tmp_path / "out") == hashes(reference)
 
 
-# --- the disk -------------------------------------------------------------------------------------------
+# --- the disk
+# -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call, code, words, number", [("fsync", errno.ENOSPC, "No space left on device", 1), ("fsync", errno.ENOSPC, "No space left on device", 6),
-                                                      ("fsync", errno.ENOSPC, "No space left on device", 9), ("replace", errno.EIO, "Input/output error", 4)])
-def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(reference, folders, tmp_path, monkeypatch, capsys, call, code, words, number):  # noqa: F811
+@pytest.mark.parametrize(
+    "call, code, words, number",
+    [
+        ("fsync", errno.ENOSPC, "No space left on device", 1),
+        ("fsync", errno.ENOSPC, "No space left on device", 6),
+        ("fsync", errno.ENOSPC, "No space left on device", 9),
+        ("replace", errno.EIO, "Input/output error", 4),
+    ],
+)
+def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(
+    reference, folders, tmp_path, monkeypatch, capsys, call, code, words, number
+):
     calls, real = [], getattr(os, call)
 
     def failing(*arguments, **options):
@@ -166,28 +220,50 @@ def test_a_disk_that_gives_out_is_named_and_the_job_goes_on_when_it_is_back(refe
         patch.setattr(os, call, failing)
         assert measure(folders, tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("error: ") and f" cannot be written ({words}). Nothing finished was lost. Make room or choose another --output-dir" in error
+    assert (
+        error.startswith("error: ")
+        and f" cannot be written ({words}). Nothing finished was lost. Make room or choose another --output-dir"
+        in error
+    )
     known = hashes(reference)
-    assert all(name == "manifest.json" or digest == known[name] for name, digest in hashes(tmp_path / "out").items() if name in known)
+    assert all(
+        name == "manifest.json" or digest == known[name]
+        for name, digest in hashes(tmp_path / "out").items()
+        if name in known
+    )
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert measure(folders, tmp_path / "out") == 0 and hashes(tmp_path / "out") == known
 
 
-def test_a_small_file_system_fills_up(folders, tmp_path, capsys):  # noqa: F811
+def test_a_small_file_system_fills_up(folders, tmp_path, capsys):
     if os.geteuid() or os.system(f"mount -t tmpfs -o size=8k tmpfs {tmp_path} 2>/dev/null"):
         pytest.skip("no file system can be mounted here; a full disk is injected above")
     try:
         assert measure(folders, tmp_path / "out") == 2
-        assert "cannot be written (No space left on device). Nothing finished was lost." in capsys.readouterr().err
-        assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "out/contexts.parquet").exists()
+        assert (
+            "cannot be written (No space left on device). Nothing finished was lost."
+            in capsys.readouterr().err
+        )
+        assert (
+            not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "out/contexts.parquet").exists()
+        )
     finally:
         os.system(f"umount {tmp_path}")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Path, "mkdir", lambda self, **_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", str(self))))
+    monkeypatch.setattr(
+        Path,
+        "mkdir",
+        lambda self, **_: (_ for _ in ()).throw(
+            PermissionError(errno.EACCES, "Permission denied", str(self))
+        ),
+    )
     assert main(["rollout", "--pair", "embedded", "--output-dir", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'out'} cannot be used as output directory (Permission denied). Choose a folder that can be written.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'out'} cannot be used as output directory (Permission denied). Choose a folder that can be written.\n"
+    )
 
 
 def damaged(path, how):
@@ -199,22 +275,40 @@ def damaged(path, how):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name, how", [("contexts.parquet", "flipped"), ("scores.parquet", "cut"), ("gains.parquet", "cut"), ("gains.parquet", "flipped"),
-                                       ("tokens.parquet", "flipped"), ("tables/calibration.csv", "cut")])
-def test_a_damaged_file_is_made_again_and_never_read(reference, folders, tmp_path, capsys, name, how):  # noqa: F811
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("contexts.parquet", "flipped"),
+        ("scores.parquet", "cut"),
+        ("gains.parquet", "cut"),
+        ("gains.parquet", "flipped"),
+        ("tokens.parquet", "flipped"),
+        ("tables/calibration.csv", "cut"),
+    ],
+)
+def test_a_damaged_file_is_made_again_and_never_read(
+    reference, folders, tmp_path, capsys, name, how
+):
     directory = tmp_path / "out"
     shutil.copytree(reference, directory)
     damaged(directory / name, how)
     if name in ("contexts.parquet", "scores.parquet", "tokens.parquet"):
-        stage = ["analyze", "--draws", "20"] if name == "tokens.parquet" else ["intervene", *folders[:4], "--device", "cpu"]
+        stage = (
+            ["analyze", "--draws", "20"]
+            if name == "tokens.parquet"
+            else ["intervene", *folders[:4], "--device", "cpu"]
+        )
         assert main([*stage, "--quiet", "--output-dir", str(directory)]) == 2
-        assert f"reads {directory / name}, which is not as it was written: its sha256 is " in capsys.readouterr().err
+        assert (
+            f"reads {directory / name}, which is not as it was written: its sha256 is "
+            in capsys.readouterr().err
+        )
     assert measure(folders, directory) == 0
     assert hashes(directory) == hashes(reference)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):  # noqa: F811
+def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):
     student, directory = tmp_path / "student", tmp_path / "out"
     shutil.copytree(folders[1], student)
     shutil.copytree(reference, directory)
@@ -224,30 +318,52 @@ def test_damaged_weights_are_refused(reference, folders, tmp_path, capsys, how):
             record["settings"]["student"] = str(student)
     (directory / "manifest.json").write_text(json.dumps(manifest))
     damaged(student / "model.safetensors", how)
-    assert main(["score", "--student", str(student), *folders[2:4], "--device", "cpu", *SMALL, "--quiet", "--output-dir", str(directory)]) == 2
+    assert (
+        main(
+            [
+                "score",
+                "--student",
+                str(student),
+                *folders[2:4],
+                "--device",
+                "cpu",
+                *SMALL,
+                "--quiet",
+                "--output-dir",
+                str(directory),
+            ]
+        )
+        == 2
+    )
     assert "of another configuration (model student: was " in capsys.readouterr().err
     if how == "cut":
         with pytest.raises(DiagnosticsError, match="No model can be loaded from"):
             load_pair(student=student, teacher=folders[3], device="cpu")
 
 
-# --- memory ---------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError("injected"), torch.OutOfMemoryError("injected")])
-def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys, error):  # noqa: F811
+def test_models_too_large_for_the_machine(folders, tmp_path, monkeypatch, capsys, error):
     def full(*_, **__):
         raise error
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
     assert measure(folders, tmp_path / "out") == 2
-    assert capsys.readouterr().err.strip().endswith(
-        f"error: The memory does not suffice ({error}). What was finished is kept. Use smaller --batch-tokens, "
-        "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine.")
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(
+            f"error: The memory does not suffice ({error}). What was finished is kept. Use smaller --batch-tokens, "
+            "--teacher-dtype bfloat16 or --offload-teacher, or a larger machine."
+        )
+    )
 
 
-def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):  # noqa: F811
-    from diagnostics.pairs import Readout
+def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_path, monkeypatch):
+    from diagnostics.models.pair import Readout
 
     real, failures = Readout.hidden, []
 
@@ -259,11 +375,14 @@ def test_out_of_memory_in_the_middle_halves_and_goes_on(reference, folders, tmp_
 
     monkeypatch.setattr(Readout, "hidden", hidden)
     assert measure(folders, tmp_path / "out") == 0 and len(failures) == 6
-    expected, found = (pd.read_parquet(directory / "tokens.parquet") for directory in (reference, tmp_path / "out"))
+    expected, found = (
+        pd.read_parquet(directory / "tokens.parquet") for directory in (reference, tmp_path / "out")
+    )
     np.testing.assert_allclose(found.gain, expected.gain, atol=1e-5)
 
 
-# --- numbers --------------------------------------------------------------------------------------------
+# --- numbers
+# --------------------------------------------------------------------------------------------
 
 
 def poisoned(seed, token, value=float("nan"), **options):
@@ -274,26 +393,41 @@ def poisoned(seed, token, value=float("nan"), **options):
     return model
 
 
-CLEAN = tuple(Context(f"c{i}", f"p{i}", "", (0, 5 + i), "", tuple(range(4, 44)), False) for i in range(8))
+CLEAN = tuple(
+    Context(f"c{i}", f"p{i}", "", (0, 5 + i), "", tuple(range(4, 44)), False) for i in range(8)
+)
 TOUCHED = Context("c8", "p8", "", (0, 5), "", (5, 60, 6), False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_positions_without_finite_logits_are_excluded_counted_and_named(whose, value, caplog):
-    models = {"student": make_model(1), "teacher": make_model(2)} | {whose: poisoned(1 if whose == "student" else 2, 60, value)}
+    models = {"student": make_model(1), "teacher": make_model(2)} | {
+        whose: poisoned(1 if whose == "student" else 2, 60, value)
+    }
     pair = assemble("nan", models["student"], models["teacher"], make_tokenizer())
     bank = Bank((*CLEAN, TOUCHED))
     tokens = score(pair, bank)
     bad = tokens.forward_kl.isna()
-    assert set(tokens.context_id[bad]) == {"c8"} and bad.sum() in (2, 3)  # attention may carry a NaN to all of its context
+    assert set(tokens.context_id[bad]) == {"c8"} and bad.sum() in (
+        2,
+        3,
+    )  # attention may carry a NaN to all of its context
     first = tokens.position[bad].iloc[0]
-    counted = f"{bad.sum()} are the student's and 0" if whose == "student" else f"0 are the student's and {bad.sum()}"
-    assert (f"{bad.sum()} of 323 positions have NaN or infinite logits and are excluded (the first at position {first} of context 'c8', the {whose}'s; "
-            f"of {bad.sum()} looked at, {counted} the teacher's alone)") in caplog.text
+    counted = (
+        f"{bad.sum()} are the student's and 0"
+        if whose == "student"
+        else f"0 are the student's and {bad.sum()}"
+    )
+    assert (
+        f"{bad.sum()} of 323 positions have NaN or infinite logits and are excluded (the first at position {first} of context 'c8', the {whose}'s; "
+        f"of {bad.sum()} looked at, {counted} the teacher's alone)"
+    ) in caplog.text
     result = probe(pair, bank, tokens=tokens)
     assert (result.tokens.gain.isna() == bad).all() and result.tokens.gain[~bad].abs().max() > 0
-    assert result.step.step_positions == int(((result.tokens.split == "step") & (tokens.context_id != "c8")).sum())
+    assert result.step.step_positions == int(
+        ((result.tokens.split == "step") & (tokens.context_id != "c8")).sum()
+    )
 
 
 def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
@@ -301,23 +435,29 @@ def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
     with torch.no_grad():
         teacher.lm_head.weight *= 1e6
     pair = assemble("fp16", make_model(1), teacher, make_tokenizer())
-    with pytest.raises(DiagnosticsError, match=r"positions have NaN or infinite logits \(the first at position \d of context 'c0', the teacher's; of 38 looked at, 0 are the "
-                       r"student's and 38 the teacher's alone\)\. Load the models in float32, or check their weights\.$"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"positions have NaN or infinite logits \(the first at position \d of context 'c0', the teacher's; of 38 looked at, 0 are the "
+        r"student's and 38 the teacher's alone\)\. Load the models in float32, or check their weights\.$",
+    ):
         score(pair, bank)
 
 
 def measured_to_the_end(pair, bank, folder, *, report=False, **options):
-    """A bank through score, probe and tables, and with `report` the page, as the command line would take it; the tokens."""
-    from diagnostics import stages
-    from diagnostics.probe import ProbeConfig
-    from diagnostics.scores import ScoreConfig
+    """A bank through score, probe and tables, and with `report` the page, as the command line would
+    take it; the tokens.
+    """
+    from diagnostics.analysis import config
+    from diagnostics.pipeline import stages
+    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.scores import ScoreConfig
 
     models = type("Models", (), {"pair": pair, "settings": {}, "fingerprint": lambda self: {}})()
     with open_run(folder) as run:
-        runs.write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        tables.write_parquet(run.path("contexts.parquet"), bank.to_frame())
         stages.score_stage(run, models, ScoreConfig(**options))
         stages.probe_stage(run, models, ProbeConfig(), batch_tokens=8192)
-        stages.analyze_stage(run, stages.AnalysisConfig(draws=20), seed=0)
+        stages.analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
         assert not report or stages.report_stage(run).stat().st_size > 10_000
     return pd.read_parquet(folder / "tokens.parquet")
 
@@ -330,23 +470,37 @@ def test_a_student_that_writes_one_token_only(bank, tmp_path):
         student.model.layers[-1].mlp.down_proj.weight *= 0
     pair = assemble("collapsed", student, make_model(2), make_tokenizer())
     tokens = measured_to_the_end(pair, bank, tmp_path / "out")
-    assert tokens.student_entropy.max() < np.log(64) and len(tokens) == bank.positions and tokens.forward_kl.min() > 0
+    assert (
+        tokens.student_entropy.max() < np.log(64)
+        and len(tokens) == bank.positions
+        and tokens.forward_kl.min() > 0
+    )
 
 
 def test_a_teacher_that_is_the_student(bank, tmp_path):
     pair = assemble("same", make_model(1), make_model(1), make_tokenizer())
     tokens = measured_to_the_end(pair, bank, tmp_path / "out", report=True)
-    assert tokens.forward_kl.abs().max() < 1e-6 and tokens.gain.abs().max() < 1e-4 and tokens.relative_gain.isna().all()
+    assert (
+        tokens.forward_kl.abs().max() < 1e-6
+        and tokens.gain.abs().max() < 1e-4
+        and tokens.relative_gain.isna().all()
+    )
 
 
 @pytest.mark.parametrize("k", [64, 1000])
 def test_supports_as_large_as_the_vocabulary(pair, bank, tmp_path, k):
     tokens = measured_to_the_end(pair, bank, tmp_path / "out", k=k, sweep=(63, 5000))
-    np.testing.assert_allclose(tokens[["compatibility", "topk_overlap", "topk_jaccard"]], 1, atol=1e-6)
+    np.testing.assert_allclose(
+        tokens[["compatibility", "topk_overlap", "topk_jaccard"]], 1, atol=1e-6
+    )
     np.testing.assert_allclose(tokens.union_forward_kl, tokens.forward_kl, atol=1e-5)
 
 
 def test_responses_without_tokens(pair, tmp_path):
     bank = Bank((*make_bank([3, 4, 5, 2]).contexts, Context("e", "e", "", (0, 4), "", (), False)))
     tokens = measured_to_the_end(pair, bank, tmp_path / "out")
-    assert len(tokens) == 14 and "e" not in set(tokens.context_id) and len(read_bank(tmp_path / "out/contexts.parquet")) == 5
+    assert (
+        len(tokens) == 14
+        and "e" not in set(tokens.context_id)
+        and len(read_bank(tmp_path / "out/contexts.parquet")) == 5
+    )

@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diagnostics.training import read_lines
+from diagnostics.training.run import read_lines
 from tests import launched_fsdp
 
 LAYOUT = ("entropy", "num_tokens", "epoch")
-"""Metrics of TRL's own: the first is a mean over micro-batches, which two processes cut differently."""
+"""Metrics of TRL's own: the first is a mean over micro-batches, which two processes cut
+differently.
+"""
 
 
 def close(ours, theirs, atol):
@@ -31,9 +33,23 @@ def sharded(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
-               launched_fsdp.__file__, str(folder), *launched_fsdp.CASES]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        launched_fsdp.__file__,
+        str(folder),
+        *launched_fsdp.CASES,
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -45,8 +61,16 @@ def test_sharded_in_float32_it_is_what_one_process_trains(sharded, tmp_path, nam
         pytest.importorskip("peft")
     one = launched_fsdp.run(tmp_path, **launched_fsdp.CASES[name]).metrics
     two = read_lines(sharded / name / "metrics.jsonl")
-    pd.testing.assert_frame_equal(two.drop(columns=list(LAYOUT)), one.drop(columns=list(LAYOUT)), rtol=1e-4)
-    close(*(load_file(folder / "student" / "model.safetensors") for folder in (sharded / name, tmp_path)), atol=1e-5)
+    pd.testing.assert_frame_equal(
+        two.drop(columns=list(LAYOUT)), one.drop(columns=list(LAYOUT)), rtol=1e-4
+    )
+    close(
+        *(
+            load_file(folder / "student" / "model.safetensors")
+            for folder in (sharded / name, tmp_path)
+        ),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.slow
@@ -59,8 +83,14 @@ def test_sharded_in_bfloat16_it_trains_and_measures_exactly(sharded, tmp_path, n
     assert len(two) == 3 and (two["grad_norm"] > 0).all()
     for column in ("loss", "forward_kl/all", "compatibility/all"):
         values = two[column].to_numpy(np.float32)
-        assert not (torch.from_numpy(values).bfloat16().float().numpy() == values).all(), f"{column} went through bfloat16"
+        assert not (torch.from_numpy(values).bfloat16().float().numpy() == values).all(), (
+            f"{column} went through bfloat16"
+        )
     assert two["forward_kl/all"][0] == pytest.approx(one["forward_kl/all"][0], rel=0.05)
-    ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (sharded / name, tmp_path))
+    ours, theirs = (
+        load_file(folder / "student" / "model.safetensors") for folder in (sharded / name, tmp_path)
+    )
     assert all(tensor.dtype == torch.float32 for tensor in ours.values())
-    close(ours, theirs, atol=3 * 2 * 1e-3)  # three AdamW steps of the learning rate, in opposite directions at worst
+    close(
+        ours, theirs, atol=3 * 2 * 1e-3
+    )  # three AdamW steps of the learning rate, in opposite directions at worst

@@ -5,31 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics import pairs, tasks
-from diagnostics.evaluation import EvaluationConfig, find_verifier, verify_math
-from diagnostics.pairs import NamedPair, PairConfig, load_pair
-from diagnostics.prompts import PromptConfig
-from diagnostics.runs import fingerprint_files
-from diagnostics.stages import Models, choose_prompts, training_prompts
-from diagnostics.training import FULL_RATE, LORA_RATE, TrainConfig
-from diagnostics.types import Prompt
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from diagnostics.contexts import story_sums
+from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
+from diagnostics.contexts.prompts import PromptConfig
+from diagnostics.core.fingerprints import fingerprint_files
+from diagnostics.core.types import Prompt
+from diagnostics.models import pair
+from diagnostics.models.identity import Models
+from diagnostics.models.pair import NamedPair, PairConfig, load_pair
+from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
+from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
 
 
 @pytest.fixture
-def third(folders, monkeypatch):  # noqa: F811
+def third(folders, monkeypatch):
     """An entry `third` with the folders of two tiny models."""
 
     def add(**fields):
         student, teacher = Path(folders[1]), Path(folders[3])
         entry = NamedPair(lambda: (student, teacher), **{"learning_rate": 3e-4} | fields)
-        monkeypatch.setitem(pairs.NAMED_PAIRS, "third", entry)
+        monkeypatch.setitem(pair.NAMED_PAIRS, "third", entry)
         return entry, Models(PairConfig(pair="third", device="cpu"))
 
     return add
 
 
-def test_its_folders_and_rate_are_used(third, folders):  # noqa: F811
+def test_its_folders_and_rate_are_used(third, folders):
     _, models = third()
     assert load_pair("third", device="cpu").name == models.pair.name == "third"
     hashes = [fingerprint_files(Path(folders[at])) for at in (1, 3)]
@@ -57,7 +58,9 @@ def test_its_task_writes_and_judges(third, monkeypatch):
     def write(n, *, seed, split="train"):
         return [Prompt(f"{split}-{seed}-{i}", "w1", "1") for i in range(n)]
 
-    monkeypatch.setitem(tasks.TASKS, "own", tasks.Task(write, lambda response, answer: True))
+    monkeypatch.setitem(
+        story_sums.TASKS, "own", story_sums.Task(write, lambda response, answer: True)
+    )
     _, models = third(task="own")
     chosen = choose_prompts(models, dataclasses.replace(PromptConfig(), contexts=2)).prompts
     assert [prompt.prompt_id for prompt in chosen] == ["probe-0-0", "probe-0-1"]
@@ -65,8 +68,8 @@ def test_its_task_writes_and_judges(third, monkeypatch):
     train, held_out = training_prompts(models, PromptConfig(), evaluation, needed=2, seed=5)
     written = [prompt.prompt_id for prompt in train + held_out]
     assert written == ["train-5-0", "train-5-1", "test-0-0"]
-    assert find_verifier("auto", pair="third", prompts=train) is tasks.TASKS["own"].verify
-    assert find_verifier("sums", pair="third", prompts=train) is tasks.verify
+    assert find_verifier("auto", pair="third", prompts=train) is story_sums.TASKS["own"].verify
+    assert find_verifier("sums", pair="third", prompts=train) is story_sums.verify
 
 
 def test_math_is_not_taken_for_a_task(third, monkeypatch):

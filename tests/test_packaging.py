@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics import pairs
+from diagnostics.models import pair
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (".gitignore", "docs/.gitignore")
@@ -122,16 +122,16 @@ def test_a_notebook_of_the_installed_package_loads_the_embedded_pair(installed, 
 
 
 def test_an_installation_without_its_data_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "DATA", tmp_path)
+    monkeypatch.setattr(pair, "DATA", tmp_path)
     with pytest.raises(
-        pairs.DiagnosticsError, match=r"embedded pair is missing .* holds no config\.json\. Install"
+        pair.DiagnosticsError, match=r"embedded pair is missing .* holds no config\.json\. Install"
     ):
-        pairs.load_pair("embedded")
+        pair.load_pair("embedded")
 
 
 def test_a_checkout_reads_its_own_data():
-    assert pairs.data_folder() == ROOT / "data" or pairs.data_folder().name == "assets"
-    assert (pairs.data_folder() / "prompts.jsonl").is_file()
+    assert pair.data_folder() == ROOT / "data" or pair.data_folder().name == "assets"
+    assert (pair.data_folder() / "prompts.jsonl").is_file()
 
 
 def test_requirements_follow_from_the_project_file():

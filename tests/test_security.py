@@ -1,4 +1,6 @@
-"""What the source never does, and what a run's files never hold. Read off the syntax tree, so a comment or a string cannot hide a call."""
+"""What the source never does, and what a run's files never hold. Read off the syntax tree, so a
+comment or a string cannot hide a call.
+"""
 
 import ast
 import json
@@ -10,22 +12,55 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.cli import main
-from diagnostics.runs import open_run
-from diagnostics.types import DiagnosticsError
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.run import open_run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "diagnostics").glob("*.py"))
-SOURCES = [*PACKAGE, *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+SOURCES = [
+    *PACKAGE,
+    *sorted((ROOT / "scripts").glob("*.py")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+]
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
-UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
-SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn", "os.execl", "os.spawnl"}
-NETWORK = {"socket", "http", "urllib", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "asyncio"}
+UNPICKLERS = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "jsonpickle",
+}
+SHELLS = {
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "pty.spawn",
+    "os.execl",
+    "os.spawnl",
+}
+NETWORK = {
+    "socket",
+    "http",
+    "urllib",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "smtplib",
+    "asyncio",
+}
 
 
 def nodes(kind, paths=SOURCES):
-    return [(path, node) for path in paths for node in ast.walk(TREES[path]) if isinstance(node, kind)]
+    return [
+        (path, node) for path in paths for node in ast.walk(TREES[path]) if isinstance(node, kind)
+    ]
 
 
 def name_of(function) -> str:
@@ -34,12 +69,18 @@ def name_of(function) -> str:
     while isinstance(function, ast.Attribute):
         parts.append(function.attr)
         function = function.value
-    return ".".join(reversed([*parts, function.id] if isinstance(function, ast.Name) else [*parts, "?"]))
+    return ".".join(
+        reversed([*parts, function.id] if isinstance(function, ast.Name) else [*parts, "?"])
+    )
 
 
 def imported(paths=SOURCES):
     for path, node in nodes((ast.Import, ast.ImportFrom), paths):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+        )
         yield from ((path.name, name.split(".")[0]) for name in names)
 
 
@@ -49,20 +90,46 @@ def calls(paths=SOURCES):
 
 def test_nothing_is_unpickled():
     assert [found for found in imported() if found[1] in UNPICKLERS] == []
-    unsafe = {"torch.load", "torch.save", "pd.read_pickle", "pandas.read_pickle", "np.load", "numpy.load", "eval", "exec", "compile", "__import__"}
-    assert [(path, name) for path, name, _ in calls() if name in unsafe or name.endswith(".to_pickle")] == []
+    unsafe = {
+        "torch.load",
+        "torch.save",
+        "pd.read_pickle",
+        "pandas.read_pickle",
+        "np.load",
+        "numpy.load",
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+    }
+    assert [
+        (path, name) for path, name, _ in calls() if name in unsafe or name.endswith(".to_pickle")
+    ] == []
 
 
 def test_models_bring_no_code_and_no_pickled_weights():
     """`trust_remote_code` is passed nowhere as True; what names it passes a user's own flag on."""
-    given = [(path, keyword.value) for path, _, call in calls() for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+    given = [
+        (path, keyword.value)
+        for path, _, call in calls()
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code"
+    ]
     assert [path for path, value in given if isinstance(value, ast.Constant) and value.value] == []
 
 
 def test_no_shell():
     assert [(path, name) for path, name, _ in calls() if name in SHELLS] == []
-    assert [path for path, _, call in calls() for keyword in call.keywords if keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)] == []
-    assert [found for found in imported(PACKAGE) if found[1] in ("subprocess", "pty")] == []  # the package itself starts no program
+    assert [
+        path
+        for path, _, call in calls()
+        for keyword in call.keywords
+        if keyword.arg == "shell"
+        and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+    ] == []
+    assert [
+        found for found in imported(PACKAGE) if found[1] in ("subprocess", "pty")
+    ] == []  # the package itself starts no program
 
 
 def test_the_package_opens_no_connection_of_its_own():
@@ -71,17 +138,38 @@ def test_the_package_opens_no_connection_of_its_own():
 
 
 def test_the_environment_is_asked_for_named_settings_only():
-    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OPD_DIAGNOSTICS_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE",
-               "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
-    asked = {(path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
-             for path, name, call in calls([path for path in PACKAGE]) if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")}
+    allowed = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "OPD_DIAGNOSTICS_CACHE",
+        "XDG_CACHE_HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "THP_MEM_ALLOC_ENABLE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    }
+    asked = {
+        (path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
+        for path, name, call in calls([path for path in PACKAGE])
+        if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")
+    }
     assert {name for _, name in asked} <= allowed
     read = [path.name for path, node in nodes(ast.Attribute, PACKAGE) if node.attr == "environ"]
-    assert len(read) == sum(name.startswith("os.environ") for _, name, _ in calls(PACKAGE)), "os.environ is used otherwise than by os.environ.get"
+    assert len(read) == sum(name.startswith("os.environ") for _, name, _ in calls(PACKAGE)), (
+        "os.environ is used otherwise than by os.environ.get"
+    )
 
 
-def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_the_machine(folders, tmp_path, monkeypatch):  # noqa: F811
-    secrets = {"HF_TOKEN": "hf_Q7secretQ7", "AWS_SECRET_ACCESS_KEY": "aws-Q7secretQ7", "WANDB_API_KEY": "wandb-Q7secretQ7"}
+def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_the_machine(
+    folders, tmp_path, monkeypatch
+):
+    secrets = {
+        "HF_TOKEN": "hf_Q7secretQ7",
+        "AWS_SECRET_ACCESS_KEY": "aws-Q7secretQ7",
+        "WANDB_API_KEY": "wandb-Q7secretQ7",
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
 
@@ -91,25 +179,53 @@ def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     directory = tmp_path / "out"
-    for module, name in ((socket, "gethostname"), (socket, "getfqdn"), (platform, "node")):  # a name that no chance puts into packed numbers
+    for module, name in (
+        (socket, "gethostname"),
+        (socket, "getfqdn"),
+        (platform, "node"),
+    ):  # a name that no chance puts into packed numbers
         monkeypatch.setattr(module, name, lambda *_: "host-Q7secretQ7")
-    home = tmp_path.parent / f"{tmp_path.name}-home/alice-Q7secretQ7"  # models and prompts lie in the user's home
+    home = (
+        tmp_path.parent / f"{tmp_path.name}-home/alice-Q7secretQ7"
+    )  # models and prompts lie in the user's home
     for name in ("student", "teacher"):
         shutil.copytree(folders[1 if name == "student" else 3], home / name)
     shutil.copy(folders[5], home)
     monkeypatch.setenv("HOME", str(home))
-    mine = ["--student", str(home / "student"), "--teacher", str(home / "teacher"), "--prompts", str(home / "prompts.jsonl"), *folders[6:10]]
+    mine = [
+        "--student",
+        str(home / "student"),
+        "--teacher",
+        str(home / "teacher"),
+        "--prompts",
+        str(home / "prompts.jsonl"),
+        *folders[6:10],
+    ]
     models = [*mine[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)]
     assert main(["rollout", *mine, *models[4:]]) == 0 and main(["score", *models]) == 0
-    assert main(["probe", *models]) == 0 and main(["analyze", "--draws", "20", "--quiet", *models[-2:]]) == 0
+    assert (
+        main(["probe", *models]) == 0
+        and main(["analyze", "--draws", "20", "--quiet", *models[-2:]]) == 0
+    )
     assert main(["report", str(directory), "--quiet"]) == 0
-    told = [*secrets.values(), "Q7secret", socket.gethostname(), os.environ.get("PATH", "\0"), str(home)]
+    told = [
+        *secrets.values(),
+        "Q7secret",
+        socket.gethostname(),
+        os.environ.get("PATH", "\0"),
+        str(home),
+    ]
     for path in directory.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert [value for value in told if value.encode() in content] == [], path
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert set(json.loads((directory / "manifest.json").read_text())) == {"format", "versions", "stages", "joined"}
+    assert set(json.loads((directory / "manifest.json").read_text())) == {
+        "format",
+        "versions",
+        "stages",
+        "joined",
+    }
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
@@ -118,5 +234,8 @@ def test_names_from_a_manifest_do_not_lead_out_of_the_directory(tmp_path, name):
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "manifest.json").write_text(json.dumps({"stages": {"x": record}}))
-    with pytest.raises(DiagnosticsError, match="names a file outside its directory"), open_run(directory):
+    with (
+        pytest.raises(DiagnosticsError, match="names a file outside its directory"),
+        open_run(directory),
+    ):
         raise AssertionError("opened")

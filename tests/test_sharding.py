@@ -4,15 +4,14 @@ import pandas as pd
 import pytest
 from torch import nn
 
-from diagnostics import pairs
-from diagnostics.cli import main
-from diagnostics.types import DiagnosticsError
-from tests.test_parallel import torchrun
-from tests.test_stages import folders  # noqa: F401  (a fixture)
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.models import pair
+from diagnostics.pipeline.cli import main
+from tests.core.test_distributed import torchrun
 
 
 @pytest.mark.slow
-def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path):  # noqa: F811
+def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path):
     # batches of 60 tokens, so that the two processes have unlike numbers of them
     models = [*folders[:4], "--device", "cpu", "--quiet"]
     small = [*models, "--batch-tokens", "60"]
@@ -21,7 +20,10 @@ def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path): 
         assert main(["rollout", *folders[:10], *models[4:], "--output-dir", str(folder)]) == 0
     for stage in ("score", "probe"):
         assert main([stage, *small, "--output-dir", str(whole)]) == 0
-    stages = [[stage, *small, "--shard-teacher", "--output-dir", str(sharded)] for stage in ("score", "probe")]
+    stages = [
+        [stage, *small, "--shard-teacher", "--output-dir", str(sharded)]
+        for stage in ("score", "probe")
+    ]
     done = torchrun(2, "-m", "tests.launched_stages", json.dumps(stages))
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (whole, sharded))
@@ -30,13 +32,28 @@ def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path): 
 
 
 def test_sharding_needs_processes_and_a_model_that_comes_apart(pair):
-    with pytest.raises(DiagnosticsError, match=r"^The teacher cannot be sharded: this is the only process\. Start under `torchrun --nproc-per-node N`, or leave"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^The teacher cannot be sharded: this is the only process\. Start under `torchrun"
+            r" --nproc-per-node N`, or leave"
+        ),
+    ):
         pair.teacher.shard("cpu")
-    with pytest.raises(DiagnosticsError, match=r"^Got --shard-teacher and --offload-teacher\. A sharded teacher stays on its devices; give one or the other\.$"):
-        pairs.load_pair("embedded", shard_teacher=True, offload_teacher=True)
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^Got --shard-teacher and --offload-teacher\. A sharded teacher stays on its devices;"
+            r" give one or the other\.$"
+        ),
+    ):
+        pair.load_pair("embedded", shard_teacher=True, offload_teacher=True)
 
 
 def test_decoder_layers_are_the_longest_list():
     backbone = nn.Module()
-    backbone.heads, backbone.layers = nn.ModuleList([nn.Linear(1, 1)]), nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
-    assert pairs.decoder_layers(backbone) is backbone.layers
+    backbone.heads, backbone.layers = (
+        nn.ModuleList([nn.Linear(1, 1)]),
+        nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]),
+    )
+    assert pair.decoder_layers(backbone) is backbone.layers

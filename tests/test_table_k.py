@@ -1,4 +1,6 @@
-"""Which K a table's columns have: as the scoring, the table or the flag says, and never taken for granted."""
+"""Which K a table's columns have: as the scoring, the table or the flag says, and never taken for
+granted.
+"""
 
 import json
 
@@ -6,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import robustness as R
-from diagnostics.analysis import study
-from diagnostics.cli import main
-from diagnostics.types import DiagnosticsError
+from diagnostics.analysis import robustness as R
+from diagnostics.analysis.study import study
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.pipeline.cli import main
 from tests.made_tokens import made_tokens
-from tests.test_stages import folders  # noqa: F401  (a fixture)
 
 DRAWS = {"draws": 10, "seed": 0}
 
@@ -37,7 +38,13 @@ def test_overlaps_tell_k(k):
 
 
 def test_a_k_that_cannot_be_is_refused():
-    with pytest.raises(DiagnosticsError, match=r"^The values of topk_overlap are no numbers of tokens over 16, so K is not 16\. They are those of K = 10\. Give the K that"):
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^The values of topk_overlap are no numbers of tokens over 16, so K is not 16\. They"
+            r" are those of K = 10\. Give the K that"
+        ),
+    ):
         R.known_k(with_k(10), 16)
     with pytest.raises(DiagnosticsError, match=r"^K is a number of tokens, 1 or more; got 0\.$"):
         R.known_k(with_k(10), 0)
@@ -55,41 +62,85 @@ def test_the_study_writes_each_k_for_its_own_columns():
     assert set(table[table.proxy == "compatibility"].k) == {8, 16, 32}
     for k, name in ((8, "compatibility"), (16, "compatibility_k16"), (32, "compatibility_k32")):
         claims = R.Claims(tokens, proxy=name)
-        expected = claims.estimates(next(R.splits(tokens, **DRAWS)), "gain", names=["decomposition"])["decomposition"].value
-        assert one(table, proxy="compatibility", k=k, outcome="gain", split="all", statistic="decomposition").estimate == expected
+        expected = claims.estimates(
+            next(R.splits(tokens, **DRAWS)), "gain", names=["decomposition"]
+        )["decomposition"].value
+        assert (
+            one(
+                table,
+                proxy="compatibility",
+                k=k,
+                outcome="gain",
+                split="all",
+                statistic="decomposition",
+            ).estimate
+            == expected
+        )
 
 
 def test_an_unknown_k_is_said():
     tokens = made_tokens().drop(columns=["topk_overlap"])
     found = study(tokens, criteria=["divergence"], **DRAWS)["warnings"]
-    assert one(found, code="unknown_k").message == "Nothing says at which K these columns were measured; K = 16 is written for it. Pass base_k, or --k."
-    for told in (study(tokens, criteria=["divergence"], base_k=8, **DRAWS), study(with_k(8), criteria=["divergence"], **DRAWS)):
-        assert "unknown_k" not in set(told["warnings"].code) and 8 in set(told["support_robustness"].k)
+    assert (
+        one(found, code="unknown_k").message
+        == "Nothing says at which K these columns were measured; K = 16 is written for it. Pass"
+        " base_k, or --k."
+    )
+    for told in (
+        study(tokens, criteria=["divergence"], base_k=8, **DRAWS),
+        study(with_k(8), criteria=["divergence"], **DRAWS),
+    ):
+        assert "unknown_k" not in set(told["warnings"].code) and 8 in set(
+            told["support_robustness"].k
+        )
 
 
 def test_an_imported_table_states_its_k_or_is_asked_for_it(tmp_path, capsys):
     path, directory = tmp_path / "tokens.parquet", tmp_path / "out"
     made_tokens().drop(columns=["topk_overlap"]).to_parquet(path)
-    command = ["analyze", "--tokens", str(path), "--draws", "5", "--quiet", "--output-dir", str(directory)]
+    command = [
+        "analyze",
+        "--tokens",
+        str(path),
+        "--draws",
+        "5",
+        "--quiet",
+        "--output-dir",
+        str(directory),
+    ]
     assert main(command) == 2
-    assert "does not say at which K compatibility were measured. Give it with --k, or in a column `k`." in capsys.readouterr().err
+    assert (
+        "does not say at which K compatibility were measured. Give it with --k, or in a column `k`."
+        in capsys.readouterr().err
+    )
     assert main([*command, "--k", "4"]) == 0
     assert set(pd.read_csv(directory / "tables/support_robustness.csv").k) == {4, 8}
-    assert json.loads((directory / "manifest.json").read_text())["stages"]["analyze"]["settings"]["k"] == 4
+    assert (
+        json.loads((directory / "manifest.json").read_text())["stages"]["analyze"]["settings"]["k"]
+        == 4
+    )
 
 
-def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):  # noqa: F811
+def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):
     out = ["--quiet", "--output-dir", str(tmp_path / "out")]
     models = [*folders[:4], "--device", "cpu"]
     assert main(["rollout", *folders[:10], "--device", "cpu", *out]) == 0
     assert main(["score", *models, "--k", "8", "--sweep", "16,32", *out]) == 0
     assert main(["probe", *models, *out]) == 0
     assert main(["analyze", "--draws", "5", *out]) == 0
-    table, tokens = pd.read_csv(tmp_path / "out/tables/support_robustness.csv"), pd.read_parquet(tmp_path / "out/tokens.parquet")
+    table, tokens = (
+        pd.read_csv(tmp_path / "out/tables/support_robustness.csv"),
+        pd.read_parquet(tmp_path / "out/tokens.parquet"),
+    )
     assert set(table.k) == {8, 16, 32}
-    found = {(f.proxy, f.k): f.estimate.value for f in R.findings(tokens, base_k=8, draws=5, seed=0)
-             if (f.outcome, f.split, f.statistic) == ("gain", "all", "tertile_difference")}
+    found = {
+        (f.proxy, f.k): f.estimate.value
+        for f in R.findings(tokens, base_k=8, draws=5, seed=0)
+        if (f.outcome, f.split, f.statistic) == ("gain", "all", "tertile_difference")
+    }
     for (proxy, k), value in found.items():
-        assert one(table, proxy=proxy, k=k, outcome="gain", split="all", statistic="tertile_difference").estimate == pytest.approx(value, nan_ok=True)
+        assert one(
+            table, proxy=proxy, k=k, outcome="gain", split="all", statistic="tertile_difference"
+        ).estimate == pytest.approx(value, nan_ok=True)
     assert main(["analyze", "--draws", "5", "--k", "16", *out]) == 2
     assert "Got --k 16, and this run was scored with --k 8." in capsys.readouterr().err

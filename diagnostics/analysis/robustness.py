@@ -1,0 +1,371 @@
+"""Do the conclusions depend on the support, on how gain is measured, or on saturated predictors?
+
+Four statistics carry claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
+
+    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's placebo if there is one
+    tertile_difference     mean outcome, top minus bottom tertile of c within Q3
+    matched_difference     the same within prompts at like (h, d, position), with replacement
+    decomposition          beta(d*c) - beta(d*(1 - c)), standardised (see `regressions`)
+    decomposition_per_unit the same for a unit of d; not a claim's test, but the standardised one
+    can differ from it in
+                           sign where d*c and d*(1 - c) vary differently
+
+Here they are repeated with every proxy of compatibility and every K, for every form of the gain,
+and without special tokens and first positions, so that a reader sees at one glance what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.analysis import bootstrap, matching, rank_correlation, regressions
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.linear_model import Regression
+from diagnostics.analysis.quadrants import Contrast, contrasts, features, pair_up
+from diagnostics.analysis.rank_correlation import Variable
+from diagnostics.analysis.splits import Split, outcomes, row, splits
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import SCHEMA, support_column
+from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
+
+PROXIES = (
+    "compatibility",
+    "compatibility_intersection",
+    "topk_overlap",
+    "topk_jaccard",
+    "shared_student_mass",
+    "bhattacharyya",
+)
+SUPPORTS = (4, 8, 16, 32)
+BASE_K = 16
+"""K of the columns without a suffix where nothing says it: the scorer's default."""
+MOST_K, TELLING = 256, 30
+"""K up to which the overlap's denominators are tried, and positions with part of an overlap that
+are enough to tell K by them.
+"""
+STATISTICS = (
+    "spearman_difference",
+    "tertile_difference",
+    "matched_difference",
+    "decomposition",
+    "decomposition_per_unit",
+)
+GAINS = ("gain", "relative_gain")
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+class Claims:
+    """The statistics of one table, with one column in the place of compatibility."""
+
+    def __init__(self, tokens: pd.DataFrame, *, proxy: str = "compatibility"):
+        self.tokens, self.proxy = tokens, proxy
+        self.predictors = regressions.terms(tokens, substitute={"compatibility": proxy})
+        self.in_q3 = quadrants(tokens) == 3
+        self.space = features(tokens)
+
+    def estimates(
+        self,
+        split: Split,
+        outcome: str,
+        *,
+        names: Iterable[str] = STATISTICS,
+        winsorised: float = 0.0,
+    ) -> dict[str, Estimate]:
+        """By name, for one outcome on one split; winsorising clips both tails of the outcome and of
+        its placebo.
+        """
+        values, placebo = (
+            bootstrap.winsorize(split.values(self.tokens, name), winsorised)
+            for name in (outcome, f"placebo_{outcome}")
+        )
+        contrast = self.contrast(split)
+
+        @cache
+        def decomposition() -> Regression | None:
+            return regressions.fit("decomposition", values, self.predictors, split, robust=False)
+
+        def difference(per_unit: bool) -> Estimate:
+            found = decomposition()
+            return (
+                regressions.decomposition_difference(found, per_unit=per_unit)
+                if found
+                else bootstrap.undefined(split.prompts)
+            )
+
+        make = {
+            "spearman_difference": lambda: self._beyond_placebo(split, values, placebo),
+            "tertile_difference": lambda: contrast.difference(values),
+            "matched_difference": lambda: matching.matched_difference(
+                values, split.prompts, self._pairs(contrast)
+            ),
+            "decomposition": lambda: difference(per_unit=False),
+            "decomposition_per_unit": lambda: difference(per_unit=True),
+        }
+        return {name: make[name]() for name in names}
+
+    def contrast(self, split: Split) -> Contrast:
+        """Tertiles of c within Q3."""
+        return next(contrasts({self.proxy: self.predictors["compatibility"]}, self.in_q3, split, 3))
+
+    def _pairs(self, contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
+        return pair_up(contrast, self.space[contrast.split.mask])
+
+    def _beyond_placebo(self, split: Split, values: np.ndarray, placebo: np.ndarray) -> Estimate:
+        difference = self._difference(split, values)
+        return (
+            difference - self._difference(split, placebo)
+            if np.isfinite(placebo).any()
+            else difference
+        )
+
+    def _difference(self, split: Split, values: np.ndarray) -> Estimate:
+        values = Variable(values)
+        first, second = (
+            rank_correlation.spearman(self.predictors[name][split.mask], values, split.prompts)
+            for name in ("teachability", "divergence")
+        )
+        return first - second
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of the statistics, and which proxy, K, outcome and split it is for."""
+
+    proxy: str
+    k: int
+    outcome: str
+    split: str
+    statistic: str
+    estimate: Estimate
+
+    def row(self, level: float) -> dict:
+        """As a row of a table."""
+        key = {
+            name: getattr(self, name) for name in ("proxy", "k", "outcome", "split", "statistic")
+        }
+        return key | row(self.estimate, level, p_value=self.estimate.p_value)
+
+
+def depends_on_k(tokens: pd.DataFrame) -> list[str]:
+    """Columns without a suffix whose value depends on K."""
+    return [name for name in tokens if name in SCHEMA and SCHEMA[name].by_support]
+
+
+def known_k(tokens: pd.DataFrame, stated: int | None = None) -> int | None:
+    """K of the columns without a suffix: as stated, as the table says, or as its overlaps show;
+    None where nothing tells.
+
+    stated: what a caller, a flag or a manifest says. `topk_overlap` is a number of tokens over K,
+    so its values tell K where enough positions have a part of an overlap. Raises DiagnosticsError
+    where a stated K cannot be these columns'."""
+    stated = tokens.attrs.get("k") if stated is None else stated
+    if stated is not None and stated < 1:
+        raise DiagnosticsError(f"K is a number of tokens, 1 or more; got {stated}.")
+    if "topk_overlap" not in tokens:
+        return stated
+    overlap = tokens["topk_overlap"].to_numpy(dtype=np.float64)
+    overlap = overlap[(overlap > 0) & (overlap < 1)]
+    if stated is not None:
+        if not _are_parts(overlap, stated):
+            shown = next(
+                (
+                    f" They are those of K = {k}."
+                    for k in range(1, MOST_K + 1)
+                    if _are_parts(overlap, k)
+                ),
+                "",
+            )
+            raise DiagnosticsError(
+                f"The values of topk_overlap are no numbers of tokens over {stated}, so K is not"
+                f" {stated}.{shown} Give the K that the table was made with."
+            )
+        return stated
+    return (
+        next((k for k in range(1, MOST_K + 1) if _are_parts(overlap, k)), None)
+        if len(overlap) >= TELLING
+        else None
+    )
+
+
+def _are_parts(overlap: np.ndarray, k: int) -> bool:
+    return bool(np.all(np.abs(overlap * k - np.round(overlap * k)) < 1e-3))
+
+
+def supports(tokens: pd.DataFrame, *, base_k: int = BASE_K) -> list[tuple[str, int, str]]:
+    """(proxy, K, column) for every stand-in of compatibility that the table holds at any K,
+    compatibility first.
+    """
+    found = [(proxy, base_k, proxy) for proxy in PROXIES if proxy in tokens]
+    for proxy in PROXIES:
+        sizes = sorted(
+            int(k)
+            for base, _, k in (str(name).rpartition("_k") for name in tokens)
+            if base == proxy and k.isdigit()
+        )
+        found += [(proxy, k, support_column(proxy, k)) for k in sizes if k != base_k]
+    return found
+
+
+def findings(
+    tokens: pd.DataFrame, *, base_k: int = BASE_K, draws: int = 1000, seed: int = 0
+) -> list[Finding]:
+    """All statistics for compatibility, and those of C2 and C3 for every other proxy and K."""
+    found = []
+    parts = list(splits(tokens, draws=draws, seed=seed))
+    for proxy, k, name in supports(tokens, base_k=base_k):
+        claims = Claims(tokens, proxy=name)
+        wanted = STATISTICS if name == "compatibility" else STATISTICS[1:]
+        for split in parts:
+            for outcome in outcomes(tokens):
+                estimates = claims.estimates(split, outcome, names=wanted)
+                found += [
+                    Finding(proxy, k, outcome, split.name, s, estimate)
+                    for s, estimate in estimates.items()
+                ]
+    return found
+
+
+def support_robustness(found: list[Finding], *, level: float) -> pd.DataFrame:
+    """The statistics of C2 and C3 for every proxy and K.
+
+    Returns columns proxy, k, outcome, split, statistic, estimate, low, high, p_value, positions
+    (pairs for the matched difference), prompts."""
+    return pd.DataFrame(
+        [finding.row(level) for finding in found if finding.statistic != "spearman_difference"]
+    )
+
+
+def gain_robustness(
+    tokens: pd.DataFrame,
+    *,
+    losses: Mapping[str, pd.DataFrame] | None = None,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """All statistics under every form of the gain.
+
+    losses: token tables of steps with other losses on the same bank, by loss. Returns columns
+    variant (what is different: nothing, winsorised_0.01, winsorised_0.05, no_special_tokens,
+    no_first_position, neither, or loss_<name>), outcome, split, statistic, estimate, low, high,
+    p_value, positions, prompts. Where positions are left out, scores are normalised over those that
+    stay."""
+    rows, options = [], {"draws": draws, "level": level, "seed": seed}
+    forms = [
+        name
+        for name in ("gain", "relative_gain", "relative_gain_released", "reverse_gain")
+        if name in tokens
+    ]
+    rows += _variant(tokens, "nothing", forms, **options)
+    for share in (0.01, 0.05):
+        rows += _variant(tokens, f"winsorised_{share:g}", forms, winsorised=share, **options)
+    for variant, kept in _subsets(tokens).items():
+        rows += _variant(kept, variant, [name for name in GAINS if name in kept], **options)
+    for loss, table in (losses or {}).items():
+        rows += _variant(
+            table, f"loss_{loss}", [name for name in GAINS if name in table], **options
+        )
+    return pd.DataFrame(rows)
+
+
+def _subsets(tokens: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    later = tokens["position"] > 0
+    masks = {"no_first_position": later}
+    if "is_special" in tokens:
+        plain = ~tokens["is_special"].astype(bool)
+        masks = {"no_special_tokens": plain, "no_first_position": later, "neither": plain & later}
+    return {name: tokens[mask].reset_index(drop=True) for name, mask in masks.items() if mask.any()}
+
+
+def _variant(
+    tokens: pd.DataFrame,
+    variant: str,
+    forms: list[str],
+    *,
+    draws: int,
+    level: float,
+    seed: int,
+    winsorised: float = 0.0,
+) -> list[dict]:
+    claims, rows = Claims(tokens), []
+    for split in splits(tokens, draws=draws, seed=seed):
+        for outcome in forms:
+            key = {"variant": variant, "outcome": outcome, "split": split.name}
+            for name, estimate in claims.estimates(split, outcome, winsorised=winsorised).items():
+                rows.append(
+                    key | {"statistic": name} | row(estimate, level, p_value=estimate.p_value)
+                )
+    return rows
+
+
+# --- saturation and coverage
+# ------------------------------------------------------------------------
+
+
+def saturation(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Quantiles of every measurement from before the step, and how much of it lies at the clip
+    bounds of N().
+
+    Returns columns measurement, unit, mean, q01 .. q99, at_low and at_high (share of positions at
+    or beyond the 5 % and 95 % quantile), distinct, undefined, positions, prompts."""
+    prompts, rows = PromptClusters(tokens["prompt_id"], draws=0), []
+    for name in tokens.columns:
+        if name in SCHEMA and SCHEMA[name].stage == "before":
+            values = tokens[name].to_numpy(dtype=np.float64)
+            finite = np.isfinite(values)
+            key = {"measurement": name, "unit": SCHEMA[name].unit}
+            counts = {
+                "undefined": int((~finite).sum()),
+                "positions": int(finite.sum()),
+                "prompts": prompts.present(finite),
+            }
+            rows.append(key | _spread(values[finite]) | counts)
+    return pd.DataFrame(rows)
+
+
+def _spread(values: np.ndarray) -> dict:
+    at = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.nan)
+    found = dict(zip(QUANTILES, map(float, at)))
+    low, high = found[LOW_QUANTILE], found[HIGH_QUANTILE]
+    ends = ((values <= low).mean(), (values >= high).mean()) if len(values) else (np.nan, np.nan)
+    return {
+        "mean": float(values.mean()) if len(values) else np.nan,
+        **{f"q{100 * q:02.0f}": v for q, v in found.items()},
+        "at_low": float(ends[0]),
+        "at_high": float(ends[1]),
+        "distinct": len(np.unique(values)),
+    }
+
+
+def coverage(tokens: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """What each outcome rests on.
+
+    Returns columns outcome, split, contexts, undefined (positions without a value),
+    effective_prompts (as many prompts of equal length would weigh the same), design_effect
+    (variance of the mean over that of independent positions), effective_positions (positions over
+    the design effect), positions, prompts."""
+    rows = []
+    for split in splits(tokens, draws=draws, seed=seed):
+        for outcome in outcomes(tokens):
+            values = split.values(tokens, outcome)
+            finite = np.isfinite(values)
+            effect = bootstrap.design_effect(values, split.prompts)
+            sizes = np.bincount(split.prompts.codes[finite], minlength=split.prompts.count)
+            rows.append(
+                {
+                    "outcome": outcome,
+                    "split": split.name,
+                    "contexts": tokens["context_id"][split.mask].nunique(),
+                    "undefined": int((~finite).sum()),
+                    "effective_prompts": bootstrap.effective_clusters(sizes),
+                    "design_effect": effect,
+                    "effective_positions": float(finite.sum() / effect) if effect > 0 else np.nan,
+                    "positions": int(finite.sum()),
+                    "prompts": split.prompts.present(finite),
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,259 @@
+"""Files inside a directory: opened without following links, of the right kind, and never outside
+it.
+
+    with guard(directory):                    # while it lasts, nothing beneath `directory` is written through a link
+        write_atomic(directory / "a" / "b.csv", content)
+    read_inside(directory, "a/b.csv")         # bytes of a regular file; a link, a pipe or a way out is refused
+    remove_inside(directory, "a/b.csv")       # a regular file of the same user
+
+A directory may come from a stranger (an archive keeps links and pipes) or lie on a shared disk. The
+directory itself may be a link, since a user named it; what lies in it may not lead out. Every step
+down is taken relative to the folder above it, so that what was looked at is what is opened."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from diagnostics.core import distributed
+from diagnostics.core.errors import DiagnosticsError
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.opd\.tmp")
+"""Names of files that are being written; nothing else is swept as unfinished."""
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Without following a link, and without waiting for a pipe's other end."""
+KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+_guarded: dict[str, Callable[[str], None]] = {}
+"""Directories that are guarded, with what is asked before a file in them is written."""
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind(path: str | Path, *, folder: int | None = None) -> str | None:
+    """What is there, a link not followed: `file`, `folder`, `link`, `pipe`, `socket` or `device`;
+    None for nothing.
+    """
+    try:
+        return KINDS.get(
+            stat.S_IFMT(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode), "device"
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def inside(name: str) -> tuple[str, ...]:
+    """The parts of a name beneath a directory. Raises DiagnosticsError for one that leads out of
+    it.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
+        raise DiagnosticsError(
+            f"{name!r} names no file inside the directory. Give a name that does not lead out"
+            " of it."
+        )
+    return parts
+
+
+@contextmanager
+def _folder(root: str | Path, parts: tuple[str, ...], *, create: bool = False) -> Iterator[int]:
+    """A descriptor of the folder `parts` beneath `root`, each step taken without following a
+    link.
+    """
+    descriptor, so_far = os.open(root, FOLDER), Path(root)
+    try:
+        for part in parts:
+            so_far = so_far / part
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=descriptor)
+            if (found := kind(part, folder=descriptor)) not in ("folder", None):
+                raise unfit(so_far, found, "folder")
+            inner = os.open(part, FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def unfit(path: str | Path, found: str, wanted: str) -> DiagnosticsError:
+    """What to say of a link, pipe, … where this program keeps a file or folder of its own."""
+    return DiagnosticsError(
+        f"{path} is a {found}, where this program keeps a {wanted} of its own: nothing was read"
+        f" from it or written through it. Remove it, or put a {wanted} in its place; a run"
+        " directory as a whole may be a link."
+    )
+
+
+def open_inside(root: str | Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """A descriptor of the regular file `name` beneath `root`; what it creates has the user's own
+    mode (umask).
+
+    Raises DiagnosticsError where it, or a folder on the way, is a link or anything else, and
+    OSError as `os.open` does."""
+    *folders, last = inside(name)
+    with _folder(root, tuple(folders)) as folder:
+        if (found := kind(last, folder=folder)) not in ("file", None):
+            raise unfit(Path(root) / name, found, "file")
+        try:
+            descriptor = os.open(last, flags | FILE, mode, dir_fd=folder)
+        except OSError as error:
+            error.filename = str(Path(root) / name)
+            raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise unfit(Path(root) / name, "special file", "file")
+    return descriptor
+
+
+def read_inside(root: str | Path, name: str) -> bytes:
+    """The bytes of the regular file `name` beneath `root`. Raises as `open_inside` does."""
+    with os.fdopen(open_inside(root, name), "rb") as file:
+        return file.read()
+
+
+def hash_inside(root: str | Path, name: str) -> str | None:
+    """sha256 of the regular file `name` beneath `root`; None where there is none. Raises
+    DiagnosticsError for a link.
+    """
+    try:
+        with os.fdopen(open_inside(root, name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def remove_inside(root: str | Path, name: str) -> bool:
+    """Remove a regular file of this user's. False where it is something else or somebody else's,
+    and stays.
+    """
+    *folders, last = inside(name)
+    with _folder(root, tuple(folders)) as folder:
+        found = os.stat(last, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            return False
+        os.unlink(last, dir_fd=folder)
+    return True
+
+
+def remove_folder(root: str | Path, name: str) -> bool:
+    """Remove an empty folder. False where it is not empty, not a folder or not this user's."""
+    *folders, last = inside(name)
+    try:
+        with _folder(root, tuple(folders)) as folder:
+            os.rmdir(last, dir_fd=folder)
+    except OSError:
+        return False
+    return True
+
+
+def walk(root: str | Path, name: str) -> Iterator[tuple[str, str]]:
+    """Everything beneath the folder `name`, deepest first: name from `root` on, and kind. No link
+    is followed.
+    """
+    base = Path(root)
+    if kind(base / name) != "folder":
+        return
+    for entry in sorted(os.scandir(base / name), key=lambda entry: entry.name):
+        inner = f"{name}/{entry.name}"
+        found = kind(base / inner)
+        if found == "folder":
+            yield from walk(root, inner)
+        if found is not None:
+            yield inner, found
+
+
+@contextmanager
+def guard(root: str | Path, before: Callable[[str], None] = lambda name: None) -> Iterator[None]:
+    """While it lasts, `write_atomic` writes beneath `root` through no link, and asks `before` with
+    the file's name.
+    """
+    key = os.path.abspath(root)
+    earlier = _guarded.get(key)
+    _guarded[key] = before
+    try:
+        yield
+    finally:
+        _guarded.pop(key) if earlier is None else _guarded.update({key: earlier})
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """The guarded directory that holds a path and the path's name in it; the path's own folder
+    where none does.
+    """
+    whole = os.path.abspath(path)
+    roots = [root for root in _guarded if whole.startswith(root.rstrip("/") + "/")]
+    if not roots:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.parent, path.name
+    root = max(roots, key=len)
+    name = whole[len(root.rstrip("/")) + 1 :]
+    _guarded[root](name)
+    return Path(root), name
+
+
+def write_atomic(path: str | Path, content: bytes) -> Path:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Its mode is the user's own (umask). Of several processes only the first writes. Raises
+    DiagnosticsError where the disk is full or read-only, or where the path leads out of a guarded
+    directory."""
+    path = Path(path)
+    if distributed.is_main():
+        try:
+            replace(path, content)
+        except OSError as error:
+            raise DiagnosticsError(
+                f"{path} cannot be written ({error.strerror or error}). Nothing finished was lost. "
+                "Make room or choose another --output-dir, and give the same command again."
+            ) from error
+    return path
+
+
+def replace(path: Path, content: bytes) -> None:
+    """`write_atomic` in every process, with the operating system's own errors."""
+    root, name = _split(path)
+    *folders, last = inside(name)
+    with _folder(root, tuple(folders), create=True) as folder:
+        if (found := kind(last, folder=folder)) not in ("file", None) and os.path.abspath(
+            root
+        ) in _guarded:
+            raise unfit(path, found, "file")
+        if found == "folder":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        temporary = f".{secrets.token_hex(8)}.opd.tmp"
+        handle = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder
+        )
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        os.fsync(folder)  # a rename is durable only once its folder is on disk

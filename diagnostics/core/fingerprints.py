@@ -1,0 +1,182 @@
+"""What a result depends on besides its settings: code, libraries, models' files and threads."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import sha256_file
+
+PACKAGE = resources.files("diagnostics")
+"""The installed package, in a folder or in a zip archive."""
+PLUMBING = (
+    "pipeline",
+    "core.files",
+    "core.progress",
+    "core.tables",
+    "core.manifest",
+    "core.fingerprints",
+)
+"""Modules that decide where and when, never a number."""
+MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+"""What a model's folder is fingerprinted by: weights, configuration, tokenizer, chat template."""
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "numpy",
+    "pandas",
+    "scipy",
+    "statsmodels",
+    "matplotlib",
+    "pyarrow",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that decide numbers."""
+    from diagnostics import __version__
+
+    found = {"python": platform.python_version(), "opd-diagnostics": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def code_version(*modules: str) -> str:
+    """The package's version and a hash over the code of `modules` and of all that they import from
+    this package.
+
+    modules: dotted names inside the package. Comments, docstrings and layout are no part of the
+    hash. Raises DiagnosticsError where the source of a module cannot be read."""
+    from diagnostics import __version__
+
+    digest = hashlib.sha256()
+    for name, tree in sorted(_imported(modules).items()):
+        if not set(PLUMBING) & {name, name.split(".")[0]}:
+            digest.update(f"{name}\0{_shape(tree)}\0".encode("utf-8", "backslashreplace"))
+    return f"{__version__} {digest.hexdigest()[:16]}"
+
+
+def _shape(node: Any) -> Any:
+    """A syntax tree as nested tuples: no places, no docstrings or other free-standing constants, no
+    field that says nothing.
+
+    Fields that are empty are left out, since versions of Python differ in which of them they have.
+    """
+    if isinstance(node, list):
+        return tuple(
+            _shape(each)
+            for each in node
+            if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        )
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        (name, value)
+        for name, value in ast.iter_fields(node)
+        if name not in ("ctx", "kind", "type_comment")
+        and (value not in (None, []) or isinstance(node, ast.Constant))
+    ]
+    return (type(node).__name__, *((name, _shape(value)) for name, value in fields))
+
+
+def _imported(modules: Iterable[str]) -> dict[str, ast.Module]:
+    """Modules of this package that are reached from `modules`, themselves and the sub-packages they
+    lie in included.
+    """
+    found: dict[str, ast.Module] = {}
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        if name in found or (place := _place(name)) is None:
+            continue
+        found[name] = _tree(place)
+        todo += [
+            name.rpartition(".")[0],
+            *_imports(found[name], name, package=place.name == "__init__.py"),
+        ]
+    return found
+
+
+def _place(name: str):
+    """Where the source of a module lies; None where no module of the package has that name."""
+    parts = name.split(".")
+    for end in ((*parts[:-1], f"{parts[-1]}.py"), (*parts, "__init__.py")) if name else ():
+        place = PACKAGE.joinpath(*end)
+        if place.is_file():
+            return place
+    return None
+
+
+def _tree(place) -> ast.Module:
+    try:
+        return ast.parse(place.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DiagnosticsError(
+            f"The source {place} cannot be read ({error}), so this program cannot say which code"
+            " measured. Install the package again."
+        ) from error
+
+
+def _imports(tree: ast.Module, name: str, *, package: bool) -> Iterator[str]:
+    """Names inside the package that a module may import: modules, and what is imported from them,
+    which may be modules too.
+    """
+    parents = name.split(".") if package else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (
+                alias.name.removeprefix("diagnostics.")
+                for alias in node.names
+                if alias.name.startswith("diagnostics.")
+            )
+        elif isinstance(node, ast.ImportFrom):
+            whole = ["diagnostics", *parents][: len(parents) + 2 - node.level] if node.level else []
+            whole += node.module.split(".") if node.module else []
+            if whole[:1] == ["diagnostics"]:
+                inner = ".".join(whole[1:])
+                yield from (inner, *(f"{inner}.{alias.name}".lstrip(".") for alias in node.names))
+
+
+def fingerprint_files(source: Path) -> str:
+    """One hash over a model's file, or over the names and contents of the files in its folder that
+    decide what it says.
+    """
+    if source.is_file():
+        return sha256_file(source)
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for path in source.iterdir() if path.suffix in MODEL_FILES and path.is_file()
+    ):
+        digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
+    return digest.hexdigest()
+
+
+def threads(*, models: bool) -> int:
+    """Threads that sums are shared out to: torch's in a stage with models, else those that the
+    machine offers to BLAS.
+
+    Sums in another order end in other last digits, so a file that is made again on another number
+    may have other bytes."""
+    if models and "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    offered = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return int(asked) if asked.isdecimal() and int(asked) else offered

@@ -1,0 +1,220 @@
+"""The nouns of the instrument and the schema of its token table.
+
+Read this file first: everything else speaks in these terms.
+
+A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A
+response of T tokens gives T *positions*; position t is the prefix that ends just before response
+token t. At a position, p is the student's next-token distribution, q the teacher's and y the token
+the student sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms
+are natural: entropies and divergences are in nats."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import SCHEMA, Listed, read_parquet, require_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for the student."""
+
+    prompt_id: str
+    """Stable name; the cluster of every interval."""
+    prompt: str
+    """Text as the tokenizer will see it, chat template already applied."""
+    answer: str | None = None
+    """Reference answer where the task can be verified."""
+    teacher_prompt: str | None = None
+    """What the teacher reads in its place, rendered; the student's prompt where None."""
+    rendered: bool = False
+    """A chat template wrote it whole: no token is added when it is encoded."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prompt with the response that the student sampled, frozen."""
+
+    context_id: str
+    prompt_id: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    response: str
+    response_ids: tuple[int, ...]
+    finished: bool
+    """True where the response ended by itself; its last id is then the end-of-sequence token."""
+    teacher_prompt: str | None = None
+    """What the teacher reads in place of the prompt; the prompt itself where None."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and response ids in one sequence."""
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def teacher_ids(self) -> tuple[int, ...]:
+        """The sequence that the teacher reads: its own prompt and the same response."""
+        return (
+            self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+        ) + self.response_ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return max(len(self.ids), len(self.teacher_ids))
+
+
+OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
+"""Columns that a context table has only where the teacher reads another prompt."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Frozen contexts in a fixed order; the unit that stages pass along."""
+
+    contexts: tuple[Context, ...]
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(self.contexts)
+
+    def __getitem__(self, index: int) -> Context:
+        return self.contexts[index]
+
+    @property
+    def positions(self) -> int:
+        """Number of response positions over all contexts."""
+        return sum(len(context.response_ids) for context in self.contexts)
+
+    def _repr_html_(self) -> str:
+        """How much there is, and how it begins."""
+        from html import escape
+
+        if not self.contexts:
+            return "<p>A bank without contexts.</p>"
+        first, prompts = self.contexts[0], len({context.prompt_id for context in self.contexts})
+        counts = (
+            f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions,"
+            f" {sum(context.finished for context in self):,} ended by themselves"
+        )
+        return (
+            f"<p>{counts}.</p><p>{escape(first.context_id)}: <i>{escape(first.prompt[-300:])}</i>"
+            f" {escape(first.response[:300])}</p>"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a context, with the columns of `contexts.parquet`; the teacher's prompts only
+        where there are any.
+        """
+        import pandas as pd
+
+        hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
+        columns = [
+            name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER
+        ]
+        rows = [[getattr(context, name) for name in columns] for context in self.contexts]
+        frame = pd.DataFrame(rows, columns=columns)
+        for name in (name for name in columns if name.endswith("_ids")):
+            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
+        return frame
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame) -> Bank:
+        """Inverse of `to_frame`. Raises DiagnosticsError where a column is missing or an id
+        repeats.
+        """
+        require_columns(
+            frame,
+            [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER],
+            what="a context table",
+        )
+        repeated = frame.context_id[frame.context_id.duplicated()]
+        if len(repeated):
+            raise DiagnosticsError(
+                f"context_id {repeated.iloc[0]!r} appears more than once. Give every context its"
+                " own id."
+            )
+        return cls(tuple(_context(row) for row in frame.to_dict("records")))
+
+
+def _context(row: dict) -> Context:
+    hint = row.get("teacher_prompt_ids")
+    hinted = hasattr(hint, "__len__")  # a gap in a column of lists is None or NaN
+    return Context(
+        context_id=str(row["context_id"]),
+        prompt_id=str(row["prompt_id"]),
+        prompt=str(row["prompt"]),
+        prompt_ids=_whole(row["prompt_ids"]),
+        response=str(row["response"]),
+        response_ids=_whole(row["response_ids"]),
+        finished=_truth(row["finished"]),
+        teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
+        teacher_prompt_ids=_whole(hint) if hinted else None,
+    )
+
+
+def _truth(value) -> bool:
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, bool | int | float) or plain not in (True, False):
+        raise DiagnosticsError(
+            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Mend the"
+            " table's column finished."
+        )
+    return bool(plain)
+
+
+def _whole(ids) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, ids))
+    except TypeError as error:
+        raise DiagnosticsError(
+            f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Mend the"
+            " table, or read it with --rollouts."
+        ) from error
+
+
+_LISTED: dict[Listed, tuple[str, ...]] = {
+    "lower bound": (
+        "teacher_entropy",
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "hellinger",
+        "compatibility",
+        "forward_kl_after",
+        "reverse_kl_after",
+    ),
+    "where listed": (
+        "teacher_logprob",
+        "advantage",
+        "acceptance",
+        "bhattacharyya",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ),
+    "impossible": ("teacher_dropped_mass",),
+    "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
+}
+SCHEMA |= {
+    name: replace(SCHEMA[name], listed=status)
+    for status, names in _LISTED.items()
+    for name in names
+}
+RELATIVE_GAIN_FLOOR = 1e-3
+"""Nats of forward KL under which a relative gain is undefined."""
+
+
+def read_bank(path: str | Path) -> Bank:
+    """Read a `contexts.parquet` that this project wrote."""
+    return Bank.from_frame(read_parquet(path))

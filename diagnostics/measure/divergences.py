@@ -1,0 +1,690 @@
+"""Entropies, divergences, top-K supports and masses of two next-token distributions. The only
+definition of each.
+
+With p the student's distribution at a position, q the teacher's, y the sampled token, S and T the K
+most likely tokens of p and of q and U = S | T, all sums over the whole shared vocabulary unless a
+set is named:
+
+    student_entropy, teacher_entropy    H(p), H(q)                       nats
+    forward_kl                          KL(q||p) = sum q (ln q - ln p)   teacher first
+    reverse_kl                          KL(p||q) = sum p (ln p - ln q)   student first
+    js                                  KL(p||m)/2 + KL(q||m)/2, m = (p + q)/2; at most ln 2
+    hellinger                           sqrt(1 - sum sqrt(p q))
+    acceptance                          min(1, q(y)/p(y)); its mean under p is 1 - total variation
+    compatibility                       sum over S of q
+    compatibility_intersection          sum over S & T of q
+    topk_overlap, topk_jaccard          |S & T|/K, |S & T|/|U|
+    shared_student_mass                 sum over S & T of p
+    bhattacharyya                       sum over U of sqrt(p_U q_U), both renormalised on U
+    union_forward_kl                    KL(q_U||p_U), teacher first
+    union_log_ratio_variance            variance under p_U of ln q_U - ln p_U
+    union_forward_kl_released           KL over U of max(1e-12, q/q(T) on T else 0) from max(1e-12, p/p(S) on S else 0)
+
+Reference: the measurements of arXiv 2605.26844 and its released scripts; union_log_ratio_variance
+is the weight of projected-gradient selection, and student_top1_in_teacher_top5 the test of
+SelecTKD.
+
+Departures: every sum is exact over the vocabulary. The released training code sees only each
+model's own list; its divergence is kept under the name `released` for comparison. Top-K ties go to
+the lower token id.
+
+Numbers: logits are upcast to float32 (float64 stays) before any softmax. Both KLs are formed from
+ln q - ln p, so that what cancels has cancelled before it is multiplied; sums over the vocabulary
+end in float64. A KL or a JS may come out negative by rounding (about 1e-7 nats) and is returned so.
+
+Undefined is NaN: a position with a NaN or +inf logit in either model is NaN in every measurement. A
+logit of -inf is probability 0, and 0 ln 0 = 0; KL(q||p) is inf where q > 0 and p = 0.
+
+Cost: a chunk of positions is projected at a time, and measured a few rows at a time, so that the
+passes over the vocabulary stay in the processor's cache. Per row and model there is one exp2, and
+for the row one log2.
+
+Axes: N positions, n of a chunk, r of a row block, 2 student and teacher, H hidden size, V
+vocabulary, K support, G groups of ids, U entries of both lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import support_column
+
+Logits = Callable[[Tensor], Tensor]
+"""Maps hidden states [n, H] to logits [n, V] over the shared vocabulary, in any dtype."""
+
+RELEASED_FLOOR = 1e-12
+SELECTKD_TOP = 5
+CHUNK_BYTES = 192 * 2**20
+"""Both models' float32 logits for one chunk of positions, on the CPU; larger chunks project little
+faster.
+"""
+BLOCK_BYTES = 16 * 2**20
+"""Buffers of one row block on the CPU: few enough for its last-level cache."""
+ACCELERATOR_FACTOR = 8
+"""How much larger chunks and row blocks are elsewhere, where launches cost more than misses."""
+GROUP = 64
+"""Ids whose largest logit stands for them in the top-K search."""
+RUNS = 64
+"""Sums over equal parts of the vocabulary that are formed before float64 takes over."""
+LN2 = log(2)
+ABSENT = 2000.0
+"""Nats below the row's maximum that stand for a logit of -inf: exp(-2000) is 0 in float64."""
+
+
+@torch.no_grad()
+def measure(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    sampled_N: Tensor,
+    *,
+    k: int = 16,
+    sweep: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """All measurements of each position, from logits in hand.
+
+    student_logits_NV, teacher_logits_NV: [N, V] over the same ids, any floating dtype. sampled_N:
+    [N] ids of the sampled tokens. k: size of the supports; for each other K in `sweep` the
+    support-dependent measurements come again as `<name>_k<K>`. A K beyond V counts as V.
+
+    Returns float64 tensors [N], named and in the units of `types.SCHEMA`; indicators are 0 or 1.
+    Raises DiagnosticsError where shapes differ, a sampled id is outside the vocabulary, or a K is
+    not positive."""
+    out, _ = _measure(student_logits_NV, teacher_logits_NV, sampled_N, k=k, sweep=sweep)
+    return out
+
+
+def _measure(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    sampled_N: Tensor,
+    *,
+    k: int,
+    sweep: Sequence[int],
+    tops: int = 0,
+) -> tuple[dict, dict]:
+    """Measurements by name, and each model's log-normaliser [N]."""
+    _check(student_NV, teacher_NV, sampled_N, (k, *sweep))
+    out = _rows(student_NV, teacher_NV)
+    norms = {name: out.pop(f"{name}_norm") for name in ("student", "teacher")}
+    student = _Model(student_NV, norms["student"], out.pop("student_maxima"))
+    teacher = _Model(teacher_NV, norms["teacher"], out.pop("teacher_maxima"))
+    out |= _sampled(student, teacher, sampled_N) | _supports(
+        student, teacher, sampled_N, k=k, sweep=sweep, tops=tops
+    )
+    undefined_N = out["student_entropy"].isnan()
+    return {
+        name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()
+    }, norms
+
+
+@torch.no_grad()
+def kl_pair(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q||p) (teacher first) and KL(p||q) [N] in nats, float64; bit for bit the columns of
+    `measure`.
+    """
+    _check(student_logits_NV, teacher_logits_NV)
+    out = _rows(student_logits_NV, teacher_logits_NV, upto="kl")
+    return out["forward_kl"], out["reverse_kl"]
+
+
+@torch.no_grad()
+def kls_and_js(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(q||p) (teacher first), KL(p||q) and JS [N] in nats, float64; bit for bit the columns of
+    `measure`.
+    """
+    _check(student_logits_NV, teacher_logits_NV)
+    out = _rows(student_logits_NV, teacher_logits_NV, upto="js")
+    return out["forward_kl"], out["reverse_kl"], out["js"]
+
+
+@torch.no_grad()
+def measure_hidden(
+    student_hidden_NH: Tensor,
+    student_logits: Logits,
+    teacher_hidden_NH: Tensor,
+    teacher_logits: Logits,
+    sampled_N: Tensor,
+    *,
+    k: int = 16,
+    sweep: Sequence[int] = (),
+    tops: int = 0,
+    chunk: int | None = None,
+    student_dropped: Logits | None = None,
+    teacher_dropped: Logits | None = None,
+) -> dict[str, Tensor]:
+    """`measure` from hidden states [N, H], projected `chunk` positions at a time; nothing larger
+    than a chunk is held.
+
+    The two models may sit on different devices; the result is on the student's. chunk: positions,
+    None picks a number from the vocabulary's size. Same chunk, same bits; another chunk changes
+    results by rounding alone. student_dropped, teacher_dropped: the head's logits over ids outside
+    the shared vocabulary, where there are any; then `student_dropped_mass`, `teacher_dropped_mass`
+    are measured too. tops: how many of each model's likeliest tokens come along, as
+    `<model>_top_<j>` (id) and `<model>_top_<j>_p` (probability) with j from 0; at most
+    SELECTKD_TOP."""
+
+    def part(rows: slice) -> dict[str, Tensor]:
+        student_nV = student_logits(student_hidden_NH[rows])
+        teacher_nV = teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
+        out, norms = _measure(
+            student_nV,
+            teacher_nV,
+            sampled_N[rows].to(student_nV.device),
+            k=k,
+            sweep=sweep,
+            tops=tops,
+        )
+        if student_dropped is not None:
+            out["student_dropped_mass"] = _mass_outside(
+                student_dropped(student_hidden_NH[rows]), norms["student"]
+            )
+        if teacher_dropped is not None:
+            out["teacher_dropped_mass"] = _mass_outside(
+                teacher_dropped(teacher_hidden_NH[rows]), norms["teacher"]
+            )
+        return out
+
+    parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
+    return {name: torch.cat([measured[name] for measured in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def kl_pair_hidden(
+    student_hidden_NH: Tensor,
+    student_logits: Logits,
+    teacher_hidden_NH: Tensor,
+    teacher_logits: Logits,
+    *,
+    js: bool = False,
+    chunk: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`kl_pair`, or with `js` `kls_and_js`, chunk by chunk; bit for bit the columns of
+    `measure_hidden` with the same chunk.
+    """
+    measured = kls_and_js if js else kl_pair
+
+    def part(rows: slice) -> tuple[Tensor, ...]:
+        student_nV = student_logits(student_hidden_NH[rows])
+        return measured(
+            student_nV, teacher_logits_for(student_nV, teacher_hidden_NH[rows], teacher_logits)
+        )
+
+    parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
+    return tuple(torch.cat(columns) for columns in zip(*parts))
+
+
+def teacher_logits_for(
+    student_nV: Tensor, teacher_hidden_nH: Tensor, teacher_logits: Logits
+) -> Tensor:
+    """The teacher's logits [n, V] on the device of the student's; one that is known in part is made
+    whole by them (`remote`).
+    """
+    given = getattr(teacher_logits, "given", None)
+    return (
+        teacher_logits(teacher_hidden_nH) if given is None else given(teacher_hidden_nH, student_nV)
+    ).to(student_nV.device)
+
+
+@torch.no_grad()
+def mass_outside(
+    hidden_NH: Tensor, logits: Logits, outside_logits: Logits, *, chunk: int | None = None
+) -> Tensor:
+    """Probability [N] that a model gives to ids outside the shared vocabulary, before
+    renormalisation; float64.
+
+    logits, outside_logits: the same head's logits over the shared and over the other ids.
+    """
+
+    def part(rows: slice) -> Tensor:
+        inside_n = _log_normaliser(logits(hidden_NH[rows]))
+        return _mass_outside(outside_logits(hidden_NH[rows]), inside_n)
+
+    return torch.cat([part(rows) for rows in _slices(hidden_NH, logits, chunk)])
+
+
+def _mass_outside(outside_nW: Tensor, inside_n: Tensor) -> Tensor:
+    return torch.sigmoid(_log_normaliser(outside_nW).to(inside_n.device) - inside_n)
+
+
+def _log_normaliser(logits_nV: Tensor) -> Tensor:
+    """ln of the sum of exp [n], float64, a few rows at a time."""
+    dtype = torch.promote_types(logits_nV.dtype, torch.float32)
+    return torch.cat(
+        [to_float64(logits_rV.to(dtype).logsumexp(-1)) for logits_rV in logits_nV.split(8)]
+    )
+
+
+def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
+    """Positions of a chunk when none is asked for; beyond 16 a multiple of 16, as matrix products
+    like it.
+    """
+    positions = _budget(CHUNK_BYTES, device) // (2 * torch.float32.itemsize * vocabulary)
+    return max(1, positions - positions % 16 if positions > 16 else positions)
+
+
+def _budget(cpu_bytes: int, device: torch.device | str) -> int:
+    return cpu_bytes if torch.device(device).type == "cpu" else ACCELERATOR_FACTOR * cpu_bytes
+
+
+def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]:
+    if chunk is not None and chunk < 1:
+        raise DiagnosticsError(
+            f"chunk is {chunk}; give a positive number of positions, or None to have one picked."
+        )
+    nothing_0V = logits(hidden_NH[:0])
+    step = chunk or chunk_size(nothing_0V.shape[-1], nothing_0V.device)
+    return [slice(start, start + step) for start in range(0, max(1, len(hidden_NH)), step)]
+
+
+def _check(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    sampled_N: Tensor | None = None,
+    sizes: Sequence[int] = (1,),
+) -> None:
+    if student_NV.shape != teacher_NV.shape or student_NV.dim() != 2:
+        raise DiagnosticsError(
+            f"Student logits have shape {tuple(student_NV.shape)} and teacher logits"
+            f" {tuple(teacher_NV.shape)}; both must be [positions, vocabulary] over the same ids."
+            " Slice both to the shared vocabulary first."
+        )
+    if min(sizes) < 1:
+        raise DiagnosticsError(
+            f"A support of K = {min(sizes)} tokens was asked for; K must be at least 1."
+        )
+    if sampled_N is not None:
+        _check_sampled(sampled_N, student_NV.shape)
+
+
+def _check_sampled(sampled_N: Tensor, shape: torch.Size) -> None:
+    if sampled_N.shape != shape[:1]:
+        raise DiagnosticsError(
+            f"There are {shape[0]} positions and sampled tokens of shape {tuple(sampled_N.shape)};"
+            " give one id a position."
+        )
+    outside_N = (sampled_N < 0) | (sampled_N >= shape[1])
+    if outside_N.any():
+        raise DiagnosticsError(
+            f"Sampled token id {int(sampled_N[outside_N][0])} is outside the vocabulary of"
+            f" {shape[1]}. The contexts were sampled with another tokenizer; sample them again."
+        )
+
+
+class Block:
+    """Both models on a few rows, in buffers that stay in cache. Works in bits: exp2 takes half the
+    time of exp.
+
+    Every row-wise sum is float64. The methods are to be called in their order, since later ones
+    overwrite."""
+
+    def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
+        self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
+        self._centre(student_rV, teacher_rV)
+        self.total_r2 = sum_float64(torch.exp2(self.centred_r2V, out=self._weight_r2V))
+
+    def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
+        """Logits in bits plus an offset that takes the row's largest close to 0; the maxima of
+        groups of ids on the way.
+        """
+        self.maxima, largest, peaks = [], [], []
+        for logits_rV, target_rV in zip((student_rV, teacher_rV), self.centred_r2V.unbind(1)):
+            logits_rV = (
+                logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
+            )
+            self.maxima.append(_group(logits_rV, GROUP, torch.amax))
+            largest_r1 = self.maxima[-1].amax(-1, keepdim=True)
+            offset_r1 = largest_r1 / -LN2
+            torch.add(
+                offset_r1, logits_rV, alpha=1 / LN2, out=target_rV
+            )  # a fused multiply-add: one rounding
+            largest.append(to_float64(largest_r1))
+            peaks.append(to_float64(torch.add(offset_r1, largest_r1, alpha=1 / LN2)))
+        self._largest_r2, self._peak_r2 = torch.cat(largest, -1), torch.cat(peaks, -1)
+
+    def norms(self) -> Tensor:
+        """ln of the sum of exp of the logits [r, 2]."""
+        return self._largest_r2 + LN2 * (self.total_r2.log2() - self._peak_r2)
+
+    def entropies(self) -> Tensor:
+        """H(p), H(q) [r, 2] in nats."""
+        mean_r2 = (
+            sum_float64(torch.mul(self._weight_r2V, self.centred_r2V, out=self.spare_r2V))
+            / self.total_r2
+        )
+        return LN2 * (self.total_r2.log2() - mean_r2)
+
+    def kls(self) -> tuple[Tensor, Tensor]:
+        """KL(q||p) and KL(p||q) [r] in nats; `ratio_rV` then holds log2 q - log2 p."""
+        shift_r1 = (self.total_r2[:, 1:] / self.total_r2[:, :1]).log2()
+        rounded_r1 = shift_r1.to(self.spare_r2V)
+        student_rV, self.ratio_rV = self.centred_r2V.unbind(1)
+        self.ratio_rV.sub_(student_rV).sub_(rounded_r1)
+        mean_r2 = (
+            sum_float64(torch.mul(self._weight_r2V, self.ratio_rV[:, None], out=self.spare_r2V))
+            / self.total_r2
+        )
+        mean_r2 += to_float64(rounded_r1) - shift_r1
+        return LN2 * mean_r2[:, 1], -LN2 * mean_r2[:, 0]
+
+    def distributions(self) -> Tensor:
+        """p and q as [r, 2, V]."""
+        return self._weight_r2V.mul_((1 / self.total_r2)[:, :, None].to(self._weight_r2V))
+
+
+def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Block]]:
+    """The rows in turn, as many at a time as stay in cache. A block's buffers are used again for
+    the next.
+    """
+    count, vocabulary = student_NV.shape
+    dtype = torch.promote_types(
+        torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32
+    )
+    step = max(1, min(count, _block_rows(vocabulary, dtype, student_NV.device)))
+    buffers_3r2V = torch.empty(3, step, 2, vocabulary, dtype=dtype, device=student_NV.device)
+    for start in range(0, max(1, count), step):
+        rows = slice(start, min(start + step, count))
+        yield (
+            rows,
+            Block(student_NV[rows], teacher_NV[rows], buffers_3r2V[:, : rows.stop - rows.start]),
+        )
+
+
+def _rows(
+    student_NV: Tensor, teacher_NV: Tensor, *, upto: Literal["kl", "js", "all"] = "all"
+) -> dict[str, Tensor]:
+    """Vocabulary-wide measurements of every row; those that hold a logit of -inf, NaN or +inf are
+    done again apart.
+    """
+    parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for rows_r in not_finite(out["forward_kl"], student_NV.shape[1]):
+        for name, value_r in _dense_with_absent(
+            student_NV[rows_r], teacher_NV[rows_r], upto=upto
+        ).items():
+            out[name][rows_r] = value_r
+    return out
+
+
+def not_finite(values_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """Rows [r] whose value is not finite, as many at a time as one float64 block and the copies
+    that lead to it hold.
+
+    A vocabulary that is padded with -inf brings every row here.
+    """
+    rows_n = (~values_N.isfinite()).nonzero()[:, 0]
+    if len(rows_n):
+        yield from rows_n.split(_block_rows(vocabulary, torch.float64, values_N.device))
+
+
+def _block_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose block fits BLOCK_BYTES: three buffers for both models."""
+    return max(1, _budget(BLOCK_BYTES, device) // (6 * dtype.itemsize * vocabulary))
+
+
+def _dense(block: Block, *, upto: str) -> dict[str, Tensor]:
+    """A row with a logit that is not finite has a KL that is not. `*_norm` are log-normalisers,
+    `*_maxima` feed `top_ids`.
+    """
+    if upto == "kl":
+        return dict(zip(("forward_kl", "reverse_kl"), block.kls()))
+    columns = {"entropy": block.entropies(), "norm": block.norms()}
+    out = dict(zip(("forward_kl", "reverse_kl"), block.kls()))
+    distributions_r2V = block.distributions()
+    out["js"] = _mixture_entropy(distributions_r2V, block.spare_r2V) - columns["entropy"].mean(-1)
+    if upto == "js":
+        return out
+    for i, model in enumerate(("student", "teacher")):
+        out |= {f"{model}_{name}": values_r2[:, i] for name, values_r2 in columns.items()} | {
+            f"{model}_maxima": block.maxima[i]
+        }
+    return out | {"hellinger": _hellinger(distributions_r2V)}
+
+
+def _mixture_entropy(distributions_r2V: Tensor, spare_r2V: Tensor) -> Tensor:
+    """H((p + q)/2) [r] in nats, from log2(p + q)."""
+    sum_rV, ln_rV = spare_r2V.unbind(1)
+    torch.add(*distributions_r2V.unbind(1), out=sum_rV).clamp_(min=torch.finfo(sum_rV.dtype).tiny)
+    return LN2 * (1 - sum_float64(torch.log2(sum_rV, out=ln_rV).mul_(sum_rV)) / 2)
+
+
+def _hellinger(distributions_r2V: Tensor) -> Tensor:
+    """From sum (sqrt p - sqrt q)^2 / 2, which is 1 - sum sqrt(p q) without its cancellation;
+    overwrites its argument.
+    """
+    student_rV, teacher_rV = distributions_r2V.sqrt_().unbind(1)
+    return (sum_float64(student_rV.sub_(teacher_rV).square_()) / 2).sqrt()
+
+
+def _group(values: Tensor, length: int, reduction: Callable) -> Tensor:
+    """`reduction` over each run of `length` entries of the last dimension, the last run being
+    shorter.
+    """
+    runs, rest = divmod(values.shape[-1], length)
+    whole = runs * length
+    parts = [reduction(values[..., :whole].view(*values.shape[:-1], runs, length), -1)]
+    if rest:
+        parts.append(reduction(values[..., whole:], -1, keepdim=True))
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def sum_float64(terms: Tensor) -> Tensor:
+    """Sum over the last dimension: RUNS sums in the terms' dtype, added up in float64."""
+    return to_float64(_group(terms, max(1, terms.shape[-1] // RUNS), torch.sum)).sum(-1)
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """float64, on the CPU where the device has none."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
+def _dense_with_absent(student_rV: Tensor, teacher_rV: Tensor, *, upto: str) -> dict[str, Tensor]:
+    """`_dense` of rows that may hold -inf (probability 0), NaN or +inf (NaN in every
+    measurement).
+    """
+    student_rV, teacher_rV = to_float64(student_rV), to_float64(teacher_rV)
+    ((_, block),) = blocks(replace_neg_inf(student_rV), replace_neg_inf(teacher_rV))
+    out = _dense(block, upto=upto)
+    out["forward_kl"][has_mass_outside(teacher_rV, student_rV)] = torch.inf
+    out["reverse_kl"][has_mass_outside(student_rV, teacher_rV)] = torch.inf
+    undefined_r = ~(_finite_or_absent(student_rV) & _finite_or_absent(teacher_rV))
+    return {
+        name: values_r.masked_fill(undefined_r, float("nan"))
+        for name, values_r in out.items()
+        if values_r.dim() == 1
+    }
+
+
+def replace_neg_inf(logits_rV: Tensor) -> Tensor:
+    """Logits of -inf become so low that their probability is exactly 0, and finite; NaN and +inf
+    make a row NaN.
+    """
+    floor_r1 = logits_rV.amax(-1, keepdim=True) - ABSENT
+    return torch.where(logits_rV == -torch.inf, floor_r1, logits_rV)
+
+
+def has_mass_outside(logits_rV: Tensor, reference_rV: Tensor) -> Tensor:
+    """Rows [r] where a token that `reference_rV` excludes (-inf) has probability under
+    `logits_rV`.
+    """
+    return ((reference_rV == -torch.inf) & (logits_rV > -torch.inf)).any(-1)
+
+
+def _finite_or_absent(logits_rV: Tensor) -> Tensor:
+    return ~(logits_rV.isnan() | (logits_rV == torch.inf)).any(-1) & (logits_rV > -torch.inf).any(
+        -1
+    )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model's logits on a chunk, with what the dense pass found in them."""
+
+    logits_NV: Tensor
+    norm_N: Tensor
+    maxima_NG: Tensor
+
+    def ln(self, ids_NK: Tensor) -> Tensor:
+        """Log-probabilities [N, K] of the ids, float64."""
+        return to_float64(self.logits_NV.gather(1, ids_NK)) - self.norm_N[:, None]
+
+    def top(self, k: int) -> Tensor:
+        """Ids [N, k] of the most likely tokens, most likely first, ties to the lower id."""
+        return top_ids(self.logits_NV, k, maxima_NG=self.maxima_NG)
+
+
+def _sampled(student: _Model, teacher: _Model, sampled_N: Tensor) -> dict[str, Tensor]:
+    ln_p_N, ln_q_N = student.ln(sampled_N[:, None])[:, 0], teacher.ln(sampled_N[:, None])[:, 0]
+    return {
+        "student_logprob": ln_p_N,
+        "teacher_logprob": ln_q_N,
+        "advantage": ln_q_N - ln_p_N,
+        "acceptance": (ln_q_N - ln_p_N).clamp(max=0).exp(),
+    }
+
+
+def top_ids(logits_NV: Tensor, k: int, *, maxima_NG: Tensor | None = None) -> Tensor:
+    """Ids [N, min(k, V)] of the largest logits, largest first, ties to the lower id. Exact.
+
+    The k best ids lie in the k groups of GROUP ids whose maxima are largest (ties again to the
+    lower), so only those groups are searched. maxima_NG: [N, ceil(V / GROUP)] the groups' maxima
+    where already known."""
+    vocabulary = logits_NV.shape[1]
+    k = min(k, vocabulary)
+    maxima_NG = _group(logits_NV, GROUP, torch.amax) if maxima_NG is None else maxima_NG
+    groups_Nk = _largest(maxima_NG, min(k, maxima_NG.shape[1])).sort(-1).values
+    ids_NC = (groups_Nk[:, :, None] * GROUP + torch.arange(GROUP, device=groups_Nk.device)).flatten(
+        1
+    )
+    beyond_NC = ids_NC >= vocabulary
+    candidates_NC = logits_NV.gather(1, ids_NC.clamp(max=vocabulary - 1)).masked_fill(
+        beyond_NC, -torch.inf
+    )
+    return ids_NC.gather(1, _largest(candidates_NC, k))
+
+
+def _largest(values_NC: Tensor, k: int) -> Tensor:
+    """Indices [N, k] of the largest values, largest first, ties to the lower index.
+
+    float32 and narrower: the value's bits, ordered as integers, and the index make one unique key
+    each."""
+    if values_NC.dtype == torch.float64:
+        return values_NC.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    bits_NC = (values_NC.float() + 0.0).view(torch.int32)
+    ordered_NC = (bits_NC ^ ((bits_NC >> 31) & 0x7FFFFFFF)).long()
+    keys_NC = (ordered_NC << 32) - torch.arange(values_NC.shape[1], device=values_NC.device)
+    return keys_NC.topk(k, dim=-1).indices
+
+
+def _supports(
+    student: _Model,
+    teacher: _Model,
+    sampled_N: Tensor,
+    *,
+    k: int,
+    sweep: Sequence[int],
+    tops: int = 0,
+) -> dict[str, Tensor]:
+    """Measurements of the top-K lists, for k and for each other K in `sweep`."""
+    largest = min(max(k, SELECTKD_TOP, *sweep), student.logits_NV.shape[1])
+    s_NK, t_NK = student.top(largest), teacher.top(largest)
+    values = {
+        "p_s": student.ln(s_NK),
+        "q_s": teacher.ln(s_NK),
+        "p_t": student.ln(t_NK),
+        "q_t": teacher.ln(t_NK),
+    }
+    s_NK, t_NK, sampled_N = (ids.to(student.norm_N.device) for ids in (s_NK, t_NK, sampled_N))
+    top_p_N2 = values["p_s"][:, :2].exp()
+    out = {
+        "student_margin": top_p_N2[:, 0] - top_p_N2[:, 1:].sum(-1),
+        "top1_match": (s_NK[:, 0] == t_NK[:, 0]).double(),
+        "student_top1_in_teacher_top5": (s_NK[:, :1] == t_NK[:, :SELECTKD_TOP]).any(-1).double(),
+    }
+    out |= _tops("student", s_NK[:, :tops], values["p_s"]) | _tops(
+        "teacher", t_NK[:, :tops], values["q_t"]
+    )
+    same_NKK = s_NK[:, :, None] == t_NK[:, None, :]
+    for size in dict.fromkeys((k, *sweep)):
+        part = min(size, largest)
+        lists = {name: values_NK[:, :part] for name, values_NK in values.items()}
+        measured = _support(same_NKK[:, :part, :part], **lists)
+        measured["sampled_in_teacher_topk"] = (
+            (t_NK[:, :part] == sampled_N[:, None]).any(-1).double()
+        )
+        out |= {
+            support_column(name, None if size == k else size): values_N
+            for name, values_N in measured.items()
+        }
+    return out
+
+
+def _tops(model: str, ids_NK: Tensor, ln_NK: Tensor) -> dict[str, Tensor]:
+    """Ids and probabilities of a model's likeliest tokens, a column each; ids are exact in
+    float64.
+    """
+    columns = {}
+    for j in range(ids_NK.shape[1]):
+        columns |= {
+            f"{model}_top_{j}": ids_NK[:, j].double(),
+            f"{model}_top_{j}_p": ln_NK[:, j].exp(),
+        }
+    return columns
+
+
+def _support(
+    same_NKK: Tensor, *, p_s: Tensor, q_s: Tensor, p_t: Tensor, q_t: Tensor
+) -> dict[str, Tensor]:
+    """Measurements of one K. same_NKK: [N, i, j] is True where S's i-th is T's j-th token; p_s: ln
+    p on S, and so on.
+    """
+    s_in_t_NK, t_in_s_NK = same_NKK.any(2), same_NKK.any(1)
+    shared_N = s_in_t_NK.sum(-1).double()
+    k = same_NKK.shape[1]
+    union_NU = torch.cat([torch.ones_like(s_in_t_NK), ~t_in_s_NK], -1)
+    return {
+        "compatibility": q_s.exp().sum(-1),
+        "compatibility_intersection": (q_s.exp() * s_in_t_NK).sum(-1),
+        "topk_overlap": shared_N / k,
+        "topk_jaccard": shared_N / (2 * k - shared_N),
+        "shared_student_mass": (p_s.exp() * s_in_t_NK).sum(-1),
+        "teacher_top1_in_topk": t_in_s_NK[:, 0].double(),
+        **_union(torch.cat([p_s, p_t], -1), torch.cat([q_s, q_t], -1), union_NU),
+        "union_forward_kl_released": _released(s_in_t_NK, t_in_s_NK, same_NKK, p_s, q_t),
+    }
+
+
+def _union(ln_p_NU: Tensor, ln_q_NU: Tensor, union_NU: Tensor) -> dict[str, Tensor]:
+    """Measurements on U, p and q renormalised there; entries outside `union_NU` are repeats."""
+    ln_p_NU = ln_p_NU.masked_fill(~union_NU, -torch.inf).log_softmax(-1)
+    ln_q_NU = ln_q_NU.masked_fill(~union_NU, -torch.inf).log_softmax(-1)
+    p_NU, q_NU = ln_p_NU.exp(), ln_q_NU.exp()
+    forward_NU = torch.where(q_NU > 0, q_NU * (ln_q_NU - ln_p_NU), 0.0)
+    ratio_NU = torch.where(p_NU > 0, ln_q_NU - ln_p_NU, 0.0)
+    mean_N = (p_NU * ratio_NU).sum(-1, keepdim=True)
+    return {
+        "bhattacharyya": (p_NU * q_NU).sqrt().sum(-1),
+        "union_forward_kl": forward_NU.sum(-1),
+        "union_log_ratio_variance": (p_NU * (ratio_NU - mean_N).square()).sum(-1),
+    }
+
+
+def _released(
+    s_in_t_NK: Tensor, t_in_s_NK: Tensor, same_NKK: Tensor, p_s: Tensor, q_t: Tensor
+) -> Tensor:
+    """The released training code's union KL, teacher first: each list renormalised, floored outside
+    itself.
+    """
+    floor = log(RELEASED_FLOOR)
+    p_NK, q_NK = p_s.log_softmax(-1).clamp(min=floor), q_t.log_softmax(-1).clamp(min=floor)
+    p_at_t_NK = torch.where(t_in_s_NK, (same_NKK * p_NK[:, :, None]).sum(1), floor)
+    on_t_N = (q_NK.exp() * (q_NK - p_at_t_NK)).sum(-1)
+    on_s_alone_N = torch.where(s_in_t_NK, 0.0, RELEASED_FLOOR * (floor - p_NK)).sum(-1)
+    return on_t_N + on_s_alone_N

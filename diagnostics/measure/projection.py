@@ -1,0 +1,185 @@
+"""Logits in float32 or wider, whatever dtype hidden states and output head have.
+
+    z = h W' + b, every product and sum in float32 (float64 where either side is), never rounded to
+    a narrower dtype
+
+bfloat16 keeps eight bits of a logit: rounded to that, logits around 10 are off by some 0.03, and a
+KL by 1e-2 nats. The states and weights of a narrow model are what they are; their product need not
+be. The head is widened a part of the vocabulary at a time, so that memory holds WIDENED_BYTES more
+and not a second head. On CUDA the matrix product itself takes narrow operands and gives float32,
+where torch offers that.
+
+Autocast is off inside, since it would round the operands again. Derivatives are made in the wide
+dtype and rounded once, to the dtype of what they belong to.
+
+Axes: n positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+WIDENED_BYTES = 32 * 2**20
+"""Of the head's weight that is held in the wide dtype at a time: large enough for a fast matrix
+product.
+"""
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of logits from operands of these dtypes: float32, or float64 where one of them
+    is.
+    """
+    widest = torch.float32
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def linear(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """`F.linear` whose result [n, V] is float32 at least, and whose sums are too. Differentiable
+    once.
+    """
+    given = (states_nH, weight_VH, bias_V)
+    if has_torch_function(tuple(x for x in given if x is not None)):
+        return handle_torch_function(linear, given, *given)
+    with no_autocast(weight_VH.device.type):
+        if states_nH.dtype == weight_VH.dtype == wide_dtype(states_nH.dtype):
+            return F.linear(*given)
+        return _Widened.apply(*given)
+
+
+def no_autocast(device: str):
+    """A context in which autocast rounds no operand."""
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
+
+
+def _product(states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    dtype = wide_dtype(states_nH.dtype, weight_VH.dtype)
+    if states_nH.dtype == weight_VH.dtype and _takes_narrow(weight_VH):
+        logits_nV = torch.mm(states_nH, weight_VH.T, out_dtype=dtype)
+    else:
+        logits_nV = states_nH.new_empty(len(states_nH), len(weight_VH), dtype=dtype)
+        wide_nH = states_nH.to(dtype)
+        for rows in _parts(weight_VH, dtype) if len(states_nH) else ():
+            logits_nV[:, rows] = wide_nH @ weight_VH[rows].to(dtype).T
+    return logits_nV if bias_V is None else logits_nV.add_(bias_V)
+
+
+def _takes_narrow(weight_VH: Tensor) -> bool:
+    """True where torch multiplies narrow matrices into a float32 one. Found by trying, once a
+    device.
+    """
+    if weight_VH.device.type != "cuda" or weight_VH.dtype not in NARROW:
+        return False
+    key = (weight_VH.device, weight_VH.dtype)
+    if key not in _TAKES_NARROW:
+        tiny = torch.ones(16, 16, device=weight_VH.device, dtype=weight_VH.dtype)
+        try:
+            _TAKES_NARROW[key] = (
+                torch.mm(tiny, tiny, out_dtype=torch.float32).dtype == torch.float32
+            )
+        except (
+            TypeError,
+            RuntimeError,
+        ):  # an older torch does not know the argument, or not for this device
+            _TAKES_NARROW[key] = False
+    return _TAKES_NARROW[key]
+
+
+_TAKES_NARROW: dict[tuple, bool] = {}
+
+
+def _parts(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows of the head in turn, as many as WIDENED_BYTES hold."""
+    step = max(1, WIDENED_BYTES // (dtype.itemsize * max(1, weight_VH.shape[1])))
+    for start in range(0, len(weight_VH), step):
+        yield slice(start, start + step)
+
+
+def to_states(gradient_nV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """The derivative [n, H] in the states, of `dtype`, from that in the logits."""
+    if gradient_nV.dtype == weight_VH.dtype:
+        return (gradient_nV @ weight_VH).to(dtype)
+    wide = wide_dtype(gradient_nV.dtype, weight_VH.dtype)
+    sum_nH = gradient_nV.new_zeros(len(gradient_nV), weight_VH.shape[1], dtype=wide)
+    for rows in _parts(weight_VH, wide):
+        sum_nH.addmm_(gradient_nV[:, rows].to(wide), weight_VH[rows].to(wide))
+    return sum_nH.to(dtype)
+
+
+def add_to_weight(sum_VH: Tensor, gradient_nV: Tensor, states_nH: Tensor) -> None:
+    """Add the derivative in the weight, from that in the logits, to a sum of the wide dtype, in
+    place.
+    """
+    sum_VH.addmm_(gradient_nV.T.to(sum_VH.dtype), states_nH.to(sum_VH.dtype))
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states_nH, weight_VH)
+        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
+        return _product(states_nH, weight_VH, bias_V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_nV: Tensor) -> tuple:
+        states_nH, weight_VH = ctx.saved_tensors
+        states, weight, bias = ctx.needs_input_grad
+        with no_autocast(weight_VH.device.type):
+            to_weight = torch.empty_like(weight_VH) if weight else None
+            for rows in _parts(weight_VH, gradient_nV.dtype) if weight else ():
+                to_weight[rows] = (gradient_nV[:, rows].T @ states_nH.to(gradient_nV.dtype)).to(
+                    weight_VH.dtype
+                )
+            return (
+                to_states(gradient_nV, weight_VH, states_nH.dtype) if states else None,
+                to_weight,
+                gradient_nV.sum(0).to(ctx.bias_dtype) if bias else None,
+            )
+
+
+@contextmanager
+def wide_head(model: nn.Module) -> Iterator[None]:
+    """While the block runs, the model's own logits leave its narrow output head in float32.
+
+    For models that are run whole: those that cannot be taken apart, and generation. A head that is
+    no plain linear layer, or that accelerate moves about or FSDP shards, stays as it is."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    moved = head is not None and (hasattr(head, "_hf_hook") or "forward" in vars(head))
+    if (
+        not is_plain(head)
+        or head.weight.dtype not in NARROW
+        or moved
+        or type(head.weight) is not nn.Parameter
+    ):
+        yield
+        return
+
+    def forward(states_BTH: Tensor) -> Tensor:
+        logits_nV = linear(states_BTH.reshape(-1, states_BTH.shape[-1]), head.weight, head.bias)
+        return logits_nV.view(*states_BTH.shape[:-1], -1)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def is_plain(head: nn.Module | None) -> bool:
+    """True for a linear layer whose weight holds floating-point numbers."""
+    return isinstance(head, nn.Linear) and head.weight.is_floating_point()

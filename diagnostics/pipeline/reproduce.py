@@ -1,0 +1,374 @@
+"""Repeat a run from its manifest, and compare every file that it made.
+
+A manifest's settings become the commands that gave them, one a stage, in the order of the stages.
+Before anything is run the models and the prompt files are compared with what the manifest says of
+them; other code or other versions of libraries are named and do not stop the repetition, since they
+may be what it is for.
+
+What no stage wrote (contexts from elsewhere, laid into the directory by hand) is taken from beside
+the manifest, and must have the hash that the manifest gives. A manifest names models, prompts and
+other runs by their last names: they are looked for beside it and among the paths that the user
+names, and nowhere else, since a manifest may be a stranger's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any
+
+import pandas as pd
+
+from diagnostics.core import files, fingerprints, tables
+from diagnostics.core import manifest as manifests
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.pipeline import run as run_directory
+
+log = logging.getLogger("diagnostics")
+ORDER = (
+    "rollout",
+    "score",
+    "import",
+    "probe",
+    "after",
+    "attribute",
+    "intervene",
+    "analyze",
+    "compare",
+    "train",
+    "validate",
+)
+COMMANDS = {"import": "analyze", "after": "score"}
+"""Stages whose command has another name."""
+FURTHER = {
+    "analyze": ("seed", "training", "k"),
+    "compare": ("seed",),
+    "after": ("after",),
+    "validate": ("offline",),
+    "import": ("tokens",),
+}
+"""Settings of a stage that no dataclass of its command holds."""
+REQUIRED = {"analyze": ("seed",), "compare": ("seed",), "after": ("after",), "import": ("tokens",)}
+"""Settings without which a stage cannot be repeated."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(/[\w.-]+\.gguf)?")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+Configs = Callable[[str], Sequence[type]]
+"""A command's dataclasses."""
+
+
+def rerun(
+    path: Path,
+    output_dir: Path,
+    *,
+    configs: Configs,
+    do: Callable[[list[str]], None],
+    inputs: Sequence[Path] = (),
+) -> pd.DataFrame:
+    """Repeat the run of the manifest at `path` in `output_dir` and compare the files.
+
+    do: runs one command, given its arguments. inputs: models, prompt files and runs that the
+    manifest names and that do not lie beside it. Returns columns stage, file, was and now (sha256;
+    None where the file is not there), same. Raises DiagnosticsError where the manifest cannot be
+    read or repeated, or models or prompts are others or were not named."""
+    manifest = manifests.read_manifest(path)
+    if not manifest["stages"]:
+        raise DiagnosticsError(
+            f"{path} has no finished stage, so there is nothing to repeat. Name the manifest of a"
+            " finished run."
+        )
+    if output_dir.resolve() == path.parent.resolve():
+        raise DiagnosticsError(
+            f"{output_dir} is the run itself. Choose a new --output-dir to repeat it in."
+        )
+    planned = list(commands(manifest, configs, Inputs(path.parent, inputs)))
+    _require_same_pair(manifest)
+    _lay_in(manifest, path.parent, output_dir)
+    for command in planned:
+        log.info("%s", " ".join(command))
+        do([*command, "--output-dir", str(output_dir), "--quiet"])
+    return compared(manifest, manifests.read_manifest(output_dir / "manifest.json"))
+
+
+def commands(manifest: dict[str, Any], configs: Configs, inputs: Inputs) -> Iterator[list[str]]:
+    """The arguments that gave each of the manifest's stages, without an output directory; inputs:
+    says where their files lie.
+
+    Raises DiagnosticsError for a stage that no command gives, or a setting whose value the manifest
+    does not hold."""
+    stages = manifest["stages"]
+    unknown = sorted(stages.keys() - set(ORDER))
+    if unknown:
+        raise DiagnosticsError(
+            f"The manifest has the stage {unknown[0]!r}, which this version cannot repeat. Known"
+            f" are {', '.join(ORDER)}."
+        )
+    for name in (name for name in ORDER if name in stages):
+        command = COMMANDS.get(name, name)
+        settings = _settings(name, stages[name], inputs)
+        fields = [field.name for field in _fields(configs(command))]
+        yield [
+            command,
+            *(
+                part
+                for field in dict.fromkeys([*fields, *FURTHER.get(name, ())])
+                for part in _flag(field, settings.get(field))
+            ),
+        ]
+
+
+def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """A stage's settings with its inputs found. Raises DiagnosticsError where one is missing or no
+    value of a setting.
+    """
+    settings = dict(record["settings"])
+    for key, value in settings.items():
+        if (
+            key in manifests.PATHS and value is not None and not isinstance(value, str)
+        ) or isinstance(value, dict):
+            raise DiagnosticsError(
+                f"Stage {name!r} of the manifest has the {key} {str(value)[:60]!r}, which is no"
+                " value of that setting. It cannot be repeated."
+            )
+    for key in REQUIRED.get(name, ()):
+        if settings.get(key) is None:
+            raise DiagnosticsError(
+                f"Stage {name!r} of the manifest records no {key}, so it cannot be repeated. Name"
+                " the manifest of a finished run."
+            )
+    if name == "import":
+        record = {"settings": settings | {"tokens_sha256": settings.get("sha256")}}
+    paths = [
+        key
+        for key in (*manifests.PATHS, *(["tokens"] if name == "import" else []))
+        if settings.get(key)
+    ]
+    paths = [
+        key for key in paths if not settings[key].lstrip().startswith("{")
+    ]  # an object written out is no path
+    return settings | {key: inputs.found(name, key, settings[key], record) for key in paths}
+
+
+def _fields(configs: Sequence[type]) -> list[dataclasses.Field]:
+    return list(
+        {field.name: field for config in configs for field in dataclasses.fields(config)}.values()
+    )
+
+
+def _flag(name: str, value) -> list[str]:
+    """A setting as it was typed; nothing for one that was left out."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
+class Inputs:
+    """Where the files and folders lie that a manifest names by their last names.
+
+    A manifest may be a stranger's, so nothing is read because it says so: an input is one of those
+    that the user `named`, or lies beside the manifest, inside its folder and behind no link."""
+
+    def __init__(self, beside: Path, named: Sequence[Path] = ()):
+        self.beside, self.named = beside, [Path(path) for path in named]
+
+    def found(self, stage: str, key: str, value: str, record: Mapping[str, Any]) -> str:
+        """The path of a stage's input, or the id on the Hugging Face hub that it is.
+
+        Raises DiagnosticsError where nobody named it, or where none of the candidates has the
+        recorded hash."""
+        scheme, value = (
+            ("hf:", value.removeprefix("hf:")) if value.startswith("hf:") else ("", value)
+        )
+        digest = _digest(key, record)
+        if digest is None and self._is_id(key, scheme, value):
+            return scheme + value
+        candidates = list(self._candidates(value))
+        hashes = {str(path): _hash_of(key, path) for path in candidates} if digest else {}
+        same = [path for path in candidates if digest is None or hashes[str(path)] == digest]
+        if same:
+            return scheme + str(same[0])
+        if candidates:
+            raise _changed(
+                [
+                    f"{key} of stage {stage!r}, {path}: was {digest}, is {now}"
+                    for path, now in hashes.items()
+                ]
+            )
+        raise DiagnosticsError(
+            f"Stage {stage!r} read {PurePath(value).name!r} ({key}), which is not beside the"
+            " manifest, and what a manifest names elsewhere is not opened. Name it: --inputs"
+            f" PATH/TO/{PurePath(value).name}."
+        )
+
+    def _is_id(self, key: str, scheme: str, value: str) -> bool:
+        """Whether a name can only be an id on the hub: no hash of a local file is recorded, and no
+        local file has the name.
+        """
+        return bool(
+            (key in ("student", "teacher", "after") or scheme)
+            and HUB_ID.fullmatch(value)
+            and not os.path.lexists(value)
+        )
+
+    def _candidates(self, value: str) -> Iterator[Path]:
+        yield from (
+            path
+            for path in self.named
+            if PurePath(os.path.abspath(path)).name == PurePath(value).name and path.exists()
+        )
+        with suppress(DiagnosticsError, OSError):
+            if is_inside(self.beside, value):
+                yield self.beside / value
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a file or folder lies beneath `folder`, with no link on the way or in it."""
+    parts = files.inside(name)
+    kinds = [files.kind(folder.joinpath(*parts[: end + 1])) for end in range(len(parts))]
+    if kinds[:-1] != ["folder"] * (len(parts) - 1) or kinds[-1] not in ("file", "folder"):
+        return False
+    return all(kind in ("file", "folder") for _, kind in files.walk(folder, name))
+
+
+def _digest(key: str, record: Mapping[str, Any]) -> str | None:
+    """The recorded hash of a stage's input: of a file beside its setting, of a model's files among
+    the models.
+    """
+    digest = record["settings"].get(f"{key}_sha256") or record.get("models", {}).get(key)
+    return digest if isinstance(digest, str) and SHA256.fullmatch(digest) else None
+
+
+def _hash_of(key: str, path: Path) -> str | None:
+    """The hash of an input as the stages take it."""
+    from diagnostics.models.identity import file_hash
+
+    if key == "training":
+        return files.hash_inside(path, "tables/validation_verdicts.csv")
+    if key in ("student", "teacher", "after"):
+        return fingerprints.fingerprint_files(path)
+    return file_hash(key, str(path)).get(f"{key}_sha256")
+
+
+def _changed(different: Sequence[str]) -> DiagnosticsError:
+    return DiagnosticsError(
+        f"What the manifest was made from has changed ({'; '.join(dict.fromkeys(different))})."
+        " Bring back the earlier files."
+    )
+
+
+def _require_same_pair(manifest: Mapping[str, Any]) -> None:
+    """Refuse to spend hours on another named pair than the manifest's."""
+    from diagnostics.models.identity import Models
+    from diagnostics.models.pair import PairConfig
+
+    different = []
+    for name, record in manifest["stages"].items():
+        settings = record["settings"]
+        if record.get("models") and settings.get("pair") is not None and name != "validate":
+            now = Models(PairConfig(pair=settings["pair"])).fingerprint()
+            different += [
+                f"{key} of stage {name!r}: was {was}, is {now[key]}"
+                for key, was in record["models"].items()
+                if key in now and now[key] != was
+            ]
+    if different:
+        raise _changed(different)
+
+
+def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
+    """Copy inputs that no stage wrote, from beside the manifest only."""
+    written = {file for record in manifest["stages"].values() for file in record["files"]} | set(
+        manifest.get("joined", {})
+    )
+    wanted = {
+        file: digest
+        for record in manifest["stages"].values()
+        for file, digest in record["inputs"].items()
+        if file not in written and not file.startswith("cells/")
+    }
+    content = {}
+    for file, digest in wanted.items():
+        if files.hash_inside(output_dir, file) if output_dir.is_dir() else None:
+            continue
+        if files.hash_inside(source, file) != digest:
+            raise DiagnosticsError(
+                f"{source / file}, which no stage of the run wrote, is missing or another (sha256"
+                f" {digest} is asked for). Bring it back."
+            )
+        content[file] = files.read_inside(source, file)
+    if not content:
+        return
+    with run_directory.open_run(output_dir) as run:
+        tables.write_json(run.manifest_path, run.manifest)
+        for file, read in content.items():
+            files.write_atomic(run.path(file), read)
+
+
+def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
+    """Every file of the earlier manifest beside the later one's; columns as of `rerun`. Says which
+    versions are others.
+    """
+    other = [
+        f"{name} {version} then, {now['versions'].get(name)} now"
+        for name, version in was.get("versions", {}).items()
+        if now["versions"].get(name) != version
+    ]
+    for stage, record in was["stages"].items():
+        codes = [
+            json.dumps(each.get("code", {}).get("version"))
+            for each in (record, now["stages"].get(stage, {}))
+        ]
+        other += (
+            [f"code of {stage} {codes[0]} then, {codes[1]} now"] if codes[0] != codes[1] else []
+        )
+    counts = [
+        f"{stage} {record.get('threads')} then, {now['stages'].get(stage, {}).get('threads')} now"
+        for stage, record in was["stages"].items()
+        if record.get("threads") not in (None, now["stages"].get(stage, {}).get("threads"))
+    ]
+    if counts:
+        log.warning(
+            "other numbers of threads, which change the order of sums: %s", "; ".join(counts)
+        )
+    if other:
+        log.warning("other versions: %s", "; ".join(other))
+    for stage, record in was["stages"].items():
+        hashes = [
+            (each.get("facts") or {}).get("rendered_prompts_sha256")
+            for each in (record, now["stages"].get(stage, {}))
+        ]
+        if None not in hashes and hashes[0] != hashes[1]:
+            log.warning(
+                "stage %s read other prompts: they were rendered otherwise then (sha256 %.12s, now"
+                " %.12s), as by a chat template that writes the date. What follows from them"
+                " differs",
+                stage,
+                *hashes,
+            )
+    rows = []
+    for stage, record in was["stages"].items():
+        files = now["stages"].get(stage, {}).get("files", {})
+        rows += [
+            (stage, file, digest, files.get(file), files.get(file) == digest)
+            for file, digest in record["files"].items()
+        ]
+    rows += [
+        (
+            "joined",
+            file,
+            digest,
+            now.get("joined", {}).get(file),
+            now.get("joined", {}).get(file) == digest,
+        )
+        for file, digest in was.get("joined", {}).items()
+    ]
+    return pd.DataFrame(rows, columns=["stage", "file", "was", "now", "same"]).astype(
+        {"same": bool}
+    )

@@ -1,0 +1,437 @@
+"""The run directory: a manifest, stages that are done once, writes that are whole or absent.
+
+    DIR/manifest.json      versions, models, and for each stage its settings, inputs and files with sha256
+    DIR/contexts.parquet   DIR/tokens.parquet   DIR/tables/*.csv   DIR/figures/*   DIR/report.html
+
+A stage's *fingerprint* is its settings, the hashes of the files it reads and of the models' files,
+and the code: the package's version and one hash over the source of the modules that decide the
+stage's numbers. Asked for again, a stage is kept where all of that agrees and its files are intact,
+done again where a file of its own is damaged or missing, and refused, with the difference shown,
+where the fingerprint is another: nothing that was measured is overwritten. A *derived* stage
+(tables, figures) is done again instead. What another version of the code measured can be kept on
+request.
+
+A stage under way keeps its finished parts in DIR/.partial, named by the fingerprint and by the hash
+of their content. Killed and started again, it goes on from there; the folder goes when the stage's
+files are written. See docs/faults.md.
+
+Nothing escapes the directory: what this program reads, writes or removes in it is reached through
+`files`, which follows no link. What no record of the manifest names is somebody's own and is never
+overwritten: a stage that begins writes down which files were there before it (`begun`), and refuses
+to replace any of them. Settings name an input by its last name, and its hash says which it was, so
+that a manifest tells nothing of the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+from diagnostics.core import distributed, files
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.fingerprints import code_version, threads, versions
+from diagnostics.core.manifest import PATHS, hashes_of, read_manifest, recorded, without_home
+from diagnostics.core.progress import SHARD, Shards
+from diagnostics.core.run_lock import locked, refuse_unfit, remove_ours
+from diagnostics.core.tables import write_json
+
+log = logging.getLogger("diagnostics")
+TRAINED = (
+    "train.json",
+    "metrics.jsonl",
+    "evaluations.csv",
+    "evaluations.parquet",
+    "training_gains.parquet",
+)
+"""Files of a training, which compares its settings with its own train.json."""
+KEPT = re.compile(rf"{SHARD.pattern}|direction\.safetensors|step\.json")
+PARTIAL = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
+"""Names of a kept batch, of all that a stage under way keeps (`directions`), and of its folder."""
+
+
+class Run:
+    """An output directory and its manifest. Use `open_run`, which holds the directory's lock.
+
+    accept_code: keep finished stages that another version of the code measured, with a warning.
+    """
+
+    def __init__(self, directory: str | Path, *, accept_code: bool = False):
+        self.directory, self.accept_code = Path(directory), accept_code
+        self.manifest_path = self.directory / "manifest.json"
+        self.manifest: dict[str, Any] = self._read_manifest()
+        self._partial: Path | None = None
+        self._theirs: set[str] = set()
+        self._say_other_versions()
+
+    def _say_other_versions(self) -> None:
+        now = versions()
+        other = [
+            f"{name} {was} then, {now[name]} now"
+            for name, was in self.manifest.get("versions", {}).items()
+            if now.get(name, was) != was
+        ]
+        if other:
+            log.warning(
+                "%s was begun with other versions (%s); equal settings may give other last digits",
+                self.directory,
+                ", ".join(other),
+            )
+
+    def _read_manifest(self) -> dict[str, Any]:
+        found = files.kind(self.manifest_path)
+        if found is None:
+            return {"format": 1, "versions": versions(), "stages": {}}
+        if found != "file":
+            raise files.unfit(self.manifest_path, found, "file")
+        return read_manifest(self.manifest_path)
+
+    def path(self, name: str) -> Path:
+        """Path of a file of this run."""
+        return self.directory / name
+
+    def stage(
+        self,
+        name: str,
+        *,
+        settings: dict[str, Any],
+        inputs: Iterable[str] = (),
+        outputs: Iterable[str] | Callable[[], Iterable[str]],
+        work: Callable[[], Any],
+        derived: bool = False,
+        code: Sequence[str] = (),
+        models: Callable[[], dict[str, str]] = dict,
+    ) -> bool:
+        """Do `work()` once. It writes `outputs`, reads `inputs` and may return facts for the
+        manifest.
+
+        `outputs` may be a function, called after the work. code: modules that decide the stage's
+        numbers. models: gives the hash of each model's files. Returns True where the work was done,
+        False where an earlier, intact result was kept. Raises DiagnosticsError where the directory
+        holds this stage with another fingerprint, a *derived* stage excepted, where it holds
+        anything of other models, where an input is missing or damaged, or where a file of the name
+        of an output is in no record."""
+        inputs = {file: self._input_hash(name, file) for file in inputs}
+        now = {
+            "settings": recorded(settings),
+            "inputs": inputs,
+            "models": models(),
+            "code": {"version": code_version(*code)} if code else {},
+        }
+        now = json.loads(json.dumps(now))
+        self._require_same_models(name, now["models"])
+        if self._keep(name, now, derived=derived):
+            return False
+        self._begin(name, outputs() if callable(outputs) else outputs)
+        self._partial = (
+            self.path(".partial")
+            / f"{name}-{hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]}"
+        )
+        facts = work()
+        distributed.barrier()
+        written = outputs() if callable(outputs) else outputs
+        made = {file: self._hash(file) for file in written}
+        record = {
+            **now,
+            "threads": threads(models=bool(now["models"])),
+            "files": made,
+            **({"facts": without_home(facts)} if facts else {}),
+        }
+        self._say_what_differs(name, record)
+        self.manifest["stages"][name] = record
+        self._end(name)
+        self._clear_partial(name)
+        distributed.barrier()
+        return True
+
+    def shards(self, name: str) -> Shards:
+        """Where the stage under way keeps the finished parts of the pass of that name."""
+        return Shards(self._partial and self._partial / name)
+
+    def _begin(self, name: str, outputs: Iterable[str]) -> None:
+        """Write down which files were there before the stage: a directory with our files in it is
+        ours from the first on.
+        """
+        if not distributed.is_main():
+            return
+        begun = self.manifest.get("begun", {})
+        theirs = begun[name] if name in begun else self._unrecorded()
+        self._theirs = {file for file in theirs if files.kind(self.path(file))}
+        for file in outputs:
+            self._require_ours(file)
+        self.manifest["begun"] = begun | {name: sorted(self._theirs)}
+        write_json(self.manifest_path, self.manifest)
+
+    def _end(self, name: str) -> None:
+        self._theirs = set()
+        begun = self.manifest.get("begun", {})
+        begun.pop(name, None)
+        if not begun:
+            self.manifest.pop("begun", None)
+        write_json(self.manifest_path, self.manifest)
+
+    def _unrecorded(self) -> set[str]:
+        """Files that no stage wrote, and none that was interrupted: somebody's own.
+
+        What an interrupted stage had written is in no record either, but was not there when it
+        began."""
+        found = {
+            entry.name
+            for entry in os.scandir(self.directory)
+            if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False)
+        }
+        found |= {
+            name
+            for folder in ("tables", "student")
+            for name, kind in files.walk(self.directory, folder)
+            if kind != "folder"
+        }
+        earlier = [set(names) for stage, names in self.manifest.get("begun", {}).items()]
+        if (
+            files.kind(self.path("train.json")) == "file"
+            and files.kind(self.path("checkpoints")) == "folder"
+        ):
+            found -= {
+                name for name in found if name in TRAINED or name.startswith("student/")
+            }  # train.json says whose they are
+        return {
+            name
+            for name in found
+            if name != "manifest.json"
+            and not self._known(name)
+            and all(name in names for names in earlier)
+        }
+
+    def _require_ours(self, name: str) -> None:
+        if name in self._theirs:
+            raise DiagnosticsError(
+                f"{self.path(name)} is there, and manifest.json has no record of it, so it is not"
+                " this program's to replace. Nothing was overwritten. Move it away, or choose"
+                " another --output-dir."
+            )
+
+    def _say_what_differs(self, name: str, record: dict) -> None:
+        """Where a finished stage was made again with equal settings and came out otherwise: which
+        files, and on how many threads.
+        """
+        earlier = self.manifest["stages"].get(name)
+        if earlier is None or _differences(
+            earlier, record, parts=("settings", "inputs", "models", "code")
+        ):
+            return
+        other = [
+            file
+            for file, digest in earlier["files"].items()
+            if record["files"].get(file, digest) != digest
+        ]
+        was, now = earlier.get("threads"), record["threads"]
+        if other and was not in (None, now):
+            log.warning(
+                "%s: %s came out with other bytes than before; threads were %s and are %s, which"
+                " changes the order of sums and their last digits. Set OMP_NUM_THREADS=%s for the"
+                " earlier bytes",
+                name,
+                ", ".join(other),
+                was,
+                now,
+                was,
+            )
+        elif other:
+            log.warning(
+                "%s: %s came out with other bytes than before, on as many threads",
+                name,
+                ", ".join(other),
+            )
+
+    def _clear_partial(self, stage: str) -> None:
+        """Remove the finished parts of a stage, and nothing else that lies there."""
+        self._partial = None
+        if not distributed.is_main():
+            return
+        for name, kind in files.walk(self.directory, ".partial"):
+            found = PARTIAL.fullmatch(name.split("/")[1])
+            if found and found["stage"] == stage:
+                remove_ours(self.directory, name, kind, KEPT)
+        files.remove_folder(self.directory, ".partial")
+
+    @contextmanager
+    def joining(self, name: str) -> Iterator[None]:
+        """While a file that no single stage writes is written; its hash is recorded at the end, so
+        that damage to it is seen.
+        """
+        if not self._known(name):
+            self._begin(name, [name])
+        yield
+        distributed.barrier()
+        joined, digest = self.manifest.setdefault("joined", {}), self._hash(name)
+        if joined.get(name) != digest or name in self.manifest.get("begun", {}):
+            joined[name] = digest
+            self._end(name)
+
+    def record_file(self, name: str) -> None:
+        """Keep the hash of a file that was written already, as `joining` does."""
+        distributed.barrier()
+        self.manifest.setdefault("joined", {})[name] = self._hash(name)
+        write_json(self.manifest_path, self.manifest)
+
+    def _hash(self, name: str) -> str:
+        digest = files.hash_inside(self.directory, name)
+        if digest is None:
+            raise DiagnosticsError(
+                f"{self.path(name)} is not there. Run the stage that writes it first."
+            )
+        return digest
+
+    def require(self, name: str) -> Path:
+        """The path of a file of this run. Raises DiagnosticsError where it is missing or not as it
+        was written.
+        """
+        if self._hash(name) not in (self._known(name) or [self._hash(name)]):
+            raise DiagnosticsError(
+                f"{self.path(name)} is not as it was written. Run the stage that writes it again."
+            )
+        return self.path(name)
+
+    def _input_hash(self, stage: str, file: str) -> str:
+        digest, known = files.hash_inside(self.directory, file), self._known(file)
+        if digest is None:
+            raise DiagnosticsError(
+                f"Stage {stage!r} reads {self.path(file)}, which is not there. Run the stage that"
+                " writes it first."
+            )
+        if known and digest not in known:
+            raise DiagnosticsError(
+                f"Stage {stage!r} reads {self.path(file)}, which is not as it was written: its"
+                f" sha256 is {digest[:16]}…, and manifest.json has {known[-1][:16]}…. Run the stage"
+                " that writes it again."
+            )
+        return digest
+
+    def _known(self, file: str) -> list[str]:
+        """Hashes that the manifest has of a file."""
+        return hashes_of(self.manifest, file)
+
+    def as_written(self, file: str) -> bool:
+        """False, with a warning, for a file that is damaged: its stage will make it again, and
+        nobody should read it until then.
+        """
+        known = self._known(file)
+        whole = not known or self._hash(file) in known
+        if not whole:
+            log.warning(
+                "%s is not as it was written and left out until its stage has been run again",
+                self.path(file),
+            )
+        return whole
+
+    def _require_same_models(self, stage: str, models: dict[str, str]) -> None:
+        for name, record in self.manifest["stages"].items():
+            if name != stage:
+                self._refuse(
+                    name,
+                    _differences(
+                        {"models": record.get("models", {})}, {"models": models}, shared=True
+                    ),
+                )
+
+    def _keep(self, name: str, now: dict, *, derived: bool) -> bool:
+        """True where the earlier result of this stage stands. Raises DiagnosticsError where it is
+        another one's.
+        """
+        earlier = self.manifest["stages"].get(name)
+        if earlier is None:
+            return False
+        different, code = _differences(earlier, now), _differences(earlier, now, parts=("code",))
+        if not derived:
+            self._refuse(
+                name, different or ([] if self.accept_code else code), only_code=not different
+            )
+        if different or (code and derived) or not self._intact(earlier["files"]):
+            return False
+        if code:
+            log.warning(
+                "%s: kept, though another version of this program measured it (%s)",
+                name,
+                "; ".join(code),
+            )
+        else:
+            log.info("%s: kept from the earlier run", name)
+        return True
+
+    def _intact(self, recorded: dict[str, str]) -> bool:
+        return all(
+            files.hash_inside(self.directory, file) == digest for file, digest in recorded.items()
+        )
+
+    def _refuse(self, name: str, differences: list[str], *, only_code: bool = False) -> None:
+        if not differences:
+            return
+        whose, instead = "another configuration", "or the earlier settings."
+        if only_code:
+            whose, instead = (
+                "another version of this program",
+                "that version, or --accept-code to keep what it measured.",
+            )
+        raise DiagnosticsError(
+            f"{self.directory} holds stage {name!r} of {whose} ({'; '.join(differences)}). "
+            f"Nothing was overwritten. Choose another --output-dir, {instead}"
+        )
+
+
+def _differences(
+    earlier: dict,
+    now: dict,
+    *,
+    parts: Sequence[str] = ("settings", "inputs", "models"),
+    shared: bool = False,
+) -> list[str]:
+    """What differs between two fingerprints, in words. What an older record does not know of is not
+    compared.
+    """
+    return [
+        f"{part.removesuffix('s')} {key}: was {was!r}, now {now[part].get(key)!r}"
+        for part in parts
+        for key, was in sorted(earlier.get(part, {}).items())
+        if not _same(key, was, now.get(part, {}).get(key))
+        and (key in now.get(part, {}) or not shared)
+    ]
+
+
+def _same(key: str, was: Any, now: Any) -> bool:
+    """Whether a setting is the same; an older record has an input by its whole path, where its last
+    name is recorded now.
+    """
+    return was == now or (
+        key in PATHS
+        and isinstance(was, str)
+        and isinstance(now, str)
+        and "/" in was
+        and PurePath(was).name == now
+    )
+
+
+@contextmanager
+def open_run(directory: str | Path, *, accept_code: bool = False):
+    """Open (or create) a run directory and hold its lock while the block runs.
+
+    What a killed process had begun to write is removed. accept_code: as for `Run`. Raises
+    DiagnosticsError where the path is a file, cannot be written, holds files of something else, or
+    links and pipes in place of this program's files, or is in use by another process."""
+    directory = Path(directory)
+    if not distributed.is_main():
+        with files.guard(directory):
+            yield Run(directory, accept_code=accept_code)
+        return
+    with locked(directory):
+        run = Run(directory, accept_code=accept_code)
+        refuse_unfit(
+            directory,
+            [name for record in run.manifest["stages"].values() for name in record["files"]],
+        )
+        with files.guard(directory, run._require_ours):
+            yield run

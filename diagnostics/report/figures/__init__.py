@@ -1,0 +1,84 @@
+"""Figures: a finished table goes in, a matplotlib Figure comes out; nothing is estimated or saved
+here.
+
+    import diagnostics as dx
+    dx.plot.correlations(dx.correlate(tokens))                       # in a notebook: the figure shows itself
+    dx.plot.correlations(table, width=dx.plot.SINGLE).savefig("correlations.pdf")
+
+Every function takes `width` in inches (SINGLE = 3.3 for one column, DOUBLE = 6.9 for two) and
+`dark` for a dark page; those with intervals take the `level` that the table was made at, for the
+caption. Panels sit side by side at DOUBLE and below one another at SINGLE where they would not fit.
+Intervals are drawn as the table gives them; the numbers of prompts and positions stand below the
+figure. Both gains are shown in the order absolute, relative. Every function raises DiagnosticsError
+where its table lacks a column or has no row to show. The style lives in `plates`."""
+
+from __future__ import annotations
+
+from diagnostics.report.figures.attribution import kernel_shares, lift, linearity
+from diagnostics.report.figures.plane import (
+    entropy_divergence,
+    position_gain,
+    q3_contrast,
+    q3_gain,
+    quadrants,
+)
+from diagnostics.report.figures.ranking import correlations, placebo_excess
+from diagnostics.report.figures.registry import CORE, FIGURES, FigureSpec, figure
+from diagnostics.report.figures.regressions import (
+    coefficients,
+    gain_robustness,
+    residual_curves,
+    support_robustness,
+)
+from diagnostics.report.figures.selection import (
+    agreement,
+    intervention,
+    selection_curves,
+    selection_overlap,
+    selection_profile,
+    selection_summary,
+)
+from diagnostics.report.figures.step import calibration, distributions, runs
+from diagnostics.report.figures.training import (
+    evaluations,
+    training_curves,
+    validation,
+    validation_scatter,
+)
+from diagnostics.report.style import DOUBLE, SINGLE
+
+__all__ = [
+    "CORE",
+    "DOUBLE",
+    "FIGURES",
+    "SINGLE",
+    "FigureSpec",
+    "agreement",
+    "calibration",
+    "coefficients",
+    "correlations",
+    "distributions",
+    "entropy_divergence",
+    "evaluations",
+    "figure",
+    "gain_robustness",
+    "intervention",
+    "kernel_shares",
+    "lift",
+    "linearity",
+    "placebo_excess",
+    "position_gain",
+    "q3_contrast",
+    "q3_gain",
+    "quadrants",
+    "residual_curves",
+    "runs",
+    "selection_curves",
+    "selection_overlap",
+    "selection_profile",
+    "selection_summary",
+    "support_robustness",
+    "training_curves",
+    "validation",
+    "validation_scatter",
+]

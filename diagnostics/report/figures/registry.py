@@ -1,0 +1,80 @@
+"""What the report knows of a figure, written beside the function that draws it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+CORE = (
+    "entropy",
+    "divergence",
+    "reverse_divergence",
+    "compatibility",
+    "teachability",
+    "incompatible",
+    "tip",
+    "random",
+)
+"""Criteria of the page's overviews; the tables have them all."""
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure of the report."""
+
+    name: str
+    title: str
+    table: str
+    """Table it is drawn from; `tokens` is the token table."""
+    draw: Callable[..., Figure]
+    reading: str
+    """How to read it."""
+    needs: tuple[str, ...] = ()
+    """Columns without which there is nothing to draw."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """Further arguments of `draw` and the tables that they are; None where the run has no such
+    table.
+    """
+    with_tables: tuple[str, ...] = ()
+    """Tables without which there is nothing to draw."""
+
+
+FIGURES: dict[str, FigureSpec] = {}
+"""The report's figures by name, in the order of the page."""
+
+
+def figure(
+    name: str | None = None,
+    *,
+    table: str,
+    title: str,
+    reading: str,
+    options: Mapping[str, Any] | None = None,
+    **more,
+):
+    """Register the decorated function as a figure of the report.
+
+    Args:
+        name: Name of its files; the function's own where None. Must be new.
+        table: Name of the table that it draws.
+        title: Its heading on the page.
+        reading: How to read it, in one paragraph.
+        options: Keyword arguments that the report passes to it.
+        **more: `needs`, `arguments` and `with_tables` of `FigureSpec`.
+
+    Returns:
+        A decorator that returns the function unchanged.
+    """
+
+    def register(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        key = name or draw.__name__
+        assert key not in FIGURES, f"two figures are named {key}"
+        drawn = functools.partial(draw, **options) if options else draw
+        FIGURES[key] = FigureSpec(key, title, table, drawn, reading, **more)
+        return draw
+
+    return register

@@ -1,0 +1,440 @@
+"""What a selection captures, shares and does: offline curves, overlaps, profiles and
+interventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from diagnostics.report import style
+from diagnostics.report.figures.common import (
+    BOTH,
+    forest,
+    forest_order,
+    reduction_curves,
+    shown_criteria,
+)
+from diagnostics.report.figures.registry import CORE, figure
+from diagnostics.report.style import BLUE, CYCLE, DASHES, DOUBLE
+
+
+@figure(
+    table="selection_curves",
+    title="How much of the gain a selection captures",
+    reading=(
+        "Share of the total gain in the best positions of each criterion. Above the grey band a "
+        "criterion beats random selection at that budget; the dotted line is what choosing by the "
+        "gain itself would capture."
+    ),
+)
+@style.plate
+def selection_curves(
+    table: pd.DataFrame,
+    *,
+    criteria: Sequence[str] | None = None,
+    outcomes: Sequence[str] = BOTH,
+    split: str | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Share of the total gain captured at each budget:
+    `dx.plot.selection_curves(dx.selection_curves(tokens))`.
+
+    table: columns outcome, criterion, split, budget, captured_share, low, high, random_low,
+    random_high, oracle, positions, prompts. The grey band holds random selections, the dotted line
+    is the oracle, which ranks by the gain itself. Shows up to six criteria on one split, held-out
+    where there is one."""
+    needs = (
+        "outcome",
+        "criterion",
+        "split",
+        "budget",
+        "captured_share",
+        "low",
+        "high",
+        "random_low",
+        "random_high",
+        "oracle",
+    )
+    table = style.keep(table, "figures.selection_curves", needs, {"outcome": outcomes})
+    table = style.keep(
+        table, "figures.selection_curves", needs, {"split": split or style.preferred(table)}
+    )
+    names, outcomes = shown_criteria(table, criteria), style.present(table.outcome, outcomes)
+    rows, columns = style.panels(len(outcomes), width)
+    figure, axes = style.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
+        _budget_curves(ax, table[table.outcome == outcome].sort_values("budget"), names)
+        ax.set_ylabel(f"share of total {style.words(outcome)}")
+    for ax in axes[-1]:
+        ax.set_xlabel("budget (share of positions)")
+    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    style.caption(figure, style.counts(table), style.bars(level, "Bands"))
+    return figure
+
+
+def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
+    ax.set_xscale("log")
+    common = table.drop_duplicates("budget")
+    style.band(
+        ax, common.budget, common, style.quiet(), "random_low", "random_high", label="random"
+    )
+    for name in names:
+        rows, line = table[table.criterion == name], style.criterion_style(name, names)
+        style.band(ax, rows.budget, rows, line["color"])
+        ax.plot(rows.budget, rows.captured_share, label=style.words(name), **line)
+    ax.plot(
+        common.budget,
+        common.oracle,
+        color=style.ink(),
+        linestyle=DASHES[2],
+        linewidth=1.0,
+        label="oracle",
+    )
+    style.zero(ax)
+    top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
+    ax.set_ylim(top=min(top, ax.get_ylim()[1]) if np.isfinite(top) else None)
+    style.powers(ax.xaxis)
+    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
+
+
+@figure(
+    table="selection_summary",
+    title="Selection in one number",
+    reading=(
+        "Area between a criterion's curve and that of random selection, as a share of the oracle's:"
+        " 0 is random, 1 is the oracle, below 0 it selects positions with less gain than random"
+        " ones."
+    ),
+    options={"criteria": CORE},
+)
+@style.plate
+def selection_summary(
+    table: pd.DataFrame,
+    *,
+    budget: float | None = None,
+    outcomes: Sequence[str] = BOTH,
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Normalised area, or enrichment at a budget:
+    `dx.plot.selection_summary(tables["selection_summary"], budget=0.05)`.
+
+    table: columns outcome, criterion, split, statistic, budget, estimate, low, high, baseline,
+    positions, prompts. Without `budget` the area (0 random, 1 oracle); with one, how many times its
+    own share of the gain a criterion captures (1 is random). The line is the baseline."""
+    needs = (
+        "outcome",
+        "criterion",
+        "split",
+        "statistic",
+        "budget",
+        "estimate",
+        "low",
+        "high",
+        "baseline",
+    )
+    where = {"outcome": outcomes, "statistic": "area" if budget is None else "enrichment"}
+    where |= ({} if budget is None else {"budget": budget}) | (
+        {} if criteria is None else {"criterion": criteria}
+    )
+    table = style.halves(style.keep(table, "figures.selection_summary", needs, where))
+    outcomes, splits = (
+        style.present(table.outcome, outcomes),
+        style.present(table.split, style.SPLITS),
+    )
+    names = forest_order(table, outcomes[0], splits[-1], "estimate")
+    figure, axes = style.canvas(width, 1.15 + 0.2 * len(names), 1, len(outcomes), sharey=True)
+    for ax, outcome in zip(axes[0], outcomes, strict=True):
+        forest(ax, table[table.outcome == outcome], names, splits, "estimate")
+        style.zero(ax, "x", float(table.baseline.iloc[0]))
+        ax.set_title(style.words(outcome))
+        ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
+    style.names_down(axes[0, 0], names)
+    style.legend(figure, axes[0, 0], 3)
+    style.caption(figure, style.counts(table), style.bars(level))
+    return figure
+
+
+@figure(
+    table="selection_overlap",
+    title="Do two criteria select the same positions?",
+    reading=(
+        "Jaccard index at the budget below. Criteria with like rank correlations can share few "
+        "positions at a small budget."
+    ),
+    options={"criteria": CORE},
+)
+@style.plate
+def selection_overlap(
+    table: pd.DataFrame,
+    *,
+    budget: float | None = None,
+    criteria: Sequence[str] | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Heat map of how many positions two criteria share:
+    `dx.plot.selection_overlap(tables["selection_overlap"])`.
+
+    table: columns criterion, other, statistic, budget, estimate, chance, positions, prompts, each
+    pair once. A cell is the Jaccard index of the two selections at `budget`, the table's nearest to
+    5 % where None."""
+    needs = ("criterion", "other", "statistic", "budget", "estimate", "chance")
+    table = style.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard"})
+    budget = style.nearest_budget(table) if budget is None else budget
+    table = style.keep(table, "figures.selection_overlap", needs, {"budget": budget})
+    names = list(dict.fromkeys([*table.criterion, *table.other]))
+    names = [name for name in criteria if name in names] if criteria is not None else names
+    matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for row in table[table.criterion.isin(names) & table.other.isin(names)].itertuples():
+        matrix.loc[row.criterion, row.other] = matrix.loc[row.other, row.criterion] = row.estimate
+    figure, axes = style.canvas(width, min(width, 1.0 + 0.4 * len(names)) + 0.9)
+    _heat_map(figure, axes[0, 0], matrix, "Jaccard index")
+    chance = table.chance.median()
+    style.caption(
+        figure,
+        style.counts(table),
+        f"Budget {budget:.0%}. Two independent selections of that size share {chance:.2g}.",
+    )
+    return figure
+
+
+def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
+    """Numbers in the cells while they fit; dark cells take light ink."""
+    image = ax.imshow(matrix.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="equal")
+    pitch = 72 * (figure.get_figwidth() - 1.2) / len(matrix)
+    size = min(matplotlib.rcParams["xtick.labelsize"], 0.8 * pitch)
+    ax.set_xticks(
+        range(len(matrix.columns)),
+        [style.words(name) for name in matrix.columns],
+        rotation=90,
+        fontsize=size,
+    )
+    ax.set_yticks(range(len(matrix)), [style.words(name) for name in matrix.index], fontsize=size)
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    if pitch > 16:
+        for (i, j), value in np.ndenumerate(matrix.to_numpy(float)):
+            ax.text(
+                j,
+                i,
+                f"{value:.2f}".removeprefix("0") if value < 1 else "1",
+                ha="center",
+                va="center",
+                fontsize=matplotlib.rcParams["font.size"] - 2,
+                color="#FFFFFF" if value < 0.55 else "#000000",
+            )
+    bar = figure.colorbar(
+        image, ax=ax, location="top", pad=0.02, aspect=40, shrink=0.6, label=label
+    )
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(width=0.5, length=2)
+
+
+PROFILES = {
+    "quadrant": ("q1", "q2", "q3", "q4"),
+    "kind of token": ("word", "number", "punctuation", "unknown", "special"),
+}
+
+
+@figure(
+    table="selection_profile",
+    title="What each criterion selects",
+    reading="Shares of the selection at the budget below, beside those of all positions.",
+    options={"criteria": CORE},
+)
+@style.plate
+def selection_profile(
+    table: pd.DataFrame,
+    *,
+    budget: float | None = None,
+    criteria: Sequence[str] | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What each criterion selects, as shares of its selection:
+    `dx.plot.selection_profile(tables["selection_profile"])`.
+
+    table: columns criterion, budget, measure, estimate, full, positions, prompts. budget: the
+    table's nearest to 5 % where None. The lowest bar is all positions."""
+    needs = ("criterion", "budget", "measure", "estimate", "full")
+    table = style.keep(table, "figures.selection_profile", needs)
+    budget = style.nearest_budget(table) if budget is None else budget
+    table = style.keep(table, "figures.selection_profile", needs, {"budget": budget})
+    groups = {
+        title: [name for name in measures if (table.measure == name).any()]
+        for title, measures in PROFILES.items()
+    }
+    groups = {title: measures for title, measures in groups.items() if measures}
+    names = (
+        list(dict.fromkeys(table.criterion))
+        if criteria is None
+        else [n for n in criteria if (table.criterion == n).any()]
+    )
+    rows, columns = style.panels(max(len(groups), 1), width)
+    figure, axes = style.canvas(
+        width, 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True
+    )
+    for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
+        _stacks(ax, table[table.measure.isin(measures)], measures, names)
+        ax.set_title(title)
+        ax.legend(
+            loc="upper left",
+            bbox_to_anchor=(0, 0),
+            ncols=4 if width > 5 else 2,
+            handlelength=0.9,
+            columnspacing=0.8,
+        )
+    style.names_down(axes[0, 0], [*names, "all positions"])
+    style.caption(
+        figure, style.counts(table), f"Shares of the selection at a budget of {budget:.0%}."
+    )
+    return figure
+
+
+HATCHES = ("", "////", "\\\\\\\\", "xxxx")
+
+
+def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) -> None:
+    wide = table.pivot(index="criterion", columns="measure", values="estimate").reindex(names)
+    wide.loc["all positions"] = table.drop_duplicates("measure").set_index("measure").full
+    left = np.zeros(len(wide))
+    for index, name in enumerate(measures):
+        shares = wide[name].to_numpy(float)
+        ax.barh(
+            np.arange(len(wide)),
+            shares,
+            left=left,
+            height=0.72,
+            color=CYCLE[index],
+            hatch=HATCHES[index % len(HATCHES)],
+            edgecolor=style.paper(),
+            linewidth=0.4,
+            label=style.words(name).upper() if name[0] == "q" else style.words(name),
+        )
+        left = left + np.nan_to_num(shares)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(len(wide) - 0.4, -0.6)
+    ax.xaxis.set_ticks_position("top")
+    ax.set_xticks([0.25, 0.5, 0.75])
+    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    ax.grid(visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+@figure(
+    table="intervention",
+    title="A step on the selected positions alone",
+    reading=(
+        "From the same student, one step per criterion and budget in which only selected positions"
+        " carry loss, at the norm of the step on all positions. Only lines above random and its"
+        " band speak for a criterion; the placebo is a random direction."
+    ),
+)
+@style.plate
+def intervention(
+    table: pd.DataFrame,
+    *,
+    measure: str = "forward_kl",
+    groups: Sequence[str] = ("held_out", "step"),
+    criteria: Sequence[str] | None = None,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """What a step on the selected positions alone does: `dx.plot.intervention(dx.intervene(pair,
+    bank))`.
+
+    table: columns criterion, budget, group, measure, reduction, low, high, positions, prompts. One
+    line a criterion over its budgets; the level lines are the step on all positions and the
+    placebo."""
+    needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
+    table = style.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
+    names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
+    rows, columns = style.panels(len(groups), width)
+    figure, axes = style.canvas(width, 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    for ax, group in zip(axes.flat, groups, strict=True):
+        reduction_curves(ax, table[table.group == group].sort_values("budget"), names)
+        ax.set_title(
+            {"held_out": "held-out positions", "step": "step positions"}.get(
+                group, style.words(group)
+            )
+        )
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"drop of {style.words(measure)} (nats)")
+    for ax in axes[-1]:
+        ax.set_xlabel("budget (share of step positions)")
+    style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
+    style.caption(figure, style.counts(table.drop(columns="group")), style.bars(level, "Bands"))
+    return figure
+
+
+@figure(
+    table="offline_agreement",
+    title="Do captured gain and intervention agree?",
+    reading=(
+        "Rank agreement among criteria at equal budgets between each offline answer and the drop of"
+        " the divergence on held-out positions."
+    ),
+)
+@figure(
+    "validation_agreement",
+    table="validation_agreement",
+    title="Which offline answer foresaw training?",
+    reading=(
+        "Rank agreement among criteria at equal budgets between each answer and the trained gain in"
+        " forward KL."
+    ),
+    options={"answer": "trained_forward_kl"},
+)
+@style.plate
+def agreement(
+    table: pd.DataFrame,
+    *,
+    scope: str = "within_budget",
+    answer: str = "held_out_forward_kl",
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """How far the offline answers agree with interventions:
+    `dx.plot.agreement(tables["offline_agreement"])`.
+
+    table: columns scope, x, y, kendall, low, high, cells, prompts. Rows are the other answers, each
+    compared with `answer` over the cells of `scope`: within_budget, all (which larger budgets, that
+    capture and teach more, raise by themselves), or budget_<share>."""
+    needs = ("scope", "x", "y", "kendall", "low", "high")
+    table = style.keep(table, "figures.agreement", needs, {"scope": scope})
+    sides = [
+        table[table.y == answer].rename(columns={"x": "other"}),
+        table[table.x == answer].rename(columns={"y": "other"}),
+    ]
+    rows = style.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
+    figure, axes = style.canvas(width, 0.85 + 0.2 * len(rows))
+    style.zero(axes[0, 0], "x")
+    style.lying(
+        axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
+    )
+    axes[0, 0].set_xlim(-1.05, 1.05)
+    axes[0, 0].set_xlabel(f"Kendall τ with {style.words(answer)}")
+    style.names_down(axes[0, 0], rows.other)
+    compared = "cells, compared at equal budgets" if scope == "within_budget" else "cells"
+    cells = (
+        f"{int(rows.cells.max())} {compared}; {int(rows.prompts.max())} prompts."
+        if {"cells", "prompts"} <= set(rows)
+        else ""
+    )
+    style.caption(figure, cells, style.bars(level))
+    return figure

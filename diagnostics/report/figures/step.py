@@ -1,0 +1,215 @@
+"""The step and what was measured: calibration and distributions; several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from diagnostics.core.schema import SCHEMA
+from diagnostics.report import style
+from diagnostics.report.figures.common import BOTH, mark, statistic_forest
+from diagnostics.report.figures.registry import figure
+from diagnostics.report.style import BLUE, DASHES, DOUBLE, GREEN, ORANGE, PURPLE
+
+
+@figure(
+    table="calibration",
+    title="How linear the step was",
+    reading=(
+        "Left the drop of the step's own loss, predicted by the slope and realised; right their "
+        "ratio. The chosen step is the largest tried that keeps at least four fifths of the "
+        "prediction. Far to the right the loss rises again, and gains measured there say nothing "
+        "about the signal."
+    ),
+)
+@style.plate
+def calibration(
+    table: pd.DataFrame, *, ratio: float = 0.8, width: float = DOUBLE, dark: bool = False
+) -> Figure:
+    """How linear the step is: `dx.plot.calibration(result.calibration)`.
+
+    table: columns step_size, relative_norm, predicted_drop, realised_drop (nats a position of the
+    step's loss), ratio, chosen. The chosen step is ringed; the dashed line in the second panel is
+    `ratio`, the least share of the first-order prediction that a step may realise."""
+    needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
+    table = style.keep(table, "figures.calibration", needs).sort_values(
+        "step_size", ignore_index=True
+    )
+    table = style.keep(table[table.step_size > 0], "figures.calibration", needs)
+    rows, columns = style.panels(2, width)
+    figure, axes = style.canvas(width, 0.55 + 1.8 * rows, rows, columns, sharex=True)
+    drop, share = axes.flat
+    _drops(drop, table)
+    share.plot(table.step_size, table.ratio, color=BLUE, marker="o")
+    share.axhline(ratio, color=ORANGE, linestyle=DASHES[1], linewidth=0.9)
+    _ring(share, table, "ratio")
+    style.zero(share)
+    share.set_ylim(top=max(1.08, share.get_ylim()[1]))
+    share.set_ylabel("realised / predicted")
+    for ax in axes[-1]:
+        ax.set_xlabel("step size (learning rate)")
+        style.powers(ax.xaxis)
+    style.legend(figure, drop, 4 if width > 5 else 2)
+    style.caption(
+        figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}."
+    )
+    return figure
+
+
+def _drops(ax, table: pd.DataFrame) -> None:
+    """Predicted and realised drops on logarithmic axes; a step after which the loss rose gets a
+    cross below.
+    """
+    fell = table.realised_drop.where(table.realised_drop > 0)
+    ax.plot(
+        table.step_size,
+        table.predicted_drop,
+        color=ORANGE,
+        linestyle=DASHES[1],
+        marker="s",
+        label="predicted (first order)",
+    )
+    ax.plot(table.step_size, fell, color=BLUE, marker="o", label="realised")
+    ax.set(xscale="log", yscale="log")
+    _ring(ax, table, "realised_drop", label="chosen")
+    rose = table.step_size[table.realised_drop <= 0]
+    if len(rose):
+        ax.plot(
+            rose,
+            np.full(len(rose), 0.04),
+            "X",
+            color=PURPLE,
+            transform=ax.get_xaxis_transform(),
+            label="loss rose",
+        )
+    style.powers(ax.yaxis)
+    ax.set_ylabel("drop of the loss (nats)")
+
+
+def _ring(ax, table: pd.DataFrame, value: str, label: str = "_chosen") -> None:
+    chosen = table[table.chosen.astype(bool)]
+    ax.plot(
+        chosen.step_size,
+        chosen[value],
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor=GREEN,
+        markeredgewidth=1.4,
+        zorder=4,
+        label=label,
+    )
+
+
+def _calibration_words(table: pd.DataFrame) -> str:
+    chosen = table[table.chosen.astype(bool)]
+    if chosen.empty:
+        return "No step was chosen."
+    row = chosen.iloc[0]
+    norm = f", relative update norm {row.relative_norm:.2g}" if "relative_norm" in table else ""
+    return (
+        f"Ringed: the chosen step, size {row.step_size:.2g}{norm}, realises {row.ratio:.0%} of its"
+        " first-order prediction."
+    )
+
+
+@style.plate
+def runs(
+    table: pd.DataFrame,
+    *,
+    key: str = "criterion",
+    value: str = "estimate",
+    label: str = "Spearman ρ",
+    outcomes: Sequence[str] = BOTH,
+    level: float | None = None,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """One statistic of several runs, side by side: `dx.plot.runs(dx.compare_runs([DIR1,
+    DIR2]).tables["correlations"])`.
+
+    table: columns run, outcome, `key` (what the rows are), `value`, low, high; one row a run,
+    outcome and key."""
+    table = style.keep(
+        table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes}
+    )
+    table = table.rename(columns={value: "estimate"})
+    names = {
+        name: f" {name}" if str(name).startswith("_") else name for name in table.run
+    }  # matplotlib hides labels that begin so
+    series = [
+        (shown, *mark(i).values(), table[table.run == name])
+        for i, (name, shown) in enumerate(names.items())
+    ]
+    return statistic_forest(table, key, series, label, outcomes, level, width)
+
+
+MEASURES = (
+    "student_entropy",
+    "teacher_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "compatibility",
+    "topk_overlap",
+    "advantage",
+    "acceptance",
+    "student_margin",
+    "gain",
+    "relative_gain",
+)
+
+
+@figure(
+    table="tokens",
+    title="What was measured",
+    reading=(
+        "Positions by value, on a logarithmic axis. A compatibility that is one nearly everywhere "
+        "leaves a criterion nothing to tell apart."
+    ),
+)
+@style.plate
+def distributions(
+    tokens: pd.DataFrame,
+    *,
+    columns: Sequence[str] | None = None,
+    bins: int = 40,
+    width: float = DOUBLE,
+    dark: bool = False,
+) -> Figure:
+    """Histogram of every measurement: `dx.plot.distributions(tokens)`.
+
+    tokens: a token table; `columns` default to those of the usual twelve that it has. Counts are on
+    a logarithmic axis, since most mass often sits at one end."""
+    names = list(columns) if columns is not None else [name for name in MEASURES if name in tokens]
+    tokens = style.keep(tokens, "figures.distributions", ("prompt_id", *(names or MEASURES[:1])))
+    across = min(4 if width > 5 else 2, len(names))
+    down = -(-len(names) // across)
+    figure, axes = style.canvas(width, 0.35 + 1.15 * down, down, across)
+    figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
+    for ax, name in zip(axes.flat, names, strict=False):
+        values = tokens[name].to_numpy(float)
+        values = values[np.isfinite(values)]
+        unit = SCHEMA[name].unit if name in SCHEMA else ""
+        label = style.words(name) + (f" ({unit})" if unit else "")
+        ax.set_xlabel(label if width > 5 or len(label) < 26 else label.replace(" (", "\n("))
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        if len(values):
+            ax.hist(values, bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
+            style.powers(ax.yaxis)
+        else:
+            ax.text(
+                0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes
+            )
+            ax.set_yticks([])
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    style.caption(
+        figure,
+        f"Number of positions. {tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions.",
+    )
+    return figure

@@ -1,0 +1,349 @@
+"""Contexts as coloured tokens: where on a response a measurement or a criterion is high.
+
+    dx.show(bank, result.tokens, context=3, color="gain")            # in a notebook: shows itself
+    dx.show(bank, result.tokens).save("tokens.html")                 # one file, opens anywhere, offline
+
+The page holds the prompt (dimmed) and the response token by token; a menu switches the colour
+between measurements and criteria, a slider sets the budget at which one criterion's selection is
+outlined, and a panel shows the numbers of the token under the pointer or the cursor, with both
+models' likeliest tokens where they are given. Everything that the page shows was computed here or
+before; its script only looks up and draws.
+
+Text reaches the page as JSON with every `<`, `>` and `&` escaped, and from there as text nodes,
+never as markup. Numbers are packed as little-endian arrays in base64, about four to six bytes a
+value."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diagnostics import criteria as registry
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import write_atomic
+from diagnostics.core.schema import SCHEMA, require_columns
+from diagnostics.core.types import Bank, Context
+
+STATIC = Path(__file__).parent / "static"
+MEASURES = (
+    "gain",
+    "relative_gain",
+    "forward_kl",
+    "reverse_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "compatibility",
+    "advantage",
+    "first_order_gain",
+)
+"""Measurements offered where the table has them."""
+CRITERIA = (
+    "teachability",
+    "divergence",
+    "reverse_divergence",
+    "entropy",
+    "compatibility",
+    "incompatible",
+    "tip",
+)
+"""Criteria offered where the columns allow, with those that the user registered."""
+BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Stops of the slider: shares of the positions of the whole table."""
+MOST_CONTEXTS = 50
+"""Contexts shown where none is named."""
+PROBABILITY_STEPS = 2**16 - 1
+SCALE_ENDS = (2, 98)
+"""Percentiles over the whole table at which the colour scale ends."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """A token view; shows itself in a notebook."""
+
+    fragment: str
+    """The view as an element, for a page that brings style and script itself."""
+    title: str
+
+    @property
+    def html(self) -> str:
+        """The view as one self-contained page."""
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+            ' content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title>\n<style>\n{style()}</style></head>\n<body"
+            f' class="tokenview-page">{self.fragment}\n'
+            f"<script>\n{script()}</script></body></html>\n"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to a file, atomically."""
+        return write_atomic(path, self.html.encode("utf-8", "backslashreplace"))
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts"'
+            f' srcdoc="{html.escape(self.html)}" style="width:100%;height:36rem;border:0"></iframe>'
+        )
+
+
+def style() -> str:
+    """The view's style sheet."""
+    return (STATIC / "tokenview.css").read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """The view's script."""
+    return (STATIC / "tokenview.js").read_text(encoding="utf-8")
+
+
+def show(
+    bank: Bank,
+    tokens: pd.DataFrame,
+    context: int | str | Sequence[int | str] | None = None,
+    *,
+    color: str = "gain",
+    budget: float = 0.05,
+    criteria: Iterable[str] | None = None,
+    tops: pd.DataFrame | None = None,
+) -> TokenView:
+    """Show contexts of a bank token by token.
+
+    tokens: the token table, whole: scales, scores and ranks are over all of its rows. context:
+    index in the bank, context_id, or several; the first 50 where None. color: the measurement or
+    criterion to begin with. budget: share of all positions whose selection is outlined, moved to
+    the slider's nearest stop. criteria: names; a usual seven, and the user's own, where None. tops:
+    both models' likeliest tokens as `score_with_tops` gives them: columns context_id, position,
+    student_top, student_top_p, teacher_top, teacher_top_p. Raises DiagnosticsError for an unknown
+    context or colour, or a table of another bank."""
+    require_columns(tokens, ("context_id", "position", "token"), what="A token view")
+    contexts = _chosen(bank, context)
+    rows = _rows(tokens, contexts)
+    names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
+    payload = {
+        "total": len(tokens),
+        "color": color,
+        "budgets": _stops(len(tokens)),
+        "budget": int(np.abs(np.log(np.divide(BUDGETS, budget))).argmin()),
+        "measures": [*_measurements(tokens, rows), *_scores(tokens, rows, names)],
+        "contexts": _contexts(contexts),
+        "tokens": texts.iloc[rows].tolist(),
+        "gapped": not texts.str.startswith((" ", "\n")).any(),
+        "tops": None if tops is None else _tops(tops, tokens.iloc[rows]),
+    }
+    known = [measure["name"] for measure in payload["measures"]]
+    if color not in known:
+        raise DiagnosticsError(
+            f"Nothing to colour by under the name {color!r}. This table can show"
+            f" {', '.join(known)}."
+        )
+    title = (
+        f"Tokens of {contexts[0].context_id}"
+        if len(contexts) == 1
+        else f"Tokens of {len(contexts)} contexts"
+    )
+    return TokenView(_fragment(payload), title)
+
+
+def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list[Context]:
+    if context is None:
+        return list(bank)[:MOST_CONTEXTS]
+    wanted = [context] if isinstance(context, (int, str, np.integer)) else list(context)
+    by_id = {one.context_id: one for one in bank}
+    found = [
+        (
+            by_id.get(one)
+            if isinstance(one, str)
+            else bank[one]
+            if -len(bank) <= one < len(bank)
+            else None
+        )
+        for one in wanted
+    ]
+    if None in found or not found:
+        missing = wanted[found.index(None)] if found else wanted
+        raise DiagnosticsError(
+            f"There is no context {missing!r}: the bank holds {len(bank)}, from"
+            f" {bank[0].context_id!r} to {bank[len(bank) - 1].context_id!r}. Give an index, a"
+            " context_id, or a list of them."
+        )
+    return found
+
+
+def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
+    """Row numbers of the contexts' positions, in order."""
+    places = pd.Series(np.arange(len(tokens))).groupby(tokens["context_id"].to_numpy()).indices
+    order = tokens["position"].to_numpy()
+    rows = []
+    for context in contexts:
+        here = places.get(context.context_id, np.array([], dtype=int))
+        here = here[np.argsort(order[here], kind="stable")]
+        if order[here].tolist() != list(range(len(context.response_ids))):
+            raise DiagnosticsError(
+                f"The token table has {len(here)} positions for context {context.context_id!r},"
+                f" whose response has {len(context.response_ids)}. Pass the table that was scored"
+                " from this bank."
+            )
+        rows.append(here)
+    return np.concatenate(rows)
+
+
+def _criteria(tokens: pd.DataFrame, names: Iterable[str] | None) -> list[str]:
+    if names is not None:
+        return [registry.find(name).name for name in names]
+    able = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
+    return [name for name in CRITERIA if name in able] + [
+        name for name in able if registry.find(name).mine
+    ]
+
+
+def _stops(positions: int) -> list[list[float]]:
+    """[share, number of positions] of each stop of the slider."""
+    return [[budget, registry.budget_count(positions, budget)] for budget in BUDGETS]
+
+
+def _measurements(tokens: pd.DataFrame, rows: np.ndarray) -> list[dict[str, Any]]:
+    found = []
+    for name in MEASURES:
+        if name in tokens:
+            values = tokens[name].to_numpy(dtype=np.float64)
+            unit = SCHEMA[name].unit if name in SCHEMA else ""
+            found.append(
+                {
+                    "name": name,
+                    "kind": "measurement",
+                    "unit": unit,
+                    **_scale(values),
+                    "data": pack(values[rows], "<f4"),
+                }
+            )
+    return found
+
+
+def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+    """Scores of the criteria with the rank of each position in the whole table, 0 where it can
+    never be selected.
+    """
+    found, measured = [], set(MEASURES) & set(tokens.columns)
+    width = "<u2" if len(tokens) < 2**16 else "<u4"
+    for name in names:
+        scores, ranks = (
+            registry.score_criterion(tokens, name),
+            np.zeros(len(tokens), dtype=np.int64),
+        )
+        order = registry.ranking(tokens, scores)
+        ranks[order] = np.arange(1, len(order) + 1)
+        shown = f"{name} (criterion)" if name in measured else name
+        found.append(
+            {
+                "name": shown,
+                "kind": "criterion",
+                "unit": registry.find(name).formula,
+                **_scale(scores),
+                "data": pack(scores[rows], "<f4"),
+                "ranks": pack(ranks[rows], width),
+                "width": width,
+            }
+        )
+    return found
+
+
+def _scale(values: np.ndarray) -> dict[str, Any]:
+    """Ends of the colour scale: symmetric around zero where the low end lies below it."""
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite, SCALE_ENDS) if len(finite) else (0.0, 1.0)
+    signed = bool(low < 0)
+    reach = max(abs(low), abs(high))
+    low, high = (-reach, reach) if signed else (low, high)
+    return {"low": float(low), "high": float(high if high > low else low + 1e-12), "signed": signed}
+
+
+def pack(values: np.ndarray, dtype: str) -> str:
+    """Base64 of the little-endian bytes of an array."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype=np.dtype(dtype)).tobytes()).decode(
+        "ascii"
+    )
+
+
+def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": one.context_id,
+            "prompt_id": one.prompt_id,
+            "prompt": one.prompt,
+            "finished": one.finished,
+            "length": len(one.response_ids),
+        }
+        for one in contexts
+    ]
+
+
+TOPS = tuple(f"{role}_top{part}" for role in ("student", "teacher") for part in ("", "_p"))
+"""Columns of the likeliest tokens that the view shows."""
+
+
+def _tops(tops: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
+    """Both models' likeliest tokens at the shown positions: indices from 1 into a list of words, 0
+    for none, and probabilities in steps of 1/65535."""
+    require_columns(
+        tops, ("context_id", "position", *TOPS), what="The likeliest tokens of a token view"
+    )
+    table = tops.set_index(["context_id", "position"])[list(TOPS)]
+    table = table.reindex(pd.MultiIndex.from_frame(shown[["context_id", "position"]]))
+    words: dict[str, int] = {}
+    k = max(
+        (
+            len(cell)
+            for role in ("student", "teacher")
+            for cell in table[f"{role}_top"]
+            if not _is_missing(cell)
+        ),
+        default=0,
+    )
+    packed: dict[str, Any] = {}
+    for role in ("student", "teacher"):
+        ids, shares = np.zeros((len(table), k), dtype=np.int64), np.zeros((len(table), k))
+        for i, (tokens, probabilities) in enumerate(
+            zip(table[f"{role}_top"], table[f"{role}_top_p"], strict=True)
+        ):
+            if not _is_missing(tokens):
+                ids[i, : len(tokens)] = [
+                    words.setdefault(str(token), len(words)) + 1 for token in tokens
+                ]
+                shares[i, : len(tokens)] = probabilities
+        packed[role] = {
+            "ids": ids.ravel(),
+            "p": pack(np.round(shares.ravel() * PROBABILITY_STEPS), "<u2"),
+        }
+    width = "<u2" if len(words) < 2**16 - 1 else "<u4"
+    for role in packed:
+        packed[role]["ids"] = pack(packed[role]["ids"], width)
+    return packed | {"k": k, "words": list(words), "width": width, "steps": PROBABILITY_STEPS}
+
+
+def _is_missing(cell: Any) -> bool:
+    """True for a position that the table of likeliest tokens does not have."""
+    return cell is None or isinstance(cell, float)
+
+
+def script_json(content: Any) -> str:
+    """JSON that can stand inside a script element: no character of it can end the element."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _fragment(payload: dict[str, Any]) -> str:
+    return (
+        '<div class="tokenview"><script'
+        f' type="application/json">{script_json(payload)}</script><noscript>The token view needs'
+        " JavaScript; it loads nothing from elsewhere.</noscript></div>"
+    )

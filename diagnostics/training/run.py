@@ -1,0 +1,956 @@
+"""TA-OPD training: on-policy distillation on the positions that a criterion selects, watched from
+outside.
+
+    DIR/train.json                what is trained, with hashes of models and data; a resumed run must agree
+    DIR/metrics.jsonl             one line a step: loss, selected share, D, C and H on selected and all, Jaccard, ...
+    DIR/timings.jsonl             seconds and tokens a second of each step, which no two runs share
+    DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), a row a step
+    and measure
+    DIR/contexts.parquet          the frozen bank
+    DIR/training_gains.parquet    gain of every frozen position after n steps: gain_step_<n> and its kin
+    DIR/checkpoints/              TRL's own; DIR/student/ the trained student
+
+The order of prompts is drawn once for all steps, and every response has its own random stream, so a
+run that was killed goes on from its last whole checkpoint as if nothing had happened: student,
+metrics, evaluations and gains are those of an uninterrupted run. Timings and checkpoints are not
+(they hold times and states of generators). Defaults are those of arXiv 2605.26844: K = 16, budget 5
+%, reverse KL, temperature 1, learning rate 1e-6 (2e-4 with LoRA).
+
+Departure: the paper's loss is the policy gradient on the sampled token (`sampled` here); the
+default is the full reverse KL whose expectation that is."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.core import distributed, files
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.files import write_atomic
+from diagnostics.core.schema import read_parquet
+from diagnostics.core.tables import write_csv, write_json, write_parquet
+from diagnostics.core.types import Bank, Prompt
+from diagnostics.measure.losses import LOSSES
+from diagnostics.models.pair import NAMED_PAIRS
+from diagnostics.models.topk_teacher import refuse
+from diagnostics.training import engine_options
+from diagnostics.training.evaluation import (
+    EvaluationConfig,
+    FrozenBank,
+    evaluate,
+    find_verifier,
+    summarize_evaluation,
+)
+
+if TYPE_CHECKING:
+    from diagnostics.models.pair import Pair
+
+log = logging.getLogger("diagnostics")
+
+FULL_RATE, LORA_RATE = 1e-6, 2e-4
+TIMINGS = ("step_time", "tokens_per_second")
+"""What a step's log holds of the clock: kept in timings.jsonl, so that metrics.jsonl is the same
+from every run.
+"""
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+CUT_SHORT = (
+    "PytorchStreamWriter failed",
+    "inline_container",
+    "unexpected pos",
+    "No space left",
+    "File too large",
+    "I/O error",
+    "quota exceeded",
+)
+"""How torch's and safetensors' writers, which raise no OSError, say that a file could not be
+written to its end.
+"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained on."""
+
+    criterion: str = field(
+        default="teachability", metadata={"help": "which positions carry loss; see `criteria`"}
+    )
+    budget: float | None = field(
+        default=None, metadata={"help": "share of positions; the criterion's own where not given"}
+    )
+    loss: str = field(default="reverse_kl", metadata={"help": "OPD loss", "choices": LOSSES})
+    beta: float = field(default=0.5, metadata={"help": "teacher's share in the mixture of jsd"})
+    k: int = field(default=16, metadata={"help": "size of the top-K supports"})
+    steps: int = field(default=150, metadata={"help": "optimiser steps"})
+    batch: int = field(
+        default=16, metadata={"help": "responses in a step, over all processes and accumulation"}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "1e-6, 2e-4 with LoRA, or the named pair's where not given"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of data order, sampling and random selection"}
+    )
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch < 1:
+            raise DiagnosticsError(
+                f"Training needs steps and responses; got steps={self.steps}, batch={self.batch}."
+            )
+
+    def rate(self, pair: str, lora_rank: int) -> float:
+        """The learning rate in force."""
+        named = NAMED_PAIRS.get(pair)
+        fallback = LORA_RATE if lora_rank else named.learning_rate if named else FULL_RATE
+        return fallback if self.learning_rate is None else self.learning_rate
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How TRL runs it."""
+
+    max_new_tokens: int = field(default=64, metadata={"help": "longest response in tokens"})
+    accumulation: int = field(
+        default=1, metadata={"help": "micro-batches in a step on each process"}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "train a LoRA of this rank (needs peft); 0 trains all weights"}
+    )
+    save_every: int = field(
+        default=50, metadata={"help": "checkpoint after every so many steps; 0: none"}
+    )
+    probe_every: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "re-score the frozen bank after step 1, every so many steps and the last; 0: never"
+            )
+        },
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the last checkpoint in the output directory"}
+    )
+    trl: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "further fields of TRL's DistillationConfig (vLLM, bf16, …): a JSON file, or an"
+                " object written out"
+            )
+        },
+    )
+    peft: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "further fields of peft's LoraConfig (targets, alpha, DoRA, …): a JSON file, or an"
+                " object written out"
+            )
+        },
+    )
+
+
+@dataclass
+class TrainResult:
+    """What a training left behind, as tables and folders."""
+
+    metrics: pd.DataFrame
+    """One row a step."""
+    evaluations: pd.DataFrame
+    """Mean and interval of each measure at each evaluated step; step 0 is the untouched student."""
+    student: Path
+
+    def _repr_html_(self) -> str:
+        if self.evaluations.empty:
+            return self.metrics.tail().to_html()
+        return self.evaluations.pivot(index="step", columns="measure", values="mean").to_html(
+            float_format="%.4g"
+        )
+
+
+def train(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    *,
+    output_dir: str | Path,
+    config: TrainConfig = TrainConfig(),
+    engine: EngineConfig = EngineConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
+    held_out: Sequence[Prompt] = (),
+    bank: Bank | None = None,
+    untouched: pd.DataFrame | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Distil the pair's teacher into its student, in place, on the student's own responses to
+    `prompts`.
+
+    held_out: prompts that are evaluated and never trained on; none turns evaluation off. bank:
+    frozen contexts for evaluation and `probe_every`. untouched: an evaluation of the student as it
+    is, where one was made already. options: further arguments of `SelectedDistillationTrainer`:
+    callbacks (added to ours), optimizers, peft_config. Under `accelerate launch` or `torchrun`
+    every process calls this alike; `batch` is the global one. Raises DiagnosticsError for settings
+    that do not fit together, prompts in both sets, a directory with an unfinished training (unless
+    `engine.resume`), one of other settings, or without a whole checkpoint, and where disk or memory
+    gives out."""
+    from diagnostics.contexts.rollouts import make_savable, say_cautions
+
+    directory = Path(output_dir)
+    refuse(pair.teacher, "Training")
+    engine_options.require_installed(engine.trl)
+    _check_data(pair, prompts, held_out, config, engine)
+    say_cautions(pair)
+    make_savable(pair.student.model)
+    checkpoint = _prepare(
+        directory,
+        _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation),
+        resume=engine.resume,
+    )
+    watcher = TrainingMonitor(
+        pair, directory, config, engine, evaluation, held_out, bank, untouched
+    )
+    with warnings.catch_warnings():
+        # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        with _explained(engine):
+            trainer = _trainer(
+                pair, prompts, directory, config, engine, watcher, dict(options or {})
+            )
+        with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _machine_named(directory):
+        _save_student(trainer, pair, directory / "student")
+    distributed.barrier()
+    return TrainResult(
+        read_lines(directory / "metrics.jsonl"), watcher.summary(), directory / "student"
+    )
+
+
+# --- data and identity
+# ------------------------------------------------------------------------------
+
+
+def _check_data(
+    pair,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    config: TrainConfig,
+    engine: EngineConfig,
+) -> None:
+    if pair.offload_teacher:
+        raise DiagnosticsError(
+            "Training needs teacher and student on the device at once. Leave out --offload-teacher;"
+            " --teacher-dtype bfloat16 saves memory."
+        )
+    parts = engine.accumulation * distributed.world()
+    if config.batch % parts:
+        raise DiagnosticsError(
+            f"A batch of {config.batch} responses cannot be shared by {distributed.world()}"
+            f" processes with {engine.accumulation} micro-batches each. Choose a multiple of"
+            f" {parts}."
+        )
+    if not prompts:
+        raise DiagnosticsError(
+            "No prompts are left to train on. Give more prompts, or fewer --eval-contexts."
+        )
+    if any(prompt.teacher_prompt is not None for prompt in (*prompts, *held_out)):
+        raise DiagnosticsError(
+            "Prompts with a hint or a teacher_prompt can be scored and probed; training lets both"
+            " models read one prompt. Leave those columns out."
+        )
+    both = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
+    if both:
+        raise DiagnosticsError(
+            f"{len(both)} prompts are trained on and held out as well, among them {min(both)!r}."
+            " Remove them from one set."
+        )
+
+
+def schedule(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
+    """`count` prompts in training order: shuffled anew for every pass over them."""
+    generator, order = np.random.default_rng([seed, 7]), []
+    while len(order) < count:
+        order += generator.permutation(len(prompts)).tolist()
+    return [prompts[i] for i in order[:count]]
+
+
+def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> dict[str, Any]:
+    """What makes two trainings the same one."""
+
+    def digest(items) -> str:
+        return hashlib.sha256(json.dumps(items).encode()).hexdigest()
+
+    settings = (
+        asdict(config)
+        | asdict(engine)
+        | asdict(evaluation)
+        | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
+    )
+    settings = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")
+    }
+    return settings | {
+        "trl": engine_options.trl_fields(engine.trl),
+        "peft": engine_options.peft_fields(engine.peft) or None,
+        "student": pair.facts["student"]["weights_sha256"],
+        "teacher": pair.facts["teacher"]["weights_sha256"],
+        "prompts": digest([p.prompt for p in prompts]),
+        "held_out": digest([[p.prompt, p.answer] for p in held_out]),
+        "bank": None if bank is None else digest([context.ids for context in bank]),
+    }
+
+
+def _prepare(directory: Path, fingerprint: dict, *, resume: bool) -> Path | None:
+    """Write train.json, or compare with the one that is there; the checkpoint to go on from."""
+    _refuse_links(directory)
+    path, checkpoint = directory / "train.json", last_checkpoint(directory / "checkpoints")
+    if path.exists() and checkpoint is not None:
+        if not resume:
+            raise DiagnosticsError(
+                f"{directory} holds a training that stopped at or after step"
+                f" {_step_of(checkpoint)}. Pass --resume to go on from there, or choose another"
+                " --output-dir."
+            )
+        earlier, now = _earlier_settings(path), json.loads(json.dumps(fingerprint))
+        keys = sorted(
+            key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key)
+        )
+        different = [f"{key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in keys]
+        if different:
+            raise DiagnosticsError(
+                f"{directory} holds a training with other settings ({'; '.join(different)}). Resume"
+                " with the earlier ones."
+            )
+    distributed.barrier()
+    write_json(path, fingerprint)
+    return checkpoint
+
+
+def _refuse_links(directory: Path) -> None:
+    """TRL writes, rotates and deletes below these folders; a link among them would lead it out of
+    the run.
+    """
+    folders = [directory / "checkpoints", directory / "student"]
+    for path in [
+        *folders,
+        *(
+            found
+            for folder in folders
+            if folder.is_dir() and not folder.is_symlink()
+            for found in folder.iterdir()
+        ),
+    ]:
+        if path.is_symlink():
+            raise DiagnosticsError(
+                f"{path} is a link, which training would write through. Remove it, or choose"
+                " another --output-dir."
+            )
+
+
+def _earlier_settings(path: Path) -> dict:
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DiagnosticsError(
+            f"{path} cannot be read ({error}), so it is unknown what was trained. Choose another"
+            " --output-dir."
+        ) from error
+    if not isinstance(earlier, dict):
+        raise DiagnosticsError(
+            f"{path} holds no settings, so it is unknown what was trained. Choose another"
+            " --output-dir."
+        )
+    return earlier
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; TRL writes trainer_state.json last, so one without it
+    was never finished.
+
+    A finished one with a cut or missing file is passed over with a warning. Raises DiagnosticsError
+    where no finished one is whole."""
+    finished = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
+    ]
+    damaged = []
+    for path in sorted(finished, key=_step_of, reverse=True):
+        reason = _damage(path)
+        if reason is None:
+            return path
+        log.warning("%s is passed over: %s", path.name, reason)
+        damaged.append(f"{path.name}: {reason}")
+    if damaged:
+        raise DiagnosticsError(
+            f"{folder} has no whole checkpoint to go on from ({'; '.join(damaged)}). Bring the"
+            " files back, or choose another --output-dir."
+        )
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is missing or cut short in a checkpoint, None where it is whole. The files' ends are
+    asked for, not every byte.
+    """
+    parts = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    for path in parts:
+        if path.suffix == ".safetensors" and not _ends_as_it_says(path):
+            return f"{path.name} is cut short"
+        if path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short"
+    names = {path.name for path in parts}
+    if not any(name.endswith((".safetensors", ".bin", ".distcp")) for name in names):
+        return "its weights are missing"
+    if not any(
+        name.startswith("optimizer") or ".distcp" in name or name.endswith("_optim_states.pt")
+        for name in names
+    ):
+        return "its optimizer is missing"
+    return None
+
+
+def _ends_as_it_says(path: Path) -> bool:
+    """True where a safetensors file is as long as its header says."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            return False
+        try:
+            entries = [
+                entry
+                for name, entry in json.loads(file.read(length)).items()
+                if name != "__metadata__"
+            ]
+            return size == 8 + length + max(
+                (entry["data_offsets"][1] for entry in entries), default=0
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return False
+
+
+# --- what others refuse, and what the machine does
+# --------------------------------------------------
+
+
+@contextmanager
+def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
+    """What TRL, Accelerate, peft and the optimizer refuse before the first step, in one
+    sentence.
+    """
+    try:
+        yield
+    except DiagnosticsError:
+        raise
+    except (TypeError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        if begun():
+            raise
+        given = (
+            " and ".join(
+                name for name in (engine.trl and "--trl", engine.peft and "--peft") if name
+            )
+            or "the flags"
+        )
+        raise DiagnosticsError(
+            "TRL and its engines do not take these settings:"
+            f" {(str(error).splitlines() or [type(error).__name__])[0]} Mend {given}."
+        ) from error
+
+
+@contextmanager
+def _machine_named(directory: Path) -> Iterator[None]:
+    """A full disk, a limit on file sizes or a full memory, in one sentence that names the way
+    on.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DiagnosticsError(
+            f"A step does not fit in memory ({_first_line(error)}). Raise --accumulation, set"
+            ' "activation_checkpointing": true in --trl, or lower --max-new-tokens; --resume goes'
+            " on from the last checkpoint."
+        ) from error
+    except Exception as error:
+        if not _cannot_write(error):
+            raise
+        raise DiagnosticsError(
+            f"The training's files in {directory} cannot be written ({_first_line(error)}). What"
+            " was finished is kept. Make room or lift the limit, and give the same command with"
+            " --resume."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _cannot_write(error: BaseException | None) -> bool:
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in NO_ROOM) or any(
+            sign in str(error) for sign in CUT_SHORT
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# --- TRL
+# --------------------------------------------------------------------------------------------
+
+
+def trl_config(
+    directory: Path, config: TrainConfig, engine: EngineConfig, *, rate: float, cpu: bool = True
+):
+    """TRL's DistillationConfig. Full precision and no activation checkpointing unless `engine.trl`
+    asks for them.
+
+    cpu: the student is there; several processes join on the CPU only when told so. Raises
+    DiagnosticsError for a field that does not act here, or that TRL refuses."""
+    from trl import DistillationConfig
+
+    fields = {
+        "bf16": False,
+        "activation_checkpointing": False,
+        "disable_dropout": True,
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": not cpu,
+        "use_cpu": cpu,
+    }
+    fields |= engine_options.trl_fields(engine.trl) | {"report_to": "none"}
+    with _explained(engine):
+        return DistillationConfig(
+            output_dir=str(directory / "checkpoints"),
+            max_steps=config.steps,
+            seed=config.seed,
+            learning_rate=rate,
+            per_device_train_batch_size=config.batch // (engine.accumulation * distributed.world()),
+            gradient_accumulation_steps=engine.accumulation,
+            max_completion_length=engine.max_new_tokens,
+            shuffle_dataset=False,
+            logging_steps=1,
+            save_strategy="steps" if engine.save_every else "no",
+            save_steps=engine.save_every or 1,
+            **fields,
+        )
+
+
+def _trainer(
+    pair,
+    prompts,
+    directory: Path,
+    config: TrainConfig,
+    engine: EngineConfig,
+    watcher: TrainingMonitor,
+    options: dict[str, Any],
+):
+    from datasets import Dataset
+    from transformers import PrinterCallback, set_seed
+
+    from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
+
+    order = schedule(prompts, config.steps * config.batch, seed=config.seed)
+    adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
+    callbacks = [watcher.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
+    set_seed(
+        config.seed
+    )  # an adapter starts from random numbers, the same in every process and run
+    trainer = SelectedDistillationTrainer(
+        pair,
+        Selection(
+            config.criterion,
+            config.budget,
+            loss=config.loss,
+            beta=config.beta,
+            k=config.k,
+            seed=config.seed,
+        ),
+        args=trl_config(
+            directory,
+            config,
+            engine,
+            rate=config.rate(pair.name, engine.lora_rank),
+            cpu=pair.student.device.type == "cpu",
+        ),
+        train_dataset=Dataset.from_dict(
+            {
+                "prompt": [p.prompt for p in order],
+                "ids": _ids(pair, order, engine),
+                "row": list(range(len(order))),
+            }
+        ),
+        callbacks=callbacks,
+        **{"peft_config": adapter} | options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.accelerator.num_processes != distributed.world():
+        raise DiagnosticsError(
+            f"{distributed.world()} processes were started and TRL trains in"
+            f" {trainer.accelerator.num_processes}. Start them with torchrun or `accelerate launch"
+            " --multi_gpu`."
+        )
+    watcher.require_whole(trainer)
+    return trainer
+
+
+def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list[int]]:
+    """Each prompt's ids, as sampling and scoring have them: TRL would put the tokenizer's special
+    tokens around the rendered text.
+    """
+    from diagnostics.contexts.rollouts import encode
+
+    distinct = list({id(prompt): prompt for prompt in order}.values())
+    known = dict(
+        zip(
+            map(id, distinct),
+            map(list, encode(pair, distinct, max_new_tokens=engine.max_new_tokens)),
+        )
+    )
+    return [known[id(prompt)] for prompt in order]
+
+
+def _trackers(engine: EngineConfig, directory: Path) -> list:
+    """A writer for tensorboard in the run directory; left to itself it makes a folder where the
+    command was given, named by the host.
+    """
+    if "tensorboard" not in engine_options.trackers(engine_options.trl_fields(engine.trl)):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(directory / "tensorboard")))]
+
+
+def _save_student(trainer, pair: Pair, folder: Path) -> None:
+    """Write the trained student as one model, adapters merged in, and its tokenizer.
+
+    Merged on the first process, from whole weights. An adapter on a quantised student is written by
+    itself: merged in, it would be rounded."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if hasattr(model, "merge_and_unload") and not getattr(
+        model.get_base_model(), "is_quantized", False
+    ):
+        model = (
+            (_whole(model, state) if distributed.is_main() else None)
+            if state is not None
+            else model
+        )
+        model, state = model and model.merge_and_unload(), None
+    if distributed.is_main():
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        pair.tokenizer.save_pretrained(folder)
+
+
+def _whole(sharded, state: dict):
+    """A model with adapters on the CPU like one whose parts are spread over the processes, from its
+    gathered weights.
+    """
+    import copy
+
+    from peft import get_peft_model
+
+    base = sharded.get_base_model()
+    whole = get_peft_model(
+        type(base)(copy.deepcopy(base.config)), copy.deepcopy(sharded.peft_config["default"])
+    )
+    missing = set(whole.load_state_dict(state, strict=False).missing_keys)
+    tied = {name for name, _ in whole.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in whole.named_parameters()
+    }
+    if missing - tied:
+        raise DiagnosticsError(
+            f"The gathered student lacks {min(missing - tied)}, so it cannot be saved whole. Its"
+            " checkpoints hold what was trained."
+        )
+    return whole
+
+
+# --- watching
+# ---------------------------------------------------------------------------------------
+
+
+class TrainingMonitor:
+    """Writes metrics, evaluations and gains while TRL trains; knows which steps are due."""
+
+    def __init__(
+        self,
+        pair,
+        directory: Path,
+        config: TrainConfig,
+        engine: EngineConfig,
+        evaluation: EvaluationConfig,
+        held_out,
+        bank,
+        untouched=None,
+    ):
+        self.pair, self.directory, self.config, self.engine, self.evaluation = (
+            pair,
+            directory,
+            config,
+            engine,
+            evaluation,
+        )
+        self.held_out, self.untouched = list(held_out), untouched
+        self.verify = (
+            find_verifier(evaluation.verifier, pair=pair.name, prompts=self.held_out)
+            if self.held_out
+            else None
+        )
+        self.frozen = FrozenBank(pair, bank) if bank is not None else None
+        if engine.probe_every and bank is None:
+            raise DiagnosticsError(
+                "probe_every re-scores a frozen bank, and there is none. Give held-out prompts or a"
+                " contexts.parquet."
+            )
+
+    def require_whole(self, trainer) -> None:
+        """Evaluation calls the model outside TRL's wrappers, so no process may hold only a shard of
+        it.
+        """
+        sharded = trainer.is_fsdp_enabled or (
+            trainer.is_deepspeed_enabled
+            and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if sharded and (self.held_out or self.frozen):
+            raise DiagnosticsError(
+                "The student is sharded, and a shard cannot be evaluated during training. Pass"
+                " --eval-contexts 0, and evaluate checkpoints afterwards with diagnostics.evaluate."
+            )
+
+    def callback(self):
+        """The transformers callback that calls this watcher."""
+        from transformers import TrainerCallback
+
+        watcher = self
+
+        class Watch(TrainerCallback):
+            """Hands TRL's events on."""
+
+            def on_train_begin(self, args, state, control, **_):
+                watcher.begin(state.global_step)
+
+            def on_step_end(self, args, state, control, **_):
+                watcher.after_step(state.global_step)
+
+            def on_log(self, args, state, control, logs=None, **_):
+                if logs and "loss" in logs:
+                    watcher.log(state.global_step, logs)
+
+        return Watch()
+
+    def path(self, name: str) -> Path:
+        """A file of the run."""
+        return self.directory / name
+
+    def begin(self, step: int) -> None:
+        """Forget what lies after `step` (0, or the checkpoint's); at the very start evaluate the
+        untouched student.
+        """
+        if distributed.is_main():
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                lines = read_lines(self.path(name))
+                lines = lines[lines["step"] <= step] if len(lines) else lines
+                write_atomic(
+                    self.path(name),
+                    "".join(_line(row) for row in lines.to_dict("records")).encode(),
+                )
+        if step == 0:
+            self._evaluate(0)
+            self._start_gains()
+            return
+        for name, keep in (
+            ("evaluations.parquet", self._earlier_rows),
+            ("training_gains.parquet", _earlier_columns),
+        ):
+            if self.path(name).exists():
+                write_parquet(self.path(name), keep(read_parquet(self.path(name)), step))
+
+    @staticmethod
+    def _earlier_rows(table: pd.DataFrame, step: int) -> pd.DataFrame:
+        return table[table["step"] <= step]
+
+    def after_step(self, step: int) -> None:
+        """Evaluate and re-score the bank where that is due."""
+        every, last = self.evaluation.eval_every, step == self.config.steps
+        if last or (every and step % every == 0):
+            self._evaluate(step)
+        every = self.engine.probe_every
+        if every and (step == 1 or last or step % every == 0):
+            self._gains(step)
+
+    def log(self, step: int, logs: dict[str, float]) -> None:
+        """Append one step to metrics.jsonl, and what the clock said of it to timings.jsonl."""
+        if not distributed.is_main():
+            return
+        _append(
+            self.path("metrics.jsonl"),
+            {"step": step} | {name: value for name, value in logs.items() if name not in TIMINGS},
+        )
+        _append(
+            self.path("timings.jsonl"),
+            {"step": step} | {name: logs[name] for name in TIMINGS if name in logs},
+        )
+        if step % max(1, self.config.steps // 10) == 0:
+            log.info(
+                "step %d of %d: loss %.4f, %.0f tokens/s",
+                step,
+                self.config.steps,
+                logs["loss"],
+                logs.get("tokens_per_second") or math.nan,
+            )
+
+    def _evaluate(self, step: int) -> None:
+        if not self.held_out:
+            return
+        rows = (
+            self.untouched
+            if step == 0 and self.untouched is not None
+            else evaluate(
+                self.pair,
+                self.held_out,
+                bank=self.frozen,
+                verify=self.verify,
+                samples=self.evaluation.eval_samples,
+                max_new_tokens=self.engine.max_new_tokens,
+            )
+        )
+        rows = rows.assign(step=step)
+        earlier = (
+            read_parquet(self.path("evaluations.parquet"))
+            if step and self.path("evaluations.parquet").exists()
+            else rows[:0]
+        )
+        rows = (
+            pd.concat([earlier[earlier["step"] < step], rows], ignore_index=True)
+            if len(earlier)
+            else rows
+        )
+        distributed.barrier()
+        write_parquet(self.path("evaluations.parquet"), rows)
+        write_csv(self.path("evaluations.csv"), self.summary(rows))
+        distributed.barrier()
+        now = self.summary(rows[rows["step"] == step]).set_index("measure")["mean"]
+        log.info(
+            "step %d, held out: %s",
+            step,
+            ", ".join(f"{name} {value:.4g}" for name, value in now.items()),
+        )
+
+    def summary(self, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Mean and interval of each measure at each evaluated step."""
+        if rows is None:
+            rows = (
+                read_parquet(self.path("evaluations.parquet"))
+                if self.held_out
+                else pd.DataFrame({"step": []})
+            )
+        tables = [
+            summarize_evaluation(part).assign(step=step) for step, part in rows.groupby("step")
+        ]
+        return (
+            pd.concat(tables, ignore_index=True)
+            if tables
+            else pd.DataFrame(columns=["step", "measure", "mean"])
+        )
+
+    def _start_gains(self) -> None:
+        if not self.engine.probe_every:
+            return
+        forward, reverse = self.frozen.divergences()
+        keys = [
+            (context.context_id, position)
+            for context in self.frozen.bank
+            for position in range(len(context.response_ids))
+        ]
+        table = pd.DataFrame(keys, columns=["context_id", "position"]).assign(
+            forward_kl_step_0=forward, reverse_kl_step_0=reverse
+        )
+        write_parquet(self.path("training_gains.parquet"), table)
+        distributed.barrier()
+
+    def _gains(self, step: int) -> None:
+        from diagnostics.probing.one_step import gains
+
+        table, model = read_parquet(self.path("training_gains.parquet")), self.pair.student.model
+        training = model.training
+        model.eval()
+        after = self.frozen.divergences()
+        model.train(training)
+        found = gains(
+            (table["forward_kl_step_0"].to_numpy(), table["reverse_kl_step_0"].to_numpy()), after
+        )
+        distributed.barrier()
+        kept = {f"{name}_step_{step}": found[name] for name in GAINS}
+        write_parquet(self.path("training_gains.parquet"), table.assign(**kept))
+        distributed.barrier()
+
+
+GAINS = ("gain", "relative_gain", "reverse_gain")
+"""Outcomes that are kept for every probed step n as `<name>_step_<n>`."""
+
+
+def _earlier_columns(table: pd.DataFrame, step: int) -> pd.DataFrame:
+    late = [
+        name for name in table.columns if "_step_" in name and int(name.rpartition("_")[2]) > step
+    ]
+    return table.drop(columns=late)
+
+
+def _append(path: Path, row: dict) -> None:
+    """Add a line to a file of the run, never through a link."""
+    with os.fdopen(
+        files.open_inside(path.parent, path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a"
+    ) as file:
+        file.write(_line(row))
+
+
+def _line(row: dict) -> str:
+    """One JSON line; what is not finite becomes null."""
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(clean) + "\n"
+
+
+def read_lines(path: Path) -> pd.DataFrame:
+    """A metrics.jsonl as a table; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return pd.DataFrame(rows)

@@ -1,0 +1,751 @@
+"""TRL's DistillationTrainer with the loss on the positions that a criterion selects.
+
+After TRL has generated the batch of an optimiser step, student and teacher are run over it once
+more, and
+
+    measure   `divergences.measure_hidden` at every valid response position
+    table     the positions of the whole step, over all processes and accumulation steps, as a token table
+    select    m = `criteria.select` at the budget, or w = the scores of a criterion of kind *weight*
+    loss      sum_i m_i l_i / sum_i m_i       both sums over the whole step
+
+TRL's loss mask is `completion_mask * tool_mask` and its denominator `num_items_in_batch`: m goes
+into the first as `tool_mask`, its sum into the second, and generation, accumulation, sharding,
+checkpoints and trackers stay TRL's. The losses of TRL's beta family run on TRL's own kernel;
+`sampled`, `topk_reverse` and weighted positions on `losses`. On the first batch TRL's loss is
+compared with ours: a release that changes either is found there.
+
+Every response is sampled from a stream named by (seed, row of the data), so that text depends
+neither on the number of processes nor on whether training was interrupted. (vLLM samples by itself;
+there neither holds.)
+
+Reference: TA-OPD, arXiv 2605.26844. Departures from its released code: exact C and D over the
+vocabulary; the batch's quantiles over valid response positions only; ties at the budget to the
+earlier position.
+
+Axes: B responses of this process, T response tokens, n valid positions of this process, N of the
+step, H hidden size."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from trl import DistillationTrainer
+from trl import __version__ as trl_version
+from trl.models.utils import unwrap_model_for_generation
+
+from diagnostics import criteria
+from diagnostics.contexts import rollouts
+from diagnostics.contexts.encoding import encode_prompt
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import column
+from diagnostics.measure import divergences, losses
+from diagnostics.models.pair import Pair, Readout
+
+log = logging.getLogger("diagnostics")
+
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
+"""Our names for the ends of TRL's family; `jsd` is its inside."""
+COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompatible", "tip")
+"""Criteria whose selection at the same budget is compared with the one in use, step by step."""
+LOGGED = (
+    "forward_kl",
+    "reverse_kl",
+    "compatibility",
+    "student_entropy",
+    "teacher_entropy",
+    "shared_student_mass",
+    "compatibility_intersection",
+)
+PARITY = 1e-3
+"""Relative difference between TRL's loss and ours, from the same states, above which training
+stops.
+"""
+PARITY_HALF = 5e-2
+"""The same where one model's states are in half precision, whose projection may be rounded in
+another order.
+"""
+ASIDE = ("teacher_states", "loss_weights", "student_entropy")
+"""What the loss needs beside TRL's batch. It goes round the student's wrapper: FSDP2 casts what it
+is handed to bfloat16.
+"""
+VLLM_ONLY = {
+    "min_p": (None,),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None, {}),
+    "cache_implementation": (None,),
+}
+"""Generation options that act in vLLM and not in our own sampling, with the values that ask for
+nothing.
+"""
+
+RELIED_ON = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_tokenize_prompts": ("self", "prompts"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "has_tool_images",
+    ),
+    "_get_last_hidden_state": (
+        "self",
+        "unwrapped_model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+    ),
+    "_compute_loss": ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
+    "log": ("self", "logs", "start_time"),
+}
+"""TRL methods that are overridden or called, and how their parameters begin."""
+ATTRIBUTES = (
+    "_forward_redirection",
+    "_metrics",
+    "_dist",
+    "eos_token_ids",
+    "generation_kwargs",
+    "teacher_model",
+    "beta",
+    "compute_loss",
+    "_save",
+)
+BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch")
+
+
+def check_contract(trainer: type = DistillationTrainer, version: str = trl_version) -> None:
+    """Raise DiagnosticsError where a TRL release lacks a method that is relied on, or has changed
+    its parameters.
+    """
+    for name, expected in RELIED_ON.items():
+        method = getattr(trainer, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else None
+        if found is None or found[: len(expected)] != expected:
+            shown = "is missing" if found is None else f"takes ({', '.join(found)})"
+            raise DiagnosticsError(
+                f"TRL {version} is not the release that training was written for:"
+                f" DistillationTrainer.{name} {shown}, and ({', '.join(expected)}, …) is relied on."
+                " Install trl==1.16.0."
+            )
+
+
+def _check_names(what: str, found, needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise DiagnosticsError(
+            f"TRL {trl_version} is not the release that training was written for: {what} lacks"
+            f" {', '.join(missing)}. Install trl==1.16.0."
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which positions carry loss, and which loss."""
+
+    criterion: str
+    budget: float | None = None
+    """Share of positions; None takes the criterion's own."""
+    loss: str = "reverse_kl"
+    beta: float = 0.5
+    """Teacher's share in the mixture of `jsd`."""
+    k: int = 16
+    seed: int = 0
+
+    def weights(self, tokens: pd.DataFrame, *, step: int) -> np.ndarray:
+        """Loss weight [N] of each position of one step's table: 0 or 1, or a soft weight of mean 1
+        where it is not 0.
+
+        A position whose divergences are not finite weighs 0. A criterion of kind *weight* at a
+        budget of 1 weighs, at a smaller one it is ranked. Raises DiagnosticsError where nothing is
+        left."""
+        entry = criteria.find(self.criterion)
+        if entry.kind == "weight" and (self.budget or entry.budget) == 1:
+            weights = np.nan_to_num(criteria.score_criterion(tokens, self.criterion)).clip(min=0)
+        else:
+            weights = criteria.select(
+                tokens, self.criterion, budget=self.budget, seed=[self.seed, step]
+            ).astype(np.float64)
+        weights = np.where(
+            np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"]), weights, 0.0
+        )
+        if not weights.sum() > 0:
+            raise DiagnosticsError(
+                f"Criterion {self.criterion!r} selects none of the {len(tokens)} positions of step"
+                f" {step}. Use a larger batch or budget."
+            )
+        return weights * (np.count_nonzero(weights) / weights.sum())
+
+    def masks(self, tokens: pd.DataFrame) -> dict[str, np.ndarray]:
+        """What other criteria would select at this budget, by name."""
+        budget = self.budget if self.budget is not None else criteria.find(self.criterion).budget
+        return {
+            name: criteria.select(tokens, name, budget=budget)
+            for name in COMPARED
+            if name != criteria.find(self.criterion).name
+        }
+
+
+class SelectedDistillationTrainer(DistillationTrainer):
+    """`DistillationTrainer` whose loss counts only, or weighs, what a `Selection` picks.
+
+    pair: its student is trained in place, its teacher's vocabulary is cut to the student's. The
+    dataset has a column `prompt` (text as the tokenizer will see it), `row` (its number, which
+    names the sampling stream) and, where a chat template wrote the text, `ids` (what it encodes to;
+    `prompts.encode_prompt` of the text where there is no such column). options: TRL's own
+    arguments, `args`, `train_dataset`, `peft_config`, `callbacks`, `optimizers`. Raises
+    DiagnosticsError for a pair, an option or an engine that cannot be trained right."""
+
+    def __init__(self, pair: Pair, selection: Selection, **options):
+        check_contract()
+        losses.check_loss(selection.loss, beta=selection.beta, k=selection.k)
+        criteria.find(selection.criterion)
+        _check_pair(pair)
+        _check_options(selection, options)
+        self.pair, self.selection = pair, selection
+        self._streams: list[np.random.Generator] = []
+        self._prompt_ids: list[list[int] | None] = []
+        self._checked = False
+        self._aside: dict[str, Tensor] = {}
+        super().__init__(
+            model=pair.student.model,
+            teacher_model=_same_vocabulary(pair),
+            processing_class=pair.tokenizer,
+            **options,
+        )
+        _check_names("the trainer", dir(self), ATTRIBUTES)
+        _check_engine(zero3=self._dist.is_zero3, fsdp=self._dist.fsdp_version)
+        _check_adapter(self.model)
+        self.beta = BETAS.get(selection.loss, selection.beta)
+
+    @property
+    def begun(self) -> bool:
+        """True once a batch was generated: what fails after that is not the settings' fault."""
+        return bool(self._streams)
+
+    def _send_telemetry(self) -> None:
+        """Training reports to nobody but the run directory and the trackers that were asked for."""
+
+    def create_model_card(self, *_, **__) -> None:
+        """The run directory has a manifest instead."""
+
+    # --- generation
+    # ---------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts):
+        """The examples' own ids, or those of `encode_prompt`: TRL puts special tokens around text
+        that has them already.
+        """
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            return super()._tokenize_prompts(prompts)
+        known = self._prompt_ids if len(self._prompt_ids) == len(prompts) else [None] * len(prompts)
+        return (
+            [
+                list(encode_prompt(self.pair.tokenizer, text) if ids is None else ids)
+                for text, ids in zip(prompts, known)
+            ],
+            None,
+            {},
+        )
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        """Sample one response a prompt from the prompt's own stream."""
+        if self.use_vllm:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, has_tool_images
+            )
+        chooser = rollouts.StreamSampler(
+            self._streams, self.temperature, self.top_p, self.top_k, self.pair.vocabulary
+        )
+        whole = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+        autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
+        with (
+            whole as student,
+            torch.no_grad(),
+            autocast,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            return rollouts.generate(
+                student,
+                prompt_ids,
+                chooser,
+                end_ids=self.eos_token_ids,
+                max_new_tokens=self.max_completion_length,
+                halves=self.accelerator.num_processes == 1,
+            )
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's batch with its loss narrowed to the selected positions."""
+        self._streams = [
+            rollouts.stream(self.selection.seed, "train", example["row"]) for example in inputs
+        ]
+        self._prompt_ids = [example.get("ids") for example in inputs]
+        batch = super()._generate_and_score_completions(inputs)
+        _check_names("the batch", batch, BATCH)
+        torch.manual_seed(
+            int(
+                rollouts.stream(self.selection.seed, "step", self.state.global_step).integers(2**31)
+            )
+        )
+        return self._narrow(batch)
+
+    # --- selection
+    # ----------------------------------------------------------------------------------
+
+    def _narrow(self, batch: dict) -> dict:
+        """Put the selection of the whole step into the batch's loss mask and denominator."""
+        valid_BT = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+        columns, teacher_BTH = self._measure(batch, valid_BT)
+        tokens, mine_N = self._table(columns, valid_BT, batch["completion_ids"])
+        weights_N = self.selection.weights(tokens, step=self.state.global_step)
+        self._record(tokens, weights_N)
+        weights_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
+        weights_BT[valid_BT.cpu()] = torch.from_numpy(weights_N[mine_N])
+        entropy_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
+        entropy_BT[valid_BT.cpu()] = columns["student_entropy"].cpu()
+        device = valid_BT.device
+        return batch | {
+            "tool_mask": (weights_BT > 0).to(device, batch["completion_mask"].dtype),
+            "loss_weights": weights_BT.float().to(device),
+            "student_entropy": entropy_BT.float().to(device),
+            "teacher_states": teacher_BTH,
+            "num_items_in_batch": torch.tensor(np.count_nonzero(weights_N), device=device),
+        }
+
+    @torch.no_grad()
+    def _measure(self, batch: dict, valid_BT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H],
+        which the loss reuses.
+
+        As many responses at a time as the loss takes, so that accumulation bounds the memory of
+        both."""
+        self.teacher_model.eval()
+        rows = self.args.per_device_train_batch_size
+        named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
+        parts = []
+        for start in range(0, len(valid_BT), rows):
+            parts += self._measure_rows(
+                {name: value[start : start + rows] for name, value in named.items()}
+            )
+        columns, states = zip(*parts, strict=True)
+        return {
+            name: torch.cat([part[name] for part in columns]) for name in columns[0]
+        }, torch.cat(states)
+
+    def _measure_rows(self, part: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Measurements and teacher's states of some responses; out of memory, of one half after the
+        other.
+        """
+        try:
+            return [self._measured(part)]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            count = len(part["valid"])
+            if count == 1 or self.accelerator.num_processes > 1:
+                raise DiagnosticsError(
+                    f"Scoring {count} responses at once does not fit in memory"
+                    f" ({(str(error).splitlines() or ['?'])[0]}). Raise --accumulation, lower"
+                    " --max-new-tokens or use --teacher-dtype bfloat16."
+                ) from error
+            log.warning("%d responses do not fit in memory at once: scored in halves", count)
+        halves = (slice(0, count // 2), slice(count // 2, count))
+        return [
+            done
+            for rows in halves
+            for done in self._measure_rows({name: value[rows] for name, value in part.items()})
+        ]
+
+    def _measured(self, part: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """One pass of both models. Measurements leave the student's wrapper by a closure: what it
+        returns is cast under FSDP2.
+        """
+        ids_BL = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        mask_BL = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+        arguments = (ids_BL, mask_BL, part["completion_ids"].shape[1])
+        teacher, student = (
+            self.accelerator.unwrap_model(m) for m in (self.teacher_model, self.model_wrapped)
+        )
+        found: dict[str, Tensor] = {}
+        with self.compute_loss_context_manager():
+            teacher_BTH = self._forward_redirection(
+                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
+            )
+
+            def inside(model) -> None:
+                student_nH = self._get_last_hidden_state(model, *arguments)[part["valid"]]
+                found.update(
+                    divergences.measure_hidden(
+                        student_nH,
+                        self._student_logits(model, student_nH),
+                        teacher_BTH[part["valid"]],
+                        self._teacher_logits(teacher_BTH),
+                        part["completion_ids"][part["valid"]],
+                        k=self.selection.k,
+                    )
+                )
+
+            self._forward_redirection(self.model_wrapped, student, inside, student)
+        return found, teacher_BTH
+
+    def _student_logits(self, model, states: Tensor) -> divergences.Logits:
+        return _gathered(
+            self.pair.student, dtype=states.dtype, head=model.get_output_embeddings()
+        ).logits
+
+    def _teacher_logits(self, states: Tensor) -> divergences.Logits:
+        return _gathered(self.pair.teacher, dtype=states.dtype).logits
+
+    def _table(
+        self, columns: dict[str, Tensor], valid_BT: Tensor, ids_BT: Tensor
+    ) -> tuple[pd.DataFrame, np.ndarray]:
+        """The token table of the whole step, the same on every process, and a mask [N] of this
+        process's rows.
+        """
+        names = sorted(columns)
+        dense_BTM = torch.zeros(
+            *valid_BT.shape, 2 + len(names), dtype=torch.float64, device=valid_BT.device
+        )
+        dense_BTM[..., 0], dense_BTM[..., 1] = valid_BT, ids_BT
+        dense_BTM[valid_BT] = torch.cat(
+            [dense_BTM[valid_BT][:, :2]]
+            + [columns[name].double()[:, None].to(valid_BT.device) for name in names],
+            1,
+        )
+        if self.accelerator.num_processes > 1:
+            dense_BTM = self.accelerator.gather(
+                self.accelerator.pad_across_processes(dense_BTM, dim=1)
+            )
+        whole_BTM = dense_BTM.cpu().numpy()
+        context_N, position_N = np.nonzero(whole_BTM[..., 0])
+        rows_NM = whole_BTM[context_N, position_N]
+        lengths_B = whole_BTM[..., 0].sum(1).astype(np.int32)
+        tokens = pd.DataFrame(
+            {
+                "context_id": np.char.mod("%d", context_N),
+                "position": position_N.astype(np.int32),
+                "response_length": lengths_B[context_N],
+                "token_id": rows_NM[:, 1].astype(np.int32),
+            }
+            | {name: _typed(name, rows_NM[:, 2 + i]) for i, name in enumerate(names)}
+        )
+        return tokens, context_N // len(valid_BT) == self.accelerator.process_index
+
+    def _record(self, tokens: pd.DataFrame, weights_N: np.ndarray) -> None:
+        """Log what was selected, beside all positions and beside what other criteria would have
+        selected.
+        """
+        selected_N = weights_N > 0
+        metrics = {
+            "selected": int(selected_N.sum()),
+            "positions": len(tokens),
+            "selected_share": selected_N.mean(),
+            "not_finite": int((~np.isfinite(tokens["forward_kl"])).sum()),
+        }
+        for name in LOGGED:
+            values = tokens[name].to_numpy()
+            metrics |= {
+                f"{name}/all": np.nanmean(values),
+                f"{name}/selected": np.average(values[selected_N], weights=weights_N[selected_N]),
+            }
+        for name, mask in self.selection.masks(tokens).items():
+            metrics[f"jaccard/{name}"] = (mask & selected_N).sum() / (mask | selected_N).sum()
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(float(value))
+
+    # --- loss
+    # ---------------------------------------------------------------------------------------
+
+    @property
+    def _trl_loss(self) -> bool:
+        """True where TRL has the loss: a member of its beta family on unweighted positions."""
+        soft = criteria.find(self.selection.criterion).kind == "weight"
+        return self.selection.loss in (*BETAS, "jsd") and not soft
+
+    def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
+        """As TRL's, under the autocast that was asked for; in the loss, the teacher's states are
+        those of the scoring.
+        """
+        student = unwrapped_model is self.accelerator.unwrap_model(self.model_wrapped)
+        if not student and "teacher_states" in self._aside:
+            return self._aside["teacher_states"]
+        with self._autocast(unwrapped_model, student=student):
+            states = super()._get_last_hidden_state(unwrapped_model, *arguments, **more)
+            kind = states.device.type
+            dtype = (
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+            )
+        states = states.to(dtype)
+        if student and not self._checked:
+            self._student_states = states.detach()
+        return states
+
+    def _autocast(self, model, *, student: bool) -> AbstractContextManager:
+        """Mixed precision for a backbone in float32. FSDP2 casts the student itself, and DeepSpeed
+        both.
+
+        Accelerate wraps `forward`, which is not what runs here: the backbones are called inside it.
+        """
+        if model.dtype != torch.float32 or (student and self.is_fsdp_enabled):
+            return nullcontext()
+        return self.accelerator.autocast()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As TRL's, with what is ours kept from the student's wrapper, and the loss that is logged
+        in full precision.
+        """
+        self._aside = {name: inputs[name] for name in ASIDE if name in inputs}
+        try:
+            loss = super().compute_loss(
+                model,
+                {name: value for name, value in inputs.items() if name not in ASIDE},
+                False,
+                num_items_in_batch,
+            )
+        finally:
+            self._aside = {}
+        if loss.dtype != self._exact.dtype:  # cast on its way out; its gradient is 1 either way
+            loss = loss.to(self._exact.dtype)
+            loss = loss + (self._exact - loss).detach()
+        return (loss, None) if return_outputs else loss
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        """The loss of one micro-batch over the step's denominator, with the entropy sum and count
+        that TRL logs.
+        """
+        if (
+            inputs.get("num_items_in_batch") is not None
+        ):  # as in TRL's compute_loss; the one handed in may have been cast
+            num_items_in_batch = (
+                inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            )
+        if self._trl_loss:
+            result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            self._check_parity(unwrapped_student, inputs, num_items_in_batch, result[0])
+        else:
+            loss = self._own_loss(
+                unwrapped_student,
+                self._own_states(unwrapped_student, inputs),
+                inputs,
+                num_items_in_batch,
+            )
+            mask_BT = inputs["tool_mask"] * inputs["completion_mask"]
+            result = loss, (self._aside["student_entropy"] * mask_BT).sum(), mask_BT.sum()
+        self._exact = result[0].detach()
+        return result
+
+    def _own_states(self, unwrapped_student, inputs) -> Tensor:
+        ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        return self._get_last_hidden_state(
+            unwrapped_student, ids_BL, mask_BL, inputs["completion_ids"].shape[1]
+        )
+
+    def _own_loss(
+        self, unwrapped_student, student_BTH: Tensor, inputs, num_items_in_batch
+    ) -> Tensor:
+        valid_BT, teacher_BTH = inputs["completion_mask"].bool(), self._aside["teacher_states"]
+        return losses.chunked_loss(
+            student_BTH[valid_BT],
+            self._student_logits(unwrapped_student, student_BTH),
+            teacher_BTH[valid_BT],
+            self._teacher_logits(teacher_BTH),
+            inputs["completion_ids"][valid_BT],
+            loss=self.selection.loss,
+            beta=self.selection.beta,
+            k=self.selection.k,
+            weights_N=self._aside["loss_weights"][valid_BT],
+            denominator=float(num_items_in_batch),
+        ).float()
+
+    @torch.no_grad()
+    def _check_parity(self, unwrapped_student, inputs, num_items_in_batch, loss: Tensor) -> None:
+        """Once a training: TRL's loss of this batch is ours, from the same states (dropout would
+        draw others).
+        """
+        if self._checked:
+            return
+        self._checked = True
+        states = self.__dict__.pop("_student_states")
+        ours, theirs = (
+            float(self._own_loss(unwrapped_student, states, inputs, num_items_in_batch)),
+            float(loss),
+        )
+        exact = all(
+            each.dtype in (torch.float32, torch.float64)
+            for each in (states, self._aside["teacher_states"])
+        )
+        if not abs(ours - theirs) <= (PARITY if exact else PARITY_HALF) * abs(ours) + 1e-6:
+            raise DiagnosticsError(
+                f"TRL {trl_version} computes a {self.selection.loss} loss of {theirs:.6g} on the"
+                f" selected positions, where it is {ours:.6g} by diagnostics.measure.losses. Its"
+                " mask, denominator or divergence has changed. Install trl==1.16.0."
+            )
+
+    # --- files
+    # --------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', without its pickle of the settings, which holds absolute paths and is
+        read by nobody.
+        """
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """As TRL's, with the response tokens handled in a second."""
+        metrics = self._metrics["train"]
+        if self.model.training and metrics.get("step_time"):
+            metrics["tokens_per_second"] = [sum(metrics["positions"]) / sum(metrics["step_time"])]
+        super().log(logs, start_time)
+
+
+def _same_vocabulary(pair: Pair):
+    """The teacher, its head cut to the student's ids where it has more."""
+    sizes = pair.student.full_vocabulary, pair.teacher.full_vocabulary
+    if sizes[0] > sizes[1]:
+        raise DiagnosticsError(
+            f"The student's head has {sizes[0]} ids and the teacher's {sizes[1]}; training compares"
+            " whole distributions. Cut the student's first:"
+            f" model.resize_token_embeddings({sizes[1]})."
+        )
+    if sizes[0] < sizes[1]:
+        log.warning(
+            "the teacher's head is cut from %d to the student's %d ids and renormalised",
+            sizes[1],
+            sizes[0],
+        )
+        pair.teacher.model.resize_token_embeddings(sizes[0])
+        pair.teacher = Readout(pair.teacher.model, vocabulary=sizes[0])
+    return pair.teacher.model
+
+
+def _check_pair(pair: Pair) -> None:
+    """Refuse a model whose loss cannot be made from states and head: TRL and the losses here read
+    both.
+    """
+    for role, readout in (("student", pair.student), ("teacher", pair.teacher)):
+        if not isinstance(readout, Readout):
+            raise DiagnosticsError(
+                f"Training runs both models, and this pair's {role} is none. Load the pair with"
+                " one."
+            )
+        if not readout.apart:
+            raise DiagnosticsError(
+                f"The {role} ({type(readout.model).__name__}) cannot be taken apart into backbone"
+                " and output head, from which the loss is made. It can be scored and probed;"
+                " choose another architecture for training."
+            )
+
+
+def _check_options(selection: Selection, options: dict) -> None:
+    """Refuse what would be dropped in silence, or would bend the samples under an estimator that
+    needs them from p.
+    """
+    if options.get("tools") or options.get("eval_dataset") is not None:
+        raise DiagnosticsError(
+            "Training takes no tools and no eval_dataset. Evaluate with held-out prompts"
+            " (--eval-contexts), or a student with `evaluate`."
+        )
+    args = options.get("args")
+    bends = [
+        name
+        for name, neutral in VLLM_ONLY.items()
+        if getattr(args, name, neutral[0]) not in neutral
+    ]
+    if bends and not args.use_vllm:
+        raise DiagnosticsError(
+            f"{', '.join(bends)} acts only where vLLM generates. Responses are drawn here from p at"
+            ' its temperature, top_p and top_k; set "use_vllm": true as well, or leave it out.'
+        )
+    bends += [
+        name
+        for name, neutral in (("top_p", 1.0), ("top_k", 0))
+        if getattr(args, name, neutral) != neutral
+    ]
+    if bends and selection.loss == "sampled":
+        raise DiagnosticsError(
+            "The loss `sampled` is an estimate over tokens drawn from p itself, and"
+            f" {', '.join(bends)} draws them from something else. Leave that out, or use --loss"
+            " reverse_kl, whose value that estimates."
+        )
+
+
+def _check_engine(*, zero3: bool, fsdp: int | None) -> None:
+    """Refuse the engines on which heads are never whole."""
+    if zero3:
+        raise DiagnosticsError(
+            "DeepSpeed ZeRO-3 shards the output heads that the measurements project with. Use"
+            " ZeRO-2, or FSDP2 (configs/fsdp2-8gpu.yaml), which shards the student as well."
+        )
+    if fsdp == 1:
+        raise DiagnosticsError(
+            "FSDP's first version shards the heads that the measurements project with. Set"
+            " fsdp_version: 2 in the Accelerate file."
+        )
+
+
+def _check_adapter(model) -> None:
+    """Refuse an adapter on the output head, or on an embedding that is tied to it: the loss reads
+    the head's own weight.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    heads = {
+        "output head": model.get_output_embeddings(),
+        **({"embedding, which is tied to the head": model.get_input_embeddings()} if tied else {}),
+    }
+    for what, module in heads.items():
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            raise DiagnosticsError(
+                f"The adapter reaches the {what} ({type(module).__name__}), where training would"
+                " not see it. Leave it out of target_modules and modules_to_save."
+            )
+
+
+def _gathered(readout: Readout, *, dtype: torch.dtype | None = None, head=None) -> Readout:
+    """A read-out whose head is whole on this process and in the states' dtype, as TRL projects.
+
+    Under FSDP2 a weight is sharded until it is asked for. head: where the weight is now, if not in
+    the read-out's own."""
+    head = readout.head if head is None else head
+    weight, bias = head.weight, head.bias
+    if (
+        not hasattr(weight, "full_tensor")
+        and head is readout.head
+        and dtype in (None, weight.dtype)
+    ):
+        return readout
+
+    def whole(tensor: Tensor | None) -> Tensor | None:
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+    copied = copy.copy(readout)
+    copied.head = SimpleNamespace(weight=whole(weight), bias=whole(bias))
+    return copied
+
+
+def _typed(name: str, values_N: np.ndarray) -> np.ndarray:
+    """Indicators travel as numbers and are bool again in the table."""
+    known = column(name)
+    return (
+        np.nan_to_num(values_N).astype(bool)
+        if known is not None and known.dtype == "bool"
+        else values_N
+    )

@@ -1,0 +1,154 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diagnostics.core import distributed
+from diagnostics.core.files import sha256_file
+from diagnostics.pipeline.cli import main
+
+
+def torchrun(processes, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={port}",
+        *arguments,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def stages(folders):
+    """Commands by stage, in small batches, so that both processes have some of each half."""
+    models = [*folders[:4], "--device", "cpu", "--quiet"]
+    small = [*models, "--batch-tokens", "60"]
+    return {
+        "rollout": folders[:10] + models[4:],
+        "score": small,
+        "probe": small,
+        "intervene": [
+            *small,
+            "--criteria",
+            "divergence",
+            "--budgets",
+            "0.3",
+            "--random-draws",
+            "1",
+            "--draws",
+            "9",
+        ],
+        "attribute": [*small, "--sample", "6", "--draws", "9"],
+    }
+
+
+def launch(processes, stages, directory, *death):
+    return torchrun(
+        processes,
+        "-m",
+        "tests.launched_stages",
+        json.dumps(
+            [[stage, *options, "--output-dir", str(directory)] for stage, options in stages.items()]
+        ),
+        *death,
+    )
+
+
+@pytest.fixture(scope="module")
+def together(stages, tmp_path_factory):
+    """Every stage in two processes."""
+    directory = tmp_path_factory.mktemp("together") / "out"
+    done = launch(2, stages, directory)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return directory
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
+    alone = tmp_path / "alone"
+    for stage, options in stages.items():
+        assert main([stage, *options, "--output-dir", str(alone)]) == 0
+    for name in ("contexts.parquet", "scores.parquet"):
+        assert sha256_file(alone / name) == sha256_file(together / name), name
+    one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (alone, together))
+    assert one[["context_id", "position", "split"]].equals(two[["context_id", "position", "split"]])
+    for name in one.select_dtypes("float"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-6, rtol=1e-6, err_msg=name)
+    assert one.gain.abs().max() > 1e-4 and one.first_order_gain.abs().max() > 1e-4
+    for name in ("intervention", "linearity", "kernel_shares"):
+        pd.testing.assert_frame_equal(
+            *(pd.read_csv(folder / f"tables/{name}.csv") for folder in (alone, together)),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("before", "0", 2)]
+)
+def test_processes_killed_at_once_go_on_and_the_files_are_the_same(
+    stages, together, tmp_path, folder, killed, later
+):
+    measured, out = (
+        {stage: stages[stage] for stage in ("rollout", "score", "probe")},
+        tmp_path / "out",
+    )
+    assert "SIGKILL" in launch(2, measured, out, folder, killed).stderr
+    assert any(out.glob(f".partial/*/{folder}*/*.parquet")) and not (out / "gains.parquet").exists()
+    done = launch(later, measured, out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ("contexts.parquet", "scores.parquet", "gains.parquet", "tables/calibration.csv")
+    assert [sha256_file(out / name) for name in names] == [
+        sha256_file(together / name) for name in names
+    ]
+    assert [path.name for path in out.glob(".*")] == [".lock"]
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_as_one_does(folders, tmp_path):
+    done = torchrun(
+        2, "-m", "diagnostics", "run", "--pair", "nowhere", "--output-dir", str(tmp_path / "x")
+    )
+    assert done.returncode != 0 and "error: Unknown pair 'nowhere'" in done.stderr
+    assert "DiagnosticsError" not in done.stderr and "diagnostics/cli.py" not in done.stderr
+
+
+def test_alone_everything_is_the_identity():
+    assert distributed.world() == 1 and distributed.is_main()
+    assert distributed.share([3, 1, 2], float) == [3, 1, 2]
+    values = np.arange(3.0)
+    assert distributed.sum_over_processes(values) is values and distributed.names(["a"]) == {"a"}
+    assert distributed.barrier() is None and distributed.local_device("auto") == "auto"
+
+
+def test_shares_are_disjoint_complete_and_even(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    costs = [9, 1, 5, 4, 4, 3, 7, 2]
+    parts = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        parts.append(distributed.share(list(enumerate(costs)), lambda item: item[1]))
+    assert sorted(index for part in parts for index, _ in part) == list(range(8))
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(cost for _, cost in part) for part in parts]
+    assert max(loads) - min(loads) <= 2

@@ -1,0 +1,150 @@
+import json
+import shutil
+
+import pandas as pd
+
+from diagnostics.core.files import sha256_file
+from diagnostics.pipeline.cli import main
+
+FILES = (
+    "contexts.parquet",
+    "scores.parquet",
+    "tops.parquet",
+    "gains.parquet",
+    "tokens.parquet",
+    "tables/calibration.csv",
+    "tables/correlations.csv",
+    "tables/q3_contrast.csv",
+    "manifest.json",
+    "report.html",
+)
+
+
+def hashes(directory):
+    return {name: sha256_file(directory / name) for name in FILES}
+
+
+def test_the_main_job_leaves_its_files(finished):
+    assert all((finished / name).stat().st_size for name in FILES)
+    tokens = pd.read_parquet(finished / "tokens.parquet")
+    assert {"forward_kl", "split", "gain", "relative_gain", "placebo_gain"} <= set(tokens.columns)
+    assert len(pd.read_parquet(finished / "contexts.parquet")) == 20
+    assert len(pd.read_parquet(finished / "tops.parquet")) == len(tokens)
+    assert '"tops":{"student":' in (finished / "report.html").read_text(encoding="utf-8")
+    for figure in (finished / "figures").glob("*.png"):
+        assert figure.with_suffix(".pdf").exists()
+    assert len(list((finished / "figures").glob("*.png"))) >= 4
+
+
+def test_the_manifest_hashes_every_file(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert {"rollout", "score", "probe", "analyze"} <= manifest["stages"].keys()
+    for stage in manifest["stages"].values():
+        for file, digest in stage["files"].items():
+            assert sha256_file(finished / file) == digest
+    counts = manifest["stages"]["rollout"]["facts"]["prompts"]
+    assert (
+        counts["rows"] == 30
+        and counts["prompts"] == 20
+        and counts["not_needed"] == 10
+        and counts["empty"] == counts["over_long"] == 0
+    )
+    assert (
+        manifest["versions"]["torch"].startswith("2.")
+        and len(manifest["stages"]["rollout"]["facts"]["student"]["weights_sha256"]) == 64
+    )
+
+
+def test_the_same_command_again_changes_nothing(finished, folders):
+    before = hashes(finished)
+    assert main(["run", *folders, "--output-dir", str(finished)]) == 0
+    assert hashes(finished) == before
+
+
+def test_stages_one_by_one_elsewhere_give_the_same_bytes(finished, folders, tmp_path):
+    directory = str(tmp_path / "steps")
+    models = folders[:4] + ["--device", "cpu", "--quiet"]
+    assert (
+        main(["rollout", *folders[:10], "--device", "cpu", "--quiet", "--output-dir", directory])
+        == 0
+    )
+    assert main(["score", *models, "--output-dir", directory]) == 0
+    assert main(["probe", *models, "--output-dir", directory]) == 0
+    assert main(["analyze", "--draws", "50", "--quiet", "--output-dir", directory]) == 0
+    assert main(["report", "--quiet", "--output-dir", directory]) == 0
+    assert hashes(tmp_path / "steps") == hashes(finished)
+
+
+def test_a_lost_file_is_made_again(finished, folders, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    before = hashes(directory)
+    (directory / "gains.parquet").unlink()
+    (directory / "tables/calibration.csv").write_text("broken")
+    assert (
+        main(["probe", *folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)])
+        == 0
+    )
+    assert hashes(directory) == before
+
+
+def test_another_configuration_is_refused(finished, folders, capsys):
+    before = hashes(finished)
+    assert main(["run", *folders, "--seed", "9", "--output-dir", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and "setting seed: was 0, now 9" in error
+        and "Nothing was overwritten" in error
+    )
+    assert hashes(finished) == before
+
+
+def test_a_local_data_set_is_known_by_its_files(folders, tmp_path, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i}"}}\n' for i in range(4))
+    )
+    command = [
+        "rollout",
+        *folders[:4],
+        "--device",
+        "cpu",
+        "--quiet",
+        "--prompts",
+        f"hf:{tmp_path / 'data'}",
+        "--max-new-tokens",
+        "2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    with open(tmp_path / "data" / "train.jsonl", "a") as file:
+        file.write('{"prompt": "w9"}\n')
+    assert main(command) == 2 and "setting prompts_sha256" in capsys.readouterr().err
+
+
+def test_a_table_alone_can_be_analysed(finished, tmp_path):
+    directory = tmp_path / "table"
+    assert (
+        main(
+            [
+                "analyze",
+                "--tokens",
+                str(finished / "tokens.parquet"),
+                "--draws",
+                "50",
+                "--quiet",
+                "--output-dir",
+                str(directory),
+            ]
+        )
+        == 0
+    )
+    assert (directory / "tables/correlations.csv").read_bytes() == (
+        finished / "tables/correlations.csv"
+    ).read_bytes()

@@ -1,0 +1,332 @@
+"""A backward pass that is never the same twice, as on a GPU: interrupted stages go on along one
+direction and never mix two.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diagnostics.contexts.rollouts import rollout
+from diagnostics.core.progress import Shards
+from diagnostics.probing import directions, intervention
+from diagnostics.probing import one_step as probe_module
+from diagnostics.probing.directions import FILE, RECORD, Direction, Store, read_record
+from diagnostics.probing.intervention import Grid, interventions
+from diagnostics.probing.one_step import StepBench, probe
+from diagnostics.probing.scores import score
+from tests.conftest import make_pair, make_prompts
+
+GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    pair = make_pair()
+    bank = rollout(pair, make_prompts(12), max_new_tokens=8)
+    return pair, bank, score(pair, bank)
+
+
+class Noise:
+    """Moves every gradient by one unit in the last place, or by some share of itself, otherwise
+    each time.
+    """
+
+    def __init__(self, monkeypatch, share=None):
+        self.generator, self.calls, self.share = torch.Generator().manual_seed(0), 0, share
+        real, shared = StepBench.gradient, intervention.shared_gradients
+        monkeypatch.setattr(
+            StepBench, "gradient", lambda bench, *a, **k: self._noisy(*real(bench, *a, **k))
+        )
+        monkeypatch.setattr(
+            intervention,
+            "shared_gradients",
+            lambda *a, **k: [self._moved(g) for g in shared(*a, **k)],
+        )
+
+    def _noisy(self, value, gradient):
+        self.calls += 1
+        return value, self._moved(gradient)
+
+    def _moved(self, gradient):
+        if self.share is not None:
+            return [
+                g * (1 + self.share * torch.randn(g.shape, generator=self.generator))
+                for g in gradient
+            ]
+        up = [torch.randint(0, 2, g.shape, generator=self.generator).bool() for g in gradient]
+        return [
+            torch.where(
+                u,
+                torch.nextafter(g, torch.full_like(g, torch.inf)),
+                torch.nextafter(g, torch.full_like(g, -torch.inf)),
+            )
+            for u, g in zip(up, gradient, strict=True)
+        ]
+
+
+def shards_in(folder):
+    return lambda name: Shards(folder / name)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every finished batch is on disk at once."""
+    monkeypatch.setattr("diagnostics.core.progress.SHARD_SECONDS", 0.0)
+
+
+def stop_at(monkeypatch, wanted):
+    """Interrupts before the pass of that name; returns the names of the passes, with whether they
+    took anything up.
+    """
+    passes, real = [], StepBench.rescore
+
+    def rescore(self, description, **options):
+        if description == wanted:
+            raise KeyboardInterrupt
+        shards = options.get("shards")
+        passes.append((description, bool(shards is not None and len(shards._found))))
+        return real(self, description, **options)
+
+    monkeypatch.setattr(StepBench, "rescore", rescore)
+    return passes
+
+
+def interrupted(setting, folder, monkeypatch, **options):
+    """A probe that ended before its placebo."""
+    pair, bank, tokens = setting
+    with monkeypatch.context() as patch:
+        stop_at(patch, "placebo")
+        with pytest.raises(KeyboardInterrupt):
+            probe(pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(folder), **options)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
+def test_an_interrupted_probe_goes_on_along_its_direction(
+    setting, tmp_path, monkeypatch, at_once, loss
+):
+    pair, bank, tokens = setting
+    with monkeypatch.context() as patch:
+        Noise(patch)  # the same noise as the first part will have
+        whole = probe(pair, bank, tokens=tokens, batch_tokens=40, loss=loss)
+    noise = Noise(monkeypatch)
+    interrupted(setting, tmp_path, monkeypatch, loss=loss)
+    made = noise.calls
+    passes = stop_at(monkeypatch, None)
+    monkeypatch.setattr(probe_module, "calibrate", None)
+    resumed = probe(
+        pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(tmp_path), loss=loss
+    )
+    assert noise.calls == made and passes == [("before", True), ("after", True), ("placebo", False)]
+    assert (
+        resumed.tokens.equals(whole.tokens)
+        and resumed.step == whole.step
+        and resumed.calibration.equals(whole.calibration)
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", ["lost", "half", "one bit", "another model's", "no metadata", "a link"]
+)
+def test_two_directions_never_meet(setting, tmp_path, monkeypatch, at_once, damage):
+    """Without its direction the probe begins anew, and takes up nothing that was measured along the
+    first.
+    """
+    pair, bank, tokens = setting
+    noise = Noise(monkeypatch, share=0.1)
+    first = probe(pair, bank, tokens=tokens, batch_tokens=40)
+    interrupted(setting, tmp_path, monkeypatch)
+    damaged(tmp_path / "direction" / FILE, damage)
+    with monkeypatch.context() as patch:
+        passes = stop_at(patch, None)
+        state = noise.generator.get_state()
+        again = probe(pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(tmp_path))
+        assert passes == [("before", True), ("after", False), ("placebo", False)]
+    noise.generator.set_state(state)
+    second = probe(pair, bank, tokens=tokens, batch_tokens=40)
+    assert (
+        again.tokens.equals(second.tokens)
+        and again.step == second.step
+        and again.calibration.equals(second.calibration)
+    )
+    assert not np.allclose(
+        first.tokens.gain, second.tokens.gain, rtol=1e-3
+    )  # another direction is another result
+
+
+def damaged(path, damage):
+    content = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    elif damage == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "one bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "a link":
+        path.rename(path.with_suffix(".else"))
+        path.symlink_to(path.with_suffix(".else"))
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path)
+        name = next(iter(tensors))
+        direction = Direction([tensors[name][:-1]], "reverse_kl", 1.0, 1.0, -1.0, 1.0)
+        record = json.dumps({"facts": direction.facts(), "sha256": direction.named().sha256})
+        save_file(
+            tensors | {name: tensors[name][:-1]},
+            path,
+            metadata=None if damage == "no metadata" else {"direction": record},
+        )
+
+
+def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
+    """Every cell measured once, full and placebo along one direction; a wider grid keeps what it
+    has.
+    """
+    pair, bank, tokens = setting
+    noise, measured, real = Noise(monkeypatch), [], Grid._effect
+    along = []
+
+    def effect(self, cell, *rest):
+        if len(measured) == limit:
+            raise KeyboardInterrupt
+        measured.append((cell.criterion, cell.budget))
+        along.append(self.full.sha256)
+        return real(self, cell, *rest)
+
+    monkeypatch.setattr(Grid, "_effect", effect)
+    options = {
+        "tokens": tokens,
+        "cache": tmp_path / "cells",
+        "shards": shards_in(tmp_path / "scratch"),
+    }
+    for limit in (1, 2, 3):  # each time one cell further
+        with pytest.raises(KeyboardInterrupt):
+            interventions(pair, bank, **options, **GRID)
+    limit, made = 100, noise.calls
+    first = interventions(pair, bank, **options, **GRID)
+    assert (
+        measured == [("full", 1.0), ("placebo", 1.0), ("random", 0.3), ("teachability", 0.3)]
+        and len(set(along)) == 1
+    )
+    assert made == 1  # the direction of the step on all positions, once
+    again = interventions(
+        pair,
+        bank,
+        **options | {"shards": shards_in(tmp_path / "another")},
+        **GRID | {"criteria": ("teachability", "entropy")},
+    )
+    assert measured[4:] == [("entropy", 0.3)] and len(set(along)) == 1 and noise.calls == made
+    assert again.calibration.equals(first.calibration)
+    for one, other in zip(first.effects, again.effects[: len(first.effects)], strict=True):
+        np.testing.assert_array_equal(one.reduction_N3, other.reduction_N3)
+
+
+def test_a_grid_without_its_direction_measures_every_cell_again(setting, tmp_path, monkeypatch):
+    pair, bank, tokens = setting
+    Noise(monkeypatch)
+    along, real = [], Grid._effect
+    monkeypatch.setattr(
+        Grid,
+        "_effect",
+        lambda self, cell, *rest: (
+            along.append((self.full.sha256, cell.criterion)),
+            real(self, cell, *rest),
+        )[1],
+    )
+    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
+    (one,) = tmp_path.glob("step-*.json")
+    one.unlink()
+    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
+    assert len(along) == 8 and [name for _, name in along[:4]] == [name for _, name in along[4:]]
+    assert (
+        len({sha for sha, _ in along[:4]}) == len({sha for sha, _ in along[4:]}) == 1
+        and along[0][0] != along[4][0]
+    )
+
+
+# --- the store
+# ------------------------------------------------------------------------------------------
+
+
+def some_direction(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    update = [
+        torch.randn(3, 2, generator=generator),
+        torch.randn((), generator=generator).double(),
+        torch.randn(4, 2, generator=generator).T,
+    ]
+    return Direction(update, "jsd", 0.1 + seed, 1 / 3, -2e-17, np.pi).named()
+
+
+def test_a_direction_comes_back_bit_for_bit(tmp_path):
+    direction, store = some_direction(), Store(tmp_path / "x")
+    store.keep(direction)
+    found = store.direction(direction.update)
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(found.update, direction.update, strict=True)
+    )
+    assert (
+        found.facts() == direction.facts()
+        and found.sha256 == direction.sha256
+        and found.name(0.1) == direction.name(0.1)
+    )
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [FILE]
+    assert store.direction(direction.update[:2]) is None or len(found.update) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value": 0.2},
+        {"norm": 3.0},
+        {"calibration_loss": "forward_kl"},
+        {"update": some_direction(1).update},
+    ],
+)
+def test_a_name_holds_every_number(change):
+    direction = some_direction()
+    other = dataclasses.replace(direction, **change).named()
+    assert other.name(0.1) != direction.name(0.1) != direction.name(np.nextafter(0.1, 1))
+
+
+def test_a_calibration_is_of_one_direction(tmp_path, setting):
+    import pandas as pd
+
+    table = pd.DataFrame(
+        {"step_size": [0.1, 1 / 3], "ratio": [np.nan, 0.85], "chosen": [False, True]}
+    )
+    store, direction = Store(tmp_path), some_direction()
+    store.keep_calibration(direction, table)
+    pd.testing.assert_frame_equal(store.calibration(direction), table, check_exact=True)
+    assert (
+        store.calibration(some_direction(1)) is None
+        and read_record(tmp_path / RECORD)[0].update == []
+    )
+    (tmp_path / RECORD).write_text("{")
+    assert store.calibration(direction) is None
+
+
+def test_nothing_is_kept_without_a_folder():
+    store = Store(None)
+    store.keep(some_direction()), store.keep_calibration(some_direction(), None)
+    assert store.direction([]) is None and store.calibration(some_direction()) is None
+
+
+def test_a_disk_without_room_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(directions, "RESERVE_BYTES", 2**62)
+    Store(tmp_path / "x").keep(some_direction())
+    assert (
+        "cannot be kept, so that a killed run would begin this stage anew: It takes 0.00 GiB"
+        in caplog.text
+        and not any(tmp_path.iterdir())
+    )
+
+
+def test_a_failed_write_stops_nothing(tmp_path, caplog):
+    (tmp_path / "x").write_text("in the way")
+    Store(tmp_path / "x").keep(some_direction())
+    assert "cannot be kept, so that a killed run would begin this stage anew" in caplog.text

@@ -1,0 +1,281 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import SCHEMA
+from diagnostics.core.types import Bank, Context
+from diagnostics.models.pair import assemble
+from diagnostics.probing import scores
+from diagnostics.probing.scores import batches, score
+from tests.conftest import make_bank, make_model, make_tokenizer
+
+
+def reference_logprobs(model, context):
+    """ln p of each response token, one full forward a token, from the model's own logits in
+    float64.
+    """
+    out = []
+    for t, token in enumerate(context.response_ids):
+        prefix = torch.tensor([context.prompt_ids + context.response_ids[:t]])
+        with torch.no_grad():
+            logits = model(input_ids=prefix).logits[0, -1].double()
+        out.append(float(logits[token] - logits.logsumexp(0)))
+    return out
+
+
+def test_sampled_logprobs_equal_an_independent_rescore(pair, bank):
+    tokens = score(pair, bank)
+    for name, readout in (("student_logprob", pair.student), ("teacher_logprob", pair.teacher)):
+        expected = np.concatenate([reference_logprobs(readout.model, context) for context in bank])
+        np.testing.assert_allclose(tokens[name], expected, atol=1e-5)
+
+
+def test_rows_are_the_banks_positions_in_order(pair, bank):
+    tokens = score(pair, bank, k=8, sweep=(2,))
+    assert list(zip(tokens.context_id, tokens.position, tokens.token_id)) == [
+        (c.context_id, t, token) for c in bank for t, token in enumerate(c.response_ids)
+    ]
+    assert (
+        tokens.response_length == tokens.groupby("context_id").position.transform("count")
+    ).all()
+    before = {
+        name
+        for name, entry in SCHEMA.items()
+        if entry.stage == "before" and "dropped" not in name and "tail" not in name
+    }
+    assert before <= set(tokens.columns) and "compatibility_k2" in tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
+def test_padding_changes_nothing(pair, bank, batch_tokens):
+    """Ragged lengths, alone or together; filler ids never reach a real position."""
+    tokens, reference = (
+        score(pair, bank, batch_tokens=batch_tokens),
+        score(pair, bank, batch_tokens=1),
+    )
+    numeric = reference.select_dtypes("number").columns
+    np.testing.assert_allclose(tokens[numeric], reference[numeric], atol=2e-5, rtol=1e-5)
+
+
+def test_end_tokens_inside_a_batch_are_positions_like_others(pair):
+    """pad == eos: lengths make the mask, so an end token in the middle or at the end is scored."""
+    contexts = (
+        Context("a", "a", "", (0, 5), "", (7, 1, 9, 1), True),
+        Context("b", "b", "", (0, 6, 8, 9), "", (1,), True),
+    )
+    tokens = score(pair, Bank(contexts))
+    expected = np.concatenate(
+        [reference_logprobs(pair.student.model, context) for context in contexts]
+    )
+    np.testing.assert_allclose(tokens.student_logprob, expected, atol=1e-5)
+    assert tokens.is_special.tolist() == [False, True, False, True, True]
+
+
+def test_same_bank_same_table_bit_for_bit(pair, bank):
+    pd.testing.assert_frame_equal(score(pair, bank), score(pair, bank), check_exact=True)
+
+
+def test_a_teacher_that_is_the_student_disagrees_nowhere(bank):
+    tokens = score(assemble("same", make_model(1), make_model(1), make_tokenizer()), bank)
+    for name in (
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "hellinger",
+        "advantage",
+        "union_forward_kl",
+        "union_log_ratio_variance",
+    ):
+        np.testing.assert_allclose(tokens[name], 0, atol=1e-6, err_msg=name)
+    assert (
+        (tokens.topk_overlap == 1).all()
+        and tokens.top1_match.all()
+        and (tokens.acceptance == 1).all()
+    )
+
+
+def test_padding_stays_small():
+    bank = make_bank(np.random.default_rng(0).integers(5, 60, 200).tolist())
+    todo = batches(bank, batch_tokens=512)
+    padded = sum(batch.ids_BT.numel() for batch in todo)
+    assert padded < 1.1 * sum(len(context.ids) for context in bank)
+    assert max(batch.ids_BT.numel() for batch in todo) <= 512
+    rows = torch.cat([batch.rows_n for batch in todo])
+    assert sorted(rows.tolist()) == list(range(bank.positions))
+
+
+def test_only_kept_positions_are_projected(bank):
+    keep = np.zeros(bank.positions, dtype=bool)
+    keep[[0, 6, 7]] = True
+    todo = batches(bank, keep=keep)
+    assert sorted(torch.cat([batch.rows_n for batch in todo]).tolist()) == [0, 6, 7]
+    assert sum(len(batch.ids_BT) for batch in todo) == 2
+
+
+def test_dropped_mass_is_what_the_cut_removes(bank):
+    pair = assemble(
+        "cut", make_model(1, vocabulary=64), make_model(2, vocabulary=70), make_tokenizer()
+    )
+    tokens = score(pair, bank)
+    context = bank[1]
+    with torch.no_grad():
+        logits = pair.teacher.model(input_ids=torch.tensor([context.ids])).logits[0].double()
+    first = len(context.prompt_ids) - 1
+    expected = logits[first : first + len(context.response_ids)].softmax(-1)[:, 64:].sum(-1)
+    np.testing.assert_allclose(
+        tokens.teacher_dropped_mass[tokens.context_id == "c1"], expected, atol=1e-6
+    )
+    assert "student_dropped_mass" not in tokens and expected.max() > 1e-3
+
+
+def poisoned(model, token):
+    """The model with NaN in the embedding of one id: every position of a context that holds it is
+    NaN, since 0 * NaN is NaN in attention.
+    """
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    return model
+
+
+def test_few_nan_positions_are_excluded_and_counted(caplog):
+    clean = tuple(
+        Context(f"c{i}", f"p{i}", "", (0, 5), "", tuple(range(4, 44)), False) for i in range(8)
+    )
+    last = Context("c8", "p8", "", (0, 5), "", (5, 60, 6), False)
+    pair = assemble("nan", poisoned(make_model(1), 60), make_model(2), make_tokenizer())
+    tokens = score(pair, Bank((*clean, last)))
+    assert np.flatnonzero(tokens.forward_kl.isna()).tolist() == [320, 321, 322]
+    assert (
+        "3 of 323 positions have NaN or infinite logits and are excluded (the first at position 0"
+        " of context 'c8', the student's; of 3 looked at, 3 are the student's and 0 the teacher's"
+        " alone)" in caplog.text
+    )
+
+
+def test_many_nan_positions_stop_the_run(bank):
+    pair = assemble("nan", poisoned(make_model(1), 0), make_model(2), make_tokenizer())
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^38 of 38 positions have NaN or infinite logits \(the first at position 0 of context"
+            r" 'c0', the student's; of 38 looked at, 38 are the student's and 0 the teacher's"
+            r" alone\)\. Load the models"
+        ),
+    ):
+        score(pair, bank)
+
+
+@pytest.mark.parametrize(
+    "context, message",
+    [
+        (Context("c", "p", "", (), "", (5,), False), r"^Context 'c' has no prompt tokens"),
+        (
+            Context("c", "p", "", (0,), "", (64,), False),
+            r"^Context 'c' holds token id 64, and the shared vocabulary has 64\.",
+        ),
+        (
+            Context("c", "p", "", (0,), "", (), False),
+            r"^The bank has 1 contexts and no response tokens",
+        ),
+    ],
+)
+def test_banks_that_cannot_be_scored(pair, context, message):
+    with pytest.raises(DiagnosticsError, match=message):
+        score(pair, Bank((context,)))
+
+
+def test_an_empty_response_beside_others_has_no_rows(pair):
+    bank = Bank((*make_bank([3]).contexts, Context("e", "e", "", (0, 4), "", (), False)))
+    assert score(pair, bank).context_id.unique().tolist() == ["c0"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes_score_close_to_float32(bank, dtype):
+    kind = getattr(torch, dtype)
+    pair = assemble(dtype, make_model(1).to(kind), make_model(2).to(kind), make_tokenizer())
+    reference = assemble("f32", make_model(1), make_model(2), make_tokenizer())
+    tolerance = {"bfloat16": 0.2, "float16": 0.02, "float64": 1e-4}[
+        dtype
+    ]  # what the states lose; these logits are large
+    np.testing.assert_allclose(
+        score(pair, bank).forward_kl, score(reference, bank).forward_kl, atol=tolerance
+    )
+
+
+def test_rescore_equals_score_bit_for_bit(pair, bank):
+    todo = batches(bank)
+    forward, reverse = scores.rescore(
+        pair, todo, scores.teacher_states(pair, todo), positions=bank.positions, description="x"
+    )
+    tokens = score(pair, bank)
+    assert (forward == tokens.forward_kl).all() and (reverse == tokens.reverse_kl).all()
+
+
+def crowded(pair, monkeypatch, limit):
+    """The student runs out of memory over `limit` tokens."""
+    real = pair.student.hidden
+
+    def hidden(ids_BT, mask_BT):
+        if ids_BT.numel() > limit:
+            raise torch.OutOfMemoryError("injected")
+        return real(ids_BT, mask_BT)
+
+    monkeypatch.setattr(pair.student, "hidden", hidden)
+
+
+def test_out_of_memory_halves_the_batch(pair, bank, monkeypatch, caplog):
+    reference = score(pair, bank)
+    crowded(pair, monkeypatch, 40)
+    tokens = score(pair, bank)
+    assert "tokens do not fit in memory at once: halved" in caplog.text
+    np.testing.assert_allclose(tokens.forward_kl, reference.forward_kl, atol=1e-5)
+
+
+def test_one_context_that_does_not_fit_names_the_remedy(pair, bank, monkeypatch):
+    crowded(pair, monkeypatch, 3)
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^One context of \d+ tokens does not fit in memory \(injected\)\. Use --teacher-dtype"
+        ),
+    ):
+        score(pair, bank)
+
+
+def test_models_that_take_turns_score_the_same(bank):
+    pair, reference = (
+        assemble("tiny", make_model(1), make_model(2, tie_word_embeddings=True), make_tokenizer())
+        for _ in range(2)
+    )
+    pair.offload_teacher = True
+    assert score(pair, bank).equals(score(reference, bank))
+
+
+def test_likeliest_tokens_come_from_the_same_pass(pair, bank):
+    tokens, tops = scores.score_with_tops(pair, bank)
+    pd.testing.assert_frame_equal(tokens, score(pair, bank))
+    context, at = bank[3], 4
+    row = tops[(tops.context_id == context.context_id) & (tops.position == at)].iloc[0]
+    ids = torch.tensor([context.ids[: len(context.prompt_ids) + at]])
+    for role in ("student", "teacher"):
+        shares = getattr(pair, role).model(ids).logits[0, -1].double().softmax(-1)
+        expected = shares.topk(scores.TOPS)
+        assert row[f"{role}_top_ids"].tolist() == expected.indices.tolist()
+        assert row[f"{role}_top_p"].tolist() == pytest.approx(expected.values.tolist(), rel=1e-4)
+        assert list(row[f"{role}_top"]) == [
+            pair.tokenizer.decode([token]) for token in expected.indices.tolist()
+        ]
+
+
+def test_a_position_that_was_not_scored_has_no_likeliest_tokens():
+    clean = tuple(
+        Context(f"c{i}", f"p{i}", "", (0, 5), "", tuple(range(4, 44)), False) for i in range(8)
+    )
+    bank = Bank((*clean, Context("c8", "p8", "", (0, 5), "", (5, 60, 6), False)))
+    _, tops = scores.score_with_tops(
+        assemble("nan", poisoned(make_model(1), 60), make_model(2), make_tokenizer()), bank
+    )
+    for name in ("student_top", "student_top_p", "teacher_top", "teacher_top_p"):
+        assert [len(cell) for cell in tops[name]] == [scores.TOPS] * 320 + [0] * 3

@@ -1,0 +1,96 @@
+"""Runs side by side: joined, never pooled."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.report import compare_runs
+from tests import study_tables
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    one = study_tables.write_run(folder / "one", verdicts=study_tables.verdicts())
+    two = study_tables.write_run(
+        folder / "two",
+        correlations=study_tables.correlations(seed=1),
+        only_here=study_tables.lift(),
+    )
+    manifest = study_tables.manifest()
+    manifest["stages"]["probe"]["settings"]["loss"] = "forward_kl"
+    manifest["stages"]["rollout"]["facts"]["student"]["name"] = "tiny <b>"
+    (two / "manifest.json").write_text(json.dumps(manifest))
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def comparison(directories):
+    return compare_runs.compare_runs(directories)
+
+
+def test_tables_are_joined_run_by_run(comparison):
+    table = comparison.tables["correlations"]
+    assert table.columns[0] == "run"
+    for name, seed in (("one", 0), ("two", 1)):
+        part = table[table.run == name].drop(columns="run").reset_index(drop=True)
+        pd.testing.assert_frame_equal(part, study_tables.correlations(seed=seed), check_dtype=False)
+    assert "only_here" not in comparison.tables and "verdicts" not in comparison.tables
+
+
+def test_settings_hold_what_differs(comparison):
+    assert comparison.settings.to_dict("index") == {
+        "probe: loss": {"one": "reverse_kl", "two": "forward_kl"},
+        "model: student": {"one": "small", "two": "tiny <b>"},
+    }
+
+
+def test_verdicts_stand_by_run(comparison):
+    assert comparison.verdicts.loc[("C1", "gain")].tolist() == ["refuted", "–"]
+    assert comparison.verdicts.index.tolist() == [
+        ("C1", "gain"),
+        ("C1", "relative_gain"),
+        ("C2", "gain"),
+        ("C2", "relative_gain"),
+    ]
+
+
+def test_page_is_one_escaped_file(comparison, tmp_path):
+    path = comparison.save(tmp_path / "compare.html")
+    text = path.read_text(encoding="utf-8")
+    assert text == comparison.html
+    assert "tiny &lt;b&gt;" in text and "tiny <b>" not in text
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
+    assert text.count("<figure ") == 2
+    assert "<b>one.</b> Gain in nats on held-out positions follows" in text
+
+
+def test_shows_itself_in_a_notebook(comparison):
+    text = comparison._repr_html_()
+    assert (
+        text.startswith("<h4>What differs</h4>")
+        and "<h4>Verdicts</h4>" in text
+        and "tiny &lt;b&gt;" in text
+    )
+
+
+def test_names_tell_folders_apart(tmp_path):
+    paths = [study_tables.write_run(tmp_path / name / "run") for name in ("a", "b")]
+    assert list(compare_runs.compare_runs(paths).materials) == ["a/run", "b/run"]
+    assert list(compare_runs.compare_runs(paths, names=["x", "y"]).materials) == ["x", "y"]
+
+
+def test_refusals(directories):
+    with pytest.raises(DiagnosticsError) as error:
+        compare_runs.compare_runs(directories[:1])
+    assert (
+        str(error.value)
+        == "A comparison needs two or more runs, each with a name of its own; got 1 and the names"
+        " one. Name more directories, or pass names=[…]."
+    )
+    with pytest.raises(DiagnosticsError) as error:
+        compare_runs.compare_runs(directories, names=["x", "x"])
+    assert "got 2 and the names x, x." in str(error.value)

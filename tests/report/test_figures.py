@@ -1,0 +1,826 @@
+"""Figures show what the tables hold: read back from the artists, never from pixels."""
+
+import functools
+import io
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.criteria import quadrants
+from diagnostics.report import figures, style
+from tests import study_tables
+
+WIDTHS = (figures.SINGLE, figures.DOUBLE)
+EVERY = {
+    "correlations": (figures.correlations, study_tables.correlations),
+    "entropy_divergence": (figures.entropy_divergence, study_tables.tokens),
+    "q3_gain": (figures.q3_gain, study_tables.q3_groups),
+    "calibration": (figures.calibration, study_tables.calibration),
+    "placebo_excess": (figures.placebo_excess, study_tables.placebo_excess),
+    "quadrants": (figures.quadrants, study_tables.quadrants),
+    "q3_contrast": (
+        functools.partial(figures.q3_contrast, matching=study_tables.matching()),
+        study_tables.q3_contrast,
+    ),
+    "selection_curves": (figures.selection_curves, study_tables.selection_curves),
+    "selection_summary": (figures.selection_summary, study_tables.selection_summary),
+    "selection_overlap": (figures.selection_overlap, study_tables.selection_overlap),
+    "selection_profile": (figures.selection_profile, study_tables.selection_profile),
+    "intervention": (figures.intervention, study_tables.intervention),
+    "distributions": (figures.distributions, study_tables.tokens),
+    "coefficients": (figures.coefficients, study_tables.regressions),
+    "support_robustness": (figures.support_robustness, study_tables.support_robustness),
+    "gain_robustness": (figures.gain_robustness, study_tables.gain_robustness),
+    "residual_curves": (figures.residual_curves, study_tables.residual_curves),
+    "linearity": (figures.linearity, study_tables.linearity),
+    "kernel_shares": (figures.kernel_shares, study_tables.kernel_shares),
+    "lift": (figures.lift, study_tables.lift),
+    "agreement": (figures.agreement, study_tables.agreement),
+    "validation": (figures.validation, study_tables.validation_outcomes),
+    "validation_scatter": (
+        functools.partial(figures.validation_scatter, foreseen=study_tables.validation_foreseen()),
+        study_tables.validation_outcomes,
+    ),
+    "evaluations": (figures.evaluations, study_tables.evaluations),
+    "training_curves": (figures.training_curves, study_tables.training_metrics),
+    "position_gain": (figures.position_gain, study_tables.positions),
+    "runs": (figures.runs, study_tables.of_runs),
+}
+
+
+@functools.cache
+def drawn(name: str, width: float, dark: bool = False) -> Figure:
+    draw, table = EVERY[name]
+    return draw(table(), width=width, dark=dark)
+
+
+def errorbars(ax) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each labelled errorbar: positions, values, and [N, 2] interval ends, whichever way it
+    lies.
+    """
+    found = {}
+    for bar in (
+        container for container in ax.containers if isinstance(container, ErrorbarContainer)
+    ):
+        x, y = bar.lines[0].get_data()
+        upright = bar.has_yerr
+        ends = np.array(
+            [
+                segment[:, int(upright)] if len(segment) else [np.nan, np.nan]
+                for segment in bar.lines[2][0].get_segments()
+            ]
+        )
+        found[bar.get_label()] = (x, y, ends) if upright else (y, x, ends)
+    return found
+
+
+def texts(figure: Figure) -> list:
+    """All text that is drawn: ticks outside the view have labels too, but are not."""
+    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    ticks = {
+        text
+        for axis in axes
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        for text in (tick.label1, tick.label2)
+    }
+    drawn = {
+        text
+        for axis in axes
+        for tick in axis._update_ticks()
+        for text in (tick.label1, tick.label2)
+    }
+    every = figure.findobj(
+        lambda artist: (
+            isinstance(artist, matplotlib.text.Text)
+            and artist.get_visible()
+            and artist.get_text().strip()
+        )
+    )
+    return [text for text in every if text not in ticks or text in drawn]
+
+
+def rendered(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=60)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fits_its_page_and_no_label_lies_on_another(name, width):
+    figure = drawn(name, width)
+    assert figure.get_figwidth() == width
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    page = figure.bbox
+    boxes = []
+    for text in texts(figure):
+        box = text.get_window_extent(renderer)
+        assert (
+            page.x0 - 1 <= box.x0
+            and box.x1 <= page.x1 + 1
+            and page.y0 - 1 <= box.y0
+            and box.y1 <= page.y1 + 1
+        ), text.get_text()
+        boxes.append((text.get_text(), box.shrunk(0.98, 0.8)))
+    clashes = [
+        (a, b)
+        for i, (a, box) in enumerate(boxes)
+        for b, other in boxes[i + 1 :]
+        if box.overlaps(other)
+    ]
+    assert clashes == []
+
+
+@pytest.mark.parametrize("name", ["correlations", "entropy_divergence"])
+def test_one_table_gives_the_same_bytes_twice_and_a_dark_page_others(name):
+    draw, table = EVERY[name]
+    light, again, dark = (
+        rendered(plate)
+        for plate in (
+            drawn(name, figures.SINGLE),
+            draw(table(), width=figures.SINGLE),
+            drawn(name, figures.SINGLE, True),
+        )
+    )
+    assert light == again
+    assert light != dark
+
+
+@pytest.mark.parametrize("name", ["correlations", "calibration", "selection_overlap"])
+def test_page_colours(name):
+    for dark, page in ((False, style.LIGHT), (True, style.DARK)):
+        figure = drawn(name, figures.SINGLE, dark)
+        assert matplotlib.colors.to_hex(figure.get_facecolor()).upper() == page["paper"]
+        label = (
+            figure.axes[0].get_xticklabels()[0]
+            if name == "selection_overlap"
+            else figure.axes[0].yaxis.label
+            if name == "calibration"
+            else figure.axes[0].xaxis.label
+        )
+        assert matplotlib.colors.to_hex(label.get_color()).upper() == page["ink"]
+
+
+def test_style_does_not_leak():
+    before = dict(matplotlib.rcParams)
+    figures.correlations(study_tables.correlations(), dark=True)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_saves_as_png_pdf_and_svg():
+    figure = figures.calibration(study_tables.calibration())
+    for kind, head in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind)
+        assert buffer.getvalue().startswith(head)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_correlations_shows_estimates_intervals_and_placebo():
+    table = study_tables.correlations()
+    figure = figures.correlations(table)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    names = sorted(study_tables.CRITERIA, key=lambda name: labels.index(style.words(name)))
+    order = table[
+        (table.outcome == "gain") & (table.split == "held_out") & (table.method == "spearman")
+    ]
+    assert names == order.sort_values("estimate", ascending=False).criterion.tolist()
+    for ax, outcome in zip(figure.axes[:2], ("gain", "relative_gain"), strict=True):
+        assert ax.get_title(loc="left") == outcome.replace("_", " ")
+        bars = errorbars(ax)
+        for split, label in (("step", "step contexts"), ("held_out", "held-out contexts")):
+            rows = (
+                table[
+                    (table.outcome == outcome)
+                    & (table.split == split)
+                    & (table.method == "spearman")
+                ]
+                .set_index("criterion")
+                .loc[names]
+            )
+            place, values, ends = bars[label]
+            assert np.round(place).astype(int).tolist() == list(range(len(names)))
+            np.testing.assert_allclose(values, rows.estimate)
+            np.testing.assert_allclose(ends, rows[["low", "high"]])
+            placebo = next(line for line in ax.lines if line.get_label() == f"_placebo {split}")
+            np.testing.assert_allclose(placebo.get_xdata(), rows.placebo)
+            np.testing.assert_allclose(placebo.get_ydata(), place)
+
+
+def test_correlations_takes_a_method_and_criteria_and_names_the_sample():
+    table = study_tables.correlations()
+    figure = figures.correlations(table, method="pearson", criteria=["tip", "entropy"], level=0.9)
+    rows = table[
+        (table.outcome == "gain")
+        & (table.split == "step")
+        & (table.method == "pearson")
+        & table.criterion.isin(["tip", "entropy"])
+    ]
+    assert sorted(errorbars(figure.axes[0])["step contexts"][1]) == sorted(rows.estimate)
+    assert figure.axes[0].get_xlabel() == "Pearson r"
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert (
+        caption
+        == "Step contexts: 16 prompts, 701–734 positions; held-out contexts: 16 prompts, 701–734"
+        " positions. Bars: 90% intervals over prompts."
+    )
+
+
+def test_correlations_leaves_undefined_estimates_out():
+    table = study_tables.correlations()
+    table.loc[table.criterion == "random", ["estimate", "low", "high"]] = np.nan
+    figure = figures.correlations(table)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "random"
+    assert np.isnan(errorbars(figure.axes[0])["step contexts"][1][-1])
+
+
+def test_plane_shows_means_medians_and_quadrant_shares():
+    table = study_tables.tokens()
+    figure = figures.entropy_divergence(table, bins=8)
+    compatibility, gain = figure.axes[:2]
+    assert [ax.get_title(loc="left") for ax in (compatibility, gain)] == [
+        "mean compatibility",
+        "mean gain",
+    ]
+    counts = pd.Series(quadrants(table)).value_counts()
+    for ax, name in ((compatibility, "compatibility"), (gain, "gain")):
+        means = np.asarray(ax.collections[0].get_array())
+        assert table[name].min() - 1e-12 <= means.min() < means.max() <= table[name].max() + 1e-12
+        assert ax.lines[0].get_xdata()[0] == table.student_entropy.median()
+        assert ax.lines[1].get_ydata()[0] == table.forward_kl.median()
+        assert {text.get_gid(): text.get_text() for text in ax.texts} == {
+            f"Q{q}": f"Q{q}: {counts[q]:,} ({counts[q] / len(table):.0%})" for q in (1, 2, 3, 4)
+        }
+    assert figure.get_supxlabel().startswith(f"8 prompts, {len(table)} positions.")
+
+
+def test_plane_of_one_hexagon_is_the_mean():
+    table = study_tables.tokens().assign(student_entropy=0.5, forward_kl=0.25)
+    table.loc[::2, "gain"] = np.nan
+    figure = figures.entropy_divergence(table, color=["gain"])
+    assert np.asarray(figure.axes[0].collections[0].get_array()).tolist() == pytest.approx(
+        [table.gain.mean()]
+    )
+
+
+def test_plane_with_losses_has_a_scale_around_zero():
+    table = study_tables.tokens()
+    figure = figures.entropy_divergence(table.assign(gain=table.gain - table.gain.mean()))
+    low, high = figure.axes[1].collections[0].get_clim()
+    assert low == -high < 0
+
+
+def test_q3_gain_shows_groups_from_bottom_to_top():
+    table = study_tables.q3_groups().sample(frac=1, random_state=1)
+    figure = figures.q3_gain(table, level=0.95)
+    for ax, outcome in zip(figure.axes, ("gain", "relative_gain"), strict=True):
+        scores = [label.get_text() for label in ax.get_xticklabels()] or [
+            label.get_text() for label in figure.axes[-1].get_xticklabels()
+        ]
+        drawn = [bar for bar in ax.containers if isinstance(bar, ErrorbarContainer)]
+        assert len(drawn) == 6
+        for bar, (split, score) in zip(
+            drawn, [(s, c) for s in ("step", "held_out") for c in scores], strict=True
+        ):
+            rows = table[
+                (table.outcome == outcome) & (table.split == split) & (table.score == score)
+            ].sort_values("group")
+            x, y = bar.lines[0].get_data()
+            assert np.all(np.diff(x) > 0) and round(float(np.mean(x))) == scores.index(score)
+            np.testing.assert_allclose(y, rows["mean"])
+            np.testing.assert_allclose(
+                [segment[:, 1] for segment in bar.lines[2][0].get_segments()], rows[["low", "high"]]
+            )
+    assert "61 positions" in figure.get_supxlabel()
+
+
+def test_calibration_marks_the_chosen_step_and_the_one_after_which_the_loss_rose():
+    table = study_tables.calibration().iloc[::-1]
+    figure = figures.calibration(table)
+    drop, share = figure.axes
+    lines = {line.get_label(): line for line in drop.lines}
+    ordered = table.sort_values("step_size")
+    np.testing.assert_allclose(lines["predicted (first order)"].get_ydata(), ordered.predicted_drop)
+    np.testing.assert_allclose(lines["realised"].get_ydata(), [*ordered.realised_drop[:3], np.nan])
+    assert lines["loss rose"].get_xdata().tolist() == [6.4e-5]
+    assert lines["chosen"].get_xdata().tolist() == [1.6e-5]
+    np.testing.assert_allclose(share.lines[0].get_ydata(), ordered.ratio)
+    assert (
+        figure.get_supxlabel().replace("\n", " ")
+        == "Ringed: the chosen step, size 1.6e-05, relative update norm 4.8e-05, realises 82% of"
+        " its first-order prediction. Dashed on the ratio: least accepted, 0.8."
+    )
+
+
+def test_calibration_of_a_single_step():
+    figure = figures.calibration(study_tables.calibration().iloc[[2]])
+    assert rendered(figure)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [0.82]
+
+
+def test_placebo_excess_shows_the_excess():
+    table = study_tables.placebo_excess()
+    figure = figures.placebo_excess(table)
+    rows = table[(table.outcome == "gain") & (table.split == "held_out")].sort_values(
+        "excess", ascending=False
+    )
+    place, values, ends = errorbars(figure.axes[0])["held-out contexts"]
+    np.testing.assert_allclose(values, rows.excess)
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
+    assert figure.axes[0].get_xlabel() == "Spearman ρ excess"
+
+
+def test_quadrants_shows_estimates_and_shares():
+    table = study_tables.quadrants()
+    figure = figures.quadrants(table)
+    for ax, outcome in zip(figure.axes, study_tables.BOTH, strict=True):
+        for split, label in (("step", "step contexts"), ("held_out", "held-out contexts")):
+            rows = table[
+                (table.outcome == outcome) & (table.split == split) & (table.statistic == "mean")
+            ].sort_values("quadrant")
+            place, values, ends = errorbars(ax)[label]
+            np.testing.assert_allclose(values, rows.estimate)
+            np.testing.assert_allclose(ends, rows[["low", "high"]])
+    held = (
+        table[(table.split == "held_out")].drop_duplicates("quadrant").set_index("quadrant").share
+    )
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        f"{name}\n{held[name]:.0%}" for name in ("Q1", "Q2", "Q3", "Q4", "all")
+    ]
+
+
+def test_q3_contrast_shows_raw_matched_and_placebo():
+    table, matching = study_tables.q3_contrast(), study_tables.matching()
+    figure = figures.q3_contrast(table, matching)
+    scores = ["compatibility", "teachability", "incompatible"]
+    bars = errorbars(figure.axes[0])
+    for rows, label in (
+        (table[table.groups == "tertile"], "held-out contexts"),
+        (matching[matching.replacement], "held-out contexts, matched"),
+    ):
+        rows = (
+            rows[(rows.outcome == "gain") & (rows.split == "held_out")]
+            .set_index("score")
+            .loc[scores]
+        )
+        np.testing.assert_allclose(bars[label][1], rows.difference)
+        np.testing.assert_allclose(bars[label][2], rows[["low", "high"]])
+        more = label.removeprefix("held-out contexts")
+        placebo = next(
+            line for line in figure.axes[0].lines if line.get_label() == f"_placebo held_out{more}"
+        )
+        np.testing.assert_allclose(placebo.get_xdata(), rows.placebo_difference)
+    assert "matched" not in figures.q3_contrast(table).get_supxlabel()
+
+
+def bands(ax) -> list[np.ndarray]:
+    """[N, 3] x, low, high of every band, in drawing order."""
+    found = []
+    for band in (
+        collection
+        for collection in ax.collections
+        if type(collection).__name__ == "FillBetweenPolyCollection"
+    ):
+        points = (
+            pd.DataFrame(band.get_paths()[0].vertices, columns=["x", "y"])
+            .groupby("x")
+            .y.agg(["min", "max"])
+            .reset_index()
+        )
+        found.append(points.to_numpy())
+    return found
+
+
+def test_selection_curves_show_shares_bands_and_oracle():
+    table = study_tables.selection_curves()
+    figure = figures.selection_curves(table)
+    for ax, outcome in zip(figure.axes, study_tables.BOTH, strict=True):
+        rows = table[(table.outcome == outcome) & (table.split == "held_out")]
+        lines = {line.get_label(): line for line in ax.lines}
+        assert set(lines) >= {"divergence", "teachability", "oracle"} and "random" not in lines
+        for name in ("divergence", "teachability"):
+            np.testing.assert_allclose(
+                lines[name].get_ydata(), rows[rows.criterion == name].captured_share
+            )
+        np.testing.assert_allclose(
+            lines["oracle"].get_ydata(), rows[rows.criterion == "random"].oracle
+        )
+        random, divergence = bands(ax)[:2]
+        np.testing.assert_allclose(
+            random[:, 1:], rows[rows.criterion == "random"][["random_low", "random_high"]]
+        )
+        np.testing.assert_allclose(
+            divergence[:, 1:], rows[rows.criterion == "divergence"][["low", "high"]]
+        )
+
+
+def test_lines_keep_to_six_criteria_unless_asked():
+    table = study_tables.selection_curves(names=[*style.CRITERIA, "early", "late"])
+    shown = [line.get_label() for line in figures.selection_curves(table).axes[0].lines]
+    assert "early" not in shown and "teachability" in shown
+    shown = [
+        line.get_label()
+        for line in figures.selection_curves(table, criteria=["late", "absent"]).axes[0].lines
+    ]
+    assert "late" in shown and "teachability" not in shown
+
+
+def test_selection_summary_shows_area_or_enrichment():
+    table = study_tables.selection_summary()
+    for budget, statistic, baseline in ((None, "area", 0.0), (0.05, "enrichment", 1.0)):
+        figure = figures.selection_summary(table, budget=budget)
+        rows = table[
+            (table.outcome == "gain") & (table.split == "held_out") & (table.statistic == statistic)
+        ]
+        rows = rows if budget is None else rows[rows.budget == budget]
+        np.testing.assert_allclose(
+            errorbars(figure.axes[0])["held-out contexts"][1], sorted(rows.estimate, reverse=True)
+        )
+        assert baseline in [
+            line.get_xdata()[0]
+            for line in figure.axes[0].lines
+            if line.get_label().startswith("_child")
+        ]
+
+
+def test_selection_overlap_is_symmetric_with_ones():
+    table = study_tables.selection_overlap()
+    figure = figures.selection_overlap(table)
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    rows = table[(table.statistic == "jaccard") & (table.budget == 0.05)]
+    expected = np.array(
+        [
+            [1, rows.estimate.iloc[0], rows.estimate.iloc[1]],
+            [0, 1, rows.estimate.iloc[2]],
+            [0, 0, 1],
+        ]
+    )
+    np.testing.assert_allclose(shown, np.maximum(expected, expected.T))
+    assert [text.get_text() for text in figure.axes[0].texts][:2] == [
+        "1",
+        f"{rows.estimate.iloc[0]:.2f}"[1:],
+    ]
+
+
+def test_selection_profile_stacks_shares():
+    table = study_tables.selection_profile()
+    figure = figures.selection_profile(table)
+    widths = {
+        container.get_label(): [bar.get_width() for bar in container]
+        for container in figure.axes[0].containers
+    }
+    for measure in ("q1", "q2", "q3", "q4"):
+        rows = table[(table.measure == measure) & (table.budget == 0.05)]
+        assert widths[measure.upper()] == pytest.approx([*rows.estimate, rows.full.iloc[0]])
+
+
+def test_intervention_shows_reductions_with_full_and_placebo_as_levels():
+    table = study_tables.intervention()
+    figure = figures.intervention(table)
+    for ax, group in zip(figure.axes, ("held_out", "step"), strict=True):
+        rows = table[(table.group == group) & (table.measure == "forward_kl")]
+        lines = {line.get_label(): line for line in ax.lines}
+        for name in ("teachability", "random"):
+            np.testing.assert_allclose(
+                lines[name].get_ydata(), rows[rows.criterion == name].reduction
+            )
+        for name in ("full", "placebo"):
+            assert set(lines[name].get_ydata()) == set(rows[rows.criterion == name].reduction)
+        np.testing.assert_allclose(
+            bands(ax)[0][:, 1:], rows[rows.criterion == "random"][["low", "high"]]
+        )
+
+
+def test_distributions_count_every_finite_value():
+    table = study_tables.tokens()
+    figure = figures.distributions(table, columns=["forward_kl", "relative_gain"])
+    for ax, name in zip(figure.axes, ("forward_kl", "relative_gain"), strict=True):
+        corners = np.diff(
+            ax.patches[0].get_xy()[:81], axis=0
+        )  # a step outline of 40 bins: across, up or down, across ...
+        heights = ax.patches[0].get_xy()[1:81:2, 1]
+        assert (
+            len(corners) == 80
+            and round(heights[heights >= 1].sum()) == np.isfinite(table[name]).sum()
+        )
+    assert [ax.get_xlabel() for ax in figure.axes[:2]] == [
+        "forward KL (nats)",
+        "relative gain (fraction)",
+    ]
+
+
+def test_coefficients_show_one_model():
+    table = study_tables.regressions()
+    figure = figures.coefficients(table, winsorised=0.05)
+    rows = table[
+        (table.outcome == "relative_gain")
+        & (table.split == "step")
+        & (table.winsorised == 0.05)
+        & (table.model == "decomposition")
+    ]
+    place, values, ends = errorbars(figure.axes[1])["step contexts"]
+    np.testing.assert_allclose(values, rows.coefficient)
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "student entropy",
+        "teachability",
+        "incompatible",
+    ]
+    assert "winsorised at 5%" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_robustness_shows_every_support_and_variant():
+    table = study_tables.support_robustness()
+    figure = figures.support_robustness(table, statistic="tertile_difference")
+    bars = errorbars(figure.axes[0])
+    for k in (4, 16):
+        rows = table[
+            (table.outcome == "gain")
+            & (table.split == "all")
+            & (table.k == k)
+            & (table.statistic == "tertile_difference")
+        ]
+        np.testing.assert_allclose(bars[f"K = {k}"][1], rows.estimate)
+        np.testing.assert_allclose(bars[f"K = {k}"][2], rows[["low", "high"]])
+    table = study_tables.gain_robustness()
+    rows = table[
+        (table.outcome == "gain")
+        & (table.split == "held_out")
+        & (table.statistic == "decomposition")
+    ]
+    np.testing.assert_allclose(
+        errorbars(figures.gain_robustness(table).axes[0])["held-out contexts"][1], rows.estimate
+    )
+
+
+def test_residual_curves_show_deciles_and_spline():
+    table = study_tables.residual_curves()
+    figure = figures.residual_curves(table)
+    rows = table[
+        (table.outcome == "relative_gain")
+        & (table.split == "held_out")
+        & (table.score == "teachability")
+    ]
+    ax = figure.axes[3]
+    decile, spline = rows[rows.curve == "decile"], rows[rows.curve == "spline"]
+    place, values, ends = errorbars(ax)["decile"]
+    np.testing.assert_allclose(place.astype(float), decile["at"])
+    np.testing.assert_allclose(ends, decile[["low", "high"]])
+    np.testing.assert_allclose(
+        next(line for line in ax.lines if line.get_label() == "spline").get_ydata(), spline.residual
+    )
+    np.testing.assert_allclose(bands(ax)[0][:, 1:], spline[["low", "high"]])
+
+
+def test_attribution_figures_show_their_tables():
+    table = study_tables.linearity()
+    rows = table[table.split == "held_out"]
+    place, values, ends = errorbars(figures.linearity(table).axes[1])["held-out contexts"]
+    np.testing.assert_allclose(values, rows.r2)
+    np.testing.assert_allclose(ends, rows[["r2_low", "r2_high"]])
+    table = study_tables.kernel_shares()
+    rows = table[(table.kernel == "full") & (table.part == "self")]
+    place, values, ends = errorbars(figures.kernel_shares(table).axes[0])["itself"]
+    np.testing.assert_allclose(values, rows.share)
+    np.testing.assert_allclose(ends, rows[["share_low", "share_high"]])
+    table = study_tables.lift()
+    np.testing.assert_allclose(
+        errorbars(figures.lift(table).axes[0])["enrichment"][1], table.enrichment
+    )
+
+
+def test_agreement_finds_the_answer_on_either_side():
+    figure = figures.agreement(study_tables.agreement())
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "captured gain",
+        "captured relative gain",
+        "step forward KL",
+    ]
+    np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.55, 0.35, 0.15])
+    assert (
+        figure.get_supxlabel()
+        == "35 cells, compared at equal budgets; 16 prompts. Bars: intervals over prompts."
+    )
+    everywhere = figures.agreement(study_tables.agreement(), scope="all")
+    np.testing.assert_allclose(errorbars(everywhere.axes[0])["agreement"][1], [0.6, 0.4, 0.2])
+    assert everywhere.get_supxlabel() == "35 cells; 16 prompts. Bars: intervals over prompts."
+
+
+def test_every_figure_is_drawn_and_named():
+    assert set(EVERY) == set(figures.__all__) - {"DOUBLE", "SINGLE"}
+
+
+def test_validation_shows_gains_with_full_as_level():
+    table = study_tables.validation_outcomes()
+    figure = figures.validation(table)
+    rows = table[(table.measure == "forward_kl") & (table.criterion == "teachability")]
+    place, values, ends = errorbars(figure.axes[0])["teachability"]
+    np.testing.assert_allclose(values, rows.gain)
+    np.testing.assert_allclose(ends, rows[["gain_low", "gain_high"]])
+    full = next(line for line in figure.axes[0].lines if line.get_label() == "full")
+    assert set(full.get_ydata()) == set(
+        table[(table.measure == "forward_kl") & (table.criterion == "full")].gain
+    )
+    assert (
+        figure.get_supxlabel()
+        == "3 seeds, 24 held-out prompts. Bars: intervals over seeds and prompts."
+    )
+
+
+def test_figures_of_one_budget_take_the_nearest_to_five_percent():
+    budgets = pd.DataFrame({"budget": [0.001, 0.01, 0.04, 0.3]})
+    assert (
+        style.nearest_budget(budgets) == 0.04
+        and style.nearest_budget(budgets[budgets.budget != 0.04]) == 0.01
+    )
+    table = study_tables.selection_overlap().assign(budget=0.3)
+    assert "Budget 30%." in figures.selection_overlap(table)._supxlabel.get_text()
+
+
+def test_validation_scatter_joins_cells():
+    table, foreseen = study_tables.validation_outcomes(), study_tables.validation_foreseen()
+    figure = figures.validation_scatter(table, foreseen)
+    gains, values = (
+        table.set_index(["measure", "criterion", "budget"]),
+        foreseen.set_index(["answer", "criterion", "budget"]).value,
+    )
+    answers = ("captured_gain", "captured_relative_gain", "one_step_gain")
+    assert [ax.get_xlabel() for ax in figure.axes[:3]] == [
+        "captured gain",
+        "captured relative gain",
+        "gain after first step (nats)",
+    ]
+    assert not figure.axes[3].get_visible()
+    for ax, answer in zip(figure.axes, answers):
+        marks = errorbars(ax)
+        cells = {
+            "random": ("random", 0.05),
+            "_random 1": ("random", 0.3),
+            "teachability": ("teachability", 0.05),
+            "_teachability 1": ("teachability", 0.3),
+        }
+        if answer == "captured_relative_gain":
+            cells = {
+                "random": ("random", 0.3),
+                "teachability": ("teachability", 0.05),
+                "_teachability 1": ("teachability", 0.3),
+            }
+        assert set(marks) == set(cells)
+        for label, cell in cells.items():
+            x, y, ends = marks[label]
+            trained = gains.loc[("forward_kl", *cell)]
+            assert (x[0], y[0], *ends[0]) == pytest.approx(
+                (values[(answer, *cell)], trained.gain, trained.gain_low, trained.gain_high)
+            )
+
+
+def test_training_curves_show_the_mean_and_range_of_seeds():
+    table = study_tables.training_metrics()
+    figure = figures.training_curves(table)
+    ax = figure.axes[0]
+    assert [line.get_label() for line in ax.lines] == ["full", "teachability 5%"] and figure.axes[
+        1
+    ].get_ylabel() == "forward KL, all (nats)"
+    seeds = table[table.criterion == "teachability"].pivot(
+        index="step", columns="seed", values="loss"
+    )
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), seeds.mean(axis=1))
+    band = ax.collections[1].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx(
+        (seeds.to_numpy().min(), seeds.to_numpy().max())
+    )
+    alone = table[(table.criterion == "full") & (table.seed == 0)].drop(
+        columns=["criterion", "budget", "seed"]
+    )
+    smooth = figures.training_curves(alone, window=3).axes[0].lines
+    assert len(smooth) == 1 and smooth[0].get_ydata()[4] == pytest.approx(
+        alone.loss.to_numpy()[3:6].mean()
+    )
+
+
+def test_training_curves_of_a_wide_grid_show_one_budget_and_full():
+    one = study_tables.training_metrics()
+    parts = [one[one.criterion == "full"]]
+    parts += [
+        one[one.criterion != "full"].assign(criterion=name, budget=budget)
+        for name in ("tip", "entropy", "mine")
+        for budget in (0.04, 0.3)
+    ]
+    figure = figures.training_curves(pd.concat(parts, ignore_index=True))
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "full",
+        "TIP 4%",
+        "entropy 4%",
+        "mine 4%",
+    ]
+    assert "Budget 4% and full." in figure._supxlabel.get_text().replace("\n", " ")
+
+
+def test_a_criterion_looks_alike_in_every_figure():
+    names = ["mine", "teachability", "other"]
+    assert style.criterion_style("teachability", names) == style.criterion_style(
+        "teachability", ["tip", "teachability"]
+    )
+    styles = [
+        style.criterion_style(name, [*style.CRITERIA, *names])
+        for name in (*style.CRITERIA, "mine", "other", "random", "full")
+    ]
+    assert len({str(style) for style in styles}) == len(styles) and len(
+        {style["marker"] for style in styles}
+    ) == len(styles)
+
+
+def test_evaluations_show_means_and_intervals():
+    table = study_tables.evaluations()
+    place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]
+    rows = table[table.measure == "forward_kl"]
+    np.testing.assert_allclose(values, rows["mean"])
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
+
+
+def test_position_gain_shows_means_and_bands():
+    table = study_tables.positions()
+    ax = figures.position_gain(table).axes[1]
+    rows = table[(table.outcome == "relative_gain") & (table.split == "held_out")]
+    np.testing.assert_allclose(
+        next(line for line in ax.lines if line.get_label() == "held-out contexts").get_ydata(),
+        rows["mean"],
+    )
+    np.testing.assert_allclose(bands(ax)[1][:, 1:], rows[["low", "high"]])
+
+
+def test_runs_stand_side_by_side():
+    table = study_tables.of_runs()
+    marks = errorbars(figures.runs(table).axes[0])
+    for run in ("one", "two"):
+        rows = table[(table.run == run) & (table.outcome == "gain")]
+        np.testing.assert_allclose(marks[run][1], rows.estimate)
+        np.testing.assert_allclose(marks[run][2], rows[["low", "high"]])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(1e-5, "10⁻⁵"), (2e-6, "2×10⁻⁶"), (0.01, "0.01"), (100, "100"), (1e4, "10⁴"), (0, "0")],
+)
+def test_power(value, text):
+    assert style.power(value) == text
+
+
+def test_missing_column():
+    with pytest.raises(DiagnosticsError) as error:
+        figures.calibration(pd.DataFrame({"step_size": [1.0], "ratio": [1.0], "chosen": [True]}))
+    assert (
+        str(error.value)
+        == "figures.calibration needs the columns predicted_drop, realised_drop; this one has"
+        " step_size, ratio, chosen. Write the missing ones, or run the stage that does."
+    )
+
+
+def test_nothing_to_show():
+    with pytest.raises(DiagnosticsError) as error:
+        figures.correlations(study_tables.correlations(), method="kendall")
+    assert (
+        str(error.value)
+        == "figures.correlations found no row with method in 'kendall'; the table has 'spearman',"
+        " 'pearson'. Pass a table that holds it."
+    )
+    with pytest.raises(DiagnosticsError) as error:
+        figures.q3_gain(study_tables.q3_groups().iloc[:0])
+    assert (
+        str(error.value)
+        == "figures.q3_gain found no row with outcome in 'gain', 'relative_gain'; the table has no"
+        " rows. Pass a table that holds it."
+    )
+
+
+def test_runs_are_named_as_their_folders_whatever_these_hold():
+    """A dollar is no mathematics, and a leading underscore does not take a run out of the
+    legend.
+    """
+    rows = [
+        {
+            "run": run,
+            "outcome": "gain",
+            "criterion": "divergence",
+            "split": "all",
+            "estimate": 0.1,
+            "low": 0.0,
+            "high": 0.2,
+            "positions": 9,
+            "prompts": 3,
+        }
+        for run in ("lr $$", "_first", "a $x$")
+    ]
+    figure = figures.runs(pd.DataFrame(rows))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "lr $$",
+        " _first",
+        "a $x$",
+    ]

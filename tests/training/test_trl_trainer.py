@@ -1,0 +1,646 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from diagnostics import criteria
+from diagnostics.contexts import rollouts
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Bank, Context
+from diagnostics.measure import losses
+from diagnostics.models.pair import Readout, assemble
+from diagnostics.probing import scores
+from diagnostics.training import trl_trainer
+from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
+from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+class Recording(SelectedDistillationTrainer):
+    """Keeps every narrowed batch."""
+
+    def _narrow(self, batch):
+        self.narrowed = [*getattr(self, "narrowed", []), super()._narrow(batch)]
+        return self.narrowed[-1]
+
+
+def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-3, **options):
+    prompts = make_prompts(steps * batch)
+    made = Recording(
+        pair,
+        selection,
+        args=DistillationConfig(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=batch // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=rate,
+            max_completion_length=8,
+            activation_checkpointing=False,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            shuffle_dataset=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=True,
+            **{"bf16": False} | options,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [p.prompt for p in prompts], "row": list(range(len(prompts)))}
+        ),
+    )
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made
+
+
+def logged(made, step=0):
+    return [entry for entry in made.state.log_history if "loss" in entry][step]
+
+
+def bank_of(batch):
+    """A narrowed batch as frozen contexts."""
+    contexts = []
+    for i, mask in enumerate(batch["completion_mask"].bool()):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+        contexts.append(
+            Context(
+                str(i),
+                str(i),
+                "",
+                tuple(prompt),
+                "",
+                tuple(batch["completion_ids"][i][mask].tolist()),
+                True,
+            )
+        )
+    return Bank(tuple(contexts))
+
+
+def on_positions(batch, name):
+    return batch[name][batch["completion_mask"].bool()].numpy()
+
+
+def plain_losses(pair, bank, **options):
+    """Loss [N] at every position, one context at a time, from full float64 logits."""
+    found = []
+    for context in bank:
+        ids = torch.tensor([context.ids])
+        rows = slice(len(context.prompt_ids) - 1, len(context.ids) - 1)
+        with torch.no_grad():
+            student, teacher = (
+                readout.model.double()(ids).logits[0, rows]
+                for readout in (pair.student, pair.teacher)
+            )
+        found.append(
+            losses.per_position(student, teacher, torch.tensor(context.response_ids), **options)
+        )
+        pair.student.model.float(), pair.teacher.model.float()
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize(
+    "criterion, budget",
+    [
+        ("teachability", 0.1),
+        ("entropy", 0.3),
+        ("incompatible", None),
+        ("full", 0.05),
+        ("acceptance", 0.2),
+    ],
+)
+def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, budget):
+    made = train(tmp_path, make_pair(), Selection(criterion, budget))
+    batch, pair = made.narrowed[0], make_pair()
+    bank = bank_of(batch)
+    tokens = scores.score(pair, bank, k=16, sweep=())
+    expected = criteria.select(tokens, criterion, budget=budget)
+    np.testing.assert_array_equal(on_positions(batch, "tool_mask") == 1, expected)
+    assert batch["tool_mask"].sum() == batch["num_items_in_batch"] == expected.sum()
+    reverse = plain_losses(pair, bank, loss="reverse_kl")
+    assert logged(made)["loss"] == pytest.approx(reverse[expected].mean(), rel=1e-5)
+    log = logged(made)
+    assert (
+        log["selected"] == expected.sum()
+        and log["positions"] == bank.positions
+        and log["selected_share"] == pytest.approx(expected.mean())
+    )
+    for name in ("forward_kl", "compatibility", "student_entropy"):
+        assert log[f"{name}/all"] == pytest.approx(tokens[name].mean(), rel=1e-5)
+        assert log[f"{name}/selected"] == pytest.approx(tokens[name][expected].mean(), rel=1e-5)
+    if criterion != "tip":
+        other = criteria.select(tokens, "tip", budget=budget or criteria.find(criterion).budget)
+        assert log["jaccard/tip"] == pytest.approx(
+            (other & expected).sum() / (other | expected).sum()
+        )
+
+
+@pytest.mark.parametrize(
+    "loss, beta",
+    [("forward_kl", 0.5), ("jsd", 0.3), ("jsd", 1.0), ("sampled", 0.5), ("topk_reverse", 0.5)],
+)
+def test_every_loss_is_ours(tmp_path, loss, beta):
+    made = train(tmp_path, make_pair(), Selection("divergence", 0.3, loss=loss, beta=beta))
+    batch, pair = made.narrowed[0], make_pair()
+    values = plain_losses(pair, bank_of(batch), loss=loss, beta=beta, k=16)
+    assert logged(made)["loss"] == pytest.approx(
+        values[on_positions(batch, "tool_mask") == 1].mean(), rel=1e-4
+    )
+    assert logged(made)["grad_norm"] > 0
+
+
+def test_a_soft_weight_weighs(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("acceptance"))
+    batch, pair = made.narrowed[0], make_pair()
+    bank = bank_of(batch)
+    weights = scores.score(pair, bank, sweep=())["acceptance"].to_numpy()
+    values = plain_losses(pair, bank, loss="reverse_kl")
+    assert np.ptp(weights) > 0.1
+    assert logged(made)["loss"] == pytest.approx((weights * values).sum() / weights.sum(), rel=1e-4)
+    assert on_positions(batch, "loss_weights").mean() == pytest.approx(1)
+
+
+def test_accumulation_changes_neither_masks_nor_weights(tmp_path):
+    whole, parts = (
+        train(
+            tmp_path / str(n),
+            make_pair(),
+            Selection("teachability", 0.2),
+            steps=2,
+            batch=8,
+            accumulation=n,
+        )
+        for n in (1, 4)
+    )
+    for one, other in zip(whole.narrowed, parts.narrowed):
+        assert torch.equal(one["completion_ids"], other["completion_ids"]) and torch.equal(
+            one["tool_mask"], other["tool_mask"]
+        )
+    for step in (0, 1):
+        assert logged(whole, step)["loss"] == pytest.approx(logged(parts, step)["loss"], rel=1e-6)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+def test_gradient_is_that_of_the_selected_mean(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("entropy", 0.25), max_grad_norm=0.0)
+    batch, pair = made.narrowed[0], make_pair()
+    for readout in (pair.student, pair.teacher):
+        readout.model.double()
+    total = 0.0
+    for context, mask in zip(bank_of(batch), batch["tool_mask"]):
+        ids, rows = (
+            torch.tensor([context.ids]),
+            slice(len(context.prompt_ids) - 1, len(context.ids) - 1),
+        )
+        ln_p, ln_q = (
+            readout.model(ids).logits[0, rows].log_softmax(-1)
+            for readout in (pair.student, pair.teacher)
+        )
+        total = (
+            total
+            + (
+                (ln_p.exp() * (ln_p - ln_q.detach())).sum(-1) * mask[: len(context.response_ids)]
+            ).sum()
+        )
+    (total / batch["tool_mask"].sum()).backward()
+    norm = sum(p.grad.square().sum() for p in pair.student.model.parameters()).sqrt()
+    assert logged(made)["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_responses_come_from_the_streams_of_their_rows(tmp_path):
+    made = train(tmp_path, make_pair(), Selection("full", seed=5), steps=2, rate=0.0)
+    pair, prompts = make_pair(), make_prompts(8)
+    streams = [rollouts.stream(5, "train", row) for row in range(4, 8)]
+    expected = rollouts.generate(
+        pair.student.model,
+        [pair.tokenizer(p.prompt)["input_ids"] for p in prompts[4:]],
+        rollouts.StreamSampler(streams, 1.0, 1.0, 0, 64),
+        end_ids=pair.end_ids,
+        max_new_tokens=8,
+    )
+    assert [list(c.response_ids) for c in bank_of(made.narrowed[1])] == expected
+
+
+def test_random_selection_is_seeded_by_step():
+    tokens = scores.score(
+        make_pair(), rollouts.rollout(make_pair(), make_prompts(6), max_new_tokens=8), sweep=()
+    )
+    first, again, later, other = (
+        Selection("random", 0.2, seed=s).weights(tokens, step=n)
+        for s, n in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert (first == again).all() and (first != later).any() and (first != other).any()
+    assert first.sum() == later.sum() == criteria.budget_count(len(tokens), 0.2)
+
+
+def test_a_position_that_is_not_finite_carries_no_loss():
+    tokens = scores.score(
+        make_pair(), rollouts.rollout(make_pair(), make_prompts(3), max_new_tokens=8), sweep=()
+    )
+    tokens.loc[2, "forward_kl"] = np.nan
+    weights = Selection("full").weights(tokens, step=0)
+    assert weights[2] == 0 and weights.sum() == len(tokens) - 1
+    tokens["forward_kl"] = np.nan
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            rf"^Criterion 'full' selects none of the {len(tokens)} positions of step 3\. Use a"
+            r" larger batch or budget\.$"
+        ),
+    ):
+        Selection("full").weights(tokens, step=3)
+
+
+def test_a_larger_teacher_head_is_cut(tmp_path):
+    pair = assemble(
+        "tiny", make_model(1), make_model(2, hidden=48, vocabulary=72), make_tokenizer()
+    )
+    kept = pair.teacher.model.lm_head.weight[:64].clone()
+    made = train(tmp_path, pair, Selection("divergence", 0.2))
+    torch.testing.assert_close(made.teacher_model.lm_head.weight, kept, rtol=0, atol=0)
+    assert logged(made)["reverse_kl/selected"] == pytest.approx(logged(made)["loss"], rel=1e-5)
+
+
+def test_a_larger_student_head_is_refused(tmp_path):
+    pair = assemble(
+        "tiny", make_model(1, vocabulary=72), make_model(2, hidden=48), make_tokenizer()
+    )
+    message = (
+        r"^The student's head has 72 ids and the teacher's 64; training compares whole"
+        r" distributions\. "
+        r"Cut the student's first: model\.resize_token_embeddings\(64\)\.$"
+    )
+    with pytest.raises(DiagnosticsError, match=message):
+        train(tmp_path, pair, Selection("full"))
+
+
+def test_another_loss_in_trl_is_noticed(tmp_path, monkeypatch):
+    from trl.trainer import distillation_trainer
+
+    original = distillation_trainer._chunked_divergence_loss
+    monkeypatch.setattr(
+        distillation_trainer,
+        "_chunked_divergence_loss",
+        lambda *a, **k: (2 * original(*a, **k)[0], *original(*a, **k)[1:]),
+    )
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^TRL .* computes a reverse_kl loss of .* on the selected positions, where it is .*"
+            r" Install trl==1\.16\.0\.$"
+        ),
+    ):
+        train(tmp_path, make_pair(), Selection("teachability", 0.2))
+
+
+def test_the_installed_trl_keeps_the_contract():
+    check_contract()
+    source = inspect.getsource(DistillationTrainer._compute_loss)
+    assert (
+        'completion_mask * inputs["tool_mask"]' in source
+        and "completion_mask * tool_mask"
+        in inspect.getsource(DistillationTrainer._generate_and_score_completions)
+    )
+    assert 'inputs["num_items_in_batch"]' in inspect.getsource(DistillationTrainer.compute_loss)
+
+
+def test_a_changed_trl_is_refused():
+    class Renamed:
+        """A release without the method that is overridden first."""
+
+    class Reordered(DistillationTrainer):
+        """A release that takes its arguments in another order."""
+
+        def _compute_loss(self, inputs, unwrapped_student, num_items_in_batch):
+            return None
+
+    start = r"^TRL 9\.9 is not the release that training was written for: DistillationTrainer\."
+    with pytest.raises(
+        DiagnosticsError,
+        match=start
+        + r"_generate_and_score_completions is missing, and \(self, inputs, …\) is relied on\."
+        r" Install trl==1\.16\.0\.$",
+    ):
+        check_contract(Renamed, "9.9")
+    with pytest.raises(
+        DiagnosticsError,
+        match=start
+        + r"_compute_loss takes \(self, inputs, unwrapped_student, num_items_in_batch\), and ",
+    ):
+        check_contract(Reordered, "9.9")
+
+
+def test_a_batch_without_its_mask_is_refused(tmp_path, monkeypatch):
+    original = DistillationTrainer._generate_and_score_completions
+
+    def renamed(self, inputs):
+        batch = original(self, inputs)
+        batch["response_mask"] = batch.pop("completion_mask")
+        return batch
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", renamed)
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            rf"^TRL {trl_trainer.trl_version} is not the release .*: the batch lacks"
+            r" completion_mask\. Install trl==1\.16\.0\.$"
+        ),
+    ):
+        train(tmp_path, make_pair(), Selection("full"))
+
+
+@pytest.mark.parametrize("head_apart", [False, True])
+@pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
+def test_a_head_sharded_by_fsdp_gives_the_same_gradient(head_apart, loss):
+    """One process is enough: FSDP2 keeps DTensors all the same."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    def gradients(shard):
+        pair = make_pair()
+        student, ids = pair.student.model, torch.tensor([[0, 5, 6, 7, 8, 9]])
+        for module in (
+            [*student.model.layers, *([student.lm_head] if head_apart else []), student]
+            if shard
+            else []
+        ):
+            fully_shard(module)
+        kinds = []
+
+        def forward(*_, **__):
+            kinds.append(hasattr(student.lm_head.weight, "full_tensor"))
+            states, teacher = (
+                student.base_model(input_ids=ids, use_cache=False).last_hidden_state[0],
+                pair.teacher.hidden(ids, torch.ones_like(ids))[0],
+            )
+            return losses.chunked_loss(
+                states,
+                trl_trainer._gathered(pair.student).logits,
+                teacher.detach(),
+                trl_trainer._gathered(pair.teacher).logits,
+                torch.tensor([5, 6, 7, 8, 9, 3]),
+                loss=loss,
+                weights_N=torch.ones(6),
+                denominator=6.0,
+            )
+
+        student.forward = forward
+        student().backward()
+        assert kinds == [shard and head_apart]
+        return {
+            name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            for name, p in student.named_parameters()
+        }
+
+    whole = gradients(False)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = gradients(True)
+    finally:
+        distributed.destroy_process_group()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=0, atol=1e-7)
+
+
+def test_a_teacher_in_bfloat16_is_trained_on_and_the_guard_is_quiet(tmp_path):
+    for seed, criterion in enumerate(("margin", "teachability", "random", "full")):
+        pair = make_pair()
+        pair.teacher = Readout(pair.teacher.model.bfloat16(), vocabulary=64)
+        made = train(tmp_path / criterion, pair, Selection(criterion, 0.1, seed=seed))
+        assert made._checked and np.isfinite(logged(made)["loss"])
+
+
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
+def test_bf16_acts_on_scoring_and_on_the_loss(tmp_path, teacher, loss):
+    pair = make_pair()
+    pair.teacher = Readout(pair.teacher.model.to(teacher), vocabulary=64)
+    made = train(tmp_path, pair, Selection("divergence", 0.3, loss=loss), accumulation=2, bf16=True)
+    batch, before = made.narrowed[0], make_pair()
+    assert batch["teacher_states"].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        hidden = before.student.backbone(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state.bfloat16()
+    states = hidden[:, :-1][:, -batch["completion_ids"].shape[1] :][batch["completion_mask"].bool()]
+    expected = losses.per_position(
+        states.float() @ before.student.head.weight.detach().bfloat16().float().T,
+        batch["teacher_states"][batch["completion_mask"].bool()].float()
+        @ before.teacher.head.weight.detach().bfloat16().float().T,
+        batch["completion_ids"][batch["completion_mask"].bool()],
+        loss=loss,
+    )
+    chosen = on_positions(batch, "tool_mask") == 1
+    assert logged(made)["loss"] == pytest.approx(expected.numpy()[chosen].mean(), rel=2e-3)
+
+
+def test_without_bf16_full_is_plain_trl_bit_for_bit(tmp_path):
+    class Plain(DistillationTrainer):
+        """TRL but for where its responses come from."""
+
+        def _generate_and_score_completions(self, inputs):
+            self._streams = [rollouts.stream(0, "train", example["row"]) for example in inputs]
+            batch = super()._generate_and_score_completions(inputs)
+            torch.manual_seed(
+                int(rollouts.stream(0, "step", self.state.global_step).integers(2**31))
+            )
+            return batch
+
+        def _generate_single_turn(self, prompt_ids, *_, **__):
+            chooser = rollouts.StreamSampler(self._streams, 1.0, 1.0, 0, 64)
+            return rollouts.generate(
+                self.model, prompt_ids, chooser, end_ids=self.eos_token_ids, max_new_tokens=8
+            )
+
+    for accumulation in (1, 2):
+        pair, prompts = make_pair(), make_prompts(8)
+        args = DistillationConfig(
+            output_dir=str(tmp_path / "plain"),
+            max_steps=2,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-3,
+            max_completion_length=8,
+            bf16=False,
+            activation_checkpointing=False,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            shuffle_dataset=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            beta=1.0,
+        )
+        plain = Plain(
+            model=pair.student.model,
+            teacher_model=pair.teacher.model,
+            processing_class=pair.tokenizer,
+            args=args,
+            train_dataset=Dataset.from_dict(
+                {"prompt": [p.prompt for p in prompts], "row": list(range(8))}
+            ),
+        )
+        plain.train()
+        ours = train(
+            tmp_path / "ours", make_pair(), Selection("full"), steps=2, accumulation=accumulation
+        )
+        assert [logged(ours, step)["loss"] for step in (0, 1)] == [
+            logged(plain, step)["loss"] for step in (0, 1)
+        ]
+        for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_dropout_does_not_ring_the_guard(tmp_path):
+    pair = make_pair()
+    for layer in pair.student.model.model.layers:
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
+    made = train(tmp_path, pair, Selection("divergence", 0.3), disable_dropout=False)
+    assert made._checked
+
+
+def test_scoring_takes_as_many_responses_at_once_as_the_loss(tmp_path, monkeypatch):
+    sizes = []
+    original = SelectedDistillationTrainer._measured
+    monkeypatch.setattr(
+        SelectedDistillationTrainer,
+        "_measured",
+        lambda self, part: (sizes.append(len(part["valid"])), original(self, part))[1],
+    )
+    train(tmp_path, make_pair(), Selection("teachability", 0.2), batch=8, accumulation=4)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_scoring_out_of_memory_is_halved(tmp_path, monkeypatch, caplog):
+    original = SelectedDistillationTrainer._measured
+
+    def full(self, part):
+        if len(part["valid"]) > limit:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, part)
+
+    limit = 8
+    whole = train(tmp_path / "whole", make_pair(), Selection("teachability", 0.2), batch=8)
+    monkeypatch.setattr(SelectedDistillationTrainer, "_measured", full)
+    limit = 2
+    halved = train(tmp_path / "halved", make_pair(), Selection("teachability", 0.2), batch=8)
+    assert torch.equal(whole.narrowed[0]["tool_mask"], halved.narrowed[0]["tool_mask"])
+    assert "8 responses do not fit in memory at once: scored in halves" in caplog.text
+    limit = 0
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^Scoring 1 responses at once does not fit in memory \(injected\)\. Raise"
+            r" --accumulation, "
+        ),
+    ):
+        train(tmp_path / "none", make_pair(), Selection("teachability", 0.2), batch=8)
+
+
+def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):
+    pair = make_pair()
+    pair.teacher.apart = False
+    message = (
+        r"^The teacher \(LlamaForCausalLM\) cannot be taken apart into backbone and output head,"
+        r" from which the loss is made\. It can be scored and probed; "
+    )
+    with pytest.raises(DiagnosticsError, match=message):
+        train(tmp_path, pair, Selection("full"))
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}])
+def test_the_sampled_loss_needs_samples_from_p(tmp_path, options):
+    (name,) = options
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            rf"^The loss `sampled` is an estimate over tokens drawn from p itself, and {name} draws"
+            r" them from something else\. "
+        ),
+    ):
+        train(tmp_path, make_pair(), Selection("full", loss="sampled"), **options)
+    assert logged(train(tmp_path, make_pair(), Selection("full"), **options))["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"generation_kwargs": {"no_repeat_ngram_size": 2}},
+    ],
+)
+def test_what_our_own_sampling_does_not_know_is_refused(tmp_path, options):
+    (name,) = options
+    with pytest.raises(DiagnosticsError, match=rf"^{name} acts only where vLLM generates\. "):
+        train(tmp_path, make_pair(), Selection("full"), **options)
+
+
+def test_engines_without_whole_heads_are_refused():
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^DeepSpeed ZeRO-3 shards the output heads .* Use ZeRO-2, or FSDP2"
+            r" \(configs/fsdp2-8gpu\.yaml\)"
+        ),
+    ):
+        trl_trainer._check_engine(zero3=True, fsdp=None)
+    with pytest.raises(
+        DiagnosticsError, match=r"^FSDP's first version shards .* Set fsdp_version: 2"
+    ):
+        trl_trainer._check_engine(zero3=False, fsdp=1)
+    trl_trainer._check_engine(zero3=False, fsdp=2)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize(
+    "tied, field, refused",
+    [
+        (False, {"modules_to_save": ["lm_head"]}, "output head"),
+        (True, {"modules_to_save": ["embed_tokens"]}, "embedding, which is tied to the head"),
+        (
+            True,
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            "embedding, which is tied to the head",
+        ),
+        (False, {"modules_to_save": ["embed_tokens"]}, None),
+    ],
+)
+def test_an_adapter_on_the_head_is_refused(tmp_path, tied, field, refused):
+    peft = pytest.importorskip("peft")
+    student = make_model(1)
+    if tied:
+        student.config.tie_word_embeddings = True
+        student.tie_weights()
+    pair = assemble("tiny", student, make_model(2, hidden=48), make_tokenizer())
+    config = peft.LoraConfig(
+        **{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | field
+    )
+    arguments = dict(
+        args=DistillationConfig(
+            output_dir=str(tmp_path),
+            bf16=False,
+            report_to="none",
+            activation_checkpointing=False,
+            max_steps=1,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["w1"], "row": [0]}),
+        peft_config=config,
+    )
+    if refused is None:
+        SelectedDistillationTrainer(pair, Selection("full"), **arguments)
+        return
+    with pytest.raises(
+        DiagnosticsError,
+        match=rf"^The adapter reaches the {refused} \(.*\), where training would not see it\. ",
+    ):
+        SelectedDistillationTrainer(pair, Selection("full"), **arguments)
