@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.rows import read_rows
+from diagnostics.core.rows import EXACT, missing, read_rows
 from diagnostics.core.schema import require_columns, validate_tokens
 from diagnostics.core.types import RELATIVE_GAIN_FLOOR
 
@@ -60,6 +60,15 @@ MEASURED = {
 }
 WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 """Flags as words; numbers and true booleans are read as they are."""
+IDS = (
+    "sample_index",
+    "sample_ordinal",
+    "group_index",
+    "rollout_id",
+    "context_id",
+    "prompt_id",
+)
+"""Columns of ids, theirs and ours."""
 STATED_K = ("k", "top_k", "topk")
 LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
 LARGEST = 2**31 - 2
@@ -98,8 +107,10 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
     cannot be read or is neither kind of table."""
     path = Path(path)
     frame = read_rows(path)
+    exact = _exact_ids(frame, path)
+    frame = frame.assign(**exact)
     if "context_id" in frame:
-        return validate_tokens(_text_as_written(frame, path))
+        return validate_tokens(_named_by_text(_text_as_written(frame, path, set(exact)), path))
     if not {"sample_index", "tok_pos"} <= set(frame.columns):
         raise DiagnosticsError(
             f"{path} is no token table: neither context_id nor sample_index and tok_pos are among"
@@ -109,11 +120,57 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
     return from_released(frame)
 
 
-def _text_as_written(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """In a CSV a token may be the word `null` and an id `007`; neither is a number or missing."""
-    if path.suffix == ".csv":
-        text = [name for name in ("context_id", "prompt_id", "token", "split") if name in frame]
-        frame = frame.assign(**pd.read_csv(path, usecols=text, dtype="str", keep_default_na=False))
+def _exact_ids(frame: pd.DataFrame, path: Path) -> dict[str, pd.Series]:
+    """Columns of ids that came out as floats, as the file has them: one gap does that to whole
+    numbers, and large ones are then no longer told apart.
+    """
+    rounded = [name for name in IDS if name in frame and frame[name].dtype.kind == "f"]
+    written = read_rows(path, text=True) if rounded else frame
+    return {
+        name: pd.Series(
+            [
+                _cell(value) if there else None
+                for value, there in zip(written[name], frame[name].notna(), strict=True)
+            ],
+            index=frame.index,
+            dtype=object,
+        )
+        for name in rounded
+    }
+
+
+def _cell(value):
+    """A CSV's cell: 007 stays, 3.0 is a number."""
+    decimal = isinstance(value, str) and not value.strip().removeprefix("-").isdecimal()
+    return float(value) if decimal else value
+
+
+def _text_as_written(frame: pd.DataFrame, path: Path, exact: set[str]) -> pd.DataFrame:
+    """In a CSV a token may be the word `null` and an id `007`; neither is a number or missing.
+
+    An empty id is missing. exact: columns that are as written already."""
+    names = {"context_id", "prompt_id", "token", "split"} - exact
+    if path.suffix == ".csv" and (text := [name for name in frame if name in names]):
+        written = pd.read_csv(path, usecols=text, dtype="str", keep_default_na=False)
+        for name in {"context_id", "prompt_id"} & set(text):
+            written[name] = written[name].where(written[name] != "", None)
+        frame = frame.assign(**written)
+    return frame
+
+
+def _named_by_text(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Ids as text. Raises DiagnosticsError for ids that are floats of 2**53 and more: as names they
+    would join what was apart.
+    """
+    for name in {"context_id", "prompt_id"} & set(frame):
+        vague = _vague(frame[name])
+        if vague:
+            raise DiagnosticsError(
+                f"{path}: {name} holds {vague} floats of 2**53 and more, which no longer tell whole"
+                " numbers apart. Write the ids as whole numbers or as text."
+            )
+        if _is_mixed(frame[name]):
+            frame = frame.assign(**{name: _ids(frame[name])})
     return frame
 
 
@@ -126,6 +183,7 @@ def from_released(frame: pd.DataFrame) -> pd.DataFrame:
     require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
     notes: list[list[str]] = []
     frame = frame.reset_index(drop=True)
+    frame = frame.assign(**_id_columns(frame, notes))
     keys, kept = pd.DataFrame(_keys(frame, notes)), _supervised(frame, notes)
     frame, keys = frame[kept].reset_index(drop=True), keys[kept].reset_index(drop=True)
     after = _plain_is_after(frame)
@@ -240,7 +298,17 @@ def _keys(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
     context = sample
     if "rollout_id" in frame:
         rollout = _filled(frame["rollout_id"], sample)
-        context = ("rollout-" + _ids(rollout) + "-").where(rollout.notna(), "") + sample
+        if gaps := int(rollout.isna().sum()):
+            notes.append(
+                [
+                    "gaps",
+                    "rollout_id",
+                    f"rollout_id is empty in {gaps} of {len(frame)} rows, and the other rows of"
+                    " their samples do not tell it: these rows are taken for a response of their"
+                    " own.",
+                ]
+            )
+        context = ("rollout-" + rollout.astype(object) + "-").where(rollout.notna(), "") + sample
     position = _whole(frame, "tok_pos")
     token_id = _whole(frame, "token_id")
     token = frame["token"].astype(str) if "token" in frame else token_id.astype(str)
@@ -260,7 +328,7 @@ def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
     """
     gaps = int(frame["sample_index"].isna().sum())
     if not gaps:
-        return "sample-" + _ids(frame["sample_index"])
+        return "sample-" + frame["sample_index"]
     if "sample_ordinal" in frame and frame["sample_ordinal"].notna().all():
         notes.append(
             [
@@ -272,7 +340,7 @@ def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
                 ),
             ]
         )
-        return "ordinal-" + _ids(frame["sample_ordinal"])
+        return "ordinal-" + frame["sample_ordinal"]
     raise DiagnosticsError(
         f"sample_index is empty in {gaps} of {len(frame)} rows, and there is no sample_ordinal to"
         " tell the samples apart. Fill one of the two in."
@@ -314,7 +382,7 @@ def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
                 ),
             ]
         )
-    return ("group-" + _ids(group)).where(group.notna(), context)
+    return ("group-" + group.astype(object)).where(group.notna(), context)
 
 
 def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
@@ -348,17 +416,48 @@ def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd
     return length.astype("int64")
 
 
+def _id_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+    """The columns of ids as text; floats of 2**53 and more are no ids, and are counted."""
+    found = {}
+    for name in (name for name in IDS if name in frame):
+        found[name] = _ids(frame[name])
+        if vague := _vague(frame[name]):
+            notes.append(
+                [
+                    "vague_ids",
+                    name,
+                    f"{name} holds floats of 2**53 and more in {vague} of {len(frame)} rows, which"
+                    " no longer tell whole numbers apart: they count as empty.",
+                ]
+            )
+    return found
+
+
 def _ids(values: pd.Series) -> pd.Series:
-    """Ids as text; 3.0, as a column that once had gaps holds it, is 3."""
-    texts = [
-        (
-            str(int(value))
-            if isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-            else str(value)
-        )
-        for value in values
-    ]
-    return pd.Series(texts, index=values.index, dtype="str")
+    """Ids as text, None where there is none; 3.0, as a column that once had gaps holds it, is 3."""
+    texts = [_id(value) for value in values] if _is_mixed(values) else values.astype("str")
+    return pd.Series(texts, index=values.index, dtype=object)
+
+
+def _is_mixed(values: pd.Series) -> bool:
+    """The column may hold floats, or values of several kinds: each is looked at."""
+    return values.dtype == object or values.dtype.kind == "f"
+
+
+def _id(value) -> str | None:
+    if missing(value):
+        return None
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, float) or not value.is_integer():
+        return str(value)
+    return str(int(value)) if abs(value) < EXACT else None
+
+
+def _vague(values: pd.Series) -> int:
+    """How many values are ids that a float no longer tells from its neighbours."""
+    if not _is_mixed(values):
+        return 0
+    return sum(_id(value) is None and not missing(value) for value in values)
 
 
 def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Series]:
