@@ -65,6 +65,7 @@ class Readout:
     """One causal language model as `hidden(ids) -> states` and `logits(states) -> logits`."""
 
     def __init__(self, model: nn.Module, *, vocabulary: int | None = None):
+        _refuse_virtual_tokens(model)
         self.model = model
         self.backbone = backbone(model)
         self.head = model.get_output_embeddings()
@@ -129,6 +130,11 @@ class Readout:
             else torch.tanh(logits_nV / self._softcap) * self._softcap
         )
 
+    @property
+    def scale(self) -> float:
+        """What the model multiplies its logits by, as was found on the model itself."""
+        return self._scale
+
     def park(self) -> None:
         """Move the model to main memory, leaving a copy of its head where it was: states can still
         be projected.
@@ -188,11 +194,26 @@ class Readout:
         return False
 
 
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse an adapter in memory that puts tokens of its own before a text: positions would be
+    others.
+    """
+    settings = getattr(model, "peft_config", {}).values()
+    kinds = [str(each.peft_type) for each in settings if each.is_prompt_learning]
+    if kinds:
+        raise DiagnosticsError(
+            f"The model has an adapter of type {kinds[0].removeprefix('PeftType.')}, which puts"
+            " virtual tokens before the prompt. Only adapters of the weights, such as LoRA, can be"
+            " measured."
+        )
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """What a model runs before its output head; the model itself where that is not known.
 
     Some classes name a prefix that they do not have (Llama 4's text model): there it is what all
-    others call `model`."""
+    others call `model`. An adapter's is that of the model that it was put into, layers and all."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
     inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model
 

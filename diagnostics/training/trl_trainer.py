@@ -30,8 +30,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.measure import divergences, losses
-from diagnostics.models.pair import Pair, Readout
+from diagnostics.models.pair import Pair, Readout, backbone
 
 log = logging.getLogger("diagnostics")
 
@@ -217,6 +217,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
         self._prompt_ids: list[list[int] | None] = []
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        for readout in (pair.student, pair.teacher):
+            _name_backbone(readout.model)
         super().__init__(
             model=pair.student.model,
             teacher_model=_same_vocabulary(pair),
@@ -276,6 +278,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
         with (
             whole as student,
+            _without_noise(student),
             torch.no_grad(),
             autocast,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
@@ -338,10 +341,11 @@ class SelectedDistillationTrainer(DistillationTrainer):
         rows = self.args.per_device_train_batch_size
         named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
         parts = []
-        for start in range(0, len(valid_BT), rows):
-            parts += self._measure_rows(
-                {name: value[start : start + rows] for name, value in named.items()}
-            )
+        with _without_noise(self.model_wrapped):
+            for start in range(0, len(valid_BT), rows):
+                parts += self._measure_rows(
+                    {name: value[start : start + rows] for name, value in named.items()}
+                )
         columns, states = zip(*parts, strict=True)
         return {
             name: torch.cat([part[name] for part in columns]) for name in columns[0]
@@ -471,9 +475,12 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @property
     def _trl_loss(self) -> bool:
-        """True where TRL has the loss: a member of its beta family on unweighted positions."""
+        """True where TRL has the loss: a member of its beta family on unweighted positions, of
+        models whose logits it scales as they do.
+        """
         soft = criteria.find(self.selection.criterion).kind == "weight"
-        return self.selection.loss in (*BETAS, "jsd") and not soft
+        scaled = any(map(_scales_otherwise, (self.pair.student, self.pair.teacher)))
+        return self.selection.loss in (*BETAS, "jsd") and not soft and not scaled
 
     def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
         """As TRL's, under the autocast that was asked for; in the loss, the teacher's states are
@@ -614,6 +621,19 @@ class SelectedDistillationTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
 
+@contextmanager
+def _without_noise(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it is, for sampling and measuring: dropout, and noise on embeddings, belong to
+    the loss alone, or tokens would be drawn from something else than p.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _same_vocabulary(pair: Pair):
     """The teacher, its head cut to the student's ids where it has more."""
     sizes = pair.student.full_vocabulary, pair.teacher.full_vocabulary
@@ -650,6 +670,21 @@ def _check_pair(pair: Pair) -> None:
                 " and output head, from which the loss is made. It can be scored and probed;"
                 " choose another architecture for training."
             )
+
+
+def _scales_otherwise(readout: Readout) -> bool:
+    """TRL multiplies logits by the configuration's `logit_scale`, which MPT has and leaves out."""
+    scale = getattr(readout.model.config.get_text_config(), "logit_scale", None)
+    return scale is not None and scale != readout.scale
+
+
+def _name_backbone(model: torch.nn.Module) -> None:
+    """TRL reaches the backbone by its class's prefix; Llama 4's text model names one that it does
+    not have.
+    """
+    found = backbone(model)
+    if model.base_model is model and found is getattr(model, "model", None):
+        model.base_model_prefix = "model"
 
 
 def _check_options(selection: Selection, options: dict) -> None:
