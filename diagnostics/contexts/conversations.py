@@ -45,6 +45,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message holds what the model thought; the library fills the others from any
 of them.
 """
+CALLS = ("tool_calls", "function_call")
+"""Names under which a message holds calls; the second is the older one."""
+SENSES = ("images", "image", "videos", "video", "audios", "audio")
+"""Names under which a message, or a row, holds what is no text."""
+BESIDE = ("system", "history", "input", "functions", *SENSES)
+"""Columns in which files hold more of a conversation, and which are not read."""
 
 
 def shown(value, length: int = 80) -> str:
@@ -102,13 +108,15 @@ def from_json(text: str, where: str) -> Any:
 
 
 def read_text(value, where: str):
-    """A prompt or reply: text that holds messages as JSON becomes the messages, other text stays.
+    """A prompt or reply: text that holds messages as JSON, alone or as an object's `messages`,
+    becomes the messages, other text stays.
 
     Raises DiagnosticsError for messages in Python's notation, as a table of dicts becomes in a CSV.
     """
     if not isinstance(value, str):
         return value
     held = from_json(value, where)
+    held = held.get("messages") if isinstance(held, dict) else held
     if (
         isinstance(held, list)
         and held
@@ -148,15 +156,17 @@ def _message(value, where: str, blocks: bool) -> dict:
             " that row."
         )
     message, where = plain(value, where), f"{where} ({value['role'][:20]})"
-    content = message.get("content")
+    content, senses = message.get("content"), [name for name in SENSES if message.get(name)]
+    if senses:
+        raise DiagnosticsError(
+            f"{where} holds {', '.join(senses)}. Only text is read; remove that row."
+        )
     if isinstance(content, list):
         texts = [_block(block, where) for block in content]
         message["content"] = (
             [{"type": "text", "text": text} for text in texts] if blocks else "\n".join(texts)
         )
-    elif content is None and not (
-        message.get("tool_calls") or any(message.get(name) for name in REASONING)
-    ):
+    elif content is None and not (any(message.get(name) for name in (*CALLS, *REASONING))):
         raise DiagnosticsError(
             f"{where} has no content (None) and no tool_calls. Give it text, or remove it."
         )
@@ -178,6 +188,16 @@ def _block(block, where: str) -> str:
     raise DiagnosticsError(
         f"{where} holds a block of content that is no text: {shown(block)}. Only text is read;"
         " remove that row."
+    )
+
+
+def holds_more(values: Mapping[str, Any], used: str) -> bool:
+    """A row holds more of its conversation in a column that is not read. used: the column that
+    is.
+    """
+    held = (values.get(name) for name in BESIDE if name != used)
+    return any(
+        not missing(value) and (not hasattr(value, "__len__") or len(value)) for value in held
     )
 
 

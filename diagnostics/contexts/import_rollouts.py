@@ -34,7 +34,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.conversations import REASONING, from_json, read_text, row_arguments, shown
+from diagnostics.contexts.conversations import (
+    CALLS,
+    REASONING,
+    from_json,
+    holds_more,
+    read_text,
+    row_arguments,
+    shown,
+)
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.prompts import NOTED, digest, far_longer, is_vague, name_of, say_unused
 from diagnostics.contexts.rendering import PROBE, Renderer
@@ -128,6 +136,7 @@ def freeze(
     for number, values in enumerate(frame.to_dict("records"), 1):
         row = Row(values, f"{path}, row {number}", freezer.counts, asked)
         found.append(freezer(read_row(FORMATS[kind], row), row.where))
+        freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
     kept = [context for context in found if context is not None]
     wanted = len(kept) if contexts is None else contexts
     counts = freezer.counted()
@@ -135,8 +144,9 @@ def freeze(
     if not kept or not 1 <= wanted <= len(kept):
         _say(counts, path)
         raise DiagnosticsError(
-            f"{path} holds {len(kept)} usable contexts of {len(frame)}, and {wanted} are asked for."
-            " Name a larger file or lower --contexts."
+            f"{path} holds {len(kept)} usable contexts of {len(frame)}"
+            + (f", and {wanted} are asked for" if contexts is not None else "")
+            + ". Name a larger file or lower --contexts."
         )
     bank = Bank(tuple(_named(kept[:wanted], path)))
     log.info(
@@ -188,6 +198,9 @@ COUNTED = {
     "prompts_special_inside": NOTED["special_inside"],
     "prompts_vague_ids": NOTED["vague_ids"],
     "prompts_arguments_unused": NOTED["arguments_unused"],
+    "prompts_start_missing": NOTED["start_missing"],
+    "prompts_unwritten": NOTED["unwritten"],
+    "prompts_beside": NOTED["beside"],
 }
 """What is counted, in the words of the log."""
 HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
@@ -472,32 +485,53 @@ def _trl(row: Row) -> Rollout:
     )
 
 
-MASKS = ("loss_mask", "response_mask", "completion_mask")
-"""Columns in which a plain row may say which of its response's tokens are the student's."""
+MASKS = (
+    "loss_mask",
+    "response_mask",
+    "completion_mask",
+    "action_mask",
+    "assistant_masks",
+    "tool_mask",
+)
+"""Columns in which a plain row may say which of its response's tokens are the student's: those that
+all of them say."""
 
 
 def _plain(row: Row) -> Rollout:
-    prompt, ids = row.get("prompt"), row.ids("response_ids")
+    prompt, ids, prompt_ids = row.get("prompt"), row.ids("response_ids"), row.ids("prompt_ids")
     masks = {name: row.mask(name) for name in MASKS}
-    name, own = next(
-        ((name, mask) for name, mask in masks.items() if mask is not None), (None, None)
-    )
-    if own is not None and len(own) != len(ids or ()):
-        raise DiagnosticsError(
-            f"{row.where}: {name} has {len(own)} values for {len(ids or ())} response_ids. Give one"
-            " a token, or leave it out."
-        )
+    prompt_ids, masks["attention_mask"] = _attended(row, prompt_ids, ids)
+    given = {name: mask for name, mask in masks.items() if mask is not None}
+    for name, mask in given.items():
+        if len(mask) != len(ids or ()):
+            raise DiagnosticsError(
+                f"{row.where}: {name} has {len(mask)} values for {len(ids or ())} response_ids."
+                " Give one a token, or leave it out."
+            )
     return Rollout(
         row.get("messages") if prompt is None else prompt,
-        prompt_ids=row.ids("prompt_ids"),
+        prompt_ids=prompt_ids,
         response_ids=ids,
         prompt_id=row.name("prompt_id"),
         context_id=row.name("context_id"),
-        own=own,
+        own=tuple(map(all, zip(*given.values(), strict=True))) if given else None,
         teacher_prompt=row.get("teacher_prompt"),
         arguments=row.arguments(),
         **row.reply("response"),
     )
+
+
+def _attended(
+    row: Row, prompt_ids: tuple[int, ...] | None, response_ids: tuple[int, ...] | None
+) -> tuple[tuple[int, ...] | None, tuple[bool, ...] | None]:
+    """The prompt's ids and the response's mask by an attention mask of prompt and response, of the
+    prompt alone or of the response alone.
+    """
+    mask, first = row.mask("attention_mask"), len(prompt_ids or ())
+    if mask is None or len(mask) not in (first, first + len(response_ids or ())):
+        return prompt_ids, mask
+    kept = tuple(i for i, there in zip(prompt_ids or (), mask) if there)
+    return (kept or prompt_ids) if prompt_ids else None, mask[first:] or None
 
 
 FORMATS: dict[str, Format] = {
@@ -624,7 +658,7 @@ class _Freezer:
         )
         thought, calls = (
             {name for name in REASONING if message.get(name)},
-            {"tool_calls"} & set(message),
+            {name for name in CALLS if name in message},
         )
         if not thought and not calls:
             return content
@@ -636,7 +670,7 @@ class _Freezer:
         self.counts["unwritten" if lost else "rewritten"] += 1
         if with_calls is not None or text is None:
             return with_calls
-        bare = {key: value for key, value in message.items() if key != "tool_calls"}
+        bare = {key: value for key, value in message.items() if key not in CALLS}
         return self._rewritten(rollout, bare, thought, where) if thought else content
 
     def _rewritten(

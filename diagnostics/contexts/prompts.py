@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.contexts.conversations import ARGUMENTS, plain, read_text, row_arguments
+from diagnostics.contexts.conversations import (
+    ARGUMENTS,
+    holds_more,
+    plain,
+    read_text,
+    row_arguments,
+)
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
@@ -53,6 +59,18 @@ NOTED = {
     ),
     "arguments_unused": (
         "prompts have tools or documents that are not used: nothing of them is in the rendered text"
+    ),
+    "start_missing": (
+        "prompts were rendered and lack the start token that the chat template writes; the"
+        " tokenizer adds none"
+    ),
+    "unwritten": (
+        "chats hold messages, tool calls or reasoning of which the chat template writes nothing:"
+        " the student does not see them"
+    ),
+    "beside": (
+        "rows hold more of the conversation in columns that are not read (system, history, images"
+        " and the like): the student does not see it"
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
@@ -181,6 +199,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         text = renderer(value, where, arguments, rendered=stays)
         teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
         renderer.counts["vague_ids"] += is_vague(values.get("prompt_id"))
+        renderer.counts["beside"] += not stays and holds_more(values, column)
         source = value if stays else read_text(value, where)
         identity = name_of(values.get("prompt_id"), where) or names.setdefault(
             (text, teacher), _source_digest(source, arguments, values)
@@ -321,8 +340,9 @@ def take(
             else "Add prompts or lower --contexts."
         )
         raise DiagnosticsError(
-            f"{source} holds {len(prompts)} usable prompts{why}, and {wanted} are asked for."
-            f" {remedy}"
+            f"{source} holds {len(prompts)} usable prompts{why}"
+            + (f", and {wanted} are asked for" if contexts is not None else "")
+            + f". {remedy}"
         )
     return prompts[:wanted]
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from diagnostics.contexts.conversations import (
+    CALLS,
+    REASONING,
     as_messages,
     read_text,
     require_template,
@@ -106,8 +108,21 @@ class Renderer:
             rendered and self.frame[0] and text.startswith(self.frame[0])
         ):  # as the template begins a prompt, start token or none
             self.written.add(text)
+        counts["start_missing"] += rendered and self._lacks_start(text)
         counts["special_inside"] += not rendered and self.has_special(text)
         return rendered
+
+    def _lacks_start(self, text: str) -> bool:
+        """The template begins with a special token, the text as it goes on after that, and the
+        tokenizer puts nothing before it.
+        """
+        head = self.frame[0]
+        first = next((token for token in self.special if head.startswith(token)), "")
+        rest = head.removeprefix(first).strip()
+        bare = bool(first and rest) and text.strip().startswith(rest)
+        return bare and encode_prompt(self.tokenizer, text) == encode_prompt(
+            self.tokenizer, text, rendered=True
+        )
 
     def _asked(
         self, messages: list[dict], where: str, arguments: dict[str, Any], counts: Counter
@@ -126,7 +141,33 @@ class Renderer:
         counts["arguments_unused"] += any(
             [not self._is_written(name, text, messages, where, arguments, how) for name in given]
         )
+        counts["unwritten"] += any(
+            self._is_lost(number, text, messages, where, arguments | how)
+            for number in range(len(messages))
+        )
         return text
+
+    def _is_lost(
+        self, number: int, text: str, messages: list[dict], where: str, how: dict[str, Any]
+    ) -> bool:
+        """Text, calls or reasoning of a message of which nothing is in what the template wrote."""
+        message = messages[number]
+
+        def writes(other: dict) -> str | None:
+            changed = [*messages[:number], other, *messages[number + 1 :]]
+            try:
+                return self.render(changed, where, how)
+            except DiagnosticsError:  # it cannot do without
+                return None
+
+        for held in (CALLS, REASONING):
+            bare = {"content": ""} | {k: v for k, v in message.items() if k not in held}
+            if any(message.get(name) for name in held) and writes(bare) == text:
+                return True
+        words = _words(message)
+        if not words or words in text:
+            return False
+        return writes({**message, "content": PROBE}) == text
 
     def continues(self, messages: list[dict], arguments: dict[str, Any]) -> bool:
         """The last message begins the reply: the caller says so, or the message itself (`prefix`,
@@ -212,10 +253,14 @@ class Renderer:
         if any(stripped.startswith(token) for token in self.special):
             return True
         head, tail = (part.strip() for part in self.frame)
+        bare = head
+        for token in self.special:  # a log that was decoded without them
+            bare = bare.replace(token, "")
+        heads = tuple(part for part in (head, bare.strip()) if part)
         return (
             bool(tail)
             and stripped.endswith(tail)
-            and (self.has_special(tail) or (bool(head) and stripped.startswith(head)))
+            and (self.has_special(tail) or (bool(heads) and stripped.startswith(heads)))
         )
 
     def spells(self, text, ids) -> bool:
@@ -260,6 +305,13 @@ class Renderer:
             )
         except DiagnosticsError:
             return ""
+
+
+def _words(message: dict) -> str:
+    """The end of a message's text, beyond what it thought: templates cut that, and spaces."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else content[-1]["text"] if content else ""
+    return text.rpartition("</think>")[2].strip()
 
 
 def _has_blocks(value) -> bool:
