@@ -133,23 +133,23 @@ STAGES = {
         "probing.one_step.ProbeConfig",
         "probing.scores.ScoreConfig",
     ),
-    "analyze": ("pipeline.stages.AnalysisConfig",),
+    "analyze": ("analysis.config.AnalysisConfig",),
     "report": (),
 }
 STAGES["run"] = tuple(dict.fromkeys(config for configs in STAGES.values() for config in configs))
-STAGES["compare"] = ("analysis.selection.ComparisonConfig", "pipeline.stages.AnalysisConfig")
+STAGES["compare"] = ("analysis.selection.ComparisonConfig", "analysis.config.AnalysisConfig")
 STAGES["intervene"] = (
     "models.pair.PairConfig",
     "probing.one_step.ProbeConfig",
     "probing.intervention.InterventionConfig",
-    "pipeline.stages.AnalysisConfig",
+    "analysis.config.AnalysisConfig",
     "probing.scores.ScoreConfig",
 )
 STAGES["attribute"] = (
     "models.pair.PairConfig",
     "probing.one_step.ProbeConfig",
     "probing.attribution.AttributionConfig",
-    "pipeline.stages.AnalysisConfig",
+    "analysis.config.AnalysisConfig",
     "probing.scores.ScoreConfig",
 )
 STAGES["train"] = (
@@ -165,7 +165,7 @@ STAGES["validate"] = (
     "training.grid.ValidateConfig",
     "training.run.EngineConfig",
     "training.evaluation.EvaluationConfig",
-    "pipeline.stages.AnalysisConfig",
+    "analysis.config.AnalysisConfig",
 )
 
 

@@ -268,10 +268,10 @@ def token_view(material: RunResults, contexts: int) -> str:
     ).fragment
 
 
-def _figure(sheet: figures.FigureSpec, plates: tuple[Figure, Figure]) -> str:
+def _figure(sheet: figures.FigureSpec, drawn: tuple[Figure, Figure]) -> str:
     wide, narrow = (
         inline_svg(plate, f"{sheet.name}-{size}")
-        for plate, size in zip(style, ("wide", "narrow"), strict=True)
+        for plate, size in zip(drawn, ("wide", "narrow"), strict=True)
     )
     return (
         f'<figure id="figure-{sheet.name}"><div class="wide">{wide}</div><div'

@@ -292,7 +292,7 @@ def test_crafted_files_end_no_process_and_hold_none(tmp_path, kind):
     """In a process of its own with six gigabytes: neither a crash, nor a hang, nor any error but
     ours.
     """
-    script = Path(__file__).with_name("launched_bounds.py")
+    script = Path(__file__).parents[1] / "launched_bounds.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), kind, str(len(kind)), str(CASES)],
         capture_output=True,
