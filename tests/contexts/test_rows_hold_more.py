@@ -6,7 +6,7 @@ import json
 import pytest
 
 from diagnostics.contexts.encoding import encode_prompt
-from diagnostics.contexts.import_rollouts import freeze
+from diagnostics.contexts.import_rollouts import freeze_rollouts
 from diagnostics.contexts.prompts import read_prompts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.pair import assemble
@@ -85,7 +85,7 @@ def test_more_of_a_conversation_beside_the_prompt_is_counted(tmp_path, row, coun
     assert read_prompts(path, tokenizer=tokenizer()).counts["beside"] == counted
     path = write(tmp_path, {"prompt": "w1 w2", "response": "w3"} | row)
     pair = assemble("made", make_model(1), make_model(2), tokenizer(None))
-    assert freeze(pair, path)[1]["prompts_beside"] == counted
+    assert freeze_rollouts(pair, path)[1]["prompts_beside"] == counted
 
 
 def test_messages_in_an_object_and_images_in_a_message(tmp_path):
@@ -102,12 +102,12 @@ def test_messages_in_an_object_and_images_in_a_message(tmp_path):
 def test_a_mask_of_any_name_cuts(tmp_path, name):
     pair = assemble("made", make_model(1), make_model(2), tokenizer())
     row = {"prompt_ids": [10, 11], "response_ids": [12, 13, 14]}
-    bank, counts = freeze(pair, write(tmp_path, row | {name: [1, 1, 0]}))
+    bank, counts = freeze_rollouts(pair, write(tmp_path, row | {name: [1, 1, 0]}))
     assert bank.contexts[0].response_ids == (12, 13) and counts["cut"] == 1
     both = row | {name: [1, 1, 0], "response_mask": [1, 0, 1]}
-    assert freeze(pair, write(tmp_path, both))[0].contexts[0].response_ids == (12,)
+    assert freeze_rollouts(pair, write(tmp_path, both))[0].contexts[0].response_ids == (12,)
     with pytest.raises(DiagnosticsError, match=rf"{name} has 2 values for 3 response_ids"):
-        freeze(pair, write(tmp_path, row | {name: [1, 1]}))
+        freeze_rollouts(pair, write(tmp_path, row | {name: [1, 1]}))
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_a_mask_of_any_name_cuts(tmp_path, name):
 def test_an_attention_mask_takes_filler_off(tmp_path, mask, prompt, response):
     pair = assemble("made", make_model(1), make_model(2), tokenizer())
     row = {"prompt_ids": [10, 11], "response_ids": [12, 13, 14], "attention_mask": mask}
-    context = freeze(pair, write(tmp_path, row))[0].contexts[0]
+    context = freeze_rollouts(pair, write(tmp_path, row))[0].contexts[0]
     assert (context.prompt_ids, context.response_ids) == (prompt, response)
     with pytest.raises(DiagnosticsError, match="attention_mask has 4 values"):
-        freeze(pair, write(tmp_path, row | {"attention_mask": [1, 1, 1, 1]}))
+        freeze_rollouts(pair, write(tmp_path, row | {"attention_mask": [1, 1, 1, 1]}))
 
 
 def test_rendered_text_without_special_tokens_is_no_question(tmp_path):
