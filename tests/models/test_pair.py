@@ -138,7 +138,8 @@ def test_models_of_a_teacher_known_by_lists_do_not_take_turns(pair):
     with (
         pytest.raises(
             DiagnosticsError,
-            match=r"^The pair 'tiny' has no teacher that can be run, .* Name a model with --teacher\.$",
+            match=r"^The pair 'tiny' has no teacher that can be run, .* Name a model with"
+            r" --teacher\.$",
         ),
         listed.teachers_turn(),
     ):
