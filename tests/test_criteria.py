@@ -444,7 +444,7 @@ def test_a_missing_column_and_a_wrong_number_of_scores(registry):
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^Criterion 'short' returned shape \(39,\) for 40 positions\. Return one score a"
+            r"^Criterion 'short' returned shape \(39,\) for 40 positions\. Return one score per"
             r" row\.$"
         ),
     ):

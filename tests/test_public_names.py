@@ -69,6 +69,13 @@ def test_a_function_has_its_parameters_before_and_after_its_first_use(name):
     assert inspect.isfunction(getattr(dx, name))
 
 
+def test_every_argument_of_a_public_function_is_documented():
+    assert run_python(
+        "import sys; sys.argv = ['', '--missing']\nimport runpy\n"
+        "runpy.run_path('scripts/measure_code.py')['main']()"
+    ) == ["", ""]
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = (
         "import sys, diagnostics; diagnostics.__all__\n"

@@ -661,8 +661,8 @@ def selection_overlap(
         of that size; 0 for spearman), positions, prompts.
 
     Raises:
-        DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is outside (0,
-        1].
+        DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is
+            outside (0, 1].
     """
     part = table_selections(tokens, criteria, budgets, bootstrap=bootstrap)
     variables = {name: Variable(score) for name, score in part.scored.items()}
@@ -784,8 +784,8 @@ def selection_profile(
         positions (selected), prompts.
 
     Raises:
-        DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is outside (0,
-        1].
+        DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is
+            outside (0, 1].
     """
     part = table_selections(tokens, criteria, budgets, bootstrap=bootstrap)
     rows = []

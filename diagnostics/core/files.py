@@ -26,7 +26,7 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.opd\.tmp")
-"""Names of files that are being written; nothing else is swept as unfinished."""
+"""Names of files that are being written; no other file is removed as unfinished."""
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Without following a link, and without waiting for a pipe's other end."""
@@ -41,7 +41,7 @@ KINDS = {
 }
 
 _guarded: dict[str, Callable[[str], None]] = {}
-"""Directories that are guarded, with what is asked before a file in them is written."""
+"""Guarded directories, each with the function that is called before a file in it is written."""
 
 
 def sha256_file(path: str | Path) -> str:
@@ -51,8 +51,14 @@ def sha256_file(path: str | Path) -> str:
 
 
 def kind(path: str | Path, *, folder: int | None = None) -> str | None:
-    """What is there, a link not followed: `file`, `folder`, `link`, `pipe`, `socket` or `device`;
-    None for nothing.
+    """Kind of a directory entry, without following a link.
+
+    Args:
+        path: The entry.
+        folder: Descriptor of the folder that `path` is relative to.
+
+    Returns:
+        `file`, `folder`, `link`, `pipe`, `socket` or `device`; None where there is no entry.
     """
     try:
         return KINDS.get(
@@ -63,8 +69,10 @@ def kind(path: str | Path, *, folder: int | None = None) -> str | None:
 
 
 def inside(name: str) -> tuple[str, ...]:
-    """The parts of a name beneath a directory. Raises DiagnosticsError for one that leads out of
-    it.
+    """The parts of a name beneath a directory.
+
+    Raises:
+        DiagnosticsError: The name leads out of the directory.
     """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
@@ -98,7 +106,13 @@ def _folder(root: str | Path, parts: tuple[str, ...], *, create: bool = False) -
 
 
 def unfit(path: str | Path, found: str, wanted: str) -> DiagnosticsError:
-    """What to say of a link, pipe, … where this program keeps a file or folder of its own."""
+    """The error for a link, pipe or device where this program keeps its own file or folder.
+
+    Args:
+        path: The entry.
+        found: Kind of the entry, as `kind` names it.
+        wanted: `file` or `folder`.
+    """
     return DiagnosticsError(
         f"{path} is a {found}, where this program keeps a {wanted} of its own: nothing was read"
         f" from it or written through it. Remove it, or put a {wanted} in its place; a run"
@@ -107,11 +121,18 @@ def unfit(path: str | Path, found: str, wanted: str) -> DiagnosticsError:
 
 
 def open_inside(root: str | Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """A descriptor of the regular file `name` beneath `root`; what it creates has the user's own
-    mode (umask).
+    """A descriptor of the regular file `name` beneath `root`.
 
-    Raises DiagnosticsError where it, or a folder on the way, is a link or anything else, and
-    OSError as `os.open` does."""
+    Args:
+        root: Directory; it may be a link itself.
+        name: Name beneath it, with `/` between folders.
+        flags: As for `os.open`.
+        mode: Permissions of a file that is created, reduced by the umask.
+
+    Raises:
+        DiagnosticsError: The entry, or a folder on the way, is a link or of another kind.
+        OSError: As `os.open` raises it.
+    """
     *folders, last = inside(name)
     with _folder(root, tuple(folders)) as folder:
         if (found := kind(last, folder=folder)) not in ("file", None):
@@ -134,8 +155,10 @@ def read_inside(root: str | Path, name: str) -> bytes:
 
 
 def hash_inside(root: str | Path, name: str) -> str | None:
-    """sha256 of the regular file `name` beneath `root`; None where there is none. Raises
-    DiagnosticsError for a link.
+    """Hex sha256 of the regular file `name` beneath `root`; None where there is no file.
+
+    Raises:
+        DiagnosticsError: The entry is a link or of another kind.
     """
     try:
         with os.fdopen(open_inside(root, name), "rb") as file:
@@ -145,8 +168,9 @@ def hash_inside(root: str | Path, name: str) -> str | None:
 
 
 def remove_inside(root: str | Path, name: str) -> bool:
-    """Remove a regular file of this user's. False where it is something else or somebody else's,
-    and stays.
+    """Remove a regular file that belongs to this user.
+
+    Returns False, and removes nothing, where the entry is of another kind or another user's.
     """
     *folders, last = inside(name)
     with _folder(root, tuple(folders)) as folder:
@@ -158,7 +182,7 @@ def remove_inside(root: str | Path, name: str) -> bool:
 
 
 def remove_folder(root: str | Path, name: str) -> bool:
-    """Remove an empty folder. False where it is not empty, not a folder or not this user's."""
+    """Remove an empty folder; False where it is not empty, not a folder or not this user's."""
     *folders, last = inside(name)
     try:
         with _folder(root, tuple(folders)) as folder:
@@ -169,8 +193,9 @@ def remove_folder(root: str | Path, name: str) -> bool:
 
 
 def walk(root: str | Path, name: str) -> Iterator[tuple[str, str]]:
-    """Everything beneath the folder `name`, deepest first: name from `root` on, and kind. No link
-    is followed.
+    """Name (relative to `root`) and kind of everything beneath the folder `name`, deepest first.
+
+    No link is followed.
     """
     base = Path(root)
     if kind(base / name) != "folder":
@@ -186,8 +211,11 @@ def walk(root: str | Path, name: str) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def guard(root: str | Path, before: Callable[[str], None] = lambda name: None) -> Iterator[None]:
-    """While it lasts, `write_atomic` writes beneath `root` through no link, and asks `before` with
-    the file's name.
+    """Make `write_atomic` write beneath `root` through no link while the block runs.
+
+    Args:
+        root: The directory.
+        before: Called with each file's name beneath `root` before it is written; it may raise.
     """
     key = os.path.abspath(root)
     earlier = _guarded.get(key)
@@ -199,8 +227,9 @@ def guard(root: str | Path, before: Callable[[str], None] = lambda name: None) -
 
 
 def _split(path: Path) -> tuple[Path, str]:
-    """The guarded directory that holds a path and the path's name in it; the path's own folder
-    where none does.
+    """The guarded directory that holds a path, and the path's name in it.
+
+    Where no guarded directory holds it, this is the path's own folder.
     """
     whole = os.path.abspath(path)
     roots = [root for root in _guarded if whole.startswith(root.rstrip("/") + "/")]
@@ -214,11 +243,21 @@ def _split(path: Path) -> tuple[Path, str]:
 
 
 def write_atomic(path: str | Path, content: bytes) -> Path:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+    """Write a file so that a reader or a crash sees the old content or the new, never a part.
 
-    Its mode is the user's own (umask). Of several processes only the first writes. Raises
-    DiagnosticsError where the disk is full or read-only, or where the path leads out of a guarded
-    directory."""
+    Permissions follow the umask. Of several processes only the first one writes.
+
+    Args:
+        path: The file; its folders are created.
+        content: All of its bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        DiagnosticsError: The disk is full or read-only, or the path leads out of a guarded
+            directory.
+    """
     path = Path(path)
     if distributed.is_main():
         try:
@@ -232,7 +271,7 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """`write_atomic` in every process, with the operating system's own errors."""
+    """Write a file as `write_atomic` does, but in every process and with plain OSErrors."""
     root, name = _split(path)
     *folders, last = inside(name)
     with _folder(root, tuple(folders), create=True) as folder:

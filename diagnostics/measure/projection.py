@@ -34,9 +34,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of logits from operands of these dtypes: float32, or float64 where one of them
-    is.
-    """
+    """Dtype of logits from operands of these dtypes: float32, or float64 where one is float64."""
     widest = torch.float32
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
@@ -117,7 +115,10 @@ def _parts(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def to_states(gradient_nV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """The derivative [n, H] in the states, of `dtype`, from that in the logits."""
+    """Derivative [n, H] in the states, of dtype `dtype`.
+
+    gradient_nV: derivative in the logits; weight_VH: the head's weight.
+    """
     if gradient_nV.dtype == weight_VH.dtype:
         return (gradient_nV @ weight_VH).to(dtype)
     wide = wide_dtype(gradient_nV.dtype, weight_VH.dtype)
@@ -128,8 +129,9 @@ def to_states(gradient_nV: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Ten
 
 
 def add_to_weight(sum_VH: Tensor, gradient_nV: Tensor, states_nH: Tensor) -> None:
-    """Add the derivative in the weight, from that in the logits, to a sum of the wide dtype, in
-    place.
+    """Add the derivative in the weight to `sum_VH` of the wide dtype, in place.
+
+    gradient_nV: derivative in the logits; states_nH: the states that were projected.
     """
     sum_VH.addmm_(gradient_nV.T.to(sum_VH.dtype), states_nH.to(sum_VH.dtype))
 

@@ -255,12 +255,9 @@ def load_pair(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
             f" one of {', '.join(NAMED_PAIRS)}."
         )
-    tokenizers = [
-        tokenizer or load_tokenizer(source, revision)
-        for source, revision in ((student, student_revision), (teacher, teacher_revision))
-    ]
-    require_same_tokens(*tokenizers)
-    template = shared_template(*tokenizers)
+    shared, template = _shared_tokenizer(
+        tokenizer, (student, student_revision), (teacher, teacher_revision)
+    )
     teacher_place = teacher_device or ("cpu" if offload_teacher else device)
     if shard_teacher:
         teacher_place = "cpu"  # its layers move to the devices when they are sharded
@@ -273,7 +270,7 @@ def load_pair(
             device=teacher_place,
         ),
     )
-    assembled = assemble(pair or "custom", *models, tokenizers[0])
+    assembled = assemble(pair or "custom", *models, shared)
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.offload_teacher = offload_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
@@ -297,6 +294,13 @@ def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) 
             f"Got the teacher {teacher!r} and its log-probabilities in {teacher_logprobs} as well."
             " Give one or the other."
         )
+
+
+def _shared_tokenizer(tokenizer, *sources: tuple) -> tuple[PreTrainedTokenizerBase, dict]:
+    """The student's tokenizer, compared with the teacher's, and the facts of their template."""
+    student, teacher = (tokenizer or load_tokenizer(*source) for source in sources)
+    require_same_tokens(student, teacher)
+    return student, shared_template(student, teacher)
 
 
 def assemble(

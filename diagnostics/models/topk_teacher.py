@@ -628,7 +628,10 @@ def unpacked(lists_n2K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def completed(student_nV: Tensor, ids_nK: Tensor, ln_q_nK: Tensor) -> Tensor:
-    """ln q^ [n, V]: the lists, and outside them the student's shape with the mass that is left."""
+    """ln q^ [n, V]: the lists, and outside them the student's shape with the remaining mass.
+
+    student_nV: the student's logits; ids_nK, ln_q_nK: the lists, ids -1 after their end.
+    """
     student_nV = student_nV.to(torch.promote_types(student_nV.dtype, torch.float32))
     listed_nV = _scattered(torch.zeros_like(student_nV), ids_nK, torch.ones_like(ln_q_nK)) > 0
     tail_n = to_float64(student_nV.masked_fill(listed_nV, -torch.inf).logsumexp(-1))

@@ -73,7 +73,8 @@ def settings(width: float, dark: bool) -> dict[str, Any]:
     """Matplotlib settings for a width in inches and a page.
 
     Text is never read as mathematics: names of runs, criteria and columns come from outside, and
-    may hold `$`."""
+    may hold `$`.
+    """
     page = DARK if dark else LIGHT
     size = 7.0 if width < 5 else 8.0
     return {
@@ -131,7 +132,18 @@ def settings(width: float, dark: bool) -> dict[str, Any]:
 def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **options
 ) -> tuple[NotebookFigure, np.ndarray]:
-    """A figure in inches with its axes [rows, columns]; ticks added later keep the style."""
+    """An empty figure with its axes.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        rows: Number of rows of axes.
+        columns: Number of columns of axes.
+        **options: Further options of `Figure.subplots`, such as `sharex`.
+
+    Returns:
+        The figure and its axes [rows, columns]; ticks that are added later keep the style.
+    """
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.04, wspace=0.03, hspace=0.04)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -172,8 +184,19 @@ def panels(count: int, width: float) -> tuple[int, int]:
 def keep(
     table: pd.DataFrame, what: str, needs: Iterable[str], where: dict | None = None
 ) -> pd.DataFrame:
-    """The rows that a figure shows. Raises DiagnosticsError where a column or every row is
-    missing.
+    """The rows that a figure shows.
+
+    Args:
+        table: The finished table.
+        what: Name of the figure, for messages.
+        needs: Columns that the figure cannot do without.
+        where: For each column, the value or the values to keep.
+
+    Returns:
+        Those rows with a new index.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains.
     """
     require_columns(table, needs, what=what)
     for name, wanted in (where or {}).items():

@@ -35,7 +35,7 @@ def test_a_changed_file_of_a_run_is_not_read(run, reader, name):
     read = getattr(dx, reader)
     assert len(read(run / name))
     change(run / name)
-    with pytest.raises(DiagnosticsError, match="not as it was written.*move the file away"):
+    with pytest.raises(DiagnosticsError, match=r"not as it was written.*move the file away"):
         read(run / name)
     (run / name).rename(run.parent / name)
     assert len(read(run.parent / name))

@@ -1,42 +1,58 @@
-"""Rows of files from elsewhere: what is no file of bytes is refused, and not waited for."""
+"""Rows of JSONL, parquet and CSV files keep their values as the file has them."""
 
-import os
-import socket
-
+import numpy as np
+import pandas as pd
 import pytest
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.rows import read_rows
+from diagnostics.core.rows import keep_whole_numbers, missing, read_rows, require_unicode
 
 
-def pipe(path):
-    os.mkfifo(path)
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
+def test_a_gap_is_missing(value):
+    assert missing(value)
 
 
-def folder(path):
-    path.mkdir()
+@pytest.mark.parametrize("value", [0, 0.0, "", "NA", "None", False, [], np.float64(1)])
+def test_a_value_is_not_missing(value):
+    assert not missing(value)
 
 
-def bound(path):
-    before = os.getcwd()
-    os.chdir(path.parent)  # a socket's name may have a hundred characters
-    with socket.socket(socket.AF_UNIX) as end:
-        end.bind(path.name)
-    os.chdir(before)
+def test_text_stays_as_it_is_written(tmp_path):
+    (tmp_path / "a.csv").write_text("id,answer\n007,NA\n8,1.50\n")
+    written = read_rows(tmp_path / "a.csv", text=True)
+    assert written.to_dict("list") == {"id": ["007", "8"], "answer": ["NA", "1.50"]}
+    numbers = read_rows(tmp_path / "a.csv")
+    assert numbers["id"].tolist() == [7, 8] and np.isnan(numbers["answer"][0])
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("make", [pipe, folder, bound])
-@pytest.mark.parametrize("text", [True, False])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, ending, make, text):
-    if (make, ending) == (folder, ".parquet"):
-        pytest.skip("a folder of parquet files is a table")
-    make(tmp_path / f"rows{ending}")
-    with pytest.raises(DiagnosticsError, match="cannot be read"):
-        read_rows(tmp_path / f"rows{ending}", text=text)
+def test_whole_numbers_with_a_gap_stay_whole():
+    frame = keep_whole_numbers(pd.DataFrame({"a": [1.0, np.nan], "b": [1.5, np.nan]}))
+    assert frame["a"].tolist() == [1, None] and type(frame["a"][0]) is int
+    assert frame["b"][0] == 1.5 and np.isnan(frame["b"][1])
 
 
-def test_a_link_to_a_file_is_read(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
-    assert read_rows(tmp_path / "link.jsonl")["prompt"].tolist() == ["a"]
+def test_floats_beyond_two_to_the_53_are_not_taken_for_whole_numbers():
+    frame = keep_whole_numbers(pd.DataFrame({"a": [2.0**53, np.nan]}))
+    assert frame["a"].dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "x", r"ends in '\.txt'; prompt files are \.jsonl, \.parquet or \.csv\."),
+        ("a.jsonl", '{"a": 1}\n[2]\n', r"\(line 2 holds a list, not an object\)"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"\(line 3 is not JSON: "),
+        ("a.jsonl", "\n", r"a\.jsonl holds no rows\. Give a file with at least one prompt\."),
+    ],
+)
+def test_what_cannot_be_read_names_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DiagnosticsError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_half_a_surrogate_pair_is_refused_at_its_place():
+    require_unicode("pair 😀")
+    with pytest.raises(DiagnosticsError, match=r"half a surrogate pair at character 2"):
+        require_unicode("ab\ud83d")

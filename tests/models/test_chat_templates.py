@@ -73,7 +73,7 @@ def test_a_template_that_fails_is_one_sentence(text, reason):
     with pytest.raises(
         DiagnosticsError,
         match=(
-            rf"^row 1: the chat template does not render this conversation {reason}.*\. Mend that"
+            rf"^row 1: the chat template does not render this conversation {reason}.*\. Fix that"
             r" row, or choose another template"
         ),
     ):

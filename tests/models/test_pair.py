@@ -1,5 +1,7 @@
 """A pair is two models over one vocabulary: loaded, compared and described."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -120,3 +122,25 @@ def test_a_pair_shows_who_its_models_are(pair):
         and text.count("LlamaForCausalLM") == 2
     )
     assert f"{sum(p.numel() for p in pair.teacher.model.parameters()):,} parameters" in text
+
+
+def test_a_scalar_parameter_is_hashed_too():
+    model = make_model(1)
+    model.temperature = torch.nn.Parameter(torch.tensor(1.5))
+    before = weights_sha256(model)
+    with torch.no_grad():
+        model.temperature.fill_(1.25)
+    assert weights_sha256(model) != before
+
+
+def test_models_of_a_teacher_known_by_lists_do_not_take_turns(pair):
+    listed = dataclasses.replace(pair, teacher=None)
+    with (
+        pytest.raises(
+            DiagnosticsError,
+            match=r"^The pair 'tiny' has no teacher that can be run, .* Name a model with"
+            r" --teacher\.$",
+        ),
+        listed.teachers_turn(),
+    ):
+        raise AssertionError("the models took turns")

@@ -870,7 +870,7 @@ def test_files_of_lists_that_cannot_be_used(tmp_path):
         match=r"has two rows for context 'c0'\. Give one row per context, or a `position` column",
     ):
         read_lists(jsonl(tmp_path / "b.jsonl", ONE, ONE), vocabulary=V)
-    with pytest.raises(TypeError, match="has logits only beside a student's"):
+    with pytest.raises(TypeError, match="has logits only together with a student's"):
         topk_teacher.Completed()(torch.zeros(1, 2))
 
 

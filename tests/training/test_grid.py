@@ -602,8 +602,8 @@ def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):
 
 def test_tables_need_no_torch():
     code = (
-        "import sys; from diagnostics import validation; print('torch' in sys.modules, 'trl' in"
-        " sys.modules)"
+        "import sys; from diagnostics.analysis import training_outcomes; print('torch' in"
+        " sys.modules, 'trl' in sys.modules)"
     )
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True

@@ -24,10 +24,12 @@ def test_a_text_in_place_of_another_type_is_not_shown(name):
 @pytest.mark.parametrize("name", sorted(engine_options.PEFT_FIELDS))
 @pytest.mark.parametrize("value", [TOKEN, [TOKEN], {"a": TOKEN}])
 def test_values_for_an_adapter_are_not_shown_either(name, value):
+    said = ""
     try:
         engine_options.peft_fields(json.dumps({name: value}))
     except DiagnosticsError as error:
-        assert TOKEN not in str(error)
+        said = str(error)
+    assert TOKEN not in said
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "lr_scheduler_kwargs"])
