@@ -228,11 +228,20 @@ def known_k(tokens: pd.DataFrame, stated: int | None = None) -> int | None:
                 f" {stated}.{shown} Give the K that the table was made with."
             )
         return stated
-    return (
-        next((k for k in range(1, MOST_K + 1) if _are_parts(overlap, k)), None)
-        if len(overlap) >= TELLING
-        else None
-    )
+    return shown_k(tokens)
+
+
+def shown_k(tokens: pd.DataFrame) -> int | None:
+    """K as the overlaps show it, the smallest that they are parts of; None where they are too
+    few.
+    """
+    if "topk_overlap" not in tokens:
+        return None
+    overlap = tokens["topk_overlap"].to_numpy(dtype=np.float64)
+    overlap = overlap[(overlap > 0) & (overlap < 1)]
+    if len(overlap) < TELLING:
+        return None
+    return next((k for k in range(1, MOST_K + 1) if _are_parts(overlap, k)), None)
 
 
 def _are_parts(overlap: np.ndarray, k: int) -> bool:

@@ -46,6 +46,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message holds the model's reasoning; the library fills the others from any of
 them.
 """
+CALLS = ("tool_calls", "function_call")
+"""Names under which a message holds calls; the second is the older one."""
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""Names under which a message, or a row, holds something other than text."""
+UNREAD_COLUMNS = ("system", "history", "input", "functions", *MEDIA)
+"""Columns in which files hold more of a conversation, and which are not read."""
 
 
 def preview(value, length: int = 80) -> str:
@@ -102,12 +108,14 @@ def from_json(text: str, where: str) -> Any:
 
 
 def parse_messages(value, where: str):
-    """Return the messages that a text holds as JSON; any other value stays as it is. Raises
-    DiagnosticsError for messages in Python's notation, which a table of dicts becomes in a CSV.
+    """Return the messages that a text holds as JSON, alone or as an object's `messages`; any other
+    value stays as it is. Raises DiagnosticsError for messages in Python's notation, which a table of
+    dicts becomes in a CSV.
     """
     if not isinstance(value, str):
         return value
     held = from_json(value, where)
+    held = held.get("messages") if isinstance(held, dict) else held
     if (
         isinstance(held, list)
         and held
@@ -159,15 +167,17 @@ def _message(value, where: str, blocks: bool) -> dict:
             " that row."
         )
     message, where = to_json_value(value, where), f"{where} ({value['role'][:20]})"
-    content = message.get("content")
+    content, media = message.get("content"), [name for name in MEDIA if message.get(name)]
+    if media:
+        raise DiagnosticsError(
+            f"{where} holds {', '.join(media)}. Only text is read; remove that row."
+        )
     if isinstance(content, list):
         texts = [_block(block, where) for block in content]
         message["content"] = (
             [{"type": "text", "text": text} for text in texts] if blocks else "\n".join(texts)
         )
-    elif content is None and not (
-        message.get("tool_calls") or any(message.get(name) for name in REASONING)
-    ):
+    elif content is None and not (any(message.get(name) for name in (*CALLS, *REASONING))):
         raise DiagnosticsError(
             f"{where} has no content (None) and no tool_calls. Give it text, or remove it."
         )
@@ -189,6 +199,16 @@ def _block(block, where: str) -> str:
     raise DiagnosticsError(
         f"{where} holds a block of content that is no text: {preview(block)}. Only text is read;"
         " remove that row."
+    )
+
+
+def holds_more(values: Mapping[str, Any], used: str) -> bool:
+    """Whether a row holds more of its conversation in a column that is not read. `used` is the
+    column that is.
+    """
+    held = (values.get(name) for name in UNREAD_COLUMNS if name != used)
+    return any(
+        not missing(value) and (not hasattr(value, "__len__") or len(value)) for value in held
     )
 
 

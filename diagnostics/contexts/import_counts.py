@@ -43,6 +43,9 @@ COUNTED = {
     "prompts_special_inside": NOTED["special_inside"],
     "prompts_vague_ids": NOTED["vague_ids"],
     "prompts_arguments_unused": NOTED["arguments_unused"],
+    "prompts_start_missing": NOTED["start_missing"],
+    "prompts_unwritten": NOTED["unwritten"],
+    "prompts_beside": NOTED["beside"],
 }
 """What is counted, in the words of the log."""
 HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")

@@ -300,33 +300,55 @@ def _read_trl(row: Row) -> Rollout:
     )
 
 
-MASKS = ("loss_mask", "response_mask", "completion_mask")
-"""Columns in which a plain row may say which response tokens are the student's."""
+MASKS = (
+    "loss_mask",
+    "response_mask",
+    "completion_mask",
+    "action_mask",
+    "assistant_masks",
+    "tool_mask",
+)
+"""Columns in which a plain row may say which response tokens are the student's: those that all of
+them say.
+"""
 
 
 def _read_plain(row: Row) -> Rollout:
     """Read a row of any other file that has a prompt and a response."""
-    prompt, ids = row.get("prompt"), row.ids("response_ids")
+    prompt, ids, prompt_ids = row.get("prompt"), row.ids("response_ids"), row.ids("prompt_ids")
     masks = {name: row.mask(name) for name in MASKS}
-    name, own = next(
-        ((name, mask) for name, mask in masks.items() if mask is not None), (None, None)
-    )
-    if own is not None and len(own) != len(ids or ()):
-        raise DiagnosticsError(
-            f"{row.where}: {name} has {len(own)} values for {len(ids or ())} response_ids. Give one"
-            " a token, or leave it out."
-        )
+    prompt_ids, masks["attention_mask"] = _attended(row, prompt_ids, ids)
+    given = {name: mask for name, mask in masks.items() if mask is not None}
+    for name, mask in given.items():
+        if len(mask) != len(ids or ()):
+            raise DiagnosticsError(
+                f"{row.where}: {name} has {len(mask)} values for {len(ids or ())} response_ids."
+                " Give one a token, or leave it out."
+            )
     return Rollout(
         row.get("messages") if prompt is None else prompt,
-        prompt_ids=row.ids("prompt_ids"),
+        prompt_ids=prompt_ids,
         response_ids=ids,
         prompt_id=row.name("prompt_id"),
         context_id=row.name("context_id"),
-        own=own,
+        own=tuple(map(all, zip(*given.values(), strict=True))) if given else None,
         teacher_prompt=row.get("teacher_prompt"),
         arguments=row.arguments(),
         **row.reply("response"),
     )
+
+
+def _attended(
+    row: Row, prompt_ids: tuple[int, ...] | None, response_ids: tuple[int, ...] | None
+) -> tuple[tuple[int, ...] | None, tuple[bool, ...] | None]:
+    """Return the prompt's ids and the response's mask by an attention mask of prompt and response,
+    of the prompt alone or of the response alone.
+    """
+    mask, first = row.mask("attention_mask"), len(prompt_ids or ())
+    if mask is None or len(mask) not in (first, first + len(response_ids or ())):
+        return prompt_ids, mask
+    kept = tuple(i for i, there in zip(prompt_ids or (), mask) if there)
+    return (kept or prompt_ids) if prompt_ids else None, mask[first:] or None
 
 
 FORMATS: dict[str, Format] = {

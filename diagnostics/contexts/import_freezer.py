@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.contexts.conversations import REASONING, parse_messages
+from diagnostics.contexts.conversations import CALLS, REASONING, parse_messages
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.import_counts import COUNTED
 from diagnostics.contexts.import_formats import Rollout
@@ -109,7 +109,7 @@ class Freezer:
             content if isinstance(content, str) else "\n".join(block["text"] for block in content)
         )
         thought = {name for name in REASONING if message.get(name)}
-        calls = {"tool_calls"} & set(message)
+        calls = {name for name in CALLS if name in message}
         if not thought and not calls:
             return content
         text = self._rewritten(rollout, message, thought, where) if thought else content
@@ -120,7 +120,7 @@ class Freezer:
         self.counts["unwritten" if lost else "rewritten"] += 1
         if with_calls is not None or text is None:
             return with_calls
-        bare = {key: value for key, value in message.items() if key != "tool_calls"}
+        bare = {key: value for key, value in message.items() if key not in CALLS}
         return self._rewritten(rollout, bare, thought, where) if thought else content
 
     def _rewritten(

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.contexts.conversations import holds_more
 from diagnostics.contexts.import_counts import log_counts, require_same_tokenizer
 from diagnostics.contexts.import_formats import (
     FORMATS,
@@ -158,6 +159,7 @@ def freeze_rollouts(
     for number, values in enumerate(frame.to_dict("records"), 1):
         row = Row(values, f"{path}, row {number}", freezer.counts, asked)
         found.append(freezer(read_row(FORMATS[kind], row), row.where))
+        freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
     kept = [context for context in found if context is not None]
     wanted = len(kept) if contexts is None else contexts
     counts = freezer.counted()
@@ -165,8 +167,9 @@ def freeze_rollouts(
     if not kept or not 1 <= wanted <= len(kept):
         log_counts(counts, path)
         raise DiagnosticsError(
-            f"{path} holds {len(kept)} usable contexts of {len(frame)}, and {wanted} are asked for."
-            " Name a larger file or lower --contexts."
+            f"{path} holds {len(kept)} usable contexts of {len(frame)}"
+            + (f", and {wanted} are asked for" if contexts is not None else "")
+            + ". Name a larger file or lower --contexts."
         )
     bank = Bank(tuple(number_contexts(kept[:wanted], path)))
     log.info(

@@ -34,7 +34,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.released_keys import key_columns, to_numbers
+from diagnostics.contexts.released_keys import (
+    IDS,
+    count_ambiguous,
+    ids_as_text,
+    is_mixed,
+    key_columns,
+    to_numbers,
+)
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.formulas import (
     RELEASED_EPSILON,
@@ -122,8 +129,10 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     require_as_written(path)
     frame = read_rows(path)
+    exact = _exact_ids(frame, path)
+    frame = frame.assign(**exact)
     if "context_id" in frame:
-        return validate_tokens(_text_as_written(frame, path))
+        return validate_tokens(_named_by_text(_text_as_written(frame, path, set(exact)), path))
     if not {"sample_index", "tok_pos"} <= set(frame.columns):
         raise DiagnosticsError(
             f"{path} is no token table: neither context_id nor sample_index and tok_pos are among"
@@ -133,13 +142,58 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
     return from_released(frame)
 
 
-def _text_as_written(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Read the text columns of a CSV as text: a token may be the word `null` and an id `007`, and
-    neither is a number or missing.
+def _exact_ids(frame: pd.DataFrame, path: Path) -> dict[str, pd.Series]:
+    """Return the columns of ids that came out as floats, as the file has them: one gap does that
+    to whole numbers, and large ones are then no longer told apart.
     """
-    if path.suffix == ".csv":
-        text = [name for name in ("context_id", "prompt_id", "token", "split") if name in frame]
-        frame = frame.assign(**pd.read_csv(path, usecols=text, dtype="str", keep_default_na=False))
+    rounded = [name for name in IDS if name in frame and frame[name].dtype.kind == "f"]
+    written = read_rows(path, text=True) if rounded else frame
+    return {
+        name: pd.Series(
+            [
+                _cell(value) if there else None
+                for value, there in zip(written[name], frame[name].notna(), strict=True)
+            ],
+            index=frame.index,
+            dtype=object,
+        )
+        for name in rounded
+    }
+
+
+def _cell(value):
+    """Return a CSV's cell as an id: 007 stays, 3.0 is a number."""
+    decimal = isinstance(value, str) and not value.strip().removeprefix("-").isdecimal()
+    return float(value) if decimal else value
+
+
+def _text_as_written(frame: pd.DataFrame, path: Path, exact: set[str]) -> pd.DataFrame:
+    """Read the text columns of a CSV as text: a token may be the word `null` and an id `007`, and
+    neither is a number or missing. An empty id is missing. `exact` names columns that are as
+    written already.
+    """
+    names = {"context_id", "prompt_id", "token", "split"} - exact
+    if path.suffix == ".csv" and (text := [name for name in frame if name in names]):
+        written = pd.read_csv(path, usecols=text, dtype="str", keep_default_na=False)
+        for name in {"context_id", "prompt_id"} & set(text):
+            written[name] = written[name].where(written[name] != "", None)
+        frame = frame.assign(**written)
+    return frame
+
+
+def _named_by_text(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return the table with ids as text. Raises DiagnosticsError for ids that are floats of 2**53
+    and more: as names they would join what was apart.
+    """
+    for name in {"context_id", "prompt_id"} & set(frame):
+        vague = count_ambiguous(frame[name])
+        if vague:
+            raise DiagnosticsError(
+                f"{path}: {name} holds {vague} floats of 2**53 and more, which no longer tell whole"
+                " numbers apart. Write the ids as whole numbers or as text."
+            )
+        if is_mixed(frame[name]):
+            frame = frame.assign(**{name: ids_as_text(frame[name])})
     return frame
 
 

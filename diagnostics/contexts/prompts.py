@@ -17,7 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.contexts.conversations import TEMPLATE_COLUMNS, parse_messages, row_arguments
+from diagnostics.contexts.conversations import (
+    TEMPLATE_COLUMNS,
+    holds_more,
+    parse_messages,
+    row_arguments,
+)
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.prompt_ids import cell_text, id_text, is_ambiguous_id, source_digest
 from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
@@ -53,6 +58,18 @@ NOTED = {
     "arguments_unused": (
         "prompts have tools or documents that are not used: the rendered text contains nothing of"
         " them"
+    ),
+    "start_missing": (
+        "prompts were rendered and lack the start token that the chat template writes; the"
+        " tokenizer adds none"
+    ),
+    "unwritten": (
+        "chats hold messages, tool calls or reasoning of which the chat template writes nothing:"
+        " the student does not see them"
+    ),
+    "beside": (
+        "rows hold more of the conversation in columns that are not read (system, history, images"
+        " and the like): the student does not see it"
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
@@ -247,6 +264,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         text = renderer(value, where, arguments, rendered=stays)
         teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
         renderer.counts["vague_ids"] += is_ambiguous_id(values.get("prompt_id"))
+        renderer.counts["beside"] += not stays and holds_more(values, column)
         source = value if stays else parse_messages(value, where)
         identity = id_text(values.get("prompt_id"), where) or names.setdefault(
             (text, teacher), source_digest(source, arguments, values)
@@ -371,8 +389,9 @@ def first_prompts(
             else "Add prompts or lower --contexts."
         )
         raise DiagnosticsError(
-            f"{source} holds {len(prompts)} usable prompts{why}, and {wanted} are asked for."
-            f" {remedy}"
+            f"{source} holds {len(prompts)} usable prompts{why}"
+            + (f", and {wanted} are asked for" if contexts is not None else "")
+            + f". {remedy}"
         )
     return prompts[:wanted]
 

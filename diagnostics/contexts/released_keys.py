@@ -6,9 +6,19 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.rows import EXACT, missing
 
 TRUTH_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 """Words for true and false; numbers and booleans are read as they are."""
+IDS = (
+    "sample_index",
+    "sample_ordinal",
+    "group_index",
+    "rollout_id",
+    "context_id",
+    "prompt_id",
+)
+"""Columns of ids, theirs and ours."""
 LARGEST_INT = 2**31 - 2
 """Largest position, length and token id that the token table's columns hold."""
 
@@ -49,11 +59,21 @@ def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
     Raises:
         DiagnosticsError: Samples cannot be told apart, or a position or id is no whole number.
     """
+    frame = frame.assign(**_id_columns(frame, notes))
     sample = _samples(frame, notes)
     context = sample
     if "rollout_id" in frame:
         rollout = _filled(frame["rollout_id"], sample)
-        context = ("rollout-" + _ids(rollout) + "-").where(rollout.notna(), "") + sample
+        if gaps := int(rollout.isna().sum()):
+            notes.append(
+                [
+                    "gaps",
+                    "rollout_id",
+                    f"rollout_id is empty in {gaps} of {len(frame)} rows, and the other rows of"
+                    " their samples do not tell it: these rows count as a response of their own.",
+                ]
+            )
+        context = ("rollout-" + rollout.astype(object) + "-").where(rollout.notna(), "") + sample
     position = _whole(frame, "tok_pos")
     token_id = _whole(frame, "token_id")
     token = frame["token"].astype(str) if "token" in frame else token_id.astype(str)
@@ -71,7 +91,7 @@ def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
     """Return the sample of each row, by its index or, where slime left that out, by its ordinal."""
     gaps = int(frame["sample_index"].isna().sum())
     if not gaps:
-        return "sample-" + _ids(frame["sample_index"])
+        return "sample-" + frame["sample_index"]
     if "sample_ordinal" in frame and frame["sample_ordinal"].notna().all():
         notes.append(
             [
@@ -83,7 +103,7 @@ def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
                 ),
             ]
         )
-        return "ordinal-" + _ids(frame["sample_ordinal"])
+        return "ordinal-" + frame["sample_ordinal"]
     raise DiagnosticsError(
         f"sample_index is empty in {gaps} of {len(frame)} rows, and there is no sample_ordinal to"
         " tell the samples apart. Fill one of the two in."
@@ -125,7 +145,7 @@ def _prompts(frame: pd.DataFrame, context: pd.Series, notes: list) -> pd.Series:
                 ),
             ]
         )
-    return ("group-" + _ids(group)).where(group.notna(), context)
+    return ("group-" + group.astype(object)).where(group.notna(), context)
 
 
 def _whole(frame: pd.DataFrame, name: str) -> pd.Series:
@@ -161,14 +181,48 @@ def _lengths(frame: pd.DataFrame, context: pd.Series, position: pd.Series) -> pd
     return length.astype("int64")
 
 
-def _ids(values: pd.Series) -> pd.Series:
-    """Return ids as text; 3.0, as a column that once had gaps holds it, is 3."""
-    texts = [
-        (
-            str(int(value))
-            if isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-            else str(value)
-        )
-        for value in values
-    ]
-    return pd.Series(texts, index=values.index, dtype="str")
+def _id_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+    """Return the columns of ids as text; floats of 2**53 and more are no ids, and are counted."""
+    found = {}
+    for name in (name for name in IDS if name in frame):
+        found[name] = ids_as_text(frame[name])
+        if vague := count_ambiguous(frame[name]):
+            notes.append(
+                [
+                    "vague_ids",
+                    name,
+                    f"{name} holds floats of 2**53 and more in {vague} of {len(frame)} rows, which"
+                    " no longer tell whole numbers apart: they count as empty.",
+                ]
+            )
+    return found
+
+
+def ids_as_text(values: pd.Series) -> pd.Series:
+    """Return ids as text, None where there is none; 3.0, as a column that once had gaps holds it,
+    is 3.
+    """
+    texts = [_id(value) for value in values] if is_mixed(values) else values.astype("str")
+    return pd.Series(texts, index=values.index, dtype=object)
+
+
+def is_mixed(values: pd.Series) -> bool:
+    """Whether the column may hold floats, or values of several kinds: each is looked at."""
+    return values.dtype == object or values.dtype.kind == "f"
+
+
+def _id(value) -> str | None:
+    """Return one id as text, None where it is missing or ambiguous."""
+    if missing(value):
+        return None
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, float) or not value.is_integer():
+        return str(value)
+    return str(int(value)) if abs(value) < EXACT else None
+
+
+def count_ambiguous(values: pd.Series) -> int:
+    """Return how many values are ids that a float no longer tells from its neighbors."""
+    if not is_mixed(values):
+        return 0
+    return sum(_id(value) is None and not missing(value) for value in values)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from diagnostics.contexts.conversations import (
+    CALLS,
+    REASONING,
     as_messages,
     parse_messages,
     require_template,
@@ -126,8 +128,21 @@ class Renderer:
         # A text that begins as the template begins a prompt is complete: no start token is added.
         if rendered and self.frame[0] and text.startswith(self.frame[0]):
             self.written.add(text)
+        counts["start_missing"] += rendered and self._lacks_start(text)
         counts["special_inside"] += not rendered and self.has_special(text)
         return rendered
+
+    def _lacks_start(self, text: str) -> bool:
+        """Whether the template begins with a special token, the text as the template goes on after
+        it, and the tokenizer puts nothing before the text.
+        """
+        head = self.frame[0]
+        first = next((token for token in self.special if head.startswith(token)), "")
+        rest = head.removeprefix(first).strip()
+        bare = bool(first and rest) and text.strip().startswith(rest)
+        return bare and encode_prompt(self.tokenizer, text) == encode_prompt(
+            self.tokenizer, text, rendered=True
+        )
 
     def _render_request(
         self, messages: list[dict], where: str, arguments: dict[str, Any], counts: Counter
@@ -149,7 +164,35 @@ class Renderer:
             if not self._is_written(name, text, messages, where, arguments, how)
         ]
         counts["arguments_unused"] += bool(unused)
+        counts["unwritten"] += any(
+            self._is_lost(number, text, messages, where, arguments | how)
+            for number in range(len(messages))
+        )
         return text
+
+    def _is_lost(
+        self, number: int, text: str, messages: list[dict], where: str, how: dict[str, Any]
+    ) -> bool:
+        """Whether the template wrote nothing of the text, the calls or the reasoning of a
+        message.
+        """
+        message = messages[number]
+
+        def writes(other: dict) -> str | None:
+            changed = [*messages[:number], other, *messages[number + 1 :]]
+            try:
+                return self.render(changed, where, how)
+            except DiagnosticsError:  # it cannot do without
+                return None
+
+        for held in (CALLS, REASONING):
+            bare = {"content": ""} | {k: v for k, v in message.items() if k not in held}
+            if any(message.get(name) for name in held) and writes(bare) == text:
+                return True
+        words = _words(message)
+        if not words or words in text:
+            return False
+        return writes({**message, "content": PROBE}) == text
 
     def continues(self, messages: list[dict], arguments: dict[str, Any]) -> bool:
         """Whether the last message begins the reply: by the argument `continue_final_message`, or
@@ -253,10 +296,14 @@ class Renderer:
         if any(stripped.startswith(token) for token in self.special):
             return True
         head, tail = (part.strip() for part in self.frame)
+        bare = head
+        for token in self.special:  # a log that was decoded without them
+            bare = bare.replace(token, "")
+        heads = tuple(part for part in (head, bare.strip()) if part)
         return (
             bool(tail)
             and stripped.endswith(tail)
-            and (self.has_special(tail) or (bool(head) and stripped.startswith(head)))
+            and (self.has_special(tail) or (bool(heads) and stripped.startswith(heads)))
         )
 
     def spells(self, text, ids) -> bool:
@@ -302,6 +349,13 @@ class Renderer:
             )
         except DiagnosticsError:
             return ""
+
+
+def _words(message: dict) -> str:
+    """Return the end of a message's text, after its reasoning: templates cut that, and spaces."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else content[-1]["text"] if content else ""
+    return text.rpartition("</think>")[2].strip()
 
 
 def _has_blocks(value) -> bool:

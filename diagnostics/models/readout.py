@@ -40,6 +40,7 @@ class Readout:
     """
 
     def __init__(self, model: PreTrainedModel, *, vocabulary: int | None = None):
+        _refuse_virtual_tokens(model)
         self.model = model
         self.backbone = backbone(model)
         self.head = model.get_output_embeddings()
@@ -112,6 +113,11 @@ class Readout:
             else torch.tanh(logits_nV / self._softcap) * self._softcap
         )
 
+    @property
+    def scale(self) -> float:
+        """What the model multiplies its logits by, as was found on the model itself."""
+        return self._scale
+
     def park(self) -> None:
         """Move the model to main memory.
 
@@ -177,12 +183,28 @@ class Readout:
         return False
 
 
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse an adapter in memory that puts tokens of its own before a text: positions would be
+    others.
+    """
+    settings = getattr(model, "peft_config", {}).values()
+    kinds = [str(each.peft_type) for each in settings if each.is_prompt_learning]
+    if kinds:
+        raise DiagnosticsError(
+            f"The model has an adapter of type {kinds[0].removeprefix('PeftType.')}, which puts"
+            " virtual tokens before the prompt. Only adapters of the weights, such as LoRA, can be"
+            " measured."
+        )
+
+
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The part of a model before its output head; the model itself where that is unknown.
 
     Some classes name a prefix that they do not have (Llama 4's text model); there it is the
     attribute `model`, as in all other classes.
     """
+    # An adapter's backbone is that of the model that it was put into, layers and all.
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
     inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model
 

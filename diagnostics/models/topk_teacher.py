@@ -81,7 +81,7 @@ FURTHEST, SHIFT_Z, SHIFT_SHARE = 3, 3.0, 0.2
 """Places by which lists are tried against the response; the z and the share of positions beyond
 which they belong elsewhere.
 """
-BASE_2_DEPTH, BASE_2_LISTS, BASE_2_SHARE = 5, 10, 0.2
+BASE_2_DEPTH, BASE_2_LISTS, BASE_2_SHARE = 2, 10, 0.2
 """Entries of a list, lists, and the share of them whose powers of two add up to all but exactly 1,
 from which they are logarithms to base 2.
 """
@@ -440,12 +440,31 @@ def _arrays(ids: Sequence, values: Sequence, where: str) -> tuple[np.ndarray, np
             f"{where}: top_ids should be a list of lists of numbers, and holds a gap. Fix that row."
         )
     there_TK = np.arange(ids_TK.shape[1]) < np.array(_lengths(ids))[:, None]
+    _require_whole(ids, ids_TK[there_TK], where)
     ids_TK = np.where(there_TK, ids_TK, -1)
     if np.isnan(values_TK[there_TK]).any():
         raise DiagnosticsError(
             f"{where} holds a log-probability that is NaN or above 0 (nan). Store ln q of each id."
         )
     return ids_TK, values_TK
+
+
+def _require_whole(ids: Sequence, values_M: np.ndarray, where: str) -> None:
+    """Raise DiagnosticsError for ids with a fraction, and for truth values: they would be cut to
+    the id of another token.
+    """
+    odd = values_M[values_M != np.round(values_M)]
+    truths = any(
+        row.dtype == bool
+        if isinstance(row, np.ndarray)
+        else any(i is True or i is False for i in row)
+        for row in ids
+    )
+    if len(odd) or truths:
+        raise DiagnosticsError(
+            f"{where}: top_ids holds {odd[0] if len(odd) else 'truth values'}, and ids are whole"
+            " numbers. Mend that row."
+        )
 
 
 def _lengths(rows: Sequence) -> list[int]:

@@ -521,9 +521,15 @@ def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
     Raises:
         DiagnosticsError: An imported table has columns that depend on K, and nothing states it.
     """
-    from diagnostics.analysis.robustness import depends_on_k, known_k
+    from diagnostics.analysis.robustness import depends_on_k, known_k, shown_k
 
     k = known_k(tokens, stated)
+    shown = shown_k(tokens) if "import" in run.manifest["stages"] else None
+    if shown is not None and k != shown:
+        raise DiagnosticsError(
+            f"K = {k} is said of the imported table, and the values of its topk_overlap are those"
+            f" of K = {shown}: none is an odd part. Give the K that the table was made with."
+        )
     if k is None and depends_on_k(tokens) and "import" in run.manifest["stages"]:
         raise DiagnosticsError(
             f"The imported table does not say at which K {', '.join(depends_on_k(tokens)[:3])} were"

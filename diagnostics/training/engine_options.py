@@ -340,8 +340,28 @@ def _words(hint: Any) -> str:
     return " or ".join(dict.fromkeys(names.get(kind, "text") for kind in _kinds(hint)))
 
 
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "early_stop")
+"""Arguments of torch's checkpointing that JSON can hold and a training may want."""
+
+
 def _check_values(fields: dict[str, Any], where: str) -> None:
-    """Refuse values that would open a connection or write outside the run directory."""
+    """Refuse values that would open a connection or write outside the run directory, and those
+    that sampling and checkpointing do not take.
+    """
+    top_p, top_k = fields.get("top_p", 1.0), fields.get("top_k", 0)
+    if not 0 < top_p <= 1 or (top_k is not None and top_k < 0):
+        raise DiagnosticsError(
+            f"{where} sets top_p to {top_p} and top_k to {top_k}; top_p must lie in (0, 1], where 1"
+            " keeps every token, and top_k must not be negative, where 0 keeps every token."
+            " Correct it there."
+        )
+    for name in BOTH_NAMES[1]:
+        unknown = sorted((fields.get(name) or {}).keys() - set(CHECKPOINTING))
+        if unknown:
+            raise DiagnosticsError(
+                f"{where} sets {', '.join(unknown)} in {name}, and {', '.join(CHECKPOINTING)} are"
+                " what may stand there. Correct it there."
+            )
     if any(tracker not in TRACKERS for tracker in trackers(fields)):
         raise DiagnosticsError(
             f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and"
@@ -441,6 +461,16 @@ def peft_fields(text: str | None) -> dict[str, Any]:
             " them."
         )
     return fields
+
+
+def require_noise(trl: dict[str, Any], peft: str | None) -> None:
+    """Raise DiagnosticsError where `--peft` asks for dropout that `--trl` leaves off."""
+    dropout = peft_fields(peft).get("lora_dropout")
+    if dropout and trl.get("disable_dropout", True):
+        raise DiagnosticsError(
+            f"{_shown(peft, '--peft')} sets lora_dropout to {dropout}, and dropout is off in"
+            ' training. Set "disable_dropout": false in --trl as well, or leave it out.'
+        )
 
 
 def lora_config(rank: int, text: str | None = None):

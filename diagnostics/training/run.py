@@ -29,6 +29,7 @@ import json
 import logging
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -543,7 +544,7 @@ def _explained(engine: EngineConfig, *, begun=lambda: False) -> Iterator[None]:
         yield
     except DiagnosticsError:
         raise
-    except (TypeError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, ImportError, NotImplementedError, re.error) as error:
         if begun():
             raise
         given = (
@@ -632,6 +633,11 @@ def trl_config(
         "use_cpu": cpu,
     }
     fields |= engine_options.trl_fields(engine.trl) | {"report_to": "none"}
+    engine_options.require_noise(fields, engine.peft)
+    if cpu and fields.get("fp16"):
+        raise DiagnosticsError(
+            'fp16 has no effect on the CPU. Use "bf16": true in --trl there, or a GPU.'
+        )
     with _explained(engine):
         return DistillationConfig(
             output_dir=str(directory / "checkpoints"),

@@ -31,8 +31,8 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +54,7 @@ from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, losses
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.readout import backbone as find_backbone
 
 log = logging.getLogger("diagnostics")
 
@@ -266,6 +267,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
         self._prompt_ids: list[list[int] | None] = []
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        for readout in (pair.student, pair.teacher):
+            _name_backbone(readout.model)
         super().__init__(
             model=pair.student.model,
             teacher_model=_same_vocabulary(pair),
@@ -325,6 +328,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         autocast = self._autocast(self.accelerator.unwrap_model(self.model_wrapped), student=True)
         with (
             whole as student,
+            _without_noise(student),
             torch.no_grad(),
             autocast,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
@@ -388,10 +392,11 @@ class SelectedDistillationTrainer(DistillationTrainer):
         rows = self.args.per_device_train_batch_size
         named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
         parts = []
-        for start in range(0, len(valid_BT), rows):
-            parts += self._measure_rows(
-                {name: value[start : start + rows] for name, value in named.items()}
-            )
+        with _without_noise(self.model_wrapped):
+            for start in range(0, len(valid_BT), rows):
+                parts += self._measure_rows(
+                    {name: value[start : start + rows] for name, value in named.items()}
+                )
         columns, states = zip(*parts, strict=True)
         return {
             name: torch.cat([part[name] for part in columns]) for name in columns[0]
@@ -520,7 +525,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
     def _trl_loss(self) -> bool:
         """Whether TRL has the loss: a member of its beta family on unweighted positions."""
         soft = criteria.find(self.selection.criterion).kind == "weight"
-        return self.selection.loss in (*BETAS, "jsd") and not soft
+        scaled = any(map(_scales_otherwise, (self.pair.student, self.pair.teacher)))
+        return self.selection.loss in (*BETAS, "jsd") and not soft and not scaled
 
     def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
         """TRL's method under the requested autocast.
@@ -664,6 +670,19 @@ class SelectedDistillationTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
 
+@contextmanager
+def _without_noise(model: torch.nn.Module) -> Iterator[None]:
+    """Run the model as it is, for sampling and measuring: dropout, and noise on embeddings, belong
+    to the loss alone, or tokens would be drawn from something other than p.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _same_vocabulary(pair: Pair):
     """The teacher's model; where its head has more ids than the student's, the head is cut."""
     sizes = pair.student.full_vocabulary, pair.teacher.full_vocabulary
@@ -698,6 +717,23 @@ def _check_pair(pair: Pair) -> None:
                 " and output head, from which the loss is computed. It can be scored and probed;"
                 " choose another architecture for training."
             )
+
+
+def _scales_otherwise(readout: Readout) -> bool:
+    """Whether TRL multiplies the logits by a scale that the model leaves out: the configuration's
+    `logit_scale`, as of MPT.
+    """
+    scale = getattr(readout.model.config.get_text_config(), "logit_scale", None)
+    return scale is not None and scale != readout.scale
+
+
+def _name_backbone(model: torch.nn.Module) -> None:
+    """Name the backbone for TRL, which reaches it by its class's prefix; Llama 4's text model names
+    a prefix that it does not have.
+    """
+    found = find_backbone(model)
+    if model.base_model is model and found is getattr(model, "model", None):
+        model.base_model_prefix = "model"
 
 
 def _check_options(selection: Selection, options: dict) -> None:

@@ -112,6 +112,17 @@ def test_an_imported_table_states_its_k_or_is_asked_for_it(tmp_path, capsys):
     )
 
 
+def test_an_imported_table_is_not_taken_at_twice_its_k(tmp_path, capsys):
+    """Every overlap of K = 8 is one of K = 16 as well, but none of so many is an odd sixteenth."""
+    path = tmp_path / "tokens.parquet"
+    with_k(8).assign(k=16).to_parquet(path)
+    command = ["analyze", "--tokens", str(path), "--draws", "5", "--quiet"]
+    for number, more in enumerate((["--k", "16"], ["--k", "32"])):
+        assert main([*command, *more, "--output-dir", str(tmp_path / str(number))]) == 2
+        assert "are those of K = 8: none is an odd part." in capsys.readouterr().err
+    assert main([*command, "--k", "8", "--output-dir", str(tmp_path / "right")]) == 0
+
+
 def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):
     out = ["--quiet", "--output-dir", str(tmp_path / "out")]
     models = [*folders[:4], "--device", "cpu"]

@@ -470,7 +470,7 @@ def test_no_room_for_a_response_names_window_and_flag(tmp_path, folders):
         with pytest.raises(
             DiagnosticsError,
             match=(
-                r"holds 0 usable prompts \(3 are longer than 6 tokens\), and 0 are asked for\. Add"
+                r"holds 0 usable prompts \(3 are longer than 6 tokens\)\. Add"
                 r" prompts, lower --contexts or --max-new"
             ),
         ):

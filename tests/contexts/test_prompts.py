@@ -125,9 +125,7 @@ def test_over_long_prompts_are_left_out_and_counted(tmp_path, plain, caplog):
     assert read_prompts(file, tokenizer=plain).counts["over_long"] == 2
     with pytest.raises(
         DiagnosticsError,
-        match=(
-            r"p\.jsonl holds 0 usable prompts \(3 are longer than 1 tokens\), and 0 are asked for"
-        ),
+        match=(r"p\.jsonl holds 0 usable prompts \(3 are longer than 1 tokens\)\. Add"),
     ):
         load_prompts(file, tokenizer=plain, max_prompt_tokens=1)
 

@@ -980,3 +980,30 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
         manifest["stages"]["score"]["facts"]["teacher"]["name"] == "top.jsonl"
         and len(manifest["stages"]["score"]["settings"]["teacher_logprobs_sha256"]) == 64
     )
+
+
+@pytest.mark.parametrize("ids", [[[5.5, 6.0]], [[True, False]], [["5.5", "6"]]])
+def test_ids_are_whole_numbers(tmp_path, ids):
+    row = {"context_id": "c0", "top_ids": ids, "top_logprobs": [[-0.5, -1.5]]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DiagnosticsError, match="and ids are whole numbers"):
+        read_lists(tmp_path / "lists.jsonl", vocabulary=64)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_base_two_is_seen_in_short_lists(tmp_path, depth):
+    """Of a teacher that is sure of its word at every other position, as language models are."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 64)) * 3 + 14 * np.eye(64)[:40] * (np.arange(40) % 2)[:, None]
+    ln_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    order = np.argsort(-ln_q, axis=1)[:, :depth]
+    values = np.take_along_axis(ln_q, order, 1)
+
+    def read(values):
+        row = {"context_id": "c0", "top_ids": order.tolist(), "top_logprobs": values.tolist()}
+        (tmp_path / "lists.jsonl").write_text(json.dumps(row) + "\n")
+        return read_lists(tmp_path / "lists.jsonl", vocabulary=64)
+
+    assert read(values).absent == 0
+    with pytest.raises(DiagnosticsError, match="seems to hold logarithms to base 2"):
+        read(values / np.log(2))
