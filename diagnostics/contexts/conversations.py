@@ -109,8 +109,8 @@ def from_json(text: str, where: str) -> Any:
 
 def parse_messages(value, where: str):
     """Return the messages that a text holds as JSON, alone or as an object's `messages`; any other
-    value stays as it is. Raises DiagnosticsError for messages in Python's notation, which a table of
-    dicts becomes in a CSV.
+    value stays as it is. Raises DiagnosticsError for messages in Python's notation, which a table
+    of dicts becomes in a CSV.
     """
     if not isinstance(value, str):
         return value
@@ -206,7 +206,7 @@ def holds_more(values: Mapping[str, Any], used: str) -> bool:
     """Whether a row holds more of its conversation in a column that is not read. `used` is the
     column that is.
     """
-    held = (values.get(name) for name in UNREAD_COLUMNS if name != used)
+    held: list[Any] = [values.get(name) for name in UNREAD_COLUMNS if name != used]
     return any(
         not missing(value) and (not hasattr(value, "__len__") or len(value)) for value in held
     )

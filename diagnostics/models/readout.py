@@ -204,7 +204,8 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     attribute `model`, as in all other classes.
     """
     # An adapter's backbone is that of the model that it was put into, layers and all.
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    whole: Any = model  # PEFT's wrapper has the model under it, which torch's stubs do not know
+    model = whole.get_base_model() if hasattr(model, "peft_config") else model
     inner = model.base_model if model.base_model is not model else getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model
 
