@@ -974,7 +974,7 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
         main(["run", *remote_flags, *folders[4:10], "--draws", "20"]) == 0
         and sha256_file(out / "contexts.parquet") == kept
     )
-    assert "known by lists of its likeliest tokens" in (out / "report.html").read_text()
+    assert "known only by lists of its most likely tokens" in (out / "report.html").read_text()
     manifest = json.loads((out / "manifest.json").read_text())
     assert (
         manifest["stages"]["score"]["facts"]["teacher"]["name"] == "top.jsonl"
