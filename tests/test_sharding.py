@@ -1,3 +1,5 @@
+"""A teacher whose layers are spread over processes."""
+
 import json
 
 import pandas as pd
@@ -6,6 +8,7 @@ from torch import nn
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models import readout
+from diagnostics.models.pair import load_pair
 from diagnostics.pipeline.cli import main
 from tests.launch import torchrun
 
@@ -47,7 +50,7 @@ def test_sharding_needs_processes_and_a_model_that_comes_apart(pair):
             r" give one or the other\.$"
         ),
     ):
-        pair.load_pair("embedded", shard_teacher=True, offload_teacher=True)
+        load_pair("embedded", shard_teacher=True, offload_teacher=True)
 
 
 def test_decoder_layers_are_the_longest_list():

@@ -405,8 +405,8 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
 def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
     (tmp_path / "cells").mkdir()
     for name, cell in {
-        "a": {"criterion": "tip", "budget": 0.05, "seed": 0},
-        "b": {"criterion": "full", "budget": 1.0, "seed": 1},
+        "tip-0.05-seed0": {"criterion": "tip", "budget": 0.05, "seed": 0},
+        "full-1-seed1": {"criterion": "full", "budget": 1.0, "seed": 1},
     }.items():
         pd.DataFrame({"step": [1, 2], "loss": [0.5, 0.25]}).to_parquet(
             tmp_path / "cells" / f"{name}.curve.parquet"
@@ -414,10 +414,10 @@ def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
         (tmp_path / "cells" / f"{name}.json").write_text(json.dumps({"cell": cell}))
     table = run_results.training_tables(tmp_path)["training_metrics"]
     assert table[["criterion", "budget", "seed", "step", "loss"]].values.tolist() == [
-        ["tip", 0.05, 0, 1, 0.5],
-        ["tip", 0.05, 0, 2, 0.25],
         ["full", 1.0, 1, 1, 0.5],
         ["full", 1.0, 1, 2, 0.25],
+        ["tip", 0.05, 0, 1, 0.5],
+        ["tip", 0.05, 0, 2, 0.25],
     ]
     assert run_results.training_tables(tmp_path / "nowhere") == {}
 

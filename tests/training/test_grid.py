@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -605,9 +606,9 @@ def test_tables_need_no_torch():
         "import sys; from diagnostics.analysis import training_outcomes; print('torch' in"
         " sys.modules, 'trl' in sys.modules)"
     )
-    assert subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    ).stdout.split() == ["False", "False"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_a_cell_has_a_name():
