@@ -627,7 +627,8 @@ def desk(tmp_path, monkeypatch):
     here.mkdir()
     (here / "a b.jsonl").write_text('{"prompt": "w1"}\n')
     (here / "tokens.csv").write_text(
-        "context_id,prompt_id,position,response_length,token_id,token,forward_kl\na,a,0,1,5,w1,0.5\n"
+        "context_id,prompt_id,position,response_length,token_id,token,forward_kl\n"
+        "a,a,0,1,5,w1,0.5\n"
     )
     (here / "empty.parquet").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
