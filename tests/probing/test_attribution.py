@@ -358,7 +358,7 @@ def test_attribute_leaves_the_student_as_it_was(setting):
 def test_a_small_step_is_predicted_and_a_large_one_is_not(setting):
     pair, bank, tokens, _ = setting
     table = attribute(
-        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01
+        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01, folds=2
     ).linearity
     whole = table[table.split == "all"].set_index("fraction")
     assert (

@@ -1,6 +1,5 @@
 """The null of a step: which teacher grades which position, its gradient by loops, its gains."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -12,7 +11,6 @@ from diagnostics.analysis.selection import token_type
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.pair import assemble
-from diagnostics.models.topk_teacher import TopKTeacher
 from diagnostics.probing import permuted_teacher
 from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.frozen_bank import BankPart
@@ -20,7 +18,7 @@ from diagnostics.probing.one_step import probe
 from diagnostics.probing.permuted_teacher import graded_by_others, graders, kept_own
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench, first_update, tensor_norm
-from tests.conftest import make_bank, make_model, make_pair, make_tokenizer
+from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.probing.test_attribution import gpt2
 
 LOSSES = ["reverse_kl", "forward_kl", "jsd", "sampled", "topk_reverse"]
@@ -274,13 +272,3 @@ def test_only_the_nulls_that_were_asked_for(setting, nulls):
         assert (f"gain_permuted{infix}_fold3" in result.tokens) == (name in nulls)
         assert (f"context_gain{infix}" in result.tokens) == (name in nulls)
     assert all(list(step.kept_own_teacher) == list(nulls) for step in result.steps)
-
-
-def test_lists_and_sampled_are_refused_before_any_work():
-    pair = make_pair()
-    lists = TopKTeacher({}, vocabulary=64, name="lists.jsonl")
-    with pytest.raises(
-        DiagnosticsError,
-        match=r"^A permuted teacher of the loss sampled needs .* lists in lists\.jsonl need not",
-    ):
-        probe(dataclasses.replace(pair, teacher=lists), make_bank(LENGTHS), loss="sampled")
