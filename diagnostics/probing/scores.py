@@ -139,6 +139,32 @@ class Batch:
         log.warning("%d tokens do not fit in memory at once: halved", self.ids_BT.numel())
         return [self._part(0, contexts // 2), self._part(contexts // 2, contexts)]
 
+    def with_contexts_of(self, wanted_n: Tensor, states_nH: Tensor) -> tuple[Batch, Tensor]:
+        """The batch without the contexts in which no position is wanted, and its states.
+
+        Args:
+            wanted_n: Mask bool [n] with one position at least.
+            states_nH: States [n, H], such as the teacher's.
+
+        Returns:
+            A batch of m positions, all of the contexts that stay, and their states [m, H].
+        """
+        stays_B = torch.zeros(len(self.ids_BT), dtype=torch.bool)
+        stays_B[self.at_n[0][wanted_n]] = True
+        if stays_B.all():
+            return self, states_nH
+        kept_n, width = stays_B[self.at_n[0]], int(self.mask_BT[stays_B].sum(1).max())
+        place_B = stays_B.cumsum(0) - 1
+        batch = Batch(
+            self.ids_BT[stays_B, :width],
+            self.mask_BT[stays_B, :width],
+            (place_B[self.at_n[0][kept_n]], self.at_n[1][kept_n]),
+            self.sampled_n[kept_n],
+            self.rows_n[kept_n],
+            tuple(context for context, stays in zip(self.contexts, stays_B.tolist()) if stays),
+        )
+        return batch, states_nH[kept_n.to(states_nH.device)]
+
     def _part(self, first: int, last: int) -> Batch:
         mine_n = (self.at_n[0] >= first) & (self.at_n[0] < last)
         width = int(self.mask_BT[first:last].sum(1).max())
