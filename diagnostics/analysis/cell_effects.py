@@ -27,7 +27,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums, positive_ratio, ratio_of_sums
+from diagnostics.analysis.bootstrap import (
+    Estimate,
+    PromptClusters,
+    of_sums,
+    positive_ratio,
+    ratio_of_sums,
+)
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
@@ -258,7 +264,7 @@ class CellEffects:
         pairs = np.stack([count_FG.sum(axis=0), mean_FG.sum(axis=0)], axis=1)
         (estimate,) = of_sums(ratio_of_sums, pairs, self.prompts, mask)
         parts = {part.name: getattr(estimate, part.name) for part in fields(Estimate)}
-        parts["positions"] = int(round(count_FG.max(axis=0).sum()))
+        parts["positions"] = round(count_FG.max(axis=0).sum())
         parts["prompts"] = int((count_FG.sum(axis=0) > 0).sum())
         if len(self.folds) > 1:
             total = pairs.sum(axis=0)
@@ -361,5 +367,5 @@ def _of_rollouts(effects: pd.DataFrame, rollouts: str) -> pd.DataFrame:
         )
     summed = [name for name in EFFECT_MEASURES if name in effects] + ["positions"]
     kept = [n for n in effects if n not in (*_KEYS, *summed, "correct")]
-    how = {name: "sum" for name in summed} | {name: "first" for name in kept}
+    how = dict.fromkeys(summed, "sum") | dict.fromkeys(kept, "first")
     return effects.groupby(_KEYS, sort=False, as_index=False).agg(how)

@@ -1,4 +1,4 @@
-"""The decision table: which criterion is worth a training run, at what budget, and how sure that is.
+"""The decision table: which criterion is worth a training run, at what budget, and how surely.
 
 Each criterion at each budget is compared, by prompt and by step batch, with random positions at
 that budget, with all positions, and with the fair rivals that were intervened on; `cell_effects`
@@ -6,7 +6,7 @@ has the formulas. One row is one cell, horizon and divergence.
 
 | verdict | where |
 |---|---|
-| better, worse | p < 1 - level after Holm over the cells of the horizon, and the interval excludes 0 |
+| better, worse | the interval excludes 0, and so does p after Holm over the horizon's cells |
 | no difference shown | the whole interval lies within MARGIN of random's own effect |
 | cannot tell | otherwise; a zero-width interval is never a verdict |
 | not judged | fewer than MINIMUM_PROMPTS held-out prompts |
