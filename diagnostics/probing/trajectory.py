@@ -1,6 +1,7 @@
 """Short trajectories: k optimizer steps on minibatches of frozen contexts, as training takes them.
 
-    theta_k = AdamW(theta_(k-1), g_k),    g_k = grad of sum_i w_ki l_i(theta) / sum_i w_ki at theta_(k-1)
+    theta_k = AdamW(theta_(k-1), g_k)
+    g_k     = gradient at theta_(k-1) of sum_i w_ki l_i / sum_i w_ki,   i in the minibatch k
 
 One step at theta0 is AdamW's sign descent, and it orders selections otherwise than training does;
 ten to twenty steps of the real optimizer, with its state and at the training's learning rate, come
@@ -8,10 +9,13 @@ closer to it. They take minibatches of the contexts of one fold, whose responses
 the longer a trajectory, the further its student is from the one that wrote them, and the better it
 knows them. So every other fold's contexts are measured too, at each *horizon* k.
 
+As in training, the loss weights w of a minibatch are decided when its turn comes, from what the
+student is by then: a selection that is fixed at theta0 drives the same positions on and on, and
+turns from the best into the worst within twenty steps (`remeasured`).
+
 The contexts of a fold are shuffled again for every pass over them, in a seeded order that all
 selections share. The learning rate is constant, since training's linear decay has hardly begun
-where a horizon is a small part of it. Loss weights are given for every step beforehand, and rest on
-the student's measurements at theta0.
+where a horizon is a small part of it. The advantage of `sampled` is theta0's.
 
 A warm start fills the optimizer's state before the first step: steps at a learning rate of 0 on
 minibatches in another order, so that weights stay at theta0 and moments do not.
@@ -33,11 +37,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure import losses
 from diagnostics.models import topk_teacher
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER
+from diagnostics.probing import scores
 from diagnostics.probing.step import StepBench
 from diagnostics.probing.tensor_lists import tensor_norm
 
@@ -48,8 +54,12 @@ MINIBATCH = 16
 FUSED_ON = ("cpu", "cuda")
 """Devices whose AdamW torch has as one kernel, which training uses and which needs no further
 memory."""
+SAME_COMPATIBILITY = 1e-3
+"""Other batches change a compatibility by rounding alone; another K by far more than this."""
 Rows = np.ndarray
 """Rows of the token table, int [n], in ascending order."""
+Weigh = Callable[[Rows, int], np.ndarray]
+"""From the rows of a minibatch and the number of its step to loss weights [n]."""
 
 
 @dataclass(frozen=True)
@@ -156,36 +166,39 @@ def minibatches(
 
 
 class Trajectory:
-    """Optimizer steps of the bench's student, each with its own loss weights.
+    """Optimizer steps of the bench's student on given minibatches.
 
     Args:
         bench: The student at theta0, and the bank.
         config: The optimizer's steps.
-        weights: For each step a float [N], 0 where a position carries no loss. A step without any
-            weight has no gradient: the optimizer's momentum alone moves the student, and
-            `idle_steps` counts it.
-        warm: The same for each warm step.
+        steps: Rows of the minibatch of each step.
+        weigh: Takes the rows [n] of a minibatch and the number of its step, from 1 on (a warm step:
+            from -1 downwards), while the student stands before that step, and returns loss weights
+            [n] of at least 0. A step without any weight has no gradient: the optimizer's momentum
+            alone moves the student, and `idle_steps` counts it.
+        warm: Rows of the minibatch of each warm step.
 
-    Raises:
-        DiagnosticsError: A top-K teacher cannot supply this loss.
+    Attributes:
+        gradient_norm: Norm of the first step's gradient, taken at theta0, before it is clipped.
+        idle_steps: Steps so far without a position that carries loss.
+        carried_N: bool [N], positions that have carried loss so far.
     """
 
     def __init__(
         self,
         bench: StepBench,
         config: TrajectoryConfig,
-        weights: Sequence[np.ndarray],
-        warm: Sequence[np.ndarray] = (),
+        steps: Sequence[Rows],
+        weigh: Weigh,
+        warm: Sequence[Rows] = (),
     ):
-        self.bench, self.config = bench, config
-        self.weights, self.warm = list(weights), list(warm)
-        self.gradient_norm = np.nan
-        """Norm of the first step's gradient, which is taken at theta0, before it is clipped."""
-        self.idle_steps = 0
-        """Steps so far without a position that carries loss."""
-        advantage_N = bench.tokens["advantage"].to_numpy()
-        for weights_N in self.weights:
-            topk_teacher.require_loss(bench.teacher, config.loss, advantage_N, weights_N)
+        self.bench, self.config, self.weigh = bench, config, weigh
+        self.steps, self.warm = list(steps), list(warm)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.gradient_norm, self.idle_steps = np.nan, 0
+        self.carried_N = np.zeros(len(self.bench.tokens), dtype=bool)
 
     @property
     def update_norm(self) -> float:
@@ -198,33 +211,33 @@ class Trajectory:
         """Take the steps, and hand over wherever a horizon is reached.
 
         Args:
-            horizon: Ascending numbers of steps, at most as many as there are weights.
+            horizon: Ascending numbers of steps, at most as many as there are minibatches.
 
         Yields:
             Each horizon, while the student stands there. Afterwards it is back at theta0, bit for
             bit, also where the caller stops early or fails.
 
         Raises:
-            DiagnosticsError: Loss or gradient is not finite, or one context does not fit in memory.
+            DiagnosticsError: Loss or gradient is not finite, one context does not fit in memory, or
+                a top-K teacher cannot supply this loss.
         """
         if not horizon:
             return
-        assert max(horizon) <= len(self.weights), "a horizon beyond the planned steps"
-        bench = self.bench
-        bench.restore()
-        self.idle_steps = 0
+        assert max(horizon) <= len(self.steps), "a horizon beyond the planned steps"
+        self._begin()
+        self.bench.restore()
         try:
             optimizer = self._optimizer()
-            for weights_N in self.warm:
-                self._step(optimizer, weights_N, rate=0.0)
-            for step, weights_N in enumerate(self.weights[: max(horizon)], 1):
-                norm = self._step(optimizer, weights_N, rate=self.config.rate)
-                if step == 1:
+            for number, rows in enumerate(self.warm, 1):
+                self._step(optimizer, rows, -number, rate=0.0)
+            for number, rows in enumerate(self.steps[: max(horizon)], 1):
+                norm = self._step(optimizer, rows, number, rate=self.config.rate)
+                if number == 1:
                     self.gradient_norm = norm
-                if step in horizon:
-                    yield step
+                if number in horizon:
+                    yield number
         finally:
-            bench.restore()
+            self.bench.restore()
 
     def _optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -238,22 +251,60 @@ class Trajectory:
             fused=all(p.device.type in FUSED_ON for p in parameters),
         )
 
-    def _step(self, optimizer: torch.optim.AdamW, weights_N: np.ndarray, *, rate: float) -> float:
+    def _step(self, optimizer: torch.optim.AdamW, rows: Rows, number: int, *, rate: float) -> float:
         """One step; returns the norm of its gradient before it is clipped."""
-        bench, config = self.bench, self.config
-        if weights_N.any():
-            _, gradient = bench.gradient(weights_N, loss=config.loss, beta=config.beta)
-        else:
-            self.idle_steps += 1
-            gradient = [torch.zeros_like(p) for p in bench.parameters]
-        for p, g in zip(bench.parameters, gradient, strict=True):
+        parameters = self.bench.parameters
+        weights_N = np.zeros(len(self.bench.tokens))
+        weights_N[rows] = self.weigh(rows, number)
+        for p, g in zip(parameters, self._gradient(weights_N), strict=True):
             p.grad = g
-        norm = torch.nn.utils.clip_grad_norm_(bench.parameters, config.optimizer["max_grad_norm"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer["max_grad_norm"])
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if number > 0:
+            self.carried_N |= weights_N > 0
+            self.idle_steps += not weights_N.any()
         return float(norm)
+
+    def _gradient(self, weights_N: np.ndarray) -> list[Tensor]:
+        bench, config = self.bench, self.config
+        if not weights_N.any():
+            return [torch.zeros_like(p) for p in bench.parameters]
+        advantage_N = bench.tokens["advantage"].to_numpy()
+        topk_teacher.require_loss(bench.teacher, config.loss, advantage_N, weights_N)
+        return bench.gradient(weights_N, loss=config.loss, beta=config.beta)[1]
+
+
+def planned_trajectory(
+    bench: StepBench, fold: int, config: TrajectoryConfig, weigh: Weigh, *, steps: int, seed: int
+) -> Trajectory:
+    """A trajectory on minibatches of the contexts of a fold.
+
+    Args:
+        bench: The student at theta0, and the bank.
+        fold: The fold whose contexts the steps are taken on.
+        config: The optimizer's steps.
+        weigh: As in `Trajectory`.
+        steps: Number of steps.
+        seed: Seed of the minibatches' order.
+
+    Returns:
+        The trajectory; nothing is moved yet.
+    """
+    usable_N = bench.loss_weights(fold) > 0
+    way, warm = (
+        minibatches(
+            bench.tokens,
+            usable_N,
+            steps=count,
+            minibatch=config.minibatch,
+            seed=(seed, fold, number),
+        )
+        for number, count in enumerate((steps, config.warm_steps))
+    )
+    return Trajectory(bench, config, way, weigh, warm)
 
 
 def full_trajectory(
@@ -271,52 +322,53 @@ def full_trajectory(
     Returns:
         The trajectory; nothing is moved yet.
     """
-    return planned_trajectory(
-        bench, fold, config, lambda rows, step: np.ones(len(rows)), steps=steps, seed=seed
+    return planned_trajectory(bench, fold, config, every_position, steps=steps, seed=seed)
+
+
+def every_position(rows: Rows, number: int) -> np.ndarray:
+    """Loss weights of 1 for all positions of a minibatch [n]."""
+    return np.ones(len(rows))
+
+
+def remeasured(bench: StepBench, rows: Rows, *, k: int) -> pd.DataFrame:
+    """The token table of some contexts, measured with the student as it is now.
+
+    Args:
+        bench: The student, wherever it stands, and the bank.
+        rows: Rows of whole contexts.
+        k: Size of the top-K supports; other sizes and what is no measurement of the two models
+            keep the table's values.
+
+    Returns:
+        The token table of these rows.
+    """
+    here_N = np.zeros(len(bench.tokens))
+    here_N[rows] = 1.0
+    found = scores.measure_again(
+        bench.pair, bench.bank, bench.weighted(here_N), scores.ScoreConfig(k=k, sweep=())
     )
+    known = {name: values[rows] for name, values in found.items() if name in bench.tokens}
+    return bench.tokens.iloc[rows].assign(**known)
 
 
-def planned_trajectory(
-    bench: StepBench,
-    fold: int,
-    config: TrajectoryConfig,
-    weigh: Callable[[Rows, int], np.ndarray],
-    *,
-    steps: int,
-    seed: int,
-) -> Trajectory:
-    """A trajectory on minibatches of a fold with chosen loss weights.
+def require_support(bench: StepBench, rows: Rows, *, k: int) -> None:
+    """Check that a size of supports is the one that the bench's token table was measured with.
 
     Args:
         bench: The student at theta0, and the bank.
-        fold: The fold whose contexts the steps are taken on.
-        config: The optimizer's steps.
-        weigh: Takes the rows [n] of a minibatch and the number of the step, from 1 (warm steps:
-            from -1 downwards), and returns loss weights [n].
-        steps: Number of steps.
-        seed: Seed of the minibatches' order.
+        rows: Rows of some whole contexts, which are measured.
+        k: Size of the top-K supports.
 
-    Returns:
-        The trajectory; nothing is moved yet.
+    Raises:
+        DiagnosticsError: These positions have another compatibility in the table.
     """
-    usable_N = bench.loss_weights(fold) > 0
-    options = {"minibatch": config.minibatch}
-    ways = [
-        minibatches(bench.tokens, usable_N, steps=count, seed=(seed, fold, way), **options)
-        for way, count in enumerate((steps, config.warm_steps))
-    ]
-    weights, warm = (
-        [
-            _spread(weigh(rows, sign * number), rows, len(usable_N))
-            for number, rows in enumerate(way, 1)
-        ]
-        for way, sign in zip(ways, (1, -1))
+    now, before = (
+        table["compatibility"].to_numpy()
+        for table in (remeasured(bench, rows, k=k), bench.tokens.iloc[rows])
     )
-    return Trajectory(bench, config, weights, warm)
-
-
-def _spread(weights_n: np.ndarray, rows: Rows, count: int) -> np.ndarray:
-    """Weights [n] of some rows as weights [N] of the table."""
-    weights_N = np.zeros(count)
-    weights_N[rows] = weights_n
-    return weights_N
+    apart = np.nanmax(np.abs(now - before), initial=0.0)
+    if apart > SAME_COMPATIBILITY:
+        raise DiagnosticsError(
+            f"With K = {k} the compatibility at theta0 differs from the token table's by up to"
+            f" {apart:.2g}. Give the K that the table was scored with."
+        )

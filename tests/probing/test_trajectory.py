@@ -15,10 +15,13 @@ from diagnostics.probing.tensor_lists import tensor_norm
 from diagnostics.probing.trajectory import (
     Trajectory,
     TrajectoryConfig,
+    every_position,
     full_trajectory,
     minibatches,
     planned_trajectory,
+    remeasured,
     require_horizon,
+    require_support,
 )
 from tests.conftest import make_model, make_pair, make_prompts
 
@@ -49,12 +52,17 @@ def test_one_step_on_all_contexts_is_the_first_update(setting):
     bound = min(1.0, TRAINING_OPTIMIZER["max_grad_norm"] / tensor_norm(gradient))
     expected = first_update([g * bound for g in gradient], "adamw")
     run = full_trajectory(bench, 0, config(minibatch=100), steps=1, seed=0)
-    np.testing.assert_array_equal(run.weights[0], weights_N)
+    np.testing.assert_array_equal(run.steps[0], np.flatnonzero(weights_N))
     for _ in run.run((1,)):
         for p, o, d in zip(bench.parameters, bench.origin, expected, strict=True):
             torch.testing.assert_close(p - o, RATE * d, rtol=1e-3, atol=1e-6)
         assert run.update_norm > 0.1
     bench.require_restored()
+
+
+def spread(weights_N, rows):
+    """The weights at these rows, 0 elsewhere."""
+    return np.where(np.isin(np.arange(len(weights_N)), rows), weights_N, 0.0)
 
 
 def torchs_own_loop(pair, bank, weights, *, rate, steps, warm=()):
@@ -88,18 +96,21 @@ def torchs_own_loop(pair, bank, weights, *, rate, steps, warm=()):
 @pytest.mark.parametrize("warm_steps", [0, 2])
 def test_k_steps_are_torchs_own_loop(setting, warm_steps):
     pair, bank, bench = setting
-    chosen = np.random.default_rng(3).random(len(bench.tokens)) < 0.6
+    weights = np.random.default_rng(3).random((9, len(bench.tokens))).round()
     run = planned_trajectory(
         bench,
         1,
         config(minibatch=2, warm_steps=warm_steps),
-        lambda rows, step: chosen[rows].astype(float),
+        lambda rows, number: weights[number][rows],
         steps=5,
         seed=4,
     )
-    assert len({w.tobytes() for w in run.weights}) > 1 and len(run.warm) == warm_steps
+    assert len({rows.tobytes() for rows in run.steps}) > 1 and len(run.warm) == warm_steps
+    carried = [spread(weights[n], rows) for n, rows in enumerate(run.steps, 1)]
+    warm = [spread(weights[-n], rows) for n, rows in enumerate(run.warm, 1)]
     for k in run.run((2, 5)):
-        expected = torchs_own_loop(pair, bank, run.weights, rate=RATE, steps=k, warm=run.warm)
+        np.testing.assert_array_equal(run.carried_N, sum(carried[:k]) > 0)
+        expected = torchs_own_loop(pair, bank, carried, rate=RATE, steps=k, warm=warm)
         start = torch.cat([o.reshape(-1) for o in bench.origin])
         mine, other = (
             torch.cat([p.reshape(-1) for p in ps]) - start for ps in (weights_now(bench), expected)
@@ -116,8 +127,8 @@ def test_a_warm_state_changes_the_steps_and_not_the_start(setting):
         full_trajectory(bench, 0, config(minibatch=2, warm_steps=n), steps=1, seed=0)
         for n in (0, 3)
     )
-    np.testing.assert_array_equal(cold.weights, warm.weights)
-    norms = [[run.update_norm for _ in run.run((1,))][0] for run in (cold, warm)]
+    assert all(np.array_equal(a, b) for a, b in zip(cold.steps, warm.steps, strict=True))
+    norms = [next(run.update_norm for _ in run.run((1,))) for run in (cold, warm)]
     # moments that hold other minibatches' gradients too make shorter steps than signs alone
     assert 0 < norms[1] < 0.9 * norms[0]
 
@@ -137,9 +148,13 @@ def test_the_student_is_restored_bit_for_bit_also_after_an_early_stop(setting):
     for _ in run.run((1, 3)):
         break
     bench.require_restored()
-    with pytest.raises(KeyboardInterrupt):
+
+    def fail():
         for _ in run.run((1, 3)):
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     bench.require_restored()
     assert weights_sha256(pair.student.model) == bench.origin_sha256
     assert all(p.grad is None for p in bench.parameters)
@@ -148,13 +163,13 @@ def test_the_student_is_restored_bit_for_bit_also_after_an_early_stop(setting):
 def test_the_same_trajectory_is_the_same_to_the_last_bit(setting):
     _, _, bench = setting
     run = full_trajectory(bench, 2, config(minibatch=2), steps=3, seed=0)
-    first, second = ([weights_now(bench) for _ in run.run((3,))][0] for _ in range(2))
+    first, second = (next(weights_now(bench) for _ in run.run((3,))) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_a_long_gradient_is_clipped_as_in_training(setting):
     _, _, bench = setting
-    weights_N = bench.loss_weights(0)
+    rows = np.flatnonzero(bench.loss_weights(0))
     loose, tight = (
         Trajectory(
             bench,
@@ -162,11 +177,12 @@ def test_a_long_gradient_is_clipped_as_in_training(setting):
                 rate=10.0,
                 optimizer=TRAINING_OPTIMIZER | {"adam_epsilon": 1e3, "max_grad_norm": bound},
             ),
-            [weights_N],
+            [rows],
+            every_position,
         )
         for bound in (1e9, 1.0)
     )
-    moved = [[run.update_norm for _ in run.run((1,))][0] for run in (loose, tight)]
+    moved = [next(run.update_norm for _ in run.run((1,))) for run in (loose, tight)]
     # with eps far above the gradient the step is proportional to the gradient
     assert loose.gradient_norm == tight.gradient_norm > 1
     assert moved[1] / moved[0] == pytest.approx(1 / loose.gradient_norm, rel=0.01)
@@ -174,11 +190,16 @@ def test_a_long_gradient_is_clipped_as_in_training(setting):
 
 def test_a_step_without_loss_is_counted(setting):
     _, _, bench = setting
-    weights_N = bench.loss_weights(0)
-    run = Trajectory(bench, config(), [weights_N, 0 * weights_N, weights_N])
+    rows = np.flatnonzero(bench.loss_weights(0))
+
+    def all_but(*without):
+        return lambda rows, number: np.full(len(rows), float(number not in without))
+
+    run = Trajectory(bench, config(), [rows] * 3, all_but(2))
     assert [(k, run.idle_steps) for k in run.run((1, 2, 3))] == [(1, 0), (2, 1), (3, 1)]
-    still = Trajectory(bench, config(), [0 * weights_N])
-    assert [run.update_norm for run in [still] for _ in run.run((1,))] == [0.0]
+    still = Trajectory(bench, config(), [rows], all_but(1))
+    assert [still.update_norm for _ in still.run((1,))] == [0.0]
+    assert still.idle_steps == 1 and not still.carried_N.any()
 
 
 def test_minibatches_pass_through_all_contexts(setting):
@@ -242,3 +263,45 @@ def test_rate_and_optimizer_are_those_of_training(tmp_path):
     assert "adamw_torch" in settings.optim.value
     own = trl_config(tmp_path, TrainConfig(), EngineConfig(trl='{"weight_decay": 0.1}'), rate=1e-4)
     assert own.weight_decay == 0.1 and own.adam_beta2 == TRAINING_OPTIMIZER["adam_beta2"]
+
+
+def test_a_minibatch_is_measured_anew_with_the_student_of_its_step(setting):
+    pair, bank, bench = setting
+    seen = []
+
+    def weigh(rows, number):
+        seen.append((rows, remeasured(bench, rows, k=16), weights_now(bench)))
+        return np.ones(len(rows))
+
+    run = planned_trajectory(bench, 0, config(minibatch=2), weigh, steps=3, seed=0)
+    assert [k for k in run.run((3,))] == [3]
+    rows, table, _ = seen[0]
+    names = [name for name in MEASURED if name in bench.tokens]
+    np.testing.assert_allclose(table[names], bench.tokens[names].iloc[rows], atol=1e-5)
+    rows, table, weights = seen[2]
+    twin = assemble("twin", make_model(1), pair.teacher.model, pair.tokenizer)
+    with torch.no_grad():
+        for p, w in zip(twin.student.model.parameters(), weights, strict=True):
+            p.copy_(w)
+    np.testing.assert_allclose(table[names], score(twin, bank)[names].iloc[rows], atol=1e-5)
+    assert np.abs(table[names].to_numpy() - bench.tokens[names].iloc[rows].to_numpy()).max() > 1e-2
+    assert list(table.columns) == list(bench.tokens.columns)
+    assert (table.dtypes == bench.tokens.dtypes).all()
+
+
+MEASURED = (
+    "forward_kl",
+    "reverse_kl",
+    "union_forward_kl",
+    "compatibility",
+    "student_entropy",
+    "advantage",
+)
+
+
+def test_another_k_than_the_tables_is_refused(setting):
+    _, _, bench = setting
+    rows = np.flatnonzero(bench.loss_weights(0))
+    require_support(bench, rows, k=16)
+    with pytest.raises(DiagnosticsError, match=r"^With K = 2 the compatibility at theta0 differs"):
+        require_support(bench, rows, k=2)
