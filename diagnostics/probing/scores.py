@@ -12,7 +12,7 @@ vocabulary."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -341,6 +341,31 @@ def _columns(
         shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, bank.positions)
     return _gathered(columns, bank.positions)
+
+
+@torch.no_grad()
+def measure_again(
+    pair: Pair, bank: Bank, todo: Iterable[tuple[Batch, Tensor]], config: ScoreConfig
+) -> dict[str, np.ndarray]:
+    """Every measurement of some positions with the student as it is now.
+
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts, N response positions in all.
+        todo: This process's batches, each with the teacher's states [n, H].
+        config: Supports.
+
+    Returns:
+        By column name as in `score`, each [N] over all processes; 0 or False at a position that no
+        batch has.
+    """
+    columns: dict[str, np.ndarray] = {}
+    measure = _measure(pair, bank, config, tops=0)
+    for batch, teacher_nH in todo:
+        measured = measure(batch, batch.states(pair.student), teacher_nH)
+        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
+        _fill(columns, batch, values, bank.positions)
+    return _restore_flags(_gathered(columns, bank.positions))
 
 
 Measure = Callable[[Batch, Tensor, Tensor], Mapping[str, Tensor]]
