@@ -283,8 +283,8 @@ STAGES = (
         configs=(PAIR, PROBE, CONTROLS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`",
         writes=(
-            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`; `tokens.parquet`:"
-            " scores and gains joined"
+            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`,"
+            " `tables/horizon.csv`; `tokens.parquet`: scores and gains joined"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_probe,
@@ -293,6 +293,8 @@ STAGES = (
             "probing.folds",
             "probing.permuted_teacher",
             "probing.placebo",
+            "probing.horizon",
+            "probing.trajectory",
             "measure.losses",
         ),
     ),
