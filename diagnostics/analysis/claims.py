@@ -342,9 +342,7 @@ def look(
     )
 
 
-def _others(
-    tokens: pd.DataFrame, split: Split, base: Support, base_k: int
-) -> dict[Support, float]:
+def _others(tokens: pd.DataFrame, split: Split, base: Support, base_k: int) -> dict[Support, float]:
     """Other K of compatibility (NaN), and other measurements at the table's own K (rho)."""
     found: dict[Support, float] = {}
     for proxy, k, column in supports_of(tokens, base_k=base_k):
@@ -400,7 +398,9 @@ def _tests(
             _note(found, claim, kind, population, outcome, choices),
         )
     if population == found.primary:
-        yield (_paper_c4 if kind == "paper" else _controlled_c4)(found, population, outcome, choices)
+        yield (_paper_c4 if kind == "paper" else _controlled_c4)(
+            found, population, outcome, choices
+        )
 
 
 def _two_sided(name: str, estimate: Estimate) -> Part:
@@ -501,9 +501,7 @@ def _note(
     return ""
 
 
-def _paper_c4(
-    found: Found, population: str, outcome: str, choices: PrimaryChoices
-) -> ClaimTest:
+def _paper_c4(found: Found, population: str, outcome: str, choices: PrimaryChoices) -> ClaimTest:
     """The gap in Q3 with every other K and measurement of the paper."""
     parts, undefined = [], 0
     for other in found.others:
