@@ -895,7 +895,7 @@ def _validation_tables(
     folder: Path, cells: Sequence[TrainingCell], offline: str | None, analysis: AnalysisConfig
 ) -> dict[str, pd.DataFrame]:
     """The tables of a finished grid, whose cells lie in `folder`."""
-    from diagnostics.analysis import training_outcomes
+    from diagnostics.analysis import foresight
     from diagnostics.analysis.claims import of_training
     from diagnostics.training import grid
 
@@ -903,12 +903,10 @@ def _validation_tables(
         (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
     )
     answers = (
-        training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
-        if offline
-        else None
+        foresight.offline_run(Path(offline), competing, draws=analysis.draws) if offline else None
     )
     rows = grid.read_outcomes(folder, cells)
-    made = training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis))
+    made = foresight.tables(rows, answers, **dataclasses.asdict(analysis))
     verdicts = [*_claims_of(offline), of_training(made["validation_verdicts"])]
     return {**made, "verdicts": pd.concat(verdicts, ignore_index=True)}
 
