@@ -16,12 +16,12 @@ SURFACE = {
     "run": (
         "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
         " held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher"
-        " no-shard-teacher offload-teacher optimizer output-dir pair prompt-column prompts"
+        " no-shard-teacher offload-teacher optimizer output-dir pair primary prompt-column prompts"
         " prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step"
         " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p"
     ),
-    "analyze": "draws json k level output-dir quiet seed tokens training",
+    "analyze": "draws json k level output-dir primary quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype held-out json k level"
