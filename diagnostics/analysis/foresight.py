@@ -7,9 +7,9 @@ share of a gain, or what steps on the cell's positions alone did. Two questions 
   (all cells; pairs of equal budget pooled; each budget). Its interval says how far prompts, step
   batches and seeds move tau of *these* criteria. Whether criteria that have nothing to do with the
   trainings would agree as well is said by the permutation: the criteria's labels are exchanged in
-  the trainings, jointly over budgets, and p is the share of exchanges whose tau is at least the
-  observed one (one-sided; all of them up to EXACT_GROUPS labels, else EXCHANGES seeded ones, with
-  (1 + hits) / (1 + EXCHANGES)). Holm corrects it over the answers that are looked at.
+  the trainings, jointly over budgets, and p is the share of exchanges whose tau is at least as far
+  from 0 as the observed one (all exchanges up to EXACT_GROUPS labels, else EXCHANGES seeded ones,
+  with (1 + hits) / (1 + EXCHANGES)). Holm corrects it over the answers that are looked at.
 - *Sign*: for each horizon, whether criterion minus random has the sign that it has after training,
   wherever the training's interval excludes 0.
 
@@ -657,9 +657,8 @@ def offline_run(
     file = unchanged(directory, "interventions.parquet")
     # These draws have a seed of their own: with as many prompts, an equal seed would make them the
     # draws of the trainings' prompts.
-    apart = replace(
-        bootstrap, seed=int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
-    )
+    seed = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
+    apart = replace(bootstrap, seed=seed)
     wanted = list(cells)
     effects = (
         CellEffects(read_parquet(file), bootstrap=replace(apart, seed=seed + 1))
