@@ -36,7 +36,7 @@ from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import NO_CELLS, CellEffects
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.decision import AMBIGUOUS, overfitted_cells
+from diagnostics.analysis.decision import overfitted_cells
 from diagnostics.analysis.rank_agreement import CellScores, Tau
 from diagnostics.analysis.training_outcomes import (
     FIRST_STEP,
@@ -50,6 +50,7 @@ from diagnostics.analysis.training_outcomes import (
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.criteria import AMBIGUOUS
 
 EXACT_GROUPS = 8
 """Labels up to which every exchange is made: 8! = 40,320."""
