@@ -621,11 +621,14 @@ def compare_stage(
     run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
 ) -> None:
     """Compare criteria by the gains of the run, and with its interventions where it has any."""
+    from diagnostics.analysis.decision import decide
     from diagnostics.analysis.rank_agreement import agreement, answers
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
     tables = {}
     effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
+    loss = step.get("loss", "reverse_kl")
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
@@ -644,6 +647,7 @@ def compare_stage(
             tables.update(
                 offline_agreement=agreement(tokens, sums, **options),
                 offline_answers=answers(tokens, sums),
+                decision=decide(sums, loss=loss, choices=_primary(run, None)[0], **options),
             )
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
@@ -656,7 +660,7 @@ def compare_stage(
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=("analysis.selection", "analysis.rank_agreement"),
+        code=("analysis.selection", "analysis.rank_agreement", "analysis.decision"),
     )
 
 
