@@ -142,7 +142,7 @@ def _inflated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     table = tables.get("balance", pd.DataFrame())
     if len(table):
-        tables = {"balance": table[table["replacement"]].assign(after=table["after"].abs())}
+        tables = {"balance": table[np.isinf(table["caliper"])].assign(after=table["after"].abs())}
     for (score, split), value in _largest(tables, "balance", ["score", "split"], "after"):
         if value > IMBALANCE_LIMIT:
             yield (
@@ -152,8 +152,8 @@ def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
                 IMBALANCE_LIMIT,
                 (
                     f"Pairs matched for {score} on {split} still differ by up to {value:.2f}"
-                    " standard deviations in what they were matched on; the table matching_caliper"
-                    " keeps the near pairs alone."
+                    " standard deviations in what they were matched on; the rows of the table"
+                    " matching with a caliper keep the near pairs alone."
                 ),
             )
 
