@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 OUTCOMES = {
@@ -17,6 +19,8 @@ OUTCOMES = {
     "positive_gain": "positive gain",
     "relative_gain_released": "relative gain, released form",
     "first_order_gain": "first-order gain",
+    "gain_permuted": "gain, permuted teacher",
+    "context_gain": "context gain",
 }
 """Readable name of each form of the gain."""
 UNITS = {
@@ -25,6 +29,8 @@ UNITS = {
     "reverse_gain": "nats",
     "positive_gain": "nats",
     "first_order_gain": "nats",
+    "gain_permuted": "nats",
+    "context_gain": "nats",
 }
 """Unit of each form of the gain; D is the forward KL before the step."""
 MEASURES = {
@@ -50,6 +56,65 @@ def readable(name: str) -> str:
 def with_unit(outcome: str) -> str:
     """The readable name of an outcome, followed by its unit in brackets."""
     return f"{readable(outcome)} ({UNITS[outcome]})" if outcome in UNITS else readable(outcome)
+
+
+CONTROLLED = ("gain", "context_gain")
+"""The two outcomes that stand side by side: the gain, and what of it a permuted teacher does not
+give.
+"""
+BOTH = ("gain", "relative_gain")
+"""What stands side by side in a table without a permuted teacher."""
+
+
+def shown_outcomes(table: pd.DataFrame, outcomes: Sequence[str] | None = None) -> list[str]:
+    """The outcomes to show: those that are asked for; otherwise gain and context gain, or gain and
+    relative gain where the table has no context gain.
+    """
+    if outcomes is not None:
+        return list(outcomes)
+    controlled = "outcome" in table and (table.outcome == "context_gain").any()
+    return list(CONTROLLED if controlled else BOTH)
+
+
+SPLITS = {
+    "held_out": "held-out positions",
+    "step": "positions that carried the loss",
+    "all": "all positions",
+    "fresh": "fresh responses",
+}
+"""Readable name of each population."""
+
+
+def steps_of(table: pd.DataFrame) -> int | None:
+    """Number of step batches behind a table's intervals; None where it does not say."""
+    known = table["steps"].dropna() if "steps" in table else ()
+    return int(max(known)) if len(known) else None
+
+
+def steps(horizon: float) -> str:
+    """A horizon in words: 0 is the one step whose norm is the same for every criterion."""
+    count = int(horizon)
+    return "one matched step" if count == 0 else f"{count} step{'s' if count != 1 else ''}"
+
+
+def decisive_horizon(table: pd.DataFrame) -> int:
+    """The horizon of the recommended cell; without one, the largest that is not overfitted in every
+    cell, and otherwise the smallest.
+    """
+    true = [True, "True"]
+    chosen = table.horizon[table.recommended.isin(true)] if "recommended" in table else ()
+    if len(chosen):
+        return int(max(chosen))
+    over = table.overfitted.isin(true) if "overfitted" in table else table.horizon != table.horizon
+    usable = table.horizon[~over]
+    return int(usable.max() if len(usable) else table.horizon.min())
+
+
+def p_value(value: float) -> str:
+    """A p value down to 1e-4, below which a bootstrap resolves nothing."""
+    if not value == value:
+        return "p undefined"
+    return "p < .0001" if value < 1e-4 else f"p = {value:.4f}".replace("0.", ".")
 
 
 def preferred_split(table: pd.DataFrame) -> str:

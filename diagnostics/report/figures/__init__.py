@@ -24,7 +24,7 @@ from diagnostics.report.figures.plane import (
     q3_gain,
     quadrants,
 )
-from diagnostics.report.figures.ranking import correlations, placebo_excess
+from diagnostics.report.figures.ranking import correlations
 from diagnostics.report.figures.regressions import (
     coefficients,
     gain_robustness,
@@ -63,7 +63,6 @@ __all__ = [
     "kernel_shares",
     "lift",
     "linearity",
-    "placebo_excess",
     "position_gain",
     "q3_contrast",
     "q3_gain",

@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter
 
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import (
-    BOTH,
     forest,
     forest_order,
     reduction_curves,
@@ -40,7 +39,7 @@ def selection_curves(
     table: pd.DataFrame,
     *,
     criteria: Sequence[str] | None = None,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     split: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -54,7 +53,8 @@ def selection_curves(
             low, high, random_low, random_high, oracle, positions and prompts.
         criteria: Names of the criteria to show; where None all of them, or the usual six where
             there are more than six.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         split: The split to show; held-out positions where None and the table has them, otherwise
             all.
         **page: `level`, `width` and `dark`, as every figure takes them.
@@ -65,6 +65,7 @@ def selection_curves(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = (
         "outcome",
         "criterion",
@@ -90,7 +91,7 @@ def selection_curves(
     for ax in axes[-1]:
         ax.set_xlabel("budget (share of positions)")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
-    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands"))
+    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands", table=table))
     return figure
 
 
@@ -135,7 +136,7 @@ def selection_summary(
     table: pd.DataFrame,
     *,
     budget: float | None = None,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     criteria: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -149,7 +150,8 @@ def selection_summary(
             estimate, low, high, baseline, positions and prompts.
         budget: Where None, the area is shown (0 is random, 1 the oracle); with a budget, how many
             times its own share of the gain a criterion captures there (1 is random).
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         criteria: Names of the criteria to show; all of the table where None.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
@@ -159,6 +161,7 @@ def selection_summary(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = (
         "outcome",
         "criterion",
@@ -190,7 +193,7 @@ def selection_summary(
         ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"]))
+    style.caption(figure, style.counts(table), style.bars(page["level"], table=table))
     return figure
 
 
@@ -443,7 +446,7 @@ def intervention(
         ax.set_xlabel("budget (share of step positions)")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     style.caption(
-        figure, style.counts(table.drop(columns="group")), style.bars(page["level"], "Bands")
+        figure, style.counts(table.drop(columns="group")), style.bars(page["level"], "Bands", table=table)
     )
     return figure
 
@@ -512,5 +515,5 @@ def agreement(
         if {"cells", "prompts"} <= set(rows)
         else ""
     )
-    style.caption(figure, cells, style.bars(page["level"]))
+    style.caption(figure, cells, style.bars(page["level"], table=table))
     return figure
