@@ -97,24 +97,36 @@ def steps(horizon: float) -> str:
     return "one matched step" if count == 0 else f"{count} step{'s' if count != 1 else ''}"
 
 
+TRUE = (True, "True")
+"""A true cell, as a table in memory and as one read from a file has it."""
+
+
 def decisive_horizon(table: pd.DataFrame) -> int:
-    """The horizon of the recommended cell; without one, the largest that is not overfitted in every
-    cell, and otherwise the smallest.
+    """The horizon at which the cells of a decision are judged: the one that its column primary
+    marks, otherwise the largest that is not overfitted in every cell, otherwise the smallest.
     """
-    true = [True, "True"]
-    chosen = table.horizon[table.recommended.isin(true)] if "recommended" in table else ()
+    chosen = table.horizon[table.primary.isin(TRUE)] if "primary" in table else ()
     if len(chosen):
         return int(max(chosen))
-    over = table.overfitted.isin(true) if "overfitted" in table else table.horizon != table.horizon
+    over = table.overfitted.isin(TRUE) if "overfitted" in table else table.horizon != table.horizon
     usable = table.horizon[~over]
     return int(usable.max() if len(usable) else table.horizon.min())
 
 
+def of_all_rollouts(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all rollouts, where a verifier split others into right and wrong ones."""
+    return table[table.rollouts == "all"] if "rollouts" in table else table
+
+
+LEAST_P = 1e-4
+"""The least p value that is written; below it a bootstrap resolves nothing."""
+
+
 def p_value(value: float) -> str:
-    """A p value down to 1e-4, below which a bootstrap resolves nothing."""
+    """A p value in words, down to 1e-4."""
     if not value == value:
         return "p undefined"
-    return "p < .0001" if value < 1e-4 else f"p = {value:.4f}".replace("0.", ".")
+    return "p < .0001" if value < LEAST_P else f"p = {value:.2g}".replace("0.", ".", 1)
 
 
 def preferred_split(table: pd.DataFrame) -> str:

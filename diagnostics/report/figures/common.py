@@ -16,6 +16,7 @@ from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals
 from diagnostics.report.style import CYCLE, DASHES, MARKERS
 
+
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
     """Criteria from the highest to the lowest `value` of one outcome and split, then the others."""
     rows = table[(table.outcome == outcome) & (table.split == split)]

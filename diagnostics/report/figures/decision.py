@@ -12,15 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from diagnostics.analysis.decision import HORIZON
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
 
 VERDICTS = {
     "better": ("#8CC4E8", "▲", "better than random"),
-    "same-as": ("#C9CED4", "=", "no difference that matters"),
     "worse": ("#F2A66B", "▼", "worse than random"),
+    "no difference shown": ("#C9CED4", "=", "level with random"),
     "cannot tell": ("none", "?", "cannot tell"),
+    "not judged": ("none", "–", "not judged"),
 }
 """Color, sign and words of each verdict on a cell. The sign repeats the color."""
 ON_TINT = "#000000"
@@ -60,9 +62,9 @@ def decision(
             over_random_low, over_random_high (nats), verdict and, where they are known, ambiguous,
             overfitted, recommended, prompts and steps.
         measure: The divergence whose drop is shown; the table's first where None.
-        horizon: The number of optimizer steps; where None, that of the recommended cell, otherwise
-            the largest that is not overfitted everywhere.
-        criteria: Names of the criteria to show; all of the table but random where None.
+        horizon: The number of optimizer steps; where None, the one that the table's column primary
+            marks, otherwise the largest that is not overfitted everywhere.
+        criteria: Names of the criteria to show; all of the table but random and full where None.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -79,9 +81,10 @@ def decision(
     table = style.keep(table, what, needs, where)
     measure = measure or str(table.measure.iloc[0])
     table = style.keep(table, what, needs, {"measure": measure})
+    table = naming.of_all_rollouts(table)
     horizon = naming.decisive_horizon(table) if horizon is None else horizon
     table = style.keep(table, what, needs, {"horizon": horizon})
-    table = style.keep(table[table.criterion != "random"], what, needs)
+    table = style.keep(table[~table.criterion.isin(NO_ROW)], what, needs)
     names, budgets = _ordered(table), sorted(table.budget.unique())
     figure, axes = style.canvas(page["width"], 1.15 + 0.36 * len(names))
     scale = 1000.0 if _largest(table) < MILLI else 1.0
@@ -91,15 +94,17 @@ def decision(
     unit = "thousandths of a nat" if scale > 1 else "nats"
     style.caption(
         figure,
-        f"Drop of {naming.readable(measure)} over random, in {unit}, {naming.steps(horizon)};"
-        " ± half the interval.",
+        f"Drop of {naming.readable(measure)} over random, in {unit}, {naming.steps(horizon)}.",
         style.counts(table),
-        style.bars(page["level"], "Intervals", table=table).replace("Intervals: ", "Over "),
-        "† overfitted." if style.flagged(table, "overfitted").any() else "",
+        "± is half of an interval.",
+        style.bars(page["level"], "Verdicts", table=table),
+        "†: overfitted." if style.flagged(table, "overfitted").any() else "",
     )
     return figure
 
 
+NO_ROW = ("random", "full", "placebo")
+"""Criteria that the others are compared with; they have no row of their own."""
 OVER_RANDOM = ("over_random", "over_random_low", "over_random_high")
 
 
@@ -163,7 +168,9 @@ def _cell_words(row, sign: str, scale: float, between: str) -> str:
 def _short(value: float, *, signed: bool = False) -> str:
     """Three decimals below one, fewer above; no leading zero."""
     text = f"{value:{'+' if signed else ''}.{3 if abs(value) < 1 else 1}f}"
-    return text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 1 else text.replace("-", "−")
+    return (
+        text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 1 else text.replace("-", "−")
+    )
 
 
 def _grid_axes(ax, names: list[str], budgets: list[float]) -> None:
@@ -189,20 +196,14 @@ def _key(figure: Figure, table: pd.DataFrame, columns: int) -> None:
     figure.legend(handles=patches, loc="outside upper left", ncols=columns, borderaxespad=0.2)
 
 
-FORESIGHT = (
-    "criterion",
-    "budget",
-    "offline",
-    "offline_low",
-    "offline_high",
-    "trained",
-    "trained_low",
-    "trained_high",
+SIDES = ("offline", "trained")
+FORESIGHT = ("criterion", "budget", "horizon", "measure") + tuple(
+    f"{side}_{end}" for side in SIDES for end in ("difference", "low", "high")
 )
 
 
 @figure(
-    table="foresight",
+    table="foresight_signs",
     title="Did the horizon foresee the training?",
     reading=(
         "Each mark is one criterion at one budget: across its difference to random on the frozen"
@@ -218,19 +219,21 @@ def foresight(
     *,
     measure: str | None = None,
     horizons: Sequence[int] | None = None,
+    marked: int = HORIZON,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Difference to random on the frozen bank against the same difference after training.
 
-    Example: `dx.plot.foresight(tables["foresight"])`. One panel per horizon; in the shaded quarters
-    the signs agree. Filled marks are cells whose trained interval excludes zero.
+    Example: `dx.plot.foresight(tables["foresight_signs"])`. One panel per horizon; in the shaded
+    quarters the signs agree. Filled marks are cells whose trained interval excludes zero.
 
     Args:
-        table: One row per (criterion, budget, horizon, measure), with the columns offline,
-            offline_low, offline_high, trained, trained_low, trained_high (nats) and, where they are
-            known, ambiguous, overfitted and chosen.
+        table: One row per (criterion, budget, horizon, measure), with the columns
+            offline_difference, offline_low, offline_high, trained_difference, trained_low,
+            trained_high (nats) and, where they are known, ambiguous and overfitted.
         measure: The divergence; the table's first where None.
         horizons: Horizons to show, one panel for each; all of the table where None.
+        marked: The horizon at which the decision is taken, for its panel's title.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -239,8 +242,7 @@ def foresight(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
-    what = "figures.foresight"
-    needs = (*FORESIGHT, "horizon", "measure")
+    what, needs = "figures.foresight", FORESIGHT
     table = style.keep(table, what, needs)
     measure = measure or str(table.measure.iloc[0])
     table = style.keep(table, what, needs, {"measure": measure})
@@ -252,7 +254,7 @@ def foresight(
     figure, axes = style.canvas(page["width"], 0.9 + 2.1 * down, down, across, sharey=True)
     for ax, horizon in zip(axes.flat, shown, strict=False):
         _foreseen(ax, table[table.horizon == horizon], names)
-        ax.set_title(f"{naming.steps(horizon)}{_mark_of(table, horizon)}")
+        ax.set_title(f"{naming.steps(horizon)}{' (the decision’s)' if horizon == marked else ''}")
         ax.set_xlabel("over random on the frozen bank (nats)")
     for ax in axes[:, 0]:
         ax.set_ylabel("over random after training (nats)")
@@ -269,14 +271,6 @@ def foresight(
     return figure
 
 
-def _mark_of(table: pd.DataFrame, horizon: int) -> str:
-    """A word for the horizon that the decision was taken at, or that is overfitted."""
-    rows = table[table.horizon == horizon]
-    if style.flagged(rows, "overfitted").all():
-        return " (overfitted)"
-    return " (the decision's)" if style.flagged(rows, "chosen").any() else ""
-
-
 def _clear(table: pd.DataFrame) -> np.ndarray:
     """[N] whether the trained interval excludes zero."""
     return ((table.trained_low > 0) | (table.trained_high < 0)).to_numpy()
@@ -285,8 +279,10 @@ def _clear(table: pd.DataFrame) -> np.ndarray:
 def _signs(table: pd.DataFrame, horizon: int) -> str:
     """How many of the cells that training settled have the offline difference's sign."""
     clear = table[_clear(table) & ~style.ambiguous(table)]
-    agree = int((np.sign(clear.offline) == np.sign(clear.trained)).sum())
-    return f"{naming.steps(horizon)}: sign right in {agree} of {len(clear)} settled cells."
+    same = np.sign(clear.offline_difference) == np.sign(clear.trained_difference)
+    agree = int(same.sum())
+    what = naming.steps(horizon)
+    return f"{what[0].upper()}{what[1:]}: sign right in {agree} of {len(clear)} settled cells."
 
 
 def _foreseen(ax, table: pd.DataFrame, names: list[str]) -> None:
@@ -299,8 +295,8 @@ def _foreseen(ax, table: pd.DataFrame, names: list[str]) -> None:
             face = line["color"] if cell["clear"] else style.paper()
             look = {"marker": line["marker"], "color": line["color"], "markerfacecolor": face}
             ax.errorbar(
-                [cell["offline"]],
-                [cell["trained"]],
+                [cell["offline_difference"]],
+                [cell["trained_difference"]],
                 xerr=_reach(cell, "offline"),
                 yerr=_reach(cell, "trained"),
                 elinewidth=0.8,
@@ -313,8 +309,8 @@ def _foreseen(ax, table: pd.DataFrame, names: list[str]) -> None:
             if cell["tied"]:
                 ring = {"markerfacecolor": "none", "markeredgecolor": line["color"]}
                 ax.plot(
-                    cell["offline"],
-                    cell["trained"],
+                    cell["offline_difference"],
+                    cell["trained_difference"],
                     "o",
                     markersize=10 + number,
                     label="_ambiguous",
@@ -325,8 +321,9 @@ def _foreseen(ax, table: pd.DataFrame, names: list[str]) -> None:
 
 
 def _reach(cell: dict, name: str) -> list[list[float]]:
-    below, above = cell[name] - cell[f"{name}_low"], cell[f"{name}_high"] - cell[name]
-    return [[max(below, 0.0)], [max(above, 0.0)]]
+    value = cell[f"{name}_difference"]
+    ends = (value - cell[f"{name}_low"], cell[f"{name}_high"] - value)
+    return [[max(end, 0.0)] for end in ends]
 
 
 def _quarters(ax) -> None:

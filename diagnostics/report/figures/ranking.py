@@ -95,7 +95,7 @@ def _against_null(table: pd.DataFrame, method: str, page) -> Figure:
     ax, shown = axes[0, 0], style.present(table.outcome, NULLED)
     style.zero(ax, "x")
     ax.xaxis.set_major_locator(MaxNLocator(7 if page["width"] > 5 else 4))
-    for outcome, place in zip(shown, style.offsets(len(shown), 0.24), strict=True):
+    for outcome, place in zip(shown, style.offsets(len(shown), 0.21), strict=True):
         color, marker, filled, words = NULLED[outcome]
         rows = table[table.outcome == outcome].drop_duplicates("criterion").set_index("criterion")
         face = {} if filled else {"markerfacecolor": style.paper()}

@@ -4,6 +4,7 @@ interventions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -395,9 +396,10 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
     title="A step on the selected positions alone",
     reading=(
         "From the same student, one step per criterion and budget in which only selected positions"
-        " carry loss, at the norm of the step on all positions. Only lines above random and its"
-        " band speak for a criterion; the placebo is a random direction."
+        " carry loss, at the norm of the step on all positions. One step can order criteria"
+        " otherwise than training does; the horizon above is what the decision rests on."
     ),
+    measured=True,
 )
 @on_page
 def intervention(
@@ -406,12 +408,14 @@ def intervention(
     measure: str = "forward_kl",
     groups: Sequence[str] = ("held_out", "step"),
     criteria: Sequence[str] | None = None,
+    horizon: int = 0,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Effect of one step in which only the selected positions carry loss.
 
     Example: `dx.plot.intervention(dx.intervene(pair, bank))`. There is one line per criterion over
-    its budgets. The level lines are the step on all positions and the placebo.
+    its budgets. The level lines are the step on all positions and, where one was taken, a step in a
+    random direction. A ring means that ties decide much of a selection.
 
     Args:
         table: One row per (criterion, budget, group, measure), with the columns reduction, low,
@@ -420,6 +424,8 @@ def intervention(
         groups: Groups of positions to show, one panel for each.
         criteria: Names of the criteria to show; where None all of them, or the usual six where
             there are more than six.
+        horizon: Number of optimizer steps in a table with a horizon; 0 is the one step of matched
+            norm, and the table's shortest is shown where it lacks this one.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -430,6 +436,10 @@ def intervention(
     """
     needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
     table = style.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
+    steps = None
+    if "horizon" in table:
+        steps = horizon if (table.horizon == horizon).any() else table.horizon.min()
+        table = table[table.horizon == steps].reset_index(drop=True)
     names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
     rows, columns = style.panels(len(groups), page["width"])
     figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
@@ -446,7 +456,11 @@ def intervention(
         ax.set_xlabel("budget (share of step positions)")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     style.caption(
-        figure, style.counts(table.drop(columns="group")), style.bars(page["level"], "Bands", table=table)
+        figure,
+        "" if steps is None else f"{naming.steps(steps).capitalize()}.",
+        style.counts(table.drop(columns="group")),
+        style.tie_words(table),
+        style.bars(page["level"], "Bands", table=table),
     )
     return figure
 
@@ -458,16 +472,19 @@ def intervention(
         "Rank agreement among criteria at equal budgets between each offline answer and the drop of"
         " the divergence on held-out positions."
     ),
+    measured=True,
 )
 @figure(
     "validation_agreement",
     table="validation_agreement",
     title="Which offline answer foresaw training?",
     reading=(
-        "Rank agreement among criteria at equal budgets between each answer and the trained gain in"
-        " forward KL."
+        "Rank agreement among criteria at equal budgets between each answer and the trained gain."
+        " Beside it the p value of exchanging the criteria's labels: criteria are few, and unrelated"
+        " ones can agree by chance however narrow the interval."
     ),
     options={"answer": "trained_forward_kl"},
+    measured=True,
 )
 @on_page
 def agreement(
@@ -475,6 +492,7 @@ def agreement(
     *,
     scope: str = "within_budget",
     answer: str = "held_out_forward_kl",
+    measure: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Rank agreement of the offline answers with one answer.
@@ -486,6 +504,8 @@ def agreement(
         scope: The cells that are compared: within_budget, all, or budget_<share>. Over all of them
             larger budgets, which capture and teach more, raise the agreement by themselves.
         answer: The answer that the others are compared with.
+        measure: The divergence of that answer, in place of the one in its name, where the table
+            has it.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -496,6 +516,8 @@ def agreement(
     """
     needs = ("scope", "x", "y", "kendall", "low", "high")
     table = style.keep(table, "figures.agreement", needs, {"scope": scope})
+    other = re.sub(r"(forward_kl|reverse_kl|js)$", measure or r"\1", answer)
+    answer = other if other in {*table.x, *table.y} else answer
     sides = [
         table[table.y == answer].rename(columns={"x": "other"}),
         table[table.x == answer].rename(columns={"y": "other"}),
@@ -507,6 +529,8 @@ def agreement(
         axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
     )
     axes[0, 0].set_xlim(-1.05, 1.05)
+    if "p_permutation" in rows:
+        _p_values(axes[0, 0], rows.p_permutation)
     axes[0, 0].set_xlabel(f"Kendall τ with {naming.readable(answer)}")
     style.names_down(axes[0, 0], rows.other)
     compared = "cells, compared at equal budgets" if scope == "within_budget" else "cells"
@@ -517,3 +541,11 @@ def agreement(
     )
     style.caption(figure, cells, style.bars(page["level"], table=table))
     return figure
+
+
+def _p_values(ax, values: pd.Series) -> None:
+    """The p value of each row to the right of the axes."""
+    for place, value in enumerate(values):
+        x, y = 1.01, place
+        words = naming.p_value(value)
+        ax.text(x, y, words, transform=ax.get_yaxis_transform(), va="center", gid=f"p {place}")
