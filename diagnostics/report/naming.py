@@ -7,7 +7,6 @@ for one. It needs no matplotlib, so that the summary loads quickly.
 from __future__ import annotations
 
 import re
-
 from collections.abc import Sequence
 
 import pandas as pd
@@ -124,7 +123,7 @@ LEAST_P = 1e-4
 
 def p_value(value: float) -> str:
     """A p value in words, down to 1e-4."""
-    if not value == value:
+    if pd.isna(value):
         return "p undefined"
     return "p < .0001" if value < LEAST_P else f"p = {value:.2g}".replace("0.", ".", 1)
 

@@ -108,7 +108,8 @@ def decided(run: RunTables) -> str:
     table = run.table("decision")
     if table is not None:
         return decision_sentence(table)
-    return UNDECIDED if run.table("correlations") is not None else ""
+    probed = any(run.table(name) is not None for name in ("correlations", "intervention"))
+    return UNDECIDED if probed else ""
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -489,10 +490,11 @@ def trained(run: RunTables, share: float = 0.05) -> str:
     table = run.table("validation_outcomes")
     if table is None:
         return _one_training(run)
+    own = run.measure if (table.measure == run.measure).any() else "forward_kl"
     parts = [
         f"in {words} {_gains(table[table.measure == measure], share)}"
         for measure, words in MEASURES.items()
-        if measure in ("forward_kl", "accuracy") and (table.measure == measure).any()
+        if measure in (own, "accuracy") and (table.measure == measure).any()
     ]
     if not parts:
         return ""
@@ -522,12 +524,19 @@ def _gains(rows: pd.DataFrame, share: float) -> str:
     ranked = there.sort_values("gain", ascending=False, kind="stable")
     first = ranked.head(1).criterion.tolist()
     for name in dict.fromkeys([*first, REFERENCE, "random"]):
-        best = " (the most there)" if [name] == first else ""
         shown += [
-            f"{_gain(row)} at {share:.0%} by {readable(name)}{best}"
+            f"{_gain(row)} at {share:.0%} by {readable(name)}"
+            f"{_most(row) if [name] == first and name != 'random' else ''}"
             for row in ranked[ranked.criterion == name].itertuples()
         ]
     return ", ".join(shown)
+
+
+def _most(row) -> str:
+    """What may be said of the largest gain: that it is more than random's only by its interval."""
+    if getattr(row, "minus_random_low", np.nan) > 0:
+        return " (the most there, and more than random)"
+    return " (the most there, not shown to be more than random)"
 
 
 def _gain(row) -> str:

@@ -7,11 +7,11 @@
 Nothing is estimated or saved here. Every function takes `width` in inches (SINGLE = 3.3 for one
 column, DOUBLE = 6.9 for two) and `dark` for a dark page. Those with intervals take the `level` that
 the table was made at, for the caption. Panels stand side by side at DOUBLE and below one another at
-SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of prompts
-and positions stand below the figure. Nats lead: the gain, then the context gain
-where the table has it. Every function raises
-DiagnosticsError where its table lacks a column or has no row to show. The style lives in `diagnostics.report.style`, the registry of the report's figures in
-`diagnostics.report.figures.registry`.
+SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of
+prompts, positions and step batches stand below the figure. Nats lead: the gain, then the context
+gain where the table has it. Every function raises DiagnosticsError where its table lacks a column
+or has no row to show. The style lives in `diagnostics.report.style`, the registry of the report's
+figures in `diagnostics.report.figures.registry`.
 """
 
 from __future__ import annotations

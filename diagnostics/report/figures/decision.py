@@ -197,8 +197,12 @@ def _key(figure: Figure, table: pd.DataFrame, columns: int) -> None:
 
 
 SIDES = ("offline", "trained")
-FORESIGHT = ("criterion", "budget", "horizon", "measure") + tuple(
-    f"{side}_{end}" for side in SIDES for end in ("difference", "low", "high")
+FORESIGHT = (
+    "criterion",
+    "budget",
+    "horizon",
+    "measure",
+    *(f"{side}_{end}" for side in SIDES for end in ("difference", "low", "high")),
 )
 
 

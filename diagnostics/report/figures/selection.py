@@ -480,8 +480,8 @@ def intervention(
     title="Which offline answer foresaw training?",
     reading=(
         "Rank agreement among criteria at equal budgets between each answer and the trained gain."
-        " Beside it the p value of exchanging the criteria's labels: criteria are few, and unrelated"
-        " ones can agree by chance however narrow the interval."
+        " Beside it the p value of exchanging the criteria's labels: criteria are few, and"
+        " unrelated ones can agree by chance however narrow the interval."
     ),
     options={"answer": "trained_forward_kl"},
     measured=True,

@@ -88,10 +88,7 @@ def _linear(table: pd.DataFrame) -> np.ndarray:
 
 def _marks(ax, table: pd.DataFrame, name: str, shift: float, line: dict, label: str) -> None:
     """One mark per stratum with its interval."""
-    ends = {
-        end: table[f"{name}_{end}"] if f"{name}_{end}" in table else np.nan
-        for end in ("low", "high")
-    }
+    ends = {end: table.get(f"{name}_{end}", np.nan) for end in ("low", "high")}
     rows = table.assign(**ends)
     style.upright(ax, rows.stratum + shift, rows, name, linestyle="none", label=label, **line)
 
