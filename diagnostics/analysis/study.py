@@ -20,7 +20,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import bounds, claims, correlations, regressions, robustness
 from diagnostics.analysis import splits as position_splits
 from diagnostics.analysis import warnings as study_warnings
-from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.correlations import (
     correlate,
     partial_correlations,
@@ -64,7 +64,7 @@ _QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
 _Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
 _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
 _REGRESSION_TABLES = ("regressions", "decomposition")
-_CLAIM_TABLES = ("support_robustness", "verdicts")
+_CLAIM_TABLES = ("support_robustness", "verdicts", "claim_statistics")
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -76,6 +76,8 @@ def study(
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
+    choices: PrimaryChoices = PrimaryChoices(),
+    registered: str | None = None,
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """Make every table that the token table allows.
@@ -88,13 +90,17 @@ def study(
         losses: Token tables of steps with other losses on the same bank, by loss.
         base_k: K of the columns without a suffix; None reads it from the table
             (`robustness.known_k`) and warns where it is not known.
+        choices: What is concluded from; anything else is exploratory.
+        registered: The hash of the choices as it was recorded before the probe; None where none
+            was, and then every verdict is exploratory.
         settings: Fields of `bootstrap`.
 
     Returns:
         Tables by file name: correlations, placebo_excess, differences, partial, within_prompt,
         quadrants, positions, q3_contrast, q3_groups, matching and balance (also within a caliper:
         matching_caliper, balance_caliper), regressions, decomposition, residual_curves,
-        support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
+        support_robustness, gain_robustness, saturation, coverage, verdicts, claim_statistics,
+        warnings and left_out
         (columns table, what, why), and exactness for a top-K teacher.
 
     Raises:
@@ -109,7 +115,7 @@ def study(
     tokens, base_k = _with_k(tokens, base_k)
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
-    for step in _plan(tokens, criteria, bootstrap, losses, base_k):
+    for step in _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
             if table is not None and len(table):
@@ -165,12 +171,19 @@ class _Step:
 
 
 def _plan(
-    tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
+    tokens: pd.DataFrame,
+    criteria: list[str] | None,
+    bootstrap: Bootstrap,
+    losses,
+    base_k: int,
+    choices: PrimaryChoices,
+    registered: str | None,
 ) -> list[_Step]:
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
     drawn = {"bootstrap": bootstrap}
     seeded = {"seed": bootstrap.seed}
+    primary = {"choices": choices, "registered": registered}
     near = {"caliper": correlations.CALIPER}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
@@ -193,7 +206,7 @@ def _plan(
         one("balance_caliper", _CLAIM_COLUMNS, balance, **near, **seeded),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
-        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **drawn),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
         one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
@@ -211,20 +224,20 @@ def _correlations(
     }
 
 
-def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[str, pd.DataFrame]:
+def _claims(
+    tokens: pd.DataFrame,
+    *,
+    base_k: int,
+    bootstrap: Bootstrap,
+    choices: PrimaryChoices,
+    registered: str | None,
+) -> dict[str, pd.DataFrame]:
     found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
-    pairs = balance(tokens, by=["compatibility"], seed=bootstrap.seed)
-    pairs = pairs[pairs["replacement"]]
-    made = claims.verdicts(
-        found,
-        level=bootstrap.level,
-        placebo=[name for name in STUDY_OUTCOMES if f"placebo_{name}" in tokens],
-        imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
-    )
     return {
-        "support_robustness": robustness.support_robustness(found, level=bootstrap.level),
-        "verdicts": made,
-    }
+        "support_robustness": robustness.support_robustness(found, level=bootstrap.level)
+    } | claims.claim_tables(
+        tokens, base_k=base_k, bootstrap=bootstrap, choices=choices, registered=registered
+    )
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
