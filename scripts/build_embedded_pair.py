@@ -1,6 +1,6 @@
 """Train the embedded teacher and student from scratch, save them, and measure the pair.
 
-    python scripts/build_embedded_pair.py [--output-dir data/embedded] [--step-share 1.0]
+    python scripts/build_embedded_pair.py [--output-dir data/embedded] [--seed 20]
 
 Both models train at once, one process and one thread each, on endless fresh stories of the `train`
 split (`diagnostics.contexts.story_sums`): the teacher on correct responses, the student on
@@ -115,9 +115,9 @@ def build_model(recipe: Recipe, tokenizer):
     )
 
 
-def batches(tokenizer, side: str, steps: int):
+def batches(tokenizer, side: str, steps: int, seed: int):
     """Yield (ids [B, T], response [B, T]) where `response` marks the tokens that carry loss."""
-    pairs = story_sums.corpus(steps * BATCH, seed=SEED, side=side)
+    pairs = story_sums.corpus(steps * BATCH, seed=seed, side=side)
     for _ in range(steps):
         prompts, responses = zip(*islice(pairs, BATCH))
         heads = tokenizer(list(prompts))["input_ids"]
@@ -150,10 +150,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(side: str, folder: Path, step_share: float) -> float:
+def train(side: str, folder: Path, step_share: float, seed: int) -> float:
     """Train one side, save model and tokenizer under `folder`, return the seconds it took."""
     torch.set_num_threads(1)
-    torch.manual_seed(SEED + story_sums.SIDES.index(side))
+    torch.manual_seed(seed + story_sums.SIDES.index(side))
     recipe = RECIPES[side]
     recipe = Recipe(**{**vars(recipe), "steps": max(1, round(recipe.steps * step_share))})
     tokenizer = build_tokenizer()
@@ -162,7 +162,7 @@ def train(side: str, folder: Path, step_share: float) -> float:
         model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     began, recent = time.perf_counter(), []
-    for step, (ids_BT, response_BT) in enumerate(batches(tokenizer, side, recipe.steps)):
+    for step, (ids_BT, response_BT) in enumerate(batches(tokenizer, side, recipe.steps, seed)):
         optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
         loss = response_loss(model, ids_BT, response_BT)
         optimizer.zero_grad(set_to_none=True)
@@ -207,7 +207,7 @@ def greedy_accuracy(readout, tokenizer, prompts) -> float:
     ) / len(prompts)
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, seed: int) -> dict[str, float]:
     """The pair's properties after reloading it as float32, on PROMPTS prompts that training never
     saw.
     """
@@ -216,8 +216,8 @@ def measure(folder: Path) -> dict[str, float]:
     from diagnostics.probing.scores import score
 
     pair = load_pair(student=str(folder / "student"), teacher=str(folder / "teacher"), device="cpu")
-    prompts = story_sums.sums(PROMPTS, seed=SEED, split="probe")
-    bank = rollout(pair, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
+    prompts = story_sums.sums(PROMPTS, seed=seed, split="probe")
+    bank = rollout(pair, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
     right = [
         story_sums.verify(context.response, prompt.answer) for context, prompt in zip(bank, prompts)
     ]
@@ -278,19 +278,23 @@ def main() -> int:
         help="train this share of the steps, to try the script out",
     )
     parser.add_argument(
+        "--seed", type=int, default=SEED, help="seed of weights, stories and prompts"
+    )
+    parser.add_argument(
         "--measure-only", action="store_true", help="measure the pair that is there"
     )
     arguments = parser.parse_args()
     if not arguments.measure_only:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             runs = {
-                side: pool.submit(train, side, arguments.output_dir, arguments.step_share)
+                side: pool.submit(
+                    train, side, arguments.output_dir, arguments.step_share, arguments.seed
+                )
                 for side in story_sums.SIDES
             }
             print({side: f"{run.result():.0f} s" for side, run in runs.items()})
-    figures = {
-        name: round(float(value), 4) for name, value in measure(arguments.output_dir).items()
-    }
+    measured = measure(arguments.output_dir, arguments.seed)
+    figures = {name: round(float(value), 4) for name, value in measured.items()}
     print(json.dumps(figures, indent=1))
     missed = {
         name: figures[name]

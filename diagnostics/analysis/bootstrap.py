@@ -4,15 +4,22 @@
     T*(w) = f(sum_g w_g s_g)                 its statistic, a function of per-prompt sums s_g
     T(-g) = f(sum_{h != g} s_h)              the statistic without prompt g
     SE^2  = max( G/(G-1) var h(T*),  (G-1)/G sum_g (h(T(-g)) - h(T))^2 )
-    interval = h^-1( h(T) +- t(G-1) SE )
+    SE_F^2 = (F-1)/F sum_f (h(T(-f)) - mean_f h(T(-f)))^2           the step batches' part
+    interval = h^-1( h(T) +- t(nu) sqrt(SE^2 + SE_F^2) )
 
 h is Fisher's arctanh for a correlation and the identity otherwise. Prompts are resampled whole;
 positions within a prompt never are, because they are not independent. A statistic of sums costs one
 product [draws, G] @ [G, sums] for all draws together.
 
-Exact in every draw: means, differences, Pearson, regressions, medians. Approximate: Spearman
-computes ranks once and resamples them, partial correlations compute residuals once, Kendall and
-trimmed means resample their first-order term, and groups and winsorizing limits are cut once.
+T(-f) is the statistic without the step on fold f of a table with F steps (`core.folds`): the step
+is a random draw too, and an interval for the pair, rather than for these steps, carries both parts.
+Degrees of freedom are G-1 for a table of one step, whose interval carries the prompts alone, and
+Satterthwaite's from G-1 and F-1 otherwise.
+
+`exact` resamples rows and computes everything anew in each draw. Elsewhere means, differences,
+Pearson, regressions and medians are exact in every draw. Approximate: Spearman computes ranks once
+and resamples them, partial correlations compute residuals once, Kendall and trimmed means resample
+their first-order term, and groups and winsorizing limits are cut once.
 `benchmarks/CALIBRATION.md` has the measured differences.
 
 Departures: with some tens of prompts the percentile interval is too short (its coverage is 87-93 %
@@ -26,7 +33,7 @@ MacKinnon, Nielsen and Webb 2023 (t(G-1) with the cluster jackknife); Hoeffding 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,6 +47,9 @@ from diagnostics.core.settings import with_settings
 
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
+EXACT_DRAWS = 300
+"""Draws of statistics that are computed anew from resampled rows: their standard error is then
+itself uncertain by 4 %."""
 CHUNK = 2_000_000
 """Number of elements of a [draws, positions] block that is held in memory at a time."""
 
@@ -122,6 +132,7 @@ class Estimate:
         prompts: Number of prompts that these positions belong to.
         correlation: True where the interval is computed on Fisher's scale.
         left_out: [prompts] its value without each prompt; None where the jackknife does not apply.
+        without_step: [steps] its value without each step; None for a table of one step.
     """
 
     value: float
@@ -130,6 +141,12 @@ class Estimate:
     prompts: int
     correlation: bool = False
     left_out: np.ndarray | None = None
+    without_step: np.ndarray | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that the interval carries; 1 where it carries the prompts alone."""
+        return 1 if self.without_step is None else len(self.without_step)
 
     def __sub__(self, other: Estimate) -> Estimate:
         """Paired difference; both estimates must come from the same `PromptClusters`."""
@@ -140,22 +157,48 @@ class Estimate:
             min(self.positions, other.positions),
             min(self.prompts, other.prompts),
             left_out=None if either else self.left_out - other.left_out,
+            without_step=_steps_between(self, other),
         )
 
     def times(self, factor: float) -> Estimate:
         """The estimate in another unit: the value, its draws and its ends times a factor."""
-        left_out = None if self.left_out is None else self.left_out * factor
+        parts = {
+            name: None if values is None else values * factor
+            for name, values in (("left_out", self.left_out), ("without_step", self.without_step))
+        }
         return Estimate(
-            self.value * factor,
-            self.draws * factor,
-            self.positions,
-            self.prompts,
-            left_out=left_out,
+            self.value * factor, self.draws * factor, self.positions, self.prompts, **parts
         )
 
     @cached_property
     def standard_error(self) -> float:
-        """The standard error on the interval's scale.
+        """The standard error on the interval's scale: the prompts' and the step batches' parts."""
+        return float(np.hypot(self.prompt_error, self.step_error))
+
+    @cached_property
+    def step_error(self) -> float:
+        """The step batches' part of the standard error: the jackknife over steps.
+
+        It is 0 for a table of one step, and NaN where the statistic is undefined without some step.
+        """
+        if self.without_step is None:
+            return 0.0
+        values = self._scale(self.without_step)
+        count = len(values)
+        return float(np.sqrt((count - 1) / count * np.sum((values - values.mean()) ** 2)))
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the interval (Satterthwaite 1946)."""
+        of_prompts = max(self.prompts - 1, 1)
+        if self.steps < 2 or not self.standard_error > 0:
+            return float(of_prompts)
+        parts = self.prompt_error**4 / of_prompts + self.step_error**4 / (self.steps - 1)
+        return float(self.standard_error**4 / parts)
+
+    @cached_property
+    def prompt_error(self) -> float:
+        """The prompts' part of the standard error, on the interval's scale.
 
         It is NaN with one prompt, and where too few draws or left-out values are defined.
         """
@@ -174,7 +217,7 @@ class Estimate:
         return float(np.maximum(bootstrap, jackknife))
 
     def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
-        """Compute the t interval with prompts - 1 degrees of freedom.
+        """Compute the t interval.
 
         Args:
             level: Coverage, between 0 and 1.
@@ -182,9 +225,7 @@ class Estimate:
         Returns:
             Low and high end, in the statistic's unit.
         """
-        reach = (
-            float(special.stdtrit(max(self.prompts - 1, 1), (1 + level) / 2)) * self.standard_error
-        )
+        reach = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.standard_error
         middle = self._scale(self.value)
         low = middle - reach
         high = middle + reach
@@ -203,12 +244,22 @@ class Estimate:
         if not self.standard_error > 0:
             return np.nan
         return float(
-            2 * special.stdtr(self.prompts - 1, -abs(self._scale(self.value)) / self.standard_error)
+            2 * special.stdtr(self.freedom, -abs(self._scale(self.value)) / self.standard_error)
         )
 
     def _scale(self, value):
         # arctanh(+-1) is infinite; the clip keeps a perfect correlation finite.
         return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) if self.correlation else value
+
+
+def _steps_between(one: Estimate, other: Estimate) -> np.ndarray | None:
+    """The difference of two statistics without each step; one without steps is the same for all."""
+    if one.without_step is None and other.without_step is None:
+        return None
+    first, second = (
+        part.value if part.without_step is None else part.without_step for part in (one, other)
+    )
+    return np.asarray(first - second)
 
 
 def undefined(prompts: PromptClusters, mask: np.ndarray | None = None) -> Estimate:
@@ -247,6 +298,49 @@ def of_sums(
     return [
         Estimate(float(value[i]), draws[:, i], *counts, left_out=left_out[:, i], **options)
         for i in range(value.shape[-1])
+    ]
+
+
+def exact(
+    function: Callable[[dict[str, np.ndarray]], np.ndarray],
+    columns: Mapping[str, np.ndarray],
+    prompts: PromptClusters,
+    *,
+    draws: int = EXACT_DRAWS,
+    **options,
+) -> list[Estimate]:
+    """Estimate statistics by resampling rows, so that cuts, ranks and masks are made in each draw.
+
+    Args:
+        function: Takes columns [n] by name, and returns P values. Its argument also has the column
+            `prompt`, whose numbers tell the copies of a prompt apart.
+        columns: [N] each, over the positions of `prompts`.
+        prompts: The prompts with their draws.
+        draws: The first of the prompts' draws that are used.
+        options: Further fields of `Estimate`, e.g. correlation=True.
+
+    Returns:
+        P estimates; their counts are those of all N positions.
+    """
+    order = np.argsort(prompts.codes, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(prompts.codes, minlength=prompts.count))[:-1])
+
+    def value(taken: np.ndarray) -> np.ndarray:
+        sizes = [len(rows[prompt]) for prompt in taken]
+        at = np.concatenate([rows[prompt] for prompt in taken])
+        drawn = {name: values[at] for name, values in columns.items()}
+        found = function(drawn | {"prompt": np.repeat(np.arange(len(taken)), sizes)})
+        return np.asarray(found, dtype=np.float64)
+
+    estimate = value(np.arange(prompts.count))
+    taken = [
+        np.repeat(np.arange(prompts.count), weights.astype(int))
+        for weights in prompts.weights[:draws]
+    ]
+    drawn = np.array([value(each) for each in taken]).reshape(len(taken), len(estimate))
+    return [
+        Estimate(float(estimate[i]), drawn[:, i], len(order), prompts.count, **options)
+        for i in range(len(estimate))
     ]
 
 

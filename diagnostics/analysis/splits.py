@@ -1,4 +1,4 @@
-"""The splits of a token table, their outcomes, scores and controls, and rows of results."""
+"""The populations of a token table, their outcomes, scores and controls, and rows of results."""
 
 from __future__ import annotations
 
@@ -13,30 +13,38 @@ from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import require_columns
+from diagnostics.core.folds import OWN, step_count
+from diagnostics.core.schema import column, require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
 
-STUDY_OUTCOMES = ("gain", "relative_gain", "reverse_gain")
+STUDY_OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
+"""Outcomes of the study: nats first; the relative gain is there for comparison."""
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some positions of a table with the draws of their prompts.
+    """A population of positions with the draws of their prompts.
 
     Attributes:
-        name: `all`, `step` or `held_out`.
+        name: `held_out`, `step` or `all`.
         mask: [N] the positions, over the whole table.
-        prompts: The prompts of the split's n positions.
+        prompts: The prompts of the population's n positions.
+        prefix: What the names of its outcome columns begin with: `own_` for the positions that
+            carried loss in a fold table.
     """
 
     name: str
     mask: np.ndarray
     prompts: PromptClusters
+    prefix: str = ""
 
     def values(self, tokens: pd.DataFrame, name: str) -> np.ndarray:
-        """[n] a column on the split as float64; NaN where it is not finite or is missing."""
+        """[n] a column on the population as float64; NaN where it is not finite or is missing."""
+        entry = column(name)
+        if entry is not None and entry.stage == "outcome" and not name.startswith(self.prefix):
+            name = self.prefix + name
         if name not in tokens:
             return np.full(int(self.mask.sum()), np.nan)
         values = tokens[name].to_numpy(dtype=np.float64)[self.mask]
@@ -47,18 +55,36 @@ class Split:
 def splits(
     tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> Iterator[Split]:
-    """Split a token table into step and held-out positions.
+    """Divide a token table into its populations, the primary one first.
 
     Args:
         tokens: A token table, one row per response position, with `prompt_id`.
-        bootstrap: Draws, level and seed; every split has draws of its own.
+        bootstrap: Draws, level and seed; every population has draws of its own.
 
     Yields:
-        `all`, then `step` and `held_out` where the column `split` has both.
+        For a fold table, `held_out` (every position, after the steps on other folds) and `step`
+        (every position, after the step on its own fold). For a table of one step, the positions
+        that the column `split` names `held_out` and `step`; `all` where it has not both.
 
     Raises:
         DiagnosticsError: If the table has no row, or a row has no prompt_id.
     """
+    _require_prompts(tokens)
+    everywhere = np.ones(len(tokens), dtype=bool)
+    if step_count(tokens) > 1:
+        populations = {"held_out": (everywhere, ""), "step": (everywhere, OWN)}
+    elif "split" in tokens and {"step", "held_out"} <= set(tokens["split"]):
+        held_out = (tokens["split"] == "held_out").to_numpy(dtype=bool)
+        on_step = (tokens["split"] == "step").to_numpy(dtype=bool)
+        populations = {"held_out": (held_out, ""), "step": (on_step, "")}
+    else:
+        populations = {"all": (everywhere, "")}
+    for name, (mask, prefix) in populations.items():
+        prompts = PromptClusters(tokens["prompt_id"][mask], bootstrap=bootstrap)
+        yield Split(name, mask, prompts, prefix)
+
+
+def _require_prompts(tokens: pd.DataFrame) -> None:
     require_columns(tokens, ["prompt_id"], what="the analysis")
     if not len(tokens):
         raise DiagnosticsError(
@@ -71,16 +97,6 @@ def splits(
             f"{nameless} positions have no prompt_id, so their cluster is not known. Fill it in, or"
             " drop them."
         )
-    names = ["all"]
-    if "split" in tokens and {"step", "held_out"} <= set(tokens["split"]):
-        names += ["step", "held_out"]
-    for name in names:
-        mask = (
-            np.ones(len(tokens), dtype=bool)
-            if name == "all"
-            else (tokens["split"] == name).to_numpy(dtype=bool)
-        )
-        yield Split(name, mask, PromptClusters(tokens["prompt_id"][mask], bootstrap=bootstrap))
 
 
 def outcomes(tokens: pd.DataFrame) -> list[str]:
@@ -141,11 +157,15 @@ def row(estimate: Estimate, level: float, *, named: str = "estimate", **more) ->
         more: Further columns, placed between the interval and the counts.
 
     Returns:
-        The value, low, high, whatever is in `more`, positions and prompts.
+        The value, low, high, whatever is in `more`, positions, prompts and steps.
     """
     low, high = estimate.interval(level)
     return (
         {named: estimate.value, "low": low, "high": high}
         | more
-        | {"positions": estimate.positions, "prompts": estimate.prompts}
+        | {
+            "positions": estimate.positions,
+            "prompts": estimate.prompts,
+            "steps": estimate.steps,
+        }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,11 @@ SCHEMA: dict[str, Column] = {
             ("context_id", "", "context that the position belongs to"),
             ("prompt_id", "", "prompt of the context; the cluster of every interval"),
             ("token", "", "the sampled token as text"),
-            ("split", "", "`step`: its context carried the step's loss; `held_out`: it did not"),
+            (
+                "split",
+                "",
+                "where there was one step: `step` (its context carried the loss) or `held_out`",
+            ),
         ),
         *_columns(
             "key",
@@ -59,6 +64,7 @@ SCHEMA: dict[str, Column] = {
             ("position", "tokens", "index of the response token, from 0"),
             ("response_length", "tokens", "number of response positions of the context"),
             ("token_id", "", "id of the sampled token y"),
+            ("fold", "", "fold of the prompt, from 0; one step was taken on each fold"),
         ),
         *_columns("key", "bool", ("is_special", "", "y is a special token of the tokenizer")),
         *_columns(
@@ -146,21 +152,40 @@ SCHEMA: dict[str, Column] = {
         *_columns(
             "outcome",
             "float64",
-            ("gain", "nats", "forward_kl before minus after"),
+            (
+                "gain",
+                "nats",
+                "forward_kl before minus after; with folds, the mean over the steps on other folds",
+            ),
+            ("gain_sd", "nats", "standard deviation of the gain over the steps on other folds"),
+            ("own_gain", "nats", "gain after the step on the position's own fold"),
+            (
+                "gain_permuted",
+                "nats",
+                "gain (towards the true teacher) after a step towards a permuted teacher",
+            ),
+            ("own_gain_permuted", "nats", "the same after the step on the position's own fold"),
+            ("context_gain", "nats", "gain minus gain_permuted"),
+            ("own_context_gain", "nats", "own_gain minus own_gain_permuted"),
+            *(
+                (prefix + name + null, "nats", f"{prefix + name}, permuted within {words}")
+                for null, words in (("_divergence", "deciles of D"), ("_token_type", "token types"))
+                for name in ("gain_permuted", "context_gain")
+                for prefix in ("", "own_")
+            ),
             (
                 "relative_gain",
                 "fraction",
                 "gain over forward_kl before; NaN where that is under 1e-3 nats",
             ),
+            ("own_relative_gain", "fraction", "own_gain over forward_kl before, with that floor"),
             (
                 "relative_gain_released",
                 "fraction",
                 "gain over (forward_kl before + 1e-12), no floor",
             ),
-            ("reverse_gain", "nats", "reverse_kl before minus after"),
-            ("placebo_gain", "nats", "gain after a random step of the same norm"),
-            ("placebo_relative_gain", "fraction", "relative_gain after that random step"),
-            ("placebo_reverse_gain", "nats", "reverse_gain after that random step"),
+            ("reverse_gain", "nats", "reverse_kl before minus after, as gain"),
+            ("own_reverse_gain", "nats", "the same after the step on the position's own fold"),
             ("first_order_gain", "nats", "gain predicted by the derivative along the step"),
             (
                 "lift",
@@ -168,6 +193,18 @@ SCHEMA: dict[str, Column] = {
                 (
                     "what the position's own loss adds, to first order, to the mean gain of the"
                     " held-out positions"
+                ),
+            ),
+        ),
+        *_columns(
+            "before",
+            "float64",
+            (
+                "token_identity_gain",
+                "nats",
+                (
+                    "mean gain of the same token at positions of other folds, after steps on"
+                    " neither fold"
                 ),
             ),
         ),
@@ -205,18 +242,22 @@ KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "t
 """Columns that every token table has."""
 
 
+_VARIANT = re.compile(r"(?P<base>\w+)_(?P<kind>k|fold|h|step_)(?P<number>\d+)")
+"""A column of another support, of one fold's step, or after a number of optimizer steps."""
+
+
 def column(name: str) -> Column | None:
     """Schema entry of a column name.
 
-    `<name>_k<K>` (another support) and `<name>_step_<n>` (an outcome after n steps of training)
-    have the entry of `<name>`. Returns None for a column that this program does not define.
+    `<name>_k<K>` (another support), and of outcomes `<name>_fold<f>` (after one fold's step),
+    `<name>_h<k>` (after k optimizer steps on the frozen contexts) and `<name>_step_<n>` (after n
+    steps of training) have the entry of `<name>`. Returns None for a column that this program does
+    not define.
     """
-    base, _, k = name.rpartition("_k")
-    if base in SCHEMA and SCHEMA[base].by_support and k.isdigit():
-        return SCHEMA[base]
-    base, _, step = name.rpartition("_step_")
-    if base in SCHEMA and SCHEMA[base].stage == "outcome" and step.isdigit():
-        return SCHEMA[base]
+    found = _VARIANT.fullmatch(name)
+    base = SCHEMA.get(found["base"]) if found else None
+    if found and base and (base.by_support if found["kind"] == "k" else base.stage == "outcome"):
+        return base
     return SCHEMA.get(name)
 
 
@@ -274,7 +315,8 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
 def _place(name: str, entry: Column) -> tuple[int, int]:
     """Schema order; the run's own K first, then other K or later steps, from small to large."""
     own = name == entry.name
-    variant = 0 if own else int(name.rpartition("_")[2].removeprefix("k"))
+    found = _VARIANT.fullmatch(name)
+    variant = 0 if own or found is None else 1 + int(found["number"])
     return list(SCHEMA).index(entry.name), variant
 
 
