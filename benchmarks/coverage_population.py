@@ -10,7 +10,7 @@ another position of the batch. The gain is always towards the true teacher.
 
 *samples*: G prompts that are drawn anew, with responses, scores, four folds and a step on each of
 them, as a probe would do it. Nothing is shared between two samples, or with the population, except
-the models and the size of the step, which is calibrated once.
+the models and the size of the step, which is the trainings' learning rate.
 
 *effects*: what k optimizer steps on the selected positions of a step batch did to the population,
 summed per prompt, for a few cells.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +36,7 @@ from torch import Tensor
 import diagnostics as dx
 from diagnostics.contexts.story_sums import sums
 from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.models.named_pairs import NAMED_PAIRS
 from diagnostics.models.pair import Pair
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.step import StepBench, calibrate, first_update
@@ -48,6 +49,10 @@ KINDS = ("real", "permuted", "permuted_again")
 PROMPT_SEED = 1300
 SAMPLE_SEED = 7_000_000
 NEW_TOKENS = 64
+RATE = NAMED_PAIRS["embedded"].learning_rate
+"""Size of every step: AdamW's learning rate in the pair's trainings. (Sizes that are calibrated on
+16 or 32 prompts vary by a factor of 100, so a sample's own would say more of its first fold than of
+its intervals.)"""
 
 
 def prompts_of(seed: int, count: int) -> list[Prompt]:
@@ -111,7 +116,6 @@ def gains_of(
     batch: StepBatch,
     target: FrozenBank,
     before: tuple,
-    size: float,
     *,
     seed: int,
     kinds: Sequence[str] = KINDS,
@@ -122,7 +126,7 @@ def gains_of(
     """
     found = {}
     for kind, update in zip(kinds, batch.updates(len(kinds), seed=seed), strict=True):
-        with batch.bench.moved(update, size):
+        with batch.bench.moved(update, RATE):
             after = target.divergences()
         found[kind] = (np.stack(before) - np.stack(after)).astype(np.float32)
     batch.bench.require_restored()
@@ -161,8 +165,8 @@ class Recipe:
         sizes: Prompts of a step batch.
     """
 
-    prompts: int = 2048
-    batches: int = 64
+    prompts: int = 1024
+    batches: int = 32
     sizes: tuple[int, ...] = (16, 32)
 
     def step_batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int, list[Prompt]]]:
@@ -177,17 +181,17 @@ class Recipe:
 def make_population(folder: Path, pair: Pair, recipe: Recipe) -> None:
     """Score the population and take every batch's three steps."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     wanted = recipe.prompts + recipe.batches * sum(recipe.sizes)
     prompts = prompts_of(PROMPT_SEED, wanted)
-    bank, tokens = _kept_bank(folder / "population", pair, prompts[: recipe.prompts], seed=0)
+    bank, _ = _kept_bank(folder / "population", pair, prompts[: recipe.prompts], seed=0)
     target = FrozenBank(pair, bank)
     before = target.divergences()
-    size = _kept_size(folder, pair, prompts[recipe.prompts :])
     for count, number, mine in recipe.step_batches(prompts):
         file = folder / f"batch{count}-{number:03d}.npz"
         if not file.exists():
             batch = StepBatch(pair, *frozen(pair, mine, seed=1))
-            gains = gains_of(batch, target, before, size, seed=number, kinds=KINDS[:2])
+            gains = gains_of(batch, target, before, seed=number, kinds=KINDS[:2])
             save(file, gains)
             print(file.name, flush=True)
 
@@ -203,19 +207,16 @@ def _kept_bank(
     return read_bank(contexts), pd.read_parquet(table)
 
 
-def _kept_size(folder: Path, pair: Pair, prompts: Sequence[Prompt]) -> float:
-    """The one step size, calibrated on the first step batch of 32 prompts, and how far it varies.
-
-    It is also calibrated on 31 other batches of 32, to say what fixing it leaves out.
-    """
-    file = folder / "step_size.json"
-    if not file.exists():
-        sizes = [
-            calibrated_size(pair, *frozen(pair, prompts[start : start + 32], seed=1))
-            for start in range(0, 32 * 32, 32)
-        ]
-        file.write_text(json.dumps({"step_size": sizes[0], "calibrated": sizes}))
-    return json.loads(file.read_text())["step_size"]
+def calibrations(folder: Path, pair: Pair, recipe: Recipe) -> None:
+    """The sizes that a probe would choose on the larger step batches, to say how far they vary."""
+    pool = prompts_of(PROMPT_SEED, recipe.prompts + recipe.batches * sum(recipe.sizes))
+    rows = [
+        (number, calibrated_size(pair, *frozen(pair, mine, seed=1)))
+        for count, number, mine in recipe.step_batches(pool)
+        if count == recipe.sizes[-1]
+    ]
+    table = pd.DataFrame(rows, columns=["batch", "step_size"])
+    table.to_csv(folder / "calibrations.csv", index=False)
 
 
 def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -231,20 +232,19 @@ def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def make_samples(folder: Path, pair: Pair, *, prompts: int, samples: Sequence[int]) -> None:
     """Probe fresh samples of `prompts` prompts, four folds each."""
-    size = json.loads((folder / "step_size.json").read_text())["step_size"]
     where = folder / f"samples{prompts}"
     where.mkdir(parents=True, exist_ok=True)
     for number in samples:
         file = where / f"{number:04d}.npz"
         if not file.exists():
-            tokens, gains = one_sample(pair, prompts=prompts, number=number, size=size)
+            tokens, gains = one_sample(pair, prompts=prompts, number=number)
             tokens.to_parquet(file.with_suffix(".parquet"))
             save(file, gains)
             print(file, flush=True)
 
 
 def one_sample(
-    pair: Pair, *, prompts: int, number: int, size: float
+    pair: Pair, *, prompts: int, number: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """One sample: its scored table with `fold`, and its gains by kind, [folds, 2, N]."""
     seed = SAMPLE_SEED + 1000 * number + prompts
@@ -258,7 +258,7 @@ def one_sample(
     found: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for fold in range(FOLDS):
         batch = StepBatch(pair, *part_of(bank, tokens, names[order == fold]))
-        for kind, gain in gains_of(batch, target, before, size, seed=seed + fold).items():
+        for kind, gain in gains_of(batch, target, before, seed=seed + fold).items():
             found[kind].append(gain)
     return tokens, {kind: np.stack(gains) for kind, gains in found.items()}
 
@@ -266,7 +266,7 @@ def one_sample(
 # --- effects at a horizon
 # ---------------------------------------------------------------------------------------
 
-RATE, STEPS, MINIBATCH, BUDGET = 1e-4, 20, 16, 0.05
+STEPS, MINIBATCH, BUDGET, EFFECT_PROMPTS = 20, 16, 0.05, 768
 CELLS = (
     ("full", 0),
     ("random", 0),
@@ -279,19 +279,19 @@ CELLS = (
 )
 
 
-def make_effects(
-    folder: Path, pair: Pair, *, sizes: Sequence[int], batches: int, prompts: int
-) -> None:
-    """Trajectories of each cell on each step batch, with the drop of every population prompt."""
+def make_effects(folder: Path, pair: Pair, *, size: int) -> None:
+    """Trajectories of each cell on each step batch of a size, with the drop of every prompt of the
+    population's first EFFECT_PROMPTS.
+    """
     bank = read_bank(folder / "population.contexts.parquet")
-    target = FrozenBank(pair, Bank(tuple(bank)[:prompts]))
-    before, owner = target.divergences(), target.prompt_ids
+    target = FrozenBank(pair, Bank(tuple(bank)[:EFFECT_PROMPTS]))
+    before = target.divergences()
     recipe = recipe_of(folder)
     pool = prompts_of(PROMPT_SEED, recipe.prompts + recipe.batches * sum(recipe.sizes))
     for count, number, mine in recipe.step_batches(pool):
         file = folder / f"effects{count}-{number:03d}.parquet"
-        if count in sizes and number < batches and not file.exists():
-            _effects(pair, mine, target, before, owner, seed=number).to_parquet(file)
+        if count == size and not file.exists():
+            _effects(pair, mine, target, before, seed=number).to_parquet(file)
             print(file.name, flush=True)
 
 
@@ -302,7 +302,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def _effects(
-    pair: Pair, mine: Sequence[Prompt], target: FrozenBank, before: tuple, owner, *, seed: int
+    pair: Pair, mine: Sequence[Prompt], target: FrozenBank, before: tuple, *, seed: int
 ) -> pd.DataFrame:
     batch = StepBatch(pair, *frozen(pair, mine, seed=1))
     parts = []
@@ -312,7 +312,7 @@ def _effects(
         batch.bench.restore()
         drop = pd.DataFrame(
             {
-                "prompt_id": owner,
+                "prompt_id": target.prompt_ids,
                 "positions": 1,
                 "forward_kl": before[0] - after[0],
                 "reverse_kl": before[1] - after[1],
@@ -336,7 +336,9 @@ def _trajectory(batch: StepBatch, criterion: str, *, seed: int, draw: int) -> No
         chosen, left = left[:MINIBATCH], left[MINIBATCH:]
         rows_N = batch.tokens.context_id.isin(chosen).to_numpy()
         weights_N = np.zeros(len(batch.tokens))
-        weights_N[rows_N] = _selection(batch.tokens[rows_N], criterion, seed=int(rng.integers(2**31)))
+        weights_N[rows_N] = _selection(
+            batch.tokens[rows_N], criterion, seed=int(rng.integers(2**31))
+        )
         bench.pair.student.model.zero_grad(set_to_none=True)
         for rows, teacher_nH in bench.step:
             if weights_N[rows.rows_n.numpy()].any():
