@@ -17,7 +17,16 @@ from diagnostics.contexts.story_sums import sums, verify
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, validate_tokens
 from diagnostics.core.types import Bank, Context, Prompt, read_bank
-from diagnostics.criteria import criterion, list_criteria, normalize, score_criterion, select
+from diagnostics.criteria import (
+    ambiguous_share,
+    criterion,
+    disagreement_column,
+    list_criteria,
+    normalize,
+    score_criterion,
+    select,
+    training_batches,
+)
 from diagnostics.models.pair import Pair, load_pair
 from diagnostics.probing.attribution import attribute
 from diagnostics.probing.intervention import intervene, interventions
@@ -47,11 +56,13 @@ __all__ = [
     "Prompt",
     "TrainConfig",
     "agreement",
+    "ambiguous_share",
     "attribute",
     "compare",
     "compare_runs",
     "correlate",
     "criterion",
+    "disagreement_column",
     "evaluate",
     "find_verifier",
     "intervene",
@@ -82,6 +93,7 @@ __all__ = [
     "summarize_evaluation",
     "sums",
     "train",
+    "training_batches",
     "validate_tokens",
     "verify",
 ]

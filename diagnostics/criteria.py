@@ -1,19 +1,31 @@
 """Selection criteria: one score per position, where a higher score is selected first.
 
-With H(p) the student's entropy, D = KL(q||p) (teacher first) and C the teacher's mass on the
-student's top K, write h, d, c for the three after `normalize`:
+With H(p) the student's entropy, D = KL(q||p) on the union of both models' top K, each renormalised
+there (teacher first), and C the teacher's mass on the student's top K, write h, d, c for the three
+after `normalize`:
 
     N(z) = clip((z - Q05) / (Q95 - Q05), 0, 1)
 
 with linearly interpolated quantiles over the valid response positions of the whole table or batch.
-Teachability is d*c (arXiv 2605.26844): disagreement within the student's reach.
+Teachability is d*c (arXiv 2605.26844, eq. 3, 9 and 12): disagreement within the student's reach.
+
+N gives a twentieth of all positions the same highest value, so at small budgets a cut falls among
+equals. Equal scores are ordered by the same formula over the *unclipped* (z - Q05)/(Q95 - Q05), in
+which a product and a soft-or are continued beyond [0, 1] so that they still grow with each part:
+
+    times(a, b)   = max(a, 0) max(b, 0) + min(a, 0) + min(b, 0)      a*b for a and b in [0, 1]
+    soft_or(a, b) = 1 - times(1 - a, 1 - b)                          a + b - a*b there
+
+What remains equal is ordered by position; `ambiguous_share` says how much of a selection that
+decides.
 
 Departures from the released training code of that paper: a constant column maps to 0, and a
 non-finite value maps to NaN and is never selected (the released code silently sets it to zero).
-`teachability_entropy` combines d*c and not N(D*C). Quadrant Q3 is h <= median and d >= median, as
-in the released analysis (the training code uses h < median). A budget keeps ceil(budget*N)
-positions (the analysis scripts round). A minimum per context stays within the budget and is filled
-by the criterion itself (the released code adds it on top, filled by h + N(D*C) - h*N(D*C)).
+`teachability_entropy` combines d*c and not N(D*C). Quadrant Q3 is h <= median and KL(q||p) >= its
+median over the whole vocabulary, as in the released analysis (the training code uses h < median and
+the union). A budget keeps ceil(budget*N) positions (the analysis scripts round). A minimum per
+context stays within the budget and is filled by the criterion itself (the released code adds it on
+top, filled by h + N(D*C) - h*N(D*C)).
 
 A criterion is a plain function of table columns. Three lines register one:
 
@@ -25,10 +37,10 @@ A criterion is a plain function of table columns. Three lines register one:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -40,8 +52,18 @@ LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
 DEFAULT_BUDGET = 0.05
 SELECTKD_REJECTED_WEIGHT = 0.01
 IW_PREFIX_GAMMA = 0.5
+AMBIGUOUS = 0.1
+"""Share of a selection that ties may decide; above it a cell is marked, and no verdict uses it."""
+BATCH_CONTEXTS = 16
+"""Contexts of a training batch where nothing says otherwise."""
 
 Kind = Literal["all", "select", "weight"]
+Ties = Literal["raw", "position", "random"]
+"""How positions of equal score are ordered: by the criterion's unclipped form and then by position,
+by position, or at random."""
+Scope = Literal["table", "batch", "context"]
+"""What a budget is a share of: the whole table, each training batch, or each response."""
+Seed = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,23 @@ class Criterion:
     """True for the few criteria to start with; `list_criteria` lists these first."""
     note: str = ""
     """Which other criterion this one negates or nearly repeats, or what the source leaves open."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """By needed column, the one that is read where a table lacks it."""
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Names of the function's arguments."""
+        return frozenset(inspect.signature(self.function).parameters)
+
+    def columns(self, held: Iterable[str]) -> dict[str, str]:
+        """By needed column, the one to read from a table that holds these columns."""
+        held = set(held)
+        return {
+            need: self.instead[need]
+            if need not in held and self.instead.get(need) in held
+            else need
+            for need in self.needs
+        }
 
 
 _REGISTRY: dict[str, Criterion] = {}
@@ -90,12 +129,15 @@ def criterion(
     aliases: Iterable[str] = (),
     recommended: bool = False,
     note: str = "",
+    instead: Mapping[str, str] | None = None,
 ) -> Callable:
     """Register the decorated `function(tokens)` as a selection criterion.
 
     The function receives the columns that `needs` names and no others, so that nothing measured
     after the step can slip into a score. It returns one score per row, and a higher score is
-    selected first. A function with an argument `seed` receives the seed of the selection.
+    selected first. A function with an argument `seed` receives the seed of the selection. One with
+    an argument `scale` is called with `Scale` objects, clipped and unclipped: `scale(tokens.x)` in
+    its formula is N(x) for the score, and the unclipped form where equal scores are ordered.
     Registering one's own name again replaces the entry, as rerunning a notebook cell does.
 
     Args:
@@ -113,6 +155,7 @@ def criterion(
         aliases: Further names under which the criterion is found.
         recommended: Whether `list_criteria` lists the criterion among the first.
         note: Which other criterion this one negates or nearly repeats.
+        instead: By needed column, the one to read where a table lacks it.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -144,6 +187,7 @@ def criterion(
             mine=mine,
             recommended=recommended,
             note=note,
+            instead=dict(instead or {}),
         )
         _ALIASES.update({alias: name for alias in aliases if alias != name})
         return function
@@ -204,7 +248,73 @@ def list_criteria() -> pd.DataFrame:
 
 def available(tokens: pd.DataFrame) -> list[str]:
     """Names of the criteria whose columns the table holds, in registry order."""
-    return [name for name, entry in _REGISTRY.items() if set(entry.needs) <= set(tokens.columns)]
+    return [name for name in _REGISTRY if not missing_columns(tokens, name)]
+
+
+def missing_columns(tokens: pd.DataFrame, name: str) -> list[str]:
+    """The columns that a criterion needs and that a table has neither itself nor a stand-in for."""
+    held = set(tokens.columns)
+    return [need for need, read in find(name).columns(held).items() if read not in held]
+
+
+def is_seeded(name: str) -> bool:
+    """True for a criterion that draws random numbers."""
+    return "seed" in find(name).arguments
+
+
+def disagreement_column(tokens: pd.DataFrame) -> str:
+    """The column that teachability and its relatives read as D.
+
+    Args:
+        tokens: A token table.
+
+    Returns:
+        `union_forward_kl`, which is the paper's D, where the table has it, else `forward_kl`.
+    """
+    return find("teachability").columns(tokens.columns)[_D]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the formula of a criterion brings its columns to one scale.
+
+    Called with values [N] it returns N(z), or its unclipped form; see `normalize` for the values
+    that are not finite and for constant columns.
+    """
+
+    clipped: bool = True
+    """False for (z - Q05) / (Q95 - Q05) without limits. Where Q95 equals Q05 this is z - Q05."""
+    copies: np.ndarray | None = None
+    """[N] how often each row counts in quantiles and medians, as in a bootstrap draw of prompts;
+    None counts each once."""
+
+    def __call__(self, values: pd.Series | np.ndarray) -> np.ndarray:
+        """Bring values [N] to the scale, float64 [N]."""
+        values = np.asarray(values, dtype=np.float64)
+        finite = np.isfinite(values)
+        result = np.full(values.shape, np.nan)
+        if not finite.any():
+            return result
+        low, high = np.quantile(self._counted(values, finite), [LOW_QUANTILE, HIGH_QUANTILE])
+        if high > low:
+            scaled = (values[finite] - low) / (high - low)
+        else:
+            scaled = np.zeros(finite.sum()) if self.clipped else values[finite] - low
+        result[finite] = np.clip(scaled, 0.0, 1.0) if self.clipped else scaled
+        return result
+
+    def median(self, values: pd.Series | np.ndarray) -> float:
+        """Median of the finite values [N]; NaN where there is none."""
+        values = np.asarray(values, dtype=np.float64)
+        finite = np.isfinite(values)
+        return float(np.median(self._counted(values, finite))) if finite.any() else np.nan
+
+    def _counted(self, values: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        if self.copies is None:
+            return values[finite]
+        counted = np.repeat(values[finite], self.copies[finite].astype(int))
+        # A draw that takes no row with a finite value has no scale of its own.
+        return counted if len(counted) else values[finite]
 
 
 def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
@@ -223,26 +333,18 @@ def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
     Reference:
         arXiv 2605.26844 and its released code.
     """
-    values = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(values)
-    result = np.full(values.shape, np.nan)
-    if not finite.any():
-        return result
-    low, high = np.quantile(values[finite], [LOW_QUANTILE, HIGH_QUANTILE])
-    scaled = np.zeros(finite.sum()) if high <= low else (values[finite] - low) / (high - low)
-    result[finite] = np.clip(scaled, 0.0, 1.0)
-    return result
+    return Scale()(values)
 
 
 def score_criterion(
-    tokens: pd.DataFrame, name: str, *, seed: int = 0, substitute: Mapping[str, str] | None = None
+    tokens: pd.DataFrame, name: str, *, seed: Seed = 0, substitute: Mapping[str, str] | None = None
 ) -> np.ndarray:
     """Score every position of a token table with one criterion.
 
     Args:
         tokens: Token table with one row per valid response position.
         name: Name or alias of the criterion.
-        seed: Seed of criteria that draw random numbers; of the built-in ones only `random` does.
+        seed: Seed of criteria that draw random numbers, such as `random`.
         substitute: Columns to read in place of needed ones, for example
             {"compatibility": "topk_overlap_k8"}.
 
@@ -253,26 +355,71 @@ def score_criterion(
         DiagnosticsError: The criterion is unknown, a column is missing or was measured after the
             step, or the function returns a wrong number of scores.
     """
+    return _score(tokens, name, seed, substitute, [Scale()])[0]
+
+
+def score_pairs(
+    tokens: pd.DataFrame,
+    name: str,
+    *,
+    seed: Seed = 0,
+    substitute: Mapping[str, str] | None = None,
+    copies: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score every position with a criterion, and with its unclipped form.
+
+    Args:
+        tokens: Token table with one row per valid response position.
+        name: Name or alias of the criterion.
+        seed: Seed of criteria that draw random numbers.
+        substitute: Columns to read in place of needed ones.
+        copies: [N] how often each row counts in quantiles and medians; None counts each once.
+
+    Returns:
+        Two arrays float64 [N]: the score, and the value that orders equal scores. They are the same
+        for a criterion whose function has no argument `scale`. NaN where the score is undefined.
+
+    Raises:
+        DiagnosticsError: As `score_criterion`.
+    """
+    scales = [Scale(clipped=True, copies=copies)]
+    if "scale" in find(name).arguments:
+        scales.append(Scale(clipped=False, copies=copies))
+    found = _score(tokens, name, seed, substitute, scales)
+    return found[0], found[-1]
+
+
+def _score(
+    tokens: pd.DataFrame,
+    name: str,
+    seed: Seed,
+    substitute: Mapping[str, str] | None,
+    scales: Sequence[Scale],
+) -> list[np.ndarray]:
+    """Scores [N] under each scale."""
     entry = find(name)
-    substitute = {new: old for new, old in (substitute or {}).items() if new in entry.needs}
-    require_columns(
-        tokens, [substitute.get(need, need) for need in entry.needs], what=f"Criterion {name!r}"
-    )
-    _refuse_outcomes(entry, substitute)
-    declared = pd.DataFrame({need: tokens[substitute.get(need, need)] for need in entry.needs})
-    scores = np.asarray(_call(entry, declared, set(tokens.columns), seed), dtype=np.float64)
-    if scores.shape != (len(tokens),):
-        raise DiagnosticsError(
-            f"Criterion {name!r} returned shape {scores.shape} for {len(tokens)} positions. Return"
-            " one score per row."
-        )
-    return np.where(np.isfinite(scores), scores, np.nan)
+    read = entry.columns(tokens.columns)
+    read |= {need: other for need, other in (substitute or {}).items() if need in entry.needs}
+    require_columns(tokens, read.values(), what=f"Criterion {name!r}")
+    _refuse_outcomes(entry, read)
+    declared = pd.DataFrame({need: tokens[column] for need, column in read.items()})
+    found = []
+    for scale in scales:
+        scores = _call(entry, declared, set(tokens.columns), seed=seed, scale=scale)
+        scores = np.asarray(scores, dtype=np.float64)
+        if scores.shape != (len(tokens),):
+            raise DiagnosticsError(
+                f"Criterion {name!r} returned shape {scores.shape} for {len(tokens)} positions."
+                " Return one score per row."
+            )
+        found.append(np.where(np.isfinite(scores), scores, np.nan))
+    return found
 
 
-def _call(entry: Criterion, declared: pd.DataFrame, columns: set, seed: int):
-    seeded = {"seed": seed} if "seed" in inspect.signature(entry.function).parameters else {}
+def _call(entry: Criterion, declared: pd.DataFrame, columns: set, **offered):
+    asked = {name: value for name, value in offered.items() if name in entry.arguments}
     try:
-        return entry.function(declared, **seeded)
+        return entry.function(declared, **asked)
     except (KeyError, AttributeError) as error:
         name = error.args[0] if isinstance(error, KeyError) else error.name
         # A typo of the user's own keeps its traceback; only an undeclared column gets our sentence.
@@ -284,10 +431,10 @@ def _call(entry: Criterion, declared: pd.DataFrame, columns: set, seed: int):
         raise
 
 
-def _refuse_outcomes(entry: Criterion, substitute: Mapping[str, str]) -> None:
+def _refuse_outcomes(entry: Criterion, read: Mapping[str, str]) -> None:
     """A predictor that was measured after the step would contain what it predicts."""
-    for need in entry.needs:
-        known = column(substitute.get(need, need))
+    for name in read.values():
+        known = column(name)
         if known is not None and known.stage in ("after", "outcome"):
             raise DiagnosticsError(
                 f"Criterion {entry.name!r} reads {known.name}, which is known only after the step"
@@ -318,101 +465,346 @@ def select(
     *,
     budget: float | None = None,
     per_context_minimum: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
+    raw: np.ndarray | None = None,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: str | Sequence | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Select the ceil(budget * N) best positions of a whole table or batch.
+    """Select the ceil(budget * N) best positions of a table, of each batch or of each response.
 
-    Ties go to the earlier position, then to the earlier row. Positions with a NaN score are never
-    selected, so fewer positions are kept where too few scores are defined. A budget counts
-    supervised positions; it saves no forward compute.
+    Positions with a NaN score are never selected, so fewer positions are kept where too few scores
+    are defined. A budget counts supervised positions; it saves no forward compute. Scores are
+    normalized over the whole table, whatever the scope.
 
     Args:
         tokens: Token table of N rows, with at least `position`, `context_id` where
-            `per_context_minimum` is given, and the columns that the criterion needs.
+            `per_context_minimum` or the scope `context` is given, and the columns that the
+            criterion needs.
         by: Name of a criterion, or scores [N] where a higher score is selected first.
         budget: Share of positions in (0, 1]; None stands for the criterion's own budget, and for
             0.05 where scores are given. A criterion of kind `all` keeps every position.
         per_context_minimum: Number of best positions of every context that are kept first, within
             the same budget.
-        seed: Seed of criteria that draw random numbers.
+        seed: Seed of criteria that draw random numbers, and of random ties.
+        raw: [N] values that order equal scores where `by` is scores; None has none.
+        ties: `raw` orders equal scores by the criterion's unclipped form, then by position;
+            `position` by position; `random` at random, as a top-k of a training framework may. What
+            is still equal goes to the earlier row.
+        scope: `table` keeps ceil(budget * N) positions; `batch` and `context` keep that share,
+            rounded up, of the positions of each batch or of each context.
+        batch: For the scope `batch`, the batch of each position [N], or the column that holds it;
+            `training_batches` makes one.
 
     Returns:
         bool [N], True where the position is selected.
 
     Raises:
         DiagnosticsError: The budget lies outside (0, 1], or is too small for the minimum per
-            context; and as `score_criterion`.
+            context; a rule for ties or a scope is unknown; a batch is missing, or given to another
+            scope; and as `score_criterion`.
     """
-    entry = find(by) if isinstance(by, str) else None
-    if entry is not None and entry.kind == "all":
+    if isinstance(by, str) and find(by).kind == "all":
+        _check_rules(ties, scope, batch)
         return np.ones(len(tokens), dtype=bool)
-    if isinstance(by, str):
-        scores = score_criterion(tokens, by, seed=seed)
-    else:
-        scores = np.asarray(by, dtype=np.float64)
-    if budget is None:
-        budget = entry.budget if entry else DEFAULT_BUDGET
-    count = budget_count(len(tokens), budget)
-    order = ranking(tokens, scores)
-    guaranteed = _best_of_each_context(tokens, order, per_context_minimum, count)
-    rest = order[~np.isin(order, guaranteed)]
+    ranked, chosen = _choose(
+        tokens, by, budget, per_context_minimum, seed, raw, ties=ties, scope=scope, batch=batch
+    )
     mask = np.zeros(len(tokens), dtype=bool)
-    mask[guaranteed] = True
-    mask[rest[: count - len(guaranteed)]] = True
+    mask[ranked.rows[chosen]] = True
     return mask
 
 
-def ranking(tokens: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
+def ambiguous_share(
+    tokens: pd.DataFrame,
+    by: str | np.ndarray,
+    *,
+    budget: float | None = None,
+    per_context_minimum: int = 0,
+    seed: Seed = 0,
+    raw: np.ndarray | None = None,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: str | Sequence | np.ndarray | None = None,
+) -> float:
+    """Share of a selection that only positions of equal rank decide.
+
+    These are the selected positions whose score (and, with `ties="raw"`, unclipped score) equals
+    that of the best position that is not selected, in their table, batch or context.
+
+    Args:
+        tokens: As `select`, whose arguments these are.
+        by: As `select`.
+        budget: As `select`.
+        per_context_minimum: As `select`.
+        seed: As `select`.
+        raw: As `select`.
+        ties: As `select`. With `position` and `random` equal scores alone make a tie.
+        scope: As `select`.
+        batch: As `select`.
+
+    Returns:
+        A share in [0, 1]; NaN where nothing is selected. Above `AMBIGUOUS` a cell is marked.
+
+    Raises:
+        DiagnosticsError: As `select`.
+    """
+    if isinstance(by, str) and find(by).kind == "all":
+        return 0.0
+    ranked, chosen = _choose(
+        tokens, by, budget, per_context_minimum, seed, raw, ties=ties, scope=scope, batch=batch
+    )
+    return ranked.ambiguous(chosen)
+
+
+def _choose(
+    tokens: pd.DataFrame,
+    by: str | np.ndarray,
+    budget: float | None,
+    minimum: int,
+    seed: Seed,
+    raw: np.ndarray | None,
+    **rules,
+) -> tuple[Ranked, np.ndarray]:
+    """The ranking, and which of its places are selected [M]."""
+    if isinstance(by, str):
+        scores, raw = score_pairs(tokens, by, seed=seed)
+        budget = find(by).budget if budget is None else budget
+    else:
+        scores = np.asarray(by, dtype=np.float64)
+    ranked = rank(tokens, scores, raw, seed=seed, **rules)
+    counts = ranked.counts(DEFAULT_BUDGET if budget is None else budget)
+    return ranked, ranked.best(counts, _first_of_contexts(tokens, ranked, minimum, counts))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Positions from the best to the worst, within groups that have a budget each.
+
+    Attributes:
+        rows: [M] row numbers, group after group; rows without a score are left out.
+        group: [M] number of each row's group.
+        block: [M] number of the block of equals that the row belongs to.
+        sizes: [G] number of positions of each group, with or without a score.
+    """
+
+    rows: np.ndarray
+    group: np.ndarray
+    block: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def places(self) -> np.ndarray:
+        """[M] place of each row in its group, from 0."""
+        return _places(self.group)
+
+    def counts(self, budget: float) -> np.ndarray:
+        """[G] number of positions that a budget keeps of each group."""
+        return np.array([budget_count(int(size), budget) for size in self.sizes], dtype=int)
+
+    def best(self, counts: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+        """Mark the best positions of each group.
+
+        Args:
+            counts: [G] number of positions to keep of each group.
+            first: [M] positions that are kept before all others; None has none.
+
+        Returns:
+            bool [M].
+        """
+        chosen = np.zeros(len(self.rows), dtype=bool)
+        order = np.arange(len(self.rows)) if first is None else np.lexsort((~first, self.group))
+        chosen[order[self.places < counts[self.group]]] = True
+        return chosen
+
+    def ambiguous(self, chosen: np.ndarray) -> float:
+        """Share of the chosen positions [M] that are equal to the best one left in their group."""
+        left = np.flatnonzero(~chosen)
+        left = left[_places(self.group[left]) == 0]
+        block_of_group = np.full(len(self.sizes), -1)
+        block_of_group[self.group[left]] = self.block[left]
+        equal = chosen & (self.block == block_of_group[self.group])
+        return float(equal.sum() / chosen.sum()) if chosen.any() else np.nan
+
+
+def rank(
+    tokens: pd.DataFrame,
+    scores: np.ndarray,
+    raw: np.ndarray | None = None,
+    *,
+    ties: Ties = "raw",
+    seed: Seed = 0,
+    scope: Scope = "table",
+    batch: str | Sequence | np.ndarray | None = None,
+) -> Ranked:
+    """Rank the positions of a table, of each batch or of each context.
+
+    Args:
+        tokens: Token table of N rows with the column `position`.
+        scores: [N], where a higher score comes first; rows whose score is not finite are left out.
+        raw: [N] values that order equal scores; None has none.
+        ties: As `select`.
+        seed: Seed of random ties.
+        scope: As `select`.
+        batch: As `select`.
+
+    Returns:
+        The ranking.
+
+    Raises:
+        DiagnosticsError: A rule is unknown, or a batch is missing or given to another scope.
+    """
+    _check_rules(ties, scope, batch)
+    order = ranking(tokens, scores, raw, ties=ties, seed=seed)
+    codes = _groups(tokens, scope, batch)
+    rows = order[np.argsort(codes[order], kind="stable")]
+    keys: list[np.ndarray] = [codes[rows], np.asarray(scores, dtype=np.float64)[rows]]
+    if ties == "raw" and raw is not None:
+        keys.append(_tie_break(raw)[rows])
+    changes = np.zeros(len(rows), dtype=bool)
+    for key in keys:
+        changes[1:] |= key[1:] != key[:-1]
+    return Ranked(rows, codes[rows], np.cumsum(changes), np.bincount(codes))
+
+
+def ranking(
+    tokens: pd.DataFrame,
+    scores: np.ndarray,
+    raw: np.ndarray | None = None,
+    *,
+    ties: Ties = "raw",
+    seed: Seed = 0,
+) -> np.ndarray:
     """Row numbers from the best to the worst score.
 
     Args:
         tokens: Token table of N rows with the column `position`.
         scores: [N], where a higher score comes first.
+        raw: [N] values that order equal scores with `ties="raw"`; None has none.
+        ties: `raw` orders equal scores by `raw`, then by position; `position` by position; `random`
+            at random.
+        seed: Seed of random ties.
 
     Returns:
-        int [M]. Ties go to the earlier position, then to the earlier row; rows whose score is not
-        finite are left out.
+        int [M]. What is still equal goes to the earlier row; rows whose score is not finite are
+        left out.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    order = np.lexsort((np.arange(len(tokens)), tokens["position"].to_numpy(), -scores))
+    if ties == "random":
+        # A stream of its own, so that ties do not repeat the numbers of the criterion `random`.
+        keys: list = [np.random.default_rng([*np.atleast_1d(seed), 1]).random(len(tokens))]
+    else:
+        keys = [np.arange(len(tokens)), tokens["position"].to_numpy()]
+        if ties == "raw" and raw is not None:
+            keys.append(-_tie_break(raw))
+    order = np.lexsort((*keys, -scores))
     return order[np.isfinite(scores[order])]
 
 
-def _best_of_each_context(
-    tokens: pd.DataFrame, order: np.ndarray, minimum: int, count: int
+def _tie_break(raw: np.ndarray) -> np.ndarray:
+    """Values that order equal scores; one that is not finite comes last."""
+    raw = np.asarray(raw, dtype=np.float64)
+    return np.where(np.isfinite(raw), raw, np.finfo(np.float64).min)
+
+
+def training_batches(
+    tokens: pd.DataFrame, *, contexts: int = BATCH_CONTEXTS, seed: Seed = 0
 ) -> np.ndarray:
-    if not minimum:
-        return order[:0]
-    contexts = tokens["context_id"].iloc[order]
-    place = contexts.groupby(contexts.to_numpy()).cumcount()
-    best = order[place.to_numpy() < minimum]
-    if len(best) > count:
+    """Put the contexts of a table into training batches.
+
+    Args:
+        tokens: Token table of N rows with the column `context_id`.
+        contexts: Number of contexts of a batch; the last batch may have fewer.
+        seed: Seed of the order of the contexts.
+
+    Returns:
+        int [N]: the batch of each position, from 0.
+
+    Raises:
+        DiagnosticsError: A batch would have no context.
+    """
+    if contexts < 1:
+        raise DiagnosticsError(f"A batch holds at least one context; got {contexts}.")
+    codes, names = pd.factorize(tokens["context_id"])
+    return np.random.default_rng(seed).permutation(len(names))[codes] // contexts
+
+
+def _check_rules(ties: str, scope: str, batch) -> None:
+    for word, value, known in (("ties", ties, Ties), ("scope", scope, Scope)):
+        if value not in get_args(known):
+            raise DiagnosticsError(f"{word} is one of {', '.join(get_args(known))}; got {value!r}.")
+    if (scope == "batch") != (batch is not None):
         raise DiagnosticsError(
-            f"per_context_minimum={minimum} needs {len(best)} positions, more than the budget's"
-            f" {count}. Raise the budget or lower the minimum."
+            f"The batch of each position belongs to the scope 'batch'; got scope={scope!r} and"
+            f" {'no batch' if batch is None else 'batches'}. Give both, or neither."
         )
-    return best
+
+
+def _groups(tokens: pd.DataFrame, scope: str, batch) -> np.ndarray:
+    """[N] number of the group whose budget a position belongs to."""
+    if scope == "table":
+        return np.zeros(len(tokens), dtype=int)
+    if scope == "context":
+        batch = "context_id"
+    if isinstance(batch, str):
+        require_columns(tokens, [batch], what=f"The scope {scope!r}")
+    labels = tokens[batch] if isinstance(batch, str) else np.asarray(batch)
+    if len(labels) != len(tokens):
+        raise DiagnosticsError(
+            f"There are {len(labels)} batch numbers for {len(tokens)} positions. Give one each."
+        )
+    if pd.isna(labels).any():
+        raise DiagnosticsError(
+            f"{int(pd.isna(labels).sum())} positions have no {scope}. Give each position its own."
+        )
+    return pd.factorize(labels)[0]
+
+
+def _places(group: np.ndarray) -> np.ndarray:
+    """[M] how many rows of the same group stand before, where groups stand together [M]."""
+    begins = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else group[:0]
+    return np.arange(len(group)) - np.repeat(begins, np.diff(np.r_[begins, len(group)]))
+
+
+def _first_of_contexts(
+    tokens: pd.DataFrame, ranked: Ranked, minimum: int, counts: np.ndarray
+) -> np.ndarray | None:
+    """[M] the `minimum` best positions of every context."""
+    if not minimum:
+        return None
+    contexts = tokens["context_id"].iloc[ranked.rows]
+    first = (contexts.groupby([ranked.group, contexts.to_numpy()]).cumcount() < minimum).to_numpy()
+    needed = np.bincount(ranked.group[first], minlength=len(counts))
+    if (needed > counts).any():
+        short = int(np.argmax(needed > counts))
+        raise DiagnosticsError(
+            f"per_context_minimum={minimum} needs {needed[short]} positions, more than the budget's"
+            f" {counts[short]}. Raise the budget or lower the minimum."
+        )
+    return first
 
 
 def quadrants(tokens: pd.DataFrame) -> np.ndarray:
     """Quadrant of each position in the plane of entropy and divergence.
 
-    The plane is split at the medians of h and d. Q3, confident and wrong, is h <= median and
-    d >= median; ties at the medians go to it first. Q1 is high-high, Q2 high h and low d, Q4
-    low-low.
+    The plane is split at the medians of N(H) and of N(KL(q||p)) over the whole vocabulary. Q3,
+    confident and wrong, is N(H) <= median and N(KL) >= median; ties at the medians go to it first.
+    Q1 is high-high, Q2 high H and low KL, Q4 low-low.
 
     Args:
         tokens: Token table of N rows with `student_entropy` and `forward_kl` in nats.
 
     Returns:
-        int [N]: 1 to 4, and 0 where H or D is undefined.
+        int [N]: 1 to 4, and 0 where H or KL is undefined.
     """
-    h, d = normalize(tokens["student_entropy"]), normalize(tokens["forward_kl"])
+    return _quadrants(tokens, Scale())
+
+
+def _quadrants(tokens: pd.DataFrame, scale: Scale) -> np.ndarray:
+    h, d = (scale(tokens[name]) for name in (_H, _KL))
     defined = np.isfinite(h) & np.isfinite(d)
-    if not defined.any():
-        return np.zeros(len(tokens), dtype=int)
-    middle_h, middle_d = np.median(h[defined]), np.median(d[defined])
-    low_h, high_d = h <= middle_h, d >= middle_d
+    low_h = h <= scale.median(np.where(defined, h, np.nan))
+    high_d = d >= scale.median(np.where(defined, d, np.nan))
     quadrant = np.select([low_h & high_d, ~low_h & high_d, ~low_h & ~high_d], [3, 1, 2], default=4)
     return np.where(defined, quadrant, 0)
 
@@ -424,19 +816,31 @@ def relative_position(tokens: pd.DataFrame) -> np.ndarray:
     return tokens["position"].to_numpy(dtype=np.float64) / last
 
 
+def position_tenths(tokens: pd.DataFrame) -> np.ndarray:
+    """[N] tenth of the response that each position lies in, 0 to 9."""
+    return np.minimum((10 * relative_position(tokens)).astype(int), 9)
+
+
 # --- the registry
 
 _TA = "2605.26844"
 _TIP = "2604.14084"
 _SPARSE_OPD = "2609.04565"
 _UNSEEN = "the method's own text was not seen; this form is ours"
-_H, _D, _C = "student_entropy", "forward_kl", "compatibility"
+_H, _KL, _D, _C = "student_entropy", "forward_kl", "union_forward_kl", "compatibility"
+_FULL_FOR_UNION = {_D: _KL}
+"""Tables that were written without the union's divergence have the whole vocabulary's."""
+
+
+def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a*b for a and b in [0, 1], continued so that it grows with both of any a and b."""
+    return np.maximum(a, 0) * np.maximum(b, 0) + np.minimum(a, 0) + np.minimum(b, 0)
 
 
 def soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b - a*b, for a and b in [0, 1]."""
+    """a + b - a*b for a and b in [0, 1], continued so that it grows with both of any a and b."""
     # In this form the value is exactly 1 wherever a or b is 1, so that rounding decides no tie.
-    return 1 - (1 - a) * (1 - b)
+    return 1 - times(1 - a, 1 - b)
 
 
 @criterion(
@@ -464,26 +868,38 @@ def _random(tokens, *, seed):
 
 
 @criterion(
+    "random_divergent",
+    needs=[_D],
+    formula="uniform, seeded; positions with D above its median come first",
+    instead=_FULL_FOR_UNION,
+    note="the control of `teachability` that knows where the models differ, and no more",
+)
+def _random_divergent(tokens, *, seed, scale):
+    divergent = np.where(np.isfinite(tokens[_D]), tokens[_D] > scale.median(tokens[_D]), np.nan)
+    return divergent + np.random.default_rng(seed).random(len(tokens))
+
+
+@criterion(
     "entropy",
     needs=[_H],
     formula="h",
     source=_TA,
     recommended=True,
 )
-def _entropy(tokens):
-    return normalize(tokens[_H])
+def _entropy(tokens, *, scale):
+    return scale(tokens[_H])
 
 
 @criterion(
     "divergence",
-    needs=[_D],
-    formula="d",
+    needs=[_KL],
+    formula="N(KL(q||p))",
     source=_TA,
     recommended=True,
     note="`reverse_divergence`, `jsd` and `hellinger` measure nearly the same",
 )
-def _divergence(tokens):
-    return normalize(tokens[_D])
+def _divergence(tokens, *, scale):
+    return scale(tokens[_KL])
 
 
 @criterion(
@@ -492,8 +908,8 @@ def _divergence(tokens):
     formula="N(KL(p||q))",
     note="near `divergence`, with the student first",
 )
-def _reverse_divergence(tokens):
-    return normalize(tokens["reverse_kl"])
+def _reverse_divergence(tokens, *, scale):
+    return scale(tokens["reverse_kl"])
 
 
 @criterion(
@@ -503,8 +919,8 @@ def _reverse_divergence(tokens):
     source=_TA,
     recommended=True,
 )
-def _compatibility(tokens):
-    return normalize(tokens[_C])
+def _compatibility(tokens, *, scale):
+    return scale(tokens[_C])
 
 
 @criterion(
@@ -514,9 +930,58 @@ def _compatibility(tokens):
     source=_TA,
     aliases=["dlearn_high"],
     recommended=True,
+    instead=_FULL_FOR_UNION,
 )
-def _teachability(tokens):
-    return normalize(tokens[_D]) * normalize(tokens[_C])
+def _teachability(tokens, *, scale):
+    return times(scale(tokens[_D]), scale(tokens[_C]))
+
+
+@criterion(
+    "teachability_full",
+    needs=[_KL, _C],
+    formula="N(KL(q||p))*c",
+    source=_TA,
+    note="`teachability` with the divergence over the whole vocabulary",
+)
+def _teachability_full(tokens, *, scale):
+    return times(scale(tokens[_KL]), scale(tokens[_C]))
+
+
+@criterion(
+    "teachability_released",
+    needs=["union_forward_kl_released", _C],
+    formula="N(released D)*c",
+    source=_TA,
+    note="`teachability` with the floored divergence of the released training code",
+)
+def _teachability_released(tokens, *, scale):
+    return times(scale(tokens["union_forward_kl_released"]), scale(tokens[_C]))
+
+
+@criterion(
+    "position_matched",
+    needs=[_D, _C, "position", "response_length"],
+    formula="d*c, permuted within each tenth of t/(T - 1), seeded",
+    instead=_FULL_FOR_UNION,
+    note="the control of `teachability` that knows where in a response it selects, and no more",
+)
+def _position_matched(tokens, *, seed, scale):
+    scores = _teachability(tokens, scale=scale)
+    generator, tenth = np.random.default_rng(seed), position_tenths(tokens)
+    for number in range(10):
+        here = np.flatnonzero((tenth == number) & np.isfinite(scores))
+        scores[here] = scores[generator.permutation(here)]
+    return scores
+
+
+@criterion(
+    "token_identity",
+    needs=["token_identity_gain"],
+    formula="mean gain of the same token id on other folds",
+    note="the control that knows which token was sampled, and no more",
+)
+def _token_identity(tokens):
+    return tokens["token_identity_gain"]
 
 
 @criterion(
@@ -525,10 +990,11 @@ def _teachability(tokens):
     formula="d*(1 - c)",
     source=_TA,
     aliases=["dincompat_high"],
-    note="the rest of `divergence` after `teachability`",
+    note="the rest of d after `teachability`",
+    instead=_FULL_FOR_UNION,
 )
-def _incompatible(tokens):
-    return normalize(tokens[_D]) * (1 - normalize(tokens[_C]))
+def _incompatible(tokens, *, scale):
+    return times(scale(tokens[_D]), 1 - scale(tokens[_C]))
 
 
 @criterion(
@@ -537,9 +1003,10 @@ def _incompatible(tokens):
     formula="h + d - h*d",
     source=_TIP,
     recommended=True,
+    instead=_FULL_FOR_UNION,
 )
-def _tip(tokens):
-    return soft_or(normalize(tokens[_H]), normalize(tokens[_D]))
+def _tip(tokens, *, scale):
+    return soft_or(scale(tokens[_H]), scale(tokens[_D]))
 
 
 def _min_max(values: pd.Series) -> np.ndarray:
@@ -570,21 +1037,24 @@ def _tip_paper(tokens):
     source=_TA,
     aliases=["ca_softor"],
     note="`tip` with d*c in place of d",
+    instead=_FULL_FOR_UNION,
 )
-def _teachability_entropy(tokens):
-    return soft_or(normalize(tokens[_H]), _teachability(tokens))
+def _teachability_entropy(tokens, *, scale):
+    return soft_or(scale(tokens[_H]), _teachability(tokens, scale=scale))
 
 
 @criterion(
     "q3_teachability",
-    needs=[_H, _D, _C],
+    needs=[_H, _KL, _D, _C],
     formula="d*c inside Q3, undefined elsewhere",
     source=_TA,
     aliases=["q3_teachability_high"],
     note="`teachability` inside one quadrant",
+    instead=_FULL_FOR_UNION,
 )
-def _q3_teachability(tokens):
-    return np.where(quadrants(tokens) == 3, _teachability(tokens), np.nan)
+def _q3_teachability(tokens, *, scale):
+    inside = _quadrants(tokens, replace(scale, clipped=True)) == 3
+    return np.where(inside, _teachability(tokens, scale=scale), np.nan)
 
 
 @criterion(

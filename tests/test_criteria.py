@@ -47,6 +47,9 @@ def table(n=40, seed=0):
             "acceptance": np.minimum(1, np.exp(advantage)),
             "student_margin": rng.random(n),
             "union_log_ratio_variance": rng.exponential(size=n),
+            "union_forward_kl": rng.exponential(size=n),
+            "union_forward_kl_released": rng.exponential(size=n),
+            "token_identity_gain": rng.normal(size=n),
             "student_top1_in_teacher_top5": rng.random(n) < 0.5,
         }
     )
@@ -111,7 +114,12 @@ def _rows(tokens):
     columns = {
         letter: _normalise_loop(tokens[name])
         for letter, name in dict(
-            h="student_entropy", d="forward_kl", c="compatibility", r="reverse_kl"
+            h="student_entropy",
+            f="forward_kl",
+            d="union_forward_kl",
+            e="union_forward_kl_released",
+            c="compatibility",
+            r="reverse_kl",
         ).items()
     }
     return [
@@ -148,10 +156,13 @@ def _relative(row):
 ORACLES = {
     "full": lambda t: [1.0] * len(t),
     "entropy": lambda t: [r["h"] for r in _rows(t)],
-    "divergence": lambda t: [r["d"] for r in _rows(t)],
+    "divergence": lambda t: [r["f"] for r in _rows(t)],
     "reverse_divergence": lambda t: [r["r"] for r in _rows(t)],
     "compatibility": lambda t: [r["c"] for r in _rows(t)],
     "teachability": lambda t: [r["d"] * r["c"] for r in _rows(t)],
+    "teachability_full": lambda t: [r["f"] * r["c"] for r in _rows(t)],
+    "teachability_released": lambda t: [r["e"] * r["c"] for r in _rows(t)],
+    "token_identity": lambda t: list(t.token_identity_gain),
     "incompatible": lambda t: [r["d"] * (1 - r["c"]) for r in _rows(t)],
     "tip": lambda t: [_softor(r["h"], r["d"]) for r in _rows(t)],
     "tip_paper": lambda t: [
@@ -163,7 +174,7 @@ ORACLES = {
         (
             r["d"] * r["c"]
             if r["h"] <= np.median([s["h"] for s in _rows(t)])
-            and r["d"] >= np.median([s["d"] for s in _rows(t)])
+            and r["f"] >= np.median([s["f"] for s in _rows(t)])
             else NAN
         )
         for r in _rows(t)
@@ -198,7 +209,10 @@ def test_every_criterion_equals_its_loop(name, seed):
 
 
 def test_every_built_in_criterion_has_an_oracle():
-    assert set(ORACLES) | {"random"} == set(C.list_criteria().index[~C.list_criteria().mine])
+    seeded = {"random", "random_divergent", "position_matched"}
+    built_in = C.list_criteria().index[~C.list_criteria().mine]
+    assert set(ORACLES) | seeded == set(built_in)
+    assert {name for name in built_in if C.is_seeded(name)} == seeded
 
 
 def test_three_positions_by_hand():
@@ -240,7 +254,7 @@ def test_scores_follow_their_rows(name):
 
 def test_a_missing_measurement_is_an_undefined_score():
     tokens = table()
-    tokens.loc[2, "forward_kl"] = np.inf
+    tokens.loc[2, ["forward_kl", "union_forward_kl"]] = np.inf
     for name in ("divergence", "teachability", "tip", "q3_teachability"):
         assert np.isnan(score_criterion(tokens, name)[2])
     assert np.isfinite(score_criterion(tokens, "compatibility")[2])
@@ -259,7 +273,7 @@ def test_another_support_takes_the_place_of_compatibility():
         tokens, "teachability", substitute={"compatibility": "topk_overlap_k8"}
     )
     assert swapped == pytest.approx(
-        normalize(tokens.forward_kl) * normalize(tokens.topk_overlap_k8)
+        normalize(tokens.union_forward_kl) * normalize(tokens.topk_overlap_k8)
     )
     bare = tokens.drop(columns="compatibility")
     assert score_criterion(
@@ -292,7 +306,7 @@ def test_the_registry_as_a_table():
         "formula": "d*c",
         "direction": "high",
         "kind": "select",
-        "needs": "forward_kl, compatibility",
+        "needs": "union_forward_kl, compatibility",
         "budget": 0.05,
         "source": "2605.26844",
         "note": "",
@@ -346,14 +360,23 @@ def test_released_names_are_understood(alias, name):
 def test_available_is_what_the_columns_allow():
     assert C.available(
         pd.DataFrame({"position": [0], "forward_kl": [1.0], "compatibility": [1.0]})
-    ) == ["full", "random", "divergence", "compatibility", "teachability", "incompatible"]
+    ) == [
+        "full",
+        "random",
+        "random_divergent",
+        "divergence",
+        "compatibility",
+        "teachability",
+        "teachability_full",
+        "incompatible",
+    ]
 
 
 def test_an_unknown_criterion_lists_the_known():
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^Unknown criterion 'enropy'\. Known are full, random, entropy, .*fire; register"
+            r"^Unknown criterion 'enropy'\. Known are full, random, random_divergent, .*fire; register"
             r" another with @diagnostics\.criterion\.$"
         ),
     ):
@@ -403,7 +426,7 @@ def test_built_in_names_cannot_be_taken(registry, name, aliases, word, owner):
 
 @pytest.mark.parametrize(
     "column, stage",
-    [("gain", "outcome"), ("forward_kl_after", "after"), ("placebo_gain", "outcome")],
+    [("gain", "outcome"), ("forward_kl_after", "after"), ("own_context_gain", "outcome")],
 )
 def test_nothing_from_after_the_step_may_predict(registry, column, stage):
     criterion("leak", needs=[column])(lambda tokens: tokens[column])
@@ -593,20 +616,343 @@ def test_the_soft_or_is_exactly_one_where_either_part_is():
     )
 
 
-@pytest.mark.parametrize("name", ["tip", "teachability_entropy"])
-def test_all_positions_at_the_clip_of_entropy_are_tied(name):
-    """Whoever has h = 1 has the score 1, whatever d is, and the earliest are taken."""
-    rng = np.random.default_rng(1)
-    tokens = pd.DataFrame(
+# --- ties
+
+
+def saturated(n=2000, seed=1):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
         {
-            "position": np.arange(2000),
+            "position": np.arange(n),
             "context_id": "c",
-            "student_entropy": rng.random(2000),
-            "forward_kl": rng.random(2000),
-            "compatibility": rng.random(2000),
+            "response_length": n,
+            "student_entropy": rng.random(n),
+            "forward_kl": rng.random(n),
+            "union_forward_kl": rng.random(n),
+            "reverse_kl": rng.random(n),
+            "compatibility": rng.random(n),
         }
     )
+
+
+@pytest.mark.parametrize("name", ["tip", "teachability_entropy"])
+def test_all_positions_at_the_clip_of_entropy_are_tied(name):
+    """Whoever has h = 1 has the score 1, whatever d is; without another rule the earliest win."""
+    tokens = saturated()
     scores, h = score_criterion(tokens, name), normalize(tokens.student_entropy)
     assert (scores[h == 1] == 1).all() and (h == 1).sum() == 100
-    top = np.flatnonzero(select(tokens, name, budget=0.03))
+    top = np.flatnonzero(select(tokens, name, budget=0.03, ties="position"))
     assert top.tolist() == np.flatnonzero(scores == 1)[:60].tolist()
+
+
+def test_equal_scores_go_by_the_unclipped_score_by_hand():
+    """21 positions with D = 0 to 20: N clips 19 and 20 to 1, and 20 is the larger."""
+    tokens = pd.DataFrame({"position": np.arange(21)[::-1], "forward_kl": np.arange(21.0)})
+    clipped, raw = C.score_pairs(tokens, "divergence")
+    assert clipped[19] == clipped[20] == 1 and raw[19] == 1 and raw[20] == pytest.approx(19 / 18)
+    assert clipped[0] == clipped[1] == 0 and raw[0] == pytest.approx(-1 / 18)
+    late, early = tokens.assign(position=np.arange(21)), tokens
+    for table_, first in ((late, 19), (early, 20)):
+        assert np.flatnonzero(select(table_, "divergence", budget=1 / 21)).tolist() == [20]
+        by_place = select(table_, "divergence", budget=1 / 21, ties="position")
+        assert np.flatnonzero(by_place).tolist() == [first]
+    assert C.ambiguous_share(tokens, "divergence", budget=1 / 21) == 0
+    assert C.ambiguous_share(tokens, "divergence", budget=1 / 21, ties="position") == 1
+    assert C.ambiguous_share(tokens, "divergence", budget=2 / 21, ties="position") == 0
+
+
+def test_products_and_soft_ors_beyond_the_clip_by_hand():
+    """In [0, 1] they are a*b and a + b - a*b; outside, the excess is added."""
+    for a, b, product in [
+        (0.5, 0.5, 0.25),
+        (1.5, 1.2, 1.8),
+        (-0.5, 0.9, -0.5),
+        (-0.5, -0.25, -0.75),
+    ]:
+        assert C.times(np.array(a), np.array(b)) == pytest.approx(product)
+    for a, b, either in [
+        (0.5, 0.5, 0.75),
+        (1.25, 0.3, 1.25),
+        (1.25, 1.5, 1.75),
+        (-0.5, -0.5, -1.25),
+    ]:
+        assert C.soft_or(np.array(a), np.array(b)) == pytest.approx(either)
+
+
+@pytest.mark.parametrize("function", [C.times, C.soft_or])
+def test_the_continued_formulas_grow_with_both_parts(function):
+    """The literal a*b falls with b where a < 0, and a + b - a*b falls with b where a > 1."""
+    grid = np.linspace(-2, 3, 51)
+    values = function(grid[:, None], grid[None, :])
+    assert (np.diff(values, axis=0) >= 0).all() and (np.diff(values, axis=1) >= 0).all()
+
+
+UNCLIPPED = {
+    "entropy": lambda u: u["student_entropy"],
+    "divergence": lambda u: u["forward_kl"],
+    "reverse_divergence": lambda u: u["reverse_kl"],
+    "compatibility": lambda u: u["compatibility"],
+    "teachability": lambda u: _times(u["union_forward_kl"], u["compatibility"]),
+    "teachability_full": lambda u: _times(u["forward_kl"], u["compatibility"]),
+    "incompatible": lambda u: _times(u["union_forward_kl"], 1 - u["compatibility"]),
+    "tip": lambda u: 1 - _times(1 - u["student_entropy"], 1 - u["union_forward_kl"]),
+    "teachability_entropy": lambda u: (
+        1 - _times(1 - u["student_entropy"], 1 - _times(u["union_forward_kl"], u["compatibility"]))
+    ),
+}
+
+
+def _times(a, b):
+    return max(a, 0) * max(b, 0) + min(a, 0) + min(b, 0)
+
+
+@pytest.mark.parametrize("name", UNCLIPPED)
+@pytest.mark.parametrize("ties", ["raw", "position"])
+@pytest.mark.parametrize("budget", [0.01, 0.05, 0.6, 0.97])
+def test_selections_among_ties_equal_a_slow_loop(name, ties, budget):
+    tokens = saturated(n=300)
+    low, high = (tokens.drop(columns="context_id").quantile(q) for q in (0.05, 0.95))
+    scores = score_criterion(tokens, name)
+    keys = []
+    for i, row in tokens.iterrows():
+        scaled = {k: (row[k] - low[k]) / (high[k] - low[k]) for k in low.index[2:]}
+        keys.append((-scores[i], *([-UNCLIPPED[name](scaled)] * (ties == "raw")), row.position, i))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    count = ceil(budget * 300)
+    wanted = sorted(order[:count])
+    assert np.flatnonzero(select(tokens, name, budget=budget, ties=ties)).tolist() == wanted
+    depth = 2 if ties == "raw" else 1
+    equal = sum(keys[i][:depth] == keys[order[count]][:depth] for i in wanted)
+    found = C.ambiguous_share(tokens, name, budget=budget, ties=ties)
+    assert found == pytest.approx(equal / count)
+
+
+def test_a_score_and_its_unclipped_form_never_disagree_on_strict_order():
+    tokens = saturated()
+    for name in ("entropy", "divergence", "reverse_divergence", "compatibility"):
+        clipped, raw = C.score_pairs(tokens, name)
+        assert (np.diff(clipped[np.argsort(raw)]) >= 0).all()
+    for name in ("random", "random_divergent"):
+        clipped, raw = C.score_pairs(tokens, name, seed=3)
+        assert (clipped == raw).all()
+
+
+def test_random_ties_choose_among_all_that_are_equal_and_only_them():
+    tokens = saturated()
+    clip = score_criterion(tokens, "divergence") == 1
+    taken = np.zeros(len(tokens))
+    for seed in range(400):
+        mask = select(tokens, "divergence", budget=0.03, ties="random", seed=seed)
+        assert mask.sum() == 60 and not mask[~clip].any()
+        taken += mask
+    # each of the 100 is taken with probability 0.6; 400 draws have a standard error of .0245
+    assert abs(taken[clip] / 400 - 0.6).max() < 5 * 0.0245
+    again = [select(tokens, "divergence", budget=0.03, ties="random", seed=5) for _ in range(2)]
+    assert (again[0] == again[1]).all()
+    assert C.ambiguous_share(tokens, "divergence", budget=0.03, ties="random") == 1
+    assert C.ambiguous_share(tokens, "divergence", budget=0.03) == 0
+
+
+def test_a_table_of_ties_is_ambiguous_throughout():
+    tokens = pd.DataFrame({"position": np.arange(50), "context_id": "c", "forward_kl": 2.0})
+    for ties in ("raw", "position", "random"):
+        assert C.ambiguous_share(tokens, "divergence", budget=0.3, ties=ties) == 1
+        assert C.ambiguous_share(tokens, "divergence", budget=1.0, ties=ties) == 0
+    assert C.ambiguous_share(tokens, "full", budget=0.3) == 0
+    assert np.isnan(C.ambiguous_share(tokens, np.full(50, NAN), budget=0.3))
+
+
+def test_scores_that_are_given_have_their_ties_ordered_by_raw():
+    tokens = pd.DataFrame({"position": [0, 1, 2, 3]})
+    scores, raw = np.array([1.0, 1, 0, 1]), np.array([1.0, 3, 9, NAN])
+    assert ranking(tokens, scores, raw).tolist() == [1, 0, 3, 2]
+    assert ranking(tokens, scores, raw, ties="position").tolist() == [0, 1, 3, 2]
+    assert select(tokens, scores, raw=raw, budget=0.25).tolist() == [False, True, False, False]
+    assert C.ambiguous_share(tokens, scores, budget=0.25) == 1
+    assert C.ambiguous_share(tokens, scores, raw=raw, budget=0.25) == 0
+
+
+def test_a_users_criterion_breaks_its_ties_with_its_own_unclipped_form(registry):
+    @criterion("mine", needs=["forward_kl"])
+    def mine(tokens, *, scale):
+        return scale(tokens.forward_kl)
+
+    @criterion("plain", needs=["forward_kl"])
+    def plain(tokens):
+        return normalize(tokens.forward_kl)
+
+    tokens = saturated()
+    assert (select(tokens, "mine", budget=0.01) == select(tokens, "divergence", budget=0.01)).all()
+    clipped, raw = C.score_pairs(tokens, "plain")
+    assert (clipped == raw).all() and C.ambiguous_share(tokens, "plain", budget=0.01) == 1
+
+
+def test_copies_scale_as_repeated_rows_do():
+    tokens = table()
+    copies = np.random.default_rng(0).integers(0, 4, len(tokens))
+    repeated = tokens.loc[np.repeat(tokens.index, copies)]
+    for name in ORACLES:
+        if name in ("full", "iw_prefix", "fire", "tip_paper"):
+            continue
+        both = zip(C.score_pairs(tokens, name, copies=copies), C.score_pairs(repeated, name))
+        for once, again in both:
+            assert np.repeat(once, copies) == pytest.approx(again, nan_ok=True), name
+
+
+def test_a_constant_column_has_no_spread_to_break_ties_with():
+    """Of 40 values only one differs: N is 0 for all, and the one still comes first."""
+    values = np.zeros(40)
+    values[7] = 5
+    tokens = pd.DataFrame({"position": np.arange(40), "forward_kl": values})
+    clipped, raw = C.score_pairs(tokens, "divergence")
+    assert not clipped.any() and raw.tolist() == values.tolist()
+    assert np.flatnonzero(select(tokens, "divergence", budget=0.02)).tolist() == [7]
+
+
+# --- scope
+
+
+def _scope_loop(tokens, name, budget, groups):
+    clipped, raw = C.score_pairs(tokens, name)
+    chosen = np.zeros(len(tokens), dtype=bool)
+    equal = 0
+    for group in dict.fromkeys(groups):
+        here = [i for i in range(len(tokens)) if groups[i] == group]
+        best = sorted(
+            (i for i in here if np.isfinite(clipped[i])),
+            key=lambda i: (-clipped[i], -raw[i], tokens.position[i], i),
+        )
+        count = ceil(round(budget * len(here), 9))
+        chosen[best[:count]] = True
+        if count < len(best):
+            last = best[count]
+            equal += sum(clipped[i] == clipped[last] and raw[i] == raw[last] for i in best[:count])
+    return chosen, equal / chosen.sum()
+
+
+@pytest.mark.parametrize("name", ["teachability", "selectkd", "q3_teachability", "divergence"])
+@pytest.mark.parametrize("budget", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("scope", ["batch", "context"])
+def test_scopes_equal_a_slow_loop(name, budget, scope):
+    tokens = table(n=200, seed=2)
+    batch = C.training_batches(tokens, contexts=5, seed=1) if scope == "batch" else None
+    groups = tokens.context_id.tolist() if batch is None else batch.tolist()
+    expected, share = _scope_loop(tokens, name, budget, groups)
+    given = {"budget": budget, "scope": scope, "batch": batch}
+    assert (select(tokens, name, **given) == expected).all()
+    assert C.ambiguous_share(tokens, name, **given) == pytest.approx(share)
+    if batch is not None:
+        named = tokens.assign(step=batch)
+        assert (select(named, name, budget=budget, scope="batch", batch="step") == expected).all()
+
+
+def test_one_batch_is_the_table_and_batches_hold_whole_contexts():
+    tokens = table(n=100)
+    whole = select(tokens, "tip", budget=0.2)
+    assert (select(tokens, "tip", budget=0.2, scope="batch", batch=np.zeros(100)) == whole).all()
+    batch = C.training_batches(tokens, contexts=4, seed=3)
+    by_context = pd.Series(batch).groupby(tokens.context_id)
+    assert (by_context.nunique() == 1).all()
+    sizes = by_context.first().value_counts()
+    assert (sizes.loc[: sizes.index.max() - 1] == 4).all() and sizes.sum() == tokens[
+        "context_id"
+    ].nunique()
+    with pytest.raises(DiagnosticsError, match=r"^A batch holds at least one context; got 0\.$"):
+        C.training_batches(tokens, contexts=0)
+
+
+def test_a_minimum_per_context_holds_within_each_batch():
+    tokens = table(n=200, seed=2)
+    batch = C.training_batches(tokens, contexts=5)
+    mask = select(
+        tokens, "teachability", budget=0.5, per_context_minimum=1, scope="batch", batch=batch
+    )
+    assert (pd.Series(mask).groupby(tokens.context_id).sum() >= 1).all()
+    for number in set(batch):
+        assert mask[batch == number].sum() == ceil(0.5 * (batch == number).sum())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"ties": "last"}, r"^ties is one of raw, position, random; got 'last'\.$"),
+        ({"scope": "prompt"}, r"^scope is one of table, batch, context; got 'prompt'\.$"),
+        (
+            {"scope": "batch"},
+            r"^The batch of each position belongs to the scope 'batch'; got scope='batch' and no"
+            r" batch\. Give both, or neither\.$",
+        ),
+        ({"batch": np.zeros(40)}, r"got scope='table' and batches\. Give both, or neither\.$"),
+        (
+            {"scope": "batch", "batch": np.zeros(3)},
+            r"^There are 3 batch numbers for 40 positions\. Give one each\.$",
+        ),
+        (
+            {"scope": "batch", "batch": np.full(40, NAN)},
+            r"^40 positions have no batch\. Give each position its own\.$",
+        ),
+        ({"scope": "batch", "batch": "nowhere"}, r"^The scope 'batch' needs the column nowhere;"),
+    ],
+)
+def test_unknown_rules_are_refused(given, message):
+    with pytest.raises(DiagnosticsError, match=message):
+        select(table(), "entropy", budget=0.2, **given)
+    with pytest.raises(DiagnosticsError, match=message):
+        C.ambiguous_share(table(), "entropy", budget=0.2, **given)
+
+
+# --- which divergence, and fair rivals
+
+
+def test_the_disagreement_is_the_unions_where_the_table_has_it():
+    tokens = table()
+    assert C.disagreement_column(tokens) == "union_forward_kl"
+    older = tokens.drop(columns="union_forward_kl")
+    assert C.disagreement_column(older) == "forward_kl"
+    for name in ("teachability", "incompatible", "tip", "teachability_entropy", "q3_teachability"):
+        with_full = tokens.assign(union_forward_kl=tokens.forward_kl)
+        assert score_criterion(older, name) == pytest.approx(
+            score_criterion(with_full, name), nan_ok=True
+        )
+        assert C.missing_columns(older, name) == []
+    assert score_criterion(older, "teachability") == pytest.approx(
+        score_criterion(tokens, "teachability_full")
+    )
+    assert C.missing_columns(older.drop(columns="forward_kl"), "teachability") == [
+        "union_forward_kl"
+    ]
+
+
+def test_random_divergent_takes_the_upper_half_of_the_divergence_first():
+    tokens = table(n=101)
+    tokens.loc[4, "union_forward_kl"] = NAN
+    upper = (tokens.union_forward_kl > tokens.union_forward_kl.median()).to_numpy()
+    assert upper.sum() == 50
+    first, other = (select(tokens, "random_divergent", budget=0.2, seed=s) for s in (1, 2))
+    assert not first[~upper].any() and not other[~upper].any() and (first != other).any()
+    half = select(tokens, "random_divergent", budget=50 / 101)
+    assert (half == upper).all()
+    all_but_one = select(tokens, "random_divergent", budget=1.0)
+    assert all_but_one.sum() == 100 and not all_but_one[4]
+
+
+def test_the_position_matched_rival_selects_as_much_in_each_tenth_of_the_response():
+    rng = np.random.default_rng(0)
+    tokens = saturated(n=3000).assign(
+        position=np.tile(np.arange(30), 100),
+        response_length=30,
+        context_id=np.repeat([f"c{i}" for i in range(100)], 30),
+    )
+    tokens["union_forward_kl"] = rng.exponential(size=3000) * (1 + tokens.position / 5)
+    tenth = C.position_tenths(tokens)
+    assert set(tenth) == set(range(10)) and tenth[29] == 9 and tenth[2] == 0 and tenth[3] == 1
+    for ties in ("raw", "position"):
+        own, rival = (
+            select(tokens, name, budget=0.07, ties=ties)
+            for name in ("teachability", "position_matched")
+        )
+        assert (np.bincount(tenth[own]) == np.bincount(tenth[rival])).all() and (own != rival).any()
+    scores = score_criterion(tokens, "position_matched", seed=1)
+    assert sorted(scores) == sorted(score_criterion(tokens, "teachability"))
+    assert (scores != score_criterion(tokens, "position_matched", seed=2)).any()
+    assert abs(np.corrcoef(scores, score_criterion(tokens, "teachability"))[0, 1]) < 0.2

@@ -230,7 +230,7 @@ def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
     """(table, part, reason) for each part that is left out of a table for want of columns."""
     for name in registry.names():
-        missing = [need for need in registry.find(name).needs if need not in tokens]
+        missing = registry.missing_columns(tokens, name)
         if missing:
             yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"
     for outcome in STUDY_OUTCOMES:
