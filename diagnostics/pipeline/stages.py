@@ -36,7 +36,7 @@ from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
-    from diagnostics.analysis.config import AnalysisConfig
+    from diagnostics.analysis.config import AnalysisConfig, PrimaryChoices
     from diagnostics.analysis.selection import ComparisonConfig
     from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
@@ -223,9 +223,18 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
 
 
 def probe_stage(
-    run: Run, models: Models, config: ProbeConfig, controls: ControlConfig, *, batch_tokens: int
+    run: Run,
+    models: Models,
+    config: ProbeConfig,
+    controls: ControlConfig,
+    *,
+    batch_tokens: int,
+    primary: str | None = None,
 ) -> None:
-    """Take the steps and measure the gains, on batches of at most `batch_tokens` tokens."""
+    """Take the steps and measure the gains, on batches of at most `batch_tokens` tokens.
+
+    What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
+    """
     from diagnostics.models.named_pairs import training_rate
     from diagnostics.probing.one_step import probe
     from diagnostics.probing.trajectory import require_horizon
@@ -258,9 +267,12 @@ def probe_stage(
             "horizon_rate": training_rate(models.pair.name),
         }
 
+    choices = register_primary(run, primary)
     run.stage(
         "probe",
-        settings=_merged(models.settings, config, controls, {"batch_tokens": batch_tokens}),
+        settings=_merged(
+            models.settings, config, controls, {"batch_tokens": batch_tokens, "primary": choices}
+        ),
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet", *(f"tables/{name}.csv" for name in names)],
         work=work,
@@ -268,6 +280,39 @@ def probe_stage(
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def register_primary(run: Run, primary: str | None) -> str:
+    """Record the primary choices before the probe, and return them as text."""
+    from diagnostics.analysis.config import PrimaryChoices
+
+    choices = PrimaryChoices.parse(primary)
+    run.register(dataclasses.asdict(choices), choices.sha256(), stage="probe")
+    return choices.as_text()
+
+
+def _primary(run: Run, primary: str | None) -> tuple[PrimaryChoices, str | None]:
+    """The choices of an analysis, those recorded where none are given, and the recorded hash.
+
+    A record that is not as its own hash has it counts as none.
+    """
+    from diagnostics.analysis.config import PrimaryChoices
+
+    recorded = run.manifest.get("primary")
+    if recorded is None:
+        return PrimaryChoices.parse(primary), None
+    stated = recorded.get("choices")
+    stated = stated if isinstance(stated, dict) else {}
+    known = PrimaryChoices.parse(",".join(f"{name}={value}" for name, value in stated.items()))
+    digest = known.sha256()
+    if digest != recorded.get("sha256") or dataclasses.asdict(known) != stated:
+        log.warning(
+            "The primary choices in %s are not as their hash has them, so that nothing was"
+            " recorded before the probe",
+            run.manifest_path,
+        )
+        digest = None
+    return (known if primary is None else PrimaryChoices.parse(primary)), digest
 
 
 def import_tokens(run: Run, path: Path) -> None:
@@ -479,6 +524,7 @@ def analyze_stage(
     seed: int,
     training: str | None = None,
     k: int | None = None,
+    primary: str | None = None,
 ) -> None:
     """Write every table that the token table allows.
 
@@ -488,8 +534,12 @@ def analyze_stage(
         seed: Seed of the bootstrap.
         training: Directory of a finished validation, for claim C5.
         k: K of an imported table's columns.
+        primary: What is concluded from, as `PrimaryChoices.parse` reads it; None takes what was
+            recorded before the probe, or the defaults.
     """
     from diagnostics.analysis.study import study
+
+    choices, registered = _primary(run, primary)
 
     tables, source = (
         {},
@@ -499,7 +549,7 @@ def analyze_stage(
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
-    settings |= {"k": k}
+    settings |= {"k": k, "primary": choices.as_text(), "registered": registered}
     scored = run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
     if None not in (k, scored) and k != scored:
         raise DiagnosticsError(
@@ -521,6 +571,8 @@ def analyze_stage(
                 seed=seed,
                 training=trained,
                 base_k=_table_k(run, tokens, scored or k),
+                choices=choices,
+                registered=registered,
             )
         )
         for name, table in tables.items():
@@ -578,11 +630,14 @@ def compare_stage(
     run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
 ) -> None:
     """Compare criteria by the gains of the run, and with its interventions where it has any."""
+    from diagnostics.analysis.decision import decide
     from diagnostics.analysis.rank_agreement import agreement, answers
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
     tables = {}
     effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
+    loss = step.get("loss", "reverse_kl")
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
@@ -601,6 +656,7 @@ def compare_stage(
             tables.update(
                 offline_agreement=agreement(tokens, sums, **options),
                 offline_answers=answers(tokens, sums),
+                decision=decide(sums, loss=loss, choices=_primary(run, None)[0], **options),
             )
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
@@ -613,7 +669,7 @@ def compare_stage(
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=("analysis.selection", "analysis.rank_agreement"),
+        code=("analysis.selection", "analysis.rank_agreement", "analysis.decision"),
     )
 
 
@@ -912,8 +968,14 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
-    return (
-        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
-        if path and path.exists()
-        else []
-    )
+    if path is None or not path.exists():
+        return []
+    table = read_csv(unchanged(directory, "tables/verdicts.csv"))
+    if "population" not in table:
+        log.warning(
+            "%s was written by an earlier version, whose verdicts had other tests; they are left"
+            " out. Run analyze there again",
+            path,
+        )
+        return []
+    return [table[table["population"] != "training"]]
