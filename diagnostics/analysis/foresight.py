@@ -672,7 +672,9 @@ def offline_run(
     if effects is not None:
         answers |= dict(_intervened(effects, wanted))
     names = [criterion for criterion, _ in wanted]
-    return OfflineRun(answers, effects, grouping(names, tokens), _ambiguous(tokens, effects, wanted))
+    return OfflineRun(
+        answers, effects, grouping(names, tokens), _ambiguous(tokens, effects, wanted)
+    )
 
 
 def _captured(
