@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import bounds, claims, correlations, regressions, robustness
 from diagnostics.analysis import splits as position_splits
 from diagnostics.analysis import warnings as study_warnings
-from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.correlations import (
     correlate,
     partial_correlations,
@@ -78,7 +77,9 @@ _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
 _CORRELATION_TABLES = ("correlations", "differences")
 _Q3_TABLES = ("q3_contrast", "q3_groups")
 _REGRESSION_TABLES = ("regressions", "decomposition")
-_CLAIM_TABLES = ("support_robustness", "verdicts")
+_CLAIM_TABLES = ("verdicts", "claim_statistics", "support_robustness")
+SUPPORT_STATISTICS = ("q3_gap", "overlap_contrast", "interaction")
+"""Statistics of the claims that are computed for other K and other measurements too."""
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -90,6 +91,8 @@ def study(
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
+    choices: PrimaryChoices = PrimaryChoices(),
+    registered: str | None = None,
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """Make every table that the token table allows.
@@ -102,13 +105,17 @@ def study(
         losses: Token tables of steps with other losses on the same bank, by loss.
         base_k: K of the columns without a suffix; None reads it from the table
             (`robustness.known_k`) and warns where it is not known.
+        choices: What is concluded from; anything else is exploratory.
+        registered: The hash of the choices as it was recorded before the probe; None where none
+            was, and then every verdict is exploratory.
         settings: Fields of `bootstrap`.
 
     Returns:
         Tables by file name: correlations, differences, partial, quadrants, positions, q3_contrast,
         q3_groups, matching, balance, strata, null_share, regressions, decomposition,
-        residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts,
-        warnings and left_out (columns table, what, why), and exactness for a top-K teacher.
+        residual_curves, verdicts, claim_statistics, support_robustness, gain_robustness,
+        saturation, coverage, warnings and left_out (columns table, what, why), and exactness for
+        a top-K teacher.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
@@ -122,7 +129,7 @@ def study(
     tokens, base_k = _with_k(tokens, base_k)
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
-    for step in _plan(tokens, criteria, bootstrap, losses, base_k):
+    for step in _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
             if table is not None and len(table):
@@ -178,12 +185,19 @@ class _Step:
 
 
 def _plan(
-    tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
+    tokens: pd.DataFrame,
+    criteria: list[str] | None,
+    bootstrap: Bootstrap,
+    losses,
+    base_k: int,
+    choices: PrimaryChoices,
+    registered: str | None,
 ) -> list[_Step]:
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
     drawn = {"bootstrap": bootstrap}
     seeded = {"seed": bootstrap.seed}
+    primary = {"choices": choices, "registered": registered}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
         return _Step((name,), needs, lambda: {name: function(tokens, **options)})
@@ -203,8 +217,15 @@ def _plan(
         one("null_share", (*_QUADRANT_COLUMNS, "gain", NULL_OUTCOME), null_share, **drawn),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
-        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **drawn),
-        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
+        one(
+            "gain_robustness",
+            _CLAIM_COLUMNS,
+            gain_robustness,
+            losses=losses,
+            base_k=base_k,
+            **drawn,
+        ),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
     ]
@@ -220,20 +241,30 @@ def _correlations(
     }
 
 
-def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[str, pd.DataFrame]:
-    found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
-    pairs = balance(tokens, by=["compatibility"], seed=bootstrap.seed)
-    pairs = pairs[np.isinf(pairs["caliper"])]
-    made = claims.verdicts(
-        found,
-        level=bootstrap.level,
-        placebo=(),
-        imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
+def _claims(
+    tokens: pd.DataFrame,
+    *,
+    base_k: int,
+    bootstrap: Bootstrap,
+    choices: PrimaryChoices,
+    registered: str | None,
+) -> dict[str, pd.DataFrame]:
+    made = claims.claim_tables(
+        tokens, base_k=base_k, bootstrap=bootstrap, choices=choices, registered=registered
     )
-    return {
-        "support_robustness": robustness.support_robustness(found, level=bootstrap.level),
-        "verdicts": made,
-    }
+    return made | {"support_robustness": _by_support(made["claim_statistics"])}
+
+
+def _by_support(statistics: pd.DataFrame) -> pd.DataFrame:
+    """The statistics of C2 and C3 with every K and every measurement in the place of C."""
+    rows = statistics[statistics["statistic"].isin(SUPPORT_STATISTICS)]
+    wide = rows.groupby(["population", "outcome", "statistic"])["proxy"].transform("size") > 1
+    return (
+        rows[wide]
+        .rename(columns={"population": "split"})
+        .drop(columns="claim")
+        .reset_index(drop=True)
+    )
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:

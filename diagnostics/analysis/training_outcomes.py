@@ -1,4 +1,4 @@
-"""Gains of a grid of short trainings over seeds and prompts, compared with offline values.
+"""Gains of a grid of short trainings over seeds and prompts, and the verdict on claim C5.
 
 `training.grid` has the formulas of the errors: E_S is the variance over seeds, E_G that over
 prompts.
@@ -6,23 +6,19 @@ prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from diagnostics import criteria as registry
-from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.rank_agreement import CellScores
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
+from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_kl")
@@ -374,217 +370,3 @@ def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
         if complete and all(verdict == "supported" for verdict in verdicts)
         else "inconclusive"
     )
-
-
-@dataclass(frozen=True)
-class OfflineValue:
-    """The value that another run gives to a cell, with the draws of that run's own prompts.
-
-    Attributes:
-        value: The value.
-        draws_D: [draws] its bootstrap replicates.
-        prompts: Number of that run's prompts.
-    """
-
-    value: float
-    draws_D: np.ndarray
-    prompts: int
-
-    def resampled(self, seed: int) -> np.ndarray:
-        """The draws [D] as they are; the seed is not used."""
-        return self.draws_D
-
-
-Offline = Mapping[str, Mapping[tuple[str, float], OfflineValue]]
-"""By answer and cell."""
-
-
-def agreement_table(
-    outcomes: Outcomes, offline: Offline | None = None, *, level: float = Bootstrap.level
-) -> pd.DataFrame:
-    """Kendall's tau between offline values and the gain of training, over the cells except full.
-
-    Args:
-        outcomes: The grid's evaluations.
-        offline: The values of another run, see `offline_answers`.
-        level: Coverage of the intervals.
-
-    Returns:
-        Columns scope (all, within_budget, or budget_<share>), x (the answer), y
-        (`trained_<measure>`), kendall, low, high, cells, prompts. The gain after each training's
-        own first step is among the answers. Only cells that both sides hold are compared; fewer
-        than three give no row.
-    """
-    rows = []
-    trained = outcomes.measures(JUDGED)
-    for name, values in _offline_and_first_step(outcomes, offline):
-        cells = [cell for cell in outcomes.cells if cell[0] != "full" and cell in values]
-        if len(cells) < 3:
-            continue
-        frame = pd.DataFrame(cells, columns=["criterion", "budget"])
-        answer = _cell_scores(name, [values[cell] for cell in cells], outcomes)
-        gains = [
-            _cell_scores(f"trained_{m}", [outcomes.gain(m, *cell) for cell in cells], outcomes)
-            for m in trained
-        ]
-        for scope, pairs in ranks.scopes(frame):
-            for gain in gains:
-                tau = ranks.kendall(answer, gain, pairs)
-                low, high = tau.interval(level)
-                rows.append(
-                    {
-                        "scope": scope,
-                        "x": name,
-                        "y": gain.name,
-                        "kendall": tau.value,
-                        "low": low,
-                        "high": high,
-                        "cells": int(pairs.any(axis=1).sum()),
-                        "prompts": tau.prompts,
-                    }
-                )
-    return pd.DataFrame(
-        rows, columns=["scope", "x", "y", "kendall", "low", "high", "cells", "prompts"]
-    )
-
-
-def foreseen_table(outcomes: Outcomes, offline: Offline | None = None) -> pd.DataFrame:
-    """Offline value of each trained cell except full, before its training or after its first step.
-
-    Args:
-        outcomes: The grid's evaluations.
-        offline: The values of another run, see `offline_answers`.
-
-    Returns:
-        Columns criterion, budget, answer, value; the answers of the grid's own first steps are the
-        means over its seeds. Cells without a value are left out.
-    """
-    rows = [
-        (*cell, name, values[cell].value)
-        for name, values in _offline_and_first_step(outcomes, offline)
-        for cell in outcomes.cells
-        if cell[0] != "full" and cell in values
-    ]
-    return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
-
-
-def _offline_and_first_step(
-    outcomes: Outcomes, offline: Offline | None
-) -> Iterator[tuple[str, Mapping]]:
-    for measure in outcomes.measures(FIRST_STEP):
-        yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
-    yield from (offline or {}).items()
-
-
-def _cell_scores(
-    name: str, values: Sequence[SeedPromptEstimate | OfflineValue], outcomes: Outcomes
-) -> CellScores:
-    """Values of some cells with their draws."""
-    draws = [v.resampled(outcomes.seed) for v in values]
-    return CellScores(
-        name,
-        np.array([v.value for v in values]),
-        np.stack(draws, axis=1),
-        min(v.prompts for v in values),
-    )
-
-
-@with_settings(bootstrap=Bootstrap)
-def offline_answers(
-    directory: Path,
-    cells: Iterable[tuple[str, float]],
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
-    **settings: Any,
-) -> Offline:
-    """The values that a finished main job gives to cells, from its positions and interventions.
-
-    Args:
-        directory: Run directory of the main job.
-        cells: (criterion, budget) of each cell.
-        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
-        settings: Fields of `bootstrap`.
-
-    Returns:
-        By answer and cell. captured_<outcome> is the share of the outcome that the criterion
-        captures at the budget, over all positions. intervention_<measure> is the mean reduction at
-        held-out positions after a step on the selected positions alone. Cells without data in that
-        run are left out.
-
-    Raises:
-        DiagnosticsError: If the directory has no tokens.parquet with gains.
-    """
-    from diagnostics.core.manifest import unchanged
-
-    path = directory / "tokens.parquet"
-    if not path.exists():
-        raise DiagnosticsError(
-            f"{path} does not exist. Name a run directory whose main job is finished."
-        )
-    tokens = validate_tokens(read_parquet(unchanged(directory, path.name)))
-    effects = unchanged(directory, "interventions.parquet")
-    scorable = registry.available(tokens)
-    frame = pd.DataFrame(
-        [cell for cell in cells if registry.find(cell[0]).name in scorable],
-        columns=["criterion", "budget"],
-    )
-    # These draws have a seed of their own: with as many prompts, an equal seed would make them the
-    # draws of the trainings' prompts.
-    apart = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
-    found = (
-        ranks.offline_values(
-            tokens,
-            read_parquet(effects) if effects.exists() else None,
-            frame,
-            bootstrap=bootstrap,
-            seed=apart,
-        )
-        if len(frame)
-        else []
-    )
-    return {answer.name: dict(_values_by_cell(answer, frame)) for answer in found}
-
-
-def _values_by_cell(
-    answer: CellScores, cells: pd.DataFrame
-) -> Iterator[tuple[tuple[str, float], OfflineValue]]:
-    for c, cell in enumerate(cells.itertuples(index=False, name=None)):
-        if np.isfinite(answer.value_C[c]) and answer.unit > 0:
-            yield (
-                cell,
-                OfflineValue(
-                    float(answer.value_C[c] / answer.unit),
-                    answer.draws_DC[:, c] / answer.unit,
-                    answer.prompts,
-                ),
-            )
-
-
-@with_settings(bootstrap=Bootstrap)
-def tables(
-    rows: pd.DataFrame,
-    offline: Offline | None = None,
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
-    **settings: Any,
-) -> dict[str, pd.DataFrame]:
-    """All tables of a validation by file name.
-
-    Args:
-        rows: The grid's evaluations, as from `training.grid.read_outcomes`.
-        offline: The values of another run, see `offline_answers`.
-        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
-        settings: Fields of `bootstrap`.
-
-    Returns:
-        validation_cells, validation_outcomes, validation_verdicts, validation_agreement and
-        validation_foreseen.
-    """
-    outcomes = Outcomes(rows, bootstrap=bootstrap)
-    return {
-        "validation_cells": cells_table(outcomes),
-        "validation_outcomes": outcome_table(outcomes, level=bootstrap.level),
-        "validation_verdicts": verdict_table(outcomes, level=bootstrap.level),
-        "validation_agreement": agreement_table(outcomes, offline, level=bootstrap.level),
-        "validation_foreseen": foreseen_table(outcomes, offline),
-    }

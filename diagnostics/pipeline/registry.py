@@ -98,6 +98,17 @@ SEED = flag(
     "seed", recorded="always", type=int, default=0, help="seed of the bootstrap (default: 0)"
 )
 
+PRIMARY = flag(
+    "primary",
+    recorded="maybe",
+    metavar="NAME=VALUE,…",
+    help=(
+        "what verdicts rest on, recorded before the probe: outcome, population, criterion, budget,"
+        " horizon, margin, level, minimum_prompts (default: those of PrimaryChoices; for analyze,"
+        " those that were recorded)"
+    ),
+)
+
 
 def _rollout(job: Job) -> None:
     stages.rollout_stage(
@@ -126,7 +137,11 @@ def _import(job: Job) -> None:
 
 def _probe(job: Job) -> None:
     stages.probe_stage(
-        job.run, job.models, job.configs[PROBE], batch_tokens=job.configs[SCORE].batch_tokens
+        job.run,
+        job.models,
+        job.configs[PROBE],
+        batch_tokens=job.configs[SCORE].batch_tokens,
+        primary=job.flag("primary"),
     )
 
 
@@ -160,6 +175,7 @@ def _analyze(job: Job) -> None:
         training=job.flag("training"),
         # The --k of `run` is the K of its scores, which the manifest already knows.
         k=job.flag("k") if job.command == "analyze" else None,
+        primary=job.flag("primary"),
     )
 
 
@@ -204,7 +220,7 @@ STAGES = (
         configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, ANALYSIS),
         reads="two models and prompts",
         writes="everything that its five stages write",
-        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         parts=("rollout", "score", "probe", "analyze", "report"),
         modules=("pipeline.stages",),
     ),
@@ -277,7 +293,7 @@ STAGES = (
         writes=(
             "`gains.parquet`, `tables/calibration.csv`; `tokens.parquet`: scores and gains joined"
         ),
-        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         run=_probe,
         modules=("probing.one_step", "measure.losses"),
     ),
@@ -353,6 +369,7 @@ STAGES = (
                 help="K of an imported table's columns, where the table does not say it",
             ),
             SEED,
+            PRIMARY,
         ),
         run=_analyze,
         parts=("import", "analyze"),

@@ -35,7 +35,7 @@ from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
-    from diagnostics.analysis.config import AnalysisConfig
+    from diagnostics.analysis.config import AnalysisConfig, PrimaryChoices
     from diagnostics.analysis.selection import ComparisonConfig
     from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
@@ -221,8 +221,18 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     join_tokens(run)
 
 
-def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: int) -> None:
-    """Take the step and measure the gains, on batches of at most `batch_tokens` tokens."""
+def probe_stage(
+    run: Run,
+    models: Models,
+    config: ProbeConfig,
+    *,
+    batch_tokens: int,
+    primary: str | None = None,
+) -> None:
+    """Take the step and measure the gains, on batches of at most `batch_tokens` tokens.
+
+    What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
+    """
     from diagnostics.probing.one_step import probe
 
     def work() -> dict:
@@ -239,9 +249,15 @@ def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: 
         write_csv(run.path("tables/calibration.csv"), result.calibration.assign(**listed))
         return dataclasses.asdict(result.step)
 
+    choices = register_primary(run, primary)
     run.stage(
         "probe",
-        settings={**models.settings, **dataclasses.asdict(config), "batch_tokens": batch_tokens},
+        settings={
+            **models.settings,
+            **dataclasses.asdict(config),
+            "batch_tokens": batch_tokens,
+            "primary": choices,
+        },
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet", "tables/calibration.csv"],
         work=work,
@@ -249,6 +265,39 @@ def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: 
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def register_primary(run: Run, primary: str | None) -> str:
+    """Record the primary choices before the probe, and return them as text."""
+    from diagnostics.analysis.config import PrimaryChoices
+
+    choices = PrimaryChoices.parse(primary)
+    run.register(dataclasses.asdict(choices), choices.sha256(), stage="probe")
+    return choices.as_text()
+
+
+def _primary(run: Run, primary: str | None) -> tuple[PrimaryChoices, str | None]:
+    """The choices of an analysis, those recorded where none are given, and the recorded hash.
+
+    A record that is not as its own hash has it counts as none.
+    """
+    from diagnostics.analysis.config import PrimaryChoices
+
+    recorded = run.manifest.get("primary")
+    if recorded is None:
+        return PrimaryChoices.parse(primary), None
+    stated = recorded.get("choices")
+    stated = stated if isinstance(stated, dict) else {}
+    known = PrimaryChoices.parse(",".join(f"{name}={value}" for name, value in stated.items()))
+    digest = known.sha256()
+    if digest != recorded.get("sha256") or dataclasses.asdict(known) != stated:
+        log.warning(
+            "The primary choices in %s are not as their hash has them, so that nothing was"
+            " recorded before the probe",
+            run.manifest_path,
+        )
+        digest = None
+    return (known if primary is None else PrimaryChoices.parse(primary)), digest
 
 
 def import_tokens(run: Run, path: Path) -> None:
@@ -457,6 +506,7 @@ def analyze_stage(
     seed: int,
     training: str | None = None,
     k: int | None = None,
+    primary: str | None = None,
 ) -> None:
     """Write every table that the token table allows.
 
@@ -466,8 +516,12 @@ def analyze_stage(
         seed: Seed of the bootstrap.
         training: Directory of a finished validation, for claim C5.
         k: K of an imported table's columns.
+        primary: What is concluded from, as `PrimaryChoices.parse` reads it; None takes what was
+            recorded before the probe, or the defaults.
     """
     from diagnostics.analysis.study import study
+
+    choices, registered = _primary(run, primary)
 
     tables, source = (
         {},
@@ -477,7 +531,7 @@ def analyze_stage(
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
-    settings |= {"k": k}
+    settings |= {"k": k, "primary": choices.as_text(), "registered": registered}
     scored = run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
     if None not in (k, scored) and k != scored:
         raise DiagnosticsError(
@@ -499,6 +553,8 @@ def analyze_stage(
                 seed=seed,
                 training=trained,
                 base_k=_table_k(run, tokens, scored or k),
+                choices=choices,
+                registered=registered,
             )
         )
         for name, table in tables.items():
@@ -839,7 +895,7 @@ def _validation_tables(
     folder: Path, cells: Sequence[TrainingCell], offline: str | None, analysis: AnalysisConfig
 ) -> dict[str, pd.DataFrame]:
     """The tables of a finished grid, whose cells lie in `folder`."""
-    from diagnostics.analysis import training_outcomes
+    from diagnostics.analysis import foresight
     from diagnostics.analysis.claims import of_training
     from diagnostics.training import grid
 
@@ -847,12 +903,10 @@ def _validation_tables(
         (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
     )
     answers = (
-        training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
-        if offline
-        else None
+        foresight.offline_run(Path(offline), competing, draws=analysis.draws) if offline else None
     )
     rows = grid.read_outcomes(folder, cells)
-    made = training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis))
+    made = foresight.tables(rows, answers, **dataclasses.asdict(analysis))
     verdicts = [*_claims_of(offline), of_training(made["validation_verdicts"])]
     return {**made, "verdicts": pd.concat(verdicts, ignore_index=True)}
 
@@ -887,8 +941,14 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
-    return (
-        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
-        if path and path.exists()
-        else []
-    )
+    if path is None or not path.exists():
+        return []
+    table = read_csv(unchanged(directory, "tables/verdicts.csv"))
+    if "population" not in table:
+        log.warning(
+            "%s was written by an earlier version, whose verdicts had other tests; they are left"
+            " out. Run analyze there again",
+            path,
+        )
+        return []
+    return [table[table["population"] != "training"]]
