@@ -67,6 +67,7 @@ CAPTURED_OUTCOMES = ("context_gain", "gain", "relative_gain", "positive_gain")
 ALL_OUTCOMES = (*CAPTURED_OUTCOMES, "first_order_gain", "lift")
 CURVE_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 ENRICHMENT_BUDGETS = (0.01, 0.05, 0.1, 0.3)
+COMPARED_COLUMNS = ("prompt_id", "context_id", "position")
 BY_TABLE = Rules()
 """One budget for the whole table; ties by the unclipped score."""
 TOKEN_TYPES = ("word", "number", "punctuation", "special")
@@ -288,6 +289,7 @@ def populations(
             column, or a budget is outside (0, 1].
     """
     wanted = _require_outcomes(tokens, outcomes)
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
     found: list[Population] = []
     for split in splits(tokens, bootstrap=bootstrap):
         own = {
@@ -318,7 +320,7 @@ def candidates(
     seed: int,
 ) -> Candidates:
     """The positions under a mask [N] with criteria, without `full` and `random`."""
-    require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
     names = list(criteria or []) or registry.available(tokens)
     compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
     return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
@@ -333,7 +335,7 @@ def whole_table(
     bootstrap: Bootstrap = Bootstrap(),
 ) -> Candidates:
     """All positions of a table with criteria and budgets; no outcome is needed."""
-    require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
     prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
     everywhere = np.ones(len(tokens), dtype=bool)
     return candidates(tokens, everywhere, prompts, criteria, budgets, rules, bootstrap.seed)

@@ -125,9 +125,12 @@ class Candidates:
     @cached_property
     def _needed(self) -> dict[str, pd.DataFrame]:
         """By criterion the columns that it reads."""
-        held = list(self.tokens.columns)
-        reads = {name: registry.find(name).columns(held).values() for name in self.names}
-        return {name: self.tokens[list(dict.fromkeys(read))] for name, read in reads.items()}
+        found = {}
+        for name in self.names:
+            read = list(dict.fromkeys(registry.find(name).columns(self.tokens.columns).values()))
+            # A table that lacks one is refused where it is scored.
+            found[name] = self.tokens[read] if set(read) <= set(self.tokens) else self.tokens
+        return found
 
     @cached_property
     def _early(self) -> np.ndarray:
