@@ -65,6 +65,16 @@ by position, or at random."""
 Scope = Literal["table", "batch", "context"]
 """What a budget is a share of: the whole table, each training batch, or each response."""
 Seed = int | Sequence[int]
+TIES_FLAG = {
+    "help": "equal scores: by the unclipped score, by position, or at random",
+    "choices": get_args(Ties),
+}
+"""Metadata of a setting `ties`."""
+TRAINING_SCOPE_FLAG = {
+    "help": "a budget of the positions of each batch, or of each response",
+    "choices": ("batch", "context"),
+}
+"""Metadata of a setting `scope` where every selection is made in a batch."""
 
 
 @dataclass(frozen=True)

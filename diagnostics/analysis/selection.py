@@ -60,7 +60,7 @@ from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
-from diagnostics.criteria import BATCH_CONTEXTS, Scope, Ties
+from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
 log = logging.getLogger("diagnostics")
 CAPTURED_OUTCOMES = ("context_gain", "gain", "relative_gain", "positive_gain")
@@ -91,13 +91,7 @@ class ComparisonConfig:
     budgets: tuple[float, ...] = field(
         default=CURVE_BUDGETS, metadata={"help": "shares of positions"}
     )
-    ties: str = field(
-        default=Rules.ties,
-        metadata={
-            "help": "equal scores: by the unclipped score, by position, or at random",
-            "choices": get_args(Ties),
-        },
-    )
+    ties: str = field(default=Rules.ties, metadata=TIES_FLAG)
     scope: str = field(
         default=Rules.scope,
         metadata={
