@@ -25,10 +25,11 @@ SURFACE = {
     "analyze": "draws json k level output-dir primary quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": (
-        "accept-code batch-tokens beta budgets criteria device draws dtype folds json k level"
-        " loss match no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair"
-        " quiet random-draws seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json k"
+        " learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"
+        " offload-teacher optimizer output-dir pair quiet random-draws scope seed shard-teacher"
+        " step student student-revision sweep teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta device draws dtype folds full-kernel json k level loss"

@@ -31,7 +31,9 @@ from tests.conftest import make_pair, make_prompts
 
 SMALL = {"batch_tokens": 40, "placebos": 0, "horizon": ()}
 BARE = {"nulls": ()}
-GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
+GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1, "horizon": (0,)}
+CELLS = ["full", "random", "random_divergent", "position_matched", "teachability"]
+"""Criteria that this grid measures on a fold, in order."""
 
 
 @pytest.fixture(scope="module")
@@ -266,29 +268,27 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
     noise, measured, real = Noise(monkeypatch), [], Grid._effect
     along = []
 
-    def effect(self, cell, *rest):
+    def effect(self, one, *rest):
         if len(measured) == limit:
             raise KeyboardInterrupt
-        measured.append((cell.criterion, cell.budget))
+        measured.append(one.cell.criterion)
         along.append(self.full.direction.sha256)
-        return real(self, cell, *rest)
+        return real(self, one, *rest)
 
     monkeypatch.setattr(Grid, "_effect", effect)
     options = {
-        "tokens": tokens,
+        "tokens": one_step(tokens),
         "cache": tmp_path / "cells",
         "shards": shards_in(tmp_path / "scratch"),
     }
-    for further in (1, 2, 3):  # each time one cell further
+    for further in (1, 2, 3, 4):  # each time one cell further
         limit = further
         with pytest.raises(KeyboardInterrupt):
             interventions(pair, bank, **options, **GRID)
     limit, made = 100, noise.calls
     first = interventions(pair, bank, **options, **GRID)
-    assert (
-        measured == [("full", 1.0), ("placebo", 1.0), ("random", 0.3), ("teachability", 0.3)]
-        and len(set(along)) == 1
-    )
+    assert measured == CELLS
+    assert len(set(along)) == 1
     assert made == 1  # the direction of the step on all positions, once
     again = interventions(
         pair,
@@ -296,7 +296,9 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
         **options | {"shards": shards_in(tmp_path / "another")},
         **GRID | {"criteria": ("teachability", "entropy")},
     )
-    assert measured[4:] == [("entropy", 0.3)] and len(set(along)) == 1 and noise.calls == made
+    assert measured[5:] == ["entropy"]
+    assert len(set(along)) == 1
+    assert noise.calls == made
     assert again.calibration.equals(first.calibration)
     for one, other in zip(first.effects, again.effects[: len(first.effects)], strict=True):
         np.testing.assert_array_equal(one.reduction_N3, other.reduction_N3)
@@ -309,20 +311,25 @@ def test_a_grid_without_its_direction_measures_every_cell_again(setting, tmp_pat
     monkeypatch.setattr(
         Grid,
         "_effect",
-        lambda self, cell, *rest: (
-            along.append((self.full.direction.sha256, cell.criterion)),
-            real(self, cell, *rest),
+        lambda self, one, *rest: (
+            along.append((self.full.direction.sha256, one.cell.criterion)),
+            real(self, one, *rest),
         )[1],
     )
-    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
-    (one,) = tmp_path.glob("step-*.json")
-    one.unlink()
-    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
-    assert len(along) == 8 and [name for _, name in along[:4]] == [name for _, name in along[4:]]
-    assert (
-        len({sha for sha, _ in along[:4]}) == len({sha for sha, _ in along[4:]}) == 1
-        and along[0][0] != along[4][0]
-    )
+    interventions(pair, bank, tokens=one_step(tokens), cache=tmp_path, **GRID)
+    (record,) = tmp_path.glob("step-*.json")
+    record.unlink()
+    interventions(pair, bank, tokens=one_step(tokens), cache=tmp_path, **GRID)
+    assert [name for _, name in along] == CELLS * 2
+    first, second = ({sha for sha, _ in part} for part in (along[:5], along[5:]))
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def one_step(tokens):
+    """The table with a step half, as for a single step."""
+    first = tokens.prompt_id.isin(sorted(tokens.prompt_id.unique())[::2])
+    return tokens.assign(split=np.where(first, "step", "held_out"))
 
 
 # --- the store
