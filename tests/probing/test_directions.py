@@ -126,16 +126,20 @@ def interrupted(setting, folder, monkeypatch, at="permuted teacher 2", **options
 def test_an_interrupted_probe_goes_on_along_its_directions(
     setting, tmp_path, monkeypatch, at_once, loss, at
 ):
-    """Nothing that is finished is measured again, and no finished direction is still on disk."""
+    """Nothing that is finished is measured again, and only directions that are still needed are on
+    disk.
+    """
     pair, bank, tokens = setting
     with monkeypatch.context() as patch:
         Noise(patch)  # the same noise as the first part will have
         whole = probe(pair, bank, tokens=tokens, loss=loss, **SMALL)
     noise = Noise(monkeypatch)
     interrupted(setting, tmp_path, monkeypatch, loss=loss, at=at)
-    kept = sorted(path.parent.name for path in tmp_path.glob(f"direction-*/{FILE}"))
-    fold = at[-1]
-    assert kept == [f"direction-{'fold' if at.startswith('step') else 'global-fold'}{fold}"]
+    kept = {path.parent.name for path in tmp_path.glob(f"direction-*/{FILE}")}
+    fold, null = int(at[-1]), at.startswith("permuted")
+    assert kept == {f"direction-fold{later}" for later in range(fold + null, 4)} | (
+        {f"direction-global-fold{fold}"} if null else set()
+    )
     passes = stop_at(monkeypatch, None)
     resumed = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), loss=loss, **SMALL)
     assert [name for name, _ in passes] == ["before", *PASSES[PASSES.index(at) :]]
@@ -166,7 +170,8 @@ def test_a_pass_that_was_cut_goes_on_where_it_was(setting, tmp_path, monkeypatch
             probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
     made, passes = noise.calls, stop_at(monkeypatch, None)
     probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
-    assert passes[:2] == [("before", True), ("step 0", True)] and made == 1
+    assert passes[:2] == [("before", True), ("step 0", True)]
+    assert made == 4 and noise.calls == 8  # the folds' directions before, their nulls' afterwards
 
 
 @pytest.mark.parametrize(
@@ -183,7 +188,8 @@ def test_two_directions_never_meet(setting, tmp_path, monkeypatch, at_once, dama
         patch.setattr(Store, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # after the first fold's pass
             probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **BARE, **SMALL)
-    damaged(tmp_path / "direction-fold0" / FILE, damage)
+    for fold in range(4):
+        damaged(tmp_path / f"direction-fold{fold}" / FILE, damage)
     with monkeypatch.context() as patch:
         passes = stop_at(patch, None)
         state = noise.generator.get_state()
