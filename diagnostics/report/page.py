@@ -177,7 +177,7 @@ def magnitudes(run: RunResults) -> str:
         ' class="quiet">Gain in nats after steps of the same norm in random directions, with both'
         " signs, beside that of the step itself. It says how far weights that move so much change"
         " a position whatever the loss says; it is no null for a correlation.</p>"
-        f"{page_tables.small_table(table)}</section>"
+        f"{page_tables.small_table(table.drop(columns=['low', 'high'], errors='ignore'))}</section>"
     )
 
 
@@ -255,11 +255,12 @@ SIDES = {"paper": "As the paper has it", "controlled": "With controls", "": ""}
 
 
 def _card(claim: str, rows: list[dict]) -> str:
-    statement = rows[0].get("statement")
+    controlled = [row for row in rows if row.get("kind") == "controlled"]
+    statement = (controlled or rows)[0].get("statement")
     heading = f"{claim}: {statement}" if isinstance(statement, str) else str(claim)
-    kinds = {str(row.get("kind") or "") for row in rows}
+    kinds = {_words(row, "kind") for row in rows}
     sides = "".join(
-        _side(title, [row for row in rows if str(row.get("kind") or "") == kind])
+        _side(title, [row for row in rows if _words(row, "kind") == kind])
         for kind, title in (SIDES | {kind: kind for kind in kinds - set(SIDES)}).items()
         if kind in kinds
     )

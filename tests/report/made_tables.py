@@ -224,17 +224,21 @@ def strata() -> pd.DataFrame:
 
 
 def placebo() -> pd.DataFrame:
-    """Magnitudes of random-sign directions in three strata, and of the step itself."""
+    """Magnitudes of random-sign directions over all positions and in two strata, and the step's."""
     return pd.DataFrame(
         {
-            "stratum": [1, 2, 3],
-            "mean": [1e-5, -2e-5, 3e-5],
-            "sd": [2e-4, 9e-4, 3e-3],
-            "mean_abs": [1.5e-4, 7e-4, 2.2e-3],
-            "step_mean_abs": [4e-4, 4e-3, 0.02],
-            "directions": 8,
-            "positions": 200,
+            "stratum": ["all", "0.01 to 0.1", "0.1 to 1"],
+            "low": [0.0, 0.01, 0.1],
+            "high": [np.inf, 0.1, 1.0],
+            "positions": [400, 200, 200],
             "prompts": 16,
+            "directions": 4,
+            "mean_gain": [1e-5, -2e-5, 3e-5],
+            "sd": [2e-3, 9e-4, 3e-3],
+            "mean_abs_gain": [1.5e-3, 7e-4, 2.2e-3],
+            "step_mean_gain": [9e-3, 3e-3, 0.015],
+            "step_sd": [0.01, 4e-3, 0.02],
+            "step_mean_abs_gain": [9.5e-3, 4e-3, 0.02],
         }
     )
 
@@ -298,17 +302,20 @@ def warnings() -> pd.DataFrame:
     )
 
 
-PRIMARY = {
-    "outcome": "context_gain",
-    "population": "held_out",
-    "criterion": "teachability",
-    "budget": 0.05,
-    "horizon": 20,
-    "margin": 0.25,
-    "level": 0.95,
-    "minimum_prompts": 20,
+REGISTERED = {
+    "choices": {
+        "outcome": "context_gain",
+        "population": "held_out",
+        "criterion": "teachability",
+        "budget": 0.05,
+        "horizon": 20,
+        "margin": 0.25,
+        "level": 0.95,
+        "minimum_prompts": 20,
+    },
     "sha256": "ab12" * 16,
 }
+"""The primary choices as a manifest records them."""
 
 
 def write_run(directory: Path, **more: pd.DataFrame) -> Path:
@@ -325,5 +332,5 @@ def write_run(directory: Path, **more: pd.DataFrame) -> Path:
     }
     study_tables.write_run(directory, **made, **more)
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"primary": PRIMARY}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"primary": REGISTERED}))
     return directory

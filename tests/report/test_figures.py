@@ -1001,6 +1001,8 @@ def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear(
     np.testing.assert_allclose(errorbars(ratios)["linearity"][1], rows.linearity)
     for ax in figure.axes:
         assert [patch.get_gid() for patch in ax.patches] == ["not linear 1", "not linear 2"]
+    unknown = figures.strata(table.assign(linear=np.nan, linearity=np.nan))
+    assert len(unknown.axes) == 2 and not unknown.axes[0].patches
     plain = rows.drop(columns=["null_share", "linearity", "linear"])
     assert len(figures.strata(plain).axes) == 1 and not figures.strata(plain).axes[0].patches
 

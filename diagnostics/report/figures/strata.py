@@ -64,7 +64,7 @@ def strata(
     for ax, draw in zip(axes.flat, draws, strict=True):
         draw(ax, table)
         style.zero(ax)
-        for number in table.stratum[~_linear(table)]:
+        for number in table.stratum[_bent(table)]:
             shade = {"color": style.quiet(), "alpha": 0.18, "linewidth": 0}
             ax.axvspan(number - 0.5, number + 0.5, zorder=0, gid=f"not linear {number:g}", **shade)
         ax.set_xticks(table.stratum, [f"{number:g}" for number in table.stratum])
@@ -72,7 +72,7 @@ def strata(
     for ax in axes[-1] if not wide else axes[0]:
         ax.set_xlabel("stratum of D (1 lowest)")
     style.legend(figure, axes[0, 0], 3 if wide else 1)
-    shaded = "Grey: strata in which the step was not linear." if not _linear(table).all() else ""
+    shaded = "Grey: strata in which the step was not linear." if _bent(table).any() else ""
     style.caption(figure, style.counts(table), shaded, style.bars(page["level"], table=table))
     return figure
 
@@ -81,9 +81,10 @@ def _known(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
 
 
-def _linear(table: pd.DataFrame) -> np.ndarray:
-    """[N] whether the step was linear in a stratum; everywhere where the table does not say."""
-    return style.flagged(table, "linear") | ("linear" not in table)
+def _bent(table: pd.DataFrame) -> np.ndarray:
+    """[N] whether the step was measured and was not linear in a stratum."""
+    known = table["linear"] if "linear" in table else pd.Series(np.nan, table.index)
+    return known.isin([False, "False"]).to_numpy(dtype=bool)
 
 
 def _marks(ax, table: pd.DataFrame, name: str, shift: float, line: dict, label: str) -> None:
