@@ -118,3 +118,30 @@ def one_batch(effects: pd.DataFrame, fold: int = 0) -> pd.DataFrame:
     found = effects[(effects["fold"] == fold) & (effects["horizon"] == 0)]
     split = np.where(found["held_out"], "held_out", "step")
     return found.drop(columns=["fold", "horizon", "held_out", "ambiguous"]).assign(split=split)
+
+
+PROMPTS, SEEDS = 40, 3
+
+
+def outcome_rows(
+    effects, *, measure="reverse_kl", seeds=SEEDS, prompts=PROMPTS, noise=0.02, rng=0, start=1.0
+):
+    """Rows of a grid of trainings: value = start - effect of the cell + prompt effect + noise."""
+    generator = np.random.default_rng(rng)
+    prompt_effect, count = generator.normal(0, 0.1, prompts), generator.integers(5, 15, prompts)
+    rows = []
+    for (criterion, budget), effect in {("untouched", 0.0): 0.0, **effects}.items():
+        for seed in [-1] if criterion == "untouched" else range(seeds):
+            values = (
+                start
+                - effect
+                + prompt_effect
+                + generator.normal(0, noise if criterion != "untouched" else 0, prompts)
+            )
+            rows += [
+                (criterion, budget, seed, measure, f"p{g:02d}", value * n, n)
+                for g, (value, n) in enumerate(zip(values, count))
+            ]
+    return pd.DataFrame(
+        rows, columns=["criterion", "budget", "seed", "measure", "prompt_id", "total", "count"]
+    )

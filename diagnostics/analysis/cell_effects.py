@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import (
     Estimate,
     PromptClusters,
@@ -41,8 +42,6 @@ from diagnostics.core.settings import with_settings
 
 EFFECT_MEASURES = ("forward_kl", "reverse_kl", "js")
 """Divergences whose reduction an intervention records, in nats."""
-SEEDED = ("random", "random_divergent", "position_matched")
-"""Criteria that choose by chance: one selection of theirs is one draw."""
 NO_CELLS = ("full", "placebo")
 """What an intervention compares with, and no selection."""
 ROLLOUTS = ("all", "right", "wrong")
@@ -341,7 +340,7 @@ class CellEffects:
         sums = self.sums(cell)
         count, folds = sums.positions_DFG.shape[:2]
         if count < 2:
-            alone = cell[0] in SEEDED
+            alone = cell[0] in registry.names() and registry.is_seeded(cell[0])
             return (np.nan, np.nan) if alone else (0.0, np.inf)
         reduction_DF = sums.reduction_MDFG[self.measures.index(measure)].sum(axis=2)
         means_DF = positive_ratio(reduction_DF, sums.positions_DFG.sum(axis=2))

@@ -32,14 +32,13 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import EXACT_DRAWS, Estimate, PromptClusters, exact
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Ranked, groups_by_rank
 from diagnostics.analysis.splits import Split, splits
 from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.schema import require_columns
-from diagnostics.criteria import normalize, relative_position
+from diagnostics.criteria import disagreement_column, normalize, relative_position
 
 NEEDED = ("student_entropy", "forward_kl", "compatibility", "position", "response_length")
 """Columns without which no claim can be tested."""
@@ -434,11 +433,6 @@ def predictors(
     columns["paper_divergence"] = split.values(tokens, disagreement_column(tokens))
     columns["relative_position"] = relative_position(tokens)[split.mask]
     return columns, np.all(np.isfinite(list(columns.values())), axis=0)
-
-
-def disagreement_column(tokens: pd.DataFrame) -> str:
-    """The paper's D, on the union of the supports, where the table has it; else the full one."""
-    return "union_forward_kl" if "union_forward_kl" in tokens else "forward_kl"
 
 
 def paper_statistics(

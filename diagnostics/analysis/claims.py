@@ -311,7 +311,6 @@ def look(
     primary = choices.population if choices.population in names else names[0]
     lead = parts[names.index(primary)]
     others = _others(tokens, lead, base, base_k)
-    has_null = choices.outcome in tokens
     kinds = {choices.outcome: ("paper", "controlled"), PAPER_OUTCOME: ("paper",)}
     sizes = [each for each in others if each.proxy == base.proxy]
     rivals = [each for each, rho in others.items() if np.isfinite(rho)]
@@ -359,7 +358,7 @@ def _others(tokens: pd.DataFrame, split: Split, base: Support, base_k: int) -> d
 # the tests
 
 
-def tests_of(found: Found, choices: PrimaryChoices = PrimaryChoices()) -> list[ClaimTest]:
+def claim_tests(found: Found, choices: PrimaryChoices) -> list[ClaimTest]:
     """The tests of C1 to C4 for every outcome and population, those of C4 without their base.
 
     Args:
@@ -436,8 +435,8 @@ def overlap_bar(overlap: Overlap | None) -> str:
         return f"{REASONS['no_overlap']}: a tertile of compatibility inside Q3 is empty"
     if overlap.partners < PARTNERED:
         return (
-            f"{REASONS['no_overlap']}: {overlap.partners:.0%} of the compatible positions in Q3 have"
-            " an incompatible one of like divergence and propensity, and half would be needed"
+            f"{REASONS['no_overlap']}: {overlap.partners:.0%} of the compatible positions in Q3"
+            " have an incompatible one of like divergence and propensity, and half would be needed"
         )
     if not overlap.imbalance <= IMBALANCE_LIMIT:
         return (
@@ -486,7 +485,7 @@ def _note(
     overlap = found.overlaps.get(population)
     if kind == "paper" or not found.measured(outcome):
         return ""
-    if claim == "C1":
+    if claim == "C1" and np.isfinite(value("rank_share_both_add")):
         return (
             f"; C adds {value('rank_share_c_adds'):.3f} and H {value('rank_share_h_adds'):.3f} to"
             f" the {value('rank_share_d'):.3f} of the ranks' variance that D explains"
@@ -496,7 +495,7 @@ def _note(
             f"; {overlap.partners:.0%} of the compatible positions have a partner,"
             f" {overlap.effective[0]:.0f} against {overlap.effective[1]:.0f} effective positions"
         )
-    if claim == "C3":
+    if claim == "C3" and np.isfinite(value("standardised")):
         return f"; standardized and without main effects {value('standardised'):+.3g}"
     return ""
 
@@ -531,7 +530,9 @@ def _controlled_c4(
                 continue
             make = _equivalence if other in found.sizes else _same_sign
             part = make(f"{name} with {other.column}", base, estimate, choices.margin)
+            # A column that equals C's own position by position leaves nothing to compare.
             defined = np.isfinite([part.p_for, part.p_against]).all()
+            defined = defined and part.estimate.standard_error > 0
             undefined += not defined
             parts += [part] if defined else []
     return _c4("controlled", found, population, outcome, tuple(parts), undefined, choices)
@@ -646,7 +647,7 @@ def verdict_table(
         The columns of `VERDICT_COLUMNS`, the primary rows first.
     """
     rows = []
-    tests = tests_of(found, choices)
+    tests = claim_tests(found, choices)
     for key in dict.fromkeys((test.population, test.outcome) for test in tests):
         family = [test for test in tests if (test.population, test.outcome) == key]
         family = _with_base(found, family, level, choices)

@@ -9,7 +9,7 @@ has the formulas. One row is one cell, horizon and divergence.
 | better, worse | the interval excludes 0, and so does p after Holm over the horizon's cells |
 | no difference shown | the whole interval lies within MARGIN of random's own effect |
 | cannot tell | otherwise; a zero-width interval is never a verdict |
-| not judged | fewer than MINIMUM_PROMPTS held-out prompts |
+| not judged | fewer held-out prompts than the primary choices ask for |
 
 A cell is recommended if it is better than random at the chosen horizon in the loss's own
 divergence, was moved by at least two step batches of at least one optimizer step, has no more than
@@ -36,14 +36,12 @@ from diagnostics.analysis.cell_effects import (
     CellEffects,
     CellEstimate,
 )
-from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.power import needed, smallest_detectable
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.settings import with_settings
+from diagnostics.criteria import AMBIGUOUS
 
-HORIZON = 20
-MINIMUM_PROMPTS = 20
-AMBIGUOUS = 0.1
 MARGIN = 0.25
 """Share of random's effect within which two criteria are called level."""
 FAIR_RIVALS = ("random_divergent", "position_matched", "token_identity")
@@ -97,6 +95,7 @@ def decide(
     *,
     horizon: int | None = None,
     loss: str = "reverse_kl",
+    choices: PrimaryChoices = PrimaryChoices(),
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
@@ -104,9 +103,10 @@ def decide(
 
     Args:
         effects: `interventions.parquet`, see `cell_effects.read_effects`.
-        horizon: Optimizer steps after which cells are judged; None takes HORIZON where the table
-            holds it and its longest horizon otherwise.
+        horizon: Optimizer steps after which cells are judged; None takes that of the primary
+            choices where the table holds it and its longest horizon otherwise.
         loss: The loss of the steps; cells are judged by the divergence that it lowers.
+        choices: The primary choices, of which the horizon and minimum_prompts are used.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
@@ -134,7 +134,7 @@ def decide(
             "The intervention table holds no selection, only full steps. Intervene on some criteria"
             " first."
         )
-    primary = (_horizon(whole, horizon), _measure(whole, loss))
+    primary = (_horizon(whole, horizon, choices.horizon), _measure(whole, loss))
     kinds = ("all", "right", "wrong") if "correct" in effects else ("all",)
     rows = [
         row | {"rollouts": kind, "primary": kind == "all" and row["_look"] == primary}
@@ -142,7 +142,7 @@ def decide(
         for part in _parts(effects, kind, whole, bootstrap)
         for row in _rows(part)
     ]
-    table = _judged(pd.DataFrame(rows), bootstrap.level)
+    table = _judged(pd.DataFrame(rows), bootstrap.level, choices.minimum_prompts)
     return _recommended(table)[COLUMNS]
 
 
@@ -156,10 +156,10 @@ def _parts(
         yield CellEffects(effects, rollouts=kind, bootstrap=bootstrap)
 
 
-def _horizon(found: CellEffects, horizon: int | None) -> int:
+def _horizon(found: CellEffects, horizon: int | None, usual: int) -> int:
     held = sorted({h for _, _, h in found.cells})
     if horizon is None:
-        return HORIZON if HORIZON in held else held[-1]
+        return usual if usual in held else held[-1]
     if horizon not in held:
         raise DiagnosticsError(
             f"The interventions hold no horizon of {horizon} steps; they hold"
@@ -280,7 +280,7 @@ def beyond_best(held_out: list[float], on_step: list[float]) -> list[bool]:
     ]
 
 
-def _judged(table: pd.DataFrame, level: float) -> pd.DataFrame:
+def _judged(table: pd.DataFrame, level: float, fewest: int) -> pd.DataFrame:
     """The table with p values after Holm, verdicts and reasons."""
     table = table.reindex(columns=[*dict.fromkeys([*table, *COLUMNS])])
     numbers = [name for name in COLUMNS if name.startswith(("over_", "error_", "p_"))]
@@ -288,18 +288,18 @@ def _judged(table: pd.DataFrame, level: float) -> pd.DataFrame:
     family = table.groupby(["horizon", "measure", "rollouts"], sort=False)["p_value"]
     table["p_holm"] = family.transform(lambda p: holm(p.to_numpy(dtype=float)))
     table["looks"] = family.transform("count")
-    found = [_verdict(row, level) for row in table.to_dict("records")]
+    found = [_verdict(row, level, fewest) for row in table.to_dict("records")]
     return table.assign(verdict=[v for v, _ in found], reason=[reason for _, reason in found])
 
 
-def _verdict(row: Mapping, level: float) -> tuple[str, str]:
+def _verdict(row: Mapping, level: float, fewest: int) -> tuple[str, str]:
     """A verdict on a cell against random, and what stands against it or limits it."""
     if row["criterion"] in ("random", *NO_CELLS):
         return "", ""
     if np.isnan(row["over_random"]):
         return "not judged", "no random selection of this budget to compare with"
-    if row["prompts"] < MINIMUM_PROMPTS:
-        return "not judged", f"{row['prompts']} held-out prompts of at least {MINIMUM_PROMPTS}"
+    if row["prompts"] < fewest:
+        return "not judged", f"{row['prompts']} held-out prompts of at least {fewest}"
     low, high = row["over_random_low"], row["over_random_high"]
     if not high > low:
         why = "one random selection, whose spread is unknown" if np.isnan(low) else "zero width"

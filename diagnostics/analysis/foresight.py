@@ -7,9 +7,9 @@ share of a gain, or what steps on the cell's positions alone did. Two questions 
   (all cells; pairs of equal budget pooled; each budget). Its interval says how far prompts, step
   batches and seeds move tau of *these* criteria. Whether criteria that have nothing to do with the
   trainings would agree as well is said by the permutation: the criteria's labels are exchanged in
-  the trainings, jointly over budgets, and p is the share of exchanges whose tau is at least the
-  observed one (one-sided; all of them up to EXACT_GROUPS labels, else EXCHANGES seeded ones, with
-  (1 + hits) / (1 + EXCHANGES)). Holm corrects it over the answers that are looked at.
+  the trainings, jointly over budgets, and p is the share of exchanges whose tau is at least as far
+  from 0 as the observed one (all exchanges up to EXACT_GROUPS labels, else EXCHANGES seeded ones,
+  with (1 + hits) / (1 + EXCHANGES)). Holm corrects it over the answers that are looked at.
 - *Sign*: for each horizon, whether criterion minus random has the sign that it has after training,
   wherever the training's interval excludes 0.
 
@@ -36,7 +36,7 @@ from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import NO_CELLS, CellEffects
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.decision import AMBIGUOUS, overfitted_cells
+from diagnostics.analysis.decision import overfitted_cells
 from diagnostics.analysis.rank_agreement import CellScores, Tau
 from diagnostics.analysis.training_outcomes import (
     FIRST_STEP,
@@ -50,6 +50,7 @@ from diagnostics.analysis.training_outcomes import (
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.criteria import AMBIGUOUS
 
 EXACT_GROUPS = 8
 """Labels up to which every exchange is made: 8! = 40,320."""
@@ -657,9 +658,8 @@ def offline_run(
     file = unchanged(directory, "interventions.parquet")
     # These draws have a seed of their own: with as many prompts, an equal seed would make them the
     # draws of the trainings' prompts.
-    apart = replace(
-        bootstrap, seed=int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
-    )
+    seed = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
+    apart = replace(bootstrap, seed=seed)
     wanted = list(cells)
     effects = (
         CellEffects(read_parquet(file), bootstrap=replace(apart, seed=seed + 1))

@@ -32,11 +32,20 @@ from diagnostics.analysis.quadrants import (
     position_means,
     q3_contrast,
     q3_groups,
+    q3_tables,
     quadrant_means,
 )
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
-from diagnostics.analysis.splits import STUDY_OUTCOMES, outcomes, scores, splits
+from diagnostics.analysis.splits import (
+    NULL_OUTCOME,
+    STUDY_OUTCOMES,
+    outcomes,
+    scores,
+    splits,
+)
+from diagnostics.analysis.strata import null_share, strata
+from diagnostics.core.folds import step_count
 from diagnostics.core.schema import support_column
 from diagnostics.core.settings import with_settings
 
@@ -46,6 +55,7 @@ __all__ = [
     "coverage",
     "gain_robustness",
     "matching",
+    "null_share",
     "outcomes",
     "partial_correlations",
     "position_means",
@@ -56,6 +66,7 @@ __all__ = [
     "saturation",
     "scores",
     "splits",
+    "strata",
     "study",
     "within_prompt_correlations",
 ]
@@ -63,6 +74,8 @@ __all__ = [
 _QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
 _Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
 _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
+_CORRELATION_TABLES = ("correlations", "differences")
+_Q3_TABLES = ("q3_contrast", "q3_groups")
 _REGRESSION_TABLES = ("regressions", "decomposition")
 _CLAIM_TABLES = ("support_robustness", "verdicts", "claim_statistics")
 
@@ -96,12 +109,11 @@ def study(
         settings: Fields of `bootstrap`.
 
     Returns:
-        Tables by file name: correlations, placebo_excess, differences, partial, within_prompt,
-        quadrants, positions, q3_contrast, q3_groups, matching and balance (also within a caliper:
-        matching_caliper, balance_caliper), regressions, decomposition, residual_curves,
-        support_robustness, gain_robustness, saturation, coverage, verdicts, claim_statistics,
-        warnings and left_out
-        (columns table, what, why), and exactness for a top-K teacher.
+        Tables by file name: correlations, differences, partial, quadrants, positions, q3_contrast,
+        q3_groups, matching, balance, strata, null_share, regressions, decomposition,
+        residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts,
+        claim_statistics, warnings and left_out (columns table, what, why), and exactness for a
+        top-K teacher.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
@@ -184,7 +196,6 @@ def _plan(
     drawn = {"bootstrap": bootstrap}
     seeded = {"seed": bootstrap.seed}
     primary = {"choices": choices, "registered": registered}
-    near = {"caliper": correlations.CALIPER}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
         return _Step((name,), needs, lambda: {name: function(tokens, **options)})
@@ -193,17 +204,15 @@ def _plan(
         return _Step(names, needs, lambda: function(tokens, **options))
 
     return [
-        several((), (), _correlations, **scored),
+        several(_CORRELATION_TABLES, (), _correlations, **scored),
         one("partial", position_splits.HELD_COLUMNS, partial_correlations, **scored),
-        one("within_prompt", (), within_prompt_correlations, **scored),
         one("quadrants", _QUADRANT_COLUMNS, quadrant_means, **drawn),
         one("positions", ("position", "response_length"), position_means, **drawn),
-        one("q3_contrast", _Q3_COLUMNS, q3_contrast, **drawn),
-        one("q3_groups", _Q3_COLUMNS, q3_groups, **drawn),
+        several(_Q3_TABLES, _Q3_COLUMNS, q3_tables, **drawn),
         one("matching", _CLAIM_COLUMNS, matching, **drawn),
         one("balance", _CLAIM_COLUMNS, balance, **seeded),
-        one("matching_caliper", _CLAIM_COLUMNS, matching, **near, **drawn),
-        one("balance_caliper", _CLAIM_COLUMNS, balance, **near, **seeded),
+        one("strata", ("forward_kl", "gain"), strata, **drawn),
+        one("null_share", (*_QUADRANT_COLUMNS, "gain", NULL_OUTCOME), null_share, **drawn),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
         several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
@@ -219,7 +228,6 @@ def _correlations(
     found = correlations.associate(tokens, criteria=criteria, bootstrap=bootstrap)
     return {
         "correlations": correlations.correlation_table(found, level=bootstrap.level),
-        "placebo_excess": correlations.placebo_excess(found, level=bootstrap.level),
         "differences": correlations.correlation_differences(found, level=bootstrap.level),
     }
 
@@ -249,10 +257,14 @@ def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple
     for outcome in STUDY_OUTCOMES:
         if outcome not in tokens:
             yield "all", f"outcome {outcome}", f"no column {outcome}"
-        elif f"placebo_{outcome}" not in tokens:
-            yield "all", f"placebo of {outcome}", f"no column placebo_{outcome}"
-    if "split" not in tokens or not {"step", "held_out"} <= set(tokens["split"]):
-        yield "all", "step and held-out positions apart", "no column split with both"
+    if NULL_OUTCOME not in tokens:
+        yield "all", "the null of a permuted teacher", f"no column {NULL_OUTCOME}"
+    if "first_order_gain" not in tokens:
+        yield "strata", "how linear the step was", "no column first_order_gain"
+    if step_count(tokens) < 2:
+        yield "all", "the step batches' part of intervals", "no columns fold and gain_fold<f>"
+        if "split" not in tokens or not {"step", "held_out"} <= set(tokens["split"]):
+            yield "all", "step and held-out positions apart", "no column split with both"
     for k in robustness.SUPPORTS:
         if k != base_k and support_column("compatibility", k) not in tokens:
             yield (

@@ -15,8 +15,9 @@ import pandas as pd
 from scipy import stats
 
 from diagnostics.analysis.bootstrap import PromptClusters
-from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
-from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.claims import MINIMUM_SEEDS, REASONS, RIVALS, TA_BUDGET
+from diagnostics.analysis.config import FEWEST_PROMPTS, Bootstrap
+from diagnostics.analysis.power import smallest_detectable
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
@@ -90,6 +91,19 @@ class SeedPromptEstimate:
         )
         return float(seeds), float(prompts)
 
+    @property
+    def standard_error(self) -> float:
+        """The standard error over seeds and prompts; NaN with one seed or one prompt."""
+        error = sum(self.errors)
+        return float(np.sqrt(error)) if error >= 0 else np.nan
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the interval (Satterthwaite 1946)."""
+        seeds, prompts = self.errors
+        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
+        return float((seeds + prompts) ** 2 / (of_seeds + prompts**2 / (self.prompts - 1)))
+
     def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
         """Compute the t interval with Satterthwaite's degrees of freedom.
 
@@ -98,17 +112,11 @@ class SeedPromptEstimate:
 
         Returns:
             Low and high end; NaN with one seed or one prompt.
-
-        Reference:
-            Satterthwaite 1946.
         """
-        seeds, prompts = self.errors
-        error = seeds + prompts
+        error = self.standard_error
         if not error > 0:
             return (self.value, self.value) if error == 0 else (np.nan, np.nan)
-        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
-        freedom = error**2 / (of_seeds + prompts**2 / (self.prompts - 1))
-        reach = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(error)
+        reach = stats.t.ppf((1 + level) / 2, self.freedom) * error
         return self.value - reach, self.value + reach
 
     def resampled(self, seed: int) -> np.ndarray:
@@ -284,15 +292,20 @@ def _paired(
 def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
     """C5 for each measure and budget: against each rival, and overall (`rival` = all).
 
+    A rival is matched where the interval lies above minus the margin, and ahead where it lies below
+    it. Where neither holds and the margin is smaller than what the test detects with a power of
+    80 %, nothing is identified, and the reason says what design would do.
+
     Args:
         outcomes: The grid's evaluations.
         level: Coverage of the intervals.
 
     Returns:
         Columns claim, measure, budget, rival, difference (of gains, teachability minus rival), low,
-        high, margin, beats (the interval is above 0), verdict, seeds, prompts. The claim is about 5
-        %; its name at another budget is `C5 at <budget>`. A rival that was not trained is left out,
-        and then the overall verdict is inconclusive.
+        high, margin, detectable (the difference that 80 % of such grids would show), beats (the
+        interval is above 0), verdict, reason, seeds, prompts. The claim is about 5 %; its name at
+        another budget is `C5 at <budget>`. A rival that was not trained is left out, and then the
+        overall verdict cannot be supported.
     """
     rows = []
     budgets = sorted(
@@ -307,11 +320,11 @@ def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.D
                 for rival in RIVALS
                 if (rival, _budget_of(rival, budget)) in outcomes.cells
             ]
-            overall = _overall([row["verdict"] for row in each], complete=len(each) == len(RIVALS))
+            overall = _overall(each)
             shared = {key: each[0][key] for key in ("margin", "seeds", "prompts")} if each else {}
             rows += [
                 {"claim": claim, "measure": measure, "budget": budget} | row
-                for row in [{"rival": "all", "verdict": overall} | shared, *each]
+                for row in [{"rival": "all"} | overall | shared, *each]
             ]
     order = [
         "claim",
@@ -322,8 +335,10 @@ def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.D
         "low",
         "high",
         "margin",
+        "detectable",
         "beats",
         "verdict",
+        "reason",
         "seeds",
         "prompts",
     ]
@@ -342,31 +357,67 @@ def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level:
         measure, rival, _budget_of(rival, budget)
     )
     low, high = difference.interval(level)
-    seeds = len(difference.seeds_S)
-    verdict = "inconclusive"
-    if seeds >= MINIMUM_SEEDS and np.isfinite([low, high, margin]).all():
-        if low >= -margin:
-            verdict = "supported"
-        elif high < -margin:
-            verdict = "refuted"
+    detectable = smallest_detectable(difference, level=level)
+    verdict, reason = _judged(difference, (low, high), margin, detectable)
     return {
         "rival": rival,
         "difference": difference.value,
         "low": low,
         "high": high,
         "margin": margin,
-        "beats": bool(low > 0),
+        "detectable": detectable,
+        "beats": bool(low > 0 and high > low),
         "verdict": verdict,
-        "seeds": seeds,
+        "reason": reason,
+        "seeds": len(difference.seeds_S),
         "prompts": difference.prompts,
     }
 
 
-def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
-    if "refuted" in verdicts:
-        return "refuted"
-    return (
-        "supported"
-        if complete and all(verdict == "supported" for verdict in verdicts)
-        else "inconclusive"
+def _judged(
+    difference: SeedPromptEstimate, interval: tuple[float, float], margin: float, detectable: float
+) -> tuple[str, str]:
+    """Verdict and reason of one comparison."""
+    low, high = interval
+    if len(difference.seeds_S) < MINIMUM_SEEDS:
+        return "not identified", f"{REASONS['few_seeds']}: {MINIMUM_SEEDS} are needed"
+    if difference.prompts < FEWEST_PROMPTS:
+        return "not identified", f"{REASONS['few_prompts']} {FEWEST_PROMPTS} prompts"
+    if low == high:
+        return "not identified", REASONS["no_width"]
+    if not np.isfinite([low, high]).all():
+        return "not identified", REASONS["undefined"]
+    if not margin > 0:
+        return "not identified", f"{REASONS['power']}: full training was not run, or gained nothing"
+    if low >= -margin:
+        return "supported", ""
+    if high < -margin:
+        return "refuted", ""
+    if detectable <= margin:
+        return "inconclusive", REASONS["holds_zero"]
+    return "not identified", _design(difference, margin, detectable)
+
+
+def _design(difference: SeedPromptEstimate, margin: float, detectable: float) -> str:
+    """What grid would test a margin, from the errors seen: they fall as one over each number."""
+    times = (detectable / margin) ** 2
+    prompts, seeds = (
+        int(np.ceil(n * times)) for n in (difference.prompts, len(difference.seeds_S))
     )
+    return (
+        f"{REASONS['power']}: it is {margin:.3g}, and this grid detects {detectable:.3g} with 80 %"
+        f" power; about {prompts} prompts x {seeds} seeds would be needed"
+    )
+
+
+def _overall(each: Sequence[dict]) -> dict:
+    """Verdict and reason of the claim against all rivals: the first that a rival does not match."""
+    verdicts = {row["verdict"]: row["reason"] for row in reversed(each)}
+    if "refuted" in verdicts:
+        return {"verdict": "refuted", "reason": ""}
+    for verdict in ("not identified", "inconclusive"):
+        if verdict in verdicts:
+            return {"verdict": verdict, "reason": verdicts[verdict]}
+    if len(each) == len(RIVALS):
+        return {"verdict": "supported", "reason": ""}
+    return {"verdict": "inconclusive", "reason": REASONS["holds_zero"]}

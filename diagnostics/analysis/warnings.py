@@ -221,6 +221,7 @@ def _inflated(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 def _unbalanced(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     table = tables.get("balance", pd.DataFrame())
+    table = table[np.isinf(table["caliper"])] if "caliper" in table else table
     apart = table[table["after"].abs() > IMBALANCE_LIMIT] if len(table) else table
     if len(apart):
         where = _grouped(zip(apart["score"], apart["split"], strict=True))

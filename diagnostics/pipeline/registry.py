@@ -27,6 +27,7 @@ ROLLOUT = "contexts.rollouts.RolloutConfig"
 BANK = "contexts.import_rollouts.ImportConfig"
 SCORE = "probing.scores.ScoreConfig"
 PROBE = "probing.one_step.ProbeConfig"
+CONTROLS = "probing.one_step.ControlConfig"
 INTERVENTION = "probing.intervention.InterventionConfig"
 ATTRIBUTION = "probing.attribution.AttributionConfig"
 ANALYSIS = "analysis.config.AnalysisConfig"
@@ -140,6 +141,7 @@ def _probe(job: Job) -> None:
         job.run,
         job.models,
         job.configs[PROBE],
+        job.configs[CONTROLS],
         batch_tokens=job.configs[SCORE].batch_tokens,
         primary=job.flag("primary"),
     )
@@ -217,7 +219,7 @@ STAGES = (
             "run --student ./small --teacher ./large --prompts prompts.jsonl"
             " --output-dir reports/mine",
         ),
-        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, ANALYSIS),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
         reads="two models and prompts",
         writes="everything that its five stages write",
         flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
@@ -286,16 +288,26 @@ STAGES = (
     ),
     Stage(
         name="probe",
-        purpose="Take one distillation step, score the same positions again, restore the student.",
+        purpose=(
+            "Take one distillation step on each fold of the prompts, score every position again,"
+            " restore the student."
+        ),
         example=("probe --pair embedded --loss forward_kl --output-dir reports/mine",),
-        configs=(PAIR, PROBE, SCORE),
+        configs=(PAIR, PROBE, CONTROLS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`",
         writes=(
-            "`gains.parquet`, `tables/calibration.csv`; `tokens.parquet`: scores and gains joined"
+            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`; `tokens.parquet`:"
+            " scores and gains joined"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         run=_probe,
-        modules=("probing.one_step", "measure.losses"),
+        modules=(
+            "probing.one_step",
+            "probing.folds",
+            "probing.permuted_teacher",
+            "probing.placebo",
+            "measure.losses",
+        ),
     ),
     Stage(
         name="after",

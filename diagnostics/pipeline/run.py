@@ -52,7 +52,9 @@ TRAINED = (
     "training_gains.parquet",
 )
 """Files of a training, which compares its settings with its own train.json."""
-KEPT = re.compile(rf"{SHARD.pattern}|direction\.safetensors|step\.json")
+KEPT = re.compile(
+    rf"{SHARD.pattern}|direction\.safetensors|step\.json|measured\.parquet|finished\.json"
+)
 PARTIAL = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
 """Names of a kept batch, of all that a stage under way keeps (`directions`), and of its folder."""
 

@@ -29,6 +29,7 @@ from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
-    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.one_step import ControlConfig, ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
     from diagnostics.training.evaluation import EvaluationConfig
     from diagnostics.training.grid import TrainingCell, ValidateConfig
@@ -225,11 +226,12 @@ def probe_stage(
     run: Run,
     models: Models,
     config: ProbeConfig,
+    controls: ControlConfig,
     *,
     batch_tokens: int,
     primary: str | None = None,
 ) -> None:
-    """Take the step and measure the gains, on batches of at most `batch_tokens` tokens.
+    """Take the steps and measure the gains, on batches of at most `batch_tokens` tokens.
 
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
@@ -241,25 +243,29 @@ def probe_stage(
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
+            models.pair,
+            bank,
+            config,
+            controls,
+            tokens=tokens,
+            batch_tokens=batch_tokens,
+            shards=run.shards,
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
         listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
-        write_csv(run.path("tables/calibration.csv"), result.calibration.assign(**listed))
-        return dataclasses.asdict(result.step)
+        for name, table in {"calibration": result.calibration, "placebo": result.placebo}.items():
+            write_csv(run.path(f"tables/{name}.csv"), table.assign(**listed))
+        return {**dataclasses.asdict(result.step), "folds": len(result.steps)}
 
     choices = register_primary(run, primary)
     run.stage(
         "probe",
-        settings={
-            **models.settings,
-            **dataclasses.asdict(config),
-            "batch_tokens": batch_tokens,
-            "primary": choices,
-        },
+        settings=_merged(
+            models.settings, config, controls, {"batch_tokens": batch_tokens, "primary": choices}
+        ),
         inputs=["contexts.parquet", "scores.parquet"],
-        outputs=["gains.parquet", "tables/calibration.csv"],
+        outputs=["gains.parquet", "tables/calibration.csv", "tables/placebo.csv"],
         work=work,
         code=("probing.one_step",),
         models=models.fingerprint,
@@ -323,6 +329,9 @@ def import_tokens(run: Run, path: Path) -> None:
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
     """Measure the gains of a trained student: the frozen positions are scored again with it.
 
+    A checkpoint is one step: no fold is held out for it, and there is no permuted teacher beside
+    it. The table then has neither `fold` nor `context_gain`, and the manifest says `steps: 1`.
+
     Args:
         run: A run directory with scores and without a probe.
         models: The pair of those scores.
@@ -349,7 +358,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         ).divergences()
         columns = gains((before["forward_kl"].to_numpy(), before["reverse_kl"].to_numpy()), after)
         write_parquet(run.path("gains.parquet"), before[list(GAIN_KEYS)].assign(**columns))
-        return pair.facts
+        return {**pair.facts, "steps": 1}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
     if "probe" in run.manifest["stages"]:
@@ -612,11 +621,14 @@ def compare_stage(
     run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
 ) -> None:
     """Compare criteria by the gains of the run, and with its interventions where it has any."""
+    from diagnostics.analysis.decision import decide
     from diagnostics.analysis.rank_agreement import agreement, answers
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
     tables = {}
     effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
+    loss = step.get("loss", "reverse_kl")
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
@@ -635,6 +647,7 @@ def compare_stage(
             tables.update(
                 offline_agreement=agreement(tokens, sums, **options),
                 offline_answers=answers(tokens, sums),
+                decision=decide(sums, loss=loss, choices=_primary(run, None)[0], **options),
             )
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
@@ -647,7 +660,7 @@ def compare_stage(
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=("analysis.selection", "analysis.rank_agreement"),
+        code=("analysis.selection", "analysis.rank_agreement", "analysis.decision"),
     )
 
 
@@ -780,8 +793,13 @@ def attribute_stage(
 
 
 def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
-    """Refuse settings of another step than the probe's: all tables of a run describe one step."""
+    """Refuse settings of another step than the probe's: all tables of a run describe the same."""
     earlier = run.manifest["stages"].get("probe", {}).get("settings", {})
+    if "held_out" in earlier:
+        raise DiagnosticsError(
+            f"{run.directory} was probed with --held-out {earlier['held_out']}, by a version that"
+            f" took one step. {RETIRED['held_out']} Probe again in another --output-dir."
+        )
     different = [
         f"{name}: {earlier[name]!r} there, {value!r} now"
         for name, value in dataclasses.asdict(probe).items()

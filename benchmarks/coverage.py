@@ -1,0 +1,731 @@
+"""Coverage of the study's intervals on a real population, with step batches drawn anew.
+
+    python benchmarks/coverage.py make-population --folder FOLDER
+    python benchmarks/coverage.py make-samples    --folder FOLDER --prompts 64 --samples 200
+    python benchmarks/coverage.py make-effects    --folder FOLDER
+    python benchmarks/coverage.py measure         --folder FOLDER --prompts 64
+    python benchmarks/coverage.py report          --folder FOLDER --output benchmarks/COVERAGE.md
+
+`coverage_population` has how population, samples and effects are made. Every step is taken up
+again where it was interrupted; `measure` and `report` run no model.
+
+The estimand of a statistic is its expectation over step batches on the whole population: the mean,
+over DRAWS_OF_BATCHES draws, of the statistic of all population positions, each with the held-out
+mean of the steps on F batches of G/F prompts that the draw assigns to its prompt. An interval of a
+sample covers if it holds the estimand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import platform
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from diagnostics.analysis import (
+    claim_statistics,
+    claims,
+    correlations,
+    decision,
+    quadrants,
+    selection,
+)
+from diagnostics.analysis.config import Bootstrap
+from diagnostics.core.folds import combine, fold_columns
+
+FOLDS = 4
+KINDS = ("real", "permuted")
+BUDGET, STEPS = 0.05, 20
+BUDGETS = (0.01, 0.05, 0.1, 0.3)
+MEASURED = ("gain", "reverse_gain", "gain_permuted")
+LEVEL = 0.95
+Z = 1.959964
+DRAWS = 200
+DRAWS_OF_BATCHES = 48
+CRITERIA = ("divergence", "teachability", "compatibility", "entropy", "advantage_abs")
+OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
+POPULATIONS = ("held_out", "all")
+"""The population of positions that is looked at: held out in a sample; the estimand's table has no
+folds, and all of its positions are held out."""
+
+
+# --- tables of samples and of the population
+# ---------------------------------------------------------------------------------------
+
+
+def fold_table(
+    tokens: pd.DataFrame,
+    gains: dict[str, np.ndarray],
+    *,
+    real: str = "real",
+    permuted: str = "permuted",
+) -> pd.DataFrame:
+    """The token table that a probe would have written.
+
+    Args:
+        tokens: A scored table of N rows with `fold`.
+        gains: By kind of step, [F, 2, N]: gains of forward and reverse KL after each fold's step.
+        real: The kind that stands for the step towards the teacher.
+        permuted: The kind that stands for the step towards a permuted teacher.
+    """
+    columns = {}
+    for fold in range(len(gains[real])):
+        columns[f"gain_fold{fold}"] = gains[real][fold, 0].astype(float)
+        columns[f"reverse_gain_fold{fold}"] = gains[real][fold, 1].astype(float)
+        columns[f"gain_permuted_fold{fold}"] = gains[permuted][fold, 0].astype(float)
+    return combine(tokens.assign(**columns))
+
+
+def sample_table(
+    folder: Path, prompts: int, number: int, *, real: str = "real", permuted: str = "permuted"
+) -> pd.DataFrame:
+    """The fold table of one sample."""
+    stem = folder / f"samples{prompts}" / f"{number:04d}"
+    with np.load(stem.with_suffix(".npz")) as gains:
+        kept = {kind: gains[kind] for kind in (real, permuted)}
+    tokens = pd.read_parquet(stem.with_suffix(".parquet"))
+    return fold_table(tokens, kept, real=real, permuted=permuted)
+
+
+def sample_numbers(folder: Path, prompts: int) -> list[int]:
+    """Numbers of the samples that are finished."""
+    return sorted(
+        int(file.stem)
+        for file in (folder / f"samples{prompts}").glob("*.npz")
+        if "partial" not in file.name
+    )
+
+
+class Population:
+    """The population's table and the gains of its step batches, for samples of some size.
+
+    Args:
+        folder: Where the population is.
+        prompts: Prompts of a sample; its step batches have a quarter as many.
+    """
+
+    def __init__(self, folder: Path, prompts: int):
+        self.prompts = prompts
+        self.tokens = pd.read_parquet(folder / "population.tokens.parquet")
+        self.names = self.tokens.prompt_id.unique()
+        self.gains = []
+        for file in sorted(folder.glob(f"batch{prompts // FOLDS}-???.npz")):
+            with np.load(file) as kept:
+                self.gains.append({kind: kept[kind] for kind in KINDS})
+
+    def draw(self, count: int, seed: Sequence[int]) -> pd.DataFrame:
+        """The fold table of some prompts, with step batches and folds drawn anew."""
+        rng = np.random.default_rng(seed)
+        chosen = rng.choice(len(self.names), count, replace=False)
+        folds = dict(zip(self.names[chosen], np.arange(count) % FOLDS, strict=True))
+        batches = rng.choice(len(self.gains), FOLDS, replace=False)
+        rows = np.flatnonzero(self.tokens.prompt_id.isin(folds))
+        tokens = self.tokens.iloc[rows].reset_index(drop=True)
+        gains = {
+            kind: np.stack([self.gains[batch][kind][:, rows] for batch in batches])
+            for kind in KINDS
+        }
+        fold = tokens.prompt_id.map(folds).astype(np.int32)
+        return fold_table(tokens.assign(fold=fold), gains)
+
+    def sample(self, number: int) -> pd.DataFrame:
+        """The fold table of a sample; no prompt carried loss, so its own gains are undefined."""
+        table = self.draw(self.prompts, [self.prompts, number])
+        return table.assign(**{name: np.nan for name in table if name.startswith("own_")})
+
+    def whole(self, number: int) -> pd.DataFrame:
+        """All positions, with the means over one draw of step batches and without their folds.
+
+        Without the folds' columns a table has one step, so that no interval is made over steps.
+        """
+        table = self.draw(len(self.names), [self.prompts, number, 1])
+        steps = [name for outcome in MEASURED for name in fold_columns(table, outcome)]
+        own = [name for name in table if name.startswith("own_")]
+        return table.drop(columns=["fold", *steps, *own])
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the prompts and of the step batches that a sample takes."""
+        return self.prompts / len(self.names), FOLDS / len(self.gains)
+
+
+class Effects:
+    """What trajectories on step batches did to the population's prompts.
+
+    Args:
+        folder: Where the effects are.
+        prompts: Prompts of a sample; its step batches have a quarter as many.
+    """
+
+    def __init__(self, folder: Path, prompts: int):
+        self.prompts = prompts
+        files = sorted(folder.glob(f"effects{prompts // FOLDS}-???.parquet"))
+        self.batches = [self._read(file) for file in files]
+        self.names = self.batches[0].prompt_id.unique()
+
+    @staticmethod
+    def _read(file: Path) -> pd.DataFrame:
+        rows = pd.read_parquet(file)
+        budget = np.where(rows["criterion"] == "full", 1.0, BUDGET)
+        return rows.assign(budget=budget, horizon=STEPS, held_out=True)
+
+    def draw(self, count: int, seed: Sequence[int]) -> pd.DataFrame:
+        """Interventions of some prompts, with step batches and folds drawn anew."""
+        rng = np.random.default_rng(seed)
+        names = self.names[rng.choice(len(self.names), count, replace=False)]
+        fold_of = pd.Series(np.arange(count) % FOLDS, index=names)
+        parts = []
+        for fold, batch in enumerate(rng.choice(len(self.batches), FOLDS, replace=False)):
+            rows = self.batches[batch]
+            mine = rows["prompt_id"].map(fold_of)
+            parts.append(rows[mine.notna() & (mine != fold)].assign(fold=fold))
+        return pd.concat(parts, ignore_index=True)
+
+    def sample(self, number: int) -> pd.DataFrame:
+        """Interventions of a sample."""
+        return self.draw(self.prompts, [self.prompts, number, 2])
+
+    def whole(self, number: int) -> pd.DataFrame:
+        """Interventions of every prompt of the population."""
+        return self.draw(len(self.names), [self.prompts, number, 3])
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the prompts and of the step batches that a sample takes."""
+        return self.prompts / len(self.names), FOLDS / len(self.batches)
+
+
+# --- families of intervals
+# ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Intervals of one kind, read from one table of the analysis.
+
+    Attributes:
+        name: What the report calls them.
+        make: Takes a table and how intervals are made, and returns the analysis's table.
+        value: Column of the statistic.
+        keys: Columns that name a row.
+        source: What its tables come from.
+    """
+
+    name: str
+    make: Callable[[pd.DataFrame, Bootstrap], pd.DataFrame]
+    value: str
+    keys: tuple[str, ...]
+    source: type = Population
+
+    @property
+    def slug(self) -> str:
+        """Name of the folder of its results."""
+        return re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def rows(self, table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+        """One row per statistic: family, statistic, estimate, low, high."""
+        found = self.make(table, bootstrap)
+        if "split" in found:
+            found = found[found["split"].isin(POPULATIONS)]
+        if "outcome" in found:
+            found = found[found["outcome"].isin(OUTCOMES)]
+        names = found[list(self.keys)].apply(lambda row: " ".join(map(str, row)), axis=1)
+        ends = {name: found[name].to_numpy(float) for name in ("low", "high")}
+        return pd.DataFrame(
+            {
+                "family": self.name,
+                "statistic": names.to_numpy(),
+                "estimate": found[self.value].to_numpy(float),
+                **ends,
+            }
+        )
+
+
+def _correlations(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    return correlations.correlate(table, criteria=CRITERIA, bootstrap=bootstrap)
+
+
+def _differences(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    found = correlations.associate(
+        table, criteria=CRITERIA, methods=("spearman",), bootstrap=bootstrap
+    )
+    return correlations.correlation_differences(found, level=bootstrap.level)
+
+
+def _tertiles(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    return quadrants.q3_contrast(table, bootstrap=bootstrap)
+
+
+def _matched(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    return quadrants.matching(table, by=["compatibility"], bootstrap=bootstrap)
+
+
+def _shares(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    found = selection.selection_curves(
+        table, criteria=CRITERIA, outcomes=OUTCOMES, budgets=BUDGETS, bootstrap=bootstrap
+    )
+    return found[found["criterion"] != "random"]
+
+
+def _summaries(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    found = selection.selection_summary(
+        table, criteria=CRITERIA, outcomes=OUTCOMES, budgets=BUDGETS, bootstrap=bootstrap
+    )
+    return found[found["statistic"].isin(["area", "enrichment"])]
+
+
+def _overlaps(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    found = selection.selection_overlap(
+        table, criteria=CRITERIA, budgets=BUDGETS, bootstrap=bootstrap
+    )
+    return found[found["statistic"] == "jaccard"]
+
+
+def _claims(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    both = ("paper", "controlled")
+    found = claim_statistics.estimates(
+        table,
+        {"context_gain": both, "gain": both},
+        claim_statistics.Support("compatibility", 16, "compatibility"),
+        {},
+        widened="held_out",
+        bootstrap=bootstrap,
+    )
+    rows = []
+    for key, estimate in found.items():
+        low, high = estimate.interval(bootstrap.level)
+        rows.append(
+            {"split": key.population, "outcome": key.outcome, "name": key.name}
+            | {"estimate": estimate.value, "low": low, "high": high}
+        )
+    return pd.DataFrame(rows)
+
+
+def _decision(effects: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Effects, and differences to random and to full, in long form."""
+    found = decision.decide(effects, bootstrap=bootstrap)
+    parts = []
+    for what in ("effect", "over_random", "over_full"):
+        part = found[["criterion", "measure", what, f"{what}_low", f"{what}_high"]]
+        part.columns = ["criterion", "measure", "value", "low", "high"]
+        parts.append(part[part["value"].notna()].assign(what=what))
+    return pd.concat(parts, ignore_index=True)
+
+
+FAMILIES = (
+    Family("correlations", _correlations, "estimate", ("outcome", "criterion", "method")),
+    Family(
+        "differences of correlations", _differences, "difference", ("outcome", "criterion", "other")
+    ),
+    Family(
+        "tertile and quartile differences in Q3",
+        _tertiles,
+        "difference",
+        ("outcome", "score", "groups"),
+    ),
+    Family("matched differences in Q3", _matched, "difference", ("outcome", "score", "caliper")),
+    Family("statistics of the claims", _claims, "estimate", ("outcome", "name")),
+    Family("captured shares", _shares, "captured_share", ("outcome", "criterion", "budget")),
+    Family(
+        "areas and enrichments",
+        _summaries,
+        "estimate",
+        ("outcome", "criterion", "statistic", "budget"),
+    ),
+    Family("Jaccard indices", _overlaps, "estimate", ("criterion", "other", "budget")),
+    Family(
+        "effects at a horizon", _decision, "value", ("what", "criterion", "measure"), source=Effects
+    ),
+)
+
+
+# --- measuring
+# ---------------------------------------------------------------------------------------
+
+CHUNK = 10
+"""Samples of one result file."""
+
+
+def measure(folder: Path, prompts: int, samples: int, families: Sequence[Family]) -> None:
+    """Intervals of every sample, and the values of the whole population, in files by family."""
+    for source in dict.fromkeys(family.source for family in families):
+        data = source(folder, prompts)
+        mine = [family for family in families if family.source is source]
+        for number in range(0, DRAWS_OF_BATCHES, CHUNK):
+            _measure_chunk(
+                folder / f"truth{prompts}", number, DRAWS_OF_BATCHES, data.whole, mine, 0
+            )
+        for number in range(0, samples, CHUNK):
+            _measure_chunk(folder / f"samples{prompts}", number, samples, data.sample, mine, DRAWS)
+        for family in mine:
+            file = folder / f"samples{prompts}" / family.slug / "shares.json"
+            file.write_text(json.dumps(data.shares))
+
+
+def measure_probed(folder: Path, prompts: int, families: Sequence[Family]) -> None:
+    """Intervals of the samples that were probed from scratch."""
+    count = len(sample_numbers(folder, prompts))
+    for number in range(0, count - count % CHUNK, CHUNK):
+        _measure_chunk(
+            folder / f"probed{prompts}",
+            number,
+            count,
+            lambda at: sample_table(folder, prompts, at),
+            [family for family in families if family.source is Population],
+            DRAWS,
+        )
+
+
+def _measure_chunk(
+    folder: Path,
+    start: int,
+    stop: int,
+    table_of: Callable[[int], pd.DataFrame],
+    families: Sequence[Family],
+    draws: int,
+) -> None:
+    """The rows of CHUNK tables, in one file per family; finished files are kept."""
+    files = {family: folder / family.slug / f"{start:04d}.parquet" for family in families}
+    todo = [family for family, file in files.items() if not file.exists()]
+    if not todo:
+        return
+    rows: dict[Family, list[pd.DataFrame]] = {family: [] for family in todo}
+    for number in range(start, min(start + CHUNK, stop)):
+        table = table_of(number)
+        for family in todo:
+            found = family.rows(table, Bootstrap(draws=draws, seed=number))
+            rows[family].append(found.assign(sample=number))
+    for family, parts in rows.items():
+        files[family].parent.mkdir(parents=True, exist_ok=True)
+        partial = files[family].with_suffix(".partial")
+        pd.concat(parts, ignore_index=True).to_parquet(partial)
+        partial.replace(files[family])
+    print(folder.name, start, flush=True)
+
+
+def read_chunks(folder: Path, family: Family) -> pd.DataFrame:
+    """The rows of a family."""
+    files = sorted((folder / family.slug).glob("*.parquet"))
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+def coverages(
+    truth: pd.DataFrame, samples: pd.DataFrame, *, shares: tuple[float, float] = (0.0, 0.0)
+) -> pd.DataFrame:
+    """Coverage of each statistic.
+
+    Drawn without replacement, prompts and step batches vary less than fresh ones would: by the
+    factors 1 - f and 1 - f' for the shares f of prompts and f' of step batches that a sample takes.
+    The values of the whole population vary with the step batches alone, which tells the parts
+    apart: with variances v of the samples and v' of the whole population,
+
+        step part = v' / (1 - f'),  prompt part = (v - v') / (1 - f),  widening^2 = their sum / v
+
+    Args:
+        truth: Values of the whole population, one per statistic and draw of step batches.
+        samples: Intervals, one per statistic and sample.
+        shares: f and f'; 0 for samples that are drawn anew.
+
+    Returns:
+        One row per statistic: family, statistic, truth, samples (with an interval), undefined
+        (samples without), coverage (%), corrected (%, after the errors are widened), width (mean
+        half-width over 1.96 widened standard deviations of the estimates), bias (over their
+        standard deviation), step_share (the step batches' part of the variance).
+    """
+    keys = ["family", "statistic"]
+    whole = truth.groupby(keys, sort=False)["estimate"].agg(["mean", "var"])
+    found = []
+    for key, part in samples.groupby(keys, sort=False):
+        if key in whole.index:
+            row = _coverage(part, *whole.loc[key], shares)
+            found.append(dict(zip(keys, key, strict=True)) | row)
+    return pd.DataFrame(found)
+
+
+def _coverage(
+    part: pd.DataFrame, truth: float, of_steps: float, shares: tuple[float, float]
+) -> dict[str, float]:
+    observed = part["estimate"].var()
+    step = of_steps / (1 - shares[1])
+    fresh = step + max(observed - of_steps, 0.0) / (1 - shares[0])
+    wide = np.sqrt(fresh / observed) if observed > 0 else 1.0
+    kept = part[np.isfinite(part["low"])]
+    error = kept["estimate"] - truth
+    above, below = kept["high"] - kept["estimate"], kept["estimate"] - kept["low"]
+    half = (above.mean() + below.mean()) / 2
+    return {
+        "truth": truth,
+        "samples": len(kept),
+        "undefined": len(part) - len(kept),
+        "coverage": 100 * ((error <= below) & (-error <= above)).mean(),
+        "corrected": 100 * ((error * wide <= below) & (-error * wide <= above)).mean(),
+        "width": half / (Z * np.sqrt(fresh)) if fresh > 0 else np.nan,
+        "bias": (part["estimate"].mean() - truth) / np.sqrt(fresh) if fresh > 0 else np.nan,
+        "step_share": step / fresh if fresh > 0 else np.nan,
+    }
+
+
+# --- false verdicts
+# ---------------------------------------------------------------------------------------
+
+
+def false_verdicts(folder: Path, prompts: int) -> None:
+    """Verdicts on samples whose step was towards a permuted teacher, in one file per sample.
+
+    Both gains of such a sample come from permutations, so that its context gain is their noise and
+    no claim about it is true.
+    """
+    where = folder / f"verdicts{prompts}"
+    where.mkdir(exist_ok=True)
+    for number in sample_numbers(folder, prompts):
+        file = where / f"{number:04d}.parquet"
+        if not file.exists():
+            table = sample_table(
+                folder, prompts, number, real="permuted_again", permuted="permuted"
+            )
+            found = claims.claim_tables(
+                table, base_k=16, bootstrap=Bootstrap(draws=DRAWS, seed=number)
+            )["verdicts"]
+            found.assign(sample=number).to_parquet(file)
+            print(file, flush=True)
+
+
+def false_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """How often a verdict on the context gain was given, by population, claim and kind; `any` is
+    over all tests of a population.
+    """
+    rows = rows[rows["outcome"] == "context_gain"]
+    decided = rows.assign(false=rows["verdict"].isin(["supported", "refuted"]))
+    single = decided.groupby(["population", "claim", "kind"])["false"].mean().reset_index()
+    of_sample = decided.groupby(["population", "sample"])["false"].any()
+    either = of_sample.groupby("population").mean().reset_index()
+    return pd.concat([either.assign(claim="any", kind="any"), single], ignore_index=True)
+
+
+# --- report
+# ---------------------------------------------------------------------------------------
+
+SIZES = (64, 128)
+TARGET = (93.0, 97.0)
+
+
+def report(folder: Path) -> str:
+    """The results as Markdown."""
+    found = {prompts: _all_coverages(folder, prompts) for prompts in SIZES}
+    lines = [
+        "# Coverage on a real population",
+        "",
+        _head(folder, found),
+        "",
+        "## Families",
+        "",
+        *_family_lines(found),
+        "",
+        "## Statistics outside of 93-97 %",
+        "",
+        *_outside_lines(found),
+        "",
+        "## Samples that were probed from scratch",
+        "",
+        *_probed_lines(folder, found),
+        "",
+        "## Verdicts under a permuted teacher",
+        "",
+        *_verdict_lines(folder),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _all_coverages(folder: Path, prompts: int) -> dict[str, pd.DataFrame]:
+    """By design (`samples`, `probed`), the coverage of every statistic that was measured."""
+    designs: dict[str, list[pd.DataFrame]] = {"samples": [], "probed": []}
+    for family in FAMILIES:
+        if not (folder / f"truth{prompts}" / family.slug).exists():
+            continue
+        truth = read_chunks(folder / f"truth{prompts}", family)
+        for design, parts in designs.items():
+            where = folder / f"{design}{prompts}"
+            if (where / family.slug).exists():
+                shares = _shares_of(folder, prompts, family) if design == "samples" else (0.0, 0.0)
+                parts.append(coverages(truth, read_chunks(where, family), shares=shares))
+    return {design: pd.concat(parts) for design, parts in designs.items() if parts}
+
+
+def _shares_of(folder: Path, prompts: int, family: Family) -> tuple[float, float]:
+    return tuple(
+        json.loads((folder / f"samples{prompts}" / family.slug / "shares.json").read_text())
+    )
+
+
+def _head(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> str:
+    recipe = json.loads((folder / "recipe.json").read_text())
+    counts = ", ".join(
+        f"{int(each['samples'].samples.max())} samples at {prompts} prompts"
+        for prompts, each in found.items()
+    )
+    batches = {size: len(list(folder.glob(f"batch{size}-???.npz"))) for size in recipe["sizes"]}
+    made = " and ".join(f"{count} step batches of {size}" for size, count in batches.items())
+    return f"""\
+Written by `python benchmarks/coverage.py report`; its head says what is measured. Embedded pair, a
+population of {recipe["prompts"]} prompts, {made}; one AdamW step of the reverse KL
+at the trainings' rate; {counts}; {DRAWS} bootstrap draws, nominal
+{LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, \
+pandas {pd.__version__}, one thread.
+
+*coverage* is the share of samples whose interval holds the estimand; *corrected* is the same after
+the errors are widened by what drawing without replacement from a finite population narrows them
+(`coverages` has the formula), and is the figure to judge by. *width* is the mean half-width over
+1.96 standard deviations of the estimates, and *step part* the median part of the variance that
+comes from the step batches. At 200 samples one statistic's coverage has a Monte Carlo error of 1.5
+points, so that of many statistics at exactly 95 % a fifth would lie outside of 93-97 %; the mean of
+a family is surer (its error is given)."""
+
+
+def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    lines = [
+        "| family | prompts | statistics | coverage | corrected | lowest | highest | within"
+        " 93-97 % | width | step part | undefined |",
+        "|---" * 11 + "|",
+    ]
+    for family in FAMILIES:
+        for prompts, each in found.items():
+            part = each["samples"][each["samples"].family == family.name]
+            if len(part):
+                lines.append(f"| {family.name} | {prompts} | {_summary(part)} |")
+    return lines
+
+
+def _summary(part: pd.DataFrame) -> str:
+    corrected = part["corrected"]
+    inside = corrected.between(*TARGET).mean()
+    undefined = part["undefined"].sum() / (part["undefined"] + part["samples"]).sum()
+    return (
+        f"{len(part)} | {part.coverage.mean():.1f} | {corrected.mean():.1f} ± {_error(part):.1f}"
+        f" | {corrected.min():.1f} | {corrected.max():.1f} | {inside:.0%}"
+        f" | {part.width.median():.2f} | {part.step_share.median():.2f} | {undefined:.1%}"
+    )
+
+
+def _error(part: pd.DataFrame) -> float:
+    """Monte Carlo error of a family's mean coverage, as if its statistics were one.
+
+    They share their samples; taken as independent the error would be far smaller.
+    """
+    mean = part["corrected"].mean() / 100
+    return 100 * float(np.sqrt(mean * (1 - mean) / part["samples"].max()))
+
+
+def _outside_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    lines = [
+        "| family | statistic | prompts | corrected | width | bias (SD) |",
+        "|---" * 6 + "|",
+    ]
+    for prompts, each in found.items():
+        part = each["samples"]
+        off = part[~part["corrected"].between(*TARGET)].sort_values("corrected")
+        lines += [
+            f"| {row.family} | {row.statistic} | {prompts} | {row.corrected:.1f} | {row.width:.2f}"
+            f" | {row.bias:+.2f} |"
+            for row in off.itertuples()
+        ]
+    return lines
+
+
+def _probed_lines(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    lines = [
+        "Fresh prompts and responses, with the folds' own prompts as step batches: what drawing"
+        " prompts and step batches apart leaves out. The estimand has an error of its own here"
+        " (uncorrected).",
+        "",
+        "| family | prompts | samples | coverage | lowest | width |",
+        "|---" * 6 + "|",
+    ]
+    for prompts, each in found.items():
+        for family in FAMILIES:
+            part = each.get("probed", pd.DataFrame({"family": []}))
+            part = part[part["family"] == family.name]
+            if len(part):
+                lines.append(
+                    f"| {family.name} | {prompts} | {part.samples.max()}"
+                    f" | {part.coverage.mean():.1f} | {part.coverage.min():.1f}"
+                    f" | {part.width.median():.2f} |"
+                )
+    return lines
+
+
+def _verdict_lines(folder: Path) -> list[str]:
+    lines = [
+        "Samples whose real step was replaced by one towards another permutation of the teacher:"
+        " share with a verdict (supported or refuted) on the context gain, nominally at most 5 % in"
+        " any of a population's tests.",
+        "",
+        "| prompts | population | claim | kind | samples | false verdicts |",
+        "|---" * 6 + "|",
+    ]
+    for prompts in SIZES:
+        files = sorted((folder / f"verdicts{prompts}").glob("*.parquet"))
+        if files:
+            rates = false_rates(pd.concat([pd.read_parquet(file) for file in files]))
+            lines += [
+                f"| {prompts} | {row.population} | {row.claim} | {row.kind} | {len(files)}"
+                f" | {row.false:.1%} |"
+                for row in rates.itertuples()
+            ]
+    return lines
+
+
+def main() -> None:
+    """Make a population, samples or effects; measure them; or write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = ("make-population", "make-samples", "make-effects", "measure", "verdicts", "report")
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of a sample")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--families", nargs="*", help="names of families; all by default")
+    parser.add_argument("--output", default=str(Path(__file__).with_name("COVERAGE.md")))
+    options = parser.parse_args()
+    if options.command.startswith("make-"):
+        _make(options)
+    elif options.command == "measure":
+        chosen = [f for f in FAMILIES if not options.families or f.slug in options.families]
+        measure(options.folder, options.prompts, options.samples, chosen)
+        measure_probed(options.folder, options.prompts, chosen)
+    elif options.command == "verdicts":
+        false_verdicts(options.folder, options.prompts)
+    else:
+        Path(options.output).write_text(report(options.folder), encoding="utf-8")
+
+
+def _make(options: argparse.Namespace) -> None:
+    import coverage_population as made  # the models are needed here alone
+
+    from diagnostics import load_pair
+
+    pair = load_pair("embedded")
+    if options.command == "make-population":
+        made.make_population(options.folder, pair, made.Recipe())
+    elif options.command == "make-samples":
+        numbers = range(options.samples)
+        made.make_samples(options.folder, pair, prompts=options.prompts, samples=numbers)
+    else:
+        made.make_effects(options.folder, pair, size=options.prompts // FOLDS)
+
+
+if __name__ == "__main__":
+    main()
