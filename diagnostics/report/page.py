@@ -103,6 +103,8 @@ def _draw(run: RunResults, spec: FigureSpec, table: pd.DataFrame) -> Drawn:
     options = {argument: run.table(name) for argument, name in spec.arguments.items()}
     if "level" in inspect.signature(spec.draw).parameters:
         options["level"] = run.level
+    if "marked" in inspect.signature(spec.draw).parameters:
+        options["marked"] = run.horizon
     if spec.measured and "measure" in table and (table.measure == run.measure).any():
         options["measure"] = run.measure
     return Drawn(*(spec.draw(table, width=width, **options) for width in (DOUBLE, SINGLE)))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from diagnostics.analysis.claims import p_words
 from diagnostics.report import summary
-from diagnostics.report.catalogue import TABLES
+from diagnostics.report.catalogue import TABLES, caption
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.tokenview import script_json
 
@@ -52,7 +52,7 @@ def table_block(name: str, table: pd.DataFrame) -> str:
         packed = f'<script type="application/json">{_packed(table)}</script>'
     return (
         f'<details id="table-{html.escape(name)}"><summary><b>{html.escape(name)}</b>'
-        f' {html.escape(TABLES.get(name, ""))} <span class="quiet">{len(table):,} rows;'
+        f' {html.escape(caption(name))} <span class="quiet">{len(table):,} rows;'
         f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
         f' tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
         f'<button type="button" class="copy">Copy as CSV</button>{packed}</details>'
