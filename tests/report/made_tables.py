@@ -264,12 +264,12 @@ def verdicts() -> pd.DataFrame:
                     rows.append(
                         {
                             "claim": claim,
-                            "statement": statement,
+                            "statement": f"{statement}" + " (paper)" * (kind == "paper"),
                             "kind": kind,
                             "outcome": outcome,
                             "population": population,
                             "primary": primary,
-                            "exploratory": outcome == "relative_gain",
+                            "exploratory": not primary,
                             "verdict": verdict,
                             "reason": "31 % of the top third have a partner" if unknown else "",
                             "statistic": f"{claim}_{kind}",
@@ -279,8 +279,10 @@ def verdicts() -> pd.DataFrame:
                             "p_value": 2e-7,
                             "p_corrected": 2e-6,
                             "looks": 8,
-                            "sentence": f"{claim} is {verdict} by {outcome}: +0.05 [0.02, 0.08]"
-                            " (64 prompts, 4 step batches; p < .0001 after Holm over 8 looks).",
+                            "sentence": f"{claim} is {verdict} for the {outcome}. The claim:"
+                            f" {statement}. Found: the difference is +0.05 [+0.02, +0.08] (64"
+                            " prompts, 4 steps; p < .0001 after Holm over 8 tests)."
+                            + (" Exploratory: not the primary outcome." if not primary else ""),
                             **COUNTED,
                         }
                     )
@@ -291,13 +293,14 @@ def warnings() -> pd.DataFrame:
     """Three causes; the last changes a verdict."""
     return pd.DataFrame(
         {
-            "cause": ["saturation", "ties", "overlap"],
-            "text": [
-                "Compatibility is 1 at 40 % of positions (held out, step).",
-                "Ties decide 40 % of tip's selection at 5 %.",
-                "Few confident errors have a <partner> on the other side (C2 is not identified).",
+            "code": ["saturated", "ties", "no_overlap"],
+            "subject": ["compatibility", "tip", "verdicts"],
+            "message": [
+                "Compatibility is 1 at 40 % of positions [held_out, step].",
+                "Ties decide 40 % of a selection [tip at 5 %].",
+                "Few confident errors have a <partner> on the other side.",
             ],
-            "changes_verdict": [False, False, True],
+            "changes_verdict": [np.nan, np.nan, "C2 (controlled) is not identified [held_out]"],
         }
     )
 

@@ -62,9 +62,10 @@ def test_verdicts_stand_by_run(comparison):
 def test_verdicts_of_both_kinds_and_decisions_stand_by_run(tmp_path):
     paths = [made_tables.write_run(tmp_path / name) for name in ("a", "b")]
     comparison = compare_runs.compare_runs(paths)
-    assert comparison.verdicts.loc[("C2", "controlled", "context_gain")].tolist() == [
-        "not identified"
-    ] * 2
+    assert (
+        comparison.verdicts.loc[("C2", "controlled", "context_gain")].tolist()
+        == ["not identified"] * 2
+    )
     assert comparison.verdicts.loc[("C2", "paper", "gain")].tolist() == ["supported"] * 2
     text = comparison.html
     assert '<span class="verdict not-identified">not identified</span>' in text

@@ -138,7 +138,12 @@ def test_holds_the_answer_from_the_tables(run, source):
         "How sure, and what would change it?",
     ]
     for question, sentence in sentences.items():
-        assert f"<p><b>{question}</b> {html.escape(sentence)}</p>" in source
+        shown = (
+            html.escape(sentence).replace("`python", "<code>python").replace("DIR`", "DIR</code>")
+        )
+        for stage in ("compare", "report"):
+            shown = shown.replace(f"`{stage}`", f"<code>{stage}</code>")
+        assert f"<p><b>{question}</b> {shown}</p>" in source
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
@@ -283,14 +288,26 @@ def test_a_card_has_the_paper_s_statistic_beside_the_controlled_one():
     assert third.startswith(" wide-card inconclusive")
     for card in (first, second, third):
         paper, controlled = card.split('<p class="side">')[1:]
-        assert paper.startswith("As the paper has it</p><p>gain: <span")
+        assert paper.startswith("As the paper has it</p><p><i>")
+        assert "(paper)</i></p><p>gain: <span" in paper and "(paper)" not in controlled
         assert controlled.startswith("With controls</p><p>context gain: <span")
+        assert paper.count('<span class="tag">exploratory</span>') == 1
+        assert "exploratory" not in controlled.split("</li>")[0]
     assert '<span class="verdict not-identified">not identified</span>' in second
-    assert "31 % of the top third have a partner" in second.split("With controls")[1]
-    assert "exploratory" not in cards.replace("Anything else is exploratory", "")
-    table = tables["verdicts"].assign(exploratory=True)
+    assert (
+        '<p class="quiet">31 % of the top third have a partner. The difference is +0.05 [+0.02,'
+        " +0.08] (64 prompts, 4 steps; p &lt; .0001 after Holm over 8 tests).</p>"
+        in second.split("With controls")[1]
+    )
+    assert "The claim:" not in cards and "Exploratory" not in cards
+
+
+def test_a_card_says_why_nothing_confirms():
+    because = " Exploratory: no primary choices were recorded before the probe."
+    table = made_tables.verdicts().assign(exploratory=True, sentence="C1 is open." + because)
     cards = page.verdict_cards(run_results.RunResults({}, {"verdicts": table}))
-    assert cards.count('<span class="tag">exploratory</span>') == 6 and "Registered" not in cards
+    tag = "exploratory: no primary choices were recorded before the probe</span>"
+    assert cards.count(f'<span class="tag">{tag}') == 6 and "Registered" not in cards
 
 
 def test_a_reason_that_the_sentence_holds_is_not_said_twice():
@@ -298,6 +315,8 @@ def test_a_reason_that_the_sentence_holds_is_not_said_twice():
     said = table.assign(sentence="C2 is not identified: " + table.reason + ".")
     cards = page.verdict_cards(run_results.RunResults({}, {"verdicts": said}))
     assert cards.count("31 % of the top third have a partner") == 1
+    alone = page.verdict_cards(run_results.RunResults({}, {"verdicts": table.assign(sentence="")}))
+    assert alone.count("31 % of the top third have a partner") == 1
 
 
 def test_verdicts_of_trainings_stand_beside_those_of_an_earlier_analysis():
@@ -324,11 +343,16 @@ def test_warnings_that_change_a_verdict_come_first():
     )
     text = page.warning_list(results)
     assert text.startswith(
-        '<p class="warning">A file was left out.</p><p class="warning"><span class="tag">changes a'
-        " verdict</span> Few confident errors have a &lt;partner&gt;"
+        '<p class="warning">A file was left out.</p><p class="warning">Few confident errors have a'
+        ' &lt;partner&gt; on the other side. <span class="tag">C2 (controlled) is not identified'
+        " [held_out]</span></p>"
     )
     assert text.count('<p class="warning minor">') == 2
-    assert provenance.warnings(results) == ["A file was left out.", *table.text.iloc[[2, 0, 1]]]
+    assert provenance.warnings(results) == [
+        "A file was left out.",
+        f"{table.message.iloc[2]} {table.changes_verdict.iloc[2]}.",
+        *table.message.iloc[:2],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +369,7 @@ def test_the_decision_stands_above_everything_with_its_grid(decided):
     assert "<b>Which criterion to train with?</b> Train with teachability at 5 %" in head
     assert '<figure id="figure-decision">' in head and source.count('id="figure-decision"') == 1
     text = Page(source).text
-    places = [text.index(word) for word in ("As the paper has it", "changes a verdict")]
+    places = [text.index(word) for word in ("As the paper has it", "is not identified [held")]
     places += [text.index("What was done?"), text.index("Criteria over several steps")]
     assert places == sorted(places)
     assert "Which criterion to train with?" not in text[places[0] :]

@@ -15,6 +15,9 @@ from diagnostics.report.figures.ranking import NULLED
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import GREEN, PURPLE
 
+SHARES = (-0.5, 2.0)
+"""Ends of the axis of the null's share: where the gain is near zero, its ratio has no size."""
+
 
 @figure(
     table="strata",
@@ -22,9 +25,9 @@ from diagnostics.report.style import GREEN, PURPLE
     reading=(
         "Positions in ten strata from low to high divergence. First the mean gain, the same with a"
         " permuted teacher, and what is left at each position; then the share of the gain that the"
-        " permuted teacher gives too; then the realised gain over its first-order prediction."
-        " Where that is far from one the step was not linear, and no relative statement is made of"
-        " the stratum, which is shaded."
+        " permuted teacher gives too; then, where it was measured, the realised gain over its"
+        " first-order prediction. Where that is far from one the step was not linear, and no"
+        " relative statement is made of the stratum, which is shaded."
     ),
 )
 @on_page
@@ -107,6 +110,8 @@ def _gains(ax, table: pd.DataFrame) -> None:
 def _shares(ax, table: pd.DataFrame) -> None:
     _marks(ax, table, "null_share", 0.0, {"color": PURPLE, "marker": "v"}, "null")
     style.zero(ax, at=1.0)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
     ax.set_ylabel("null's share of the gain")
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
 
