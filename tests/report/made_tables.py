@@ -256,6 +256,7 @@ def verdicts() -> pd.DataFrame:
     rows = []
     for claim, (statement, paper, controlled) in CLAIMS.items():
         for kind, verdict in (("paper", paper), ("controlled", controlled)):
+            said = f"{statement} (paper)" if kind == "paper" else statement
             for population in ("held_out", "step"):
                 for outcome in ("context_gain", "gain", "relative_gain"):
                     chosen = (kind, population, outcome)
@@ -264,7 +265,7 @@ def verdicts() -> pd.DataFrame:
                     rows.append(
                         {
                             "claim": claim,
-                            "statement": f"{statement}" + " (paper)" * (kind == "paper"),
+                            "statement": said,
                             "kind": kind,
                             "outcome": outcome,
                             "population": population,
@@ -280,7 +281,7 @@ def verdicts() -> pd.DataFrame:
                             "p_corrected": 2e-6,
                             "looks": 8,
                             "sentence": f"{claim} is {verdict} for the {outcome}. The claim:"
-                            f" {statement}. Found: the difference is +0.05 [+0.02, +0.08] (64"
+                            f" {said}. Found: the difference is +0.05 [+0.02, +0.08] (64"
                             " prompts, 4 steps; p < .0001 after Holm over 8 tests)."
                             + (" Exploratory: not the primary outcome." if not primary else ""),
                             **COUNTED,
