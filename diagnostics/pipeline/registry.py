@@ -296,8 +296,8 @@ STAGES = (
         configs=(PAIR, PROBE, CONTROLS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`",
         writes=(
-            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`; `tokens.parquet`:"
-            " scores and gains joined"
+            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`,"
+            " `tables/horizon.csv`; `tokens.parquet`: scores and gains joined"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         run=_probe,
@@ -306,6 +306,8 @@ STAGES = (
             "probing.folds",
             "probing.permuted_teacher",
             "probing.placebo",
+            "probing.horizon",
+            "probing.trajectory",
             "measure.losses",
         ),
     ),

@@ -235,7 +235,12 @@ def probe_stage(
 
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
+    from diagnostics.models.named_pairs import training_rate
     from diagnostics.probing.one_step import probe
+    from diagnostics.probing.trajectory import require_horizon
+
+    names = ["calibration", "placebo"]
+    names += ["horizon"] if require_horizon(controls.horizon) else []
 
     def work() -> dict:
         bank, tokens = (
@@ -254,9 +259,13 @@ def probe_stage(
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
         listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
-        for name, table in {"calibration": result.calibration, "placebo": result.placebo}.items():
-            write_csv(run.path(f"tables/{name}.csv"), table.assign(**listed))
-        return {**dataclasses.asdict(result.step), "folds": len(result.steps)}
+        for name in names:
+            write_csv(run.path(f"tables/{name}.csv"), getattr(result, name).assign(**listed))
+        return {
+            **dataclasses.asdict(result.step),
+            "folds": len(result.steps),
+            "horizon_rate": training_rate(models.pair.name),
+        }
 
     choices = register_primary(run, primary)
     run.stage(
@@ -265,7 +274,7 @@ def probe_stage(
             models.settings, config, controls, {"batch_tokens": batch_tokens, "primary": choices}
         ),
         inputs=["contexts.parquet", "scores.parquet"],
-        outputs=["gains.parquet", "tables/calibration.csv", "tables/placebo.csv"],
+        outputs=["gains.parquet", *(f"tables/{name}.csv" for name in names)],
         work=work,
         code=("probing.one_step",),
         models=models.fingerprint,

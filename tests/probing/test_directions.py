@@ -29,7 +29,7 @@ from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench
 from tests.conftest import make_pair, make_prompts
 
-SMALL = {"batch_tokens": 40, "placebos": 0}
+SMALL = {"batch_tokens": 40, "placebos": 0, "horizon": ()}
 BARE = {"nulls": ()}
 GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
 

@@ -20,7 +20,7 @@ from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench, calibrate, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
-BARE = {"nulls": (), "placebos": 0}
+BARE = {"nulls": (), "placebos": 0, "horizon": ()}
 """The steps alone, for tests that look at nothing else."""
 
 
@@ -154,7 +154,7 @@ def test_unrestored_weights_are_noticed(setting):
 
 def test_no_step_no_gain(setting):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, step=0, nulls=NULLS)
+    result = probe(pair, bank, tokens=tokens, step=0, nulls=NULLS, horizon=())
     made = [name for name in result.tokens if name not in tokens and "gain" in name]
     assert len(made) > 40 and "context_gain_token_type" in made
     for name in set(made) - {"relative_gain"}:
@@ -166,9 +166,16 @@ def test_no_step_no_gain(setting):
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "topk_reverse"])
 def test_a_teacher_that_is_the_student_teaches_nothing(loss):
     pair = assemble("same", make_model(1), make_model(1), make_tokenizer())
-    result = probe(pair, make_bank([5, 6, 7, 8]), loss=loss)
-    for name in ("gain", "own_gain", "gain_permuted", "own_gain_permuted", "context_gain"):
-        np.testing.assert_allclose(result.tokens[name], 0, atol=1e-6)
+    result = probe(pair, make_bank([5, 6, 7, 8]), loss=loss, horizon=(2,))
+    for name in (
+        "gain",
+        "own_gain",
+        "gain_permuted",
+        "own_gain_permuted",
+        "context_gain",
+        "gain_h2",
+    ):
+        np.testing.assert_allclose(result.tokens[name].dropna(), 0, atol=1e-6)
 
 
 def test_same_seed_same_result(setting):
@@ -382,7 +389,7 @@ def test_predictors_are_untouched_by_the_step(setting):
 
 def test_nothing_of_an_earlier_probe_stays_in_the_table(setting):
     pair, bank, tokens = setting
-    first = probe(pair, bank, tokens=tokens, folds=6, nulls=("divergence",), placebos=0).tokens
+    first = probe(pair, bank, tokens=tokens, folds=6, nulls=("divergence",)).tokens
     again = probe(pair, bank, tokens=first.assign(split="step"), **BARE).tokens
     assert again.equals(probe(pair, bank, tokens=tokens, **BARE).tokens)
 
