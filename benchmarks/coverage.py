@@ -42,6 +42,7 @@ from diagnostics.analysis import (
     decision,
     quadrants,
     selection,
+    strata,
 )
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import combine, fold_columns
@@ -294,6 +295,17 @@ def _overlaps(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return found[found["statistic"] == "jaccard"]
 
 
+def _strata(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Means and ratios of each stratum of D, in long form."""
+    found = strata.strata(table, bootstrap=bootstrap)
+    parts = []
+    for what in ("gain", "context_gain", "share", "null_share"):
+        part = found[["split", "stratum", what, f"{what}_low", f"{what}_high"]]
+        part.columns = ["split", "stratum", "value", "low", "high"]
+        parts.append(part.assign(what=what))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _claims(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     both = ("paper", "controlled")
     found = claim_statistics.estimates(
@@ -338,6 +350,7 @@ FAMILIES = (
     ),
     Family("matched differences in Q3", _matched, "difference", ("outcome", "score", "caliper")),
     Family("statistics of the claims", _claims, "estimate", ("outcome", "name")),
+    Family("strata of D", _strata, "value", ("what", "stratum")),
     Family("captured shares", _shares, "captured_share", ("outcome", "criterion", "budget")),
     Family(
         "areas and enrichments",
