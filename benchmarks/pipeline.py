@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diagnostics.core import distributed
+from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import batches, score
-from diagnostics.probing.step import StepBench, loss_weights, split_prompts
+from diagnostics.probing.step import StepBench
 
 VOCABULARY = 151_936
 STUDENT = {
@@ -201,9 +202,9 @@ def _probe_turn(pair, bank, tokens, todo) -> tuple[float, ...]:
     found = {}
 
     def whole():
-        split = split_prompts(tokens["prompt_id"], held_out=0.5, seed=0)
-        bench = found["bench"] = StepBench(pair, bank, tokens, split)
-        weights_N = found["weights_N"] = loss_weights(tokens, split)
+        bench = StepBench(pair, bank, tokens, assign_folds(tokens, 2, seed=0))
+        weights_N = bench.loss_weights(0)
+        found["bench"], found["weights_N"] = bench, weights_N
         direction = found["direction"] = bench.direction(
             weights_N, loss="reverse_kl", beta=0.5, optimizer="adamw"
         )

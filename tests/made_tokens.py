@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from diagnostics.core.folds import combine
+from diagnostics.core.formulas import relative_gain
 from diagnostics.core.schema import validate_tokens
 from diagnostics.criteria import normalize
 
@@ -26,18 +28,26 @@ def made_tokens(
     seed: int = 0,
     learnable: float = 1.0,
     incompatible: float = 0.5,
+    marginal: float = 0.3,
     noise: float = 0.3,
+    step_spread: float = 0.1,
+    folds: int = 4,
+    split: bool = True,
+    permuted: bool = True,
     supports=(8,),
-    placebo: bool = True,
 ) -> pd.DataFrame:
-    """gain = learnable * d*c + incompatible * d*(1 - c) + noise, in nats; predictors vary between
-    prompts too.
+    """gain = learnable * d*c + incompatible * d*(1 - c) + noise, in nats, and marginal * d of it
+    after the step towards a permuted teacher; predictors vary between prompts too.
+
+    With folds, every step's gain has a factor of its own with the spread `step_spread`. With
+    `folds` of 0 there is one step, on every second prompt, and a column `split` if `split` is True.
     """
     rng = np.random.default_rng(seed)
     codes = np.repeat(np.arange(prompts), rng.integers(length // 2, length + 1, prompts))
     n, between = len(codes), rng.normal(size=(prompts, 4))[codes]
     sizes = np.bincount(codes)
     h, d = (np.exp(rng.normal(size=n) + 0.5 * between[:, i]) for i in (0, 1))
+    d = np.where(rng.random(n) < 0.06, 1e-4 * d, d)
     c = 1 / (1 + np.exp(-2 * rng.normal(size=n) - between[:, 2]))
     dn, cn = normalize(d), normalize(c)
     advantage = rng.normal(size=n)
@@ -49,7 +59,6 @@ def made_tokens(
             "response_length": sizes[codes],
             "token_id": rng.integers(0, 99, n),
             "token": "t",
-            "split": np.where(codes % 2, "held_out", "step"),
             "student_entropy": h,
             "teacher_entropy": np.exp(rng.normal(size=n)),
             "forward_kl": d,
@@ -66,19 +75,40 @@ def made_tokens(
             c + (0.02 * rng.normal(size=n) if suffix else 0), 0, 1
         )
         tokens[f"topk_overlap{suffix}"] = np.round(tokens[f"compatibility{suffix}"] * 16) / 16
-    tokens["gain"] = (
+    gain = (
         learnable * dn * cn
         + incompatible * dn * (1 - cn)
         + noise * (rng.standard_t(5, size=n) + 0.3 * between[:, 3])
     )
-    tokens["relative_gain"] = np.where(d > 0.3, tokens["gain"] / d, np.nan)
-    tokens["reverse_gain"] = tokens["gain"] + 0.1 * rng.normal(size=n)
-    if placebo:
-        for name in ("gain", "relative_gain", "reverse_gain"):
-            tokens[f"placebo_{name}"] = np.where(
-                tokens[name].isna(), np.nan, 0.1 * rng.normal(size=n)
-            )
-    return validate_tokens(tokens)
+    found = {
+        "gain": gain,
+        "reverse_gain": gain + 0.1 * rng.normal(size=n),
+        "gain_permuted": marginal * dn + 0.1 * noise * rng.normal(size=n),
+    }
+    if not permuted:
+        del found["gain_permuted"]
+    if folds:
+        tokens["fold"] = codes % folds
+        factors = 1 + step_spread * rng.normal(size=(folds, 2))
+        for name, values in found.items():
+            for fold, (real, null) in enumerate(factors):
+                factor = null if name == "gain_permuted" else real
+                tokens[f"{name}_fold{fold}"] = values * factor
+        return validate_tokens(combine(tokens))
+    return validate_tokens(_one_step(tokens.assign(**found), codes, split))
+
+
+def _one_step(tokens: pd.DataFrame, codes: np.ndarray, split: bool) -> pd.DataFrame:
+    """A table of one step: the outcomes that follow from its gains, and its halves."""
+    after = tokens["forward_kl"] - tokens["gain"]
+    tokens["relative_gain"] = relative_gain(
+        tokens["forward_kl"].to_numpy(), after.to_numpy(dtype=float)
+    )
+    if "gain_permuted" in tokens:
+        tokens["context_gain"] = tokens["gain"] - tokens["gain_permuted"]
+    if split:
+        tokens["split"] = np.where(codes % 2, "held_out", "step")
+    return tokens
 
 
 def only_row(table, **where):

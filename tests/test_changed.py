@@ -9,7 +9,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from diagnostics.analysis.training_outcomes import offline_answers
+from diagnostics.analysis.foresight import offline_answers
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run

@@ -39,8 +39,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
         for name in ("stages/probe", "statistics", "columns")
     )
     assert (
-        "<code>--held-out</code>" in probe
-        and "share of prompts that carry no loss" in probe
+        "<code>--folds</code>" in probe
+        and "one step on each, all others held out for it" in probe
         and "diagnostics.probing.one_step.probe" in probe
     )
     assert "diagnostics.analysis.bootstrap.PromptClusters" in statistics and all(

@@ -154,6 +154,7 @@ def wait_for(directory, pattern, process):
         ".partial/rollout-*/responses-*/*.parquet",
         ".partial/score-*/scores/*.parquet",
         ".partial/probe-*/before/*.parquet",
+        ".partial/probe-*/direction-global-fold1/*.parquet",
     ],
 )
 def test_killed_at_once_the_job_goes_on_and_its_files_are_the_same(
@@ -429,8 +430,10 @@ def test_positions_without_finite_logits_are_excluded_counted_and_named(whose, v
     ) in caplog.text
     result = probe(pair, bank, tokens=tokens)
     assert (result.tokens.gain.isna() == bad).all() and result.tokens.gain[~bad].abs().max() > 0
+    assert (result.tokens.context_gain.isna() == bad).all()
+    assert result.tokens.token_identity_gain.notna().all()
     assert result.step.step_positions == int(
-        ((result.tokens.split == "step") & (tokens.context_id != "c8")).sum()
+        ((result.tokens.fold == 0) & (tokens.context_id != "c8")).sum()
     )
 
 
@@ -455,14 +458,14 @@ def measured_to_the_end(pair, bank, folder, *, report=False, **options):
     """
     from diagnostics.analysis import config
     from diagnostics.pipeline import stages
-    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.one_step import ControlConfig, ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
 
     models = type("Models", (), {"pair": pair, "settings": {}, "fingerprint": lambda self: {}})()
     with open_run(folder) as run:
         tables.write_parquet(run.path("contexts.parquet"), bank.to_frame())
         stages.score_stage(run, models, ScoreConfig(**options))
-        stages.probe_stage(run, models, ProbeConfig(), batch_tokens=8192)
+        stages.probe_stage(run, models, ProbeConfig(), ControlConfig(), batch_tokens=8192)
         stages.analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
         assert not report or stages.report_stage(run).stat().st_size > 10_000
     return pd.read_parquet(folder / "tokens.parquet")

@@ -524,11 +524,13 @@ def test_scoring(tiny, bank, k, sweep, batch_tokens):
 @given(
     step=st.one_of(REALS, st.sampled_from(["auto", "1e9", "x"])),
     beta=REALS,
-    held_out=REALS,
+    folds=st.integers(-1, 5),
+    nulls=st.lists(st.sampled_from(["global", "token_type", "x"]), max_size=2),
+    placebos=st.integers(-1, 1),
     seed=st.integers(-2, 2**40),
     loss=st.sampled_from(["forward_kl", "jsd", "x"]),
 )
-def test_probing(tiny, step, beta, held_out, seed, loss):
+def test_probing(tiny, step, beta, folds, nulls, placebos, seed, loss):
     ends_well(
         "probe",
         lambda: probe(
@@ -536,7 +538,9 @@ def test_probing(tiny, step, beta, held_out, seed, loss):
             make_bank([2, 1, 3]),
             step=step,
             beta=beta,
-            held_out=held_out,
+            folds=folds,
+            nulls=nulls,
+            placebos=placebos,
             seed=seed,
             loss=loss,
         ),

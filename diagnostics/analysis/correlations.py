@@ -1,24 +1,22 @@
 """Correlations of outcomes with criteria: a token table in, a table with intervals out.
 
-Scores are normalized over the whole table; a split only chooses which positions count. The outcomes
-are `gain` and `reverse_gain` in nats and `relative_gain` as a fraction. The placebo of an outcome
-is the same quantity after a random step of the same norm: D enters both the criterion and the gain,
-and the placebo's correlation measures that mechanical coupling. Every interval resamples prompts
-(see `bootstrap`); every table carries its numbers of positions and prompts.
+Scores are normalized over the whole table; a population only chooses which positions count. The
+outcomes are those of the study, and `gain_permuted` beside them: the gain after a step towards a
+permuted teacher, which is the null. A correlation of the gain that the permuted gain shares needs
+no teacher that knows the context; `context_gain`, the difference of the two, does. Every interval
+resamples prompts and carries the step batches (see `bootstrap` and `step_batches`); every table has
+its numbers of positions, prompts and steps.
 
-Q3, the confident and wrong positions, is h <= median and d >= median (see `criteria.quadrants`).
+Spearman's ranks are made anew in every draw. Scores are normalized once.
 
 Departures from the scripts released with arXiv 2605.26844: predictors come from before the step
-only; the cluster is the prompt, not the context; matching pairs the top with the bottom tertile of
-all Q3 positions (there: above with below the prompt's own median), with replacement as there,
-without, and within a caliper.
+only, and the cluster is the prompt, not the context.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -29,42 +27,22 @@ from diagnostics.analysis import rank_correlation
 from diagnostics.analysis.bootstrap import Estimate
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Controls, Variable
-from diagnostics.analysis.splits import controls, outcomes, row, scores, splits
+from diagnostics.analysis.splits import (
+    Split,
+    controls,
+    outcomes_and_null,
+    same_positions,
+    scores,
+    splits,
+    table,
+)
+from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.settings import with_settings
 
-CORRELATION_METHODS: dict[str, Callable] = {
-    "spearman": rank_correlation.spearman,
-    "pearson": rank_correlation.pearson,
-    "kendall": rank_correlation.kendall,
-}
-CALIPER = 0.5
-"""Distance, in standard deviations within Q3, beyond which two positions do not count as alike."""
-
-
-@dataclass(frozen=True)
-class Association:
-    """The correlation of one outcome with one criterion on one split, and its placebo's.
-
-    Attributes:
-        outcome: Column of the outcome.
-        criterion: Name of the criterion.
-        split: `all`, `step` or `held_out`.
-        method: spearman, pearson or kendall.
-        estimate: The correlation.
-        placebo: The correlation with the outcome's placebo, NaN without one.
-    """
-
-    outcome: str
-    criterion: str
-    split: str
-    method: str
-    estimate: Estimate
-    placebo: Estimate
-
-    @property
-    def key(self) -> dict:
-        """The columns that name it in a table."""
-        return {name: getattr(self, name) for name in ("outcome", "criterion", "split", "method")}
+CORRELATION_METHODS = ("spearman", "pearson", "kendall")
+KEY = ("outcome", "criterion", "split", "method")
+Associations = dict[tuple[str, str, str, str], Estimate]
+"""Correlations by (outcome, criterion, population, method)."""
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -72,10 +50,10 @@ def associate(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
-    methods: Iterable[str] = tuple(CORRELATION_METHODS),
+    methods: Iterable[str] = CORRELATION_METHODS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
-) -> list[Association]:
+) -> Associations:
     """Every correlation with its draws, from which `correlate` and its sister tables are made.
 
     Args:
@@ -86,35 +64,64 @@ def associate(
         settings: Fields of `bootstrap`.
 
     Returns:
-        One association per outcome, criterion, split and method.
+        Estimates by outcome, criterion, population and method.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
     """
-    scored = scores(tokens, criteria, seed=bootstrap.seed)
-    found = []
     methods = tuple(methods)
-    for split in splits(tokens, bootstrap=bootstrap):
-        variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-        for outcome in outcomes(tokens):
-            values, placebo = (
-                Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}")
-            )
-            found += [
-                Association(
-                    outcome,
-                    name,
-                    split.name,
-                    method,
-                    *(
-                        CORRELATION_METHODS[method](score, y, split.prompts)
-                        for y in (values, placebo)
-                    ),
-                )
-                for name, score in variables.items()
-                for method in methods
-            ]
+    scored = scores(tokens, criteria, seed=bootstrap.seed)
+    names = outcomes_and_null(tokens)
+
+    def make(table: pd.DataFrame, settings: Bootstrap) -> Associations:
+        found: Associations = {}
+        for together in same_positions(splits(table, bootstrap=settings)):
+            found |= _associations(table, together, scored, names, methods)
+        return found
+
+    found = over_steps(make, tokens, bootstrap)
+    order = {split.name: None for split in splits(tokens, draws=0)}
+    return {
+        key: found[key]
+        for split in order
+        for outcome in names
+        for criterion in scored
+        for method in methods
+        if (key := (outcome, criterion, split, method)) in found
+    }
+
+
+def _associations(
+    tokens: pd.DataFrame,
+    together: list[Split],
+    scored: dict[str, np.ndarray],
+    names: list[str],
+    methods: tuple[str, ...],
+) -> Associations:
+    """Correlations on populations of the same positions, so that scores are ranked once for all."""
+    mask, prompts = together[0].mask, together[0].prompts
+    variables = {name: Variable(score[mask]) for name, score in scored.items()}
+    values = {
+        (split.name, outcome): Variable(split.values(tokens, outcome))
+        for split in together
+        for outcome in names
+    }
+    found: Associations = {}
+    if "spearman" in methods:
+        ranked = rank_correlation.spearman_pairs(variables, values, prompts)
+        for ((split, outcome), score), estimate in ranked.items():
+            found[outcome, score, split, "spearman"] = estimate
+    for method in methods:
+        if method != "spearman":
+            statistic = _of_pair(method)
+            for (split, outcome), y in values.items():
+                for score, x in variables.items():
+                    found[outcome, score, split, method] = statistic(x, y, prompts)
     return found
+
+
+def _of_pair(method: str) -> Callable:
+    return {"pearson": rank_correlation.pearson, "kendall": rank_correlation.kendall}[method]
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -136,9 +143,9 @@ def correlate(
         settings: Fields of `bootstrap`.
 
     Returns:
-        One row per combination, with columns outcome, criterion, split (all, step, held_out),
-        method (spearman, pearson, kendall), estimate, low, high, placebo, positions, prompts.
-        `placebo` is the correlation with the outcome's placebo, NaN without one. A constant score
+        One row per combination, with columns outcome (context_gain, gain, gain_permuted: the null,
+        reverse_gain, relative_gain), criterion, split (held_out, step or all), method (spearman,
+        pearson, kendall), estimate, low, high, p_value, positions, prompts, steps. A constant score
         gives NaN.
 
     Raises:
@@ -152,57 +159,37 @@ def correlate(
     )
 
 
-def correlation_table(associations: list[Association], *, level: float) -> pd.DataFrame:
-    """The table of `correlate` from associations that are made already."""
-    return pd.DataFrame(
-        [a.key | row(a.estimate, level, placebo=a.placebo.value) for a in associations]
-    )
+def correlation_table(found: Associations, *, level: float) -> pd.DataFrame:
+    """The table of `correlate` from correlations that are made already."""
+    return table(found, KEY, level, tested=True)
 
 
-def placebo_excess(associations: list[Association], *, level: float) -> pd.DataFrame:
-    """Each correlation minus its placebo's, paired over prompts.
-
-    The columns are those of `correlate`, with `excess` in place of `estimate`.
-    """
-    return pd.DataFrame(
-        [
-            a.key | row(a.estimate - a.placebo, level, named="excess")
-            for a in associations
-            if np.isfinite(a.placebo.value)
-        ]
-    )
-
-
-def correlation_differences(associations: list[Association], *, level: float) -> pd.DataFrame:
-    """Correlation of `criterion` minus correlation of `other`, for every pair and method, paired
-    over prompts.
+def correlation_differences(
+    found: Associations, *, level: float, method: str = "spearman"
+) -> pd.DataFrame:
+    """Correlation of `criterion` minus correlation of `other`, for every pair, paired over prompts
+    and steps.
 
     Args:
-        associations: As from `associate`.
+        found: As from `associate`.
         level: Coverage of the intervals.
+        method: The correlation that is compared.
 
     Returns:
         Columns outcome, criterion, other, split, method, difference, low, high, p_value (against 0,
-        not corrected for the number of pairs), positions, prompts.
+        not corrected for the number of pairs), positions, prompts, steps.
     """
-    rows = []
-    alike = defaultdict(list)
-    for association in associations:
-        alike[association.outcome, association.split, association.method].append(association)
-    for (outcome, split, method), same in alike.items():
-        for first, second in combinations(same, 2):
-            difference = first.estimate - second.estimate
-            key = {
-                "outcome": outcome,
-                "criterion": first.criterion,
-                "other": second.criterion,
-                "split": split,
-                "method": method,
-            }
-            rows.append(
-                key | row(difference, level, named="difference", p_value=difference.p_value)
-            )
-    return pd.DataFrame(rows)
+    alike: dict[tuple[str, str], dict[str, Estimate]] = defaultdict(dict)
+    for (outcome, criterion, split, how), estimate in found.items():
+        if how == method:
+            alike[outcome, split][criterion] = estimate
+    differences = {
+        (outcome, first, second, split, method): same[first] - same[second]
+        for (outcome, split), same in alike.items()
+        for first, second in combinations(same, 2)
+    }
+    names = ("outcome", "criterion", "other", "split", "method")
+    return table(differences, names, level, named="difference", tested=True)
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -284,34 +271,23 @@ def _correlations_of(
     *,
     bootstrap: Bootstrap,
 ) -> pd.DataFrame:
-    """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, split and
-    method.
+    """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, population
+    and method.
     """
     scored = scores(tokens, criteria, seed=bootstrap.seed)
-    rows = []
-    for split in splits(tokens, bootstrap=bootstrap):
-        variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-        held = Controls([column[split.mask] for column in fixed.values()])
-        bare = split.prompts.without_draws()
-        for outcome in outcomes(tokens):
-            y, placebo = (
-                Variable(split.values(tokens, name)) for name in (outcome, f"placebo_{outcome}")
-            )
-            for name, x in variables.items():
-                for method in methods:
-                    key = {
-                        "outcome": outcome,
-                        "criterion": name,
-                        "split": split.name,
-                        "method": method,
-                    }
-                    control = statistic(x, placebo, held, bare, method).value
-                    rows.append(
-                        key
-                        | row(
-                            statistic(x, y, held, split.prompts, method),
-                            bootstrap.level,
-                            placebo=control,
+
+    def make(tokens: pd.DataFrame, settings: Bootstrap) -> Associations:
+        found: Associations = {}
+        for split in splits(tokens, bootstrap=settings):
+            variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
+            held = Controls([column[split.mask] for column in fixed.values()])
+            for outcome in outcomes_and_null(tokens):
+                y = Variable(split.values(tokens, outcome))
+                for name, x in variables.items():
+                    for method in methods:
+                        found[outcome, name, split.name, method] = statistic(
+                            x, y, held, split.prompts, method
                         )
-                    )
-    return pd.DataFrame(rows)
+        return found
+
+    return correlation_table(over_steps(make, tokens, bootstrap), level=bootstrap.level)

@@ -142,3 +142,45 @@ def _cluster_robust_errors(
         return np.full(design.shape[1], np.nan)
     model = OLS(outcome, np.column_stack([np.ones(len(design)), design]))
     return model.fit(cov_type="cluster", cov_kwds={"groups": codes}, use_t=True).bse[1:]
+
+
+def correlation_matrix(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations of columns, and their standard deviations.
+
+    Args:
+        columns: [q, n] finite values.
+
+    Returns:
+        [q, q] Pearson correlations, NaN with a constant column, and [q] standard deviations
+        (divisor n), 0 for a constant.
+    """
+    if not columns.shape[1]:
+        return np.full((len(columns),) * 2, np.nan), np.zeros(len(columns))
+    centered = columns - columns.mean(axis=1, keepdims=True)
+    products = centered @ centered.T / columns.shape[1]
+    spread = np.sqrt(np.diag(products))
+    # Rounding leaves a constant a spread of its own size times 1e-16.
+    constant = spread <= 1e-14 * np.abs(columns).max(axis=1)
+    scale = np.where(constant, np.nan, spread)
+    return products / (scale[:, None] * scale), np.where(constant, 0.0, spread)
+
+
+def standardized_fits(
+    matrix: np.ndarray, terms: Sequence[int], outcomes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regress standardized columns on others, from their correlations.
+
+    Args:
+        matrix: [q, q] correlations.
+        terms: Numbers of the p columns that explain.
+        outcomes: Numbers of the m columns that are explained, each by itself.
+
+    Returns:
+        [p, m] standardized coefficients and [m] R^2; NaN where a column is constant or the terms
+        are linearly dependent.
+    """
+    inner, targets = matrix[np.ix_(terms, terms)], matrix[np.ix_(terms, outcomes)]
+    if not np.isfinite(inner).all():
+        return np.full(targets.shape, np.nan), np.full(targets.shape[1], np.nan)
+    beta = inverse(inner) @ targets
+    return beta, (beta * targets).sum(axis=0)

@@ -2,97 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, spatial
 
-from diagnostics.analysis.bootstrap import (
-    Estimate,
-    PromptClusters,
-    of_sums,
-    ratio_of_sums,
-    undefined,
-)
 
-TOO_FAR = 1e9
-"""Cost of a pair outside the caliper: an assignment takes one only where no other is left."""
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a treated and a control position.
+
+    Attributes:
+        treated: [pairs] row numbers of the treated positions, each at most once.
+        control: [pairs] row numbers of their controls, which may repeat.
+        distance: [pairs] distance of the two, in the unit of the features.
+    """
+
+    treated: np.ndarray
+    control: np.ndarray
+    distance: np.ndarray
+
+    def within(self, caliper: float) -> Pairs:
+        """The pairs that are no further apart than a caliper."""
+        near = self.distance <= caliper
+        return Pairs(self.treated[near], self.control[near], self.distance[near])
+
+    def differences(self, values: np.ndarray) -> np.ndarray:
+        """[pairs] value [N] at the treated minus value at the control position."""
+        return values[self.treated] - values[self.control]
+
+    def difference(self, values: np.ndarray) -> float:
+        """Mean difference over the pairs whose two values [N] are finite; NaN without any."""
+        found = self.differences(values)
+        found = found[np.isfinite(found)]
+        return float(found.mean()) if len(found) else np.nan
 
 
 def match(
-    features: np.ndarray,
-    treated: np.ndarray,
-    control: np.ndarray,
-    codes: np.ndarray,
-    *,
-    replacement: bool,
-    caliper: float = np.inf,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pair treated with control positions of the same prompt, nearest in Euclidean distance.
+    features: np.ndarray, treated: np.ndarray, control: np.ndarray, codes: np.ndarray
+) -> Pairs:
+    """Pair each treated position with the nearest control position of the same prompt.
 
-    With replacement each treated position takes its nearest control. Without it, the pairs of each
-    prompt minimize the summed distance, and the larger side keeps some positions unpaired.
+    Distance is Euclidean. A control may be taken more than once; of equally near ones the first is
+    taken. A treated position without a control in its prompt has no pair.
 
     Args:
         features: [N, F] coordinates, finite wherever a position is treated or control.
         treated: Mask [N].
         control: Mask [N].
         codes: [N] number of each position's prompt.
-        replacement: Whether a control may be taken more than once.
-        caliper: Distance beyond which a pair is dropped.
 
     Returns:
-        Row numbers of the treated and of the control position of each pair.
+        The pairs.
 
     Reference:
-        Rosenbaum and Rubin 1985; Stuart 2010 (matching with and without replacement).
+        Rosenbaum and Rubin 1985; Stuart 2010 (matching with replacement).
     """
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    rows = np.flatnonzero(treated | control)
-    rows = rows[np.argsort(codes[rows], kind="stable")]
-    for group in np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1):
-        t = group[treated[group]]
-        c = group[control[group]]
-        if len(t) and len(c):
-            distance = spatial.distance.cdist(features[t], features[c])
-            cost = np.where(distance > caliper, TOO_FAR, distance)
-            i, j = (
-                (np.arange(len(t)), distance.argmin(1))
-                if replacement
-                else optimize.linear_sum_assignment(cost)
-            )
-            near = distance[i, j] <= caliper
-            pairs.append((t[i[near]], c[j[near]]))
-    if not pairs:
-        return np.empty(0, dtype=int), np.empty(0, dtype=int)
-    return tuple(np.concatenate(side) for side in zip(*pairs))
-
-
-def matched_difference(
-    values: np.ndarray, prompts: PromptClusters, pairs: tuple[np.ndarray, np.ndarray]
-) -> Estimate:
-    """Mean over pairs of the value at the treated minus the value at the control position.
-
-    Args:
-        values: [N] values; pairs with one that is not finite do not count.
-        prompts: The prompts of the N positions, with their draws.
-        pairs: Row numbers of the treated and of the control positions, as from `match`.
-
-    Returns:
-        The difference; its `positions` counts pairs.
-    """
-    treated, control = pairs
-    difference = values[treated] - values[control]
-    kept = np.isfinite(difference)
-    rows = treated[kept]
-    if not kept.any():
-        return undefined(prompts)
-    mask = np.zeros(len(values), dtype=bool)
-    mask[rows] = True
-    estimate = of_sums(
-        ratio_of_sums, prompts.sums(np.ones(len(rows)), difference[kept], at=rows), prompts, mask
-    )[0]
-    return replace(estimate, positions=len(rows))
+    t, c = np.flatnonzero(treated), np.flatnonzero(control)
+    c = c[np.argsort(codes[c], kind="stable")]
+    first, last = (np.searchsorted(codes[c], codes[t], side=side) for side in ("left", "right"))
+    t, first, many = t[last > first], first[last > first], (last - first)[last > first]
+    if not len(t):
+        none = np.empty(0, dtype=int)
+        return Pairs(none, none, np.empty(0))
+    # Every treated position with every control of its prompt, in runs of one treated position.
+    start = np.cumsum(many) - many
+    run = np.repeat(np.arange(len(t)), many)
+    other = c[np.arange(len(run)) - start[run] + first[run]]
+    distance = np.sqrt(((features[t[run]] - features[other]) ** 2).sum(axis=1))
+    least = np.minimum.reduceat(distance, start)
+    nearest = np.flatnonzero(distance == least[run])
+    nearest = nearest[np.unique(run[nearest], return_index=True)[1]]
+    return Pairs(t, other[nearest], least)
 
 
 def standardized_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:

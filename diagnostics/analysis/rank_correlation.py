@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
 import numpy as np
 
 from diagnostics.analysis.bootstrap import (
+    EXACT_DRAWS,
     Estimate,
     PromptClusters,
     of_sums,
@@ -138,8 +140,8 @@ def pearson(x, y, prompts: PromptClusters) -> Estimate:
 def spearman(x, y, prompts: PromptClusters) -> Estimate:
     """Spearman's correlation over the positions where both variables are finite.
 
-    Positions are ranked once and their ranks resampled, which is not the same as ranking each draw
-    anew: `benchmarks/CALIBRATION.md` shows how little the standard errors differ.
+    Positions are ranked once and their ranks resampled, which is quick and for some variables too
+    narrow; `spearman_pairs` ranks anew in every draw.
 
     Args:
         x: [N] values, an array or a `Variable`.
@@ -151,6 +153,115 @@ def spearman(x, y, prompts: PromptClusters) -> Estimate:
     """
     x, y, mask = _pair(x, y)
     return _pearson(x.ranked(mask).average, y.ranked(mask).average, mask, prompts)
+
+
+def spearman_pairs(
+    scores: Mapping[str, Variable], outcomes: Mapping[str, Variable], prompts: PromptClusters
+) -> dict[tuple[str, str], Estimate]:
+    """Spearman's correlation of every score with every outcome, ranked anew in every draw.
+
+    A draw weighs every position by how often its prompt was taken. The mid-rank of a value is then
+    the weight below it plus half the weight at it, so one sort of each variable serves all draws.
+
+    Args:
+        scores: [N] values each, by name.
+        outcomes: [N] values each, by name.
+        prompts: The prompts of the N positions, with their draws, of which the first `EXACT_DRAWS`
+            are used. Without draws the values alone are computed.
+
+    Returns:
+        Correlations by (outcome, score); NaN for a constant.
+    """
+    found = {}
+    for mask, pairs in _by_mask(scores, outcomes):
+        used = [{name: pool[name] for name in dict.fromkeys(side)} for pool, side in pairs]
+        grid = _reranked(*(list(side.values()) for side in used), mask, prompts)
+        rows, columns = ({name: i for i, name in enumerate(side)} for side in used)
+        for score, outcome in zip(*(side for _, side in pairs)):
+            found[outcome, score] = grid[rows[score]][columns[outcome]]
+    return {(outcome, score): found[outcome, score] for outcome in outcomes for score in scores}
+
+
+def _by_mask(scores: Mapping[str, Variable], outcomes: Mapping[str, Variable]) -> Iterator[tuple]:
+    """(mask, ((scores, names), (outcomes, names))) for the pairs that are defined at the same
+    positions.
+    """
+    groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    masks = {}
+    for outcome, y in outcomes.items():
+        for score, x in scores.items():
+            mask = x.finite & y.finite
+            key = np.packbits(mask).tobytes()
+            masks[key] = mask
+            groups[key].append((score, outcome))
+    for key, pairs in groups.items():
+        first, second = zip(*pairs)
+        yield masks[key], ((scores, first), (outcomes, second))
+
+
+def _reranked(
+    x: Sequence[Variable], y: Sequence[Variable], mask: np.ndarray, prompts: PromptClusters
+) -> list[list[Estimate]]:
+    """Spearman's correlation of each x with each y over the positions of a mask."""
+    if mask.sum() < 3:
+        return [[undefined(prompts, mask)] * len(y)] * len(x)
+    codes = prompts.codes[mask]
+    ranks = [_WeightedRanks(v.ranked(mask), codes) for v in (*x, *y)]
+
+    def grid(weights: np.ndarray) -> np.ndarray:
+        each = weights[codes]
+        half = each.sum() / 2
+        moved = np.stack([rank.of(weights) - half for rank in ranks])
+        weighed = moved * each
+        spread = np.sqrt(np.einsum("ij,ij->i", moved, weighed))
+        product = weighed[: len(x)] @ moved[len(x) :].T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rho = product / (spread[: len(x), None] * spread[None, len(x) :])
+        return np.where(np.isfinite(rho), np.clip(rho, -1, 1), np.nan)
+
+    value = grid(np.ones(prompts.count))
+    draws = np.array([grid(w) for w in prompts.weights[:EXACT_DRAWS]]).reshape(-1, *value.shape)
+    left_out = None
+    if prompts.draws:
+        left_out = np.array([grid(w) for w in 1 - np.eye(prompts.count)])
+    counts = int(mask.sum()), prompts.present(mask)
+    return [
+        [
+            Estimate(
+                float(value[i, j]),
+                draws[:, i, j],
+                *counts,
+                correlation=True,
+                left_out=None if left_out is None else left_out[:, i, j],
+            )
+            for j in range(len(y))
+        ]
+        for i in range(len(x))
+    ]
+
+
+class _WeightedRanks:
+    """Mid-ranks, from 0, of n values whose prompts have weights.
+
+    Args:
+        ranked: The values' order and ties.
+        codes: [n] number of each value's prompt.
+    """
+
+    def __init__(self, ranked: Ranked, codes: np.ndarray):
+        self.codes = codes[ranked.order]
+        self.below, self.upto = ranked.below, ranked.below + ranked.ties
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
+        """[n] weight of the lower values and half the weight of the equal ones.
+
+        Args:
+            weights: [prompts] how often each prompt counts.
+        """
+        total = np.empty(len(self.codes) + 1)
+        total[0] = 0
+        np.cumsum(weights[self.codes], out=total[1:])
+        return (total[self.below] + total[self.upto]) / 2
 
 
 def _pearson(x: np.ndarray, y: np.ndarray, mask: np.ndarray, prompts: PromptClusters) -> Estimate:
@@ -434,7 +545,23 @@ def groups_by_rank(score: np.ndarray, groups: int, mask: np.ndarray) -> np.ndarr
     """
     mask = mask & np.isfinite(score)
     result = np.zeros(len(score), dtype=int)
-    if mask.any():
-        share = (Ranked(score[mask]).average - 0.5) / mask.sum()
-        result[mask] = 1 + np.floor(share * groups).astype(int)
+    result[mask] = equal_groups(rank_shares(score[mask]), groups)
     return result
+
+
+def rank_shares(score: np.ndarray) -> np.ndarray:
+    """[n] share of the finite scores that lie below each, half of its equals among them; NaN for a
+    score that is not finite.
+    """
+    finite = np.isfinite(score)
+    shares = np.full(len(score), np.nan)
+    if finite.any():
+        shares[finite] = (Ranked(score[finite]).average - 0.5) / finite.sum()
+    return shares
+
+
+def equal_groups(shares: np.ndarray, groups: int) -> np.ndarray:
+    """[n] group from 1 to `groups` by the shares of `rank_shares`; 0 where a share is NaN."""
+    return np.where(np.isfinite(shares), 1 + np.floor(np.nan_to_num(shares) * groups), 0).astype(
+        int
+    )

@@ -8,30 +8,34 @@ positions of a fit:
     compatibility    gain ~ h + d + h*d + t + ht + c
     decomposition    gain ~ h + d*c + d*(1 - c) + t + ht
 
-The decomposition splits d into a part within the student's reach and a part outside of it; claim C3
-of arXiv 2605.26844 is that the coefficient of the first is the larger. Standardized coefficients
-also differ where the two predictors merely have different variances, so the difference is also
-given *per unit* of d.
+The decomposition splits d into a part within the student's reach and a part outside of it.
+Standardized coefficients also differ where the two predictors merely have different variances, so
+the difference is also given *per unit* of d. It has no main effect of c; the test of claim C3 has
+(`claim_statistics`).
 
-Departures: intervals are cluster-robust (the released scripts give coefficients alone); the usual
-CR1 errors, which are too small with some tens of prompts, are in a column of their own. ht is left
+The coefficients' normalizations, winsorizing limits and standard deviations are made anew in every
+draw. The residual curves cut their deciles and knots once, and refit everything else.
+
+Departures: intervals resample prompts (the released scripts give coefficients alone). ht is left
 out where the table lacks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.interpolate import BSpline
 
-from diagnostics.analysis import linear_model, rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums, winsorize
+from diagnostics.analysis import cuts, linear_model, rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.linear_model import Regression
-from diagnostics.analysis.splits import Split, outcomes, row, splits
+from diagnostics.analysis.cuts import Drawn
+from diagnostics.analysis.splits import outcomes, row, same_positions, splits, table
+from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position, score_criterion
@@ -63,6 +67,7 @@ MODELS = {
 BASE_MODEL = "interaction"
 """The model whose R^2 the others are compared with."""
 WINSORISED = (0.0, 0.01, 0.05)
+SCALES = ("standardised", "per_unit")
 HELD_TERMS = ("student_entropy", "divergence", "position", "teacher_entropy")
 CURVE_SCORES = ("compatibility", "teachability", "incompatible")
 DECILES, GRID, INNER_KNOTS = 10, 25, 3
@@ -106,55 +111,85 @@ def terms(
     return found
 
 
-def fit(
-    model: str,
-    values: np.ndarray,
-    predictors: dict[str, np.ndarray],
-    split: Split,
-    *,
-    robust: bool = True,
-) -> Regression | None:
-    """Fit one model on a split.
+@dataclass(frozen=True)
+class _Plan:
+    """Which fits are made, in the order of their numbers.
 
-    Args:
-        model: interaction, compatibility or decomposition.
-        values: [n] outcome on the split.
-        predictors: [N] terms over the whole table, as from `terms`; those that are missing are left
-            out.
-        split: The split.
-        robust: False leaves the CR1 errors out.
-
-    Returns:
-        The fit; None where it is undefined.
+    Attributes:
+        keys: (population, outcome) of each outcome.
+        models: Terms by model, of those that the table has.
     """
-    chosen = {name: predictors[name][split.mask] for name in MODELS[model] if name in predictors}
-    return linear_model.regress(values, chosen, split.prompts, robust=robust)
+
+    keys: list[tuple[str, str]]
+    models: dict[str, tuple[str, ...]]
+
+    def names(self) -> list[tuple]:
+        """What each number of `numbers` is: its kind, then outcome, population, share of each tail
+        that is winsorized, and model and term, or scale.
+        """
+        fits = [(outcome, split, share) for split, outcome in self.keys for share in WINSORISED]
+        found: list[tuple] = []
+        for fit in fits:
+            for model, chosen in self.models.items():
+                found += [("coefficient", *fit, model, term) for term in chosen]
+                found.append(("r_squared", *fit, model))
+            found += [("difference", *fit, scale) for scale in SCALES]
+        return found
+
+    def numbers(self, drawn: Drawn) -> np.ndarray:
+        """All numbers for the positions of a draw; NaN where a model cannot be fitted."""
+        predictors = {
+            name: column[: len(drawn.prompt)] for name, column in terms(drawn.tokens).items()
+        }
+        design = np.stack(list(predictors.values()))
+        defined = np.isfinite(design).all(axis=0)
+        # Outcomes that are defined at the same positions are explained by the same terms.
+        alike: dict[bytes, list[int]] = {}
+        values = [drawn.values[key] for key in self.keys]
+        for number, column in enumerate(values):
+            alike.setdefault(np.packbits(np.isfinite(column)).tobytes(), []).append(number)
+        found = np.empty((len(values), len(self.names()) // len(values)))
+        for numbers in alike.values():
+            rows = defined & np.isfinite(values[numbers[0]])
+            outcomes = [_winsorized(values[number], rows) for number in numbers]
+            fits = self._fits(list(predictors), design[:, rows], np.concatenate(outcomes))
+            found[numbers] = fits.reshape(len(numbers), -1)
+        return found.ravel()
+
+    def _fits(self, names: list[str], design: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
+        """[outcomes, numbers] of outcomes [outcomes, n] that share a design [terms, n]."""
+        matrix, spread = linear_model.correlation_matrix(np.concatenate([design, outcomes]))
+        at = range(len(names), len(matrix))
+        found = []
+        for model, chosen in self.models.items():
+            inner = [names.index(term) for term in chosen]
+            beta, fit = linear_model.standardized_fits(matrix, inner, at)
+            if design.shape[1] < len(chosen) + 3:
+                beta, fit = np.full_like(beta, np.nan), np.full_like(fit, np.nan)
+            found += [*beta, fit]
+            if model == "decomposition":
+                first, second = (chosen.index(term) for term in ("teachability", "incompatible"))
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    unit = beta * spread[list(at)] / spread[inner][:, None]
+                differences = [each[first] - each[second] for each in (beta, unit)]
+        return np.stack([*found, *differences], axis=1)
 
 
-def decomposition_difference(regression: Regression, *, per_unit: bool = False) -> Estimate:
-    """Coefficient of d*c minus that of d*(1 - c).
-
-    Args:
-        regression: A fit of the model decomposition.
-        per_unit: True for coefficients in the outcome's unit per unit of d, False for standardized
-            ones.
-
-    Returns:
-        The difference.
-    """
-    first, second = (regression.coefficients[name] for name in ("teachability", "incompatible"))
-    if per_unit:
-        scale = regression.spread
-        first = first.times(scale["outcome"] / scale["teachability"])
-        second = second.times(scale["outcome"] / scale["incompatible"])
-    return first - second
+def _winsorized(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[shares, rows] values [n] under a mask, clipped at the quantiles of all finite ones."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return np.full((len(WINSORISED), int(rows.sum())), np.nan)
+    tails = [end for share in WINSORISED for end in (share, 1 - share)]
+    limits = np.quantile(finite, tails).reshape(-1, 2)
+    return np.clip(values[rows], limits[:, :1], limits[:, 1:])
 
 
 @with_settings(bootstrap=Bootstrap)
 def regressions(
     tokens: pd.DataFrame, *, bootstrap: Bootstrap = Bootstrap(), **settings: Any
 ) -> dict[str, pd.DataFrame]:
-    """The three models for every outcome and split, raw and winsorized by 1 and 5 %.
+    """The three models for every outcome and population, raw and winsorized by 1 and 5 %.
 
     Args:
         tokens: A token table, one row per response position, with at least one outcome.
@@ -163,69 +198,90 @@ def regressions(
 
     Returns:
         Two tables. `regressions`: outcome, split, winsorised (share of each tail), model, term,
-        coefficient (standardized), low, high, p_value, robust_error (CR1, statsmodels), inflation
-        (variance inflation factor), r_squared, r_squared_gain (over the interaction model, NaN for
-        itself) with its low and high, positions, prompts. `decomposition`: outcome, split,
-        winsorised, scale (standardised, per_unit), difference, low, high, p_value, positions,
-        prompts. Models that cannot be fitted have no rows.
+        coefficient (standardized), low, high, p_value, inflation (variance inflation factor),
+        r_squared, r_squared_gain (over the interaction model, NaN for itself) with its low and
+        high, positions, prompts, steps. `decomposition`: outcome, split, winsorised, scale
+        (standardised, per_unit), difference, low, high, p_value, positions, prompts, steps. Models
+        that cannot be fitted have no rows.
     """
-    predictors = terms(tokens)
-    rows = []
-    tests = []
-    for split in splits(tokens, bootstrap=bootstrap):
-        for outcome in outcomes(tokens):
-            for share in WINSORISED:
-                values = winsorize(split.values(tokens, outcome), share)
-                fits = {model: fit(model, values, predictors, split) for model in MODELS}
-                key = {"outcome": outcome, "split": split.name, "winsorised": share}
-                for model, found in fits.items():
-                    base = fits[BASE_MODEL] if model != BASE_MODEL else None
-                    rows += (
-                        _coefficients(key | {"model": model}, found, base, bootstrap.level)
-                        if found
-                        else []
-                    )
-                if fits["decomposition"]:
-                    tests += _tests(key, fits["decomposition"], bootstrap.level)
-    return {"regressions": pd.DataFrame(rows), "decomposition": pd.DataFrame(tests)}
-
-
-def _coefficients(
-    key: dict, found: Regression, base: Regression | None, level: float
-) -> list[dict]:
-    more = found.r_squared - base.r_squared if base else None
-    low, high = more.interval(level) if more else (np.nan, np.nan)
-    fit_columns = {
-        "r_squared": found.r_squared.value,
-        "r_squared_gain": more.value if more else np.nan,
-        "r_squared_gain_low": low,
-        "r_squared_gain_high": high,
+    terms(tokens)  # Refuses a table that lacks a column.
+    names = outcomes(tokens)
+    models = {
+        model: tuple(term for term in chosen if term != "teacher_entropy" or term in tokens)
+        for model, chosen in MODELS.items()
     }
-    return [
-        key
-        | {"term": term}
-        | row(
+    needs = [*REGRESSION_COLUMNS, *(["teacher_entropy"] if "teacher_entropy" in tokens else [])]
+    needs = cuts.needed_columns(CURVE_SCORES, needs)
+
+    def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
+        found = {}
+        for together in same_positions(splits(tokens, bootstrap=settings)):
+            drawn = cuts.whole(tokens, together, needs, names)
+            plan = _Plan(list(drawn.values), models)
+            estimates = cuts.redrawn(plan.numbers, tokens, together, needs, names)
+            defined = np.isfinite(list(terms(drawn.tokens).values())).all(axis=0)
+            for key, estimate in zip(plan.names(), estimates, strict=True):
+                values = drawn.values[key[2], key[1]]
+                mask = np.isfinite(values) & defined[: len(values)]
+                found[key] = cuts.counted(estimate, mask, drawn.prompt)
+        return found
+
+    found = over_steps(make, tokens, bootstrap)
+    differences = {
+        key[1:]: estimate
+        for key, estimate in found.items()
+        if key[0] == "difference" and np.isfinite(estimate.value)
+    }
+    keys = ("outcome", "split", "winsorised", "scale")
+    level = bootstrap.level
+    return {
+        "regressions": pd.DataFrame(list(_coefficient_rows(tokens, found, models, level))),
+        "decomposition": table(differences, keys, level, named="difference", tested=True),
+    }
+
+
+def _coefficient_rows(
+    tokens: pd.DataFrame, found: Mapping[tuple, Estimate], models: Mapping, level: float
+) -> Iterator[dict]:
+    inflation = _inflation(tokens, models)
+    for (kind, *key), estimate in found.items():
+        if kind != "coefficient" or not np.isfinite(estimate.value):
+            continue
+        outcome, split, share, model, term = key
+        fit = found["r_squared", outcome, split, share, model]
+        more = None
+        if model != BASE_MODEL:
+            more = fit - found["r_squared", outcome, split, share, BASE_MODEL]
+        low, high = more.interval(level) if more else (np.nan, np.nan)
+        names = ("outcome", "split", "winsorised", "model", "term")
+        yield dict(zip(names, key, strict=True)) | row(
             estimate,
             level,
             named="coefficient",
             p_value=estimate.p_value,
-            robust_error=found.robust_error[term],
-            inflation=found.inflation[term],
-            **fit_columns,
+            inflation=inflation[outcome, split, model].get(term, np.nan),
+            r_squared=fit.value,
+            r_squared_gain=more.value if more else np.nan,
+            r_squared_gain_low=low,
+            r_squared_gain_high=high,
         )
-        for term, estimate in found.coefficients.items()
-    ]
 
 
-def _tests(key: dict, found: Regression, level: float) -> list[dict]:
-    both = {
-        scale: decomposition_difference(found, per_unit=scale == "per_unit")
-        for scale in ("standardised", "per_unit")
-    }
-    return [
-        key | {"scale": scale} | row(estimate, level, named="difference", p_value=estimate.p_value)
-        for scale, estimate in both.items()
-    ]
+def _inflation(tokens: pd.DataFrame, models: Mapping) -> dict[tuple, dict[str, float]]:
+    """Variance inflation factor of each term by (outcome, population, model)."""
+    predictors = terms(tokens)
+    found = {}
+    for split in splits(tokens, draws=0):
+        columns = np.stack([column[split.mask] for column in predictors.values()])
+        defined = np.isfinite(columns).all(axis=0)
+        for outcome in outcomes(tokens):
+            rows = defined & np.isfinite(split.values(tokens, outcome))
+            matrix, _ = linear_model.correlation_matrix(columns[:, rows])
+            for model, chosen in models.items():
+                at = [list(predictors).index(term) for term in chosen]
+                factors = np.diag(linear_model.inverse(matrix[np.ix_(at, at)]))
+                found[outcome, split.name, model] = dict(zip(chosen, map(float, factors)))
+    return found
 
 
 # Residual curves
@@ -247,25 +303,32 @@ def residual_curves(
         settings: Fields of `bootstrap`.
 
     Returns:
-        Columns outcome, split, score, curve, at (the score), residual (in the outcome's unit), low,
-        high, positions, prompts.
+        Columns outcome, split, score, curve, point (its number), residual (in the outcome's unit),
+        low, high, at (the score), positions, prompts, steps.
     """
     predictors = terms(tokens)
-    rows = []
     held = [predictors[name] for name in HELD_TERMS if name in predictors]
-    for split in splits(tokens, bootstrap=bootstrap):
-        controls = [column[split.mask] for column in held]
-        for outcome in outcomes(tokens):
-            values = split.values(tokens, outcome)
-            for score in CURVE_SCORES:
-                x = predictors[score][split.mask]
-                key = {"outcome": outcome, "split": split.name, "score": score}
-                for curve, points in residual_curve(x, values, controls, split.prompts).items():
-                    rows += [
-                        key | {"curve": curve, "at": at} | row(e, bootstrap.level, named="residual")
-                        for at, e in points
-                    ]
-    return pd.DataFrame(rows)
+    places: dict[tuple, dict] = {}
+
+    def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
+        found = {}
+        for split in splits(tokens, bootstrap=settings):
+            controls = [column[split.mask] for column in held]
+            for outcome in outcomes(tokens):
+                values = split.values(tokens, outcome)
+                for score in CURVE_SCORES:
+                    x = predictors[score][split.mask]
+                    curves = residual_curve(x, values, controls, split.prompts)
+                    for curve, points in curves.items():
+                        for number, (at, estimate) in enumerate(points):
+                            key = (outcome, split.name, score, curve, number)
+                            places.setdefault(key, {"at": at})
+                            found[key] = estimate
+        return found
+
+    found = over_steps(make, tokens, bootstrap)
+    names = ("outcome", "split", "score", "curve", "point")
+    return table(found, names, bootstrap.level, named="residual", more=places)
 
 
 def residual_curve(

@@ -2,8 +2,7 @@
 
 Four statistics test claims C1-C3 (arXiv 2605.26844), each for one outcome on one split:
 
-    spearman_difference    rho(outcome, d*c) - rho(outcome, d), minus the same for the outcome's
-                           placebo if there is one
+    spearman_difference    rho(outcome, d*c) - rho(outcome, d)
     tertile_difference     mean outcome, top minus bottom tertile of c within Q3
     matched_difference     the same within prompts at similar (h, d, position), with replacement
     decomposition          beta(d*c) - beta(d*(1 - c)), standardized (see `regressions`)
@@ -17,7 +16,7 @@ and without special tokens and first positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,21 +24,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import matching, rank_correlation, regressions
+from diagnostics.analysis import linear_model, matching, rank_correlation, regressions
 from diagnostics.analysis.bootstrap import (
     Estimate,
     PromptClusters,
     design_effect,
     effective_clusters,
+    mean,
+    mean_difference,
     undefined,
     winsorize,
 )
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.linear_model import Regression
-from diagnostics.analysis.quadrants import Contrast, contrasts, matching_features, pair_up
 from diagnostics.analysis.rank_correlation import Variable
-from diagnostics.analysis.splits import Split, outcomes, row, splits
+from diagnostics.analysis.splits import Split, controls, outcomes, row, splits
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.folds import step_count
 from diagnostics.core.schema import SCHEMA, support_column
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, quadrants
@@ -70,6 +71,71 @@ CLAIM_OUTCOMES = ("gain", "relative_gain")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """Top and bottom group of a score among the Q3 positions of a split.
+
+    Attributes:
+        split: The split with its n positions.
+        score: Name of the score.
+        group: [n] 1 for the lowest group, `groups` for the highest, 0 outside Q3.
+        groups: Number of groups.
+    """
+
+    split: Split
+    score: str
+    group: np.ndarray
+    groups: int
+
+    @property
+    def top(self) -> np.ndarray:
+        """Mask of the highest group."""
+        return self.group == self.groups
+
+    @property
+    def bottom(self) -> np.ndarray:
+        """Mask of the lowest group."""
+        return self.group == 1
+
+    def difference(self, values: np.ndarray) -> Estimate:
+        """Mean of the values [n] in the top minus in the bottom group."""
+        return mean_difference(values, self.split.prompts, self.top, self.bottom)
+
+
+def contrasts(
+    scored: dict[str, np.ndarray], in_q3: np.ndarray, split: Split, groups: int
+) -> Iterator[Contrast]:
+    """Groups of each score [N] within Q3 of the split, cut once over the split's Q3 positions."""
+    for name, score in scored.items():
+        group = rank_correlation.groups_by_rank(score[split.mask], groups, in_q3[split.mask])
+        yield Contrast(split, name, group, groups)
+
+
+def matching_features(tokens: pd.DataFrame) -> np.ndarray:
+    """Coordinates [N, 3] to match in: h, d and relative position, each over its standard deviation
+    within Q3.
+    """
+    columns = controls(tokens).values()
+    in_q3 = quadrants(tokens) == 3
+    # Distances inside Q3 are compared, so the spread inside Q3 is the unit.
+    spreads = [column[in_q3].std() if in_q3.any() else 0.0 for column in columns]
+    return np.stack([column / (spread or 1.0) for column, spread in zip(columns, spreads)], axis=1)
+
+
+def _placed(pairs: matching.Pairs, values: np.ndarray) -> np.ndarray:
+    found = np.full(len(values), np.nan)
+    found[pairs.treated] = pairs.differences(values)
+    return found
+
+
+def pair_up(contrast: Contrast, space: np.ndarray) -> matching.Pairs:
+    """Pair top with bottom positions of a contrast, within prompts, in coordinates [n, F]."""
+    defined = np.isfinite(space).all(axis=1)
+    top = contrast.top & defined
+    bottom = contrast.bottom & defined
+    return matching.match(space, top, bottom, contrast.split.prompts.codes)
+
+
 class ClaimStatistics:
     """The statistics of one table, with one column in the place of compatibility.
 
@@ -98,35 +164,42 @@ class ClaimStatistics:
             split: The split.
             outcome: Column of the outcome.
             names: Statistics to compute.
-            winsorised: Share of each tail at which the outcome and its placebo are clipped.
+            winsorised: Share of each tail at which the outcome is clipped.
 
         Returns:
             Estimates by name.
         """
-        values, placebo = (
-            winsorize(split.values(self.tokens, name), winsorised)
-            for name in (outcome, f"placebo_{outcome}")
-        )
+        values = winsorize(split.values(self.tokens, outcome), winsorised)
         contrast = self.contrast(split)
 
         # Two of the statistics need the same regression, and neither may be wanted.
         @cache
         def decomposition() -> Regression | None:
-            return regressions.fit("decomposition", values, self.predictors, split, robust=False)
+            chosen = {
+                name: self.predictors[name][split.mask]
+                for name in regressions.MODELS["decomposition"]
+                if name in self.predictors
+            }
+            return linear_model.regress(values, chosen, split.prompts, robust=False)
 
         def difference(per_unit: bool) -> Estimate:
             found = decomposition()
-            return (
-                regressions.decomposition_difference(found, per_unit=per_unit)
-                if found
-                else undefined(split.prompts)
-            )
+            if not found:
+                return undefined(split.prompts)
+            sides = [found.coefficients[name] for name in ("teachability", "incompatible")]
+            if per_unit:
+                scale = found.spread
+                sides = [
+                    side.times(scale["outcome"] / scale[name])
+                    for side, name in zip(sides, ("teachability", "incompatible"))
+                ]
+            return sides[0] - sides[1]
 
         make = {
-            "spearman_difference": lambda: self._beyond_placebo(split, values, placebo),
+            "spearman_difference": lambda: self._difference(split, values),
             "tertile_difference": lambda: contrast.difference(values),
-            "matched_difference": lambda: matching.matched_difference(
-                values, split.prompts, self._pairs(contrast)
+            "matched_difference": lambda: mean(
+                _placed(self._pairs(contrast), values), split.prompts
             ),
             "decomposition": lambda: difference(per_unit=False),
             "decomposition_per_unit": lambda: difference(per_unit=True),
@@ -137,16 +210,8 @@ class ClaimStatistics:
         """Tertiles of c within Q3 of the split."""
         return next(contrasts({self.proxy: self.predictors["compatibility"]}, self.in_q3, split, 3))
 
-    def _pairs(self, contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, contrast: Contrast) -> matching.Pairs:
         return pair_up(contrast, self.space[contrast.split.mask])
-
-    def _beyond_placebo(self, split: Split, values: np.ndarray, placebo: np.ndarray) -> Estimate:
-        difference = self._difference(split, values)
-        return (
-            difference - self._difference(split, placebo)
-            if np.isfinite(placebo).any()
-            else difference
-        )
 
     def _difference(self, split: Split, values: np.ndarray) -> Estimate:
         values = Variable(values)
@@ -457,7 +522,7 @@ def coverage(
         Columns outcome, split, contexts, undefined (positions without a value), effective_prompts
         (as many prompts of equal length would weigh the same), design_effect (variance of the mean
         over that of independent positions), effective_positions (positions over the design effect),
-        positions, prompts.
+        positions, prompts, steps.
     """
     rows = []
     for split in splits(tokens, bootstrap=bootstrap):
@@ -477,6 +542,7 @@ def coverage(
                     "effective_positions": float(finite.sum() / effect) if effect > 0 else np.nan,
                     "positions": int(finite.sum()),
                     "prompts": split.prompts.present(finite),
+                    "steps": step_count(tokens),
                 }
             )
     return pd.DataFrame(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from diagnostics.core.schema import column, require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
 
+NULL_OUTCOME = "gain_permuted"
+"""The gain after a step towards a permuted teacher, which tables show beside the gain."""
 STUDY_OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
 """Outcomes of the study: nats first; the relative gain is there for comparison."""
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
@@ -114,6 +116,26 @@ def outcomes(tokens: pd.DataFrame) -> list[str]:
     return present
 
 
+def outcomes_and_null(tokens: pd.DataFrame) -> list[str]:
+    """Names of the outcomes that the table holds, with the permuted gain right after the gain.
+
+    Raises:
+        DiagnosticsError: If it holds none.
+    """
+    found = outcomes(tokens)
+    if NULL_OUTCOME in tokens:
+        found.insert(found.index("gain") + 1 if "gain" in found else len(found), NULL_OUTCOME)
+    return found
+
+
+def same_positions(parts: Iterable[Split]) -> Iterator[list[Split]]:
+    """Populations that hold the same positions, and so the same prompts and draws, together."""
+    groups: dict[bytes, list[Split]] = {}
+    for split in parts:
+        groups.setdefault(np.packbits(split.mask).tobytes(), []).append(split)
+    yield from groups.values()
+
+
 def scores(
     tokens: pd.DataFrame, names: Iterable[str] | None = None, *, seed: int = 0
 ) -> dict[str, np.ndarray]:
@@ -169,3 +191,36 @@ def row(estimate: Estimate, level: float, *, named: str = "estimate", **more) ->
             "steps": estimate.steps,
         }
     )
+
+
+def table(
+    found: Mapping[tuple, Estimate],
+    names: Iterable[str],
+    level: float,
+    *,
+    named: str = "estimate",
+    tested: bool = False,
+    more: Mapping[tuple, dict] | None = None,
+) -> pd.DataFrame:
+    """Make a table of results, one row per estimate.
+
+    Args:
+        found: Estimates by key.
+        names: Columns that hold the parts of a key.
+        level: Coverage of the intervals.
+        named: Name of the column that holds the values.
+        tested: Whether the two-sided p value against 0 is a column.
+        more: Further columns by key, placed between the interval and the counts.
+
+    Returns:
+        The key's columns, then those of `row`.
+    """
+    names = tuple(names)
+    rows = []
+    for key, estimate in found.items():
+        further = {"p_value": estimate.p_value} if tested else {}
+        further |= (more or {}).get(key, {})
+        rows.append(
+            dict(zip(names, key, strict=True)) | row(estimate, level, named=named, **further)
+        )
+    return pd.DataFrame(rows)

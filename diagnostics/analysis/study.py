@@ -20,7 +20,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import bounds, claims, correlations, regressions, robustness
 from diagnostics.analysis import splits as position_splits
 from diagnostics.analysis import warnings as study_warnings
-from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.correlations import (
     correlate,
     partial_correlations,
@@ -32,11 +32,20 @@ from diagnostics.analysis.quadrants import (
     position_means,
     q3_contrast,
     q3_groups,
+    q3_tables,
     quadrant_means,
 )
 from diagnostics.analysis.regressions import residual_curves
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
-from diagnostics.analysis.splits import STUDY_OUTCOMES, outcomes, scores, splits
+from diagnostics.analysis.splits import (
+    NULL_OUTCOME,
+    STUDY_OUTCOMES,
+    outcomes,
+    scores,
+    splits,
+)
+from diagnostics.analysis.strata import null_share, strata
+from diagnostics.core.folds import step_count
 from diagnostics.core.schema import support_column
 from diagnostics.core.settings import with_settings
 
@@ -46,6 +55,7 @@ __all__ = [
     "coverage",
     "gain_robustness",
     "matching",
+    "null_share",
     "outcomes",
     "partial_correlations",
     "position_means",
@@ -56,6 +66,7 @@ __all__ = [
     "saturation",
     "scores",
     "splits",
+    "strata",
     "study",
     "within_prompt_correlations",
 ]
@@ -63,8 +74,10 @@ __all__ = [
 _QUADRANT_COLUMNS = ("student_entropy", "forward_kl")
 _Q3_COLUMNS = (*_QUADRANT_COLUMNS, "compatibility")
 _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
+_CORRELATION_TABLES = ("correlations", "differences")
+_Q3_TABLES = ("q3_contrast", "q3_groups")
 _REGRESSION_TABLES = ("regressions", "decomposition")
-_CLAIM_TABLES = ("support_robustness", "verdicts")
+_CLAIM_TABLES = ("support_robustness", "verdicts", "claim_statistics")
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -76,6 +89,8 @@ def study(
     training: pd.DataFrame | None = None,
     losses: Mapping[str, pd.DataFrame] | None = None,
     base_k: int | None = None,
+    choices: PrimaryChoices = PrimaryChoices(),
+    registered: str | None = None,
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """Make every table that the token table allows.
@@ -88,14 +103,17 @@ def study(
         losses: Token tables of steps with other losses on the same bank, by loss.
         base_k: K of the columns without a suffix; None reads it from the table
             (`robustness.known_k`) and warns where it is not known.
+        choices: What is concluded from; anything else is exploratory.
+        registered: The hash of the choices as it was recorded before the probe; None where none
+            was, and then every verdict is exploratory.
         settings: Fields of `bootstrap`.
 
     Returns:
-        Tables by file name: correlations, placebo_excess, differences, partial, within_prompt,
-        quadrants, positions, q3_contrast, q3_groups, matching and balance (also within a caliper:
-        matching_caliper, balance_caliper), regressions, decomposition, residual_curves,
-        support_robustness, gain_robustness, saturation, coverage, verdicts, warnings and left_out
-        (columns table, what, why), and exactness for a top-K teacher.
+        Tables by file name: correlations, differences, partial, quadrants, positions, q3_contrast,
+        q3_groups, matching, balance, strata, null_share, regressions, decomposition,
+        residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts,
+        claim_statistics, warnings and left_out (columns table, what, why), and exactness for a
+        top-K teacher.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
@@ -109,7 +127,7 @@ def study(
     tokens, base_k = _with_k(tokens, base_k)
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
-    for step in _plan(tokens, criteria, bootstrap, losses, base_k):
+    for step in _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
             if table is not None and len(table):
@@ -165,13 +183,19 @@ class _Step:
 
 
 def _plan(
-    tokens: pd.DataFrame, criteria: list[str] | None, bootstrap: Bootstrap, losses, base_k: int
+    tokens: pd.DataFrame,
+    criteria: list[str] | None,
+    bootstrap: Bootstrap,
+    losses,
+    base_k: int,
+    choices: PrimaryChoices,
+    registered: str | None,
 ) -> list[_Step]:
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
     drawn = {"bootstrap": bootstrap}
     seeded = {"seed": bootstrap.seed}
-    near = {"caliper": correlations.CALIPER}
+    primary = {"choices": choices, "registered": registered}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
         return _Step((name,), needs, lambda: {name: function(tokens, **options)})
@@ -180,20 +204,18 @@ def _plan(
         return _Step(names, needs, lambda: function(tokens, **options))
 
     return [
-        several((), (), _correlations, **scored),
+        several(_CORRELATION_TABLES, (), _correlations, **scored),
         one("partial", position_splits.HELD_COLUMNS, partial_correlations, **scored),
-        one("within_prompt", (), within_prompt_correlations, **scored),
         one("quadrants", _QUADRANT_COLUMNS, quadrant_means, **drawn),
         one("positions", ("position", "response_length"), position_means, **drawn),
-        one("q3_contrast", _Q3_COLUMNS, q3_contrast, **drawn),
-        one("q3_groups", _Q3_COLUMNS, q3_groups, **drawn),
+        several(_Q3_TABLES, _Q3_COLUMNS, q3_tables, **drawn),
         one("matching", _CLAIM_COLUMNS, matching, **drawn),
         one("balance", _CLAIM_COLUMNS, balance, **seeded),
-        one("matching_caliper", _CLAIM_COLUMNS, matching, **near, **drawn),
-        one("balance_caliper", _CLAIM_COLUMNS, balance, **near, **seeded),
+        one("strata", ("forward_kl", "gain"), strata, **drawn),
+        one("null_share", (*_QUADRANT_COLUMNS, "gain", NULL_OUTCOME), null_share, **drawn),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
-        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **drawn),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
         one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
@@ -206,25 +228,24 @@ def _correlations(
     found = correlations.associate(tokens, criteria=criteria, bootstrap=bootstrap)
     return {
         "correlations": correlations.correlation_table(found, level=bootstrap.level),
-        "placebo_excess": correlations.placebo_excess(found, level=bootstrap.level),
         "differences": correlations.correlation_differences(found, level=bootstrap.level),
     }
 
 
-def _claims(tokens: pd.DataFrame, *, base_k: int, bootstrap: Bootstrap) -> dict[str, pd.DataFrame]:
+def _claims(
+    tokens: pd.DataFrame,
+    *,
+    base_k: int,
+    bootstrap: Bootstrap,
+    choices: PrimaryChoices,
+    registered: str | None,
+) -> dict[str, pd.DataFrame]:
     found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
-    pairs = balance(tokens, by=["compatibility"], seed=bootstrap.seed)
-    pairs = pairs[pairs["replacement"]]
-    made = claims.verdicts(
-        found,
-        level=bootstrap.level,
-        placebo=[name for name in STUDY_OUTCOMES if f"placebo_{name}" in tokens],
-        imbalance=pairs["after"].abs().groupby(pairs["split"]).max().to_dict(),
-    )
     return {
-        "support_robustness": robustness.support_robustness(found, level=bootstrap.level),
-        "verdicts": made,
-    }
+        "support_robustness": robustness.support_robustness(found, level=bootstrap.level)
+    } | claims.claim_tables(
+        tokens, base_k=base_k, bootstrap=bootstrap, choices=choices, registered=registered
+    )
 
 
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
@@ -236,10 +257,14 @@ def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple
     for outcome in STUDY_OUTCOMES:
         if outcome not in tokens:
             yield "all", f"outcome {outcome}", f"no column {outcome}"
-        elif f"placebo_{outcome}" not in tokens:
-            yield "all", f"placebo of {outcome}", f"no column placebo_{outcome}"
-    if "split" not in tokens or not {"step", "held_out"} <= set(tokens["split"]):
-        yield "all", "step and held-out positions apart", "no column split with both"
+    if NULL_OUTCOME not in tokens:
+        yield "all", "the null of a permuted teacher", f"no column {NULL_OUTCOME}"
+    if "first_order_gain" not in tokens:
+        yield "strata", "how linear the step was", "no column first_order_gain"
+    if step_count(tokens) < 2:
+        yield "all", "the step batches' part of intervals", "no columns fold and gain_fold<f>"
+        if "split" not in tokens or not {"step", "held_out"} <= set(tokens["split"]):
+            yield "all", "step and held-out positions apart", "no column split with both"
     for k in robustness.SUPPORTS:
         if k != base_k and support_column("compatibility", k) not in tokens:
             yield (

@@ -1,4 +1,4 @@
-"""Gains of a grid of short trainings over seeds and prompts, compared with offline values.
+"""Gains of a grid of short trainings over seeds and prompts, and the verdict on claim C5.
 
 `training.grid` has the formulas of the errors: E_S is the variance over seeds, E_G that over
 prompts.
@@ -6,23 +6,20 @@ prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from diagnostics import criteria as registry
-from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import PromptClusters
-from diagnostics.analysis.claims import MINIMUM_SEEDS, RIVALS, TA_BUDGET
-from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.rank_agreement import CellScores
+from diagnostics.analysis.claims import MINIMUM_SEEDS, REASONS, RIVALS, TA_BUDGET
+from diagnostics.analysis.config import FEWEST_PROMPTS, Bootstrap
+from diagnostics.analysis.power import smallest_detectable
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
+from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
 LOWER_IS_BETTER = ("forward_kl", "reverse_kl", "bank_forward_kl", "bank_reverse_kl")
@@ -94,6 +91,19 @@ class SeedPromptEstimate:
         )
         return float(seeds), float(prompts)
 
+    @property
+    def standard_error(self) -> float:
+        """The standard error over seeds and prompts; NaN with one seed or one prompt."""
+        error = sum(self.errors)
+        return float(np.sqrt(error)) if error >= 0 else np.nan
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the interval (Satterthwaite 1946)."""
+        seeds, prompts = self.errors
+        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
+        return float((seeds + prompts) ** 2 / (of_seeds + prompts**2 / (self.prompts - 1)))
+
     def interval(self, level: float = Bootstrap.level) -> tuple[float, float]:
         """Compute the t interval with Satterthwaite's degrees of freedom.
 
@@ -102,17 +112,11 @@ class SeedPromptEstimate:
 
         Returns:
             Low and high end; NaN with one seed or one prompt.
-
-        Reference:
-            Satterthwaite 1946.
         """
-        seeds, prompts = self.errors
-        error = seeds + prompts
+        error = self.standard_error
         if not error > 0:
             return (self.value, self.value) if error == 0 else (np.nan, np.nan)
-        of_seeds = 0.0 if self.fixed else seeds**2 / (len(self.seeds_S) - 1)
-        freedom = error**2 / (of_seeds + prompts**2 / (self.prompts - 1))
-        reach = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(error)
+        reach = stats.t.ppf((1 + level) / 2, self.freedom) * error
         return self.value - reach, self.value + reach
 
     def resampled(self, seed: int) -> np.ndarray:
@@ -288,15 +292,20 @@ def _paired(
 def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.DataFrame:
     """C5 for each measure and budget: against each rival, and overall (`rival` = all).
 
+    A rival is matched where the interval lies above minus the margin, and ahead where it lies below
+    it. Where neither holds and the margin is smaller than what the test detects with a power of
+    80 %, nothing is identified, and the reason says what design would do.
+
     Args:
         outcomes: The grid's evaluations.
         level: Coverage of the intervals.
 
     Returns:
         Columns claim, measure, budget, rival, difference (of gains, teachability minus rival), low,
-        high, margin, beats (the interval is above 0), verdict, seeds, prompts. The claim is about 5
-        %; its name at another budget is `C5 at <budget>`. A rival that was not trained is left out,
-        and then the overall verdict is inconclusive.
+        high, margin, detectable (the difference that 80 % of such grids would show), beats (the
+        interval is above 0), verdict, reason, seeds, prompts. The claim is about 5 %; its name at
+        another budget is `C5 at <budget>`. A rival that was not trained is left out, and then the
+        overall verdict cannot be supported.
     """
     rows = []
     budgets = sorted(
@@ -311,11 +320,11 @@ def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.D
                 for rival in RIVALS
                 if (rival, _budget_of(rival, budget)) in outcomes.cells
             ]
-            overall = _overall([row["verdict"] for row in each], complete=len(each) == len(RIVALS))
+            overall = _overall(each)
             shared = {key: each[0][key] for key in ("margin", "seeds", "prompts")} if each else {}
             rows += [
                 {"claim": claim, "measure": measure, "budget": budget} | row
-                for row in [{"rival": "all", "verdict": overall} | shared, *each]
+                for row in [{"rival": "all"} | overall | shared, *each]
             ]
     order = [
         "claim",
@@ -326,8 +335,10 @@ def verdict_table(outcomes: Outcomes, *, level: float = Bootstrap.level) -> pd.D
         "low",
         "high",
         "margin",
+        "detectable",
         "beats",
         "verdict",
+        "reason",
         "seeds",
         "prompts",
     ]
@@ -346,245 +357,67 @@ def _against(outcomes: Outcomes, measure: str, budget: float, rival: str, level:
         measure, rival, _budget_of(rival, budget)
     )
     low, high = difference.interval(level)
-    seeds = len(difference.seeds_S)
-    verdict = "inconclusive"
-    if seeds >= MINIMUM_SEEDS and np.isfinite([low, high, margin]).all():
-        if low >= -margin:
-            verdict = "supported"
-        elif high < -margin:
-            verdict = "refuted"
+    detectable = smallest_detectable(difference, level=level)
+    verdict, reason = _judged(difference, (low, high), margin, detectable)
     return {
         "rival": rival,
         "difference": difference.value,
         "low": low,
         "high": high,
         "margin": margin,
-        "beats": bool(low > 0),
+        "detectable": detectable,
+        "beats": bool(low > 0 and high > low),
         "verdict": verdict,
-        "seeds": seeds,
+        "reason": reason,
+        "seeds": len(difference.seeds_S),
         "prompts": difference.prompts,
     }
 
 
-def _overall(verdicts: Sequence[str], *, complete: bool) -> str:
-    if "refuted" in verdicts:
-        return "refuted"
+def _judged(
+    difference: SeedPromptEstimate, interval: tuple[float, float], margin: float, detectable: float
+) -> tuple[str, str]:
+    """Verdict and reason of one comparison."""
+    low, high = interval
+    if len(difference.seeds_S) < MINIMUM_SEEDS:
+        return "not identified", f"{REASONS['few_seeds']}: {MINIMUM_SEEDS} are needed"
+    if difference.prompts < FEWEST_PROMPTS:
+        return "not identified", f"{REASONS['few_prompts']} {FEWEST_PROMPTS} prompts"
+    if low == high:
+        return "not identified", REASONS["no_width"]
+    if not np.isfinite([low, high]).all():
+        return "not identified", REASONS["undefined"]
+    if not margin > 0:
+        return "not identified", f"{REASONS['power']}: full training was not run, or gained nothing"
+    if low >= -margin:
+        return "supported", ""
+    if high < -margin:
+        return "refuted", ""
+    if detectable <= margin:
+        return "inconclusive", REASONS["holds_zero"]
+    return "not identified", _design(difference, margin, detectable)
+
+
+def _design(difference: SeedPromptEstimate, margin: float, detectable: float) -> str:
+    """What grid would test a margin, from the errors seen: they fall as one over each number."""
+    times = (detectable / margin) ** 2
+    prompts, seeds = (
+        int(np.ceil(n * times)) for n in (difference.prompts, len(difference.seeds_S))
+    )
     return (
-        "supported"
-        if complete and all(verdict == "supported" for verdict in verdicts)
-        else "inconclusive"
+        f"{REASONS['power']}: it is {margin:.3g}, and this grid detects {detectable:.3g} with 80 %"
+        f" power; about {prompts} prompts x {seeds} seeds would be needed"
     )
 
 
-@dataclass(frozen=True)
-class OfflineValue:
-    """The value that another run gives to a cell, with the draws of that run's own prompts.
-
-    Attributes:
-        value: The value.
-        draws_D: [draws] its bootstrap replicates.
-        prompts: Number of that run's prompts.
-    """
-
-    value: float
-    draws_D: np.ndarray
-    prompts: int
-
-    def resampled(self, seed: int) -> np.ndarray:
-        """The draws [D] as they are; the seed is not used."""
-        return self.draws_D
-
-
-Offline = Mapping[str, Mapping[tuple[str, float], OfflineValue]]
-"""By answer and cell."""
-
-
-def agreement_table(
-    outcomes: Outcomes, offline: Offline | None = None, *, level: float = Bootstrap.level
-) -> pd.DataFrame:
-    """Kendall's tau between offline values and the gain of training, over the cells except full.
-
-    Args:
-        outcomes: The grid's evaluations.
-        offline: The values of another run, see `offline_answers`.
-        level: Coverage of the intervals.
-
-    Returns:
-        Columns scope (all, within_budget, or budget_<share>), x (the answer), y
-        (`trained_<measure>`), kendall, low, high, cells, prompts. The gain after each training's
-        own first step is among the answers. Only cells that both sides hold are compared; fewer
-        than three give no row.
-    """
-    rows = []
-    trained = outcomes.measures(JUDGED)
-    for name, values in _offline_and_first_step(outcomes, offline):
-        cells = [cell for cell in outcomes.cells if cell[0] != "full" and cell in values]
-        if len(cells) < 3:
-            continue
-        frame = pd.DataFrame(cells, columns=["criterion", "budget"])
-        answer = _cell_scores(name, [values[cell] for cell in cells], outcomes)
-        gains = [
-            _cell_scores(f"trained_{m}", [outcomes.gain(m, *cell) for cell in cells], outcomes)
-            for m in trained
-        ]
-        for scope, pairs in ranks.scopes(frame):
-            for gain in gains:
-                tau = ranks.kendall(answer, gain, pairs)
-                low, high = tau.interval(level)
-                rows.append(
-                    {
-                        "scope": scope,
-                        "x": name,
-                        "y": gain.name,
-                        "kendall": tau.value,
-                        "low": low,
-                        "high": high,
-                        "cells": int(pairs.any(axis=1).sum()),
-                        "prompts": tau.prompts,
-                    }
-                )
-    return pd.DataFrame(
-        rows, columns=["scope", "x", "y", "kendall", "low", "high", "cells", "prompts"]
-    )
-
-
-def foreseen_table(outcomes: Outcomes, offline: Offline | None = None) -> pd.DataFrame:
-    """Offline value of each trained cell except full, before its training or after its first step.
-
-    Args:
-        outcomes: The grid's evaluations.
-        offline: The values of another run, see `offline_answers`.
-
-    Returns:
-        Columns criterion, budget, answer, value; the answers of the grid's own first steps are the
-        means over its seeds. Cells without a value are left out.
-    """
-    rows = [
-        (*cell, name, values[cell].value)
-        for name, values in _offline_and_first_step(outcomes, offline)
-        for cell in outcomes.cells
-        if cell[0] != "full" and cell in values
-    ]
-    return pd.DataFrame(rows, columns=["criterion", "budget", "answer", "value"])
-
-
-def _offline_and_first_step(
-    outcomes: Outcomes, offline: Offline | None
-) -> Iterator[tuple[str, Mapping]]:
-    for measure in outcomes.measures(FIRST_STEP):
-        yield measure, {cell: outcomes.gain(measure, *cell) for cell in outcomes.cells}
-    yield from (offline or {}).items()
-
-
-def _cell_scores(
-    name: str, values: Sequence[SeedPromptEstimate | OfflineValue], outcomes: Outcomes
-) -> CellScores:
-    """Values of some cells with their draws."""
-    draws = [v.resampled(outcomes.seed) for v in values]
-    return CellScores(
-        name,
-        np.array([v.value for v in values]),
-        np.stack(draws, axis=1),
-        min(v.prompts for v in values),
-    )
-
-
-@with_settings(bootstrap=Bootstrap)
-def offline_answers(
-    directory: Path,
-    cells: Iterable[tuple[str, float]],
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
-    **settings: Any,
-) -> Offline:
-    """The values that a finished main job gives to cells, from its positions and interventions.
-
-    Args:
-        directory: Run directory of the main job.
-        cells: (criterion, budget) of each cell.
-        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
-        settings: Fields of `bootstrap`.
-
-    Returns:
-        By answer and cell. captured_<outcome> is the share of the outcome that the criterion
-        captures at the budget, over all positions. intervention_<measure> is the mean reduction at
-        held-out positions after a step on the selected positions alone. Cells without data in that
-        run are left out.
-
-    Raises:
-        DiagnosticsError: If the directory has no tokens.parquet with gains.
-    """
-    from diagnostics.core.manifest import unchanged
-
-    path = directory / "tokens.parquet"
-    if not path.exists():
-        raise DiagnosticsError(
-            f"{path} does not exist. Name a run directory whose main job is finished."
-        )
-    tokens = validate_tokens(read_parquet(unchanged(directory, path.name)))
-    effects = unchanged(directory, "interventions.parquet")
-    scorable = registry.available(tokens)
-    frame = pd.DataFrame(
-        [cell for cell in cells if registry.find(cell[0]).name in scorable],
-        columns=["criterion", "budget"],
-    )
-    # These draws have a seed of their own: with as many prompts, an equal seed would make them the
-    # draws of the trainings' prompts.
-    apart = int(np.random.default_rng([bootstrap.seed, 13]).integers(2**31))
-    found = (
-        ranks.offline_values(
-            tokens,
-            read_parquet(effects) if effects.exists() else None,
-            frame,
-            bootstrap=bootstrap,
-            seed=apart,
-        )
-        if len(frame)
-        else []
-    )
-    return {answer.name: dict(_values_by_cell(answer, frame)) for answer in found}
-
-
-def _values_by_cell(
-    answer: CellScores, cells: pd.DataFrame
-) -> Iterator[tuple[tuple[str, float], OfflineValue]]:
-    for c, cell in enumerate(cells.itertuples(index=False, name=None)):
-        if np.isfinite(answer.value_C[c]) and answer.unit > 0:
-            yield (
-                cell,
-                OfflineValue(
-                    float(answer.value_C[c] / answer.unit),
-                    answer.draws_DC[:, c] / answer.unit,
-                    answer.prompts,
-                ),
-            )
-
-
-@with_settings(bootstrap=Bootstrap)
-def tables(
-    rows: pd.DataFrame,
-    offline: Offline | None = None,
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
-    **settings: Any,
-) -> dict[str, pd.DataFrame]:
-    """All tables of a validation by file name.
-
-    Args:
-        rows: The grid's evaluations, as from `training.grid.read_outcomes`.
-        offline: The values of another run, see `offline_answers`.
-        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
-        settings: Fields of `bootstrap`.
-
-    Returns:
-        validation_cells, validation_outcomes, validation_verdicts, validation_agreement and
-        validation_foreseen.
-    """
-    outcomes = Outcomes(rows, bootstrap=bootstrap)
-    return {
-        "validation_cells": cells_table(outcomes),
-        "validation_outcomes": outcome_table(outcomes, level=bootstrap.level),
-        "validation_verdicts": verdict_table(outcomes, level=bootstrap.level),
-        "validation_agreement": agreement_table(outcomes, offline, level=bootstrap.level),
-        "validation_foreseen": foreseen_table(outcomes, offline),
-    }
+def _overall(each: Sequence[dict]) -> dict:
+    """Verdict and reason of the claim against all rivals: the first that a rival does not match."""
+    verdicts = {row["verdict"]: row["reason"] for row in reversed(each)}
+    if "refuted" in verdicts:
+        return {"verdict": "refuted", "reason": ""}
+    for verdict in ("not identified", "inconclusive"):
+        if verdict in verdicts:
+            return {"verdict": verdict, "reason": verdicts[verdict]}
+    if len(each) == len(RIVALS):
+        return {"verdict": "supported", "reason": ""}
+    return {"verdict": "inconclusive", "reason": REASONS["holds_zero"]}

@@ -19,6 +19,13 @@ from typing import Any, TypeVar, cast
 
 from diagnostics.core.errors import DiagnosticsError
 
+RETIRED = {
+    "held_out": (
+        "Prompts are divided into folds now, and each is held out for the steps on all others: use"
+        " folds (4 by default) in its place."
+    )
+}
+"""Settings that are gone, and what replaces each."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -91,6 +98,8 @@ def _expanded(signature: inspect.Signature, configs: Mapping[str, type]) -> insp
 def _require_known(function: str, keywords: Iterable[str], shown: inspect.Signature) -> None:
     known = list(shown.parameters)
     for name in keywords:
+        if name in RETIRED and name not in known:
+            raise DiagnosticsError(f"{function}() no longer takes {name!r}. {RETIRED[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."

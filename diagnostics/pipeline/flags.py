@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.settings import RETIRED
 
 BOUNDS = {
     "contexts": (1, 10**9),
@@ -29,7 +30,8 @@ BOUNDS = {
     "sweep": (1, 10**6),
     "batch_tokens": (1, 10**9),
     "beta": (0, 1),
-    "held_out": (0, 1),
+    "folds": (2, 1000),
+    "placebos": (0, 1000),
     "draws": (2, 10**5),
     "level": (0.01, 0.9999),
     "random_draws": (1, 1000),
@@ -159,4 +161,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise the mistake, with the command whose help says more."""
-        raise DiagnosticsError(f"{self.prog}: {message}. See `{self.prog} --help`.")
+        retired = [
+            text for name, text in RETIRED.items() if f"--{name.replace('_', '-')}" in message
+        ]
+        hint = "".join(f" {text}" for text in retired)
+        raise DiagnosticsError(f"{self.prog}: {message}.{hint} See `{self.prog} --help`.")

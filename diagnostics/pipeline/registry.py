@@ -27,6 +27,7 @@ ROLLOUT = "contexts.rollouts.RolloutConfig"
 BANK = "contexts.import_rollouts.ImportConfig"
 SCORE = "probing.scores.ScoreConfig"
 PROBE = "probing.one_step.ProbeConfig"
+CONTROLS = "probing.one_step.ControlConfig"
 INTERVENTION = "probing.intervention.InterventionConfig"
 ATTRIBUTION = "probing.attribution.AttributionConfig"
 ANALYSIS = "analysis.config.AnalysisConfig"
@@ -98,6 +99,17 @@ SEED = flag(
     "seed", recorded="always", type=int, default=0, help="seed of the bootstrap (default: 0)"
 )
 
+PRIMARY = flag(
+    "primary",
+    recorded="maybe",
+    metavar="NAME=VALUE,…",
+    help=(
+        "what verdicts rest on, recorded before the probe: outcome, population, criterion, budget,"
+        " horizon, margin, level, minimum_prompts (default: those of PrimaryChoices; for analyze,"
+        " those that were recorded)"
+    ),
+)
+
 
 def _rollout(job: Job) -> None:
     stages.rollout_stage(
@@ -126,7 +138,12 @@ def _import(job: Job) -> None:
 
 def _probe(job: Job) -> None:
     stages.probe_stage(
-        job.run, job.models, job.configs[PROBE], batch_tokens=job.configs[SCORE].batch_tokens
+        job.run,
+        job.models,
+        job.configs[PROBE],
+        job.configs[CONTROLS],
+        batch_tokens=job.configs[SCORE].batch_tokens,
+        primary=job.flag("primary"),
     )
 
 
@@ -160,6 +177,7 @@ def _analyze(job: Job) -> None:
         training=job.flag("training"),
         # The --k of `run` is the K of its scores, which the manifest already knows.
         k=job.flag("k") if job.command == "analyze" else None,
+        primary=job.flag("primary"),
     )
 
 
@@ -201,10 +219,10 @@ STAGES = (
             "run --student ./small --teacher ./large --prompts prompts.jsonl"
             " --output-dir reports/mine",
         ),
-        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, ANALYSIS),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
         reads="two models and prompts",
         writes="everything that its five stages write",
-        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         parts=("rollout", "score", "probe", "analyze", "report"),
         modules=("pipeline.stages",),
     ),
@@ -270,16 +288,26 @@ STAGES = (
     ),
     Stage(
         name="probe",
-        purpose="Take one distillation step, score the same positions again, restore the student.",
+        purpose=(
+            "Take one distillation step on each fold of the prompts, score every position again,"
+            " restore the student."
+        ),
         example=("probe --pair embedded --loss forward_kl --output-dir reports/mine",),
-        configs=(PAIR, PROBE, SCORE),
+        configs=(PAIR, PROBE, CONTROLS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`",
         writes=(
-            "`gains.parquet`, `tables/calibration.csv`; `tokens.parquet`: scores and gains joined"
+            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`; `tokens.parquet`:"
+            " scores and gains joined"
         ),
-        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         run=_probe,
-        modules=("probing.one_step", "measure.losses"),
+        modules=(
+            "probing.one_step",
+            "probing.folds",
+            "probing.permuted_teacher",
+            "probing.placebo",
+            "measure.losses",
+        ),
     ),
     Stage(
         name="after",
@@ -353,6 +381,7 @@ STAGES = (
                 help="K of an imported table's columns, where the table does not say it",
             ),
             SEED,
+            PRIMARY,
         ),
         run=_analyze,
         parts=("import", "analyze"),

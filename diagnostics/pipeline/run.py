@@ -29,7 +29,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -52,7 +52,9 @@ TRAINED = (
     "training_gains.parquet",
 )
 """Files of a training, which compares its settings with its own train.json."""
-KEPT = re.compile(rf"{SHARD.pattern}|direction\.safetensors|step\.json")
+KEPT = re.compile(
+    rf"{SHARD.pattern}|direction\.safetensors|step\.json|measured\.parquet|finished\.json"
+)
 PARTIAL = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
 """Names of a kept batch, of all that a stage under way keeps (`directions`), and of its folder."""
 
@@ -162,6 +164,43 @@ class Run:
         self._clear_partial(name)
         distributed.barrier()
         return True
+
+    def register(self, choices: Mapping[str, Any], digest: str, *, stage: str) -> None:
+        """Record what will be concluded from, before a stage has measured anything.
+
+        Where the stage is finished without such a record, nothing is written: choices that were
+        made after the measurement are no registration.
+
+        Args:
+            choices: The primary choices, as JSON.
+            digest: Their hash.
+            stage: The stage that measures.
+
+        Raises:
+            DiagnosticsError: Other choices were recorded before.
+        """
+        known = self.manifest.get("primary")
+        if known is not None and known.get("sha256") != digest:
+            was = known.get("choices", {})
+            different = [
+                f"{name}: was {was.get(name)!r}, now {value!r}"
+                for name, value in choices.items()
+                if was.get(name) != value
+            ]
+            raise DiagnosticsError(
+                f"{self.directory} was begun with other primary choices"
+                f" ({'; '.join(different) or 'of another version'}). Nothing was overwritten. Keep"
+                " them, or choose another --output-dir."
+            )
+        if known is not None or stage in self.manifest["stages"]:
+            return
+        self.manifest["primary"] = {
+            "choices": dict(choices),
+            "sha256": digest,
+            "registered_at": stage,
+        }
+        if distributed.is_main():
+            write_json(self.manifest_path, self.manifest)
 
     def shards(self, name: str) -> Shards:
         """Where the running stage keeps the finished parts of the pass of that name."""

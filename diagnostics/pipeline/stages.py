@@ -29,13 +29,14 @@ from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
-    from diagnostics.analysis.config import AnalysisConfig
+    from diagnostics.analysis.config import AnalysisConfig, PrimaryChoices
     from diagnostics.analysis.selection import ComparisonConfig
     from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
-    from diagnostics.probing.one_step import ProbeConfig
+    from diagnostics.probing.one_step import ControlConfig, ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
     from diagnostics.training.evaluation import EvaluationConfig
     from diagnostics.training.grid import TrainingCell, ValidateConfig
@@ -221,8 +222,19 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     join_tokens(run)
 
 
-def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: int) -> None:
-    """Take the step and measure the gains, on batches of at most `batch_tokens` tokens."""
+def probe_stage(
+    run: Run,
+    models: Models,
+    config: ProbeConfig,
+    controls: ControlConfig,
+    *,
+    batch_tokens: int,
+    primary: str | None = None,
+) -> None:
+    """Take the steps and measure the gains, on batches of at most `batch_tokens` tokens.
+
+    What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
+    """
     from diagnostics.probing.one_step import probe
 
     def work() -> dict:
@@ -231,24 +243,67 @@ def probe_stage(run: Run, models: Models, config: ProbeConfig, *, batch_tokens: 
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
         result = probe(
-            models.pair, bank, config, tokens=tokens, batch_tokens=batch_tokens, shards=run.shards
+            models.pair,
+            bank,
+            config,
+            controls,
+            tokens=tokens,
+            batch_tokens=batch_tokens,
+            shards=run.shards,
         )
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
         listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
-        write_csv(run.path("tables/calibration.csv"), result.calibration.assign(**listed))
-        return dataclasses.asdict(result.step)
+        for name, table in {"calibration": result.calibration, "placebo": result.placebo}.items():
+            write_csv(run.path(f"tables/{name}.csv"), table.assign(**listed))
+        return {**dataclasses.asdict(result.step), "folds": len(result.steps)}
 
+    choices = register_primary(run, primary)
     run.stage(
         "probe",
-        settings={**models.settings, **dataclasses.asdict(config), "batch_tokens": batch_tokens},
+        settings=_merged(
+            models.settings, config, controls, {"batch_tokens": batch_tokens, "primary": choices}
+        ),
         inputs=["contexts.parquet", "scores.parquet"],
-        outputs=["gains.parquet", "tables/calibration.csv"],
+        outputs=["gains.parquet", "tables/calibration.csv", "tables/placebo.csv"],
         work=work,
         code=("probing.one_step",),
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def register_primary(run: Run, primary: str | None) -> str:
+    """Record the primary choices before the probe, and return them as text."""
+    from diagnostics.analysis.config import PrimaryChoices
+
+    choices = PrimaryChoices.parse(primary)
+    run.register(dataclasses.asdict(choices), choices.sha256(), stage="probe")
+    return choices.as_text()
+
+
+def _primary(run: Run, primary: str | None) -> tuple[PrimaryChoices, str | None]:
+    """The choices of an analysis, those recorded where none are given, and the recorded hash.
+
+    A record that is not as its own hash has it counts as none.
+    """
+    from diagnostics.analysis.config import PrimaryChoices
+
+    recorded = run.manifest.get("primary")
+    if recorded is None:
+        return PrimaryChoices.parse(primary), None
+    stated = recorded.get("choices")
+    stated = stated if isinstance(stated, dict) else {}
+    known = PrimaryChoices.parse(",".join(f"{name}={value}" for name, value in stated.items()))
+    digest = known.sha256()
+    if digest != recorded.get("sha256") or dataclasses.asdict(known) != stated:
+        log.warning(
+            "The primary choices in %s are not as their hash has them, so that nothing was"
+            " recorded before the probe",
+            run.manifest_path,
+        )
+        digest = None
+    return (known if primary is None else PrimaryChoices.parse(primary)), digest
 
 
 def import_tokens(run: Run, path: Path) -> None:
@@ -273,6 +328,9 @@ def import_tokens(run: Run, path: Path) -> None:
 
 def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
     """Measure the gains of a trained student: the frozen positions are scored again with it.
+
+    A checkpoint is one step: no fold is held out for it, and there is no permuted teacher beside
+    it. The table then has neither `fold` nor `context_gain`, and the manifest says `steps: 1`.
 
     Args:
         run: A run directory with scores and without a probe.
@@ -300,7 +358,7 @@ def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int)
         ).divergences()
         columns = gains((before["forward_kl"].to_numpy(), before["reverse_kl"].to_numpy()), after)
         write_parquet(run.path("gains.parquet"), before[list(GAIN_KEYS)].assign(**columns))
-        return pair.facts
+        return {**pair.facts, "steps": 1}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
     if "probe" in run.manifest["stages"]:
@@ -457,6 +515,7 @@ def analyze_stage(
     seed: int,
     training: str | None = None,
     k: int | None = None,
+    primary: str | None = None,
 ) -> None:
     """Write every table that the token table allows.
 
@@ -466,8 +525,12 @@ def analyze_stage(
         seed: Seed of the bootstrap.
         training: Directory of a finished validation, for claim C5.
         k: K of an imported table's columns.
+        primary: What is concluded from, as `PrimaryChoices.parse` reads it; None takes what was
+            recorded before the probe, or the defaults.
     """
     from diagnostics.analysis.study import study
+
+    choices, registered = _primary(run, primary)
 
     tables, source = (
         {},
@@ -477,7 +540,7 @@ def analyze_stage(
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
-    settings |= {"k": k}
+    settings |= {"k": k, "primary": choices.as_text(), "registered": registered}
     scored = run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
     if None not in (k, scored) and k != scored:
         raise DiagnosticsError(
@@ -499,6 +562,8 @@ def analyze_stage(
                 seed=seed,
                 training=trained,
                 base_k=_table_k(run, tokens, scored or k),
+                choices=choices,
+                registered=registered,
             )
         )
         for name, table in tables.items():
@@ -556,11 +621,14 @@ def compare_stage(
     run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
 ) -> None:
     """Compare criteria by the gains of the run, and with its interventions where it has any."""
+    from diagnostics.analysis.decision import decide
     from diagnostics.analysis.rank_agreement import agreement, answers
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
     tables = {}
     effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
+    loss = step.get("loss", "reverse_kl")
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
@@ -579,6 +647,7 @@ def compare_stage(
             tables.update(
                 offline_agreement=agreement(tokens, sums, **options),
                 offline_answers=answers(tokens, sums),
+                decision=decide(sums, loss=loss, choices=_primary(run, None)[0], **options),
             )
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
@@ -591,7 +660,7 @@ def compare_stage(
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=("analysis.selection", "analysis.rank_agreement"),
+        code=("analysis.selection", "analysis.rank_agreement", "analysis.decision"),
     )
 
 
@@ -724,8 +793,13 @@ def attribute_stage(
 
 
 def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
-    """Refuse settings of another step than the probe's: all tables of a run describe one step."""
+    """Refuse settings of another step than the probe's: all tables of a run describe the same."""
     earlier = run.manifest["stages"].get("probe", {}).get("settings", {})
+    if "held_out" in earlier:
+        raise DiagnosticsError(
+            f"{run.directory} was probed with --held-out {earlier['held_out']}, by a version that"
+            f" took one step. {RETIRED['held_out']} Probe again in another --output-dir."
+        )
     different = [
         f"{name}: {earlier[name]!r} there, {value!r} now"
         for name, value in dataclasses.asdict(probe).items()
@@ -839,7 +913,7 @@ def _validation_tables(
     folder: Path, cells: Sequence[TrainingCell], offline: str | None, analysis: AnalysisConfig
 ) -> dict[str, pd.DataFrame]:
     """The tables of a finished grid, whose cells lie in `folder`."""
-    from diagnostics.analysis import training_outcomes
+    from diagnostics.analysis import foresight
     from diagnostics.analysis.claims import of_training
     from diagnostics.training import grid
 
@@ -847,12 +921,10 @@ def _validation_tables(
         (cell.criterion, cell.budget) for cell in cells if cell.criterion != "full"
     )
     answers = (
-        training_outcomes.offline_answers(Path(offline), competing, draws=analysis.draws)
-        if offline
-        else None
+        foresight.offline_run(Path(offline), competing, draws=analysis.draws) if offline else None
     )
     rows = grid.read_outcomes(folder, cells)
-    made = training_outcomes.tables(rows, answers, **dataclasses.asdict(analysis))
+    made = foresight.tables(rows, answers, **dataclasses.asdict(analysis))
     verdicts = [*_claims_of(offline), of_training(made["validation_verdicts"])]
     return {**made, "verdicts": pd.concat(verdicts, ignore_index=True)}
 
@@ -887,8 +959,14 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
 def _claims_of(directory: str | None) -> list[pd.DataFrame]:
     """The verdicts of a finished main job, which a validation's table of verdicts begins with."""
     path = Path(directory) / "tables/verdicts.csv" if directory else None
-    return (
-        [read_csv(unchanged(directory, "tables/verdicts.csv")).query("split != 'training'")]
-        if path and path.exists()
-        else []
-    )
+    if path is None or not path.exists():
+        return []
+    table = read_csv(unchanged(directory, "tables/verdicts.csv"))
+    if "population" not in table:
+        log.warning(
+            "%s was written by an earlier version, whose verdicts had other tests; they are left"
+            " out. Run analyze there again",
+            path,
+        )
+        return []
+    return [table[table["population"] != "training"]]

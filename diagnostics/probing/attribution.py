@@ -23,9 +23,11 @@ hidden states held fixed; for a plain gradient step it is <p_i - q_i, dl_j/dz_j>
 *full* kernel has all parameters. With tied embeddings P comes from the whole gradient and the
 output layer's part from its use as output head alone.
 
-P is that of the step on all positions, so lift is linear in the selection; a step on a selection
-alone has its own P (`intervention` takes it). Where AdamW's P divides by a gradient that nearly
-cancels, single terms exceed their sum, so a share outside [0, 1] is not an error.
+The step is that on fold 0, and the held-out positions are those of all other folds: the first-order
+gain predicts `gain_fold0`. P is that of the step on all of the fold's positions, so lift is linear
+in the selection; a step on a selection alone has its own P (`intervention` takes it). Where AdamW's
+P divides by a gradient that nearly cancels, single terms exceed their sum, so a share outside
+[0, 1] is not an error.
 
 Reference: influence to first order as in arXiv 2002.08484 (TracIn), with the optimizer's
 preconditioner in between.
@@ -130,14 +132,15 @@ def attribute(
         probe: The step; its fields may be given as keywords instead.
         config: Which kernel, on how many positions; its fields may be given as keywords instead.
         analysis: How intervals are made; its fields may be given as keywords instead.
-        tokens: The bank's token table; None scores the bank first. Its column `split` is used
-            where it has one; otherwise prompts are split as in `probe`.
+        tokens: The bank's token table; None scores the bank first. Its column `fold` (or the
+            `split` of a single step) is used where it has one; otherwise folds are drawn as in
+            `probe`.
         batch_tokens: Tokens in one forward pass, padding included.
         settings: Fields of `probe`, `config` and `analysis`.
 
     Returns:
-        The token table with first_order_gain (nats) at every position and lift (nats) at every
-        supervised one, and the tables linearity, kernel, shares and lift.
+        The token table with fold, first_order_gain (nats) at every position and lift (nats) at
+        every supervised one, and the tables linearity, kernel, shares and lift.
 
     Raises:
         DiagnosticsError: As `probe` does, and for an architecture without forward-mode derivative.
@@ -159,8 +162,8 @@ def attribute(
         )
         first_order_N = tracer.first_order_gain
         tokens = validate_tokens(
-            bench.tokens.assign(
-                split=bench.split, first_order_gain=first_order_N, lift=tracer.lift()
+            bench.tokens.drop(columns="split", errors="ignore").assign(
+                fold=bench.folds, first_order_gain=first_order_N, lift=tracer.lift()
             )
         )
         targets = sample_positions(tokens, step.weights_N, count=config.sample, seed=probe.seed)

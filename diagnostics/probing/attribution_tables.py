@@ -16,6 +16,7 @@ import pandas as pd
 from diagnostics import criteria as registry
 from diagnostics.analysis import bootstrap, rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.probing.folds import folds_of
 from diagnostics.probing.tracer import PARTS
 
 SHARE_COLUMNS = (
@@ -46,7 +47,8 @@ def linearity(
     """Compare the realized gain with the first-order prediction, by step size.
 
     Args:
-        tokens: Token table with first_order_gain, split and prompt_id.
+        tokens: Token table with first_order_gain, prompt_id and fold (fold 0 carried the loss) or
+            the split of a single step.
         realized: Gains float64 [N] in nats by fraction of the step.
         step_size: Size of the whole step.
         norm: Norm of the update for a step of size 1 over the norm of the weights.
@@ -61,15 +63,12 @@ def linearity(
         sum of squared errors of the prediction itself over the realized gain's), predicted_mean,
         realised_mean (nats), positions, prompts.
     """
-    rows = []
+    rows, on_step = [], _on_step(tokens)
+    everywhere = np.ones(len(tokens), dtype=bool)
     for fraction, gain_N in realized.items():
-        for name in ("all", "step", "held_out"):
+        for name, mask in (("all", everywhere), ("step", on_step), ("held_out", ~on_step)):
             predicted_N = fraction * tokens["first_order_gain"].to_numpy(dtype=np.float64)
-            mask = (
-                np.isfinite(predicted_N)
-                & np.isfinite(gain_N)
-                & ((tokens["split"] == name).to_numpy() | (name == "all"))
-            )
+            mask = mask & np.isfinite(predicted_N) & np.isfinite(gain_N)
             prompts = PromptClusters(tokens["prompt_id"].to_numpy()[mask], draws=draws, seed=seed)
             slope, explained = _fit(predicted_N[mask], gain_N[mask], prompts)
             pearson = rank_correlation.pearson(predicted_N[mask], gain_N[mask], prompts)
@@ -92,6 +91,13 @@ def linearity(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _on_step(tokens: pd.DataFrame) -> np.ndarray:
+    """Mask [N] of the positions of the fold whose step is attributed."""
+    folds = folds_of(tokens)
+    assert folds is not None, "attribution records the folds"
+    return folds == 0
 
 
 def _fit(x: np.ndarray, y: np.ndarray, prompts: PromptClusters) -> list[Estimate]:
@@ -148,7 +154,7 @@ def kernel_shares(
     Sampled positions are weighted by how many step positions of their quadrant each stands for.
 
     Args:
-        tokens: Token table with split, one row per position.
+        tokens: Token table with fold or split, as in `linearity`, one row per position.
         kernel: Table of `Tracer.kernel`.
         draws: Bootstrap draws over prompts.
         level: Level of the intervals.
@@ -163,7 +169,7 @@ def kernel_shares(
         np.arange(len(tokens)), index=pd.MultiIndex.from_frame(tokens[["context_id", "position"]])
     )
     groups, quadrant = position_groups(tokens), registry.quadrants(tokens)
-    on_step = (tokens["split"] == "step").to_numpy()
+    on_step = _on_step(tokens)
     rows = []
     for kind, table in kernel.groupby("kernel", sort=False):
         at = place.loc[pd.MultiIndex.from_frame(table[["context_id", "position"]])].to_numpy()

@@ -8,7 +8,8 @@ a stage that does not find it starts again. The folder's own name holds the sett
 models and the code; the folder is removed when the stage's files are written.
 
 On disk, a direction takes 4 bytes per parameter of a float32 student. Where there is no room for
-it, the stage runs without."""
+it, the stage runs without. Once everything along a direction is measured, the measurements take its
+place (`Store.finish`), so that a stage with many directions keeps one at a time."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.files import write_atomic
-from diagnostics.core.tables import write_json
+from diagnostics.core.files import sha256_file, write_atomic
+from diagnostics.core.tables import write_json, write_parquet
 
 log = logging.getLogger("diagnostics")
 FILE, RECORD = "direction.safetensors", "step.json"
+MEASURED, FINISHED = "measured.parquet", "finished.json"
 RESERVE_BYTES = 2**30
 """Free space on the disk that a kept direction leaves to the stage's own files."""
 
@@ -63,6 +65,10 @@ class Direction:
             digest.update(flat.view(torch.uint8).numpy().data)
         return dataclasses.replace(self, sha256=digest.hexdigest())
 
+    def without_update(self) -> Direction:
+        """The same direction once everything along it is measured: its update's memory is free."""
+        return dataclasses.replace(self, update=[])
+
     def facts(self) -> dict:
         """Everything but the update and its hash."""
         return {
@@ -80,6 +86,19 @@ class Direction:
         """
         assert self.sha256, "a direction is named before anything is measured along it"
         return hashlib.sha256(f"{self.sha256} {float(step_size)!r}".encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A step that was taken, and everything that was measured along it."""
+
+    direction: Direction
+    size: float
+    """Size of the step along the direction."""
+    measured: pd.DataFrame
+    """One row per position of the bank."""
+    calibration: pd.DataFrame | None
+    """The calibration along the direction; None where it has the size of another step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +183,56 @@ class Store:
         """Write the calibration along this direction."""
         if self.folder is not None:
             write_record(self.folder / RECORD, direction, calibration)
+
+    def finish(self, finished: Finished) -> None:
+        """Write what was measured along a direction, and remove the direction's numbers.
+
+        A disk without room is only a warning: the direction stays then.
+        """
+        if self.folder is None or not distributed.is_main():
+            return
+        try:
+            write_parquet(self.folder / MEASURED, finished.measured)
+            content = {
+                "facts": finished.direction.facts(),
+                "sha256": finished.direction.sha256,
+                "size": finished.size,
+                "measured": sha256_file(self.folder / MEASURED),
+                "calibration": _as_lists(finished.calibration),
+            }
+            write_json(self.folder / FINISHED, content)
+            (self.folder / FILE).unlink(missing_ok=True)
+        except (DiagnosticsError, OSError) as error:
+            log.warning("what was measured along a step cannot be kept: %s", error)
+
+    def finished(self) -> Finished | None:
+        """What an interrupted run measured along its direction; None where any process lacks it."""
+        found = None if self.folder is None else _read_finished(self.folder)
+        return found if _everywhere(found) else None
+
+
+def _read_finished(folder: Path) -> Finished | None:
+    record, table = folder / FINISHED, folder / MEASURED
+    if any(path.is_symlink() or not path.is_file() for path in (record, table)):
+        return None
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        if sha256_file(table) != content["measured"]:
+            raise ValueError("its table is another")
+        calibration = content["calibration"]
+        return Finished(
+            Direction([], **content["facts"], sha256=content["sha256"]),
+            float(content["size"]),
+            pd.read_parquet(table),
+            None if calibration is None else pd.DataFrame(calibration),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged and left out (%s)", record, error)
+        return None
+
+
+def _as_lists(table: pd.DataFrame | None) -> dict | None:
+    return None if table is None else {name: table[name].tolist() for name in table}
 
 
 def write_record(path: Path, direction: Direction, calibration: pd.DataFrame) -> None:

@@ -1,7 +1,7 @@
 """Contexts with the teacher's states for them, scored again and again as the student changes.
 
-The teacher runs once, when the bank is set up. A bank may be divided into parts, such as the half
-of the prompts that carries a loss and the half that is held out; every part has batches of its own.
+The teacher runs once, when the bank is set up. A bank may be divided into parts, such as folds of
+the prompts; every part has batches of its own.
 
 Axes: N positions of the bank, n of a batch, H hidden size.
 """
@@ -30,22 +30,39 @@ class BankPart:
     def __iter__(self) -> Iterator[tuple[scores.Batch, Tensor]]:
         return zip(self.batches, self.teacher, strict=True)
 
-    def halve(self, error: BaseException) -> None:
-        """Halve every batch after one of them did not fit in memory.
+    def copy(self) -> BankPart:
+        """The same batches and states, whose lists can be halved apart."""
+        return BankPart(list(self.batches), list(self.teacher))
 
-        Args:
-            error: The out-of-memory error, which is named where a batch is one context already.
-
-        Raises:
-            DiagnosticsError: A batch of one context cannot be halved.
-        """
-        halves = [batch.halves(error) for batch in self.batches]
+    def _halve(self, error: BaseException) -> bool:
+        """Halve every batch of several contexts. Returns whether there was any."""
+        halves = [
+            batch.halves(error) if len(batch.ids_BT) > 1 else [batch] for batch in self.batches
+        ]
         self.teacher = [
             part
             for two, states in zip(halves, self.teacher, strict=True)
             for part in states.split([len(half.rows_n) for half in two])
         ]
         self.batches = [half for two in halves for half in two]
+        return any(len(two) > 1 for two in halves)
+
+
+def halve(parts: Sequence[BankPart], error: BaseException) -> None:
+    """Halve every batch of some parts after one of them did not fit in memory.
+
+    Args:
+        parts: Parts of a bank; their batches are replaced.
+        error: The out-of-memory error, which is named where every batch is one context already.
+
+    Raises:
+        DiagnosticsError: No batch can be halved.
+    """
+    halved = [part._halve(error) for part in parts]
+    if not any(halved):
+        max((batch for part in parts for batch in part.batches), key=lambda b: b.tokens).halves(
+            error
+        )
 
 
 class FrozenBank:
@@ -89,18 +106,13 @@ class FrozenBank:
             [len(context.response_ids) for context in self.bank],
         )
 
-    @property
-    def batches(self) -> list[scores.Batch]:
-        """This process's batches of all parts, in the parts' order."""
-        return [batch for part in self.parts for batch in part.batches]
-
-    @property
-    def teacher(self) -> list[Tensor]:
-        """The teacher's states for `batches`."""
-        return [states for part in self.parts for states in part.teacher]
-
     def rescore(
-        self, description: str, *, js: bool = False, shards: Shards | None = None
+        self,
+        description: str,
+        *,
+        js: bool = False,
+        shards: Shards | None = None,
+        parts: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Measure both divergences at every position with the student as it is now.
 
@@ -108,15 +120,17 @@ class FrozenBank:
             description: What the progress bar says.
             js: Whether the Jensen-Shannon divergence is measured too.
             shards: Where finished batches are kept, and taken from.
+            parts: Numbers of the parts that are measured; None measures all.
 
         Returns:
             KL(q||p) (teacher first), KL(p||q) and with `js` JS, each float64 [N] in nats; 0 at a
-            position that no part has.
+            position that none of these parts has.
         """
+        chosen = self.parts if parts is None else [self.parts[part] for part in parts]
         return scores.rescore(
             self.pair,
-            self.batches,
-            self.teacher,
+            [batch for part in chosen for batch in part.batches],
+            [states for part in chosen for states in part.teacher],
             positions=self.bank.positions,
             description=description,
             js=js,

@@ -1,12 +1,16 @@
-"""One OPD step on frozen contexts, and what it did to every position.
+"""One OPD step per fold on frozen contexts, and what each did to every position.
 
     gain_i = D_i(theta0) - D_i(theta0 + a*d),   D = KL(q||p), teacher first, in nats
 
-Module `step` sets the step up: the direction d, its size a, and the split of the prompts into a
-step half and a held-out half. The probe takes the step and measures every position before and
-after. A *placebo* moves every weight by the same amount with a random sign: same norm, no teacher.
-D(theta0) enters both a predictor and the gain; the placebo's correlation measures that mechanical
-coupling.
+Module `step` sets the steps up: the folds, the direction d of each and the size a that all share.
+The probe takes the step of every fold from the same theta0 and measures every position before and
+after. A position's `gain` is the mean over the steps on the other folds, for which it was held out;
+`own_gain` comes from the step in which it carried loss (`core.folds`).
+
+Two controls are measured beside it. After the step towards a *permuted teacher*
+(`permuted_teacher`) the gain needs nothing that the teacher says about a context, so
+`context_gain = gain - gain_permuted` is what conclusions are about. The *placebo* (`placebo`) shows
+how large a gain is that has no teacher in it.
 
 Before and after come from the same code on the same batches, so a step of size 0 gives gains of
 exactly 0. The student is restored from a copy afterwards, and every bit is compared.
@@ -17,27 +21,71 @@ relative gain is undefined where D is under 1e-3 nats (`relative_gain_released` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.core.folds import NULLS, combine, null_suffix
 from diagnostics.core.formulas import relative_gain, released_relative_gain
 from diagnostics.core.progress import Shards, no_shards
-from diagnostics.core.schema import validate_tokens
+from diagnostics.core.schema import column, validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.core.token_identity import token_identity_gain
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
-from diagnostics.probing.directions import Store
-from diagnostics.probing.step import PreparedStep, ProbeConfig, prepare_step
+from diagnostics.probing.directions import Direction, Finished, Store
+from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded, require_null
+from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
+from diagnostics.probing.step import (
+    PreparedStep,
+    ProbeConfig,
+    StepBench,
+    kept_direction,
+    kept_step,
+    step_positions,
+)
+
+PLACEBO = "placebo"
+"""What the columns of the placebo's passes begin with; they never reach the token table."""
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """What is measured beside the steps.
+
+    Attributes:
+        nulls: Among which positions the teacher is permuted, names of `folds.NULLS`; without
+            `global` there is no context gain.
+        placebos: Random directions of the placebo, each taken both ways; 0 for none.
+
+    Raises:
+        DiagnosticsError: A null is unknown.
+    """
+
+    nulls: tuple[str, ...] = field(
+        default=("global",),
+        metadata={
+            "help": "permuted teachers: global, or within divergence (deciles) or token_type"
+        },
+    )
+    placebos: int = field(
+        default=4, metadata={"help": "random directions of the placebo, each both ways"}
+    )
+
+    def __post_init__(self):
+        for null in self.nulls:
+            require_null(null)
 
 
 @dataclass(frozen=True)
 class Step:
     """The record of a step. Losses are means over the supervised positions, in nats."""
 
+    fold: int
+    """The fold whose positions carried the loss."""
     loss: str
     beta: float
     optimizer: str
@@ -52,6 +100,8 @@ class Step:
     realised_drop: float
     step_positions: int
     held_out_positions: int
+    kept_own_teacher: dict[str, int]
+    """For each null, positions that kept their own teacher, being alone in their group."""
     weights_sha256: str
     """Hash of the student before the step. Afterwards every bit of its weights was restored."""
 
@@ -63,90 +113,228 @@ class ProbeResult:
     tokens: pd.DataFrame
     """The token table with gains, one row per position."""
     calibration: pd.DataFrame
-    """The step sizes that were tried, one row per size (see `step.calibrate`)."""
-    step: Step
-    """The record of the step that was taken."""
+    """The step sizes that were tried: fold 0's search, and the chosen size on every other fold (see
+    `step.calibrate`)."""
+    placebo: pd.DataFrame
+    """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_table`)."""
+    steps: list[Step]
+    """The records of the steps, in the order of the folds."""
+
+    @property
+    def step(self) -> Step:
+        """The record of the step on fold 0."""
+        return self.steps[0]
 
     def _repr_html_(self) -> str:
-        gains = self.tokens.groupby("split")[["gain", "relative_gain", "placebo_gain"]].mean()
-        step = pd.Series(asdict(self.step)).drop("weights_sha256").to_frame("step")
+        shown = ["gain", "own_gain", "gain_permuted", "context_gain"]
+        gains = self.tokens.groupby("fold")[[name for name in shown if name in self.tokens]].mean()
+        step = (
+            pd.DataFrame(map(asdict, self.steps)).drop(columns="weights_sha256").set_index("fold").T
+        )
         return (
-            "<p>Mean gain (nats; relative as a"
-            f" fraction)</p>{gains.to_html(float_format='%.3g')}{step.to_html()}"
+            f"<p>Mean gain (nats) by fold</p>{gains.to_html(float_format='%.3g')}{step.to_html()}"
         )
 
 
-@with_settings(config=ProbeConfig)
+@with_settings(config=ProbeConfig, controls=ControlConfig)
 def probe(
     pair: Pair,
     bank: Bank,
     config: ProbeConfig = ProbeConfig(),
+    controls: ControlConfig = ControlConfig(),
     *,
     tokens: pd.DataFrame | None = None,
     batch_tokens: int = scores.BATCH_TOKENS,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
 ) -> ProbeResult:
-    """Take one OPD step on the step half of the prompts and measure the gain at every position.
+    """Take one OPD step on each fold of the prompts and measure the gains at every position.
 
     The student ends as it began, bit for bit.
 
     Args:
         pair: The student, in float32 or float64, and its teacher.
         bank: The frozen contexts, N response positions in all.
-        config: The step; its fields may be given as keywords instead. A step of size 0 changes
+        config: The steps; its fields may be given as keywords instead. Steps of size 0 change
             nothing, exactly.
-        tokens: The bank's token table as `score` wrote it; None scores the bank first.
+        controls: What is measured beside them; its fields may be given as keywords instead.
+        tokens: The bank's token table as `score` wrote it; None scores the bank first. Outcomes of
+            an earlier probe are left out of the result.
         batch_tokens: Tokens in one forward pass, padding included.
         shards: Where each pass keeps its finished batches, by the name of the pass; nothing is
             kept by default. Batches of a moved student are only reused for the very same step.
-        settings: Fields of `config`.
+        settings: Fields of `config` and `controls`.
 
     Returns:
-        The token table with the columns split, forward_kl_after, reverse_kl_after (nats), gain and
-        reverse_gain (before minus after, nats), relative_gain, relative_gain_released, and the
-        placebo's gains placebo_gain, placebo_relative_gain and placebo_reverse_gain; the
-        calibration of the step's size; and the step's record.
+        The token table with fold, gain_fold<f> and reverse_gain_fold<f> (before minus after the
+        step on fold f, nats), gain_permuted_fold<f> for each null, everything that `folds.combine`
+        makes of them, and token_identity_gain; the calibration of the steps' size; the placebo's
+        sizes; and the steps' records.
 
     Raises:
-        DiagnosticsError: A setting is unknown or out of range, the table is of another bank, one
-            half has no prompts, or the student's precision is too low.
+        DiagnosticsError: A setting is unknown or out of range, the table is of another bank, there
+            are fewer prompts than folds, the student's precision is too low, or a null is not
+            defined for this teacher and loss.
     """
-    step = prepare_step(
+    if controls.nulls:
+        require_graded(scores.teacher_of(pair), config.loss)
+    positions = step_positions(
         pair,
         bank,
         tokens,
         config,
         batch_tokens=batch_tokens,
-        keep_split=False,  # the probe draws the split that every later stage finds in the table
-        store=Store(shards("direction").folder),
+        keep_folds=False,  # the probe draws the folds that every later stage finds in the table
     )
-    found = _measured_gains(step, seed=config.seed, shards=shards)
-    step.bench.require_restored()
-    return ProbeResult(
-        validate_tokens(step.bench.tokens.assign(split=step.bench.split, **found)),
-        step.calibration,
-        _record(step, config),
-    )
-
-
-def _measured_gains(
-    step: PreparedStep, *, seed: int, shards: Callable[[str], Shards]
-) -> dict[str, np.ndarray]:
-    """Every position before the step, after it and after the placebo."""
-    bench, direction, size = step.bench, step.direction, step.chosen.step_size
-    name = direction.name(size)
+    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
     before = bench.rescore("before", shards=shards("before"))
-    with bench.moved(direction.update, size):
-        after = bench.rescore("after", shards=shards(f"after-{name}"))
-    with bench.moved(direction.update, size, placebo_seed=seed):
-        placebo = bench.rescore("placebo", shards=shards(f"placebo-{name}"))
-    return gains(before, after, placebo)
+    probing = _Probing(bench, config, controls, shards, before)
+    for fold in range(bench.count):
+        probing.measure(fold)
+    bench.require_restored()
+    return probing.result()
 
 
-def _record(step: PreparedStep, config: ProbeConfig) -> Step:
+class _Probing:
+    """The steps of a probe, fold by fold.
+
+    A fold whose passes are all done is kept as it is, so that an interrupted probe neither needs
+    nor stores more than one direction at a time.
+    """
+
+    def __init__(
+        self,
+        bench: StepBench,
+        config: ProbeConfig,
+        controls: ControlConfig,
+        shards: Callable[[str], Shards],
+        before: tuple[np.ndarray, ...],
+    ):
+        self.bench, self.config, self.controls = bench, config, controls
+        self.shards, self.before = shards, before
+        self.columns: dict[str, np.ndarray] = {}
+        self.placebos: list[np.ndarray] = []
+        self.steps: list[PreparedStep] = []
+        self.kept_own: list[dict[str, int]] = []
+
+    def measure(self, fold: int) -> None:
+        """Take the step on a fold, with its placebo where it has one, and its nulls."""
+        step = self._taken(fold)
+        self.steps.append(step)
+        self.kept_own.append({null: self._take_null(step, null) for null in self.controls.nulls})
+
+    def _taken(self, fold: int) -> PreparedStep:
+        """The step on a fold, whose measurements are in `columns`; without its update's numbers."""
+        store = Store(self.shards(f"direction-fold{fold}").folder)
+        size = self.steps[0].step_size if self.steps else self.config.step_size
+        finished = store.finished()
+        if finished is None or size not in (None, finished.size):
+            step = kept_step(self.bench, fold, self.config, store, size=size)
+            finished = Finished(
+                step.direction, step.step_size, self._measured(step), step.calibration
+            )
+            store.finish(finished)
+        for name, values_N in finished.measured.items():
+            self.columns[str(name)] = values_N.to_numpy()
+        weights_N, direction = self.bench.loss_weights(fold), finished.direction.without_update()
+        assert finished.calibration is not None
+        return PreparedStep(self.bench, fold, weights_N, direction, finished.calibration)
+
+    def _measured(self, step: PreparedStep) -> pd.DataFrame:
+        """Both gains [N] after a step, and those of its placebos."""
+        fold, name = step.fold, step.direction.name(step.step_size)
+        gain_N, reverse_N = self._gains(
+            step.direction, step.step_size, f"after-{name}", f"step {fold}"
+        )
+        columns = {f"gain_fold{fold}": gain_N, f"reverse_gain_fold{fold}": reverse_N}
+        if fold == STEP_FOLD:
+            placebos = placebo_gains(
+                step,
+                self.before[0],
+                directions=self.controls.placebos,
+                seed=self.config.seed,
+                shards=self.shards,
+            )
+            columns |= {f"{PLACEBO}{number}": values for number, values in enumerate(placebos)}
+        return pd.DataFrame(columns)
+
+    def _take_null(self, step: PreparedStep, null: str) -> int:
+        """Measure the step towards a permuted teacher; returns how many kept their own."""
+        fold, tokens = step.fold, self.bench.tokens
+        graded_by = graders(
+            tokens, step.weights_N, null, seed=[self.config.seed, 4, fold, NULLS.index(null)]
+        )
+        store = Store(self.shards(f"direction-{null}-fold{fold}").folder)
+        finished = store.finished()
+        if finished is None or finished.size != _matched(step, finished.direction):
+            direction = kept_direction(
+                self.bench, step.weights_N, self.config, store, graded_by=graded_by
+            )
+            size = _matched(step, direction)
+            gain_N, _ = self._gains(
+                direction, size, f"{null}-{direction.name(size)}", f"permuted teacher {fold}"
+            )
+            measured = pd.DataFrame({f"gain_permuted{null_suffix(null)}_fold{fold}": gain_N})
+            finished = Finished(direction, size, measured, None)
+            store.finish(finished)
+        for name, values_N in finished.measured.items():
+            self.columns[str(name)] = values_N.to_numpy()
+        return kept_own(graded_by, step.weights_N)
+
+    def _gains(
+        self, direction: Direction, size: float, name: str, description: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and reverse gain [N] of every position after a step."""
+        with self.bench.moved(direction.update, size):
+            after = self.bench.rescore(description, shards=self.shards(name))
+        return self.before[0] - after[0], self.before[1] - after[1]
+
+    def result(self) -> ProbeResult:
+        """The tables, once every fold is measured."""
+        placebos = [
+            self.columns.pop(name) for name in list(self.columns) if name.startswith(PLACEBO)
+        ]
+        predictors = _without_outcomes(self.bench.tokens)
+        found = pd.DataFrame({"fold": self.bench.folds, **self.columns}, index=predictors.index)
+        tokens = combine(pd.concat([predictors, found], axis=1))
+        identity_N = token_identity_gain(tokens)
+        identity = {} if identity_N is None else {"token_identity_gain": identity_N}
+        return ProbeResult(
+            validate_tokens(tokens.assign(**identity)),
+            pd.concat([step.calibration for step in self.steps], ignore_index=True),
+            placebo_table(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
+            [
+                _record(step, self.config, kept)
+                for step, kept in zip(self.steps, self.kept_own, strict=True)
+            ],
+        )
+
+
+def _matched(step: PreparedStep, direction: Direction) -> float:
+    """Size at which another direction moves the weights as far as a step does.
+
+    The norms' ratio comes first, so that an equal direction gets the step's own size in every bit.
+    """
+    norm = direction.norm
+    return step.step_size * (step.direction.norm / norm) if norm else 0.0
+
+
+def _without_outcomes(tokens: pd.DataFrame) -> pd.DataFrame:
+    """The table without what another step left in it."""
+    kinds = {name: column(name) for name in tokens}
+    made = [
+        name
+        for name, kind in kinds.items()
+        if name in ("split", "fold", "token_identity_gain")
+        or (kind is not None and kind.stage in ("after", "outcome"))
+    ]
+    return tokens.drop(columns=made)
+
+
+def _record(step: PreparedStep, config: ProbeConfig, kept: dict[str, int]) -> Step:
     chosen, direction = step.chosen, step.direction
     return Step(
+        step.fold,
         config.loss,
         config.beta,
         config.optimizer,
@@ -158,37 +346,29 @@ def _record(step: PreparedStep, config: ProbeConfig) -> Step:
         float(chosen.predicted_drop),
         float(chosen.realised_drop),
         int((step.weights_N > 0).sum()),
-        int((step.bench.split == "held_out").sum()),
+        int((step.bench.folds != step.fold).sum()),
+        kept,
         step.bench.origin_sha256,
     )
 
 
-def gains(before: tuple, after: tuple, placebo: tuple | None = None) -> dict[str, np.ndarray]:
-    """Outcome columns of the token table from the divergences before and after a step.
+def gains(before: tuple, after: tuple) -> dict[str, np.ndarray]:
+    """Outcome columns of the token table from the divergences before and after one step.
 
     Args:
         before: Forward KL (teacher first) and reverse KL before the step, float64 [N] each, nats.
         after: The same after the step.
-        placebo: The same after the placebo, where there is one.
 
     Returns:
         Float64 [N] for each column: forward_kl_after, reverse_kl_after, gain, relative_gain (NaN
         where the forward KL before is under 1e-3 nats), relative_gain_released (no floor),
-        reverse_gain; with a placebo also placebo_gain, placebo_relative_gain and
-        placebo_reverse_gain.
+        reverse_gain.
     """
-    columns = {
+    return {
         "forward_kl_after": after[0],
         "reverse_kl_after": after[1],
         "gain": before[0] - after[0],
         "relative_gain": relative_gain(before[0], after[0]),
         "relative_gain_released": released_relative_gain(before[0], after[0]),
         "reverse_gain": before[1] - after[1],
-    }
-    if placebo is None:
-        return columns
-    return columns | {
-        "placebo_gain": before[0] - placebo[0],
-        "placebo_relative_gain": relative_gain(before[0], placebo[0]),
-        "placebo_reverse_gain": before[1] - placebo[1],
     }

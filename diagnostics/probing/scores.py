@@ -12,7 +12,7 @@ vocabulary."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,32 @@ class Batch:
             ) from error
         log.warning("%d tokens do not fit in memory at once: halved", self.ids_BT.numel())
         return [self._part(0, contexts // 2), self._part(contexts // 2, contexts)]
+
+    def with_contexts_of(self, wanted_n: Tensor, states_nH: Tensor) -> tuple[Batch, Tensor]:
+        """The batch without the contexts in which no position is wanted, and its states.
+
+        Args:
+            wanted_n: Mask bool [n] with one position at least.
+            states_nH: States [n, H], such as the teacher's.
+
+        Returns:
+            A batch of m positions, all of the contexts that stay, and their states [m, H].
+        """
+        stays_B = torch.zeros(len(self.ids_BT), dtype=torch.bool)
+        stays_B[self.at_n[0][wanted_n]] = True
+        if stays_B.all():
+            return self, states_nH
+        kept_n, width = stays_B[self.at_n[0]], int(self.mask_BT[stays_B].sum(1).max())
+        place_B = stays_B.cumsum(0) - 1
+        batch = Batch(
+            self.ids_BT[stays_B, :width],
+            self.mask_BT[stays_B, :width],
+            (place_B[self.at_n[0][kept_n]], self.at_n[1][kept_n]),
+            self.sampled_n[kept_n],
+            self.rows_n[kept_n],
+            tuple(context for context, stays in zip(self.contexts, stays_B.tolist()) if stays),
+        )
+        return batch, states_nH[kept_n.to(states_nH.device)]
 
     def _part(self, first: int, last: int) -> Batch:
         mine_n = (self.at_n[0] >= first) & (self.at_n[0] < last)
@@ -315,6 +341,31 @@ def _columns(
         shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, bank.positions)
     return _gathered(columns, bank.positions)
+
+
+@torch.no_grad()
+def measure_again(
+    pair: Pair, bank: Bank, todo: Iterable[tuple[Batch, Tensor]], config: ScoreConfig
+) -> dict[str, np.ndarray]:
+    """Every measurement of some positions with the student as it is now.
+
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts, N response positions in all.
+        todo: This process's batches, each with the teacher's states [n, H].
+        config: Supports.
+
+    Returns:
+        By column name as in `score`, each [N] over all processes; 0 or False at a position that no
+        batch has.
+    """
+    columns: dict[str, np.ndarray] = {}
+    measure = _measure(pair, bank, config, tops=0)
+    for batch, teacher_nH in todo:
+        measured = measure(batch, batch.states(pair.student), teacher_nH)
+        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
+        _fill(columns, batch, values, bank.positions)
+    return _restore_flags(_gathered(columns, bank.positions))
 
 
 Measure = Callable[[Batch, Tensor, Tensor], Mapping[str, Tensor]]

@@ -2,10 +2,13 @@
 
     theta1 = theta0 + a * d,    d the optimizer's first direction at theta0, a its calibrated size
 
-The prompts are split in two: the *step* half carries the loss, the *held-out* half shows what
-spills over. For `adamw` d is AdamW's bias-corrected first update, -g/(|g| + eps), so that the step
-size a is its learning rate; for `sgd` d is -g/|g|, so that a is the update's norm. With step size
-`auto`, a is the largest size tried whose realized drop in mean loss is at least 80 % of the
+The prompts are divided into folds (`folds`). A step's loss is the mean over one fold; all other
+folds are *held out* for it and show what spills over. The size is calibrated on fold 0 and is the
+same for every fold.
+
+For `adamw` d is AdamW's bias-corrected first update, -g/(|g| + eps), so that the step size a is its
+learning rate; for `sgd` d is -g/|g|, so that a is the update's norm. With step size `auto`, a is
+the largest size tried whose realized drop in mean loss is at least 80 % of the
 first-order prediction -a*<g, d>. (`sampled` is a linear surrogate whose own value bounds no step:
 its size is calibrated on the reverse KL that it estimates.)
 
@@ -16,9 +19,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +40,9 @@ from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair, weights_sha256
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Store
-from diagnostics.probing.frozen_bank import BankPart, FrozenBank
+from diagnostics.probing.folds import assign_folds, folds_of
+from diagnostics.probing.frozen_bank import BankPart, FrozenBank, halve
+from diagnostics.probing.permuted_teacher import graded_by_others
 from diagnostics.probing.tensor_lists import inner_product, random_signs, same_bits, tensor_norm
 
 log = logging.getLogger("diagnostics")
@@ -49,7 +55,7 @@ AIM = 0.85
 CLOSE_ENOUGH = 0.86
 """Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
-"""On the step half these cost as much as two forward passes over the bank."""
+"""On one of four folds these cost as much as one forward pass over the bank."""
 RESCUE_TRIALS = 3
 """Further trials where none of the planned ones was linear."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -58,7 +64,7 @@ CALIBRATION_LOSS = {"sampled": "reverse_kl"}
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The step and its controls.
+    """The step.
 
     Attributes:
         loss: Loss of the step, one of `losses.LOSSES`.
@@ -66,8 +72,9 @@ class ProbeConfig:
         optimizer: Whose first update is the direction: `adamw` or `sgd`.
         step: `auto` calibrates the size; otherwise a number of at least 0, which is the learning
             rate for `adamw` and the norm of the update for `sgd`.
-        held_out: Share of the prompts that carry no loss.
-        seed: Seed of the split into step and held-out prompts, and of the placebo.
+        folds: Number of folds, at least 2: one step is taken on the prompts of each, and all other
+            prompts are held out for it.
+        seed: Seed of the folds and of the controls.
 
     Raises:
         DiagnosticsError: The loss or the optimizer is unknown, or the step is no number of at
@@ -85,8 +92,11 @@ class ProbeConfig:
         default="auto",
         metadata={"help": "auto, or a number: learning rate (adamw) or update norm (sgd)"},
     )
-    held_out: float = field(default=0.5, metadata={"help": "share of prompts that carry no loss"})
-    seed: int = field(default=0, metadata={"help": "seed of the split and of the placebo"})
+    folds: int = field(
+        default=4,
+        metadata={"help": "folds of prompts: one step on each, all others held out for it"},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the folds and of the controls"})
 
     def __post_init__(self):
         requested_step(self.loss, self.optimizer, self.step)
@@ -99,14 +109,21 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class StepPositions:
-    """The positions of a bank, and which of them carry the loss of a step."""
+    """The positions of a bank, and the fold of each."""
 
     tokens: pd.DataFrame
     """Token table, one row per position."""
-    split: np.ndarray
-    """`step` or `held_out` for each position [N]."""
-    weights_N: np.ndarray
-    """1.0 where a position carries loss in the step on all positions, else 0.0."""
+    folds: np.ndarray
+    """Fold of each position, int32 [N]."""
+
+    @property
+    def count(self) -> int:
+        """Number of folds."""
+        return int(self.folds.max()) + 1
+
+    def weights(self, fold: int) -> np.ndarray:
+        """1.0 where a position carries loss in the step on a fold, else 0.0; float64 [N]."""
+        return loss_weights(self.tokens, self.folds == fold)
 
 
 @dataclass(frozen=True)
@@ -114,12 +131,14 @@ class PreparedStep:
     """A calibrated step that has not been taken yet; the student stands at theta0."""
 
     bench: StepBench
+    fold: int
+    """The fold whose positions carry the loss."""
     weights_N: np.ndarray
     """1.0 where a position carries loss, else 0.0."""
     direction: Direction
     """The optimizer's first direction for the mean loss over these positions."""
     calibration: pd.DataFrame
-    """The sizes that were tried (see `calibrate`)."""
+    """The sizes that were tried (see `calibrate`), with the column fold."""
 
     @property
     def chosen(self) -> pd.Series:
@@ -139,10 +158,10 @@ def prepare_step(
     config: ProbeConfig,
     *,
     batch_tokens: int = scores.BATCH_TOKENS,
-    keep_split: bool = True,
+    keep_folds: bool = True,
     store: Store | None = None,
 ) -> PreparedStep:
-    """Set up the step on all positions of the step half: gradient, direction and size.
+    """Set up the step on all positions of fold 0: gradient, direction and size.
 
     Args:
         pair: Student (float32 or float64) and teacher.
@@ -150,21 +169,22 @@ def prepare_step(
         tokens: The bank's token table; None scores the bank first.
         config: The step.
         batch_tokens: Tokens in one forward pass, padding included.
-        keep_split: Whether the table's own column `split` is used where it has one.
+        keep_folds: Whether the table's own column `fold` (or the `split` of a single step) is used
+            where it has one.
         store: Where direction and calibration are kept, and taken from after an interruption.
 
     Returns:
         The bench with the student at theta0, the weights, the direction and the calibration.
 
     Raises:
-        DiagnosticsError: The table is of another bank, one half has no prompts, the student's
-            precision is too low for a small step, or loss or gradient is not finite.
+        DiagnosticsError: The table is of another bank, there are fewer prompts than folds, the
+            student's precision is too low for a small step, or loss or gradient is not finite.
     """
     positions = step_positions(
-        pair, bank, tokens, config, batch_tokens=batch_tokens, keep_split=keep_split
+        pair, bank, tokens, config, batch_tokens=batch_tokens, keep_folds=keep_folds
     )
-    bench = StepBench(pair, bank, positions.tokens, positions.split, batch_tokens=batch_tokens)
-    return kept_step(bench, positions.weights_N, config, store or Store(None))
+    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    return kept_step(bench, 0, config, store or Store(None))
 
 
 def step_positions(
@@ -174,54 +194,94 @@ def step_positions(
     config: ProbeConfig,
     *,
     batch_tokens: int = scores.BATCH_TOKENS,
-    keep_split: bool = True,
+    keep_folds: bool = True,
 ) -> StepPositions:
     """The first part of `prepare_step`, which runs no model where there is a token table."""
     if tokens is None:
         tokens = scores.score(pair, bank, batch_tokens=batch_tokens)
     require_same_bank(bank, tokens)
-    if keep_split and "split" in tokens:
-        split = tokens["split"].to_numpy(dtype=object)
-    else:
-        split = split_prompts(tokens["prompt_id"], held_out=config.held_out, seed=config.seed)
-    return StepPositions(tokens, split, loss_weights(tokens, split))
+    folds = folds_of(tokens) if keep_folds else None
+    if folds is None:
+        folds = assign_folds(tokens, config.folds, seed=config.seed)
+    return StepPositions(tokens, folds)
 
 
 def kept_step(
-    bench: StepBench, weights_N: np.ndarray, config: ProbeConfig, store: Store
+    bench: StepBench, fold: int, config: ProbeConfig, store: Store, *, size: float | None = None
 ) -> PreparedStep:
-    """The step's direction and the calibration along it.
+    """The direction of a fold's step and the calibration along it.
 
     They are those of an interrupted run where the store has them, and are made and kept otherwise.
     Measurements along a direction are named by its hash, so no result along another direction is
     ever reused.
+
+    Args:
+        bench: The student at theta0.
+        fold: The fold whose positions carry the loss.
+        config: The step.
+        store: Where direction and calibration of this fold are kept.
+        size: The size of the step where another fold has decided it, which is then measured once;
+            None takes that of `config`, or searches it.
+
+    Returns:
+        The step, not taken yet.
+    """
+    weights_N = bench.loss_weights(fold)
+    direction = kept_direction(bench, weights_N, config, store)
+    size = config.step_size if size is None else size
+    calibration = store.calibration(direction)
+    if calibration is None or (size is not None and size not in list(calibration["step_size"])):
+        calibration = calibrate(bench, direction, weights_N, beta=config.beta, step_size=size)
+        calibration.insert(0, "fold", fold)
+        store.keep_calibration(direction, calibration)
+    return PreparedStep(bench, fold, weights_N, direction, calibration)
+
+
+def kept_direction(
+    bench: StepBench,
+    weights_N: np.ndarray,
+    config: ProbeConfig,
+    store: Store,
+    *,
+    graded_by: np.ndarray | None = None,
+) -> Direction:
+    """A direction, from the store where an interrupted run kept it; otherwise it is made and kept.
+
+    Args:
+        bench: The student at theta0.
+        weights_N: Float [N], 0 where a position carries no loss.
+        config: The step.
+        store: Where this direction is kept.
+        graded_by: As in `StepBench.gradient`.
+
+    Returns:
+        The direction with its hash.
     """
     direction = store.direction(bench.parameters)
     if direction is None:
         direction = bench.direction(
-            weights_N, loss=config.loss, beta=config.beta, optimizer=config.optimizer
+            weights_N,
+            loss=config.loss,
+            beta=config.beta,
+            optimizer=config.optimizer,
+            graded_by=graded_by,
         ).named()
         store.keep(direction)
-    calibration = store.calibration(direction)
-    if calibration is None:
-        calibration = calibrate(
-            bench, direction, weights_N, beta=config.beta, step_size=config.step_size
-        )
-        store.keep_calibration(direction, calibration)
-    return PreparedStep(bench, weights_N, direction, calibration)
+    return direction
 
 
 class StepBench:
     """A frozen bank and a student that can be moved along a direction and put back.
 
-    The bank is divided into three parts: `step`, `held_out`, and `nonfinite` for contexts in which
-    a measurement is NaN, which carry no loss.
+    The bank is divided into one part per fold, and one more for the contexts in which a measurement
+    is NaN, which carry no loss. Measurements always run on the same batches of these parts; losses
+    and gradients run on the same batches without the contexts that carry no weight.
 
     Args:
         pair: Student (float32 or float64) and teacher.
         bank: The frozen contexts, N response positions in all.
         tokens: The bank's token table, one row per position in bank order.
-        split: `step` or `held_out` for each position [N].
+        folds: Fold of each position, int [N].
         batch_tokens: Tokens in one forward pass, padding included.
 
     Raises:
@@ -234,44 +294,63 @@ class StepBench:
         pair: Pair,
         bank: Bank,
         tokens: pd.DataFrame,
-        split: np.ndarray,
+        folds: np.ndarray,
         *,
         batch_tokens: int = scores.BATCH_TOKENS,
     ):
-        self.pair, self.bank, self.tokens, self.split = pair, bank, tokens, split
+        self.pair, self.bank, self.tokens, self.folds = pair, bank, tokens, folds
+        self.count = int(folds.max()) + 1
         self.teacher = scores.teacher_of(pair)
         self.parameters: list[Tensor] = [
             p for p in pair.student.model.parameters() if p.is_floating_point()
         ]
         _require_precision(self.parameters)
-        on_step, apart = split == "step", in_nonfinite_context(tokens)
-        masks = (on_step & ~apart, ~on_step & ~apart, apart)
-        self.frozen = FrozenBank(pair, bank, batch_tokens=batch_tokens, parts=masks)
+        apart = in_nonfinite_context(tokens)
+        masks = [(folds == fold) & ~apart for fold in range(self.count)]
+        self.frozen = FrozenBank(pair, bank, batch_tokens=batch_tokens, parts=[*masks, apart])
+        # halved where a gradient runs out of memory, while measurements keep their batches
+        self._parts = [part.copy() for part in self.frozen.parts]
         self.origin = [p.detach().clone() for p in self.parameters]
         self.origin_sha256 = weights_sha256(pair.student.model)
         self.weight_norm = tensor_norm(self.origin)
         self._sums: list[Tensor | None] = []
 
-    @property
-    def step(self) -> BankPart:
-        """The part of the bank that carries the loss."""
-        return self.frozen.parts[0]
+    def part(self, fold: int) -> BankPart:
+        """This process's batches of the finite contexts of a fold."""
+        return self._parts[fold]
 
-    @property
-    def held_out(self) -> BankPart:
-        """The part of the bank whose prompts carry no loss."""
-        return self.frozen.parts[1]
+    def loss_weights(self, fold: int) -> np.ndarray:
+        """1.0 at the positions that carry loss in the step on a fold, else 0.0; float64 [N]."""
+        return loss_weights(self.tokens, self.folds == fold)
+
+    def weighted(
+        self, weights_N: np.ndarray, *, parts: Sequence[BankPart] | None = None
+    ) -> Iterator[tuple[scores.Batch, Tensor]]:
+        """This process's batches without the contexts in which no position has a weight.
+
+        Args:
+            weights_N: Float [N] over the whole bank.
+            parts: Parts of the bank in place of the bench's own.
+
+        Yields:
+            A batch with n positions, and the teacher's states [n, H] for it.
+        """
+        for part in self._parts if parts is None else parts:
+            for batch, teacher_nH in part:
+                wanted_n = torch.from_numpy(weights_N[batch.rows_n.numpy()] != 0)
+                if wanted_n.any():
+                    yield batch.with_contexts_of(wanted_n, teacher_nH)
 
     def mean_loss(
         self, weights_N: np.ndarray, *, loss: str, beta: float, backward: bool = False
     ) -> float:
-        """Weighted mean of the loss at the step positions.
+        """Weighted mean of the loss with the student as it is now.
 
         The denominator is the sum of all weights, so neither value nor gradient depends on the
         size or the number of batches. The advantage of `sampled` is held at theta0's.
 
         Args:
-            weights_N: Float [N], 0 where a position carries no loss.
+            weights_N: Float [N], 0 where a position carries no loss; positions of any fold.
             loss: One of `losses.LOSSES`.
             beta: The teacher's share in the mixture of `jsd`.
             backward: Whether the gradient is collected too (see `gradient`).
@@ -279,15 +358,16 @@ class StepBench:
         Returns:
             The mean in nats.
         """
+        return self._mean_loss(self._parts, weights_N, backward, loss=loss, beta=beta)
+
+    def _mean_loss(
+        self, parts: Sequence[BankPart], weights_N: np.ndarray, backward: bool, **options: Any
+    ) -> float:
         parts_N = np.zeros(len(self.tokens))
         with torch.set_grad_enabled(backward):
-            for batch, teacher_nH in self.step:
-                if not weights_N[batch.rows_n.numpy()].any():
-                    continue
+            for batch, teacher_nH in self.weighted(weights_N, parts=parts):
                 student_nH = batch.states(self.pair.student)
-                part = self.batch_loss(
-                    batch, student_nH, teacher_nH, weights_N, loss=loss, beta=beta
-                )
+                part = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
                 parts_N[int(batch.rows_n[0])] = float(part.detach())
                 if backward:
                     part.backward()
@@ -304,6 +384,7 @@ class StepBench:
         *,
         loss: str,
         beta: float,
+        own_teacher: bool = True,
     ) -> Tensor:
         """One batch's part of the weighted mean loss over all positions.
 
@@ -314,11 +395,17 @@ class StepBench:
             weights_N: Float [N] over the whole bank, 0 where a position carries no loss.
             loss: One of `losses.LOSSES`.
             beta: The teacher's share in the mixture of `jsd`.
+            own_teacher: Whether the states are those of the positions' own teacher: `sampled` then
+                takes theta0's advantage from the token table. Otherwise it is that of the given
+                states and the present student.
 
         Returns:
             A scalar in nats, whose graph reaches `student_nH` and the output head.
         """
         rows = batch.rows_n.numpy()
+        advantage_n = (
+            torch.from_numpy(self.tokens["advantage"].to_numpy()[rows]) if own_teacher else None
+        )
         return losses.chunked_loss(
             student_nH,
             self.pair.student.logits,
@@ -329,22 +416,29 @@ class StepBench:
             beta=beta,
             weights_N=torch.from_numpy(weights_N[rows]),
             denominator=float(weights_N.sum()),
-            advantage_N=torch.from_numpy(self.tokens["advantage"].to_numpy()[rows]),
+            advantage_N=advantage_n,
         )
 
     def gradient(
-        self, weights_N: np.ndarray, *, loss: str, beta: float
+        self,
+        weights_N: np.ndarray,
+        *,
+        loss: str,
+        beta: float,
+        graded_by: np.ndarray | None = None,
     ) -> tuple[float, list[Tensor]]:
-        """Mean loss at theta0 and its gradient.
+        """Mean loss with the student as it is now, and its gradient.
 
         Batches are added up in float64: AdamW's first step divides a gradient by its own size,
         which would turn the rounding of another order of summation into a different step. Out of
         memory, every batch is halved and the gradient is started again.
 
         Args:
-            weights_N: Float [N], 0 where a position carries no loss.
+            weights_N: Float [N], 0 where a position carries no loss; positions of any fold.
             loss: One of `losses.LOSSES`.
             beta: The teacher's share in the mixture of `jsd`.
+            graded_by: Int [N], the row whose teacher grades each position; None leaves every
+                position its own. `sampled` then takes the advantage of that teacher.
 
         Returns:
             The mean in nats, and one tensor per parameter in the parameter's dtype.
@@ -352,15 +446,19 @@ class StepBench:
         Raises:
             DiagnosticsError: Loss or gradient is not finite, or one context does not fit in memory.
         """
-        value = None
+        parts, value = self._parts, None
+        if graded_by is not None:
+            parts = graded_by_others(self._parts, weights_N, graded_by)
         while value is None:
             self._sums = [None] * len(self.parameters)
             # an attempt that ran out of memory leaves gradients behind
             self.pair.student.model.zero_grad(set_to_none=True)
             try:
-                value = self.mean_loss(weights_N, loss=loss, beta=beta, backward=True)
+                value = self._mean_loss(
+                    parts, weights_N, True, loss=loss, beta=beta, own_teacher=graded_by is None
+                )
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self.step.halve(error)
+                halve(parts, error)
         gradient = self._summed_gradients()
         if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
             raise DiagnosticsError(
@@ -398,7 +496,13 @@ class StepBench:
         return [total.to(p) for p, total in zip(self.parameters, sums, strict=True)]
 
     def direction(
-        self, weights_N: np.ndarray, *, loss: str, beta: float, optimizer: str
+        self,
+        weights_N: np.ndarray,
+        *,
+        loss: str,
+        beta: float,
+        optimizer: str,
+        graded_by: np.ndarray | None = None,
     ) -> Direction:
         """The optimizer's first direction at theta0, and the loss that calibrates its size.
 
@@ -407,6 +511,8 @@ class StepBench:
             loss: One of `losses.LOSSES`.
             beta: The teacher's share in the mixture of `jsd`.
             optimizer: `adamw` or `sgd`.
+            graded_by: As in `gradient`. Such a direction has the size of another step and is
+                calibrated by no loss but its own.
 
         Returns:
             The direction, without its hash.
@@ -417,10 +523,10 @@ class StepBench:
         """
         advantage_N = self.tokens["advantage"].to_numpy()
         topk_teacher.require_loss(self.teacher, loss, advantage_N, weights_N)
-        value, gradient = self.gradient(weights_N, loss=loss, beta=beta)
+        value, gradient = self.gradient(weights_N, loss=loss, beta=beta, graded_by=graded_by)
         norm = tensor_norm(gradient)
         update = first_update(gradient, optimizer)
-        calibration_loss = CALIBRATION_LOSS.get(loss, loss)
+        calibration_loss = loss if graded_by is not None else CALIBRATION_LOSS.get(loss, loss)
         if calibration_loss != loss:
             value, gradient = self.gradient(weights_N, loss=calibration_loss, beta=beta)
         slope = inner_product(gradient, update)
@@ -434,7 +540,7 @@ class StepBench:
 
         Args:
             direction: One tensor per parameter.
-            step_size: Factor of the direction.
+            step_size: Factor of the direction; a negative one moves the other way.
             placebo_seed: Where given, every coordinate of the update gets a random sign.
         """
         signs = random_signs(direction, placebo_seed)
@@ -454,10 +560,25 @@ class StepBench:
             p.copy_(o)
 
     def rescore(
-        self, description: str, *, js: bool = False, shards: Shards | None = None
+        self,
+        description: str,
+        *,
+        js: bool = False,
+        shards: Shards | None = None,
+        folds: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, ...]:
-        """The divergences of the whole bank, as `FrozenBank.rescore` measures them."""
-        return self.frozen.rescore(description, js=js, shards=shards)
+        """The divergences with the student as it is now, as `FrozenBank.rescore` measures them.
+
+        Args:
+            description: What the progress bar says.
+            js: Whether the Jensen-Shannon divergence is measured too.
+            shards: Where finished batches are kept, and taken from.
+            folds: The folds whose finite contexts are measured; None measures the whole bank.
+
+        Returns:
+            Float64 [N] in nats for each divergence; 0 at a position that was not measured.
+        """
+        return self.frozen.rescore(description, js=js, shards=shards, parts=folds)
 
     def require_restored(self) -> None:
         """Raise RuntimeError unless every bit of the student's weights is as at the start."""
@@ -583,47 +704,20 @@ def _choose(table: pd.DataFrame, automatic: bool) -> int:
     return table["step_size"].idxmin()
 
 
-def split_prompts(prompt_ids: pd.Series, *, held_out: float, seed: int) -> np.ndarray:
-    """Assign every position to the step half or the held-out half.
-
-    Args:
-        prompt_ids: The prompt of every position [N]; contexts of one prompt stay together.
-        held_out: Share of the prompts that carry no loss.
-        seed: Seed of the draw, at least 0.
-
-    Returns:
-        `step` or `held_out` for each position, object [N].
-
-    Raises:
-        DiagnosticsError: The seed is negative, or one half would have no prompts.
-    """
-    prompts = sorted(prompt_ids.unique())
-    count = round(held_out * len(prompts)) if abs(held_out) <= 1 else 0
-    if seed < 0:
-        raise DiagnosticsError(f"A seed is a whole number of at least 0; got {seed}.")
-    if not 0 < count < len(prompts):
-        raise DiagnosticsError(
-            f"held_out={held_out} leaves {len(prompts) - count} step and {count} held-out prompts"
-            f" of {len(prompts)}. Each half needs one at least; use more prompts or another share."
-        )
-    chosen = set(np.random.default_rng([seed, 0]).permutation(prompts)[:count])
-    return np.where(prompt_ids.isin(chosen), "held_out", "step").astype(object)
-
-
-def loss_weights(tokens: pd.DataFrame, split: np.ndarray) -> np.ndarray:
-    """Weights of the step on all positions.
+def loss_weights(tokens: pd.DataFrame, mask_N: np.ndarray) -> np.ndarray:
+    """Weights of a step on all positions of a mask.
 
     Args:
         tokens: Token table with forward_kl and reverse_kl, one row per position.
-        split: `step` or `held_out` for each position [N].
+        mask_N: Bool [N], such as the positions of a fold.
 
     Returns:
-        Float [N]: 1.0 at step positions whose context has no NaN measurement, 0.0 otherwise.
+        Float [N]: 1.0 at the mask's positions whose context has no NaN measurement, 0.0 otherwise.
     """
     finite = np.isfinite(tokens["forward_kl"].to_numpy()) & np.isfinite(
         tokens["reverse_kl"].to_numpy()
     )
-    return ((split == "step") & finite & ~in_nonfinite_context(tokens)).astype(float)
+    return (mask_N & finite & ~in_nonfinite_context(tokens)).astype(float)
 
 
 def in_nonfinite_context(tokens: pd.DataFrame) -> np.ndarray:

@@ -28,7 +28,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import progress
 from diagnostics.measure import divergences, losses
 from diagnostics.probing import scores
-from diagnostics.probing.step import StepBench, first_update, in_nonfinite_context
+from diagnostics.probing.step import StepBench, first_update, loss_weights
 
 log = logging.getLogger("diagnostics")
 PARTS = ("self", "own_context", "own_prompt", "other_prompts")
@@ -134,6 +134,8 @@ class Tracer:
     def lift(self) -> np.ndarray:
         """What each step position's loss does for the mean forward KL of the held-out positions.
 
+        Held out are the folds in which no position carries loss.
+
         Returns:
             Float64 [N] in nats; NaN at a position without loss. The sum is the mean first-order
             gain of the held-out positions.
@@ -141,7 +143,7 @@ class Tracer:
         lift_N = np.zeros(len(self.bench.tokens))
         tangents = dict(zip(self.names, self._pulled(self._held_out_gradient()), strict=True))
         self._visit_all(
-            list(self.bench.step),
+            list(self.bench.weighted(self.weights_N)),
             tangents,
             lift_N,
             "lift",
@@ -158,22 +160,19 @@ class Tracer:
     def _held_out_gradient(self) -> list[Tensor]:
         """Gradient of the mean forward KL of the held-out positions."""
         bench = self.bench
-        finite = np.isfinite(bench.tokens[["forward_kl", "reverse_kl"]].to_numpy()).all(axis=1)
-        weights_N = (
-            (bench.split == "held_out") & finite & ~in_nonfinite_context(bench.tokens)
-        ).astype(float)
+        on_step = np.isin(bench.folds, bench.folds[self.weights_N > 0])
+        weights_N = loss_weights(bench.tokens, ~on_step)
         total = [torch.zeros_like(p) for p in bench.parameters]
-        for batch, teacher_nH in bench.held_out:
-            if weights_N[batch.rows_n.numpy()].any():
-                part = bench.batch_loss(
-                    batch,
-                    batch.states(self.student),
-                    teacher_nH,
-                    weights_N,
-                    loss="forward_kl",
-                    beta=0.0,
-                )
-                _accumulate(total, torch.autograd.grad(part, bench.parameters, allow_unused=True))
+        for batch, teacher_nH in bench.weighted(weights_N):
+            part = bench.batch_loss(
+                batch,
+                batch.states(self.student),
+                teacher_nH,
+                weights_N,
+                loss="forward_kl",
+                beta=0.0,
+            )
+            _accumulate(total, torch.autograd.grad(part, bench.parameters, allow_unused=True))
         distributed.sum_in_place(total)
         return total
 
@@ -415,7 +414,7 @@ class Tracer:
         """Gradient of the mean loss over the output head's parameters, states held fixed."""
         bench, parameters = self.bench, self._parameters("output_layer")
         total = [torch.zeros_like(p) for p in parameters]
-        for batch, teacher_nH in bench.step:
+        for batch, teacher_nH in bench.weighted(self.weights_N):
             with torch.no_grad():
                 fixed_nH = batch.states(self.student)
             part = bench.batch_loss(

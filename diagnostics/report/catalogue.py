@@ -6,12 +6,17 @@ This is the only place where tables are described: the page takes its captions f
 from __future__ import annotations
 
 TABLES = {
-    "verdicts": "Each claim against its interval, for both gains.",
-    "warnings": "Where a conclusion would rest on too little.",
+    "decision": "Each criterion and budget over a horizon, against random, full and fair rivals.",
+    "claim_statistics": "What the claims were tested on, with their strata, overlap and proxies.",
+    "verdicts": "Each claim: the paper's statistic and the controlled one, and what follows.",
+    "warnings": "Where a conclusion would rest on too little, one line per cause.",
     "correlations": (
-        "Correlation of each gain with each criterion, with its interval and the placebo's."
+        "Correlation of each criterion with the gain, with that of a permuted teacher, and with"
+        " their difference."
     ),
-    "placebo_excess": "The same minus the placebo's, in paired draws.",
+    "placebo": "How large a change of this size is in no direction: the step's own beside it.",
+    "strata": "Gain, null and linearity by stratum of the divergence.",
+    "horizon": "Drop of the divergences over a short trajectory with loss on all positions.",
     "differences": "Paired differences between two criteria's correlations.",
     "partial": "Correlations given entropy, divergence and position.",
     "within_prompt": "Mean over prompts of the correlation within each.",
@@ -32,13 +37,14 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
-    "intervention": "One step per criterion and budget; drops in nats per position.",
+    "intervention": "Steps with loss on a selection alone; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",
     "linearity": "Realised against first-order gain by step size.",
     "kernel_shares": "Sources of the first-order gain by group.",
     "kernel": "Sources of the first-order gain at each sampled position.",
     "lift": "What each group's losses do for held-out prompts.",
+    "foresight_signs": "Difference to random on the frozen bank against the one after training.",
     "validation_verdicts": "Claim C5 against each rival, and overall.",
     "validation_outcomes": "Every measure of every training, over seeds and prompts.",
     "validation_agreement": "Kendall's tau between predicted and trained gains.",

@@ -55,9 +55,14 @@ def _verdict_rows(run: RunResults) -> list[str]:
     shown, _ = summary.claims(run)
     if not {"claim", "outcome", "verdict", "sentence"} <= set(shown.columns):
         return []
-    cells = shown[["claim", "outcome", "verdict", "sentence"]].astype(str).map(_plain)
+    columns = ["claim", *(name for name in ("kind",) if name in shown), "outcome", "verdict"]
+    heads = {"outcome": "by", "kind": "as"}
+    cells = shown[[*columns, "sentence"]].fillna("").astype(str).map(_plain)
     rows = [f"| {' | '.join(row)} |" for row in cells.itertuples(index=False)]
-    return ["\n".join(["| claim | by | verdict | why |", "|---|---|---|---|", *rows])]
+    head = " | ".join([*(heads.get(name, name) for name in columns), "why"])
+    registered = summary.registered(run)
+    table = ["\n".join([f"| {head} |", "|" + "---|" * (len(columns) + 1), *rows])]
+    return ([_plain(registered)] if registered else []) + table
 
 
 def _plain(text: str) -> str:

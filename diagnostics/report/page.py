@@ -103,6 +103,8 @@ def _draw(run: RunResults, spec: FigureSpec, table: pd.DataFrame) -> Drawn:
     options = {argument: run.table(name) for argument, name in spec.arguments.items()}
     if "level" in inspect.signature(spec.draw).parameters:
         options["level"] = run.level
+    if spec.measured and "measure" in table and (table.measure == run.measure).any():
+        options["measure"] = run.measure
     return Drawn(*(spec.draw(table, width=width, **options) for width in (DOUBLE, SINGLE)))
 
 
@@ -127,15 +129,21 @@ def page(
     contexts: int = CONTEXTS,
 ) -> str:
     """The whole page as one string of HTML, with the first `contexts` as tokens."""
+    answer = summary.answer(run)
+    decided = answer.pop(summary.DECISION, "")
     sections = [
         ("verdicts", "Verdicts", verdict_cards(run)),
         ("warnings", "Warnings", warning_list(run)),
+        ("findings", "Findings", _paragraphs(answer)),
         (
             "figures",
             "Figures",
             "".join(
-                _figure(spec, drawn[spec.name]) for spec in in_page_order() if spec.name in drawn
-            ),
+                _figure(spec, drawn[spec.name])
+                for spec in in_page_order()
+                if spec.name in drawn and spec.name != FIRST
+            )
+            + magnitudes(run),
         ),
         ("tokens", "Tokens", token_view(run, contexts)),
         ("tables", "Tables", page_tables.all_tables(run)),
@@ -143,11 +151,34 @@ def page(
         ("provenance", "Provenance", provenance.provenance(run)),
         ("not-run", "What was not run", not_run(run, left_out)),
     ]
-    lead = "".join(
-        f"<p><b>{question}</b> {html.escape(text)}</p>"
-        for question, text in summary.answer(run).items()
-    )
+    lead = _paragraphs({summary.DECISION: decided} if decided else {})
+    if FIRST in drawn:
+        lead += _figure(next(s for s in in_page_order() if s.name == FIRST), drawn[FIRST])
     return shell(summary.title(run), _over(run), lead, sections, tokens=True)
+
+
+FIRST = "decision"
+"""The figure that stands beside the decision, above everything else."""
+
+
+def _paragraphs(answer: Mapping[str, str]) -> str:
+    return "".join(
+        f"<p><b>{question}</b> {html.escape(text)}</p>" for question, text in answer.items()
+    )
+
+
+def magnitudes(run: RunResults) -> str:
+    """The placebo as one small table; empty where the run has none."""
+    table = run.table("placebo")
+    if table is None:
+        return ""
+    return (
+        '<section id="magnitude"><h3>How large is a change of this size in no direction?</h3><p'
+        ' class="quiet">Gain in nats after steps of the same norm in random directions, with both'
+        " signs, beside that of the step itself. It says how far weights that move so much change"
+        " a position whatever the loss says; it is no null for a correlation.</p>"
+        f"{page_tables.small_table(table)}</section>"
+    )
 
 
 def shell(
@@ -197,7 +228,8 @@ def _over(run: RunResults) -> str:
 
 
 def verdict_cards(run: RunResults) -> str:
-    """One card per claim with both gains side by side, then C5 by measure.
+    """One card per claim, the paper's statistic and the controlled one side by side, then C5 by
+    measure.
 
     Empty where the run has no verdicts.
     """
@@ -208,55 +240,94 @@ def verdict_cards(run: RunResults) -> str:
         _card(claim, rows.to_dict("records")) for claim, rows in shown.groupby("claim", sort=False)
     )
     note = (
-        '<p class="quiet">The same claims on step and held-out positions apart: table verdicts.</p>'
+        '<p class="quiet">The same claims on other populations and by other outcomes: table'
+        " verdicts.</p>"
         if more
         else ""
     )
-    return f'<ul class="cards">{cards}</ul>{note}'
+    registered = summary.registered(run)
+    seal = f'<p class="quiet registered">{html.escape(registered)}</p>' if registered else ""
+    return f'{seal}<ul class="cards">{cards}</ul>{note}'
 
 
-VERDICTS = ("supported", "refuted", "inconclusive")
+SIDES = {"paper": "As the paper has it", "controlled": "With controls", "": ""}
+"""Kinds of a claim's statistic in the order of a card's columns, with their headings."""
 
 
 def _card(claim: str, rows: list[dict]) -> str:
     statement = rows[0].get("statement")
     heading = f"{claim}: {statement}" if isinstance(statement, str) else str(claim)
+    kinds = {str(row.get("kind") or "") for row in rows}
+    sides = "".join(
+        _side(title, [row for row in rows if str(row.get("kind") or "") == kind])
+        for kind, title in (SIDES | {kind: kind for kind in kinds - set(SIDES)}).items()
+        if kind in kinds
+    )
+    wide = " wide-card" if len(kinds) > 1 else ""
     return (
-        '<li class="card'
-        f' {_agreed(rows)}"><h3>{html.escape(heading)}</h3>{"".join(map(_claim_test, rows))}</li>'
+        f'<li class="card{wide} {_agreed(rows)}"><h3>{html.escape(heading)}</h3>'
+        f'<div class="sides">{sides}</div></li>'
     )
 
 
+def _side(title: str, rows: list[dict]) -> str:
+    """One kind of a claim's statistic, with a line for each outcome."""
+    head = f'<p class="side">{html.escape(title)}</p>' if title else ""
+    return f"<div>{head}{''.join(map(_claim_test, rows))}</div>"
+
+
 def _agreed(rows: list[dict]) -> str:
-    """The verdict of all of a card's rows, inconclusive where they differ."""
-    verdicts = {str(row["verdict"]) for row in rows}
+    """The class of a card: the verdict of its controlled rows, where it has any, and inconclusive
+    where they differ.
+    """
+    controlled = [row for row in rows if row.get("kind") == "controlled"]
+    verdicts = {str(row["verdict"]) for row in controlled or rows}
     only = verdicts.pop() if len(verdicts) == 1 else ""
-    return only if only in VERDICTS else "inconclusive"
+    return _class(only)
+
+
+def _class(verdict: str) -> str:
+    return (verdict if verdict in summary.VERDICTS else "inconclusive").replace(" ", "-")
 
 
 def _claim_test(row: dict) -> str:
-    verdict, outcome, sentence = str(row["verdict"]), row.get("outcome"), row.get("sentence")
+    verdict, outcome = str(row["verdict"]), row.get("outcome")
     named = (
         f"{naming.OUTCOMES.get(outcome) or naming.MEASURES.get(outcome, outcome)}: "
         if isinstance(outcome, str)
         else ""
     )
-    kind = verdict if verdict in VERDICTS else "inconclusive"
+    tag = ' <span class="tag">exploratory</span>' if row.get("exploratory") in naming.TRUE else ""
+    words = [text for name in ("sentence", "reason") if (text := _words(row, name))]
+    if len(words) > 1 and words[1].rstrip(".") in words[0]:
+        words.pop()
     return (
-        f'<p>{html.escape(named)}<span class="verdict {kind}">{html.escape(verdict)}</span></p>'
-        f'<p class="quiet">{html.escape(sentence if isinstance(sentence, str) else "")}</p>'
+        f'<p>{html.escape(named)}<span class="verdict {_class(verdict)}">{html.escape(verdict)}'
+        f'</span>{tag}</p><p class="quiet">{html.escape(" ".join(words))}</p>'
     )
 
 
+def _words(row: dict, name: str) -> str:
+    """A cell with text; empty where it is undefined."""
+    return row[name].strip() if isinstance(row.get(name), str) else ""
+
+
 def warning_list(run: RunResults) -> str:
-    """The warnings as paragraphs; those beyond a handful folded away."""
-    lines = [
-        f'<p class="warning">{html.escape(message)}</p>' for message in provenance.warnings(run)
-    ]
+    """The warnings, one per cause, those that change a verdict first; those beyond a handful folded
+    away.
+    """
+    notes = [f'<p class="warning">{html.escape(note)}</p>' for note in run.reading_notes]
+    lines = notes + [_warning(text, changes) for text, changes in provenance.causes(run)]
     first, rest = lines[:WARNINGS_OPEN], lines[WARNINGS_OPEN:]
     return "".join(first) + (
         f"<details><summary>{len(rest)} more</summary>{''.join(rest)}</details>" if rest else ""
     )
+
+
+def _warning(text: str, changes: bool) -> str:
+    kind = "warning" if changes else "warning minor"
+    tag = '<span class="tag">changes a verdict</span> ' if changes else ""
+    return f'<p class="{kind}">{tag}{html.escape(text)}</p>'
 
 
 def token_view(run: RunResults, contexts: int) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from diagnostics.report import summary
 from diagnostics.report.catalogue import TABLES
+from diagnostics.report.naming import LEAST_P
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.tokenview import script_json
 
@@ -45,8 +46,7 @@ def table_block(name: str, table: pd.DataFrame) -> str:
     )
     rows = packed = ""
     if len(table) <= ROWS_WRITTEN:
-        cells = ("".join(map(_cell, row)) for row in table.itertuples(index=False))
-        rows = "".join(f"<tr>{row}</tr>\n" for row in cells)
+        rows = written_rows(table)
     else:
         packed = f'<script type="application/json">{_packed(table)}</script>'
     return (
@@ -58,9 +58,31 @@ def table_block(name: str, table: pd.DataFrame) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def written_rows(table: pd.DataFrame) -> str:
+    """The rows of a table as HTML."""
+    names = [str(name) for name in table.columns]
+    cells = (
+        "".join(_cell(value, name) for name, value in zip(names, row, strict=True))
+        for row in table.itertuples(index=False)
+    )
+    return "".join(f"<tr>{row}</tr>\n" for row in cells)
+
+
+def small_table(table: pd.DataFrame) -> str:
+    """A few rows written out under readable heads, for the text of a page."""
+    heads = "".join(
+        f'<th class="plain" scope="col">{html.escape(summary.readable(str(name)))}</th>'
+        for name in table.columns
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n'
+        f"{written_rows(table)}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any, name: str = "") -> str:
     """A table cell; a number is rounded to four digits, and six stand beside it for sorting and
-    copying.
+    copying. A p value is written down to 1e-4.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"<td>{html.escape(str(value))}</td>"
@@ -69,6 +91,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f'<td class="number" data-v="{value}">{value:,}</td>'
     shown = summary.number(value, 4) if value != int(value) else f"{value:,.0f}"
+    if name.startswith("p_") and value < LEAST_P:
+        shown = "&lt; .0001"
     return f'<td class="number" data-v="{value:.6g}">{shown}</td>'
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
+from diagnostics.report.style import flagged
 
 PARTS = {
+    "decision": "the decision: which criterion to train with, from steps over a horizon",
     "verdicts": "verdicts on the claims C1 to C4",
     "regressions": "the decomposition into compatible and incompatible divergence",
     "selection_curves": "captured gain by budget",
@@ -23,12 +25,23 @@ PARTS = {
 
 
 def warnings(run: RunResults) -> list[str]:
-    """The notes made while the run was read, then the warnings of its analysis."""
+    """The notes made while the run was read, then the warnings of its analysis, one per cause, the
+    ones that change a verdict first.
+    """
+    return [*run.reading_notes, *(text for text, _ in causes(run))]
+
+
+def causes(run: RunTables) -> list[tuple[str, bool]]:
+    """Each warning of the analysis, and whether it changes a verdict; in tables of earlier versions
+    none is known to.
+    """
     table = run.table("warnings")
-    return [
-        *run.reading_notes,
-        *([] if table is None or "message" not in table else table.message.astype(str).tolist()),
-    ]
+    name = "text" if table is not None and "text" in table else "message"
+    if table is None or name not in table:
+        return []
+    changes = flagged(table, "changes_verdict")
+    found = list(zip(table[name].astype(str), changes.tolist(), strict=True))
+    return sorted(found, key=lambda warning: not warning[1])
 
 
 def provenance(run: RunTables) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.analysis.decision import LOSS_MEASURE
+
 LEVEL = 0.95
 """Level of the intervals where a manifest does not record it."""
 
@@ -32,6 +34,14 @@ class RunTables:
         """
         stage = self.manifest.get("stages", {}).get(name, {})
         return {**stage.get("settings", {}), **(stage.get("facts") or {})}
+
+    @property
+    def measure(self) -> str | None:
+        """The divergence that the run's loss lowers, by which criteria are judged; None where no
+        stage records a loss.
+        """
+        losses = [self.stage(name).get("loss") for name in ("intervene", "probe", "validate")]
+        return next((LOSS_MEASURE[loss] for loss in losses if loss in LOSS_MEASURE), None)
 
     @property
     def level(self) -> float:

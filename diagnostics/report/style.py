@@ -25,7 +25,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
-from diagnostics.report.naming import readable
+from diagnostics.criteria import AMBIGUOUS
+from diagnostics.report.naming import readable, steps_of
 
 SINGLE, DOUBLE = 3.3, 6.9
 """Inches: one column and two columns of a paper."""
@@ -274,9 +275,42 @@ def counts(table: pd.DataFrame) -> str:
     return text[0].upper() + text[1:]
 
 
-def bars(level: float | None, what: str = "Bars", *, over: str = "prompts") -> str:
-    """The caption's sentence on intervals; the table does not record their level."""
+def bars(
+    level: float | None,
+    what: str = "Bars",
+    *,
+    over: str = "prompts",
+    table: pd.DataFrame | None = None,
+) -> str:
+    """The caption's sentence on intervals; the table does not record their level, but may say over
+    how many step batches they are.
+    """
+    steps = None if table is None else steps_of(table)
+    if steps is not None:
+        over = f"{over} and {steps} step batches" if steps > 1 else f"{over} alone (one step batch)"
     return f"{what}: {'' if level is None else f'{level:.0%} '}intervals over {over}."
+
+
+def ambiguous(table: pd.DataFrame) -> np.ndarray:
+    """[N] whether ties decided more of a cell's selection than a conclusion may rest on; nowhere
+    where the table does not say.
+    """
+    if "ambiguous" not in table:
+        return np.zeros(len(table), dtype=bool)
+    return table["ambiguous"].to_numpy(dtype=float) > AMBIGUOUS
+
+
+def flagged(table: pd.DataFrame, name: str) -> np.ndarray:
+    """[N] a column of true and false; nowhere true where the table lacks it or a row is empty."""
+    if name not in table:
+        return np.zeros(len(table), dtype=bool)
+    return table[name].isin([True, "True"]).to_numpy(dtype=bool)
+
+
+def tie_words(table: pd.DataFrame, how: str = "Ringed") -> str:
+    """The caption's sentence on ambiguous cells; empty where there are none."""
+    share = f"{AMBIGUOUS:.0%}"
+    return f"{how}: ties decide over {share} of the selection." if ambiguous(table).any() else ""
 
 
 def caption(figure: Figure, *sentences: str) -> None:
@@ -448,17 +482,6 @@ def band(
         linewidth=0,
         **options,
     )
-
-
-def diamond(color: str) -> dict:
-    """Style of a placebo's mark."""
-    edge = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 0.8}
-    return {"marker": "D", "markersize": 3.2, "linestyle": "none", **edge}
-
-
-def placebo_key() -> Line2D:
-    """The placebo's entry in a legend."""
-    return Line2D([], [], label="placebo step", **diamond(quiet()))
 
 
 def offsets(count: int, step: float) -> np.ndarray:

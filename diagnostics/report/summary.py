@@ -2,28 +2,54 @@
 
 Every number comes from a table or the manifest. Every claim comes from an interval, never from a
 point: a criterion is said to lead another only where a paired interval, or two intervals that do
-not overlap, say so. Both gains are always named side by side, since the order of criteria can
-differ between them.
+not overlap, say so, and none is said to be best that does not beat random. The decision comes
+first. The context gain, what a permuted teacher does not give, leads the gain itself; tables
+without a permuted teacher show gain and relative gain, and say that nothing is controlled.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import claims as claim_tests
-from diagnostics.report.naming import MEASURES, preferred_split, readable
+from diagnostics.analysis.decision import decision_sentence
+from diagnostics.criteria import AMBIGUOUS
+from diagnostics.report.naming import (
+    MEASURES,
+    TRUE,
+    p_value,
+    preferred_split,
+    readable,
+    shown_outcomes,
+    steps,
+    steps_of,
+)
 from diagnostics.report.run_tables import RunTables
 
-WORDS = {"gain": "gain in nats", "relative_gain": "relative gain"}
+WORDS = {
+    "context_gain": "context gain",
+    "gain": "gain in nats",
+    "relative_gain": "relative gain",
+    "reverse_gain": "reverse gain",
+}
+UNDECIDED = (
+    "Not answered: this run holds no steps on selected positions over a horizon. Run `python -m"
+    " diagnostics intervene --horizon 1,5,20 --output-dir DIR`, `compare` and `report` on this"
+    " directory; the correlations and captured shares below do not stand in for it."
+)
+"""What stands in the place of the decision where there is no decision table."""
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
 ENOUGH_CELLS = 6
 """Number of trainings from which a rank agreement is stated; three of them are in the right order
 by chance once in six times.
 """
+DECISION = "Which criterion to train with?"
+"""The question that the page answers first."""
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
 
@@ -62,9 +88,10 @@ def answer(run: RunTables) -> dict[str, str]:
         The answers by question, in the order of the page.
     """
     parts = {
+        DECISION: (decided,),
         "What was done?": (setup,),
-        "Which signals were learnable?": (signals,),
-        "Which criterion, at which budget?": (budget,),
+        "Which criterion follows the gain?": (signals,),
+        "What would a selection capture?": (budget,),
         "Which claims hold?": (judged, q3),
         "What did training say?": (trained, foreseen),
         "How sure, and what would change it?": (certainty,),
@@ -74,6 +101,15 @@ def answer(run: RunTables) -> dict[str, str]:
         for question, answers in parts.items()
     }
     return {question: text for question, text in said.items() if text}
+
+
+def decided(run: RunTables) -> str:
+    """Which criterion to train with at which budget, or what to run so that it can be said."""
+    table = run.table("decision")
+    if table is not None:
+        return decision_sentence(table)
+    probed = any(run.table(name) is not None for name in ("correlations", "intervention"))
+    return UNDECIDED if probed else ""
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -110,7 +146,7 @@ def setup(run: RunTables) -> str:
     loss = f" of the {readable(step['loss'])} loss" if "loss" in step else ""
     text = f"The student took {optimizer}{loss}"
     if table is not None:
-        text += " on " + " and was re-scored there and on ".join(_halves(table))
+        text += _where_measured(table)
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
         text += (
@@ -123,6 +159,19 @@ def setup(run: RunTables) -> str:
             else ""
         )
     return text + "."
+
+
+def _where_measured(table: pd.DataFrame) -> str:
+    """On which prompts the steps were taken, and where they were read."""
+    batches = steps_of(table) or 1
+    if batches > 1:
+        rows = table[table.split == preferred_split(table)]
+        return (
+            f", once for each of {batches} folds of {int(rows.prompts.max()):,} prompts, and every"
+            f" position ({int(rows.positions.max()):,}) was re-scored after each: the other folds'"
+            " steps are held out for it"
+        )
+    return " on " + " and was re-scored there and on ".join(_halves(table))
 
 
 def _halves(table: pd.DataFrame) -> Iterator[str]:
@@ -156,35 +205,62 @@ def ranked(run: RunTables, outcome: str) -> pd.DataFrame:
 
 
 def signals(run: RunTables) -> str:
-    """Which criterion follows each gain best, what teachability reaches, and whether both gains
-    agree.
+    """Which criterion follows the context gain and the gain best, what a permuted teacher gives of
+    it, and what teachability reaches; gain and relative gain in a run without a permuted teacher.
     """
-    tables = {outcome: table for outcome in WORDS if not (table := ranked(run, outcome)).empty}
+    table = run.table("correlations")
+    if table is None:
+        return ""
+    outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
+    tables = {name: rows for name in outcomes if not (rows := ranked(run, name)).empty}
     if not tables:
         return ""
-    leaders = [_leader(run, table, outcome) for outcome, table in tables.items()]
-    parts = [_sentence("; ".join(leaders)), _reference(tables), _turnover(tables)]
+    null = ranked(run, "gain_permuted").drop_duplicates("criterion")
+    null = null.set_index("criterion") if len(null) else null
+    leaders = [_leader(run, rows, outcome, null) for outcome, rows in tables.items()]
+    parts = [_sentence("; ".join(leaders)), _reference(tables, null), _turnover(tables)]
+    if "context_gain" not in tables:
+        parts.append(
+            "No step towards a permuted teacher was taken, so nothing says how much of this needs a"
+            " signal about the position."
+        )
     return " ".join(part for part in parts if part)
 
 
-def _leader(run: RunTables, rows: pd.DataFrame, outcome: str) -> str:
+def _leader(run: RunTables, rows: pd.DataFrame, outcome: str, null: pd.DataFrame) -> str:
     first = rows.iloc[0]
     where = {"held_out": "on held-out positions ", "step": "on step positions "}.get(
         first.split, ""
     )
-    interval = f"{run.level:.0%} interval {signed(first.low)} to {signed(first.high)}"
+    if not first.low > 0:
+        return (
+            f"no criterion follows the {WORDS[outcome]} {where}more than random does (the highest"
+            f" Spearman is {readable(first.criterion)}'s, {_interval(run, first)})"
+        )
     return (
         f"{WORDS[outcome]} {where}follows {readable(first.criterion)} best (Spearman"
-        f" {signed(first.estimate)}, {interval}, placebo {signed(first.placebo)};"
+        f" {_interval(run, first)}{_of_null(null, first, outcome)};"
         f" {_challengers(run, rows, outcome)})"
     )
+
+
+def _interval(run: RunTables, row) -> str:
+    ends = f"{signed(row.low)} to {signed(row.high)}"
+    return f"{signed(row.estimate)}, {run.level:.0%} interval {ends}"
+
+
+def _of_null(null: pd.DataFrame, row, outcome: str) -> str:
+    """The same correlation after a step towards a permuted teacher, beside that of the gain."""
+    if outcome != "gain" or row.criterion not in null.index:
+        return ""
+    return f"; with a permuted teacher {signed(null.loc[row.criterion].estimate)}"
 
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
+def _reference(tables: Mapping[str, pd.DataFrame], null: pd.DataFrame) -> str:
     """The correlations of teachability, unless it leads by both gains and so was named already."""
     found = {outcome: rows[rows.criterion == REFERENCE] for outcome, rows in tables.items()}
     if any(rows.empty for rows in found.values()) or all(
@@ -194,7 +270,7 @@ def _reference(tables: Mapping[str, pd.DataFrame]) -> str:
     rows = {outcome: found[outcome].iloc[0] for outcome in tables}
     parts = []
     for outcome, row in rows.items():
-        interval = f"{signed(row.low)} to {signed(row.high)}; placebo {signed(row.placebo)}"
+        interval = f"{signed(row.low)} to {signed(row.high)}{_of_null(null, row, outcome)}"
         parts.append(f"{signed(row.estimate)} ({interval}) with {WORDS[outcome]}")
     return f"{REFERENCE.capitalize()} reaches {' and '.join(parts)}."
 
@@ -238,20 +314,17 @@ def _not_apart(paired: pd.DataFrame, first, names: Iterable[str], outcome: str) 
 
 
 def _turnover(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Whether both gains agree on who leads."""
-    if len(tables) < 2:
+    """Whether both gains agree on who leads; nothing where no criterion leads by one of them."""
+    if len(tables) < 2 or any(not rows.low.iloc[0] > 0 for rows in tables.values()):
         return ""
     orders = [table.criterion.tolist() for table in tables.values()]
     first, second = orders[0][0], orders[1][0]
+    words = [WORDS[outcome] for outcome in tables]
     if first == second:
-        return (
-            f"Both gains put {readable(first)} first, so the choice does not hinge on how gain is"
-            " defined."
-        )
+        return f"Both put {readable(first)} first."
     return (
-        f"The order turns over with the definition of gain: {readable(first)} is"
-        f" {_place(orders[1], first)} in relative terms, {readable(second)}"
-        f" {_place(orders[0], second)} in nats."
+        f"The order turns over between them: {readable(first)} is {_place(orders[1], first)} by"
+        f" {words[1]}, {readable(second)} {_place(orders[0], second)} by {words[0]}."
     )
 
 
@@ -270,9 +343,10 @@ def budget(run: RunTables, share: float = 0.05) -> str:
     table = run.table("selection_curves")
     if table is None:
         return ""
+    outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     rows = table[
         np.isclose(table.budget, share)
-        & table.outcome.isin(list(WORDS))
+        & table.outcome.isin(outcomes)
         & table.captured_share.notna()
     ]
     if rows.empty:
@@ -280,7 +354,7 @@ def budget(run: RunTables, share: float = 0.05) -> str:
     rows = rows[rows.split == preferred_split(rows)]
     parts = [
         _captured(rows[rows.outcome == outcome], outcome)
-        for outcome in WORDS
+        for outcome in outcomes
         if (rows.outcome == outcome).any()
     ]
     return f"With {share:.0%} of the positions, " + "; ".join(parts) + "."
@@ -290,13 +364,21 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     best = rows[~rows.criterion.isin(NOT_SIGNALS)].sort_values(
         "captured_share", ascending=False, kind="stable"
     )
+    if "ambiguous" in best:
+        best = best[~(best.ambiguous > AMBIGUOUS)]
     if best.empty:
         return f"no criterion is defined for the {WORDS[outcome]}"
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
+    random = f"random {first.random_low:.1%} to {first.random_high:.1%}"
+    if not first.low > first.random_high:
+        return (
+            f"no criterion is shown to capture more of the {WORDS[outcome]} than random positions"
+            f" ({random}; the highest share is {readable(first.criterion)}'s,"
+            f" {first.captured_share:.1%}, {first.low:.1%} to {first.high:.1%})"
+        ).replace("-", "−")
     text = (
         f"{readable(first.criterion)} captures {first.captured_share:.1%} of the {WORDS[outcome]}"
-        f" ({first.low:.1%} to {first.high:.1%}; random {first.random_low:.1%} to"
-        f" {first.random_high:.1%}, oracle {first.oracle:.1%})"
+        f" ({first.low:.1%} to {first.high:.1%}; {random}, oracle {first.oracle:.1%})"
     )
     if first.criterion != REFERENCE and len(reference):
         text += f", {REFERENCE} {reference.captured_share.iloc[0]:.1%}"
@@ -310,9 +392,10 @@ def q3(run: RunTables) -> str:
     table = run.table("q3_contrast")
     if table is None:
         return ""
+    outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     rows = table[
         (table.score == "compatibility")
-        & table.outcome.isin(list(WORDS))
+        & table.outcome.isin(outcomes)
         & (table.groups == "tertile")
     ]
     if rows.empty:
@@ -320,17 +403,21 @@ def q3(run: RunTables) -> str:
     rows = rows[rows.split == preferred_split(rows)]
     parts = [
         _q3_part(rows[rows.outcome == outcome].iloc[0], outcome)
-        for outcome in WORDS
+        for outcome in outcomes
         if (rows.outcome == outcome).any()
     ]
+    where = {"held_out": "held-out ", "step": "step "}.get(rows.split.iloc[0], "")
     return (
-        "Among confident, wrong positions (Q3), the third with the highest compatibility gained"
-        f" {' and '.join(parts)} than the third with the lowest."
+        f"Among confident, wrong {where}positions (Q3), the third with the highest compatibility"
+        f" gained {' and '.join(parts)} than the third with the lowest."
     )
 
 
 def _q3_part(row, outcome: str) -> str:
-    unit = " nats" if outcome == "gain" else " of their divergence"
+    unit = {
+        "relative_gain": " of their divergence",
+        "context_gain": " nats of context gain",
+    }.get(outcome, " nats")
     direction = "more" if row.difference >= 0 else "less"
     clear = "" if row.low > 0 or row.high < 0 else ", which leaves the sign open"
     return (
@@ -339,19 +426,31 @@ def _q3_part(row, outcome: str) -> str:
     )
 
 
+KINDS = {"controlled": "with controls, by ", "paper": "as the paper has it, by "}
+"""Words for each kind of a claim's statistic, the one that conclusions are about first."""
+
+
 def judged(run: RunTables) -> str:
-    """The verdict on each claim, by each gain and each measure of training."""
+    """The verdict on each claim, controlled and as the paper has it, by each outcome and each
+    measure of training.
+    """
     table, _ = claims(run)
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
     named = WORDS | MEASURES
-    counted = {outcome: _counted(rows) for outcome, rows in table.groupby("outcome", sort=False)}
-    parts = [
-        f"by {named[outcome]}, {text}{_refuted_by(run, outcome)}"
-        for outcome, text in counted.items()
-        if outcome in named and text
-    ]
+    kinds = table["kind"] if "kind" in table else pd.Series("", index=table.index)
+    parts = []
+    for kind in [*KINDS, *(name for name in kinds.unique() if name not in KINDS)]:
+        rows = table[kinds == kind]
+        parts += [
+            f"{KINDS.get(kind, 'by ')}{named[outcome]}, {text}{_refuted_by(run, outcome)}"
+            for outcome, part in rows.groupby("outcome", sort=False)
+            if outcome in named and (text := _counted(part))
+        ]
     return _sentence("; ".join(parts)) if parts else ""
+
+
+VERDICTS = ("supported", "refuted", "inconclusive", "not identified")
 
 
 def _counted(rows: pd.DataFrame) -> str:
@@ -362,7 +461,7 @@ def _counted(rows: pd.DataFrame) -> str:
     own = rows[~rows.claim.astype(str).str.contains(" at ")]
     groups = [
         (verdict, own.claim[own.verdict == verdict].drop_duplicates().tolist())
-        for verdict in ("supported", "refuted", "inconclusive")
+        for verdict in VERDICTS
     ]
     return ", ".join(
         f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
@@ -391,15 +490,16 @@ def trained(run: RunTables, share: float = 0.05) -> str:
     table = run.table("validation_outcomes")
     if table is None:
         return _one_training(run)
+    own = run.measure if (table.measure == run.measure).any() else "forward_kl"
     parts = [
         f"in {words} {_gains(table[table.measure == measure], share)}"
         for measure, words in MEASURES.items()
-        if measure in ("forward_kl", "accuracy") and (table.measure == measure).any()
+        if measure in (own, "accuracy") and (table.measure == measure).any()
     ]
     if not parts:
         return ""
-    rows, steps = table[table.criterion != "untouched"], run.stage("validate").get("steps")
-    length = f"{steps} steps with" if steps else "Trainings with"
+    rows, length = table[table.criterion != "untouched"], run.stage("validate").get("steps")
+    length = f"{length} steps with" if length else "Trainings with"
     return (
         f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out"
         f" prompts, gained over the untouched student {'; '.join(parts)}."
@@ -424,12 +524,19 @@ def _gains(rows: pd.DataFrame, share: float) -> str:
     ranked = there.sort_values("gain", ascending=False, kind="stable")
     first = ranked.head(1).criterion.tolist()
     for name in dict.fromkeys([*first, REFERENCE, "random"]):
-        best = " (the most there)" if [name] == first else ""
         shown += [
-            f"{_gain(row)} at {share:.0%} by {readable(name)}{best}"
+            f"{_gain(row)} at {share:.0%} by {readable(name)}"
+            f"{_most(row) if [name] == first and name != 'random' else ''}"
             for row in ranked[ranked.criterion == name].itertuples()
         ]
     return ", ".join(shown)
+
+
+def _most(row) -> str:
+    """What may be said of the largest gain: that it is more than random's only by its interval."""
+    if getattr(row, "minus_random_low", np.nan) > 0:
+        return " (the most there, and more than random)"
+    return " (the most there, not shown to be more than random)"
 
 
 def _gain(row) -> str:
@@ -464,33 +571,70 @@ def _one_training(run: RunTables) -> str:
     )
 
 
+USUAL_ANSWERS = re.compile(
+    r"one_step_gain|captured_(context_|relative_)?gain|intervention_(h\d+_)?(forward|reverse)_kl"
+)
+"""Offline answers that are always named beside the best."""
+
+
 def foreseen(run: RunTables) -> str:
-    """The offline answer whose ranking of the trainings agrees most with their outcome, and the
-    agreement of the usual answers.
+    """The offline answers' rank agreement with the trainings, with the p value of exchanging the
+    criteria, and how often the horizon's sign was right.
     """
+    return " ".join(text for text in (_agreement(run), _signs(run)) if text)
+
+
+def _trained_measure(run: RunTables, names: Iterable[str]) -> str:
+    """The divergence of the trainings' loss where the table has it, else forward KL."""
+    return run.measure if f"trained_{run.measure}" in set(names) else "forward_kl"
+
+
+def _agreement(run: RunTables) -> str:
     table = run.table("validation_agreement")
     if table is None:
         return ""
+    measure = _trained_measure(run, table.y)
     rows = (
-        table[(table.scope == "within_budget") & (table.y == "trained_forward_kl")]
+        table[(table.scope == "within_budget") & (table.y == f"trained_{measure}")]
         .dropna(subset=["kendall"])
         .sort_values("kendall", ascending=False, kind="stable")
     )
     if rows.empty or rows.cells.max() < ENOUGH_CELLS:
         return ""
-    usual = rows[
-        rows.x.isin(
-            ("one_step_gain", "captured_gain", "captured_relative_gain", "intervention_forward_kl")
-        )
-    ]
-    shown = pd.concat([rows.head(1), usual]).drop_duplicates("x")
-    parts = [
-        f"{readable(row.x)} {between(row.kendall, row.low, row.high, show=signed)}"
-        for row in shown.itertuples()
-    ]
+    ours = rows.x.map(lambda name: bool(USUAL_ANSWERS.fullmatch(name)))
+    ours &= ~rows.x.str.contains("_kl") | rows.x.str.endswith(measure)
+    shown = pd.concat([rows.head(1), rows[ours]]).drop_duplicates("x")
+    parts = [f"{readable(row['x'])} {_tau(row)}" for row in shown.to_dict("records")]
     return (
         f"How far an answer ranked those {int(rows.cells.max())} trainings, each among those of its"
-        f" budget, as their gain in forward KL did (Kendall τ): {'; '.join(parts)}."
+        f" budget, as their gain in {MEASURES[measure]} did (Kendall τ): {'; '.join(parts)}."
+    )
+
+
+def _tau(row: Mapping) -> str:
+    """Kendall's tau with its interval and its permutation p, as far as the table has them."""
+    known = np.isfinite(row["low"])
+    text = between(row["kendall"], row["low"], row["high"], show=signed)
+    text = text if known else signed(row["kendall"])
+    return text + (f", {p_value(row['p_permutation'])}" if "p_permutation" in row else "")
+
+
+def _signs(run: RunTables) -> str:
+    """In how many settled cells each horizon had training's sign over random."""
+    table = run.table("foresight_signs")
+    if table is None or not {"horizon", "measure", "agrees"} <= set(table.columns):
+        return ""
+    measure = run.measure if (table.measure == run.measure).any() else str(table.measure.iloc[0])
+    rows = table[(table.measure == measure) & table.agrees.notna()]
+    parts = [
+        f"{steps(horizon)} in {int(part.agrees.isin(TRUE).sum())} of {len(part)}"
+        for horizon, part in rows.groupby("horizon")
+    ]
+    return (
+        f"Sign of the difference to random in {readable(measure)}, where training settled it:"
+        f" right after {'; '.join(parts)} cells."
+        if parts
+        else ""
     )
 
 
@@ -506,16 +650,36 @@ def training_claims(run: RunTables) -> pd.DataFrame:
 
 
 def claims(run: RunTables) -> tuple[pd.DataFrame, bool]:
-    """Primary verdicts with those of training, and whether the table has others."""
+    """The verdicts to show, with those of training, and whether the table has others.
+
+    Those are the primary rows and, on the same population, the paper's statistics of the paper's
+    own gain.
+    """
     table = run.table("verdicts")
     table = (
         pd.DataFrame() if table is None or not {"claim", "verdict"} <= set(table.columns) else table
     )
-    shown = table[table.primary.fillna(True).astype(bool)] if "primary" in table else table
-    trained = training_claims(run)
+    primary = table["primary"].isin(TRUE) if "primary" in table else pd.Series(True, table.index)
+    if {"kind", "population"} <= set(table.columns) and primary.any():
+        where = table.population.isin(table.population[primary].unique())
+        primary |= where & (table.kind == "paper") & (table.outcome == "gain")
+    shown, trained = table[primary], training_claims(run)
     return pd.concat(
         [part for part in (shown, trained) if len(part)] or [shown], ignore_index=True
     ), len(shown) < len(table)
+
+
+def registered(run: RunTables) -> str:
+    """The primary choices as they were registered before the probe; empty where none were."""
+    choices = run.manifest.get("primary")
+    if not isinstance(choices, Mapping):
+        return ""
+    digest = str(choices.get("sha256", ""))
+    choices = choices.get("choices", choices)
+    named = [f"{readable(name)} {readable(str(value))}" for name, value in choices.items()]
+    named = [text for text in named if not text.startswith("sha256")]
+    seal = f" (sha256 {digest[:12]}…)" if digest else ""
+    return f"Registered before the probe{seal}: {', '.join(named)}. Anything else is exploratory."
 
 
 def certainty(run: RunTables) -> str:
@@ -528,11 +692,14 @@ def certainty(run: RunTables) -> str:
     step = ""
     if chosen is not None and chosen.chosen.astype(bool).any():
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
+    batches = steps_of(rows)
+    over = f" and {batches} step batches" if (batches or 1) > 1 else ""
+    alone = "" if (batches or 2) > 1 else " alone, for there is one step batch"
     return (
-        f"The correlations' intervals come from resampling {int(rows.prompts.max()):,} prompts and"
+        f"The correlations' intervals are over {int(rows.prompts.max()):,} prompts{over}{alone} and"
         f" typically reach {number(half, 1)} to either side, so smaller differences stay open;"
-        f" another loss, optimiser or step size{step}, another split or more prompts could change"
-        " the order, and one step is not a training run."
+        f" another loss, optimizer or step size{step} or other prompts could change the order, and"
+        " one step is not a training run."
     )
 
 

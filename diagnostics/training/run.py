@@ -48,7 +48,7 @@ from diagnostics.core.schema import read_parquet
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
 from diagnostics.measure.losses import LOSSES
-from diagnostics.models.named_pairs import NAMED_PAIRS
+from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.topk_teacher import refuse
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.training import engine_options
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diagnostics")
 
-FULL_RATE, LORA_RATE = 1e-6, 2e-4
 TIMINGS = ("step_time", "tokens_per_second")
 """Entries of a step's log that depend on the clock. They go to timings.jsonl, so that metrics.jsonl
 is the same from every run.
@@ -136,9 +135,8 @@ class TrainConfig:
             pair: The pair's name.
             lora_rank: Rank of the adapter; 0 trains all weights.
         """
-        named = NAMED_PAIRS.get(pair)
-        fallback = LORA_RATE if lora_rank else named.learning_rate if named else FULL_RATE
-        return fallback if self.learning_rate is None else self.learning_rate
+        rate = self.learning_rate
+        return training_rate(pair, lora_rank) if rate is None else rate
 
 
 @dataclass(frozen=True)
@@ -631,7 +629,7 @@ def trl_config(
         "save_total_limit": 2,
         "dataloader_pin_memory": not cpu,
         "use_cpu": cpu,
-    }
+    } | TRAINING_OPTIMIZER
     fields |= engine_options.trl_fields(engine.trl) | {"report_to": "none"}
     engine_options.require_noise(fields, engine.peft)
     if cpu and fields.get("fp16"):

@@ -1,42 +1,32 @@
-"""Each warning of the study, and tables to which it does not apply."""
+"""Each warning of the study, tables without it, and the verdicts that it changes."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.analysis import robustness
-from diagnostics.analysis.warnings import warnings
-from tests.made_tokens import made_tokens
+from diagnostics.analysis import claims, robustness
+from diagnostics.analysis.config import Bootstrap, PrimaryChoices
+from diagnostics.analysis.warnings import EXPLAINED, ORDINARY, WARNING_COLUMNS, warnings
+from tests.claim_tables import claim_tokens, one_step
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return made_tokens(prompts=50, length=14).drop(columns="split")
+    return claim_tokens(prompts=50, length=14)
 
 
 def codes(tokens, **tables):
     table = warnings(tokens, tables)
-    assert list(table.columns) == ["code", "subject", "value", "limit", "message"]
-    return list(zip(table.code, table.subject))
+    assert tuple(table.columns) == WARNING_COLUMNS
+    return list(zip(table.code, table.subject, strict=True))
 
 
 def test_a_sound_table_has_none(tokens):
     made = {
-        "coverage": robustness.coverage(tokens, draws=20),
+        "coverage": robustness.coverage(tokens.assign(relative_gain=tokens.gain), draws=20),
         "saturation": robustness.saturation(tokens),
     }
-    assert (
-        codes(
-            tokens.assign(relative_gain=tokens.gain),
-            **made
-            | {
-                "coverage": robustness.coverage(
-                    tokens.assign(relative_gain=0.1 * tokens.gain), draws=20
-                )
-            },
-        )
-        == []
-    )
+    assert codes(tokens, **made) == []
 
 
 def test_saturated_compatibility_at_three_quarters(tokens):
@@ -53,79 +43,117 @@ def test_saturated_compatibility_at_three_quarters(tokens):
     )
 
 
-def test_few_prompts_and_undefined_outcomes():
-    few = made_tokens(prompts=10, length=14).drop(columns="split")
-    found = codes(few, coverage=robustness.coverage(few, draws=5))
-    assert ("few_prompts", "gain, all") in found
-    sparse = made_tokens(prompts=50).drop(columns="split")
-    sparse.loc[: len(sparse) // 2, "relative_gain"] = np.nan
-    assert ("undefined_outcome", "relative_gain, all") in codes(
-        sparse, coverage=robustness.coverage(sparse, draws=5)
+def covered(**columns):
+    rows = {"outcome": ["gain", "context_gain", "gain"], "split": ["held_out", "held_out", "step"]}
+    usual = {"undefined": 0, "positions": 100, "prompts": 50, "effective_prompts": 40.0}
+    return pd.DataFrame(rows | usual | columns)
+
+
+def test_few_prompts_are_one_line_with_the_populations_in_brackets(tokens):
+    table = warnings(tokens, {"coverage": covered(effective_prompts=[15.0, 12.5, 30.0])})
+    assert table.code.tolist() == ["few_prompts"] and table.value[0] == 12.5
+    assert table.message[0] == (
+        "Intervals were calibrated for 20 prompts and more, and here 50 prompts weigh as much as"
+        " 12.5 of equal length [held_out: gain, context_gain]."
     )
+    assert codes(tokens, coverage=covered()) == []
 
 
-def test_uneven_prompts_count_for_fewer(tokens):
-    lopsided = pd.concat([tokens, tokens.assign(prompt_id="p0")], ignore_index=True)
-    row = robustness.coverage(lopsided, draws=5).iloc[0]
-    assert row.prompts == 50 and row.effective_prompts < 5
-    assert (
-        "is computed from 50 prompts, which weigh as much as"
-        in warnings(lopsided, {"coverage": robustness.coverage(lopsided, draws=5)}).message[0]
-    )
+def test_undefined_outcomes_are_one_line(tokens):
+    table = warnings(tokens, {"coverage": covered(undefined=[0, 30, 50])})
+    assert table.code.tolist() == ["undefined_outcome"] and table.value[0] == pytest.approx(1 / 3)
+    assert table.message[0].endswith("[held_out: context_gain; step: gain].")
 
 
-def test_constants_rare_quadrants_dropped_mass_and_no_placebo(tokens):
-    flat = tokens.assign(teacher_entropy=1.0)
-    assert ("constant", "teacher_entropy") in codes(flat, saturation=robustness.saturation(flat))
-    together = tokens.assign(forward_kl=tokens.student_entropy)
-    assert {("rare_quadrant", "Q2"), ("rare_quadrant", "Q3")} <= set(codes(together))
-    assert codes(tokens.assign(teacher_dropped_mass=0.05)) == [
-        ("dropped_mass", "teacher_dropped_mass")
+def test_constants_rare_quadrants_and_dropped_mass(tokens):
+    flat = tokens.assign(teacher_entropy=1.0, bhattacharyya=0.5)
+    assert codes(flat, saturation=robustness.saturation(flat)) == [
+        ("constant", "teacher_entropy, bhattacharyya")
     ]
-    assert codes(tokens.drop(columns="placebo_reverse_gain")) == [("no_placebo", "reverse_gain")]
+    together = tokens.assign(forward_kl=tokens.student_entropy)
+    assert codes(together) == [("rare_quadrant", "Q2, Q3")]
+    lost = tokens.assign(teacher_dropped_mass=0.05, student_dropped_mass=0.02)
+    assert codes(lost) == [("dropped_mass", "student, teacher")]
 
 
 def test_collinear_terms_and_pairs_that_differ(tokens):
-    terms = pd.DataFrame({"model": ["m", "m"], "term": ["a", "b"], "inflation": [11.0, 3.0]})
-    assert codes(tokens, regressions=terms) == [("collinear", "m: a")]
+    terms = pd.DataFrame(
+        {"model": ["m", "m", "n"], "term": ["a", "b", "a"], "inflation": [11.0, 3.0, 36.0]}
+    )
+    assert codes(tokens, regressions=terms) == [("collinear", "m: a; n: a")]
+    assert codes(tokens, regressions=terms[1:2]) == []
     balance = pd.DataFrame(
-        {"score": ["c", "c"], "split": ["all", "all"], "after": [-0.4, 0.05], "replacement": True}
+        {"score": ["c", "c"], "split": ["held_out", "step"], "after": [-0.4, 0.05]}
     )
-    assert (
-        codes(tokens, balance=balance) == [("unbalanced", "c, all")]
-        and codes(tokens, balance=balance[1:]) == []
-    )
-    assert codes(tokens, balance=balance.assign(replacement=False)) == []
+    assert codes(tokens, balance=balance) == [("unmatched", "held_out: c")]
+    assert codes(tokens, balance=balance[1:]) == []
 
 
-def test_a_decomposition_that_turns_over_with_the_scale(tokens):
-    rows = pd.DataFrame(
-        {
-            "outcome": "gain",
-            "split": "all",
-            "winsorised": 0.01,
-            "scale": ["standardised", "per_unit"],
-            "difference": [0.2, -0.1],
-            "low": [0.1, -0.2],
-            "high": [0.3, -0.05],
-        }
-    )
-    assert codes(tokens, decomposition=rows) == [("scale", "gain, all, winsorised 0.01")]
-    assert (
-        codes(
-            tokens,
-            decomposition=rows.assign(difference=[0.2, 0.1], high=[0.3, 0.3], low=[0.1, 0.05]),
-        )
-        == []
-    )
-    assert codes(tokens, decomposition=rows.assign(high=[0.3, 0.05])) == []
+def test_one_step_and_no_null(tokens):
+    assert codes(one_step(tokens)) == [("one_step", "steps")]
+    assert codes(tokens.drop(columns="context_gain")) == [("no_null", "context_gain")]
 
 
 def test_what_a_reader_noted_comes_first(tokens):
-    noted = tokens.drop(columns="placebo_gain")
+    noted = tokens.drop(columns="context_gain")
     noted.attrs["warnings"] = [["read_after", "compatibility", "It was read after training."]]
     table = warnings(noted, {})
-    assert (
-        table.code.tolist() == ["read_after", "no_placebo"]
-        and table.message[0] == "It was read after training."
+    assert table.code.tolist() == ["read_after", "no_null"]
+    assert table.message[0] == "It was read after training."
+
+
+def verdict(claim, kind, verdict, reason, *, population="held_out", outcome="context_gain"):
+    row = dict.fromkeys(claims.VERDICT_COLUMNS, "")
+    row |= {"claim": claim, "kind": kind, "verdict": verdict, "reason": reason}
+    return row | {
+        "population": population,
+        "outcome": outcome,
+        "primary": True,
+        "exploratory": False,
+    }
+
+
+def test_a_cause_that_changes_a_verdict_comes_first_and_names_it(tokens):
+    table = pd.DataFrame(
+        [
+            verdict("C1", "controlled", "inconclusive", claims.REASONS["holds_zero"]),
+            verdict("C2", "controlled", "not identified", "no overlap: 12% of them"),
+            verdict("C2", "controlled", "not identified", "no overlap: 9%", population="step"),
+            verdict("C3", "paper", "inconclusive", "depends on the scale: above 0 here"),
+        ]
     )
+    lost = tokens.assign(teacher_dropped_mass=0.05)
+    found = warnings(lost, {"verdicts": table})
+    assert found.code.tolist() == ["no_overlap", "scale", "dropped_mass"]
+    assert found.changes_verdict.tolist() == [
+        "C2 (controlled) is not identified [held_out, step: context_gain]",
+        "C3 (paper) is inconclusive [held_out: context_gain]",
+        "",
+    ]
+    assert found.message[0].startswith("Inside Q3 compatible and incompatible positions differ")
+
+
+def test_a_rule_with_figures_of_its_own_speaks_for_its_cause(tokens):
+    bare = tokens.drop(columns="context_gain")
+    reason = claims.REASONS["no_null"]
+    table = pd.DataFrame([verdict("C1", "controlled", "not identified", reason)])
+    found = warnings(bare, {"verdicts": table})
+    assert found.code.tolist() == ["no_null"]
+    assert found.changes_verdict[0] == "C1 (controlled) is not identified [held_out: context_gain]"
+
+
+def test_every_cause_has_its_words():
+    assert set(claims.REASONS) == set(EXPLAINED) | set(filter(None, ORDINARY))
+    assert [claims.cause(text) for text in claims.REASONS.values()] == list(claims.REASONS)
+
+
+def test_nothing_confirmed_is_said_once(tokens):
+    made = claims.claim_tables(tokens, base_k=16, bootstrap=Bootstrap(draws=10))
+    found = warnings(tokens, made).set_index("code")
+    assert found.message["exploratory"] == (
+        "No verdict of this table confirms anything: no primary choices were recorded before the"
+        " probe."
+    )
+    digest = PrimaryChoices().sha256()
+    made = claims.claim_tables(tokens, base_k=16, bootstrap=Bootstrap(draws=10), registered=digest)
+    assert "exploratory" not in set(warnings(tokens, made).code)

@@ -65,10 +65,11 @@ def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
     for name in ("contexts.parquet", "scores.parquet"):
         assert sha256_file(alone / name) == sha256_file(together / name), name
     one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (alone, together))
-    assert one[["context_id", "position", "split"]].equals(two[["context_id", "position", "split"]])
+    keys = ["context_id", "position", "fold"]
+    assert one[keys].equals(two[keys])
     for name in one.select_dtypes("float"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-6, rtol=1e-6, err_msg=name)
-    assert one.gain.abs().max() > 1e-4 and one.first_order_gain.abs().max() > 1e-4
+    assert one.context_gain.abs().max() > 1e-4 and one.first_order_gain.abs().max() > 1e-4
     for name in ("intervention", "linearity", "kernel_shares"):
         pd.testing.assert_frame_equal(
             *(pd.read_csv(folder / f"tables/{name}.csv") for folder in (alone, together)),
@@ -79,7 +80,7 @@ def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("before", "0", 2)]
+    "folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("global-", "0", 2)]
 )
 def test_processes_killed_at_once_go_on_and_the_files_are_the_same(
     stages, together, tmp_path, folder, killed, later
@@ -93,6 +94,7 @@ def test_processes_killed_at_once_go_on_and_the_files_are_the_same(
     done = launch(later, measured, out)
     assert done.returncode == 0, done.stderr[-2000:]
     names = ("contexts.parquet", "scores.parquet", "gains.parquet", "tables/calibration.csv")
+    names += ("tables/placebo.csv",)
     assert [sha256_file(out / name) for name in names] == [
         sha256_file(together / name) for name in names
     ]

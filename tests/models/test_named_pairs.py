@@ -13,13 +13,13 @@ from diagnostics.core.fingerprints import fingerprint_files
 from diagnostics.core.types import Prompt
 from diagnostics.models import named_pairs
 from diagnostics.models.identity import Models
-from diagnostics.models.named_pairs import NamedPair
+from diagnostics.models.named_pairs import FULL_RATE, LORA_RATE, NamedPair
 from diagnostics.models.pair import (
     PairConfig,
     load_pair,
 )
 from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
-from diagnostics.training.run import FULL_RATE, LORA_RATE, TrainConfig
+from diagnostics.training.run import TrainConfig
 
 
 @pytest.fixture

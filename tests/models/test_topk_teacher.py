@@ -388,27 +388,35 @@ def written(pair):
 def test_probe_steps_on_the_bound_and_measures_its_change(pair, written, tmp_path):
     remote_pair = listed(pair, written, 4, tmp_path)
     result = probe(remote_pair, written, loss="forward_kl")
-    np.testing.assert_array_equal(
-        result.tokens.forward_kl, result.tokens.forward_kl_after + result.tokens.gain
+    np.testing.assert_allclose(
+        result.tokens.forward_kl, result.tokens.forward_kl_after + result.tokens.gain, rtol=1e-14
     )
     np.testing.assert_allclose(
         result.tokens.forward_kl, score(remote_pair, written).forward_kl, atol=1e-7
     )
     assert result.step.loss_before == pytest.approx(
-        result.tokens[result.tokens.split == "step"].forward_kl.mean(), abs=1e-6
+        result.tokens[result.tokens.fold == 0].forward_kl.mean(), abs=1e-6
     )
     assert (
         result.calibration[result.calibration.chosen].ratio.iloc[0] >= 0.8
-        and result.tokens[result.tokens.split == "step"].gain.mean() > 0
+        and result.tokens.own_gain.mean() > 0
     )
-    assert (probe(remote_pair, written, step=0).tokens.gain == 0).all()
+    still = probe(remote_pair, written, step=0).tokens
+    assert (still.gain == 0).all() and (still.context_gain == 0).all()
 
 
 def test_whole_lists_give_the_probe_and_interventions_of_the_model(pair, written, tmp_path):
     whole = listed(pair, written, V, tmp_path)
     for loss in ("reverse_kl", "jsd", "sampled"):
-        mine, model = (probe(one, written, loss=loss, step=1e-4) for one in (whole, pair))
+        nulls = () if loss == "sampled" else ("global",)
+        mine, model = (
+            probe(one, written, loss=loss, step=1e-4, nulls=nulls) for one in (whole, pair)
+        )
         np.testing.assert_allclose(mine.tokens.gain, model.tokens.gain, atol=2e-5)
+        if nulls:
+            np.testing.assert_allclose(
+                mine.tokens.gain_permuted, model.tokens.gain_permuted, atol=2e-5
+            )
     options = {"criteria": ["divergence"], "budgets": [0.3], "random_draws": 1, "step": 1e-4}
     cells = [interventions(one, written, **options).effects for one in (whole, pair)]
     for mine, model in zip(*cells):
@@ -418,7 +426,7 @@ def test_whole_lists_give_the_probe_and_interventions_of_the_model(pair, written
 def test_attribution_predicts_the_change_of_the_bound(pair, written, tmp_path):
     remote_pair = listed(pair, written, 4, tmp_path)
     result = attribute(remote_pair, written, sample=2, draws=10, step=1e-6)
-    realised = probe(remote_pair, written, step=1e-6).tokens.gain
+    realised = probe(remote_pair, written, step=1e-6).tokens.gain_fold0
     slope = np.polyfit(result.tokens.first_order_gain, realised, 1)[0]
     assert slope == pytest.approx(1, abs=0.05)
 
@@ -435,8 +443,17 @@ def test_losses_that_lists_leave_open(pair, written, tmp_path):
             r" lists lack \d+ of \d+\. Use reverse_kl\.$"
         ),
     ):
-        probe(some, written, loss="sampled")
-    assert probe(every, written, loss="sampled", step=1e-5).tokens.gain.abs().max() > 0
+        probe(some, written, loss="sampled", nulls=())
+    alone = probe(every, written, loss="sampled", step=1e-5, nulls=()).tokens
+    assert alone.gain.abs().max() > 0 and "context_gain" not in alone
+    with pytest.raises(
+        DiagnosticsError,
+        match=(
+            r"^A permuted teacher of the loss sampled needs its probability of tokens that were"
+            r" sampled at other positions, which the lists in .* need not hold\. Use --loss"
+        ),
+    ):
+        probe(every, written, loss="sampled")
     with pytest.raises(
         DiagnosticsError,
         match=(

@@ -15,22 +15,19 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
-        " held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher"
-        " no-shard-teacher offload-teacher optimizer output-dir pair prompt-column prompts"
-        " prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step"
-        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        "folds held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs "
         " teacher-revision temperature top-k top-p"
     ),
-    "analyze": "draws json k level output-dir quiet seed tokens training",
+    "analyze": "draws json k level output-dir primary quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": (
-        "accept-code batch-tokens beta budgets criteria device draws dtype held-out json k level"
+        "accept-code batch-tokens beta budgets criteria device draws dtype folds json k level"
         " loss match no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair"
         " quiet random-draws seed shard-teacher step student student-revision sweep teacher"
         " teacher-device teacher-dtype teacher-logprobs teacher-revision"
     ),
     "attribute": (
-        "accept-code batch-tokens beta device draws dtype full-kernel held-out json k level loss"
+        "accept-code batch-tokens beta device draws dtype folds full-kernel json k level loss"
         " no-full-kernel no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir"
         " pair quiet sample seed shard-teacher step student student-revision sweep teacher"
         " teacher-device teacher-dtype teacher-logprobs teacher-revision"

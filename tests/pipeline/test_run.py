@@ -556,3 +556,29 @@ def test_a_file_of_another_run_is_compared_with_its_manifest(tmp_path, caplog):
         r" writes it again in .*, or name another run\.$",
     ):
         manifest.unchanged(directory, "tables/a.csv")
+
+
+def test_choices_are_recorded_before_the_work_and_never_replaced(tmp_path):
+    seen = []
+    with open_run(tmp_path) as run:
+        run.register({"budget": 0.05}, "aa", stage="probe")
+        assert json.loads((tmp_path / "manifest.json").read_text())["primary"] == {
+            "choices": {"budget": 0.05},
+            "sha256": "aa",
+            "registered_at": "probe",
+        }
+        run.stage("probe", settings={}, outputs=[], work=lambda: seen.append(run.manifest))
+        assert seen[0]["primary"]["sha256"] == "aa"
+    with open_run(tmp_path) as run:
+        run.register({"budget": 0.05}, "aa", stage="probe")
+        with pytest.raises(DiagnosticsError, match=r"budget: was 0\.05, now 0\.1\)\. Nothing was"):
+            run.register({"budget": 0.1}, "bb", stage="probe")
+        assert run.manifest["primary"]["sha256"] == "aa"
+
+
+def test_choices_made_after_the_measurement_are_not_recorded(tmp_path):
+    with open_run(tmp_path) as run:
+        run.stage("probe", settings={}, outputs=[], work=lambda: None)
+        run.register({"budget": 0.05}, "aa", stage="probe")
+        assert "primary" not in run.manifest
+    assert "primary" not in json.loads((tmp_path / "manifest.json").read_text())

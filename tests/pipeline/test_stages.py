@@ -18,6 +18,7 @@ FILES = (
     "gains.parquet",
     "tokens.parquet",
     "tables/calibration.csv",
+    "tables/placebo.csv",
     "tables/correlations.csv",
     "tables/q3_contrast.csv",
     "manifest.json",
@@ -32,7 +33,7 @@ def hashes(directory):
 def test_the_main_job_leaves_its_files(finished):
     assert all((finished / name).stat().st_size for name in FILES)
     tokens = pd.read_parquet(finished / "tokens.parquet")
-    assert {"forward_kl", "split", "gain", "relative_gain", "placebo_gain"} <= set(tokens.columns)
+    assert {"forward_kl", "fold", "gain", "relative_gain", "context_gain"} <= set(tokens.columns)
     assert len(pd.read_parquet(finished / "contexts.parquet")) == 20
     assert len(pd.read_parquet(finished / "tops.parquet")) == len(tokens)
     assert '"tops":{"student":' in (finished / "report.html").read_text(encoding="utf-8")

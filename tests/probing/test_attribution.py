@@ -16,8 +16,10 @@ from diagnostics.probing.attribution_tables import (
     linearity,
     position_groups,
 )
+from diagnostics.probing.folds import folds_of
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, loss_weights, split_prompts
+from diagnostics.probing.step import StepBench, loss_weights
 from diagnostics.probing.tracer import PARTS, Tracer, plain_attention
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.study_tables import tokens as study_tokens
@@ -70,7 +72,13 @@ def make_setting(student=None):
     )
     bank = Bank(tuple(contexts))
     tokens = score(pair, bank)
-    return pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
+    # the prompt with two contexts carries loss
+    return (
+        pair,
+        bank,
+        tokens,
+        np.where(tokens.prompt_id.isin(["p1", "p3", "p4"]), "step", "held_out"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +99,10 @@ def written_out(setting):
 
 def tracer_of(setting, optimizer, loss="reverse_kl"):
     pair, bank, tokens, split = setting
-    bench = StepBench(pair, bank, tokens, split)
+    bench = StepBench(pair, bank, tokens, folds_of(tokens.assign(split=split)))
     return Tracer(
         bench,
-        loss_weights(tokens, split),
+        loss_weights(tokens, split == "step"),
         loss=loss,
         beta=0.5,
         optimizer=optimizer,
@@ -342,7 +350,7 @@ def test_attribute_leaves_the_student_as_it_was(setting):
         and pair.student.model.config._attn_implementation == attention
     )
     assert set(result.kernel.kernel) == {"output_layer"} and result.kernel.shape[0] <= 8
-    step = result.tokens.split == "step"
+    step = result.tokens.fold == 0
     assert result.tokens.lift.notna().equals(step) and result.tokens.first_order_gain.notna().all()
     assert "slope" in result._repr_html_()
 
@@ -350,7 +358,7 @@ def test_attribute_leaves_the_student_as_it_was(setting):
 def test_a_small_step_is_predicted_and_a_large_one_is_not(setting):
     pair, bank, tokens, _ = setting
     table = attribute(
-        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01
+        pair, bank, tokens=tokens, sample=4, draws=50, optimizer="sgd", step=0.01, folds=2
     ).linearity
     whole = table[table.split == "all"].set_index("fraction")
     assert (
@@ -361,6 +369,35 @@ def test_a_small_step_is_predicted_and_a_large_one_is_not(setting):
     assert abs(whole.slope[3.0] - 1) > 5 * abs(whole.slope[0.1] - 1)
     assert (table.slope_low <= table.slope).all() and (table.r2_high <= 1).all()
     np.testing.assert_allclose(table.step_size, table.fraction * 0.01)
+
+
+def test_the_first_order_gain_predicts_that_of_fold_0(setting):
+    """The step of the probe is the one that is attributed: same folds, same size, same fold."""
+    pair, bank, tokens, _ = setting
+    options = {"tokens": tokens, "optimizer": "sgd", "step": 0.003, "folds": 3}
+    traced = attribute(pair, bank, sample=4, draws=50, **options)
+    probed = probe(pair, bank, nulls=(), placebos=0, **options).tokens
+    assert (traced.tokens.fold == probed.fold).all()
+    errors = [
+        np.abs(probed[f"gain_fold{fold}"] - traced.tokens.first_order_gain).mean()
+        for fold in range(3)
+    ]
+    assert errors[0] < 0.03 * probed.gain_fold0.abs().mean() and min(errors[1:]) > 10 * errors[0]
+    rows = traced.linearity.set_index(["fraction", "split"])
+    assert rows.realised_mean[1.0, "step"] == pytest.approx(
+        probed.gain_fold0[probed.fold == 0].mean(), rel=1e-3
+    )
+    assert rows.realised_mean[1.0, "held_out"] == pytest.approx(
+        probed.gain_fold0[probed.fold > 0].mean(), rel=1e-3
+    )
+
+
+def test_lift_adds_up_over_the_prompts_of_all_other_folds(setting):
+    pair, bank, tokens, _ = setting
+    table = attribute(pair, bank, tokens=tokens, sample=1, draws=20, folds=3).tokens
+    held_out = table.fold > 0
+    assert table.fold.nunique() == 3
+    assert table.lift.sum() == pytest.approx(table.first_order_gain[held_out].mean(), rel=1e-6)
 
 
 def test_linearity_is_ordinary_least_squares():

@@ -6,20 +6,31 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.progress import Shards
 from diagnostics.probing import directions, intervention
-from diagnostics.probing import step as step_module
-from diagnostics.probing.directions import FILE, RECORD, Direction, Store, read_record
+from diagnostics.probing.directions import (
+    FILE,
+    FINISHED,
+    MEASURED,
+    RECORD,
+    Direction,
+    Finished,
+    Store,
+    read_record,
+)
 from diagnostics.probing.intervention import Grid, interventions
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench
 from tests.conftest import make_pair, make_prompts
 
+SMALL = {"batch_tokens": 40, "placebos": 0}
+BARE = {"nulls": ()}
 GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
 
 
@@ -95,66 +106,125 @@ def stop_at(monkeypatch, wanted):
     return passes
 
 
-def interrupted(setting, folder, monkeypatch, **options):
-    """A probe that ended before its placebo."""
+PASSES = ["before", *(f"{what} {f}" for f in range(4) for what in ("step", "permuted teacher"))]
+"""The passes of a probe without placebo, in their order."""
+
+
+def interrupted(setting, folder, monkeypatch, at="permuted teacher 2", **options):
+    """A probe that ended before the pass of that name."""
     pair, bank, tokens = setting
     with monkeypatch.context() as patch:
-        stop_at(patch, "placebo")
+        stop_at(patch, at)
         with pytest.raises(KeyboardInterrupt):
-            probe(pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(folder), **options)
+            probe(pair, bank, tokens=tokens, shards=shards_in(folder), **SMALL, **options)
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
-def test_an_interrupted_probe_goes_on_along_its_direction(
-    setting, tmp_path, monkeypatch, at_once, loss
+@pytest.mark.parametrize("at", ["step 0", "permuted teacher 0", "step 2", "permuted teacher 2"])
+def test_an_interrupted_probe_goes_on_along_its_directions(
+    setting, tmp_path, monkeypatch, at_once, loss, at
 ):
+    """Nothing that is finished is measured again, and no finished direction is still on disk."""
     pair, bank, tokens = setting
     with monkeypatch.context() as patch:
         Noise(patch)  # the same noise as the first part will have
-        whole = probe(pair, bank, tokens=tokens, batch_tokens=40, loss=loss)
+        whole = probe(pair, bank, tokens=tokens, loss=loss, **SMALL)
     noise = Noise(monkeypatch)
-    interrupted(setting, tmp_path, monkeypatch, loss=loss)
-    made = noise.calls
+    interrupted(setting, tmp_path, monkeypatch, loss=loss, at=at)
+    kept = sorted(path.parent.name for path in tmp_path.glob(f"direction-*/{FILE}"))
+    fold = at[-1]
+    assert kept == [f"direction-{'fold' if at.startswith('step') else 'global-fold'}{fold}"]
     passes = stop_at(monkeypatch, None)
-    monkeypatch.setattr(step_module, "calibrate", None)
-    resumed = probe(
-        pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(tmp_path), loss=loss
-    )
-    assert noise.calls == made and passes == [("before", True), ("after", True), ("placebo", False)]
+    resumed = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), loss=loss, **SMALL)
+    assert [name for name, _ in passes] == ["before", *PASSES[PASSES.index(at) :]]
+    assert passes[0] == ("before", True) and not any(found for _, found in passes[1:])
     assert (
         resumed.tokens.equals(whole.tokens)
-        and resumed.step == whole.step
+        and resumed.steps == whole.steps
         and resumed.calibration.equals(whole.calibration)
     )
+    assert noise.calls == (8 if loss == "reverse_kl" else 12)  # every gradient was made once
+    assert not list(tmp_path.glob(f"direction-*/{FILE}"))
+
+
+def test_a_pass_that_was_cut_goes_on_where_it_was(setting, tmp_path, monkeypatch, at_once):
+    """The direction of a half-measured pass is found, and so are its batches."""
+    pair, bank, tokens = setting
+    noise = Noise(monkeypatch, share=0.1)
+    with monkeypatch.context() as patch:
+        real = Shards.add
+
+        def add(shards, *args):
+            real(shards, *args)
+            if shards.folder is not None and shards.folder.name.startswith("after-"):
+                raise KeyboardInterrupt
+
+        patch.setattr(Shards, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
+    made, passes = noise.calls, stop_at(monkeypatch, None)
+    probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
+    assert passes[:2] == [("before", True), ("step 0", True)] and made == 1
 
 
 @pytest.mark.parametrize(
     "damage", ["lost", "half", "one bit", "another model's", "no metadata", "a link"]
 )
 def test_two_directions_never_meet(setting, tmp_path, monkeypatch, at_once, damage):
-    """Without its direction the probe begins anew, and takes up nothing that was measured along the
+    """Without its direction the step begins anew, and takes up nothing that was measured along the
     first.
     """
     pair, bank, tokens = setting
     noise = Noise(monkeypatch, share=0.1)
-    first = probe(pair, bank, tokens=tokens, batch_tokens=40)
-    interrupted(setting, tmp_path, monkeypatch)
-    damaged(tmp_path / "direction" / FILE, damage)
+    first = probe(pair, bank, tokens=tokens, **BARE, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # after the first fold's pass
+            probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **BARE, **SMALL)
+    damaged(tmp_path / "direction-fold0" / FILE, damage)
     with monkeypatch.context() as patch:
         passes = stop_at(patch, None)
         state = noise.generator.get_state()
-        again = probe(pair, bank, tokens=tokens, batch_tokens=40, shards=shards_in(tmp_path))
-        assert passes == [("before", True), ("after", False), ("placebo", False)]
+        again = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **BARE, **SMALL)
+        assert passes[:2] == [("before", True), ("step 0", False)]
     noise.generator.set_state(state)
-    second = probe(pair, bank, tokens=tokens, batch_tokens=40)
+    second = probe(pair, bank, tokens=tokens, **BARE, **SMALL)
     assert (
         again.tokens.equals(second.tokens)
-        and again.step == second.step
+        and again.steps == second.steps
         and again.calibration.equals(second.calibration)
     )
     assert not np.allclose(
         first.tokens.gain, second.tokens.gain, rtol=1e-3
     )  # another direction is another result
+
+
+@pytest.mark.parametrize("damage", ["table", "record", "link"])
+def test_damaged_measurements_are_measured_again(setting, tmp_path, monkeypatch, at_once, damage):
+    pair, bank, tokens = setting
+    whole = probe(pair, bank, tokens=tokens, **SMALL)
+    interrupted(setting, tmp_path, monkeypatch, at="step 3")
+    folder = tmp_path / "direction-fold1"
+    if damage == "link":
+        (folder / MEASURED).rename(folder / "else")
+        (folder / MEASURED).symlink_to(folder / "else")
+    else:
+        path = folder / {"table": MEASURED, "record": FINISHED}[damage]
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    passes = stop_at(monkeypatch, None)
+    again = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
+    assert "step 1" in [name for name, _ in passes] and "step 2" not in [name for name, _ in passes]
+    assert again.tokens.equals(whole.tokens) and again.steps == whole.steps
+
+
+def test_a_first_step_of_another_size_takes_the_others_with_it(setting, tmp_path, at_once):
+    """Folds that were measured at an earlier size are measured anew."""
+    pair, bank, tokens = setting
+    first = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), step=1e-4, **SMALL)
+    second = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), step=2e-4, **SMALL)
+    assert second.tokens.equals(probe(pair, bank, tokens=tokens, step=2e-4, **SMALL).tokens)
+    assert (second.tokens.gain_permuted != first.tokens.gain_permuted).mean() > 0.9
 
 
 def damaged(path, damage):
@@ -296,8 +366,6 @@ def test_a_name_holds_every_number(change):
 
 
 def test_a_calibration_is_of_one_direction(tmp_path, setting):
-    import pandas as pd
-
     table = pd.DataFrame(
         {"step_size": [0.1, 1 / 3], "ratio": [np.nan, 0.85], "chosen": [False, True]}
     )
@@ -312,10 +380,28 @@ def test_a_calibration_is_of_one_direction(tmp_path, setting):
     assert store.calibration(direction) is None
 
 
+def test_finished_measurements_come_back_bit_for_bit(tmp_path, at_once):
+    table = pd.DataFrame({"step_size": [1 / 3], "ratio": [np.nan], "chosen": [True]})
+    measured = pd.DataFrame({"gain_fold0": [0.1, np.nan, -1e-300]})
+    store, direction = Store(tmp_path), some_direction()
+    store.keep(direction)
+    store.finish(Finished(direction, 1 / 3, measured, table))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FINISHED, MEASURED]
+    found = store.finished()
+    assert found.size == 1 / 3 and found.direction.name(0.1) == direction.name(0.1)
+    assert found.direction.update == [] and found.direction.facts() == direction.facts()
+    pd.testing.assert_frame_equal(found.measured, measured, check_exact=True)
+    pd.testing.assert_frame_equal(found.calibration, table, check_exact=True)
+    store.finish(Finished(direction, 1 / 3, measured, None))
+    assert store.finished().calibration is None
+
+
 def test_nothing_is_kept_without_a_folder():
     store = Store(None)
     store.keep(some_direction()), store.keep_calibration(some_direction(), None)
+    store.finish(Finished(some_direction(), 1.0, pd.DataFrame({"x": [1.0]}), None))
     assert store.direction([]) is None and store.calibration(some_direction()) is None
+    assert store.finished() is None
 
 
 def test_a_disk_without_room_stops_nothing(tmp_path, monkeypatch, caplog):
@@ -330,5 +416,7 @@ def test_a_disk_without_room_stops_nothing(tmp_path, monkeypatch, caplog):
 
 def test_a_failed_write_stops_nothing(tmp_path, caplog):
     (tmp_path / "x").write_text("in the way")
+    Store(tmp_path / "x").finish(Finished(some_direction(), 1.0, pd.DataFrame({"x": [1.0]}), None))
+    assert "what was measured along a step cannot be kept" in caplog.text
     Store(tmp_path / "x").keep(some_direction())
     assert "cannot be kept, so that a killed run would start this stage again" in caplog.text

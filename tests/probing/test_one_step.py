@@ -1,4 +1,4 @@
-"""One step against torch's own optimizer and a fresh score; its calibration and refusals."""
+"""The steps against torch's own optimizer and a fresh score; their calibration and refusals."""
 
 import dataclasses
 import itertools
@@ -9,14 +9,19 @@ import torch
 
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.folds import NULLS, combine
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing import step as step_module
 from diagnostics.probing import tensor_lists
 from diagnostics.probing.directions import Direction
+from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.one_step import gains, probe
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, calibrate, loss_weights, split_prompts
+from diagnostics.probing.step import StepBench, calibrate, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
+
+BARE = {"nulls": (), "placebos": 0}
+"""The steps alone, for tests that look at nothing else."""
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +44,27 @@ def mean_reverse_kl(pair, contexts):
     return total / count
 
 
-def step_contexts(bank, result):
-    names = set(result.tokens.context_id[result.tokens.split == "step"])
+def bench_of(setting, **options):
+    pair, bank, tokens = setting
+    return StepBench(pair, bank, tokens, assign_folds(tokens, 4, seed=0), **options)
+
+
+def step_contexts(bank, result, fold):
+    names = set(result.tokens.context_id[result.tokens.fold == fold])
     return [context for context in bank if context.context_id in names]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_step_is_torchs_own(setting, optimizer):
+@pytest.mark.parametrize("fold", [0, 2])
+def test_the_step_is_torchs_own(setting, optimizer, fold):
     """Gradient by plain autograd, update by torch.optim, gains by a fresh score: all equal to the
     probe's.
     """
     pair, bank, tokens = setting
     size = 3e-4 if optimizer == "adamw" else 0.05
-    result = probe(pair, bank, tokens=tokens, optimizer=optimizer, step=size)
+    result = probe(pair, bank, tokens=tokens, optimizer=optimizer, step=size, **BARE)
     twin = assemble("twin", make_model(1), pair.teacher.model, pair.tokenizer)
-    loss = mean_reverse_kl(twin, step_contexts(bank, result))
+    loss = mean_reverse_kl(twin, step_contexts(bank, result, fold))
     loss.backward()
     parameters = list(twin.student.model.parameters())
     norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in parameters))
@@ -64,13 +75,39 @@ def test_the_step_is_torchs_own(setting, optimizer):
     )
     kind.step()
     after = score(twin, bank)
-    assert result.step.loss_before == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert result.step.gradient_norm == pytest.approx(float(norm), rel=1e-4)
-    np.testing.assert_allclose(result.tokens.gain, tokens.forward_kl - after.forward_kl, atol=2e-5)
-    np.testing.assert_allclose(
-        result.tokens.reverse_gain, tokens.reverse_kl - after.reverse_kl, atol=2e-5
+    assert result.steps[fold].loss_before == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert result.steps[fold].gradient_norm == pytest.approx(float(norm), rel=1e-4)
+    gain_N, reverse_N = (result.tokens[f"{name}_fold{fold}"] for name in ("gain", "reverse_gain"))
+    np.testing.assert_allclose(gain_N, tokens.forward_kl - after.forward_kl, atol=2e-5)
+    np.testing.assert_allclose(reverse_N, tokens.reverse_kl - after.reverse_kl, atol=2e-5)
+    assert gain_N.abs().max() > 1e-2
+
+
+def test_a_gain_is_the_mean_over_the_steps_on_other_folds(setting):
+    pair, bank, tokens = setting
+    table = probe(pair, bank, tokens=tokens, **BARE).tokens
+    for row in table.itertuples():
+        steps = [getattr(row, f"gain_fold{fold}") for fold in range(4)]
+        own = steps.pop(row.fold)
+        assert row.gain == pytest.approx(np.mean(steps)) and row.own_gain == own
+        assert row.gain_sd == pytest.approx(np.std(steps, ddof=1))
+    again = combine(table)
+    assert all(table[name].equals(again[name]) for name in table)
+    assert table.own_gain.mean() > table.gain.mean()  # a step helps most where it was taken
+
+
+def test_every_fold_takes_the_size_of_the_first(setting):
+    pair, bank, tokens = setting
+    result = probe(pair, bank, tokens=tokens, folds=3, **BARE)
+    table = result.calibration
+    assert table[table.fold == 0].chosen.sum() == 1
+    assert table[table.fold > 0].fold.tolist() == [1, 2] and table[table.fold > 0].chosen.all()
+    assert table[table.chosen].step_size.nunique() == 1
+    assert [step.fold for step in result.steps] == [0, 1, 2]
+    assert sum(step.step_positions for step in result.steps) == len(tokens)
+    assert all(
+        step.step_positions + step.held_out_positions == len(tokens) for step in result.steps
     )
-    assert result.tokens.gain.abs().max() > 1e-2
 
 
 def test_the_student_ends_as_it_began(setting):
@@ -82,14 +119,14 @@ def test_the_student_ends_as_it_began(setting):
 
 
 def test_a_failure_in_the_middle_restores_the_student(setting, monkeypatch):
-    pair, bank, tokens = setting
+    pair, _bank, _tokens = setting
     before = weights_sha256(pair.student.model)
     monkeypatch.setattr(
         StepBench,
         "rescore",
         lambda self, description: (_ for _ in ()).throw(MemoryError(description)),
     )
-    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    bench = bench_of(setting)
     with (
         pytest.raises(MemoryError),
         bench.moved([torch.ones_like(p) for p in bench.parameters], 0.1),
@@ -99,8 +136,8 @@ def test_a_failure_in_the_middle_restores_the_student(setting, monkeypatch):
 
 
 def test_unrestored_weights_are_noticed(setting):
-    pair, bank, tokens = setting
-    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    _pair, _bank, _tokens = setting
+    bench = bench_of(setting)
     with torch.no_grad():
         bench.parameters[0][0, 0] += 1
     with pytest.raises(
@@ -117,22 +154,21 @@ def test_unrestored_weights_are_noticed(setting):
 
 def test_no_step_no_gain(setting):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, step=0)
-    for name in (
-        "gain",
-        "reverse_gain",
-        "placebo_gain",
-        "placebo_reverse_gain",
-        "relative_gain_released",
-    ):
+    result = probe(pair, bank, tokens=tokens, step=0, nulls=NULLS)
+    made = [name for name in result.tokens if name not in tokens and "gain" in name]
+    assert len(made) > 40 and "context_gain_token_type" in made
+    for name in set(made) - {"relative_gain"}:
         assert (result.tokens[name] == 0).all(), name
+    sizes = result.placebo.set_index("stratum").loc["all"]
+    assert sizes.mean_abs_gain == 0 == sizes.step_mean_abs_gain and sizes.directions == 4
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "topk_reverse"])
 def test_a_teacher_that_is_the_student_teaches_nothing(loss):
     pair = assemble("same", make_model(1), make_model(1), make_tokenizer())
     result = probe(pair, make_bank([5, 6, 7, 8]), loss=loss)
-    np.testing.assert_allclose(result.tokens.gain, 0, atol=1e-6)
+    for name in ("gain", "own_gain", "gain_permuted", "own_gain_permuted", "context_gain"):
+        np.testing.assert_allclose(result.tokens[name], 0, atol=1e-6)
 
 
 def test_same_seed_same_result(setting):
@@ -140,29 +176,28 @@ def test_same_seed_same_result(setting):
     first, second, other = (
         probe(pair, bank, tokens=tokens, seed=seed).tokens for seed in (0, 0, 1)
     )
-    assert first.equals(second) and not (first.split == other.split).all()
+    assert first.equals(second) and not (first.fold == other.fold).all()
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "sampled", "topk_reverse"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_chosen_step_is_linear_enough_and_helps(setting, loss, optimizer):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, loss=loss, optimizer=optimizer)
-    chosen = result.calibration[result.calibration.chosen]
+    result = probe(pair, bank, tokens=tokens, loss=loss, optimizer=optimizer, **BARE)
+    search = result.calibration[result.calibration.fold == 0]
+    chosen = search[search.chosen]
     assert len(chosen) == 1 and chosen.ratio.item() >= 0.8
-    assert result.step.realised_drop > 0
-    larger = result.calibration[result.calibration.step_size > chosen.step_size.item()]
+    assert all(step.realised_drop > 0 for step in result.steps)
+    larger = search[search.step_size > chosen.step_size.item()]
     assert (larger.ratio < 0.8).all()
 
 
 def test_gradient_does_not_depend_on_batches(setting):
-    pair, bank, tokens = setting
-    split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
-    weights = loss_weights(tokens, split) * np.random.default_rng(0).random(len(tokens)).round(1)
+    tokens = setting[2]
+    weights = bench_of(setting).loss_weights(0) + bench_of(setting).loss_weights(2)
+    weights *= np.random.default_rng(0).random(len(tokens)).round(1)
     whole, parts = (
-        StepBench(pair, bank, tokens, split, batch_tokens=size).gradient(
-            weights, loss="jsd", beta=0.3
-        )
+        bench_of(setting, batch_tokens=size).gradient(weights, loss="jsd", beta=0.3)
         for size in (10_000, 1)
     )
     assert whole[0] == pytest.approx(parts[0], rel=1e-6)
@@ -170,22 +205,43 @@ def test_gradient_does_not_depend_on_batches(setting):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_contexts_without_weight_are_never_run(setting, monkeypatch):
+    """A minibatch costs its own contexts, whatever batches they lie in."""
+    pair, bank, tokens = setting
+    bench, run = bench_of(setting), []
+    wanted = [context.context_id for context in bank][::4]
+    weights = tokens.context_id.isin(wanted).to_numpy().astype(float)
+    assert len(set(bench.folds[weights > 0])) > 1
+    real = type(pair.student).hidden
+    monkeypatch.setattr(
+        type(pair.student),
+        "hidden",
+        lambda self, ids, mask: (run.append(len(ids)), real(self, ids, mask))[1],
+    )
+    value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
+    assert sum(run) == len(wanted)
+    contexts = [context for context in bank if context.context_id in wanted]
+    twin = assemble("twin", make_model(1), pair.teacher.model, pair.tokenizer)
+    loss = mean_reverse_kl(twin, contexts)
+    loss.backward()
+    assert value == pytest.approx(float(loss.detach()), rel=1e-5)
+    for mine, p in zip(gradient, twin.student.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_the_order_of_the_batches_changes_no_bit(setting):
     """Several processes have the batches in shares, and add up what each has: mean loss and
     gradient are rounded once.
     """
-    pair, bank, tokens = setting
-    split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
-    weights, bench = (
-        loss_weights(tokens, split),
-        StepBench(pair, bank, tokens, split, batch_tokens=20),
-    )
-    batches, teacher = bench.step.batches, bench.step.teacher
-    assert len(batches) >= 4
+    bench = bench_of(setting, batch_tokens=20)
+    weights = sum(bench.loss_weights(fold) for fold in range(4))
+    part = bench.part(1)
+    batches, teacher = part.batches, part.teacher
+    assert len(batches) >= 2 and sum(len(bench.part(fold).batches) for fold in range(4)) > 6
     values, gradients = [], []
-    for order in list(itertools.permutations(range(len(batches))))[::7][:12]:
-        bench.step.batches = [batches[i] for i in order]
-        bench.step.teacher = [teacher[i] for i in order]
+    for order in itertools.permutations(range(len(batches))):
+        part.batches = [batches[i] for i in order]
+        part.teacher = [teacher[i] for i in order]
         value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
         values.append(value), gradients.append(gradient)
     assert len(set(values)) == 1
@@ -217,8 +273,8 @@ def test_norms_and_products_are_float64_sums_over_pieces():
 
 
 def test_the_placebo_moves_every_weight_as_far(setting):
-    pair, bank, tokens = setting
-    bench = StepBench(pair, bank, tokens, split_prompts(tokens.prompt_id, held_out=0.5, seed=0))
+    _pair, _bank, _tokens = setting
+    bench = bench_of(setting)
     update = [
         torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         for i, p in enumerate(bench.parameters)
@@ -236,12 +292,11 @@ def test_the_placebo_moves_every_weight_as_far(setting):
 def test_relative_gain_has_a_floor():
     before = (np.array([1.0, 5e-4, 0.0]), np.array([2.0, 2.0, 2.0]))
     after = (np.array([0.5, 1e-4, 0.1]), np.array([1.0, 2.0, 2.5]))
-    out = gains(before, after, before)
+    out = gains(before, after)
     np.testing.assert_allclose(out["gain"], [0.5, 4e-4, -0.1])
     np.testing.assert_allclose(out["relative_gain"], [0.5, np.nan, np.nan])
     np.testing.assert_allclose(out["relative_gain_released"], [0.5, 0.8, -1e11], rtol=1e-6)
     np.testing.assert_allclose(out["reverse_gain"], [1.0, 0.0, -0.5])
-    np.testing.assert_array_equal(out["placebo_gain"], 0)
 
 
 class Parabola:
@@ -278,13 +333,6 @@ def test_calibration_warns_where_nothing_is_linear(caplog):
     assert table.chosen.iloc[0] and "no step tried was linear" in caplog.text
 
 
-def test_prompts_are_never_split_across_the_halves(setting):
-    ids = setting[2].prompt_id
-    split = split_prompts(ids, held_out=0.25, seed=0)
-    assert all(len(set(split[ids == prompt])) == 1 for prompt in ids.unique())
-    assert len(ids[split == "held_out"].unique()) == 3
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -292,7 +340,13 @@ def test_prompts_are_never_split_across_the_halves(setting):
         (dict(optimizer="adam7"), r"^Unknown optimizer 'adam7'\. Known are adamw, sgd\.$"),
         (dict(step="big"), r"^The step is 'auto' or a number of at least 0; got 'big'\.$"),
         (dict(step=-1.0), r"^The step is 'auto' or a number of at least 0; got -1\.0\.$"),
-        (dict(held_out=1.0), r"^held_out=1\.0 leaves 0 step and 12 held-out prompts of 12\."),
+        (dict(folds=1), r"^folds is 1, and what is held out for a step are the other folds\."),
+        (dict(folds=13), r"^12 prompts cannot fill 13 folds\."),
+        (
+            dict(held_out=0.5),
+            r"^probe\(\) no longer takes 'held_out'\. .* use folds \(4 by default\) in its place",
+        ),
+        (dict(nulls=("locally",)), r"^Unknown null 'locally'\. Known are global, divergence"),
     ],
 )
 def test_settings_that_cannot_be_used(setting, options, message):
@@ -322,25 +376,36 @@ def test_predictors_are_untouched_by_the_step(setting):
     pair, bank, tokens = setting
     result = probe(pair, bank, tokens=tokens)
     assert result.tokens[list(tokens.columns)].equals(tokens)
-    assert (
-        dataclasses.asdict(result.step)["step_positions"] == (result.tokens.split == "step").sum()
-    )
+    assert dataclasses.asdict(result.step)["step_positions"] == (result.tokens.fold == 0).sum()
     assert "gain" in result._repr_html_() and step_module.ADAM_EPS == 1e-8
+
+
+def test_nothing_of_an_earlier_probe_stays_in_the_table(setting):
+    pair, bank, tokens = setting
+    first = probe(pair, bank, tokens=tokens, folds=6, nulls=("divergence",), placebos=0).tokens
+    again = probe(pair, bank, tokens=first.assign(split="step"), **BARE).tokens
+    assert again.equals(probe(pair, bank, tokens=tokens, **BARE).tokens)
+
+
+def test_two_folds_have_no_spread_and_no_token_baseline(setting):
+    pair, bank, tokens = setting
+    table = probe(pair, bank, tokens=tokens, folds=2, **BARE).tokens
+    assert table.gain_sd.isna().all() and "token_identity_gain" not in table
+    assert (table.gain == np.where(table.fold == 0, table.gain_fold1, table.gain_fold0)).all()
 
 
 @pytest.mark.parametrize(
     "late", [False, True], ids=["in the loss", "when the last layers have their gradient"]
 )
 def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, caplog, late):
-    pair, bank, tokens = setting
-    split = split_prompts(tokens.prompt_id, held_out=0.5, seed=0)
-    weights = loss_weights(tokens, split)
-    reference = StepBench(pair, bank, tokens, split).gradient(weights, loss="reverse_kl", beta=0.5)
-    bench, real = StepBench(pair, bank, tokens, split), step_module.losses.chunked_loss
+    pair, _bank, tokens = setting
+    weights = loss_weights(tokens, np.ones(len(tokens), dtype=bool))
+    reference = bench_of(setting).gradient(weights, loss="reverse_kl", beta=0.5)
+    bench, real = bench_of(setting), step_module.losses.chunked_loss
     rows = []
 
     def no_room(_):
-        if rows[-1] > 20:
+        if rows[-1] > 12:
             raise torch.OutOfMemoryError("injected")
 
     def crowded(student_nH, *rest, **options):
@@ -354,9 +419,13 @@ def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, cap
         "model.layers.0.self_attn.q_proj.weight"
     ]
     hook = first_layer.register_hook(no_room) if late else None
+    measured = [len(batch.rows_n) for part in bench.frozen.parts for batch in part.batches]
     value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
     if hook:
         hook.remove()
+    # what is measured before and after a step stays on the same batches
+    assert measured == [len(batch.rows_n) for part in bench.frozen.parts for batch in part.batches]
+    assert len(bench.part(0).batches) > len(bench.frozen.parts[0].batches)
     assert "halved" in caplog.text and value == pytest.approx(reference[0], rel=1e-6)
     for a, b in zip(gradient, reference[1]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

@@ -10,11 +10,13 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.pair import weights_sha256
 from diagnostics.probing.attribution import AttributionConfig, attribute
-from diagnostics.probing.frozen_bank import FrozenBank
+from diagnostics.probing.directions import Store
+from diagnostics.probing.folds import assign_folds
+from diagnostics.probing.frozen_bank import FrozenBank, halve
 from diagnostics.probing.intervention import InterventionConfig, intervene, interventions
-from diagnostics.probing.one_step import probe
+from diagnostics.probing.one_step import ControlConfig, probe
 from diagnostics.probing.scores import ScoreConfig, score
-from diagnostics.probing.step import ProbeConfig, prepare_step, split_prompts
+from diagnostics.probing.step import ProbeConfig, StepBench, kept_step, prepare_step
 from tests.conftest import make_pair, make_prompts
 
 GRID = InterventionConfig(criteria=("entropy",), budgets=(0.5,), random_draws=1)
@@ -35,31 +37,51 @@ def test_all_three_take_the_same_step(setting):
     grid = interventions(pair, bank, config, GRID, tokens=tokens)
     traced = attribute(pair, bank, config, AttributionConfig(sample=1), tokens=tokens, draws=10)
     for calibration in (probed.calibration, grid.calibration, traced.calibration):
-        assert calibration.equals(step.calibration)
+        assert calibration[calibration.fold == 0].equals(step.calibration)
     assert probed.step.step_size == step.step_size == grid.effects[0].step_size
-    for split in (probed.tokens.split, grid.split, traced.tokens.split):
-        assert (np.asarray(split) == step.bench.split).all()
+    for fold in (probed.tokens.fold, traced.tokens.fold):
+        assert (np.asarray(fold) == step.bench.folds).all()
     np.testing.assert_array_equal(grid.cells[0].weights_N, step.weights_N)
 
 
 def test_keywords_and_configuration_objects_are_one(setting):
     pair, bank, tokens = setting
-    left = probe(pair, bank, tokens=tokens, optimizer="sgd", held_out=0.25)
-    right = probe(pair, bank, ProbeConfig(optimizer="sgd", held_out=0.25), tokens=tokens)
-    assert left.tokens.equals(right.tokens) and left.step == right.step
+    left = probe(pair, bank, tokens=tokens, optimizer="sgd", folds=3, nulls=[])
+    right = probe(
+        pair, bank, ProbeConfig(optimizer="sgd", folds=3), ControlConfig(nulls=()), tokens=tokens
+    )
+    assert left.tokens.equals(right.tokens) and left.steps == right.steps
     assert score(pair, bank, k=8, sweep=[2]).equals(score(pair, bank, ScoreConfig(k=8, sweep=(2,))))
     cells = dataclasses.asdict(GRID)
     left = intervene(pair, bank, tokens=tokens, draws=20, **cells)
     assert left.equals(intervene(pair, bank, None, GRID, tokens=tokens, draws=20))
 
 
-def test_a_tables_split_is_kept_where_asked(setting):
+def test_a_tables_folds_are_kept_where_asked(setting):
     pair, bank, tokens = setting
-    split = split_prompts(tokens.prompt_id, held_out=0.25, seed=7)
-    marked, config = tokens.assign(split=split), ProbeConfig(step=1e-4)
-    assert (prepare_step(pair, bank, marked, config).bench.split == split).all()
-    own = prepare_step(pair, bank, marked, config, keep_split=False).bench.split
-    assert (own == split_prompts(tokens.prompt_id, held_out=0.5, seed=0)).all()
+    fold, config = assign_folds(tokens, 3, seed=7), ProbeConfig(step=1e-4)
+    bench = prepare_step(pair, bank, tokens.assign(fold=fold), config).bench
+    assert (bench.folds == fold).all() and bench.count == 3
+    split = np.where(fold == 1, "step", "held_out")
+    of_one_step = prepare_step(pair, bank, tokens.assign(split=split), config)
+    assert ((of_one_step.bench.folds == 0) == (fold == 1)).all()
+    assert (of_one_step.weights_N == (fold == 1)).all()
+    own = prepare_step(pair, bank, tokens.assign(fold=fold), config, keep_folds=False).bench.folds
+    assert (own == assign_folds(tokens, 4, seed=0)).all()
+
+
+def test_another_fold_is_measured_once_at_the_size_that_is_given(setting, tmp_path):
+    pair, bank, tokens = setting
+    config, fold = ProbeConfig(), assign_folds(tokens, 4, seed=0)
+    bench, store = StepBench(pair, bank, tokens, fold), Store(tmp_path)
+    step = kept_step(bench, 2, config, store, size=1e-4)
+    assert step.fold == 2 and step.step_size == 1e-4 and len(step.calibration) == 1
+    assert step.calibration.fold.tolist() == [2] and (step.weights_N == (fold == 2)).all()
+    again = kept_step(bench, 2, config, store, size=1e-4)
+    assert again.calibration.equals(step.calibration)
+    # an interrupted run whose first fold chose another size does not hand its ratio on
+    other = kept_step(bench, 2, config, store, size=2e-4)
+    assert other.step_size == 2e-4 and other.direction.sha256 == step.direction.sha256
 
 
 def test_preparing_moves_nothing(setting):
@@ -72,7 +94,7 @@ def test_preparing_moves_nothing(setting):
 
 def test_parts_of_a_bank_have_batches_of_their_own(setting):
     pair, bank, tokens = setting
-    step = split_prompts(tokens.prompt_id, held_out=0.5, seed=0) == "step"
+    step = assign_folds(tokens, 2, seed=0) == 0
     whole = FrozenBank(pair, bank, batch_tokens=60)
     parts = FrozenBank(pair, bank, batch_tokens=60, parts=[step, ~step])
     for part, mask in zip(parts.parts, (step, ~step), strict=True):
@@ -85,6 +107,9 @@ def test_parts_of_a_bank_have_batches_of_their_own(setting):
         np.testing.assert_allclose(one, other, atol=1e-6)
     half = FrozenBank(pair, bank, parts=[step]).divergences()[0]
     assert (half[~step] == 0).all() and (half[step] > 0).all()
+    for chosen, mask in (([0], step), ([1], ~step), ([0, 1], step | ~step)):
+        one = parts.rescore("some", parts=chosen)[0]
+        assert (one[mask] == parts.divergences()[0][mask]).all() and (one[~mask] == 0).all()
 
 
 def test_a_halved_part_holds_the_same_states(setting):
@@ -96,7 +121,7 @@ def test_a_halved_part_holds_the_same_states(setting):
         for row, state in zip(batch.rows_n.tolist(), states, strict=True)
     }
     count = len(part.batches)
-    part.halve(MemoryError("full"))
+    halve([part], MemoryError("full"))
     assert len(part.batches) == 2 * count
     for batch, states in part:
         for row, state in zip(batch.rows_n.tolist(), states, strict=True):
@@ -108,3 +133,33 @@ def test_a_pair_without_teacher_is_refused_before_any_work(setting):
     alone = dataclasses.replace(pair, teacher=None)
     with pytest.raises(DiagnosticsError, match=r"^This pair has only a student"):
         probe(alone, bank, tokens=tokens)
+
+
+def test_batches_of_one_context_stay_while_others_can_be_halved(setting):
+    pair, bank, _ = setting
+    lone = np.zeros(bank.positions, dtype=bool)
+    lone[: len(bank[0].response_ids)] = True
+    parts = FrozenBank(pair, bank, parts=[lone, ~lone]).parts
+    contexts = sum(len(batch.ids_BT) for batch in parts[1].batches)
+    while any(len(batch.ids_BT) > 1 for batch in parts[1].batches):
+        halve(parts, MemoryError("full"))
+    assert len(parts[1].batches) == contexts and len(parts[0].batches) == 1
+    with pytest.raises(DiagnosticsError, match=r"^One context of \d+ tokens does not fit"):
+        halve(parts, MemoryError("full"))
+
+
+def test_a_batch_keeps_the_contexts_that_are_wanted(setting):
+    pair, bank, _ = setting
+    (part,) = FrozenBank(pair, bank).parts
+    batch, states = part.batches[0], part.teacher[0]
+    wanted = torch.zeros(len(batch.rows_n), dtype=torch.bool)
+    wanted[[0, 3, -1]] = True
+    some, kept = batch.with_contexts_of(wanted, states)
+    names = {batch.contexts[b].context_id for b in batch.at_n[0][wanted].tolist()}
+    assert {context.context_id for context in some.contexts} == names and len(names) > 1
+    rows = [row for row in batch.rows_n.tolist() if row in set(some.rows_n.tolist())]
+    assert some.rows_n.tolist() == rows and some.mask_BT.sum(1).max() == some.ids_BT.shape[1]
+    place = [batch.rows_n.tolist().index(row) for row in rows]
+    assert torch.equal(kept, states[place]) and torch.equal(some.sampled_n, batch.sampled_n[place])
+    torch.testing.assert_close(some.states(pair.student), batch.states(pair.student)[place])
+    assert batch.with_contexts_of(torch.ones_like(wanted), states)[0] is batch

@@ -15,16 +15,21 @@ from matplotlib.figure import Figure
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import quadrants
 from diagnostics.report import figures, naming, style
-from diagnostics.report.figures import registry
+from diagnostics.report.figures import ranking, registry
 from tests import study_tables
+from tests.report import made_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)
 EVERY = {
-    "correlations": (figures.correlations, study_tables.correlations),
+    "decision": (figures.decision, made_tables.decision),
+    "horizon": (figures.horizon, made_tables.horizon),
+    "horizon_criteria": (figures.horizon_criteria, made_tables.intervention),
+    "strata": (figures.strata, made_tables.strata),
+    "foresight": (figures.foresight, made_tables.foresight_signs),
+    "correlations": (figures.correlations, made_tables.correlations),
     "entropy_divergence": (figures.entropy_divergence, study_tables.tokens),
     "q3_gain": (figures.q3_gain, study_tables.q3_groups),
     "calibration": (figures.calibration, study_tables.calibration),
-    "placebo_excess": (figures.placebo_excess, study_tables.placebo_excess),
     "quadrants": (figures.quadrants, study_tables.quadrants),
     "q3_contrast": (
         functools.partial(figures.q3_contrast, matching=study_tables.matching()),
@@ -184,15 +189,44 @@ def test_saves_as_png_pdf_and_svg():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
-def test_correlations_shows_estimates_intervals_and_placebo():
+def test_correlations_shows_the_gain_its_null_and_the_context_gain_of_held_out_positions():
+    table = made_tables.correlations()
+    figure = figures.correlations(table)
+    (ax,) = figure.axes
+    rows = table[(table.split == "held_out") & (table.method == "spearman")]
+    order = rows[rows.outcome == "context_gain"].sort_values("estimate", ascending=False)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == [naming.readable(name) for name in order.criterion]
+    bars = errorbars(ax)
+    assert list(bars) == [words for *_, words in ranking.NULLED.values()]
+    heights = []
+    for outcome, (*_, words) in ranking.NULLED.items():
+        shown = rows[rows.outcome == outcome].set_index("criterion").loc[order.criterion]
+        place, values, ends = bars[words]
+        assert np.round(place).astype(int).tolist() == list(range(len(labels)))
+        np.testing.assert_allclose(values, shown.estimate)
+        np.testing.assert_allclose(ends, shown[["low", "high"]])
+        heights.append(place[0])
+    assert len(set(heights)) == 3
+    faces = {
+        bar.get_label(): bar.lines[0].get_markerfacecolor()
+        for bar in ax.containers
+        if isinstance(bar, ErrorbarContainer)
+    }
+    hollow = [label for label, face in faces.items() if face == style.LIGHT["paper"]]
+    assert hollow == ["gain, a permuted teacher (the null)"]
+    assert ax.get_xlabel() == "Spearman ρ, held-out positions"
+    assert figure.get_supxlabel().endswith("Bars: intervals over prompts and 4 step batches.")
+    step = figures.correlations(table, split="step")
+    assert step.axes[0].get_xlabel() == "Spearman ρ, positions that carried the loss"
+
+
+def test_correlations_without_a_permuted_teacher_have_a_panel_per_outcome():
     table = study_tables.correlations()
+    table = table[table.outcome != "context_gain"]
     figure = figures.correlations(table)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     names = sorted(study_tables.CRITERIA, key=lambda name: labels.index(naming.readable(name)))
-    order = table[
-        (table.outcome == "gain") & (table.split == "held_out") & (table.method == "spearman")
-    ]
-    assert names == order.sort_values("estimate", ascending=False).criterion.tolist()
     for ax, outcome in zip(figure.axes[:2], ("gain", "relative_gain"), strict=True):
         assert ax.get_title(loc="left") == outcome.replace("_", " ")
         bars = errorbars(ax)
@@ -206,13 +240,10 @@ def test_correlations_shows_estimates_intervals_and_placebo():
                 .set_index("criterion")
                 .loc[names]
             )
-            place, values, ends = bars[label]
-            assert np.round(place).astype(int).tolist() == list(range(len(names)))
-            np.testing.assert_allclose(values, rows.estimate)
-            np.testing.assert_allclose(ends, rows[["low", "high"]])
-            placebo = next(line for line in ax.lines if line.get_label() == f"_placebo {split}")
-            np.testing.assert_allclose(placebo.get_xdata(), rows.placebo)
-            np.testing.assert_allclose(placebo.get_ydata(), place)
+            np.testing.assert_allclose(bars[label][1], rows.estimate)
+            np.testing.assert_allclose(bars[label][2], rows[["low", "high"]])
+    asked = figures.correlations(made_tables.correlations(), outcomes=["context_gain"])
+    assert [ax.get_title(loc="left") for ax in asked.axes] == ["context gain"]
 
 
 def test_correlations_takes_a_method_and_criteria_and_names_the_sample():
@@ -327,18 +358,6 @@ def test_calibration_of_a_single_step():
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.82]
 
 
-def test_placebo_excess_shows_the_excess():
-    table = study_tables.placebo_excess()
-    figure = figures.placebo_excess(table)
-    rows = table[(table.outcome == "gain") & (table.split == "held_out")].sort_values(
-        "excess", ascending=False
-    )
-    _place, values, ends = errorbars(figure.axes[0])["held-out contexts"]
-    np.testing.assert_allclose(values, rows.excess)
-    np.testing.assert_allclose(ends, rows[["low", "high"]])
-    assert figure.axes[0].get_xlabel() == "Spearman ρ excess"
-
-
 def test_quadrants_shows_estimates_and_shares():
     table = study_tables.quadrants()
     figure = figures.quadrants(table)
@@ -358,7 +377,7 @@ def test_quadrants_shows_estimates_and_shares():
     ]
 
 
-def test_q3_contrast_shows_raw_matched_and_placebo():
+def test_q3_contrast_shows_raw_and_matched():
     table, matching = study_tables.q3_contrast(), study_tables.matching()
     figure = figures.q3_contrast(table, matching)
     scores = ["compatibility", "teachability", "incompatible"]
@@ -374,11 +393,6 @@ def test_q3_contrast_shows_raw_matched_and_placebo():
         )
         np.testing.assert_allclose(bars[label][1], rows.difference)
         np.testing.assert_allclose(bars[label][2], rows[["low", "high"]])
-        more = label.removeprefix("held-out contexts")
-        placebo = next(
-            line for line in figure.axes[0].lines if line.get_label() == f"_placebo held_out{more}"
-        )
-        np.testing.assert_allclose(placebo.get_xdata(), rows.placebo_difference)
     assert "matched" not in figures.q3_contrast(table).get_supxlabel()
 
 
@@ -481,6 +495,24 @@ def test_selection_profile_stacks_shares():
     for measure in ("q1", "q2", "q3", "q4"):
         rows = table[(table.measure == measure) & (table.budget == 0.05)]
         assert widths[measure.upper()] == pytest.approx([*rows.estimate, rows.full.iloc[0]])
+
+
+def test_intervention_over_a_horizon_shows_the_matched_step_and_rings_ties():
+    table = made_tables.intervention()
+    figure = figures.intervention(table, measure="reverse_kl")
+    rows = table[(table.group == "held_out") & (table.measure == "reverse_kl")]
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    for horizon, drawn in ((0, lines), (20, None)):
+        if drawn is None:
+            later = figures.intervention(table, measure="reverse_kl", horizon=20)
+            drawn = {line.get_label(): line for line in later.axes[0].lines}
+        shown = rows[(rows.horizon == horizon) & (rows.criterion == "teachability")]
+        np.testing.assert_allclose(drawn["teachability"].get_ydata(), shown.reduction)
+    tied = rows[(rows.horizon == 0) & (rows.ambiguous > 0.1)]
+    np.testing.assert_allclose(lines["_ambiguous"].get_xydata(), tied[["budget", "reduction"]])
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert caption.startswith("One matched step.") and "ties decide over 10%" in caption
+    assert "ties" not in figures.intervention(study_tables.intervention()).get_supxlabel()
 
 
 def test_intervention_shows_reductions_with_full_and_placebo_as_levels():
@@ -828,6 +860,191 @@ def test_runs_are_named_as_their_folders_whatever_these_hold():
     ]
 
 
+# --- horizon, decision, strata and foresight ---
+
+
+def test_horizon_is_dashed_and_hollow_where_the_bank_is_overfitted():
+    table = made_tables.horizon().sample(frac=1, random_state=0)
+    figure = figures.horizon(table, measure="reverse_kl")
+    (ax,) = figure.axes
+    bars, lines = errorbars(ax), [line for line in ax.lines if line.get_label() == "_beyond"]
+    for population, label in (("held_out", "held-out contexts"), ("step", "step contexts")):
+        rows = table[(table.population == population) & (table.measure == "reverse_kl")]
+        rows = rows.sort_values("horizon")
+        kept, lost = rows[~rows.overfitted], rows[rows.overfitted]
+        np.testing.assert_allclose(bars[label][1], kept.reduction)
+        np.testing.assert_allclose(bars[label][2], kept[["low", "high"]])
+        np.testing.assert_allclose(bars[f"_{label} overfitted"][1], lost.reduction)
+        beyond = [line for line in lines if line.get_ydata()[0] == kept.reduction.iloc[-1]]
+        np.testing.assert_allclose(beyond[0].get_ydata(), rows.reduction.iloc[-2:])
+        assert beyond[0].get_linestyle() != "-"
+    np.testing.assert_allclose(bars["_fresh responses overfitted"][1], [0.12])
+    assert list(ax.get_xticks()) == [1, 5, 20, 100]
+    assert "overfitted" in figure.get_supxlabel()
+    fit = table[table.horizon < 100]
+    assert "overfitted" not in figures.horizon(fit).get_supxlabel()
+
+
+def test_an_overfitted_curve_stays_overfitted_whatever_the_flag_says_later():
+    table = made_tables.horizon()
+    table["overfitted"] = table.horizon == 5
+    bars = errorbars(figures.horizon(table).axes[0])
+    assert len(bars["held-out contexts"][1]) == 1
+    assert len(bars["_held-out contexts overfitted"][1]) == 3
+
+
+def test_horizon_of_criteria_has_a_panel_per_population_at_one_budget():
+    table = made_tables.intervention()
+    figure = figures.horizon_criteria(table, measure="reverse_kl")
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["held-out positions", "positions that carried the loss"]
+    for ax, group in zip(figure.axes, ("held_out", "step"), strict=True):
+        bars = errorbars(ax)
+        for name, budget in (("teachability", 0.05), ("full", 1.0), ("random", 0.05)):
+            rows = table[
+                (table.criterion == name)
+                & (table.budget == budget)
+                & (table.group == group)
+                & (table.measure == "reverse_kl")
+                & (table.horizon > 0)
+            ]
+            np.testing.assert_allclose(bars[name][1], rows.reduction)
+            np.testing.assert_allclose(bars[name][2], rows[["low", "high"]])
+        assert len(bars["_divergence overfitted"][1]) == 1 and len(bars["divergence"][1]) == 2
+        rings = [line for line in ax.lines if line.get_label() == "_ambiguous"]
+        assert [len(ring.get_xdata()) for ring in rings] == [3]
+    assert figure.get_supxlabel().startswith("Budget 5%.")
+    assert "Budget 30%" in figures.horizon_criteria(table, budget=0.3).get_supxlabel()
+    with pytest.raises(DiagnosticsError, match="horizon"):
+        figures.horizon_criteria(study_tables.intervention())
+
+
+def cells_of(figure: Figure) -> dict[str, str]:
+    return {text.get_gid(): text.get_text() for text in figure.axes[0].texts}
+
+
+def test_decision_names_every_verdict_by_color_and_sign():
+    table = made_tables.decision()
+    figure = figures.decision(table, level=0.95)
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "teachability",
+        "random divergent",
+        "TIP",
+        "entropy",
+        "divergence",
+    ]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1%", "5%", "30%"]
+    cells = cells_of(figure)
+    assert cells["teachability 0.05"] == "▲ +.040 ±.009"
+    assert cells["tip 0.3"] == "= +.001 ±.009" and cells["tip 0.05"][0] == "?"
+    assert cells["divergence 0.3"] == "▼ −.043 ±.009†"
+    boxes = [patch for patch in ax.patches if patch.get_facecolor()[3] > 0 or patch.get_hatch()]
+    tints = {
+        matplotlib.colors.to_hex(patch.get_facecolor()).upper()
+        for patch in ax.patches
+        if patch.get_facecolor()[3] > 0
+    }
+    assert tints == {"#8CC4E8", "#F2A66B", "#C9CED4"} and boxes
+    hatched = [patch for patch in ax.patches if patch.get_hatch()]
+    assert [(round(p.get_x() + 0.48), round(p.get_y() + 0.46)) for p in hatched] == [(0, 2)]
+    framed = [patch for patch in ax.patches if patch.get_linewidth() > 1]
+    assert [(round(p.get_x() + 0.48), round(p.get_y() + 0.46)) for p in framed] == [(1, 0)]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [
+        "▲ better than random",
+        "▼ worse than random",
+        "= level with random",
+        "? cannot tell",
+        "ties decide",
+    ]
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert caption.startswith("Drop of reverse KL over random, in nats, 20 steps.")
+    assert "95% intervals over prompts and 4 step batches" in caption
+
+
+def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_and_scales_small_cells():
+    table = made_tables.decision()
+    right = table.assign(rollouts="right", over_random=9.0)
+    both = pd.concat([right, table], ignore_index=True)
+    assert cells_of(figures.decision(both)) == cells_of(figures.decision(table))
+    small = figures.decision(table[table.horizon == 5], horizon=5)
+    assert cells_of(small)["teachability 0.05"] == "▲ +9.9 ±9.0"
+    assert "thousandths of a nat, 5 steps." in small.get_supxlabel().replace("\n", " ")
+    none = table.assign(over_random=np.nan, verdict="not judged", recommended=False)
+    assert set(cells_of(figures.decision(none)).values()) == {"–"}
+    rivals = table.assign(criterion="full")
+    with pytest.raises(DiagnosticsError, match="without rows"):
+        figures.decision(rivals)
+
+
+def test_decisive_horizon_is_the_primary_one_then_the_longest_that_is_not_overfitted():
+    table = made_tables.decision()
+    assert naming.decisive_horizon(table) == 20
+    assert naming.decisive_horizon(table.assign(primary=table.horizon == 5)) == 5
+    later = table.drop(columns="primary").assign(overfitted=table.horizon == 20)
+    assert naming.decisive_horizon(later) == 5
+    assert naming.decisive_horizon(later.assign(overfitted=True)) == 5
+    assert naming.decisive_horizon(later.drop(columns="overfitted")) == 20
+
+
+def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear():
+    table = made_tables.strata().sample(frac=1, random_state=0)
+    figure = figures.strata(table)
+    rows = table[table.split == "held_out"].sort_values("stratum")
+    gains, shares, ratios = figure.axes
+    bars = errorbars(gains)
+    for outcome, (*_, words) in ranking.NULLED.items():
+        np.testing.assert_allclose(bars[words][1], rows[outcome])
+        np.testing.assert_allclose(bars[words][2], rows[[f"{outcome}_low", f"{outcome}_high"]])
+    np.testing.assert_allclose(errorbars(shares)["null"][1], rows.null_share)
+    np.testing.assert_allclose(errorbars(ratios)["linearity"][1], rows.linearity)
+    for ax in figure.axes:
+        assert [patch.get_gid() for patch in ax.patches] == ["not linear 1", "not linear 2"]
+    plain = rows.drop(columns=["null_share", "linearity", "linear"])
+    assert len(figures.strata(plain).axes) == 1 and not figures.strata(plain).axes[0].patches
+
+
+def test_foresight_shows_both_differences_and_counts_right_signs():
+    table = made_tables.foresight_signs()
+    figure = figures.foresight(table, marked=20)
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["one matched step", "20 steps (the decision’s)"]
+    for ax, horizon in zip(figure.axes, (0, 20), strict=True):
+        for row in table[(table.horizon == horizon) & (table.budget == 0.05)].itertuples():
+            bar = next(
+                bar for bar in ax.containers if bar.get_label() == naming.readable(row.criterion)
+            )
+            x, y = bar.lines[0].get_data()
+            assert (x[0], y[0]) == (row.offline_difference, row.trained_difference)
+            across, upright = (line.get_segments()[0] for line in bar.lines[2])
+            np.testing.assert_allclose(across[:, 0], [row.offline_low, row.offline_high])
+            np.testing.assert_allclose(upright[:, 1], [row.trained_low, row.trained_high])
+            clear = row.trained_low > 0 or row.trained_high < 0
+            paper = style.LIGHT["paper"]
+            assert (bar.lines[0].get_markerfacecolor() != paper) == clear
+        assert any(patch.get_gid() == "agree" for patch in ax.patches)
+        assert [line.get_label() for line in ax.lines].count("_ambiguous") == 1
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert "One matched step: sign right in 1 of 3 settled cells." in caption
+    assert "20 steps: sign right in 3 of 3 settled cells." in caption
+    assert len(figures.foresight(table, horizons=[20]).axes) == 1
+
+
+def test_agreement_takes_a_divergence_and_prints_the_permutation_p():
+    table = study_tables.validation_agreement()
+    both = pd.concat([table, table.assign(y="trained_reverse_kl", kendall=0.9)])
+    figure = figures.agreement(
+        both.assign(p_permutation=[2e-5, 0.03] * 4),
+        answer="trained_forward_kl",
+        measure="reverse_kl",
+    )
+    np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.9, 0.9])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["p < .0001", "p = .03"]
+    alone = figures.agreement(table, answer="trained_forward_kl", measure="reverse_kl")
+    np.testing.assert_allclose(errorbars(alone.axes[0])["agreement"][1], [0.6, 0.3])
+
+
 # --- options and registry ---
 
 FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE")]
@@ -861,4 +1078,4 @@ def test_an_unknown_option_is_refused():
 def test_the_page_s_order_names_every_figure_once():
     assert sorted(registry.ORDER) == sorted(registry.FIGURES)
     assert [spec.name for spec in registry.in_page_order()] == list(registry.ORDER)
-    assert registry.ORDER[0] == "correlations"
+    assert registry.ORDER[0] == "decision"

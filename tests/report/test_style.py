@@ -85,6 +85,46 @@ def test_counts_and_bars_say_what_the_table_holds():
     )
 
 
+def test_bars_say_over_how_many_step_batches_where_the_table_does():
+    four, one = TABLE.assign(steps=[4, 1, np.nan]), TABLE.assign(steps=1)
+    assert style.bars(0.9, table=four) == "Bars: 90% intervals over prompts and 4 step batches."
+    assert style.bars(None, table=one) == "Bars: intervals over prompts alone (one step batch)."
+    for unknown in (TABLE, TABLE.assign(steps=np.nan)):
+        assert style.bars(None, table=unknown) == "Bars: intervals over prompts."
+
+
+def test_ties_and_flags_are_read_from_tables_in_memory_and_from_files():
+    table = TABLE.assign(ambiguous=[0.1, 0.11, np.nan])
+    assert style.ambiguous(table).tolist() == [False, True, False]
+    assert style.ambiguous(table.assign(ambiguous=[True, False, True])).tolist() == [1, 0, 1]
+    assert not style.ambiguous(TABLE).any()
+    assert style.tie_words(table) == "Ringed: ties decide over 10% of the selection."
+    assert style.tie_words(TABLE) == ""
+    for column in ([True, False, True], ["True", "False", "True"], [1, 0, 1], [True, None, True]):
+        assert style.flagged(TABLE.assign(over=column), "over").tolist() == [True, False, True]
+    assert not style.flagged(TABLE, "over").any()
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [(9e-5, "p < .0001"), (1e-4, "p = .0001"), (0.032, "p = .032"), (1.0, "p = 1.00")],
+)
+def test_p_values_are_written_down_to_a_ten_thousandth(value, words):
+    assert naming.p_value(value) == words
+
+
+def test_an_undefined_p_value_is_said_to_be():
+    assert naming.p_value(float("nan")) == "p undefined"
+
+
+def test_the_context_gain_stands_beside_the_gain_where_the_table_has_it():
+    table = pd.DataFrame({"outcome": ["gain", "relative_gain", "context_gain"]})
+    assert naming.shown_outcomes(table) == ["gain", "context_gain"]
+    assert naming.shown_outcomes(table.iloc[:2]) == ["gain", "relative_gain"]
+    assert naming.shown_outcomes(table, ("reverse_gain",)) == ["reverse_gain"]
+    assert [naming.steps(k) for k in (0, 1, 20)] == ["one matched step", "1 step", "20 steps"]
+
+
 @pytest.mark.parametrize(
     "value, expected",
     [(0.5, "0.5"), (1e-5, "10⁻⁵"), (2.5e4, "2.5×10⁴"), (1000, "10³"), (0, "0"), (-3.0, "-3")],

@@ -10,53 +10,18 @@ import pytest
 from scipy import stats
 
 from diagnostics.analysis import training_outcomes
-from diagnostics.analysis.bootstrap import PromptClusters
-from diagnostics.analysis.selection import selection_curves
 from diagnostics.analysis.training_outcomes import (
-    OfflineValue,
     Outcomes,
     SeedPromptEstimate,
-    agreement_table,
     cells_table,
-    foreseen_table,
-    offline_answers,
     outcome_table,
     verdict_table,
 )
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.criteria import select
 from diagnostics.pipeline.cli import main
 from diagnostics.training import grid as grid_module
 from diagnostics.training.grid import TrainingCell, ValidateConfig, grid
-from tests.made_tokens import make_effects
-from tests.study_tables import tokens as study_tokens
-
-PROMPTS, SEEDS = 40, 3
-
-
-def outcome_rows(
-    effects, *, measure="reverse_kl", seeds=SEEDS, prompts=PROMPTS, noise=0.02, rng=0, start=1.0
-):
-    """Rows of a grid: value = start - effect of the cell + prompt effect + noise."""
-    generator = np.random.default_rng(rng)
-    prompt_effect, count = generator.normal(0, 0.1, prompts), generator.integers(5, 15, prompts)
-    rows = []
-    for (criterion, budget), effect in {("untouched", 0.0): 0.0, **effects}.items():
-        for seed in [-1] if criterion == "untouched" else range(seeds):
-            values = (
-                start
-                - effect
-                + prompt_effect
-                + generator.normal(0, noise if criterion != "untouched" else 0, prompts)
-            )
-            rows += [
-                (criterion, budget, seed, measure, f"p{g:02d}", value * n, n)
-                for g, (value, n) in enumerate(zip(values, count))
-            ]
-    return pd.DataFrame(
-        rows, columns=["criterion", "budget", "seed", "measure", "prompt_id", "total", "count"]
-    )
-
+from tests.effect_tables import PROMPTS, outcome_rows
 
 FIVE = {
     ("full", 1.0): 0.5,
@@ -259,210 +224,6 @@ def test_other_budgets_are_named_apart():
     assert list(dict.fromkeys(table["claim"])) == ["C5", "C5 at 0.3"]
 
 
-def known(value, draws=100, prompts=PROMPTS):
-    """An offline answer that its own prompts do not move."""
-    return OfflineValue(value, np.full(draws, value), prompts)
-
-
-def test_agreement_is_kendalls_tau_over_cells():
-    cells = {
-        (name, budget): effect
-        for budget, shift in ((0.05, 0.0), (0.3, 0.2))
-        for name, effect in (
-            ("teachability", 0.1 + shift),
-            ("entropy", 0.2 + shift),
-            ("tip", 0.3 + shift),
-        )
-    }
-    outcomes = Outcomes(outcome_rows({("full", 1.0): 0.9, **cells}, noise=0.01), draws=100)
-    offline = {"captured_gain": dict(zip(cells, map(known, [3, 1, 2, 4, 6, 5])))}
-    table = agreement_table(outcomes, offline).set_index("scope")
-    assert table.loc["all", "kendall"] == pytest.approx(
-        stats.kendalltau(list(cells.values()), [3, 1, 2, 4, 6, 5]).statistic
-    )
-    assert table.loc["within_budget", "kendall"] == pytest.approx(0.0) and table.loc[
-        "budget_0.3", "kendall"
-    ] == pytest.approx(1 / 3)
-    assert (
-        (table["y"] == "trained_reverse_kl").all()
-        and table.loc["all", "cells"] == 6
-        and (table["prompts"] == PROMPTS).all()
-    )
-    few = {"captured_gain": dict(list(offline["captured_gain"].items())[:2])}
-    assert agreement_table(outcomes, few).empty
-
-
-def test_an_offline_answer_s_own_prompts_widen_the_interval():
-    """A step that reverses a third of the offline draws lowers tau in these, and the fewer prompts
-    give the degrees of freedom.
-    """
-    cells = {
-        (name, 0.05): effect
-        for name, effect in (("teachability", 0.1), ("entropy", 0.2), ("tip", 0.3))
-    }
-    outcomes = Outcomes(outcome_rows({("full", 1.0): 0.9, **cells}, noise=0.001), draws=300)
-    turned = np.arange(300) % 3 == 0
-    still = {cell: known(effect, draws=300, prompts=8) for cell, effect in cells.items()}
-    moving = {
-        cell: OfflineValue(effect, np.where(turned, -effect, effect), 8)
-        for cell, effect in cells.items()
-    }
-    table = (
-        agreement_table(outcomes, {"still": still, "moving": moving})
-        .query("scope == 'all'")
-        .set_index("x")
-    )
-    assert (table["kendall"] == 1).all() and (table["prompts"] == 8).all()
-    assert table.loc["still", "low"] == pytest.approx(1.0)
-    # draws are +1 and -1, a third of them -1
-    assert table.loc["moving", "low"] == pytest.approx(
-        max(
-            -1, 1 - stats.t.ppf(0.975, 7) * np.std(np.where(turned, -1, 1), ddof=1) * np.sqrt(8 / 7)
-        ),
-        abs=0.02,
-    )
-
-
-def test_agreement_with_the_first_step_of_the_trainings():
-    effects = {
-        ("full", 1.0): 0.9,
-        ("teachability", 0.05): 0.1,
-        ("entropy", 0.05): 0.2,
-        ("tip", 0.05): 0.3,
-    }
-    first = outcome_rows(
-        {cell: -effect for cell, effect in effects.items()},
-        measure="one_step_gain",
-        start=0.0,
-        noise=0.001,
-    )
-    rows = pd.concat([outcome_rows(effects, noise=0.01), first[first["criterion"] != "untouched"]])
-    table = agreement_table(Outcomes(rows, draws=200)).set_index("scope")
-    assert (
-        table.loc["all", "kendall"] == pytest.approx(1.0)
-        and table.loc["all", "x"] == "one_step_gain"
-    )
-    assert table.loc["all", "low"] > 0.5
-
-
-def test_what_was_foreseen_is_kept_beside_what_was_trained():
-    effects = {("full", 1.0): 0.9, ("teachability", 0.05): 0.1, ("entropy", 0.05): 0.2}
-    first = outcome_rows(
-        {cell: -effect for cell, effect in effects.items()},
-        measure="one_step_gain",
-        start=0.0,
-        noise=0.0,
-    )
-    rows = pd.concat([outcome_rows(effects), first[first["criterion"] != "untouched"]])
-    offline = {
-        "captured_gain": {
-            ("entropy", 0.05): known(0.4),
-            ("full", 1.0): known(1.0),
-            ("tip", 0.05): known(0.3),
-        }
-    }
-    table = foreseen_table(Outcomes(rows, draws=20), offline)
-    assert list(table.columns) == ["criterion", "budget", "answer", "value"]
-    found = {(row.criterion, row.answer): row.value for row in table.itertuples()}
-    assert found == pytest.approx(
-        {
-            ("teachability", "one_step_gain"): 0.1,
-            ("entropy", "one_step_gain"): 0.2,
-            ("entropy", "captured_gain"): 0.4,
-        },
-        rel=0.05,
-    )
-
-
-@pytest.fixture
-def finished_job(tmp_path):
-    """Tokens and interventions of a main job, as its directory holds them."""
-    tokens = study_tokens(prompts=12, seed=5)
-    tokens["gain"] += 0.02
-    effects = make_effects(
-        tokens, lambda criterion, budget: budget + len(criterion) / 100, noise=0.05
-    )
-    tokens.to_parquet(tmp_path / "tokens.parquet")
-    effects.to_parquet(tmp_path / "interventions.parquet")
-    return tmp_path, tokens, effects
-
-
-def test_offline_answers_are_read_from_a_run(finished_job, tmp_path):
-    run, tokens, effects = finished_job
-    with pytest.raises(
-        DiagnosticsError,
-        match=(
-            r"nowhere/tokens\.parquet does not exist\. Name a run directory whose main job is"
-            r" finished\.$"
-        ),
-    ):
-        offline_answers(tmp_path / "nowhere", [("tip", 0.05)])
-    cells = [
-        ("teachability", 0.2),
-        ("random", 0.2),
-        ("entropy", 0.5),
-        ("tip", 0.2),
-        ("hellinger", 0.2),
-    ]
-    found = offline_answers(run, cells, draws=40)
-    assert set(found) == {
-        "captured_gain",
-        "captured_relative_gain",
-        "captured_positive_gain",
-        *(f"intervention_{name}" for name in ("forward_kl", "reverse_kl", "js")),
-    }
-    assert "hellinger" not in tokens  # which the last cell needs
-    assert (
-        list(found["captured_gain"]) == cells[:4] and list(found["intervention_js"]) == cells[:3]
-    )  # no step was taken on the fourth
-    curves = (
-        selection_curves(tokens, budgets=(0.2, 0.5), draws=5)
-        .query("split == 'all'")
-        .set_index(["outcome", "criterion", "budget"])["captured_share"]
-    )
-    for outcome in ("gain", "relative_gain", "positive_gain"):
-        for cell, answer in found[f"captured_{outcome}"].items():
-            assert (
-                answer.value == pytest.approx(curves[(outcome, *cell)], rel=1e-9)
-                and answer.prompts == 12
-                and answer.draws_D.shape == (40,)
-            )
-    for cell, answer in found["intervention_forward_kl"].items():
-        held = effects[
-            (effects.criterion == cell[0])
-            & (effects.budget == cell[1])
-            & (effects.split == "held_out")
-        ]
-        assert (
-            answer.value == pytest.approx(held.forward_kl.sum() / held.positions.sum())
-            and answer.prompts == 6
-            and np.ptp(answer.draws_D) > 0
-        )
-
-
-def test_offline_draws_take_prompts_again_and_not_as_the_trainings_do(finished_job):
-    run, tokens, _ = finished_job
-    chosen = select(tokens, tokens["forward_kl"].to_numpy(), budget=0.2)
-    by_prompt = (
-        tokens["gain"]
-        .where(pd.Series(chosen), 0.0)
-        .groupby(tokens["prompt_id"])
-        .sum()
-        .sort_index()
-        .to_numpy()
-    )
-    seed = int(np.random.default_rng([0, 13]).integers(2**31))
-    weights = np.random.default_rng(seed).multinomial(
-        len(by_prompt), np.full(len(by_prompt), 1 / len(by_prompt)), size=25
-    )
-    sums = [sum(w * x for w, x in zip(row, by_prompt)) for row in weights]
-    found = offline_answers(run, [("divergence", 0.2)], draws=25)["captured_gain"][
-        ("divergence", 0.2)
-    ]
-    np.testing.assert_allclose(found.draws_D, np.array(sums) / tokens["gain"].sum(), rtol=1e-9)
-    assert not np.array_equal(weights, PromptClusters(range(12), draws=25, seed=0).weights)
-
-
 def command(folders, directory, *more):
     return [
         "validate",
@@ -603,7 +364,7 @@ def test_lora_in_workers_gives_the_same_cells_as_alone(folders, tmp_path):
 
 def test_tables_need_no_torch():
     code = (
-        "import sys; from diagnostics.analysis import training_outcomes; print('torch' in"
+        "import sys; from diagnostics.analysis import decision, foresight; print('torch' in"
         " sys.modules, 'trl' in sys.modules)"
     )
     root = Path(__file__).parents[2]

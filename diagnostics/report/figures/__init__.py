@@ -7,16 +7,18 @@
 Nothing is estimated or saved here. Every function takes `width` in inches (SINGLE = 3.3 for one
 column, DOUBLE = 6.9 for two) and `dark` for a dark page. Those with intervals take the `level` that
 the table was made at, for the caption. Panels stand side by side at DOUBLE and below one another at
-SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of prompts
-and positions stand below the figure. Both gains are shown in the order absolute, relative. Every
-function raises DiagnosticsError where its table lacks a column or has no row to show. The style
-lives in `diagnostics.report.style`, the registry of the report's figures in
-`diagnostics.report.figures.registry`.
+SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of
+prompts, positions and step batches stand below the figure. Nats lead: the gain, then the context
+gain where the table has it. Every function raises DiagnosticsError where its table lacks a column
+or has no row to show. The style lives in `diagnostics.report.style`, the registry of the report's
+figures in `diagnostics.report.figures.registry`.
 """
 
 from __future__ import annotations
 
 from diagnostics.report.figures.attribution import kernel_shares, lift, linearity
+from diagnostics.report.figures.decision import decision, foresight
+from diagnostics.report.figures.horizon import horizon, horizon_criteria
 from diagnostics.report.figures.plane import (
     entropy_divergence,
     position_gain,
@@ -24,7 +26,7 @@ from diagnostics.report.figures.plane import (
     q3_gain,
     quadrants,
 )
-from diagnostics.report.figures.ranking import correlations, placebo_excess
+from diagnostics.report.figures.ranking import correlations
 from diagnostics.report.figures.regressions import (
     coefficients,
     gain_robustness,
@@ -40,6 +42,7 @@ from diagnostics.report.figures.selection import (
     selection_summary,
 )
 from diagnostics.report.figures.step import calibration, distributions, runs
+from diagnostics.report.figures.strata import strata
 from diagnostics.report.figures.training import (
     evaluations,
     training_curves,
@@ -55,15 +58,18 @@ __all__ = [
     "calibration",
     "coefficients",
     "correlations",
+    "decision",
     "distributions",
     "entropy_divergence",
     "evaluations",
+    "foresight",
     "gain_robustness",
+    "horizon",
+    "horizon_criteria",
     "intervention",
     "kernel_shares",
     "lift",
     "linearity",
-    "placebo_excess",
     "position_gain",
     "q3_contrast",
     "q3_gain",
@@ -74,6 +80,7 @@ __all__ = [
     "selection_overlap",
     "selection_profile",
     "selection_summary",
+    "strata",
     "support_robustness",
     "training_curves",
     "validation",

@@ -75,7 +75,7 @@ def linearity(
     for ax in axes[-1]:
         ax.set_xlabel("step size (learning rate)")
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"]))
+    style.caption(figure, style.counts(table), style.bars(page["level"], table=table))
     return figure
 
 
@@ -157,7 +157,7 @@ def kernel_shares(
         style.counts(table),
         f"Kernel: {naming.readable(kernel)}.",
         GROUPED,
-        style.bars(page["level"]),
+        style.bars(page["level"], table=table),
     )
     return figure
 
@@ -210,7 +210,7 @@ def lift(
     style.names_down(axes[0, 0], rows.group)
     known = rows[["low", "high"]].notna().all(axis=1).any()
     ends = (
-        style.bars(page["level"])
+        style.bars(page["level"], table=table)
         if known
         else (
             "No intervals: the lift as a whole is not clear of zero, and a share of it means"

@@ -16,9 +16,6 @@ from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals
 from diagnostics.report.style import CYCLE, DASHES, MARKERS
 
-BOTH = ("gain", "relative_gain")
-"""The two gains that are always shown side by side, since the order of criteria can differ."""
-
 
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
     """Criteria from the highest to the lowest `value` of one outcome and split, then the others."""
@@ -32,8 +29,7 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
 
     Args:
         ax: The axes to draw onto.
-        table: One row per (criterion, split), with `value`, low, high and, where it was measured,
-            placebo, which becomes a hollow diamond.
+        table: One row per (criterion, split), with `value`, low and high.
         names: Criteria in the order of the rows, from the top.
         splits: Splits in the order of the marks within a row.
         value: The column of the estimates.
@@ -49,14 +45,6 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
             np.arange(len(names)) + offset,
         )
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
-        if "placebo" in rows:
-            ax.plot(
-                rows.placebo.to_numpy(float),
-                y,
-                zorder=2,
-                label=f"_placebo {split}",
-                **style.diamond(color),
-            )
 
 
 def thin_color_bar(figure: Figure, ax, artist, **options):
@@ -115,7 +103,7 @@ def statistic_forest(
         "tertile_difference": "Tertiles of Q3.",
         "matched_difference": "Q3, matched within a prompt.",
     }.get(statistic, "")
-    style.caption(figure, style.counts(table), where, style.bars(page["level"]))
+    style.caption(figure, style.counts(table), where, style.bars(page["level"], table=table))
     return figure
 
 
@@ -154,13 +142,23 @@ def mark(index: int) -> dict[str, str]:
     return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
 
 
+def ring(ax, x, rows: pd.DataFrame, value: str, color: str) -> None:
+    """A ring around each cell whose selection was decided by ties."""
+    tied = style.ambiguous(rows)
+    if tied.any():
+        look = {"markerfacecolor": "none", "markeredgecolor": color, "markersize": 8.5}
+        x, y = np.asarray(x, float)[tied], rows[value].to_numpy(float)[tied]
+        ax.plot(x, y, "o", markeredgewidth=0.7, label="_ambiguous", **look)
+
+
 def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = False) -> None:
     """Draw one line per criterion over its budgets.
 
     Args:
         ax: The axes to draw onto.
         table: One row per (criterion, budget), with reduction, low and high, sorted by budget. The
-            criteria `full` and `placebo` become level lines.
+            criteria `full` and `placebo` become level lines; cells whose column `ambiguous` is
+            above the limit are ringed.
         names: Criteria to draw besides random.
         bars: Whether intervals are bars, set side by side, which suits a few budgets; otherwise
             they are bands.
@@ -184,6 +182,7 @@ def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = 
         elif len(rows):
             style.band(ax, x, rows, line["color"])
             ax.plot(x, rows.reduction, label=naming.readable(name), **line)
+        ring(ax, x, rows, "reduction", line["color"])
     style.zero(ax)
     style.powers(ax.xaxis)
     ax.xaxis.set_major_formatter(FuncFormatter(style.percent))

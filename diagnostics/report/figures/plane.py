@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diagnostics.criteria import quadrants as quadrant_of
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import BOTH, thin_color_bar
+from diagnostics.report.figures.common import thin_color_bar
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import DASHES
@@ -159,7 +159,7 @@ def quadrants(
     table: pd.DataFrame,
     *,
     statistic: str = "mean",
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Gain in each quadrant of entropy and divergence.
@@ -171,7 +171,8 @@ def quadrants(
         table: One row per (outcome, split, quadrant, statistic), with the columns estimate, low,
             high, share, positions and prompts.
         statistic: The statistic to show: mean, median, or another of the table's.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -180,6 +181,7 @@ def quadrants(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "quadrant", "statistic", "estimate", "low", "high", "share")
     table = style.halves(
         style.keep(table, "figures.quadrants", needs, {"outcome": outcomes, "statistic": statistic})
@@ -203,7 +205,7 @@ def quadrants(
     legend = (
         "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right."
     )
-    style.caption(figure, style.counts(table), legend, style.bars(page["level"]))
+    style.caption(figure, style.counts(table), legend, style.bars(page["level"], table=table))
     return figure
 
 
@@ -243,7 +245,7 @@ def _marks_by_category(ax, table: pd.DataFrame, key: str, names: list, value: st
 def q3_gain(
     table: pd.DataFrame,
     *,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     scores: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -256,7 +258,8 @@ def q3_gain(
     Args:
         table: One row per (outcome, split, score, group), with the columns mean, low, high,
             positions and prompts; group 1 is the lowest.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         scores: Names of the scores to show, in this order; all of the table where None.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
@@ -266,6 +269,7 @@ def q3_gain(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "score", "group", "mean", "low", "high")
     where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
     table = style.halves(style.keep(table, "figures.q3_gain", needs, where))
@@ -280,7 +284,7 @@ def q3_gain(
         figure,
         style.counts(table),
         "Each group of marks: bottom to top of the score within Q3.",
-        style.bars(page["level"]),
+        style.bars(page["level"], table=table),
     )
     return figure
 
@@ -321,8 +325,8 @@ def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
     title="The contrast within Q3, raw and matched",
     reading=(
         "Top minus bottom third of each score. Hollow marks compare only positions of one prompt"
-        " with like entropy, divergence and place, so they answer the objection that the groups"
-        " differ in something else. Claim C2 needs both to the right of zero."
+        " that were matched on entropy, divergence and place; where the groups hardly overlap, few"
+        " pairs are left, and the table balance says how alike they are."
     ),
     arguments={"matching": "matching"},
 )
@@ -332,22 +336,23 @@ def q3_contrast(
     matching: pd.DataFrame | None = None,
     *,
     groups: str = "tertile",
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Top minus bottom group of each score within Q3, raw and matched.
 
     Example: `dx.plot.q3_contrast(tables["q3_contrast"], tables["matching"])`. Hollow marks are the
-    matched differences. Diamonds are the same differences after the placebo step.
+    matched differences.
 
     Args:
         table: One row per (outcome, split, score, groups), with the columns difference, low, high,
-            placebo_difference, positions and prompts.
+            positions and prompts.
         matching: The same differences between positions of one prompt with similar entropy,
             divergence and place, with a column replacement; only those with replacement are drawn.
             Left out where None.
         groups: How the top and the bottom group were formed: tertile, or another of the table's.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -356,7 +361,8 @@ def q3_contrast(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
-    needs = ("outcome", "split", "score", "difference", "low", "high", "placebo_difference")
+    outcomes = naming.shown_outcomes(table, outcomes)
+    needs = ("outcome", "split", "score", "difference", "low", "high")
 
     def kept(rows: pd.DataFrame, column: str, value: str | bool) -> pd.DataFrame:
         where = {"outcome": outcomes, column: value}
@@ -374,14 +380,14 @@ def q3_contrast(
         ax.set_xlabel(f"top − bottom ({naming.UNITS.get(outcome, '')})")
         ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
     style.names_down(axes[0, 0], scores)
-    style.legend(figure, axes[0, 0], 3 if page["width"] > 5 else 2, style.placebo_key())
+    style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 1)
     hollow = "Hollow: matched within a prompt on entropy, divergence and place."
     style.caption(
         figure,
         style.counts(table),
         f"Top minus bottom {groups} within Q3.",
         hollow if matching is not None else "",
-        style.bars(page["level"]),
+        style.bars(page["level"], table=table),
     )
     return figure
 
@@ -389,7 +395,7 @@ def q3_contrast(
 def _contrast_rows(
     ax, table: pd.DataFrame, matching: pd.DataFrame | None, scores: list[str]
 ) -> None:
-    """Draw one row per score: a mark per split, raw and matched, each with its placebo."""
+    """Draw one row per score: a mark per split, raw and matched."""
     kinds = [(table, None, "")] + (
         [] if matching is None else [(matching, style.paper(), ", matched")]
     )
@@ -412,13 +418,6 @@ def _contrast_rows(
                 label=words + more,
                 zorder=3,
             )
-            ax.plot(
-                rows.placebo_difference.to_numpy(float),
-                y,
-                zorder=2,
-                label=f"_placebo {split}{more}",
-                **style.diamond(color),
-            )
 
 
 @figure(
@@ -433,7 +432,7 @@ def _contrast_rows(
 def position_gain(
     table: pd.DataFrame,
     *,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Mean gain along the response.
@@ -443,7 +442,8 @@ def position_gain(
     Args:
         table: One row per (outcome, split, position), with the columns mean, low, high, positions
             and prompts; position is the middle of a bin of relative positions, between 0 and 1.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -452,6 +452,7 @@ def position_gain(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "position", "mean", "low", "high")
     table = style.halves(style.keep(table, "figures.position_gain", needs, {"outcome": outcomes}))
     outcomes = style.present(table.outcome, outcomes)
@@ -478,5 +479,5 @@ def position_gain(
     for ax in axes[-1]:
         ax.set_xlabel("relative position in the response")
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands"))
+    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands", table=table))
     return figure

@@ -41,13 +41,19 @@ class FigureSpec:
     """
     with_tables: tuple[str, ...] = ()
     """Tables without which there is nothing to draw."""
+    measured: bool = False
+    """Whether `draw` takes the divergence that the run's loss descends as its `measure`."""
 
 
 FIGURES: dict[str, FigureSpec] = {}
 """The report's figures by name."""
 
 ORDER = (
+    "decision",
+    "horizon_criteria",
+    "horizon",
     "correlations",
+    "strata",
     "entropy_divergence",
     "quadrants",
     "position_gain",
@@ -66,6 +72,7 @@ ORDER = (
     "linearity",
     "kernel_shares",
     "lift",
+    "foresight",
     "validation",
     "validation_scatter",
     "validation_agreement",
@@ -99,7 +106,7 @@ def figure(
         title: Its heading on the page.
         reading: How to read it, in one paragraph.
         options: Keyword arguments that the report passes to it.
-        **more: `needs`, `arguments` and `with_tables` of `FigureSpec`.
+        **more: `needs`, `arguments`, `with_tables` and `measured` of `FigureSpec`.
 
     Returns:
         A decorator that returns the function unchanged.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import BOTH, forest, statistic_forest
+from diagnostics.report.figures.common import forest, statistic_forest
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, CYCLE, DASHES, MARKERS, ORANGE
@@ -33,7 +33,7 @@ def coefficients(
     *,
     model: str = "decomposition",
     winsorized: float = 0.0,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Standardized coefficients of one regression of the gain.
@@ -47,7 +47,8 @@ def coefficients(
         model: The regression to show: interaction, compatibility or decomposition.
         winsorized: The share of each tail at which the outcome was winsorized; 0 for the outcome as
             it is.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -56,6 +57,7 @@ def coefficients(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "winsorised", "model", "term", "coefficient", "low", "high")
     where = {"outcome": outcomes, "model": model, "winsorised": winsorized}
     table = style.halves(style.keep(table, "figures.coefficients", needs, where))
@@ -75,7 +77,7 @@ def coefficients(
     style.names_down(axes[0, 0], terms)
     style.legend(figure, axes[0, 0], 3)
     tails = f"Outcome winsorised at {winsorized:.0%}." if winsorized else ""
-    style.caption(figure, style.counts(table), tails, style.bars(page["level"]))
+    style.caption(figure, style.counts(table), tails, style.bars(page["level"], table=table))
     return figure
 
 
@@ -92,8 +94,8 @@ def support_robustness(
     table: pd.DataFrame,
     *,
     statistic: str = "decomposition",
-    outcomes: Sequence[str] = BOTH,
-    split: str = "all",
+    outcomes: Sequence[str] | None = None,
+    split: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """A claim's statistic for every compatibility proxy and K.
@@ -105,8 +107,10 @@ def support_robustness(
         table: One row per (proxy, k, outcome, split, statistic), with the columns estimate, low,
             high, positions and prompts.
         statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
-        split: The split to show.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
+        split: The split to show; held-out positions where None and the table has them, otherwise
+            all.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -115,13 +119,11 @@ def support_robustness(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
-    table = style.keep(
-        table,
-        "figures.support_robustness",
-        needs,
-        {"outcome": outcomes, "statistic": statistic, "split": split},
-    )
+    what = "figures.support_robustness"
+    table = style.keep(table, what, needs, {"outcome": outcomes, "statistic": statistic})
+    table = style.keep(table, what, needs, {"split": split or naming.preferred_split(table)})
     series = [
         (f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k])
         for i, k in enumerate(sorted(table.k.unique()))
@@ -142,7 +144,7 @@ def gain_robustness(
     table: pd.DataFrame,
     *,
     statistic: str = "decomposition",
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """A claim's statistic under other forms of the gain.
@@ -155,7 +157,8 @@ def gain_robustness(
         table: One row per (variant, outcome, split, statistic), with the columns estimate, low,
             high, positions and prompts.
         statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -164,6 +167,7 @@ def gain_robustness(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("variant", "outcome", "split", "statistic", "estimate", "low", "high")
     table = style.halves(
         style.keep(
@@ -189,7 +193,7 @@ def gain_robustness(
 def residual_curves(
     table: pd.DataFrame,
     *,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     scores: Sequence[str] | None = None,
     split: str | None = None,
     **page: Unpack[Intervals],
@@ -203,7 +207,8 @@ def residual_curves(
     Args:
         table: One row per (outcome, split, score, curve, at), with the columns residual, low, high,
             positions and prompts; curve is decile or spline.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         scores: Names of the scores to show; all of the table where None.
         split: The split to show; held-out positions where None and the table has them, otherwise
             all.
@@ -215,6 +220,7 @@ def residual_curves(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "score", "curve", "at", "residual", "low", "high")
     where = {"outcome": outcomes} | ({"score": scores} if scores is not None else {})
     table = style.keep(table, "figures.residual_curves", needs, where)
@@ -241,7 +247,7 @@ def residual_curves(
         figure,
         style.counts(table),
         "Gain after regression on both entropies, divergence and position: deciles and spline.",
-        style.bars(page["level"], "Bars and band"),
+        style.bars(page["level"], "Bars and band", table=table),
     )
     return figure
 

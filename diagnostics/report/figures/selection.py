@@ -4,6 +4,7 @@ interventions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -15,7 +16,6 @@ from matplotlib.ticker import FuncFormatter
 
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import (
-    BOTH,
     forest,
     forest_order,
     reduction_curves,
@@ -40,7 +40,7 @@ def selection_curves(
     table: pd.DataFrame,
     *,
     criteria: Sequence[str] | None = None,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     split: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -54,7 +54,8 @@ def selection_curves(
             low, high, random_low, random_high, oracle, positions and prompts.
         criteria: Names of the criteria to show; where None all of them, or the usual six where
             there are more than six.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         split: The split to show; held-out positions where None and the table has them, otherwise
             all.
         **page: `level`, `width` and `dark`, as every figure takes them.
@@ -65,6 +66,7 @@ def selection_curves(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = (
         "outcome",
         "criterion",
@@ -90,7 +92,7 @@ def selection_curves(
     for ax in axes[-1]:
         ax.set_xlabel("budget (share of positions)")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
-    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands"))
+    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands", table=table))
     return figure
 
 
@@ -135,7 +137,7 @@ def selection_summary(
     table: pd.DataFrame,
     *,
     budget: float | None = None,
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     criteria: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -149,7 +151,8 @@ def selection_summary(
             estimate, low, high, baseline, positions and prompts.
         budget: Where None, the area is shown (0 is random, 1 the oracle); with a budget, how many
             times its own share of the gain a criterion captures there (1 is random).
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         criteria: Names of the criteria to show; all of the table where None.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
@@ -159,6 +162,7 @@ def selection_summary(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     needs = (
         "outcome",
         "criterion",
@@ -190,7 +194,7 @@ def selection_summary(
         ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"]))
+    style.caption(figure, style.counts(table), style.bars(page["level"], table=table))
     return figure
 
 
@@ -392,9 +396,10 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
     title="A step on the selected positions alone",
     reading=(
         "From the same student, one step per criterion and budget in which only selected positions"
-        " carry loss, at the norm of the step on all positions. Only lines above random and its"
-        " band speak for a criterion; the placebo is a random direction."
+        " carry loss, at the norm of the step on all positions. One step can order criteria"
+        " otherwise than training does; the horizon above is what the decision rests on."
     ),
+    measured=True,
 )
 @on_page
 def intervention(
@@ -403,12 +408,14 @@ def intervention(
     measure: str = "forward_kl",
     groups: Sequence[str] = ("held_out", "step"),
     criteria: Sequence[str] | None = None,
+    horizon: int = 0,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Effect of one step in which only the selected positions carry loss.
 
     Example: `dx.plot.intervention(dx.intervene(pair, bank))`. There is one line per criterion over
-    its budgets. The level lines are the step on all positions and the placebo.
+    its budgets. The level lines are the step on all positions and, where one was taken, a step in a
+    random direction. A ring means that ties decide much of a selection.
 
     Args:
         table: One row per (criterion, budget, group, measure), with the columns reduction, low,
@@ -417,6 +424,8 @@ def intervention(
         groups: Groups of positions to show, one panel for each.
         criteria: Names of the criteria to show; where None all of them, or the usual six where
             there are more than six.
+        horizon: Number of optimizer steps in a table with a horizon; 0 is the one step of matched
+            norm, and the table's shortest is shown where it lacks this one.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -427,6 +436,10 @@ def intervention(
     """
     needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
     table = style.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
+    steps = None
+    if "horizon" in table:
+        steps = horizon if (table.horizon == horizon).any() else table.horizon.min()
+        table = table[table.horizon == steps].reset_index(drop=True)
     names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
     rows, columns = style.panels(len(groups), page["width"])
     figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
@@ -443,7 +456,11 @@ def intervention(
         ax.set_xlabel("budget (share of step positions)")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     style.caption(
-        figure, style.counts(table.drop(columns="group")), style.bars(page["level"], "Bands")
+        figure,
+        "" if steps is None else f"{naming.steps(steps).capitalize()}.",
+        style.counts(table.drop(columns="group")),
+        style.tie_words(table),
+        style.bars(page["level"], "Bands", table=table),
     )
     return figure
 
@@ -455,16 +472,19 @@ def intervention(
         "Rank agreement among criteria at equal budgets between each offline answer and the drop of"
         " the divergence on held-out positions."
     ),
+    measured=True,
 )
 @figure(
     "validation_agreement",
     table="validation_agreement",
     title="Which offline answer foresaw training?",
     reading=(
-        "Rank agreement among criteria at equal budgets between each answer and the trained gain in"
-        " forward KL."
+        "Rank agreement among criteria at equal budgets between each answer and the trained gain."
+        " Beside it the p value of exchanging the criteria's labels: criteria are few, and"
+        " unrelated ones can agree by chance however narrow the interval."
     ),
     options={"answer": "trained_forward_kl"},
+    measured=True,
 )
 @on_page
 def agreement(
@@ -472,6 +492,7 @@ def agreement(
     *,
     scope: str = "within_budget",
     answer: str = "held_out_forward_kl",
+    measure: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Rank agreement of the offline answers with one answer.
@@ -483,6 +504,8 @@ def agreement(
         scope: The cells that are compared: within_budget, all, or budget_<share>. Over all of them
             larger budgets, which capture and teach more, raise the agreement by themselves.
         answer: The answer that the others are compared with.
+        measure: The divergence of that answer, in place of the one in its name, where the table
+            has it.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -493,6 +516,8 @@ def agreement(
     """
     needs = ("scope", "x", "y", "kendall", "low", "high")
     table = style.keep(table, "figures.agreement", needs, {"scope": scope})
+    other = re.sub(r"(forward_kl|reverse_kl|js)$", measure or r"\1", answer)
+    answer = other if other in {*table.x, *table.y} else answer
     sides = [
         table[table.y == answer].rename(columns={"x": "other"}),
         table[table.x == answer].rename(columns={"y": "other"}),
@@ -504,6 +529,8 @@ def agreement(
         axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
     )
     axes[0, 0].set_xlim(-1.05, 1.05)
+    if "p_permutation" in rows:
+        _p_values(axes[0, 0], rows.p_permutation)
     axes[0, 0].set_xlabel(f"Kendall τ with {naming.readable(answer)}")
     style.names_down(axes[0, 0], rows.other)
     compared = "cells, compared at equal budgets" if scope == "within_budget" else "cells"
@@ -512,5 +539,13 @@ def agreement(
         if {"cells", "prompts"} <= set(rows)
         else ""
     )
-    style.caption(figure, cells, style.bars(page["level"]))
+    style.caption(figure, cells, style.bars(page["level"], table=table))
     return figure
+
+
+def _p_values(ax, values: pd.Series) -> None:
+    """The p value of each row to the right of the axes."""
+    for place, value in enumerate(values):
+        x, y = 1.01, place
+        words = naming.p_value(value)
+        ax.text(x, y, words, transform=ax.get_yaxis_transform(), va="center", gid=f"p {place}")

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diagnostics.core.schema import SCHEMA
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import BOTH, mark, statistic_forest
+from diagnostics.report.figures.common import mark, statistic_forest
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, DASHES, GREEN, ORANGE, PURPLE
@@ -142,7 +142,7 @@ def runs(
     key: str = "criterion",
     value: str = "estimate",
     label: str = "Spearman ρ",
-    outcomes: Sequence[str] = BOTH,
+    outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
     """One statistic of several runs, side by side.
@@ -155,7 +155,8 @@ def runs(
         key: The column that names the rows.
         value: The column to show.
         label: Name of the value below the axis, or the name of a statistic of `common.STATISTICS`.
-        outcomes: Forms of the gain to show, one panel for each, in this order.
+        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
+            context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -164,6 +165,7 @@ def runs(
     Raises:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
+    outcomes = naming.shown_outcomes(table, outcomes)
     table = style.keep(
         table, "figures.runs", ("run", "outcome", key, value, "low", "high"), {"outcome": outcomes}
     )

@@ -51,15 +51,18 @@
     return text.replace("-", "\u2212");
   }
 
+  const least = 1e-4; // a smaller p value is not resolved by a bootstrap
+
   function build(details) {
     const packed = details.querySelector('script[type="application/json"]');
     if (!packed) return;
     const columns = JSON.parse(packed.textContent), body = details.querySelector("tbody");
     packed.remove();
     const count = Array.isArray(columns[0]) ? columns[0].length : columns[0].codes.length;
+    const heads = [...details.querySelectorAll("thead th")].map((head) => head.textContent);
     for (let i = 0; i < count; i++) {
       const row = body.insertRow();
-      for (const column of columns) {
+      for (const [j, column] of columns.entries()) {
         const cell = row.insertCell();
         if (!Array.isArray(column)) {
           cell.textContent = column.texts[column.codes[i]];
@@ -68,7 +71,8 @@
         const number = column[i];
         cell.className = "number";
         cell.dataset.v = number ?? "";
-        cell.textContent = number === null ? "" : shown(number);
+        const tiny = number !== null && heads[j].startsWith("p_") && number < least;
+        cell.textContent = number === null ? "" : tiny ? "< .0001" : shown(number);
       }
     }
   }

@@ -1,0 +1,374 @@
+"""Short trajectories: k optimizer steps on minibatches of frozen contexts, as training takes them.
+
+    theta_k = AdamW(theta_(k-1), g_k)
+    g_k     = gradient at theta_(k-1) of sum_i w_ki l_i / sum_i w_ki,   i in the minibatch k
+
+One step at theta0 is AdamW's sign descent, and it orders selections otherwise than training does;
+ten to twenty steps of the real optimizer, with its state and at the training's learning rate, come
+closer to it. They take minibatches of the contexts of one fold, whose responses stay as they are:
+the longer a trajectory, the further its student is from the one that wrote them, and the better it
+knows them. So every other fold's contexts are measured too, at each *horizon* k.
+
+As in training, the loss weights w of a minibatch are decided when its turn comes, from what the
+student is by then: a selection that is fixed at theta0 drives the same positions on and on, and
+turns from the best into the worst within twenty steps (`remeasured`).
+
+The contexts of a fold are shuffled again for every pass over them, in a seeded order that all
+selections share. The learning rate is constant, since training's linear decay has hardly begun
+where a horizon is a small part of it. The advantage of `sampled` is theta0's.
+
+A warm start fills the optimizer's state before the first step: steps at a learning rate of 0 on
+minibatches in another order, so that weights stay at theta0 and moments do not.
+
+Memory: AdamW's state takes twice the student's weights, beside the gradient and the copy of theta0
+that every step needs. It is released when a trajectory ends. Several processes divide each
+minibatch, add up its gradient, and take the same step.
+
+Reference: Loshchilov and Hutter 2019 (AdamW).
+
+Axes: N positions of the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.measure import losses
+from diagnostics.models import topk_teacher
+from diagnostics.models.named_pairs import TRAINING_OPTIMIZER
+from diagnostics.probing import scores
+from diagnostics.probing.step import StepBench
+from diagnostics.probing.tensor_lists import tensor_norm
+
+HORIZON = (1, 5, 20)
+"""Optimizer steps after which a trajectory is measured where nothing else is asked for."""
+MINIBATCH = 16
+"""Contexts in a step, as many as training's responses in a step."""
+FUSED_ON = ("cpu", "cuda")
+"""Devices whose AdamW torch has as one kernel, which training uses and which needs no further
+memory."""
+SAME_COMPATIBILITY = 1e-3
+"""Other batches change a compatibility by rounding alone; another K by far more than this."""
+Rows = np.ndarray
+"""Rows of the token table, int [n], in ascending order."""
+Weigh = Callable[[Rows, int], np.ndarray]
+"""From the rows of a minibatch and the number of its step to loss weights [n]."""
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig:
+    """The optimizer's steps.
+
+    Attributes:
+        rate: Learning rate, constant over the steps.
+        loss: One of `losses.LOSSES`.
+        beta: The teacher's share in the mixture of `jsd`.
+        minibatch: Contexts in a step.
+        warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
+        optimizer: AdamW's settings and the bound of the gradient's norm, under TRL's names.
+
+    Raises:
+        DiagnosticsError: A number is out of its range, or the loss is unknown.
+    """
+
+    rate: float
+    loss: str = "reverse_kl"
+    beta: float = 0.5
+    minibatch: int = MINIBATCH
+    warm_steps: int = 0
+    optimizer: dict[str, float] = field(default_factory=lambda: dict(TRAINING_OPTIMIZER))
+
+    def __post_init__(self):
+        losses.check_loss(self.loss, beta=self.beta)
+        if not (np.isfinite(self.rate) and self.rate >= 0):
+            raise DiagnosticsError(
+                f"A trajectory's learning rate is a number of at least 0; got {self.rate!r}."
+            )
+        if self.minibatch < 1 or self.warm_steps < 0:
+            raise DiagnosticsError(
+                "A trajectory takes minibatches of at least 1 context and at least 0 warm steps;"
+                f" got minibatch={self.minibatch}, warm_steps={self.warm_steps}."
+            )
+
+
+def require_horizon(horizon: Sequence[int]) -> tuple[int, ...]:
+    """The horizons of a trajectory: distinct numbers of steps in ascending order.
+
+    Args:
+        horizon: Numbers of optimizer steps; 0 stands for the one step at theta0, which is no
+            trajectory, and is left out.
+
+    Returns:
+        The numbers; none where no trajectory is asked for.
+
+    Raises:
+        DiagnosticsError: A number is negative or no whole number.
+    """
+    wrong = [k for k in horizon if int(k) != k or k < 0]
+    if wrong:
+        raise DiagnosticsError(
+            f"A horizon is a number of optimizer steps, such as 1,5,20, or 0 for none; got"
+            f" {wrong[0]!r}."
+        )
+    return tuple(sorted({int(k) for k in horizon} - {0}))
+
+
+def minibatches(
+    tokens: pd.DataFrame,
+    mask_N: np.ndarray,
+    *,
+    steps: int,
+    minibatch: int = MINIBATCH,
+    seed: Sequence[int] = (0,),
+) -> list[Rows]:
+    """The positions of each step's contexts.
+
+    All contexts are gone through in a random order, again and again, each time in another. A step
+    that a pass leaves unfilled is filled from the next pass, with contexts that it does not have
+    yet; a step therefore has every context at most once, and all contexts in the fewest steps.
+
+    Args:
+        tokens: Token table of N rows in bank order.
+        mask_N: bool [N]; contexts with a position under the mask take part, with those positions.
+        steps: Number of steps.
+        minibatch: Contexts in a step; all of them where there are fewer.
+        seed: Seed of the order.
+
+    Returns:
+        One array of rows per step.
+
+    Raises:
+        DiagnosticsError: No context takes part.
+    """
+    rows_N = np.flatnonzero(mask_N)
+    codes_n, names = pd.factorize(tokens["context_id"].to_numpy()[rows_N])
+    if not len(names):
+        raise DiagnosticsError(
+            "No context with finite measurements is left to take steps on. Use more prompts or"
+            " fewer folds."
+        )
+    generator = np.random.default_rng(list(seed))
+    size, waiting, found = min(minibatch, len(names)), [], []
+    for _ in range(steps):
+        if len(waiting) < size:
+            fresh = generator.permutation(len(names)).tolist()
+            waiting += [c for c in fresh if c not in waiting] + [c for c in fresh if c in waiting]
+        found.append(rows_N[np.isin(codes_n, waiting[:size])])
+        waiting = waiting[size:]
+    return found
+
+
+class Trajectory:
+    """Optimizer steps of the bench's student on given minibatches.
+
+    Args:
+        bench: The student at theta0, and the bank.
+        config: The optimizer's steps.
+        steps: Rows of the minibatch of each step.
+        weigh: Takes the rows [n] of a minibatch and the number of its step, from 1 on (a warm step:
+            from -1 downwards), while the student stands before that step, and returns loss weights
+            [n] of at least 0. A step without any weight has no gradient: the optimizer's momentum
+            alone moves the student, and `idle_steps` counts it.
+        warm: Rows of the minibatch of each warm step.
+
+    Attributes:
+        gradient_norm: Norm of the first step's gradient, taken at theta0, before it is clipped.
+        idle_steps: Steps so far without a position that carries loss.
+        carried_N: bool [N], positions that have carried loss so far.
+    """
+
+    def __init__(
+        self,
+        bench: StepBench,
+        config: TrajectoryConfig,
+        steps: Sequence[Rows],
+        weigh: Weigh,
+        warm: Sequence[Rows] = (),
+    ):
+        self.bench, self.config, self.weigh = bench, config, weigh
+        self.steps, self.warm = list(steps), list(warm)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.gradient_norm, self.idle_steps = np.nan, 0
+        self.carried_N = np.zeros(len(self.bench.tokens), dtype=bool)
+
+    @property
+    def update_norm(self) -> float:
+        """Norm of the student's present distance from theta0."""
+        bench = self.bench
+        with torch.no_grad():
+            return tensor_norm([p - o for p, o in zip(bench.parameters, bench.origin, strict=True)])
+
+    def run(self, horizon: Sequence[int]) -> Iterator[int]:
+        """Take the steps, and hand over wherever a horizon is reached.
+
+        Args:
+            horizon: Ascending numbers of steps, at most as many as there are minibatches.
+
+        Yields:
+            Each horizon, while the student stands there. Afterwards it is back at theta0, bit for
+            bit, also where the caller stops early or fails.
+
+        Raises:
+            DiagnosticsError: Loss or gradient is not finite, one context does not fit in memory, or
+                a top-K teacher cannot supply this loss.
+        """
+        if not horizon:
+            return
+        assert max(horizon) <= len(self.steps), "a horizon beyond the planned steps"
+        self._begin()
+        self.bench.restore()
+        try:
+            optimizer = self._optimizer()
+            for number, rows in enumerate(self.warm, 1):
+                self._step(optimizer, rows, -number, rate=0.0)
+            for number, rows in enumerate(self.steps[: max(horizon)], 1):
+                norm = self._step(optimizer, rows, number, rate=self.config.rate)
+                if number == 1:
+                    self.gradient_norm = norm
+                if number in horizon:
+                    yield number
+        finally:
+            self.bench.restore()
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        settings = self.config.optimizer
+        parameters = self.bench.parameters
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.config.rate,
+            betas=(settings["adam_beta1"], settings["adam_beta2"]),
+            eps=settings["adam_epsilon"],
+            weight_decay=settings["weight_decay"],
+            fused=all(p.device.type in FUSED_ON for p in parameters),
+        )
+
+    def _step(self, optimizer: torch.optim.AdamW, rows: Rows, number: int, *, rate: float) -> float:
+        """One step; returns the norm of its gradient before it is clipped."""
+        parameters = self.bench.parameters
+        weights_N = np.zeros(len(self.bench.tokens))
+        weights_N[rows] = self.weigh(rows, number)
+        for p, g in zip(parameters, self._gradient(weights_N), strict=True):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer["max_grad_norm"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if number > 0:
+            self.carried_N |= weights_N > 0
+            self.idle_steps += not weights_N.any()
+        return float(norm)
+
+    def _gradient(self, weights_N: np.ndarray) -> list[Tensor]:
+        bench, config = self.bench, self.config
+        if not weights_N.any():
+            return [torch.zeros_like(p) for p in bench.parameters]
+        advantage_N = bench.tokens["advantage"].to_numpy()
+        topk_teacher.require_loss(bench.teacher, config.loss, advantage_N, weights_N)
+        return bench.gradient(weights_N, loss=config.loss, beta=config.beta)[1]
+
+
+def planned_trajectory(
+    bench: StepBench, fold: int, config: TrajectoryConfig, weigh: Weigh, *, steps: int, seed: int
+) -> Trajectory:
+    """A trajectory on minibatches of the contexts of a fold.
+
+    Args:
+        bench: The student at theta0, and the bank.
+        fold: The fold whose contexts the steps are taken on.
+        config: The optimizer's steps.
+        weigh: As in `Trajectory`.
+        steps: Number of steps.
+        seed: Seed of the minibatches' order.
+
+    Returns:
+        The trajectory; nothing is moved yet.
+    """
+    usable_N = bench.loss_weights(fold) > 0
+    way, warm = (
+        minibatches(
+            bench.tokens,
+            usable_N,
+            steps=count,
+            minibatch=config.minibatch,
+            seed=(seed, fold, number),
+        )
+        for number, count in enumerate((steps, config.warm_steps))
+    )
+    return Trajectory(bench, config, way, weigh, warm)
+
+
+def full_trajectory(
+    bench: StepBench, fold: int, config: TrajectoryConfig, *, steps: int, seed: int
+) -> Trajectory:
+    """The trajectory whose loss is the mean over all positions of each minibatch of a fold.
+
+    Args:
+        bench: The student at theta0, and the bank.
+        fold: The fold whose contexts the steps are taken on.
+        config: The optimizer's steps.
+        steps: Number of steps.
+        seed: Seed of the minibatches' order.
+
+    Returns:
+        The trajectory; nothing is moved yet.
+    """
+    return planned_trajectory(bench, fold, config, every_position, steps=steps, seed=seed)
+
+
+def every_position(rows: Rows, number: int) -> np.ndarray:
+    """Loss weights of 1 for all positions of a minibatch [n]."""
+    return np.ones(len(rows))
+
+
+def remeasured(bench: StepBench, rows: Rows, *, k: int) -> pd.DataFrame:
+    """The token table of some contexts, measured with the student as it is now.
+
+    Args:
+        bench: The student, wherever it stands, and the bank.
+        rows: Rows of whole contexts.
+        k: Size of the top-K supports; other sizes and what is no measurement of the two models
+            keep the table's values.
+
+    Returns:
+        The token table of these rows.
+    """
+    here_N = np.zeros(len(bench.tokens))
+    here_N[rows] = 1.0
+    found = scores.measure_again(
+        bench.pair, bench.bank, bench.weighted(here_N), scores.ScoreConfig(k=k, sweep=())
+    )
+    known = {name: values[rows] for name, values in found.items() if name in bench.tokens}
+    return bench.tokens.iloc[rows].assign(**known)
+
+
+def require_support(bench: StepBench, rows: Rows, *, k: int) -> None:
+    """Check that a size of supports is the one that the bench's token table was measured with.
+
+    Args:
+        bench: The student at theta0, and the bank.
+        rows: Rows of some whole contexts, which are measured.
+        k: Size of the top-K supports.
+
+    Raises:
+        DiagnosticsError: These positions have another compatibility in the table.
+    """
+    now, before = (
+        table["compatibility"].to_numpy()
+        for table in (remeasured(bench, rows, k=k), bench.tokens.iloc[rows])
+    )
+    apart = np.nanmax(np.abs(now - before), initial=0.0)
+    if apart > SAME_COMPATIBILITY:
+        raise DiagnosticsError(
+            f"With K = {k} the compatibility at theta0 differs from the token table's by up to"
+            f" {apart:.2g}. Give the K that the table was scored with."
+        )
