@@ -40,7 +40,6 @@ from diagnostics.analysis import (
     rank_correlation,
 )
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
-from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Controls
 from diagnostics.criteria import normalize
 
@@ -244,53 +243,6 @@ def _anew(data: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-<<<<<<< HEAD
-# --- verdicts
-# ---------------------------------------------------------------------------------------
-
-
-def false_verdicts(*, prompts: int, datasets: int, draws: int, seed: int) -> float:
-    """Share of studies of the null with a verdict for or against among their primary rows; at most
-    5 % nominally.
-    """
-    wrong = 0
-    for number in range(datasets):
-        rng = np.random.default_rng([seed, prompts, number, 1])
-        how = Bootstrap(draws=draws, seed=number)
-        table = claims.claim_tables(_null_table(rng, prompts), base_k=16, bootstrap=how)["verdicts"]
-        wrong += bool(table[table.primary].verdict.isin(["supported", "refuted"]).any())
-    return 100 * wrong / datasets
-
-
-def _null_table(rng: np.random.Generator, prompts: int) -> pd.DataFrame:
-    data = draw(rng, prompts, effect=False)
-    other = draw(rng, prompts, effect=False)["y"]
-    codes, n = data["codes"], len(data["codes"])
-    position = np.concatenate([np.arange(k) for k in np.bincount(codes)])
-    spread = np.clip(data["c"] + 0.1 * rng.normal(size=n), 0, 1)
-    return validate_tokens(
-        pd.DataFrame(
-            {
-                "context_id": codes.astype(str),
-                "prompt_id": codes.astype(str),
-                "position": position,
-                "response_length": np.bincount(codes)[codes],
-                "token_id": 0,
-                "token": "",
-                "student_entropy": data["h"],
-                "teacher_entropy": rng.random(n),
-                "forward_kl": data["d"],
-                "compatibility": data["c"],
-                "compatibility_k8": spread,
-                "gain": data["y"],
-                "context_gain": np.resize(other, n),
-            }
-        )
-    )
-
-
-=======
->>>>>>> coverage
 # --- report
 # -----------------------------------------------------------------------------------------
 
