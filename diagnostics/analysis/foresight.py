@@ -22,20 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, permutations
-from math import factorial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import NO_CELLS, CellEffects
 from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.criterion_labels import group_cells, grouping, permutation_p
 from diagnostics.analysis.decision import overfitted_cells
 from diagnostics.analysis.rank_agreement import CellScores, Tau
 from diagnostics.analysis.training_outcomes import (
@@ -52,6 +50,7 @@ from diagnostics.core.schema import read_parquet, require_columns, validate_toke
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import AMBIGUOUS
 
+<<<<<<< HEAD
 EXACT_GROUPS = 8
 """Labels up to which every exchange is made: 8! = 40,320."""
 EXCHANGES = 10_000
@@ -66,6 +65,8 @@ FAMILIES = (
     ("divergence", "jsd", "hellinger"),
 )
 """Near-duplicates where there is no token table to compare scores in."""
+=======
+>>>>>>> criteria
 NO_DRAWS = "the outcomes of single prompts are not kept, from which an interval is made"
 SIGN_MEASURES = ("reverse_kl", "forward_kl")
 """Divergences that both an intervention and a training measure."""
@@ -286,14 +287,6 @@ def _agreement_rows(
             }
 
 
-def group_cells(cells: Iterable[Cell], groups: Mapping[str, str]) -> dict[Cell, list[Cell]]:
-    """Members of each (group, budget); a criterion without a group is its own."""
-    found: dict[Cell, list[Cell]] = {}
-    for criterion, budget in cells:
-        found.setdefault((groups.get(criterion, criterion), budget), []).append((criterion, budget))
-    return found
-
-
 def _grouped(
     sides: Mapping[str, Values], members: Mapping[Cell, Sequence[Cell]], seed: int
 ) -> list[CellScores]:
@@ -347,6 +340,7 @@ def _tau(
     return replace(tau, without_step=np.array(each))
 
 
+<<<<<<< HEAD
 # Permutation over criteria
 
 
@@ -476,6 +470,8 @@ def _alike(names: Sequence[str], tokens: pd.DataFrame | None) -> Iterator[tuple[
             yield one, other
 
 
+=======
+>>>>>>> criteria
 # Signs
 
 
@@ -686,7 +682,7 @@ def _captured(
         columns=["criterion", "budget"],
     )
     if len(frame):
-        for answer in ranks.offline_values(tokens, None, frame, bootstrap=bootstrap):
+        for answer in ranks.offline_values(tokens, frame, bootstrap=bootstrap):
             yield answer.name, dict(_values_by_cell(answer, frame))
 
 
@@ -699,6 +695,7 @@ def _values_by_cell(answer: CellScores, cells: pd.DataFrame) -> Iterator[tuple[C
                     float(answer.value_C[c] / answer.unit),
                     answer.draws_DC[:, c] / answer.unit,
                     answer.prompts,
+                    None if answer.without_FC is None else answer.without_FC[:, c] / answer.unit,
                 ),
             )
 
