@@ -19,7 +19,7 @@ SURFACE = {
         " teacher-revision temperature top-k top-p"
     ),
     "analyze": "draws json k level output-dir primary quiet seed tokens training",
-    "compare": "budgets criteria draws json level output-dir quiet seed tokens",
+    "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds json k level"
         " loss match no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair"
