@@ -241,15 +241,19 @@ class Job:
     def _selected_by(self, name: str, record: dict) -> dict[str, str]:
         """The rules of a finished cell's selection, as far as they decide it.
 
-        The untouched student and a training on all positions select none, and without limits on a
-        score there are next to no ties to order.
+        The untouched student and a training on all positions select none, and a score without
+        limits has no unclipped form that would order its ties otherwise than by position.
         """
         said = record["settings"]
         rules = EARLIER_RULES | {key: said[key] for key in EARLIER_RULES if key in said}
         entry = None if name == "untouched" else registry.find(record["cell"]["criterion"])
         if entry is None or entry.kind == "all":
             return self.rules
-        return rules if "scale" in entry.arguments else rules | {"ties": self.rules["ties"]}
+        same = "scale" not in entry.arguments and "random" not in (
+            rules["ties"],
+            self.rules["ties"],
+        )
+        return rules | {"ties": self.rules["ties"]} if same else rules
 
     def _require_same(self, name: str, record: dict) -> None:
         path, engine = (
