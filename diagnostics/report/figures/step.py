@@ -56,7 +56,7 @@ def calibration(
     """
     needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
     table = style.keep(table, "figures.calibration", needs).sort_values(
-        "step_size", ignore_index=True
+        "step_size", kind="stable", ignore_index=True
     )
     table = style.keep(table[table.step_size > 0], "figures.calibration", needs)
     first = table.fold == table.fold.min() if "fold" in table else pd.Series(True, table.index)
