@@ -47,6 +47,7 @@ _HOMES = {
     ),
     "analysis.decision": ("decide", "decision_sentence"),
     "analysis.rank_agreement": ("agreement",),
+    "analysis.decision": ("decide", "decision_sentence"),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),
     "training.run": ("EngineConfig", "TrainConfig", "train"),

@@ -34,6 +34,7 @@ BOUNDS = {
     "placebos": (0, 1000),
     "horizon": (0, 10**6),
     "warm_steps": (0, 10**6),
+    "minibatch": (1, 10**6),
     "draws": (2, 10**5),
     "level": (0.01, 0.9999),
     "random_draws": (1, 1000),

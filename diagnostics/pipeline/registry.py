@@ -343,17 +343,18 @@ STAGES = (
     Stage(
         name="intervene",
         purpose=(
-            "Take one step per criterion and budget, with loss on the selected positions only."
+            "Take one step, and short trajectories of the real optimizer, per criterion and budget,"
+            " with loss on the selected positions only."
         ),
         example=(
             "intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3"
-            " --output-dir reports/mine",
+            " --horizon 5,20 --output-dir reports/mine",
         ),
         configs=(PAIR, PROBE, INTERVENTION, ANALYSIS, SCORE),
-        reads="`contexts.parquet`, `scores.parquet`",
+        reads="`contexts.parquet`, `scores.parquet`, and `gains.parquet` where there is one",
         writes=(
-            "`interventions.parquet`, `tables/intervention.csv`; `cells/`: finished steps, so that"
-            " a wider grid goes on from there"
+            "`interventions.parquet`, `tables/intervention.csv`; `cells/`: finished cells, so that"
+            " a wider grid or a longer horizon goes on from there"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_intervene,
@@ -403,11 +404,11 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`",
+        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria"),
+        modules=("analysis.selection", "criteria", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -468,7 +469,10 @@ STAGES = (
         ),
         configs=(PAIR, PROMPTS, VALIDATE, ENGINE, EVALUATION, ANALYSIS),
         reads="two models and prompts; with `--offline`: a finished run",
-        writes="`cells/`, `tables/validation_*.csv`, `tables/verdicts.csv`",
+        writes=(
+            "`cells/`, `tables/validation_*.csv`, `tables/foresight_signs.csv`,"
+            " `tables/verdicts.csv`"
+        ),
         flags=(
             OUTPUT_DIR,
             ACCEPT_CODE,
@@ -482,7 +486,7 @@ STAGES = (
             ),
         ),
         run=_validate,
-        modules=("training.grid", "analysis.training_outcomes"),
+        modules=("training.grid", "analysis.training_outcomes", "analysis.foresight"),
     ),
     Stage(
         name="rerun",

@@ -44,11 +44,11 @@ from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
 from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded, require_null
 from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
 from diagnostics.probing.step import (
+    FoldSteps,
     PreparedStep,
     ProbeConfig,
     StepBench,
     kept_direction,
-    kept_step,
     step_positions,
 )
 from diagnostics.probing.trajectory import HORIZON, TrajectoryConfig, require_horizon
@@ -132,8 +132,7 @@ class ProbeResult:
     tokens: pd.DataFrame
     """The token table with gains, one row per position."""
     calibration: pd.DataFrame
-    """The step sizes that were tried: fold 0's search, and the chosen size on every other fold (see
-    `step.calibrate`)."""
+    """The step sizes that were tried on every fold (see `step.calibrate_together`)."""
     placebo: pd.DataFrame
     """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_table`)."""
     horizon: pd.DataFrame
@@ -221,8 +220,7 @@ def probe(
 class _Probing:
     """The steps of a probe, fold by fold.
 
-    A fold whose passes are all done is kept as it is, so that an interrupted probe neither needs
-    nor stores more than one direction at a time.
+    A fold whose passes are all done is kept as it is, and its direction is forgotten.
     """
 
     def __init__(
@@ -235,6 +233,9 @@ class _Probing:
     ):
         self.bench, self.config, self.controls = bench, config, controls
         self.shards, self.before = shards, before
+        self.ways = FoldSteps(
+            bench, config, lambda fold: Store(shards(f"direction-fold{fold}").folder)
+        )
         self.columns: dict[str, np.ndarray] = {}
         self.placebos: list[np.ndarray] = []
         self.steps: list[PreparedStep] = []
@@ -269,15 +270,15 @@ class _Probing:
 
     def _taken(self, fold: int) -> PreparedStep:
         """The step on a fold, whose measurements are in `columns`; without its update's numbers."""
-        store = Store(self.shards(f"direction-fold{fold}").folder)
-        size = self.steps[0].step_size if self.steps else self.config.step_size
+        store = self.ways.store(fold)
         finished = store.finished()
-        if finished is None or size not in (None, finished.size):
-            step = kept_step(self.bench, fold, self.config, store, size=size)
+        if finished is None or finished.size != self.ways.size:
+            step = self.ways.prepared(fold)
             finished = Finished(
                 step.direction, step.step_size, self._measured(step), step.calibration
             )
             store.finish(finished)
+            self.ways.forget(fold)
         for name, values_N in finished.measured.items():
             self.columns[str(name)] = values_N.to_numpy()
         weights_N, direction = self.bench.loss_weights(fold), finished.direction.without_update()

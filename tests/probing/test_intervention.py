@@ -788,6 +788,8 @@ def test_the_three_commands_leave_their_tables(run_directory):
         "0.1,0.5",
         "--random-draws",
         "2",
+        "--horizon",
+        "2",
         "--draws",
         "30",
     ]
@@ -841,7 +843,17 @@ def test_the_three_commands_leave_their_tables(run_directory):
             path: path.stat().st_mtime_ns for path in (directory / "cells").glob("*.parquet")
         }.items()
     )
-    assert "tip" in set(pd.read_csv(directory / "tables/intervention.csv").criterion)
+    table = pd.read_csv(directory / "tables/intervention.csv")
+    assert (
+        "tip" in set(table.criterion) and set(table.horizon) == {0, 2} and set(table.steps) == {4}
+    )
+    effects = pd.read_parquet(directory / "interventions.parquet")
+    assert set(effects.fold) == set(tokens.fold) == {0, 1, 2, 3}
+    place = tokens.drop_duplicates("prompt_id").set_index("prompt_id").fold
+    assert (effects.held_out == (effects.prompt_id.map(place) != effects.fold)).all()
+    assert main(["intervene", *models, *grid, "--criteria", "token_identity"]) == 0
+    table = pd.read_csv(directory / "tables/intervention.csv")
+    assert {"token_identity", "random_divergent", "position_matched"} <= set(table.criterion)
 
 
 @pytest.mark.parametrize(

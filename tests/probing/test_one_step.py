@@ -17,7 +17,7 @@ from diagnostics.probing.directions import Direction
 from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.one_step import gains, probe
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, calibrate, loss_weights
+from diagnostics.probing.step import StepBench, calibrate, calibrate_together, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
 BARE = {"nulls": (), "placebos": 0, "horizon": ()}
@@ -96,13 +96,18 @@ def test_a_gain_is_the_mean_over_the_steps_on_other_folds(setting):
     assert table.own_gain.mean() > table.gain.mean()  # a step helps most where it was taken
 
 
-def test_every_fold_takes_the_size_of_the_first(setting):
+def test_all_folds_have_one_size_that_is_linear_for_them_together(setting):
     pair, bank, tokens = setting
     result = probe(pair, bank, tokens=tokens, folds=3, **BARE)
     table = result.calibration
-    assert table[table.fold == 0].chosen.sum() == 1
-    assert table[table.fold > 0].fold.tolist() == [1, 2] and table[table.fold > 0].chosen.all()
+    assert (
+        table.groupby("fold").step_size.agg(tuple) == tuple(table.step_size[: len(table) // 3])
+    ).all()
+    assert (table.groupby("fold").chosen.sum() == 1).all()
     assert table[table.chosen].step_size.nunique() == 1
+    drops = table.groupby("step_size")[["predicted_drop", "realised_drop"]].sum()
+    ratio = drops.realised_drop / drops.predicted_drop
+    assert result.step.step_size == ratio[ratio >= 0.8].index.max()
     assert [step.fold for step in result.steps] == [0, 1, 2]
     assert sum(step.step_positions for step in result.steps) == len(tokens)
     assert all(
@@ -191,12 +196,11 @@ def test_same_seed_same_result(setting):
 def test_the_chosen_step_is_linear_enough_and_helps(setting, loss, optimizer):
     pair, bank, tokens = setting
     result = probe(pair, bank, tokens=tokens, loss=loss, optimizer=optimizer, **BARE)
-    search = result.calibration[result.calibration.fold == 0]
-    chosen = search[search.chosen]
-    assert len(chosen) == 1 and chosen.ratio.item() >= 0.8
-    assert all(step.realised_drop > 0 for step in result.steps)
-    larger = search[search.step_size > chosen.step_size.item()]
-    assert (larger.ratio < 0.8).all()
+    drops = result.calibration.groupby("step_size")[["predicted_drop", "realised_drop"]].sum()
+    ratio = drops.realised_drop / drops.predicted_drop
+    assert ratio[result.step.step_size] >= 0.8
+    assert (ratio[ratio.index > result.step.step_size] < 0.8).all()
+    assert sum(step.realised_drop for step in result.steps) > 0
 
 
 def test_gradient_does_not_depend_on_batches(setting):
@@ -331,6 +335,25 @@ def test_calibration_finds_the_knee_of_a_parabola(bend):
     chosen = table[table.chosen].iloc[0]
     assert 0.8 <= chosen.ratio <= 0.87 and chosen.step_size == pytest.approx(0.2 / bend, rel=0.3)
     assert bench.trials <= 4 and chosen.relative_norm == pytest.approx(chosen.step_size / 2)
+
+
+def test_folds_that_bend_at_unlike_sizes_get_the_size_of_their_sums():
+    """1 - a + 0.1 a^2 and 1 - a + 1.9 a^2: together 2 - 2a + 2a^2, so the knee is at 0.2."""
+
+    class Two(Parabola):
+        def moved(self, update, size):
+            self.bend = update
+            return super().moved(update, size)
+
+    bench = Two(None)
+    folds = [Direction(bend, "reverse_kl", 1.0, 1.0, -1.0, 1.0) for bend in (0.1, 1.9)]
+    table = calibrate_together(
+        bench, [lambda d=d: d for d in folds], [np.ones(1), np.ones(1)], beta=0.5
+    )
+    chosen = table[table.chosen].set_index("fold")
+    assert chosen.step_size[0] == chosen.step_size[1] == pytest.approx(0.2, rel=0.3)
+    assert chosen.ratio[0] > 0.95 and chosen.ratio[1] < 0.8 < chosen.ratio.mean() < 0.87
+    assert chosen.ratio[1] == pytest.approx(1 - 1.9 * chosen.step_size[1])
 
 
 def test_calibration_warns_where_nothing_is_linear(caplog):
