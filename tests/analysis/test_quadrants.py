@@ -1,4 +1,4 @@
-"""Quadrants, contrasts within Q3 and matched pairs: plain loops, over the table and in each draw."""
+"""Quadrants, contrasts within Q3 and matched pairs: plain loops, also draw by draw."""
 
 import numpy as np
 import pandas as pd
