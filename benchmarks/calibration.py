@@ -10,7 +10,8 @@ a nominal 5 % test rejects. Under *effect* it depends on d*c, on d*(1 - c) and o
 truth is the mean over large samples.
 
 Statistics that are computed anew from resampled rows (tertiles, matched pairs, selections), step
-batches and verdicts are in `coverage.py`, on a real population. Here are the others, down to 20
+batches and verdicts are in `coverage.py`, on a real population (`claims.py` has verdicts on tables of known
+content). Here are the others, down to 20
 prompts: the intervals that the project reports beside the percentile interval and BCa from the same
 draws, the usual cluster-robust CR1 interval, and the interval for independent positions.
 """

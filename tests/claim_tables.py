@@ -24,6 +24,7 @@ def claim_tokens(
     sizes: tuple[int, ...] = (4, 8, 32),
     k_noise: float = 0.02,
     null: bool = True,
+    tilt: float = 0.0,
 ) -> pd.DataFrame:
     """A fold table whose gain is marginal * d + reach * (c - 1/2) + interaction * d*c + noise.
 
@@ -40,6 +41,8 @@ def claim_tokens(
         sizes: Other K of compatibility.
         k_noise: How much compatibility differs between K.
         null: Whether there is a step towards a permuted teacher.
+        tilt: Standard deviation over steps of what d*c and c add to a step's gain by chance, with
+            the mean over all possible steps at 0.
     """
     rng = np.random.default_rng(seed)
     code = np.repeat(np.arange(prompts), length)
@@ -77,7 +80,8 @@ def claim_tokens(
         def disturbed():
             return noise * (rng.normal(size=n) + 0.3 * rng.normal(size=prompts)[code])
 
-        columns[f"gain_fold{fold}"] = common + own + disturbed()
+        chance = tilt * (rng.normal() * c + rng.normal() * d * c) if tilt else 0.0
+        columns[f"gain_fold{fold}"] = common + own + chance + disturbed()
         columns[f"reverse_gain_fold{fold}"] = columns[f"gain_fold{fold}"]
         if null:
             columns[f"gain_permuted_fold{fold}"] = common + disturbed()

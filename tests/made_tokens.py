@@ -171,3 +171,20 @@ def training_verdicts(verdict, seeds=3, **rivals):
         for name, (d, low, high) in rivals.items()
     ]
     return pd.DataFrame(rows)
+
+
+def resampled(tokens: pd.DataFrame, prompts, draw: int) -> pd.DataFrame:
+    """The rows of one draw of `PromptClusters`, where copies of a prompt have names of their own.
+
+    The positions of the prompts must be those of the whole table.
+    """
+    parts = []
+    for name, weight in zip(prompts.names, prompts.weights[draw], strict=True):
+        rows = tokens[tokens.prompt_id == name]
+        for copy in range(int(weight)):
+            parts.append(
+                rows.assign(
+                    prompt_id=rows.prompt_id + f"/{copy}", context_id=rows.context_id + f"/{copy}"
+                )
+            )
+    return pd.concat(parts, ignore_index=True)

@@ -32,7 +32,13 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from diagnostics.analysis.bootstrap import EXACT_DRAWS, Estimate, PromptClusters, exact
+from diagnostics.analysis.bootstrap import (
+    EXACT_DRAWS,
+    Estimate,
+    PromptClusters,
+    exact,
+    winsorize,
+)
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Ranked, groups_by_rank
 from diagnostics.analysis.splits import Split, splits
@@ -524,6 +530,8 @@ def estimates(
     widened: str,
     bootstrap: Bootstrap,
     draws: int = EXACT_DRAWS,
+    winsorised: float = 0.0,
+    only: str | None = None,
 ) -> dict[Statistic, Estimate]:
     """Estimate the statistics of some outcomes on every population.
 
@@ -535,6 +543,8 @@ def estimates(
         widened: The population for which the others are computed too.
         bootstrap: How the intervals are made.
         draws: The most draws that are used.
+        winsorised: Share of each tail at which the outcomes are clipped, in each draw.
+        only: The one population that is wanted; None takes all.
 
     Returns:
         Estimates by statistic, with the step batches' part. An outcome that is undefined throughout
@@ -544,9 +554,11 @@ def estimates(
     def make(table: pd.DataFrame, how: Bootstrap) -> dict[Statistic, Estimate]:
         found = {}
         for split in splits(table, bootstrap=how):
+            if only not in (None, split.name):
+                continue
             wide = others if split.name == widened else {}
             supports = {kind: (base, *wide.get(kind, ())) for kind in KINDS}
-            found |= _on_population(table, split, kinds, supports, how, draws)
+            found |= _on_population(table, split, kinds, supports, how, draws, winsorised)
         return found
 
     return over_steps(make, tokens, bootstrap)
@@ -559,6 +571,7 @@ def _on_population(
     supports: Mapping[str, Sequence[Support]],
     bootstrap: Bootstrap,
     draws: int,
+    winsorised: float,
 ) -> dict[Statistic, Estimate]:
     """The statistics of a population, those of outcomes with equal gaps in the same draws."""
     columns, defined = predictors(
@@ -573,7 +586,7 @@ def _on_population(
         taken = {name: column[mask] for name, column in taken.items()}
         prompts = PromptClusters(tokens["prompt_id"][split.mask][mask], bootstrap=bootstrap)
         wanted = [(outcome, kind) for outcome in here for kind in kinds[outcome]]
-        found |= _together(taken, prompts, wanted, supports, split.name, draws)
+        found |= _together(taken, prompts, wanted, supports, split.name, draws, winsorised)
     return found
 
 
@@ -584,9 +597,12 @@ def _together(
     supports: Mapping[str, Sequence[Support]],
     population: str,
     draws: int,
+    winsorised: float,
 ) -> dict[Statistic, Estimate]:
+    clipped = dict.fromkeys(outcome for outcome, _ in wanted) if winsorised else {}
+
     def evaluate(drawn: Mapping[str, np.ndarray]) -> dict[tuple[str, str, Support], float]:
-        at = Positions(drawn)
+        at = Positions({**drawn, **{name: winsorize(drawn[name], winsorised) for name in clipped}})
         return {
             (outcome, *key): value
             for outcome, kind in wanted

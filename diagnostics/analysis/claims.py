@@ -248,6 +248,8 @@ class Found:
         estimates: Every statistic.
         base: Compatibility itself.
         overlaps: The diagnosis of C2, by population.
+        strata: The rank correlations of C1 inside each stratum of D with the numbers of positions,
+            by population; none where the primary outcome is missing.
         others: Other K and measurements, with their rank correlation with C inside Q3 of the
             primary population; NaN for another K.
         primary: The population that verdicts lead with.
@@ -258,6 +260,7 @@ class Found:
     estimates: Mapping[Statistic, Estimate]
     base: Support
     overlaps: Mapping[str, Overlap | None]
+    strata: Mapping[str, tuple[np.ndarray, np.ndarray]]
     others: Mapping[Support, float]
     primary: str
     steps: int
@@ -334,11 +337,27 @@ def look(
         ),
         base,
         {split.name: statistics.overlap(tokens, split, base) for split in parts},
+        _strata(tokens, parts, base, choices),
         others,
         primary,
         step_count(tokens),
         {split.name: split.prompts.count for split in parts},
     )
+
+
+def _strata(
+    tokens: pd.DataFrame, parts: Iterable[Split], base: Support, choices: PrimaryChoices
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found = {}
+    for split in parts:
+        columns, used = statistics.predictors(tokens, split, [base])
+        values = split.values(tokens, choices.outcome)
+        used &= np.isfinite(values)
+        if used.any():
+            found[split.name] = statistics.by_stratum(
+                values[used], columns[base.column][used], columns["forward_kl"][used]
+            )
+    return found
 
 
 def _others(tokens: pd.DataFrame, split: Split, base: Support, base_k: int) -> dict[Support, float]:
@@ -486,9 +505,12 @@ def _note(
     if kind == "paper" or not found.measured(outcome):
         return ""
     if claim == "C1" and np.isfinite(value("rank_share_both_add")):
+        rho, _ = found.strata.get(population, (np.empty(0), np.empty(0)))
+        above, defined = int((rho > 0).sum()), int(np.isfinite(rho).sum())
         return (
-            f"; C adds {value('rank_share_c_adds'):.3f} and H {value('rank_share_h_adds'):.3f} to"
-            f" the {value('rank_share_d'):.3f} of the ranks' variance that D explains"
+            f"; it is above 0 in {above} of {defined} tenths, and C adds"
+            f" {value('rank_share_c_adds'):.3f} and H {value('rank_share_h_adds'):.3f} to the"
+            f" {value('rank_share_d'):.3f} of the ranks' variance that D explains"
         )
     if claim == "C2" and overlap is not None:
         return (
@@ -609,7 +631,7 @@ def claim_tables(
     why = exploratory_because(found, bootstrap.level, choices, registered)
     return {
         "verdicts": verdict_table(found, level=bootstrap.level, choices=choices, because=why),
-        "claim_statistics": statistics_table(tokens, found, bootstrap.level, choices),
+        "claim_statistics": statistics_table(found, bootstrap.level, choices),
     }
 
 
@@ -833,14 +855,11 @@ def cause(reason: str) -> str:
     return next((key for key, text in REASONS.items() if reason.startswith(text)), "")
 
 
-def statistics_table(
-    tokens: pd.DataFrame, found: Found, level: float, choices: PrimaryChoices
-) -> pd.DataFrame:
+def statistics_table(found: Found, level: float, choices: PrimaryChoices) -> pd.DataFrame:
     """Every statistic behind the verdicts, and the diagnoses that have no interval.
 
     Args:
-        tokens: The token table.
-        found: Its statistics.
+        found: The statistics of a token table.
         level: Coverage of the intervals.
         choices: The primary choices.
     """
@@ -853,7 +872,7 @@ def statistics_table(
             | {"positions": estimate.positions, "prompts": estimate.prompts}
             | {"steps": estimate.steps}
         )
-    rows += _strata_rows(tokens, found, choices)
+    rows += _strata_rows(found, choices)
     rows += _overlap_rows(found)
     for other, rho in found.others.items():
         if other not in found.sizes:
@@ -876,24 +895,12 @@ def _statistic_row(population: str, outcome: str, name: str, proxy: str, k: int)
     }
 
 
-def _strata_rows(
-    tokens: pd.DataFrame, found: Found, choices: PrimaryChoices
-) -> Iterator[dict[str, Any]]:
+def _strata_rows(found: Found, choices: PrimaryChoices) -> Iterator[dict[str, Any]]:
     """Controlled C1 inside each stratum of D."""
-    if not found.measured(choices.outcome):
-        return
-    for split in splits(tokens, draws=0):
-        columns, used = statistics.predictors(tokens, split, [found.base])
-        values = split.values(tokens, choices.outcome)
-        used &= np.isfinite(values)
-        if not used.any():
-            continue
-        rho, sizes = statistics.by_stratum(
-            values[used], columns[found.base.column][used], columns["forward_kl"][used]
-        )
+    base = (found.base.proxy, found.base.k)
+    for population, (rho, sizes) in found.strata.items():
         for number, (value, size) in enumerate(zip(rho, sizes, strict=True), start=1):
-            base = (found.base.proxy, found.base.k)
-            row = _statistic_row(split.name, choices.outcome, f"stratum_{number}", *base)
+            row = _statistic_row(population, choices.outcome, f"stratum_{number}", *base)
             yield row | {"estimate": value, "positions": int(size)}
 
 

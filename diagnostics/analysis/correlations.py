@@ -28,6 +28,7 @@ from diagnostics.analysis.bootstrap import Estimate
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Controls, Variable
 from diagnostics.analysis.splits import (
+    NULL_OUTCOME,
     Split,
     controls,
     outcomes_and_null,
@@ -40,6 +41,8 @@ from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.settings import with_settings
 
 CORRELATION_METHODS = ("spearman", "pearson", "kendall")
+LINEAR_OUTCOMES = ("context_gain", "gain", NULL_OUTCOME)
+"""Outcomes with Pearson's and Kendall's correlations beside Spearman's."""
 KEY = ("outcome", "criterion", "split", "method")
 Associations = dict[tuple[str, str, str, str], Estimate]
 """Correlations by (outcome, criterion, population, method)."""
@@ -115,7 +118,7 @@ def _associations(
         if method != "spearman":
             statistic = _of_pair(method)
             for (split, outcome), y in values.items():
-                for score, x in variables.items():
+                for score, x in variables.items() if outcome in LINEAR_OUTCOMES else ():
                     found[outcome, score, split, method] = statistic(x, y, prompts)
     return found
 
@@ -144,9 +147,9 @@ def correlate(
 
     Returns:
         One row per combination, with columns outcome (context_gain, gain, gain_permuted: the null,
-        reverse_gain, relative_gain), criterion, split (held_out, step or all), method (spearman,
-        pearson, kendall), estimate, low, high, p_value, positions, prompts, steps. A constant score
-        gives NaN.
+        reverse_gain, relative_gain), criterion, split (held_out, step or all), method (spearman;
+        for the first three outcomes pearson and kendall too), estimate, low, high, p_value,
+        positions, prompts, steps. A constant score gives NaN.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.

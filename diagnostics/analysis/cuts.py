@@ -21,6 +21,8 @@ from diagnostics.analysis.bootstrap import Estimate, exact
 from diagnostics.analysis.rank_correlation import groups_by_rank
 from diagnostics.analysis.splits import Split
 
+DRAWS = 200
+"""Draws of a table's statistics: their standard errors are then themselves uncertain by 5 %."""
 Values = dict[tuple[str, str], np.ndarray]
 """[n] values by (population, outcome)."""
 
@@ -53,9 +55,11 @@ class Drawn:
         return groups_by_rank(self.scores(name, seed=seed), count, within)
 
 
-def needed_columns(names: Iterable[str], further: Iterable[str] = ()) -> list[str]:
-    """Columns that criteria read, and further ones, each once."""
-    found = [need for name in names for need in registry.find(name).needs]
+def needed_columns(
+    tokens: pd.DataFrame, names: Iterable[str], further: Iterable[str] = ()
+) -> list[str]:
+    """Columns of a table that criteria read, their stand-ins included, and further ones."""
+    found = [need for name in names for need in registry.find(name).columns(tokens).values()]
     return list(dict.fromkeys([*found, *further]))
 
 
@@ -80,7 +84,10 @@ def redrawn(
     """
     population = _Population(tokens, together, list(needs), list(outcomes))
     return exact(
-        lambda columns: statistic(population.drawn(columns)), population.columns, population.prompts
+        lambda columns: statistic(population.drawn(columns)),
+        population.columns,
+        population.prompts,
+        draws=DRAWS,
     )
 
 

@@ -171,7 +171,7 @@ def _group_means(
 ) -> Means:
     """Mean of every outcome in each group of each score within Q3."""
     by, counts, names = tuple(by), tuple(counts), outcomes_and_null(tokens)
-    needs = cuts.needed_columns(by, QUADRANT_COLUMNS)
+    needs = cuts.needed_columns(tokens, by, QUADRANT_COLUMNS)
     require_columns(tokens, needs, what="A contrast within Q3")
 
     def grouped(drawn: Drawn, in_q3: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -407,7 +407,7 @@ def matching(
             covariate needs.
     """
     by, calipers, names = tuple(by), tuple(calipers), outcomes_and_null(tokens)
-    needs = cuts.needed_columns(by, MATCHED_COLUMNS)
+    needs = cuts.needed_columns(tokens, by, MATCHED_COLUMNS)
     require_columns(tokens, needs, what="Matching within Q3")
 
     def statistic(drawn: Drawn) -> np.ndarray:
@@ -460,7 +460,7 @@ def _whole_pairs(
 ) -> Iterator[tuple[Split, Drawn, str, np.ndarray, pair_matching.Pairs]]:
     """The pairs of every population, without draws."""
     by = tuple(by)
-    needs = cuts.needed_columns(by, MATCHED_COLUMNS)
+    needs = cuts.needed_columns(tokens, by, MATCHED_COLUMNS)
     require_columns(tokens, needs, what="Matching within Q3")
     for split in splits(tokens, draws=0):
         drawn = cuts.whole(tokens, [split], needs, ())

@@ -211,7 +211,7 @@ def regressions(
         for model, chosen in MODELS.items()
     }
     needs = [*REGRESSION_COLUMNS, *(["teacher_entropy"] if "teacher_entropy" in tokens else [])]
-    needs = cuts.needed_columns(CURVE_SCORES, needs)
+    needs = cuts.needed_columns(tokens, CURVE_SCORES, needs)
 
     def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
         found = {}

@@ -1,4 +1,4 @@
-"""Strata of D: where the gain lies, its share of D, and what a permuted teacher gives back.
+"""Strata of D: where the gain lies, and how much of it a permuted teacher gives back.
 
 With the positions of a population cut into tenths by D, the forward KL before the step, and sums
 over the positions of one stratum:

@@ -77,7 +77,9 @@ _CLAIM_COLUMNS = regressions.REGRESSION_COLUMNS
 _CORRELATION_TABLES = ("correlations", "differences")
 _Q3_TABLES = ("q3_contrast", "q3_groups")
 _REGRESSION_TABLES = ("regressions", "decomposition")
-_CLAIM_TABLES = ("support_robustness", "verdicts", "claim_statistics")
+_CLAIM_TABLES = ("verdicts", "claim_statistics", "support_robustness")
+SUPPORT_STATISTICS = ("q3_gap", "overlap_contrast", "interaction")
+"""Statistics of the claims that are computed for other K and other measurements too."""
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -111,9 +113,9 @@ def study(
     Returns:
         Tables by file name: correlations, differences, partial, quadrants, positions, q3_contrast,
         q3_groups, matching, balance, strata, null_share, regressions, decomposition,
-        residual_curves, support_robustness, gain_robustness, saturation, coverage, verdicts,
-        claim_statistics, warnings and left_out (columns table, what, why), and exactness for a
-        top-K teacher.
+        residual_curves, verdicts, claim_statistics, support_robustness, gain_robustness,
+        saturation, coverage, warnings and left_out (columns table, what, why), and exactness for
+        a top-K teacher.
 
     Raises:
         DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
@@ -216,7 +218,14 @@ def _plan(
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
         several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
-        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **drawn),
+        one(
+            "gain_robustness",
+            _CLAIM_COLUMNS,
+            gain_robustness,
+            losses=losses,
+            base_k=base_k,
+            **drawn,
+        ),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
     ]
@@ -240,11 +249,21 @@ def _claims(
     choices: PrimaryChoices,
     registered: str | None,
 ) -> dict[str, pd.DataFrame]:
-    found = robustness.findings(tokens, base_k=base_k, bootstrap=bootstrap)
-    return {
-        "support_robustness": robustness.support_robustness(found, level=bootstrap.level)
-    } | claims.claim_tables(
+    made = claims.claim_tables(
         tokens, base_k=base_k, bootstrap=bootstrap, choices=choices, registered=registered
+    )
+    return made | {"support_robustness": _by_support(made["claim_statistics"])}
+
+
+def _by_support(statistics: pd.DataFrame) -> pd.DataFrame:
+    """The statistics of C2 and C3 with every K and every measurement in the place of C."""
+    rows = statistics[statistics["statistic"].isin(SUPPORT_STATISTICS)]
+    wide = rows.groupby(["population", "outcome", "statistic"])["proxy"].transform("size") > 1
+    return (
+        rows[wide]
+        .rename(columns={"population": "split"})
+        .drop(columns="claim")
+        .reset_index(drop=True)
     )
 
 

@@ -387,8 +387,8 @@ def _judged(
         return "not identified", REASONS["no_width"]
     if not np.isfinite([low, high]).all():
         return "not identified", REASONS["undefined"]
-    if not margin > 0:
-        return "not identified", f"{REASONS['power']}: full training was not run, or gained nothing"
+    if not np.isfinite(margin):
+        return "not identified", f"{REASONS['power']}: it is a share of full's gain, not trained"
     if low >= -margin:
         return "supported", ""
     if high < -margin:
@@ -400,6 +400,8 @@ def _judged(
 
 def _design(difference: SeedPromptEstimate, margin: float, detectable: float) -> str:
     """What grid would test a margin, from the errors seen: they fall as one over each number."""
+    if margin == 0:
+        return f"{REASONS['power']}: it is 0, because full training gained nothing"
     times = (detectable / margin) ** 2
     prompts, seeds = (
         int(np.ceil(n * times)) for n in (difference.prompts, len(difference.seeds_S))

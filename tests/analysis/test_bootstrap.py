@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
-from diagnostics.analysis import bootstrap, linear_model, matching, rank_correlation
+from diagnostics.analysis import bootstrap, linear_model, rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.rank_correlation import Controls, Variable
 
@@ -447,72 +447,6 @@ def test_design_effect_and_effective_clusters():
         and bootstrap.effective_clusters([9, 1]) == pytest.approx(100 / 82)
         and bootstrap.effective_clusters([0]) == 0
     )
-
-
-# Matching
-
-
-def test_matching_by_hand():
-    """Treated 0 and 1 are both nearest to control 10; without replacement the cheaper sum gives 1
-    to 10, 0 to 11.
-    """
-    features = np.array([[0.0], [1.0], [1.2], [5.0], [0.0]])
-    treated = np.array([True, True, False, False, False])
-    control = np.array([False, False, True, True, True])
-    codes = np.array([0, 0, 0, 0, 1])
-    again = matching.match(features, treated, control, codes, replacement=True)
-    assert [side.tolist() for side in again] == [[0, 1], [2, 2]]
-    once = matching.match(features, treated, control, codes, replacement=False)
-    assert sorted(zip(*(side.tolist() for side in once))) in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])
-    near = matching.match(features, treated, control, codes, replacement=True, caliper=1.0)
-    assert [side.tolist() for side in near] == [[1], [2]]
-    near = matching.match(features, treated, control, codes, replacement=False, caliper=1.0)
-    assert [side.tolist() for side in near] == [[1], [2]]
-    empty = matching.match(features, treated, control & (codes == 1), codes, replacement=True)
-    assert len(empty[0]) == 0 and np.isnan(
-        matching.matched_difference(features[:, 0], PromptClusters(codes), empty).value
-    )
-
-
-@pytest.mark.parametrize("replacement", [True, False])
-def test_matching_stays_within_prompts_and_equals_a_loop(replacement):
-    codes, x, y, z = clustered(prompts=6, least=8)
-    features, treated = np.column_stack([x, y]), z > np.median(z)
-    t, c = matching.match(features, treated, ~treated, codes, replacement=replacement)
-    assert (codes[t] == codes[c]).all() and treated[t].all() and not treated[c].any()
-    if replacement:
-        for i, j in zip(t, c):
-            rivals = np.flatnonzero((codes == codes[i]) & ~treated)
-            assert np.linalg.norm(features[rivals] - features[i], axis=1).min() == pytest.approx(
-                np.linalg.norm(features[j] - features[i])
-            )
-    else:
-        assert len(set(t)) == len(t) and len(set(c)) == len(c)
-        assert len(t) == sum(
-            min((treated & (codes == g)).sum(), (~treated & (codes == g)).sum()) for g in range(6)
-        )
-    estimate = matching.matched_difference(z, PromptClusters(codes, draws=50), (t, c))
-    assert estimate.value == pytest.approx(np.mean(z[t] - z[c])) and estimate.positions == len(t)
-
-
-def test_matching_removes_what_was_matched_on():
-    rng = np.random.default_rng(0)
-    codes = np.repeat(np.arange(12), 400)
-    confounder = rng.normal(size=4800)
-    treated = 0.5 * confounder + rng.normal(size=4800) > 0
-    y = 2 * confounder + 0.5 * treated + 0.1 * rng.normal(size=4800)
-    pairs = matching.match(confounder[:, None], treated, ~treated, codes, replacement=True)
-    assert matching.matched_difference(y, PromptClusters(codes), pairs).value == pytest.approx(
-        0.5, abs=0.15
-    )
-    assert y[treated].mean() - y[~treated].mean() > 1.5
-
-
-def test_standardised_difference():
-    assert matching.standardized_difference(np.array([3.0, 5]), np.array([1.0]), 2.0) == 1.5
-    assert np.isnan(
-        matching.standardized_difference(np.array([]), np.array([1.0]), 2.0)
-    ) and np.isnan(matching.standardized_difference(np.ones(2), np.ones(2), 0))
 
 
 # Regression

@@ -59,7 +59,14 @@ def found(values, *, others=None, overlap=FINE, prompts=101, steps=4, more=None)
     }
     others = {EIGHT: np.nan} if others is None else others
     return V.Found(
-        estimates, BASE, {"held_out": overlap}, others, "held_out", steps, {"held_out": prompts}
+        estimates,
+        BASE,
+        {"held_out": overlap},
+        {"held_out": (np.r_[np.full(9, 0.1), -0.1], np.full(10, 100))},
+        others,
+        "held_out",
+        steps,
+        {"held_out": prompts},
     )
 
 
@@ -103,8 +110,8 @@ def test_columns_and_sentences():
         " +6.5 ["
     )
     assert row.sentence.endswith(
-        "]; C adds 0.020 and H 0.040 to the 0.700 of the ranks' variance that D explains (101"
-        " prompts, 4 steps; p < .0001 after Holm over 8 tests)."
+        "]; it is above 0 in 9 of 10 tenths, and C adds 0.020 and H 0.040 to the 0.700 of the ranks'"
+        " variance that D explains (101 prompts, 4 steps; p < .0001 after Holm over 8 tests)."
     )
     assert row.reason == "" and row.statistic == "within_strata" and not row.exploratory
     alone = judged(found(STRONG, steps=1), because="a single step was taken")

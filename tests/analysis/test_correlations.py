@@ -1,4 +1,4 @@
-"""Correlations, quadrants and matching against plain pandas loops, and their degenerate cases."""
+"""Correlations against plain pandas loops, draw by draw, and their degenerate cases."""
 
 import numpy as np
 import pandas as pd
@@ -6,24 +6,24 @@ import pytest
 from scipy import stats
 
 from diagnostics.analysis import correlations as correlation_tables
-from diagnostics.analysis import quadrants as quadrant_tables
-from diagnostics.analysis import splits
+from diagnostics.analysis import rank_correlation, splits
 from diagnostics.analysis.bootstrap import PromptClusters
+from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.criteria import normalize, quadrants, score_criterion
-from tests.made_tokens import made_tokens, only_row
+from diagnostics.core.folds import combine
+from diagnostics.criteria import normalize, score_criterion
+from tests.made_tokens import made_tokens, only_row, resampled
 
-DRAWS = {"draws": 60}
+DRAWS = {"draws": 40}
 NAMES = ["teachability", "divergence", "entropy", "random"]
 REFERENCE = {"spearman": stats.spearmanr, "pearson": stats.pearsonr, "kendall": stats.kendalltau}
+OUTCOMES = ["context_gain", "gain", "gain_permuted", "reverse_gain", "relative_gain"]
+PREFIX = {"held_out": "", "step": "own_", "all": ""}
 
 
 @pytest.fixture(scope="module")
 def tokens():
     return made_tokens()
-
-
-# Correlations
 
 
 def test_correlations_equal_a_pandas_loop(tokens):
@@ -36,32 +36,47 @@ def test_correlations_equal_a_pandas_loop(tokens):
         "estimate",
         "low",
         "high",
-        "placebo",
+        "p_value",
         "positions",
         "prompts",
+        "steps",
     ]
-    assert len(table) == 3 * 4 * 3 * 3
+    assert list(dict.fromkeys(table.outcome)) == OUTCOMES
+    assert list(dict.fromkeys(table.split)) == ["held_out", "step"]
+    assert len(table) == 2 * 4 * (5 + 2 * 3)
     for row in table.itertuples():
-        part = tokens if row.split == "all" else tokens[tokens.split == row.split]
-        pair = (
-            pd.DataFrame(
-                {
-                    "x": score_criterion(tokens, row.criterion),
-                    "y": tokens[row.outcome],
-                    "z": tokens[f"placebo_{row.outcome}"],
-                }
-            )
-            .loc[part.index]
-            .dropna()
-        )
+        y = tokens[PREFIX[row.split] + row.outcome]
+        pair = pd.DataFrame({"x": score_criterion(tokens, row.criterion), "y": y}).dropna()
         assert row.estimate == pytest.approx(
             REFERENCE[row.method](pair.x, pair.y).statistic, abs=1e-10
         )
-        assert row.placebo == pytest.approx(
-            REFERENCE[row.method](pair.x, pair.z).statistic, abs=1e-10
-        )
         assert row.low < row.estimate < row.high
-        assert (row.positions, row.prompts) == (len(pair), part.prompt_id[pair.index].nunique())
+        assert (row.positions, row.prompts) == (len(pair), tokens.prompt_id[pair.index].nunique())
+        assert row.steps == 4
+        assert (row.p_value < 0.05) == (row.low > 0 or row.high < 0)
+
+
+def test_the_halves_of_a_table_of_one_step_and_a_table_without_halves():
+    halves = made_tokens(folds=0)
+    table = correlation_tables.correlate(halves, criteria=["divergence"], **DRAWS)
+    assert list(dict.fromkeys(table.split)) == ["held_out", "step"]
+    assert (table.steps == 1).all()
+    part = halves[halves.split == "held_out"]
+    score = pd.Series(score_criterion(halves, "divergence"))[part.index]
+    row = only_row(
+        table, outcome="gain", criterion="divergence", split="held_out", method="spearman"
+    )
+    assert row.estimate == pytest.approx(stats.spearmanr(score, part.gain).statistic)
+    whole = made_tokens(folds=0, split=False)
+    table = correlation_tables.correlate(whole, criteria=["divergence"], **DRAWS)
+    assert set(table.split) == {"all"}
+
+
+def test_without_a_permuted_teacher_there_is_no_null_and_no_context_gain():
+    table = correlation_tables.correlate(
+        made_tokens(permuted=False), criteria=["entropy"], **DRAWS
+    )
+    assert set(table.outcome) == {"gain", "reverse_gain", "relative_gain"}
 
 
 def test_aliases_seeds_and_levels(tokens):
@@ -80,14 +95,12 @@ def test_aliases_seeds_and_levels(tokens):
 
 def test_all_criteria_of_the_columns_but_full(tokens):
     names = set(correlation_tables.correlate(tokens, draws=5).criterion)
-    assert (
-        {"random", "tip", "q3_teachability", "fire", "iw_prefix"} <= names
-        and "full" not in names
-        and "projected_gradient" not in names
-    )
+    assert {"random", "tip", "q3_teachability", "fire", "iw_prefix"} <= names
+    assert "full" not in names and "projected_gradient" not in names
 
 
-def test_scores_are_normalised_over_the_whole_table(tokens):
+def test_scores_are_normalised_over_both_halves():
+    tokens = made_tokens(folds=0)
     held = tokens[tokens.split == "held_out"]
     whole = correlation_tables.correlate(tokens, criteria=["teachability"], draws=5)
     alone = correlation_tables.correlate(
@@ -100,19 +113,6 @@ def test_scores_are_normalised_over_the_whole_table(tokens):
     )
 
 
-def test_without_placebo_or_split(tokens):
-    table = correlation_tables.correlate(
-        made_tokens(placebo=False).drop(columns="split"), criteria=["entropy"], **DRAWS
-    )
-    assert table.placebo.isna().all() and set(table.split) == {"all"}
-    assert not len(
-        correlation_tables.placebo_excess(
-            correlation_tables.associate(made_tokens(placebo=False), criteria=["entropy"], draws=5),
-            level=0.9,
-        )
-    )
-
-
 def test_a_known_effect_is_found_and_an_absent_one_is_not():
     table = correlation_tables.correlate(
         made_tokens(prompts=60, learnable=1.0, incompatible=0.0, noise=0.2),
@@ -120,20 +120,124 @@ def test_a_known_effect_is_found_and_an_absent_one_is_not():
         draws=200,
     )
     strong, none = (
-        only_row(table, outcome="gain", criterion=name, split="all", method="spearman")
+        only_row(table, outcome="gain", criterion=name, split="held_out", method="spearman")
         for name in ("teachability", "random")
     )
     assert strong.low > 0.3 and none.low < 0 < none.high
+
+
+# Ranks made anew in every draw
+
+
+def test_draws_and_left_out_values_rank_the_resampled_rows():
+    """Ties, gaps, and prompts of one position: each draw equals scipy on its own rows."""
+    rng = np.random.default_rng(3)
+    codes = np.repeat(np.arange(9), rng.integers(1, 8, 9))
+    scores = {
+        "tied": rng.integers(0, 4, len(codes)).astype(float),
+        "free": rng.normal(size=len(codes)),
+        "gaps": np.where(rng.random(len(codes)) < 0.3, np.nan, rng.normal(size=len(codes))),
+    }
+    outcomes = {
+        "whole": rng.normal(size=len(codes)),
+        "part": np.where(rng.random(len(codes)) < 0.2, np.nan, rng.normal(size=len(codes))),
+    }
+    prompts = PromptClusters(codes, draws=15)
+    found = rank_correlation.spearman_pairs(
+        {name: Variable(x) for name, x in scores.items()},
+        {name: Variable(y) for name, y in outcomes.items()},
+        prompts,
+    )
+    assert set(found) == {(y, x) for y in outcomes for x in scores}
+    for (outcome, score), estimate in found.items():
+        x, y = scores[score], outcomes[outcome]
+        both = np.isfinite(x) & np.isfinite(y)
+        assert estimate.value == pytest.approx(stats.spearmanr(x[both], y[both]).statistic)
+        assert estimate.positions == both.sum()
+        for draw, weights in zip(estimate.draws, prompts.weights, strict=True):
+            rows = np.concatenate(
+                [np.tile(np.flatnonzero((codes == g) & both), int(w)) for g, w in enumerate(weights)]
+            )
+            assert draw == pytest.approx(stats.spearmanr(x[rows], y[rows]).statistic, abs=1e-12)
+        for prompt, left in enumerate(estimate.left_out):
+            kept = both & (codes != prompt)
+            assert left == pytest.approx(stats.spearmanr(x[kept], y[kept]).statistic, abs=1e-12)
+
+
+def test_a_constant_has_no_rank_correlation_in_any_draw():
+    prompts = PromptClusters(np.repeat(np.arange(5), 4), draws=7)
+    found = rank_correlation.spearman_pairs(
+        {"flat": Variable(np.ones(20))}, {"y": Variable(np.arange(20.0))}, prompts
+    )["y", "flat"]
+    assert np.isnan(found.value) and np.isnan(found.draws).all() and np.isnan(found.interval()[0])
+
+
+def test_ranking_anew_is_wider_where_one_prompt_decides_the_ranks():
+    """Ranks made once take the other prompts' places as given."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(20), 10)
+    x = rng.normal(size=20)[codes] + 0.01 * rng.normal(size=200)
+    y = rng.normal(size=200)
+    prompts = PromptClusters(codes, draws=300)
+    anew = rank_correlation.spearman_pairs({"x": Variable(x)}, {"y": Variable(y)}, prompts)["y", "x"]
+    once = rank_correlation.spearman(x, y, prompts)
+    assert anew.value == pytest.approx(once.value, abs=1e-12)
+    assert anew.draws.std() != pytest.approx(once.draws.std(), rel=1e-3)
+
+
+# The step batches
+
+
+def test_the_step_part_is_the_jackknife_over_steps(tokens):
+    found = correlation_tables.associate(tokens, criteria=["divergence"], **DRAWS)
+    score = score_criterion(tokens, "divergence")
+    for (outcome, _, split, method), estimate in found.items():
+        without = [
+            _correlation(method, score, combine(tokens, without=f)[PREFIX[split] + outcome])
+            for f in range(4)
+        ]
+        assert estimate.without_step == pytest.approx(without, abs=1e-10)
+
+
+def _correlation(method, score, y):
+    y = y.to_numpy()
+    kept = np.isfinite(y)
+    return REFERENCE[method](score[kept], y[kept]).statistic
+
+
+def test_equal_steps_add_nothing_to_a_held_out_interval():
+    same = made_tokens(step_spread=0.0)
+    found = correlation_tables.associate(same, criteria=["divergence"], **DRAWS)
+    for (outcome, _, split, _), estimate in found.items():
+        if split == "held_out":
+            assert estimate.step_error == pytest.approx(0, abs=1e-12), outcome
+
+
+def test_the_names_of_the_folds_change_nothing(tokens):
+    order = np.array([2, 0, 3, 1])
+    named = tokens.assign(fold=order[tokens.fold].astype("int32"))
+    for name in ("gain", "reverse_gain", "gain_permuted"):
+        named = named.assign(
+            **{f"{name}_fold{order[f]}": tokens[f"{name}_fold{f}"] for f in range(4)}
+        )
+    first, second = (
+        correlation_tables.correlate(t, criteria=NAMES, **DRAWS) for t in (tokens, combine(named))
+    )
+    numbers = first.select_dtypes("number").columns
+    np.testing.assert_allclose(first[numbers], second[numbers], atol=1e-10)
+
+
+# Tables that cannot be analyzed, and degenerate ones
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (
-            {"drop": ["gain", "relative_gain", "reverse_gain"]},
+            {"drop": ["context_gain", "gain", "relative_gain", "reverse_gain"]},
             (
-                r"^The analysis needs an outcome, one of gain, relative_gain, reverse_gain; the"
-                r" table has context_id.*Run the probe on it first\.$"
+                r"^The analysis needs an outcome, one of context_gain, gain, reverse_gain,"
+                r" relative_gain; the table has context_id.*Run the probe on it first\.$"
             ),
         ),
         (
@@ -161,7 +265,7 @@ def test_positions_without_a_prompt_are_refused(tokens):
         correlation_tables.correlate(broken, criteria=["entropy"], draws=5)
 
 
-def test_a_criterion_without_its_columns_and_one_from_after(tokens):
+def test_a_criterion_without_its_columns(tokens):
     with pytest.raises(DiagnosticsError, match=r"^Criterion 'jsd' needs the column js;"):
         correlation_tables.correlate(tokens, criteria=["jsd"], draws=5)
 
@@ -182,19 +286,13 @@ def test_degenerate_tables_give_defined_or_missing_numbers(tokens, edit):
     broken = edit(tokens).reset_index(drop=True)
     for table in (
         correlation_tables.correlate(broken, criteria=NAMES, **DRAWS),
-        quadrant_tables.q3_contrast(broken, **DRAWS),
-        quadrant_tables.q3_groups(broken, **DRAWS),
-        quadrant_tables.quadrant_means(broken, **DRAWS),
-        quadrant_tables.matching(broken, **DRAWS),
         correlation_tables.partial_correlations(broken, criteria=NAMES, **DRAWS),
         correlation_tables.within_prompt_correlations(broken, criteria=NAMES, **DRAWS),
     ):
-        value = table.iloc[:, list(table.columns).index("low") - 1].to_numpy()
-        assert len(table) and (np.isfinite(value) | np.isnan(value)).all()
         known = np.isfinite(table.low)
-        assert (table.low[known] <= value[known] + 1e-9).all() and (
-            value[known] <= table.high[known] + 1e-9
-        ).all()
+        assert len(table) and not np.isinf(table.estimate).any()
+        assert (table.low[known] <= table.estimate[known] + 1e-9).all()
+        assert (table.estimate[known] <= table.high[known] + 1e-9).all()
 
 
 def test_a_constant_score_and_a_single_prompt(tokens):
@@ -205,67 +303,38 @@ def test_a_constant_score_and_a_single_prompt(tokens):
     single = correlation_tables.correlate(
         tokens[tokens.prompt_id == "p1"], criteria=["divergence"], **DRAWS
     )
-    gain = only_row(single, outcome="gain", split="all", method="pearson")
-    assert (
-        np.isfinite(gain.estimate) and np.isnan([gain.low, gain.high]).all() and gain.prompts == 1
-    )
+    gain = only_row(single, outcome="gain", split="held_out", method="pearson")
+    assert np.isfinite(gain.estimate) and np.isnan([gain.low, gain.high]).all()
+    assert gain.prompts == 1
 
 
-# Differences, excess, partial, within
+# Differences, partial, within
 
 
 def test_differences_are_paired_and_cover_every_pair(tokens):
     found = correlation_tables.associate(tokens, criteria=NAMES, **DRAWS)
     table = correlation_tables.correlation_differences(found, level=0.95)
-    assert len(table) == 3 * 3 * 6 * 3 and set(table.method) == set(
-        correlation_tables.CORRELATION_METHODS
-    )
+    assert len(table) == 5 * 2 * 6 and set(table.method) == {"spearman"}
     row = only_row(
-        table,
-        outcome="gain",
-        split="all",
-        criterion="teachability",
-        other="divergence",
-        method="spearman",
+        table, outcome="gain", split="held_out", criterion="teachability", other="divergence"
     )
     first, second = (
-        next(
-            a
-            for a in found
-            if (a.outcome, a.criterion, a.split, a.method) == ("gain", name, "all", "spearman")
-        )
-        for name in ("teachability", "divergence")
+        found["gain", name, "held_out", "spearman"] for name in ("teachability", "divergence")
     )
-    assert row.difference == pytest.approx(first.estimate.value - second.estimate.value)
-    paired = np.std(first.estimate.draws - second.estimate.draws)
-    assert paired < np.hypot(first.estimate.draws.std(), second.estimate.draws.std())
-    assert row.high - row.low == pytest.approx(
-        2 * stats.t.ppf(0.975, row.prompts - 1) * (first.estimate - second.estimate).standard_error
-    )
-    assert (row.p_value < 0.05) == (row.low > 0 or row.high < 0)
-
-
-def test_excess_over_the_placebo(tokens):
-    found = correlation_tables.associate(
-        tokens, criteria=["teachability"], methods=["pearson"], **DRAWS
-    )
-    correlations, excess = (
-        correlation_tables.correlation_table(found, level=0.95),
-        correlation_tables.placebo_excess(found, level=0.95),
-    )
-    assert excess.excess.tolist() == pytest.approx(
-        (correlations.estimate - correlations.placebo).tolist()
-    )
+    assert row.difference == pytest.approx(first.value - second.value)
+    paired = np.std(first.draws - second.draws)
+    assert paired < np.hypot(first.draws.std(), second.draws.std())
+    low, high = (first - second).interval(0.95)
+    assert (row.low, row.high) == pytest.approx((low, high))
+    assert (row.p_value < 0.05) == (row.low > 0 or row.high < 0) and row.steps == 4
 
 
 def test_partial_correlations_equal_residuals(tokens):
     table = correlation_tables.partial_correlations(
         tokens, criteria=["teachability", "entropy", "late"], **DRAWS
     )
-    assert (
-        set(table.method) == {"spearman", "pearson"}
-        and table[table.criterion.isin(["entropy", "late"])].estimate.isna().all()
-    )
+    assert set(table.method) == {"spearman", "pearson"}
+    assert table[table.criterion.isin(["entropy", "late"])].estimate.isna().all()
     held = np.column_stack(
         [
             np.ones(len(tokens)),
@@ -274,12 +343,15 @@ def test_partial_correlations_equal_residuals(tokens):
             tokens.position / np.maximum(tokens.response_length - 1, 1),
         ]
     )
-    rest = [
-        v - held @ np.linalg.lstsq(held, v, rcond=None)[0]
-        for v in (score_criterion(tokens, "teachability"), tokens.gain.to_numpy())
-    ]
-    row = only_row(table, outcome="gain", criterion="teachability", split="all", method="pearson")
-    assert row.estimate == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-10)
+    for split, column in (("held_out", "context_gain"), ("step", "own_context_gain")):
+        rest = [
+            v - held @ np.linalg.lstsq(held, v, rcond=None)[0]
+            for v in (score_criterion(tokens, "teachability"), tokens[column].to_numpy())
+        ]
+        row = only_row(
+            table, outcome="context_gain", criterion="teachability", split=split, method="pearson"
+        )
+        assert row.estimate == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +360,7 @@ def test_partial_correlations_equal_residuals(tokens):
 )
 def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
     table = correlation_tables.within_prompt_correlations(tokens, criteria=["divergence"], **DRAWS)
-    row = only_row(table, outcome="gain", split="all", method=method)
+    row = only_row(table, outcome="gain", split="held_out", method=method)
     x = pd.Series(score_criterion(tokens, "divergence"))
     each = [
         oracle(x[rows.index], rows.gain).statistic
@@ -298,206 +370,46 @@ def test_within_prompt_correlations_equal_a_loop(tokens, method, oracle):
     assert row.estimate == pytest.approx(np.mean(each), abs=1e-10) and row.prompts == len(each)
 
 
-# Quadrants and Q3
+# Populations
 
 
-def test_position_means_equal_a_loop(tokens):
-    table = quadrant_tables.position_means(tokens, bins=4, **DRAWS)
-    assert list(table.columns) == [
-        "outcome",
-        "split",
-        "position",
-        "mean",
-        "low",
-        "high",
-        "positions",
-        "prompts",
+def test_populations_of_the_same_positions_stand_together(tokens):
+    folds = list(splits.same_positions(splits.splits(tokens, draws=3)))
+    assert [[split.name for split in group] for group in folds] == [["held_out", "step"]]
+    halves = list(splits.same_positions(splits.splits(made_tokens(folds=0), draws=3)))
+    assert [[split.name for split in group] for group in halves] == [["held_out"], ["step"]]
+
+
+def test_the_permuted_gain_stands_after_the_gain(tokens):
+    assert splits.outcomes_and_null(tokens) == OUTCOMES
+    assert splits.outcomes_and_null(tokens.drop(columns=["gain", "relative_gain"])) == [
+        "context_gain",
+        "reverse_gain",
+        "gain_permuted",
     ]
-    assert sorted(table.position.unique()) == [0.125, 0.375, 0.625, 0.875]
-    for row in table.itertuples():
-        part = tokens if row.split == "all" else tokens[tokens.split == row.split]
-        values = [
-            value
-            for value, t, length in zip(part[row.outcome], part.position, part.response_length)
-            if min(3, int(4 * t / max(length - 1, 1))) == 4 * row.position - 0.5
-            and np.isfinite(value)
-        ]
-        assert row.positions == len(values)
-        assert row.mean == pytest.approx(sum(values) / len(values), abs=1e-12)
-        assert row.low <= row.mean <= row.high
 
 
-def test_quadrant_means_equal_a_loop(tokens):
-    table = quadrant_tables.quadrant_means(tokens, **DRAWS)
-    assert len(table) == 3 * 3 * 5 * 4
-    number = quadrants(tokens)
-    for row in table[table.outcome == "gain"].itertuples():
-        mask = (
-            (number == int(row.quadrant[1]))
-            if row.quadrant != "all"
-            else np.ones(len(tokens), bool)
-        )
-        part = mask & ((tokens.split == row.split) | (row.split == "all")).to_numpy()
-        values = tokens.gain[part].to_numpy()
-        expected = {
-            "mean": values.mean(),
-            "median": np.median(values),
-            "trimmed_mean": stats.trim_mean(values, 0.05),
-            "winsorised_mean": float(stats.mstats.winsorize(values, (0.05, 0.05)).mean()),
-        }[row.statistic]
-        assert row.estimate == pytest.approx(expected, abs=1e-10) and row.positions == len(values)
-    shares = (
-        table[(table.outcome == "gain") & (table.split == "all") & (table.statistic == "mean")]
-        .set_index("quadrant")
-        .share
+def test_rows_of_a_table_hold_key_value_interval_and_counts(tokens):
+    split = next(splits.splits(tokens, draws=9))
+    estimate = rank_correlation.pearson(
+        split.values(tokens, "gain"), tokens.forward_kl, split.prompts
     )
-    assert shares[["Q1", "Q2", "Q3", "Q4"]].sum() == pytest.approx(1) and shares["all"] == 1
-
-
-def test_q3_tables_equal_a_loop(tokens):
-    contrast, groups = (
-        quadrant_tables.q3_contrast(tokens, **DRAWS),
-        quadrant_tables.q3_groups(tokens, **DRAWS),
+    row = splits.table(
+        {("a", 1): estimate}, ("x", "y"), 0.9, named="rho", tested=True, more={("a", 1): {"z": 7}}
+    ).iloc[0]
+    assert row.index.tolist() == (
+        ["x", "y", "rho", "low", "high", "p_value", "z", "positions", "prompts", "steps"]
     )
-    assert list(contrast.columns) == [
-        "outcome",
-        "split",
-        "score",
-        "groups",
-        "difference",
-        "low",
-        "high",
-        "bottom_mean",
-        "top_mean",
-        "placebo_difference",
-        "positions",
-        "prompts",
-    ]
-    assert list(groups.columns) == [
-        "outcome",
-        "split",
-        "score",
-        "group",
-        "mean",
-        "low",
-        "high",
-        "positions",
-        "prompts",
-    ]
-    for split in ("all", "held_out"):
-        part = tokens[(quadrants(tokens) == 3) & ((tokens.split == split) | (split == "all"))]
-        score = pd.Series(score_criterion(tokens, "compatibility"))[part.index]
-        share = (score.rank() - 0.5) / len(score)
-        for count, name in ((3, "tertile"), (4, "quartile")):
-            top, bottom = part[share >= (count - 1) / count], part[share < 1 / count]
-            row = only_row(
-                contrast, outcome="gain", split=split, score="compatibility", groups=name
-            )
-            assert row.top_mean == pytest.approx(
-                top.gain.mean()
-            ) and row.bottom_mean == pytest.approx(bottom.gain.mean())
-            assert row.difference == pytest.approx(
-                top.gain.mean() - bottom.gain.mean()
-            ) and row.positions == len(top) + len(bottom)
-            assert row.placebo_difference == pytest.approx(
-                top.placebo_gain.mean() - bottom.placebo_gain.mean()
-            )
-        for number in (1, 2, 3):
-            mean = part[(share >= (number - 1) / 3) & (share < number / 3)].gain.mean()
-            assert only_row(
-                groups, outcome="gain", split=split, score="compatibility", group=number
-            )["mean"] == pytest.approx(mean)
+    assert (row.x, row.y, row.rho, row.z) == ("a", 1, estimate.value, 7)
+    assert (row.low, row.high) == estimate.interval(0.9)
 
 
-def test_a_given_tertile_contrast_is_recovered():
-    """Within Q3 d is near 1 and c spreads, so the top tertile gains more by the slope times the gap
-    in d*c.
-    """
-    tokens = made_tokens(prompts=150, length=40, learnable=1.0, incompatible=0.0, noise=0.2)
-    row = only_row(
-        quadrant_tables.q3_contrast(tokens, draws=200),
-        outcome="gain",
-        split="all",
-        score="compatibility",
-        groups="tertile",
+def test_resampled_rows_are_those_of_the_draw(tokens):
+    """The helper of the oracles: copies of a prompt have names of their own."""
+    prompts = PromptClusters(tokens.prompt_id, draws=2)
+    drawn = resampled(tokens, prompts, 1)
+    sizes = tokens.groupby("prompt_id").size()
+    assert len(drawn) == sum(
+        int(w) * sizes[name] for w, name in zip(prompts.weights[1], prompts.names)
     )
-    product = pd.Series(normalize(tokens.forward_kl) * normalize(tokens.compatibility))
-    in_q3 = quadrants(tokens) == 3
-    share = (tokens.compatibility[in_q3].rank() - 0.5) / in_q3.sum()
-    truth = product[share.index[share >= 2 / 3]].mean() - product[share.index[share < 1 / 3]].mean()
-    assert row.low < truth < row.high and row.low > 0.8 * truth and truth > 0.1
-
-
-# Matching
-
-
-def test_matching_and_balance_agree(tokens):
-    table, balance = quadrant_tables.matching(tokens, **DRAWS), quadrant_tables.balance(tokens)
-    assert len(table) == len(balance) == 3 * 3 * 2 * 3
-    pairs = table[table.outcome == "gain"].set_index(["split", "score", "replacement"]).positions
-    assert (
-        balance.set_index(["split", "score", "replacement"]).positions
-        == pairs.loc[list(zip(balance.split, balance.score, balance.replacement))].to_numpy()
-    ).all()
-    assert ((table.matched >= 0) & (table.matched <= 1)).all()
-    once, again = (table[table.replacement == r].positions.to_numpy() for r in (False, True))
-    assert (once <= again).all() and (once < again).any()
-
-
-def test_a_caliper_keeps_the_near_pairs(tokens):
-    wide, near = (
-        quadrant_tables.matching(tokens, caliper=c, **DRAWS)
-        for c in (np.inf, correlation_tables.CALIPER)
-    )
-    assert (near.positions <= wide.positions).all() and (near.positions < wide.positions).any()
-    assert (
-        len(quadrant_tables.balance(tokens, caliper=1e-9))
-        and quadrant_tables.balance(tokens, caliper=1e-9).after.isna().all()
-    )
-
-
-def test_balance_before_equals_the_usual_formula(tokens):
-    row = only_row(
-        quadrant_tables.balance(tokens),
-        split="all",
-        score="compatibility",
-        covariate="forward_kl",
-        replacement=True,
-    )
-    in_q3 = tokens[quadrants(tokens) == 3]
-    share = (in_q3.compatibility.rank() - 0.5) / len(in_q3)
-    d = pd.Series(normalize(tokens.forward_kl))
-    top, bottom = d[share.index[share >= 2 / 3]], d[share.index[share < 1 / 3]]
-    assert row.before == pytest.approx(
-        (top.mean() - bottom.mean()) / np.sqrt((top.var(ddof=0) + bottom.var(ddof=0)) / 2)
-    )
-
-
-def test_matching_improves_balance_with_enough_positions():
-    tokens = made_tokens(prompts=40, length=60)
-    tokens["compatibility"] = 0.5 * normalize(tokens.student_entropy) + 0.5 * tokens.compatibility
-    pick = dict(split="all", covariate="student_entropy", replacement=True)
-    nearest, caliper = (
-        only_row(quadrant_tables.balance(tokens, by=["compatibility"], caliper=c), **pick)
-        for c in (np.inf, correlation_tables.CALIPER)
-    )
-    assert (
-        abs(caliper.after) < abs(nearest.after) < 0.6 * abs(nearest.before) and nearest.before > 0.3
-    )
-
-
-def test_splits_carry_their_own_prompts(tokens):
-    parts = {split.name: split for split in splits.splits(tokens, draws=3)}
-    assert list(parts) == ["all", "step", "held_out"] and isinstance(
-        parts["step"].prompts, PromptClusters
-    )
-    assert (
-        parts["step"].prompts.count + parts["held_out"].prompts.count
-        == parts["all"].prompts.count
-        == 12
-    )
-    assert (
-        parts["step"].values(tokens, "absent").shape == (parts["step"].mask.sum(),)
-        and np.isnan(parts["step"].values(tokens, "absent")).all()
-    )
-    assert [split.name for split in splits.splits(tokens.assign(split="step"))] == ["all"]
+    assert drawn.prompt_id.nunique() == prompts.count

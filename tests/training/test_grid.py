@@ -203,21 +203,6 @@ def test_verdicts_follow_the_intervals(changes, expected):
     assert table.loc["divergence", "beats"] and table.loc["divergence", "low"] > 0
 
 
-def test_a_wide_interval_or_a_missing_rival_is_inconclusive():
-    noisy = verdict_table(
-        Outcomes(outcome_rows(FIVE | {("entropy", 0.05): 0.5}, noise=1.5), draws=100)
-    ).set_index("rival")
-    assert noisy.loc["entropy", "verdict"] == "inconclusive" and noisy.loc["all", "verdict"] in (
-        "inconclusive",
-        "refuted",
-    )
-    missing = {cell: effect for cell, effect in FIVE.items() if cell[0] != "tip"}
-    table = verdict_table(Outcomes(outcome_rows(missing), draws=100)).set_index("rival")
-    assert table.loc["all", "verdict"] == "inconclusive" and "tip" not in table.index
-    two = verdict_table(Outcomes(outcome_rows(FIVE, seeds=2), draws=100))
-    assert (two["verdict"] == "inconclusive").all()
-
-
 def test_other_budgets_are_named_apart():
     wide = {**FIVE, **{(name, 0.3): effect for (name, _), effect in FIVE.items() if name != "full"}}
     table = verdict_table(Outcomes(outcome_rows(wide), draws=50))
@@ -285,7 +270,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch
     assert set(tables["foreseen"]["answer"]) == set(training_outcomes.FIRST_STEP)
     assert (
         set(tables["outcomes"]["criterion"]) == {"untouched", "full", "random", "teachability"}
-        and (tables["verdicts"]["verdict"] == "inconclusive").all()
+        and (tables["verdicts"]["verdict"] == "not identified").all()
     )
     record = json.loads((tmp_path / "cells/teachability-0.2-seed1.json").read_text())
     assert (
