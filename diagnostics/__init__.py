@@ -46,6 +46,7 @@ _HOMES = {
         "selection_summary",
     ),
     "analysis.rank_agreement": ("agreement",),
+    "analysis.decision": ("decide", "decision_sentence"),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),
     "training.run": ("EngineConfig", "TrainConfig", "train"),

@@ -39,6 +39,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 from typing import Literal, get_args
 
@@ -64,6 +65,16 @@ by position, or at random."""
 Scope = Literal["table", "batch", "context"]
 """What a budget is a share of: the whole table, each training batch, or each response."""
 Seed = int | Sequence[int]
+TIES_FLAG = {
+    "help": "equal scores: by the unclipped score, by position, or at random",
+    "choices": get_args(Ties),
+}
+"""Metadata of a setting `ties`."""
+TRAINING_SCOPE_FLAG = {
+    "help": "a budget of the positions of each batch, or of each response",
+    "choices": ("batch", "context"),
+}
+"""Metadata of a setting `scope` where every selection is made in a batch."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Criterion:
     instead: Mapping[str, str] = field(default_factory=dict)
     """By needed column, the one that is read where a table lacks it."""
 
-    @property
+    @cached_property
     def arguments(self) -> frozenset[str]:
         """Names of the function's arguments."""
         return frozenset(inspect.signature(self.function).parameters)
@@ -402,7 +413,10 @@ def _score(
     read |= {need: other for need, other in (substitute or {}).items() if need in entry.needs}
     require_columns(tokens, read.values(), what=f"Criterion {name!r}")
     _refuse_outcomes(entry, read)
-    declared = pd.DataFrame({need: tokens[column] for need, column in read.items()})
+    if list(read) == list(read.values()):
+        declared = tokens[list(read)]
+    else:
+        declared = pd.DataFrame({need: tokens[column] for need, column in read.items()})
     found = []
     for scale in scales:
         scores = _call(entry, declared, set(tokens.columns), seed=seed, scale=scale)
@@ -585,12 +599,14 @@ class Ranked:
         rows: [M] row numbers, group after group; rows without a score are left out.
         group: [M] number of each row's group.
         block: [M] number of the block of equals that the row belongs to.
+        scored: [M] number of the block of equal scores, before another value orders them.
         sizes: [G] number of positions of each group, with or without a score.
     """
 
     rows: np.ndarray
     group: np.ndarray
     block: np.ndarray
+    scored: np.ndarray
     sizes: np.ndarray
 
     @property
@@ -619,12 +635,22 @@ class Ranked:
 
     def ambiguous(self, chosen: np.ndarray) -> float:
         """Share of the chosen positions [M] that are equal to the best one left in their group."""
+        equal = chosen & self._at_the_cut(chosen, self.block)
+        return float(equal.sum() / chosen.sum()) if chosen.any() else np.nan
+
+    def tied(self, chosen: np.ndarray) -> int:
+        """Number of positions that share a score which the cut divides, given the chosen [M]."""
+        at_cut = self._at_the_cut(chosen, self.scored)
+        divided = np.isin(self.scored, self.scored[at_cut & chosen])
+        return int(np.count_nonzero(at_cut & divided))
+
+    def _at_the_cut(self, chosen: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """bool [M]: positions in the block of the best position that is left in their group."""
         left = np.flatnonzero(~chosen)
         left = left[_places(self.group[left]) == 0]
-        block_of_group = np.full(len(self.sizes), -1)
-        block_of_group[self.group[left]] = self.block[left]
-        equal = chosen & (self.block == block_of_group[self.group])
-        return float(equal.sum() / chosen.sum()) if chosen.any() else np.nan
+        of_group = np.full(len(self.sizes), -1)
+        of_group[self.group[left]] = blocks[left]
+        return blocks == of_group[self.group]
 
 
 def rank(
@@ -658,13 +684,19 @@ def rank(
     order = ranking(tokens, scores, raw, ties=ties, seed=seed)
     codes = _groups(tokens, scope, batch)
     rows = order[np.argsort(codes[order], kind="stable")]
-    keys: list[np.ndarray] = [codes[rows], np.asarray(scores, dtype=np.float64)[rows]]
+    scored = _blocks(codes[rows], np.asarray(scores, dtype=np.float64)[rows])
+    block = scored
     if ties == "raw" and raw is not None:
-        keys.append(_tie_break(raw)[rows])
-    changes = np.zeros(len(rows), dtype=bool)
+        block = _blocks(scored, _tie_break(raw)[rows])
+    return Ranked(rows, codes[rows], block, scored, np.bincount(codes))
+
+
+def _blocks(*keys: np.ndarray) -> np.ndarray:
+    """[M] number of the run of equal keys [M] that each row belongs to."""
+    changes = np.zeros(len(keys[0]), dtype=bool)
     for key in keys:
         changes[1:] |= key[1:] != key[:-1]
-    return Ranked(rows, codes[rows], np.cumsum(changes), np.bincount(codes))
+    return np.cumsum(changes)
 
 
 def ranking(
@@ -784,7 +816,7 @@ def _first_of_contexts(
     return first
 
 
-def quadrants(tokens: pd.DataFrame) -> np.ndarray:
+def quadrants(tokens: pd.DataFrame, *, copies: np.ndarray | None = None) -> np.ndarray:
     """Quadrant of each position in the plane of entropy and divergence.
 
     The plane is split at the medians of N(H) and of N(KL(q||p)) over the whole vocabulary. Q3,
@@ -793,11 +825,12 @@ def quadrants(tokens: pd.DataFrame) -> np.ndarray:
 
     Args:
         tokens: Token table of N rows with `student_entropy` and `forward_kl` in nats.
+        copies: [N] how often each row counts in quantiles and medians; None counts each once.
 
     Returns:
         int [N]: 1 to 4, and 0 where H or KL is undefined.
     """
-    return _quadrants(tokens, Scale())
+    return _quadrants(tokens, Scale(copies=copies))
 
 
 def _quadrants(tokens: pd.DataFrame, scale: Scale) -> np.ndarray:

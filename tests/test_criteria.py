@@ -376,7 +376,8 @@ def test_an_unknown_criterion_lists_the_known():
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^Unknown criterion 'enropy'\. Known are full, random, random_divergent, .*fire; register"
+            r"^Unknown criterion 'enropy'\. Known are full, random, random_divergent, .*fire;"
+            r" register"
             r" another with @diagnostics\.criterion\.$"
         ),
     ):

@@ -12,7 +12,8 @@ positions and step batches,
 with SE_G and SE_F as in `bootstrap`. Cells are paired by prompt and by step batch. Each step batch
 has random selections of its own, so that their spread is within the spread between batches: adding
 it again would count it twice. It is a floor under that spread, which few batches may show too small
-by chance, and it stands alone where there is one batch.
+by chance, and it stands alone where there is one batch. What a prompt and a step batch do together
+is in both parts, so that an interval is too wide where that is most of the spread.
 
 Axes: D draws of a seeded criterion, F step batches (folds), G prompts.
 """

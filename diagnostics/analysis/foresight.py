@@ -22,20 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, permutations
-from math import factorial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_agreement as ranks
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import NO_CELLS, CellEffects
 from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.criterion_labels import group_cells, grouping, permutation_p
 from diagnostics.analysis.decision import overfitted_cells
 from diagnostics.analysis.rank_agreement import CellScores, Tau
 from diagnostics.analysis.training_outcomes import (
@@ -52,11 +50,12 @@ from diagnostics.core.schema import read_parquet, require_columns, validate_toke
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import AMBIGUOUS
 
+<<<<<<< HEAD
 EXACT_GROUPS = 8
 """Labels up to which every exchange is made: 8! = 40,320."""
 EXCHANGES = 10_000
 """Seeded exchanges above that: a p of .05 is then known to within .004."""
-BLOCK = 20_000_000
+BLOCK = 1_000_000
 """Number of elements of a [exchanges, pairs] block that is held in memory at a time."""
 ALIKE = 0.95
 """Spearman correlation of two criteria's scores from which they are near-duplicates."""
@@ -66,6 +65,8 @@ FAMILIES = (
     ("divergence", "jsd", "hellinger"),
 )
 """Near-duplicates where there is no token table to compare scores in."""
+=======
+>>>>>>> criteria
 NO_DRAWS = "the outcomes of single prompts are not kept, from which an interval is made"
 SIGN_MEASURES = ("reverse_kl", "forward_kl")
 """Divergences that both an intervention and a training measure."""
@@ -286,14 +287,6 @@ def _agreement_rows(
             }
 
 
-def group_cells(cells: Iterable[Cell], groups: Mapping[str, str]) -> dict[Cell, list[Cell]]:
-    """Members of each (group, budget); a criterion without a group is its own."""
-    found: dict[Cell, list[Cell]] = {}
-    for criterion, budget in cells:
-        found.setdefault((groups.get(criterion, criterion), budget), []).append((criterion, budget))
-    return found
-
-
 def _grouped(
     sides: Mapping[str, Values], members: Mapping[Cell, Sequence[Cell]], seed: int
 ) -> list[CellScores]:
@@ -347,6 +340,7 @@ def _tau(
     return replace(tau, without_step=np.array(each))
 
 
+<<<<<<< HEAD
 # Permutation over criteria
 
 
@@ -380,19 +374,21 @@ def permutation_p(
     # Where labels move, pairs of cells are pairs of budgets: any two distinct cells of two budgets
     # that are compared.
     chosen = np.tile(together, (len(labels), len(labels)))
-    np.fill_diagonal(chosen, False)
-    return _share_as_far(x_GB, y_GB, np.flatnonzero(chosen.reshape(-1)), seed)
+    # Each pair once.
+    return _share_as_far(x_GB, y_GB, np.flatnonzero(np.triu(chosen, 1).reshape(-1)), seed)
 
 
 def _share_as_far(x_GB: np.ndarray, y_GB: np.ndarray, chosen: np.ndarray, seed: int) -> float:
     x_signs, x_known = (part.reshape(-1)[chosen] for part in _signs(x_GB))
-    y_signs, y_known = _signs(y_GB)
+    y_signs, y_known = (part.reshape(-1) for part in _signs(y_GB))
     first, second = np.divmod(chosen, y_GB.size)
 
     def taus(orders: np.ndarray) -> np.ndarray:
         at = orders[:, :, None] * y_GB.shape[1] + np.arange(y_GB.shape[1])
-        at = at.reshape(len(orders), -1)
-        signs, known = (part[at[:, first], at[:, second]] for part in (y_signs, y_known))
+        at = at.reshape(len(orders), -1).astype(np.int32)
+        pairs = at[:, first] * np.int32(y_GB.size) + at[:, second]
+        signs = y_signs.take(pairs)
+        known = np.ones_like(signs) if y_known.all() else y_known.take(pairs)
         untied_x = known @ np.abs(x_signs)
         untied_y = np.abs(signs) @ x_known
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -474,6 +470,8 @@ def _alike(names: Sequence[str], tokens: pd.DataFrame | None) -> Iterator[tuple[
             yield one, other
 
 
+=======
+>>>>>>> criteria
 # Signs
 
 
@@ -670,7 +668,9 @@ def offline_run(
     if effects is not None:
         answers |= dict(_intervened(effects, wanted))
     names = [criterion for criterion, _ in wanted]
-    return OfflineRun(answers, effects, grouping(names, tokens), _ambiguous(effects, wanted))
+    return OfflineRun(
+        answers, effects, grouping(names, tokens), _ambiguous(tokens, effects, wanted)
+    )
 
 
 def _captured(
@@ -682,7 +682,7 @@ def _captured(
         columns=["criterion", "budget"],
     )
     if len(frame):
-        for answer in ranks.offline_values(tokens, None, frame, bootstrap=bootstrap):
+        for answer in ranks.offline_values(tokens, frame, bootstrap=bootstrap):
             yield answer.name, dict(_values_by_cell(answer, frame))
 
 
@@ -695,6 +695,7 @@ def _values_by_cell(answer: CellScores, cells: pd.DataFrame) -> Iterator[tuple[C
                     float(answer.value_C[c] / answer.unit),
                     answer.draws_DC[:, c] / answer.unit,
                     answer.prompts,
+                    None if answer.without_FC is None else answer.without_FC[:, c] / answer.unit,
                 ),
             )
 
@@ -714,17 +715,20 @@ def _intervened(
             yield intervention_answer(measure, horizon), found
 
 
-def _ambiguous(effects: CellEffects | None, cells: Iterable[Cell]) -> frozenset[Cell]:
-    """Cells that ties decide at some horizon of the interventions."""
-    if effects is None:
-        return frozenset()
-    wanted = set(cells)
-    return frozenset(
-        (criterion, budget)
-        for criterion, budget, horizon in effects.cells
-        if (criterion, budget) in wanted
-        and effects.fact((criterion, budget, horizon), "ambiguous") > AMBIGUOUS
-    )
+def _ambiguous(
+    tokens: pd.DataFrame, effects: CellEffects | None, cells: Sequence[Cell]
+) -> frozenset[Cell]:
+    """Cells that ties decide: at some horizon of the interventions, or in the token table."""
+    shares: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    for criterion, budget, horizon in effects.cells if effects is not None else ():
+        if (criterion, budget) in shares:
+            share = effects.fact((criterion, budget, horizon), "ambiguous")
+            shares[criterion, budget].append(share)
+    scorable = registry.available(tokens)
+    for (criterion, budget), known in shares.items():
+        if not np.isfinite(known).any() and registry.find(criterion).name in scorable:
+            known.append(registry.ambiguous_share(tokens, criterion, budget=budget))
+    return frozenset(cell for cell, known in shares.items() if np.any(np.array(known) > AMBIGUOUS))
 
 
 # All tables

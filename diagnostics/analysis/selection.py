@@ -10,19 +10,21 @@ For a criterion c, a budget rho and N positions, with the ceil(rho N) best posit
                          0 for random, 1 for the oracle
     jaccard(c, c')     = |selected by both| / |selected by either|
 
-The oracle ranks by the outcome itself. Where gains are negative too, its share exceeds 1 before rho
-does. A share of a total that is not positive means nothing: it is NaN, and a warning says so. (The
-total cancels in the area, which is defined wherever the outcome varies.)
+The oracle ranks by the outcome itself, an undefined one as 0. Where gains are negative too, its
+share exceeds 1 before rho does. A share of a total that is not positive means nothing: it is NaN,
+and a warning says so. (The total cancels in the area, which is defined wherever the outcome
+varies.)
 
-Scores are normalized over the whole table; budgets are shares of the positions of a split, and a
-selection is made among them. A position whose outcome is undefined can be selected and then
-captures nothing; one whose score is undefined is never selected. `lift` belongs to the step
-positions and is shown for them alone.
+Scores are normalized over the whole table; budgets are shares of the positions of a population (or
+of each of its training batches or responses, see `Rules`), and a selection is made among them. A
+position whose outcome is undefined can be selected and then captures nothing; one whose score is
+undefined is never selected. `lift` belongs to the step positions and is shown for them alone.
 
-Masks are fixed by the scores, so the bootstrap only reweights sums per prompt (see `bootstrap`):
-all draws together cost one matrix product. The gain is that of a step on all positions. The effect
-of a step on the selected positions alone is measured by `probing.intervention`, and
-`rank_agreement` compares the two answers.
+Selections are made anew in every draw of prompts (`selection_draws`): a cut that is made once has
+intervals that are too short. Step batches enter as in every table (`step_batches`). Cells of which
+ties decide more than `criteria.AMBIGUOUS` say so in the column `ambiguous`, and are never `best`.
+The gain is that of a step on all positions. The effect of a step on the selected positions alone is
+measured by `probing.intervention`, and `rank_agreement` compares the two answers.
 
 Reference: captured share over budget is the concentration (Lorenz) curve of the outcome along a
 score; the normalized area is the ratio known from uplift curves as the Qini coefficient.
@@ -31,32 +33,43 @@ score; the normalized area is the ratio known from uplift curves as the Qini coe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters, of_sums, positive_ratio
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, positive_ratio
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Variable
-from diagnostics.analysis.splits import row, scores, splits
+from diagnostics.analysis.selection_draws import (
+    RANDOM_SELECTIONS,
+    SELECTION_DRAWS,
+    Candidates,
+    Rules,
+    Sums,
+    selection_sums,
+)
+from diagnostics.analysis.splits import Split, row, scores, splits
+from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
+from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
 log = logging.getLogger("diagnostics")
-CAPTURED_OUTCOMES = ("gain", "relative_gain", "positive_gain")
+CAPTURED_OUTCOMES = ("context_gain", "gain", "relative_gain", "positive_gain")
 ALL_OUTCOMES = (*CAPTURED_OUTCOMES, "first_order_gain", "lift")
 CURVE_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 ENRICHMENT_BUDGETS = (0.01, 0.05, 0.1, 0.3)
-RANDOM_SELECTIONS = 200
-"""Number of random selections whose captured shares make the band of `random`."""
+COMPARED_COLUMNS = ("prompt_id", "context_id", "position")
+BY_TABLE = Rules()
+"""One budget for the whole table; ties by the unclipped score."""
 TOKEN_TYPES = ("word", "number", "punctuation", "special")
 
 
@@ -67,6 +80,9 @@ class ComparisonConfig:
     Attributes:
         criteria: Criteria to compare; none means all that the columns allow.
         budgets: Shares of positions, in (0, 1].
+        ties: How positions of equal score are ordered.
+        scope: What a budget is a share of.
+        batch: Responses of a training batch, for the scope `batch`.
     """
 
     criteria: tuple[str, ...] = field(
@@ -75,212 +91,178 @@ class ComparisonConfig:
     budgets: tuple[float, ...] = field(
         default=CURVE_BUDGETS, metadata={"help": "shares of positions"}
     )
-
-
-@dataclass(frozen=True)
-class BudgetSelection:
-    """The selection of a ranking of n positions at each budget.
-
-    Attributes:
-        first: [n] index of the smallest budget that selects the position; the number of budgets
-            where none does.
-        height: [n] share of all budgets that select the position: (n - rank + 1/2) / n with rank
-            from 1, 0 where none does.
-        selected: [budgets] number of selected positions; below the budget where too few scores are
-            defined.
-        tied: [budgets] positions that share the last selected score where the cut separates them,
-            else 0.
-    """
-
-    first: np.ndarray
-    height: np.ndarray
-    selected: np.ndarray
-    tied: np.ndarray
-
-
-def select_at_budgets(
-    positions: pd.DataFrame, score: np.ndarray, budgets: Sequence[float]
-) -> BudgetSelection:
-    """Select by one score at several budgets; ties are broken as in `criteria.select`.
-
-    Args:
-        positions: n rows with the column `position`.
-        score: [n] scores, higher is selected, NaN is never selected.
-        budgets: Ascending shares of the n positions.
-
-    Returns:
-        The selections.
-    """
-    count = len(positions)
-    wanted = np.array([registry.budget_count(count, budget) for budget in budgets])
-    order = registry.ranking(positions, score)
-    first = np.full(count, len(wanted))
-    height = np.zeros(count)
-    first[order] = np.searchsorted(wanted, np.arange(len(order)), side="right")
-    height[order] = (count - np.arange(len(order)) - 0.5) / count
-    selected = np.minimum(wanted, len(order))
-    return BudgetSelection(first, height, selected, _tied(np.asarray(score)[order], selected))
-
-
-def _tied(ranked: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """How many of the scores, best first, equal the last selected one where the next one equals it
-    too.
-    """
-    cut = [k for k in selected if 0 < k < len(ranked) and ranked[k - 1] == ranked[k]]
-    ties = {k: int(np.count_nonzero(ranked == ranked[k - 1])) for k in cut}
-    return np.array([ties.get(k, 0) for k in selected])
-
-
-@dataclass(frozen=True)
-class SplitSelections:
-    """One split of a table with its outcomes and the selections of each criterion.
-
-    Attributes:
-        name: `all`, `step` or `held_out`.
-        prompts: The prompts of the n positions, with their draws.
-        positions: n rows with the column `position`.
-        budgets: Ascending shares of the n positions.
-        values: Outcomes [n] by name, NaN where undefined.
-        scored: Scores [n] by criterion.
-    """
-
-    name: str
-    prompts: PromptClusters
-    positions: pd.DataFrame
-    budgets: tuple[float, ...]
-    values: dict[str, np.ndarray]
-    scored: dict[str, np.ndarray]
-
-    @cached_property
-    def choices(self) -> dict[str, BudgetSelection]:
-        """The selections by criterion."""
-        return {
-            name: select_at_budgets(self.positions, score, self.budgets)
-            for name, score in self.scored.items()
-        }
-
-    @cached_property
-    def oracles(self) -> dict[str, BudgetSelection]:
-        """By outcome, the selections of a ranking by the outcome itself, undefined ones last."""
-        lowest = np.finfo(np.float64).min
-        return {
-            name: select_at_budgets(self.positions, np.nan_to_num(values, nan=lowest), self.budgets)
-            for name, values in self.values.items()
-        }
-
-    def random_bands(self, level: float) -> dict[str, np.ndarray]:
-        """By outcome, quantiles [2, budgets] of the share that random selections capture."""
-        # A stream of its own, so that the band does not depend on the draws of prompts.
-        generator = np.random.default_rng([self.prompts.seed, 1])
-        last = (
-            np.array(
-                [registry.budget_count(len(self.positions), budget) for budget in self.budgets]
-            )
-            - 1
-        )
-        values = np.nan_to_num(np.stack(list(self.values.values())))
-        orders = (generator.permutation(values.shape[1]) for _ in range(RANDOM_SELECTIONS))
-        sums = np.stack(
-            [np.take(values, order, axis=1).cumsum(axis=1)[:, last] for order in orders]
-        )
-        shares = positive_ratio(sums, values.sum(axis=1)[:, None])
-        return dict(
-            zip(
-                self.values,
-                np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], axis=0).swapaxes(0, 1),
-                strict=True,
-            )
-        )
-
-    def inside(self, choice: BudgetSelection, values: np.ndarray) -> np.ndarray:
-        """Sums [prompts, budgets] of values [n] over the selected positions; an undefined value
-        adds nothing.
-        """
-        return _sums_within_budgets(self.prompts, choice.first, values, len(self.budgets))
-
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """Sums [prompts, 1] of values [n] over all positions of the split."""
-        return self.prompts.sums(np.nan_to_num(values))
-
-    def shares(self, choice: BudgetSelection, outcome: str) -> list[Estimate]:
-        """Captured share of the outcome at each budget."""
-        return self.ratios(
-            self.inside(choice, self.values[outcome]), self.total(self.values[outcome])
-        )
-
-    def enrichments(self, choice: BudgetSelection, outcome: str) -> list[Estimate]:
-        """Captured share over the share of positions selected, at each budget."""
-        values = self.values[outcome]
-        ones = np.ones(len(self.positions))
-        over = np.hstack([self.inside(choice, values), self.inside(choice, ones)])
-        return self.estimates(_enrichment, over, self.total(values), self.total(ones))
-
-    def area(self, choice: BudgetSelection, outcome: str) -> Estimate:
-        """Normalized area of the criterion's curve."""
-        heights = np.stack([choice.height, self.oracles[outcome].height]) - 0.5
-        values = np.nan_to_num(self.values[outcome])
-        return self.ratios(*(self.prompts.sums(values * height) for height in heights))[0]
-
-    def means(self, choice: BudgetSelection, values: np.ndarray) -> list[Estimate]:
-        """Mean of values [n] over the selected positions where it is defined, at each budget."""
-        defined = np.isfinite(values).astype(np.float64)
-        return self.estimates(
-            _ratio_of_halves, self.inside(choice, values), self.inside(choice, defined)
-        )
-
-    def mean(self, values: np.ndarray) -> Estimate:
-        """Mean of values [n] over all positions where it is defined."""
-        return self.estimates(
-            _ratio_of_halves, self.total(values), self.total(np.isfinite(values).astype(np.float64))
-        )[0]
-
-    def ratios(self, over: np.ndarray, under: np.ndarray) -> list[Estimate]:
-        """Sums over sums, per column of `over`; NaN where the lower sum is not positive."""
-        width = over.shape[1]
-        return self.estimates(
-            lambda sums: positive_ratio(sums[..., :width], sums[..., width:]), over, under
-        )
-
-    def estimates(self, function: Callable, *sums: np.ndarray) -> list[Estimate]:
-        """Estimates of a function of per-prompt sums [prompts, columns]."""
-        return of_sums(
-            function, np.hstack(sums), self.prompts, np.ones(len(self.positions), dtype=bool)
-        )
-
-
-def _sums_within_budgets(
-    prompts: PromptClusters, first: np.ndarray, values: np.ndarray, budgets: int
-) -> np.ndarray:
-    cells = prompts.codes * (budgets + 1) + first
-    sums = np.bincount(
-        cells, weights=np.nan_to_num(values), minlength=prompts.count * (budgets + 1)
+    ties: str = field(default=Rules.ties, metadata=TIES_FLAG)
+    scope: str = field(
+        default=Rules.scope,
+        metadata={
+            "help": "a budget of the whole table, of each training batch or of each response",
+            "choices": get_args(Scope),
+        },
     )
-    return sums.reshape(prompts.count, budgets + 1)[:, :budgets].cumsum(axis=1)
+    batch: int = field(
+        default=BATCH_CONTEXTS, metadata={"help": "responses of a batch, for --scope batch"}
+    )
+
+    @property
+    def rules(self) -> Rules:
+        """Ties and scope."""
+        return Rules(cast(Ties, self.ties), cast(Scope, self.scope), self.batch)
 
 
-def _ratio_of_halves(sums: np.ndarray) -> np.ndarray:
-    return positive_ratio(*np.split(sums, 2, axis=-1))
+# Populations
 
 
-def _enrichment(sums: np.ndarray) -> np.ndarray:
-    inside = sums[..., :-2]
-    total = sums[..., -2:-1]
-    count = sums[..., -1:]
-    captured, selected = np.split(inside, 2, axis=-1)
-    return positive_ratio(positive_ratio(captured, total), selected / count)
+@dataclass(frozen=True)
+class Population:
+    """The positions of one or more populations of a table, and the selections among them.
+
+    The two populations of a fold table have the same positions and selections, and outcomes of
+    their own.
+
+    Attributes:
+        tokens: The token table of N rows.
+        splits: The populations; all have the same mask.
+        candidates: The positions with criteria and budgets.
+        outcomes: [n] outcomes by population and name, NaN where undefined.
+    """
+
+    tokens: pd.DataFrame
+    splits: tuple[Split, ...]
+    candidates: Candidates
+    outcomes: dict[tuple[str, str], np.ndarray]
+
+    @property
+    def count(self) -> int:
+        """Number of positions."""
+        return len(self.candidates.groups)
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """[B, n] chance of each position in a random selection of each budget."""
+        sizes = np.bincount(self.candidates.groups)
+        counts = [
+            [registry.budget_count(int(size), budget) for size in sizes]
+            for budget in self.candidates.budgets
+        ]
+        return (np.array(counts) / sizes)[:, self.candidates.groups]
+
+    def values(self, copies: np.ndarray | None = None) -> np.ndarray:
+        """[n, 1 + outcomes] a column of ones, then the outcomes with 0 where undefined."""
+        columns = [np.ones(self.count), *map(np.nan_to_num, self.outcomes.values())]
+        return np.stack(columns, axis=1)
+
+    def sums(self) -> Sums:
+        """Sums of the outcomes over every selection, in every draw."""
+        places = range(1, 1 + len(self.outcomes))
+        draws = min(self.candidates.prompts.draws, SELECTION_DRAWS)
+        return selection_sums(self.candidates, self.values, draws=draws, oracles=places)
+
+    def estimates(self) -> dict[tuple, Estimate]:
+        """Shares and enrichments by (statistic, population, outcome, criterion, budget); areas have
+        no budget.
+        """
+        sums = self.sums()
+        found: dict[tuple, Estimate] = {}
+        for place, ((split, outcome), values) in enumerate(self.outcomes.items(), 1):
+            defined = int(np.isfinite(values).sum())
+            statistics = _of_outcome(sums, place, self.count)
+            for c, name in enumerate(self.candidates.names):
+                for statistic, array in statistics.items():
+                    key = (statistic, split, outcome, name)
+                    if statistic == "area":
+                        found[key] = self.estimate(array[:, c], defined)
+                        continue
+                    for b, budget in enumerate(self.candidates.budgets):
+                        found[(*key, budget)] = self.estimate(array[:, c, b], defined)
+        return found
+
+    def estimate(self, passes: np.ndarray, positions: int) -> Estimate:
+        """An estimate from its value in every pass [P], the first of which is the rows as they
+        are.
+        """
+        return Estimate(float(passes[0]), passes[1:], positions, self.candidates.prompts.count)
+
+    def oracle_shares(self, values: np.ndarray) -> np.ndarray:
+        """[B] share of an outcome [n] that ranking by itself captures."""
+        held = np.nan_to_num(values)
+        ranked = self.candidates.ranked(held, ties="position")
+        kept = self.candidates.inside(ranked)[:-1]
+        return positive_ratio(kept @ held, held.sum())
+
+    def random_bands(self, level: float) -> dict[tuple[str, str], np.ndarray]:
+        """By outcome, quantiles [2, B] of the share that random selections capture."""
+        # A stream of its own, so that the band does not depend on the draws of prompts.
+        generator = np.random.default_rng([self.candidates.prompts.seed, 1])
+        held = self.values()[:, 1:]
+        sums = [
+            self.candidates.inside(
+                self.candidates.ranked(generator.random(self.count), ties="position")
+            )[:-1]
+            @ held
+            for _ in range(RANDOM_SELECTIONS)
+        ]
+        shares = positive_ratio(np.array(sums), held.sum(axis=0))
+        ends = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return {key: ends[..., i] for i, key in enumerate(self.outcomes)}
 
 
-@with_settings(bootstrap=Bootstrap)
-def split_selections(
+def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]:
+    """Shares and enrichments [P, C, B] and areas [P, C] of one outcome."""
+    total, rows = sums.total[:, None, None, place], sums.total[:, None, None, 0]
+    share = positive_ratio(sums.inside[:, :, :-1, place], total)
+    enrichment = positive_ratio(share, sums.inside[:, :, :-1, 0] / rows)
+    middle = sums.total[:, place] / 2
+    area = positive_ratio(
+        sums.inside[:, :, -1, place] - middle[:, None],
+        (sums.oracle[:, -1, place] - middle)[:, None],
+    )
+    return {"share": share, "enrichment": enrichment, "area": area}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a criterion selects at one budget; of a random criterion the mean over its rankings.
+
+    Attributes:
+        selected: Positions; fewer than the budget where too few scores are defined.
+        tied: Positions that share the score at the cut, where it divides them; else 0.
+        ambiguous: Share of the selection that equals the best position left out.
+    """
+
+    selected: float
+    tied: float
+    ambiguous: float
+
+
+def cells(candidates: Candidates) -> dict[tuple[str, float], Cell]:
+    """What each criterion selects at each budget."""
+    found = {}
+    for name, rankings in candidates.rankings.items():
+        for budget in candidates.budgets:
+            chosen = [(ranked, ranked.best(ranked.counts(budget))) for ranked in rankings]
+            found[name, budget] = Cell(
+                *(
+                    float(np.mean(each))
+                    for each in (
+                        [mask.sum() for _, mask in chosen],
+                        [ranked.tied(mask) for ranked, mask in chosen],
+                        [ranked.ambiguous(mask) for ranked, mask in chosen],
+                    )
+                )
+            )
+    return found
+
+
+def populations(
     tokens: pd.DataFrame,
     *,
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
+    rules: Rules = BY_TABLE,
     bootstrap: Bootstrap = Bootstrap(),
-    **settings: Any,
-) -> Iterator[SplitSelections]:
-    """The table's splits, each with its selections.
+) -> list[Population]:
+    """The table's populations with what criteria select among them, the primary one first.
 
     `random` and `full` are left out: their curves follow from the budget alone.
 
@@ -289,78 +271,68 @@ def split_selections(
         criteria: Names or aliases; None takes all that the table's columns allow.
         outcomes: Outcome columns, or `positive_gain` = max(gain, 0); those that the table lacks are
             left out.
-        budgets: Shares of the split's positions, in (0, 1].
-        bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
-        settings: Fields of `bootstrap`.
+        budgets: Shares of positions, in (0, 1].
+        rules: Ties and scope.
+        bootstrap: How the intervals are made.
 
-    Yields:
-        One object per split.
+    Returns:
+        One object per set of positions.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
             column, or a budget is outside (0, 1].
     """
-    outcomes = _require_outcomes(tokens, outcomes)
-    require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
-    budgets = tuple(sorted(set(budgets)))
-    scored = _scored(tokens, criteria, bootstrap.seed)
+    wanted = _require_outcomes(tokens, outcomes)
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
+    found: list[Population] = []
     for split in splits(tokens, bootstrap=bootstrap):
-        values = {name: outcome_values(tokens, name)[split.mask] for name in outcomes}
-        values = {
-            name: v
-            for name, v in values.items()
-            if np.isfinite(v).any() and (name != "lift" or split.name == "step")
+        own = {
+            (split.name, name): values
+            for name in wanted
+            if (name != "lift" or split.name in ("step", "all"))
+            and np.isfinite(values := outcome_of(tokens, name, split)).any()
         }
-        here = {name: score[split.mask] for name, score in scored.items()}
-        yield SplitSelections(
-            split.name,
-            split.prompts,
-            tokens.loc[split.mask, ["position"]].reset_index(drop=True),
-            budgets,
-            values,
-            here,
+        if found and np.array_equal(found[-1].candidates.mask, split.mask):
+            found[-1] = replace(
+                found[-1], splits=(*found[-1].splits, split), outcomes=found[-1].outcomes | own
+            )
+            continue
+        chosen = candidates(
+            tokens, split.mask, split.prompts, criteria, budgets, rules, bootstrap.seed
         )
+        found.append(Population(tokens, (split,), chosen, own))
+    return found
 
 
-def table_selections(
+def candidates(
+    tokens: pd.DataFrame,
+    mask: np.ndarray,
+    prompts: PromptClusters,
+    criteria: Iterable[str] | None,
+    budgets: Iterable[float],
+    rules: Rules,
+    seed: int,
+) -> Candidates:
+    """The positions under a mask [N] with criteria, without `full` and `random`."""
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
+    names = list(criteria or []) or registry.available(tokens)
+    compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
+    return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
+
+
+def whole_table(
     tokens: pd.DataFrame,
     criteria: Iterable[str] | None,
     budgets: Iterable[float],
     *,
-    bootstrap: Bootstrap,
-) -> SplitSelections:
-    """The whole table with its selections; no outcome is needed.
-
-    Args:
-        tokens: A token table.
-        criteria: Names or aliases; None takes all that the table's columns allow.
-        budgets: Shares of the table's positions.
-        bootstrap: How the intervals are made.
-
-    Returns:
-        The selections on the split `all`.
-    """
-    require_columns(tokens, ("prompt_id", "context_id", "position"), what="The comparison")
+    rules: Rules = BY_TABLE,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Candidates:
+    """All positions of a table with criteria and budgets; no outcome is needed."""
+    require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
     prompts = PromptClusters(tokens["prompt_id"].to_numpy(), bootstrap=bootstrap)
-    positions = tokens[["position"]].reset_index(drop=True)
-    return SplitSelections(
-        "all",
-        prompts,
-        positions,
-        tuple(sorted(set(budgets))),
-        {},
-        _scored(tokens, criteria, bootstrap.seed),
-    )
-
-
-def _scored(
-    tokens: pd.DataFrame, criteria: Iterable[str] | None, seed: int
-) -> dict[str, np.ndarray]:
-    return {
-        name: score
-        for name, score in scores(tokens, criteria or None, seed=seed).items()
-        if not is_baseline(name)
-    }
+    everywhere = np.ones(len(tokens), dtype=bool)
+    return candidates(tokens, everywhere, prompts, criteria, budgets, rules, bootstrap.seed)
 
 
 def is_baseline(name: str) -> bool:
@@ -374,6 +346,16 @@ def outcome_values(tokens: pd.DataFrame, name: str) -> np.ndarray:
     values = tokens["gain" if name == "positive_gain" else name].to_numpy(dtype=np.float64)
     values = np.where(np.isfinite(values), values, np.nan)
     return np.maximum(values, 0.0) if name == "positive_gain" else values
+
+
+def outcome_of(tokens: pd.DataFrame, name: str, split: Split) -> np.ndarray:
+    """An outcome on a population [n], as `outcome_values`."""
+    if name == "positive_gain":
+        return np.maximum(split.values(tokens, "gain"), 0.0)
+    # A lift is of the step positions, with or without folds.
+    return (
+        outcome_values(tokens, name)[split.mask] if name == "lift" else split.values(tokens, name)
+    )
 
 
 def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str]:
@@ -391,6 +373,18 @@ def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str
     return present
 
 
+def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tuple, Estimate]:
+    """Shares, enrichments and areas of every population, with prompts' and steps' parts."""
+
+    def make(table: pd.DataFrame, how: Bootstrap) -> dict[tuple, Estimate]:
+        found: dict[tuple, Estimate] = {}
+        for part in populations(table, bootstrap=how, **options):
+            found |= part.estimates()
+        return found
+
+    return over_steps(make, tokens, bootstrap)
+
+
 # Curves
 
 
@@ -401,6 +395,9 @@ def selection_curves(
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: int = BATCH_CONTEXTS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
@@ -415,17 +412,23 @@ def selection_curves(
         criteria: Names or aliases; None takes all that the table's columns allow.
         outcomes: Outcome columns, or `positive_gain` = max(gain, 0); those that the table lacks are
             left out.
-        budgets: Shares of the split's positions, in (0, 1].
+        budgets: Shares of the population's positions, in (0, 1].
+        ties: How equal scores are ordered, as in `criteria.select`. With `random` a share is the
+            expectation over their order.
+        scope: What a budget is a share of, as in `criteria.select`.
+        batch: Responses of a batch, for the scope `batch`.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
     Returns:
         Columns outcome, criterion, split, budget, selected (positions), tied (positions with the
-        score at the cut, where their place decided between them), captured_share, low, high, random
-        (the share that a random selection captures on average: the budget itself), random_low,
-        random_high (the interval that holds `level` of random selections), oracle, positions,
-        prompts. The rows of `random` have that interval in low and high; all others have a
-        bootstrap interval over prompts.
+        score at the cut, where it divides them), ambiguous (share of the selection that only its
+        order among equals decided), captured_share, low, high, spread (standard deviation over
+        random ties, or over the draws of a random criterion; 0 where nothing is random), random
+        (the share that a random selection captures on average), random_low, random_high (the
+        interval that holds `level` of random selections), oracle, positions, prompts, steps. The
+        rows of `random` have that interval in low and high; all others have an interval over
+        prompts and step batches, with the selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
@@ -434,20 +437,46 @@ def selection_curves(
     Reference:
         Concentration (Lorenz) curves.
     """
-    rows = []
-    for part in split_selections(
-        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, bootstrap=bootstrap
-    ):
-        bands = part.random_bands(bootstrap.level) if part.values else {}
-        for outcome, values in part.values.items():
-            _warn_unless_positive(values, outcome, part.name)
-            frame = _shared_columns(part, outcome, bands[outcome])
-            rows += _random_rows(frame)
-            for name, choice in part.choices.items():
-                ends = _captured_columns(part.shares(choice, outcome), bootstrap.level)
-                own = {"criterion": name, "selected": choice.selected, "tied": choice.tied, **ends}
-                rows += _long_rows(frame, own)
-    return pd.DataFrame(rows, columns=_CURVE_COLUMNS)
+    options = _options(criteria, outcomes, budgets, Rules(ties, scope, batch))
+    estimates = _estimates(tokens, bootstrap, **options)
+    return _curves(populations(tokens, bootstrap=bootstrap, **options), estimates, bootstrap.level)
+
+
+def _options(criteria, outcomes, budgets, rules: Rules) -> dict:
+    return {
+        "criteria": None if criteria is None else tuple(criteria),
+        "outcomes": tuple(outcomes),
+        "budgets": tuple(budgets),
+        "rules": rules,
+    }
+
+
+def _curves(
+    parts: list[Population],
+    estimates: dict[tuple, Estimate],
+    level: float,
+    budgets: Iterable[float] | None = None,
+) -> pd.DataFrame:
+    rows: list[dict] = []
+    for part in parts:
+        found, bands = cells(part.candidates), part.random_bands(level)
+        for (split, outcome), values in part.outcomes.items():
+            _warn_unless_positive(values, outcome, split)
+            frame = _shared_columns(part, values, bands[split, outcome])
+            key = {"outcome": outcome, "split": split}
+            rows += [key | each for each in _random_rows(part, frame)]
+            held = np.nan_to_num(values)[:, None]
+            for name in part.candidates.names:
+                spread = part.candidates.spread(name, held)[:, 0]
+                spread = positive_ratio(spread, held.sum())
+                for b, budget in enumerate(part.candidates.budgets):
+                    share = estimates["share", split, outcome, name, budget]
+                    shown = row(share, level, named="captured_share")
+                    own = {"criterion": name, "spread": spread[b], **vars(found[name, budget])}
+                    rows.append(key | frame[b] | own | shown)
+    table = pd.DataFrame(rows, columns=_CURVE_COLUMNS)
+    wanted = table["budget"].isin(list(budgets)) if budgets is not None else slice(None)
+    return table[wanted].reset_index(drop=True)
 
 
 _CURVE_COLUMNS = [
@@ -457,15 +486,18 @@ _CURVE_COLUMNS = [
     "budget",
     "selected",
     "tied",
+    "ambiguous",
     "captured_share",
     "low",
     "high",
+    "spread",
     "random",
     "random_low",
     "random_high",
     "oracle",
     "positions",
     "prompts",
+    "steps",
 ]
 
 
@@ -480,47 +512,38 @@ def _warn_unless_positive(values: np.ndarray, outcome: str, split: str) -> None:
         )
 
 
-def _shared_columns(part: SplitSelections, outcome: str, band: np.ndarray) -> dict:
-    """Columns that all rows of an outcome share: budgets, random's band and the oracle."""
-    counts = np.array(
-        [registry.budget_count(len(part.positions), budget) for budget in part.budgets]
-    )
-    return {
-        "outcome": outcome,
-        "split": part.name,
-        "budget": part.budgets,
-        "counts": counts,
-        "random": counts / len(part.positions),
+def _shared_columns(part: Population, values: np.ndarray, band: np.ndarray) -> list[dict]:
+    """What all rows of an outcome share, by budget: random's expectation and band, the oracle."""
+    held = np.nan_to_num(values)
+    if part.candidates.rules.scope == "table":
+        random = part.expected[:, 0]
+    else:
+        random = positive_ratio(part.expected @ held, held.sum())
+    columns = {
+        "budget": part.candidates.budgets,
+        "random": random,
         "random_low": band[0],
         "random_high": band[1],
-        "oracle": [share.value for share in part.shares(part.oracles[outcome], outcome)],
-        "positions": int(np.isfinite(part.values[outcome]).sum()),
-        "prompts": part.prompts.count,
+        "oracle": part.oracle_shares(values),
     }
+    return pd.DataFrame(columns).to_dict("records")
 
 
-def _random_rows(frame: dict) -> list[dict]:
-    own = {
-        "criterion": "random",
-        "selected": frame["counts"],
-        "tied": np.zeros(len(frame["counts"]), dtype=int),
-        "captured_share": frame["random"],
-        "low": frame["random_low"],
-        "high": frame["random_high"],
-    }
-    return _long_rows(frame, own)
-
-
-def _captured_columns(estimates: list[Estimate], level: float) -> dict:
-    low, high = zip(*(estimate.interval(level) for estimate in estimates), strict=True)
-    return {"captured_share": [estimate.value for estimate in estimates], "low": low, "high": high}
-
-
-def _long_rows(*columns: dict) -> list[dict]:
-    """Rows of a table from columns; scalars are repeated."""
-    return pd.DataFrame(
-        {name: values for part in columns for name, values in part.items()}
-    ).to_dict("records")
+def _random_rows(part: Population, frame: list[dict]) -> Iterator[dict]:
+    for shared, chance in zip(frame, part.expected, strict=True):
+        yield shared | {
+            "criterion": "random",
+            "selected": round(float(chance.sum()), 6),
+            "tied": 0.0,
+            "ambiguous": 0.0,
+            "captured_share": shared["random"],
+            "low": shared["random_low"],
+            "high": shared["random_high"],
+            "spread": np.nan,
+            "positions": part.count,
+            "prompts": part.candidates.prompts.count,
+            "steps": 1,
+        }
 
 
 @with_settings(bootstrap=Bootstrap)
@@ -530,6 +553,9 @@ def selection_summary(
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: int = BATCH_CONTEXTS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
@@ -540,16 +566,20 @@ def selection_summary(
         criteria: Names or aliases; None takes all that the table's columns allow.
         outcomes: Outcome columns, or `positive_gain` = max(gain, 0); those that the table lacks are
             left out.
-        budgets: Shares of the split's positions, in (0, 1].
+        budgets: Shares of the population's positions, in (0, 1].
+        ties: How equal scores are ordered, as in `criteria.select`.
+        scope: What a budget is a share of, as in `criteria.select`.
+        batch: Responses of a batch, for the scope `batch`.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
     Returns:
         Columns outcome, criterion, split, statistic (area, enrichment), budget (NaN for area),
-        estimate, low, high, baseline (the value of random and full: area 0, enrichment 1), best
-        (the criterion with the largest estimate), behind_best, behind_best_low, behind_best_high
-        (paired difference to it; where the interval includes 0 the two cannot be told apart),
-        positions, prompts.
+        ambiguous (share of the selection that ties decide; 0 for area), estimate, low, high,
+        baseline (the value of random and full: area 0, enrichment 1), best (the criterion with the
+        largest estimate among those that ties do not decide), behind_best, behind_best_low,
+        behind_best_high (paired difference to it; where the interval includes 0 the two cannot be
+        told apart), positions, prompts, steps.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
@@ -558,33 +588,30 @@ def selection_summary(
     Reference:
         The Qini coefficient of uplift curves (Radcliffe 2007).
     """
-    rows = []
-    for part in split_selections(
-        tokens, criteria=criteria, outcomes=outcomes, budgets=budgets, bootstrap=bootstrap
-    ):
-        for outcome in part.values:
-            defined = int(np.isfinite(part.values[outcome]).sum())
-            areas = {name: part.area(choice, outcome) for name, choice in part.choices.items()}
-            enriched = {
-                name: part.enrichments(choice, outcome) for name, choice in part.choices.items()
-            }
-            columns = [("area", np.nan, 0.0, areas)]
-            columns += [
-                ("enrichment", b, 1.0, {n: e[i] for n, e in enriched.items()})
-                for i, b in enumerate(part.budgets)
-            ]
-            for statistic, budget, baseline, estimates in columns:
-                key = {
-                    "outcome": outcome,
-                    "split": part.name,
-                    "statistic": statistic,
-                    "budget": budget,
-                    "baseline": baseline,
-                }
-                rows += [
-                    key | line | {"positions": defined}
-                    for line in _against_best(estimates, bootstrap.level)
-                ]
+    options = _options(criteria, outcomes, budgets, Rules(ties, scope, batch))
+    estimates = _estimates(tokens, bootstrap, **options)
+    parts = populations(tokens, bootstrap=bootstrap, **options)
+    return _summary(parts, estimates, bootstrap.level, budgets)
+
+
+def _summary(
+    parts: list[Population],
+    estimates: dict[tuple, Estimate],
+    level: float,
+    budgets: Iterable[float],
+) -> pd.DataFrame:
+    rows: list[dict] = []
+    for part in parts:
+        names, found = part.candidates.names, cells(part.candidates)
+        for split, outcome in part.outcomes:
+            blocks = [("area", np.nan, 0.0), *(("enrichment", b, 1.0) for b in sorted(budgets))]
+            for statistic, budget, baseline in blocks:
+                tail = () if statistic == "area" else (budget,)
+                here = {name: estimates[statistic, split, outcome, name, *tail] for name in names}
+                unsure = {name: found[name, budget].ambiguous if tail else 0.0 for name in names}
+                key = {"outcome": outcome, "split": split, "statistic": statistic}
+                key |= {"budget": budget, "baseline": baseline}
+                rows += [key | line for line in _against_best(here, unsure, level)]
     return pd.DataFrame(rows, columns=_SUMMARY_COLUMNS)
 
 
@@ -594,6 +621,7 @@ _SUMMARY_COLUMNS = [
     "split",
     "statistic",
     "budget",
+    "ambiguous",
     "estimate",
     "low",
     "high",
@@ -604,29 +632,29 @@ _SUMMARY_COLUMNS = [
     "behind_best_high",
     "positions",
     "prompts",
+    "steps",
 ]
 
 
-def _against_best(estimates: dict[str, Estimate], level: float) -> Iterator[dict]:
-    """Estimate and paired difference to the largest, by criterion."""
-    defined = {
-        name: estimate for name, estimate in estimates.items() if np.isfinite(estimate.value)
+def _against_best(
+    estimates: dict[str, Estimate], ambiguous: dict[str, float], level: float
+) -> Iterator[dict]:
+    """Estimate and paired difference to the largest that ties do not decide, by criterion."""
+    able = {
+        name: estimate
+        for name, estimate in estimates.items()
+        if np.isfinite(estimate.value) and ambiguous[name] <= registry.AMBIGUOUS
     }
-    best = max(defined, key=lambda name: defined[name].value) if defined else None
+    best = max(able, key=lambda name: able[name].value) if able else None
     for name, estimate in estimates.items():
-        low, high = estimate.interval(level)
-        line = {
-            "criterion": name,
-            "estimate": estimate.value,
-            "low": low,
-            "high": high,
-            "best": best,
-            "prompts": estimate.prompts,
-        }
         behind = (estimate - estimates[best]) if best and name != best else None
         ends = behind.interval(level) if behind else (np.nan, np.nan)
         own = np.nan if best is None else 0.0
-        yield line | {
+        yield {
+            "criterion": name,
+            "ambiguous": ambiguous[name],
+            **row(estimate, level),
+            "best": best,
             "behind_best": behind.value if behind else own,
             "behind_best_low": ends[0],
             "behind_best_high": ends[1],
@@ -642,6 +670,9 @@ def selection_overlap(
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = CURVE_BUDGETS,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: int = BATCH_CONTEXTS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
@@ -652,38 +683,80 @@ def selection_overlap(
         tokens: A token table, one row per response position; no outcome is needed.
         criteria: Names or aliases; None takes all that the table's columns allow.
         budgets: Shares of the table's positions, in (0, 1].
+        ties: How equal scores are ordered, as in `criteria.select`. With `random` the index is that
+            of the expected numbers of positions.
+        scope: What a budget is a share of, as in `criteria.select`.
+        batch: Responses of a batch, for the scope `batch`.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
     Returns:
         One row per pair with columns criterion, other, statistic (jaccard, spearman), budget (NaN
-        for spearman), estimate, low, high, chance (the Jaccard index of two independent selections
-        of that size; 0 for spearman), positions, prompts.
+        for spearman), ambiguous (the larger share of the two selections that ties decide; 0 for
+        spearman), estimate, low, high, chance (the Jaccard index of two independent selections
+        of that size; 0 for spearman), positions, prompts, steps.
 
     Raises:
         DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is
             outside (0, 1].
     """
-    part = table_selections(tokens, criteria, budgets, bootstrap=bootstrap)
-    variables = {name: Variable(score) for name, score in part.scored.items()}
-    rows = []
-    for one, other in combinations(variables, 2):
+    chosen = whole_table(
+        tokens, criteria, budgets, rules=Rules(ties, scope, batch), bootstrap=bootstrap
+    )
+    sums = _table_sums(chosen, {}, overlaps=True)
+    return _overlap(chosen, sums, bootstrap)
+
+
+def _table_sums(chosen: Candidates, measures: dict, *, overlaps: bool) -> Sums:
+    """Sums over the selections: of ones, then of each measure and of where it is defined."""
+    quadrant = [name for name in measures if name in _QUADRANTS]
+
+    def values(copies: np.ndarray | None) -> np.ndarray:
+        held = dict(measures)
+        if quadrant and copies is not None:
+            held |= _quadrant_measures(chosen.tokens, copies)
+        columns = [np.ones(len(chosen.groups))]
+        for each in held.values():
+            columns += [np.nan_to_num(each), np.isfinite(each).astype(np.float64)]
+        return np.stack(columns, axis=1)
+
+    draws = min(chosen.prompts.draws, SELECTION_DRAWS)
+    return selection_sums(chosen, values, draws=draws, overlaps=overlaps)
+
+
+def _overlap(
+    chosen: Candidates,
+    sums: Sums,
+    bootstrap: Bootstrap,
+    budgets: Iterable[float] | None = None,
+) -> pd.DataFrame:
+    scored = scores(chosen.tokens, chosen.names, seed=bootstrap.seed)
+    variables = {name: Variable(score) for name, score in scored.items()}
+    found, count, rows = cells(chosen), len(chosen.groups), []
+    for (i, one), (j, other) in combinations(enumerate(chosen.names), 2):
         key = {"criterion": one, "other": other}
-        rank = rank_correlation.spearman(variables[one], variables[other], part.prompts)
-        rows.append(
-            key
-            | {"statistic": "spearman", "budget": np.nan, "chance": 0.0}
-            | row(rank, bootstrap.level)
-        )
-        for budget, (estimate, chance) in zip(
-            part.budgets, _jaccards(part, one, other), strict=True
-        ):
+        rank = rank_correlation.spearman(variables[one], variables[other], chosen.prompts)
+        spearman = {"statistic": "spearman", "budget": np.nan, "ambiguous": 0.0, "chance": 0.0}
+        rows.append(key | spearman | row(rank, bootstrap.level))
+        for b, budget in enumerate(chosen.budgets):
+            if budgets is not None and budget not in budgets:
+                continue
+            jaccard = _jaccard(sums.both[:, b, i, j], sums.both[:, b, i, i], sums.both[:, b, j, j])
+            estimate = Estimate(float(jaccard[0]), jaccard[1:], count, chosen.prompts.count)
+            cell = found[one, budget], found[other, budget]
+            shared = cell[0].selected * cell[1].selected / max(count, 1)
             rows.append(
                 key
-                | {"statistic": "jaccard", "budget": budget, "chance": chance}
+                | {"statistic": "jaccard", "budget": budget}
+                | {"ambiguous": max(each.ambiguous for each in cell)}
+                | {"chance": float(_jaccard(shared, cell[0].selected, cell[1].selected))}
                 | row(estimate, bootstrap.level)
             )
     return pd.DataFrame(rows, columns=_OVERLAP_COLUMNS)
+
+
+def _jaccard(both, one, other) -> np.ndarray:
+    return positive_ratio(both, one + other - both)
 
 
 _OVERLAP_COLUMNS = [
@@ -691,27 +764,15 @@ _OVERLAP_COLUMNS = [
     "other",
     "statistic",
     "budget",
+    "ambiguous",
     "estimate",
     "low",
     "high",
     "chance",
     "positions",
     "prompts",
+    "steps",
 ]
-
-
-def _jaccards(part: SplitSelections, one: str, other: str) -> Iterator[tuple[Estimate, float]]:
-    """Jaccard at each budget, and that of two independent selections of the same sizes."""
-    a = part.choices[one]
-    b = part.choices[other]
-    ones = np.ones(len(part.positions))
-    both, either = (
-        _sums_within_budgets(part.prompts, f(a.first, b.first), ones, len(part.budgets))
-        for f in (np.maximum, np.minimum)
-    )
-    shared = a.selected * b.selected / max(len(ones), 1)
-    chance = positive_ratio(shared, a.selected + b.selected - shared)
-    return zip(part.estimates(_ratio_of_halves, both, either), chance, strict=True)
 
 
 def token_type(tokens: pd.DataFrame) -> np.ndarray:
@@ -762,6 +823,9 @@ def selection_profile(
     *,
     criteria: Iterable[str] | None = None,
     budgets: Iterable[float] = ENRICHMENT_BUDGETS,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: int = BATCH_CONTEXTS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> pd.DataFrame:
@@ -775,37 +839,58 @@ def selection_profile(
         tokens: A token table, one row per response position; no outcome is needed.
         criteria: Names or aliases; None takes all that the table's columns allow.
         budgets: Shares of the table's positions, in (0, 1].
+        ties: How equal scores are ordered, as in `criteria.select`.
+        scope: What a budget is a share of, as in `criteria.select`.
+        batch: Responses of a batch, for the scope `batch`.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
     Returns:
-        Columns criterion, budget, measure, estimate, low, high, full (the mean over all positions,
-        which is random's expectation too), minus_full, minus_full_low, minus_full_high (paired),
-        positions (selected), prompts.
+        Columns criterion, budget, measure, ambiguous (share of the selection that ties decide),
+        estimate, low, high, full (the mean over all positions, which is random's expectation too),
+        minus_full, minus_full_low, minus_full_high (paired), positions (selected), prompts, steps.
 
     Raises:
         DiagnosticsError: If a criterion is unknown or lacks a column, or a budget is
             outside (0, 1].
     """
-    part = table_selections(tokens, criteria, budgets, bootstrap=bootstrap)
-    rows = []
-    for measure, values in profile_measures(tokens).items():
-        full = part.mean(values)
-        for name, choice in part.choices.items():
-            for budget, count, mean in zip(
-                part.budgets, choice.selected, part.means(choice, values), strict=True
-            ):
-                difference = mean - full
-                low, high = difference.interval(bootstrap.level)
+    chosen = whole_table(
+        tokens, criteria, budgets, rules=Rules(ties, scope, batch), bootstrap=bootstrap
+    )
+    measures = profile_measures(tokens)
+    return _profile(
+        chosen, measures, _table_sums(chosen, measures, overlaps=False), bootstrap.level, budgets
+    )
+
+
+def _profile(
+    chosen: Candidates, measures: dict, sums: Sums, level: float, budgets: Iterable[float]
+) -> pd.DataFrame:
+    wanted, found, rows = set(budgets), cells(chosen), []
+    for m, measure in enumerate(measures):
+        over, under = 1 + 2 * m, 2 + 2 * m
+        means = positive_ratio(sums.inside[..., over], sums.inside[..., under])
+        full = positive_ratio(sums.total[:, over], sums.total[:, under])
+        for c, name in enumerate(chosen.names):
+            for b, budget in enumerate(chosen.budgets):
+                if budget not in wanted:
+                    continue
+                cell, counts = found[name, budget], (len(chosen.groups), chosen.prompts.count)
+                mean, difference = (
+                    Estimate(float(passes[0]), passes[1:], *counts)
+                    for passes in (means[:, c, b], means[:, c, b] - full)
+                )
+                low, high = difference.interval(level)
                 rows.append(
                     {"criterion": name, "budget": budget, "measure": measure}
-                    | row(mean, bootstrap.level)
+                    | row(mean, level)
                     | {
-                        "full": full.value,
+                        "ambiguous": cell.ambiguous,
+                        "full": float(full[0]),
                         "minus_full": difference.value,
                         "minus_full_low": low,
                         "minus_full_high": high,
-                        "positions": int(count),
+                        "positions": round(cell.selected),
                     }
                 )
     return pd.DataFrame(rows, columns=_PROFILE_COLUMNS)
@@ -815,6 +900,7 @@ _PROFILE_COLUMNS = [
     "criterion",
     "budget",
     "measure",
+    "ambiguous",
     "estimate",
     "low",
     "high",
@@ -824,15 +910,24 @@ _PROFILE_COLUMNS = [
     "minus_full_high",
     "positions",
     "prompts",
+    "steps",
 ]
+_QUADRANTS = ("q1", "q2", "q3", "q4")
+
+
+def _quadrant_measures(tokens: pd.DataFrame, copies: np.ndarray | None) -> dict[str, np.ndarray]:
+    quadrant = registry.quadrants(tokens, copies=copies)
+    return {
+        name: np.where(quadrant > 0, quadrant == number, np.nan)
+        for number, name in enumerate(_QUADRANTS, 1)
+    }
 
 
 def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     """Values [N] whose means make a profile: indicators as 0 and 1, NaN where undefined."""
     measures: dict[str, np.ndarray] = {}
     if {"student_entropy", "forward_kl"} <= set(tokens):
-        quadrant = registry.quadrants(tokens)
-        measures |= {f"q{q}": np.where(quadrant > 0, quadrant == q, np.nan) for q in (1, 2, 3, 4)}
+        measures |= _quadrant_measures(tokens, None)
     if "token" in tokens:
         kind = token_type(tokens)
         types = TOKEN_TYPES if has_texts(tokens) else ("unknown", "special")
@@ -856,6 +951,9 @@ def compare(
     criteria: Iterable[str] | None = None,
     outcomes: Iterable[str] = CAPTURED_OUTCOMES,
     budgets: Iterable[float] = CURVE_BUDGETS,
+    ties: Ties = "raw",
+    scope: Scope = "table",
+    batch: int = BATCH_CONTEXTS,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
@@ -868,6 +966,9 @@ def compare(
             left out.
         budgets: Shares of positions, in (0, 1], for the curves and the overlap; summary and profile
             have budgets of their own.
+        ties: How equal scores are ordered, as in `criteria.select`.
+        scope: What a budget is a share of, as in `criteria.select`.
+        batch: Responses of a batch, for the scope `batch`.
         bootstrap: How the intervals are made. Its fields draws, level and seed are keywords too.
         settings: Fields of `bootstrap`.
 
@@ -879,11 +980,20 @@ def compare(
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
             column, or a budget is outside (0, 1].
     """
-    shared = {"criteria": criteria, "bootstrap": bootstrap}
-    budgets = tuple(budgets)
+    # The four tables share the selections of each draw, which are most of the work.
+    budgets, rules = tuple(budgets), Rules(ties, scope, batch)
+    options = _options(criteria, outcomes, {*budgets, *ENRICHMENT_BUDGETS}, rules)
+    estimates = _estimates(tokens, bootstrap, **options)
+    parts = populations(tokens, bootstrap=bootstrap, **options)
+    chosen = whole_table(
+        tokens, options["criteria"], options["budgets"], rules=rules, bootstrap=bootstrap
+    )
+    measures = profile_measures(tokens)
+    sums = _table_sums(chosen, measures, overlaps=True)
+    level = bootstrap.level
     return {
-        "selection_curves": selection_curves(tokens, outcomes=outcomes, budgets=budgets, **shared),
-        "selection_summary": selection_summary(tokens, outcomes=outcomes, **shared),
-        "selection_overlap": selection_overlap(tokens, budgets=budgets, **shared),
-        "selection_profile": selection_profile(tokens, **shared),
+        "selection_curves": _curves(parts, estimates, level, budgets),
+        "selection_summary": _summary(parts, estimates, level, ENRICHMENT_BUDGETS),
+        "selection_overlap": _overlap(chosen, sums, bootstrap, budgets),
+        "selection_profile": _profile(chosen, measures, sums, level, ENRICHMENT_BUDGETS),
     }

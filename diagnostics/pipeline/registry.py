@@ -401,11 +401,11 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`",
+        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria"),
+        modules=("analysis.selection", "criteria", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -466,7 +466,10 @@ STAGES = (
         ),
         configs=(PAIR, PROMPTS, VALIDATE, ENGINE, EVALUATION, ANALYSIS),
         reads="two models and prompts; with `--offline`: a finished run",
-        writes="`cells/`, `tables/validation_*.csv`, `tables/verdicts.csv`",
+        writes=(
+            "`cells/`, `tables/validation_*.csv`, `tables/foresight_signs.csv`,"
+            " `tables/verdicts.csv`"
+        ),
         flags=(
             OUTPUT_DIR,
             ACCEPT_CODE,
@@ -480,7 +483,7 @@ STAGES = (
             ),
         ),
         run=_validate,
-        modules=("training.grid", "analysis.training_outcomes"),
+        modules=("training.grid", "analysis.training_outcomes", "analysis.foresight"),
     ),
     Stage(
         name="rerun",

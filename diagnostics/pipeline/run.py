@@ -416,7 +416,9 @@ class Run:
             self._refuse(
                 name, different or ([] if self.accept_code else code), only_code=not different
             )
-        if different or (code and derived) or not self._intact(earlier["files"]):
+        # A table of an input that was not there then would lack what it says.
+        more = derived and set(now["inputs"]) > set(earlier.get("inputs", {}))
+        if different or more or (code and derived) or not self._intact(earlier["files"]):
             return False
         if code:
             log.warning(

@@ -639,14 +639,17 @@ def compare_stage(
                 outcomes=ALL_OUTCOMES,
                 criteria=config.criteria,
                 budgets=config.budgets,
+                ties=config.ties,
+                scope=config.scope,
+                batch=config.batch,
                 **options,
             )
         )
         if effects:
             sums = read_parquet(run.path(effects))
             tables.update(
-                offline_agreement=agreement(tokens, sums, **options),
-                offline_answers=answers(tokens, sums),
+                offline_agreement=agreement(tokens, sums, rules=config.rules, **options),
+                offline_answers=answers(tokens, sums, rules=config.rules),
                 decision=decide(sums, loss=loss, choices=_primary(run, None)[0], **options),
             )
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
@@ -660,7 +663,13 @@ def compare_stage(
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=("analysis.selection", "analysis.rank_agreement", "analysis.decision"),
+        code=(
+            "analysis.selection",
+            "analysis.selection_draws",
+            "analysis.rank_agreement",
+            "analysis.criterion_labels",
+            "analysis.decision",
+        ),
     )
 
 

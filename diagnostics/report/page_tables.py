@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 import pandas as pd
@@ -90,7 +91,8 @@ def _cell(value: Any, name: str = "") -> str:
         return '<td class="number" data-v=""></td>'
     if isinstance(value, int):
         return f'<td class="number" data-v="{value}">{value:,}</td>'
-    shown = summary.number(value, 4) if value != int(value) else f"{value:,.0f}"
+    whole = math.isfinite(value) and value == int(value)
+    shown = f"{value:,.0f}" if whole else summary.number(value, 4)
     if name.startswith("p_") and value < LEAST_P:
         shown = "&lt; .0001"
     return f'<td class="number" data-v="{value:.6g}">{shown}</td>'

@@ -39,8 +39,16 @@ def causes(run: RunTables) -> list[tuple[str, bool]]:
     name = "text" if table is not None and "text" in table else "message"
     if table is None or name not in table:
         return []
-    changes = flagged(table, "changes_verdict")
-    found = list(zip(table[name].astype(str), changes.tolist(), strict=True))
+    changes = flagged(table, "changes_verdict").tolist()
+    became = [""] * len(table)
+    if "changes_verdict" in table:
+        # The column names the claims with their verdicts; it is empty where none hangs on it.
+        became = table["changes_verdict"].fillna("").astype(str).tolist()
+        became = ["" if words in ("True", "False") else words for words in became]
+    found = [
+        (f"{text} So {words}." if words else text, changed or bool(words))
+        for text, words, changed in zip(table[name].astype(str), became, changes, strict=True)
+    ]
     return sorted(found, key=lambda warning: not warning[1])
 
 

@@ -53,6 +53,8 @@ class ValidateConfig:
         loss: One of `losses.LOSSES`.
         max_new_tokens: Longest response in tokens.
         workers: Trainings at the same time, one thread each.
+        ties: How equal scores are ordered, as in `criteria.select`.
+        scope: Whether a budget is a share of a step's positions or of each response's.
 
     Raises:
         DiagnosticsError: There are no criteria, seeds or workers, a criterion is unknown, or a
@@ -80,6 +82,8 @@ class ValidateConfig:
     workers: int = field(
         default=2, metadata={"help": "trainings at the same time, one thread each"}
     )
+    ties: str = field(default="raw", metadata=registry.TIES_FLAG)
+    scope: str = field(default="batch", metadata=registry.TRAINING_SCOPE_FLAG)
 
     def __post_init__(self):
         if self.seeds < 1 or self.workers < 1 or not self.criteria:
@@ -229,13 +233,31 @@ class Job:
             raise _Again(f"its record is of another cell, {_cell_of(record)}")
         return record
 
+    def _selected_by(self, name: str, record: dict) -> dict:
+        """The rules of a finished cell's selection, as far as they decide it.
+
+        A criterion that clips nothing selects the same positions under any rule for ties, and the
+        untouched student and a training on all positions select none.
+        """
+        rules = EARLIER_RULES | record["settings"]
+        whole = name == "untouched" or registry.find(record["cell"]["criterion"]).kind == "all"
+        if whole:
+            return {key: self.identity[key] for key in EARLIER_RULES}
+        unclipped = "scale" not in registry.find(record["cell"]["criterion"]).arguments
+        ties = self.identity["ties"] if unclipped and rules["ties"] != "random" else rules["ties"]
+        return {"ties": ties, "scope": rules["scope"]}
+
     def _require_same(self, name: str, record: dict) -> None:
         path, engine = (
             self.folder / f"{name}.json",
             ({} if name == "untouched" else self.engine_identity),
         )
         compared = [
-            (record["settings"], self.identity, list(self.identity)),
+            (
+                record["settings"],
+                self.identity,
+                [key for key in self.identity if key not in EARLIER_RULES],
+            ),
             (record.get("engine", {}), engine, sorted(record.get("engine", {}).keys() | engine)),
             (
                 record.get("sources", {}),
@@ -258,6 +280,15 @@ class Job:
                 f"{path} was trained with other settings ({'; '.join(different)}). Choose another"
                 " --output-dir."
             )
+        was, now = self._selected_by(name, record), self.identity
+        rules = [f"{key} was {was[key]!r}, now {now[key]!r}" for key in was if was[key] != now[key]]
+        if rules:
+            if not self.accept_code:
+                raise DiagnosticsError(
+                    f"{path} selected its positions by other rules ({'; '.join(rules)}). Choose"
+                    " another --output-dir, those rules, or --accept-code to keep what it measured."
+                )
+            log.warning("%s: kept, though it selected by other rules (%s)", path, "; ".join(rules))
         if self.code is not None and record.get("code", self.code) != self.code:
             if not self.accept_code:
                 raise DiagnosticsError(
@@ -293,6 +324,8 @@ class Job:
 
 
 BANK = "contexts.parquet"
+EARLIER_RULES = {"ties": "position", "scope": "batch"}
+"""How a cell selected whose record says nothing of it."""
 
 
 class _Again(Exception):
@@ -591,7 +624,7 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
         criterion=cell.criterion,
         budget=cell.budget,
         seed=cell.seed,
-        **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss")},
+        **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss", "ties", "scope")},
     )
     engine = EngineConfig(
         **job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"]

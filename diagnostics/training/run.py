@@ -47,6 +47,7 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
+from diagnostics.criteria import TIES_FLAG, TRAINING_SCOPE_FLAG
 from diagnostics.measure.losses import LOSSES
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.topk_teacher import refuse
@@ -97,6 +98,8 @@ class TrainConfig:
         batch: Responses per step, over all processes and accumulation steps.
         learning_rate: None takes 1e-6, 2e-4 with LoRA, or the named pair's rate.
         seed: Seed of data order, sampling and random selection.
+        ties: How equal scores are ordered, as in `criteria.select`.
+        scope: Whether the budget is a share of the step's positions or of each response's.
 
     Raises:
         DiagnosticsError: There are no steps or no responses.
@@ -121,6 +124,8 @@ class TrainConfig:
     seed: int = field(
         default=0, metadata={"help": "seed of data order, sampling and random selection"}
     )
+    ties: str = field(default="raw", metadata=TIES_FLAG)
+    scope: str = field(default="batch", metadata=TRAINING_SCOPE_FLAG)
 
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1:
@@ -679,6 +684,8 @@ def _trainer(
             beta=config.beta,
             k=config.k,
             seed=config.seed,
+            ties=config.ties,
+            scope=config.scope,
         ),
         args=trl_config(
             directory,

@@ -18,9 +18,9 @@ Every response is sampled from a stream named by (seed, row of the data), so tha
 neither on the number of processes nor on whether training was interrupted. (With vLLM, which
 samples by itself, neither holds.)
 
-Reference: TA-OPD, arXiv 2605.26844. Departures from its released code: exact C and D over the
-vocabulary; the batch's quantiles over valid response positions only; ties at the budget go to the
-earlier position.
+Reference: TA-OPD, arXiv 2605.26844. Departures from its released code: exact C, and D exactly on
+the union of the supports; the batch's quantiles over valid response positions only; equal scores at
+the budget are ordered by the unclipped score.
 
 Axes: B responses of this process, T response tokens, n valid positions of this process, N positions
 of the step, H hidden size."""
@@ -36,6 +36,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -172,6 +173,14 @@ class Selection:
     """Size of the top-K supports."""
     seed: int = 0
     """Seed of sampling and of random selections."""
+    ties: criteria.Ties = "raw"
+    """How equal scores are ordered, as in `criteria.select`."""
+    scope: Literal["batch", "context"] = "batch"
+    """Whether the budget is a share of the step's positions or of each response's."""
+
+    def _rules(self) -> dict[str, Any]:
+        # The table of a step is one batch.
+        return {"ties": self.ties, "scope": "table" if self.scope == "batch" else "context"}
 
     def weights(self, tokens: pd.DataFrame, *, step: int) -> np.ndarray:
         """Loss weights of the positions of one step.
@@ -195,7 +204,7 @@ class Selection:
             weights = np.nan_to_num(criteria.score_criterion(tokens, self.criterion)).clip(min=0)
         else:
             weights = criteria.select(
-                tokens, self.criterion, budget=self.budget, seed=[self.seed, step]
+                tokens, self.criterion, budget=self.budget, seed=[self.seed, step], **self._rules()
             ).astype(np.float64)
         weights = np.where(
             np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"]), weights, 0.0
@@ -218,7 +227,7 @@ class Selection:
         """
         budget = self.budget if self.budget is not None else criteria.find(self.criterion).budget
         return {
-            name: criteria.select(tokens, name, budget=budget)
+            name: criteria.select(tokens, name, budget=budget, seed=self.seed, **self._rules())
             for name in COMPARED
             if name != criteria.find(self.criterion).name
         }

@@ -7,12 +7,16 @@ from scipy import stats
 
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import CellEffects, CellEstimate, satterthwaite
+from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.analysis.decision import COLUMNS, beyond_best, decide, decision_sentence
 from diagnostics.analysis.power import LARGEST_DESIGN, needed, smallest_detectable
+from diagnostics.analysis.selection import ComparisonConfig
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.tables import read_csv, write_csv
+from diagnostics.pipeline.run import open_run
+from diagnostics.pipeline.stages import compare_stage
 from tests.effect_tables import TRUTHS, made_interventions, one_batch
-from tests.made_tokens import only_row
+from tests.made_tokens import made_tokens, make_effects, only_row
 
 CELL, RANDOM, FULL = ("tip", 0.05, 20), ("random", 0.05, 20), ("full", 1.0, 20)
 PLAIN = {("full", 1.0): 0.2, ("random", 0.05): 0.07, ("tip", 0.05): 0.11}
@@ -520,3 +524,32 @@ def test_intervals_over_random_hold_the_truth(options):
         held += low <= 0.04 <= high
     print(f"coverage with {options}: {held / repeats:.3f}")
     assert held / repeats >= 0.87
+
+
+def test_compare_writes_the_decision_where_there_are_interventions(tmp_path):
+    tokens = made_tokens(prompts=24)
+    effects = make_effects(tokens, lambda criterion, budget: budget + len(criterion) / 100)
+    options = {"seed": 0, "analysis": AnalysisConfig(draws=20)}
+    criteria = ComparisonConfig(criteria=("divergence",))
+
+    with open_run(tmp_path) as run:
+
+        def made(stage, table, name, **settings):
+            run.stage(
+                stage,
+                settings=settings,
+                outputs=[name],
+                work=lambda: table.to_parquet(run.path(name), index=False),
+            )
+
+        made("probe", tokens, "tokens.parquet")
+        compare_stage(run, criteria, **options)
+        assert not (tmp_path / "tables/decision.csv").exists()
+        made("intervene", effects, "interventions.parquet", loss="forward_kl")
+        compare_stage(run, criteria, **options)
+    table = read_csv(tmp_path / "tables/decision.csv")
+    expected = decide(effects, loss="forward_kl", draws=20)
+    assert list(table) == COLUMNS
+    same = ["criterion", "measure", "primary", "over_random", "p_holm", "recommended"]
+    pd.testing.assert_frame_equal(table[same], expected[same])
+    assert set(table.loc[table["primary"], "measure"]) == {"forward_kl"}

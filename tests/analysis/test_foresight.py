@@ -10,15 +10,14 @@ from scipy import stats
 from diagnostics.analysis import foresight
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.cell_effects import CellEffects
+from diagnostics.analysis.criterion_labels import EXCHANGES, grouping, permutation_p
 from diagnostics.analysis.foresight import (
     OfflineValue,
     agreement_table,
     foreseen_table,
     foresight_signs,
-    grouping,
     offline_answers,
     offline_run,
-    permutation_p,
 )
 from diagnostics.analysis.rank_agreement import scopes
 from diagnostics.analysis.training_outcomes import Outcomes, outcome_table
@@ -207,20 +206,16 @@ def test_offline_answers_are_read_from_a_run(finished_job, tmp_path):
 
 def test_offline_draws_take_prompts_again_and_not_as_the_trainings_do(finished_job):
     run, tokens, _ = finished_job
-    chosen = select(tokens, tokens["forward_kl"].to_numpy(), budget=0.2)
-    by_prompt = (
-        tokens["gain"]
-        .where(pd.Series(chosen), 0.0)
-        .groupby(tokens["prompt_id"])
-        .sum()
-        .sort_index()
-        .to_numpy()
-    )
+    prompts = sorted(tokens["prompt_id"].unique())
     seed = int(np.random.default_rng([0, 13]).integers(2**31))
     weights = np.random.default_rng(seed).multinomial(
-        len(by_prompt), np.full(len(by_prompt), 1 / len(by_prompt)), size=25
+        len(prompts), np.full(len(prompts), 1 / len(prompts)), size=25
     )
-    sums = [sum(w * x for w, x in zip(row, by_prompt)) for row in weights]
+    times = tokens["prompt_id"].map({name: i for i, name in enumerate(prompts)}).to_numpy()
+    sums = []
+    for draw in weights:
+        rows = tokens.loc[np.repeat(tokens.index, draw[times])].reset_index(drop=True)
+        sums.append(rows["gain"][select(rows, rows["forward_kl"].to_numpy(), budget=0.2)].sum())
     found = offline_answers(run, [("divergence", 0.2)], draws=25)["captured_gain"][
         ("divergence", 0.2)
     ]
@@ -285,7 +280,7 @@ def test_many_criteria_are_exchanged_by_seed():
     cells = pd.DataFrame({"criterion": [f"c{i:02d}" for i in range(12)], "budget": 0.05})
     pairs = next(mask for scope, mask in scopes(cells) if scope == "within_budget")
     x = np.arange(12.0)
-    assert permutation_p(cells, x, x, pairs) == pytest.approx(1 / (1 + foresight.EXCHANGES))
+    assert permutation_p(cells, x, x, pairs) == pytest.approx(1 / (1 + EXCHANGES))
     noise = np.random.default_rng(0).normal(size=12)
     found = permutation_p(cells, x, noise, pairs, seed=1)
     expected = stats.kendalltau(x, noise, method="exact").pvalue

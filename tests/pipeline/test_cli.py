@@ -37,17 +37,18 @@ SURFACE = {
         " device dtype eval-contexts eval-every eval-prompts eval-samples json k learning-rate"
         " lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume"
         " no-shard-teacher offload-teacher output-dir pair peft probe-every prompt-column prompts"
-        " prompts-split quiet resume save-every seed shard-teacher steps student student-revision"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision trl verifier"
+        " prompts-split quiet resume save-every scope seed shard-teacher steps student"
+        " student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        " ties trl verifier"
     ),
     "validate": (
         "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria device"
         " draws dtype eval-contexts eval-every eval-prompts eval-samples json learning-rate level"
         " lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume"
         " no-shard-teacher offline offload-teacher output-dir pair peft probe-every prompt-column"
-        " prompts prompts-split quiet resume save-every seeds shard-teacher steps student"
+        " prompts prompts-split quiet resume save-every scope seeds shard-teacher steps student"
         " student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
-        " trl verifier workers"
+        " ties trl verifier workers"
     ),
     "report": "compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",

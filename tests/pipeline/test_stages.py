@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from diagnostics.analysis.config import PrimaryChoices
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline.cli import main
 
@@ -175,3 +176,39 @@ def test_the_modules_that_decide_a_stages_numbers_exist():
     assert "probing.scores" in names and "training.trl_trainer" in names
     missing = [name for name in names if importlib.util.find_spec(f"diagnostics.{name}") is None]
     assert missing == []
+
+
+def test_primary_choices_are_recorded_before_the_probe(finished, tmp_path):
+    """Other choices than the recorded ones, or a probe that recorded none, confirm nothing."""
+    recorded = json.loads((finished / "manifest.json").read_text())["primary"]
+    assert recorded["sha256"] == PrimaryChoices().sha256()
+    assert recorded["choices"]["margin"] == 0.25 and recorded["registered_at"] == "probe"
+
+    def because(directory, *flags):
+        shutil.copytree(finished, tmp_path / directory)
+        if not flags:
+            manifest = json.loads((tmp_path / directory / "manifest.json").read_text())
+            del manifest["primary"]
+            (tmp_path / directory / "manifest.json").write_text(json.dumps(manifest))
+        where = ["--output-dir", str(tmp_path / directory)]
+        assert main(["analyze", "--draws", "5", "--quiet", *where, *flags]) == 0
+        table = pd.read_csv(tmp_path / directory / "tables/verdicts.csv")
+        rows = table[table.primary & (table.outcome == "context_gain")]
+        return set(rows.sentence.str.rpartition("Exploratory: ")[2]), set(rows.exploratory)
+
+    assert because("same", "--seed", "1")[1] == {False}
+    assert because("other", "--primary", "margin=0.5") == (
+        {"other primary choices were recorded before the probe."},
+        {True},
+    )
+    assert because("none") == ({"no primary choices were recorded before the probe."}, {True})
+
+
+def test_a_probe_keeps_the_choices_it_was_begun_with(finished, capsys):
+    before = sha256_file(finished / "manifest.json")
+    manifest = json.loads((finished / "manifest.json").read_text())
+    settings = manifest["stages"]["probe"]["settings"]
+    assert settings["primary"] == PrimaryChoices().as_text()
+    pair = ["--student", settings["student"], "--teacher", settings["teacher"]]
+    assert main(["probe", *pair, "--output-dir", str(finished), "--primary", "budget=0.1"]) == 2
+    assert before == sha256_file(finished / "manifest.json")

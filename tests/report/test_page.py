@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.analysis import training_outcomes
+from diagnostics.analysis import foresight
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
 from diagnostics.report import (
@@ -377,7 +377,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     assert written - set(catalogue.TABLES) == set() and set(catalogue.TABLES) - written == later | {
         "exactness"
     }  # the last is for a teacher known by lists
-    assert set(training_outcomes.tables(study_tables.grid_outcomes(), draws=20)) == {
+    assert set(foresight.tables(study_tables.grid_outcomes(), draws=20)) == {
         name for name in later if name.startswith("validation")
     }
     _drawn, left_out = page.draw_all(run_results.read_run(directory))

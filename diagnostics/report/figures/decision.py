@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from diagnostics.analysis.decision import HORIZON
+from diagnostics.analysis.config import PrimaryChoices
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
@@ -223,7 +223,7 @@ def foresight(
     *,
     measure: str | None = None,
     horizons: Sequence[int] | None = None,
-    marked: int = HORIZON,
+    marked: int = PrimaryChoices.horizon,
     **page: Unpack[Intervals],
 ) -> Figure:
     """Difference to random on the frozen bank against the same difference after training.
