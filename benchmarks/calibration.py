@@ -79,7 +79,9 @@ def estimates(data: dict[str, np.ndarray], prompts: PromptClusters) -> dict[str,
     learnable = rank_correlation.Variable(d * c)
     group = rank_correlation.groups_by_rank(c, 3, (h <= np.median(h)) & (d >= np.median(d)))
     top, bottom = group == 3, group == 1
-    pairs = matching.match(np.stack([h, d], axis=1), top, bottom, prompts.codes, replacement=True)
+    pairs = matching.match(np.stack([h, d], axis=1), top, bottom, prompts.codes)
+    matched = np.full(len(y), np.nan)
+    matched[pairs.treated] = pairs.differences(y)
     regression = linear_model.regress(y, {"h": h, "dc": d * c, "d(1-c)": d * (1 - c)}, prompts)
     places = bootstrap.locations(y, prompts, np.ones(len(y), dtype=bool))
     spearman = rank_correlation.spearman(learnable, y, prompts)
@@ -95,7 +97,7 @@ def estimates(data: dict[str, np.ndarray], prompts: PromptClusters) -> dict[str,
         "trimmed mean": places["trimmed_mean"],
         "winsorised mean": places["winsorised_mean"],
         "tertile difference": bootstrap.mean_difference(y, prompts, top, bottom),
-        "matched difference": matching.matched_difference(y, prompts, pairs),
+        "matched difference": bootstrap.mean(matched, prompts),
         "coefficient": regression.coefficients["dc"],
         "coefficient difference": regression.coefficients["dc"] - regression.coefficients["d(1-c)"],
         "r squared": regression.r_squared,
