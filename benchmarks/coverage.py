@@ -42,6 +42,7 @@ from diagnostics.analysis import (
     decision,
     quadrants,
     selection,
+    strata,
 )
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import combine, fold_columns
@@ -53,8 +54,8 @@ BUDGETS = (0.01, 0.05, 0.1, 0.3)
 MEASURED = ("gain", "reverse_gain", "gain_permuted")
 LEVEL = 0.95
 Z = 1.959964
-DRAWS = 200
-DRAWS_OF_BATCHES = 48
+DRAWS = 100
+DRAWS_OF_BATCHES = 30
 CRITERIA = ("divergence", "teachability", "compatibility", "entropy", "advantage_abs")
 OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
 POPULATIONS = ("held_out", "all")
@@ -66,47 +67,41 @@ folds, and all of its positions are held out."""
 # ---------------------------------------------------------------------------------------
 
 
-def fold_table(
-    tokens: pd.DataFrame,
-    gains: dict[str, np.ndarray],
-    *,
-    real: str = "real",
-    permuted: str = "permuted",
-) -> pd.DataFrame:
+def fold_table(tokens: pd.DataFrame, gains: dict[str, np.ndarray]) -> pd.DataFrame:
     """The token table that a probe would have written.
 
     Args:
         tokens: A scored table of N rows with `fold`.
         gains: By kind of step, [F, 2, N]: gains of forward and reverse KL after each fold's step.
-        real: The kind that stands for the step towards the teacher.
-        permuted: The kind that stands for the step towards a permuted teacher.
     """
     columns = {}
-    for fold in range(len(gains[real])):
-        columns[f"gain_fold{fold}"] = gains[real][fold, 0].astype(float)
-        columns[f"reverse_gain_fold{fold}"] = gains[real][fold, 1].astype(float)
-        columns[f"gain_permuted_fold{fold}"] = gains[permuted][fold, 0].astype(float)
+    for fold in range(len(gains["real"])):
+        columns[f"gain_fold{fold}"] = gains["real"][fold, 0].astype(float)
+        columns[f"reverse_gain_fold{fold}"] = gains["real"][fold, 1].astype(float)
+        columns[f"gain_permuted_fold{fold}"] = gains["permuted"][fold, 0].astype(float)
     return combine(tokens.assign(**columns))
 
 
-def sample_table(
-    folder: Path, prompts: int, number: int, *, real: str = "real", permuted: str = "permuted"
-) -> pd.DataFrame:
-    """The fold table of one sample."""
-    stem = folder / f"samples{prompts}" / f"{number:04d}"
-    with np.load(stem.with_suffix(".npz")) as gains:
-        kept = {kind: gains[kind] for kind in (real, permuted)}
-    tokens = pd.read_parquet(stem.with_suffix(".parquet"))
-    return fold_table(tokens, kept, real=real, permuted=permuted)
+def sample_table(folder: Path, prompts: int, number: int, *, null: bool = False) -> pd.DataFrame:
+    """The token table of a sample that was probed.
+
+    Args:
+        folder: Where the population is.
+        prompts: Prompts of a sample.
+        number: Number of the sample.
+        null: Whether the step towards a second permutation of the teacher stands for the step
+            towards the teacher.
+    """
+    table = pd.read_parquet(folder / f"probes{prompts}" / f"{number:04d}.parquet")
+    again = fold_columns(table, "gain_again")
+    if null:
+        table = table.assign(**{f"gain_fold{f}": table[name] for f, name in enumerate(again)})
+    return combine(table.drop(columns=again))
 
 
 def sample_numbers(folder: Path, prompts: int) -> list[int]:
     """Numbers of the samples that are finished."""
-    return sorted(
-        int(file.stem)
-        for file in (folder / f"samples{prompts}").glob("*.npz")
-        if "partial" not in file.name
-    )
+    return sorted(int(file.stem) for file in (folder / f"probes{prompts}").glob("*.parquet"))
 
 
 class Population:
@@ -294,6 +289,17 @@ def _overlaps(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return found[found["statistic"] == "jaccard"]
 
 
+def _strata(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Means and ratios of each stratum of D, in long form."""
+    found = strata.strata(table, bootstrap=bootstrap)
+    parts = []
+    for what in ("gain", "context_gain", "share", "null_share"):
+        part = found[["split", "stratum", what, f"{what}_low", f"{what}_high"]]
+        part.columns = ["split", "stratum", "value", "low", "high"]
+        parts.append(part.assign(what=what))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _claims(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     both = ("paper", "controlled")
     found = claim_statistics.estimates(
@@ -338,6 +344,7 @@ FAMILIES = (
     ),
     Family("matched differences in Q3", _matched, "difference", ("outcome", "score", "caliper")),
     Family("statistics of the claims", _claims, "estimate", ("outcome", "name")),
+    Family("strata of D", _strata, "value", ("what", "stratum")),
     Family("captured shares", _shares, "captured_share", ("outcome", "criterion", "budget")),
     Family(
         "areas and enrichments",
@@ -493,9 +500,7 @@ def false_verdicts(folder: Path, prompts: int) -> None:
     for number in sample_numbers(folder, prompts):
         file = where / f"{number:04d}.parquet"
         if not file.exists():
-            table = sample_table(
-                folder, prompts, number, real="permuted_again", permuted="permuted"
-            )
+            table = sample_table(folder, prompts, number, null=True)
             found = claims.claim_tables(
                 table, base_k=16, bootstrap=Bootstrap(draws=DRAWS, seed=number)
             )["verdicts"]

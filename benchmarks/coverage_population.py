@@ -2,18 +2,17 @@
 
 Three things are made with the embedded pair, in a folder that is not committed:
 
-*population*: P prompts, their token table, and what one step on each of S step batches did to
+*population*: its prompts, their token table, and what one step on each of many step batches did to
 every position. A step batch has G/4 prompts that are not in the population, because a probe of G
-prompts in four folds takes its steps on G/4. For each batch: one AdamW step of the reverse KL and
-two steps of the same norm towards a permuted teacher, each position graded by the teacher of
-another position of the batch. The gain is always towards the true teacher.
+prompts in four folds takes its steps on G/4. For each batch: one AdamW step of the reverse KL, and
+one of the same norm towards a permuted teacher. The gain is always towards the true teacher.
 
-*samples*: G prompts that are drawn anew, with responses, scores, four folds and a step on each of
-them, as a probe would do it. Nothing is shared between two samples, or with the population, except
-the models and the size of the step, which is the trainings' learning rate.
+*samples*: G prompts that are drawn anew, with responses, scores, and a probe in four folds. A
+second permutation of the teacher stands for a teacher that says nothing about a context. Nothing is
+shared between two samples, or with the population, except the models and the size of the step.
 
-*effects*: what k optimizer steps on the selected positions of a step batch did to the population,
-summed per prompt, for a few cells.
+*effects*: what STEPS optimizer steps on the selected positions of a step batch did to prompts of
+the population, for a few criteria.
 
 Finished batches and samples are files of their own, so an interrupted run continues.
 """
@@ -30,8 +29,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 import diagnostics as dx
 from diagnostics.contexts.story_sums import sums
@@ -39,13 +36,14 @@ from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.named_pairs import NAMED_PAIRS
 from diagnostics.models.pair import Pair
 from diagnostics.probing.frozen_bank import FrozenBank
-from diagnostics.probing.step import StepBench, calibrate, first_update
-from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.permuted_teacher import graders
+from diagnostics.probing.step import StepBench, calibrate
+from diagnostics.probing.trajectory import TrajectoryConfig, planned_trajectory, remeasured
 
 LOSS = "reverse_kl"
 FOLDS = 4
 KINDS = ("real", "permuted", "permuted_again")
-"""The three steps of each batch: towards the teacher, and towards two permutations of it."""
+"""The three steps of a fold: towards the teacher, and towards two permutations of it."""
 PROMPT_SEED = 1300
 SAMPLE_SEED = 7_000_000
 NEW_TOKENS = 64
@@ -66,89 +64,40 @@ def frozen(pair: Pair, prompts: Sequence[Prompt], *, seed: int) -> tuple[Bank, p
     return bank, dx.score(pair, bank)
 
 
-class StepBatch:
-    """Contexts that carry the loss, with one gradient per way in which they are graded."""
-
-    def __init__(self, pair: Pair, bank: Bank, tokens: pd.DataFrame):
-        self.pair, self.tokens = pair, tokens
-        everywhere = np.full(len(tokens), "step", dtype=object)
-        self.bench = StepBench(pair, bank, tokens, everywhere)
-        self.weights_N = np.ones(len(tokens))
-
-    def gradient(self, permutation_n: np.ndarray | None = None) -> list[Tensor]:
-        """The gradient of the mean loss at theta0.
-
-        Args:
-            permutation_n: [n] whose teacher grades each position, in the order of the batches;
-                None keeps every position's own.
-        """
-        part = self.bench.step
-        own = part.teacher
-        if permutation_n is not None:
-            mixed_nH = torch.cat(own)[torch.from_numpy(permutation_n)]
-            part.teacher = list(mixed_nH.split([len(states) for states in own]))
-        try:
-            return self.bench.gradient(self.weights_N, loss=LOSS, beta=0.5)[1]
-        finally:
-            part.teacher = own
-
-    def updates(self, count: int, *, seed: int) -> Iterator[list[Tensor]]:
-        """The first updates of KINDS for a step of size 1, all of the norm of the first of them."""
-        first = None
-        for number in range(count):
-            rng = np.random.default_rng([seed, number])
-            permutation_n = derangement(rng, len(self.tokens)) if number else None
-            update = first_update(self.gradient(permutation_n), "adamw")
-            size = tensor_norm(update)
-            first = size if first is None else first
-            yield [u * (first / size) for u in update]
-
-
-def derangement(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A random cyclic permutation of n >= 2 places, in which nothing keeps its own place."""
-    order = rng.permutation(n)
-    target = np.empty(n, dtype=np.int64)
-    target[order] = np.roll(order, -1)
-    return target
+def bench_of(pair: Pair, bank: Bank, tokens: pd.DataFrame) -> StepBench:
+    """A bench of one fold, on whose positions steps are taken."""
+    return StepBench(pair, bank, tokens, np.zeros(len(tokens), dtype=np.int32))
 
 
 def gains_of(
-    batch: StepBatch,
+    bench: StepBench,
+    fold: int,
     target: FrozenBank,
-    before: tuple,
+    before: Sequence[np.ndarray],
     *,
+    kinds: Sequence[str],
     seed: int,
-    kinds: Sequence[str] = KINDS,
 ) -> dict[str, np.ndarray]:
-    """Gain of every position of `target` after each of the batch's steps, by kind: [2, N] float32.
+    """Gain of every position of `target` after steps on a fold, by kind: [2, N] float32.
 
-    The first row is the forward KL's (teacher first), the second the reverse KL's, in nats.
+    The first row is the forward KL's (teacher first), the second the reverse KL's, in nats. All
+    updates have the norm of the step towards the teacher.
     """
-    found = {}
-    for kind, update in zip(kinds, batch.updates(len(kinds), seed=seed), strict=True):
-        with batch.bench.moved(update, RATE):
+    weights_N, found = bench.loss_weights(fold), {}
+    norm = bench.direction(weights_N, loss=LOSS, beta=0.5, optimizer="adamw").norm
+    for kind in kinds:
+        permutation = KINDS.index(kind)
+        graded_by = None
+        if permutation:
+            graded_by = graders(bench.tokens, weights_N, "global", seed=[seed, permutation])
+        direction = bench.direction(
+            weights_N, loss=LOSS, beta=0.5, optimizer="adamw", graded_by=graded_by
+        )
+        with bench.moved(direction.update, RATE * norm / direction.norm):
             after = target.divergences()
         found[kind] = (np.stack(before) - np.stack(after)).astype(np.float32)
-    batch.bench.require_restored()
+    bench.require_restored()
     return found
-
-
-def calibrated_size(pair: Pair, bank: Bank, tokens: pd.DataFrame) -> float:
-    """The step size that the probe would choose for these contexts."""
-    batch = StepBatch(pair, bank, tokens)
-    direction = batch.bench.direction(batch.weights_N, loss=LOSS, beta=0.5, optimizer="adamw")
-    table = calibrate(batch.bench, direction, batch.weights_N, beta=0.5)
-    return float(table.step_size[table.chosen].iloc[0])
-
-
-def part_of(
-    bank: Bank, tokens: pd.DataFrame, prompt_ids: Sequence[str]
-) -> tuple[Bank, pd.DataFrame]:
-    """The contexts of some prompts, and their rows of the token table."""
-    chosen = set(prompt_ids)
-    contexts = tuple(context for context in bank if context.prompt_id in chosen)
-    rows = tokens[tokens.prompt_id.isin(chosen)].reset_index(drop=True)
-    return Bank(contexts), rows
 
 
 # --- the population
@@ -169,54 +118,65 @@ class Recipe:
     batches: int = 32
     sizes: tuple[int, ...] = (16, 32)
 
-    def step_batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int, list[Prompt]]]:
+    @property
+    def pool(self) -> list[Prompt]:
+        """The prompts of the population, then those of every step batch."""
+        return prompts_of(PROMPT_SEED, self.prompts + self.batches * sum(self.sizes))
+
+    def step_batches(self) -> Iterator[tuple[int, int, list[Prompt]]]:
         """Size, number and prompts of every step batch; the sizes take turns."""
+        pool = self.pool
         starts = self.prompts + self.batches * np.cumsum([0, *self.sizes])
         for number in range(self.batches):
             for count, start in zip(self.sizes, starts, strict=False):
                 first = int(start) + count * number
-                yield count, number, list(prompts[first : first + count])
+                yield count, number, pool[first : first + count]
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a folder was made with."""
+    kept = json.loads((folder / "recipe.json").read_text())
+    return Recipe(kept["prompts"], kept["batches"], tuple(kept["sizes"]))
 
 
 def make_population(folder: Path, pair: Pair, recipe: Recipe) -> None:
-    """Score the population and take every batch's three steps."""
+    """Score the population and take both steps of every batch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
-    wanted = recipe.prompts + recipe.batches * sum(recipe.sizes)
-    prompts = prompts_of(PROMPT_SEED, wanted)
-    bank, _ = _kept_bank(folder / "population", pair, prompts[: recipe.prompts], seed=0)
-    target = FrozenBank(pair, bank)
+    target = FrozenBank(pair, _population_bank(folder, pair, recipe))
     before = target.divergences()
-    for count, number, mine in recipe.step_batches(prompts):
+    for count, number, mine in recipe.step_batches():
         file = folder / f"batch{count}-{number:03d}.npz"
         if not file.exists():
-            batch = StepBatch(pair, *frozen(pair, mine, seed=1))
-            gains = gains_of(batch, target, before, seed=number, kinds=KINDS[:2])
-            save(file, gains)
+            bench = bench_of(pair, *frozen(pair, mine, seed=1))
+            save(file, gains_of(bench, 0, target, before, kinds=KINDS[:2], seed=number))
             print(file.name, flush=True)
+    _write_calibrations(folder, pair, recipe)
 
 
-def _kept_bank(
-    stem: Path, pair: Pair, prompts: Sequence[Prompt], *, seed: int
-) -> tuple[Bank, pd.DataFrame]:
-    contexts, table = stem.with_suffix(".contexts.parquet"), stem.with_suffix(".tokens.parquet")
+def _population_bank(folder: Path, pair: Pair, recipe: Recipe) -> Bank:
+    contexts, table = (folder / f"population.{what}.parquet" for what in ("contexts", "tokens"))
     if not table.exists():
-        bank, tokens = frozen(pair, prompts, seed=seed)
+        bank, tokens = frozen(pair, recipe.pool[: recipe.prompts], seed=0)
         bank.to_frame().to_parquet(contexts)
         tokens.to_parquet(table)
-    return read_bank(contexts), pd.read_parquet(table)
+    return read_bank(contexts)
 
 
-def calibrations(folder: Path, pair: Pair, recipe: Recipe) -> None:
-    """The sizes that a probe would choose on the larger step batches, to say how far they vary."""
-    pool = prompts_of(PROMPT_SEED, recipe.prompts + recipe.batches * sum(recipe.sizes))
-    rows = [
-        (number, calibrated_size(pair, *frozen(pair, mine, seed=1)))
-        for count, number, mine in recipe.step_batches(pool)
-        if count == recipe.sizes[-1]
-    ]
-    table = pd.DataFrame(rows, columns=["batch", "step_size"])
-    table.to_csv(folder / "calibrations.csv", index=False)
+def _write_calibrations(folder: Path, pair: Pair, recipe: Recipe) -> None:
+    """The sizes that a calibration on each of the larger step batches chooses: their spread."""
+    file = folder / "calibrations.csv"
+    if file.exists():
+        return
+    sizes = {}
+    for count, number, mine in recipe.step_batches():
+        if count == max(recipe.sizes):
+            bench = bench_of(pair, *frozen(pair, mine, seed=1))
+            weights_N = bench.loss_weights(0)
+            direction = bench.direction(weights_N, loss=LOSS, beta=0.5, optimizer="adamw")
+            table = calibrate(bench, direction, weights_N, beta=0.5)
+            sizes[number] = table.loc[table["chosen"], "step_size"].iloc[0]
+    pd.Series(sizes, name="step_size").rename_axis("batch").to_csv(file)
 
 
 def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -232,51 +192,40 @@ def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def make_samples(folder: Path, pair: Pair, *, prompts: int, samples: Sequence[int]) -> None:
     """Probe fresh samples of `prompts` prompts, four folds each."""
-    where = folder / f"samples{prompts}"
+    where = folder / f"probes{prompts}"
     where.mkdir(parents=True, exist_ok=True)
     for number in samples:
-        file = where / f"{number:04d}.npz"
+        file = where / f"{number:04d}.parquet"
         if not file.exists():
-            tokens, gains = one_sample(pair, prompts=prompts, number=number)
-            tokens.to_parquet(file.with_suffix(".parquet"))
-            save(file, gains)
+            partial = file.with_suffix(".partial")
+            one_sample(pair, prompts=prompts, number=number).to_parquet(partial)
+            partial.replace(file)
             print(file, flush=True)
 
 
-def one_sample(
-    pair: Pair, *, prompts: int, number: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """One sample: its scored table with `fold`, and its gains by kind, [folds, 2, N]."""
+def one_sample(pair: Pair, *, prompts: int, number: int) -> pd.DataFrame:
+    """The token table of a probe, and `gain_again_fold<f>`, the gains of a second permutation."""
     seed = SAMPLE_SEED + 1000 * number + prompts
     bank, tokens = frozen(pair, prompts_of(seed, prompts), seed=number)
-    names = tokens.prompt_id.unique()
-    order = np.random.default_rng(seed).permutation(len(names)) % FOLDS
-    fold_of = dict(zip(names, order, strict=True))
-    tokens = tokens.assign(fold=tokens.prompt_id.map(fold_of).astype(np.int32))
+    result = dx.probe(
+        pair, bank, tokens=tokens, loss=LOSS, folds=FOLDS, step=RATE, placebos=0, seed=number
+    )
+    bench = StepBench(pair, bank, tokens, result.tokens["fold"].to_numpy())
     target = FrozenBank(pair, bank)
-    before = target.divergences()
-    found: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    before, again = target.divergences(), {}
     for fold in range(FOLDS):
-        batch = StepBatch(pair, *part_of(bank, tokens, names[order == fold]))
-        for kind, gain in gains_of(batch, target, before, seed=seed + fold).items():
-            found[kind].append(gain)
-    return tokens, {kind: np.stack(gains) for kind, gains in found.items()}
+        found = gains_of(bench, fold, target, before, kinds=KINDS[2:], seed=seed)
+        again[f"gain_again_fold{fold}"] = found[KINDS[2]][0]
+    return result.tokens.assign(**again)
 
 
 # --- effects at a horizon
 # ---------------------------------------------------------------------------------------
 
-STEPS, MINIBATCH, BUDGET, EFFECT_PROMPTS = 20, 16, 0.05, 768
-CELLS = (
-    ("full", 0),
-    ("random", 0),
-    ("random", 1),
-    ("teachability", 0),
-    ("divergence", 0),
-    ("entropy", 0),
-    ("tip", 0),
-    ("compatibility", 0),
-)
+STEPS, BUDGET, K = 20, 0.05, 16
+EFFECT_PROMPTS, EFFECT_BATCHES = 512, 20
+CELLS = (("full", 0), ("random", 0), ("random", 1), ("teachability", 0), ("divergence", 0))
+"""Criterion and number of the draw."""
 
 
 def make_effects(folder: Path, pair: Pair, *, size: int) -> None:
@@ -286,30 +235,29 @@ def make_effects(folder: Path, pair: Pair, *, size: int) -> None:
     bank = read_bank(folder / "population.contexts.parquet")
     target = FrozenBank(pair, Bank(tuple(bank)[:EFFECT_PROMPTS]))
     before = target.divergences()
-    recipe = recipe_of(folder)
-    pool = prompts_of(PROMPT_SEED, recipe.prompts + recipe.batches * sum(recipe.sizes))
-    for count, number, mine in recipe.step_batches(pool):
+    for count, number, mine in recipe_of(folder).step_batches():
         file = folder / f"effects{count}-{number:03d}.parquet"
-        if count == size and not file.exists():
+        if count == size and number < EFFECT_BATCHES and not file.exists():
             _effects(pair, mine, target, before, seed=number).to_parquet(file)
             print(file.name, flush=True)
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a folder was made with."""
-    kept = json.loads((folder / "recipe.json").read_text())
-    return Recipe(kept["prompts"], kept["batches"], tuple(kept["sizes"]))
-
-
 def _effects(
-    pair: Pair, mine: Sequence[Prompt], target: FrozenBank, before: tuple, *, seed: int
+    pair: Pair, mine: Sequence[Prompt], target: FrozenBank, before: Sequence, *, seed: int
 ) -> pd.DataFrame:
-    batch = StepBatch(pair, *frozen(pair, mine, seed=1))
+    bench = bench_of(pair, *frozen(pair, mine, seed=1))
     parts = []
     for criterion, draw in CELLS:
-        _trajectory(batch, criterion, seed=seed, draw=draw)
-        after = target.divergences()
-        batch.bench.restore()
+        trajectory = planned_trajectory(
+            bench,
+            0,
+            TrajectoryConfig(RATE, loss=LOSS),
+            _Selection(bench, criterion, seed=[seed, draw]),
+            steps=STEPS,
+            seed=seed,
+        )
+        for _ in trajectory.run((STEPS,)):
+            after = target.divergences()
         drop = pd.DataFrame(
             {
                 "prompt_id": target.prompt_ids,
@@ -320,40 +268,22 @@ def _effects(
         )
         rows = drop.groupby("prompt_id", sort=False).sum().reset_index()
         parts.append(rows.assign(criterion=criterion, draw=draw))
-    batch.bench.require_restored()
     return pd.concat(parts, ignore_index=True)
 
 
-def _trajectory(batch: StepBatch, criterion: str, *, seed: int, draw: int) -> None:
-    """STEPS steps of AdamW on minibatches of the batch's contexts; the student stays moved."""
-    bench = batch.bench
-    optimizer = torch.optim.AdamW(bench.parameters, lr=RATE, weight_decay=0.0)
-    contexts = batch.tokens.context_id.unique()
-    rng, left = np.random.default_rng([seed, draw]), []
-    for _ in range(STEPS):
-        if len(left) < MINIBATCH:
-            left = list(rng.permutation(contexts))
-        chosen, left = left[:MINIBATCH], left[MINIBATCH:]
-        rows_N = batch.tokens.context_id.isin(chosen).to_numpy()
-        weights_N = np.zeros(len(batch.tokens))
-        weights_N[rows_N] = _selection(
-            batch.tokens[rows_N], criterion, seed=int(rng.integers(2**31))
-        )
-        bench.pair.student.model.zero_grad(set_to_none=True)
-        for rows, teacher_nH in bench.step:
-            if weights_N[rows.rows_n.numpy()].any():
-                states_nH = rows.states(bench.pair.student)
-                bench.batch_loss(
-                    rows, states_nH, teacher_nH, weights_N, loss=LOSS, beta=0.5
-                ).backward()
-        torch.nn.utils.clip_grad_norm_(bench.parameters, 1.0)
-        optimizer.step()
-    bench.pair.student.model.zero_grad(set_to_none=True)
+@dataclass
+class _Selection:
+    """Loss weights of a minibatch: its best BUDGET by a criterion, scored when its turn comes."""
 
+    bench: StepBench
+    criterion: str
+    seed: Sequence[int]
 
-def _selection(tokens: pd.DataFrame, criterion: str, *, seed: int) -> np.ndarray:
-    if criterion == "full":
-        return np.ones(len(tokens))
-    tokens = tokens.reset_index(drop=True)
-    score = dx.score_criterion(tokens, criterion, seed=seed)
-    return np.asarray(dx.select(tokens, score, budget=BUDGET), dtype=float)
+    def __call__(self, rows: np.ndarray, number: int) -> np.ndarray:
+        if self.criterion == "full":
+            return np.ones(len(rows))
+        tokens = self.bench.tokens.iloc[rows]
+        if self.criterion != "random":
+            tokens = remeasured(self.bench, rows, k=K)
+        chosen = dx.select(tokens, self.criterion, budget=BUDGET, seed=[*self.seed, number])
+        return np.asarray(chosen, dtype=np.float64)

@@ -45,6 +45,7 @@ _HOMES = {
         "selection_profile",
         "selection_summary",
     ),
+    "analysis.decision": ("decide", "decision_sentence"),
     "analysis.rank_agreement": ("agreement",),
     "analysis.decision": ("decide", "decision_sentence"),
     "probing.intervention": ("intervene", "interventions"),

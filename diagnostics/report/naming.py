@@ -117,17 +117,6 @@ def of_all_rollouts(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.rollouts == "all"] if "rollouts" in table else table
 
 
-LEAST_P = 1e-4
-"""The least p value that is written; below it a bootstrap resolves nothing."""
-
-
-def p_value(value: float) -> str:
-    """A p value in words, down to 1e-4."""
-    if pd.isna(value):
-        return "p undefined"
-    return "p < .0001" if value < LEAST_P else f"p = {value:.2g}".replace("0.", ".", 1)
-
-
 def preferred_split(table: pd.DataFrame) -> str:
     """The split to show where there is room for one.
 

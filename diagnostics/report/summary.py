@@ -21,7 +21,6 @@ from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report.naming import (
     MEASURES,
     TRUE,
-    p_value,
     preferred_split,
     readable,
     shown_outcomes,
@@ -438,12 +437,15 @@ def judged(run: RunTables) -> str:
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
     named = WORDS | MEASURES
-    kinds = table["kind"] if "kind" in table else pd.Series("", index=table.index)
+    kinds = pd.Series("", index=table.index)
+    if "kind" in table:
+        kinds = table["kind"].astype(object).fillna("")
     parts = []
     for kind in [*KINDS, *(name for name in kinds.unique() if name not in KINDS)]:
         rows = table[kinds == kind]
         parts += [
-            f"{KINDS.get(kind, 'by ')}{named[outcome]}, {text}{_refuted_by(run, outcome)}"
+            f"{'after training, by ' if outcome in MEASURES else KINDS.get(kind, 'by ')}"
+            f"{named[outcome]}, {text}{_refuted_by(run, outcome)}"
             for outcome, part in rows.groupby("outcome", sort=False)
             if outcome in named and (text := _counted(part))
         ]
@@ -616,7 +618,9 @@ def _tau(row: Mapping) -> str:
     known = np.isfinite(row["low"])
     text = between(row["kendall"], row["low"], row["high"], show=signed)
     text = text if known else signed(row["kendall"])
-    return text + (f", {p_value(row['p_permutation'])}" if "p_permutation" in row else "")
+    return text + (
+        f", {claim_tests.p_words(row['p_permutation'])}" if "p_permutation" in row else ""
+    )
 
 
 def _signs(run: RunTables) -> str:
@@ -694,7 +698,7 @@ def certainty(run: RunTables) -> str:
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
     batches = steps_of(rows)
     over = f" and {batches} step batches" if (batches or 1) > 1 else ""
-    alone = "" if (batches or 2) > 1 else " alone, for there is one step batch"
+    alone = "" if (batches or 2) > 1 else " alone, for there is one step batch,"
     return (
         f"The correlations' intervals are over {int(rows.prompts.max()):,} prompts{over}{alone} and"
         f" typically reach {number(half, 1)} to either side, so smaller differences stay open;"

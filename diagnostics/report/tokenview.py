@@ -35,6 +35,8 @@ from diagnostics.core.types import Bank, Context
 STATIC = Path(__file__).parent / "static"
 MEASURES = (
     "gain",
+    "context_gain",
+    "gain_permuted",
     "relative_gain",
     "forward_kl",
     "reverse_kl",

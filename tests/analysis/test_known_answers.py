@@ -13,15 +13,21 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.claims import claim_tables
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.correlations import associate, correlate, correlation_differences
 from diagnostics.analysis.selection import selection_curves
+from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.folds import combine
 from diagnostics.core.schema import validate_tokens
 from diagnostics.criteria import normalize
+from diagnostics.models.pair import assemble
+from diagnostics.probing.one_step import probe
+from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
 from tests.made_tokens import only_row
 
 FOLDS = 4
@@ -163,3 +169,41 @@ def test_a_bank_of_ties_decides_nothing():
     )
     curves = selection_curves(tokens, criteria=["divergence"], budgets=[0.05], bootstrap=QUICK)
     assert (curves.loc[curves["criterion"] == "divergence", "ambiguous"] == 1.0).all()
+
+
+@torch.no_grad()
+def deaf_teacher():
+    """A teacher that says the same, and nothing uniform, whatever it reads.
+
+    All tokens have one embedding, so every position attends to copies of one vector.
+    """
+    model = make_model(2, hidden=48)
+    table = model.get_input_embeddings().weight
+    table[:] = table[5].clone()
+    return model
+
+
+@pytest.fixture(scope="module")
+def deaf():
+    """A pair whose teacher ignores the context, and a bank of its student's responses."""
+    pair = assemble("deaf", make_model(1), deaf_teacher(), make_tokenizer())
+    return pair, rollout(pair, make_prompts(24), max_new_tokens=8, seed=3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_teacher_that_ignores_the_context_gives_no_context_gain(deaf, optimizer):
+    """Any permutation of its answers is the same teacher, so both steps are one and the same."""
+    pair, bank = deaf
+    result = probe(pair, bank, optimizer=optimizer, folds=2, placebos=0)
+    gain, context = (result.tokens[name].abs() for name in ("gain", "context_gain"))
+    assert gain.mean() > 1e-4
+    assert context.max() < 1e-3 * gain.mean()
+    assert result.tokens["own_context_gain"].abs().max() < 1e-3 * gain.mean()
+
+
+def test_a_teacher_that_reads_the_context_gives_some():
+    """The same probe of a pair whose teacher reads, so that the test above can fail."""
+    pair = make_pair()
+    bank = rollout(pair, make_prompts(24), max_new_tokens=8, seed=3)
+    result = probe(pair, bank, folds=2, placebos=0)
+    assert result.tokens["own_context_gain"].mean() > 0.1 * result.tokens["own_gain"].mean() > 0

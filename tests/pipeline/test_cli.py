@@ -15,16 +15,21 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
-        "folds held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs "
-        " teacher-revision temperature top-k top-p"
+        " folds horizon json k level loss max-new-tokens max-prompt-tokens no-chat"
+        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
+        " placebos primary prompt-column prompts prompts-split quiet rollouts rollouts-format"
+        " samples-per-prompt seed shard-teacher step student student-revision sweep teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k top-p"
+        " warm-steps"
     ),
     "analyze": "draws json k level output-dir primary quiet seed tokens training",
     "compare": "budgets criteria draws json level output-dir quiet seed tokens",
     "intervene": (
-        "accept-code batch-tokens beta budgets criteria device draws dtype folds json k level"
-        " loss match no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair"
-        " quiet random-draws seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json k"
+        " learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"
+        " offload-teacher optimizer output-dir pair quiet random-draws scope seed shard-teacher"
+        " step student student-revision sweep teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta device draws dtype folds full-kernel json k level loss"

@@ -384,7 +384,7 @@ def test_q3_contrast_shows_raw_and_matched():
     bars = errorbars(figure.axes[0])
     for rows, label in (
         (table[table.groups == "tertile"], "held-out contexts"),
-        (matching[matching.replacement], "held-out contexts, matched"),
+        (matching[matching.caliper == 0.5], "held-out contexts, matched"),
     ):
         rows = (
             rows[(rows.outcome == "gain") & (rows.split == "held_out")]
@@ -393,7 +393,17 @@ def test_q3_contrast_shows_raw_and_matched():
         )
         np.testing.assert_allclose(bars[label][1], rows.difference)
         np.testing.assert_allclose(bars[label][2], rows[["low", "high"]])
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert (
+        "Hollow: matched within a prompt on entropy, divergence and place, pairs within 0.5"
+        " standard deviations; 31% of the top group have a partner." in caption
+    )
     assert "matched" not in figures.q3_contrast(table).get_supxlabel()
+    earlier = matching.assign(replacement=matching.caliper == 0.5)
+    earlier = figures.q3_contrast(table, earlier.drop(columns=["caliper", "matched"]))
+    assert "on entropy, divergence and place." in earlier.get_supxlabel().replace("\n", " ")
+    same = errorbars(earlier.axes[0])["held-out contexts, matched"][1]
+    np.testing.assert_allclose(same, bars["held-out contexts, matched"][1])
 
 
 def bands(ax) -> list[np.ndarray]:
@@ -1001,6 +1011,8 @@ def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear(
     np.testing.assert_allclose(errorbars(ratios)["linearity"][1], rows.linearity)
     for ax in figure.axes:
         assert [patch.get_gid() for patch in ax.patches] == ["not linear 1", "not linear 2"]
+    unknown = figures.strata(table.assign(linear=np.nan, linearity=np.nan))
+    assert len(unknown.axes) == 2 and not unknown.axes[0].patches
     plain = rows.drop(columns=["null_share", "linearity", "linear"])
     assert len(figures.strata(plain).axes) == 1 and not figures.strata(plain).axes[0].patches
 

@@ -192,7 +192,7 @@ MEASURES = (
     "acceptance",
     "student_margin",
     "gain",
-    "relative_gain",
+    "context_gain",
 )
 
 
