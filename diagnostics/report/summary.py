@@ -688,9 +688,10 @@ def registered(run: RunTables) -> str:
 
 def certainty(run: RunTables) -> str:
     """What the intervals rest on, and what could change the answer."""
-    rows = ranked(run, "gain")
-    if rows.empty:
+    found = {name: rows for name in WORDS if not (rows := ranked(run, name)).empty}
+    if not found:
         return _certainty_of_trainings(run)
+    outcome, rows = next(iter(found.items()))
     half = float(((rows.high - rows.low) / 2).median())
     chosen = run.table("calibration")
     step = ""
@@ -700,7 +701,8 @@ def certainty(run: RunTables) -> str:
     over = f" and {batches} step batches" if (batches or 1) > 1 else ""
     alone = "" if (batches or 2) > 1 else " alone, for there is one step batch,"
     return (
-        f"The correlations' intervals are over {int(rows.prompts.max()):,} prompts{over}{alone} and"
+        f"The intervals of correlations with the {WORDS[outcome]} are over"
+        f" {int(rows.prompts.max()):,} prompts{over}{alone} and"
         f" typically reach {number(half, 1)} to either side, so smaller differences stay open;"
         f" another loss, optimizer or step size{step} or other prompts could change the order, and"
         " one step is not a training run."

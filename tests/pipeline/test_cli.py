@@ -23,7 +23,7 @@ SURFACE = {
         " warm-steps"
     ),
     "analyze": "draws json k level output-dir primary quiet seed tokens training",
-    "compare": "budgets criteria draws json level output-dir quiet seed tokens",
+    "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json k"
         " learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"

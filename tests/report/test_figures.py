@@ -16,6 +16,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import quadrants
 from diagnostics.report import figures, naming, style
 from diagnostics.report.figures import ranking, registry
+from diagnostics.report.figures.strata import SHARES
 from tests import study_tables
 from tests.report import made_tables
 
@@ -350,6 +351,18 @@ def test_calibration_marks_the_chosen_step_and_the_one_after_which_the_loss_rose
         == "Ringed: the chosen step, size 1.6e-05, relative update norm 4.8e-05, realises 82% of"
         " its first-order prediction. Dashed on the ratio: least accepted, 0.8."
     )
+
+
+def test_calibration_with_folds_shows_the_other_folds_at_the_chosen_size():
+    first = study_tables.calibration().assign(fold=0)
+    others = pd.concat([first.iloc[[2]].assign(fold=k, ratio=0.5 + 0.1 * k) for k in (1, 2, 3)])
+    figure = figures.calibration(pd.concat([first, others], ignore_index=True))
+    share = figure.axes[1]
+    np.testing.assert_allclose(share.lines[0].get_ydata(), first.ratio)
+    diamonds = next(line for line in share.lines if line.get_label() == "_other folds")
+    np.testing.assert_allclose(diamonds.get_ydata(), [0.6, 0.7, 0.8])
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert caption.endswith("Diamonds: the other folds at that size, 60% to 80%.")
 
 
 def test_calibration_of_a_single_step():
@@ -1011,6 +1024,10 @@ def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear(
     np.testing.assert_allclose(errorbars(ratios)["linearity"][1], rows.linearity)
     for ax in figure.axes:
         assert [patch.get_gid() for patch in ax.patches] == ["not linear 1", "not linear 2"]
+    assert "end with its axis" not in figure.get_supxlabel()
+    wide = figures.strata(table.assign(null_share_high=40.0, null_share_low=-40.0))
+    assert wide.axes[1].get_ylim() == SHARES
+    assert "Intervals of the share end with its axis." in wide.get_supxlabel().replace("\n", " ")
     unknown = figures.strata(table.assign(linear=np.nan, linearity=np.nan))
     assert len(unknown.axes) == 2 and not unknown.axes[0].patches
     plain = rows.drop(columns=["null_share", "linearity", "linear"])

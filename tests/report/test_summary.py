@@ -370,9 +370,15 @@ def test_certainty_names_prompts_width_and_what_would_change_it():
         )
     )
     assert text.startswith(
-        "The correlations' intervals are over 20 prompts and typically reach 0.05 to either side, "
+        "The intervals of correlations with the gain in nats are over 20 prompts and typically"
+        " reach 0.05 to either side, "
     )
     assert "step size (here 1.6e-05)" in text
+    context = [row("a", 0.1, outcome="context_gain", half=0.2), row("a", 0.5, half=0.04)]
+    assert summary.certainty(results(*context)).startswith(
+        "The intervals of correlations with the context gain are over 20 prompts and typically"
+        " reach 0.2 to"
+    )
     four, one = (summary.certainty(results(row("a", 0.5) | {"steps": steps})) for steps in (4, 1))
     assert "are over 20 prompts and 4 step batches and typically" in four
     assert "are over 20 prompts alone, for there is one step batch, and typically" in one

@@ -76,7 +76,10 @@ def strata(
         ax.set_xlabel("stratum of D (1 lowest)")
     style.legend(figure, axes[0, 0], 3 if wide else 1)
     shaded = "Grey: strata in which the step was not linear." if _bent(table).any() else ""
-    style.caption(figure, style.counts(table), shaded, style.bars(page["level"], table=table))
+    known = table[[name for name in ("null_share_low", "null_share_high") if name in table]]
+    beyond = ((known < SHARES[0]) | (known > SHARES[1])).to_numpy().any()
+    cut = "Intervals of the share end with its axis." if beyond else ""
+    style.caption(figure, style.counts(table), shaded, cut, style.bars(page["level"], table=table))
     return figure
 
 
