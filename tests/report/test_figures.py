@@ -1069,7 +1069,7 @@ def test_agreement_takes_a_divergence_and_prints_the_permutation_p():
         measure="reverse_kl",
     )
     np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.9, 0.9])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["p < .0001", "p = .03"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["p < .0001", "p = .030"]
     alone = figures.agreement(table, answer="trained_forward_kl", measure="reverse_kl")
     np.testing.assert_allclose(errorbars(alone.axes[0])["agreement"][1], [0.6, 0.3])
 

@@ -114,7 +114,7 @@ def _shares(ax, table: pd.DataFrame) -> None:
     _marks(ax, table, "null_share", 0.0, {"color": PURPLE, "marker": "v"}, "null")
     style.zero(ax, at=1.0)
     low, high = ax.get_ylim()
-    ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
+    ax.set_ylim(max(min(low, -0.05), SHARES[0]), min(high, SHARES[1]))
     ax.set_ylabel("null's share of the gain")
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
 
