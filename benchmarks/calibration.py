@@ -9,10 +9,11 @@ prompts (intraclass correlation 0.3), the outcome's errors are t with 5 degrees 
 a nominal 5 % test rejects. Under *effect* it depends on d*c, on d*(1 - c) and on h, and the
 truth is the mean over large samples.
 
-Statistics that are computed anew from resampled rows (tertiles, matched pairs, selections), step
-batches and verdicts are in `coverage.py`, on a real population. Here are the others, down to 20
-prompts: the intervals that the project reports beside the percentile interval and BCa from the same
-draws, the usual cluster-robust CR1 interval, and the interval for independent positions.
+Statistics that are computed anew from resampled rows (tertiles, matched pairs, selections) and step
+batches are in `coverage.py`, on a real population; verdicts are there and in `claims.py`. Here are
+the others, down to 20 prompts: the intervals that the project reports beside the percentile
+interval and BCa from the same draws, the usual cluster-robust CR1 interval, and the interval for
+independent positions.
 """
 
 from __future__ import annotations

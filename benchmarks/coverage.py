@@ -57,6 +57,8 @@ Z = 1.959964
 DRAWS = 100
 DRAWS_OF_BATCHES = 30
 CRITERIA = ("divergence", "teachability", "compatibility", "entropy", "advantage_abs")
+SELECTED_BY = ("divergence", "teachability", "compatibility")
+"""Criteria whose selections are looked at."""
 OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
 POPULATIONS = ("held_out", "all")
 """The population of positions that is looked at: held out in a sample; the estimand's table has no
@@ -270,21 +272,21 @@ def _matched(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
 
 def _shares(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     found = selection.selection_curves(
-        table, criteria=CRITERIA, outcomes=OUTCOMES, budgets=BUDGETS, bootstrap=bootstrap
+        table, criteria=SELECTED_BY, outcomes=OUTCOMES[:2], budgets=BUDGETS, bootstrap=bootstrap
     )
     return found[found["criterion"] != "random"]
 
 
 def _summaries(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     found = selection.selection_summary(
-        table, criteria=CRITERIA, outcomes=OUTCOMES, budgets=BUDGETS, bootstrap=bootstrap
+        table, criteria=SELECTED_BY, outcomes=OUTCOMES[:2], budgets=BUDGETS, bootstrap=bootstrap
     )
     return found[found["statistic"].isin(["area", "enrichment"])]
 
 
 def _overlaps(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     found = selection.selection_overlap(
-        table, criteria=CRITERIA, budgets=BUDGETS, bootstrap=bootstrap
+        table, criteria=SELECTED_BY, budgets=BUDGETS, bootstrap=bootstrap
     )
     return found[found["statistic"] == "jaccard"]
 

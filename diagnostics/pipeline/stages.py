@@ -235,7 +235,6 @@ def probe_stage(
 
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
-    from diagnostics.models.named_pairs import training_rate
     from diagnostics.probing.one_step import probe
     from diagnostics.probing.trajectory import require_horizon
 
@@ -264,7 +263,7 @@ def probe_stage(
         return {
             **dataclasses.asdict(result.step),
             "folds": len(result.steps),
-            "horizon_rate": training_rate(models.pair.name),
+            "horizon_rate": controls.rate(models.pair.name),
         }
 
     choices = register_primary(run, primary)

@@ -67,11 +67,11 @@ from diagnostics.probing.directions import Store, read_record, write_record
 from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
 from diagnostics.probing.intervention_table import summarize
 from diagnostics.probing.step import (
+    FoldSteps,
     PreparedStep,
     ProbeConfig,
     StepBench,
     first_update,
-    kept_step,
     loss_weights,
     step_positions,
 )
@@ -285,17 +285,15 @@ def interventions(
     course = config.trajectory(pair, probe)
     bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
     folder = None if cache is None else Path(cache)
+    steps = FullSteps(bench, probe, config, folder, shards)
     effects: dict[InterventionCell, Effect] = {}
     calibrations: list[pd.DataFrame] = []
-    size = None
     for fold in step_folds(positions.tokens, positions.folds):
         mine = [one for one in planned if one.cell.fold == fold]
-        store = Store(shards(f"direction-{fold}").folder)
-        full = _full_step(bench, mine, fold, probe, config, folder, store, size)
-        size = full.step_size
-        calibrations.append(full.calibration)
-        grid = Grid(full, probe, config, course, folder, k)
+        grid = Grid(steps.prepared(fold, mine), probe, config, course, folder, k)
         effects |= grid.measure(mine)
+        calibrations.append(grid.full.calibration)
+        steps.made.forget(fold)
     bench.require_restored()
     cells = [cell for one in planned for cell in one.at(require_horizon(config.horizon))]
     return Interventions(
@@ -318,48 +316,73 @@ def step_folds(tokens: pd.DataFrame, folds: np.ndarray) -> list[int]:
     return [0] if single else sorted(set(folds.tolist()))
 
 
-def _full_step(
-    bench: StepBench,
-    planned: Sequence[Planned],
-    fold: int,
-    probe: ProbeConfig,
-    config: InterventionConfig,
-    cache: Path | None,
-    store: Store,
-    size: float | None,
-) -> PreparedStep:
-    """The step on all positions of a fold.
+class FullSteps:
+    """The steps on all positions of each fold, whose one size the cells of horizon 0 share.
 
-    Where the cache knows it and has every cell that moves along it, the direction's numbers are
+    Where the cache knows a step and has every cell that moves along it, the direction's numbers are
     not needed, and no backward pass is made for it.
-    """
-    if cache is None:
-        return kept_step(bench, fold, probe, store, size=size)
-    weights_N = bench.loss_weights(fold)
-    record = cache / f"step-{_full_step_name(bench, weights_N, probe, size)}.json"
-    known = read_record(record)
-    if known is not None:
-        full = PreparedStep(bench, fold, weights_N, *known)
-        course = config.trajectory(bench.pair, probe)
-        if not Grid(full, probe, config, course, cache, SUPPORT).needs_direction(planned):
-            return full
-    full = kept_step(bench, fold, probe, store, size=size)
-    write_record(record, full.direction, full.calibration)
-    return full
 
-
-def _full_step_name(
-    bench: StepBench, weights_N: np.ndarray, probe: ProbeConfig, size: float | None
-) -> str:
-    """Name of everything that decides the step on all positions, except the rounding of its
-    gradient.
+    Args:
+        bench: The student at theta0, and the bank.
+        probe: The steps.
+        config: The grid of cells.
+        cache: Folder for finished cells, or None.
+        shards: Where directions are kept until the grid is done.
     """
-    settings = {name: getattr(probe, name) for name in ("loss", "beta", "optimizer", "step")}
-    code = code_version("probing.intervention")
-    identity = settings | _identity(bench) | {"code": code, "size": size}
-    return hashlib.sha256(
-        json.dumps(identity, sort_keys=True, default=str).encode() + weights_N.tobytes()
-    ).hexdigest()[:24]
+
+    def __init__(
+        self,
+        bench: StepBench,
+        probe: ProbeConfig,
+        config: InterventionConfig,
+        cache: Path | None,
+        shards: Callable[[str], Shards],
+    ):
+        self.bench, self.probe, self.config, self.cache = bench, probe, config, cache
+        self.made = FoldSteps(
+            bench, probe, lambda fold: Store(shards(f"direction-fold{fold}").folder)
+        )
+
+    def prepared(self, fold: int, planned: Sequence[Planned]) -> PreparedStep:
+        """The step on a fold; `planned` is what the grid measures on it."""
+        known = self._known(fold)
+        if known is not None and not self._grid(known).needs_direction(planned):
+            return known
+        if self.cache is None:
+            return self.made.prepared(fold)
+        full = self.made.prepared(fold, size=self._known_size)
+        write_record(self._record(fold), full.direction, full.calibration)
+        return full
+
+    def _grid(self, full: PreparedStep) -> Grid:
+        course = self.config.trajectory(self.bench.pair, self.probe)
+        return Grid(full, self.probe, self.config, course, self.cache, SUPPORT)
+
+    @cached_property
+    def _known_size(self) -> float | None:
+        """The size of an earlier grid's steps; None where there is none."""
+        found = [known for fold in range(self.bench.count) if (known := self._known(fold))]
+        return found[0].step_size if found else None
+
+    def _known(self, fold: int) -> PreparedStep | None:
+        """The step of an earlier grid, without its update."""
+        found = None if self.cache is None else read_record(self._record(fold))
+        weights_N = self.bench.loss_weights(fold)
+        return None if found is None else PreparedStep(self.bench, fold, weights_N, *found)
+
+    def _record(self, fold: int) -> Path:
+        """File named by everything that decides a step, except the rounding of its gradient."""
+        assert self.cache is not None
+        settings = {n: getattr(self.probe, n) for n in ("loss", "beta", "optimizer", "step")}
+        identity = settings | self._identity | {"fold": fold}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for each in range(self.bench.count):  # the size rests on the steps of all folds
+            digest.update(self.bench.loss_weights(each).tobytes())
+        return self.cache / f"step-{digest.hexdigest()[:24]}.json"
+
+    @cached_property
+    def _identity(self) -> dict:
+        return _identity(self.bench) | {"code": code_version("probing.intervention")}
 
 
 def _identity(bench: StepBench) -> dict:

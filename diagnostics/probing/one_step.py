@@ -68,6 +68,7 @@ class ControlConfig:
         horizon: Numbers of optimizer steps after which a trajectory on fold 0 is measured; 0 or
             nothing takes none.
         warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
+        learning_rate: Of the trajectory; None takes the training's.
 
     Raises:
         DiagnosticsError: A null is unknown, or a horizon is negative.
@@ -92,6 +93,13 @@ class ControlConfig:
     warm_steps: int = field(
         default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state before"}
     )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "of the trajectory; the training's where not given"}
+    )
+
+    def rate(self, pair: str) -> float:
+        """The learning rate of the trajectory of a pair, given by name."""
+        return training_rate(pair) if self.learning_rate is None else self.learning_rate
 
     def __post_init__(self):
         for null in self.nulls:
@@ -257,7 +265,7 @@ class _Probing:
             self.bench,
             self.before,
             TrajectoryConfig(
-                training_rate(self.bench.pair.name),
+                self.controls.rate(self.bench.pair.name),
                 self.config.loss,
                 self.config.beta,
                 warm_steps=self.controls.warm_steps,

@@ -257,10 +257,10 @@ class FoldSteps:
         finished = [found for fold in folds if (found := self.store(fold).finished()) is not None]
         if finished:
             return finished[0].size
-        tables = [self.store(fold).calibration(self._direction(fold)) for fold in folds]
+        kept = [fold for fold in folds if self.store(fold).holds()]
+        tables = [self.store(fold).calibration(self._direction(fold)) for fold in kept]
         chosen = {_chosen(table) for table in tables if table is not None}
-        known = len(chosen) == 1 and all(table is not None for table in tables)
-        return chosen.pop() if known else self._calibrated()
+        return chosen.pop() if len(chosen) == 1 else self._calibrated()
 
     def _calibrated(self) -> float:
         folds = range(self.bench.count)

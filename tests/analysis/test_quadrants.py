@@ -1,4 +1,4 @@
-"""Quadrants, contrasts within Q3 and matched pairs: plain loops, over the table and in each draw."""
+"""Quadrants, contrasts within Q3 and matched pairs against loops, in each draw too."""
 
 import numpy as np
 import pandas as pd
@@ -295,8 +295,8 @@ def test_balance_before_equals_the_usual_formula(tokens):
 
 
 def test_matching_improves_balance_with_enough_positions():
-    tokens = made_tokens(prompts=40, length=60)
-    tokens["compatibility"] = 0.5 * tokens.forward_kl.rank(pct=True) + 0.5 * tokens.compatibility
+    tokens = made_tokens(prompts=20, length=300)
+    tokens["compatibility"] = 0.3 * tokens.forward_kl.rank(pct=True) + 0.7 * tokens.compatibility
     table = quadrants.balance(tokens, by=["compatibility"])
     pick = dict(split="held_out", covariate="log_divergence")
     nearest, caliper = (only_row(table, caliper=c, **pick) for c in quadrants.CALIPERS)

@@ -566,7 +566,7 @@ def test_a_sign_is_no_log_probability(pair, written, tmp_path, caplog, value):
         DiagnosticsError,
         match=r"^The loss sampled needs .* and its lists lack \d+ of \d+\. Use reverse_kl\.$",
     ):
-        probe(dataclasses.replace(pair, teacher=signed), written, loss="sampled")
+        probe(dataclasses.replace(pair, teacher=signed), written, loss="sampled", nulls=())
 
 
 def test_padding_with_signs_is_absent_whatever_its_ids():

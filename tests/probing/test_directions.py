@@ -289,7 +289,7 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
     first = interventions(pair, bank, **options, **GRID)
     assert measured == CELLS
     assert len(set(along)) == 1
-    assert made == 1  # the direction of the step on all positions, once
+    assert made == 2  # the directions of both folds, whose steps have one size, once
     again = interventions(
         pair,
         bank,
