@@ -87,8 +87,8 @@ def coefficients(
     title="Does it hang on the support?",
     reading=(
         "The statistic of C3, as the axis names it, for every measurement of compatibility and"
-        " every K. Claim C4 is tested as equivalence to the K of the table, and only a measurement that"
-        " orders Q3 as compatibility does counts as a proxy (table claim_statistics)."
+        " every K. Claim C4 is tested as equivalence to the K of the table, and only a measurement"
+        " that orders Q3 as compatibility does counts as a proxy (table claim_statistics)."
     ),
 )
 @on_page
