@@ -112,6 +112,14 @@ def decisive_horizon(table: pd.DataFrame) -> int:
     return int(usable.max() if len(usable) else table.horizon.min())
 
 
+def decisive_measure(table: pd.DataFrame) -> str:
+    """The divergence by which the cells of a decision are judged: the one that its column primary
+    marks, otherwise the table's first.
+    """
+    chosen = table.measure[table.primary.isin(TRUE)] if "primary" in table else ()
+    return str(chosen.iloc[0] if len(chosen) else table.measure.iloc[0])
+
+
 def of_all_rollouts(table: pd.DataFrame) -> pd.DataFrame:
     """The rows over all rollouts, where a verifier split others into right and wrong ones."""
     return table[table.rollouts == "all"] if "rollouts" in table else table

@@ -617,6 +617,17 @@ def test_robustness_shows_every_support_and_variant():
     )
 
 
+def test_robustness_shows_the_interaction_where_the_table_has_it():
+    table = study_tables.support_robustness()
+    later = table.replace({"statistic": {"decomposition": "interaction"}})
+    for draw, made in (
+        (figures.support_robustness, later),
+        (figures.gain_robustness, study_tables.gain_robustness().assign(statistic="interaction")),
+    ):
+        assert draw(made).axes[0].get_xlabel() == "coefficient of d̂ĉ (nats)"
+    assert figures.support_robustness(table).axes[0].get_xlabel() == "β(d̂ĉ) − β(d̂(1−ĉ))"
+
+
 def test_residual_curves_show_deciles_and_spline():
     table = study_tables.residual_curves()
     figure = figures.residual_curves(table)
@@ -991,6 +1002,10 @@ def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_and_scal
     right = table.assign(rollouts="right", over_random=9.0)
     both = pd.concat([right, table], ignore_index=True)
     assert cells_of(figures.decision(both)) == cells_of(figures.decision(table))
+    other = table.assign(measure="forward_kl", primary=False, over_random=9.0)
+    judged = pd.concat([other, table], ignore_index=True)
+    assert cells_of(figures.decision(judged)) == cells_of(figures.decision(table))
+    assert "forward KL" in figures.decision(judged, measure="forward_kl").get_supxlabel()
     small = figures.decision(table[table.horizon == 5], horizon=5)
     assert cells_of(small)["teachability 0.05"] == "▲ +9.9 ±9.0"
     assert "thousandths of a nat, 5 steps." in small.get_supxlabel().replace("\n", " ")

@@ -86,16 +86,16 @@ def coefficients(
     table="support_robustness",
     title="Does it hang on the support?",
     reading=(
-        "The difference of those two coefficients for every measurement of compatibility and every"
-        " K. Claim C4 is tested as equivalence to the K of the table, and only a measurement that"
-        " orders Q3 as compatibility does counts as a proxy (table claim_statistics)."
+        "The statistic of C3, as the axis names it, for every measurement of compatibility and"
+        " every K. Claim C4 is tested as equivalence to the K of the table, and only a measurement"
+        " that orders Q3 as compatibility does counts as a proxy (table claim_statistics)."
     ),
 )
 @on_page
 def support_robustness(
     table: pd.DataFrame,
     *,
-    statistic: str = "decomposition",
+    statistic: str | None = None,
     outcomes: Sequence[str] | None = None,
     split: str | None = None,
     **page: Unpack[Intervals],
@@ -108,7 +108,8 @@ def support_robustness(
     Args:
         table: One row per (proxy, k, outcome, split, statistic), with the columns estimate, low,
             high, positions and prompts.
-        statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
+        statistic: The statistic to show, one of the table's; where None the one of claim C3:
+            interaction, or decomposition in tables of earlier versions.
         outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
             context gain, or gain and relative gain where the table has no context gain.
         split: The split to show; held-out positions where None and the table has them, otherwise
@@ -123,6 +124,7 @@ def support_robustness(
     """
     outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("proxy", "k", "outcome", "split", "statistic", "estimate", "low", "high")
+    statistic = statistic or _statistic(table)
     what = "figures.support_robustness"
     table = style.keep(table, what, needs, {"outcome": outcomes, "statistic": statistic})
     table = style.keep(table, what, needs, {"split": split or naming.preferred_split(table)})
@@ -133,11 +135,17 @@ def support_robustness(
     return statistic_forest(table, "proxy", series, statistic, outcomes, page)
 
 
+def _statistic(table: pd.DataFrame) -> str:
+    """The statistic of claim C3: the interaction, before which it was the decomposition."""
+    present = set(table.statistic) if "statistic" in table else set()
+    return "interaction" if "interaction" in present else "decomposition"
+
+
 @figure(
     table="gain_robustness",
     title="Does it hang on the form of the gain?",
     reading=(
-        "The same difference with the gain winsorised and with special tokens or first positions"
+        "The same statistic with the gain winsorised and with special tokens or first positions"
         " left out."
     ),
 )
@@ -145,7 +153,7 @@ def support_robustness(
 def gain_robustness(
     table: pd.DataFrame,
     *,
-    statistic: str = "decomposition",
+    statistic: str | None = None,
     outcomes: Sequence[str] | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
@@ -158,7 +166,8 @@ def gain_robustness(
     Args:
         table: One row per (variant, outcome, split, statistic), with the columns estimate, low,
             high, positions and prompts.
-        statistic: The statistic to show: decomposition, tertile_difference or matched_difference.
+        statistic: The statistic to show, one of the table's; where None the one of claim C3:
+            interaction, or decomposition in tables of earlier versions.
         outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
             context gain, or gain and relative gain where the table has no context gain.
         **page: `level`, `width` and `dark`, as every figure takes them.
@@ -171,6 +180,7 @@ def gain_robustness(
     """
     outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("variant", "outcome", "split", "statistic", "estimate", "low", "high")
+    statistic = statistic or _statistic(table)
     table = style.halves(
         style.keep(
             table, "figures.gain_robustness", needs, {"outcome": outcomes, "statistic": statistic}
