@@ -21,6 +21,7 @@ from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report.naming import (
     MEASURES,
     TRUE,
+    decisive_horizon,
     preferred_split,
     readable,
     shown_outcomes,
@@ -106,7 +107,13 @@ def decided(run: RunTables) -> str:
     """Which criterion to train with at which budget, or what to run so that it can be said."""
     table = run.table("decision")
     if table is not None:
-        return decision_sentence(table)
+        measured = decisive_horizon(table)
+        other = (
+            f" The registered horizon of {run.horizon} steps was not measured: exploratory."
+            if "primary" in run.manifest and measured != run.horizon
+            else ""
+        )
+        return decision_sentence(table) + other
     probed = any(run.table(name) is not None for name in ("correlations", "intervention"))
     return UNDECIDED if probed else ""
 
@@ -366,7 +373,10 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     if "ambiguous" in best:
         best = best[~(best.ambiguous > AMBIGUOUS)]
     if best.empty:
-        return f"no criterion is defined for the {WORDS[outcome]}"
+        return (
+            f"no share of the {WORDS[outcome]} is defined, for it does not sum to more than zero or"
+            " ties decide every selection"
+        )
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
     random = f"random {first.random_low:.1%} to {first.random_high:.1%}"
     if not first.low > first.random_high:

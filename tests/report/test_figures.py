@@ -805,6 +805,14 @@ def test_a_criterion_looks_alike_in_every_figure():
     ) == len(styles)
 
 
+def test_fair_rivals_are_grey_as_random_is_and_take_no_color_of_a_criterion():
+    names = [*style.RIVALS, "mine"]
+    looks = [style.criterion_style(name, names) for name in ("random", *style.RIVALS)]
+    assert len({look["color"] for look in looks}) == 1
+    assert len({look["marker"] for look in looks}) == len(looks)
+    assert style.criterion_style("mine", names) == style.criterion_style("mine", ["mine"])
+
+
 def test_evaluations_show_means_and_intervals():
     table = study_tables.evaluations()
     _place, values, ends = errorbars(figures.evaluations(table).axes[0])["forward_kl"]

@@ -194,6 +194,12 @@ def test_the_decision_comes_first_and_its_absence_says_what_to_run():
         decision_sentence(made_tables.decision()),
     )
     assert summary.decided(found).startswith("Train with teachability at 5 %: +0.0396 ± 0.009 nats")
+    table = made_tables.decision()
+    short = table.assign(primary=table.horizon == 5)
+    for registered, ending in ((made_tables.REGISTERED, True), (None, False)):
+        manifest = {} if registered is None else {"primary": registered}
+        text = summary.decided(RunResults(manifest, {"decision": short}))
+        assert text.endswith("of 20 steps was not measured: exploratory.") == ending
     for name in ("correlations", "intervention"):
         without = RunResults({}, {name: getattr(study_tables, name)()})
         assert summary.decided(without).startswith(
