@@ -46,7 +46,6 @@ _HOMES = {
         "selection_summary",
     ),
     "analysis.rank_agreement": ("agreement",),
-    "analysis.decision": ("decide", "decision_sentence"),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),
     "training.run": ("EngineConfig", "TrainConfig", "train"),

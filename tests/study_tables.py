@@ -54,7 +54,6 @@ def tokens(prompts: int = 8, length: int = 20, seed: int = 0) -> pd.DataFrame:
                     "split": "step" if i < prompts // 2 else "held_out",
                     "gain": gain,
                     "relative_gain": gain / d if d > 1e-3 else np.nan,
-                    "placebo_gain": 0.01 * d * rng.normal(),
                 }
             )
     return validate_tokens(pd.DataFrame(rows))
@@ -95,7 +94,6 @@ def correlations(names=CRITERIA, seed: int = 0) -> pd.DataFrame:
                             "estimate": estimate,
                             "low": estimate - width,
                             "high": estimate + 0.9 * width,
-                            "placebo": rng.uniform(-0.1, 0.3),
                             "positions": 734 if outcome == "gain" else 701,
                             "prompts": 16,
                         }
@@ -153,7 +151,6 @@ def q3_contrast() -> pd.DataFrame:
                             "high": difference + reach,
                             "bottom_mean": 0.02,
                             "top_mean": 0.02 + difference,
-                            "placebo_difference": 0.001,
                             "positions": 122,
                             "prompts": 16,
                         }
@@ -175,17 +172,6 @@ def calibration() -> pd.DataFrame:
             "chosen": [False, False, True, False],
         }
     )
-
-
-def placebo_excess() -> pd.DataFrame:
-    """Estimate minus placebo of `correlations`."""
-    table = correlations()
-    table = table[table.method == "spearman"]
-    return table.assign(
-        excess=table.estimate - table.placebo,
-        low=table.low - table.placebo,
-        high=table.high - table.placebo,
-    ).drop(columns=["estimate", "placebo"])
 
 
 def quadrants() -> pd.DataFrame:
@@ -216,17 +202,19 @@ def quadrants() -> pd.DataFrame:
 
 
 def matching() -> pd.DataFrame:
-    """Matched differences in place of `q3_contrast`'s, with and without replacement."""
+    """Matched differences in place of `q3_contrast`'s, of every pair and within a caliper."""
     table = q3_contrast()
     table = table[table.groups == "tertile"].drop(columns=["groups", "bottom_mean", "top_mean"])
     shifted = table.assign(
         difference=0.7 * table.difference,
         low=0.7 * table.difference - 0.01,
         high=0.7 * table.difference + 0.01,
-        placebo_difference=0.002,
     )
     return pd.concat(
-        [shifted.assign(replacement=True), shifted.assign(replacement=False, difference=9.0)],
+        [
+            shifted.assign(caliper=0.5, matched=0.31),
+            shifted.assign(caliper=np.inf, matched=1.0, difference=9.0),
+        ],
         ignore_index=True,
     )
 

@@ -527,10 +527,11 @@ def test_scoring(tiny, bank, k, sweep, batch_tokens):
     folds=st.integers(-1, 5),
     nulls=st.lists(st.sampled_from(["global", "token_type", "x"]), max_size=2),
     placebos=st.integers(-1, 1),
+    horizon=st.lists(st.integers(-1, 2), max_size=2),
     seed=st.integers(-2, 2**40),
     loss=st.sampled_from(["forward_kl", "jsd", "x"]),
 )
-def test_probing(tiny, step, beta, folds, nulls, placebos, seed, loss):
+def test_probing(tiny, step, beta, folds, nulls, placebos, horizon, seed, loss):
     ends_well(
         "probe",
         lambda: probe(
@@ -541,6 +542,7 @@ def test_probing(tiny, step, beta, folds, nulls, placebos, seed, loss):
             folds=folds,
             nulls=nulls,
             placebos=placebos,
+            horizon=horizon,
             seed=seed,
             loss=loss,
         ),

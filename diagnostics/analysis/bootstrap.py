@@ -47,9 +47,9 @@ from diagnostics.core.settings import with_settings
 
 ENOUGH_DRAWS = 0.9
 """Share of draws in which a statistic must be defined for its interval to be."""
-EXACT_DRAWS = 300
+EXACT_DRAWS = 200
 """Draws of statistics that are computed anew from resampled rows: their standard error is then
-itself uncertain by 4 %."""
+itself uncertain by 5 %."""
 CHUNK = 2_000_000
 """Number of elements of a [draws, positions] block that is held in memory at a time."""
 

@@ -48,7 +48,8 @@ from diagnostics.core.schema import require_columns
 
 STATEMENTS = {
     ("C1", "paper"): (
-        "raw KL is a coarse proxy: teachability orders the gain better than divergence does"
+        "raw KL is a coarse proxy: teachability orders the gain better than divergence does (by"
+        " rank correlations, of which the paper has no table)"
     ),
     ("C1", "controlled"): (
         "raw KL is a coarse proxy: at equal divergence, positions within the student's reach gain"
@@ -787,12 +788,20 @@ def p_words(p: float) -> str:
     return f"p = {text.lstrip('0')}"
 
 
+KIND_WORDS = {
+    "paper": "as the paper has it",
+    "controlled": "controlled",
+    ("C1", "paper"): "by rank correlations",
+}
+"""Words for a kind of statistic; for C1 the paper has none to be laid beside."""
+
+
 def _sentence(
     test: ClaimTest, row: Mapping[str, Any], because: str, choices: PrimaryChoices
 ) -> str:
     """One claim in plain English: verdict, what was claimed, what was found, and on how much."""
     outcome = OUTCOME_WORDS.get(test.outcome, test.outcome)
-    kind = "as the paper has it" if test.kind == "paper" else "controlled"
+    kind = KIND_WORDS.get((test.claim, test.kind)) or KIND_WORDS[test.kind]
     text = (
         f"{test.claim}, {kind}, is {row['verdict']} for the {outcome}"
         f" {POPULATION_WORDS[test.population]}"

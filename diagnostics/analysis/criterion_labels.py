@@ -24,7 +24,7 @@ EXACT_GROUPS = 8
 """Labels up to which every exchange is made: 8! = 40,320."""
 EXCHANGES = 10_000
 """Seeded exchanges above that: a p of .05 is then known to within .004."""
-BLOCK = 20_000_000
+BLOCK = 1_000_000
 """Number of elements of a [exchanges, pairs] block that is held in memory at a time."""
 ALIKE = 0.95
 """Spearman correlation of two criteria's scores from which they are near-duplicates."""
@@ -72,19 +72,21 @@ def permutation_p(
     # Where labels move, pairs of cells are pairs of budgets: any two distinct cells of two budgets
     # that are compared.
     chosen = np.tile(together, (len(labels), len(labels)))
-    np.fill_diagonal(chosen, False)
-    return _share_as_far(x_GB, y_GB, np.flatnonzero(chosen.reshape(-1)), seed)
+    # Each pair once.
+    return _share_as_far(x_GB, y_GB, np.flatnonzero(np.triu(chosen, 1).reshape(-1)), seed)
 
 
 def _share_as_far(x_GB: np.ndarray, y_GB: np.ndarray, chosen: np.ndarray, seed: int) -> float:
     x_signs, x_known = (part.reshape(-1)[chosen] for part in _signs(x_GB))
-    y_signs, y_known = _signs(y_GB)
+    y_signs, y_known = (part.reshape(-1) for part in _signs(y_GB))
     first, second = np.divmod(chosen, y_GB.size)
 
     def taus(orders: np.ndarray) -> np.ndarray:
         at = orders[:, :, None] * y_GB.shape[1] + np.arange(y_GB.shape[1])
-        at = at.reshape(len(orders), -1)
-        signs, known = (part[at[:, first], at[:, second]] for part in (y_signs, y_known))
+        at = at.reshape(len(orders), -1).astype(np.int32)
+        pairs = at[:, first] * np.int32(y_GB.size) + at[:, second]
+        signs = y_signs.take(pairs)
+        known = np.ones_like(signs) if y_known.all() else y_known.take(pairs)
         untied_x = known @ np.abs(x_signs)
         untied_y = np.abs(signs) @ x_known
         with np.errstate(invalid="ignore", divide="ignore"):

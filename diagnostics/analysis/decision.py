@@ -348,7 +348,7 @@ def decision_sentence(table: pd.DataFrame) -> str:
     """
     primary = table["primary"].astype(bool)
     judged = table[primary & ~table["criterion"].isin(["random", *NO_CELLS])]
-    judged = judged.assign(reason=judged["reason"].fillna(""))
+    judged = judged.assign(reason=judged["reason"].astype(object).fillna(""))
     chosen = judged[judged["recommended"].astype(bool)]
     if len(chosen):
         row = chosen.iloc[0].to_dict()

@@ -11,6 +11,7 @@ ignored, except for the ids that end a response. The log and the manifest name w
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,42 @@ def sample_responses(
     ]
     responses = _sample_requests(pair, requests, config, shards or Shards())
     return Bank(tuple(_freeze(pair, *both) for both in zip(requests, responses)))
+
+
+def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, seed: int) -> Bank:
+    """Answer the prompts of frozen contexts anew, with the student as it is now.
+
+    The prompts' ids are those of the contexts, so that nothing depends on how they were rendered.
+    Equal seeds give equal random numbers to every student.
+
+    Args:
+        pair: The student and the tokenizer.
+        contexts: The frozen contexts; several of one prompt get streams of their own.
+        max_new_tokens: Longest response, in tokens.
+        seed: Seed of sampling.
+
+    Returns:
+        The same contexts with new responses, sampled at temperature 1.
+    """
+    config = RolloutConfig(max_new_tokens=max_new_tokens, seed=seed)
+    _require_in_range(config)
+    samples: dict[str, int] = {}
+    requests = []
+    for context in contexts:
+        sample = samples.get(context.prompt_id, 0)
+        samples[context.prompt_id] = sample + 1
+        prompt = Prompt(context.prompt_id, context.prompt)
+        requests.append(_Request(prompt, sample, context.prompt_ids))
+    written = _sample_requests(pair, requests, config, Shards())
+    frozen = [_freeze(pair, *both) for both in zip(requests, written)]
+    return Bank(
+        tuple(
+            dataclasses.replace(
+                old, response=new.response, response_ids=new.response_ids, finished=new.finished
+            )
+            for old, new in zip(contexts, frozen, strict=True)
+        )
+    )
 
 
 def _require_in_range(config: RolloutConfig) -> None:

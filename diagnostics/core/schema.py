@@ -309,7 +309,8 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
             f"Position {row.position} of context {row.context_id!r} appears more than once. "
             "A token table has one row per response position; drop the repeats."
         )
-    return tokens.reset_index(drop=True)
+    # copied once more, which joins the columns that were cast one by one
+    return tokens.reset_index(drop=True).copy()
 
 
 def _place(name: str, entry: Column) -> tuple[int, int]:

@@ -296,8 +296,8 @@ STAGES = (
         configs=(PAIR, PROBE, CONTROLS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`",
         writes=(
-            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`; `tokens.parquet`:"
-            " scores and gains joined"
+            "`gains.parquet`, `tables/calibration.csv`, `tables/placebo.csv`,"
+            " `tables/horizon.csv`; `tokens.parquet`: scores and gains joined"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
         run=_probe,
@@ -306,6 +306,8 @@ STAGES = (
             "probing.folds",
             "probing.permuted_teacher",
             "probing.placebo",
+            "probing.horizon",
+            "probing.trajectory",
             "measure.losses",
         ),
     ),
@@ -341,17 +343,18 @@ STAGES = (
     Stage(
         name="intervene",
         purpose=(
-            "Take one step per criterion and budget, with loss on the selected positions only."
+            "Take one step, and short trajectories of the real optimizer, per criterion and budget,"
+            " with loss on the selected positions only."
         ),
         example=(
             "intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3"
-            " --output-dir reports/mine",
+            " --horizon 5,20 --output-dir reports/mine",
         ),
         configs=(PAIR, PROBE, INTERVENTION, ANALYSIS, SCORE),
-        reads="`contexts.parquet`, `scores.parquet`",
+        reads="`contexts.parquet`, `scores.parquet`, and `gains.parquet` where there is one",
         writes=(
-            "`interventions.parquet`, `tables/intervention.csv`; `cells/`: finished steps, so that"
-            " a wider grid goes on from there"
+            "`interventions.parquet`, `tables/intervention.csv`; `cells/`: finished cells, so that"
+            " a wider grid or a longer horizon goes on from there"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_intervene,

@@ -29,6 +29,7 @@ import pandas as pd
 from diagnostics.core import files, fingerprints, tables
 from diagnostics.core import manifest as manifests
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.settings import RETIRED
 from diagnostics.pipeline import run as run_directory
 from diagnostics.pipeline.registry import BY_NAME, STAGES, load_configs
 
@@ -119,6 +120,13 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
         DiagnosticsError: A setting or an input is missing, or has a value that it cannot have.
     """
     settings = dict(record["settings"])
+    gone = next((key for key in settings if key in RETIRED), None)
+    if gone is not None:
+        raise DiagnosticsError(
+            f"Stage {name!r} of the manifest was run with {gone}={settings[gone]!r}, which this"
+            f" version no longer has. {RETIRED[gone]} Run it anew, or repeat it with the version"
+            " that the manifest names."
+        )
     for key, value in settings.items():
         if (
             key in manifests.PATHS and value is not None and not isinstance(value, str)

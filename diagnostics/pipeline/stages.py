@@ -236,6 +236,10 @@ def probe_stage(
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
     from diagnostics.probing.one_step import probe
+    from diagnostics.probing.trajectory import require_horizon
+
+    names = ["calibration", "placebo"]
+    names += ["horizon"] if require_horizon(controls.horizon) else []
 
     def work() -> dict:
         bank, tokens = (
@@ -254,9 +258,13 @@ def probe_stage(
         added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
         write_parquet(run.path("gains.parquet"), result.tokens[added])
         listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
-        for name, table in {"calibration": result.calibration, "placebo": result.placebo}.items():
-            write_csv(run.path(f"tables/{name}.csv"), table.assign(**listed))
-        return {**dataclasses.asdict(result.step), "folds": len(result.steps)}
+        for name in names:
+            write_csv(run.path(f"tables/{name}.csv"), getattr(result, name).assign(**listed))
+        return {
+            **dataclasses.asdict(result.step),
+            "folds": len(result.steps),
+            "horizon_rate": controls.rate(models.pair.name),
+        }
 
     choices = register_primary(run, primary)
     run.stage(
@@ -265,7 +273,7 @@ def probe_stage(
             models.settings, config, controls, {"batch_tokens": batch_tokens, "primary": choices}
         ),
         inputs=["contexts.parquet", "scores.parquet"],
-        outputs=["gains.parquet", "tables/calibration.csv", "tables/placebo.csv"],
+        outputs=["gains.parquet", *(f"tables/{name}.csv" for name in names)],
         work=work,
         code=("probing.one_step",),
         models=models.fingerprint,
@@ -541,7 +549,7 @@ def analyze_stage(
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
     settings |= {"k": k, "primary": choices.as_text(), "registered": registered}
-    scored = run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
+    scored = _scored_k(run)
     if None not in (k, scored) and k != scored:
         raise DiagnosticsError(
             f"Got --k {k}, and this run was scored with --k {scored}. Leave it out; it is for"
@@ -682,34 +690,43 @@ def intervene_stage(
     *,
     batch_tokens: int,
 ) -> None:
-    """Take one step per criterion and budget.
+    """Take one step, and short trajectories, per criterion, budget and fold.
 
-    Finished cells are kept in `cells`, so that a wider grid goes on from there.
+    Finished cells are kept in `cells`, so that a wider grid or a longer horizon goes on from there.
 
     Args:
-        run: A run directory with contexts and scores.
+        run: A run directory with contexts and scores. Where it has the probe's gains, their folds
+            and token_identity_gain are used.
         models: The pair.
-        probe: The step, which has to be the probe's where the run has one.
-        config: Criteria, budgets and how the sizes of the steps are matched.
+        probe: The step and the folds, which have to be the probe's where the run has one.
+        config: Criteria, budgets, horizons, and how cells are matched.
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.probing.intervention import interventions
+    from diagnostics.probing.intervention import SUPPORT, interventions
     from diagnostics.probing.intervention_table import summarize
+    from diagnostics.probing.trajectory import require_horizon
 
     _require_probe_settings(run, probe, what="An intervention")
+    inputs = ["contexts.parquet", "scores.parquet"]
+    inputs += [name for name in ("gains.parquet",) if run.path(name).exists()]
 
     def work() -> dict:
         bank, tokens = (
             read_bank(run.path("contexts.parquet")),
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
+        if "gains.parquet" in inputs:
+            gains = read_parquet(run.path("gains.parquet"))
+            known = [name for name in BEFORE_INTERVENING if name in gains]
+            tokens = tokens.merge(gains[[*GAIN_KEYS, *known]], on=list(GAIN_KEYS), how="left")
         result = interventions(
             models.pair,
             bank,
             probe,
             config,
             tokens=tokens,
+            k=_scored_k(run) or SUPPORT,
             batch_tokens=batch_tokens,
             cache=run.path("cells"),
             shards=run.shards,
@@ -723,21 +740,33 @@ def intervene_stage(
         chosen = result.calibration[result.calibration["chosen"]].iloc[0]
         return {
             "cells": len(result.cells),
+            "steps": result.steps,
             "step_size": float(chosen.step_size),
             "relative_norm": float(chosen.relative_norm),
+            "horizon": list(require_horizon(config.horizon)),
+            "horizon_rate": config.trajectory(models.pair, probe).rate,
         }
 
     settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "intervene",
         settings=settings,
-        inputs=["contexts.parquet", "scores.parquet"],
+        inputs=inputs,
         outputs=["interventions.parquet", "tables/intervention.csv"],
         work=work,
         derived=True,
         code=("probing.intervention",),
         models=models.fingerprint,
     )
+
+
+BEFORE_INTERVENING = ("fold", "split", "token_identity_gain")
+"""Columns of the probe's gains that an intervention may see: no outcome of a position itself."""
+
+
+def _scored_k(run: Run) -> int | None:
+    """The K of the run's scores; None where they were not made by this run."""
+    return run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
 
 
 def attribute_stage(

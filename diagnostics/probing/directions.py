@@ -9,7 +9,7 @@ models and the code; the folder is removed when the stage's files are written.
 
 On disk, a direction takes 4 bytes per parameter of a float32 student. Where there is no room for
 it, the stage runs without. Once everything along a direction is measured, the measurements take its
-place (`Store.finish`), so that a stage with many directions keeps one at a time."""
+place (`Store.finish`)."""
 
 from __future__ import annotations
 
@@ -64,6 +64,15 @@ class Direction:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
         return dataclasses.replace(self, sha256=digest.hexdigest())
+
+    def on(self, like: Sequence[Tensor]) -> Direction:
+        """The same direction on the devices of the tensors that it is like."""
+        moved = [u.to(p.device) for u, p in zip(self.update, like, strict=True)]
+        return dataclasses.replace(self, update=moved)
+
+    def parked(self) -> Direction:
+        """The same direction in main memory."""
+        return dataclasses.replace(self, update=[u.cpu() for u in self.update])
 
     def without_update(self) -> Direction:
         """The same direction once everything along it is measured: its update's memory is free."""
@@ -120,10 +129,12 @@ class Store:
             The direction, or None where any process lacks it or it is damaged.
         """
         found = None if self.folder is None else self._read(self.folder / FILE, like)
-        if not _everywhere(found):
-            return None
-        log.info("%s: continuing along the direction of an interrupted run", self.folder)
-        return found
+        return found if _everywhere(found) else None
+
+    def holds(self) -> bool:
+        """Whether a direction lies on disk, for every process to see."""
+        path = None if self.folder is None else self.folder / FILE
+        return _everywhere(path if path is not None and path.is_file() else None)
 
     def _read(self, path: Path, like: Sequence[Tensor]) -> Direction | None:
         from safetensors import SafetensorError, safe_open

@@ -1,32 +1,37 @@
-"""What a step does when only the selected positions carry loss: criteria compared by intervention.
+"""What steps do when only the selected positions carry loss: criteria compared by intervention.
 
-    theta_c = theta0 + a_c * d_c
-    reduction_i = D_i(theta0) - D_i(theta_c),   for D in KL(q||p), KL(p||q) and JS, in nats
+    horizon 0   theta_c = theta0 + a_c * d_c,    d_c the first direction of the cell's mean loss
+    horizon k   theta_c = k steps of the real optimizer on minibatches (`trajectory`)
+    reduction_i = D_i(theta0) - D_i(theta_c),    D in KL(q||p), KL(p||q) and JS, in nats
 
-where d_c is the optimizer's first direction for the mean loss over the positions of cell c.
+A *cell* is one criterion at one budget, on the contexts of one fold, after a horizon of optimizer
+steps. Each fold is the *step batch* in turn, and all others are held out for it. Every cell starts
+from the same theta0.
 
-A *cell* is one criterion at one budget. Scores are normalized over the whole table, as everywhere;
-the selection is made among the step positions, and the budget is a share of those. Every cell
-starts from the same theta0. With `match="norm"` it moves the weights as far as the calibrated step
-on all positions does: a_c = a_full |d_full| / |d_c|. With `match="lr"` the learning rate is the
-same instead. (A small selection leaves some weights without gradient; at equal norm AdamW's first
-step then moves the others further.)
+Horizon 0 is the one step. Its selection is a share of the fold's positions. With `match="norm"` it
+moves the weights as far as the step on all positions of the fold does: a_c = a |d_full| / |d_c|,
+with the one size a that all folds share. With `match="lr"` the learning rate is the same instead.
+(A small selection leaves some weights without gradient; at equal norm AdamW's first step then moves
+the others further.)
 
-Three cells are always present: `full`, every step position; `random`, several draws per budget;
-`placebo`, the full step with every coordinate under a random sign. A cell is compared with `full`
-and with `random` *on its own positions*: how much would those positions have gained if all
-positions, or as many random ones, had been supervised? Intervals resample prompts; those that
-involve `random` also carry the spread of its draws.
+At later horizons every step selects among the positions of its minibatch, as training does: the
+minibatch is measured with the student as it is by then, and scored and normalized by itself
+(`scope="batch"`; `context` gives every response a budget of its own). With `scope="table"` the
+positions are those of horizon 0, chosen once at theta0.
 
-The teacher runs once for all cells; the cells share each batch's student forward pass as far as
-memory for their gradients goes. A cell's result is a file named by everything that decides it,
-including the bits of the full step's direction, so an interrupted grid continues where it stopped
-(`directions`), and a wider grid keeps the finished cells.
+Always present are `full`, every position, and the rivals that know less than a criterion does:
+`random`, `random_divergent` and `position_matched`, with several draws per budget. A cell is
+compared with `full` and with `random` *on its own positions*: how much would those positions have
+gained if all positions, or as many random ones, had been supervised?
 
-Reference: arXiv 2605.26844 compares criteria by training runs; this is the first step of one, with
-the norm held.
+The teacher runs once for all cells; the cells of horizon 0 share each batch's student forward pass
+as far as memory for their gradients goes. A finished cell is a file named by everything that
+decides it, so an interrupted grid continues where it stopped, a wider grid keeps the finished
+cells, and a longer horizon keeps the shorter ones.
 
-Axes: N positions, C cells.
+Reference: arXiv 2605.26844 compares criteria by training runs, which begin as these do.
+
+Axes: N positions, n of a minibatch, C cells.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +52,6 @@ from torch import Tensor
 
 from diagnostics import criteria as registry
 from diagnostics.analysis.config import AnalysisConfig
-from diagnostics.analysis.selection import is_baseline
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
@@ -56,24 +60,39 @@ from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
+from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Store, read_record, write_record
 from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
 from diagnostics.probing.intervention_table import summarize
 from diagnostics.probing.step import (
+    FoldSteps,
     PreparedStep,
     ProbeConfig,
     StepBench,
     first_update,
-    kept_step,
     loss_weights,
     step_positions,
 )
 from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.trajectory import (
+    HORIZON,
+    MINIBATCH,
+    Rows,
+    Trajectory,
+    TrajectoryConfig,
+    Weigh,
+    every_position,
+    planned_trajectory,
+    remeasured,
+    require_horizon,
+    require_support,
+)
 
 log = logging.getLogger("diagnostics")
 MATCHES = ("norm", "lr")
+SCOPES = ("batch", "context", "table")
 CRITERIA = (
     "entropy",
     "divergence",
@@ -83,7 +102,11 @@ CRITERIA = (
     "incompatible",
     "tip",
 )
+RIVALS = ("random", "random_divergent", "position_matched")
+"""Criteria that are always measured, as far as the token table has their columns."""
 BUDGETS = (0.01, 0.05, 0.1, 0.3)
+SUPPORT = scores.ScoreConfig.k
+"""K of the supports where no other is given."""
 GRADIENT_BYTES = 2**30
 """Memory for the gradients of cells that share one student forward."""
 
@@ -93,41 +116,71 @@ class InterventionConfig:
     """The grid of cells.
 
     Attributes:
-        criteria: Registered criteria; `full`, `random` and `placebo` are always present.
-        budgets: Shares of the step positions, each in (0, 1].
-        match: What all cells have in common: the `norm` of the update, or the learning rate (`lr`).
-        random_draws: Random selections per budget, at least 1.
+        criteria: Registered criteria; `full`, `random` and its fair variants are always present.
+        budgets: Shares of the positions, each in (0, 1].
+        match: What all cells of horizon 0 have in common: the `norm` of the update, or the learning
+            rate (`lr`).
+        random_draws: Selections per budget of each criterion that draws random numbers, at least 1.
+        horizon: Optimizer steps after which cells are measured; 0 alone leaves the one step.
+        scope: What a budget is a share of in a trajectory: each `batch` or each response
+            (`context`), measured anew, or the fold's `table` at theta0.
+        warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
+        minibatch: Contexts in an optimizer step.
+        learning_rate: Of the trajectories; None takes the training's.
 
     Raises:
-        DiagnosticsError: `match` is unknown, or there is no random draw.
+        DiagnosticsError: `match`, `scope` or a horizon is unknown, or there is no random draw.
     """
 
     criteria: tuple[str, ...] = field(
-        default=CRITERIA, metadata={"help": "criteria; full, random and a placebo are always there"}
+        default=CRITERIA, metadata={"help": "criteria; full, random and its variants are added"}
     )
-    budgets: tuple[float, ...] = field(
-        default=BUDGETS, metadata={"help": "shares of the step positions"}
-    )
+    budgets: tuple[float, ...] = field(default=BUDGETS, metadata={"help": "shares of positions"})
     match: str = field(
         default="norm",
         metadata={
-            "help": "what cells have in common: norm of the update, or lr",
+            "help": "what cells of one step have in common: norm of the update, or lr",
             "choices": MATCHES,
         },
     )
-    random_draws: int = field(default=5, metadata={"help": "random selections a budget"})
+    random_draws: int = field(default=3, metadata={"help": "random selections a budget"})
+    horizon: tuple[int, ...] = field(
+        default=HORIZON,
+        metadata={"help": "optimizer steps after which cells are measured; 0: one step alone"},
+    )
+    scope: str = field(
+        default="batch",
+        metadata={
+            "help": "what a budget is a share of in a trajectory (table: chosen at theta0)",
+            "choices": SCOPES,
+        },
+    )
+    warm_steps: int = field(
+        default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state beforehand"}
+    )
+    minibatch: int = field(default=MINIBATCH, metadata={"help": "contexts in an optimizer step"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "of the trajectories; the training's where not given"}
+    )
 
     def __post_init__(self):
-        if self.match not in MATCHES:
-            raise DiagnosticsError(
-                f"Unknown match {self.match!r}. Known are {', '.join(MATCHES)}: cells have the"
-                " update's norm or its learning rate in common."
-            )
+        for name, value, known in (
+            ("match", self.match, MATCHES),
+            ("scope", self.scope, SCOPES),
+        ):
+            if value not in known:
+                raise DiagnosticsError(f"Unknown {name} {value!r}. Known are {', '.join(known)}.")
+        require_horizon(self.horizon)
         if self.random_draws < 1:
             raise DiagnosticsError(
                 f"random_draws is {self.random_draws}; a comparison with random needs at least 1,"
-                " and 5 to see its spread."
+                " and 2 to see its spread."
             )
+
+    def trajectory(self, pair: Pair, probe: ProbeConfig) -> TrajectoryConfig:
+        """The optimizer's steps of a pair's trajectories."""
+        rate = training_rate(pair.name) if self.learning_rate is None else self.learning_rate
+        return TrajectoryConfig(rate, probe.loss, probe.beta, self.minibatch, self.warm_steps)
 
 
 @with_settings(probe=ProbeConfig, config=InterventionConfig, analysis=AnalysisConfig)
@@ -139,12 +192,13 @@ def intervene(
     analysis: AnalysisConfig = AnalysisConfig(),
     *,
     tokens: pd.DataFrame | None = None,
+    k: int = SUPPORT,
     batch_tokens: int = scores.BATCH_TOKENS,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Take one step per cell from the same student, and tabulate what each changed.
+    """Take one step, and short trajectories, per cell and fold, and tabulate what each changed.
 
     Only the selected positions of a cell carry loss. This is `interventions` followed by
     `summarize`.
@@ -152,18 +206,21 @@ def intervene(
     Args:
         pair: The student, in float32 or float64, and its teacher.
         bank: The frozen contexts, N response positions in all.
-        probe: The step; its fields may be given as keywords instead.
+        probe: The step and the folds; its fields may be given as keywords instead.
         config: The grid of cells; its fields may be given as keywords instead.
         analysis: How intervals are made; its fields may be given as keywords instead.
-        tokens: The bank's token table; None scores the bank first. Its column `split` is used
-            where it has one; otherwise prompts are split as in `probe`.
+        tokens: The bank's token table; None scores the bank first. Its column `fold` (or the
+            `split` of a single step) is used where it has one; otherwise prompts are divided as in
+            `probe`.
+        k: The K that the table was scored with.
         batch_tokens: Tokens in one forward pass, padding included.
         cache: Folder for finished cells; nothing is kept by default.
-        shards: Where the step on all positions is kept until the grid is done.
+        shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe`, `config` and `analysis`.
 
     Returns:
-        The table of `summarize`: one row per criterion, budget, group of positions and measure.
+        The table of `summarize`: one row per criterion, budget, horizon, group of positions and
+        measure.
 
     Raises:
         DiagnosticsError: As `interventions` does.
@@ -174,6 +231,7 @@ def intervene(
         probe,
         config,
         tokens=tokens,
+        k=k,
         batch_tokens=batch_tokens,
         cache=cache,
         shards=shards,
@@ -189,24 +247,27 @@ def interventions(
     config: InterventionConfig = InterventionConfig(),
     *,
     tokens: pd.DataFrame | None = None,
+    k: int = SUPPORT,
     batch_tokens: int = scores.BATCH_TOKENS,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
 ) -> Interventions:
-    """Measure every cell of criteria x budgets, with full, random and placebo.
+    """Measure every cell of criteria x budgets x folds x horizons, with full and random.
 
     Args:
         pair: The student, in float32 or float64, and its teacher. The student ends as it began.
         bank: The frozen contexts, N response positions in all.
-        probe: The step on all positions, whose size every cell's step is matched to; its fields
-            may be given as keywords instead.
+        probe: The step on all positions, whose size every cell's one step is matched to, and the
+            folds; its fields may be given as keywords instead.
         config: The grid of cells; its fields may be given as keywords instead.
-        tokens: The bank's token table; None scores the bank first. Its column `split` is used
-            where it has one; otherwise prompts are split as in `probe`.
+        tokens: The bank's token table; None scores the bank first. Its column `fold` (or the
+            `split` of a single step) is used where it has one; otherwise prompts are divided as in
+            `probe`.
+        k: The K that the table was scored with.
         batch_tokens: Tokens in one forward pass, padding included.
         cache: Folder for finished cells; nothing is kept by default.
-        shards: Where the step on all positions is kept until the grid is done.
+        shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe` and `config`.
 
     Returns:
@@ -214,55 +275,114 @@ def interventions(
 
     Raises:
         DiagnosticsError: A name is unknown, a budget lies outside (0, 1], there is no random draw,
-            a cell selects no position, or the table is of another bank.
+            a cell selects no position, or the table is of another bank or another K.
     """
+    if tokens is None:
+        tokens = scores.score(pair, bank, k=k, batch_tokens=batch_tokens)
     positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
     # planned before the teacher runs: a grid that cannot be measured is refused at once
-    cells = plan(positions.tokens, positions.split, config, seed=probe.seed)
-    bench = StepBench(pair, bank, positions.tokens, positions.split, batch_tokens=batch_tokens)
+    planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
+    course = config.trajectory(pair, probe)
+    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
     folder = None if cache is None else Path(cache)
-    full = _full_step(bench, cells, probe, config, folder, Store(shards("direction").folder))
-    effects = Grid(full, probe, config.match, folder).measure(cells)
+    steps = FullSteps(bench, probe, config, folder, shards)
+    effects: dict[InterventionCell, Effect] = {}
+    calibrations: list[pd.DataFrame] = []
+    for fold in step_folds(positions.tokens, positions.folds):
+        mine = [one for one in planned if one.cell.fold == fold]
+        grid = Grid(steps.prepared(fold, mine), probe, config, course, folder, k)
+        effects |= grid.measure(mine)
+        calibrations.append(grid.full.calibration)
+        steps.made.forget(fold)
     bench.require_restored()
-    return Interventions(bench.tokens, bench.split, cells, effects, full.calibration)
+    cells = [cell for one in planned for cell in one.at(require_horizon(config.horizon))]
+    return Interventions(
+        bench.tokens,
+        bench.folds,
+        cells,
+        [effects[cell] for cell in cells],
+        pd.concat(calibrations, ignore_index=True),
+    )
 
 
-def _full_step(
-    bench: StepBench,
-    cells: Sequence[InterventionCell],
-    probe: ProbeConfig,
-    config: InterventionConfig,
-    cache: Path | None,
-    store: Store,
-) -> PreparedStep:
-    """The step on all positions.
+def step_folds(tokens: pd.DataFrame, folds: np.ndarray) -> list[int]:
+    """Folds that are the step batch in turn: all, and the step half alone of a table with `split`.
 
-    Where the cache knows it and has every cell that moves along it, the direction's numbers are
+    Args:
+        tokens: Token table, one row per position.
+        folds: Fold of each position, int [N].
+    """
+    single = "fold" not in tokens and "split" in tokens
+    return [0] if single else sorted(set(folds.tolist()))
+
+
+class FullSteps:
+    """The steps on all positions of each fold, whose one size the cells of horizon 0 share.
+
+    Where the cache knows a step and has every cell that moves along it, the direction's numbers are
     not needed, and no backward pass is made for it.
-    """
-    weights_N = cells[0].weights_N
-    if cache is None:
-        return kept_step(bench, weights_N, probe, store)
-    record = cache / f"step-{_full_step_name(bench, weights_N, probe)}.json"
-    known = read_record(record)
-    if known is not None:
-        full = PreparedStep(bench, weights_N, *known)
-        if not Grid(full, probe, config.match, cache).needs_direction(cells):
-            return full
-    full = kept_step(bench, weights_N, probe, store)
-    write_record(record, full.direction, full.calibration)
-    return full
 
-
-def _full_step_name(bench: StepBench, weights_N: np.ndarray, probe: ProbeConfig) -> str:
-    """Name of everything that decides the step on all positions, except the rounding of its
-    gradient.
+    Args:
+        bench: The student at theta0, and the bank.
+        probe: The steps.
+        config: The grid of cells.
+        cache: Folder for finished cells, or None.
+        shards: Where directions are kept until the grid is done.
     """
-    settings = {name: getattr(probe, name) for name in ("loss", "beta", "optimizer", "step")}
-    identity = settings | _identity(bench) | {"code": code_version("probing.intervention")}
-    return hashlib.sha256(
-        json.dumps(identity, sort_keys=True, default=str).encode() + weights_N.tobytes()
-    ).hexdigest()[:24]
+
+    def __init__(
+        self,
+        bench: StepBench,
+        probe: ProbeConfig,
+        config: InterventionConfig,
+        cache: Path | None,
+        shards: Callable[[str], Shards],
+    ):
+        self.bench, self.probe, self.config, self.cache = bench, probe, config, cache
+        self.made = FoldSteps(
+            bench, probe, lambda fold: Store(shards(f"direction-fold{fold}").folder)
+        )
+
+    def prepared(self, fold: int, planned: Sequence[Planned]) -> PreparedStep:
+        """The step on a fold; `planned` is what the grid measures on it."""
+        known = self._known(fold)
+        if known is not None and not self._grid(known).needs_direction(planned):
+            return known
+        if self.cache is None:
+            return self.made.prepared(fold)
+        full = self.made.prepared(fold, size=self._known_size)
+        write_record(self._record(fold), full.direction, full.calibration)
+        return full
+
+    def _grid(self, full: PreparedStep) -> Grid:
+        course = self.config.trajectory(self.bench.pair, self.probe)
+        return Grid(full, self.probe, self.config, course, self.cache, SUPPORT)
+
+    @cached_property
+    def _known_size(self) -> float | None:
+        """The size of an earlier grid's steps; None where there is none."""
+        found = [known for fold in range(self.bench.count) if (known := self._known(fold))]
+        return found[0].step_size if found else None
+
+    def _known(self, fold: int) -> PreparedStep | None:
+        """The step of an earlier grid, without its update."""
+        found = None if self.cache is None else read_record(self._record(fold))
+        weights_N = self.bench.loss_weights(fold)
+        return None if found is None else PreparedStep(self.bench, fold, weights_N, *found)
+
+    def _record(self, fold: int) -> Path:
+        """File named by everything that decides a step, except the rounding of its gradient."""
+        assert self.cache is not None
+        settings = {n: getattr(self.probe, n) for n in ("loss", "beta", "optimizer", "step")}
+        identity = settings | self._identity | {"fold": fold}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for each in range(self.bench.count):  # the size rests on the steps of all folds
+            digest.update(self.bench.loss_weights(each).tobytes())
+        return self.cache / f"step-{digest.hexdigest()[:24]}.json"
+
+    @cached_property
+    def _identity(self) -> dict:
+        return _identity(self.bench) | {"code": code_version("probing.intervention")}
 
 
 def _identity(bench: StepBench) -> dict:
@@ -280,121 +400,273 @@ def _identity(bench: StepBench) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One criterion at one budget on one fold, at every horizon."""
+
+    cell: InterventionCell
+    """The cell of horizon 0."""
+    seed: int
+    """Seed of its random numbers."""
+    weights_N: np.ndarray
+    """1.0 where the position carries the loss of the one step, else 0.0."""
+    ambiguous: float
+    """Share of that selection that ties decide."""
+
+    def at(self, horizon: Sequence[int]) -> list[InterventionCell]:
+        """Its cells: of horizon 0, and of these horizons."""
+        return [replace(self.cell, horizon=k) for k in (0, *horizon)]
+
+
 def plan(
-    tokens: pd.DataFrame, split: np.ndarray, config: InterventionConfig, *, seed: int
-) -> list[InterventionCell]:
-    """The cells of a grid: full, placebo, then random and each criterion at each budget.
+    tokens: pd.DataFrame, folds: np.ndarray, config: InterventionConfig, *, seed: int
+) -> list[Planned]:
+    """The grid: on each fold full, then the rivals and each criterion at each budget.
 
     A position whose measurements are not finite carries no loss, selected or not.
 
     Args:
         tokens: Token table, one row per position.
-        split: `step` or `held_out` for each position [N].
+        folds: Fold of each position, int [N].
         config: The grid.
         seed: Seed of the random selections; draw number i uses seed + i.
 
     Returns:
-        The cells; the first is `full`.
+        What is measured at every horizon, with the selection of horizon 0; the first of each fold
+        is `full`.
 
     Raises:
-        DiagnosticsError: A criterion is unknown, a budget lies outside (0, 1], or a cell selects no
-            position with finite measurements.
+        DiagnosticsError: A criterion is unknown or lacks a column, a budget lies outside (0, 1], or
+            a cell selects no position with finite measurements.
     """
-    usable_N = loss_weights(tokens, split)
-    budgets = sorted(set(config.budgets))
-    cells = [
-        InterventionCell("full", 1.0, 0, usable_N),
-        InterventionCell("placebo", 1.0, 0, usable_N),
-    ]
-    named = [("random", draw) for draw in range(config.random_draws)]
-    named += [(name, 0) for name in dict.fromkeys(config.criteria) if not is_baseline(name)]
-    for name, draw in named:
-        score = registry.score_criterion(tokens, name, seed=seed + draw)
-        cells += [
-            InterventionCell(name, budget, draw, _selected(tokens, split, score, budget, usable_N))
-            for budget in budgets
-        ]
-    empty = next((cell for cell in cells if not cell.weights_N.any()), None)
+    found = []
+    for fold in step_folds(tokens, folds):
+        rows = np.flatnonzero(folds == fold)
+        usable_N = loss_weights(tokens, folds == fold)
+        found.append(Planned(InterventionCell("full", 1.0, 0, fold, 0), seed, usable_N, 0.0))
+        for name in _names(tokens, config.criteria):
+            for draw in range(config.random_draws if registry.is_seeded(name) else 1):
+                for budget in sorted(set(config.budgets)):
+                    cell = InterventionCell(name, budget, draw, fold, 0)
+                    found.append(_planned(tokens, rows, usable_N, cell, seed + draw, config.scope))
+    empty = next((one.cell for one in found if not one.weights_N.any()), None)
     if empty is not None:
         raise DiagnosticsError(
-            f"{empty.criterion} at budget {empty.budget} selects no step position with finite"
-            " measurements. Leave it out, or raise the budget."
+            f"{empty.criterion} at budget {empty.budget} selects no position of fold {empty.fold}"
+            " with finite measurements. Leave it out, or raise the budget."
         )
-    return cells
+    return found
 
 
-def _selected(
-    tokens: pd.DataFrame, split: np.ndarray, score: np.ndarray, budget: float, usable_N: np.ndarray
-) -> np.ndarray:
-    on_step = split == "step"
+def _names(tokens: pd.DataFrame, criteria: Sequence[str]) -> list[str]:
+    """The rivals that the table has columns for, then the criteria that are asked for."""
+    rivals = [name for name in RIVALS if not registry.missing_columns(tokens, name)]
+    asked = [registry.find(name).name for name in criteria]
+    chosen = [name for name in asked if registry.find(name).kind != "all"]
+    return list(dict.fromkeys([*rivals, *chosen]))
+
+
+def _planned(
+    tokens: pd.DataFrame,
+    rows: Rows,
+    usable_N: np.ndarray,
+    cell: InterventionCell,
+    seed: int,
+    scope: str,
+) -> Planned:
+    here = tokens.iloc[rows]
+    mask, ambiguous = selected(
+        here, cell.criterion, budget=cell.budget, seed=seed, by_context=scope == "context"
+    )
     weights_N = np.zeros(len(tokens))
-    weights_N[on_step] = registry.select(tokens[on_step], score[on_step], budget=budget)
-    return weights_N * usable_N
+    weights_N[rows] = mask
+    return Planned(cell, seed, weights_N * usable_N, ambiguous)
+
+
+def selected(
+    tokens: pd.DataFrame,
+    criterion: str,
+    *,
+    budget: float,
+    seed: registry.Seed,
+    by_context: bool = False,
+) -> tuple[np.ndarray, float]:
+    """The selection among some positions, and the share of it that ties decide.
+
+    Args:
+        tokens: Token table of these positions, over which scores are normalized.
+        criterion: Name of the criterion.
+        budget: Share of the positions.
+        seed: Seed of its random numbers.
+        by_context: Whether every response has a budget of its own.
+
+    Returns:
+        bool [n], True where the position is selected; and the share.
+    """
+    how: dict[str, Any] = {
+        "budget": budget,
+        "seed": seed,
+        "scope": "context" if by_context else "table",
+    }
+    return (
+        registry.select(tokens, criterion, **how),
+        registry.ambiguous_share(tokens, criterion, **how),
+    )
+
+
+@dataclass
+class StepSelection:
+    """The loss weights of a trajectory's minibatches, one selection per step.
+
+    Args:
+        bench: The student, measured as it is when a step's turn comes, and the bank.
+        planned: Criterion, budget and seed, and the selection at theta0.
+        scope: One of SCOPES.
+        k: Size of the top-K supports.
+    """
+
+    bench: StepBench
+    planned: Planned
+    scope: str
+    k: int
+    ambiguous: list[float] = field(default_factory=list)
+    """Share of each step's selection that ties decided."""
+
+    def __call__(self, rows: Rows, number: int) -> np.ndarray:
+        """Loss weights [n] of a minibatch; see `trajectory.Trajectory`."""
+        cell = self.planned.cell
+        if self.scope == "table" or cell.criterion == "full":
+            self.ambiguous.append(self.planned.ambiguous)
+            return self.planned.weights_N[rows]
+        # up to the first step the student stands at theta0, which the table has measured
+        table = (
+            self.bench.tokens.iloc[rows] if number <= 1 else remeasured(self.bench, rows, k=self.k)
+        )
+        mask, ambiguous = selected(
+            table,
+            cell.criterion,
+            budget=cell.budget,
+            seed=[self.planned.seed, abs(number), int(number < 0)],
+            by_context=self.scope == "context",
+        )
+        if number > 0:
+            self.ambiguous.append(ambiguous)
+        return mask & np.isfinite(table["forward_kl"]) & np.isfinite(table["reverse_kl"])
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The step on all positions as reference, and where finished cells are kept."""
+    """The step on all positions of a fold as reference, and where finished cells are kept."""
 
     full: PreparedStep
     probe: ProbeConfig
-    match: str
+    config: InterventionConfig
+    course: TrajectoryConfig
     cache: Path | None
+    k: int
 
     @property
     def bench(self) -> StepBench:
         """The bench of the step on all positions, which every cell uses."""
         return self.full.bench
 
-    def measure(self, cells: Sequence[InterventionCell]) -> list[Effect]:
-        """Measure the effect of each cell. Cells with the same positions are measured once.
+    @cached_property
+    def horizon(self) -> tuple[int, ...]:
+        """The horizons of the trajectories, in ascending order."""
+        return require_horizon(self.config.horizon)
+
+    def measure(self, planned: Sequence[Planned]) -> dict[InterventionCell, Effect]:
+        """Measure the effect of each cell. Cells that cannot differ are measured once.
 
         Args:
-            cells: Cells of one grid on this bench.
+            planned: Criteria and budgets on this grid's fold.
 
         Returns:
-            The effects, in the cells' order.
+            The effect of each cell.
         """
-        keys = [self.key(cell) for cell in cells]
-        todo = dict(zip(keys, cells, strict=True))
-        found = {key: effect for key in todo if (effect := self._kept(key)) is not None}
-        missing = {key: cell for key, cell in todo.items() if key not in found}
+        names = {cell: self.key(one, cell.horizon) for one in planned for cell in self._cells(one)}
+        found = {key: kept for key in set(names.values()) if (kept := self._kept(key)) is not None}
         log.info(
-            "intervention: %d cells, %d of them distinct, %d already measured",
-            len(cells),
-            len(todo),
+            "intervention, fold %d: %d cells, %d of them distinct, %d already measured",
+            self.full.fold,
+            len(names),
+            len(set(names.values())),
             len(found),
         )
-        for key, effect in self._measured(missing):
+        for key, effect in self._measured(planned, frozenset(found)):
             if self.cache is not None:
                 write_parquet(self.cache / f"{key}.parquet", effect.to_frame())
             found[key] = Effect.from_frame(effect.to_frame())
-        return [found[key] for key in keys]
+        return {cell: found[key] for cell, key in names.items()}
 
-    def key(self, cell: InterventionCell) -> str:
-        """Name of everything that decides a cell's effect: positions, step, both models and the
-        bank.
+    def _cells(self, one: Planned) -> list[InterventionCell]:
+        return one.at(self.horizon)
+
+    def key(self, one: Planned, horizon: int) -> str:
+        """Name of everything that decides a cell's effect.
+
+        For the one step these are its positions, the step, both models and the bank; for a
+        trajectory the order of its minibatches, the optimizer and the rule of selection.
         """
-        identity = self._identity | {
-            "loss": self.probe.loss,
-            "beta": self.probe.beta,
-            "optimizer": self.probe.optimizer,
-            "match": self.match,
-            "size": self.full.step_size,
-            "direction": self.full.direction.sha256,
-            "placebo": self.probe.seed if cell.placebo else None,
-        }
+        identity = self._identity | {"loss": self.probe.loss, "beta": self.probe.beta}
+        if horizon == 0:
+            identity |= {
+                "optimizer": self.probe.optimizer,
+                "match": self.config.match,
+                "size": self.full.step_size,
+                "direction": self.full.direction.sha256,
+            }
+        else:
+            identity |= asdict(self.course) | self._rule(one) | {"horizon": horizon}
+            identity |= {"order": self._orders[horizon]}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(np.packbits(cell.weights_N > 0).tobytes())
+        digest.update(np.packbits(one.weights_N > 0).tobytes())
         return digest.hexdigest()[:24]
+
+    def _rule(self, one: Planned) -> dict:
+        """What decides the selections of a trajectory, beside the student's course."""
+        cell = one.cell
+        rule: dict[str, Any] = {"code": self._code}
+        if cell.criterion == "full":
+            return rule
+        if self.config.scope == "table":
+            return rule | {"scope": "table"}
+        seed = one.seed if registry.is_seeded(cell.criterion) else None
+        return rule | {
+            "scope": self.config.scope,
+            "criterion": cell.criterion,
+            "budget": cell.budget,
+            "seed": seed,
+            "k": self.k,
+        }
+
+    @cached_property
+    def _orders(self) -> dict[int, str]:
+        """Hash of the minibatches up to each horizon."""
+        course = self._course(every_position)
+        return {k: _rows_sha256([*course.warm, *course.steps[:k]]) for k in self.horizon}
+
+    @cached_property
+    def _code(self) -> str:
+        return code_version("probing.intervention")
+
+    def _course(self, weigh: Weigh) -> Trajectory:
+        return planned_trajectory(
+            self.bench,
+            self.full.fold,
+            self.course,
+            weigh,
+            steps=max(self.horizon, default=0),
+            seed=self.probe.seed,
+        )
 
     @cached_property
     def _identity(self) -> dict:
         return _identity(self.bench)
 
-    def needs_direction(self, cells: Sequence[InterventionCell]) -> bool:
+    def needs_direction(self, planned: Sequence[Planned]) -> bool:
         """True where a cell that moves along the step on all positions is still to be measured."""
-        return any(self._is_full(cell) and self._kept(self.key(cell)) is None for cell in cells)
+        return any(self._is_full(one) and self._kept(self.key(one, 0)) is None for one in planned)
 
     def _kept(self, key: str) -> Effect | None:
         """A cell measured earlier; a file that cannot be read is measured again."""
@@ -408,32 +680,80 @@ class Grid:
             return None
         return Effect.from_frame(frame) if len(frame) == len(self.bench.tokens) else None
 
-    def _measured(self, missing: dict[str, InterventionCell]) -> Iterator[tuple[str, Effect]]:
-        if not missing:
+    def _measured(
+        self, planned: Sequence[Planned], known: frozenset[str]
+    ) -> Iterator[tuple[str, Effect]]:
+        """Effects that are not known yet, by their cells' names."""
+        single = {self.key(one, 0): one for one in planned}
+        single = {key: one for key, one in single.items() if key not in known}
+        courses = {self.key(one, max(self.horizon)): one for one in planned if self.horizon}
+        wanted = {
+            key: [k for k in self.horizon if self.key(one, k) not in known]
+            for key, one in courses.items()
+        }
+        left = {key: one for key, one in courses.items() if wanted[key]}
+        if not single and not left:
             return
-        before = self.bench.rescore("before", js=True)
-        todo = list(missing.items())
+        before = np.stack(self.bench.rescore("before", js=True), axis=1)
+        yield from self._one_steps(single, before)
+        if left and any(one.cell.criterion != "full" for one in left.values()):
+            require_support(self.bench, self._course(every_position).steps[0], k=self.k)
+        for number, (key, one) in enumerate(left.items(), 1):
+            text = f"fold {self.full.fold}, trajectory {number} of {len(left)}"
+            yield from self._trajectory(one, wanted[key], before, text)
+
+    def _trajectory(
+        self, one: Planned, wanted: Sequence[int], before: np.ndarray, description: str
+    ) -> Iterator[tuple[str, Effect]]:
+        """The effects of one criterion and budget at the horizons that are wanted."""
+        weigh = StepSelection(self.bench, one, self.config.scope, self.k)
+        course = self._course(weigh)
+        for k in course.run(wanted):
+            after = self.bench.rescore(f"{description}, {k} steps", js=True)
+            yield (
+                self.key(one, k),
+                Effect(
+                    self.course.rate,
+                    course.update_norm,
+                    course.gradient_norm,
+                    float(np.mean(weigh.ambiguous)),
+                    course.idle_steps,
+                    course.carried_N.copy(),
+                    before - np.stack(after, axis=1),
+                ),
+            )
+
+    def _one_steps(
+        self, todo: dict[str, Planned], before: np.ndarray
+    ) -> Iterator[tuple[str, Effect]]:
+        """The effects of horizon 0, whose cells share forward passes."""
+        left = list(todo.items())
         room = max(
             1, GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in self.bench.parameters)
         )
-        for start in range(0, len(todo), room):
-            group = todo[start : start + room]
-            partial = [cell.weights_N for _, cell in group if not self._is_full(cell)]
+        for start in range(0, len(left), room):
+            group = left[start : start + room]
+            partial = [one.weights_N for _, one in group if not self._is_full(one)]
             gradients = iter(
-                shared_gradients(self.bench, partial, loss=self.probe.loss, beta=self.probe.beta)
+                shared_gradients(
+                    self.bench,
+                    partial,
+                    among_N=self.full.weights_N,
+                    loss=self.probe.loss,
+                    beta=self.probe.beta,
+                )
             )
-            for number, (key, cell) in enumerate(group, start + 1):
-                gradient = None if self._is_full(cell) else next(gradients)
-                yield key, self._effect(cell, gradient, before, f"cell {number} of {len(todo)}")
+            for number, (key, one) in enumerate(group, start + 1):
+                gradient = None if self._is_full(one) else next(gradients)
+                text = f"fold {self.full.fold}, cell {number} of {len(left)}"
+                yield key, self._effect(one, gradient, before, text)
 
-    def _is_full(self, cell: InterventionCell) -> bool:
-        """True where the step on all positions is the cell's own, as it is for the placebo before
-        its signs.
-        """
-        return np.array_equal(cell.weights_N, self.full.weights_N)
+    def _is_full(self, one: Planned) -> bool:
+        """True where the step on all positions is the cell's own."""
+        return np.array_equal(one.weights_N, self.full.weights_N)
 
     def _effect(
-        self, cell: InterventionCell, gradient: list[Tensor] | None, before: tuple, description: str
+        self, one: Planned, gradient: list[Tensor] | None, before: np.ndarray, description: str
     ) -> Effect:
         if gradient is None:
             full = self.full.direction
@@ -442,11 +762,16 @@ class Grid:
             update = first_update(gradient, self.probe.optimizer)
             norm, gradient_norm = tensor_norm(update), tensor_norm(gradient)
         size = self._size(norm, gradient_norm)
-        seed = self.probe.seed if cell.placebo else None
-        with self.bench.moved(update, size, placebo_seed=seed):
+        with self.bench.moved(update, size):
             after = self.bench.rescore(description, js=True)
         return Effect(
-            size, size * norm, gradient_norm, np.stack(before, axis=1) - np.stack(after, axis=1)
+            size,
+            size * norm,
+            gradient_norm,
+            one.ambiguous,
+            0,
+            one.weights_N > 0,
+            before - np.stack(after, axis=1),
         )
 
     def _size(self, norm: float, gradient_norm: float) -> float:
@@ -454,13 +779,25 @@ class Grid:
         with the gradient.
         """
         full, size = self.full.direction, self.full.step_size
-        if self.match == "norm":
+        if self.config.match == "norm":
             return size * full.norm / norm if norm else 0.0
         return size * (gradient_norm / full.gradient_norm if self.probe.optimizer == "sgd" else 1.0)
 
 
+def _rows_sha256(steps: Sequence[Rows]) -> str:
+    digest = hashlib.sha256()
+    for rows in steps:
+        digest.update(rows.astype(np.int64).tobytes() + b"|")
+    return digest.hexdigest()
+
+
 def shared_gradients(
-    bench: StepBench, weights: Sequence[np.ndarray], *, loss: str, beta: float
+    bench: StepBench,
+    weights: Sequence[np.ndarray],
+    *,
+    among_N: np.ndarray,
+    loss: str,
+    beta: float,
 ) -> list[list[Tensor]]:
     """Gradients of several weightings of the mean loss, with one student forward pass per batch.
 
@@ -469,15 +806,19 @@ def shared_gradients(
     Args:
         bench: The student at theta0.
         weights: One float [N] per weighting, 0 where a position carries no loss.
+        among_N: Nonzero [N] at every position that any weighting may have. All contexts of these
+            positions run, so that a gradient does not depend on the others that share its pass.
         loss: One of `losses.LOSSES`.
         beta: The teacher's share in the mixture of `jsd`.
 
     Returns:
         For each weighting one tensor per parameter.
     """
+    if not weights:
+        return []
     try:
         gradients = [[torch.zeros_like(p) for p in bench.parameters] for _ in weights]
-        for batch, teacher_nH in bench.step:
+        for batch, teacher_nH in bench.weighted(among_N):
             _add_gradients(bench, batch, teacher_nH, weights, gradients, loss=loss, beta=beta)
     except (torch.OutOfMemoryError, MemoryError):
         log.warning(

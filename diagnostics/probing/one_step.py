@@ -10,7 +10,8 @@ after. A position's `gain` is the mean over the steps on the other folds, for wh
 Two controls are measured beside it. After the step towards a *permuted teacher*
 (`permuted_teacher`) the gain needs nothing that the teacher says about a context, so
 `context_gain = gain - gain_permuted` is what conclusions are about. The *placebo* (`placebo`) shows
-how large a gain is that has no teacher in it.
+how large a gain is that has no teacher in it. And a short trajectory of the real optimizer shows
+where the step leads (`horizon`).
 
 Before and after come from the same code on the same batches, so a step of size 0 gives gains of
 exactly 0. The student is restored from a copy afterwards, and every bit is compared.
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import NULLS, combine, null_suffix
 from diagnostics.core.formulas import relative_gain, released_relative_gain
 from diagnostics.core.progress import Shards, no_shards
@@ -34,19 +36,22 @@ from diagnostics.core.schema import column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.token_identity import token_identity_gain
 from diagnostics.core.types import Bank
+from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Finished, Store
+from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
 from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded, require_null
 from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
 from diagnostics.probing.step import (
+    FoldSteps,
     PreparedStep,
     ProbeConfig,
     StepBench,
     kept_direction,
-    kept_step,
     step_positions,
 )
+from diagnostics.probing.trajectory import HORIZON, TrajectoryConfig, require_horizon
 
 PLACEBO = "placebo"
 """What the columns of the placebo's passes begin with; they never reach the token table."""
@@ -60,9 +65,13 @@ class ControlConfig:
         nulls: Among which positions the teacher is permuted, names of `folds.NULLS`; without
             `global` there is no context gain.
         placebos: Random directions of the placebo, each taken both ways; 0 for none.
+        horizon: Numbers of optimizer steps after which a trajectory on fold 0 is measured; 0 or
+            nothing takes none.
+        warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
+        learning_rate: Of the trajectory; None takes the training's.
 
     Raises:
-        DiagnosticsError: A null is unknown.
+        DiagnosticsError: A null is unknown, or a horizon is negative.
     """
 
     nulls: tuple[str, ...] = field(
@@ -75,9 +84,27 @@ class ControlConfig:
         default=4, metadata={"help": "random directions of the placebo, each both ways"}
     )
 
+    horizon: tuple[int, ...] = field(
+        default=HORIZON,
+        metadata={
+            "help": "optimizer steps after which a trajectory on fold 0 is measured; 0: none"
+        },
+    )
+    warm_steps: int = field(
+        default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state before"}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "of the trajectory; the training's where not given"}
+    )
+
+    def rate(self, pair: str) -> float:
+        """The learning rate of the trajectory of a pair, given by name."""
+        return training_rate(pair) if self.learning_rate is None else self.learning_rate
+
     def __post_init__(self):
         for null in self.nulls:
             require_null(null)
+        require_horizon(self.horizon)
 
 
 @dataclass(frozen=True)
@@ -113,10 +140,11 @@ class ProbeResult:
     tokens: pd.DataFrame
     """The token table with gains, one row per position."""
     calibration: pd.DataFrame
-    """The step sizes that were tried: fold 0's search, and the chosen size on every other fold (see
-    `step.calibrate`)."""
+    """The step sizes that were tried on every fold (see `step.calibrate_together`)."""
     placebo: pd.DataFrame
     """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_table`)."""
+    horizon: pd.DataFrame
+    """Reductions along the trajectory (see `horizon.horizon_table`); empty without one."""
     steps: list[Step]
     """The records of the steps, in the order of the folds."""
 
@@ -168,8 +196,9 @@ def probe(
     Returns:
         The token table with fold, gain_fold<f> and reverse_gain_fold<f> (before minus after the
         step on fold f, nats), gain_permuted_fold<f> for each null, everything that `folds.combine`
-        makes of them, and token_identity_gain; the calibration of the steps' size; the placebo's
-        sizes; and the steps' records.
+        makes of them, token_identity_gain, and gain_h<k> and the like along the trajectory; the
+        calibration of the steps' size; the placebo's sizes; the trajectory's reductions; and the
+        steps' records.
 
     Raises:
         DiagnosticsError: A setting is unknown or out of range, the table is of another bank, there
@@ -191,6 +220,7 @@ def probe(
     probing = _Probing(bench, config, controls, shards, before)
     for fold in range(bench.count):
         probing.measure(fold)
+    probing.follow()
     bench.require_restored()
     return probing.result()
 
@@ -198,8 +228,7 @@ def probe(
 class _Probing:
     """The steps of a probe, fold by fold.
 
-    A fold whose passes are all done is kept as it is, so that an interrupted probe neither needs
-    nor stores more than one direction at a time.
+    A fold whose passes are all done is kept as it is, and its direction is forgotten.
     """
 
     def __init__(
@@ -212,10 +241,15 @@ class _Probing:
     ):
         self.bench, self.config, self.controls = bench, config, controls
         self.shards, self.before = shards, before
+        self.ways = FoldSteps(
+            bench, config, lambda fold: Store(shards(f"direction-fold{fold}").folder)
+        )
         self.columns: dict[str, np.ndarray] = {}
         self.placebos: list[np.ndarray] = []
         self.steps: list[PreparedStep] = []
         self.kept_own: list[dict[str, int]] = []
+        self.horizon = require_horizon(controls.horizon)
+        self.fresh: Fresh | None = None
 
     def measure(self, fold: int) -> None:
         """Take the step on a fold, with its placebo where it has one, and its nulls."""
@@ -223,17 +257,36 @@ class _Probing:
         self.steps.append(step)
         self.kept_own.append({null: self._take_null(step, null) for null in self.controls.nulls})
 
+    def follow(self) -> None:
+        """Take the trajectory, where one is asked for."""
+        if not self.horizon:
+            return
+        found = horizon_gains(
+            self.bench,
+            self.before,
+            TrajectoryConfig(
+                self.controls.rate(self.bench.pair.name),
+                self.config.loss,
+                self.config.beta,
+                warm_steps=self.controls.warm_steps,
+            ),
+            horizon=self.horizon,
+            seed=self.config.seed,
+        )
+        self.columns |= found.columns
+        self.fresh = found.fresh
+
     def _taken(self, fold: int) -> PreparedStep:
         """The step on a fold, whose measurements are in `columns`; without its update's numbers."""
-        store = Store(self.shards(f"direction-fold{fold}").folder)
-        size = self.steps[0].step_size if self.steps else self.config.step_size
+        store = self.ways.store(fold)
         finished = store.finished()
-        if finished is None or size not in (None, finished.size):
-            step = kept_step(self.bench, fold, self.config, store, size=size)
+        if finished is None or finished.size != self.ways.size:
+            step = self.ways.prepared(fold)
             finished = Finished(
                 step.direction, step.step_size, self._measured(step), step.calibration
             )
             store.finish(finished)
+            self.ways.forget(fold)
         for name, values_N in finished.measured.items():
             self.columns[str(name)] = values_N.to_numpy()
         weights_N, direction = self.bench.loss_weights(fold), finished.direction.without_update()
@@ -303,6 +356,12 @@ class _Probing:
             validate_tokens(tokens.assign(**identity)),
             pd.concat([step.calibration for step in self.steps], ignore_index=True),
             placebo_table(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
+            horizon_table(
+                tokens,
+                self.fresh,
+                horizon=self.horizon,
+                bootstrap_config=Bootstrap(seed=self.config.seed),
+            ),
             [
                 _record(step, self.config, kept)
                 for step, kept in zip(self.steps, self.kept_own, strict=True)

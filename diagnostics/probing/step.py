@@ -3,12 +3,11 @@
     theta1 = theta0 + a * d,    d the optimizer's first direction at theta0, a its calibrated size
 
 The prompts are divided into folds (`folds`). A step's loss is the mean over one fold; all other
-folds are *held out* for it and show what spills over. The size is calibrated on fold 0 and is the
-same for every fold.
+folds are *held out* for it and show what spills over. All folds have one size.
 
 For `adamw` d is AdamW's bias-corrected first update, -g/(|g| + eps), so that the step size a is its
 learning rate; for `sgd` d is -g/|g|, so that a is the update's norm. With step size `auto`, a is
-the largest size tried whose realized drop in mean loss is at least 80 % of the
+the largest size tried at which the folds' mean losses together fall by at least 80 % of the
 first-order prediction -a*<g, d>. (`sampled` is a linear surrogate whose own value bounds no step:
 its size is calibrated on the reverse KL that it estimates.)
 
@@ -19,9 +18,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ AIM = 0.85
 CLOSE_ENOUGH = 0.86
 """Between this ratio and LINEAR_ENOUGH a calibration ends early."""
 CALIBRATION_TRIALS = 4
-"""On one of four folds these cost as much as one forward pass over the bank."""
+"""On all folds together each costs a forward pass over the bank."""
 RESCUE_TRIALS = 3
 """Further trials where none of the planned ones was linear."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -220,21 +220,109 @@ def kept_step(
         fold: The fold whose positions carry the loss.
         config: The step.
         store: Where direction and calibration of this fold are kept.
-        size: The size of the step where another fold has decided it, which is then measured once;
-            None takes that of `config`, or searches it.
+        size: The size of the steps where it is known; None takes that of `config`, or calibrates it
+            on all folds, whose directions are then made too.
 
     Returns:
         The step, not taken yet.
     """
-    weights_N = bench.loss_weights(fold)
-    direction = kept_direction(bench, weights_N, config, store)
-    size = config.step_size if size is None else size
-    calibration = store.calibration(direction)
-    if calibration is None or (size is not None and size not in list(calibration["step_size"])):
-        calibration = calibrate(bench, direction, weights_N, beta=config.beta, step_size=size)
-        calibration.insert(0, "fold", fold)
-        store.keep_calibration(direction, calibration)
-    return PreparedStep(bench, fold, weights_N, direction, calibration)
+    steps = FoldSteps(bench, config, lambda other: store if other == fold else Store(None))
+    return steps.prepared(fold, size=size)
+
+
+class FoldSteps:
+    """The steps of all folds at one size, with one direction in hand at a time.
+
+    Args:
+        bench: The student at theta0.
+        config: The steps.
+        store: From a fold to where its direction and calibration are kept. Directions without a
+            folder wait in main memory until they are forgotten.
+    """
+
+    def __init__(self, bench: StepBench, config: ProbeConfig, store: Callable[[int], Store]):
+        self.bench, self.config, self.store = bench, config, store
+        self._waiting: dict[int, Direction] = {}
+        self._made: set[int] = set()
+        self._tables: dict[int, pd.DataFrame] = {}
+
+    @cached_property
+    def size(self) -> float:
+        """The size of every step: what was asked for, what an interrupted run chose, or calibrated
+        on all folds together.
+        """
+        if self.config.step_size is not None:
+            return self.config.step_size
+        folds = range(self.bench.count)
+        finished = [found for fold in folds if (found := self.store(fold).finished()) is not None]
+        if finished:
+            return finished[0].size
+        kept = [fold for fold in folds if self.store(fold).holds()]
+        tables = [self.store(fold).calibration(self._direction(fold)) for fold in kept]
+        chosen = {_chosen(table) for table in tables if table is not None}
+        return chosen.pop() if len(chosen) == 1 else self._calibrated()
+
+    def _calibrated(self) -> float:
+        folds = range(self.bench.count)
+        table = calibrate_together(
+            self.bench,
+            [partial(self._direction, fold) for fold in folds],
+            [self.bench.loss_weights(fold) for fold in folds],
+            beta=self.config.beta,
+        )
+        for fold in folds:
+            self._keep(fold, table[table["fold"] == fold].reset_index(drop=True))
+        return _chosen(table)
+
+    def _keep(self, fold: int, table: pd.DataFrame) -> None:
+        self._tables[fold] = table
+        self.store(fold).keep_calibration(self._direction(fold), table)
+
+    def prepared(self, fold: int, *, size: float | None = None) -> PreparedStep:
+        """The step on a fold, not taken yet.
+
+        Args:
+            fold: The fold whose positions carry the loss.
+            size: A size in place of `self.size`, at which the drop is measured once.
+        """
+        size = self.size if size is None else size
+        direction, weights_N = self._direction(fold), self.bench.loss_weights(fold)
+        table = self._tables.get(fold, self.store(fold).calibration(direction))
+        if table is None or size != _chosen(table):
+            table = calibrate(
+                self.bench, direction, weights_N, beta=self.config.beta, step_size=size
+            )
+            table.insert(0, "fold", fold)
+            self.store(fold).keep_calibration(direction, table)
+        return PreparedStep(self.bench, fold, weights_N, direction, table)
+
+    def forget(self, fold: int) -> None:
+        """Free the memory of a direction along which everything is measured."""
+        self._waiting.pop(fold, None)
+
+    def _direction(self, fold: int) -> Direction:
+        """The direction of a fold on the student's devices; made once."""
+        if fold in self._waiting:
+            return self._waiting[fold].on(self.bench.parameters)
+        if fold in self._made:
+            found = self.store(fold).direction(self.bench.parameters)
+            if found is None:
+                raise DiagnosticsError(
+                    f"{self.store(fold).folder} has lost the direction of fold {fold} while it was"
+                    " needed. Start the same command again; what is finished stays."
+                )
+            return found
+        weights_N, store = self.bench.loss_weights(fold), self.store(fold)
+        direction = kept_direction(self.bench, weights_N, self.config, store)
+        self._made.add(fold)
+        if not store.holds():
+            self._waiting[fold] = direction.parked()
+        return direction
+
+
+def _chosen(calibration: pd.DataFrame) -> float:
+    """The size that a calibration chose."""
+    return float(calibration["step_size"][calibration["chosen"]].iloc[0])
 
 
 def kept_direction(
@@ -267,6 +355,8 @@ def kept_direction(
             graded_by=graded_by,
         ).named()
         store.keep(direction)
+    else:
+        log.info("%s: continuing along the direction of an interrupted run", store.folder)
     return direction
 
 
@@ -626,9 +716,37 @@ def calibrate(
     beta: float,
     step_size: float | None = None,
 ) -> pd.DataFrame:
-    """Compare the realized with the predicted drop of the mean loss along a direction.
+    """Compare the realized with the predicted drop of the mean loss along one direction.
 
-    With `step_size`, that size alone is tried and chosen. Otherwise up to four sizes are tried: the
+    Args:
+        bench: The student at theta0.
+        direction: The direction along which the student is moved.
+        weights_N: Float [N], 0 where a position carries no loss.
+        beta: The teacher's share in the mixture of `jsd`.
+        step_size: The only size to try; None searches as `calibrate_together` does.
+
+    Returns:
+        The table of `calibrate_together` without the column fold.
+    """
+    table = calibrate_together(
+        bench, [lambda: direction], [weights_N], beta=beta, step_size=step_size
+    )
+    return table.drop(columns="fold")
+
+
+def calibrate_together(
+    bench: StepBench,
+    directions: Sequence[Callable[[], Direction]],
+    weights: Sequence[np.ndarray],
+    *,
+    beta: float,
+    step_size: float | None = None,
+) -> pd.DataFrame:
+    """Find one size for the steps of all folds, from the drops of their mean losses.
+
+    The ratio of a size is that of the realized to the predicted drop, both added up over the folds:
+    one fold alone can bend at a size a hundred times smaller or larger than the next. With
+    `step_size`, that size alone is tried and chosen. Otherwise up to four sizes are tried: the
     shortfall of the ratio from 1 is modeled as a power of the size, with the exponent taken from
     the last two trials, and each trial aims at a ratio a little above 0.8. Where none of the four
     reaches 0.8, up to three smaller sizes follow. The largest size with a ratio of at least 0.8 is
@@ -636,42 +754,67 @@ def calibrate(
 
     Args:
         bench: The student at theta0.
-        direction: The direction along which the student is moved.
-        weights_N: Float [N], 0 where a position carries no loss.
+        directions: For each fold a function that returns its direction, so that one at a time is
+            held.
+        weights: For each fold float [N], 0 where a position carries no loss.
         beta: The teacher's share in the mixture of `jsd`.
         step_size: The only size to try; None searches.
 
     Returns:
-        One row per size in ascending order, with columns step_size, relative_norm (norm of the
-        update over the norm of the weights), predicted_drop and realised_drop (nats), ratio
-        (realized over predicted) and chosen.
+        One row per fold and size, ascending, with columns fold, step_size, relative_norm (norm of
+        the update over the norm of the weights), predicted_drop and realised_drop (nats), ratio
+        (realized over predicted, of this fold) and chosen.
     """
-    first = (
-        -FIRST_TRIAL_DROP * abs(direction.value) / direction.slope if direction.slope < 0 else 0.0
-    )
-    size, rows = (first if step_size is None else step_size), []
+    size, rows, trials = step_size, [], []
     for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
-        with bench.moved(direction.update, size):
-            realised = direction.value - bench.mean_loss(
-                weights_N, loss=direction.calibration_loss, beta=beta
-            )
-        predicted = -size * direction.slope
+        if size is None:
+            size = _first_size([load() for load in directions])
+        tried = [
+            {"fold": fold, **_tried(bench, load(), weights_N, size, beta=beta)}
+            for fold, (load, weights_N) in enumerate(zip(directions, weights, strict=True))
+        ]
+        rows += tried
+        predicted, realised = (
+            sum(row[name] for row in tried) for name in ("predicted_drop", "realised_drop")
+        )
         ratio = realised / predicted if predicted else np.nan
-        rows.append((size, size * direction.norm / bench.weight_norm, predicted, realised, ratio))
-        linear = any(row[-1] >= LINEAR_ENOUGH for row in rows)
+        trials.append((size, ratio))
+        linear = any(ratio >= LINEAR_ENOUGH for _, ratio in trials)
         if (
             predicted == 0
             or LINEAR_ENOUGH <= ratio <= CLOSE_ENOUGH
             or (linear and trial + 1 >= CALIBRATION_TRIALS)
         ):
             break
-        size = _next_size([(row[0], 1 - row[-1]) for row in rows])
-    table = pd.DataFrame(
-        rows, columns=["step_size", "relative_norm", "predicted_drop", "realised_drop", "ratio"]
-    )
-    return table.assign(chosen=table.index == _choose(table, step_size is None)).sort_values(
-        "step_size", ignore_index=True
-    )
+        size = _next_size([(size, 1 - ratio) for size, ratio in trials])
+    table = pd.DataFrame(rows)
+    chosen = table["step_size"] == _chosen_size(trials, step_size is None)
+    return table.assign(chosen=chosen).sort_values(["fold", "step_size"], ignore_index=True)
+
+
+def _first_size(directions: Sequence[Direction]) -> float:
+    """The size that is predicted to remove the share FIRST_TRIAL_DROP of the folds' losses."""
+    slope = sum(direction.slope for direction in directions)
+    value = sum(direction.value for direction in directions)
+    return -FIRST_TRIAL_DROP * abs(value) / slope if slope < 0 else 0.0
+
+
+def _tried(
+    bench: StepBench, direction: Direction, weights_N: np.ndarray, size: float, *, beta: float
+) -> dict[str, float]:
+    """One fold's step of one size: its predicted and its realized drop."""
+    with bench.moved(direction.update, size):
+        realised = direction.value - bench.mean_loss(
+            weights_N, loss=direction.calibration_loss, beta=beta
+        )
+    predicted = -size * direction.slope
+    return {
+        "step_size": size,
+        "relative_norm": size * direction.norm / bench.weight_norm,
+        "predicted_drop": predicted,
+        "realised_drop": realised,
+        "ratio": realised / predicted if predicted else np.nan,
+    }
 
 
 def _next_size(trials: list[tuple[float, float]]) -> float:
@@ -693,15 +836,15 @@ def _next_size(trials: list[tuple[float, float]]) -> float:
     return size * float(np.clip((AIM * (1 - LINEAR_ENOUGH) / short) ** (1 / power), 0.1, 8.0))
 
 
-def _choose(table: pd.DataFrame, automatic: bool) -> int:
-    enough = table[table["ratio"] >= LINEAR_ENOUGH]
-    if len(enough):
-        return enough["step_size"].idxmax()
-    if automatic and table["ratio"].notna().any():
-        log.warning(
-            "no step tried was linear (best ratio %.2f); the smallest is used", table["ratio"].max()
-        )
-    return table["step_size"].idxmin()
+def _chosen_size(trials: list[tuple[float, float]], automatic: bool) -> float:
+    """The largest linear size; the smallest where none is."""
+    enough = [size for size, ratio in trials if ratio >= LINEAR_ENOUGH]
+    if enough:
+        return max(enough)
+    ratios = [ratio for _, ratio in trials if not np.isnan(ratio)]
+    if automatic and ratios:
+        log.warning("no step tried was linear (best ratio %.2f); the smallest is used", max(ratios))
+    return min(size for size, _ in trials)
 
 
 def loss_weights(tokens: pd.DataFrame, mask_N: np.ndarray) -> np.ndarray:

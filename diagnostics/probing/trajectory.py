@@ -155,7 +155,8 @@ def minibatches(
             " fewer folds."
         )
     generator = np.random.default_rng(list(seed))
-    size, waiting, found = min(minibatch, len(names)), [], []
+    size, found = min(minibatch, len(names)), []
+    waiting: list[int] = []
     for _ in range(steps):
         if len(waiting) < size:
             fresh = generator.permutation(len(names)).tolist()

@@ -16,18 +16,16 @@ TABLES = {
     ),
     "placebo": "How large a change of this size is in no direction: the step's own beside it.",
     "strata": "Gain, null and linearity by stratum of the divergence.",
+    "null_share": "Share of the gain that a permuted teacher gives too, by quadrant and null.",
     "horizon": "Drop of the divergences over a short trajectory with loss on all positions.",
     "differences": "Paired differences between two criteria's correlations.",
     "partial": "Correlations given entropy, divergence and position.",
-    "within_prompt": "Mean over prompts of the correlation within each.",
     "quadrants": "Mean, median, trimmed and winsorised gain in each quadrant.",
     "positions": "Mean gain along the response.",
     "q3_contrast": "Within Q3: mean gain of the top group minus that of the bottom group.",
     "q3_groups": "Within Q3: mean gain of each third.",
-    "matching": "Within Q3: the contrast between matched positions of one prompt.",
+    "matching": "Within Q3: the contrast between matched positions of one prompt, by caliper.",
     "balance": "What was matched on, before and after, in standard deviations.",
-    "matching_caliper": "The same with no pair further apart than the caliper.",
-    "balance_caliper": "What those pairs were matched on, before and after.",
     "regressions": "Standardised coefficients of three models, with cluster-robust intervals.",
     "decomposition": "Difference of the coefficients of compatible and incompatible divergence.",
     "residual_curves": "Residual gain along each score.",
@@ -61,3 +59,19 @@ TABLES = {
     ),
 }
 """What each table holds, in the order of the page; others follow by name."""
+
+EARLIER = {
+    "placebo_excess": (
+        "Of an earlier version: correlations minus those of one random direction, which turn over"
+        " with its sign. Nothing follows from them."
+    ),
+    "within_prompt": "Of an earlier version: mean over prompts of the correlation within each.",
+    "matching_caliper": "Of an earlier version: matching with no pair beyond the caliper.",
+    "balance_caliper": "Of an earlier version: what those pairs were matched on.",
+}
+"""Tables that earlier versions wrote; they stand last."""
+
+
+def caption(name: str) -> str:
+    """What a table holds; empty for one of the user's own."""
+    return (TABLES | EARLIER).get(name, "")

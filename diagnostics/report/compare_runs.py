@@ -32,11 +32,12 @@ from diagnostics.report.run_tables import RunTables
 from diagnostics.report.written_pages import encoded, write_pages
 
 SHARED = {
+    "decision": ("criterion", "budget", "horizon", "measure", "rollouts"),
     "correlations": ("outcome", "criterion", "split", "method"),
     "selection_summary": ("outcome", "criterion", "split", "statistic", "budget"),
     "q3_contrast": ("outcome", "split", "score", "groups"),
     "decomposition": ("outcome", "split", "winsorised", "scale"),
-    "verdicts": ("claim", "outcome", "split"),
+    "verdicts": ("claim", "kind", "outcome", "population"),
     "validation_verdicts": ("claim", "measure", "rival"),
     "validation_outcomes": ("criterion", "budget", "measure"),
 }
@@ -56,16 +57,23 @@ class RunComparison:
 
     @property
     def verdicts(self) -> pd.DataFrame:
-        """Verdict of each claim and gain, one column per run."""
-        names = ["claim", "outcome", "verdict"]
+        """Verdict of each claim by the paper's and the controlled statistic and each outcome, one
+        column per run.
+        """
+        names = ["claim", "kind", "outcome", "verdict"]
         found = {name: summary.claims(run)[0] for name, run in self.runs.items()}
         frames = [
-            table[names].assign(run=run) for run, table in found.items() if set(names) <= set(table)
+            table.reindex(columns=names).assign(run=run)
+            for run, table in found.items()
+            if {"claim", "outcome", "verdict"} <= set(table)
         ]
         if not frames:
             return pd.DataFrame()
-        table = pd.concat(frames, ignore_index=True).drop_duplicates(["claim", "outcome", "run"])
-        wide = table.pivot(index=["claim", "outcome"], columns="run", values="verdict")
+        table = pd.concat([frame.astype(object).fillna("") for frame in frames], ignore_index=True)
+        key = ["claim", "kind", "outcome"]
+        table = table.drop_duplicates([*key, "run"])
+        key = key if (table.kind != "").any() else ["claim", "outcome"]
+        wide = table.pivot(index=key, columns="run", values="verdict")
         return wide.reindex(columns=list(self.runs)).astype(object).fillna("–")
 
     @property
@@ -221,10 +229,10 @@ def _unicode(text: str) -> str:
 
 
 def _finding(run: RunResults) -> str:
-    """The paragraphs that compare signals, as far as the run has them."""
-    return " ".join(
-        text for text in (summary.signals(run), summary.trained(run)) if text
-    ) or summary.title(run)
+    """The decision and the paragraphs that compare signals, as far as the run has them."""
+    parts = (summary.signals, summary.trained)
+    parts = parts if run.table("decision") is None else (summary.decided, *parts)
+    return " ".join(text for part in parts if (text := part(run))) or summary.title(run)
 
 
 def _drawable(
@@ -236,7 +244,7 @@ def _drawable(
             "correlations",
             {"method": "spearman", "criterion": CORE},
             {},
-            "Rank correlation of each criterion with both gains, in each run.",
+            "Rank correlation of each criterion with the gain and the context gain, in each run.",
         ),
         (
             "selection_summary",
@@ -290,7 +298,7 @@ def _grid(table: pd.DataFrame, kind: str) -> str:
         title = " · ".join(map(str, index)) if isinstance(index, tuple) else str(index)
         cells = "".join(
             f'<td><span class="{kind}'
-            f' {html.escape(str(value))}">{html.escape(str(value))}</span></td>'
+            f' {html.escape(str(value).replace(" ", "-"))}">{html.escape(str(value))}</span></td>'
             for value in row
         )
         buffer.write(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>\n')

@@ -57,7 +57,7 @@ def _verdict_rows(run: RunResults) -> list[str]:
         return []
     columns = ["claim", *(name for name in ("kind",) if name in shown), "outcome", "verdict"]
     heads = {"outcome": "by", "kind": "as"}
-    cells = shown[[*columns, "sentence"]].fillna("").astype(str).map(_plain)
+    cells = shown[[*columns, "sentence"]].astype(object).fillna("").astype(str).map(_plain)
     rows = [f"| {' | '.join(row)} |" for row in cells.itertuples(index=False)]
     head = " | ".join([*(heads.get(name, name) for name in columns), "why"])
     registered = summary.registered(run)

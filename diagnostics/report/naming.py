@@ -112,20 +112,17 @@ def decisive_horizon(table: pd.DataFrame) -> int:
     return int(usable.max() if len(usable) else table.horizon.min())
 
 
+def decisive_measure(table: pd.DataFrame) -> str:
+    """The divergence by which the cells of a decision are judged: the one that its column primary
+    marks, otherwise the table's first.
+    """
+    chosen = table.measure[table.primary.isin(TRUE)] if "primary" in table else ()
+    return str(chosen.iloc[0] if len(chosen) else table.measure.iloc[0])
+
+
 def of_all_rollouts(table: pd.DataFrame) -> pd.DataFrame:
     """The rows over all rollouts, where a verifier split others into right and wrong ones."""
     return table[table.rollouts == "all"] if "rollouts" in table else table
-
-
-LEAST_P = 1e-4
-"""The least p value that is written; below it a bootstrap resolves nothing."""
-
-
-def p_value(value: float) -> str:
-    """A p value in words, down to 1e-4."""
-    if pd.isna(value):
-        return "p undefined"
-    return "p < .0001" if value < LEAST_P else f"p = {value:.2g}".replace("0.", ".", 1)
 
 
 def preferred_split(table: pd.DataFrame) -> str:

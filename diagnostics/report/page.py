@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,8 @@ def _draw(run: RunResults, spec: FigureSpec, table: pd.DataFrame) -> Drawn:
     options = {argument: run.table(name) for argument, name in spec.arguments.items()}
     if "level" in inspect.signature(spec.draw).parameters:
         options["level"] = run.level
+    if "marked" in inspect.signature(spec.draw).parameters:
+        options["marked"] = run.horizon
     if spec.measured and "measure" in table and (table.measure == run.measure).any():
         options["measure"] = run.measure
     return Drawn(*(spec.draw(table, width=width, **options) for width in (DOUBLE, SINGLE)))
@@ -163,8 +166,13 @@ FIRST = "decision"
 
 def _paragraphs(answer: Mapping[str, str]) -> str:
     return "".join(
-        f"<p><b>{question}</b> {html.escape(text)}</p>" for question, text in answer.items()
+        f"<p><b>{question}</b> {_with_code(text)}</p>" for question, text in answer.items()
     )
+
+
+def _with_code(text: str) -> str:
+    """Escaped text in which what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def magnitudes(run: RunResults) -> str:
@@ -177,7 +185,7 @@ def magnitudes(run: RunResults) -> str:
         ' class="quiet">Gain in nats after steps of the same norm in random directions, with both'
         " signs, beside that of the step itself. It says how far weights that move so much change"
         " a position whatever the loss says; it is no null for a correlation.</p>"
-        f"{page_tables.small_table(table)}</section>"
+        f"{page_tables.small_table(table.drop(columns=['low', 'high'], errors='ignore'))}</section>"
     )
 
 
@@ -255,14 +263,16 @@ SIDES = {"paper": "As the paper has it", "controlled": "With controls", "": ""}
 
 
 def _card(claim: str, rows: list[dict]) -> str:
-    statement = rows[0].get("statement")
-    heading = f"{claim}: {statement}" if isinstance(statement, str) else str(claim)
-    kinds = {str(row.get("kind") or "") for row in rows}
+    """A claim with its verdicts; the heading is what is tested with controls."""
+    controlled = [row for row in rows if row.get("kind") == "controlled"]
+    statement = _words((controlled or rows)[0], "statement")
+    kinds = {_words(row, "kind") for row in rows}
     sides = "".join(
-        _side(title, [row for row in rows if str(row.get("kind") or "") == kind])
+        _side(title, [row for row in rows if _words(row, "kind") == kind], statement)
         for kind, title in (SIDES | {kind: kind for kind in kinds - set(SIDES)}).items()
         if kind in kinds
     )
+    heading = f"{claim}: {statement}" if statement else str(claim)
     wide = " wide-card" if len(kinds) > 1 else ""
     return (
         f'<li class="card{wide} {_agreed(rows)}"><h3>{html.escape(heading)}</h3>'
@@ -270,9 +280,14 @@ def _card(claim: str, rows: list[dict]) -> str:
     )
 
 
-def _side(title: str, rows: list[dict]) -> str:
-    """One kind of a claim's statistic, with a line for each outcome."""
+def _side(title: str, rows: list[dict], heading: str) -> str:
+    """One kind of a claim's statistic: what it says, where the heading says otherwise, and a line
+    for each outcome.
+    """
     head = f'<p class="side">{html.escape(title)}</p>' if title else ""
+    own = _words(rows[0], "statement")
+    if title and own != heading:
+        head += f"<p><i>{html.escape(own)}</i></p>"
     return f"<div>{head}{''.join(map(_claim_test, rows))}</div>"
 
 
@@ -297,14 +312,36 @@ def _claim_test(row: dict) -> str:
         if isinstance(outcome, str)
         else ""
     )
-    tag = ' <span class="tag">exploratory</span>' if row.get("exploratory") in naming.TRUE else ""
-    words = [text for name in ("sentence", "reason") if (text := _words(row, name))]
-    if len(words) > 1 and words[1].rstrip(".") in words[0]:
-        words.pop()
+    found, why = _found(row)
+    exploratory = row.get("exploratory") in naming.TRUE
+    tag = f' <span class="tag">exploratory{html.escape(why)}</span>' if exploratory else ""
     return (
         f'<p>{html.escape(named)}<span class="verdict {_class(verdict)}">{html.escape(verdict)}'
-        f'</span>{tag}</p><p class="quiet">{html.escape(" ".join(words))}</p>'
+        f'</span>{tag}</p><p class="quiet">{html.escape(found)}</p>'
     )
+
+
+def _found(row: dict) -> tuple[str, str]:
+    """The reason of a verdict with what was found, and why it is exploratory.
+
+    The card says the verdict and the claim already, so of a sentence that repeats them only what
+    follows is kept.
+    """
+    sentence, reason = _words(row, "sentence"), _words(row, "reason").rstrip(".")
+    text, _, why = sentence.partition(" Exploratory: ")
+    said, claim, found = text.partition(f"The claim: {_words(row, 'statement')}. ")
+    text = found.removeprefix("Found: ") if claim else text
+    parts = [text] if reason in (said if not claim else "") else [f"{reason}.", text]
+    why = "" if why.startswith(NOT_PRIMARY) else why.rstrip(".")
+    return " ".join(map(_capital, filter(None, parts))), f": {why}" if why else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+NOT_PRIMARY = "not the primary"
+"""Why a row is exploratory of which the card shows the primary one beside it."""
 
 
 def _words(row: dict, name: str) -> str:
@@ -324,10 +361,11 @@ def warning_list(run: RunResults) -> str:
     )
 
 
-def _warning(text: str, changes: bool) -> str:
-    kind = "warning" if changes else "warning minor"
-    tag = '<span class="tag">changes a verdict</span> ' if changes else ""
-    return f'<p class="{kind}">{tag}{html.escape(text)}</p>'
+def _warning(text: str, changed: str) -> str:
+    """A warning; what it changes of the verdicts stands behind it."""
+    kind = "warning" if changed else "warning minor"
+    tag = f' <span class="tag">{html.escape(changed)}</span>' if changed else ""
+    return f'<p class="{kind}">{html.escape(text)}{tag}</p>'
 
 
 def token_view(run: RunResults, contexts: int) -> str:

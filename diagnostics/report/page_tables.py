@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.analysis.claims import p_words
 from diagnostics.report import summary
-from diagnostics.report.catalogue import TABLES
-from diagnostics.report.naming import LEAST_P
+from diagnostics.report.catalogue import TABLES, caption
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.tokenview import script_json
 
@@ -52,7 +52,7 @@ def table_block(name: str, table: pd.DataFrame) -> str:
         packed = f'<script type="application/json">{_packed(table)}</script>'
     return (
         f'<details id="table-{html.escape(name)}"><summary><b>{html.escape(name)}</b>'
-        f' {html.escape(TABLES.get(name, ""))} <span class="quiet">{len(table):,} rows;'
+        f' {html.escape(caption(name))} <span class="quiet">{len(table):,} rows;'
         f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
         f' tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
         f'<button type="button" class="copy">Copy as CSV</button>{packed}</details>'
@@ -83,7 +83,7 @@ def small_table(table: pd.DataFrame) -> str:
 
 def _cell(value: Any, name: str = "") -> str:
     """A table cell; a number is rounded to four digits, and six stand beside it for sorting and
-    copying. A p value is written down to 1e-4.
+    copying. A p value is written as in sentences.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"<td>{html.escape(str(value))}</td>"
@@ -91,10 +91,12 @@ def _cell(value: Any, name: str = "") -> str:
         return '<td class="number" data-v=""></td>'
     if isinstance(value, int):
         return f'<td class="number" data-v="{value}">{value:,}</td>'
-    whole = math.isfinite(value) and value == int(value)
-    shown = f"{value:,.0f}" if whole else summary.number(value, 4)
-    if name.startswith("p_") and value < LEAST_P:
-        shown = "&lt; .0001"
+    if not math.isfinite(value):
+        sign = "−" if value < 0 else ""
+        return f'<td class="number" data-v="{_packed_number(value)}">{sign}∞</td>'
+    shown = summary.number(value, 4) if value != int(value) else f"{value:,.0f}"
+    if name.startswith("p_"):
+        shown = html.escape(p_words(value).removeprefix("p ").removeprefix("= "))
     return f'<td class="number" data-v="{value:.6g}">{shown}</td>'
 
 
@@ -113,8 +115,12 @@ def _packed(table: pd.DataFrame) -> str:
     return script_json(columns)
 
 
-def _packed_number(value: float) -> float | int | None:
-    """A number with six digits, an integer where it is one, None where it is undefined."""
+def _packed_number(value: float) -> float | int | str | None:
+    """A number with six digits, an integer where it is one, None where it is undefined; JSON has no
+    infinity, which is its name in the page's script.
+    """
     if pd.isna(value):
         return None
+    if not math.isfinite(value):
+        return "-Infinity" if value < 0 else "Infinity"
     return int(value) if value == int(value) else float(f"{value:.6g}")

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pandas as pd
+
 from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
-from diagnostics.report.style import flagged
 
 PARTS = {
     "decision": "the decision: which criterion to train with, from steps over a horizon",
@@ -28,27 +29,20 @@ def warnings(run: RunResults) -> list[str]:
     """The notes made while the run was read, then the warnings of its analysis, one per cause, the
     ones that change a verdict first.
     """
-    return [*run.reading_notes, *(text for text, _ in causes(run))]
+    found = [f"{text} {changed}." if changed else text for text, changed in causes(run)]
+    return [*run.reading_notes, *found]
 
 
-def causes(run: RunTables) -> list[tuple[str, bool]]:
-    """Each warning of the analysis, and whether it changes a verdict; in tables of earlier versions
-    none is known to.
+def causes(run: RunTables) -> list[tuple[str, str]]:
+    """Each warning of the analysis with the verdict that it changes; that is empty where it changes
+    none, and in tables of earlier versions.
     """
     table = run.table("warnings")
-    name = "text" if table is not None and "text" in table else "message"
-    if table is None or name not in table:
+    if table is None or "message" not in table:
         return []
-    changes = flagged(table, "changes_verdict").tolist()
-    became = [""] * len(table)
-    if "changes_verdict" in table:
-        # The column names the claims with their verdicts; it is empty where none hangs on it.
-        became = table["changes_verdict"].fillna("").astype(str).tolist()
-        became = ["" if words in ("True", "False") else words for words in became]
-    found = [
-        (f"{text} So {words}." if words else text, changed or bool(words))
-        for text, words, changed in zip(table[name].astype(str), became, changes, strict=True)
-    ]
+    changed = table.get("changes_verdict", pd.Series("", table.index))
+    verdicts = changed.astype(object).fillna("").astype(str)
+    found = list(zip(table.message.astype(str), verdicts, strict=True))
     return sorted(found, key=lambda warning: not warning[1])
 
 

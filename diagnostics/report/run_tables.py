@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.analysis.config import PrimaryChoices
 from diagnostics.analysis.decision import LOSS_MEASURE
 
 LEVEL = 0.95
@@ -42,6 +43,12 @@ class RunTables:
         """
         losses = [self.stage(name).get("loss") for name in ("intervene", "probe", "validate")]
         return next((LOSS_MEASURE[loss] for loss in losses if loss in LOSS_MEASURE), None)
+
+    @property
+    def horizon(self) -> int:
+        """The horizon at which criteria are compared, as it was registered before the probe."""
+        primary = self.manifest.get("primary") or {}
+        return int(primary.get("choices", {}).get("horizon", PrimaryChoices.horizon))
 
     @property
     def level(self) -> float:

@@ -369,11 +369,19 @@ CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "in
 """Criteria that have the same color and marker in every figure."""
 
 
+RIVALS = {"random_divergent": "+", "position_matched": "1", "token_identity": "2"}
+"""Markers of the fair rivals of a criterion, which are grey as random is."""
+
+
 def criterion_style(name: str, names: Iterable[str]) -> dict:
     """Color, marker and line of a criterion.
 
-    The usual six are fixed; the others among `names` follow in their order.
+    The usual six are fixed, and so are random and the other rivals; the others among `names` follow
+    in their order.
     """
+    if name in RIVALS:
+        look = {"color": quiet(), "marker": RIVALS[name], "markersize": 5.5}
+        return look | {"linestyle": DASHES[2]}
     if name in ("random", "full"):
         return {
             "color": quiet() if name == "random" else ink(),
@@ -383,7 +391,11 @@ def criterion_style(name: str, names: Iterable[str]) -> dict:
         }
     order = [
         *CRITERIA,
-        *(other for other in dict.fromkeys(names) if other not in (*CRITERIA, "random", "full")),
+        *(
+            other
+            for other in dict.fromkeys(names)
+            if other not in (*CRITERIA, *RIVALS, "random", "full")
+        ),
     ]
     index = order.index(name)
     dash = DASHES[(index + index // len(CYCLE)) % len(DASHES)]

@@ -21,7 +21,7 @@ from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report.naming import (
     MEASURES,
     TRUE,
-    p_value,
+    decisive_horizon,
     preferred_split,
     readable,
     shown_outcomes,
@@ -107,7 +107,13 @@ def decided(run: RunTables) -> str:
     """Which criterion to train with at which budget, or what to run so that it can be said."""
     table = run.table("decision")
     if table is not None:
-        return decision_sentence(table)
+        measured = decisive_horizon(table)
+        other = (
+            f" The registered horizon of {run.horizon} steps was not measured: exploratory."
+            if "primary" in run.manifest and measured != run.horizon
+            else ""
+        )
+        return decision_sentence(table) + other
     probed = any(run.table(name) is not None for name in ("correlations", "intervention"))
     return UNDECIDED if probed else ""
 
@@ -367,7 +373,10 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     if "ambiguous" in best:
         best = best[~(best.ambiguous > AMBIGUOUS)]
     if best.empty:
-        return f"no criterion is defined for the {WORDS[outcome]}"
+        return (
+            f"no share of the {WORDS[outcome]} is defined, for it does not sum to more than zero or"
+            " ties decide every selection"
+        )
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
     random = f"random {first.random_low:.1%} to {first.random_high:.1%}"
     if not first.low > first.random_high:
@@ -438,12 +447,15 @@ def judged(run: RunTables) -> str:
     if not {"claim", "outcome", "verdict"} <= set(table.columns):
         return ""
     named = WORDS | MEASURES
-    kinds = table["kind"] if "kind" in table else pd.Series("", index=table.index)
+    kinds = pd.Series("", index=table.index)
+    if "kind" in table:
+        kinds = table["kind"].astype(object).fillna("")
     parts = []
     for kind in [*KINDS, *(name for name in kinds.unique() if name not in KINDS)]:
         rows = table[kinds == kind]
         parts += [
-            f"{KINDS.get(kind, 'by ')}{named[outcome]}, {text}{_refuted_by(run, outcome)}"
+            f"{'after training, by ' if outcome in MEASURES else KINDS.get(kind, 'by ')}"
+            f"{named[outcome]}, {text}{_refuted_by(run, outcome)}"
             for outcome, part in rows.groupby("outcome", sort=False)
             if outcome in named and (text := _counted(part))
         ]
@@ -616,7 +628,9 @@ def _tau(row: Mapping) -> str:
     known = np.isfinite(row["low"])
     text = between(row["kendall"], row["low"], row["high"], show=signed)
     text = text if known else signed(row["kendall"])
-    return text + (f", {p_value(row['p_permutation'])}" if "p_permutation" in row else "")
+    return text + (
+        f", {claim_tests.p_words(row['p_permutation'])}" if "p_permutation" in row else ""
+    )
 
 
 def _signs(run: RunTables) -> str:
@@ -684,9 +698,10 @@ def registered(run: RunTables) -> str:
 
 def certainty(run: RunTables) -> str:
     """What the intervals rest on, and what could change the answer."""
-    rows = ranked(run, "gain")
-    if rows.empty:
+    found = {name: rows for name in WORDS if not (rows := ranked(run, name)).empty}
+    if not found:
         return _certainty_of_trainings(run)
+    outcome, rows = next(iter(found.items()))
     half = float(((rows.high - rows.low) / 2).median())
     chosen = run.table("calibration")
     step = ""
@@ -694,9 +709,10 @@ def certainty(run: RunTables) -> str:
         step = f" (here {number(float(chosen[chosen.chosen.astype(bool)].step_size.iloc[0]))})"
     batches = steps_of(rows)
     over = f" and {batches} step batches" if (batches or 1) > 1 else ""
-    alone = "" if (batches or 2) > 1 else " alone, for there is one step batch"
+    alone = "" if (batches or 2) > 1 else " alone, for there is one step batch,"
     return (
-        f"The correlations' intervals are over {int(rows.prompts.max()):,} prompts{over}{alone} and"
+        f"The intervals of correlations with the {WORDS[outcome]} are over"
+        f" {int(rows.prompts.max()):,} prompts{over}{alone} and"
         f" typically reach {number(half, 1)} to either side, so smaller differences stay open;"
         f" another loss, optimizer or step size{step} or other prompts could change the order, and"
         " one step is not a training run."

@@ -35,6 +35,8 @@ from diagnostics.core.types import Bank, Context
 STATIC = Path(__file__).parent / "static"
 MEASURES = (
     "gain",
+    "context_gain",
+    "gain_permuted",
     "relative_gain",
     "forward_kl",
     "reverse_kl",
@@ -244,9 +246,9 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
     found, measured = [], set(MEASURES) & set(tokens.columns)
     width = "<u2" if len(tokens) < 2**16 else "<u4"
     for name in names:
-        scores = registry.score_criterion(tokens, name)
+        scores, raw = registry.score_pairs(tokens, name)
         ranks = np.zeros(len(tokens), dtype=np.int64)
-        order = registry.ranking(tokens, scores)
+        order = registry.ranking(tokens, scores, raw)
         ranks[order] = np.arange(1, len(order) + 1)
         shown = f"{name} (criterion)" if name in measured else name
         found.append(

@@ -233,19 +233,27 @@ class Job:
             raise _Again(f"its record is of another cell, {_cell_of(record)}")
         return record
 
-    def _selected_by(self, name: str, record: dict) -> dict:
+    @property
+    def rules(self) -> dict[str, str]:
+        """How this grid's cells select."""
+        return EARLIER_RULES | {k: self.grid[k] for k in EARLIER_RULES if k in self.grid}
+
+    def _selected_by(self, name: str, record: dict) -> dict[str, str]:
         """The rules of a finished cell's selection, as far as they decide it.
 
-        A criterion that clips nothing selects the same positions under any rule for ties, and the
-        untouched student and a training on all positions select none.
+        The untouched student and a training on all positions select none, and a score without
+        limits has no unclipped form that would order its ties otherwise than by position.
         """
-        rules = EARLIER_RULES | record["settings"]
-        whole = name == "untouched" or registry.find(record["cell"]["criterion"]).kind == "all"
-        if whole:
-            return {key: self.identity[key] for key in EARLIER_RULES}
-        unclipped = "scale" not in registry.find(record["cell"]["criterion"]).arguments
-        ties = self.identity["ties"] if unclipped and rules["ties"] != "random" else rules["ties"]
-        return {"ties": ties, "scope": rules["scope"]}
+        said = record["settings"]
+        rules = EARLIER_RULES | {key: said[key] for key in EARLIER_RULES if key in said}
+        entry = None if name == "untouched" else registry.find(record["cell"]["criterion"])
+        if entry is None or entry.kind == "all":
+            return self.rules
+        same = "scale" not in entry.arguments and "random" not in (
+            rules["ties"],
+            self.rules["ties"],
+        )
+        return rules | {"ties": self.rules["ties"]} if same else rules
 
     def _require_same(self, name: str, record: dict) -> None:
         path, engine = (
@@ -280,7 +288,7 @@ class Job:
                 f"{path} was trained with other settings ({'; '.join(different)}). Choose another"
                 " --output-dir."
             )
-        was, now = self._selected_by(name, record), self.identity
+        was, now = self._selected_by(name, record), self.rules
         rules = [f"{key} was {was[key]!r}, now {now[key]!r}" for key in was if was[key] != now[key]]
         if rules:
             if not self.accept_code:

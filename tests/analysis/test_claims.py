@@ -110,8 +110,9 @@ def test_columns_and_sentences():
         " +6.5 ["
     )
     assert row.sentence.endswith(
-        "]; it is above 0 in 9 of 10 tenths, and C adds 0.020 and H 0.040 to the 0.700 of the ranks'"
-        " variance that D explains (101 prompts, 4 steps; p < .0001 after Holm over 8 tests)."
+        "]; it is above 0 in 9 of 10 tenths, and C adds 0.020 and H 0.040 to the 0.700 of the"
+        " ranks' variance that D explains (101 prompts, 4 steps; p < .0001 after Holm over 8"
+        " tests)."
     )
     assert row.reason == "" and row.statistic == "within_strata" and not row.exploratory
     alone = judged(found(STRONG, steps=1), because="a single step was taken")

@@ -73,9 +73,7 @@ def test_the_halves_of_a_table_of_one_step_and_a_table_without_halves():
 
 
 def test_without_a_permuted_teacher_there_is_no_null_and_no_context_gain():
-    table = correlation_tables.correlate(
-        made_tokens(permuted=False), criteria=["entropy"], **DRAWS
-    )
+    table = correlation_tables.correlate(made_tokens(permuted=False), criteria=["entropy"], **DRAWS)
     assert set(table.outcome) == {"gain", "reverse_gain", "relative_gain"}
 
 
@@ -156,7 +154,10 @@ def test_draws_and_left_out_values_rank_the_resampled_rows():
         assert estimate.positions == both.sum()
         for draw, weights in zip(estimate.draws, prompts.weights, strict=True):
             rows = np.concatenate(
-                [np.tile(np.flatnonzero((codes == g) & both), int(w)) for g, w in enumerate(weights)]
+                [
+                    np.tile(np.flatnonzero((codes == g) & both), int(w))
+                    for g, w in enumerate(weights)
+                ]
             )
             assert draw == pytest.approx(stats.spearmanr(x[rows], y[rows]).statistic, abs=1e-12)
         for prompt, left in enumerate(estimate.left_out):
@@ -179,7 +180,9 @@ def test_ranking_anew_is_wider_where_one_prompt_decides_the_ranks():
     x = rng.normal(size=20)[codes] + 0.01 * rng.normal(size=200)
     y = rng.normal(size=200)
     prompts = PromptClusters(codes, draws=300)
-    anew = rank_correlation.spearman_pairs({"x": Variable(x)}, {"y": Variable(y)}, prompts)["y", "x"]
+    anew = rank_correlation.spearman_pairs({"x": Variable(x)}, {"y": Variable(y)}, prompts)[
+        "y", "x"
+    ]
     once = rank_correlation.spearman(x, y, prompts)
     assert anew.value == pytest.approx(once.value, abs=1e-12)
     assert anew.draws.std() != pytest.approx(once.draws.std(), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Quadrants, contrasts within Q3 and matched pairs: plain loops, over the table and in each draw."""
+"""Quadrants, contrasts within Q3 and matched pairs against loops, in each draw too."""
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,9 @@ def test_quadrant_means_equal_a_loop(tokens):
     assert len(table) == 5 * 2 * 5 * 4 and (table.steps == 4).all()
     number = quadrant_numbers(tokens)
     for row in table[table.outcome == "gain"].itertuples():
-        here = np.ones(len(tokens), bool) if row.quadrant == "all" else number == int(row.quadrant[1])
+        here = (
+            np.ones(len(tokens), bool) if row.quadrant == "all" else number == int(row.quadrant[1])
+        )
         values = tokens[COLUMNS[row.split]][here].to_numpy()
         assert row.estimate == pytest.approx(location(values, row.statistic), abs=1e-10)
         assert row.positions == len(values) and row.share == pytest.approx(here.mean())
@@ -293,8 +295,8 @@ def test_balance_before_equals_the_usual_formula(tokens):
 
 
 def test_matching_improves_balance_with_enough_positions():
-    tokens = made_tokens(prompts=40, length=60)
-    tokens["compatibility"] = 0.5 * tokens.forward_kl.rank(pct=True) + 0.5 * tokens.compatibility
+    tokens = made_tokens(prompts=20, length=300)
+    tokens["compatibility"] = 0.3 * tokens.forward_kl.rank(pct=True) + 0.7 * tokens.compatibility
     table = quadrants.balance(tokens, by=["compatibility"])
     pick = dict(split="held_out", covariate="log_divergence")
     nearest, caliper = (only_row(table, caliper=c, **pick) for c in quadrants.CALIPERS)

@@ -6,11 +6,13 @@ import statsmodels.api as sm
 
 from diagnostics.analysis import regressions as R
 from diagnostics.analysis.bootstrap import PromptClusters
+from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.folds import combine
 from diagnostics.criteria import normalize, relative_position
-from tests.made_tokens import made_tokens, only_row
+from tests.made_tokens import made_tokens, only_row, resampled
 
-DRAWS = {"draws": 60}
+DRAWS = {"draws": 30}
 
 
 @pytest.fixture(scope="module")
@@ -43,61 +45,107 @@ def z(values):
     return (values - values.mean()) / values.std()
 
 
+def fitted(model, table, column, share, made=None):
+    """statsmodels' fit of one model, with the table's own standard deviations and limits."""
+    y = table[column].to_numpy()
+    finite = np.isfinite(y)
+    y = np.clip(y[finite], *np.quantile(y[finite], [share, 1 - share]))
+    made = columns(table) if made is None else made
+    design = np.column_stack([z(made[name][finite]) for name in R.MODELS[model]])
+    return sm.OLS(z(y), sm.add_constant(design)).fit(), y
+
+
+@pytest.mark.parametrize("split, column", [("held_out", "context_gain"), ("step", "own_gain")])
 @pytest.mark.parametrize("model", R.MODELS)
 @pytest.mark.parametrize("share", R.WINSORISED)
-def test_models_equal_statsmodels(tokens, tables, model, share):
-    y = tokens.gain.to_numpy()
-    y = np.clip(y, *np.quantile(y, [share, 1 - share]))
-    names = R.MODELS[model]
-    design = np.column_stack([z(columns(tokens)[name]) for name in names])
-    fit = sm.OLS(z(y), sm.add_constant(design)).fit(
-        cov_type="cluster", cov_kwds={"groups": tokens.prompt_id.factorize()[0]}, use_t=True
-    )
-    for i, term in enumerate(names, 1):
+def test_models_equal_statsmodels(tokens, tables, model, share, split, column):
+    fit, _ = fitted(model, tokens, column, share)
+    for i, term in enumerate(R.MODELS[model], 1):
         row = only_row(
             tables["regressions"],
-            outcome="gain",
-            split="all",
+            outcome=column.removeprefix("own_"),
+            split=split,
             winsorised=share,
             model=model,
             term=term,
         )
-        assert row.coefficient == pytest.approx(
-            fit.params[i], abs=1e-10
-        ) and row.robust_error == pytest.approx(fit.bse[i], abs=1e-10)
+        assert row.coefficient == pytest.approx(fit.params[i], abs=1e-10)
         assert row.r_squared == pytest.approx(fit.rsquared, abs=1e-10)
-        assert row.low < row.coefficient < row.high and (row.p_value < 0.05) == (
-            row.low > 0 or row.high < 0
-        )
+        assert row.low < row.coefficient < row.high and row.steps == 4
+        assert (row.p_value < 0.05) == (row.low > 0 or row.high < 0)
+        others = [name for name in R.MODELS[model] if name != term]
+        made = columns(tokens)
+        explained = sm.OLS(
+            made[term], sm.add_constant(np.column_stack([made[name] for name in others]))
+        ).fit()
+        assert row.inflation == pytest.approx(1 / (1 - explained.rsquared), rel=1e-8)
+
+
+def kept_estimates(tokens, **settings):
+    """The estimates behind the tables, by key."""
+    found = {}
+
+    def keep(make, table, bootstrap):
+        made = over_steps(make, table, bootstrap)
+        found.update(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(R, "over_steps", keep)
+        R.regressions(tokens, **settings)
+    return found
+
+
+def test_draws_make_limits_and_normalizations_anew(tokens):
+    found = kept_estimates(tokens, draws=6)
+    prompts = PromptClusters(tokens.prompt_id, draws=6)
+    for draw in range(6):
+        drawn = resampled(tokens, prompts, draw)
+        for outcome in ("context_gain", "relative_gain"):
+            key = (outcome, "held_out", 0.05)
+            fit, y = fitted("decomposition", drawn, outcome, 0.05)
+            for i, term in enumerate(R.MODELS["decomposition"], 1):
+                estimate = found["coefficient", *key, "decomposition", term]
+                assert estimate.draws[draw] == pytest.approx(fit.params[i], abs=1e-9)
+            finite = np.isfinite(drawn[outcome])
+            sides = [columns(drawn)[name][finite].std() for name in R.CURVE_SCORES[1:]]
+            unit = fit.params[2:4] * y.std() / sides
+            difference = found["difference", *key, "per_unit"].draws[draw]
+            assert difference == pytest.approx(unit[0] - unit[1], abs=1e-9)
+
+
+def test_the_step_part_is_the_jackknife_over_steps(tokens):
+    found = kept_estimates(tokens, draws=4)
+    estimate = found["difference", "gain", "step", 0.0, "standardised"]
+    for step, value in enumerate(estimate.without_step):
+        fit, _ = fitted("decomposition", combine(tokens, without=step), "own_gain", 0.0)
+        assert value == pytest.approx(fit.params[2] - fit.params[3], abs=1e-10)
+    still = kept_estimates(made_tokens(step_spread=0.0), draws=4)
+    assert still["r_squared", "gain", "held_out", 0.0, "interaction"].step_error < 1e-12
 
 
 def test_r_squared_gain_is_over_the_interaction_model(tables):
-    rows = tables["regressions"].query("outcome == 'gain' and split == 'all' and winsorised == 0")
+    rows = tables["regressions"].query(
+        "outcome == 'gain' and split == 'held_out' and winsorised == 0"
+    )
     base, more = (
         only_row(rows, model=model, term="student_entropy")
         for model in ("interaction", "compatibility")
     )
-    assert (
-        more.r_squared_gain == pytest.approx(more.r_squared - base.r_squared)
-        and more.r_squared_gain > 0
-    )
-    assert np.isnan(base.r_squared_gain)
+    assert more.r_squared_gain == pytest.approx(more.r_squared - base.r_squared)
+    assert more.r_squared_gain > 0 and np.isnan(base.r_squared_gain)
+    assert more.r_squared_gain_low < more.r_squared_gain < more.r_squared_gain_high
 
 
 def test_the_decomposition_test_is_the_difference_of_its_coefficients(tables, tokens):
-    rows = tables["regressions"].query(
-        "outcome == 'gain' and split == 'all' and winsorised == 0 and model == 'decomposition'"
-    )
+    pick = dict(outcome="gain", split="held_out", winsorised=0.0)
     first, second = (
-        only_row(rows, term=term).coefficient for term in ("teachability", "incompatible")
+        only_row(tables["regressions"], model="decomposition", term=term, **pick).coefficient
+        for term in ("teachability", "incompatible")
     )
-    test = only_row(
-        tables["decomposition"], outcome="gain", split="all", winsorised=0.0, scale="standardised"
-    )
-    assert test.difference == pytest.approx(first - second)
-    per_unit = only_row(
-        tables["decomposition"], outcome="gain", split="all", winsorised=0.0, scale="per_unit"
-    )
+    test = only_row(tables["decomposition"], scale="standardised", **pick)
+    assert test.difference == pytest.approx(first - second) and test.steps == 4
+    per_unit = only_row(tables["decomposition"], scale="per_unit", **pick)
     scale = tokens.gain.std(ddof=0)
     expected = (
         first * scale / columns(tokens)["teachability"].std()
@@ -107,14 +155,13 @@ def test_the_decomposition_test_is_the_difference_of_its_coefficients(tables, to
 
 
 def test_a_given_difference_of_slopes_is_recovered():
-    tokens = made_tokens(prompts=120, length=40, learnable=1.2, incompatible=0.5, noise=0.3)
-    found = R.regressions(tokens, draws=100)["decomposition"]
-    row = only_row(found, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
+    given = dict(prompts=120, length=40, noise=0.3, step_spread=0.0)
+    found = R.regressions(made_tokens(learnable=1.2, incompatible=0.5, **given), draws=100)
+    pick = dict(outcome="gain", split="held_out", winsorised=0.0, scale="per_unit")
+    row = only_row(found["decomposition"], **pick)
     assert row.low < 0.7 < row.high and row.high - row.low < 0.25
-    equal = R.regressions(
-        made_tokens(prompts=120, length=40, learnable=0.8, incompatible=0.8), draws=100
-    )["decomposition"]
-    row = only_row(equal, outcome="gain", split="all", winsorised=0.0, scale="per_unit")
+    equal = R.regressions(made_tokens(learnable=0.8, incompatible=0.8, **given), draws=100)
+    row = only_row(equal["decomposition"], **pick)
     assert row.low < 0 < row.high
 
 
@@ -155,7 +202,7 @@ def test_decile_means_of_the_residual_equal_a_loop(tokens):
     rest = tokens.gain - held @ np.linalg.lstsq(held, tokens.gain, rcond=None)[0]
     for score in R.CURVE_SCORES:
         rows = table.query(
-            "outcome == 'gain' and split == 'all' and curve == 'decile' and score == @score"
+            "outcome == 'gain' and split == 'held_out' and curve == 'decile' and score == @score"
         )
         tenth = np.ceil(
             (np.argsort(np.argsort(made[score], kind="stable")) + 0.5) / len(tokens) * 10

@@ -1,16 +1,15 @@
-"""The claims' statistics by proxy, K and form of the gain; saturation and coverage."""
+"""The claims' statistics by form of the gain; supports, saturation and coverage."""
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from diagnostics.analysis import quadrants as quadrant_tables
-from diagnostics.analysis import regressions
+from diagnostics.analysis import claim_statistics
 from diagnostics.analysis import robustness as R
-from diagnostics.criteria import quadrants, score_criterion
+from diagnostics.analysis.config import Bootstrap
 from tests.made_tokens import made_tokens, only_row
 
-DRAWS = {"draws": 40}
+DRAWS = {"draws": 10}
+BASE = claim_statistics.Support("compatibility", 16, "compatibility")
 
 
 @pytest.fixture(scope="module")
@@ -19,62 +18,8 @@ def tokens():
 
 
 @pytest.fixture(scope="module")
-def found(tokens):
-    return R.findings(tokens, **DRAWS)
-
-
-def test_the_statistics_are_those_of_the_other_tables(tokens, found):
-    mine = {
-        f.statistic: f.estimate.value
-        for f in found
-        if (f.proxy, f.outcome, f.split, f.k) == ("compatibility", "gain", "all", 16)
-    }
-    assert mine["tertile_difference"] == pytest.approx(
-        only_row(
-            quadrant_tables.q3_contrast(tokens, draws=5),
-            outcome="gain",
-            split="all",
-            score="compatibility",
-            groups="tertile",
-        ).difference
-    )
-    assert mine["matched_difference"] == pytest.approx(
-        only_row(
-            quadrant_tables.matching(tokens, draws=5),
-            outcome="gain",
-            split="all",
-            score="compatibility",
-            replacement=True,
-        ).difference
-    )
-    test = regressions.regressions(tokens, draws=5)["decomposition"]
-    assert mine["decomposition"] == pytest.approx(
-        only_row(test, outcome="gain", split="all", winsorised=0.0, scale="standardised").difference
-    )
-    assert mine["decomposition_per_unit"] == pytest.approx(
-        only_row(test, outcome="gain", split="all", winsorised=0.0, scale="per_unit").difference
-    )
-    rho = {
-        (name, y): stats.spearmanr(score_criterion(tokens, name), tokens[y]).statistic
-        for name in ("teachability", "divergence")
-        for y in ("gain", "placebo_gain")
-    }
-    gap = {y: rho["teachability", y] - rho["divergence", y] for y in ("gain", "placebo_gain")}
-    assert mine["spearman_difference"] == pytest.approx(gap["gain"] - gap["placebo_gain"])
-
-
-def test_without_a_placebo_the_plain_difference(tokens):
-    bare = tokens.drop(columns=["placebo_gain"])
-    mine = next(
-        f
-        for f in R.findings(bare, **DRAWS)
-        if f.statistic == "spearman_difference" and f.outcome == "gain" and f.split == "all"
-    )
-    rho = [
-        stats.spearmanr(score_criterion(tokens, name), tokens.gain).statistic
-        for name in ("teachability", "divergence")
-    ]
-    assert mine.estimate.value == pytest.approx(rho[0] - rho[1])
+def varied(tokens):
+    return R.gain_robustness(tokens, losses={"forward_kl": made_tokens(seed=5)}, **DRAWS)
 
 
 def test_every_proxy_and_k_of_the_columns(tokens):
@@ -90,52 +35,8 @@ def test_every_proxy_and_k_of_the_columns(tokens):
     ]
 
 
-def test_support_table(tokens, found):
-    table = R.support_robustness(found, level=0.95)
-    assert list(table.columns) == [
-        "proxy",
-        "k",
-        "outcome",
-        "split",
-        "statistic",
-        "estimate",
-        "low",
-        "high",
-        "p_value",
-        "positions",
-        "prompts",
-    ]
-    assert len(table) == 4 * 3 * 3 * 4 and "spearman_difference" not in set(table.statistic)
-    row = only_row(
-        table,
-        proxy="compatibility",
-        k=8,
-        outcome="gain",
-        split="all",
-        statistic="tertile_difference",
-    )
-    in_q3 = tokens[quadrants(tokens) == 3]
-    share = (in_q3.compatibility_k8.rank() - 0.5) / len(in_q3)
-    assert row.estimate == pytest.approx(
-        in_q3.gain[share >= 2 / 3].mean() - in_q3.gain[share < 1 / 3].mean()
-    )
-
-
-def test_the_same_support_twice_gives_the_same_numbers(tokens):
-    twin = tokens.assign(compatibility_k8=tokens.compatibility)
-    table = R.support_robustness(R.findings(twin, **DRAWS), level=0.95)
-    first, second = (
-        table[(table.proxy == "compatibility") & (table.k == k)]
-        .drop(columns="k")
-        .reset_index(drop=True)
-        for k in (16, 8)
-    )
-    assert first.equals(second)
-
-
-def test_gain_table(tokens):
-    table = R.gain_robustness(tokens, losses={"forward_kl": made_tokens(seed=5)}, **DRAWS)
-    assert list(dict.fromkeys(table.variant)) == [
+def test_every_form_of_the_gain_has_its_rows(varied):
+    assert list(dict.fromkeys(varied.variant)) == [
         "nothing",
         "winsorised_0.01",
         "winsorised_0.05",
@@ -144,34 +45,62 @@ def test_gain_table(tokens):
         "neither",
         "loss_forward_kl",
     ]
-    assert set(table.statistic) == set(R.STATISTICS) and set(
-        table[table.variant == "nothing"].outcome
-    ) == {"gain", "relative_gain", "reverse_gain"}
-    pick = dict(outcome="gain", split="all", statistic="tertile_difference")
+    assert set(varied.statistic) == set(R.VARIED_STATISTICS)
+    assert set(varied.split) == {"held_out"} and (varied.steps == 4).all()
+    assert set(varied[varied.variant == "nothing"].outcome) == set(R.GAIN_FORMS)
+    assert set(varied[varied.variant != "nothing"].outcome) == set(R.VARIED_OUTCOMES)
+
+
+def test_the_statistics_are_those_of_the_claims(tokens, varied):
     kept = tokens[~tokens.is_special & (tokens.position > 0)].reset_index(drop=True)
-    alone = only_row(
-        quadrant_tables.q3_contrast(kept, draws=5),
-        outcome="gain",
-        split="all",
-        score="compatibility",
-        groups="tertile",
+    kinds = {"context_gain": ("controlled",)}
+    for variant, table in (("nothing", tokens), ("neither", kept)):
+        found = claim_statistics.estimates(
+            table, kinds, BASE, {}, widened="", bootstrap=Bootstrap(**DRAWS)
+        )
+        for key, estimate in found.items():
+            if key.population == "held_out" and key.name in R.VARIED_STATISTICS:
+                row = only_row(varied, variant=variant, outcome="context_gain", statistic=key.name)
+                assert row.estimate == pytest.approx(estimate.value)
+                assert row.low == pytest.approx(estimate.interval(0.95)[0], nan_ok=True)
+
+
+def test_the_gain_is_winsorised_in_each_draw(tokens, varied):
+    """Clipping after the draw: the same as a table whose drawn gains were clipped."""
+    found = claim_statistics.estimates(
+        tokens,
+        {"gain": ("paper",)},
+        BASE,
+        {},
+        widened="",
+        bootstrap=Bootstrap(**DRAWS),
+        winsorised=0.05,
+        only="held_out",
     )
-    assert only_row(table, variant="neither", **pick).estimate == pytest.approx(alone.difference)
-    assert only_row(table, variant="neither", **pick).estimate != pytest.approx(
-        only_row(table, variant="nothing", **pick).estimate
+    clipped = tokens.assign(gain=tokens.gain.clip(*tokens.gain.quantile([0.05, 0.95])))
+    plain = claim_statistics.estimates(
+        clipped, {"gain": ("paper",)}, BASE, {}, widened="", bootstrap=Bootstrap(draws=0)
     )
+    assert {key.population for key in found} == {"held_out"}
+    for key, estimate in found.items():
+        assert estimate.value == pytest.approx(plain[key].value, abs=1e-10)
+        if key.name == "q3_gap":
+            assert (estimate.draws != plain[key].value).all()
 
 
 def test_one_wild_gain_moves_the_raw_and_not_the_winsorised_contrast(tokens):
-    in_q3 = np.flatnonzero(quadrants(tokens) == 3)
-    wild = tokens.copy()
-    wild.loc[in_q3[np.argmax(tokens.compatibility[in_q3])], "gain"] = 1e3
-    pick = dict(outcome="gain", split="all", statistic="tertile_difference")
-    before, after = (R.gain_robustness(t, **DRAWS) for t in (tokens, wild))
-    assert abs(only_row(after, variant="nothing", **pick).estimate) > 10
-    assert only_row(after, variant="winsorised_0.05", **pick).estimate == pytest.approx(
-        only_row(before, variant="winsorised_0.05", **pick).estimate, abs=0.3
-    )
+    wild = tokens.assign(context_gain=tokens.context_gain.where(tokens.index != 7, 1e3))
+    before, after = (R.gain_robustness(t.drop(columns="fold"), **DRAWS) for t in (tokens, wild))
+    pick = dict(outcome="context_gain", statistic="interaction")
+    raw, clipped = ("nothing", "winsorised_0.05")
+    moved = {
+        variant: abs(
+            only_row(after, variant=variant, **pick).estimate
+            - only_row(before, variant=variant, **pick).estimate
+        )
+        for variant in (raw, clipped)
+    }
+    assert moved[raw] > 10 * moved[clipped]
 
 
 def test_a_table_of_special_tokens_and_first_positions_alone(tokens):
@@ -203,7 +132,7 @@ def test_saturation_by_hand(tokens):
 
 def test_coverage_by_hand(tokens):
     table = R.coverage(tokens, draws=200)
-    row = only_row(table, outcome="relative_gain", split="all")
+    row = only_row(table, outcome="relative_gain", split="held_out")
     sizes = tokens[tokens.relative_gain.notna()].groupby("prompt_id").size().to_numpy()
     assert (
         row.undefined == tokens.relative_gain.isna().sum()
@@ -214,3 +143,4 @@ def test_coverage_by_hand(tokens):
         and row.contexts == 12
     )
     assert row.effective_positions == pytest.approx(row.positions / row.design_effect)
+    assert row.steps == 4 and (R.coverage(made_tokens(folds=0), draws=20).steps == 1).all()

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis import claim_statistics, quadrants
 from diagnostics.analysis import robustness as R
+from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.study import study
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
@@ -52,21 +54,28 @@ def test_the_study_writes_each_k_for_its_own_columns():
     table = study(tokens, criteria=["divergence"], **DRAWS)["support_robustness"]
     assert set(table[table.proxy == "compatibility"].k) == {8, 16, 32}
     for k, name in ((8, "compatibility"), (16, "compatibility_k16"), (32, "compatibility_k32")):
-        claims = R.ClaimStatistics(tokens, proxy=name)
-        expected = claims.estimates(
-            next(R.splits(tokens, **DRAWS)), "gain", names=["decomposition"]
-        )["decomposition"].value
-        assert (
-            only_row(
-                table,
-                proxy="compatibility",
-                k=k,
-                outcome="gain",
-                split="all",
-                statistic="decomposition",
-            ).estimate
-            == expected
+        expected = claim_statistics.estimates(
+            tokens,
+            {"context_gain": ("controlled",)},
+            claim_statistics.Support("compatibility", k, name),
+            {},
+            widened="",
+            bootstrap=Bootstrap(draws=0),
         )
+        value = next(
+            estimate.value
+            for key, estimate in expected.items()
+            if (key.population, key.name) == ("held_out", "interaction")
+        )
+        row = only_row(
+            table,
+            proxy="compatibility",
+            k=k,
+            outcome="context_gain",
+            split="held_out",
+            statistic="interaction",
+        )
+        assert row.estimate == pytest.approx(value)
 
 
 def test_an_unknown_k_is_said():
@@ -82,7 +91,7 @@ def test_an_unknown_k_is_said():
         study(with_k(8), criteria=["divergence"], **DRAWS),
     ):
         assert "unknown_k" not in set(told["warnings"].code) and 8 in set(
-            told["support_robustness"].k
+            told["claim_statistics"].k
         )
 
 
@@ -135,14 +144,15 @@ def test_a_runs_scoring_says_its_k(folders, tmp_path, capsys):
         pd.read_parquet(tmp_path / "out/tokens.parquet"),
     )
     assert set(table.k) == {8, 16, 32}
-    found = {
-        (f.proxy, f.k): f.estimate.value
-        for f in R.findings(tokens, base_k=8, draws=5, seed=0)
-        if (f.outcome, f.split, f.statistic) == ("gain", "all", "tertile_difference")
-    }
-    for (proxy, k), value in found.items():
-        assert only_row(
-            table, proxy=proxy, k=k, outcome="gain", split="all", statistic="tertile_difference"
-        ).estimate == pytest.approx(value, nan_ok=True)
+    split = table.split.iloc[0]
+    for k, name in ((8, "compatibility"), (16, "compatibility_k16"), (32, "compatibility_k32")):
+        contrast = quadrants.q3_contrast(
+            tokens.assign(compatibility=tokens[name]), by=["compatibility"], draws=0
+        )
+        expected = only_row(contrast, outcome="gain", split=split, groups="tertile").difference
+        row = only_row(
+            table, proxy="compatibility", k=k, outcome="gain", split=split, statistic="q3_gap"
+        )
+        assert row.estimate == pytest.approx(expected, nan_ok=True)
     assert main(["analyze", "--draws", "5", "--k", "16", *out]) == 2
     assert "Got --k 16, and this run was scored with --k 8." in capsys.readouterr().err

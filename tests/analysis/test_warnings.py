@@ -7,6 +7,7 @@ import pytest
 from diagnostics.analysis import claims, robustness
 from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.warnings import EXPLAINED, ORDINARY, WARNING_COLUMNS, warnings
+from diagnostics.report import provenance, run_results
 from tests.claim_tables import claim_tokens, one_step
 
 
@@ -157,3 +158,13 @@ def test_nothing_confirmed_is_said_once(tokens):
     digest = PrimaryChoices().sha256()
     made = claims.claim_tables(tokens, base_k=16, bootstrap=Bootstrap(draws=10), registered=digest)
     assert "exploratory" not in set(warnings(tokens, made).code)
+
+
+def test_a_page_names_the_verdict_that_a_warning_changes(tokens):
+    table = pd.DataFrame([verdict("C2", "controlled", "not identified", "no overlap: 12%")])
+    made = {"warnings": warnings(tokens.assign(teacher_dropped_mass=0.05), {"verdicts": table})}
+    (first, changes), (second, unchanged) = provenance.causes(run_results.RunResults({}, made))
+    assert changes and first.endswith(
+        "or another pair. So C2 (controlled) is not identified [held_out: context_gain]."
+    )
+    assert not unchanged and second.startswith("On average some probability")

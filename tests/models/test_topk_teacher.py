@@ -418,6 +418,7 @@ def test_whole_lists_give_the_probe_and_interventions_of_the_model(pair, written
                 mine.tokens.gain_permuted, model.tokens.gain_permuted, atol=2e-5
             )
     options = {"criteria": ["divergence"], "budgets": [0.3], "random_draws": 1, "step": 1e-4}
+    options |= {"folds": 2, "horizon": (2,), "learning_rate": 1e-3, "minibatch": 2}
     cells = [interventions(one, written, **options).effects for one in (whole, pair)]
     for mine, model in zip(*cells):
         np.testing.assert_allclose(mine.reduction_N3, model.reduction_N3, atol=2e-5)
@@ -565,7 +566,7 @@ def test_a_sign_is_no_log_probability(pair, written, tmp_path, caplog, value):
         DiagnosticsError,
         match=r"^The loss sampled needs .* and its lists lack \d+ of \d+\. Use reverse_kl\.$",
     ):
-        probe(dataclasses.replace(pair, teacher=signed), written, loss="sampled")
+        probe(dataclasses.replace(pair, teacher=signed), written, loss="sampled", nulls=())
 
 
 def test_padding_with_signs_is_absent_whatever_its_ids():

@@ -15,40 +15,45 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
-        "folds held-out json k level loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts rollouts-format samples-per-prompt seed shard-teacher step student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs "
-        " teacher-revision temperature top-k top-p"
+        " folds horizon json k learning-rate level loss max-new-tokens max-prompt-tokens"
+        " no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer"
+        " output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts"
+        " rollouts-format samples-per-prompt seed shard-teacher step student student-revision"
+        " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        " temperature top-k top-p warm-steps"
     ),
     "analyze": "draws json k level output-dir primary quiet seed tokens training",
-    "compare": "budgets criteria draws json level output-dir quiet seed tokens",
+    "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
     "intervene": (
-        "accept-code batch-tokens beta budgets criteria device draws dtype folds json k level"
-        " loss match no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair"
-        " quiet random-draws seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json"
+        " k learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"
+        " offload-teacher optimizer output-dir pair quiet random-draws scope seed"
+        " shard-teacher step student student-revision sweep teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta device draws dtype folds full-kernel json k level loss"
-        " no-full-kernel no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir"
-        " pair quiet sample seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        " no-full-kernel no-offload-teacher no-shard-teacher offload-teacher optimizer"
+        " output-dir pair quiet sample seed shard-teacher step student student-revision sweep"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
     ),
     "train": (
-        "accept-code accumulation batch beta budget chat chat-template-kwargs contexts criterion"
-        " device dtype eval-contexts eval-every eval-prompts eval-samples json k learning-rate"
-        " lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume"
-        " no-shard-teacher offload-teacher output-dir pair peft probe-every prompt-column prompts"
-        " prompts-split quiet resume save-every scope seed shard-teacher steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
-        " ties trl verifier"
+        "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
+        " criterion device dtype eval-contexts eval-every eval-prompts eval-samples json k"
+        " learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat"
+        " no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir pair peft"
+        " probe-every prompt-column prompts prompts-split quiet resume save-every scope seed"
+        " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
-        "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria device"
-        " draws dtype eval-contexts eval-every eval-prompts eval-samples json learning-rate level"
-        " lora-rank loss max-new-tokens max-prompt-tokens no-chat no-offload-teacher no-resume"
-        " no-shard-teacher offline offload-teacher output-dir pair peft probe-every prompt-column"
-        " prompts prompts-split quiet resume save-every scope seeds shard-teacher steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
-        " ties trl verifier workers"
+        "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria"
+        " device draws dtype eval-contexts eval-every eval-prompts eval-samples json"
+        " learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat"
+        " no-offload-teacher no-resume no-shard-teacher offline offload-teacher output-dir"
+        " pair peft probe-every prompt-column prompts prompts-split quiet resume save-every"
+        " scope seeds shard-teacher steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
     "report": "compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",

@@ -439,6 +439,11 @@ def test_an_id_on_the_hub_is_told_from_a_path(tmp_path, monkeypatch, value, is_i
             r"has the prompts \"\['a'\]\", which is no value of that setting",
         ),
         ("score", {"k": {"a": 1}}, "has the k .*which is no value of that setting"),
+        (
+            "probe",
+            {"held_out": 0.5},
+            r"run with held_out=0\.5, which this version no longer has\. Prompts are divided into",
+        ),
     ],
 )
 def test_a_manifest_that_lacks_a_setting_is_one_sentence(tmp_path, stage, settings, message):

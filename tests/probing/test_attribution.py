@@ -376,7 +376,7 @@ def test_the_first_order_gain_predicts_that_of_fold_0(setting):
     pair, bank, tokens, _ = setting
     options = {"tokens": tokens, "optimizer": "sgd", "step": 0.003, "folds": 3}
     traced = attribute(pair, bank, sample=4, draws=50, **options)
-    probed = probe(pair, bank, nulls=(), placebos=0, **options).tokens
+    probed = probe(pair, bank, nulls=(), placebos=0, horizon=(), **options).tokens
     assert (traced.tokens.fold == probed.fold).all()
     errors = [
         np.abs(probed[f"gain_fold{fold}"] - traced.tokens.first_order_gain).mean()

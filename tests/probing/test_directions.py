@@ -29,9 +29,11 @@ from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench
 from tests.conftest import make_pair, make_prompts
 
-SMALL = {"batch_tokens": 40, "placebos": 0}
+SMALL = {"batch_tokens": 40, "placebos": 0, "horizon": ()}
 BARE = {"nulls": ()}
-GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1}
+GRID = {"criteria": ("teachability",), "budgets": (0.3,), "random_draws": 1, "horizon": (0,)}
+CELLS = ["full", "random", "random_divergent", "position_matched", "teachability"]
+"""Criteria that this grid measures on a fold, in order."""
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +126,20 @@ def interrupted(setting, folder, monkeypatch, at="permuted teacher 2", **options
 def test_an_interrupted_probe_goes_on_along_its_directions(
     setting, tmp_path, monkeypatch, at_once, loss, at
 ):
-    """Nothing that is finished is measured again, and no finished direction is still on disk."""
+    """Nothing that is finished is measured again, and only directions that are still needed are on
+    disk.
+    """
     pair, bank, tokens = setting
     with monkeypatch.context() as patch:
         Noise(patch)  # the same noise as the first part will have
         whole = probe(pair, bank, tokens=tokens, loss=loss, **SMALL)
     noise = Noise(monkeypatch)
     interrupted(setting, tmp_path, monkeypatch, loss=loss, at=at)
-    kept = sorted(path.parent.name for path in tmp_path.glob(f"direction-*/{FILE}"))
-    fold = at[-1]
-    assert kept == [f"direction-{'fold' if at.startswith('step') else 'global-fold'}{fold}"]
+    kept = {path.parent.name for path in tmp_path.glob(f"direction-*/{FILE}")}
+    fold, null = int(at[-1]), at.startswith("permuted")
+    assert kept == {f"direction-fold{later}" for later in range(fold + null, 4)} | (
+        {f"direction-global-fold{fold}"} if null else set()
+    )
     passes = stop_at(monkeypatch, None)
     resumed = probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), loss=loss, **SMALL)
     assert [name for name, _ in passes] == ["before", *PASSES[PASSES.index(at) :]]
@@ -164,7 +170,8 @@ def test_a_pass_that_was_cut_goes_on_where_it_was(setting, tmp_path, monkeypatch
             probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
     made, passes = noise.calls, stop_at(monkeypatch, None)
     probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **SMALL)
-    assert passes[:2] == [("before", True), ("step 0", True)] and made == 1
+    assert passes[:2] == [("before", True), ("step 0", True)]
+    assert made == 4 and noise.calls == 8  # the folds' directions before, their nulls' afterwards
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,8 @@ def test_two_directions_never_meet(setting, tmp_path, monkeypatch, at_once, dama
         patch.setattr(Store, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # after the first fold's pass
             probe(pair, bank, tokens=tokens, shards=shards_in(tmp_path), **BARE, **SMALL)
-    damaged(tmp_path / "direction-fold0" / FILE, damage)
+    for fold in range(4):
+        damaged(tmp_path / f"direction-fold{fold}" / FILE, damage)
     with monkeypatch.context() as patch:
         passes = stop_at(patch, None)
         state = noise.generator.get_state()
@@ -260,37 +268,37 @@ def test_an_interrupted_grid_finds_its_cells(setting, tmp_path, monkeypatch):
     noise, measured, real = Noise(monkeypatch), [], Grid._effect
     along = []
 
-    def effect(self, cell, *rest):
+    def effect(self, one, *rest):
         if len(measured) == limit:
             raise KeyboardInterrupt
-        measured.append((cell.criterion, cell.budget))
+        measured.append(one.cell.criterion)
         along.append(self.full.direction.sha256)
-        return real(self, cell, *rest)
+        return real(self, one, *rest)
 
     monkeypatch.setattr(Grid, "_effect", effect)
     options = {
-        "tokens": tokens,
+        "tokens": one_step(tokens),
         "cache": tmp_path / "cells",
         "shards": shards_in(tmp_path / "scratch"),
     }
-    for further in (1, 2, 3):  # each time one cell further
+    for further in (1, 2, 3, 4):  # each time one cell further
         limit = further
         with pytest.raises(KeyboardInterrupt):
             interventions(pair, bank, **options, **GRID)
     limit, made = 100, noise.calls
     first = interventions(pair, bank, **options, **GRID)
-    assert (
-        measured == [("full", 1.0), ("placebo", 1.0), ("random", 0.3), ("teachability", 0.3)]
-        and len(set(along)) == 1
-    )
-    assert made == 1  # the direction of the step on all positions, once
+    assert measured == CELLS
+    assert len(set(along)) == 1
+    assert made == 2  # the directions of both folds, whose steps have one size, once
     again = interventions(
         pair,
         bank,
         **options | {"shards": shards_in(tmp_path / "another")},
         **GRID | {"criteria": ("teachability", "entropy")},
     )
-    assert measured[4:] == [("entropy", 0.3)] and len(set(along)) == 1 and noise.calls == made
+    assert measured[5:] == ["entropy"]
+    assert len(set(along)) == 1
+    assert noise.calls == made
     assert again.calibration.equals(first.calibration)
     for one, other in zip(first.effects, again.effects[: len(first.effects)], strict=True):
         np.testing.assert_array_equal(one.reduction_N3, other.reduction_N3)
@@ -303,20 +311,25 @@ def test_a_grid_without_its_direction_measures_every_cell_again(setting, tmp_pat
     monkeypatch.setattr(
         Grid,
         "_effect",
-        lambda self, cell, *rest: (
-            along.append((self.full.direction.sha256, cell.criterion)),
-            real(self, cell, *rest),
+        lambda self, one, *rest: (
+            along.append((self.full.direction.sha256, one.cell.criterion)),
+            real(self, one, *rest),
         )[1],
     )
-    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
-    (one,) = tmp_path.glob("step-*.json")
-    one.unlink()
-    interventions(pair, bank, tokens=tokens, cache=tmp_path, **GRID)
-    assert len(along) == 8 and [name for _, name in along[:4]] == [name for _, name in along[4:]]
-    assert (
-        len({sha for sha, _ in along[:4]}) == len({sha for sha, _ in along[4:]}) == 1
-        and along[0][0] != along[4][0]
-    )
+    interventions(pair, bank, tokens=one_step(tokens), cache=tmp_path, **GRID)
+    (record,) = tmp_path.glob("step-*.json")
+    record.unlink()
+    interventions(pair, bank, tokens=one_step(tokens), cache=tmp_path, **GRID)
+    assert [name for _, name in along] == CELLS * 2
+    first, second = ({sha for sha, _ in part} for part in (along[:5], along[5:]))
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def one_step(tokens):
+    """The table with a step half, as for a single step."""
+    first = tokens.prompt_id.isin(sorted(tokens.prompt_id.unique())[::2])
+    return tokens.assign(split=np.where(first, "step", "held_out"))
 
 
 # --- the store

@@ -17,10 +17,10 @@ from diagnostics.probing.directions import Direction
 from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.one_step import gains, probe
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, calibrate, loss_weights
+from diagnostics.probing.step import StepBench, calibrate, calibrate_together, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
-BARE = {"nulls": (), "placebos": 0}
+BARE = {"nulls": (), "placebos": 0, "horizon": ()}
 """The steps alone, for tests that look at nothing else."""
 
 
@@ -96,13 +96,18 @@ def test_a_gain_is_the_mean_over_the_steps_on_other_folds(setting):
     assert table.own_gain.mean() > table.gain.mean()  # a step helps most where it was taken
 
 
-def test_every_fold_takes_the_size_of_the_first(setting):
+def test_all_folds_have_one_size_that_is_linear_for_them_together(setting):
     pair, bank, tokens = setting
     result = probe(pair, bank, tokens=tokens, folds=3, **BARE)
     table = result.calibration
-    assert table[table.fold == 0].chosen.sum() == 1
-    assert table[table.fold > 0].fold.tolist() == [1, 2] and table[table.fold > 0].chosen.all()
+    assert (
+        table.groupby("fold").step_size.agg(tuple) == tuple(table.step_size[: len(table) // 3])
+    ).all()
+    assert (table.groupby("fold").chosen.sum() == 1).all()
     assert table[table.chosen].step_size.nunique() == 1
+    drops = table.groupby("step_size")[["predicted_drop", "realised_drop"]].sum()
+    ratio = drops.realised_drop / drops.predicted_drop
+    assert result.step.step_size == ratio[ratio >= 0.8].index.max()
     assert [step.fold for step in result.steps] == [0, 1, 2]
     assert sum(step.step_positions for step in result.steps) == len(tokens)
     assert all(
@@ -154,7 +159,7 @@ def test_unrestored_weights_are_noticed(setting):
 
 def test_no_step_no_gain(setting):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, step=0, nulls=NULLS)
+    result = probe(pair, bank, tokens=tokens, step=0, nulls=NULLS, horizon=())
     made = [name for name in result.tokens if name not in tokens and "gain" in name]
     assert len(made) > 40 and "context_gain_token_type" in made
     for name in set(made) - {"relative_gain"}:
@@ -166,9 +171,16 @@ def test_no_step_no_gain(setting):
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "topk_reverse"])
 def test_a_teacher_that_is_the_student_teaches_nothing(loss):
     pair = assemble("same", make_model(1), make_model(1), make_tokenizer())
-    result = probe(pair, make_bank([5, 6, 7, 8]), loss=loss)
-    for name in ("gain", "own_gain", "gain_permuted", "own_gain_permuted", "context_gain"):
-        np.testing.assert_allclose(result.tokens[name], 0, atol=1e-6)
+    result = probe(pair, make_bank([5, 6, 7, 8]), loss=loss, horizon=(2,))
+    for name in (
+        "gain",
+        "own_gain",
+        "gain_permuted",
+        "own_gain_permuted",
+        "context_gain",
+        "gain_h2",
+    ):
+        np.testing.assert_allclose(result.tokens[name].dropna(), 0, atol=1e-6)
 
 
 def test_same_seed_same_result(setting):
@@ -184,12 +196,11 @@ def test_same_seed_same_result(setting):
 def test_the_chosen_step_is_linear_enough_and_helps(setting, loss, optimizer):
     pair, bank, tokens = setting
     result = probe(pair, bank, tokens=tokens, loss=loss, optimizer=optimizer, **BARE)
-    search = result.calibration[result.calibration.fold == 0]
-    chosen = search[search.chosen]
-    assert len(chosen) == 1 and chosen.ratio.item() >= 0.8
-    assert all(step.realised_drop > 0 for step in result.steps)
-    larger = search[search.step_size > chosen.step_size.item()]
-    assert (larger.ratio < 0.8).all()
+    drops = result.calibration.groupby("step_size")[["predicted_drop", "realised_drop"]].sum()
+    ratio = drops.realised_drop / drops.predicted_drop
+    assert ratio[result.step.step_size] >= 0.8
+    assert (ratio[ratio.index > result.step.step_size] < 0.8).all()
+    assert sum(step.realised_drop for step in result.steps) > 0
 
 
 def test_gradient_does_not_depend_on_batches(setting):
@@ -326,6 +337,25 @@ def test_calibration_finds_the_knee_of_a_parabola(bend):
     assert bench.trials <= 4 and chosen.relative_norm == pytest.approx(chosen.step_size / 2)
 
 
+def test_folds_that_bend_at_unlike_sizes_get_the_size_of_their_sums():
+    """1 - a + 0.1 a^2 and 1 - a + 1.9 a^2: together 2 - 2a + 2a^2, so the knee is at 0.2."""
+
+    class Two(Parabola):
+        def moved(self, update, size):
+            self.bend = update
+            return super().moved(update, size)
+
+    bench = Two(None)
+    folds = [Direction(bend, "reverse_kl", 1.0, 1.0, -1.0, 1.0) for bend in (0.1, 1.9)]
+    table = calibrate_together(
+        bench, [lambda d=d: d for d in folds], [np.ones(1), np.ones(1)], beta=0.5
+    )
+    chosen = table[table.chosen].set_index("fold")
+    assert chosen.step_size[0] == chosen.step_size[1] == pytest.approx(0.2, rel=0.3)
+    assert chosen.ratio[0] > 0.95 and chosen.ratio[1] < 0.8 < chosen.ratio.mean() < 0.87
+    assert chosen.ratio[1] == pytest.approx(1 - 1.9 * chosen.step_size[1])
+
+
 def test_calibration_warns_where_nothing_is_linear(caplog):
     table = calibrate(
         Parabola(1e9), Direction([], "reverse_kl", 1.0, 1.0, -1.0, 1.0), np.ones(1), beta=0.5
@@ -382,7 +412,7 @@ def test_predictors_are_untouched_by_the_step(setting):
 
 def test_nothing_of_an_earlier_probe_stays_in_the_table(setting):
     pair, bank, tokens = setting
-    first = probe(pair, bank, tokens=tokens, folds=6, nulls=("divergence",), placebos=0).tokens
+    first = probe(pair, bank, tokens=tokens, folds=6, nulls=("divergence",)).tokens
     again = probe(pair, bank, tokens=first.assign(split="step"), **BARE).tokens
     assert again.equals(probe(pair, bank, tokens=tokens, **BARE).tokens)
 

@@ -215,7 +215,7 @@ def test_only_a_fold_of_states_is_copied(setting):
 def test_the_null_moves_as_far_as_the_step(setting):
     """From theta0, the permuted gradient's own first update, at the norm of the real step."""
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, optimizer="adamw", step=1e-3, placebos=0)
+    result = probe(pair, bank, tokens=tokens, optimizer="adamw", step=1e-3, placebos=0, horizon=())
     bench = bench_of(setting)
     before = bench.rescore("before")[0]
     for fold in range(4):
@@ -252,7 +252,12 @@ def test_a_teacher_without_context_gives_no_context_gain(optimizer):
         make_bank(LENGTHS),
     )
     table = probe(
-        pair, bank, optimizer=optimizer, nulls=("global", "divergence", "token_type"), placebos=0
+        pair,
+        bank,
+        optimizer=optimizer,
+        nulls=("global", "divergence", "token_type"),
+        placebos=0,
+        horizon=(),
     ).tokens
     assert table.teacher_entropy.std() < 1e-6 and table.own_gain.mean() > 1e-3
     for name in ("context_gain", "own_context_gain", "context_gain_divergence"):
@@ -263,7 +268,7 @@ def test_a_teacher_without_context_gives_no_context_gain(optimizer):
 @pytest.mark.parametrize("nulls", [(), ("divergence",), ("token_type", "global")])
 def test_only_the_nulls_that_were_asked_for(setting, nulls):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, step=1e-4, nulls=nulls, placebos=0)
+    result = probe(pair, bank, tokens=tokens, step=1e-4, nulls=nulls, placebos=0, horizon=())
     for name, infix in (
         ("global", ""),
         ("divergence", "_divergence"),

@@ -73,7 +73,7 @@ def test_a_placebo_moves_as_far_both_ways_and_measures_the_next_fold(setting):
 
 def test_the_probe_tabulates_it_against_its_own_step(setting):
     pair, bank, tokens = setting
-    result = probe(pair, bank, tokens=tokens, placebos=1, nulls=(), step=1e-4)
+    result = probe(pair, bank, tokens=tokens, placebos=1, nulls=(), horizon=(), step=1e-4)
     assert not any("placebo" in name for name in result.tokens)
     step = prepare_step(pair, bank, tokens, ProbeConfig(step=1e-4))
     before = step.bench.rescore("before")[0]

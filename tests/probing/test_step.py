@@ -10,16 +10,16 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.pair import weights_sha256
 from diagnostics.probing.attribution import AttributionConfig, attribute
-from diagnostics.probing.directions import Store
+from diagnostics.probing.directions import FILE, Store
 from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.frozen_bank import FrozenBank, halve
 from diagnostics.probing.intervention import InterventionConfig, intervene, interventions
 from diagnostics.probing.one_step import ControlConfig, probe
 from diagnostics.probing.scores import ScoreConfig, score
-from diagnostics.probing.step import ProbeConfig, StepBench, kept_step, prepare_step
+from diagnostics.probing.step import FoldSteps, ProbeConfig, StepBench, kept_step, prepare_step
 from tests.conftest import make_pair, make_prompts
 
-GRID = InterventionConfig(criteria=("entropy",), budgets=(0.5,), random_draws=1)
+GRID = InterventionConfig(criteria=("entropy",), budgets=(0.5,), random_draws=1, horizon=(0,))
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,12 @@ def test_all_three_take_the_same_step(setting):
     grid = interventions(pair, bank, config, GRID, tokens=tokens)
     traced = attribute(pair, bank, config, AttributionConfig(sample=1), tokens=tokens, draws=10)
     for calibration in (probed.calibration, grid.calibration, traced.calibration):
-        assert calibration[calibration.fold == 0].equals(step.calibration)
+        own = calibration[calibration.fold == 0].reset_index(drop=True)
+        assert own.equals(step.calibration)
     assert probed.step.step_size == step.step_size == grid.effects[0].step_size
     for fold in (probed.tokens.fold, traced.tokens.fold):
         assert (np.asarray(fold) == step.bench.folds).all()
-    np.testing.assert_array_equal(grid.cells[0].weights_N, step.weights_N)
+    np.testing.assert_array_equal(grid.effects[0].selected_N, step.weights_N > 0)
 
 
 def test_keywords_and_configuration_objects_are_one(setting):
@@ -79,7 +80,7 @@ def test_another_fold_is_measured_once_at_the_size_that_is_given(setting, tmp_pa
     assert step.calibration.fold.tolist() == [2] and (step.weights_N == (fold == 2)).all()
     again = kept_step(bench, 2, config, store, size=1e-4)
     assert again.calibration.equals(step.calibration)
-    # an interrupted run whose first fold chose another size does not hand its ratio on
+    # an interrupted run that chose another size does not hand its ratio on
     other = kept_step(bench, 2, config, store, size=2e-4)
     assert other.step_size == 2e-4 and other.direction.sha256 == step.direction.sha256
 
@@ -163,3 +164,30 @@ def test_a_batch_keeps_the_contexts_that_are_wanted(setting):
     assert torch.equal(kept, states[place]) and torch.equal(some.sampled_n, batch.sampled_n[place])
     torch.testing.assert_close(some.states(pair.student), batch.states(pair.student)[place])
     assert batch.with_contexts_of(torch.ones_like(wanted), states)[0] is batch
+
+
+def test_directions_without_a_folder_wait_in_memory_and_are_made_once(setting, monkeypatch):
+    pair, bank, tokens = setting
+    bench, made = StepBench(pair, bank, tokens, assign_folds(tokens, 3, seed=0)), []
+    real = StepBench.direction
+    monkeypatch.setattr(StepBench, "direction", lambda *a, **k: (made.append(0), real(*a, **k))[1])
+    steps = FoldSteps(bench, ProbeConfig(), lambda fold: Store(None))
+    prepared = [steps.prepared(fold) for fold in range(3)]
+    assert len(made) == 3 and len({step.step_size for step in prepared}) == 1
+    for fold, step in enumerate(prepared):
+        assert step.fold == fold and set(step.calibration.fold) == {fold}
+        steps.forget(fold)
+    assert not steps._waiting
+    alone = kept_step(bench, 1, ProbeConfig(), Store(None))
+    assert alone.step_size == prepared[1].step_size
+    assert alone.calibration.equals(prepared[1].calibration)
+
+
+def test_a_direction_that_vanishes_is_named(setting, tmp_path):
+    pair, bank, tokens = setting
+    bench = StepBench(pair, bank, tokens, assign_folds(tokens, 2, seed=0))
+    steps = FoldSteps(bench, ProbeConfig(), lambda fold: Store(tmp_path / str(fold)))
+    assert steps.size > 0
+    (tmp_path / "1" / FILE).unlink()
+    with pytest.raises(DiagnosticsError, match=r"1 has lost the direction of fold 1 while it was"):
+        steps.prepared(1)

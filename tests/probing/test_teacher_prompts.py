@@ -135,12 +135,12 @@ def test_the_probes_gradient_is_that_of_the_hinted_loss(pair, hints):
 
 def test_interventions_and_attribution_go_through(pair, hints):
     tokens = score(pair, hints)
-    result = interventions(
-        pair, hints, tokens=tokens, criteria=["divergence"], budgets=[0.3], random_draws=1
-    )
+    options = {"criteria": ["divergence"], "budgets": [0.3], "random_draws": 1, "horizon": (0, 2)}
+    result = interventions(pair, hints, tokens=tokens, folds=2, **options)
     full = result.effects[0].reduction_N3[:, 0]
-    gain = probe(pair, hints, tokens=tokens).tokens.gain
-    np.testing.assert_allclose(full, gain, atol=1e-6)
+    gain = probe(pair, hints, tokens=tokens, folds=2, placebos=0, horizon=(), nulls=()).tokens
+    np.testing.assert_allclose(full, gain.gain_fold0, atol=1e-6)
+    assert all(np.isfinite(effect.reduction_N3).all() for effect in result.effects)
     lift = attribute(pair, hints, tokens=tokens, sample=2, draws=10)
     assert np.isfinite(lift.tokens.first_order_gain).all()
 

@@ -274,7 +274,7 @@ def test_a_minibatch_is_measured_anew_with_the_student_of_its_step(setting):
         return np.ones(len(rows))
 
     run = planned_trajectory(bench, 0, config(minibatch=2), weigh, steps=3, seed=0)
-    assert [k for k in run.run((3,))] == [3]
+    assert list(run.run((3,))) == [3]
     rows, table, _ = seen[0]
     names = [name for name in MEASURED if name in bench.tokens]
     np.testing.assert_allclose(table[names], bench.tokens[names].iloc[rows], atol=1e-5)

@@ -224,17 +224,21 @@ def strata() -> pd.DataFrame:
 
 
 def placebo() -> pd.DataFrame:
-    """Magnitudes of random-sign directions in three strata, and of the step itself."""
+    """Magnitudes of random-sign directions over all positions and in two strata, and the step's."""
     return pd.DataFrame(
         {
-            "stratum": [1, 2, 3],
-            "mean": [1e-5, -2e-5, 3e-5],
-            "sd": [2e-4, 9e-4, 3e-3],
-            "mean_abs": [1.5e-4, 7e-4, 2.2e-3],
-            "step_mean_abs": [4e-4, 4e-3, 0.02],
-            "directions": 8,
-            "positions": 200,
+            "stratum": ["all", "0.01 to 0.1", "0.1 to 1"],
+            "low": [0.0, 0.01, 0.1],
+            "high": [np.inf, 0.1, 1.0],
+            "positions": [400, 200, 200],
             "prompts": 16,
+            "directions": 4,
+            "mean_gain": [1e-5, -2e-5, 3e-5],
+            "sd": [2e-3, 9e-4, 3e-3],
+            "mean_abs_gain": [1.5e-3, 7e-4, 2.2e-3],
+            "step_mean_gain": [9e-3, 3e-3, 0.015],
+            "step_sd": [0.01, 4e-3, 0.02],
+            "step_mean_abs_gain": [9.5e-3, 4e-3, 0.02],
         }
     )
 
@@ -252,6 +256,7 @@ def verdicts() -> pd.DataFrame:
     rows = []
     for claim, (statement, paper, controlled) in CLAIMS.items():
         for kind, verdict in (("paper", paper), ("controlled", controlled)):
+            said = f"{statement} (paper)" if kind == "paper" else statement
             for population in ("held_out", "step"):
                 for outcome in ("context_gain", "gain", "relative_gain"):
                     chosen = (kind, population, outcome)
@@ -260,12 +265,12 @@ def verdicts() -> pd.DataFrame:
                     rows.append(
                         {
                             "claim": claim,
-                            "statement": statement,
+                            "statement": said,
                             "kind": kind,
                             "outcome": outcome,
                             "population": population,
                             "primary": primary,
-                            "exploratory": outcome == "relative_gain",
+                            "exploratory": not primary,
                             "verdict": verdict,
                             "reason": "31 % of the top third have a partner" if unknown else "",
                             "statistic": f"{claim}_{kind}",
@@ -275,8 +280,10 @@ def verdicts() -> pd.DataFrame:
                             "p_value": 2e-7,
                             "p_corrected": 2e-6,
                             "looks": 8,
-                            "sentence": f"{claim} is {verdict} by {outcome}: +0.05 [0.02, 0.08]"
-                            " (64 prompts, 4 step batches; p < .0001 after Holm over 8 looks).",
+                            "sentence": f"{claim} is {verdict} for the {outcome}. The claim:"
+                            f" {said}. Found: the difference is +0.05 [+0.02, +0.08] (64"
+                            " prompts, 4 steps; p < .0001 after Holm over 8 tests)."
+                            + (" Exploratory: not the primary outcome." if not primary else ""),
                             **COUNTED,
                         }
                     )
@@ -287,28 +294,32 @@ def warnings() -> pd.DataFrame:
     """Three causes; the last changes a verdict."""
     return pd.DataFrame(
         {
-            "cause": ["saturation", "ties", "overlap"],
-            "text": [
-                "Compatibility is 1 at 40 % of positions (held out, step).",
-                "Ties decide 40 % of tip's selection at 5 %.",
-                "Few confident errors have a <partner> on the other side (C2 is not identified).",
+            "code": ["saturated", "ties", "no_overlap"],
+            "subject": ["compatibility", "tip", "verdicts"],
+            "message": [
+                "Compatibility is 1 at 40 % of positions [held_out, step].",
+                "Ties decide 40 % of a selection [tip at 5 %].",
+                "Few confident errors have a <partner> on the other side.",
             ],
-            "changes_verdict": [False, False, True],
+            "changes_verdict": [np.nan, np.nan, "C2 (controlled) is not identified [held_out]"],
         }
     )
 
 
-PRIMARY = {
-    "outcome": "context_gain",
-    "population": "held_out",
-    "criterion": "teachability",
-    "budget": 0.05,
-    "horizon": 20,
-    "margin": 0.25,
-    "level": 0.95,
-    "minimum_prompts": 20,
+REGISTERED = {
+    "choices": {
+        "outcome": "context_gain",
+        "population": "held_out",
+        "criterion": "teachability",
+        "budget": 0.05,
+        "horizon": 20,
+        "margin": 0.25,
+        "level": 0.95,
+        "minimum_prompts": 20,
+    },
     "sha256": "ab12" * 16,
 }
+"""The primary choices as a manifest records them."""
 
 
 def write_run(directory: Path, **more: pd.DataFrame) -> Path:
@@ -325,5 +336,5 @@ def write_run(directory: Path, **more: pd.DataFrame) -> Path:
     }
     study_tables.write_run(directory, **made, **more)
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"primary": PRIMARY}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"primary": REGISTERED}))
     return directory

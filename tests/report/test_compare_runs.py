@@ -9,6 +9,7 @@ import pytest
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import compare_runs
 from tests import study_tables
+from tests.report import made_tables
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,20 @@ def test_verdicts_stand_by_run(comparison):
         ("C2", "gain"),
         ("C2", "relative_gain"),
     ]
+
+
+def test_verdicts_of_both_kinds_and_decisions_stand_by_run(tmp_path):
+    paths = [made_tables.write_run(tmp_path / name) for name in ("a", "b")]
+    comparison = compare_runs.compare_runs(paths)
+    assert (
+        comparison.verdicts.loc[("C2", "controlled", "context_gain")].tolist()
+        == ["not identified"] * 2
+    )
+    assert comparison.verdicts.loc[("C2", "paper", "gain")].tolist() == ["supported"] * 2
+    text = comparison.html
+    assert '<span class="verdict not-identified">not identified</span>' in text
+    assert text.count("Train with teachability at 5 %") == 2
+    assert "decision" in comparison.tables
 
 
 def test_page_is_one_escaped_file(comparison, tmp_path):

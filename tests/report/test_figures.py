@@ -16,6 +16,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.criteria import quadrants
 from diagnostics.report import figures, naming, style
 from diagnostics.report.figures import ranking, registry
+from diagnostics.report.figures.strata import SHARES
 from tests import study_tables
 from tests.report import made_tables
 
@@ -352,6 +353,18 @@ def test_calibration_marks_the_chosen_step_and_the_one_after_which_the_loss_rose
     )
 
 
+def test_calibration_with_folds_shows_the_other_folds_at_the_chosen_size():
+    first = study_tables.calibration().assign(fold=0)
+    others = pd.concat([first.iloc[[2]].assign(fold=k, ratio=0.5 + 0.1 * k) for k in (1, 2, 3)])
+    figure = figures.calibration(pd.concat([first, others], ignore_index=True))
+    share = figure.axes[1]
+    np.testing.assert_allclose(share.lines[0].get_ydata(), first.ratio)
+    diamonds = next(line for line in share.lines if line.get_label() == "_other folds")
+    np.testing.assert_allclose(diamonds.get_ydata(), [0.6, 0.7, 0.8])
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert caption.endswith("Diamonds: the other folds at that size, 60% to 80%.")
+
+
 def test_calibration_of_a_single_step():
     figure = figures.calibration(study_tables.calibration().iloc[[2]])
     assert rendered(figure)
@@ -384,7 +397,7 @@ def test_q3_contrast_shows_raw_and_matched():
     bars = errorbars(figure.axes[0])
     for rows, label in (
         (table[table.groups == "tertile"], "held-out contexts"),
-        (matching[matching.replacement], "held-out contexts, matched"),
+        (matching[matching.caliper == 0.5], "held-out contexts, matched"),
     ):
         rows = (
             rows[(rows.outcome == "gain") & (rows.split == "held_out")]
@@ -393,7 +406,17 @@ def test_q3_contrast_shows_raw_and_matched():
         )
         np.testing.assert_allclose(bars[label][1], rows.difference)
         np.testing.assert_allclose(bars[label][2], rows[["low", "high"]])
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert (
+        "Hollow: matched within a prompt on entropy, divergence and place, pairs within 0.5"
+        " standard deviations; 31% of the top group have a partner." in caption
+    )
     assert "matched" not in figures.q3_contrast(table).get_supxlabel()
+    earlier = matching.assign(replacement=matching.caliper == 0.5)
+    earlier = figures.q3_contrast(table, earlier.drop(columns=["caliper", "matched"]))
+    assert "on entropy, divergence and place." in earlier.get_supxlabel().replace("\n", " ")
+    same = errorbars(earlier.axes[0])["held-out contexts, matched"][1]
+    np.testing.assert_allclose(same, bars["held-out contexts, matched"][1])
 
 
 def bands(ax) -> list[np.ndarray]:
@@ -594,6 +617,17 @@ def test_robustness_shows_every_support_and_variant():
     )
 
 
+def test_robustness_shows_the_interaction_where_the_table_has_it():
+    table = study_tables.support_robustness()
+    later = table.replace({"statistic": {"decomposition": "interaction"}})
+    for draw, made in (
+        (figures.support_robustness, later),
+        (figures.gain_robustness, study_tables.gain_robustness().assign(statistic="interaction")),
+    ):
+        assert draw(made).axes[0].get_xlabel() == "coefficient of d̂ĉ (nats)"
+    assert figures.support_robustness(table).axes[0].get_xlabel() == "β(d̂ĉ) − β(d̂(1−ĉ))"
+
+
 def test_residual_curves_show_deciles_and_spline():
     table = study_tables.residual_curves()
     figure = figures.residual_curves(table)
@@ -769,6 +803,14 @@ def test_a_criterion_looks_alike_in_every_figure():
     assert len({str(style) for style in styles}) == len(styles) and len(
         {style["marker"] for style in styles}
     ) == len(styles)
+
+
+def test_fair_rivals_are_grey_as_random_is_and_take_no_color_of_a_criterion():
+    names = [*style.RIVALS, "mine"]
+    looks = [style.criterion_style(name, names) for name in ("random", *style.RIVALS)]
+    assert len({look["color"] for look in looks}) == 1
+    assert len({look["marker"] for look in looks}) == len(looks)
+    assert style.criterion_style("mine", names) == style.criterion_style("mine", ["mine"])
 
 
 def test_evaluations_show_means_and_intervals():
@@ -968,6 +1010,10 @@ def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_and_scal
     right = table.assign(rollouts="right", over_random=9.0)
     both = pd.concat([right, table], ignore_index=True)
     assert cells_of(figures.decision(both)) == cells_of(figures.decision(table))
+    other = table.assign(measure="forward_kl", primary=False, over_random=9.0)
+    judged = pd.concat([other, table], ignore_index=True)
+    assert cells_of(figures.decision(judged)) == cells_of(figures.decision(table))
+    assert "forward KL" in figures.decision(judged, measure="forward_kl").get_supxlabel()
     small = figures.decision(table[table.horizon == 5], horizon=5)
     assert cells_of(small)["teachability 0.05"] == "▲ +9.9 ±9.0"
     assert "thousandths of a nat, 5 steps." in small.get_supxlabel().replace("\n", " ")
@@ -1001,6 +1047,12 @@ def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear(
     np.testing.assert_allclose(errorbars(ratios)["linearity"][1], rows.linearity)
     for ax in figure.axes:
         assert [patch.get_gid() for patch in ax.patches] == ["not linear 1", "not linear 2"]
+    assert "end with its axis" not in figure.get_supxlabel()
+    wide = figures.strata(table.assign(null_share_high=40.0, null_share_low=-40.0))
+    assert wide.axes[1].get_ylim() == SHARES
+    assert "Intervals of the share end with its axis." in wide.get_supxlabel().replace("\n", " ")
+    unknown = figures.strata(table.assign(linear=np.nan, linearity=np.nan))
+    assert len(unknown.axes) == 2 and not unknown.axes[0].patches
     plain = rows.drop(columns=["null_share", "linearity", "linear"])
     assert len(figures.strata(plain).axes) == 1 and not figures.strata(plain).axes[0].patches
 
@@ -1040,7 +1092,7 @@ def test_agreement_takes_a_divergence_and_prints_the_permutation_p():
         measure="reverse_kl",
     )
     np.testing.assert_allclose(errorbars(figure.axes[0])["agreement"][1], [0.9, 0.9])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["p < .0001", "p = .03"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["p < .0001", "p = .030"]
     alone = figures.agreement(table, answer="trained_forward_kl", measure="reverse_kl")
     np.testing.assert_allclose(errorbars(alone.axes[0])["agreement"][1], [0.6, 0.3])
 

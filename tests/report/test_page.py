@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from diagnostics.report import (
 )
 from diagnostics.report.figures import registry
 from tests import browser, study_tables
+from tests.report import made_tables
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -129,13 +131,19 @@ def test_is_small(source):
 def test_holds_the_answer_from_the_tables(run, source):
     sentences = summary.answer(run_results.read_run(run))
     assert list(sentences) == [
+        "Which criterion to train with?",
         "What was done?",
-        "Which signals were learnable?",
+        "Which criterion follows the gain?",
         "Which claims hold?",
         "How sure, and what would change it?",
     ]
     for question, sentence in sentences.items():
-        assert f"<p><b>{question}</b> {html.escape(sentence)}</p>" in source
+        shown = (
+            html.escape(sentence).replace("`python", "<code>python").replace("DIR`", "DIR</code>")
+        )
+        for stage in ("compare", "report"):
+            shown = shown.replace(f"`{stage}`", f"<code>{stage}</code>")
+        assert f"<p><b>{question}</b> {shown}</p>" in source
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
@@ -228,34 +236,191 @@ def test_same_files_same_bytes(run, tmp_path):
         assert path.read_bytes() == (other / path.relative_to(run)).read_bytes(), path.name
 
 
-def test_verdicts_become_cards_with_both_gains_and_leave_the_list_of_what_is_missing():
-    results = run_results.RunResults({}, {"verdicts": study_tables.verdicts()})
+def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
+    results = run_results.RunResults({}, {"verdicts": earlier_verdicts()})
     cards = page.verdict_cards(results)
     assert cards.count("<li") == 2
     assert (
-        '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><p>gain: <span'
-        ' class="verdict refuted">refuted</span></p>' in cards
+        '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><div class="sides">'
+        '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
     )
     assert (
         '<p>relative gain: <span class="verdict supported">supported</span></p><p class="quiet">C1'
-        " is supported for the relative_gain.</p></li>" in cards
+        " is supported for the relative_gain.</p></div></div></li>" in cards
     )
     assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
     assert "Verdicts on the claims" in page.not_run(run_results.RunResults(), {})
     assert "Verdicts on the claims" not in page.not_run(results, {})
     odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
     assert (
-        '<li class="card inconclusive"><h3>mine</h3><p><span class="verdict inconclusive">perhaps'
-        " &lt;b&gt;</span></p>" in page.verdict_cards(run_results.RunResults({}, {"verdicts": odd}))
+        '<li class="card inconclusive"><h3>mine</h3><div class="sides"><div><p><span class="verdict'
+        ' inconclusive">perhaps &lt;b&gt;</span></p>'
+        in page.verdict_cards(run_results.RunResults({}, {"verdicts": odd}))
     )
+
+
+def earlier_verdicts() -> pd.DataFrame:
+    """C1 turned over, C2 supported by both gains, before statistics were told apart by kind."""
+    rows = [
+        (split, claim, statement, outcome, verdict)
+        for split in ("all", "held_out")
+        for claim, statement, found in (
+            ("C1", "teachability ranks better", ("refuted", "supported")),
+            ("C2", "compatible <gains> more", ("supported", "supported")),
+        )
+        for outcome, verdict in zip(("gain", "relative_gain"), found, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["split", "claim", "statement", "outcome", "verdict"])
+    sentences = table.claim + " is " + table.verdict + " for the " + table.outcome + "."
+    return table.assign(primary=table.split == "all", sentence=sentences)
+
+
+def test_a_card_has_the_paper_s_statistic_beside_the_controlled_one():
+    tables = {"verdicts": made_tables.verdicts(), "warnings": made_tables.warnings()}
+    results = run_results.RunResults({"primary": made_tables.REGISTERED}, tables)
+    cards = page.verdict_cards(results)
+    assert cards.startswith(
+        '<p class="quiet registered">Registered before the probe (sha256 ab12ab12ab12…)'
+    )
+    first, second, third = cards.split('<li class="card')[1:]
+    assert first.startswith(" wide-card supported")
+    assert second.startswith(" wide-card not-identified")
+    assert third.startswith(" wide-card inconclusive")
+    for card in (first, second, third):
+        paper, controlled = card.split('<p class="side">')[1:]
+        assert paper.startswith("As the paper has it</p><p><i>")
+        assert "(paper)</i></p><p>gain: <span" in paper and "(paper)" not in controlled
+        assert controlled.startswith("With controls</p><p>context gain: <span")
+        assert paper.count('<span class="tag">exploratory</span>') == 1
+        assert "exploratory" not in controlled.split("</li>")[0]
+    assert '<span class="verdict not-identified">not identified</span>' in second
+    assert (
+        '<p class="quiet">31 % of the top third have a partner. The difference is +0.05 [+0.02,'
+        " +0.08] (64 prompts, 4 steps; p &lt; .0001 after Holm over 8 tests).</p>"
+        in second.split("With controls")[1]
+    )
+    assert "The claim:" not in cards and "Exploratory" not in cards
+
+
+def test_a_card_says_why_nothing_confirms():
+    because = " Exploratory: no primary choices were recorded before the probe."
+    table = made_tables.verdicts().assign(exploratory=True, sentence="C1 is open." + because)
+    cards = page.verdict_cards(run_results.RunResults({}, {"verdicts": table}))
+    tag = "exploratory: no primary choices were recorded before the probe</span>"
+    assert cards.count(f'<span class="tag">{tag}') == 6 and "Registered" not in cards
+
+
+def test_a_reason_that_the_sentence_holds_is_not_said_twice():
+    table = made_tables.verdicts()
+    said = table.assign(sentence="C2 is not identified: " + table.reason + ".")
+    cards = page.verdict_cards(run_results.RunResults({}, {"verdicts": said}))
+    assert cards.count("31 % of the top third have a partner") == 1
+    alone = page.verdict_cards(run_results.RunResults({}, {"verdicts": table.assign(sentence="")}))
+    assert alone.count("31 % of the top third have a partner") == 1
+
+
+def test_verdicts_of_trainings_stand_beside_those_of_an_earlier_analysis():
+    tables = {
+        "verdicts": earlier_verdicts(),
+        "validation_verdicts": study_tables.validation_verdicts(),
+    }
+    cards = page.verdict_cards(run_results.RunResults({}, tables))
+    assert cards.count("<li") == 3 and "nan" not in cards
 
 
 def test_warnings_stand_open_up_to_a_handful():
     table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
     text = page.warning_list(run_results.RunResults({}, {"warnings": table}))
-    assert text.count('<p class="warning">Beware &lt;') == 6
+    assert text.count('<p class="warning minor">Beware &lt;') == 6
     assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
     assert page.warning_list(run_results.RunResults()) == ""
+
+
+def test_warnings_that_change_a_verdict_come_first():
+    table = made_tables.warnings()
+    results = run_results.RunResults(
+        {}, {"warnings": table}, reading_notes=("A file was left out.",)
+    )
+    text = page.warning_list(results)
+    assert text.startswith(
+        '<p class="warning">A file was left out.</p><p class="warning">Few confident errors have a'
+        ' &lt;partner&gt; on the other side. <span class="tag">C2 (controlled) is not identified'
+        " [held_out]</span></p>"
+    )
+    assert text.count('<p class="warning minor">') == 2
+    assert provenance.warnings(results) == [
+        "A file was left out.",
+        f"{table.message.iloc[2]} {table.changes_verdict.iloc[2]}.",
+        *table.message.iloc[:2],
+    ]
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("decided") / "run"
+    made_tables.write_run(directory, foresight_signs=made_tables.foresight_signs())
+    page.build(directory)
+    return directory
+
+
+def test_the_decision_stands_above_everything_with_its_grid(decided):
+    source = (decided / "report.html").read_text(encoding="utf-8")
+    head = source[: source.index("<nav>")]
+    assert "<b>Which criterion to train with?</b> Train with teachability at 5 %" in head
+    assert '<figure id="figure-decision">' in head and source.count('id="figure-decision"') == 1
+    text = Page(source).text
+    places = [text.index(word) for word in ("As the paper has it", "is not identified [held")]
+    places += [text.index("What was done?"), text.index("Criteria over several steps")]
+    assert places == sorted(places)
+    assert "Which criterion to train with?" not in text[places[0] :]
+    assert {path.stem for path in (decided / "figures").iterdir()} >= {
+        "decision",
+        "horizon",
+        "horizon_criteria",
+        "strata",
+        "foresight",
+    }
+    assert "drop of reverse KL (nats)" in source
+
+
+def test_the_placebo_is_one_small_table_of_sizes(decided):
+    source = (decided / "report.html").read_text(encoding="utf-8")
+    part = source[source.index('<section id="magnitude">') :]
+    part = part[: part.index("</section>")]
+    assert "How large is a change of this size in no direction?" in part
+    heads = re.findall(r'scope="col">(.*?)</th>', part)
+    assert heads[0] == "stratum" and "low" not in heads and heads[-1] == "step mean abs gain"
+    assert part.count("<tr>") == 4
+    assert page.magnitudes(run_results.RunResults()) == ""
+
+
+def test_nothing_rests_on_a_correlation_of_the_placebo(decided):
+    words = Page((decided / "report.html").read_text(encoding="utf-8")).text.lower()
+    for phrase in ("placebo's", "beyond the placebo", "placebo step"):
+        assert phrase not in words
+    assert "it is no null for a correlation" in words
+
+
+def test_figures_take_the_divergence_that_the_loss_lowers(decided):
+    results = run_results.read_run(decided)
+    drawn, _ = page.draw_all(results)
+    assert drawn["horizon"].wide.axes[0].get_ylabel() == "drop of reverse KL (nats)"
+    manifest = json.loads(json.dumps(results.manifest).replace("reverse_kl", "forward_kl"))
+    other = dataclasses.replace(results, manifest=manifest)
+    drawn, left_out = page.draw_all(other)
+    assert drawn["horizon"].wide.axes[0].get_ylabel() == "drop of forward KL (nats)"
+    assert "decision" in drawn and "decision" not in left_out
+
+
+def test_tables_of_earlier_versions_still_open(tmp_path):
+    source = Path(__file__).parents[2] / "reports" / "embedded-probe"
+    directory = tmp_path / "old"
+    directory.mkdir()
+    shutil.copy(source / "manifest.json", directory)
+    shutil.copytree(source / "tables", directory / "tables")
+    text = Page(page.build(directory).read_text(encoding="utf-8")).text
+    assert text.count("Not answered: this run holds no steps") == 1 or "Train with" in text
+    assert "Which criterion follows the gain?" in text
 
 
 def test_what_the_analysis_left_out_is_listed():
@@ -283,16 +448,22 @@ def test_token_view_is_there_and_can_be_left_out(run, source):
 def test_markdown_for_a_repository(run):
     text = (run / "report.md").read_text(encoding="utf-8")
     assert text.startswith(
-        "# Which of large's signals can small learn from?\n\n**What was done?** The student took"
-        " AdamW's first step of the reverse KL loss"
+        "# Which of large's signals can small learn from?\n\n**Which criterion to train with?** Not"
+        " answered: this run holds no steps"
     )
+    assert "\n\n**What was done?** The student took AdamW's first step of the reverse KL" in text
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
     assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
-    results = run_results.RunResults(study_tables.manifest(), {"verdicts": study_tables.verdicts()})
+    results = run_results.RunResults(study_tables.manifest(), {"verdicts": earlier_verdicts()})
     assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in markdown.markdown(
         results, {}, {}
     )
+    manifest = study_tables.manifest() | {"primary": made_tables.REGISTERED}
+    new = run_results.RunResults(manifest, {"verdicts": made_tables.verdicts()})
+    written = markdown.markdown(new, {}, {})
+    assert "| claim | as | by | verdict | why |" in written and "Registered before the" in written
+    assert "| C2 | controlled | context\\_gain | not identified | C2 is not" in written
     assert markdown._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| \\`x\\`"
 
 
@@ -322,6 +493,8 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         )
     }
     made["offline_agreement"] = made.pop("agreement")
+    for name in ("intervention", "horizon", "decision", "strata", "foresight_signs"):
+        made[name] = getattr(made_tables, name)()
     directory = study_tables.write_run(tmp_path / "run", **made)
     study_tables.evaluations().to_csv(directory / "evaluations.csv", index=False)
     (directory / "metrics.jsonl").write_text(
@@ -371,6 +544,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
         "validation_agreement",
         "validation_foreseen",
         "validation_cells",
+        "foresight_signs",
         "evaluations",
         "training_metrics",
     }
@@ -383,6 +557,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     _drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
         "evaluations",
+        "foresight",
         "training_curves",
     }, left_out
 
@@ -435,6 +610,23 @@ def test_a_training_directory_has_a_report_too(tmp_path):
         " 0.35), accuracy from 0.50 to 0.70 (0.65 to 0.75)." in text
     )
     assert [path.name for path in (tmp_path / "figures").glob("*.png")] == ["evaluations.png"]
+
+
+def test_infinities_are_shown_and_packed():
+    table = pd.DataFrame({"needed": [np.inf, -np.inf, 2.5]})
+    text = page_tables.table_block("some", table)
+    assert '<td class="number" data-v="Infinity">∞</td>' in text
+    assert '<td class="number" data-v="-Infinity">−∞</td>' in text
+    packed = page_tables.table_block("some", pd.concat([table] * 30))
+    assert '[["Infinity","-Infinity",2.5,' in packed
+
+
+def test_p_values_in_tables_go_down_to_a_ten_thousandth():
+    table = pd.DataFrame({"p_holm": [2e-9, 0.0321, np.nan], "step": [2e-9, 0.5, 1.0]})
+    text = page_tables.table_block("some", table)
+    assert '<td class="number" data-v="2e-09">&lt; .0001</td>' in text
+    assert '<td class="number" data-v="0.0321">.032</td>' in text
+    assert '<td class="number" data-v="2e-09">2.000e-09</td>' in text
 
 
 def test_numbers_in_tables_are_rounded_and_keep_six_digits():

@@ -105,18 +105,6 @@ def test_ties_and_flags_are_read_from_tables_in_memory_and_from_files():
     assert not style.flagged(TABLE, "over").any()
 
 
-@pytest.mark.parametrize(
-    "value, words",
-    [(9e-5, "p < .0001"), (1e-4, "p = .0001"), (0.032, "p = .032"), (1.0, "p = 1.00")],
-)
-def test_p_values_are_written_down_to_a_ten_thousandth(value, words):
-    assert naming.p_value(value) == words
-
-
-def test_an_undefined_p_value_is_said_to_be():
-    assert naming.p_value(float("nan")) == "p undefined"
-
-
 def test_the_context_gain_stands_beside_the_gain_where_the_table_has_it():
     table = pd.DataFrame({"outcome": ["gain", "relative_gain", "context_gain"]})
     assert naming.shown_outcomes(table) == ["gain", "context_gain"]

@@ -4,12 +4,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis.decision import decision_sentence
 from diagnostics.report import summary
 from diagnostics.report.run_results import RunResults
 from tests import study_tables
+from tests.report import made_tables
+
+NO_NULL = (
+    "No step towards a permuted teacher was taken, so nothing says how much of this needs a signal"
+    " about the position."
+)
 
 
-def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05, placebo=0.1):
+def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05):
     return {
         "outcome": outcome,
         "criterion": criterion,
@@ -18,7 +25,6 @@ def row(criterion, estimate, *, outcome="gain", split="held_out", half=0.05, pla
         "estimate": estimate,
         "low": estimate - half,
         "high": estimate + half,
-        "placebo": placebo,
         "positions": 500,
         "prompts": 20,
     }
@@ -61,18 +67,62 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
     )
 
 
-def test_signals_name_the_leader_its_interval_its_placebo_and_teachability():
-    rows = [
-        row("random", 0.9),
-        row("divergence", 0.6),
-        row("teachability", 0.4, placebo=0.2),
-        row("tip", 0.3),
-    ]
+def test_setup_names_the_folds():
+    text = summary.setup(
+        RunResults(study_tables.manifest(), {"correlations": made_tables.correlations()})
+    )
+    assert text.startswith(
+        "The student took AdamW's first step of the reverse KL loss, once for each of 4 folds of 64"
+        " prompts, and every position (2,400) was re-scored after each: the other folds' steps are"
+        " held out for it; its loss"
+    )
+
+
+def test_signals_name_the_leader_its_interval_and_teachability():
+    rows = [row("random", 0.9), row("divergence", 0.6), row("teachability", 0.4), row("tip", 0.3)]
     assert (
         summary.signals(results(*rows))
         == "Gain in nats on held-out positions follows divergence best (Spearman +0.60, 95%"
-        " interval +0.55 to +0.65, placebo +0.10; no other interval reaches it). Teachability"
-        " reaches +0.40 (+0.35 to +0.45; placebo +0.20) with gain in nats."
+        " interval +0.55 to +0.65; no other interval reaches it). Teachability reaches +0.40 (+0.35"
+        f" to +0.45) with gain in nats. {NO_NULL}"
+    )
+
+
+def test_signals_put_the_context_gain_first_and_the_null_beside_the_gain():
+    rows = [
+        row(name, estimate, outcome=outcome)
+        for outcome, estimates in {
+            "gain": (0.8, 0.6, 0.3),
+            "gain_permuted": (0.7, 0.5, 0.1),
+            "context_gain": (0.05, 0.2, 0.1),
+            "relative_gain": (-0.5, 0.1, 0.0),
+        }.items()
+        for name, estimate in zip(("divergence", "teachability", "tip"), estimates, strict=True)
+    ]
+    assert (
+        summary.signals(results(*rows))
+        == "Context gain on held-out positions follows teachability best (Spearman +0.20, 95%"
+        " interval +0.15 to +0.25; not told apart from TIP); gain in nats on held-out positions"
+        " follows divergence best (Spearman +0.80, 95% interval +0.75 to +0.85; with a permuted"
+        " teacher +0.70; no other interval reaches it). Teachability reaches +0.20 (+0.15 to +0.25)"
+        " with context gain and +0.60 (+0.55 to +0.65; with a permuted teacher +0.50) with gain in"
+        " nats. The order turns over between them: teachability is 2nd of 3 by gain in nats,"
+        " divergence 3rd of 3 by context gain."
+    )
+
+
+def test_no_criterion_is_best_that_does_not_beat_random():
+    rows = [row("tip", 0.04), row("teachability", 0.02), row("entropy", -0.3)]
+    assert summary.signals(results(*rows)).startswith(
+        "No criterion follows the gain in nats on held-out positions more than random does (the"
+        " highest Spearman is TIP's, +0.04, 95% interval −0.01 to +0.09). "
+    )
+    table = study_tables.selection_curves()
+    low = table.assign(captured_share=0.03, low=0.02, high=0.04)
+    assert summary.budget(results(selection_curves=low)).startswith(
+        "With 5% of the positions, no criterion is shown to capture more of the gain in nats than"
+        " random positions (random 4.0% to 6.0%; the highest share is divergence's, 3.0%, 2.0% to"
+        " 4.0%); no criterion"
     )
 
 
@@ -102,10 +152,12 @@ def test_paired_differences_decide_where_there_are_any():
     rows = [row("a", 0.6), row("b", 0.58), row("c", 0.57)]
     apart = pd.DataFrame([pair("a", "b", 0.01, 0.03), pair("c", "a", -0.05, -0.01)])
     assert summary.signals(results(*rows, differences=apart)).endswith(
-        "; ahead of every other in paired draws)."
+        f"; ahead of every other in paired draws). {NO_NULL}"
     )
     apart.loc[1, "high"] = 0.01
-    assert summary.signals(results(*rows, differences=apart)).endswith("; not told apart from c).")
+    assert summary.signals(results(*rows, differences=apart)).endswith(
+        f"; not told apart from c). {NO_NULL}"
+    )
 
 
 def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
@@ -118,13 +170,43 @@ def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
     text = summary.signals(results(*rows))
     assert "; relative gain on held-out positions follows teachability best (Spearman +0.20" in text
     assert text.endswith(
-        "The order turns over with the definition of gain: divergence is 2nd of 2 in relative"
-        " terms, teachability 2nd of 2 in nats."
+        "The order turns over between them: divergence is 2nd of 2 by relative gain, teachability"
+        f" 2nd of 2 by gain in nats. {NO_NULL}"
     )
-    rows[2]["estimate"] = 0.9
-    assert summary.signals(results(*rows)).endswith(
-        "Both gains put divergence first, so the choice does not hinge on how gain is defined."
+    rows[2] |= {"estimate": 0.9, "low": 0.85, "high": 0.95}
+    assert summary.signals(results(*rows)).endswith(f"Both put divergence first. {NO_NULL}")
+    rows[2] |= {"low": -0.1}
+    assert "put" not in summary.signals(results(*rows))
+
+
+def test_ambiguous_cells_never_lead_a_budget():
+    table = study_tables.selection_curves()
+    tied = table.assign(ambiguous=np.where(table.criterion == "teachability", 0.3, 0.0))
+    assert "divergence captures 10.0% of the gain in nats" in summary.budget(
+        results(selection_curves=tied)
     )
+
+
+def test_the_decision_comes_first_and_its_absence_says_what_to_run():
+    found = RunResults(study_tables.manifest(), {"decision": made_tables.decision()})
+    assert next(iter(summary.answer(found).items())) == (
+        "Which criterion to train with?",
+        decision_sentence(made_tables.decision()),
+    )
+    assert summary.decided(found).startswith("Train with teachability at 5 %: +0.0396 ± 0.009 nats")
+    table = made_tables.decision()
+    short = table.assign(primary=table.horizon == 5)
+    for registered, ending in ((made_tables.REGISTERED, True), (None, False)):
+        manifest = {} if registered is None else {"primary": registered}
+        text = summary.decided(RunResults(manifest, {"decision": short}))
+        assert text.endswith("of 20 steps was not measured: exploratory.") == ending
+    for name in ("correlations", "intervention"):
+        without = RunResults({}, {name: getattr(study_tables, name)()})
+        assert summary.decided(without).startswith(
+            "Not answered: this run holds no steps on selected positions over a horizon. Run"
+            " `python -m diagnostics intervene --horizon 1,5,20 --output-dir DIR`, `compare` and"
+        )
+    assert summary.decided(RunResults({}, {"evaluations": study_tables.evaluations()})) == ""
 
 
 def test_budget_names_random_and_oracle():
@@ -144,12 +226,17 @@ def test_budget_names_random_and_oracle():
 
 
 def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
+    table = study_tables.q3_contrast()
+    old = table[table.outcome != "context_gain"]
     assert (
-        summary.q3(results(q3_contrast=study_tables.q3_contrast()))
-        == "Among confident, wrong positions (Q3), the third with the highest compatibility gained"
-        " 0.020 nats more (0.015 to 0.025) and 0.020 of their divergence more (−0.030 to 0.070,"
-        " which leaves the sign open) than the third with the lowest."
+        summary.q3(results(q3_contrast=old))
+        == "Among confident, wrong held-out positions (Q3), the third with the highest"
+        " compatibility gained 0.020 nats more (0.015 to 0.025) and 0.020 of their divergence more"
+        " (−0.030 to 0.070, which leaves the sign open) than the third with the lowest."
     )
+    context = old[old.outcome == "gain"].assign(outcome="context_gain", difference=-0.01)
+    text = summary.q3(results(q3_contrast=pd.concat([old, context], ignore_index=True)))
+    assert "gained 0.010 nats of context gain less (" in text and "of their divergence" not in text
 
 
 def test_trainings_and_who_foresaw_them():
@@ -162,9 +249,10 @@ def test_trainings_and_who_foresaw_them():
         summary.trained(found)
         == "60 steps with 3 seeds, judged on 24 held-out prompts, gained over the untouched student"
         " in forward KL 0.30 (0.24 to 0.39) on all positions, 0.13 (0.10 to 0.17) at 5% by"
-        " teachability (the most there), 0.12 (0.100 to 0.16) at 5% by random; in accuracy 0.10"
-        " (0.080 to 0.13) on all positions, 0.043 (0.035 to 0.056) at 5% by teachability (the"
-        " most there), 0.042 (0.033 to 0.054) at 5% by random."
+        " teachability (the most there, not shown to be more than random), 0.12 (0.100 to 0.16) at"
+        " 5% by random; in accuracy 0.10 (0.080 to 0.13) on all positions, 0.043 (0.035 to 0.056)"
+        " at 5% by teachability (the most there, not shown to be more than random), 0.042 (0.033 to"
+        " 0.054) at 5% by random."
     )
     assert (
         summary.foreseen(found)
@@ -181,6 +269,70 @@ def test_trainings_and_who_foresaw_them():
     )
 
 
+def test_the_most_is_more_than_random_only_by_its_interval():
+    table = study_tables.validation_outcomes().assign(minus_random_low=0.01)
+    text = summary.trained(RunResults({}, {"validation_outcomes": table}))
+    assert "by teachability (the most there, and more than random)" in text
+
+
+def test_agreement_is_in_the_loss_s_own_divergence_with_its_permutation_p():
+    table = study_tables.validation_agreement().assign(p_permutation=[0.004, 0.3] * 2)
+    reverse = table.assign(
+        y="trained_reverse_kl", x=table.x.replace({"one_step_gain": "intervention_h20_reverse_kl"})
+    )
+    reverse.loc[reverse.x == "captured_gain", ["low", "high"]] = np.nan
+    tables = {
+        "validation_agreement": pd.concat([table, reverse], ignore_index=True),
+        "foresight_signs": made_tables.foresight_signs(),
+    }
+    manifest = {"stages": {"validate": {"settings": {"loss": "reverse_kl"}}}}
+    assert (
+        summary.foreseen(RunResults(manifest, tables))
+        == "How far an answer ranked those 18 trainings, each among those of its budget, as their"
+        " gain in reverse KL did (Kendall τ): intervention h20 reverse KL +0.60 (+0.40 to +0.70), p"
+        " = .004; captured gain +0.30, p = .30. Sign of the difference to random in reverse KL,"
+        " where training settled it: right after one matched step in 1 of 3; 20 steps in 3 of 3"
+        " cells."
+    )
+
+
+def test_claims_are_named_controlled_and_as_the_paper_has_them():
+    run = RunResults({"primary": made_tables.REGISTERED}, {"verdicts": made_tables.verdicts()})
+    shown, more = summary.claims(run)
+    assert more and set(zip(shown.kind, shown.outcome)) == {
+        ("controlled", "context_gain"),
+        ("paper", "gain"),
+    }
+    assert (
+        summary.judged(run)
+        == "With controls, by context gain, C1 is supported, C3 is inconclusive, C2 is not"
+        " identified; as the paper has it, by gain in nats, C2 and C3 are supported, C1 is refuted."
+    )
+    assert (
+        summary.registered(run)
+        == "Registered before the probe (sha256 ab12ab12ab12…): outcome context gain, population"
+        " held out, criterion teachability, budget 0.05, horizon 20, margin 0.25, level 0.95,"
+        " minimum prompts 20. Anything else is exploratory."
+    )
+    assert summary.registered(RunResults()) == ""
+
+
+@pytest.mark.parametrize(
+    "losses, measure",
+    [
+        ({}, None),
+        ({"probe": "reverse_kl"}, "reverse_kl"),
+        ({"probe": "reverse_kl", "intervene": "forward_kl"}, "forward_kl"),
+        ({"probe": "sampled"}, "reverse_kl"),
+        ({"validate": "jsd"}, "js"),
+        ({"probe": "mine"}, None),
+    ],
+)
+def test_the_measure_is_the_divergence_that_the_loss_lowers(losses, measure):
+    stages = {name: {"settings": {"loss": loss}} for name, loss in losses.items()}
+    assert RunResults({"stages": stages}).measure == measure
+
+
 def test_every_claim_is_named_by_each_gain():
     rows = [
         ("C1", "gain", "refuted"),
@@ -194,7 +346,7 @@ def test_every_claim_is_named_by_each_gain():
     assert (
         summary.judged(RunResults({}, {"verdicts": table}))
         == "By gain in nats, C2 and C3 are supported, C1 is refuted; by relative gain, C1 is"
-        " supported; by forward KL, C5 is inconclusive."
+        " supported; after training, by forward KL, C5 is inconclusive."
     )
     assert summary.judged(RunResults()) == ""
 
@@ -202,7 +354,9 @@ def test_every_claim_is_named_by_each_gain():
 def test_training_claims_come_once():
     trained = {"validation_verdicts": study_tables.validation_verdicts()}
     rows = summary.training_claims(RunResults({}, trained))
-    assert summary.judged(RunResults({}, trained)) == "By forward KL, C5 is refuted (by full)."
+    assert summary.judged(RunResults({}, trained)) == (
+        "After training, by forward KL, C5 is refuted (by full)."
+    )
     assert (rows.claim == "C5").all() and set(rows.outcome) == set(
         trained["validation_verdicts"].measure
     )
@@ -222,10 +376,18 @@ def test_certainty_names_prompts_width_and_what_would_change_it():
         )
     )
     assert text.startswith(
-        "The correlations' intervals come from resampling 20 prompts and typically reach 0.05 to"
-        " either side, "
+        "The intervals of correlations with the gain in nats are over 20 prompts and typically"
+        " reach 0.05 to either side, "
     )
     assert "step size (here 1.6e-05)" in text
+    context = [row("a", 0.1, outcome="context_gain", half=0.2), row("a", 0.5, half=0.04)]
+    assert summary.certainty(results(*context)).startswith(
+        "The intervals of correlations with the context gain are over 20 prompts and typically"
+        " reach 0.2 to"
+    )
+    four, one = (summary.certainty(results(row("a", 0.5) | {"steps": steps})) for steps in (4, 1))
+    assert "are over 20 prompts and 4 step batches and typically" in four
+    assert "are over 20 prompts alone, for there is one step batch, and typically" in one
 
 
 def test_numbers_are_the_tables():
@@ -238,8 +400,8 @@ def test_numbers_are_the_tables():
     before = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
     tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
     after = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
-    assert len(before) == len(after) == 4
-    assert [a == b for a, b in zip(before, after)] == [False, False, True, False]
+    assert len(before) == len(after) == 5
+    assert [a == b for a, b in zip(before, after)] == [True, False, False, True, False]
 
 
 def test_without_tables_nothing_is_claimed():
@@ -254,8 +416,8 @@ def test_a_run_shows_itself_as_a_summary():
     tables = {"correlations": study_tables.correlations(), "verdicts": study_tables.verdicts()}
     text = RunResults(study_tables.manifest(), tables)._repr_html_()
     assert text.startswith(
-        "<h4>Which of large&#x27;s signals can small learn from?</h4><p><b>What was done?</b> The"
-        " student took"
+        "<h4>Which of large&#x27;s signals can small learn from?</h4><p><b>Which criterion to train"
+        " with?</b> Not answered:"
     )
     assert (
         text.count("<tr>") == 4

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -531,6 +532,33 @@ def test_a_cell_of_other_code_is_refused_or_kept_on_request(tmp_path, caplog):
         made_job(tmp_path / "cells", code="c2", accept_code=True).finished(TIP.name)
         and "kept, though another version" in caplog.text
     )
+
+
+def test_a_cell_that_selected_by_other_rules_is_refused_or_kept_on_request(tmp_path, caplog):
+    """Earlier cells ordered ties by position; where nothing is clipped that changes nothing."""
+    finished_job_of(tmp_path / "cells")  # its record says nothing of ties
+    now = {"grid": {"steps": 2, "workers": 2, "ties": "raw", "scope": "batch"}}
+    message = (
+        r"tip-0\.2-seed0\.json selected its positions by other rules \(ties was 'position', now"
+        r" 'raw'\)\. Choose another --output-dir, those rules, or --accept-code to keep what it"
+        r" measured\.$"
+    )
+    job = made_job(tmp_path / "cells", **now)
+    assert job.finished("untouched")
+    with pytest.raises(DiagnosticsError, match=message):
+        job.finished(TIP.name)
+    assert made_job(tmp_path / "cells", **now, accept_code=True).finished(TIP.name)
+    assert "kept, though it selected by other rules (ties was 'position', now 'raw')" in caplog.text
+    same = {"grid": {"steps": 2, "ties": "position", "scope": "batch"}}
+    assert made_job(tmp_path / "cells", **same).finished(TIP.name)
+    margin = TrainingCell("margin", 0.2, 0)
+    rows = pd.DataFrame({"measure": ["m"], "total": [1.0]})
+    rows.to_parquet(tmp_path / "cells" / f"{margin.name}.curve.parquet")
+    grid_module._finish(made_job(tmp_path / "cells"), margin.name, rows, cell=asdict(margin))
+    assert job.finished(margin.name)
+    by_response = {"grid": {"steps": 2, "ties": "raw", "scope": "context"}}
+    with pytest.raises(DiagnosticsError, match="scope was 'batch', now 'context'"):
+        made_job(tmp_path / "cells", **by_response).finished(margin.name)
 
 
 def test_a_record_from_before_hashes_is_compared_by_what_it_knows(tmp_path):

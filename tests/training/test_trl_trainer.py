@@ -1,6 +1,7 @@
 import inspect
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -239,6 +240,32 @@ def test_random_selection_is_seeded_by_step():
     )
     assert (first == again).all() and (first != later).any() and (first != other).any()
     assert first.sum() == later.sum() == criteria.budget_count(len(tokens), 0.2)
+
+
+def test_ties_and_scope_of_a_selection_are_those_of_select():
+    """The table of a step is its batch."""
+    tokens = scores.score(
+        make_pair(), rollouts.rollout(make_pair(), make_prompts(6), max_new_tokens=8), sweep=()
+    )
+    tokens["student_entropy"] = np.minimum(tokens.student_entropy, tokens.student_entropy.median())
+    masks = {}
+    for ties in ("raw", "position", "random"):
+        for scope in ("batch", "context"):
+            chosen = Selection("tip", 0.3, seed=4, ties=ties, scope=scope)
+            masks[ties, scope] = chosen.weights(tokens, step=2) > 0
+            expected = criteria.select(
+                tokens,
+                "tip",
+                budget=0.3,
+                seed=[4, 2],
+                ties=ties,
+                scope="table" if scope == "batch" else "context",
+            )
+            assert (masks[ties, scope] == expected).all()
+    assert masks["raw", "batch"].sum() == criteria.budget_count(len(tokens), 0.3)
+    by_context = pd.Series(masks["raw", "context"]).groupby(tokens.context_id)
+    assert (by_context.sum() == np.ceil(0.3 * by_context.size())).all()
+    assert (masks["raw", "batch"] != masks["random", "batch"]).any()
 
 
 def test_a_position_that_is_not_finite_carries_no_loss():

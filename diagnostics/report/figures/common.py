@@ -60,6 +60,10 @@ STATISTICS = {
     "tertile_difference": "top − bottom",
     "matched_difference": "matched difference",
     "spearman_difference": "ρ(d̂ĉ) − ρ(d̂)",
+    "interaction": "coefficient of d̂ĉ (nats)",
+    "overlap_contrast": "weighted contrast (nats)",
+    "q3_gap": "top − bottom (nats)",
+    "within_strata": "mean ρ within strata of D",
 }
 """Label of the axis for each statistic of a claim."""
 

@@ -61,7 +61,8 @@ def decision(
         table: One row per (criterion, budget, horizon, measure), with the columns over_random,
             over_random_low, over_random_high (nats), verdict and, where they are known, ambiguous,
             overfitted, recommended, prompts and steps.
-        measure: The divergence whose drop is shown; the table's first where None.
+        measure: The divergence whose drop is shown; where None, the one that the table's column
+            primary marks, otherwise its first.
         horizon: The number of optimizer steps; where None, the one that the table's column primary
             marks, otherwise the largest that is not overfitted everywhere.
         criteria: Names of the criteria to show; all of the table but random and full where None.
@@ -79,7 +80,7 @@ def decision(
     )
     where = {} if criteria is None else {"criterion": criteria}
     table = style.keep(table, what, needs, where)
-    measure = measure or str(table.measure.iloc[0])
+    measure = measure or naming.decisive_measure(table)
     table = style.keep(table, what, needs, {"measure": measure})
     table = naming.of_all_rollouts(table)
     horizon = naming.decisive_horizon(table) if horizon is None else horizon

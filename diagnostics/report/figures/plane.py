@@ -348,8 +348,9 @@ def q3_contrast(
         table: One row per (outcome, split, score, groups), with the columns difference, low, high,
             positions and prompts.
         matching: The same differences between positions of one prompt with similar entropy,
-            divergence and place, with a column replacement; only those with replacement are drawn.
-            Left out where None.
+            divergence and place, with a column caliper, of which the narrowest is drawn (in tables
+            of earlier versions replacement, of which those with replacement are). Left out where
+            None.
         groups: How the top and the bottom group were formed: tertile, or another of the table's.
         outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
             context gain, or gain and relative gain where the table has no context gain.
@@ -364,13 +365,15 @@ def q3_contrast(
     outcomes = naming.shown_outcomes(table, outcomes)
     needs = ("outcome", "split", "score", "difference", "low", "high")
 
-    def kept(rows: pd.DataFrame, column: str, value: str | bool) -> pd.DataFrame:
+    def kept(rows: pd.DataFrame, column: str, value: str | bool | float) -> pd.DataFrame:
         where = {"outcome": outcomes, column: value}
         return style.halves(style.keep(rows, "figures.q3_contrast", (*needs, column), where))
 
     table = kept(table, "groups", groups)
     outcomes, scores = style.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
-    matching = None if matching is None else kept(matching, "replacement", True)
+    if matching is not None:
+        near = "caliper" if "caliper" in matching else "replacement"
+        matching = kept(matching, near, matching.caliper.min() if near == "caliper" else True)
     height = 1.25 + (0.32 if matching is None else 0.5) * len(scores)
     figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
     for ax, outcome in zip(axes[0], outcomes, strict=True):
@@ -381,15 +384,26 @@ def q3_contrast(
         ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
     style.names_down(axes[0, 0], scores)
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 1)
-    hollow = "Hollow: matched within a prompt on entropy, divergence and place."
     style.caption(
         figure,
         style.counts(table),
         f"Top minus bottom {groups} within Q3.",
-        hollow if matching is not None else "",
+        "" if matching is None else _matched_words(matching),
         style.bars(page["level"], table=table),
     )
     return figure
+
+
+def _matched_words(matching: pd.DataFrame) -> str:
+    """What the hollow marks are, and how much of the top group has a partner at all."""
+    text = "Hollow: matched within a prompt on entropy, divergence and place"
+    if "caliper" in matching and np.isfinite(matching.caliper.iloc[0]):
+        text += f", pairs within {matching.caliper.iloc[0]:g} standard deviations"
+    if "matched" in matching and matching.matched.notna().any():
+        low, high = matching.matched.min(), matching.matched.max()
+        share = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+        text += f"; {share} of the top group have a partner"
+    return text + "."
 
 
 def _contrast_rows(

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from diagnostics.analysis.claims import p_words
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import (
     forest,
@@ -547,5 +548,5 @@ def _p_values(ax, values: pd.Series) -> None:
     """The p value of each row to the right of the axes."""
     for place, value in enumerate(values):
         x, y = 1.01, place
-        words = naming.p_value(value)
+        words = p_words(value)
         ax.text(x, y, words, transform=ax.get_yaxis_transform(), va="center", gid=f"p {place}")

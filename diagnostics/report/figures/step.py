@@ -42,7 +42,8 @@ def calibration(
     Args:
         table: One row per step size, with the columns step_size, predicted_drop, realised_drop
             (nats per position of the step's loss), ratio, chosen and, for the caption,
-            relative_norm.
+            relative_norm; with a column fold, the sizes are those tried on the first fold, and the
+            others' ratios at the chosen size stand beside them.
         ratio: The least share of the first-order prediction that a step may realize; drawn as a
             dashed line.
         **page: `width` and `dark`, as every figure takes them.
@@ -55,9 +56,11 @@ def calibration(
     """
     needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
     table = style.keep(table, "figures.calibration", needs).sort_values(
-        "step_size", ignore_index=True
+        "step_size", kind="stable", ignore_index=True
     )
     table = style.keep(table[table.step_size > 0], "figures.calibration", needs)
+    first = table.fold == table.fold.min() if "fold" in table else pd.Series(True, table.index)
+    table, others = table[first].reset_index(drop=True), table[~first]
     rows, columns = style.panels(2, page["width"])
     figure, axes = style.canvas(page["width"], 0.55 + 1.8 * rows, rows, columns, sharex=True)
     drop, share = axes.flat
@@ -65,6 +68,8 @@ def calibration(
     share.plot(table.step_size, table.ratio, color=BLUE, marker="o")
     share.axhline(ratio, color=ORANGE, linestyle=DASHES[1], linewidth=0.9)
     _ring(share, table, "ratio")
+    hollow = {"markerfacecolor": style.paper(), "markeredgecolor": PURPLE, "linestyle": "none"}
+    share.plot(others.step_size, others.ratio, marker="D", label="_other folds", **hollow)
     style.zero(share)
     share.set_ylim(top=max(1.08, share.get_ylim()[1]))
     share.set_ylabel("realised / predicted")
@@ -73,7 +78,13 @@ def calibration(
         style.powers(ax.xaxis)
     style.legend(figure, drop, 4 if page["width"] > 5 else 2)
     style.caption(
-        figure, _calibration_words(table), f"Dashed on the ratio: least accepted, {ratio:g}."
+        figure,
+        _calibration_words(table),
+        f"Dashed on the ratio: least accepted, {ratio:g}.",
+        f"Diamonds: the other folds at that size, {others.ratio.min():.0%} to"
+        f" {others.ratio.max():.0%}."
+        if len(others)
+        else "",
     )
     return figure
 
@@ -192,7 +203,7 @@ MEASURES = (
     "acceptance",
     "student_margin",
     "gain",
-    "relative_gain",
+    "context_gain",
 )
 
 

@@ -15,6 +15,9 @@ from diagnostics.report.figures.ranking import NULLED
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import GREEN, PURPLE
 
+SHARES = (-0.5, 2.0)
+"""Ends of the axis of the null's share: where the gain is near zero, its ratio has no size."""
+
 
 @figure(
     table="strata",
@@ -22,9 +25,9 @@ from diagnostics.report.style import GREEN, PURPLE
     reading=(
         "Positions in ten strata from low to high divergence. First the mean gain, the same with a"
         " permuted teacher, and what is left at each position; then the share of the gain that the"
-        " permuted teacher gives too; then the realised gain over its first-order prediction."
-        " Where that is far from one the step was not linear, and no relative statement is made of"
-        " the stratum, which is shaded."
+        " permuted teacher gives too; then, where it was measured, the realised gain over its"
+        " first-order prediction. Where that is far from one the step was not linear, and no"
+        " relative statement is made of the stratum, which is shaded."
     ),
 )
 @on_page
@@ -64,7 +67,7 @@ def strata(
     for ax, draw in zip(axes.flat, draws, strict=True):
         draw(ax, table)
         style.zero(ax)
-        for number in table.stratum[~_linear(table)]:
+        for number in table.stratum[_bent(table)]:
             shade = {"color": style.quiet(), "alpha": 0.18, "linewidth": 0}
             ax.axvspan(number - 0.5, number + 0.5, zorder=0, gid=f"not linear {number:g}", **shade)
         ax.set_xticks(table.stratum, [f"{number:g}" for number in table.stratum])
@@ -72,8 +75,11 @@ def strata(
     for ax in axes[-1] if not wide else axes[0]:
         ax.set_xlabel("stratum of D (1 lowest)")
     style.legend(figure, axes[0, 0], 3 if wide else 1)
-    shaded = "Grey: strata in which the step was not linear." if not _linear(table).all() else ""
-    style.caption(figure, style.counts(table), shaded, style.bars(page["level"], table=table))
+    shaded = "Grey: strata in which the step was not linear." if _bent(table).any() else ""
+    known = table[[name for name in ("null_share_low", "null_share_high") if name in table]]
+    beyond = ((known < SHARES[0]) | (known > SHARES[1])).to_numpy().any()
+    cut = "Intervals of the share end with its axis." if beyond else ""
+    style.caption(figure, style.counts(table), shaded, cut, style.bars(page["level"], table=table))
     return figure
 
 
@@ -81,9 +87,10 @@ def _known(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
 
 
-def _linear(table: pd.DataFrame) -> np.ndarray:
-    """[N] whether the step was linear in a stratum; everywhere where the table does not say."""
-    return style.flagged(table, "linear") | ("linear" not in table)
+def _bent(table: pd.DataFrame) -> np.ndarray:
+    """[N] whether the step was measured and was not linear in a stratum."""
+    known = table["linear"] if "linear" in table else pd.Series(np.nan, table.index)
+    return known.isin([False, "False"]).to_numpy(dtype=bool)
 
 
 def _marks(ax, table: pd.DataFrame, name: str, shift: float, line: dict, label: str) -> None:
@@ -106,6 +113,8 @@ def _gains(ax, table: pd.DataFrame) -> None:
 def _shares(ax, table: pd.DataFrame) -> None:
     _marks(ax, table, "null_share", 0.0, {"color": PURPLE, "marker": "v"}, "null")
     style.zero(ax, at=1.0)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(min(low, -0.05), SHARES[0]), min(high, SHARES[1]))
     ax.set_ylabel("null's share of the gain")
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
 

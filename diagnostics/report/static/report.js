@@ -45,13 +45,14 @@
 
   // Long tables come packed by column and are built when they are first opened.
   function shown(number) {
+    if (typeof number === "string") return number.replace("-", "\u2212").replace("Infinity", "\u221e");
     if (Number.isInteger(number)) return number.toLocaleString("en");
     const size = Math.abs(number);
     const text = size < 1e-4 || size >= 1e6 ? number.toExponential(3) : number.toPrecision(4);
     return text.replace("-", "\u2212");
   }
 
-  const least = 1e-4; // a smaller p value is not resolved by a bootstrap
+  const least = 1e-4; // as in sentences: a bootstrap resolves no smaller p value
 
   function build(details) {
     const packed = details.querySelector('script[type="application/json"]');
