@@ -37,7 +37,7 @@ from diagnostics.models.named_pairs import NAMED_PAIRS
 from diagnostics.models.pair import Pair
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.permuted_teacher import graders
-from diagnostics.probing.step import StepBench, calibrate
+from diagnostics.probing.step import StepBench
 from diagnostics.probing.trajectory import TrajectoryConfig, planned_trajectory, remeasured
 
 LOSS = "reverse_kl"
@@ -48,9 +48,8 @@ PROMPT_SEED = 1300
 SAMPLE_SEED = 7_000_000
 NEW_TOKENS = 64
 RATE = NAMED_PAIRS["embedded"].learning_rate
-"""Size of every step: AdamW's learning rate in the pair's trainings. (Sizes that are calibrated on
-16 or 32 prompts vary by a factor of 100, so a sample's own would say more of its first fold than of
-its intervals.)"""
+"""Size of every step: AdamW's learning rate in the pair's trainings. (A size that is calibrated
+anew in each sample varies with its prompts, and no interval of one sample can see that.)"""
 
 
 def prompts_of(seed: int, count: int) -> list[Prompt]:
@@ -151,7 +150,6 @@ def make_population(folder: Path, pair: Pair, recipe: Recipe) -> None:
             bench = bench_of(pair, *frozen(pair, mine, seed=1))
             save(file, gains_of(bench, 0, target, before, kinds=KINDS[:2], seed=number))
             print(file.name, flush=True)
-    _write_calibrations(folder, pair, recipe)
 
 
 def _population_bank(folder: Path, pair: Pair, recipe: Recipe) -> Bank:
@@ -161,22 +159,6 @@ def _population_bank(folder: Path, pair: Pair, recipe: Recipe) -> Bank:
         bank.to_frame().to_parquet(contexts)
         tokens.to_parquet(table)
     return read_bank(contexts)
-
-
-def _write_calibrations(folder: Path, pair: Pair, recipe: Recipe) -> None:
-    """The sizes that a calibration on each of the larger step batches chooses: their spread."""
-    file = folder / "calibrations.csv"
-    if file.exists():
-        return
-    sizes = {}
-    for count, number, mine in recipe.step_batches():
-        if count == max(recipe.sizes):
-            bench = bench_of(pair, *frozen(pair, mine, seed=1))
-            weights_N = bench.loss_weights(0)
-            direction = bench.direction(weights_N, loss=LOSS, beta=0.5, optimizer="adamw")
-            table = calibrate(bench, direction, weights_N, beta=0.5)
-            sizes[number] = table.loc[table["chosen"], "step_size"].iloc[0]
-    pd.Series(sizes, name="step_size").rename_axis("batch").to_csv(file)
 
 
 def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
