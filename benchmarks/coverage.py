@@ -593,8 +593,8 @@ def _head(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> str:
 Written by `python benchmarks/coverage.py report`; its head says what is measured. Embedded pair, a
 population of {recipe["prompts"]} prompts, {made}; one
 AdamW step of the reverse KL at the trainings' rate; {counts}; {DRAWS} bootstrap
-draws, nominal {LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, \
-pandas {pd.__version__}, one thread.
+draws, nominal {LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy \
+{np.__version__}, pandas {pd.__version__}, one thread.
 
 *coverage* is the share of samples whose interval holds the estimand; *corrected* is the same after
 the errors are widened by what drawing without replacement from a finite population narrows them
