@@ -511,15 +511,20 @@ def false_verdicts(folder: Path, prompts: int) -> None:
 
 
 def false_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often a verdict on the context gain was given, by population, claim and kind; `any` is
-    over all tests of a population.
+    """How often a verdict on the context gain was given, by population, claim and kind.
+
+    `any` stands for all tests of a population, and for its controlled ones.
     """
     rows = rows[rows["outcome"] == "context_gain"]
     decided = rows.assign(false=rows["verdict"].isin(["supported", "refuted"]))
     single = decided.groupby(["population", "claim", "kind"])["false"].mean().reset_index()
-    of_sample = decided.groupby(["population", "sample"])["false"].any()
-    either = of_sample.groupby("population").mean().reset_index()
-    return pd.concat([either.assign(claim="any", kind="any"), single], ignore_index=True)
+    families = {"any": decided, "controlled": decided[decided["kind"] == "controlled"]}
+    parts = []
+    for kind, part in families.items():
+        of_sample = part.groupby(["population", "sample"])["false"].any()
+        either = of_sample.groupby("population").mean().reset_index()
+        parts.append(either.assign(claim="any", kind=kind))
+    return pd.concat([*parts, single], ignore_index=True)
 
 
 # --- report
@@ -549,10 +554,7 @@ def report(folder: Path) -> str:
         "",
         *_outside_lines(found),
         "",
-        "## Samples that were probed from scratch",
-        "",
-        *_probed_lines(folder, found),
-        "",
+        *_probed_lines(found),
         "## Verdicts under a permuted teacher",
         "",
         *_verdict_lines(folder),
@@ -660,8 +662,12 @@ def _outside_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
     return lines
 
 
-def _probed_lines(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+def _probed_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    if not any("probed" in each for each in found.values()):
+        return []
     lines = [
+        "## Samples that were probed from scratch",
+        "",
         "Fresh prompts and responses, with the folds' own prompts as step batches: what drawing"
         " prompts and step batches apart leaves out. The estimand has an error of its own here"
         " (uncorrected).",
@@ -679,7 +685,7 @@ def _probed_lines(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> li
                     f" | {part.coverage.mean():.1f} | {part.coverage.min():.1f}"
                     f" | {part.width.median():.2f} |"
                 )
-    return lines
+    return [*lines, ""]
 
 
 def _verdict_lines(folder: Path) -> list[str]:
