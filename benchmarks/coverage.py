@@ -432,59 +432,75 @@ def read_chunks(folder: Path, family: Family) -> pd.DataFrame:
 
 
 def coverages(
-    truth: pd.DataFrame, samples: pd.DataFrame, *, shares: tuple[float, float] = (0.0, 0.0)
+    truth: pd.DataFrame,
+    samples: pd.DataFrame,
+    *,
+    shares: tuple[float, float],
+    fresh: bool = False,
 ) -> pd.DataFrame:
-    """Coverage of each statistic.
+    """Coverage of each statistic, corrected for a finite population and finitely many batches.
 
-    Drawn without replacement, prompts and step batches vary less than fresh ones would: by the
-    factors 1 - f and 1 - f' for the shares f of prompts and f' of step batches that a sample takes.
-    The values of the whole population vary with the step batches alone, which tells the parts
-    apart: with variances v of the samples and v' of the whole population,
+    With the shares f of prompts and f' of step batches that a sample takes, variances v of the
+    samples and v' of the whole population's values, which vary with the step batches alone:
 
-        step part = v' / (1 - f'),  prompt part = (v - v') / (1 - f),  widening^2 = their sum / v
+        without replacement    step part S = v' / (1 - f'), prompt part P = (v - v') / (1 - f):
+                               errors are too small by sqrt((S + P) / v)
+        anew (`fresh`)         S as above, P = v - S, and the estimand has an error of its own:
+                               errors are too large by sqrt(1 + (f P + f' S) / v)
 
     Args:
         truth: Values of the whole population, one per statistic and draw of step batches.
         samples: Intervals, one per statistic and sample.
-        shares: f and f'; 0 for samples that are drawn anew.
+        shares: f and f'.
+        fresh: Whether samples have prompts and step batches of their own.
 
     Returns:
         One row per statistic: family, statistic, truth, samples (with an interval), undefined
-        (samples without), coverage (%), corrected (%, after the errors are widened), width (mean
-        half-width over 1.96 widened standard deviations of the estimates), bias (over their
-        standard deviation), step_share (the step batches' part of the variance).
+        (samples without), coverage (%), corrected (%), width (mean half-width over 1.96 standard
+        deviations of an estimate), bias (over that standard deviation), step_share (S over S + P).
     """
     keys = ["family", "statistic"]
     whole = truth.groupby(keys, sort=False)["estimate"].agg(["mean", "var"])
     found = []
     for key, part in samples.groupby(keys, sort=False):
         if key in whole.index:
-            row = _coverage(part, *whole.loc[key], shares)
-            found.append(dict(zip(keys, key, strict=True)) | row)
+            mean, of_steps = whole.loc[key]
+            parts = _variances(part["estimate"].var(), of_steps, shares, fresh)
+            found.append(dict(zip(keys, key, strict=True)) | _coverage(part, mean, *parts))
     return pd.DataFrame(found)
 
 
-def _coverage(
-    part: pd.DataFrame, truth: float, of_steps: float, shares: tuple[float, float]
-) -> dict[str, float]:
-    observed = part["estimate"].var()
+def _variances(
+    observed: float, of_steps: float, shares: tuple[float, float], fresh: bool
+) -> tuple[float, float, float]:
+    """Variances of an estimate that the steps and the prompts give it, and the errors' factor."""
     step = of_steps / (1 - shares[1])
-    fresh = step + max(observed - of_steps, 0.0) / (1 - shares[0])
-    wide = np.sqrt(fresh / observed) if observed > 0 else 1.0
-    kept = part[np.isfinite(part["low"])]
+    if fresh:
+        step = min(step, observed)
+        prompt = observed - step
+        own = shares[0] * prompt + shares[1] * step
+        return step, prompt, np.sqrt(observed / (observed + own)) if observed > 0 else 1.0
+    prompt = max(observed - of_steps, 0.0) / (1 - shares[0])
+    return step, prompt, np.sqrt((step + prompt) / observed) if observed > 0 else 1.0
+
+
+def _coverage(
+    part: pd.DataFrame, truth: float, step: float, prompt: float, factor: float
+) -> dict[str, float]:
+    kept, spread = part[np.isfinite(part["low"])], np.sqrt(step + prompt)
     error = kept["estimate"] - truth
     above, below = kept["high"] - kept["estimate"], kept["estimate"] - kept["low"]
-    half = (above.mean() + below.mean()) / 2
-    return {
-        "truth": truth,
-        "samples": len(kept),
-        "undefined": len(part) - len(kept),
-        "coverage": 100 * ((error <= below) & (-error <= above)).mean(),
-        "corrected": 100 * ((error * wide <= below) & (-error * wide <= above)).mean(),
-        "width": half / (Z * np.sqrt(fresh)) if fresh > 0 else np.nan,
-        "bias": (part["estimate"].mean() - truth) / np.sqrt(fresh) if fresh > 0 else np.nan,
-        "step_share": step / fresh if fresh > 0 else np.nan,
-    }
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "truth": truth,
+            "samples": len(kept),
+            "undefined": len(part) - len(kept),
+            "coverage": 100 * ((error <= below) & (-error <= above)).mean(),
+            "corrected": 100 * ((error * factor <= below) & (-error * factor <= above)).mean(),
+            "width": (above.mean() + below.mean()) / 2 / (Z * spread),
+            "bias": (part["estimate"].mean() - truth) / spread,
+            "step_share": step / spread**2,
+        }
 
 
 # --- false verdicts
@@ -511,15 +527,20 @@ def false_verdicts(folder: Path, prompts: int) -> None:
 
 
 def false_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often a verdict on the context gain was given, by population, claim and kind; `any` is
-    over all tests of a population.
+    """How often a verdict on the context gain was given, by population, claim and kind.
+
+    `any` stands for all tests of a population, and for its controlled ones.
     """
     rows = rows[rows["outcome"] == "context_gain"]
     decided = rows.assign(false=rows["verdict"].isin(["supported", "refuted"]))
     single = decided.groupby(["population", "claim", "kind"])["false"].mean().reset_index()
-    of_sample = decided.groupby(["population", "sample"])["false"].any()
-    either = of_sample.groupby("population").mean().reset_index()
-    return pd.concat([either.assign(claim="any", kind="any"), single], ignore_index=True)
+    families = {"any": decided, "controlled": decided[decided["kind"] == "controlled"]}
+    parts = []
+    for kind, part in families.items():
+        of_sample = part.groupby(["population", "sample"])["false"].any()
+        either = of_sample.groupby("population").mean().reset_index()
+        parts.append(either.assign(claim="any", kind=kind))
+    return pd.concat([*parts, single], ignore_index=True)
 
 
 # --- report
@@ -549,10 +570,7 @@ def report(folder: Path) -> str:
         "",
         *_outside_lines(found),
         "",
-        "## Samples that were probed from scratch",
-        "",
-        *_probed_lines(folder, found),
-        "",
+        *_probed_lines(found),
         "## Verdicts under a permuted teacher",
         "",
         *_verdict_lines(folder),
@@ -570,8 +588,13 @@ def _all_coverages(folder: Path, prompts: int) -> dict[str, pd.DataFrame]:
         for design, parts in designs.items():
             where = folder / f"{design}{prompts}"
             if (where / family.slug).exists():
-                shares = _shares_of(folder, prompts, family) if design == "samples" else (0.0, 0.0)
-                parts.append(coverages(truth, read_chunks(where, family), shares=shares))
+                rows = coverages(
+                    truth,
+                    read_chunks(where, family),
+                    shares=_shares_of(folder, prompts, family),
+                    fresh=design == "probed",
+                )
+                parts.append(rows)
     return {design: pd.concat(parts) for design, parts in designs.items() if parts}
 
 
@@ -593,13 +616,13 @@ def _head(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> str:
 Written by `python benchmarks/coverage.py report`; its head says what is measured. Embedded pair, a
 population of {recipe["prompts"]} prompts, {made}; one
 AdamW step of the reverse KL at the trainings' rate; {counts}; {DRAWS} bootstrap
-draws, nominal {LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, \
-pandas {pd.__version__}, one thread.
+draws, nominal {LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy \
+{np.__version__}, pandas {pd.__version__}, one thread.
 
 *coverage* is the share of samples whose interval holds the estimand; *corrected* is the same after
-the errors are widened by what drawing without replacement from a finite population narrows them
-(`coverages` has the formula), and is the figure to judge by. *width* is the mean half-width over
-1.96 standard deviations of the estimates, and *step part* the median part of the variance that
+the errors are widened by as much as drawing without replacement from a finite population narrows
+them (`coverages` has the formula), and is the figure to judge by. *width* is the mean half-width
+over 1.96 standard deviations of the estimates, and *step part* the median part of the variance that
 comes from the step batches. At 200 samples one statistic's coverage has a Monte Carlo error of 1.5
 points, so that of many statistics at exactly 95 % a fifth would lie outside of 93-97 %; the mean of
 a family is surer (its error is given)."""
@@ -660,14 +683,18 @@ def _outside_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
     return lines
 
 
-def _probed_lines(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+def _probed_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    if not any("probed" in each for each in found.values()):
+        return []
     lines = [
-        "Fresh prompts and responses, with the folds' own prompts as step batches: what drawing"
-        " prompts and step batches apart leaves out. The estimand has an error of its own here"
-        " (uncorrected).",
+        "## Samples that were probed from scratch",
         "",
-        "| family | prompts | samples | coverage | lowest | width |",
-        "|---" * 6 + "|",
+        "Fresh prompts and responses, and the folds' own prompts as step batches: what drawing"
+        " prompts and step batches apart leaves out. The estimand, whose error is the population's,"
+        " is the same; *corrected* is after the errors are narrowed by it, on average.",
+        "",
+        "| family | prompts | samples | coverage | corrected | lowest | width |",
+        "|---" * 7 + "|",
     ]
     for prompts, each in found.items():
         for family in FAMILIES:
@@ -676,10 +703,10 @@ def _probed_lines(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> li
             if len(part):
                 lines.append(
                     f"| {family.name} | {prompts} | {part.samples.max()}"
-                    f" | {part.coverage.mean():.1f} | {part.coverage.min():.1f}"
-                    f" | {part.width.median():.2f} |"
+                    f" | {part.coverage.mean():.1f} | {part.corrected.mean():.1f}"
+                    f" | {part.corrected.min():.1f} | {part.width.median():.2f} |"
                 )
-    return lines
+    return [*lines, ""]
 
 
 def _verdict_lines(folder: Path) -> list[str]:
