@@ -750,10 +750,12 @@ def _row(
     verdict, reason = test.verdict(p, level)
     part, (low, high) = test.deciding, _interval(test, at)
     estimate = part.estimate if part else NOTHING
-    leads = (test.population, test.outcome) == (found.primary, choices.outcome)
-    primary = leads and test.kind == "controlled"
-    if not because and not primary:
-        because = "the paper's statistic" if leads else "not the primary population and outcome"
+    lead = choices.outcome if test.kind == "controlled" or found.measured(choices.outcome) else ""
+    primary = test.population == found.primary and test.outcome == (lead or PAPER_OUTCOME)
+    if not because and not (primary and test.outcome == choices.outcome):
+        because = "not the primary population and outcome"
+    elif not because and test.kind == "paper":
+        because = "the controlled statistic confirms, not the paper's"
     row = {
         "claim": test.claim,
         "statement": STATEMENTS[test.claim, test.kind],
