@@ -707,3 +707,14 @@ def test_the_page_lists_every_criterion():
         assert f"| `{name}` |" in page, name
         assert all(f"`{alias}`" in page for alias in row["aliases"].split(", ") if alias), name
     assert "`ier`" in page and "`s2d`" in page
+
+
+def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
+    tokens = whole(table())
+    sign = np.where(np.arange(len(tokens)) % 2 == 0, 1.0, -1.0)
+    given = {"criteria": ["entropy"], "outcomes": ["context_gain"], "budgets": [0.1], "draws": 20}
+    for gains, defined in ((1.0 + 0.1 * sign, True), (0.001 + sign, False)):
+        curves = selection_curves(tokens.assign(context_gain=gains), **given)
+        own = rows(curves, criterion="entropy")
+        assert np.isfinite(own.captured_share).all() == defined
+        assert np.isfinite(own.low).all() == defined
