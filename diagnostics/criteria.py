@@ -52,6 +52,8 @@ from diagnostics.core.schema import column, require_columns
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
 DEFAULT_BUDGET = 0.05
 SELECTKD_REJECTED_WEIGHT = 0.01
+KNOWN_SHARE = 0.5
+"""Share of the positions at which a column has to be defined, or its stand-in is read."""
 IW_PREFIX_GAMMA = 0.5
 AMBIGUOUS = 0.1
 """Share of a selection that ties may decide; above it a cell is marked, and no verdict uses it."""
@@ -106,22 +108,29 @@ class Criterion:
     note: str = ""
     """Which other criterion this one negates or nearly repeats, or what the source leaves open."""
     instead: Mapping[str, str] = field(default_factory=dict)
-    """By needed column, the one that is read where a table lacks it."""
+    """By needed column, the one that is read where a table lacks it or hardly knows it."""
 
     @cached_property
     def arguments(self) -> frozenset[str]:
         """Names of the function's arguments."""
         return frozenset(inspect.signature(self.function).parameters)
 
-    def columns(self, held: Iterable[str]) -> dict[str, str]:
-        """By needed column, the one to read from a table that holds these columns."""
-        held = set(held)
-        return {
-            need: self.instead[need]
-            if need not in held and self.instead.get(need) in held
-            else need
-            for need in self.needs
-        }
+    def columns(self, tokens: pd.DataFrame) -> dict[str, str]:
+        """By needed column, the one to read from a table.
+
+        A stand-in is read where the table lacks the column, or where the column is defined at less
+        than half of the positions at which the stand-in is, as with lists of a top-K teacher.
+        """
+        return {need: self._read(tokens, need) for need in self.needs}
+
+    def _read(self, tokens: pd.DataFrame, need: str) -> str:
+        other = self.instead.get(need)
+        if other is None or other not in tokens.columns:
+            return need
+        if need not in tokens.columns:
+            return other
+        own, there = (int(tokens[name].notna().sum()) for name in (need, other))
+        return other if own < KNOWN_SHARE * there else need
 
 
 _REGISTRY: dict[str, Criterion] = {}
@@ -264,8 +273,8 @@ def available(tokens: pd.DataFrame) -> list[str]:
 
 def missing_columns(tokens: pd.DataFrame, name: str) -> list[str]:
     """The columns that a criterion needs and that a table has neither itself nor a stand-in for."""
-    held = set(tokens.columns)
-    return [need for need, read in find(name).columns(held).items() if read not in held]
+    read = find(name).columns(tokens)
+    return [need for need in read if read[need] not in tokens.columns]
 
 
 def is_seeded(name: str) -> bool:
@@ -280,9 +289,10 @@ def disagreement_column(tokens: pd.DataFrame) -> str:
         tokens: A token table.
 
     Returns:
-        `union_forward_kl`, which is the paper's D, where the table has it, else `forward_kl`.
+        `union_forward_kl`, which is the paper's D, where the table has it at most positions, else
+        `forward_kl`.
     """
-    return find("teachability").columns(tokens.columns)[_D]
+    return find("teachability").columns(tokens)[_D]
 
 
 @dataclass(frozen=True)
@@ -409,7 +419,7 @@ def _score(
 ) -> list[np.ndarray]:
     """Scores [N] under each scale."""
     entry = find(name)
-    read = entry.columns(tokens.columns)
+    read = entry.columns(tokens)
     read |= {need: other for need, other in (substitute or {}).items() if need in entry.needs}
     require_columns(tokens, read.values(), what=f"Criterion {name!r}")
     _refuse_outcomes(entry, read)

@@ -957,3 +957,20 @@ def test_the_position_matched_rival_selects_as_much_in_each_tenth_of_the_respons
     assert sorted(scores) == sorted(score_criterion(tokens, "teachability"))
     assert (scores != score_criterion(tokens, "position_matched", seed=2)).any()
     assert abs(np.corrcoef(scores, score_criterion(tokens, "teachability"))[0, 1]) < 0.2
+
+
+def test_a_divergence_that_lists_hardly_know_is_read_over_the_whole_vocabulary():
+    tokens = pd.DataFrame(
+        {
+            "forward_kl": [0.1, 0.4, 0.9, 0.2, 0.6, 0.3],
+            "union_forward_kl": [np.nan, np.nan, np.nan, np.nan, 0.5, 0.2],
+            "compatibility": [0.9, 0.1, 0.5, 0.7, 0.3, 0.8],
+        }
+    )
+    assert C.disagreement_column(tokens) == "forward_kl"
+    scores = C.score_criterion(tokens, "teachability")
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores, C.score_criterion(tokens, "teachability_full"))
+    known = tokens.assign(union_forward_kl=[0.1, 0.3, np.nan, 0.2, 0.5, 0.2])
+    assert C.disagreement_column(known) == "union_forward_kl"
+    assert np.isnan(C.score_criterion(known, "teachability")[2])

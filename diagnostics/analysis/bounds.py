@@ -44,6 +44,10 @@ def is_listed(tokens: pd.DataFrame) -> bool:
     return TAIL_COLUMN in tokens
 
 
+OF_GAINS = dict.fromkeys(("strata", "null_share"), "change of a bound")
+"""Exactness of tables of gains whose rows name no measurement."""
+
+
 def exactness_table(tokens: pd.DataFrame) -> pd.DataFrame:
     """How exact each measurement of a table with a top-K teacher is.
 
@@ -111,13 +115,16 @@ def marked(
         The tables; unchanged where the teacher has full logits.
     """
     return (
-        {name: _marked(frame, otherwise) for name, frame in tables.items()}
+        {
+            name: _marked(frame, tokens, otherwise or OF_GAINS.get(name))
+            for name, frame in tables.items()
+        }
         if is_listed(tokens)
         else dict(tables)
     )
 
 
-def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
+def _marked(frame: pd.DataFrame, tokens: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
     names = [
         name
         for name in NAMING_COLUMNS
@@ -128,26 +135,27 @@ def _marked(frame: pd.DataFrame, otherwise: str | None) -> pd.DataFrame:
     if not names:
         return frame.assign(exactness=otherwise)
     return frame.assign(
-        exactness=[_of_row(cells) for cells in frame[names].itertuples(index=False)]
+        exactness=[_of_row(cells, tokens) for cells in frame[names].itertuples(index=False)]
     )
 
 
-def _of_row(cells: tuple) -> str:
+def _of_row(cells: tuple, tokens: pd.DataFrame) -> str:
     """Every measurement behind a row that is not exact, with its exactness; `exact` where there is
     none.
     """
-    found = {name: column(name).listed for cell in cells for name in _measurements(cell)}
+    found = {name: column(name).listed for cell in cells for name in _measurements(cell, tokens)}
     said = [f"{name}: {status}" for name, status in found.items() if status != "exact"]
     return "; ".join(said) or "exact"
 
 
-def _measurements(cell) -> tuple[str, ...]:
+def _measurements(cell, tokens: pd.DataFrame) -> tuple[str, ...]:
     """The columns that a cell stands for: itself, or those that its criterion reads."""
     if not isinstance(cell, str):
         return ()
     if column(cell) is not None:
         return (cell,)
     try:
-        return tuple(need for need in registry.find(cell).needs if column(need) is not None)
+        read = registry.find(cell).columns(tokens).values()
+        return tuple(name for name in read if column(name) is not None)
     except DiagnosticsError:
         return ()

@@ -18,8 +18,8 @@ for the margin m and T at the table's own K, by two one-sided tests that carry t
 well; a proxy must have the sign of T. It is tested on those of C2 and C3 that have a verdict
 themselves. A measurement is a proxy where its rank correlation with C inside Q3 is .7 or more.
 
-Holm's correction goes over all tests of one outcome on one population, as the paper has them and
-controlled together; an interval has the level that Holm leaves to its row. Only the primary
+Holm's correction goes over the tests of one kind and outcome on one population; an interval has the
+level that Holm leaves to its row. Only the controlled tests on the primary
 population and outcome confirm anything, and only where `PrimaryChoices` were recorded before the
 probe. All else is `exploratory`.
 
@@ -671,8 +671,8 @@ def verdict_table(
     """
     rows = []
     tests = claim_tests(found, choices)
-    for key in dict.fromkeys((test.population, test.outcome) for test in tests):
-        family = [test for test in tests if (test.population, test.outcome) == key]
+    for key in dict.fromkeys((test.population, test.outcome, test.kind) for test in tests):
+        family = [test for test in tests if (test.population, test.outcome, test.kind) == key]
         family = _with_base(found, family, level, choices)
         values = [test.p_value for test in family]
         levels = _holm_levels(values, level)
@@ -754,6 +754,8 @@ def _row(
     primary = test.population == found.primary and test.outcome == (lead or PAPER_OUTCOME)
     if not because and not (primary and test.outcome == choices.outcome):
         because = "not the primary population and outcome"
+    elif not because and test.kind == "paper":
+        because = "the controlled statistic confirms, not the paper's"
     row = {
         "claim": test.claim,
         "statement": STATEMENTS[test.claim, test.kind],

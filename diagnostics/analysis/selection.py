@@ -11,8 +11,8 @@ For a criterion c, a budget rho and N positions, with the ceil(rho N) best posit
     jaccard(c, c')     = |selected by both| / |selected by either|
 
 The oracle ranks by the outcome itself, an undefined one as 0. Where gains are negative too, its
-share exceeds 1 before rho does. A share of a total that is not positive means nothing: it is NaN,
-and a warning says so. (The total cancels in the area, which is defined wherever the outcome
+share exceeds 1 before rho does. A share of a total that is not told apart from 0 means nothing: it
+is NaN, and a warning says so. (The total cancels in the area, which is defined wherever the outcome
 varies.)
 
 Scores are normalized over the whole table; budgets are shares of the positions of a population (or
@@ -44,7 +44,7 @@ import pandas as pd
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_correlation
-from diagnostics.analysis.bootstrap import Estimate, PromptClusters, positive_ratio
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters, mean, positive_ratio
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.selection_draws import (
@@ -382,7 +382,38 @@ def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tu
             found |= part.estimates()
         return found
 
-    return over_steps(make, tokens, bootstrap)
+    found = over_steps(make, tokens, bootstrap)
+    unsure = _unsure_totals(tokens, options["outcomes"], bootstrap)
+    for split, outcome in sorted(unsure):
+        log.warning(
+            "the sum of %s over the %s positions is not told apart from 0: shares of it mean"
+            " nothing and are left undefined (NaN)",
+            outcome,
+            split,
+        )
+    return {
+        key: replace(estimate, value=np.nan)
+        if key[0] in ("share", "enrichment") and key[1:3] in unsure
+        else estimate
+        for key, estimate in found.items()
+    }
+
+
+def _unsure_totals(
+    tokens: pd.DataFrame, outcomes: Iterable[str], bootstrap: Bootstrap
+) -> set[tuple[str, str]]:
+    """Population and outcome of each total whose interval holds 0: its shares have no interval."""
+
+    def make(table: pd.DataFrame, how: Bootstrap) -> dict[tuple, Estimate]:
+        return {
+            (split.name, outcome): mean(split.values(table, outcome), split.prompts)
+            for split in splits(table, bootstrap=how)
+            for outcome in outcomes
+            if outcome in table
+        }
+
+    found = over_steps(make, tokens, bootstrap)
+    return {key for key, total in found.items() if total.interval(bootstrap.level)[0] <= 0}
 
 
 # Curves

@@ -127,7 +127,7 @@ class Candidates:
         """By criterion the columns that it reads."""
         found = {}
         for name in self.names:
-            read = list(dict.fromkeys(registry.find(name).columns(self.tokens.columns).values()))
+            read = list(dict.fromkeys(registry.find(name).columns(self.tokens).values()))
             # A table that lacks one is refused where it is scored.
             found[name] = self.tokens[read] if set(read) <= set(self.tokens) else self.tokens
         return found

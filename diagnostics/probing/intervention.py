@@ -449,6 +449,7 @@ def plan(
                 for budget in sorted(set(config.budgets)):
                     cell = InterventionCell(name, budget, draw, fold, 0)
                     found.append(_planned(tokens, rows, usable_N, cell, seed + draw, config.scope))
+    found = _without_idle_rivals(found, config.criteria)
     empty = next((one.cell for one in found if not one.weights_N.any()), None)
     if empty is not None:
         raise DiagnosticsError(
@@ -456,6 +457,22 @@ def plan(
             " with finite measurements. Leave it out, or raise the budget."
         )
     return found
+
+
+def _without_idle_rivals(planned: list[Planned], asked: Sequence[str]) -> list[Planned]:
+    """Leave out the rivals that nobody asked for and that select nothing somewhere.
+
+    Lists of a top-K teacher leave their columns undefined at many positions.
+    """
+    idle = {one.cell.criterion for one in planned if not one.weights_N.any()}
+    idle &= set(RIVALS) - {registry.find(name).name for name in asked} - {"random"}
+    if idle:
+        log.warning(
+            "%s select no position with finite measurements on some fold, and are left out of the"
+            " rivals",
+            ", ".join(sorted(idle)),
+        )
+    return [one for one in planned if one.cell.criterion not in idle]
 
 
 def _names(tokens: pd.DataFrame, criteria: Sequence[str]) -> list[str]:

@@ -93,7 +93,8 @@ def test_verdicts_follow_the_tests(values, expected):
     own = table[table.claim != "C4"]
     assert set(own.verdict) == {expected}
     assert table.primary.tolist() == [True] * 8 + [False] * 4
-    assert set(table.looks[table.primary]) == ({7} if values is FLAT else {8})
+    looks = table[table.primary].groupby("kind").looks.unique().map(list).to_dict()
+    assert looks == {"controlled": [3 if values is FLAT else 4], "paper": [4]}
     c4 = controlled(table, "C4")
     assert c4.verdict == ("not identified" if values is FLAT else "supported")
     assert only_row(table[table.primary], claim="C4", kind="paper").verdict == expected
@@ -111,7 +112,7 @@ def test_columns_and_sentences():
     )
     assert row.sentence.endswith(
         "]; it is above 0 in 9 of 10 tenths, and C adds 0.020 and H 0.040 to the 0.700 of the"
-        " ranks' variance that D explains (101 prompts, 4 steps; p < .0001 after Holm over 8"
+        " ranks' variance that D explains (101 prompts, 4 steps; p < .0001 after Holm over 4"
         " tests)."
     )
     assert row.reason == "" and row.statistic == "within_strata" and not row.exploratory
@@ -124,22 +125,25 @@ def test_columns_and_sentences():
 
 def test_only_the_primary_rows_confirm():
     table = judged(with_eight(STRONG))
-    assert (table.exploratory == ~table.primary).all()
-    assert (
-        table[table.exploratory]
-        .sentence.str.endswith("Exploratory: not the primary population and outcome.")
-        .all()
-    )
+    confirming = table.primary & (table.kind == "controlled")
+    assert (table.exploratory == ~confirming).all() and confirming.sum() == 4
+    ends = {
+        True: "Exploratory: the controlled statistic confirms, not the paper's.",
+        False: "Exploratory: not the primary population and outcome.",
+    }
+    for row in table[table.exploratory].itertuples():
+        assert row.sentence.endswith(ends[row.primary])
 
 
 def test_p_values_are_corrected_by_holm_over_what_is_looked_at():
     values = STRONG | dict(within_strata=2.9, overlap_contrast=2.6, interaction=2.4)
     primary = judged(found(values, others={}))
     primary = primary[primary.primary & primary.p_value.notna()]
-    assert len(primary) == 6 and (primary.looks == 6).all()
-    assert primary.p_corrected.tolist() == pytest.approx(
-        multipletests(primary.p_value, method="holm")[1]
-    )
+    assert len(primary) == 6 and (primary.looks == 3).all()
+    for _, tests in primary.groupby("kind"):
+        assert tests.p_corrected.tolist() == pytest.approx(
+            multipletests(tests.p_value, method="holm")[1]
+        )
 
 
 def test_the_interval_excludes_zero_exactly_where_holm_rejects():

@@ -249,9 +249,9 @@ def test_random_ties_average_over_the_orders_of_equals():
         selection_curves(tokens, criteria=["random_divergent"], outcomes=["gain"], draws=5),
         criterion="random_divergent",
     )
-    # At a half exactly the positions above the median are selected, whatever the draw.
+    # At a half the positions above the median are selected, and one more of an odd number.
     assert (seeded.spread[seeded.budget < 0.5] > 0).all()
-    assert rows(seeded, budget=0.5).spread.item() == 0
+    assert rows(seeded, budget=0.5).spread.item() < rows(seeded, budget=0.3).spread.item() / 10
 
 
 def test_random_ties_in_a_draw_are_the_expectation_over_its_rows():
