@@ -44,6 +44,7 @@ from diagnostics.analysis import (
     selection,
     strata,
 )
+from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import combine, fold_columns
 
@@ -527,20 +528,18 @@ def false_verdicts(folder: Path, prompts: int) -> None:
 
 
 def false_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often a verdict on the context gain was given, by population, claim and kind.
+    """How often a test on the context gain rejected, by population, claim and kind.
 
-    `any` stands for all tests of a population, and for its controlled ones.
+    Holm's correction goes over the tests of one kind on one population. `any` stands for all of
+    these. (A verdict that the scale turns over counts as given, so that no rate is too small.)
     """
-    rows = rows[rows["outcome"] == "context_gain"]
-    decided = rows.assign(false=rows["verdict"].isin(["supported", "refuted"]))
-    single = decided.groupby(["population", "claim", "kind"])["false"].mean().reset_index()
-    families = {"any": decided, "controlled": decided[decided["kind"] == "controlled"]}
-    parts = []
-    for kind, part in families.items():
-        of_sample = part.groupby(["population", "sample"])["false"].any()
-        either = of_sample.groupby("population").mean().reset_index()
-        parts.append(either.assign(claim="any", kind=kind))
-    return pd.concat([*parts, single], ignore_index=True)
+    rows = rows[rows["outcome"] == "context_gain"].copy()
+    family = rows.groupby(["sample", "population", "kind"])["p_value"]
+    rows["false"] = family.transform(lambda p: holm(p.to_numpy(dtype=float))) <= 1 - LEVEL
+    single = rows.groupby(["population", "claim", "kind"])["false"].mean().reset_index()
+    of_sample = rows.groupby(["population", "kind", "sample"])["false"].any()
+    either = of_sample.groupby(["population", "kind"]).mean().reset_index()
+    return pd.concat([either.assign(claim="any"), single], ignore_index=True)
 
 
 # --- report
@@ -548,6 +547,19 @@ def false_rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 SIZES = (64, 128)
 TARGET = (93.0, 97.0)
+NOTES = """\
+- Shares and enrichments of an outcome whose total is not told apart from 0, and the figures of
+  strata whose median D is under 1e-3 nats, cover far too little: ratios with heavy tails, and means
+  that single positions rule. The study now leaves such shares, and the intervals of such strata,
+  undefined. The rows above were measured before that and stay.
+- Shares of explained rank variance that lie near 0 are skewed and cover too little. No verdict
+  rests on them.
+- Pearson's correlation with the gain, whose tails are heavy, covers less than Spearman's.
+- Satterthwaite's degrees of freedom rise when the few steps happen to agree, so that the tails that
+  Holm's correction uses are thin where the steps carry most of the variance: C1.
+- Not measured here: rank agreement between criteria, profiles, attribution, a second pair. The size
+  of the step is fixed; that a calibrated one varies with the prompts is in no interval.
+"""
 
 
 def report(folder: Path) -> str:
@@ -560,7 +572,7 @@ def report(folder: Path) -> str:
     lines = [
         "# Coverage on a real population",
         "",
-        _head(folder, found),
+        _head(folder),
         "",
         "## Families",
         "",
@@ -574,6 +586,10 @@ def report(folder: Path) -> str:
         "## Verdicts under a permuted teacher",
         "",
         *_verdict_lines(folder),
+        "",
+        "## What followed, and what was not measured",
+        "",
+        NOTES,
     ]
     return "\n".join(lines) + "\n"
 
@@ -604,35 +620,33 @@ def _shares_of(folder: Path, prompts: int, family: Family) -> tuple[float, float
     )
 
 
-def _head(folder: Path, found: dict[int, dict[str, pd.DataFrame]]) -> str:
+def _head(folder: Path) -> str:
     recipe = json.loads((folder / "recipe.json").read_text())
-    counts = ", ".join(
-        f"{int(each['samples'].samples.max())} samples at {prompts} prompts"
-        for prompts, each in found.items()
-    )
     batches = {size: len(list(folder.glob(f"batch{size}-???.npz"))) for size in recipe["sizes"]}
     made = " and ".join(f"{count} step batches of {size}" for size, count in batches.items())
+    effects = Effects(folder, SIZES[0])
     return f"""\
 Written by `python benchmarks/coverage.py report`; its head says what is measured. Embedded pair, a
 population of {recipe["prompts"]} prompts, {made}; one
-AdamW step of the reverse KL at the trainings' rate; {counts}; {DRAWS} bootstrap
-draws, nominal {LEVEL:.0%}. {platform.machine()}, Python {platform.python_version()}, numpy \
-{np.__version__}, pandas {pd.__version__}, one thread.
+AdamW step of the reverse KL at the trainings' rate. Effects at a horizon: {STEPS} optimizer steps
+on each of {len(effects.batches)} step batches, {len(effects.names)} prompts of the population.
+{DRAWS} bootstrap draws, nominal {LEVEL:.0%}. {platform.machine()}, Python
+{platform.python_version()}, numpy {np.__version__}, pandas {pd.__version__}, one thread.
 
 *coverage* is the share of samples whose interval holds the estimand; *corrected* is the same after
 the errors are widened by as much as drawing without replacement from a finite population narrows
 them (`coverages` has the formula), and is the figure to judge by. *width* is the mean half-width
 over 1.96 standard deviations of the estimates, and *step part* the median part of the variance that
-comes from the step batches. At 200 samples one statistic's coverage has a Monte Carlo error of 1.5
-points, so that of many statistics at exactly 95 % a fifth would lie outside of 93-97 %; the mean of
-a family is surer (its error is given)."""
+comes from the step batches. The error behind ± is that of one statistic at this many samples; the
+mean of a family is at least as sure. Of statistics at exactly 95 % seven in ten lie outside of
+93-97 % by chance with 40 samples, six with 70, and one in seven with 200."""
 
 
 def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
     lines = [
-        "| family | prompts | statistics | coverage | corrected | lowest | highest | within"
-        " 93-97 % | width | step part | undefined |",
-        "|---" * 11 + "|",
+        "| family | prompts | samples | statistics | coverage | corrected | lowest | highest"
+        " | within 93-97 % | width | step part | undefined |",
+        "|---" * 12 + "|",
     ]
     for family in FAMILIES:
         for prompts, each in found.items():
@@ -643,14 +657,20 @@ def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
 
 
 def _summary(part: pd.DataFrame) -> str:
-    corrected = part["corrected"]
-    inside = corrected.between(*TARGET).mean()
-    undefined = part["undefined"].sum() / (part["undefined"] + part["samples"]).sum()
-    return (
-        f"{len(part)} | {part.coverage.mean():.1f} | {corrected.mean():.1f} ± {_error(part):.1f}"
-        f" | {corrected.min():.1f} | {corrected.max():.1f} | {inside:.0%}"
-        f" | {part.width.median():.2f} | {part.step_share.median():.2f} | {undefined:.1%}"
+    corrected, measured = part["corrected"], part["undefined"] + part["samples"]
+    cells = (
+        f"{measured.max()}",
+        f"{len(part)}",
+        f"{part.coverage.mean():.1f}",
+        f"{corrected.mean():.1f} ± {_error(part):.1f}",
+        f"{corrected.min():.1f}",
+        f"{corrected.max():.1f}",
+        f"{corrected.between(*TARGET).mean():.0%}",
+        f"{part.width.median():.2f}",
+        f"{part.step_share.median():.2f}",
+        f"{part.undefined.sum() / measured.sum():.1%}",
     )
+    return " | ".join(cells)
 
 
 def _error(part: pd.DataFrame) -> float:
@@ -712,8 +732,10 @@ def _probed_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
 def _verdict_lines(folder: Path) -> list[str]:
     lines = [
         "Samples whose real step was replaced by one towards another permutation of the teacher:"
-        " share with a verdict (supported or refuted) on the context gain, nominally at most 5 % in"
-        " any of a population's tests.",
+        " share in which a test on the context gain rejects after Holm's correction, nominally at"
+        " most 5 % in any of a population's tests of one kind. Controlled tests confirm; the"
+        " paper's statistics stand beside them. A rate of 5 % of 62 samples has an error of 2.8"
+        " points.",
         "",
         "| prompts | population | claim | kind | samples | false verdicts |",
         "|---" * 6 + "|",
