@@ -452,7 +452,7 @@ def test_an_overflowing_fp16_teacher_stops_the_run_and_is_named(bank):
         score(pair, bank)
 
 
-def measured_to_the_end(pair, bank, folder, *, report=False, **options):
+def measured_to_the_end(pair, bank, folder, *, report=False, folds=4, **options):
     """A bank through score, probe and tables, and with `report` the page, as the command line would
     take it; the tokens.
     """
@@ -465,7 +465,9 @@ def measured_to_the_end(pair, bank, folder, *, report=False, **options):
     with open_run(folder) as run:
         tables.write_parquet(run.path("contexts.parquet"), bank.to_frame())
         stages.score_stage(run, models, ScoreConfig(**options))
-        stages.probe_stage(run, models, ProbeConfig(), ControlConfig(), batch_tokens=8192)
+        stages.probe_stage(
+            run, models, ProbeConfig(folds=folds), ControlConfig(), batch_tokens=8192
+        )
         stages.analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
         assert not report or stages.report_stage(run).stat().st_size > 10_000
     return pd.read_parquet(folder / "tokens.parquet")
@@ -478,7 +480,7 @@ def test_a_student_that_writes_one_token_only(bank, tmp_path):
         student.lm_head.weight[7] = 100 * torch.sign(student.model.norm.weight)
         student.model.layers[-1].mlp.down_proj.weight *= 0
     pair = assemble("collapsed", student, make_model(2), make_tokenizer())
-    tokens = measured_to_the_end(pair, bank, tmp_path / "out")
+    tokens = measured_to_the_end(pair, bank, tmp_path / "out", folds=2)
     assert (
         tokens.student_entropy.max() < np.log(64)
         and len(tokens) == bank.positions

@@ -108,20 +108,18 @@ def test_the_same_weights_disagree_only_through_the_hint(same, hints):
 
 
 def test_probe_scores_the_same_positions(same, hints):
-    result = probe(same, hints)
+    result = probe(same, hints, folds=2, horizon=())
     np.testing.assert_allclose(result.tokens.forward_kl, score(same, hints).forward_kl, atol=1e-6)
-    step = result.tokens[(result.tokens.split == "step") & (result.tokens.forward_kl > 1e-4)]
-    assert len(step) and step.gain.mean() > 0
-    nothing = probe(same, hints, step=0).tokens
+    step = result.tokens[result.tokens.forward_kl > 1e-4]
+    assert len(step) and step.own_gain.mean() > 0
+    nothing = probe(same, hints, folds=2, horizon=(), step=0).tokens
     assert (nothing.gain == 0).all()
 
 
 def test_the_probes_gradient_is_that_of_the_hinted_loss(pair, hints):
     """Mean reverse KL at theta0 against plain loops."""
-    result = probe(pair, hints)
-    step = {c.context_id for c in hints} & set(
-        result.tokens[result.tokens.split == "step"].context_id
-    )
+    result = probe(pair, hints, folds=2, horizon=())
+    step = set(result.tokens[result.tokens.fold == 0].context_id)
     values = []
     for c in hints:
         if c.context_id in step:
