@@ -120,9 +120,11 @@ class Population:
         self.tokens = pd.read_parquet(folder / "population.tokens.parquet")
         self.names = self.tokens.prompt_id.unique()
         self.gains = []
-        for file in sorted(folder.glob(f"batch{prompts // FOLDS}-???.npz")):
-            with np.load(file) as kept:
-                self.gains.append({kind: kept[kind] for kind in KINDS})
+        for file in sorted(folder.glob(f"batch{prompts // FOLDS}-???.parquet")):
+            kept = pd.read_parquet(file)
+            self.gains.append(
+                {kind: kept.filter(regex=rf"^{kind}\.").to_numpy().T for kind in KINDS}
+            )
 
     def draw(self, count: int, seed: Sequence[int]) -> pd.DataFrame:
         """The fold table of some prompts, with step batches and folds drawn anew."""
@@ -622,7 +624,7 @@ def _shares_of(folder: Path, prompts: int, family: Family) -> tuple[float, float
 
 def _head(folder: Path) -> str:
     recipe = json.loads((folder / "recipe.json").read_text())
-    batches = {size: len(list(folder.glob(f"batch{size}-???.npz"))) for size in recipe["sizes"]}
+    batches = {size: len(list(folder.glob(f"batch{size}-???.parquet"))) for size in recipe["sizes"]}
     made = " and ".join(f"{count} step batches of {size}" for size, count in batches.items())
     effects = Effects(folder, SIZES[0])
     return f"""\

@@ -145,7 +145,7 @@ def make_population(folder: Path, pair: Pair, recipe: Recipe) -> None:
     target = FrozenBank(pair, _population_bank(folder, pair, recipe))
     before = target.divergences()
     for count, number, mine in recipe.step_batches():
-        file = folder / f"batch{count}-{number:03d}.npz"
+        file = folder / f"batch{count}-{number:03d}.parquet"
         if not file.exists():
             bench = bench_of(pair, *frozen(pair, mine, seed=1))
             save(file, gains_of(bench, 0, target, before, kinds=KINDS[:2], seed=number))
@@ -162,9 +162,10 @@ def _population_bank(folder: Path, pair: Pair, recipe: Recipe) -> Bank:
 
 
 def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays to a file that is whole or absent."""
-    partial = file.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
+    """Write arrays [M, N] by name to a file that is whole or absent, one column per row of each."""
+    partial = file.with_suffix(".partial")
+    columns = {f"{name}.{m}": row for name, rows in arrays.items() for m, row in enumerate(rows)}
+    pd.DataFrame(columns).to_parquet(partial)
     partial.replace(file)
 
 

@@ -45,6 +45,7 @@ _HOMES = {
         "selection_profile",
         "selection_summary",
     ),
+    "analysis.decision": ("decide", "decision_sentence"),
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),

@@ -1,5 +1,6 @@
 """The public names, for type checkers and editors. Written by scripts/docs.py."""
 
+from diagnostics.analysis.decision import decide, decision_sentence
 from diagnostics.analysis.rank_agreement import agreement
 from diagnostics.analysis.selection import (
     compare,
@@ -62,6 +63,8 @@ __all__ = [
     "compare_runs",
     "correlate",
     "criterion",
+    "decide",
+    "decision_sentence",
     "disagreement_column",
     "evaluate",
     "find_verifier",

@@ -222,6 +222,7 @@ def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert set(json.loads((directory / "manifest.json").read_text())) == {
         "format",
+        "primary",
         "versions",
         "stages",
         "joined",

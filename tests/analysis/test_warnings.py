@@ -164,7 +164,6 @@ def test_a_page_names_the_verdict_that_a_warning_changes(tokens):
     table = pd.DataFrame([verdict("C2", "controlled", "not identified", "no overlap: 12%")])
     made = {"warnings": warnings(tokens.assign(teacher_dropped_mass=0.05), {"verdicts": table})}
     (first, changes), (second, unchanged) = provenance.causes(run_results.RunResults({}, made))
-    assert changes and first.endswith(
-        "or another pair. So C2 (controlled) is not identified [held_out: context_gain]."
-    )
+    assert first.endswith("or another pair.")
+    assert changes == "C2 (controlled) is not identified [held_out: context_gain]"
     assert not unchanged and second.startswith("On average some probability")
