@@ -64,11 +64,13 @@ CALIPER = 0.2
 
 
 def spearman(x: Ranked, y: Ranked) -> float:
-    """Rank correlation of two columns; NaN where one is constant."""
+    """Rank correlation of two columns; NaN where one is constant or empty."""
     return _correlation(x.average, y.average)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if not len(x):
+        return np.nan
     x, y = x - x.mean(), y - y.mean()
     scale = float((x @ x) * (y @ y))
     return float(x @ y) / np.sqrt(scale) if scale > 0 else np.nan

@@ -193,7 +193,7 @@ def test_primary_choices_are_recorded_before_the_probe(finished, tmp_path):
         where = ["--output-dir", str(tmp_path / directory)]
         assert main(["analyze", "--draws", "5", "--quiet", *where, *flags]) == 0
         table = pd.read_csv(tmp_path / directory / "tables/verdicts.csv")
-        rows = table[table.primary & (table.outcome == "context_gain")]
+        rows = table[table.primary & (table.kind == "controlled")]
         return set(rows.sentence.str.rpartition("Exploratory: ")[2]), set(rows.exploratory)
 
     assert because("same", "--seed", "1")[1] == {False}
