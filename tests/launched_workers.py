@@ -32,6 +32,9 @@ def stay(task):
 
 
 if __name__ == "__main__":
+    import signal
     import sys
 
+    # A shell starts what runs in its background with SIGINT ignored, and Python leaves that so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     list(share_out(stay, sys.argv[1:], [{}, {}]))
