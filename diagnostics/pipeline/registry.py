@@ -123,12 +123,7 @@ def _score(job: Job) -> None:
 
 def _after(job: Job) -> None:
     if job.flag("after"):
-        stages.after_stage(
-            job.run,
-            job.models,
-            job.flag("after"),
-            batch_tokens=job.configs[SCORE].batch_tokens,
-        )
+        stages.after_stage(job.run, job.models, job.flag("after"), job.configs[SCORE])
 
 
 def _import(job: Job) -> None:
@@ -313,9 +308,9 @@ STAGES = (
     ),
     Stage(
         name="after",
-        purpose="Measure the gains of a student that was trained by another program.",
+        purpose="Score the contexts again with a trained student, beside a probe or without one.",
         reads="`contexts.parquet`, `scores.parquet`",
-        writes="`gains.parquet`",
+        writes="`after.parquet`; `tokens.parquet`: its columns and, without a probe, its gains",
         flags=(
             flag(
                 "after",

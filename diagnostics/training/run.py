@@ -10,7 +10,7 @@
     DIR/training_gains.parquet    gains of every frozen position after n steps: gain_step_<n>,
                                   relative_gain_step_<n>, reverse_gain_step_<n>
     DIR/checkpoints/              TRL's own checkpoints
-    DIR/student/                  the trained student
+    DIR/student/                  the trained student, and which prompts it was trained on
 
 The order of prompts is drawn once for all steps, and every response has its own random stream, so a
 run that was killed continues from its last whole checkpoint with the same results: student,
@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.trained_prompts import write_trained_prompts
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
@@ -292,6 +293,9 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with _machine_named(directory):
         _save_student(trainer, pair, directory / "student")
+        if distributed.is_main():
+            drawn = schedule(prompts, config.steps * config.batch, seed=config.seed)
+            write_trained_prompts(directory / "student", drawn)
     distributed.barrier()
     return TrainResult(
         read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
@@ -1022,7 +1026,7 @@ class TrainingMonitor:
         distributed.barrier()
 
     def _gains(self, step: int) -> None:
-        from diagnostics.probing.one_step import gains
+        from diagnostics.core.formulas import gains
 
         table, model = read_parquet(self.path("training_gains.parquet")), self.pair.student.model
         training = model.training
