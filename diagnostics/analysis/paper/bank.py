@@ -25,13 +25,12 @@ import pandas as pd
 from diagnostics.analysis.robustness import BASE_K, known_k
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.formulas import released_relative_gain
-from diagnostics.core.schema import support_column
+from diagnostics.core.schema import AFTER, support_column
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, normalize, relative_position
 
 log = logging.getLogger("diagnostics")
 When = Literal["before", "after"]
 """Whose measurement is read: the untrained student's, or the trained one's."""
-AFTER = "_after"
 AFTER_DIVERGENCE = "forward_kl" + AFTER
 KEYS = ("context_id", "position", "response_length")
 NARROW = 1e-12
@@ -81,7 +80,7 @@ def column_at(tokens: pd.DataFrame, name: str, k: int | None = None, when: When 
         The column, which the table need not have.
     """
     own = k is None or k == (known_k(tokens) or BASE_K)
-    return support_column(name, None if own else k) + (AFTER if when == "after" else "")
+    return support_column(name + (AFTER if when == "after" else ""), None if own else k)
 
 
 @dataclass(frozen=True)

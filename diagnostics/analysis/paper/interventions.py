@@ -19,10 +19,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis.paper.bank import AFTER
 from diagnostics.analysis.paper.gap import DRAWS, SWEEP_SEED, gain_statistics
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import require_columns
+from diagnostics.core.schema import AFTER, require_columns
 
 TRAINING = ["criterion", "budget", "seed"]
 """What names a training."""

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import tmean
 
 from diagnostics.analysis.bootstrap import winsorize
-from diagnostics.analysis.paper.bank import ScriptTable, column_at, require_finite, scaled
+from diagnostics.analysis.paper.bank import ScriptTable, column_at, scaled
 from diagnostics.analysis.paper.gap import DRAWS, THIRDS, ends, gap, matched_gap
 from diagnostics.analysis.paper.least_squares import fit
 from diagnostics.analysis.rank_correlation import standardize
@@ -268,22 +268,22 @@ def support_gaps(
         draws: Number of draws.
 
     Returns:
-        Columns proxy, positions, proxy_mean, proxy_sd (population), gap, low, high, pairs,
-        matched_mean, matched_median; gaps as fractions.
-
-    Raises:
-        DiagnosticsError: A proxy is undefined at a position inside Q3.
+        Columns proxy, positions (inside Q3, where the proxy is defined; elsewhere it is left out),
+        proxy_mean, proxy_sd (population), gap, low, high, pairs, matched_mean, matched_median; gaps
+        as fractions, NaN where the proxy is defined nowhere.
     """
-    q3 = table.in_q3
-    space = np.stack([table.entropy, table.divergence, table.position], axis=1)[q3]
+    space = np.stack([table.entropy, table.divergence, table.position], axis=1)
     rows = []
     for name, values in proxies.items():
-        raw = np.asarray(values, dtype=np.float64)[table.rows[q3]]
-        require_finite(name, raw)
-        score, y, context = scaled(raw), table.gain[q3], table.context[q3]
-        rng = np.random.default_rng(seed)
+        values = np.asarray(values, dtype=np.float64)[table.rows]
+        at = table.in_q3 & np.isfinite(values)
+        raw, rng = values[at], np.random.default_rng(seed)
+        if not len(raw):
+            rows.append({"proxy": name, "positions": 0, "pairs": 0})
+            continue
+        score, y, context = scaled(raw), table.gain[at], table.context[at]
         found = gap(y, context, ends(score, THIRDS), rng=rng, draws=draws)
-        pairs = matched_gap(y, context, score, space)
+        pairs = matched_gap(y, context, score, space[at])
         rows.append(
             {
                 "proxy": name,
@@ -298,4 +298,18 @@ def support_gaps(
                 "matched_median": pairs.median,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=SUPPORT_GAP)
+
+
+SUPPORT_GAP = [
+    "proxy",
+    "positions",
+    "proxy_mean",
+    "proxy_sd",
+    "gap",
+    "low",
+    "high",
+    "pairs",
+    "matched_mean",
+    "matched_median",
+]
