@@ -63,7 +63,9 @@ def trainings(
     read = [name + AFTER for name in MEASURED]
     require_columns(cells, [*TRAINING, *POSITION, *read], what="A table of trainings")
     require_columns(kept, [*TRAINING, *KEPT], what="A table of what trainings kept")
-    before = tokens.drop(columns=[name for name in read if name in tokens])
+    # Whatever the table says of another trained student gives way, its gain included.
+    gone = [name for name in (*read, "relative_gain_released") if name in tokens]
+    before = tokens.drop(columns=gone)
     rows = []
     for names, cell in cells.groupby(TRAINING, sort=True):
         found = gain_statistics(
