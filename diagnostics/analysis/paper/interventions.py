@@ -100,12 +100,12 @@ def _joined(before: pd.DataFrame, cell: pd.DataFrame, names: tuple) -> pd.DataFr
             f"The training {names} has {len(cell)} rows, {int(cell.duplicated(POSITION).sum())} of"
             f" them repeated, for {len(before)} positions. Score every position with it once."
         )
-    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one")
-    lost = int(joined[f"{MEASURED[0]}{AFTER}"].isna().sum())
+    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one", indicator=True)
+    lost = int((joined["_merge"] != "both").sum())
     if lost:
         raise DiagnosticsError(
-            f"The training {names} has no divergence at {lost} of {len(before)} positions. Score"
-            " the same contexts with it."
+            f"The training {names} lacks {lost} of {len(before)} positions. Score the same contexts"
+            " with it."
         )
     return joined
 
