@@ -48,6 +48,10 @@ LOOKS = (
 """Color and marker of the series of a figure, in their order."""
 
 
+LEARN, INCOMPATIBLE = "Dᴸ", "Dᴵ"
+"""The compatible and the incompatible part of the divergence, as the paper writes them."""
+
+
 class Series(NamedTuple):
     """One series of marks: its name in the legend, its look, and its rows of the final table."""
 
@@ -186,15 +190,20 @@ def _printed(text: str) -> str:
     return f"Printed in the paper: {text.rstrip('.')}." if text else ""
 
 
-OVER_CONTEXTS = "Bars: as released percentile intervals over contexts;"
-OVER_SEEDS = "Bars: as released the mean ± SD over seeds;"
+OVER_CONTEXTS = "percentile intervals over contexts"
+OVER_SELECTED = "percentile intervals over contexts of the selection"
+OVER_SEEDS = "the mean ± SD over seeds"
 
 
-def _bars(released: str, level: float | None) -> str:
-    """The caption's sentence on both kinds of intervals."""
-    return (
-        f"{released} controlled {'' if level is None else f'{level:.0%} '}intervals over prompts."
+def _bars(table: pd.DataFrame, released: str, level: float | None) -> str:
+    """The caption's sentence on the intervals of both sides; a side without any has none."""
+    named = f"{'' if level is None else f'{level:.0%} '}intervals over prompts"
+    has = {side: table[f"{side}_low"].notna().any() for side in SIDES}
+    parts = (
+        f"as released {released if has['released'] else 'none'}",
+        f"controlled {named if has['controlled'] or has['context'] else 'none'}",
     )
+    return f"Bars: {'; '.join(parts)}."
 
 
 # --- figure 2: planes of percentiles
@@ -219,7 +228,7 @@ def paper_2a(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Page]) ->
     Raises:
         DiagnosticsError: A column is missing, or no cell holds a number.
     """
-    labels = ("percentile of D^L = d·c", "percentile of D^I = d·(1 − c)")
+    labels = (f"percentile of {LEARN} = d·c", f"percentile of {INCOMPATIBLE} = d·(1 − c)")
     return _plane(table, "2A", labels, printed, page["width"], signed=True)
 
 
@@ -290,7 +299,9 @@ def _plane(
         _colors(mesh, table[side].to_numpy(float), signed)
         bar = thin_color_bar(figure, ax, mesh)
         bar.set_label(unit(table, side))
-        if not signed:
+        if signed:
+            _minus_signs(ax, table, side)
+        else:
             ax.add_patch(
                 Rectangle((0, 0.5), 0.5, 0.5, fill=False, edgecolor=style.ink(), gid="Q3", zorder=4)
             )
@@ -299,15 +310,26 @@ def _plane(
         ax.set_ylabel(labels[1])
     for ax in axes.flat:
         ax.label_outer()
-    what = "mean gain" if signed else f"mean percentile of {'D^L' if number == '2B' else 'D^I'}"
+    what = (
+        "mean gain" if signed else f"mean percentile of {LEARN if number == '2B' else INCOMPATIBLE}"
+    )
     style.caption(
         figure,
         f"Color: {what} of a cell.",
-        "" if signed else "Framed: Q3, confident and wrong.",
+        "Lines mark negative means." if signed else "Framed: Q3, confident and wrong.",
+        "Cells without positions are empty.",
         _cell_counts(table),
         _printed(printed),
     )
     return figure
+
+
+def _minus_signs(ax, table: pd.DataFrame, side: str) -> None:
+    """A short line in each cell with a negative mean, for a page without colors."""
+    negative = table[table[side].astype(float) < 0]
+    x = negative[["x_low", "x_high"]].to_numpy(float).mean(axis=1)
+    y = negative[["y_low", "y_high"]].to_numpy(float).mean(axis=1)
+    ax.plot(x, y, "_", color=style.paper(), markersize=3, label="_negative")
 
 
 def _haze() -> dict:
@@ -350,7 +372,10 @@ def _cell_counts(table: pd.DataFrame) -> str:
 
 # --- figure 3: coefficients, masks inside Q3, and the Q3 gap
 
-COEFFICIENTS = {"coefficient of D^L": "D^L = d·c", "coefficient of D^I": "D^I = d·(1 − c)"}
+COEFFICIENTS = {
+    "coefficient of D^L": f"{LEARN} = d·c",
+    "coefficient of D^I": f"{INCOMPATIBLE} = d·(1 − c)",
+}
 
 
 @on_page
@@ -377,7 +402,7 @@ def paper_3a(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
         figure,
         "Standardized; beside student entropy, position and teacher entropy.",
         _counts(table, "Positions"),
-        _bars("Bars: as released none;", page["level"]),
+        _bars(table, OVER_CONTEXTS, page["level"]),
         _printed(printed),
     )
     return figure
@@ -432,7 +457,10 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     table = _kept(table, "3B", list(names))
     figure = _forest(table, "3B", _by_quantity(table, names), "gain", page["width"])
     style.caption(
-        figure, _counts(table, "Numbers"), _bars(OVER_SEEDS, page["level"]), _printed(printed)
+        figure,
+        _counts(table, "Numbers"),
+        _bars(table, OVER_SEEDS, page["level"]),
+        _printed(printed),
     )
     return figure
 
@@ -463,7 +491,7 @@ def paper_3c(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     style.caption(
         figure,
         _counts(table, "Positions of Q3 or pairs"),
-        _bars(OVER_CONTEXTS, page["level"]),
+        _bars(table, OVER_CONTEXTS, page["level"]),
         _printed(printed),
     )
     return figure
@@ -526,9 +554,7 @@ def _top(
     style.caption(
         figure,
         _counts(table, "Positions selected"),
-        _bars(
-            "Bars: as released percentile intervals over contexts of the selection;", page["level"]
-        ),
+        _bars(table, OVER_SELECTED, page["level"]),
         _printed(printed),
     )
     return figure
@@ -560,7 +586,7 @@ def paper_4c(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     style.caption(
         figure,
         _counts(table, "Positions of Q3"),
-        _bars(OVER_CONTEXTS, page["level"]),
+        _bars(table, OVER_CONTEXTS, page["level"]),
         _printed(printed),
     )
     return figure
@@ -612,7 +638,7 @@ def _buckets(
     style.caption(
         figure,
         _counts(table, "Positions per bucket"),
-        _bars("Bars: as released none;", page["level"]),
+        _bars(table, OVER_CONTEXTS, page["level"]),
         _printed(printed),
     )
     return figure
@@ -725,7 +751,7 @@ def paper_5b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     style.caption(
         figure,
         _counts(table, "Positions of Q3"),
-        _bars(OVER_CONTEXTS, page["level"]),
+        _bars(table, OVER_CONTEXTS, page["level"]),
         _printed(printed),
     )
     return figure
