@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.report import figures
+from diagnostics.report.figures.paper import FIGURES, table_name
 from tests import study_tables
 
 SIDES = ("released", "controlled", "context")
@@ -179,6 +182,16 @@ def tables() -> dict[str, pd.DataFrame]:
         "paper_figure_5c": quarters("trimmed mean"),
         "paper_differences": differences(),
     }
+
+
+def figures_with_tables() -> dict:
+    """For every figure of the paper, by its name in `figures`: what draws it, and its table."""
+    made = tables()
+    found = {
+        f"paper_{number.lower()}": (spec.draw, functools.partial(made.get, table_name(number)))
+        for number, spec in FIGURES.items()
+    }
+    return found | {"paper": (functools.partial(figures.paper, "3C"), tables)}
 
 
 def write_run(directory: Path, **more: pd.DataFrame) -> Path:
