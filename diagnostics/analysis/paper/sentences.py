@@ -21,7 +21,7 @@ from diagnostics.analysis.config import FEWEST_PROMPTS
 from diagnostics.analysis.paper.bank import released_gain
 from diagnostics.analysis.paper.sample import KEYS, mean_of, samples
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.formulas import RELATIVE_FLOOR
+from diagnostics.core.formulas import RELATIVE_GAIN_FLOOR
 
 Numbers = Mapping[tuple, Mapping[str, Any]]
 """Rows of a final table by row, quantity, K and budget; -1 stands for an undefined K or budget."""
@@ -39,6 +39,9 @@ OURS = {
     "mean gain (seen)": "the scripts do not tell contexts that the training saw from others",
 }
 """Quantities that no released script computes, and why they stand here."""
+
+WITHOUT_CONTEXT = ("mean percentile of D^L", "mean percentile of D^I")
+"""Quantities that hold no gain."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _small(tokens: pd.DataFrame) -> tuple[float, float]:
     except DiagnosticsError:
         return np.nan, np.nan
     defined = np.isfinite(size)
-    small = tokens["forward_kl"].to_numpy(dtype=np.float64)[defined] < RELATIVE_FLOOR
+    small = tokens["forward_kl"].to_numpy(dtype=np.float64)[defined] < RELATIVE_GAIN_FLOOR
     total = size[defined].sum()
     if not len(small) or not total > 0:
         return np.nan, np.nan
@@ -194,6 +197,8 @@ def _of_zero(excludes: bool) -> str:
 def context(row: Mapping[str, Any], known: Facts) -> str:
     """What the context gain says, or why there is none."""
     if not np.isfinite(row["context"]):
+        if row["quantity"] in WITHOUT_CONTEXT:
+            return ""
         why = known.lacking.get("context", "it is undefined here")
         return f"no context gain: {why}"
     excluded = excludes_zero(row, "context")
@@ -226,7 +231,7 @@ def small_divergences(known: Facts) -> str:
     if not np.isfinite(known.small_gain):
         return ""
     return (
-        f"positions with a KL below {RELATIVE_FLOOR:g} nats are {percent(known.small)} of the bank"
+        f"positions with a KL below {RELATIVE_GAIN_FLOOR:g} nats are {percent(known.small)} of the bank"
         f" and {percent(known.small_gain)} of the sum of the relative gain's sizes"
     )
 
@@ -343,6 +348,129 @@ def masks_disagree(table: pd.DataFrame) -> list[str]:
             else f"{words}, the mean reduction in nats {best}"
         )
     return found
+
+
+def of_artefact(artefact: str, main: str, table: pd.DataFrame, known: Facts) -> dict[str, str]:
+    """What an artefact says as released and controlled, and why they differ.
+
+    Args:
+        artefact: The paper's name of the table or figure.
+        main: The quantity that the sentences are about.
+        table: The artefact's joined table, with units.
+        known: The facts of the bank.
+
+    Returns:
+        Sentences `released`, `controlled` and `why`; empty where a side has no number.
+    """
+    numbers = numbers_of(table)
+    if "x_bin" in table:
+        return _of_plane(table, known)
+    rows = [(key, row) for key, row in numbers.items() if row["quantity"] == main]
+    both = [key for key, row in rows if np.isfinite([row["released"], row["controlled"]]).all()]
+    turned = [key for key in both if signs(numbers[key]).startswith("the sign turns")]
+    clauses = [f"{len(turned)} of {len(both)} signs turn"] if both and main != "count" else []
+    if artefact in TRAINED:
+        clauses += ["the released statistic is a gap inside Q3 and no mean reduction"]
+        clauses += masks_disagree(table)
+    if artefact in BY_OUTCOME and artefact not in TRAINED:
+        clauses.append(by_outcome(known))
+    if artefact in OF_SELECTORS:
+        clauses.append(most_tied(table))
+    clauses += [_disagreements(numbers, both), small_divergences(known), population(known)]
+    clauses += [
+        f"no {words}: {known.lacking[name]}"
+        for name, words in _MISSING.items()
+        if name in known.lacking
+    ]
+    return {
+        side: sentence([headline(main, [row for _, row in rows], side)])
+        for side in ("released", "controlled")
+    } | {"why": sentence(clauses)}
+
+
+_MISSING = {
+    "released": "released number",
+    "checkpoint": "controlled number",
+    "context": "context gain",
+}
+SHOWN_ROWS = 4
+"""Rows that a headline shows; of more it shows the largest and the smallest two."""
+
+
+def headline(main: str, rows: list[Mapping[str, Any]], side: str) -> str:
+    """The main quantity's numbers on one side; empty without any."""
+    known = [row for row in rows if np.isfinite(row[side])]
+    if not known:
+        return ""
+    if len(known) > SHOWN_ROWS:
+        known = sorted(known, key=lambda row: -row[side])
+        known = [*known[: SHOWN_ROWS // 2], *known[-(SHOWN_ROWS // 2) :]]
+    unit = units(known[0]["unit"])[side != "released"]
+    parts = ", ".join(f"{_named(row)} {with_interval(row, side)}" for row in known)
+    return f"{main} ({unit}): {parts}"
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row with its K and budget, where its name does not hold them."""
+    name = str(row["row"])
+    if np.isfinite(row["k"]) and not name.startswith("K = "):
+        name += f" at K = {row['k']:g}"
+    return f"{name} at {percent(row['budget'])}" if np.isfinite(row["budget"]) else name
+
+
+def _disagreements(numbers: Numbers, keys: Iterable[tuple]) -> str:
+    """How often the released interval and the controlled one disagree about 0."""
+    rows = [numbers[key] for key in keys]
+    rows = [row for row in rows if int(row["controlled_prompts"]) >= FEWEST_PROMPTS]
+    pairs = [(excludes_zero(row, "released"), excludes_zero(row, "controlled")) for row in rows]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        return ""
+    lost, won = (sum(pair == turn for pair in pairs) for turn in ((True, False), (False, True)))
+    return (
+        f"of {len(pairs)} released intervals {lost} exclude 0 where the controlled one holds it, and"
+        f" {won} the other way round"
+    )
+
+
+def most_tied(table: pd.DataFrame) -> str:
+    """The selectors whose released selection is a tied block for the most part."""
+    rows = table[(table["quantity"] == "tied share") & (table["released"].astype(float) > 0)]
+    if rows.empty:
+        return ""
+    worst = rows.loc[rows["released"].astype(float).idxmax()]
+    return (
+        f"{len(rows)} released selections cut through equal scores, that of {worst['row']} at"
+        f" {percent(worst['budget'])} with {percent(worst['released'])} of it tied"
+    )
+
+
+def _of_plane(table: pd.DataFrame, known: Facts) -> dict[str, str]:
+    """The sentences of a plane: how many cells a side has, and over how many positions."""
+    found = {}
+    for side in ("released", "controlled"):
+        rows = table[np.isfinite(table[side].astype(float))]
+        count = f"{len(rows)} cells with {int(rows[f'{side}_n'].sum())} positions"
+        ends = f"from {number(rows[side].min())} to {number(rows[side].max())}"
+        unit = units(table["unit"].iloc[0])[side != "released"]
+        found[side] = sentence([f"{count}, {ends} ({unit})"] if len(rows) else [])
+    clauses = [small_divergences(known), population(known)]
+    clauses += [
+        f"no {words}: {known.lacking[name]}"
+        for name, words in _MISSING.items()
+        if name in known.lacking
+    ]
+    return found | {"why": sentence(clauses)}
+
+
+def not_made(artefact: str, known: Facts, *, needs_training: bool) -> str:
+    """Why an artefact has no table."""
+    if needs_training:
+        return (
+            "Not made: it needs trainings under masks, which `opd-diagnostics paper --output-dir"
+            " RUN --train` makes."
+        )
+    return sentence([f"not made: {why}" for why in dict.fromkeys(known.lacking.values())])
 
 
 def key_of(row: Mapping[str, Any]) -> tuple:
