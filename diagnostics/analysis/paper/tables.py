@@ -30,7 +30,7 @@ import pandas as pd
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.paper import controlled, released, training
 from diagnostics.analysis.paper import sentences as words
-from diagnostics.analysis.paper.cells import FOLDER, read_cells
+from diagnostics.analysis.paper.cells import FOLDER, TRAINING, read_cells
 from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
 from diagnostics.analysis.paper.sample import KEYS, Sample, long_table, reasons, samples
@@ -42,6 +42,8 @@ SIDES = ("released", "controlled", "context")
 SIDE_OF = {"checkpoint": "controlled", "context": "context"}
 """Side of each outcome."""
 ENDS = {"": "estimate", "_low": "low", "_high": "high", "_n": "n"}
+COUNTED = ("prompts", "seeds")
+"""Counts that the sentences need, 0 where a side does not tell; no columns of a final table."""
 COLUMNS = [*KEYS, "unit", *(f"{side}{end}" for side in SIDES for end in ENDS), "why"]
 """Columns of a final table."""
 CELL = ("x_bin", "y_bin", "x_low", "x_high", "y_low", "y_high")
@@ -133,6 +135,8 @@ ARTEFACTS = (
     Artefact("Figure 5C", "buckets", ("trimmed mean of",), "trimmed mean of bucket 3"),
 )
 """Every artefact that can be made from a token bank and short trainings, tables first."""
+STANDS_FOR_IT = (0.05, "teachability")
+"""Budget and mask of the training whose student is the checkpoint of a run without one."""
 TRAINED = ("2", "7", "10")
 """Joined tables that need trainings."""
 
@@ -154,7 +158,8 @@ def paper(
             trained student (`score --after`, or an import of the files before and after training);
             with a probe that has folds and a null, the context gain stands beside.
         cells: What every training under a mask measures at those positions (`paper.cells`); None
-            takes those of the run, and without any tables 2, 7 and 10 are left out.
+            takes those of the run, and without any tables 2, 7 and 10 are left out. Where the table
+            has no trained student, the first training with teachability at 5 % stands for it.
         kept: What every training kept; given together with `cells`.
         ks: Sizes of the support; None takes all that the table has.
         bootstrap: How the controlled intervals are made, and the seed of the released selections'
@@ -183,6 +188,8 @@ def paper(
             "What trainings measured and what they kept belong together; got only"
             f" {'kept' if cells is None else 'cells'}. Give both, as paper.cells.read_cells does."
         )
+    if cells is not None and "checkpoint" in reasons(tokens):
+        tokens = with_student(tokens, cells)
     lacking = reasons(tokens)
     if len(lacking) == len(OUTCOME_COLUMNS) and (cells is None or cells.empty):
         raise DiagnosticsError(
@@ -207,6 +214,26 @@ def _of_run(
     if cells is None and kept is None and (directory / FOLDER).is_dir():
         cells, kept = read_cells(directory / FOLDER)
     return tokens, cells, kept
+
+
+def with_student(tokens: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Let the first training with teachability at 5 % stand for a checkpoint that a table lacks.
+
+    Args:
+        tokens: A token table.
+        cells: What every training measures (`paper.cells`).
+
+    Returns:
+        The table with that training's columns `_after` and `seen`; as it was without one.
+    """
+    budget, name = STANDS_FOR_IT
+    chosen = cells[(cells["criterion"] == name) & np.isclose(cells["budget"].astype(float), budget)]
+    if chosen.empty:
+        return tokens
+    after = chosen[chosen["seed"] == chosen["seed"].min()].drop(columns=list(TRAINING))
+    keys = ["context_id", "position"]
+    twice = [column for column in after if column in tokens and column not in keys]
+    return tokens.drop(columns=twice).merge(after, on=keys, how="left", validate="one_to_one")
 
 
 # --- sides
@@ -242,7 +269,7 @@ class _Study:
     @cached_property
     def released_planes(self) -> pd.DataFrame:
         """The planes as released, all figures together."""
-        return released.planes(self.tokens, bins=controlled.BINS)
+        return released.planes(self.tokens, fewest=controlled.FEWEST_IN_CELL)
 
     @cached_property
     def controlled_planes(self) -> dict[str, pd.DataFrame]:
@@ -267,8 +294,8 @@ class _Study:
             whole, known = joined[artefact.source]
             table = _shown(whole, artefact)
             if len(table):
-                made[artefact.table] = _finished(table, artefact, known)
-            rows.append(difference(artefact, table, known))
+                made[artefact.table] = _finished(table, whole, artefact, known)
+            rows.append(difference(artefact, table, whole, known))
         return made | {"paper_differences": pd.DataFrame(rows, columns=DIFFERENCES)}
 
     def joined(self, number: str) -> tuple[pd.DataFrame, words.Facts]:
@@ -289,6 +316,9 @@ class _Study:
                 else "there are no trainings"
             )
         known = replace(self.facts, lacking=lacking)
+        if number in TRAINED and self.trainings is not None:
+            found = self.trainings.found
+            known = replace(known, kind=found.kind, small_gain=found.share_of_small)
         return (planes_joined if number in PLANE_UNITS else joined_sides)(parts), known
 
 
@@ -303,7 +333,7 @@ def _released(study: _Study, number: str) -> dict[str, pd.DataFrame]:
         "1": lambda: released.table_1(tokens, ks=ks),
         "5": lambda: released.table_5(tokens),
         "6": lambda: released.table_6(tokens, ks=ks),
-        "8": lambda: released.table_8(tokens, budgets=controlled.BUDGETS),
+        "8": lambda: released.table_8(tokens, budgets=released.BUDGETS_2),
         "9": lambda: released.table_9(tokens, ks=ks),
         "buckets": lambda: released.buckets(tokens),
         **{name: lambda name=name: _plane(study.released_planes, name) for name in PLANE_UNITS},
@@ -343,7 +373,7 @@ def _long_tables(study: _Study, sample: Sample, number: str) -> dict[str, pd.Dat
             for outcome in sample.outcomes
         }
     if number == "8":
-        found, ties = controlled.selector_table(sample, controlled.BUDGETS, study.bootstrap)
+        found, ties = controlled.selector_table(sample, released.BUDGETS_2, study.bootstrap)
         return {
             outcome: controlled.with_ties(found, ties, level, outcome)
             for outcome in sample.outcomes
@@ -361,9 +391,8 @@ def _long_tables(study: _Study, sample: Sample, number: str) -> dict[str, pd.Dat
 
 
 def _plane(planes: pd.DataFrame, number: str) -> pd.DataFrame:
-    """One figure's plane, without the cells that have too few positions."""
-    plane = planes[planes["figure"] == number]
-    return plane[np.isfinite(plane["estimate"].astype(float))]
+    """One figure's plane."""
+    return planes[planes["figure"] == number]
 
 
 # --- joining
@@ -376,7 +405,7 @@ def joined_sides(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         parts: Long forms by side; a side may be missing.
 
     Returns:
-        Columns of `KEYS`, then of each side its estimate, low, high, n and prompts, NaN (0 prompts)
+        Columns of `KEYS`, then of each side its estimate, low, high, n, prompts and seeds, NaN (0)
         where a side has no such row. Quantities, K and budgets stand in the order of the paper's.
     """
     sides = [_side(parts[side], side) for side in SIDES if side in parts and len(parts[side])]
@@ -395,22 +424,22 @@ def joined_sides(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _side_columns() -> list[str]:
-    return [f"{side}{end}" for side in SIDES for end in (*ENDS, "_prompts")]
+    return [f"{side}{end}" for side in SIDES for end in (*ENDS, *(f"_{n}" for n in COUNTED))]
 
 
 def _side(long: pd.DataFrame, side: str) -> pd.DataFrame:
     """A long form with the columns of one side."""
     keys = {name: long[name].astype(float).round(6) for name in ("k", "budget")}
     named = {f"{side}{end}": long[name].astype(float) for end, name in ENDS.items()}
-    named[f"{side}_prompts"] = long["prompts"] if "prompts" in long else 0
+    named |= {f"{side}_{name}": long.get(name, 0) for name in COUNTED}
     return pd.DataFrame({"row": long["row"], "quantity": long["quantity"], **keys, **named})
 
 
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
     """A joined table with every side's columns, undefined where a side is missing."""
     table = table.reindex(columns=[*table.columns, *(c for c in _side_columns() if c not in table)])
-    prompts = {f"{side}_prompts": table[f"{side}_prompts"].fillna(0).astype(int) for side in SIDES}
-    return table.assign(**prompts)
+    counts = [f"{side}_{name}" for side in SIDES for name in COUNTED]
+    return table.assign(**{name: table[name].fillna(0).astype(int) for name in counts})
 
 
 def planes_joined(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -464,22 +493,26 @@ def unit_of(artefact: Artefact, quantity: str) -> str:
     return GAIN if artefact.source == "buckets" else UNITS[quantity]
 
 
-def _finished(table: pd.DataFrame, artefact: Artefact, known: words.Facts) -> pd.DataFrame:
+def _finished(
+    table: pd.DataFrame, whole: pd.DataFrame, artefact: Artefact, known: words.Facts
+) -> pd.DataFrame:
     """A final table: with the reason of every row, in the order of the columns."""
-    numbers = words.numbers_of(table)
-    whys = [words.why(artefact.name, key, numbers, known) for key in numbers]
+    # A figure's sentences need rows of its table that it does not show, such as ties.
+    numbers = words.numbers_of(whole) | words.numbers_of(table)
+    keys = [words.key_of(row) for row in table.to_dict("records")]
+    whys = [words.why(artefact.name, key, numbers, known) for key in keys]
     columns = [*COLUMNS[:-1], *(CELL if artefact.source in PLANE_UNITS else ()), "why"]
     return table.assign(why=whys)[columns]
 
 
-def difference(artefact: Artefact, table: pd.DataFrame, known: words.Facts) -> dict[str, str]:
-    """The row of `paper_differences` of one artefact."""
-    row = {
-        "artefact": artefact.name,
-        "title": PRINTED[artefact.name].title,
-        "printed": PRINTED[artefact.name].text,
-    }
+def difference(
+    artefact: Artefact, table: pd.DataFrame, whole: pd.DataFrame, known: words.Facts
+) -> dict[str, str]:
+    """The row of `paper_differences` of one artefact, from its rows of a joined table."""
+    paper = PRINTED[artefact.name]
+    row = {"artefact": artefact.name, "title": paper.title, "printed": paper.text}
     if not len(table):
-        why = words.not_made(artefact.name, known, needs_training=artefact.source in TRAINED)
+        why = words.not_made(known, needs_training=artefact.source in TRAINED)
         return row | {"released": "", "controlled": "", "why": why}
-    return row | words.of_artefact(artefact.name, artefact.main, table, known)
+    found = words.of_artefact(artefact.name, artefact.main, table, whole, known)
+    return row | found | {"why": f"{found['why']} {paper.note}".strip()}
