@@ -22,8 +22,13 @@ SURFACE = {
         " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
         " temperature top-k top-p warm-steps"
     ),
-    "analyze": "draws json k level output-dir primary quiet seed tokens training",
-    "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
+    "analyze": (
+        "draws json k level output-dir primary quiet seed tokenizer tokens tokens-after training"
+    ),
+    "compare": (
+        "batch budgets criteria draws json level output-dir quiet scope seed ties tokenizer tokens"
+        " tokens-after"
+    ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json"
         " k learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"
@@ -162,6 +167,10 @@ def test_every_stage_says_what_it_does(capsys):
             "none.csv is not a file",
         ),
         (["analyze", "--tokens", "{tmp}/column.jsonl", "--output-dir", "{tmp}/out"], "column"),
+        (
+            ["analyze", "--tokens-after", "{tmp}/none.csv", "--output-dir", "{tmp}/out"],
+            "--tokens-after goes with an imported table, and there is none. Name it with --tokens.",
+        ),
         (
             ["report", "--output-dir", "{tmp}/out"],
             "/out holds no manifest.json. Name the --output-dir of an earlier run.",

@@ -25,13 +25,14 @@ import pandas as pd
 from diagnostics.analysis.robustness import BASE_K, known_k
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.formulas import released_relative_gain
-from diagnostics.core.schema import support_column
+from diagnostics.core.schema import AFTER, support_column
 from diagnostics.criteria import HIGH_QUANTILE, LOW_QUANTILE, normalize, relative_position
 
 log = logging.getLogger("diagnostics")
 When = Literal["before", "after"]
 """Whose measurement is read: the untrained student's, or the trained one's."""
-AFTER = "_after"
+AFTER_DIVERGENCE = "forward_kl" + AFTER
+KEYS = ("context_id", "position", "response_length")
 NARROW = 1e-12
 """Distance of the two quantiles of N under which the scripts set a whole column to 0."""
 
@@ -79,7 +80,7 @@ def column_at(tokens: pd.DataFrame, name: str, k: int | None = None, when: When 
         The column, which the table need not have.
     """
     own = k is None or k == (known_k(tokens) or BASE_K)
-    return support_column(name, None if own else k) + (AFTER if when == "after" else "")
+    return support_column(name + (AFTER if when == "after" else ""), None if own else k)
 
 
 @dataclass(frozen=True)
@@ -204,28 +205,31 @@ def script_table(
     )
 
 
-KEYS = ("context_id", "position", "response_length")
-
-
 def released_gain(tokens: pd.DataFrame) -> np.ndarray:
     """G of each position: (D - D') / (D + 1e-12), a fraction [N].
 
     Args:
         tokens: A token table with `forward_kl` and `forward_kl_after` in nats, or with
             `relative_gain_released`, as a file without a divergence after training has it.
+
+    Raises:
+        DiagnosticsError: The table has neither.
     """
-    if AFTER_DIVERGENCE in tokens:
-        before, after = (
-            tokens[name].to_numpy(np.float64) for name in ("forward_kl", AFTER_DIVERGENCE)
-        )
-        return released_relative_gain(before, after)
-    if "relative_gain_released" in tokens:
+    if AFTER_DIVERGENCE not in tokens and "relative_gain_released" in tokens:
         return tokens["relative_gain_released"].to_numpy(np.float64)
-    require_measured(tokens, [AFTER_DIVERGENCE])
-    raise AssertionError("unreachable: the column was just found missing")
+    require_measured(tokens, ["forward_kl", AFTER_DIVERGENCE])
+    before, after = (tokens[name].to_numpy(np.float64) for name in ("forward_kl", AFTER_DIVERGENCE))
+    return released_relative_gain(before, after)
 
 
-AFTER_DIVERGENCE = "forward_kl" + AFTER
+def require_finite(name: str, values: np.ndarray) -> None:
+    """Raise DiagnosticsError where a column [N] has a value that is not finite."""
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong:
+        raise DiagnosticsError(
+            f"{name} is not finite at {wrong} of {len(values)} positions, where the released"
+            " scripts would read a number. Drop those positions, or measure them again."
+        )
 
 
 def require_measured(tokens: pd.DataFrame, columns: list[str]) -> None:
