@@ -104,6 +104,7 @@ def columns() -> str:
         "One row per response position. Logarithms are natural; p is the student's distribution, q"
         " the teacher's, y the\nsampled token, S and T the K most likely tokens of each, U both"
         " together. A column marked K depends on it: other K\nstand beside it as `<name>_k<K>`."
+        " A measurement from before the step may have a\ncounterpart `<name>_after`, and `<name>_k<K>_after`, taken with another student."
         " *By lists* says what a column is with a teacher that is known by top-K lists alone\n"
         "([inputs](inputs.md)). `scripts/docs.py` writes this page from the schema.",
     ]

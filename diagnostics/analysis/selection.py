@@ -317,7 +317,7 @@ def candidates(
 ) -> Candidates:
     """The positions under a mask [N] with criteria, without `full` and `random`."""
     require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
-    names = list(criteria or []) or registry.available(tokens)
+    names = list(criteria or []) or registry.usual(tokens)
     compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
     return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
 

@@ -143,15 +143,15 @@ def scores(
 
     Args:
         tokens: A token table with N rows.
-        names: Criteria; None takes all that the table's columns allow, except those of kind *all*,
-            because a constant correlates with nothing.
+        names: Criteria; None takes the usual ones that the table's columns allow, except those of
+            kind *all*, because a constant correlates with nothing.
         seed: Seed of the criterion `random`.
 
     Returns:
         Scores [N] by criterion.
     """
     if names is None:
-        names = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
+        names = [name for name in registry.usual(tokens) if registry.find(name).kind != "all"]
     return {name: registry.score_criterion(tokens, name, seed=seed) for name in names}
 
 

@@ -64,8 +64,8 @@ def test_quadrant_means_equal_a_loop(tokens):
 
 def test_locations_by_hand():
     values = np.array([np.nan, 40.0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -30])
-    assert quadrants._locations(values, 0.1) == pytest.approx([5.0, 5.0, 5.0, 5.0])
-    assert np.isnan(quadrants._locations(np.array([np.nan]), 0.1)).all()
+    assert quadrants.plain_locations(values, 0.1) == pytest.approx([5.0, 5.0, 5.0, 5.0])
+    assert np.isnan(quadrants.plain_locations(np.array([np.nan]), 0.1)).all()
 
 
 def test_position_means_equal_a_loop(tokens):
