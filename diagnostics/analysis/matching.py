@@ -68,7 +68,7 @@ def match(
     start = np.cumsum(many) - many
     run = np.repeat(np.arange(len(t)), many)
     other = c[np.arange(len(run)) - start[run] + first[run]]
-    # Squares are compared: their roots may round two distances to one, and then the first would win.
+    # Squares are compared: roots may round two distances to one, and then the first would win.
     square = ((features[t[run]] - features[other]) ** 2).sum(axis=1)
     least = np.minimum.reduceat(square, start)
     nearest = np.flatnonzero(square == least[run])

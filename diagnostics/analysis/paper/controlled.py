@@ -35,6 +35,15 @@ from diagnostics.analysis.bootstrap import Estimate, positive_ratio
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.cuts import Drawn
 from diagnostics.analysis.paper.bank import column_at
+from diagnostics.analysis.paper.released import (
+    BINS,
+    BUCKETED,
+    BUDGETS_2,
+    PLANE,
+    PLANES,
+    PROXIES,
+    SELECTORS,
+)
 from diagnostics.analysis.paper.sample import (
     COLUMNS,
     LONG,
@@ -66,72 +75,17 @@ from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import Ranked
 
-__all__ = [
-    "BUCKETED",
-    "BUDGETS",
-    "LONG",
-    "PROXIES",
-    "SELECTORS",
-    "buckets",
-    "planes",
-    "table_1",
-    "table_5",
-    "table_6",
-    "table_8",
-    "table_9",
-]
-
-BUDGETS = (0.03, 0.05)
-"""Budgets of table 8."""
-PROXIES = {
-    "mass": "compatibility",
-    "bhattacharyya": "bhattacharyya",
-    "jaccard": "topk_jaccard",
-    "overlap": "topk_overlap",
-}
-"""Rows of table 6, and the column of each."""
 FIRST_Q3 = {
     "q3_compatibility": "compatibility",
     "q3_teachability_first": "teachability",
     "q3_divergence": "divergence",
 }
 """Selectors that take every position of Q3 before any other, and what orders both."""
-SELECTORS = (
-    *FIRST_Q3,
-    "teachability",
-    "divergence",
-    "incompatible",
-    "tip",
-    "entropy",
-    "random",
-)
-"""Rows of table 8."""
-BUCKETED = ("compatibility", "divergence", "incompatible", "teachability")
-"""Scores of figures 4D and 5C."""
 QUARTERS = 4
 TRIMMED = 0.05
 """Share of a bucket at each end that is trimmed or winsorized."""
-BINS, FEWEST_IN_CELL = 10, 10
-"""Bins of each axis of a plane, and positions below which a cell is left out."""
-PLANES = {
-    "2A": ("teachability", "incompatible", None),
-    "2B": ("entropy", "divergence", "teachability"),
-    "2C": ("entropy", "divergence", "incompatible"),
-}
-"""By figure the two criteria of its axes, and the one whose mean percentile it shows; None shows
-the gain."""
-PLANE = [
-    "figure",
-    "x_bin",
-    "y_bin",
-    "x_low",
-    "x_high",
-    "y_low",
-    "y_high",
-    "positions",
-    "estimate",
-]
-"""Columns of the planes."""
+FEWEST_IN_CELL = 10
+"""Positions below which a cell of a plane has no number."""
 
 
 # --- gaps inside Q3: tables 1 and 6
@@ -511,7 +465,7 @@ def with_ties(
 def table_8(
     tokens: pd.DataFrame,
     *,
-    budgets: Iterable[float] = BUDGETS,
+    budgets: Iterable[float] = BUDGETS_2,
     outcome: Outcome = "checkpoint",
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,

@@ -60,12 +60,8 @@ PRINTED: dict[str, Printed] = {
         note="No code for it was released; its number of bins and the scale of its gain (the bar"
         " runs from −4 to 4) are unknown.",
     ),
-    "Figure 2B": Printed(
-        "Where compatible divergence lies", note="No code for it was released."
-    ),
-    "Figure 2C": Printed(
-        "Where incompatible divergence lies", note="No code for it was released."
-    ),
+    "Figure 2B": Printed("Where compatible divergence lies", note="No code for it was released."),
+    "Figure 2C": Printed("Where incompatible divergence lies", note="No code for it was released."),
     "Figure 3A": Printed(
         "Coefficients of compatible and incompatible divergence",
         _COEFFICIENTS,

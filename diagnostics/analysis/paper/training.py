@@ -28,17 +28,20 @@ from diagnostics.analysis import cuts
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.cuts import Drawn
+from diagnostics.analysis.paper.cells import TRAINING
 from diagnostics.analysis.paper.controlled import matched_space, near_pairs
+from diagnostics.analysis.paper.released import BUDGETS_2, BUDGETS_10, TABLE_7
 from diagnostics.analysis.paper.sample import LONG
 from diagnostics.analysis.quadrants import MATCHED_COLUMNS
 from diagnostics.analysis.rank_correlation import equal_groups, rank_shares
 from diagnostics.analysis.splits import Split
 from diagnostics.analysis.training_outcomes import Outcomes, SeedPromptEstimate
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.formulas import RELATIVE_GAIN_FLOOR, released_relative_gain
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
-TABLE_2 = (
+ORDER = (
     "teachability",
     "divergence",
     "incompatible",
@@ -49,16 +52,11 @@ TABLE_2 = (
     "q3_compatibility",
     "q3_compatibility_low",
     "q3",
-    "split_budget",
 )
-"""Masks of table 2, in the order of the paper; the split budget is the released trainer's own."""
-TABLE_7 = ("q3_teachability", "q3_teachability_low", "q3_incompatible")
-TABLE_10 = ("teachability",)
-BUDGETS_2 = (0.03, 0.05)
-BUDGETS_10 = (0.01, 0.03, 0.05, 0.1)
-CELL = ("criterion", "budget", "seed")
-"""What names a training."""
-CELL_COLUMNS = (*CELL, "context_id", "position", "forward_kl_after")
+"""Masks of table 2 in the order of the paper; others that were trained with follow by name."""
+CURVE = ("teachability",)
+"""The mask of table 10."""
+CELL_COLUMNS = (*TRAINING, "context_id", "position", "forward_kl_after")
 KEPT = {
     "kept share": "kept_share",
     "share in Q3": "q3_share",
@@ -105,6 +103,23 @@ class Trainings:
         return np.where(self.seen_CN, np.nan, self.gains_CN)
 
     @property
+    def seen_gains_CN(self) -> np.ndarray:
+        """[C, N] gains at the positions that the training saw, NaN elsewhere."""
+        return np.where(self.seen_CN, self.gains_CN, np.nan)
+
+    @property
+    def share_of_small(self) -> float:
+        """Share of the summed size of all trainings' relative gains, without a floor, that lies at
+        positions whose divergence is below the floor.
+        """
+        before_N = self.tokens["forward_kl"].to_numpy(dtype=np.float64)
+        size_CN = np.abs(released_relative_gain(before_N, before_N - self.gains_CN))
+        size_CN = np.where(np.isfinite(size_CN), size_CN, 0.0)
+        total = size_CN.sum()
+        small = size_CN[:, before_N < RELATIVE_GAIN_FLOOR].sum()
+        return float(small / total) if total > 0 else np.nan
+
+    @property
     def mask(self) -> np.ndarray:
         """[N] the positions that count for some training."""
         return np.isfinite(self.counted_CN).any(axis=0)
@@ -133,7 +148,7 @@ def trainings(tokens: pd.DataFrame, cells: pd.DataFrame, kept: pd.DataFrame) -> 
     """
     require_columns(tokens, ("context_id", "position", "forward_kl"), what="Trainings' gains")
     require_columns(cells, CELL_COLUMNS, what="A table of trainings' cells")
-    require_columns(kept, [*CELL, *KEPT.values()], what="The table of what trainings kept")
+    require_columns(kept, [*TRAINING, *KEPT.values()], what="The table of what trainings kept")
     names, of_kept = _names(cells).unique().sort_values(), _names(kept)
     wrong = [name for name in names if (of_kept == name).sum() != 1]
     if wrong:
@@ -198,8 +213,7 @@ def mean_gains(found: Trainings, bootstrap: Bootstrap) -> Outcomes:
     prompts = PromptClusters(found.tokens["prompt_id"], draws=0)
     parts = [_by_prompt(found.names, found.counted_CN, prompts, UNSEEN)]
     if found.kind == "unseen":
-        seen_CN = np.where(found.seen_CN, found.gains_CN, np.nan)
-        parts.append(_by_prompt(found.names, seen_CN, prompts, SEEN))
+        parts.append(_by_prompt(found.names, found.seen_gains_CN, prompts, SEEN))
     return Outcomes(pd.concat(parts, ignore_index=True), bootstrap=bootstrap)
 
 
@@ -326,10 +340,16 @@ class Study:
         return gaps(self.found, self.bootstrap)
 
     def table(
-        self, criteria: Iterable[str], budgets: Iterable[float] | None, quantities: Iterable[str]
+        self,
+        criteria: Iterable[str] | None,
+        budgets: Iterable[float] | None,
+        quantities: Iterable[str],
     ) -> pd.DataFrame:
-        """The long form of some quantities for the trainings of some criteria and budgets."""
+        """The long form of some quantities; None takes every criterion or budget."""
         quantities = list(quantities)
+        trained = {name for name, _, _ in self.found.names}
+        if criteria is None:
+            criteria = [*(name for name in ORDER if name in trained), *sorted(trained - {*ORDER})]
         here = {name[:2] for name in self.found.names}
         wanted = sorted({budget for _, budget in here} if budgets is None else set(budgets))
         rows = [
@@ -365,15 +385,12 @@ class Study:
     def mean(
         self, measure: str, criterion: str, budget: float
     ) -> tuple[SeedPromptEstimate, int] | None:
-        """A mean gain of one criterion and budget, and the positions of one of its trainings."""
+        """A mean gain of one criterion and budget, and the positions that count for a training."""
         if measure not in self.outcomes.tables:
             return None
-        cell = self.found.seeds(criterion, budget)[0]
-        if measure == SEEN:
-            n = np.isfinite(self.found.gains_CN[cell][self.found.seen_CN[cell]]).sum()
-        else:
-            n = np.isfinite(self.found.counted_CN[cell]).sum()
-        return self.outcomes.of(measure, criterion, budget), int(n)
+        gains_CN = self.found.seen_gains_CN if measure == SEEN else self.found.counted_CN
+        known_N = np.isfinite(gains_CN[self.found.seeds(criterion, budget)]).any(axis=0)
+        return self.outcomes.of(measure, criterion, budget), int(known_N.sum())
 
     def minus_random(self, criterion: str, budget: float) -> tuple[SeedPromptEstimate, int] | None:
         """The mean gain less that of random positions, paired by prompt and seed."""
@@ -453,9 +470,9 @@ def tables(made: Study) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 _TABLES = {
-    "2": (TABLE_2, BUDGETS_2, QUANTITIES_2),
+    "2": (None, BUDGETS_2, QUANTITIES_2),
     "7": (TABLE_7, None, QUANTITIES_7),
-    "10": (TABLE_10, BUDGETS_10, QUANTITIES_10),
+    "10": (CURVE, BUDGETS_10, QUANTITIES_10),
 }
 
 

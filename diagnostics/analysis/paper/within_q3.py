@@ -69,6 +69,8 @@ def _buckets(table: ScriptTable, name: str, rng: np.random.Generator, draws: int
     rows = []
     for number in range(count):
         at = bucket == number
+        if not at.any():
+            continue
         low, high = mean_interval(y[at], context[at], rng=rng, draws=draws)
         counts = {"buckets": count, "bucket": number, "positions": int(at.sum())}
         rows.append({**counts, "mean": y[at].mean(), "low": low, "high": high})
