@@ -26,10 +26,10 @@ from diagnostics.contexts.choose_prompts import (
     training_prompts,
 )
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
+from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
-from diagnostics.core.formulas import gains
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
@@ -436,28 +436,9 @@ def join_tokens(run: Run) -> None:
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     if run.path("after.parquet").exists() and run.as_written("after.parquet"):
-        tokens = with_checkpoint(tokens, read_parquet(run.path("after.parquet")))
+        tokens = join_checkpoint(tokens, read_parquet(run.path("after.parquet")))
     with run.joining("tokens.parquet"):
         write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
-
-
-def with_checkpoint(tokens: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join the checkpoint's columns. They take the place of divergences after the probe's steps,
-    which follow from its gains; without a probe the gains are the checkpoint's.
-    """
-    known = [name for name in after if name in tokens and name not in GAIN_KEYS]
-    joined = tokens.drop(columns=known).merge(
-        after, on=list(GAIN_KEYS), how="left", validate="one_to_one"
-    )
-    if "gain" in joined:
-        return joined
-    divergences = ("forward_kl", "reverse_kl")
-    return joined.assign(
-        **gains(
-            tuple(joined[name] for name in divergences),
-            tuple(joined[name + AFTER] for name in divergences),
-        )
-    )
 
 
 def refuse_shards(models: Models) -> None:

@@ -20,6 +20,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
 from diagnostics.report.figures.paper import FIGURES, paper, plain
@@ -121,8 +122,8 @@ def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
         The figures by the paper's number, and for each that could not be drawn the reason.
     """
     drawn, left_out = {}, {}
-    for number, spec in FIGURES.items():
-        level = {"level": run.level} if "level" in inspect.signature(spec.draw).parameters else {}
+    for number, draw in FIGURES.items():
+        level = {"level": run.level} if "level" in inspect.signature(draw).parameters else {}
         try:
             drawn[number] = Drawn(
                 *(paper(number, run.tables, width=width, **level) for width in (DOUBLE, SINGLE))
@@ -238,13 +239,16 @@ def _pair(run: RunResults) -> str:
 
 
 def checkpoint(run: RunResults) -> str:
-    """The trained student's name: the last two parts of its folder, or its id; empty where the
-    manifest does not record it.
+    """The trained student in a few words; empty where the manifest does not record it.
+
+    It is a training of the run itself, or the last two parts of the folder, or the id, of the
+    student that was measured.
     """
-    named = run.stage("paper").get("checkpoint") or run.stage("after").get("after")
-    if not isinstance(named, str) or not named:
-        return ""
-    return "/".join(PurePath(named).parts[-2:])
+    own = run.stage("paper").get("checkpoint")
+    if isinstance(own, Mapping) and {"criterion", "budget", "seed"} <= set(own):
+        return f"after training on {own['criterion']} at {own['budget']:.0%}, seed {own['seed']}"
+    named = run.stage("after").get("after")
+    return "/".join(PurePath(named).parts[-2:]) if isinstance(named, str) else ""
 
 
 # --- artefacts
@@ -280,10 +284,8 @@ def _said(run: RunResults, artefact: Artefact) -> dict:
 
 def _heading(artefact: Artefact, said: Mapping) -> str:
     own = said.get("title")
-    if not isinstance(own, str) or not own:
-        spec = FIGURES.get(artefact.number) if artefact.kind == "Figure" else None
-        own = spec.title if spec else ""
-    return f"{artefact.name}. {own}".rstrip(". ") if own else artefact.name
+    title = own if isinstance(own, str) and own else PRINTED[artefact.name].title
+    return f"{artefact.name}. {title}"
 
 
 def _drawing(artefact: Artefact, drawn: Drawn) -> str:

@@ -188,8 +188,8 @@ def figures_with_tables() -> dict:
     """For every figure of the paper, by its name in `figures`: what draws it, and its table."""
     made = tables()
     found = {
-        f"paper_{number.lower()}": (spec.draw, functools.partial(made.get, table_name(number)))
-        for number, spec in FIGURES.items()
+        f"paper_{number.lower()}": (draw, functools.partial(made.get, table_name(number)))
+        for number, draw in FIGURES.items()
     }
     return found | {"paper": (functools.partial(figures.paper, "3C"), tables)}
 

@@ -86,7 +86,7 @@ def test_a_forest_shows_each_side_with_its_intervals_and_its_unit(number):
 )
 def test_selectors_show_one_mark_per_budget(number, quantity):
     table = made_paper.selectors()
-    shown = panels(FIGURES[number].draw(table))
+    shown = panels(FIGURES[number](table))
     assert list(shown) == list(SIDES)
     for side, ax in shown.items():
         for budget, label in ((0.03, "3%"), (0.05, "5%")):
@@ -132,7 +132,7 @@ def test_coefficients_stand_over_k_and_a_missing_interval_draws_none():
 @pytest.mark.parametrize(("number", "statistic"), [("4D", "mean"), ("5C", "trimmed mean")])
 def test_buckets_run_from_the_lowest_to_the_highest_quarter(number, statistic):
     table = made_paper.quarters("mean", "trimmed mean")
-    for side, ax in panels(FIGURES[number].draw(table)).items():
+    for side, ax in panels(FIGURES[number](table)).items():
         for score in made_paper.SCORES:
             names = [f"{statistic} of bucket {bucket}" for bucket in BUCKETS]
             rows = table[(table.row == score) & table.quantity.isin(names)]
@@ -145,7 +145,7 @@ def test_buckets_run_from_the_lowest_to_the_highest_quarter(number, statistic):
 @pytest.mark.parametrize("number", ["2A", "2B", "2C"])
 def test_a_plane_shows_every_cell_at_its_place_and_leaves_others_empty(number):
     table = made_paper.plane(number, bins=6)
-    figure = FIGURES[number].draw(table)
+    figure = FIGURES[number](table)
     shown = panels(figure)
     assert list(shown) == ["released", "controlled"]
     for side, ax in shown.items():

@@ -782,27 +782,20 @@ def paper_5c(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
 # --- by number
 
 
-class PaperFigure(NamedTuple):
-    """A figure of the paper: its title and the function that draws it."""
-
-    title: str
-    draw: Callable[..., Figure]
-
-
-FIGURES = {
-    "2A": PaperFigure("Mean gain over compatible and incompatible divergence", paper_2a),
-    "2B": PaperFigure("Where compatible divergence lies", paper_2b),
-    "2C": PaperFigure("Where incompatible divergence lies", paper_2c),
-    "3A": PaperFigure("Coefficients of compatible and incompatible divergence", paper_3a),
-    "3B": PaperFigure("Training on masks inside Q3", paper_3b),
-    "3C": PaperFigure("The Q3 gap", paper_3c),
-    "4A": PaperFigure("Mean gain of the exact top N", paper_4a),
-    "4B": PaperFigure("Gain per share kept", paper_4b),
-    "4C": PaperFigure("The Q3 gap by support proxy", paper_4c),
-    "4D": PaperFigure("Gain by quarters of each score inside Q3", paper_4d),
-    "5A": PaperFigure("Robustness of the Q3 gap", paper_5a),
-    "5B": PaperFigure("Support proxies over K", paper_5b),
-    "5C": PaperFigure("Trimmed gain by quarters of each score inside Q3", paper_5c),
+FIGURES: dict[str, Callable[..., Figure]] = {
+    "2A": paper_2a,
+    "2B": paper_2b,
+    "2C": paper_2c,
+    "3A": paper_3a,
+    "3B": paper_3b,
+    "3C": paper_3c,
+    "4A": paper_4a,
+    "4B": paper_4b,
+    "4C": paper_4c,
+    "4D": paper_4d,
+    "5A": paper_5a,
+    "5B": paper_5b,
+    "5C": paper_5c,
 }
 """The paper's figures that can be drawn from a token bank and short trainings, by number."""
 
@@ -843,7 +836,7 @@ def paper(number: str, tables: Mapping[str, pd.DataFrame], **page: Unpack[Interv
             f"There is no table {table_name(wanted)} with rows among {_some(tables)}. Pass what"
             " `dx.paper` returned; figure 3B needs trainings: `opd-diagnostics paper --train`."
         )
-    draw = FIGURES[wanted].draw
+    draw = FIGURES[wanted]
     taken = {name: page[name] for name in page if name in inspect.signature(draw).parameters}
     return draw(table, printed=printed_value(tables, wanted), **taken)
 
