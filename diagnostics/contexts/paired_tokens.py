@@ -26,6 +26,8 @@ OF_TEACHER = (
 )
 """Beginnings of the measurements that training the student does not change."""
 DIVERGENCES = ("forward_kl", "reverse_kl")
+OF_CHECKPOINT = ("seen",)
+"""Keys that belong to the trained student."""
 
 
 def join_after(
@@ -80,7 +82,7 @@ def _sides(after: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     measured = [name for name, stage in stages.items() if stage == "before"]
     ready = {name: name for name, stage in stages.items() if stage == "after"}
     if ready:
-        return measured, ready
+        return measured, ready | {name: name for name in OF_CHECKPOINT if name in after}
     teacher = [name for name in measured if name.startswith(OF_TEACHER)]
     return teacher, {name + AFTER: name for name in measured if name not in teacher}
 
