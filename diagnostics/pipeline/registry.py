@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline import stages
+from diagnostics.pipeline import paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ TRAIN = "training.run.TrainConfig"
 ENGINE = "training.run.EngineConfig"
 EVALUATION = "training.evaluation.EvaluationConfig"
 VALIDATE = "training.grid.ValidateConfig"
+SELECTORS = "training.selectors.SelectorConfig"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,17 @@ def _validate(job: Job) -> None:
         analysis=job.configs[ANALYSIS],
         engine=job.configs[ENGINE],
     )
+
+
+def _paper(job: Job) -> dict[str, str]:
+    page = paper_stage.paper_stage(
+        job.run,
+        job.models,
+        job.configs[SELECTORS],
+        job.configs[ANALYSIS],
+        seed=job.flag("seed"),
+    )
+    return {"output_dir": str(job.run.directory), "paper": str(page)}
 
 
 STAGES = (
@@ -507,6 +519,28 @@ STAGES = (
         ),
         run=_validate,
         modules=("training.grid", "analysis.training_outcomes", "analysis.foresight"),
+    ),
+    Stage(
+        name="paper",
+        purpose=(
+            "Lay out the tables and figures of arXiv 2605.26844 for the run's pair, each as the"
+            " released scripts compute it and controlled."
+        ),
+        example=(
+            "paper --output-dir reports/mine",
+            "paper --pair embedded --train --output-dir reports/mine",
+        ),
+        configs=(PAIR, SELECTORS, ANALYSIS),
+        reads=(
+            "`tokens.parquet` with a trained student's columns; with `--train`: two models,"
+            " `contexts.parquet`, `scores.parquet`"
+        ),
+        writes=(
+            "`tables/paper_*.csv`, `figures/paper_*`, `paper.html`; with `--train`: `paper/cells/`"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, SEED),
+        run=_paper,
+        modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
         name="rerun",

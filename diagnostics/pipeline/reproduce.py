@@ -290,7 +290,7 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
         file: digest
         for record in manifest["stages"].values()
         for file, digest in record["inputs"].items()
-        if file not in written and not file.startswith("cells/")
+        if file not in written and not file.startswith(("cells/", "paper/cells/"))
     }
     content = {}
     for file, digest in wanted.items():

@@ -132,7 +132,7 @@ class Run:
                 *derived*; it holds anything of other models; an input is missing or damaged; or a
                 file with the name of an output is in no record.
         """
-        inputs = {file: self._input_hash(name, file) for file in inputs}
+        inputs = {file: self.input_hash(name, file) for file in inputs}
         now = {
             "settings": recorded(settings),
             "inputs": inputs,
@@ -359,7 +359,12 @@ class Run:
             )
         return self.path(name)
 
-    def _input_hash(self, stage: str, file: str) -> str:
+    def input_hash(self, stage: str, file: str) -> str:
+        """Hash of a file that a stage reads.
+
+        Raises:
+            DiagnosticsError: The file is missing, or is not as it was written.
+        """
         digest, known = files.hash_inside(self.directory, file), self._known(file)
         if digest is None:
             raise DiagnosticsError(

@@ -26,12 +26,12 @@ from diagnostics.contexts.choose_prompts import (
     training_prompts,
 )
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
+from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
-from diagnostics.core.formulas import gains
 from diagnostics.core.manifest import unchanged
-from diagnostics.core.schema import AFTER, read_parquet, support_column, validate_tokens
+from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
@@ -374,22 +374,15 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         checkpoint: Folder or Hugging Face id of the trained student.
         config: Supports and batches, those of the scores.
     """
-    from diagnostics.probing.scores import score
+    from diagnostics.probing.scores import score_after
 
     def work() -> dict:
         pair, bank = _trained_pair(models, checkpoint), read_bank(run.path("contexts.parquet"))
-        measured = score(pair, bank, config, shards=run.shards("after"))
-        columns = {
-            support_column(f"{name}{AFTER}", k): measured[support_column(name, k)]
-            for name, by_support in MEASURED_AFTER.items()
-            for k in (None, *(config.sweep if by_support else ()))
-            if support_column(name, k) in measured
-        }
+        after = score_after(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
-        columns |= {} if seen is None else {"seen": seen}
-        write_parquet(run.path("after.parquet"), measured[list(GAIN_KEYS)].assign(**columns))
+        write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
         seen_facts = {} if seen is None else {"seen_positions": int(seen.sum())}
-        not_finite = int(measured["forward_kl"].isna().sum())
+        not_finite = int(after[f"forward_kl{AFTER}"].isna().sum())
         return {**pair.facts, "steps": 1, "not_finite": not_finite, **seen_facts}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
@@ -403,15 +396,6 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
-
-
-MEASURED_AFTER = {
-    "forward_kl": False,
-    "reverse_kl": False,
-    "student_entropy": False,
-    "compatibility": True,
-}
-"""Measurements that are kept of a checkpoint, and whether they are kept for every K."""
 
 
 def _trained_pair(models: Models, checkpoint: str) -> Pair:
@@ -452,31 +436,13 @@ def join_tokens(run: Run) -> None:
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     if run.path("after.parquet").exists() and run.as_written("after.parquet"):
-        tokens = _with_checkpoint(tokens, read_parquet(run.path("after.parquet")))
+        tokens = join_checkpoint(tokens, read_parquet(run.path("after.parquet")))
     with run.joining("tokens.parquet"):
         write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
 
 
-def _with_checkpoint(tokens: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join the checkpoint's columns. They take the place of divergences after the probe's steps,
-    which follow from its gains; without a probe the gains are the checkpoint's.
-    """
-    known = [name for name in after if name in tokens and name not in GAIN_KEYS]
-    joined = tokens.drop(columns=known).merge(
-        after, on=list(GAIN_KEYS), how="left", validate="one_to_one"
-    )
-    if "gain" in joined:
-        return joined
-    divergences = ("forward_kl", "reverse_kl")
-    return joined.assign(
-        **gains(
-            tuple(joined[name] for name in divergences),
-            tuple(joined[name + AFTER] for name in divergences),
-        )
-    )
-
-
-def _refuse_shards(models: Models) -> None:
+def refuse_shards(models: Models) -> None:
+    """Refuse to train with a teacher that is sharded by hand."""
     if models.config.shard_teacher:
         raise DiagnosticsError(
             "Training shards its models by Accelerate's own configuration; leave --shard-teacher"
@@ -537,7 +503,7 @@ def train_stage(
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
-    _refuse_shards(models)
+    refuse_shards(models)
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
     lora_config(engine.lora_rank, engine.peft)
@@ -849,6 +815,17 @@ BEFORE_INTERVENING = ("fold", "split", "token_identity_gain")
 """Columns of the probe's gains that an intervention may see: no outcome of a position itself."""
 
 
+def scored_supports(run: Run) -> tuple[int, tuple[int, ...]]:
+    """The K of the run's scores and the other K that were measured beside it; the defaults where
+    the manifest does not say.
+    """
+    from diagnostics.probing.scores import ScoreConfig
+
+    settings = run.manifest["stages"].get("score", {}).get("settings", {})
+    usual = ScoreConfig()
+    return settings.get("k", usual.k), tuple(settings.get("sweep", usual.sweep))
+
+
 def _scored_k(run: Run) -> int | None:
     """The K of the run's scores; None where they were not made by this run."""
     return run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
@@ -980,7 +957,7 @@ def validate_stage(
     from diagnostics.training import grid
 
     check_loss(config.loss)
-    _refuse_shards(models)
+    refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
     sources = {

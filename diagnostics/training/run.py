@@ -101,9 +101,11 @@ class TrainConfig:
         seed: Seed of data order, sampling and random selection.
         ties: How equal scores are ordered, as in `criteria.select`.
         scope: Whether the budget is a share of the step's positions or of each response's.
+        per_context_minimum: Number of best positions of each response that are kept first, within
+            the budget.
 
     Raises:
-        DiagnosticsError: There are no steps or no responses.
+        DiagnosticsError: There are no steps or no responses, or the minimum is negative.
     """
 
     criterion: str = field(
@@ -127,8 +129,16 @@ class TrainConfig:
     )
     ties: str = field(default="raw", metadata=TIES_FLAG)
     scope: str = field(default="batch", metadata=TRAINING_SCOPE_FLAG)
+    per_context_minimum: int = field(
+        default=0, metadata={"help": "positions of each response that are kept first"}
+    )
 
     def __post_init__(self):
+        if self.per_context_minimum < 0:
+            raise DiagnosticsError(
+                "A minimum per context is a number of positions, 0 or more; got"
+                f" {self.per_context_minimum}."
+            )
         if self.steps < 1 or self.batch < 1:
             raise DiagnosticsError(
                 f"Training needs steps and responses; got steps={self.steps}, batch={self.batch}."
@@ -374,6 +384,8 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         key: value
         for key, value in settings.items()
         if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")
+        # An earlier version had no minimum, and its trainings can be resumed.
+        and (key, value) != ("per_context_minimum", 0)
     }
     return settings | {
         "trl": engine_options.trl_fields(engine.trl),
@@ -690,6 +702,7 @@ def _trainer(
             seed=config.seed,
             ties=config.ties,
             scope=config.scope,
+            per_context_minimum=config.per_context_minimum,
         ),
         args=trl_config(
             directory,

@@ -47,7 +47,8 @@ SURFACE = {
         " criterion device dtype eval-contexts eval-every eval-prompts eval-samples json k"
         " learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir pair peft"
-        " probe-every prompt-column prompts prompts-split quiet resume save-every scope seed"
+        " per-context-minimum probe-every prompt-column prompts prompts-split quiet resume"
+        " save-every scope seed"
         " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
         " teacher-logprobs teacher-revision ties trl verifier"
     ),
@@ -59,6 +60,12 @@ SURFACE = {
         " pair peft probe-every prompt-column prompts prompts-split quiet resume save-every"
         " scope seeds shard-teacher steps student student-revision teacher teacher-device"
         " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
+    ),
+    "paper": (
+        "accept-code batch budgets curve device draws dtype json learning-rate level masks"
+        " no-offload-teacher no-shard-teacher no-train offload-teacher output-dir pair"
+        " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
     ),
     "report": "compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",

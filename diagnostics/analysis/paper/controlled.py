@@ -34,13 +34,22 @@ from diagnostics.analysis import matching as pair_matching
 from diagnostics.analysis.bootstrap import Estimate, positive_ratio
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.cuts import Drawn
+from diagnostics.analysis.paper.bank import column_at
+from diagnostics.analysis.paper.released import (
+    BINS,
+    BUCKETED,
+    BUDGETS_2,
+    PLANE,
+    PLANES,
+    PROXIES,
+    SELECTORS,
+)
 from diagnostics.analysis.paper.sample import (
     COLUMNS,
     LONG,
     Outcome,
     Part,
     Sample,
-    at_k,
     estimates,
     fine_order,
     finite,
@@ -66,72 +75,17 @@ from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import Ranked
 
-__all__ = [
-    "BUCKETED",
-    "BUDGETS",
-    "LONG",
-    "PROXIES",
-    "SELECTORS",
-    "buckets",
-    "planes",
-    "table_1",
-    "table_5",
-    "table_6",
-    "table_8",
-    "table_9",
-]
-
-BUDGETS = (0.03, 0.05)
-"""Budgets of table 8."""
-PROXIES = {
-    "mass": "compatibility",
-    "bhattacharyya": "bhattacharyya",
-    "jaccard": "topk_jaccard",
-    "overlap": "topk_overlap",
-}
-"""Rows of table 6, and the column of each."""
 FIRST_Q3 = {
     "q3_compatibility": "compatibility",
     "q3_teachability_first": "teachability",
     "q3_divergence": "divergence",
 }
 """Selectors that take every position of Q3 before any other, and what orders both."""
-SELECTORS = (
-    *FIRST_Q3,
-    "teachability",
-    "divergence",
-    "incompatible",
-    "tip",
-    "entropy",
-    "random",
-)
-"""Rows of table 8."""
-BUCKETED = ("compatibility", "divergence", "incompatible", "teachability")
-"""Scores of figures 4D and 5C."""
 QUARTERS = 4
 TRIMMED = 0.05
 """Share of a bucket at each end that is trimmed or winsorized."""
-BINS, FEWEST_IN_CELL = 10, 10
-"""Bins of each axis of a plane, and positions below which a cell is left out."""
-PLANES = {
-    "2A": ("teachability", "incompatible", None),
-    "2B": ("entropy", "divergence", "teachability"),
-    "2C": ("entropy", "divergence", "incompatible"),
-}
-"""By figure the two criteria of its axes, and the one whose mean percentile it shows; None shows
-the gain."""
-PLANE = [
-    "figure",
-    "x_bin",
-    "y_bin",
-    "x_low",
-    "x_high",
-    "y_low",
-    "y_high",
-    "positions",
-    "estimate",
-]
-"""Columns of the planes."""
+FEWEST_IN_CELL = 10
+"""Positions below which a cell of a plane has no number."""
 
 
 # --- gaps inside Q3: tables 1 and 6
@@ -151,7 +105,7 @@ def gaps(drawn: Drawn, columns: dict[tuple[str, float], str], *, matched: bool) 
     """
     in_q3 = drawn.quadrants() == 3
     inside = np.flatnonzero(in_q3)
-    space = _space(drawn, in_q3) if matched else None
+    space = matched_space(drawn, in_q3) if matched else None
     for (row, k), column in columns.items():
         group = equal_groups(rank_shares(_column(drawn, column)[inside]), 3)
         bottom, top = inside[group == 1], inside[group == 3]
@@ -169,7 +123,7 @@ def _column(drawn: Drawn, name: str) -> np.ndarray:
     return drawn.tokens[name].to_numpy(dtype=np.float64)[: len(drawn.prompt)]
 
 
-def _space(drawn: Drawn, in_q3: np.ndarray) -> np.ndarray:
+def matched_space(drawn: Drawn, in_q3: np.ndarray) -> np.ndarray:
     """[n, 3] where the drawn positions lie in what is matched on."""
     covariates = matching_covariates(drawn.tokens).values()
     return matching_space([values[: len(in_q3)] for values in covariates], in_q3)
@@ -206,7 +160,7 @@ def gap_estimates(
     """The estimates of table 1, for every outcome of a sample."""
     tokens = positions.tokens
     columns = {
-        (f"K = {k}", float(k)): at_k(tokens, "compatibility", k) for k in supports(tokens, ks)
+        (f"K = {k}", float(k)): column_at(tokens, "compatibility", k) for k in supports(tokens, ks)
     }
     require_columns(tokens, columns.values() or ["compatibility"], what="The Q3 gap")
     needs = [*MATCHED_COLUMNS, *columns.values()]
@@ -222,7 +176,7 @@ def proxy_estimates(
         (row, float(k)): name
         for k in supports(tokens, ks, PROXIES.values())
         for row, proxy in PROXIES.items()
-        if (name := at_k(tokens, proxy, k)) in tokens
+        if (name := column_at(tokens, proxy, k)) in tokens
     }
     needs = [*QUADRANT_COLUMNS, *columns.values()]
     return estimates(positions, lambda drawn: gaps(drawn, columns, matched=False), needs, bootstrap)
@@ -511,7 +465,7 @@ def with_ties(
 def table_8(
     tokens: pd.DataFrame,
     *,
-    budgets: Iterable[float] = BUDGETS,
+    budgets: Iterable[float] = BUDGETS_2,
     outcome: Outcome = "checkpoint",
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
@@ -549,7 +503,7 @@ def table_8(
 
 def _union(tokens: pd.DataFrame, k: int) -> str | None:
     """The union's divergence at K; None where the table has none, and the full one is read."""
-    column = at_k(tokens, "union_forward_kl", k)
+    column = column_at(tokens, "union_forward_kl", k)
     return column if column in tokens else None
 
 
@@ -603,7 +557,7 @@ def coefficient_estimates(
     # A K without its own union reads the divergence over the whole vocabulary.
     substitutes = {
         k: {
-            "compatibility": at_k(tokens, "compatibility", k),
+            "compatibility": column_at(tokens, "compatibility", k),
             "union_forward_kl": _union(tokens, k) or "forward_kl",
         }
         for k in supports(tokens, ks)

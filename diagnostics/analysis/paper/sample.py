@@ -23,12 +23,13 @@ from diagnostics.analysis import cuts
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.cuts import Drawn
+from diagnostics.analysis.paper.bank import column_at
 from diagnostics.analysis.robustness import BASE_K, known_k
 from diagnostics.analysis.splits import Split
 from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import step_count
-from diagnostics.core.schema import require_columns, support_column
+from diagnostics.core.schema import require_columns
 
 Outcome = Literal["checkpoint", "context"]
 CHECKPOINT_GAIN = "checkpoint_gain"
@@ -146,28 +147,18 @@ def _counted(tokens: pd.DataFrame, outcome: str) -> tuple[np.ndarray, str]:
 # --- supports
 
 
-def base_k(tokens: pd.DataFrame) -> int:
-    """K of the columns without a suffix."""
-    return known_k(tokens) or BASE_K
-
-
-def at_k(tokens: pd.DataFrame, name: str, k: int) -> str:
-    """Name of a support-dependent column at K."""
-    return name if k == base_k(tokens) else support_column(name, k)
-
-
 def supports(
     tokens: pd.DataFrame, ks: Iterable[int] | None, names: Iterable[str] = ("compatibility",)
 ) -> list[int]:
     """The K at which a table has a column; those of `ks`, or all, in ascending order."""
     names = list(names)
-    written = {base_k(tokens)}
+    written = {known_k(tokens) or BASE_K}
     for column in map(str, tokens.columns):
         base, _, number = column.rpartition("_k")
         if base in names and number.isdigit():
             written.add(int(number))
     wanted = written if ks is None else {int(k) for k in ks} & written
-    return sorted(k for k in wanted if any(at_k(tokens, name, k) in tokens for name in names))
+    return sorted(k for k in wanted if any(column_at(tokens, name, k) in tokens for name in names))
 
 
 # --- estimates
