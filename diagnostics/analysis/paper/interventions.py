@@ -19,17 +19,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.paper.cells import KEPT, TRAINING
 from diagnostics.analysis.paper.gap import DRAWS, SWEEP_SEED, gain_statistics
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import AFTER, require_columns
 
-TRAINING = ["criterion", "budget", "seed"]
-"""What names a training."""
 POSITION = ["context_id", "position"]
 MEASURED = ("forward_kl", "student_entropy", "compatibility")
 """What is read of a trained student."""
-KEPT = ("kept_share", "q3_share", "mean_teachability", "mean_incompatible", "mean_compatibility")
-"""What is read of the positions that a mask kept."""
 
 
 def trainings(
@@ -63,9 +60,11 @@ def trainings(
     read = [name + AFTER for name in MEASURED]
     require_columns(cells, [*TRAINING, *POSITION, *read], what="A table of trainings")
     require_columns(kept, [*TRAINING, *KEPT], what="A table of what trainings kept")
-    before = tokens.drop(columns=[name for name in read if name in tokens])
+    # Whatever the table says of another trained student gives way, its gain included.
+    gone = [name for name in (*read, "relative_gain_released") if name in tokens]
+    before = tokens.drop(columns=gone)
     rows = []
-    for names, cell in cells.groupby(TRAINING, sort=True):
+    for names, cell in cells.groupby(list(TRAINING), sort=True):
         found = gain_statistics(
             _joined(before, cell[[*POSITION, *read]], names), seed=seed, draws=draws
         )
@@ -83,7 +82,7 @@ def trainings(
             }
         )
     joined = pd.DataFrame(rows).merge(
-        kept[[*TRAINING, *KEPT]], on=TRAINING, how="left", validate="one_to_one"
+        kept[[*TRAINING, *KEPT]], on=list(TRAINING), how="left", validate="one_to_one"
     )
     share = joined["kept_share"].to_numpy(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -98,12 +97,12 @@ def _joined(before: pd.DataFrame, cell: pd.DataFrame, names: tuple) -> pd.DataFr
             f"The training {names} has {len(cell)} rows, {int(cell.duplicated(POSITION).sum())} of"
             f" them repeated, for {len(before)} positions. Score every position with it once."
         )
-    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one")
-    lost = int(joined[f"{MEASURED[0]}{AFTER}"].isna().sum())
+    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one", indicator=True)
+    lost = int((joined["_merge"] != "both").sum())
     if lost:
         raise DiagnosticsError(
-            f"The training {names} has no divergence at {lost} of {len(before)} positions. Score"
-            " the same contexts with it."
+            f"The training {names} lacks {lost} of {len(before)} positions. Score the same contexts"
+            " with it."
         )
     return joined
 

@@ -46,12 +46,22 @@ def test_the_gain_is_relative_without_a_floor():
     assert bank.released_gain(tokens) == pytest.approx([0.5, -1.0])
 
 
-def test_a_table_without_a_divergence_after_training_gives_its_relative_gain():
-    assert list(bank.released_gain(keys(relative_gain_released=[0.1, -2.0]))) == [0.1, -2.0]
+def test_the_gain_of_an_imported_file_is_kept_to_the_last_bit():
     both = keys(
-        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.0, 0.0]
+        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.1, -2.0]
     )
-    assert bank.released_gain(both) == pytest.approx([0.5, 0.5])
+
+    assert list(bank.released_gain(both)) == [0.1, -2.0]
+    assert list(bank.released_gain(both.drop(columns=["forward_kl_after"]))) == [0.1, -2.0]
+
+
+@pytest.mark.parametrize("column", ["fold", "split", "gain_permuted"])
+def test_the_gain_beside_a_probe_is_the_checkpoints(column):
+    both = keys(
+        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.1, -2.0]
+    )
+
+    assert bank.released_gain(both.assign(**{column: 0})) == pytest.approx([0.5, 0.5])
 
 
 def test_a_table_without_a_trained_student_is_refused_with_the_command():
@@ -160,12 +170,12 @@ def test_positions_without_a_column_are_left_out_and_counted(caplog):
     whole = bank.script_table(tokens.drop(index=[0, 5]).reset_index(drop=True))
     tokens.loc[0, "teacher_entropy"] = np.nan
     tokens.loc[5, "forward_kl_after"] = np.inf
-    with caplog.at_level(logging.WARNING, "diagnostics"):
+    with caplog.at_level(logging.INFO, "diagnostics"):
         table = bank.script_table(tokens)
 
     assert table.dropped == 2 and len(table) == len(tokens) - 2 and 5 not in table.rows
     assert (table.entropy == whole.entropy).all() and (table.context == whole.context).all()
-    assert "2 positions lack a column of the released scripts: left out" in caplog.text
+    assert "2 positions lack a column of the released scripts and are left out" in caplog.text
 
 
 def test_a_table_without_a_whole_position_is_refused():
