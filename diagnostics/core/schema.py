@@ -35,12 +35,21 @@ class Column:
     """What the value is with a top-K teacher, known by its most likely tokens alone
     (`topk_teacher`): *exact*; a *lower bound*; exact *where listed* and NaN in all other places;
     *impossible*; or, for an outcome, the exact *change of a bound*."""
+    imported: bool = False
+    """True for a column that only tables of other programs have."""
 
 
 def _columns(
-    stage: Stage, dtype: str, *rows: tuple[str, str, str], by_support: bool = False
+    stage: Stage,
+    dtype: str,
+    *rows: tuple[str, str, str],
+    by_support: bool = False,
+    imported: bool = False,
 ) -> list[Column]:
-    return [Column(name, dtype, unit, stage, meaning, by_support) for name, unit, meaning in rows]
+    return [
+        Column(name, dtype, unit, stage, meaning, by_support, imported=imported)
+        for name, unit, meaning in rows
+    ]
 
 
 SCHEMA: dict[str, Column] = {
@@ -154,6 +163,69 @@ SCHEMA: dict[str, Column] = {
                 "",
                 "the student's first choice is in the teacher's top 5",
             ),
+        ),
+        *_columns(
+            "before",
+            "float64",
+            ("union_reverse_kl", "nats", "KL(p||q) with both renormalised on U"),
+            (
+                "union_reverse_kl_released",
+                "nats",
+                "the same with the floor of union_forward_kl_released",
+            ),
+            ("bhattacharyya_released", "", "bhattacharyya with that floor; no stand-in for it"),
+            (
+                "student_entropy_topk",
+                "nats",
+                "entropy of the student's own top K, renormalised; at most ln K",
+            ),
+            (
+                "teacher_entropy_topk",
+                "nats",
+                "entropy of the teacher's own top K, renormalised; at most ln K",
+            ),
+            ("student_topk_mass", "probability", "student mass on its own top K"),
+            ("teacher_topk_mass", "probability", "teacher mass on its own top K"),
+            by_support=True,
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "bool",
+            ("sampled_in_topk", "", "y is in the student's top K"),
+            by_support=True,
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "float64",
+            (
+                "student_entropy_normalized",
+                "",
+                "entropy as a released table has it, scaled and clipped to [0, 1]",
+            ),
+            (
+                "divergence_normalized",
+                "",
+                (
+                    "divergence as a released table has it, scaled and clipped to [0, 1]: of the"
+                    " whole vocabulary in section3_analysis_tokens, of the floored union in a"
+                    " training bank"
+                ),
+            ),
+            (
+                "compatibility_normalized",
+                "",
+                "compatibility as a released table has it, scaled and clipped to [0, 1]",
+            ),
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "bool",
+            ("in_q3_released", "", "the released program put the position into Q3"),
+            ("kept_released", "", "the released training kept the position in its loss"),
+            imported=True,
         ),
         *_columns(
             "after",

@@ -15,13 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from diagnostics.analysis.paper.cells import FOLDER, TRAINING, read_cells
+from diagnostics.analysis.paper.cells import (
+    FOLDER,
+    STANDS_FOR_A_CHECKPOINT,
+    TRAINING,
+    read_cells,
+    stand_in,
+    with_student,
+)
+from diagnostics.core.checkpoint import CHECKPOINT_COLUMN, has_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
 from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.tables import write_csv, write_json
 from diagnostics.core.types import read_bank
-from diagnostics.pipeline.stages import refuse_shards, scored_supports, with_checkpoint
+from diagnostics.pipeline.stages import refuse_shards, scored_supports
 
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig
@@ -30,10 +38,6 @@ if TYPE_CHECKING:
     from diagnostics.training.selectors import SelectorConfig
 
 log = logging.getLogger("diagnostics")
-CHECKPOINT_COLUMN = "student_entropy_after"
-"""A column that only a checkpoint has: the probe's steps leave divergences alone."""
-STANDS_FOR_IT = {"criterion": "teachability", "budget": 0.05}
-"""The training whose student is the checkpoint of a run that has none of its own."""
 SHORT = 1e-9
 """What rounding alone may take from a kept share."""
 
@@ -188,20 +192,19 @@ def _cells(run: Run, names: list[str]) -> tuple[pd.DataFrame | None, pd.DataFram
 def _with_student(run: Run, cells: pd.DataFrame | None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The token table with the columns of a trained student, and which student that is."""
     tokens = validate_tokens(read_parquet(run.require("tokens.parquet")))
-    if CHECKPOINT_COLUMN in tokens:
+    if has_checkpoint(tokens):
         return tokens, {"checkpoint": "score --after"}
     if cells is None:
         raise DiagnosticsError(_no_student(run))
-    chosen = cells[(cells[list(STANDS_FOR_IT)] == pd.Series(STANDS_FOR_IT)).all(axis=1)]
-    if chosen.empty:
+    chosen = stand_in(cells)
+    if chosen is None:
+        name, budget = STANDS_FOR_A_CHECKPOINT
         raise DiagnosticsError(
-            f"{run.directory} has no checkpoint of its own, and no training with teachability at"
-            " 0.05, whose student stands for it. Add teachability to --masks and 0.05 to"
+            f"{run.directory} has no checkpoint of its own, and no training under {name} at"
+            f" {budget:g}, whose student stands for it. Add {name} to --masks and {budget:g} to"
             " --budgets, or measure a student with `score --after`."
         )
-    first = chosen["seed"].min()
-    after = chosen[chosen["seed"] == first].drop(columns=list(TRAINING))
-    return with_checkpoint(tokens, after), {"checkpoint": {**STANDS_FOR_IT, "seed": int(first)}}
+    return with_student(tokens, cells), {"checkpoint": dict(zip(TRAINING, chosen, strict=True))}
 
 
 def _no_student(run: Run) -> str:

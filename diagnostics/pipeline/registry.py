@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline import paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
 
@@ -128,8 +129,20 @@ def _after(job: Job) -> None:
 
 
 def _import(job: Job) -> None:
+    beside = [name for name in ("tokens_after", "tokenizer") if job.flag(name)]
     if job.flag("tokens"):
-        stages.import_tokens(job.run, Path(job.flag("tokens")))
+        after = job.flag("tokens_after")
+        stages.import_tokens(
+            job.run,
+            Path(job.flag("tokens")),
+            after=Path(after) if after else None,
+            tokenizer=job.flag("tokenizer"),
+        )
+    elif beside:
+        raise DiagnosticsError(
+            f"--{beside[0].replace('_', '-')} goes with an imported table, and there is none. Name"
+            " it with --tokens."
+        )
 
 
 def _probe(job: Job) -> None:
@@ -285,9 +298,19 @@ STAGES = (
                 "tokens",
                 recorded="always",
                 help=(
-                    "read this token table (of this program, or of one of the released scripts)"
-                    " instead of the run's own"
+                    "read this token table (of this program, or of one of the released scripts),"
+                    " or this folder of rollouts, instead of the run's own"
                 ),
+            ),
+            flag(
+                "tokens-after",
+                recorded="maybe",
+                help="the table of the same positions with the trained student, beside --tokens",
+            ),
+            flag(
+                "tokenizer",
+                recorded="maybe",
+                help="folder or id of the tokenizer that gives an imported table its texts",
             ),
         ),
         run=_import,
@@ -373,6 +396,8 @@ STAGES = (
         example=(
             "analyze --output-dir reports/mine",
             "analyze --tokens token_bank.csv --output-dir reports/theirs",
+            "analyze --tokens theta0_metrics.parquet --tokens-after fixed_context_metrics.parquet"
+            " --tokenizer ./small --output-dir reports/theirs",
         ),
         configs=(ANALYSIS,),
         reads="`tokens.parquet`, or another token table",

@@ -26,10 +26,10 @@ from diagnostics.contexts.choose_prompts import (
     training_prompts,
 )
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
+from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
-from diagnostics.core.formulas import gains
 from diagnostics.core.manifest import unchanged
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
@@ -317,23 +317,46 @@ def _primary(run: Run, primary: str | None) -> tuple[PrimaryChoices, str | None]
     return (known if primary is None else PrimaryChoices.parse(primary)), digest
 
 
-def import_tokens(run: Run, path: Path) -> None:
-    """Take over a token table of another program as the run's tokens.parquet."""
+def import_tokens(
+    run: Run, path: Path, *, after: Path | None = None, tokenizer: str | None = None
+) -> None:
+    """Take over a token table of another program as the run's tokens.parquet.
+
+    Args:
+        run: The open run directory.
+        path: The table, or a folder of rollouts.
+        after: A table of the same positions with the trained student.
+        tokenizer: Folder or Hugging Face id of the tokenizer that gives tokens their text.
+    """
     from diagnostics.contexts.import_tokens import read_tokens
 
-    def work() -> None:
-        write_parquet(run.path("tokens.parquet"), read_tokens(path))
+    def work() -> dict:
+        tokens = read_tokens(path, after=after, tokenizer=tokenizer)
+        write_parquet(run.path("tokens.parquet"), tokens)
+        warned = [list(note) for note in tokens.attrs.get("warnings", ())]
+        known = {"k": tokens.attrs["k"]} if "k" in tokens.attrs else {}
+        return {"positions": len(tokens), "warnings": warned, **known}
 
-    if not os.path.isfile(path):
-        raise DiagnosticsError(
-            f"{path} is not a file. Name a token table in CSV, JSONL or parquet with --tokens."
-        )
+    tables = {"tokens": path, **({} if after is None else {"tokens_after": after})}
+    for name, table in tables.items():
+        if not (os.path.isfile(table) or os.path.isdir(table)):
+            raise DiagnosticsError(
+                f"{table} is not a file. Name a token table in CSV, JSONL or parquet, or a folder"
+                f" of rollouts, with --{name.replace('_', '-')}."
+            )
+    settings: dict[str, Any] = {name: table.name for name, table in tables.items()}
+    hashes = {name: file_hash(name, str(table))[f"{name}_sha256"] for name, table in tables.items()}
+    settings["sha256"] = hashes.pop("tokens")
+    settings |= {f"{name}_sha256": digest for name, digest in hashes.items()}
+    settings |= {} if tokenizer is None else {"tokenizer": tokenizer}
+    local = tokenizer is not None and Path(tokenizer).exists()
     run.stage(
         "import",
-        settings={"tokens": path.name, "sha256": sha256_file(path)},
+        settings=settings,
         outputs=["tokens.parquet"],
         work=work,
         code=("contexts.import_tokens",),
+        models=lambda: {"tokenizer": fingerprint_files(Path(str(tokenizer)))} if local else {},
     )
 
 
@@ -413,28 +436,9 @@ def join_tokens(run: Run) -> None:
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
     if run.path("after.parquet").exists() and run.as_written("after.parquet"):
-        tokens = with_checkpoint(tokens, read_parquet(run.path("after.parquet")))
+        tokens = join_checkpoint(tokens, read_parquet(run.path("after.parquet")))
     with run.joining("tokens.parquet"):
         write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
-
-
-def with_checkpoint(tokens: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join the checkpoint's columns. They take the place of divergences after the probe's steps,
-    which follow from its gains; without a probe the gains are the checkpoint's.
-    """
-    known = [name for name in after if name in tokens and name not in GAIN_KEYS]
-    joined = tokens.drop(columns=known).merge(
-        after, on=list(GAIN_KEYS), how="left", validate="one_to_one"
-    )
-    if "gain" in joined:
-        return joined
-    divergences = ("forward_kl", "reverse_kl")
-    return joined.assign(
-        **gains(
-            tuple(joined[name] for name in divergences),
-            tuple(joined[name + AFTER] for name in divergences),
-        )
-    )
 
 
 def refuse_shards(models: Models) -> None:
@@ -602,7 +606,12 @@ def analyze_stage(
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(
-                f"{run.path('tokens.parquet')} has no gains. Run the probe stage first."
+                f"{run.path('tokens.parquet')} has no gains in nats."
+                + (
+                    " Give the scores of the trained student as well, with --tokens-after."
+                    if "import" in run.manifest["stages"]
+                    else " Run the probe stage first."
+                )
             )
         tables.update(
             study(

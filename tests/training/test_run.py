@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shlex
@@ -269,6 +270,20 @@ def test_of_damaged_checkpoints_the_last_whole_one_is_taken(tmp_path, damage, re
     )
     with pytest.raises(DiagnosticsError, match=message):
         last_checkpoint(tmp_path)
+
+
+def test_a_training_without_a_minimum_is_recorded_as_before_there_was_one(finished, tmp_path):
+    """So that a training of an earlier version can be resumed."""
+    assert "per_context_minimum" not in json.loads((finished[0] / "train.json").read_text())
+    config = SETTINGS["config"]
+    with_one = dataclasses.replace(config, budget=0.3, per_context_minimum=1, steps=1)
+    run(tmp_path, config=with_one)
+    assert json.loads((tmp_path / "train.json").read_text())["per_context_minimum"] == 1
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"^A minimum per context is a number of positions, 0 or more; got -1\.$",
+    ):
+        dataclasses.replace(config, per_context_minimum=-1)
 
 
 def test_a_resume_from_an_earlier_checkpoint_ends_the_same(tmp_path, finished, caplog):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.core.checkpoint import has_checkpoint, join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import hash_inside
 from diagnostics.core.schema import read_parquet
@@ -21,6 +22,9 @@ FOLDER = "paper/cells"
 """Folder of the trainings inside a run directory."""
 TRAINING = ("criterion", "budget", "seed")
 """What names a training."""
+STANDS_FOR_A_CHECKPOINT = ("teachability", 0.05)
+"""Mask and budget of the training whose student a run without a checkpoint of its own is read with.
+"""
 KEPT = ("kept_share", "q3_share", "mean_teachability", "mean_incompatible", "mean_compatibility")
 """What is known of the positions that a training kept of its own rollouts."""
 
@@ -66,6 +70,39 @@ def read_cells(
     # null in a record is an undefined mean
     kept = kept[[*TRAINING, *KEPT]].astype(dict.fromkeys(KEPT, float))
     return pd.concat(cells, ignore_index=True), kept
+
+
+def stand_in(cells: pd.DataFrame) -> tuple[str, float, int] | None:
+    """The training whose student stands for a checkpoint.
+
+    Args:
+        cells: As `read_cells` returns them.
+
+    Returns:
+        Criterion, budget and the first seed of `STANDS_FOR_A_CHECKPOINT`; None where no such
+        training is among them.
+    """
+    criterion, budget = STANDS_FOR_A_CHECKPOINT
+    found = cells.loc[(cells["criterion"] == criterion) & (cells["budget"] == budget), "seed"]
+    return None if found.empty else (criterion, budget, int(found.min()))
+
+
+def with_student(tokens: pd.DataFrame, cells: pd.DataFrame | None) -> pd.DataFrame:
+    """The token table with a trained student: its own checkpoint, or else a training's.
+
+    Args:
+        tokens: A token table, with or without the columns of a checkpoint.
+        cells: As `read_cells` returns them, or None.
+
+    Returns:
+        The table as it is where it has a checkpoint or no training can stand for one; otherwise
+        with the columns of the training that `stand_in` names, `seen` among them.
+    """
+    chosen = None if cells is None or has_checkpoint(tokens) else stand_in(cells)
+    if cells is None or chosen is None:
+        return tokens
+    mine = (cells[list(TRAINING)] == list(chosen)).all(axis=1)
+    return join_checkpoint(tokens, cells[mine].drop(columns=list(TRAINING)))
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -35,11 +35,11 @@ def fit(outcome: np.ndarray, terms: Sequence[np.ndarray]) -> Fit:
         terms: [N] finite values each.
 
     Returns:
-        The fit, from the pseudo-inverse of the design.
+        The fit; of several solutions the shortest.
     """
-    from statsmodels.regression.linear_model import OLS
-
-    found = OLS(outcome, np.column_stack([np.ones(len(outcome)), *terms])).fit()
+    design = np.column_stack([np.ones(len(outcome)), *terms])
+    coefficients = np.linalg.lstsq(design, outcome)[0]
+    residual = outcome - design @ coefficients
     total = np.sum((outcome - outcome.mean()) ** 2)
-    r_squared = float(1 - found.ssr / total) if total > 0 else np.nan
-    return Fit(found.params[1:], r_squared, found.resid)
+    r_squared = float(1 - residual @ residual / total) if total > 0 else np.nan
+    return Fit(coefficients[1:], r_squared, residual)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.stats import tmean
 
 from diagnostics.analysis.bootstrap import winsorize
 from diagnostics.analysis.paper.bank import ScriptTable, column_at, scaled
@@ -60,8 +59,13 @@ def trimmed_mean(values: np.ndarray, share: float = TRIMMED) -> float:
     Args:
         values: [N] finite values, N > 0.
         share: Share of the values beyond each quantile.
+
+    Returns:
+        The mean; NaN where no value lies between them, as of two that differ.
     """
-    return float(tmean(values, np.quantile(values, [share, 1 - share])))
+    low, high = np.quantile(values, [share, 1 - share])
+    kept = values[(values >= low) & (values <= high)]
+    return float(kept.mean()) if len(kept) else np.nan
 
 
 def winsorized_mean(values: np.ndarray, share: float = WINSORIZED) -> float:
@@ -235,7 +239,7 @@ def support_proxies(tokens: pd.DataFrame, *, k: int | None = None) -> dict[str, 
         "bhattacharyya",
         "topk_overlap",
         "teacher_top1_in_topk",
-        "sampled_in_student_topk",
+        "sampled_in_topk",
     )
     columns = {name: column_at(tokens, name, k) for name in names} | {"top1_match": "top1_match"}
     found = {

@@ -22,7 +22,7 @@ from tests.analysis.paper.released_names import BANK_SCORES
 
 FOLDER = Path(os.environ.get("RELEASED_FIXTURE", Path(__file__).parents[2] / "files" / "released"))
 """Where the fixture lies; RELEASED_FIXTURE names another folder with the same file names."""
-OURS = MEASURED | {"target_in_student_topk": "sampled_in_student_topk"}
+OURS = MEASURED | {"target_in_student_topk": "sampled_in_topk"}
 AFTER = (
     "student_entropy",
     "forward_kl",
@@ -30,7 +30,7 @@ AFTER = (
     "bhattacharyya",
     "topk_overlap",
     "teacher_top1_in_topk",
-    "sampled_in_student_topk",
+    "sampled_in_topk",
 )
 """Measurements of the trained student."""
 OTHER_KS = (8, 32)
@@ -196,7 +196,7 @@ def _measured(frame: pd.DataFrame) -> pd.DataFrame:
     """A released file of one student under our names."""
     outcomes = [name for name in frame if name.endswith("_base") or name.startswith("G_")]
     tokens = from_released(frame.drop(columns=outcomes))
-    return tokens.assign(sampled_in_student_topk=frame["target_in_student_topk"].to_numpy() != 0)
+    return tokens.assign(sampled_in_topk=frame["target_in_student_topk"].to_numpy() != 0)
 
 
 def reduce(source: Path, target: Path) -> None:

@@ -23,7 +23,7 @@ PROXIES = {
     "topk_overlap_frac": "topk_overlap",
     "topk_jaccard": "topk_jaccard",
     "reach_t1": "teacher_top1_in_topk",
-    "target_in_student_topk": "sampled_in_student_topk",
+    "target_in_student_topk": "sampled_in_topk",
     "top1_match": "top1_match",
 }
 MASKS = {
