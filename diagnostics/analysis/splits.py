@@ -22,6 +22,8 @@ NULL_OUTCOME = "gain_permuted"
 """The gain after a step towards a permuted teacher, which tables show beside the gain."""
 STUDY_OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
 """Outcomes of the study: nats first; the relative gain is there for comparison."""
+STATED_GAIN = "relative_gain_released"
+"""The gain of the released scripts' own tables."""
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 
 
@@ -104,10 +106,14 @@ def _require_prompts(tokens: pd.DataFrame) -> None:
 def outcomes(tokens: pd.DataFrame) -> list[str]:
     """Names of the outcomes that the table holds.
 
+    A released relative gain, which has no floor, counts where there is no other outcome: a table of
+    other programs may state nothing else.
+
     Raises:
         DiagnosticsError: If it holds none.
     """
     present = [name for name in STUDY_OUTCOMES if name in tokens]
+    present = present or [name for name in (STATED_GAIN,) if name in tokens]
     if not present:
         raise DiagnosticsError(
             f"The analysis needs an outcome, one of {', '.join(STUDY_OUTCOMES)}; the table has "

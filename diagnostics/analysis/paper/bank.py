@@ -33,6 +33,8 @@ When = Literal["before", "after"]
 """Whose measurement is read: the untrained student's, or the trained one's."""
 AFTER_DIVERGENCE = "forward_kl" + AFTER
 KEYS = ("context_id", "position", "response_length")
+OF_PROBE = ("fold", "split", "gain_permuted")
+"""Columns that a table has only where its gains are a probe's, and not a checkpoint's."""
 NARROW = 1e-12
 """Distance of the two quantiles of N under which the scripts set a whole column to 0."""
 
@@ -165,7 +167,7 @@ def script_table(
 
     Args:
         tokens: A token table with `student_entropy`, `teacher_entropy`, `forward_kl`, the keys, a
-            gain (`forward_kl_after`, else `relative_gain_released`) and what the options ask for.
+            gain (see `released_gain`) and what the options ask for.
         entropy: Whose entropy H is: `after` reads `student_entropy_after`.
         compatibility: Whose C is: `after` reads `compatibility_after`.
         k: The K of C; None means the table's own.
@@ -209,13 +211,14 @@ def released_gain(tokens: pd.DataFrame) -> np.ndarray:
     """G of each position: (D - D') / (D + 1e-12), a fraction [N].
 
     Args:
-        tokens: A token table with `forward_kl` and `forward_kl_after` in nats, or with
-            `relative_gain_released`, as a file without a divergence after training has it.
+        tokens: A token table with `relative_gain_released`, which an import has as its file has it,
+            or with `forward_kl` and `forward_kl_after` in nats. The latter are read where the
+            table's gains are a probe's, which `fold`, `split` and `gain_permuted` show.
 
     Raises:
         DiagnosticsError: The table has neither.
     """
-    if AFTER_DIVERGENCE not in tokens and "relative_gain_released" in tokens:
+    if "relative_gain_released" in tokens and not set(OF_PROBE) & set(tokens):
         return tokens["relative_gain_released"].to_numpy(np.float64)
     require_measured(tokens, ["forward_kl", AFTER_DIVERGENCE])
     before, after = (tokens[name].to_numpy(np.float64) for name in ("forward_kl", AFTER_DIVERGENCE))

@@ -63,7 +63,9 @@ def trainings(
     read = [name + AFTER for name in MEASURED]
     require_columns(cells, [*TRAINING, *POSITION, *read], what="A table of trainings")
     require_columns(kept, [*TRAINING, *KEPT], what="A table of what trainings kept")
-    before = tokens.drop(columns=[name for name in read if name in tokens])
+    # Whatever the table says of another trained student gives way, its gain included.
+    gone = [name for name in (*read, "relative_gain_released") if name in tokens]
+    before = tokens.drop(columns=gone)
     rows = []
     for names, cell in cells.groupby(TRAINING, sort=True):
         found = gain_statistics(
@@ -98,12 +100,12 @@ def _joined(before: pd.DataFrame, cell: pd.DataFrame, names: tuple) -> pd.DataFr
             f"The training {names} has {len(cell)} rows, {int(cell.duplicated(POSITION).sum())} of"
             f" them repeated, for {len(before)} positions. Score every position with it once."
         )
-    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one")
-    lost = int(joined[f"{MEASURED[0]}{AFTER}"].isna().sum())
+    joined = before.merge(cell, on=POSITION, how="left", validate="one_to_one", indicator=True)
+    lost = int((joined["_merge"] != "both").sum())
     if lost:
         raise DiagnosticsError(
-            f"The training {names} has no divergence at {lost} of {len(before)} positions. Score"
-            " the same contexts with it."
+            f"The training {names} lacks {lost} of {len(before)} positions. Score the same contexts"
+            " with it."
         )
     return joined
 

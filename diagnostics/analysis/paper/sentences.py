@@ -418,6 +418,8 @@ def _undefined(row: Row, known: Facts) -> str:
         return _few(row, "controlled")
     if row["quantity"] == "matched gap":
         return "no position of the top third has a partner within the caliper"
+    if row["quantity"] == "mean gain minus random":
+        return "random positions were not trained on at this budget with a seed of these"
     return "it is undefined here"
 
 

@@ -41,36 +41,6 @@ READ = (
 )
 
 
-def list_support(
-    student_ids: np.ndarray,
-    student_logprobs: np.ndarray,
-    teacher_ids: np.ndarray,
-    teacher_logprobs: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Support proxies from the lists of both models' likeliest tokens.
-
-    Args:
-        student_ids: int [N, K] ids of the student's list S, each once.
-        student_logprobs: float [N, K] natural logarithms of its probabilities.
-        teacher_ids: int [N, K] ids of the teacher's list T.
-        teacher_logprobs: float [N, K].
-
-    Returns:
-        [N] each: topk_overlap |S & T| / |T|, topk_jaccard |S & T| / |S | T|, shared_teacher_mass
-        and shared_student_mass (probability of S & T under either model).
-    """
-    shared = student_ids[:, :, None] == teacher_ids[:, None, :]
-    count = shared.sum(axis=(1, 2))
-    sizes = student_ids.shape[1], teacher_ids.shape[1]
-    student, teacher = shared.any(axis=2), shared.any(axis=1)
-    return {
-        "topk_overlap": count / sizes[1],
-        "topk_jaccard": count / (sum(sizes) - count),
-        "shared_teacher_mass": np.where(teacher, np.exp(teacher_logprobs), 0.0).sum(axis=1),
-        "shared_student_mass": np.where(student, np.exp(student_logprobs), 0.0).sum(axis=1),
-    }
-
-
 def support_definitions(
     tokens: pd.DataFrame,
     proxies: Mapping[str, np.ndarray],

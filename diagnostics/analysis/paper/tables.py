@@ -39,6 +39,8 @@ from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.settings import with_settings
 
 SIDES = ("released", "controlled", "context")
+ORDER = ("controlled", "released", "context")
+"""Sides in the order in which they decide the order of rows."""
 SIDE_OF = {"checkpoint": "controlled", "context": "context"}
 """Side of each outcome."""
 ENDS = {"": "estimate", "_low": "low", "_high": "high", "_n": "n"}
@@ -406,9 +408,9 @@ def joined_sides(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         Columns of `KEYS`, then of each side its estimate, low, high, n, prompts and seeds, NaN (0)
-        where a side has no such row. Quantities, K and budgets stand in the order of the paper's.
+        where a side has no such row; by quantity, K, budget and row.
     """
-    sides = [_side(parts[side], side) for side in SIDES if side in parts and len(parts[side])]
+    sides = [_side(parts[side], side) for side in ORDER if side in parts and len(parts[side])]
     if not sides:
         return pd.DataFrame(columns=[*KEYS, *_side_columns()])
     table = sides[0]

@@ -393,13 +393,28 @@ class Study:
         return self.outcomes.of(measure, criterion, budget), int(known_N.sum())
 
     def minus_random(self, criterion: str, budget: float) -> tuple[SeedPromptEstimate, int] | None:
-        """The mean gain less that of random positions, paired by prompt and seed."""
-        own, rival = (self.found.seeds(name, budget) for name in (criterion, "random"))
-        seeds = [[self.found.names[cell][2] for cell in cells] for cells in (own, rival)]
-        made = self.mean(UNSEEN, criterion, budget)
-        if criterion == "random" or made is None or seeds[0] != seeds[1]:
+        """The mean gain less that of random positions, paired by prompt and by the seeds that both
+        were trained with; undefined without any.
+        """
+        if criterion == "random":
             return None
-        return made[0] - self.outcomes.of(UNSEEN, "random", budget), made[1]
+        own, rival = (self._by_seed(name, budget) for name in (criterion, "random"))
+        shared = sorted(own.keys() & rival.keys())
+        known_N = np.isfinite(self.found.counted_CN[list(own.values())]).any(axis=0)
+        if not shared:
+            nothing = SeedPromptEstimate(np.array([np.nan]), np.full((1, 1), np.nan), 0)
+            return nothing, int(known_N.sum())
+        one, other = (
+            _of_seeds(
+                self.outcomes.of(UNSEEN, name, budget), [list(seeds).index(s) for s in shared]
+            )
+            for name, seeds in ((criterion, own), ("random", rival))
+        )
+        return one - other, int(known_N.sum())
+
+    def _by_seed(self, criterion: str, budget: float) -> dict[int, int]:
+        """Number of each training of a criterion and budget by its seed, in ascending order."""
+        return {self.found.names[i][2]: i for i in self.found.seeds(criterion, budget)}
 
     def per_share(
         self, made: tuple[SeedPromptEstimate, int] | None, criterion: str, budget: float
@@ -413,6 +428,11 @@ class Study:
         with np.errstate(divide="ignore", invalid="ignore"):
             scaled = (np.where(share_S > 0, each / share_S, np.nan) for each in _sides(estimate))
             return SeedPromptEstimate(*scaled, estimate.prompts), n
+
+
+def _of_seeds(estimate: SeedPromptEstimate, at: list[int]) -> SeedPromptEstimate:
+    """An estimate of some of its seeds, by their places."""
+    return SeedPromptEstimate(estimate.seeds_S[at], estimate.draws_DS[:, at], estimate.prompts)
 
 
 def _sides(estimate: SeedPromptEstimate) -> tuple[np.ndarray, np.ndarray]:

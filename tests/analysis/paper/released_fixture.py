@@ -17,25 +17,16 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.paper.masks import kept_summary, training_mask, training_scores
-from diagnostics.contexts.import_tokens import MEASURED, from_released
+from diagnostics.contexts.import_tokens import read_tokens
+from diagnostics.contexts.released_columns import MEASURED
 from tests.analysis.paper.released_names import BANK_SCORES
 
 FOLDER = Path(os.environ.get("RELEASED_FIXTURE", Path(__file__).parents[2] / "files" / "released"))
 """Where the fixture lies; RELEASED_FIXTURE names another folder with the same file names."""
-OURS = MEASURED | {"target_in_student_topk": "sampled_in_topk"}
-AFTER = (
-    "student_entropy",
-    "forward_kl",
-    "compatibility",
-    "bhattacharyya",
-    "topk_overlap",
-    "teacher_top1_in_topk",
-    "sampled_in_topk",
-)
-"""Measurements of the trained student."""
 OTHER_KS = (8, 32)
 BUDGET = 0.05
 """Budget of the trainings."""
+SCORED_FILES = ("theta0_metrics", "fixed_context_metrics")
 LISTS = ("student_top_ids", "student_top_logps", "teacher_top_ids", "teacher_top_logps")
 POSITION = ["sample_ordinal", "tok_pos"]
 BY_SUPPORT = ["Cmass_true", "CBC", "Coverlap", "reach_t1", "target_in_student_topk"]
@@ -103,12 +94,12 @@ class ReleasedFixture:
     @cached_property
     def theta0(self) -> pd.DataFrame:
         """The bank scored with the untrained student."""
-        return self.table("theta0_metrics")
+        return self.table(SCORED_FILES[0])
 
     @cached_property
     def trained(self) -> pd.DataFrame:
         """The bank scored with the trained student."""
-        return self.table("fixed_context_metrics")
+        return self.table(SCORED_FILES[1])
 
     @cached_property
     def bank(self) -> pd.DataFrame:
@@ -118,22 +109,20 @@ class ReleasedFixture:
     @cached_property
     def tokens(self) -> pd.DataFrame:
         """The token table: the untrained student's columns, the trained one's and other K."""
-        before, after = (_measured(frame) for frame in (self.theta0, self.trained))
-        tokens = before.assign(**{f"{name}_after": after[name] for name in AFTER})
-        return tokens.assign(**self._other_supports())
+        before, after = (self.folder / f"{name}.parquet" for name in SCORED_FILES)
+        tokens = read_tokens(before, after=after)
+        made = tokens.assign(**self._other_supports())
+        made.attrs.update(tokens.attrs)
+        return made
 
     def _other_supports(self) -> dict[str, np.ndarray]:
         others = self.theta0[POSITION].merge(self.table("support_k8_k32"), validate="one_to_one")
         return {
-            f"{OURS[name]}_k{k}{ending}": others[f"{name}_k{k}_{when}"].to_numpy()
+            f"{MEASURED[name]}_k{k}{ending}": others[f"{name}_k{k}_{when}"].to_numpy()
             for name in BY_SUPPORT
             for k in OTHER_KS
             for when, ending in (("theta0", ""), ("after", "_after"))
         }
-
-    def lists(self) -> tuple[np.ndarray, ...]:
-        """Ids and log-probabilities of the trained student's and the teacher's lists."""
-        return tuple(np.array([json.loads(row) for row in self.trained[name]]) for name in LISTS)
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -190,13 +179,6 @@ class ReleasedFixture:
             for criterion, seed in dict.fromkeys(zip(self.cells["criterion"], self.cells["seed"]))
         ]
         return pd.DataFrame(rows)
-
-
-def _measured(frame: pd.DataFrame) -> pd.DataFrame:
-    """A released file of one student under our names."""
-    outcomes = [name for name in frame if name.endswith("_base") or name.startswith("G_")]
-    tokens = from_released(frame.drop(columns=outcomes))
-    return tokens.assign(sampled_in_topk=frame["target_in_student_topk"].to_numpy() != 0)
 
 
 def reduce(source: Path, target: Path) -> None:

@@ -26,6 +26,18 @@ PROXIES = {
     "target_in_student_topk": "sampled_in_topk",
     "top1_match": "top1_match",
 }
+DEFINED_PROXIES = {
+    name: PROXIES[name]
+    for name in ("Cmass_true", "CBC", "Coverlap", "reach_t1", "target_in_student_topk")
+}
+"""Proxies of the support definitions at every K."""
+LISTED_PROXIES = {
+    "topk_jaccard": "topk_jaccard",
+    "topk_overlap_frac": "topk_overlap",
+    "shared_teacher_topk_mass": "compatibility_intersection",
+    "shared_student_topk_mass": "shared_student_mass",
+}
+"""Proxies that follow from the lists of both models, at the K of the lists alone."""
 MASKS = {
     "ca_softor": "teachability_entropy",
     "compatibility": "compatibility",

@@ -46,12 +46,22 @@ def test_the_gain_is_relative_without_a_floor():
     assert bank.released_gain(tokens) == pytest.approx([0.5, -1.0])
 
 
-def test_a_table_without_a_divergence_after_training_gives_its_relative_gain():
-    assert list(bank.released_gain(keys(relative_gain_released=[0.1, -2.0]))) == [0.1, -2.0]
+def test_the_gain_of_an_imported_file_is_kept_to_the_last_bit():
     both = keys(
-        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.0, 0.0]
+        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.1, -2.0]
     )
-    assert bank.released_gain(both) == pytest.approx([0.5, 0.5])
+
+    assert list(bank.released_gain(both)) == [0.1, -2.0]
+    assert list(bank.released_gain(both.drop(columns=["forward_kl_after"]))) == [0.1, -2.0]
+
+
+@pytest.mark.parametrize("column", ["fold", "split", "gain_permuted"])
+def test_the_gain_beside_a_probe_is_the_checkpoints(column):
+    both = keys(
+        forward_kl=[2.0, 2.0], forward_kl_after=[1.0, 1.0], relative_gain_released=[0.1, -2.0]
+    )
+
+    assert bank.released_gain(both.assign(**{column: 0})) == pytest.approx([0.5, 0.5])
 
 
 def test_a_table_without_a_trained_student_is_refused_with_the_command():

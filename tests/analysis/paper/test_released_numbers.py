@@ -191,20 +191,14 @@ def has_equals(score: np.ndarray, count: int) -> bool:
 
 
 def of_support_definition(fixture):
-    lists = support.list_support(*fixture.lists())
-    own = int(fixture.trained["student_top_ids"].iloc[0].count(",") + 1)
     for k in supports(fixture, "support_definition"):
         proxies = {
-            name: fixture.tokens[column_at(fixture.tokens, names.PROXIES[name], k, "after")]
-            for name in ("Cmass_true", "CBC", "Coverlap", "reach_t1", "target_in_student_topk")
+            name: fixture.tokens[column_at(fixture.tokens, ours, k, "after")]
+            for name, ours in names.DEFINED_PROXIES.items()
         }
-        if k == own:
-            proxies |= {
-                "topk_jaccard": lists["topk_jaccard"],
-                "topk_overlap_frac": lists["topk_overlap"],
-                "shared_teacher_topk_mass": lists["shared_teacher_mass"],
-                "shared_student_topk_mass": lists["shared_student_mass"],
-            }
+        if k == fixture.tokens.attrs["k"]:
+            of_lists = names.LISTED_PROXIES.items()
+            proxies |= {name: fixture.tokens[f"{ours}_after"] for name, ours in of_lists}
             for name in names.DEFINITION.values():
                 yield f"k{k}/top1_match/{name}", NotDetermined(FIRST_OF_SETS)
         for row in support.support_definitions(fixture.tokens, proxies).to_dict("records"):
