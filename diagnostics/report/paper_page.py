@@ -25,7 +25,6 @@ from diagnostics.analysis.paper.sentences import (
     DESCRIBED,
     excludes_zero,
     masks_disagree,
-    order_of,
     turns,
     units,
     with_interval,
@@ -264,14 +263,17 @@ def _best(run: RunResults) -> dict[str, str]:
     table = run.table("paper_table_8")
     if table is None:
         return {}
-    orders = {
-        side: order_of(table, side, "mean gain", MAIN_BUDGET) for side in ("released", "controlled")
-    }
-    return {
-        side: f"Best selector at {MAIN_BUDGET:.0%}: {readable(order[0])}."
-        for side, order in orders.items()
-        if order
-    }
+    rows = table[(table.quantity == "mean gain") & np.isclose(table.budget, MAIN_BUDGET)]
+    found = {}
+    for side in ("released", "controlled"):
+        known = rows[np.isfinite(rows[side].astype(float))]
+        if len(known):
+            first = known.loc[known[side].astype(float).idxmax()].to_dict()
+            found[side] = (
+                f"Highest mean gain at {MAIN_BUDGET:.0%}: {readable(first['row'])},"
+                f" {with_interval(first, side)}."
+            )
+    return found
 
 
 def _changes(run: RunResults) -> str:
@@ -401,7 +403,7 @@ def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[s
     if table is not None:
         return ""
     trained = artefact.number in ("2", "7", "10")
-    return f"no table {artefact.table}." + (
+    return f"There is no table {artefact.table}." + (
         " It rests on trainings: `opd-diagnostics paper --train`." if trained else ""
     )
 
