@@ -9,21 +9,30 @@ it uses.
 from __future__ import annotations
 
 import html
-import inspect
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics.analysis.paper.printed import PRINTED
+from diagnostics.analysis.paper.sentences import (
+    DESCRIBED,
+    excludes_zero,
+    masks_disagree,
+    turns,
+    units,
+    with_interval,
+)
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
 from diagnostics.report.figures.paper import FIGURES, paper, plain
+from diagnostics.report.naming import readable
 from diagnostics.report.page import Drawn, shell
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.provenance import provenance
@@ -75,8 +84,12 @@ SECTIONS = {
     "Data": _artefacts("Table 5"),
 }
 """The artefacts of the page, in its order; a figure stands beside the table of its numbers."""
-LEADING = ("Table 1", "Table 8", "Table 2", "Table 9", "Table 7", "Table 6")
-"""Artefacts whose sentences may stand on the first screen, the most telling first."""
+COMPARED = _artefacts("Table 1", "Table 2", *(f"Table {number}" for number in range(6, 11)))
+"""Tables whose numbers have both sides; the figures show the same ones."""
+MAIN_K = 16
+"""The size of the support that the first screen is about: the paper's."""
+MAIN_BUDGET = 0.05
+"""The budget that the first screen is about."""
 
 
 def build(directory: str | Path) -> Path:
@@ -122,11 +135,13 @@ def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
         The figures by the paper's number, and for each that could not be drawn the reason.
     """
     drawn, left_out = {}, {}
-    for number, draw in FIGURES.items():
-        level = {"level": run.level} if "level" in inspect.signature(draw).parameters else {}
+    # what the paper prints stands below the figure, in the page's own caption
+    tables = {name: table for name, table in run.tables.items() if name != DIFFERENCES}
+    level = run.stage("paper").get("level", run.level)
+    for number in FIGURES:
         try:
             drawn[number] = Drawn(
-                *(paper(number, run.tables, width=width, **level) for width in (DOUBLE, SINGLE))
+                *(paper(number, tables, width=width, level=level) for width in (DOUBLE, SINGLE))
             )
         except DiagnosticsError as error:
             left_out[number] = str(error)
@@ -190,21 +205,16 @@ def first_screen(run: RunResults) -> dict[str, str]:
         run: The manifest and the paper's tables.
 
     Returns:
-        Sentences by their heading. Title and sentences have at most `FIRST_SCREEN` words: sentences
-        of an artefact are taken whole, by `LEADING`, as long as there is room.
+        Sentences by their heading, from the tables; what a table does not have is not said. Title
+        and sentences have at most `FIRST_SCREEN` words: the last sentences are left out, whole,
+        where there is no room for them.
     """
-    told = {"The pair.": _pair(run)}
-    rows = _leading(run)
-    for count in range(len(rows), 0, -1):
-        screen = told | {
-            "As released.": _joined(row["released"] for row in rows[:count]),
-            "Controlled.": _joined(row["controlled"] for row in rows[:count]),
-            "Why.": _joined(row["why"] for row in rows[:count]),
-        }
-        screen = {head: text for head, text in screen.items() if text}
-        if words(title(run), *screen, *screen.values()) <= FIRST_SCREEN:
-            return screen
-    return told
+    screen = {"The pair.": _pair(run)}
+    for head, text in _findings(run):
+        more = screen | {head: f"{screen.get(head, '')} {text}".strip()}
+        if text and words(title(run), *more, *more.values()) <= FIRST_SCREEN:
+            screen = more
+    return screen
 
 
 def words(*texts: str) -> int:
@@ -212,20 +222,82 @@ def words(*texts: str) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-def _joined(sentences: Iterable[object]) -> str:
-    """Sentences one after another, each once; undefined ones are left out."""
-    known = [str(text).strip() for text in sentences if isinstance(text, str) and text.strip()]
-    return " ".join(dict.fromkeys(known))
+def _findings(run: RunResults) -> list[tuple[str, str]]:
+    """Headings and sentences of the first screen, the most telling first."""
+    gap, best = _gap(run), _best(run)
+    return [
+        ("As released.", gap.get("released", "")),
+        ("Controlled.", gap.get("controlled", "")),
+        ("What a control changes.", _changes(run)),
+        ("As released.", best.get("released", "")),
+        ("Controlled.", best.get("controlled", "")),
+        ("Trainings.", _masks(run)),
+    ]
 
 
-def _leading(run: RunResults) -> list[dict]:
-    """The rows of `paper_differences` that may stand on the first screen, the first one first."""
-    table = run.table(DIFFERENCES)
+def _gap(run: RunResults) -> dict[str, str]:
+    """The Q3 gap at the paper's K, or else at the table's first, in a sentence per side."""
+    table = run.table("paper_table_1")
+    rows = None if table is None else table[table.quantity == "Q3 gap"]
+    if rows is None or rows.empty:
+        return {}
+    row = rows.iloc[int((rows.k == MAIN_K).to_numpy().argmax())].to_dict()
+    released, controlled = units(str(row["unit"]))
+    found = {
+        "released": f"{with_interval(row, 'released')} in {released}.",
+        "controlled": f"{with_interval(row, 'controlled')} in {controlled}",
+    }
+    known = np.isfinite(float(row["context"]))
+    found["controlled"] += f"; context gain {with_interval(row, 'context')}." if known else "."
+    return {
+        side: f"Inside Q3, most minus least compatible third ({row['row']}): {text}"
+        if side == "released"
+        else f"The same gap: {text}"
+        for side, text in found.items()
+        if np.isfinite(float(row[side]))
+    }
+
+
+def _best(run: RunResults) -> dict[str, str]:
+    """The selector with the highest mean gain at the main budget, in a sentence per side."""
+    table = run.table("paper_table_8")
     if table is None:
-        return []
-    rows = {plain(row["artefact"]): row for row in table.to_dict("records")}
-    wanted = [plain(name) for name in LEADING]
-    return [rows[name] for name in wanted if name in rows]
+        return {}
+    rows = table[(table.quantity == "mean gain") & np.isclose(table.budget, MAIN_BUDGET)]
+    found = {}
+    for side in ("released", "controlled"):
+        known = rows[np.isfinite(rows[side].astype(float))]
+        if len(known):
+            first = known.loc[known[side].astype(float).idxmax()].to_dict()
+            found[side] = (
+                f"Highest mean gain at {MAIN_BUDGET:.0%}: {readable(first['row'])},"
+                f" {with_interval(first, side)}."
+            )
+    return found
+
+
+def _changes(run: RunResults) -> str:
+    """How many numbers of the tables turn their sign, and how many intervals lose their verdict."""
+    tables = [run.tables[each.table] for each in COMPARED if each.table in run.tables]
+    if not tables:
+        return ""
+    rows = pd.concat(tables, ignore_index=True)
+    rows = rows[~rows.quantity.isin(DESCRIBED)].to_dict("records")
+    signs = [turned for row in rows if (turned := turns(row)) is not None]
+    theirs = [row for row in rows if excludes_zero(row, "released")]
+    lost = sum(excludes_zero(row, "controlled") is False for row in theirs)
+    return (
+        f"Of {len(signs)} numbers in the tables, {sum(signs)} turn their sign; of {len(theirs)}"
+        f" released intervals that exclude 0, {lost} hold it when controlled."
+    )
+
+
+def _masks(run: RunResults) -> str:
+    """Which mask leads by the released number of table 2, and which by the mean reduction."""
+    table = run.table("paper_table_2")
+    found = [] if table is None else masks_disagree(table)
+    text = "; ".join(found)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _pair(run: RunResults) -> str:
@@ -258,17 +330,16 @@ def _artefact(
     run: RunResults, artefact: Artefact, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]
 ) -> str:
     """One artefact: heading, figure, both sides in a sentence, why, what is printed, its table."""
-    said = _said(run, artefact)
-    table = run.table(artefact.table)
-    missing = _missing(artefact, table, left_out)
+    said, table = _said(run, artefact), run.table(artefact.table)
     figure = drawn.get(artefact.number) if artefact.kind == "Figure" else None
+    printed = _sentence(said.get("printed"), "Printed in the paper:")
+    missing = _missing(artefact, table, left_out)
     parts = [
         f"<h3>{html.escape(_heading(artefact, said))}</h3>",
-        _drawing(artefact, figure) if figure else "",
+        _drawing(artefact, figure, printed) if figure else "",
         _sides(said),
-        _sentence(said, "why", "Why they differ."),
-        _sentence(said, "printed", "Printed in the paper:"),
-        f'<p class="quiet">Not here: {html.escape(missing)}</p>' if missing else "",
+        _sentence(said.get("why") or missing, "Not here." if missing else "Why they differ."),
+        "" if figure else printed,
         table_block(artefact.table, table) if table is not None else "",
     ]
     return f'<section id="{artefact.table}">{"".join(parts)}</section>'
@@ -288,7 +359,8 @@ def _heading(artefact: Artefact, said: Mapping) -> str:
     return f"{artefact.name}. {title}"
 
 
-def _drawing(artefact: Artefact, drawn: Drawn) -> str:
+def _drawing(artefact: Artefact, drawn: Drawn, printed: str) -> str:
+    """The figure at both widths; its caption has what the paper prints, and the file's name."""
     name = f"{PREFIX}{artefact.number.lower()}"
     wide, narrow = (
         inline_svg(figure, f"{name}-{size}")
@@ -296,7 +368,7 @@ def _drawing(artefact: Artefact, drawn: Drawn) -> str:
     )
     return (
         f'<figure id="figure-{name}"><div class="wide">{wide}</div><div class="narrow">{narrow}'
-        f"</div><figcaption><code>figures/{name}.pdf</code></figcaption></figure>"
+        f"</div><figcaption>{printed}<code>figures/{name}.pdf</code></figcaption></figure>"
     )
 
 
@@ -317,8 +389,8 @@ def _sides(said: Mapping) -> str:
     )
 
 
-def _sentence(said: Mapping, name: str, head: str) -> str:
-    text = said.get(name)
+def _sentence(text: object, head: str) -> str:
+    """A paragraph with its heading; empty where there is no text."""
     if not isinstance(text, str) or not text:
         return ""
     return f"<p><b>{head}</b> {html.escape(text)}</p>"
@@ -331,7 +403,7 @@ def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[s
     if table is not None:
         return ""
     trained = artefact.number in ("2", "7", "10")
-    return f"no table {artefact.table}." + (
+    return f"There is no table {artefact.table}." + (
         " It rests on trainings: `opd-diagnostics paper --train`." if trained else ""
     )
 

@@ -5,9 +5,9 @@
     dx.plot.paper_3c(tables["paper_figure_3c"])
 
 Every figure is drawn from its final table alone: columns `released`, `controlled` and `context`
-with their intervals. Each of the three has a panel of its own with its own unit; panels of one unit
-share their scale. A number that the paper prints stands in the caption and is never drawn, because
-it was measured on other models.
+with their intervals. Each of the three has a panel of its own with its own unit. Panels of one unit
+share their scale, except for a context gain in nats, which is that of one step. A number that the
+paper prints stands in the caption and is never drawn, because it was measured on other models.
 """
 
 from __future__ import annotations
@@ -105,13 +105,28 @@ def _axes(table: pd.DataFrame, shown: Sequence[str], width: float, height: float
     return figure, axes
 
 
-def _same_scale(axes: Sequence, units: Sequence[str], axis: str) -> None:
-    """Panels of one unit get the widest of their limits."""
-    for name in set(units):
-        alike = [ax for ax, own in zip(axes, units, strict=True) if own == name]
+def _same_scale(axes: Sequence, shown: Sequence[str], table: pd.DataFrame, axis: str) -> None:
+    """Panels of one unit get the widest of their limits.
+
+    The context gain in nats keeps its own: it is that of one step, and beside a training's gain in
+    nats it would be a point.
+    """
+    units = [unit(table, side) for side in shown]
+    groups = [
+        (name, side == "context" and "nats" in name)
+        for name, side in zip(units, shown, strict=True)
+    ]
+    for group in set(groups):
+        alike = [ax for ax, own in zip(axes, groups, strict=True) if own == group]
         limits = np.array([getattr(ax, f"get_{axis}lim")() for ax in alike])
         for ax in alike:
             getattr(ax, f"set_{axis}lim")(limits[:, 0].min(), limits[:, 1].max())
+
+
+def _label(text: str, own: str, width: float) -> str:
+    """What an axis shows with its unit, which stands below where three panels leave little room."""
+    between = "\n" if width > 5 and len(text) + len(own) > 22 else " "
+    return f"{text}{between}({own})"
 
 
 def _forest(
@@ -134,9 +149,9 @@ def _forest(
             y = np.arange(len(names)) + shift
             style.lying(ax, y, own, "estimate", label=words, zorder=3, **look)
         ax.xaxis.set_major_locator(MaxNLocator(4 if width > 5 else 5))
-        ax.set_xlabel(f"{label} ({unit(table, side)})")
+        ax.set_xlabel(_label(label, unit(table, side), width))
     style.names_down(axes[0, 0], names)
-    _same_scale(list(axes.flat), [unit(table, side) for side in shown], "x")
+    _same_scale(list(axes.flat), shown, table, "x")
     style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
     return figure
 
@@ -164,8 +179,8 @@ def _columns(
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set_xlim(-0.5, len(ticks) - 0.5)
         ax.set_xlabel(labels[0])
-        ax.set_ylabel(f"{labels[1]} ({unit(table, side)})")
-    _same_scale(list(axes.flat), [unit(table, side) for side in shown], "y")
+        ax.set_ylabel(_label(labels[1], unit(table, side), width))
+    _same_scale(list(axes.flat), shown, table, "y")
     style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
     return figure
 
@@ -317,7 +332,7 @@ def _plane(
         figure,
         f"Color: {what} of a cell.",
         "Lines mark negative means." if signed else "Framed: Q3, confident and wrong.",
-        "Cells without positions are empty.",
+        "Cells without positions, or with too few, are empty.",
         _cell_counts(table),
         _printed(printed),
     )
