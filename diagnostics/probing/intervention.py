@@ -55,7 +55,7 @@ from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
-from diagnostics.core.progress import Shards, no_shards
+from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
@@ -67,6 +67,7 @@ from diagnostics.probing.directions import Store, read_record, write_record
 from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
 from diagnostics.probing.intervention_table import summarize
 from diagnostics.probing.step import (
+    FORWARD_AND_BACK,
     FoldSteps,
     PreparedStep,
     ProbeConfig,
@@ -107,6 +108,8 @@ RIVALS = ("random", "random_divergent", "position_matched")
 BUDGETS = (0.01, 0.05, 0.1, 0.3)
 SUPPORT = scores.ScoreConfig.k
 """K of the supports where no other is given."""
+UNMEASURED = {"position", "response_length", "token_identity_gain"}
+"""Columns that stay as they are, wherever the student stands."""
 GRADIENT_BYTES = 2**30
 """Memory for the gradients of cells that share one student forward."""
 
@@ -555,10 +558,7 @@ class StepSelection:
         if self.scope == "table" or cell.criterion == "full":
             self.ambiguous.append(self.planned.ambiguous)
             return self.planned.weights_N[rows]
-        # up to the first step the student stands at theta0, which the table has measured
-        table = (
-            self.bench.tokens.iloc[rows] if number <= 1 else remeasured(self.bench, rows, k=self.k)
-        )
+        table = self._measured(rows, number)
         mask, ambiguous = selected(
             table,
             cell.criterion,
@@ -569,6 +569,17 @@ class StepSelection:
         if number > 0:
             self.ambiguous.append(ambiguous)
         return mask & np.isfinite(table["forward_kl"]) & np.isfinite(table["reverse_kl"])
+
+    def _measured(self, rows: Rows, number: int) -> pd.DataFrame:
+        """The token table of a minibatch with the student as it is now.
+
+        Up to the first step the student stands at theta0, which the bench's table has measured; and
+        a criterion that reads no measurement, such as random, needs no other.
+        """
+        read = set(registry.find(self.planned.cell.criterion).needs)
+        if number <= 1 or read <= UNMEASURED:
+            return self.bench.tokens.iloc[rows]
+        return remeasured(self.bench, rows, k=self.k)
 
 
 @dataclass(frozen=True)
@@ -872,3 +883,4 @@ def _add_gradients(
         ):
             if add is not None:
                 total += add
+        worked(len(batch.rows_n) * FORWARD_AND_BACK)
