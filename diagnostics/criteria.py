@@ -230,8 +230,8 @@ def find(name: str) -> Criterion:
         near = difflib.get_close_matches(str(name), [*_REGISTRY, *_ALIASES], n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register another with"
-            " @diagnostics.criterion."
+            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register"
+            " another with @diagnostics.criterion."
         )
     return entry
 

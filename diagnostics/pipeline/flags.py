@@ -205,6 +205,14 @@ class Parser(argparse.ArgumentParser):
             self._chosen(found).refuse(unknown)
         return found
 
+    def given(self, args: Sequence[str]) -> frozenset[str]:
+        """Names of the flags that these arguments give. The parser is of no further use."""
+        command = self._chosen(argparse.Namespace(command=args[0]))
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+        command._defaults.clear()
+        return frozenset(vars(command.parse_known_args(args[1:])[0]))
+
     def _chosen(self, found: argparse.Namespace) -> Parser:
         commands = self._subparsers._group_actions[0].choices if self._subparsers else {}
         return commands.get(getattr(found, "command", None), self)  # type: ignore[union-attr]

@@ -94,18 +94,13 @@ from diagnostics.probing.trajectory import (
 log = logging.getLogger("diagnostics")
 MATCHES = ("norm", "lr")
 SCOPES = ("batch", "context", "table")
-CRITERIA = (
-    "entropy",
-    "divergence",
-    "reverse_divergence",
-    "compatibility",
-    "teachability",
-    "incompatible",
-    "tip",
+CRITERIA = tuple(
+    name for name in registry.names() if registry.find(name).recommended and name != "random"
 )
+"""The criteria to start with; random is always there."""
 RIVALS = ("random", "random_divergent", "position_matched")
 """Criteria that are always measured, as far as the token table has their columns."""
-BUDGETS = (0.01, 0.05, 0.1, 0.3)
+BUDGETS = (0.05, 0.1, 0.3)
 SUPPORT = scores.ScoreConfig.k
 """K of the supports where no other is given."""
 UNMEASURED = {"position", "response_length", "token_identity_gain"}
