@@ -144,18 +144,21 @@ class _Kept(logging.Handler):
 
 
 def _serve(parent: int) -> None:
-    """Make the tables that standard input asks for; the first error ends it without an answer."""
+    """Make the tables that standard input asks for; an error ends it with those before."""
     from diagnostics.training.workers import end_with
 
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out, kept = sys.stdout.buffer, _Kept()
+    kept, made = _Kept(), []
     logging.getLogger().addHandler(kept)
-    for stage, task in pickle.load(sys.stdin.buffer):
-        tables = MAKERS[stage](task)
-        pickle.dump((tables, kept.records), out)
-        out.flush()
-        kept.records = []
+    try:
+        for stage, task in pickle.load(sys.stdin.buffer):
+            made.append((MAKERS[stage](task), kept.records))
+            kept.records = []
+    finally:  # a pipe holds little, so that nothing is written before all is made
+        for each in made:
+            pickle.dump(each, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

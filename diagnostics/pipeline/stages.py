@@ -730,7 +730,7 @@ def compare_stage(
 
     config = _widened(run, "compare", config, analysis, {"seed": seed}, everything="criteria")
     tables: dict[str, pd.DataFrame] = {}
-    effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    effects = next(iter(_compared(run)[1:]), None)
     step = run.manifest["stages"].get("intervene", {}).get("settings", {})
     loss = step.get("loss", "reverse_kl")
     options = {**dataclasses.asdict(analysis), "seed": seed}
@@ -752,12 +752,18 @@ def compare_stage(
     run.stage(
         "compare",
         settings={**dataclasses.asdict(config), **options},
-        inputs=["tokens.parquet", *([effects] if effects else [])],
+        inputs=_compared(run),
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
         code=COMPARISON_CODE,
     )
+
+
+def _compared(run: Run) -> list[str]:
+    """Files that a comparison reads."""
+    effects = "interventions.parquet"
+    return ["tokens.parquet", *([effects] if run.path(effects).exists() else [])]
 
 
 COMPARISON_CODE = (
@@ -783,15 +789,15 @@ def _comparison_task(
 def comparison_to_make(
     run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
 ) -> dict[str, Any] | None:
-    """The task of `ahead` for the tables of `compare_stage`; None where the same settings have been
-    compared, which stay as they are unless the interventions change.
+    """The task of `ahead` for the tables of `compare_stage`; None where they are kept as long as
+    the interventions stay as they are.
     """
     config = _widened(run, "compare", config, analysis, {"seed": seed}, everything="criteria")
     options = {**dataclasses.asdict(analysis), "seed": seed}
     kept = run.has(
         "compare",
         settings={**dataclasses.asdict(config), **options},
-        inputs=["tokens.parquet"],
+        inputs=_compared(run),
         code=COMPARISON_CODE,
     )
     return None if kept else _comparison_task(run, config, options)
