@@ -101,8 +101,8 @@ LONG = "a" * 300
     "command",
     [
         ["report", LONG],
-        ["report", "--compare", LONG, LONG, "--output-dir", "x"],
-        ["analyze", "--training", LONG, "--output-dir", "x"],
+        ["report", "--against", LONG, LONG, "--output-dir", "x"],
+        ["analyze", "--against", LONG, "--output-dir", "x"],
         ["analyze", "--tokens", LONG, "--output-dir", "x"],
         ["analyze", "--output-dir", LONG],
         ["rerun", LONG, "--output-dir", "x"],

@@ -110,14 +110,16 @@ def rollout_stage(
         return
     path = prompts.prompts
     settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
+    bound: int | None = None
     if folds is not None and "rollout" not in run.manifest["stages"]:
-        _require_enough(at_most(prompts), folds)
+        bound = at_most(prompts)
+        _require_enough(bound, folds)
 
     def work() -> dict:
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
-        if folds is not None:
-            _require_enough(len(found.prompts), folds, warn=True)
+        if folds is not None and len(found.prompts) != bound:
+            _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
         bank = sample(
             pair,
@@ -156,33 +158,38 @@ def at_most(prompts: PromptConfig) -> int | None:
 
     Returns:
         The rows of the file, at most as many as are asked for; None where only the pair or a data
-        set knows.
+        set knows, and where the file cannot be read, which its reader explains.
     """
-    from diagnostics.core.rows import read_rows
+    from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
 
     path = prompts.prompts
-    if path is None or path.startswith("hf:") or not os.path.isfile(path):
+    if path is None or path.startswith("hf:"):
         return prompts.contexts
-    rows = len(read_rows(Path(path), text=True))
-    return rows if prompts.contexts is None else min(rows, prompts.contexts)
+    try:
+        table = read_source(path, prompts.prompts_split)
+        prompt_column_of(table, prompts.prompt_column, path)
+    except DiagnosticsError:
+        return None
+    return len(table) if prompts.contexts is None else min(len(table), prompts.contexts)
 
 
-def _require_enough(count: int | None, folds: int, *, warn: bool = False) -> None:
+def _require_enough(count: int | None, folds: int) -> None:
     """Refuse fewer prompts than folds, and say when there are too few for a verdict."""
     from diagnostics.analysis.config import FEWEST_PROMPTS
 
-    if count is None:
+    if not count:  # unknown, or none: its reader explains
         return
-    if 0 < count < folds:
+    prompts = f"{count} prompt{'s' if count > 1 else ''}"
+    if count < folds:
         raise DiagnosticsError(
-            f"{count} prompts cannot be divided into {folds} folds, one step on each. Use at least"
+            f"{prompts} cannot be divided into {folds} folds, one step on each. Use at least"
             f" {FEWEST_PROMPTS} prompts, from which on verdicts are given, or lower --folds."
         )
-    if warn and count < FEWEST_PROMPTS:
+    if count < FEWEST_PROMPTS:
         log.warning(
-            "%d prompts: below %d on a side nothing is judged. The run goes on, without a verdict;"
-            " add %d prompts for one",
-            count,
+            "%s: below %d on a side nothing is judged. The run goes on without a verdict; %d"
+            " prompts more would allow one",
+            prompts,
             FEWEST_PROMPTS,
             FEWEST_PROMPTS - count,
         )

@@ -14,15 +14,16 @@ from tests import study_tables
 NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
-        "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
-        " folds horizon json k learning-rate level loss max-new-tokens max-prompt-tokens"
-        " no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer"
-        " output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts"
-        " rollouts-format samples-per-prompt seed shard-teacher step student student-revision"
+        "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria device"
+        " draws dtype folds horizon json k learning-rate level loss match max-new-tokens"
+        " max-prompt-tokens minibatch no-chat no-offload-teacher no-shard-teacher nulls"
+        " offload-teacher optimizer output-dir pair placebos primary prompt-column prompts"
+        " prompts-split quick quiet random-draws rollouts rollouts-format samples-per-prompt scope"
+        " seed shard-teacher step student student-revision"
         " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
         " temperature top-k top-p warm-steps"
     ),
-    "analyze": "draws json k level output-dir primary quiet seed tokens training",
+    "analyze": "against draws json k level output-dir primary quiet seed tokens training",
     "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json"
@@ -47,7 +48,7 @@ SURFACE = {
         " teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
-        "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria"
+        "accept-code accumulation against batch budgets chat chat-template-kwargs contexts criteria"
         " device draws dtype eval-contexts eval-every eval-prompts eval-samples json"
         " learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offline offload-teacher output-dir"
@@ -55,7 +56,7 @@ SURFACE = {
         " scope seeds shard-teacher steps student student-revision teacher teacher-device"
         " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
-    "report": "compare contexts json output-dir quiet",
+    "report": "against compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
@@ -162,11 +163,11 @@ def test_every_stage_says_what_it_does(capsys):
         (["report"], "A report goes into one directory: name it as DIR, or with --output-dir."),
         (["report", "{tmp}/a", "--output-dir", "{tmp}/b"], "A report goes into one directory"),
         (
-            ["report", "--compare", "{tmp}/a", "--output-dir", "{tmp}"],
+            ["report", "--against", "{tmp}/a", "--output-dir", "{tmp}"],
             "A comparison needs two or more runs",
         ),
         (
-            ["report", "--compare", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"],
+            ["report", "--against", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"],
             "is not a manifest of this project (No such file or directory)",
         ),
         (["fly"], "invalid choice: 'fly'"),
@@ -202,7 +203,7 @@ def test_reports_from_files_alone_with_as_many_contexts_as_asked_for(tmp_path, c
 def test_runs_side_by_side_are_one_page(tmp_path, capsys):
     runs = [str(study_tables.write_run(tmp_path / name)) for name in ("one", "two")]
     assert (
-        main(["report", "--compare", *runs, "--output-dir", str(tmp_path / "both"), "--json"]) == 0
+        main(["report", "--against", *runs, "--output-dir", str(tmp_path / "both"), "--json"]) == 0
     )
     assert json.loads(capsys.readouterr().out) == {
         "report": str(tmp_path / "both" / "compare.html")
