@@ -1,8 +1,10 @@
-"""Tables that a process of its own makes while this one steps through interventions.
+"""A second process for what a run can do while this one steps through interventions.
 
-The study of the gains and the offline comparison need no model and no intervention. They are
-computed from the same file by the same functions, so that their tables have the same bytes either
-way. Where the process cannot be started or ends early, each stage makes its tables itself.
+The study of the gains and the offline comparison need no model and no intervention; then there are
+the trajectories of the interventions themselves, which the second process measures from the last
+one on. Either process computes the same numbers from the same files by the same functions, with as
+many threads, so that all files have the same bytes with and without it. Where it cannot be started
+or ends early, the stages do everything themselves.
 """
 
 from __future__ import annotations
@@ -13,19 +15,22 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diagnostics.core import distributed
+from diagnostics.core import distributed, files
 from diagnostics.core.schema import read_parquet, validate_tokens
 
 log = logging.getLogger("diagnostics")
+END_SECONDS = 5.0
+"""Longest wait for the second process to leave no half-written file behind."""
 Tables = dict[str, Any]
 """Tables by name."""
 Task = Mapping[str, Any]
-"""What to make: `tokens`, the path of the token table, and `options` of the function."""
+"""What to make: files by their use, and `options` of the function that makes it."""
 
 
 def study_tables(task: Task) -> Tables:
@@ -43,12 +48,29 @@ def comparison_tables(task: Task) -> Tables:
     return compare(tokens, outcomes=ALL_OUTCOMES, **task["options"])
 
 
-MAKERS = {"analyze": study_tables, "compare": comparison_tables}
-"""What makes a stage's tables."""
+def cells(task: Task) -> Tables:
+    """Trajectories of an intervention, into its cache; there is no table of them yet."""
+    import torch
+
+    from diagnostics.core.types import read_bank
+    from diagnostics.models.identity import Models
+    from diagnostics.probing.intervention import help_measuring
+
+    torch.set_num_threads(task["threads"])
+    pair, bank = Models(task["pair"]).pair, read_bank(task["contexts"])
+    with files.guard(task["directory"]):
+        help_measuring(pair, bank, **task["options"])
+    return {}
+
+
+TABLES = {"analyze": study_tables, "compare": comparison_tables}
+"""What makes the tables of a stage."""
+MAKERS = {**TABLES, "intervene": cells}
+"""What does a stage's part."""
 
 
 class Ahead:
-    """Tables of some stages, made by another process or, where there is none, when asked for.
+    """What another process has made of some stages; without one, what is made when asked for.
 
     Args:
         tasks: What to make, by stage, in the order in which it is made.
@@ -56,6 +78,7 @@ class Ahead:
 
     def __init__(self, tasks: Mapping[str, Task]):
         self.tasks, self.left = dict(tasks), list(tasks)
+        self.folder: tempfile.TemporaryDirectory | None = None
         self.process = self._begun() if tasks and cores() > 1 else None
 
     def _begun(self) -> subprocess.Popen | None:
@@ -64,8 +87,9 @@ class Ahead:
         home = str(Path(__file__).parents[2])
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
+            self.folder = tempfile.TemporaryDirectory(prefix="opd-ahead-")
             process = subprocess.Popen(
-                [sys.executable, "-m", "diagnostics.pipeline.ahead", str(os.getpid())],
+                [sys.executable, "-m", __name__, str(os.getpid()), self.folder.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -84,17 +108,17 @@ class Ahead:
         if self.tasks.get(stage) == task:
             while self.left and tables is None:
                 tables = self._next(self.left.pop(0), stage)
-        return MAKERS[stage](task) if tables is None else tables
+        return TABLES[stage](task) if tables is None else tables
 
     def _next(self, made: str, wanted: str) -> Tables | None:
         """The tables that come next, where these are the wanted ones; None where none come."""
-        if self.process is None or self.process.stdout is None:
+        if self.process is None or self.process.stdout is None or self.folder is None:
             return None
-        try:
-            tables, records = pickle.load(self.process.stdout)  # from our own process alone
-        except (EOFError, OSError, pickle.UnpicklingError):
+        if self.process.stdout.readline().decode().strip() != made:  # it ended
             self.left = []
             return None
+        with open(Path(self.folder.name) / made, "rb") as file:
+            tables, records = pickle.load(file)  # of our own process, in a folder of our own
         if made != wanted:
             return None
         for level, message in records:
@@ -102,15 +126,23 @@ class Ahead:
         return tables
 
     def end(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process, whatever it does."""
         if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 @contextmanager
 def beside(tasks: Mapping[str, Task]) -> Iterator[Ahead]:
-    """Make tables in another process while the block runs, where a core is free for it.
+    """Let another process work on tasks while the block runs, where a core is free for it.
 
     Args:
         tasks: What to make, by stage.
@@ -143,23 +175,24 @@ class _Kept(logging.Handler):
         self.records.append((record.levelno, record.getMessage()))
 
 
-def _serve(parent: int) -> None:
-    """Make the tables that standard input asks for; an error ends it with those before."""
+def _serve(parent: int, folder: Path) -> None:
+    """Do the tasks that standard input names, and say which is done; an error ends it."""
     from diagnostics.training.workers import end_with
+
+    def stop(*_: object) -> None:
+        raise SystemExit  # so that a file that is being written is removed
 
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    kept, made = _Kept(), []
+    signal.signal(signal.SIGTERM, stop)
+    kept = _Kept()
     logging.getLogger().addHandler(kept)
-    try:
-        for stage, task in pickle.load(sys.stdin.buffer):
-            made.append((MAKERS[stage](task), kept.records))
-            kept.records = []
-    finally:  # a pipe holds little, so that nothing is written before all is made
-        for each in made:
-            pickle.dump(each, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    for stage, task in pickle.load(sys.stdin.buffer):
+        with open(folder / stage, "wb") as file:
+            pickle.dump((MAKERS[stage](task), kept.records), file)
+        kept.records = []
+        print(stage, flush=True)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), Path(sys.argv[2]))

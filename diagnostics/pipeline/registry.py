@@ -177,15 +177,20 @@ def _attribute(job: Job) -> None:
 
 
 def _intervene(job: Job) -> None:
-    stages.intervene_stage(
-        job.run,
-        job.models,
-        job.configs[PROBE],
-        job.configs[INTERVENTION],
-        job.configs[ANALYSIS],
-        batch_tokens=job.configs[SCORE].batch_tokens,
-        drop="criteria" not in job.given,
-    )
+    stages.intervene_stage(job.run, *_grid(job), **_how(job))
+
+
+def _grid(job: Job) -> tuple[Any, ...]:
+    """The pair and the settings of an intervention."""
+    return job.models, *(job.configs[name] for name in (PROBE, INTERVENTION, ANALYSIS))
+
+
+def _how(job: Job) -> dict[str, Any]:
+    """How an intervention is measured."""
+    return {
+        "batch_tokens": job.configs[SCORE].batch_tokens,
+        "drop": "criteria" not in job.given,
+    }
 
 
 def _analyze(job: Job, made: ahead.Ahead | None = None) -> None:
@@ -606,7 +611,7 @@ def do(job: Job) -> dict[str, Any]:
                 made = stack.enter_context(ahead.beside(_tasks(job)))
             work: Callable[..., Any] | None = BY_NAME[name].run
             assert work is not None, name
-            options = {"made": made} if made is not None and name in ahead.MAKERS else {}
+            options = {"made": made} if made is not None and name in ahead.TABLES else {}
             with shown.stage(name):
                 result = work(job, **options) or result
     return result
@@ -618,5 +623,6 @@ def _tasks(job: Job) -> dict[str, Any]:
     found = {
         "analyze": stages.analysis_to_make(job.run, config, seed=seed, primary=job.flag("primary")),
         "compare": stages.comparison_to_make(job.run, _comparison(job), config, seed=seed),
+        "intervene": stages.cells_to_measure(job.run, *_grid(job), **_how(job)),
     }
     return {name: task for name, task in found.items() if task is not None}

@@ -799,7 +799,9 @@ def comparison_to_make(
     """The task of `ahead` for the tables of `compare_stage`; None where they are kept as long as
     the interventions stay as they are.
     """
-    config = _widened(run, "compare", config, analysis, {"seed": seed}, everything="criteria")
+    config = _widened(
+        run, "compare", config, analysis, {"seed": seed}, everything="criteria", say=False
+    )
     options = {**dataclasses.asdict(analysis), "seed": seed}
     kept = run.has(
         "compare",
@@ -858,6 +860,7 @@ def _widened(
     *others: Any,
     names: Sequence[str] = ("criteria", "budgets"),
     everything: str | None = None,
+    say: bool = True,
 ) -> Any:
     """A grid together with the one that the run already has, where all else is the same.
 
@@ -871,6 +874,7 @@ def _widened(
         others: Further settings of the stage that have to be the same.
         names: The settings that are lists to be joined.
         everything: Name of a list that stands for all there are where it is empty.
+        say: Whether what is added is logged.
     """
     earlier = run.manifest["stages"].get(stage, {}).get("settings", {})
     now = json.loads(json.dumps(recorded(_merged(config, *others))))
@@ -889,7 +893,7 @@ def _widened(
     kept = [
         str(each) for name in names for each in joined[name] if each not in getattr(config, name)
     ]
-    if kept:
+    if kept and say:
         log.info("%s: kept beside what is asked for: %s", stage, ", ".join(kept))
     return dataclasses.replace(config, **joined)
 
@@ -925,30 +929,10 @@ def intervene_stage(
     from diagnostics.probing.trajectory import require_horizon
 
     _require_probe_settings(run, probe, what="An intervention")
-    if drop:
-        config = _with_columns(run, config)
-    config = _widened(
-        run,
-        "intervene",
-        config,
-        models.settings,
-        probe,
-        analysis,
-        {"batch_tokens": batch_tokens},
-        names=("criteria", "budgets", "horizon"),
-    )
-    inputs = ["contexts.parquet", "scores.parquet"]
-    inputs += [name for name in ("gains.parquet",) if run.path(name).exists()]
+    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop)
 
     def work() -> dict:
-        bank, tokens = (
-            read_bank(run.path("contexts.parquet")),
-            validate_tokens(read_parquet(run.path("scores.parquet"))),
-        )
-        if "gains.parquet" in inputs:
-            gains = read_parquet(run.path("gains.parquet"))
-            known = [name for name in BEFORE_INTERVENING if name in gains]
-            tokens = tokens.merge(gains[[*GAIN_KEYS, *known]], on=list(GAIN_KEYS), how="left")
+        bank, tokens = read_bank(run.path("contexts.parquet")), _before_intervening(run)
         _say_grid(len(tokens), len(bank), probe, config)
         result = interventions(
             models.pair,
@@ -977,27 +961,39 @@ def intervene_stage(
             "horizon_rate": config.trajectory(models.pair, probe).rate,
         }
 
-    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "intervene",
-        settings=settings,
-        inputs=inputs,
+        **_intervention(run, models, probe, config, analysis, batch_tokens),
         outputs=["interventions.parquet", "tables/intervention.csv"],
         work=work,
         derived=True,
-        code=("probing.intervention",),
         models=models.fingerprint,
     )
 
 
-def _with_columns(run: Run, config: InterventionConfig) -> InterventionConfig:
+def _intervention(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """What `Run.stage` is asked for in an intervention."""
+    inputs = ["contexts.parquet", "scores.parquet"]
+    inputs += [name for name in ("gains.parquet",) if run.path(name).exists()]
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
+    return {"settings": settings, "inputs": inputs, "code": ("probing.intervention",)}
+
+
+def _with_columns(run: Run, config: InterventionConfig, *, say: bool) -> InterventionConfig:
     """The grid without the criteria that read a column which the scores lack."""
     from diagnostics import criteria as registry
 
     tokens = validate_tokens(read_parquet(run.require("scores.parquet")))
     lacking = {name: registry.missing_columns(tokens, name) for name in config.criteria}
     for name, columns in lacking.items():
-        if columns:
+        if columns and say:
             log.warning("%s is left out: the scores lack %s", name, ", ".join(columns))
     kept = tuple(name for name in config.criteria if not lacking[name])
     return dataclasses.replace(config, criteria=kept)
@@ -1025,6 +1021,82 @@ def _say_grid(
         probe.folds,
         ", ".join(map(str, horizon)) or "1",
     )
+
+
+def _whole_grid(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+    *,
+    drop: bool,
+    say: bool = True,
+) -> InterventionConfig:
+    """The grid that is measured: what is asked for and can be, with what is there already."""
+    if drop:
+        config = _with_columns(run, config, say=say)
+    others = (models.settings, probe, analysis, {"batch_tokens": batch_tokens})
+    names = ("criteria", "budgets", "horizon")
+    return _widened(run, "intervene", config, *others, names=names, say=say)
+
+
+def _before_intervening(run: Run) -> pd.DataFrame:
+    """The scores, with what an intervention may see of the gains."""
+    tokens = validate_tokens(read_parquet(run.path("scores.parquet")))
+    if not run.path("gains.parquet").exists():
+        return tokens
+    gains = read_parquet(run.path("gains.parquet"))
+    known = [name for name in BEFORE_INTERVENING if name in gains]
+    return tokens.merge(gains[[*GAIN_KEYS, *known]], on=list(GAIN_KEYS), how="left")
+
+
+def cells_to_measure(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    *,
+    batch_tokens: int,
+    drop: bool,
+) -> dict[str, Any] | None:
+    """The task of `ahead` for the trajectories of `intervene_stage`.
+
+    None where they are measured already, no core would be free for them, or the models are not on
+    the processor: a device that is shared would be no faster, and each process holds both models.
+    """
+    import torch
+
+    from diagnostics.models.loading import resolve_device
+    from diagnostics.pipeline.ahead import cores
+    from diagnostics.probing.intervention import SUPPORT
+
+    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop, say=False)
+    asked = _intervention(run, models, probe, config, analysis, batch_tokens)
+    threads = torch.get_num_threads()
+    if (
+        run.has("intervene", **asked)
+        or 2 * threads > cores()
+        or resolve_device(models.config.device).type != "cpu"
+    ):
+        return None
+    options = {
+        "probe": probe,
+        "config": config,
+        "tokens": _before_intervening(run),
+        "cache": run.path("cells"),
+        "k": _scored_k(run) or SUPPORT,
+        "batch_tokens": batch_tokens,
+    }
+    return {
+        "pair": models.config,
+        "directory": run.directory,
+        "contexts": run.path("contexts.parquet"),
+        "threads": threads,
+        "options": options,
+    }
 
 
 BEFORE_INTERVENING = ("fold", "split", "token_identity_gain")
