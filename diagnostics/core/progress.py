@@ -108,6 +108,12 @@ def expect(amount: float) -> None:
         _stages.whole = amount
 
 
+def forecast(amount: float) -> str:
+    """About how long so much work takes at the pace of the stages before; empty where unknown."""
+    pace = None if _stages is None else _stages.pace
+    return duration(amount * pace) if pace else ""
+
+
 def clear_line() -> None:
     """Remove the line of progress from a terminal, so that another line can be written."""
     if _stages is not None:
@@ -165,6 +171,7 @@ class Stages:
         self.names, self.out, self.clock = list(names), out or sys.stderr, clock
         self.terminal = bool(getattr(self.out, "isatty", lambda: False)())
         self.name: str | None = None
+        self.pace: float | None = None
         self._lock = threading.RLock()
         self._drawn = 0
         self._new("")
@@ -185,6 +192,8 @@ class Stages:
         self.show()
         yield
         took = self.clock() - self.began
+        if self.whole and self.done:
+            self.pace = took / self.done
         self.clear()
         log.info("%s: done in %s", self._which(), duration(took))
         with self._lock:

@@ -31,7 +31,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import recorded, unchanged
-from diagnostics.core.progress import expect
+from diagnostics.core.progress import expect, forecast
 from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
@@ -1015,11 +1015,14 @@ def _say_grid(
     per_cell = 1 + len(horizon) + FORWARD_AND_BACK / probe.folds + (1 + FORWARD_AND_BACK) * trained
     passes = CALIBRATION_TRIALS + FORWARD_AND_BACK + probe.folds * (1 + cells * per_cell)
     expect(positions * passes)
+    takes = forecast(positions * passes)
     log.info(
-        "%d selections on each of %d folds, with rivals and draws; each is measured after %s steps",
+        "%d selections on each of %d folds, with rivals and draws; each is measured after %s"
+        " steps%s. Finished ones are kept",
         cells,
         probe.folds,
         ", ".join(map(str, horizon)) or "1",
+        f": about {takes} at the probe's pace" if takes else "",
     )
 
 

@@ -171,12 +171,31 @@ def test_every_stage_says_what_it_does(capsys):
             "is not a manifest of this project (No such file or directory)",
         ),
         (["fly"], "invalid choice: 'fly'"),
+        (["rn", "--pair", "embedded"], "Did you mean run?"),
+        (
+            ["run", "--contxts", "8", "--output-dir", "{tmp}/out"],
+            "run: unrecognized arguments: --contxts 8. Did you mean --contexts?",
+        ),
+        (["compare", "--output", "{tmp}/out"], "the following arguments are required"),
+        (
+            ["intervene", "--criteria", "teachabilty", "--output-dir", "{tmp}/out"],
+            "Unknown criterion 'teachabilty'. Did you mean 'teachability'?",
+        ),
+        (
+            ["compare", "--budgets", "5", "--output-dir", "{tmp}/out"],
+            "--budgets takes shares above 0 and at most 1, as 0.05 or 5%; got 5. Did you mean 5%?",
+        ),
+        (
+            ["run", "{models}", "--prompts", "{tmp}/three.jsonl", "--output-dir", "{tmp}/out"],
+            "3 prompts cannot be divided into 4 folds, one step on each. Use at least 20 prompts",
+        ),
         (["--quiet"], "the following arguments are required"),
     ],
 )
 def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "column.jsonl").write_text('{"text": "w1"}\n')
+    (tmp_path / "three.jsonl").write_text('{"prompt": "w1"}\n' * 3)
     expanded = [
         part
         for a in arguments
@@ -186,6 +205,18 @@ def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, fo
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert error.startswith("error: ") and words in error
     assert (tmp_path / "column.jsonl").read_text() == '{"text": "w1"}\n'
+
+
+def test_an_unknown_flag_points_to_the_help_of_its_stage(capsys):
+    assert main(["compare", "--output-dir", "x", "--contexts", "8"]) == 2
+    assert capsys.readouterr().err.endswith(" compare --help`.\n")
+
+
+@pytest.mark.parametrize("word", ["against", "compare"])
+def test_another_run_is_against_and_the_earlier_word_works(word, tmp_path, capsys):
+    missing = str(tmp_path / "none")
+    assert main(["report", f"--{word}", missing, missing, "--output-dir", str(tmp_path)]) == 2
+    assert "is not a manifest of this project" in capsys.readouterr().err
 
 
 def test_reports_from_files_alone_with_as_many_contexts_as_asked_for(tmp_path, capsys):
