@@ -163,9 +163,7 @@ def on_a_terminal(*command, size, folder):
 @pytest.mark.parametrize("size", [(0, 0), (24, 50)])
 def test_a_terminal_of_any_size_shows_the_stage_and_its_time(size, tmp_path, folders):
     flags = [*folders[:6], "--contexts", "8", "--max-new-tokens", "4", "--device", "cpu"]
-    said, code = on_a_terminal(
-        "rollout", *flags, "--output-dir", "out", size=size, folder=tmp_path
-    )
+    said, code = on_a_terminal("rollout", *flags, "--output-dir", "out", size=size, folder=tmp_path)
     assert code == 0 and "\rstage 1 of 1 (rollout)" in said
     assert "INFO stage 1 of 1 (rollout): done in" in said and "Traceback" not in said
     drawn = [part for line in said.split("\n") for part in line.split("\r") if "stage 1" in part]

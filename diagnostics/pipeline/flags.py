@@ -48,6 +48,7 @@ BOUNDS = {
     "learning_rate": (0, 10),
     "lora_rank": (0, 10**4),
     "seeds": (1, 1000),
+    "per_context_minimum": (0, 10**6),
     "workers": (1, 1000),
     "sample": (1, 10**9),
     "eval_every": (0, 10**9),

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import in_stages
-from diagnostics.pipeline import ahead, stages
+from diagnostics.pipeline import ahead, paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ TRAIN = "training.run.TrainConfig"
 ENGINE = "training.run.EngineConfig"
 EVALUATION = "training.evaluation.EvaluationConfig"
 VALIDATE = "training.grid.ValidateConfig"
+SELECTORS = "training.selectors.SelectorConfig"
 
 
 @dataclass(frozen=True)
@@ -141,17 +143,24 @@ def _score(job: Job) -> None:
 
 def _after(job: Job) -> None:
     if job.flag("after"):
-        stages.after_stage(
-            job.run,
-            job.models,
-            job.flag("after"),
-            batch_tokens=job.configs[SCORE].batch_tokens,
-        )
+        stages.after_stage(job.run, job.models, job.flag("after"), job.configs[SCORE])
 
 
 def _import(job: Job) -> None:
+    beside = [name for name in ("tokens_after", "tokenizer") if job.flag(name)]
     if job.flag("tokens"):
-        stages.import_tokens(job.run, Path(job.flag("tokens")))
+        after = job.flag("tokens_after")
+        stages.import_tokens(
+            job.run,
+            Path(job.flag("tokens")),
+            after=Path(after) if after else None,
+            tokenizer=job.flag("tokenizer"),
+        )
+    elif beside:
+        raise DiagnosticsError(
+            f"--{beside[0].replace('_', '-')} goes with an imported table, and there is none. Name"
+            " it with --tokens."
+        )
 
 
 def _probe(job: Job) -> None:
@@ -242,6 +251,17 @@ def _validate(job: Job) -> None:
     )
 
 
+def _paper(job: Job) -> dict[str, str]:
+    page = paper_stage.paper_stage(
+        job.run,
+        job.models,
+        job.configs[SELECTORS],
+        job.configs[ANALYSIS],
+        seed=job.flag("seed"),
+    )
+    return {"output_dir": str(job.run.directory), "paper": str(page)}
+
+
 STAGES = (
     Stage(
         name="run",
@@ -314,9 +334,19 @@ STAGES = (
                 "tokens",
                 recorded="always",
                 help=(
-                    "read this token table (of this program, or of one of the released scripts)"
-                    " instead of the run's own"
+                    "read this token table (of this program, or of one of the released scripts),"
+                    " or this folder of rollouts, instead of the run's own"
                 ),
+            ),
+            flag(
+                "tokens-after",
+                recorded="maybe",
+                help="the table of the same positions with the trained student, beside --tokens",
+            ),
+            flag(
+                "tokenizer",
+                recorded="maybe",
+                help="folder or id of the tokenizer that gives an imported table its texts",
             ),
         ),
         run=_import,
@@ -349,9 +379,9 @@ STAGES = (
     ),
     Stage(
         name="after",
-        purpose="Measure the gains of a student that was trained by another program.",
+        purpose="Score the contexts again with a trained student, beside a probe or without one.",
         reads="`contexts.parquet`, `scores.parquet`",
-        writes="`gains.parquet`",
+        writes="`after.parquet`; `tokens.parquet`: its columns and, without a probe, its gains",
         flags=(
             flag(
                 "after",
@@ -401,6 +431,8 @@ STAGES = (
         example=(
             "analyze --output-dir reports/mine",
             "analyze --tokens token_bank.csv --output-dir reports/theirs",
+            "analyze --tokens theta0_metrics.parquet --tokens-after fixed_context_metrics.parquet"
+            " --tokenizer ./small --output-dir reports/theirs",
         ),
         configs=(ANALYSIS,),
         reads="`tokens.parquet`, or another token table",
@@ -525,6 +557,28 @@ STAGES = (
         ),
         run=_validate,
         modules=("training.grid", "analysis.training_outcomes", "analysis.foresight"),
+    ),
+    Stage(
+        name="paper",
+        purpose=(
+            "Lay out the tables and figures of arXiv 2605.26844 for the run's pair, each as the"
+            " released scripts compute it and controlled."
+        ),
+        example=(
+            "paper --output-dir reports/mine",
+            "paper --pair embedded --train --output-dir reports/mine",
+        ),
+        configs=(PAIR, SELECTORS, ANALYSIS),
+        reads=(
+            "`tokens.parquet` with a trained student's columns; with `--train`: two models,"
+            " `contexts.parquet`, `scores.parquet`"
+        ),
+        writes=(
+            "`tables/paper_*.csv`, `figures/paper_*`, `paper.html`; with `--train`: `paper/cells/`"
+        ),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, SEED),
+        run=_paper,
+        modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
         name="rerun",

@@ -169,7 +169,7 @@ class Run:
         """All that a stage's result depends on, as the manifest records it."""
         now = {
             "settings": recorded(settings),
-            "inputs": {file: self._input_hash(name, file) for file in inputs},
+            "inputs": {file: self.input_hash(name, file) for file in inputs},
             "models": models(),
             "code": {"version": code_version(*code)} if code else {},
         }
@@ -385,7 +385,12 @@ class Run:
             )
         return self.path(name)
 
-    def _input_hash(self, stage: str, file: str) -> str:
+    def input_hash(self, stage: str, file: str) -> str:
+        """Hash of a file that a stage reads.
+
+        Raises:
+            DiagnosticsError: The file is missing, or is not as it was written.
+        """
         digest, known = files.hash_inside(self.directory, file), self._known(file)
         if digest is None:
             raise DiagnosticsError(

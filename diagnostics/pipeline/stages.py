@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bounds import is_listed, marked
@@ -26,13 +27,15 @@ from diagnostics.contexts.choose_prompts import (
     rendered_sha256,
     training_prompts,
 )
+from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
 from diagnostics.core import files
+from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
 from diagnostics.core.manifest import recorded, unchanged
 from diagnostics.core.progress import expect, forecast
-from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
@@ -385,76 +388,114 @@ def _primary(run: Run, primary: str | None) -> tuple[PrimaryChoices, str | None]
     return (known if primary is None else PrimaryChoices.parse(primary)), digest
 
 
-def import_tokens(run: Run, path: Path) -> None:
-    """Take over a token table of another program as the run's tokens.parquet."""
+def import_tokens(
+    run: Run, path: Path, *, after: Path | None = None, tokenizer: str | None = None
+) -> None:
+    """Take over a token table of another program as the run's tokens.parquet.
+
+    Args:
+        run: The open run directory.
+        path: The table, or a folder of rollouts.
+        after: A table of the same positions with the trained student.
+        tokenizer: Folder or Hugging Face id of the tokenizer that gives tokens their text.
+    """
     from diagnostics.contexts.import_tokens import read_tokens
 
-    def work() -> None:
-        write_parquet(run.path("tokens.parquet"), read_tokens(path))
+    def work() -> dict:
+        tokens = read_tokens(path, after=after, tokenizer=tokenizer)
+        write_parquet(run.path("tokens.parquet"), tokens)
+        warned = [list(note) for note in tokens.attrs.get("warnings", ())]
+        known = {"k": tokens.attrs["k"]} if "k" in tokens.attrs else {}
+        return {"positions": len(tokens), "warnings": warned, **known}
 
-    if not os.path.isfile(path):
-        raise DiagnosticsError(
-            f"{path} is not a file. Name a token table in CSV, JSONL or parquet with --tokens."
-        )
+    tables = {"tokens": path, **({} if after is None else {"tokens_after": after})}
+    for name, table in tables.items():
+        if not (os.path.isfile(table) or os.path.isdir(table)):
+            raise DiagnosticsError(
+                f"{table} is not a file. Name a token table in CSV, JSONL or parquet, or a folder"
+                f" of rollouts, with --{name.replace('_', '-')}."
+            )
+    settings: dict[str, Any] = {name: table.name for name, table in tables.items()}
+    hashes = {name: file_hash(name, str(table))[f"{name}_sha256"] for name, table in tables.items()}
+    settings["sha256"] = hashes.pop("tokens")
+    settings |= {f"{name}_sha256": digest for name, digest in hashes.items()}
+    settings |= {} if tokenizer is None else {"tokenizer": tokenizer}
+    local = tokenizer is not None and Path(tokenizer).exists()
     run.stage(
         "import",
-        settings={"tokens": path.name, "sha256": sha256_file(path)},
+        settings=settings,
         outputs=["tokens.parquet"],
         work=work,
         code=("contexts.import_tokens",),
+        models=lambda: {"tokenizer": fingerprint_files(Path(str(tokenizer)))} if local else {},
     )
 
 
-def after_stage(run: Run, models: Models, checkpoint: str, *, batch_tokens: int) -> None:
-    """Measure the gains of a trained student: the frozen positions are scored again with it.
+def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) -> None:
+    """Score the frozen positions again with a trained student, into `after.parquet`.
 
     A checkpoint is one step: no fold is held out for it, and there is no permuted teacher beside
-    it. The table then has neither `fold` nor `context_gain`, and the manifest says `steps: 1`.
+    it. In a run without a probe the table then has its gains, neither `fold` nor `context_gain`,
+    and the manifest says `steps: 1`. A probe's gains stay what they are, whichever came first; the
+    checkpoint's are forward_kl minus forward_kl_after.
 
     Args:
-        run: A run directory with scores and without a probe.
+        run: A run directory with scores.
         models: The pair of those scores.
         checkpoint: Folder or Hugging Face id of the trained student.
-        batch_tokens: The most tokens of a batch.
+        config: Supports and batches, those of the scores.
     """
-    from diagnostics.models.named_pairs import named_pair
-    from diagnostics.models.pair import load_pair
-    from diagnostics.probing.frozen_bank import FrozenBank
-    from diagnostics.probing.one_step import gains
+    from diagnostics.probing.scores import score_after
 
     def work() -> dict:
-        options = dataclasses.asdict(models.config)
-        name = options.pop("pair")
-        teacher = (
-            {}
-            if name is None or options["teacher_logprobs"]
-            else {"teacher": named_pair(name).folders()[1]}
-        )
-        pair = load_pair(**options | teacher | {"student": checkpoint, "student_revision": None})
-        before = read_parquet(run.path("scores.parquet"))
-        after = FrozenBank(
-            pair, read_bank(run.path("contexts.parquet")), batch_tokens=batch_tokens
-        ).divergences()
-        columns = gains((before["forward_kl"].to_numpy(), before["reverse_kl"].to_numpy()), after)
-        write_parquet(run.path("gains.parquet"), before[list(GAIN_KEYS)].assign(**columns))
-        return {**pair.facts, "steps": 1}
+        pair, bank = _trained_pair(models, checkpoint), read_bank(run.path("contexts.parquet"))
+        after = score_after(pair, bank, config, shards=run.shards("after"))
+        seen = _seen(checkpoint, bank)
+        write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
+        seen_facts = {} if seen is None else {"seen_positions": int(seen.sum())}
+        not_finite = int(after[f"forward_kl{AFTER}"].isna().sum())
+        return {**pair.facts, "steps": 1, "not_finite": not_finite, **seen_facts}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
-    if "probe" in run.manifest["stages"]:
-        raise DiagnosticsError(
-            f"{run.directory} holds the gains of a probe. Score the same contexts in another"
-            " --output-dir, and the checkpoint there."
-        )
     run.stage(
         "after",
-        settings={**models.settings, "after": checkpoint, "batch_tokens": batch_tokens},
+        settings={**models.settings, "after": checkpoint, **dataclasses.asdict(config)},
         inputs=["contexts.parquet", "scores.parquet"],
-        outputs=["gains.parquet"],
+        outputs=["after.parquet"],
         work=work,
-        code=("probing.one_step", "probing.frozen_bank"),
+        code=("probing.scores", "contexts.trained_prompts"),
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
+
+
+def _trained_pair(models: Models, checkpoint: str) -> Pair:
+    """The pair with a trained student in the student's place."""
+    from diagnostics.models.named_pairs import named_pair
+    from diagnostics.models.pair import load_pair
+
+    options = dataclasses.asdict(models.config)
+    name = options.pop("pair")
+    teacher = (
+        {}
+        if name is None or options["teacher_logprobs"]
+        else {"teacher": named_pair(name).folders()[1]}
+    )
+    return load_pair(**options | teacher | {"student": checkpoint, "student_revision": None})
+
+
+def _seen(checkpoint: str, bank: Bank) -> np.ndarray | None:
+    """Whether the checkpoint was trained on each position's prompt [N]; None where unknown."""
+    trained = read_trained_prompts(checkpoint)
+    if trained is None:
+        log.info(
+            "%s holds no %s, so it is unknown which contexts the checkpoint was trained on",
+            checkpoint,
+            RECORD,
+        )
+        return None
+    lengths = [len(context.response_ids) for context in bank]
+    return np.repeat(seen_contexts(trained, bank), lengths)
 
 
 def join_tokens(run: Run) -> None:
@@ -465,11 +506,14 @@ def join_tokens(run: Run) -> None:
             added = read_parquet(run.path(name))
             added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
             tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
+    if run.path("after.parquet").exists() and run.as_written("after.parquet"):
+        tokens = join_checkpoint(tokens, read_parquet(run.path("after.parquet")))
     with run.joining("tokens.parquet"):
         write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
 
 
-def _refuse_shards(models: Models) -> None:
+def refuse_shards(models: Models) -> None:
+    """Refuse to train with a teacher that is sharded by hand."""
     if models.config.shard_teacher:
         raise DiagnosticsError(
             "Training shards its models by Accelerate's own configuration; leave --shard-teacher"
@@ -497,9 +541,11 @@ def frozen_bank(
 
 
 def _trained_files(run: Run) -> list[str]:
-    """What a training has written: its logs and evaluations, and the student's weights."""
+    """What a training has written: its logs and evaluations, the student's weights, and on which
+    prompts it was trained.
+    """
     names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
-    names += ["training_gains.parquet"]
+    names += ["training_gains.parquet", f"student/{RECORD}"]
     names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
     written = [name for name in names if run.path(name).exists()]
@@ -528,7 +574,7 @@ def train_stage(
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
-    _refuse_shards(models)
+    refuse_shards(models)
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
     lora_config(engine.lora_rank, engine.peft)
@@ -660,7 +706,12 @@ def _analysis(
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(
-                f"{run.path('tokens.parquet')} has no gains. Run the probe stage first."
+                f"{run.path('tokens.parquet')} has no gains in nats."
+                + (
+                    " Give the scores of the trained student as well, with --tokens-after."
+                    if "import" in run.manifest["stages"]
+                    else " Run the probe stage first."
+                )
             )
         options = {
             **dataclasses.asdict(config),
@@ -1106,6 +1157,17 @@ BEFORE_INTERVENING = ("fold", "split", "token_identity_gain")
 """Columns of the probe's gains that an intervention may see: no outcome of a position itself."""
 
 
+def scored_supports(run: Run) -> tuple[int, tuple[int, ...]]:
+    """The K of the run's scores and the other K that were measured beside it; the defaults where
+    the manifest does not say.
+    """
+    from diagnostics.probing.scores import ScoreConfig
+
+    settings = run.manifest["stages"].get("score", {}).get("settings", {})
+    usual = ScoreConfig()
+    return settings.get("k", usual.k), tuple(settings.get("sweep", usual.sweep))
+
+
 def _scored_k(run: Run) -> int | None:
     """The K of the run's scores; None where they were not made by this run."""
     return run.manifest["stages"].get("score", {}).get("settings", {}).get("k")
@@ -1276,7 +1338,7 @@ def validate_stage(
     from diagnostics.training import grid
 
     check_loss(config.loss)
-    _refuse_shards(models)
+    refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
     sources = {

@@ -137,8 +137,9 @@ def test_a_terminal_has_one_line_that_is_written_anew_and_removed(spoken):
             bar.update(50)
         shown = stages.out.getvalue().rsplit("\r", 1)[1].rstrip()
         stages.clear()
-    assert shown == (
-        "████░░░░░░░░░░ stage 2 of 2 (probe), 25 %, about 3 min left: after the step on"[:79]
+    assert (
+        shown
+        == ("████░░░░░░░░░░ stage 2 of 2 (probe), 25 %, about 3 min left: after the step on"[:79])
     )
     assert "\n" not in stages.out.getvalue() and stages.out.getvalue().endswith(" \r")
     assert lines == ["stage 2 of 2 (probe): done in 60 s"]
@@ -173,7 +174,7 @@ def test_passes_of_a_stage_add_up_to_what_it_expects(spoken):
 
 
 def test_quiet_stages_say_nothing_on_the_way(spoken):
-    lines, begin = spoken
+    _, begin = spoken
     stages, clock = begin(["probe"], Terminal())
     progress.set_quiet(True)
     with stages.stage("probe"):
@@ -191,9 +192,12 @@ def test_outside_a_command_nothing_is_expected():
 
 def test_stages_end_where_the_block_ends(monkeypatch):
     monkeypatch.setattr(progress, "_quiet", True)
-    with pytest.raises(ValueError, match="no"), progress.in_stages(["a"]) as stages:
-        with stages.stage("a"):
-            raise ValueError("no")
+    with (
+        pytest.raises(ValueError, match="no"),
+        progress.in_stages(["a"]) as stages,
+        stages.stage("a"),
+    ):
+        raise ValueError("no")
     assert progress._stages is None
 
 

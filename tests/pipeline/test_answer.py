@@ -10,6 +10,7 @@ from diagnostics.pipeline.answer import answer, text
 from tests.effect_tables import made_interventions
 
 PAIR = "--pair embedded"
+CLEAR = dict(prompts=128, folds=8, horizons=(20,), prompt=0.01, batch=0.001, both=0.001)
 
 
 def said(folder, **made):
@@ -18,14 +19,14 @@ def said(folder, **made):
 
 
 def test_a_decision_is_ten_lines_or_fewer(tmp_path):
-    found, table = said(tmp_path)
+    found, table = said(tmp_path, **CLEAR)
     lines = text(found).split("\n")
     assert len(lines) <= 10 and lines[0] == decision_sentence(table)
     assert lines[0].startswith("Train with teachability at 5 %")
     assert lines[1] == "over random, nats per position of reverse KL:"
     assert lines[2].split()[:3] == ["teachability", "at", "5"] and lines[2].endswith(" better")
     assert "… 8 more in" in lines[5] and len(found["ranking"]) == 12
-    assert lines[-3].startswith("strength: 4 folds, 64 prompts a side: ")
+    assert lines[-3].startswith("strength: 8 folds, 128 prompts a side: ")
     assert lines[-2] == (
         f"next: opd validate --against {tmp_path} --criteria teachability,random --budgets 0.05"
         f" --output-dir {tmp_path}-training"
@@ -35,7 +36,7 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
 
 
 def test_the_ranking_is_by_the_lower_bound_and_ends_with_the_worst(tmp_path):
-    found, _ = said(tmp_path)
+    found, _ = said(tmp_path, **CLEAR)
     lows = [row["over_random_low"] for row in found["ranking"]]
     assert lows == sorted(lows, reverse=True)
     assert found["ranking"][0]["recommended"] and not found["ranking"][-1]["recommended"]
@@ -43,7 +44,7 @@ def test_the_ranking_is_by_the_lower_bound_and_ends_with_the_worst(tmp_path):
 
 
 def test_twelve_prompts_are_not_judged_and_more_are_asked_for(tmp_path):
-    found, _ = said(tmp_path, prompts=12)
+    found, _ = said(tmp_path, prompts=12, horizons=(20,))
     assert found["strength"]["sentence"] == (
         "4 folds, 12 prompts a side (20 are needed): not judged"
     )
@@ -53,8 +54,8 @@ def test_twelve_prompts_are_not_judged_and_more_are_asked_for(tmp_path):
 
 
 def test_a_design_is_weak_where_it_would_miss_a_quarter_of_what_random_does(tmp_path):
-    clear, _ = said(tmp_path, prompts=256, folds=8, batch=0.001, both=0.001, selection=0.001)
-    noisy, _ = said(tmp_path, prompt=0.3, batch=0.1)
+    clear, _ = said(tmp_path, **CLEAR, selection=0.001)
+    noisy, _ = said(tmp_path, prompt=0.3, batch=0.1, horizons=(20,))
     assert clear["strength"]["word"] == "sufficient" and noisy["strength"]["word"] == "weak"
 
 
@@ -65,7 +66,7 @@ def test_without_interventions_it_says_so_and_what_to_run(tmp_path):
 
 
 def test_the_table_of_the_run_is_read_where_none_is_given(tmp_path):
-    found, table = said(tmp_path)
+    found, table = said(tmp_path, **CLEAR)
     write_csv(tmp_path / "tables/decision.csv", table)
     read = answer(tmp_path, "opd", pair=PAIR, page="r.html")
     assert text(read) == text(found)
@@ -74,5 +75,5 @@ def test_the_table_of_the_run_is_read_where_none_is_given(tmp_path):
 @pytest.mark.parametrize("level, word", [(0.1, "Train with"), (0.0, "No criterion is above")])
 def test_every_outcome_fits_on_a_terminal(tmp_path, level, word):
     truths = {("full", 1.0): 0.2, ("random", 0.1): 0.1, ("entropy", 0.1): 0.02 + 2 * level}
-    found, _ = said(tmp_path, truths=truths, shared=0.0, prompt=0.001, batch=0.001, both=0.001)
+    found, _ = said(tmp_path, truths=truths, **CLEAR)
     assert found["decision"].startswith(word) and text(found).count("\n") < 10

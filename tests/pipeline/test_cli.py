@@ -23,8 +23,14 @@ SURFACE = {
         " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
         " temperature top-k top-p warm-steps"
     ),
-    "analyze": "against draws json k level output-dir primary quiet seed tokens training",
-    "compare": "batch budgets criteria draws json level output-dir quiet scope seed ties tokens",
+    "analyze": (
+        "against draws json k level output-dir primary quiet seed tokenizer tokens tokens-after"
+        " training"
+    ),
+    "compare": (
+        "batch budgets criteria draws json level output-dir quiet scope seed ties tokenizer tokens"
+        " tokens-after"
+    ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json"
         " k learning-rate level loss match minibatch no-offload-teacher no-shard-teacher"
@@ -43,7 +49,8 @@ SURFACE = {
         " criterion device dtype eval-contexts eval-every eval-prompts eval-samples json k"
         " learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir pair peft"
-        " probe-every prompt-column prompts prompts-split quiet resume save-every scope seed"
+        " per-context-minimum probe-every prompt-column prompts prompts-split quiet resume"
+        " save-every scope seed"
         " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
         " teacher-logprobs teacher-revision ties trl verifier"
     ),
@@ -55,6 +62,12 @@ SURFACE = {
         " pair peft probe-every prompt-column prompts prompts-split quiet resume save-every"
         " scope seeds shard-teacher steps student student-revision teacher teacher-device"
         " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
+    ),
+    "paper": (
+        "accept-code batch budgets curve device draws dtype json learning-rate level masks"
+        " no-offload-teacher no-shard-teacher no-train offload-teacher output-dir pair"
+        " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
     ),
     "report": "against compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",
@@ -156,6 +169,10 @@ def test_every_stage_says_what_it_does(capsys):
             "none.csv is not a file",
         ),
         (["analyze", "--tokens", "{tmp}/column.jsonl", "--output-dir", "{tmp}/out"], "column"),
+        (
+            ["analyze", "--tokens-after", "{tmp}/none.csv", "--output-dir", "{tmp}/out"],
+            "--tokens-after goes with an imported table, and there is none. Name it with --tokens.",
+        ),
         (
             ["report", "--output-dir", "{tmp}/out"],
             "/out holds no manifest.json. Name the --output-dir of an earlier run.",

@@ -110,7 +110,7 @@ def test_a_budget_that_is_no_share_is_refused_with_the_remedy(given, said):
 
 
 def test_no_flag_is_abbreviated_and_the_nearest_is_named():
-    with pytest.raises(DiagnosticsError, match=r"unrecognized arguments: --siz-of-it 7\. Did you me"):
+    with pytest.raises(DiagnosticsError, match=r"--siz-of-it 7\. Did you mean --size-of-it\?"):
         parse("--siz-of-it", "7")
     with pytest.raises(DiagnosticsError, match=r"--size 7\. Did you mean --size-of-it\? See"):
         parse("--size", "7")
