@@ -9,6 +9,7 @@ prompts on, and never where one has no width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,6 +167,12 @@ def sentence(clauses: Iterable[str]) -> str:
     """Clauses as one sentence; empty without any."""
     text = "; ".join(clause for clause in clauses if clause)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of an error as a clause, without the columns that a table has."""
+    text = re.split(r"\. |; this one has|, and the table has", str(error))[0].rstrip(".")
+    return f"{text[0].lower()}{text[1:]}" if text else "it is undefined"
 
 
 def units(unit: str) -> tuple[str, str]:

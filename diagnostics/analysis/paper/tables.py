@@ -271,14 +271,20 @@ class _Study:
     @cached_property
     def released_planes(self) -> pd.DataFrame:
         """The planes as released, all figures together."""
-        return released.planes(self.tokens, fewest=controlled.FEWEST_IN_CELL)
+        fewest = controlled.FEWEST_IN_CELL
+        return released.planes(self.tokens, bins=self.bins, fewest=fewest)
+
+    @property
+    def bins(self) -> int:
+        """Bins of each axis of a plane, as many as the fewest positions of a side allow."""
+        return controlled.bins_for(min((int(s.mask.sum()) for s in self.samples), default=0))
 
     @cached_property
     def controlled_planes(self) -> dict[str, pd.DataFrame]:
         """The planes of each outcome, all figures together."""
         lacking = reasons(self.tokens)
         return {
-            SIDE_OF[outcome]: controlled.planes(self.tokens, outcome=outcome)
+            SIDE_OF[outcome]: controlled.planes(self.tokens, bins=self.bins, outcome=outcome)
             for outcome in OUTCOME_COLUMNS
             if outcome not in lacking
         }
@@ -310,7 +316,7 @@ class _Study:
             except DiagnosticsError as error:
                 # A side that the columns do not allow is left out, and the table says why.
                 for name in ("released",) if side == "released" else OUTCOME_COLUMNS:
-                    lacking.setdefault(name, str(error).rstrip("."))
+                    lacking.setdefault(name, words.reason_of(error))
         if number in TRAINED:
             lacking["context"] = (
                 "a probe takes one step on all positions and trains under no mask"

@@ -209,7 +209,8 @@ def test_a_missing_side_is_named_with_its_reason():
     facts = Facts(lacking={"released": "it needs teacher_entropy", "checkpoint": "no student"})
     text = said(joined_row(controlled=(0.2, 0.1, 0.5, 480)), facts=facts)
     assert text.startswith("No released number: it needs teacher_entropy")
-    assert "no controlled number: no student" in said(joined_row(released=RELEASED), facts=facts)
+    text = said(joined_row(released=RELEASED), facts=facts)
+    assert text.startswith("No controlled number: no student")
 
 
 def test_quantities_without_a_sign_get_no_verdict():
