@@ -1,4 +1,4 @@
-"""Does the definition of support matter? Percentile ranks in place of N, as the released script.
+"""Does it matter how support is defined? The released check, with percentile ranks in place of N.
 
     h, d, ht = rank / N of the untrained student's H, D and of H_T;  c = rank / N of a proxy of the
     *trained* student

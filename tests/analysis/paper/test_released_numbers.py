@@ -180,7 +180,8 @@ def of_topn(fixture):
 def selections(fixture, k: int, order: topn.Order) -> tuple[ScriptTable, list[dict]]:
     """The exact selections at one K, with the seeds of the fixture's run."""
     table = script_table(fixture.tokens, compatibility="after", k=k)
-    salts = {names.SELECTORS[name]: salt for name, salt in fixture.expected["topn_hashes"].items()}
+    hashes = fixture.expected["topn_hashes"]
+    salts = {names.SELECTORS[name]: int(salt) for name, salt in hashes.items()}
     return table, topn.top_gains(table, k=k, salts=salts, order=order).to_dict("records")
 
 
