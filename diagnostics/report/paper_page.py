@@ -33,12 +33,12 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
 from diagnostics.report.figures.paper import FIGURES, paper, plain
 from diagnostics.report.naming import readable
-from diagnostics.report.page import Drawn, shell, with_code
+from diagnostics.report.page import shell, with_code
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.provenance import provenance
 from diagnostics.report.run_results import RunResults, read_tables
 from diagnostics.report.style import DOUBLE, SINGLE
-from diagnostics.report.svg import figure_files, inline_svg
+from diagnostics.report.svg import inline_svg, png
 from diagnostics.report.written_pages import encoded, write_pages
 
 PREFIX = "paper_"
@@ -125,6 +125,13 @@ def build(directory: str | Path) -> Path:
     return directory / "paper.html"
 
 
+class Drawn(NamedTuple):
+    """One figure at both widths."""
+
+    wide: Figure
+    narrow: Figure
+
+
 def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
     """Draw every figure of the paper that the tables allow, at both widths.
 
@@ -148,12 +155,22 @@ def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
     return drawn, left_out
 
 
+UNDATED = {
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "svg": {"Date": None, "Creator": None},
+}
+"""What would differ between two files of one figure, for each format."""
+
+
 def _files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG, PDF and SVG, without dates, so that equal tables give equal files."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return figure_files(name, figure) | {f"{name}.svg": buffer.getvalue()}
+    """The figure as PNG, PDF and SVG, so that equal tables give equal files."""
+    found = {f"{name}.png": png(figure)}
+    for kind, metadata in UNDATED.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(buffer, format=kind, metadata=metadata)
+        found[f"{name}.{kind}"] = buffer.getvalue()
+    return found
 
 
 def page(run: RunResults, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]) -> str:
