@@ -135,8 +135,11 @@ def _read_folder(folder: Path) -> _Table:
 
 def _config_k(folder: Path) -> int | None:
     """Return the K that the training code wrote beside its rollouts, where it did."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
     try:
-        k = json.loads((folder / "config.json").read_text(encoding="utf-8"))[CONFIG_K]
+        k = json.loads(path.read_text(encoding="utf-8"))[CONFIG_K]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return k if isinstance(k, int) and not isinstance(k, bool) and k >= 1 else None

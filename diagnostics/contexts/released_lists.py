@@ -19,16 +19,22 @@ Axes: N positions, K tokens of a list.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.released_keys import LARGEST_INT
 from diagnostics.core.formulas import RELEASED_EPSILON
 
-CHUNK = 8192
-"""Positions whose lists are compared at once, which bounds the memory of N K K comparisons."""
+COMPARED = 2**22
+"""Comparisons of ids that are made at once, which bounds the memory of N K K of them."""
+LONGEST = 4096
+"""Longest list that is read: a cell may claim any length."""
+MOST_MASS = 1.01
+"""Most that a list's probabilities add up to, with room for rounded logarithms."""
 TEACHER_TOP = 5
 """Length of the teacher's list in `student_top1_in_teacher_top5`."""
 OF_TEACHER = ("teacher_entropy_topk", "teacher_topk_mass")
@@ -51,7 +57,7 @@ class Lists:
     p_NK: np.ndarray
     """Probabilities, 0 behind the end of a list."""
     unreadable: int
-    """Rows with something that is no list, or with other numbers of ids and log-probabilities."""
+    """Rows with something that cannot be a list of likeliest tokens."""
 
     @property
     def length_N(self) -> np.ndarray:
@@ -83,10 +89,7 @@ def read_lists(frame: pd.DataFrame, model: str) -> Lists | None:
     if not set(names) <= set(frame):
         return None
     cells = [[_cell(cell) for cell in frame[name]] for name in names]
-    rows = [
-        (ids, logps) if ids is not None and logps is not None and len(ids) == len(logps) else None
-        for ids, logps in zip(*cells, strict=True)
-    ]
+    rows = [_row(ids, logps) for ids, logps in zip(*cells, strict=True)]
     width = max((len(row[0]) for row in rows if row), default=0)
     if not width:
         return None
@@ -116,6 +119,21 @@ def _cell(cell) -> list[float] | None:
         return None
 
 
+def _row(
+    ids: list[float] | None, logps: list[float] | None
+) -> tuple[list[float], list[float]] | None:
+    """One model's list at a position; None where it cannot be one: other numbers of ids and
+    log-probabilities, an id twice or no whole number, or probabilities that add up to more than 1.
+    """
+    if ids is None or logps is None or len(ids) != len(logps) or len(ids) > LONGEST:
+        return None
+    whole = all(0 <= token <= LARGEST_INT and token == int(token) for token in ids)
+    if not whole or len(set(ids)) < len(ids) or any(value > 0 for value in logps):
+        return None
+    mass = sum(math.exp(value) for value in logps if value == value)
+    return (ids, logps) if mass <= MOST_MASS else None
+
+
 def measure_lists(
     student: Lists, teacher: Lists, token_N: np.ndarray | None, *, k: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -133,8 +151,9 @@ def measure_lists(
     """
     k = max(student.ids_NK.shape[1], teacher.ids_NK.shape[1]) if k is None else k
     count, parts = len(student.ids_NK), []
-    for first in range(0, max(count, 1), CHUNK):
-        rows = slice(first, first + CHUNK)
+    chunk = max(1, COMPARED // (student.ids_NK.shape[1] * teacher.ids_NK.shape[1]))
+    for first in range(0, max(count, 1), chunk):
+        rows = slice(first, first + chunk)
         tokens = None if token_N is None else token_N[rows]
         parts.append(dict(_measured(student[rows], teacher[rows], tokens, k)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -135,6 +135,38 @@ def test_what_is_no_list_is_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "ids, logps",
+    [
+        ("[5, 5]", "[-1.0, -1.0]"),
+        ("[5, 6]", "[-0.1, -0.1]"),
+        ("[5, 6.5]", "[-1.0, -2.0]"),
+        ("[5, -6]", "[-1.0, -2.0]"),
+        ("[5, NaN]", "[-1.0, -2.0]"),
+        ("[5, 1e99]", "[-1.0, -2.0]"),
+        ("[5, 6]", "[-1.0]"),
+        ("[5, 6]", "[0.5, -9.0]"),
+        ('{"a": 1}', "[-1.0]"),
+        ("[[5], [6]]", "[-1.0, -2.0]"),
+        ("7", "-1.0"),
+        ("[" * 10**5, "[-1.0]"),
+    ],
+)
+def test_what_cannot_be_a_list_is_unreadable(ids, logps):
+    frame = rows([ONE, ONE])
+    frame.loc[1, ["student_top_ids", "student_top_logps"]] = ids, logps
+    student = read_lists(frame, "student")
+    assert student.unreadable == 1 and student.length_N.tolist() == [2, 0]
+
+
+def test_a_token_without_a_probability_is_not_in_the_list():
+    frame = rows([ONE])
+    frame.loc[0, "student_top_logps"] = "[-Infinity, NaN]"
+    frame.loc[0, "teacher_top_logps"] = "[-0.5, -Infinity]"
+    assert read_lists(frame, "student").length_N.tolist() == [0]
+    assert read_lists(frame, "teacher").ids_NK.tolist() == [[6, -1]]
+
+
 def test_a_bank_without_raw_lists_reads_as_before(tmp_path):
     frame = rows([ONE, ONE], Coverlap=[0.5, 0.25]).assign(
         **{f"{m}_top_{what}": "" for m in ("student", "teacher") for what in ("ids", "logps")}

@@ -30,7 +30,7 @@ import pandas as pd
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.paper import controlled, released, training
 from diagnostics.analysis.paper import sentences as words
-from diagnostics.analysis.paper.cells import FOLDER, TRAINING, read_cells
+from diagnostics.analysis.paper.cells import FOLDER, read_cells, with_student
 from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
 from diagnostics.analysis.paper.sample import KEYS, Sample, long_table, reasons, samples
@@ -137,8 +137,6 @@ ARTEFACTS = (
     Artefact("Figure 5C", "buckets", ("trimmed mean of",), "trimmed mean of bucket 3"),
 )
 """Every artefact that can be made from a token bank and short trainings, tables first."""
-STANDS_FOR_IT = (0.05, "teachability")
-"""Budget and mask of the training whose student is the checkpoint of a run without one."""
 TRAINED = ("2", "7", "10")
 """Joined tables that need trainings."""
 
@@ -216,26 +214,6 @@ def _of_run(
     if cells is None and kept is None and (directory / FOLDER).is_dir():
         cells, kept = read_cells(directory / FOLDER)
     return tokens, cells, kept
-
-
-def with_student(tokens: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Let the first training with teachability at 5 % stand for a checkpoint that a table lacks.
-
-    Args:
-        tokens: A token table.
-        cells: What every training measures (`paper.cells`).
-
-    Returns:
-        The table with that training's columns `_after` and `seen`; as it was without one.
-    """
-    budget, name = STANDS_FOR_IT
-    chosen = cells[(cells["criterion"] == name) & np.isclose(cells["budget"].astype(float), budget)]
-    if chosen.empty:
-        return tokens
-    after = chosen[chosen["seed"] == chosen["seed"].min()].drop(columns=list(TRAINING))
-    keys = ["context_id", "position"]
-    twice = [column for column in after if column in tokens and column not in keys]
-    return tokens.drop(columns=twice).merge(after, on=keys, how="left", validate="one_to_one")
 
 
 # --- sides
