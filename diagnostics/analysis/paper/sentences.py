@@ -39,6 +39,10 @@ OF_PROXIES = ("Table 6", "Figure 4C", "Figure 5B")
 OF_ALL_POSITIONS = ("Table 9", "Figure 3A", "Figure 2A")
 """Artefacts of the raw relative gain over all positions; inside Q3 no divergence is small."""
 GAPS = ("gap after training", "gap per kept share", "matched gap")
+OF_BUCKETS = ("Figure 4D", "Figure 5C")
+OF_PLANES = ("Figure 2A", "Figure 2B", "Figure 2C")
+USES_D = ("q3_teachability_first", "teachability", "incompatible", "tip")
+"""Selectors and scores that read D of the union; `divergence` is the whole vocabulary's."""
 USES_C = ("q3_compatibility", "q3_teachability_first", "teachability", "incompatible")
 """Selectors that read C, which is the trained student's as released."""
 OURS = {
@@ -74,6 +78,7 @@ class Facts:
         q3_by_outcome: Those of them that are not in Q3 by the untrained student's.
         small: Share of the positions whose KL is below 1e-3 nats.
         small_gain: Their share of the sum of |G|, the relative gain without a floor.
+        union: Whether D^L and D^I read the union's divergence, as the paper prints it.
         thirds: By row of table 6 and K the sizes of the released bottom and top third, and of Q3.
         lacking: Why an outcome is missing, by `checkpoint`, `context` and `released`.
     """
@@ -83,6 +88,7 @@ class Facts:
     q3_by_outcome: int = 0
     small: float = np.nan
     small_gain: float = np.nan
+    union: bool = False
     thirds: Mapping[tuple[str, float], tuple[int, int, int]] = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
 
@@ -97,7 +103,8 @@ def facts(tokens: pd.DataFrame, lacking: Mapping[str, str]) -> Facts:
     made = samples(tokens)
     q3, by_outcome = _q3_by_outcome(tokens)
     kind = made[0].kind if made else "all"
-    return Facts(kind, q3, by_outcome, *_small(tokens), _thirds(tokens), lacking)
+    union = registry.disagreement_column(tokens) != "forward_kl"
+    return Facts(kind, q3, by_outcome, *_small(tokens), union, _thirds(tokens), lacking)
 
 
 def _q3_by_outcome(tokens: pd.DataFrame) -> tuple[int | None, int]:
@@ -290,6 +297,13 @@ def small_divergences(known: Facts) -> str:
     )
 
 
+def disagreement(known: Facts) -> str:
+    """Which D the two sides read."""
+    if known.union:
+        return "D is that of the union, as printed, and as released that of the whole vocabulary"
+    return "D is that of the whole vocabulary on both sides, since the bank lacks the union's"
+
+
 def no_mean(key: tuple, numbers: Numbers) -> str:
     """That a gap after training is no mean reduction, with the mean reduction."""
     row, _, k, budget = key
@@ -344,10 +358,13 @@ def causes(artefact: str, key: tuple, numbers: Numbers, known: Facts) -> list[st
     if artefact in OF_SELECTORS:
         found.append(ties(key, numbers))
         found += ["as released, C is the trained student's"] if row in USES_C else []
+        found += [small_divergences(known)] if row == "random" else []
     if artefact in OF_PROXIES:
         found.append(tied_thirds(key, known))
     if artefact in OF_ALL_POSITIONS and "x_bin" not in numbers[key]:
-        found.append(small_divergences(known))
+        found += [small_divergences(known), disagreement(known)]
+    if artefact in (*OF_SELECTORS, *OF_BUCKETS) and row in USES_D:
+        found.append(disagreement(known))
     return found
 
 
@@ -369,10 +386,7 @@ def described(key: tuple, numbers: Numbers, known: Facts) -> str:
         left = numbers.get((key[0], "tied share", *key[2:]), {}).get("controlled", np.nan)
         return f"with the unclipped score ties decide {percent(float(left))} of the selection"
     if quantity in PERCENTILES:
-        return (
-            "D is the union's, and as released the whole vocabulary's; a plane of percentiles holds"
-            " no gain, and so none of a context"
-        )
+        return "a plane of percentiles holds no gain, and so none of a context"
     fewer = one - other
     return f"{number(fewer)} fewer count than in the released table{_of_seen(known)}"
 
@@ -483,12 +497,15 @@ def _general_causes(artefact: str, whole: pd.DataFrame, known: Facts) -> list[st
     if artefact in BY_OUTCOME:
         return [by_outcome(known)]
     if artefact in OF_SELECTORS:
-        return [most_tied(whole)]
+        return [most_tied(whole), disagreement(known)]
+    if artefact in OF_BUCKETS:
+        return [disagreement(known)]
     if artefact in OF_PROXIES:
         return [_most_grown(known)]
     if artefact == "Table 5" and known.kind == "unseen":
         return ["the controlled numbers are of contexts that the training did not see"]
-    return [small_divergences(known)] if artefact in OF_ALL_POSITIONS else []
+    found = [small_divergences(known)] if artefact in OF_ALL_POSITIONS else []
+    return [*found, disagreement(known)] if artefact in (*OF_ALL_POSITIONS, *OF_PLANES) else found
 
 
 def _missing(known: Facts) -> list[str]:

@@ -226,6 +226,26 @@ def test_quantities_without_a_sign_get_no_verdict():
     assert text == "The unclipped score leaves 25 % to ties, the clipped one 100 %."
 
 
+@pytest.mark.parametrize(
+    ("column", "clause"),
+    [
+        ("union_forward_kl", "D is that of the union, as printed, and as released that of the"),
+        ("forward_kl", "D is that of the whole vocabulary on both sides, since the bank lacks"),
+    ],
+)
+def test_a_sentence_says_which_divergence_the_two_sides_read(column, clause):
+    tokens = made_study()
+    known = sentences.facts(tokens if column in tokens and "union" in column else _full(tokens), {})
+    row = joined_row(row="teachability", quantity="mean gain", k=np.nan, released=RELEASED)
+    assert clause in said(row, "Table 8", known)
+    plain = joined_row(row="divergence", quantity="mean gain", k=np.nan, released=RELEASED)
+    assert "D is that" not in said(plain, "Table 8", known)
+
+
+def _full(tokens):
+    return tokens.drop(columns=["union_forward_kl"])
+
+
 def test_numbers_and_shares_are_written_with_three_digits():
     assert [sentences.number(value) for value in (0.07443, -12.345, 2526.0, np.nan)] == [
         "0.0744",
