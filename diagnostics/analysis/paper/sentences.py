@@ -31,6 +31,8 @@ Row = Mapping[str, Any]
 Numbers = Mapping[tuple, Row]
 """Rows of a joined table by row, quantity, K and budget; -1 stands for an undefined K or budget."""
 AFTER_ENTROPY = "student_entropy_after"
+LEAK = "read_after"
+"""Code of the import's warning that predictors are the trained student's."""
 BY_OUTCOME = ("Table 1", "Figure 3C", "Figure 5A")
 """Artefacts whose released Q3 is chosen by the entropy of the run's trained student."""
 TRAINED = ("Table 2", "Table 7", "Figure 3B", "Table 10")
@@ -79,6 +81,7 @@ class Facts:
         small: Share of the positions whose KL is below 1e-3 nats.
         small_gain: Their share of the sum of |G|, the relative gain without a floor.
         union: Whether D^L and D^I read the union's divergence, as the paper prints it.
+        read_after: Predictors that the table has from after training alone.
         thirds: By row of table 6 and K the sizes of the released bottom and top third, and of Q3.
         lacking: Why an outcome is missing, by `checkpoint`, `context` and `released`.
     """
@@ -89,6 +92,7 @@ class Facts:
     small: float = np.nan
     small_gain: float = np.nan
     union: bool = False
+    read_after: str = ""
     thirds: Mapping[tuple[str, float], tuple[int, int, int]] = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,7 +108,9 @@ def facts(tokens: pd.DataFrame, lacking: Mapping[str, str]) -> Facts:
     q3, by_outcome = _q3_by_outcome(tokens)
     kind = made[0].kind if made else "all"
     union = registry.disagreement_column(tokens) != "forward_kl"
-    return Facts(kind, q3, by_outcome, *_small(tokens), union, _thirds(tokens), lacking)
+    read_after = next((note[1] for note in tokens.attrs.get("warnings", ()) if note[0] == LEAK), "")
+    small = _small(tokens)
+    return Facts(kind, q3, by_outcome, *small, union, read_after, _thirds(tokens), lacking)
 
 
 def _q3_by_outcome(tokens: pd.DataFrame) -> tuple[int | None, int]:
@@ -270,11 +276,15 @@ def context(row: Row, known: Facts) -> str:
 
 
 def population(known: Facts) -> str:
-    """Why the controlled numbers are not of unseen contexts."""
-    return {
+    """Why the controlled numbers are not of unseen contexts, or not of predictors from before."""
+    seen = {
         "all": "over all contexts, since it is not known which the training saw",
         "seen": "over all contexts, since the training saw every one",
     }.get(known.kind, "")
+    if not known.read_after:
+        return seen
+    leak = f"the table has {known.read_after} from after training alone, on the controlled side too"
+    return f"{seen}; {leak}" if seen else leak
 
 
 def by_outcome(known: Facts) -> str:

@@ -183,7 +183,7 @@ def paper(
     """
     if not isinstance(tokens, pd.DataFrame):
         tokens, cells, kept = _of_run(Path(tokens), cells, kept)
-    require_columns(tokens, NEEDED, what="The paper's tables")
+    require_columns(tokens, NEEDED, what="A table of the paper")
     if (cells is None) != (kept is None):
         raise DiagnosticsError(
             "What trainings measured and what they kept belong together; got only"

@@ -205,6 +205,17 @@ def test_a_sentence_says_when_no_context_is_known_to_be_unseen(kind, clause):
     assert "over all contexts" not in said(row)
 
 
+def test_predictors_that_an_import_has_from_after_training_are_named():
+    tokens = made_study()
+    tokens.attrs["warnings"] = [["read_after", "compatibility, topk_overlap", "..."]]
+    known = sentences.facts(tokens, {})
+    row = joined_row(released=RELEASED, controlled=(0.2, 0.1, 0.5, 480))
+    assert said(row, facts=known).endswith(
+        "the table has compatibility, topk_overlap from after training alone, on the controlled"
+        " side too."
+    )
+
+
 def test_a_missing_side_is_named_with_its_reason():
     facts = Facts(lacking={"released": "it needs teacher_entropy", "checkpoint": "no student"})
     text = said(joined_row(controlled=(0.2, 0.1, 0.5, 480)), facts=facts)
