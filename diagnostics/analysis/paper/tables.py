@@ -488,7 +488,15 @@ def _finished(
     keys = [words.key_of(row) for row in table.to_dict("records")]
     whys = [words.why(artefact.name, key, numbers, known) for key in keys]
     columns = [*COLUMNS[:-1], *(CELL if artefact.source in PLANE_UNITS else ()), "why"]
-    return table.assign(why=whys)[columns]
+    return _one_per_row(table.assign(why=whys), artefact)[columns]
+
+
+def _one_per_row(table: pd.DataFrame, artefact: Artefact) -> pd.DataFrame:
+    """A table of figure 3B names the budget with the mask where masks were trained at several."""
+    if artefact.name != "Figure 3B" or table["budget"].nunique() < 2:
+        return table
+    named = zip(table["row"], table["budget"], strict=True)
+    return table.assign(row=[f"{row} at {words.percent(budget)}" for row, budget in named])
 
 
 def difference(
