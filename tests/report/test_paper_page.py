@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sentences import with_interval
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.report import naming, paper_page, run_results
+from diagnostics.report import catalogue, naming, paper_page, run_results
 from diagnostics.report.figures.paper import FIGURES
 from tests import browser, study_tables
 from tests.report import made_paper
@@ -253,3 +254,13 @@ for (const [i, [a, p]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 
 }
 return found;
 """
+
+
+def test_every_table_of_the_paper_has_a_caption():
+    titles = {
+        f"paper_{name.lower().replace(' ', '_')}": each.title for name, each in PRINTED.items()
+    }
+    assert {each.table for each in ORDER} == set(titles)
+    for name, title in titles.items():
+        assert catalogue.caption(name).endswith(f"as released and controlled: {title}.")
+    assert catalogue.caption("paper_differences").startswith("Why the paper's numbers differ")
