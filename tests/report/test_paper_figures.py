@@ -75,7 +75,7 @@ def test_a_forest_shows_each_side_with_its_intervals_and_its_unit(number):
             _places, values, drawn = marks(ax)[label]
             np.testing.assert_allclose(values, estimates)
             np.testing.assert_allclose(drawn, ends)
-        assert ax.get_xlabel().endswith(f"({unit(table, side)})")
+        assert ax.get_xlabel().endswith(f"({unit(table, side)})"), side
     assert {"released", "controlled"} <= set(shown)
     names = [tick.get_text() for tick in shown["released"].get_yticklabels()]
     assert names == [naming.readable(row) for row in dict.fromkeys(table.row)]
@@ -161,7 +161,9 @@ def test_a_plane_shows_every_cell_at_its_place_and_leaves_others_empty(number):
         assert len(framed) == (number != "2A")
         if framed:
             assert framed[0].get_bbox().bounds == (0, 0.5, 0.5, 0.5)
-    assert "without positions are empty" in figure.get_supxlabel().replace("\n", " ")
+    assert "without positions, or with too few, are empty" in figure.get_supxlabel().replace(
+        "\n", " "
+    )
 
 
 def test_negative_cells_of_the_plane_are_marked_without_color_too():
@@ -191,16 +193,16 @@ def test_the_heat_map_writes_every_number_and_takes_the_width_from_the_interval(
     np.testing.assert_allclose(np.ma.getdata(given.axes[0].images[0].get_array())[:, 2], 7.0)
 
 
-def test_panels_of_one_unit_share_their_scale_and_others_do_not():
-    table = made_paper.gaps()
-    shown = panels(figures.paper_3c(table))
-    assert shown["controlled"].get_xlim() == shown["context"].get_xlim()
-    assert shown["released"].get_xlim() != shown["controlled"].get_xlim()
-    alike = panels(figures.paper_3c(table.assign(unit="nats")))
-    assert len({ax.get_xlim() for ax in alike.values()}) == 1
+def test_panels_of_one_unit_share_their_scale_and_a_step_in_nats_keeps_its_own():
+    shown = panels(figures.paper_3c(made_paper.gaps()))
+    assert len({ax.get_xlim() for ax in shown.values()}) == 3
+    alike = panels(figures.paper_3c(made_paper.gaps().assign(unit="nats")))
+    assert alike["released"].get_xlim() == alike["controlled"].get_xlim()
+    assert alike["context"].get_xlim() != alike["controlled"].get_xlim()
+    standardized = panels(figures.paper_3a(made_paper.coefficients()))
+    assert len({ax.get_ylim() for ax in standardized.values()}) == 1
     shown = panels(figures.paper_4d(made_paper.quarters("mean")))
-    assert shown["controlled"].get_ylim() == shown["context"].get_ylim()
-    assert shown["released"].get_ylim() != shown["controlled"].get_ylim()
+    assert len({ax.get_ylim() for ax in shown.values()}) == 3
 
 
 def test_the_context_panel_is_left_out_where_the_run_has_no_context_gain():

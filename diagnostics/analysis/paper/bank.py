@@ -196,7 +196,7 @@ def script_table(
             " gain. Score the positions again, before and after training."
         )
     if dropped := int((~finite).sum()):
-        log.warning("%d positions lack a column of the released scripts: left out", dropped)
+        log.info("%d positions lack a column of the released scripts and are left out", dropped)
     return ScriptTable(
         rows=np.flatnonzero(finite),
         context=pd.factorize(tokens["context_id"][finite])[0],

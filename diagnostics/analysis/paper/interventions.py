@@ -19,17 +19,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.paper.cells import KEPT, TRAINING
 from diagnostics.analysis.paper.gap import DRAWS, SWEEP_SEED, gain_statistics
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import AFTER, require_columns
 
-TRAINING = ["criterion", "budget", "seed"]
-"""What names a training."""
 POSITION = ["context_id", "position"]
 MEASURED = ("forward_kl", "student_entropy", "compatibility")
 """What is read of a trained student."""
-KEPT = ("kept_share", "q3_share", "mean_teachability", "mean_incompatible", "mean_compatibility")
-"""What is read of the positions that a mask kept."""
 
 
 def trainings(
@@ -67,7 +64,7 @@ def trainings(
     gone = [name for name in (*read, "relative_gain_released") if name in tokens]
     before = tokens.drop(columns=gone)
     rows = []
-    for names, cell in cells.groupby(TRAINING, sort=True):
+    for names, cell in cells.groupby(list(TRAINING), sort=True):
         found = gain_statistics(
             _joined(before, cell[[*POSITION, *read]], names), seed=seed, draws=draws
         )
@@ -85,7 +82,7 @@ def trainings(
             }
         )
     joined = pd.DataFrame(rows).merge(
-        kept[[*TRAINING, *KEPT]], on=TRAINING, how="left", validate="one_to_one"
+        kept[[*TRAINING, *KEPT]], on=list(TRAINING), how="left", validate="one_to_one"
     )
     share = joined["kept_share"].to_numpy(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):

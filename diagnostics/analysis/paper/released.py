@@ -15,6 +15,7 @@ apply and where the scripts make no interval.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -39,6 +40,7 @@ from diagnostics.analysis.paper.topn import top_gains
 from diagnostics.analysis.robustness import BASE_K, known_k
 from diagnostics.core.errors import DiagnosticsError
 
+log = logging.getLogger("diagnostics")
 SELECTORS = (
     "q3_compatibility",
     "q3_teachability_first",
@@ -155,6 +157,8 @@ def _gap_rows(found: GainStatistics, k: int) -> list[dict]:
 def table_5(tokens: pd.DataFrame) -> pd.DataFrame:
     """Table 5: what the numbers rest on, after positions without a measurement are dropped.
 
+    A warning says how many were.
+
     Args:
         tokens: A token table with a gain.
 
@@ -165,6 +169,13 @@ def table_5(tokens: pd.DataFrame) -> pd.DataFrame:
         DiagnosticsError: A column is missing.
     """
     table = script_table(tokens)
+    if table.dropped:
+        log.warning(
+            "%d of %d positions lack a column that the released scripts read, and are in none of"
+            " their numbers.",
+            table.dropped,
+            len(tokens),
+        )
     prompts = tokens["prompt_id"].iloc[table.rows].nunique()
     counts = {"positions": len(table), "contexts": table.contexts, "prompts": prompts}
     return _long(_row(name, "count", float(count), count) for name, count in counts.items())
@@ -200,6 +211,9 @@ def table_6(tokens: pd.DataFrame, *, ks: Iterable[int] | None = None) -> pd.Data
 
 def table_8(tokens: pd.DataFrame, *, budgets: Iterable[float] = (0.03, 0.05)) -> pd.DataFrame:
     """Table 8, figures 4A and 4B: the mean gain of what nine selectors select.
+
+    Where the cut divides equals, those that are taken are drawn at random with a fixed seed; the
+    script leaves them to an unstable sort, and its number lies between `least` and `greatest`.
 
     Args:
         tokens: A token table with a gain and `compatibility_after`.

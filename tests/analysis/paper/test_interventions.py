@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis.paper.cells import KEPT
 from diagnostics.analysis.paper.gap import gain_statistics
-from diagnostics.analysis.paper.interventions import KEPT, over_seeds, trainings
+from diagnostics.analysis.paper.interventions import over_seeds, trainings
 from tests.analysis.paper.checkpoint_tokens import checkpoint_tokens
 from tests.factories import message
 from tests.made_tokens import only_row

@@ -48,13 +48,14 @@ def test_tables_by_k_refuse_a_table_without_that_k(tokens):
     )
 
 
-def test_table_5_counts_what_is_left(tokens):
+def test_table_5_counts_what_is_left_and_says_how_much_is_not(tokens, caplog):
     lacking = tokens.copy()
     gone = lacking["context_id"] == lacking["context_id"].iloc[0]
     lacking.loc[gone, "teacher_entropy"] = np.nan
     found = released.table_5(lacking).set_index("row")["estimate"]
 
     assert found.to_dict() == {"positions": (~gone).sum(), "contexts": 13, "prompts": 13}
+    assert f"{gone.sum()} of {len(tokens)} positions lack a column" in caplog.text
 
 
 def test_table_6_has_every_proxy_that_the_table_knows(tokens):
