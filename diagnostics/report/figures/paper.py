@@ -25,9 +25,8 @@ from matplotlib.ticker import MaxNLocator
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import thin_color_bar
+from diagnostics.report.figures.common import mark, thin_color_bar
 from diagnostics.report.figures.options import Intervals, Page, on_page
-from diagnostics.report.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY
 
 SIDES = {
     "released": "as released",
@@ -37,17 +36,6 @@ SIDES = {
 """The columns of a final table that are drawn, with the titles of their panels."""
 KEYS = ("row", "quantity", "k", "budget", "unit")
 """The columns that say what a row of a final table is."""
-LOOKS = (
-    {"color": BLUE, "marker": "o"},
-    {"color": ORANGE, "marker": "s"},
-    {"color": GREEN, "marker": "^"},
-    {"color": PURPLE, "marker": "D"},
-    {"color": SKY, "marker": "v"},
-    {"color": AMBER, "marker": "P"},
-)
-"""Color and marker of the series of a figure, in their order."""
-
-
 LEARN, INCOMPATIBLE = "Dᴸ", "Dᴵ"
 """The compatible and the incompatible part of the divergence, as the paper writes them."""
 
@@ -137,7 +125,7 @@ def _forest(
     width: float,
 ) -> Figure:
     """Rows down, one mark with its interval per series, and a panel per side."""
-    shown, names = _shown(table, number), list(dict.fromkeys(table.row))
+    shown, names = _shown(table, number), style.present(table.row, ())
     height = 0.35 + (0.13 * len(series) + 0.1) * len(names)
     figure, axes = _axes(table, shown, width, height, sharey=True)
     for ax, side in zip(axes.flat, shown, strict=True):
@@ -427,8 +415,8 @@ def _by_quantity(table: pd.DataFrame, names: Mapping[str, str]) -> list[Series]:
     """One series per quantity of the table, in the order of `names`."""
     present = [name for name in names if (table.quantity == name).any()]
     return [
-        Series(names[name], dict(look), table[table.quantity == name])
-        for name, look in zip(present, LOOKS, strict=False)
+        Series(names[name], mark(index), table[table.quantity == name])
+        for index, name in enumerate(present)
     ]
 
 
@@ -562,8 +550,8 @@ def _top(
     table = _kept(table, number, [quantity])
     budgets = sorted(table.budget.dropna().unique())
     series = [
-        Series(style.percent(round(budget, 6)), dict(look), table[table.budget == budget])
-        for budget, look in zip(budgets, LOOKS, strict=False)
+        Series(style.percent(round(budget, 6)), mark(index), table[table.budget == budget])
+        for index, budget in enumerate(budgets)
     ]
     figure = _forest(table, number, series, label, page["width"])
     style.caption(
@@ -594,8 +582,8 @@ def paper_4c(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """
     table = _kept(table, "4C", ["Q3 gap"])
     series = [
-        Series(f"K = {int(size)}", dict(look), table[table.k == size])
-        for size, look in zip(sorted(table.k.dropna().unique()), LOOKS, strict=False)
+        Series(f"K = {int(size)}", mark(index), table[table.k == size])
+        for index, size in enumerate(sorted(table.k.dropna().unique()))
     ]
     figure = _forest(table, "4C", series, "top − bottom", page["width"])
     style.caption(
@@ -640,8 +628,8 @@ def _buckets(
     table = _kept(table, number, names)
     scores = style.present(table.row, SCORES)
     series = [
-        Series(naming.readable(score), dict(look), table[table.row == score])
-        for score, look in zip(scores, LOOKS, strict=False)
+        Series(naming.readable(score), mark(index), table[table.row == score])
+        for index, score in enumerate(scores)
     ]
 
     def place(rows: pd.DataFrame) -> pd.Series:
@@ -684,7 +672,7 @@ def paper_5a(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Page]) ->
         DiagnosticsError: A column is missing, or nothing in the table is to be shown.
     """
     table = _with_widths(_kept(table, "5A", [*GAPS, *_own_width(table)]))
-    names, shown = list(dict.fromkeys(table.row)), _shown(table, "5A")
+    names, shown = style.present(table.row, ()), _shown(table, "5A")
     figure, axes = _axes(table, shown, page["width"], 0.55 + 0.3 * len(names), sharey=True)
     columns = style.present(table.quantity, [*GAPS, WIDTH])
     for ax, side in zip(axes.flat, shown, strict=True):
@@ -759,8 +747,8 @@ def paper_5b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """
     table = _kept(table, "5B", ["Q3 gap"])
     series = [
-        Series(naming.readable(proxy), dict(look), table[table.row == proxy].sort_values("k"))
-        for proxy, look in zip(dict.fromkeys(table.row), LOOKS, strict=False)
+        Series(naming.readable(proxy), mark(index), table[table.row == proxy].sort_values("k"))
+        for index, proxy in enumerate(style.present(table.row, ()))
     ]
     figure = _by_k(table, "5B", series, "top − bottom", page["width"])
     style.caption(
@@ -853,7 +841,8 @@ def paper(number: str, tables: Mapping[str, pd.DataFrame], **page: Unpack[Interv
         )
     draw = FIGURES[wanted]
     taken = {name: page[name] for name in page if name in inspect.signature(draw).parameters}
-    return draw(table, printed=printed_value(tables, wanted), **taken)
+    # the page is settled already, for this function
+    return inspect.unwrap(draw)(table, printed=printed_value(tables, wanted), **taken)
 
 
 def _some(tables: Mapping[str, pd.DataFrame]) -> str:
