@@ -452,8 +452,8 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """Figure 3B: what training on masks inside Q3 does to the Q3 gap, raw and matched.
 
     Example: `dx.plot.paper_3b(tables["paper_figure_3b"])`. The statistic is a difference between
-    two groups of Q3 after the training, and no mean reduction: `mean gain` in the same table is
-    that.
+    two groups of Q3 after the training, and no mean reduction: the mean gain in nats beside it is
+    that. The mean of the relative gain, which has no lower bound, is left to the table.
 
     Args:
         table: The final table, one row per mask and quantity.
@@ -468,9 +468,12 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """
     names = TRAINED | {"mean gain": "mean gain"}
     table = _by_budget(_kept(table, "3B", list(names)))
+    unbounded = ["released", "released_low", "released_high"]
+    table.loc[table.quantity == "mean gain", unbounded] = np.nan
     figure = _forest(table, "3B", _by_quantity(table, names), "gain", page["width"])
     style.caption(
         figure,
+        "The mean gain is in nats alone: that of the relative gain has no lower bound.",
         _counts(table, "Numbers"),
         _bars(table, OVER_SEEDS, page["level"]),
         _printed(printed),
@@ -479,8 +482,8 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
 
 
 def _by_budget(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the budget in the name of a row, where it has several budgets."""
-    if table.budget.nunique() < 2:
+    """The table with the budget in the name of a row, where a name stands for several budgets."""
+    if not table.duplicated(["row", "quantity"]).any():
         return table
     budgets = [style.percent(round(budget, 6)) for budget in table.budget]
     return table.assign(row=table.row.map(naming.readable) + ", " + pd.Series(budgets))
