@@ -264,6 +264,38 @@ def test_what_is_not_there_is_refused_with_a_remedy():
         figures.paper_3c(made_paper.gaps().drop(columns="controlled_low"))
 
 
+def test_masks_at_several_budgets_have_a_row_each_and_none_is_dropped():
+    table = made_paper.masks()
+    both = pd.concat([table.assign(budget=0.03), table.assign(released=table.released + 1)])
+    ax = panels(figures.paper_3b(both.reset_index(drop=True)))["released"]
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert names == [
+        f"{naming.readable(mask)}, {budget}" for budget in ("3%", "5%") for mask in made_paper.MASKS
+    ]
+    rows = table[table.quantity == "mean gain"].released
+    np.testing.assert_allclose(marks(ax)["mean gain"][1], [*rows, *(rows + 1)])
+    with pytest.raises(DiagnosticsError, match=r"Figure 3C found two numbers for 'K = 8'"):
+        figures.paper_3c(pd.concat([made_paper.gaps(), made_paper.gaps()]))
+
+
+def test_edges_that_differ_by_rounding_are_one_edge():
+    table = made_paper.plane("2B")
+    shifted = table.assign(x_high=table.x_high + 1e-16, y_low=np.nextafter(table.y_low, 1))
+    for one, other in zip(
+        panels(figures.paper_2b(table)).values(),
+        panels(figures.paper_2b(shifted)).values(),
+        strict=True,
+    ):
+        first, second = (
+            next(each for each in ax.collections if isinstance(each, QuadMesh))
+            for ax in (one, other)
+        )
+        np.testing.assert_allclose(first.get_coordinates(), second.get_coordinates())
+        np.testing.assert_array_equal(
+            np.ma.filled(first.get_array(), -9), np.ma.filled(second.get_array(), -9)
+        )
+
+
 def test_an_artefact_is_found_however_its_name_is_written():
     names = ("Figure 3C", "figure 3c", "3C", "paper_figure_3c", "figure_3c")
     assert {plain(name) for name in names} == {"3c"}

@@ -133,7 +133,7 @@ def _forest(
         for shift, (words, look, rows) in zip(
             style.offsets(len(series), 0.6 / max(len(series), 2)), series, strict=True
         ):
-            own = _of(rows, side).drop_duplicates("row").set_index("row").reindex(names)
+            own = _of(_single(rows, number), side).set_index("row").reindex(names)
             y = np.arange(len(names)) + shift
             style.lying(ax, y, own, "estimate", label=words, zorder=3, **look)
         ax.xaxis.set_major_locator(MaxNLocator(4 if width > 5 else 5))
@@ -142,6 +142,17 @@ def _forest(
     _same_scale(list(axes.flat), shown, table, "x")
     style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
     return figure
+
+
+def _single(rows: pd.DataFrame, number: str) -> pd.DataFrame:
+    """The rows of a series, of which a name has one."""
+    twice = rows.row[rows.row.duplicated()]
+    if len(twice):
+        raise DiagnosticsError(
+            f"Figure {number} found two numbers for {twice.iloc[0]!r} in one series. Pass a table"
+            " with one row per row, quantity, k and budget, as `dx.paper` returns it."
+        )
+    return rows
 
 
 def _columns(
@@ -341,12 +352,11 @@ def _haze() -> dict:
 
 def _cells(ax, table: pd.DataFrame, side: str):
     """The cells of a plane as a mesh over its edges; a cell without a row or number is empty."""
-    x, y = (
-        np.unique(table[[f"{axis}_low", f"{axis}_high"]].to_numpy(float)) for axis in ("x", "y")
-    )
+    table = table.assign(**{name: table[name].astype(float).round(9) for name in EDGES})
+    x, y = (np.unique(table[[f"{axis}_low", f"{axis}_high"]].to_numpy()) for axis in ("x", "y"))
     values = np.full((len(y) - 1, len(x) - 1), np.nan)
-    column = np.searchsorted(x, table.x_low.to_numpy(float))
-    row = np.searchsorted(y, table.y_low.to_numpy(float))
+    column = np.searchsorted(x, table.x_low.to_numpy())
+    row = np.searchsorted(y, table.y_low.to_numpy())
     values[row, column] = table[side].to_numpy(float)
     ax.grid(visible=False)
     return ax.pcolormesh(x, y, np.ma.masked_invalid(values), linewidth=0)
@@ -457,7 +467,7 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
         DiagnosticsError: A column is missing, or nothing in the table is to be shown.
     """
     names = TRAINED | {"mean gain": "mean gain"}
-    table = _kept(table, "3B", list(names))
+    table = _by_budget(_kept(table, "3B", list(names)))
     figure = _forest(table, "3B", _by_quantity(table, names), "gain", page["width"])
     style.caption(
         figure,
@@ -466,6 +476,14 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
         _printed(printed),
     )
     return figure
+
+
+def _by_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the budget in the name of a row, where it has several budgets."""
+    if table.budget.nunique() < 2:
+        return table
+    budgets = [style.percent(round(budget, 6)) for budget in table.budget]
+    return table.assign(row=table.row.map(naming.readable) + ", " + pd.Series(budgets))
 
 
 GAPS = {"Q3 gap": "Q3 gap", "matched gap": "matched in a prompt"}
