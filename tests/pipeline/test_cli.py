@@ -16,7 +16,7 @@ SURFACE = {
     "run": (
         "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
         " folds horizon json k learning-rate level loss max-new-tokens max-prompt-tokens"
-        " no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer"
+        " minibatch no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer"
         " output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts"
         " rollouts-format samples-per-prompt seed shard-teacher step student student-revision"
         " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
