@@ -30,7 +30,6 @@ import pandas as pd
 
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import NULLS, combine, null_suffix
-from diagnostics.core.formulas import relative_gain, released_relative_gain
 from diagnostics.core.progress import Shards, no_shards
 from diagnostics.core.schema import column, validate_tokens
 from diagnostics.core.settings import with_settings
@@ -426,25 +425,3 @@ def _record(step: PreparedStep, config: ProbeConfig, kept: dict[str, int]) -> St
         kept,
         step.bench.origin_sha256,
     )
-
-
-def gains(before: tuple, after: tuple) -> dict[str, np.ndarray]:
-    """Outcome columns of the token table from the divergences before and after one step.
-
-    Args:
-        before: Forward KL (teacher first) and reverse KL before the step, float64 [N] each, nats.
-        after: The same after the step.
-
-    Returns:
-        Float64 [N] for each column: forward_kl_after, reverse_kl_after, gain, relative_gain (NaN
-        where the forward KL before is under 1e-3 nats), relative_gain_released (no floor),
-        reverse_gain.
-    """
-    return {
-        "forward_kl_after": after[0],
-        "reverse_kl_after": after[1],
-        "gain": before[0] - after[0],
-        "relative_gain": relative_gain(before[0], after[0]),
-        "relative_gain_released": released_relative_gain(before[0], after[0]),
-        "reverse_gain": before[1] - after[1],
-    }

@@ -18,7 +18,7 @@ from diagnostics.report import figures, naming, style
 from diagnostics.report.figures import ranking, registry
 from diagnostics.report.figures.strata import SHARES
 from tests import study_tables
-from tests.report import made_tables
+from tests.report import made_paper, made_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)
 EVERY = {
@@ -59,6 +59,7 @@ EVERY = {
     "training_curves": (figures.training_curves, study_tables.training_metrics),
     "position_gain": (figures.position_gain, study_tables.positions),
     "runs": (figures.runs, study_tables.of_runs),
+    **made_paper.figures_with_tables(),
 }
 
 
