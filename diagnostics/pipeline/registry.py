@@ -643,12 +643,13 @@ def stages_of(job: Job) -> list[str]:
     return [
         name
         for name in names
-        if not (quick and name in LEFT_OUT) and (name not in UNASKED or job.flag(UNASKED[name]))
+        if not (quick and name in LEFT_OUT)
+        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 
-UNASKED = {"import": "tokens", "after": "after"}
-"""Stages that are done where a flag asks for them alone."""
+UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+"""Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 
 def do(job: Job) -> dict[str, Any]:
