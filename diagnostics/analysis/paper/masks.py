@@ -22,7 +22,7 @@ Written from the definition of `tip_compat.py` of the training code released wit
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -169,15 +169,8 @@ def training_mask(
         )
     if not 0 < budget <= 1:
         raise DiagnosticsError(f"A budget is a share of positions in (0, 1]; got {budget}.")
-    columns = {name: scores[name].to_numpy() for name in (*SCORE_COLUMNS, "quadrant")}
     position, sample, rollout, supervised = map(np.asarray, (position, sample, rollout, supervised))
-
-    def best(rows: np.ndarray, score: str, count: int, *, low: bool = False) -> np.ndarray:
-        """The best `count` rows; ties go to the earlier position, from the low end to the later."""
-        sign = 1 if low else -1
-        order = np.lexsort((rows, -sign * position[rows], sign * columns[score][rows]))
-        return rows[order][: max(count, 0)]
-
+    ranks = _Ranks(scores, position)
     kept = np.zeros(len(scores), dtype=bool)
     for number in pd.unique(rollout):
         valid = np.flatnonzero((rollout == number) & supervised)
@@ -189,25 +182,42 @@ def training_mask(
             random.Random(seed + int(number)).shuffle(shuffled)
             kept[shuffled[:count]] = True
         else:
-            kept[_chosen(mask, valid, count, columns["quadrant"], best)] = True
+            kept[ranks.chosen(mask, valid, count)] = True
         for own in (valid[sample[valid] == name] for name in pd.unique(sample[valid])):
             if minimum and not kept[own].any():
-                kept[best(own, "teachability_entropy", minimum)] = True
+                kept[ranks.best(own, "teachability_entropy", minimum)] = True
     return kept
 
 
-def _chosen(
-    mask: str, valid: np.ndarray, count: int, quadrant: np.ndarray, best: Callable
-) -> np.ndarray:
-    """Rows that a mask without random numbers keeps of the supervised rows of a rollout."""
-    if mask == "split_budget":
-        first = best(valid, "entropy", round(count * SPLIT_SHARE))
-        rest = valid[~np.isin(valid, first)]
-        return np.r_[first, best(rest, "split", count - len(first))]
-    if mask in INSIDE_Q3:
-        inside = valid[quadrant[valid] == 3]
-        return best(inside, INSIDE_Q3[mask], count, low=mask.endswith("_low"))
-    return best(valid, ALONE[mask], count)
+@dataclass(frozen=True)
+class _Ranks:
+    """Positions in the order of their scores.
+
+    Attributes:
+        scores: What `training_scores` returns, N rows.
+        position: [N] index of each position in its response.
+    """
+
+    scores: pd.DataFrame
+    position: np.ndarray
+
+    def best(self, rows: np.ndarray, score: str, count: int, *, low: bool = False) -> np.ndarray:
+        """The best `count` rows; ties go to the earlier position, from the low end to the later."""
+        sign = 1 if low else -1
+        values = self.scores[score].to_numpy()[rows]
+        order = np.lexsort((rows, -sign * self.position[rows], sign * values))
+        return rows[order][: max(count, 0)]
+
+    def chosen(self, mask: str, valid: np.ndarray, count: int) -> np.ndarray:
+        """Rows that a mask without random numbers keeps of a rollout's supervised ones."""
+        if mask == "split_budget":
+            first = self.best(valid, "entropy", round(count * SPLIT_SHARE))
+            rest = valid[~np.isin(valid, first)]
+            return np.r_[first, self.best(rest, "split", count - len(first))]
+        if mask in INSIDE_Q3:
+            inside = valid[self.scores["quadrant"].to_numpy()[valid] == 3]
+            return self.best(inside, INSIDE_Q3[mask], count, low=mask.endswith("_low"))
+        return self.best(valid, ALONE[mask], count)
 
 
 def kept_summary(scores: pd.DataFrame, kept: np.ndarray, supervised: np.ndarray) -> dict:

@@ -276,32 +276,10 @@ def support_gaps(
         proxy_mean, proxy_sd (population), gap, low, high, pairs, matched_mean, matched_median; gaps
         as fractions, NaN where the proxy is defined nowhere.
     """
-    space = np.stack([table.entropy, table.divergence, table.position], axis=1)
-    rows = []
-    for name, values in proxies.items():
-        values = np.asarray(values, dtype=np.float64)[table.rows]
-        at = table.in_q3 & np.isfinite(values)
-        raw, rng = values[at], np.random.default_rng(seed)
-        if not len(raw):
-            rows.append({"proxy": name, "positions": 0, "pairs": 0})
-            continue
-        score, y, context = scaled(raw), table.gain[at], table.context[at]
-        found = gap(y, context, ends(score, THIRDS), rng=rng, draws=draws)
-        pairs = matched_gap(y, context, score, space[at])
-        rows.append(
-            {
-                "proxy": name,
-                "positions": len(raw),
-                "proxy_mean": raw.mean(),
-                "proxy_sd": raw.std(),
-                "gap": found.estimate,
-                "low": found.low,
-                "high": found.high,
-                "pairs": pairs.pairs,
-                "matched_mean": pairs.mean,
-                "matched_median": pairs.median,
-            }
-        )
+    rows = [
+        {"proxy": name, **_proxy_gap(table, np.asarray(values, dtype=np.float64), seed, draws)}
+        for name, values in proxies.items()
+    ]
     return pd.DataFrame(rows, columns=SUPPORT_GAP)
 
 
@@ -317,3 +295,28 @@ SUPPORT_GAP = [
     "matched_mean",
     "matched_median",
 ]
+"""Columns of `support_gaps`."""
+
+
+def _proxy_gap(table: ScriptTable, proxy: np.ndarray, seed: int, draws: int) -> dict:
+    """The gap and the matched gap of one proxy, given for every row of the token table."""
+    values = proxy[table.rows]
+    at = table.in_q3 & np.isfinite(values)
+    raw, y, context = values[at], table.gain[at], table.context[at]
+    if not len(raw):
+        return {"positions": 0, "pairs": 0}
+    score, rng = scaled(raw), np.random.default_rng(seed)
+    space = np.stack([table.entropy, table.divergence, table.position], axis=1)[at]
+    found = gap(y, context, ends(score, THIRDS), rng=rng, draws=draws)
+    pairs = matched_gap(y, context, score, space)
+    return {
+        "positions": len(raw),
+        "proxy_mean": raw.mean(),
+        "proxy_sd": raw.std(),
+        "gap": found.estimate,
+        "low": found.low,
+        "high": found.high,
+        "pairs": pairs.pairs,
+        "matched_mean": pairs.mean,
+        "matched_median": pairs.median,
+    }

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.paper.bank import (
+    KEYS,
     percentile_ranks,
     released_gain,
     require_finite,
@@ -31,14 +32,7 @@ from diagnostics.criteria import relative_position
 
 DEFINITION_SEED = 17
 DEFINITION_DRAWS = 800
-READ = (
-    "context_id",
-    "position",
-    "response_length",
-    "student_entropy",
-    "teacher_entropy",
-    "forward_kl",
-)
+READ = (*KEYS, "student_entropy", "forward_kl", "teacher_entropy")
 
 
 def support_definitions(
@@ -65,28 +59,22 @@ def support_definitions(
         DiagnosticsError: A column is missing, or not finite at every position.
     """
     require_measured(tokens, list(READ))
-    h, d, ht = (
-        percentile_ranks(tokens[name])
-        for name in ("student_entropy", "forward_kl", "teacher_entropy")
-    )
-    gain, place = released_gain(tokens), relative_position(tokens)
-    for name, values in {"the gain": gain, **{name: tokens[name] for name in READ[3:]}}.items():
-        require_finite(name, np.asarray(values, dtype=np.float64))
+    measured = {name: tokens[name].to_numpy(np.float64) for name in READ[3:]}
+    gain = released_gain(tokens)
+    given = {name: np.asarray(values, dtype=np.float64) for name, values in proxies.items()}
+    for name, column in {"the gain": gain, **measured, **given}.items():
+        require_finite(name, column)
+    h, d, ht = (percentile_ranks(column) for column in measured.values())
+    place = relative_position(tokens)
     y = standardize(gain)
     base = fit(y, [standardize(column) for column in (h, d, h * d, place, ht)]).r_squared
     q3 = (h <= np.median(h)) & (d >= np.median(d))
     context = tokens["context_id"].to_numpy()[q3]
     rows = []
-    for name, values in proxies.items():
-        raw = np.asarray(values, dtype=np.float64)
-        require_finite(name, raw)
+    for name, raw in given.items():
         c = percentile_ranks(raw)
         split = fit(y, [standardize(column) for column in (h, d * c, d * (1 - c), place, ht)])
-        bottom, top = ends((d * c)[q3], QUARTILES)
-        outer = bottom | top
         rng = np.random.default_rng(seed)
-        groups = bottom[outer], top[outer]
-        found = gap(gain[q3][outer], context[outer], groups, rng=rng, draws=draws)
         rows.append(
             {
                 "proxy": name,
@@ -96,11 +84,24 @@ def support_definitions(
                 "r_squared_gained": split.r_squared - base,
                 "teachability": split.coefficients[1],
                 "incompatible": split.coefficients[2],
-                "gap": found.estimate,
-                "low": found.low,
-                "high": found.high,
-                "bottom": found.bottom,
-                "top": found.top,
+                **_outer_gap(gain[q3], context, (d * c)[q3], rng, draws),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _outer_gap(
+    gain: np.ndarray, context: np.ndarray, score: np.ndarray, rng: np.random.Generator, draws: int
+) -> dict:
+    """Gap between the outer quartiles of a score, over the contexts that hold one of either."""
+    groups = ends(score, QUARTILES)
+    outer = groups[0] | groups[1]
+    inside = groups[0][outer], groups[1][outer]
+    found = gap(gain[outer], context[outer], inside, rng=rng, draws=draws)
+    return {
+        "gap": found.estimate,
+        "low": found.low,
+        "high": found.high,
+        "bottom": found.bottom,
+        "top": found.top,
+    }

@@ -33,9 +33,9 @@ from diagnostics.analysis.paper import sentences as words
 from diagnostics.analysis.paper.cells import FOLDER, read_cells, with_student
 from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
-from diagnostics.analysis.paper.sample import KEYS, Sample, long_table, reasons, samples
+from diagnostics.analysis.paper.sample import KEYS, NEEDED, Sample, long_table, reasons, samples
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
 
 SIDES = ("released", "controlled", "context")
@@ -183,6 +183,7 @@ def paper(
     """
     if not isinstance(tokens, pd.DataFrame):
         tokens, cells, kept = _of_run(Path(tokens), cells, kept)
+    require_columns(tokens, NEEDED, what="A table of the paper")
     if (cells is None) != (kept is None):
         raise DiagnosticsError(
             "What trainings measured and what they kept belong together; got only"

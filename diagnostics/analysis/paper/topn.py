@@ -33,6 +33,8 @@ from diagnostics.analysis.robustness import BASE_K
 from diagnostics.core.errors import DiagnosticsError
 
 SELECTORS = (*SCORES, "random")
+SCALED = ("entropy", "divergence", "compatibility")
+"""Scores whose mean over a selection is shown."""
 BUDGETS = (0.01, 0.03, 0.05, 0.1)
 Order = Literal["random", "script"]
 TOP_DRAWS = 500
@@ -145,42 +147,56 @@ def top_gains(
         of equal score at the cut, and how many of them are taken), expected, least, greatest (the
         mean whichever of them are taken; NaN for `random`).
     """
-    y = winsorize(table.gain, WINSORIZED)
-    means = {
-        "q3_share": table.in_q3.astype(np.float64),
-        "entropy": table.entropy,
-        "divergence": table.divergence,
-        "compatibility": table.compatibility,
+    y, selectors = winsorize(table.gain, WINSORIZED), tuple(selectors)
+    return pd.DataFrame(
+        [
+            {
+                "selector": name,
+                "budget": budget,
+                **_selected(
+                    table,
+                    y,
+                    name,
+                    selection_count(len(table), budget),
+                    seed=selector_seed(name, k=k, budget=budget, salt=(salts or {}).get(name)),
+                    order=order,
+                    draws=draws,
+                ),
+            }
+            for budget in budgets
+            for name in selectors
+        ]
+    )
+
+
+def _selected(
+    table: ScriptTable,
+    y: np.ndarray,
+    name: str,
+    count: int,
+    *,
+    seed: int,
+    order: Order,
+    draws: int,
+) -> dict:
+    """What one selector's `count` best positions hold of the outcome y [N]."""
+    rng = np.random.default_rng(seed)
+    if name == "random":
+        chosen = rng.choice(len(table), size=count, replace=False)
+        ties = UnderTies(np.nan, np.nan, np.nan, 0, 0)
+    else:
+        chosen = best(table.score(name), count, order=order, seed=seed)
+        ties = under_ties(table.score(name), y, count)
+    # Contexts are numbered in the order in which the selection meets them.
+    low, high = mean_interval(y[chosen], table.context[chosen], rng=rng, draws=draws)
+    mean = y[chosen].mean()
+    return {
+        "positions": count,
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "per_kept_share": mean / (count / len(y)),
+        "q3_share": table.in_q3[chosen].mean(),
+        **{column: table.score(column)[chosen].mean() for column in SCALED},
+        **vars(ties),
     }
-    selectors, rows = tuple(selectors), []
-    for budget in budgets:
-        count = selection_count(len(table), budget)
-        for name in selectors:
-            seed = selector_seed(name, k=k, budget=budget, salt=(salts or {}).get(name))
-            rng = np.random.default_rng(seed)
-            if name == "random":
-                chosen = rng.choice(len(table), size=count, replace=False)
-                ties = UnderTies(np.nan, np.nan, np.nan, 0, 0)
-            else:
-                chosen = best(table.score(name), count, order=order, seed=seed)
-                ties = under_ties(table.score(name), y, count)
-            # Contexts are numbered in the order in which the selection meets them.
-            low, high = mean_interval(y[chosen], table.context[chosen], rng=rng, draws=draws)
-            rows.append(
-                {
-                    "selector": name,
-                    "budget": budget,
-                    "positions": count,
-                    "mean": y[chosen].mean(),
-                    "low": low,
-                    "high": high,
-                    "per_kept_share": y[chosen].mean() / (count / len(y)),
-                    **{column: values[chosen].mean() for column, values in means.items()},
-                    "tied": ties.tied,
-                    "taken": ties.taken,
-                    "expected": ties.expected,
-                    "least": ties.least,
-                    "greatest": ties.greatest,
-                }
-            )
-    return pd.DataFrame(rows)
