@@ -450,7 +450,7 @@ class Run:
         # A table of an input that was not there then would lack what it says.
         more = derived and set(now["inputs"]) > set(earlier.get("inputs", {}))
         if different or more or (code and derived) or not self._intact(earlier["files"]):
-            self._say_replaced(name, _differences(earlier, now, parts=("settings",)))
+            self._say_replaced(name, earlier["settings"], now["settings"])
             return False
         if code:
             log.warning(
@@ -462,8 +462,10 @@ class Run:
             log.info("%s: kept from the earlier run", name)
         return True
 
-    def _say_replaced(self, name: str, different: list[str]) -> None:
-        """Warn before tables of other settings are replaced."""
+    def _say_replaced(self, name: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+        """Warn before tables of other settings are replaced; lists that only grew lose nothing."""
+        shrunk = {key: value for key, value in was.items() if not _grown(value, now.get(key))}
+        different = _differences({"settings": shrunk}, {"settings": now}, parts=("settings",))
         if different:
             log.warning(
                 "%s: its tables are made again with other settings (%s), and replace the earlier"
@@ -507,6 +509,11 @@ def _differences(
         if not _same(key, was, now.get(part, {}).get(key))
         and (key in now.get(part, {}) or not shared)
     ]
+
+
+def _grown(was: Any, now: Any) -> bool:
+    """Whether a list holds all that it held, and more."""
+    return isinstance(was, list) and isinstance(now, list) and all(each in now for each in was)
 
 
 def _same(key: str, was: Any, now: Any) -> bool:
