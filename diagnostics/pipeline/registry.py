@@ -643,12 +643,13 @@ def stages_of(job: Job) -> list[str]:
     return [
         name
         for name in names
-        if not (quick and name in LEFT_OUT) and (name not in UNASKED or job.flag(UNASKED[name]))
+        if not (quick and name in LEFT_OUT)
+        and (name not in ASKED_BY or any(job.flag(flag) for flag in ASKED_BY[name]))
     ]
 
 
-UNASKED = {"import": "tokens", "after": "after"}
-"""Stages that are done where a flag asks for them alone."""
+ASKED_BY = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+"""Stages that are done only where one of these flags asks for them."""
 
 
 def do(job: Job) -> dict[str, Any]:
