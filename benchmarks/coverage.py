@@ -22,7 +22,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,6 +43,7 @@ from diagnostics.analysis import (
     correlations,
     decision,
     quadrants,
+    rank_agreement,
     selection,
     strata,
 )
@@ -131,7 +134,10 @@ class Population:
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(self.names), count, replace=False)
         folds = dict(zip(self.names[chosen], np.arange(count) % FOLDS, strict=True))
-        batches = rng.choice(len(self.gains), FOLDS, replace=False)
+        return self.table(folds, rng.choice(len(self.gains), FOLDS, replace=False))
+
+    def table(self, folds: dict[str, int], batches: Sequence[int]) -> pd.DataFrame:
+        """The fold table of the prompts of `folds`, with one step batch per fold."""
         rows = np.flatnonzero(self.tokens.prompt_id.isin(folds))
         tokens = self.tokens.iloc[rows].reset_index(drop=True)
         gains = {
@@ -186,12 +192,22 @@ class Effects:
         """Interventions of some prompts, with step batches and folds drawn anew."""
         rng = np.random.default_rng(seed)
         names = self.names[rng.choice(len(self.names), count, replace=False)]
-        fold_of = pd.Series(np.arange(count) % FOLDS, index=names)
+        folds = dict(zip(names, np.arange(count) % FOLDS, strict=True))
+        rows = self.table(folds, rng.choice(len(self.batches), FOLDS, replace=False))
+        return rows[rows["held_out"]].reset_index(drop=True)
+
+    def table(self, folds: dict[str, int], batches: Sequence[int]) -> pd.DataFrame:
+        """Interventions of the prompts of `folds`, with one step batch per fold.
+
+        `held_out` is False at the prompts of the step batch's own fold. They carried no loss, since
+        step batches have prompts of their own; such rows only say which fold a prompt has.
+        """
         parts = []
-        for fold, batch in enumerate(rng.choice(len(self.batches), FOLDS, replace=False)):
+        for fold, batch in enumerate(batches):
             rows = self.batches[batch]
-            mine = rows["prompt_id"].map(fold_of)
-            parts.append(rows[mine.notna() & (mine != fold)].assign(fold=fold))
+            mine = rows["prompt_id"].map(folds)
+            known = mine.notna()
+            parts.append(rows[known].assign(fold=fold, held_out=mine[known] != fold))
         return pd.concat(parts, ignore_index=True)
 
     def sample(self, number: int) -> pd.DataFrame:
@@ -206,6 +222,47 @@ class Effects:
     def shares(self) -> tuple[float, float]:
         """Shares of the prompts and of the step batches that a sample takes."""
         return self.prompts / len(self.names), FOLDS / len(self.batches)
+
+
+class Probed(NamedTuple):
+    """What a probe and an intervention on the same prompts and step batches left."""
+
+    tokens: pd.DataFrame
+    effects: pd.DataFrame
+
+
+class Both:
+    """Gains and effects of the same prompts, after steps on the same batches.
+
+    Args:
+        folder: Where the population and the effects are.
+        prompts: Prompts of a sample; its step batches have a quarter as many.
+    """
+
+    def __init__(self, folder: Path, prompts: int):
+        self.prompts = prompts
+        self.population, self.effects = Population(folder, prompts), Effects(folder, prompts)
+
+    def draw(self, count: int, seed: Sequence[int]) -> Probed:
+        """Both tables of some prompts, with step batches and folds drawn anew."""
+        rng = np.random.default_rng(seed)
+        names = self.effects.names[rng.choice(len(self.effects.names), count, replace=False)]
+        folds = dict(zip(names, np.arange(count) % FOLDS, strict=True))
+        batches = rng.choice(len(self.effects.batches), FOLDS, replace=False)
+        return Probed(self.population.table(folds, batches), self.effects.table(folds, batches))
+
+    def sample(self, number: int) -> Probed:
+        """Both tables of a sample."""
+        return self.draw(self.prompts, [self.prompts, number, 4])
+
+    def whole(self, number: int) -> Probed:
+        """Both tables of every prompt that has effects."""
+        return self.draw(len(self.effects.names), [self.prompts, number, 5])
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the prompts and of the step batches that a sample takes."""
+        return self.effects.shares
 
 
 # --- families of intervals
@@ -225,7 +282,7 @@ class Family:
     """
 
     name: str
-    make: Callable[[pd.DataFrame, Bootstrap], pd.DataFrame]
+    make: Callable[[Any, Bootstrap], pd.DataFrame]
     value: str
     keys: tuple[str, ...]
     source: type = Population
@@ -235,7 +292,7 @@ class Family:
         """Name of the folder of its results."""
         return re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
-    def rows(self, table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    def rows(self, table: pd.DataFrame | Probed, bootstrap: Bootstrap) -> pd.DataFrame:
         """One row per statistic: family, statistic, estimate, low, high."""
         found = self.make(table, bootstrap)
         if "split" in found:
@@ -336,6 +393,33 @@ def _decision(effects: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def _offline_agreement(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Agreement of two captured outcomes about criteria at equal budgets."""
+    names = ("random", *CRITERIA)
+    cells = pd.DataFrame(
+        [(name, budget) for name in names for budget in BUDGETS], columns=["criterion", "budget"]
+    )
+    answers = rank_agreement.offline_values(
+        table, cells, outcomes=("context_gain", "gain", "relative_gain"), bootstrap=bootstrap
+    )
+    pairs = dict(rank_agreement.scopes(cells))["within_budget"]
+    rows = []
+    for x, y in combinations(answers, 2):
+        tau = rank_agreement.kendall(x, y, pairs)
+        low, high = tau.interval(bootstrap.level)
+        rows.append({"x": x.name, "y": y.name, "kendall": tau.value, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def _agreement(probed: Probed, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Agreement of captured outcomes with what some optimizer steps did."""
+    found = rank_agreement.agreement(
+        *probed, outcomes=("context_gain", "gain", "relative_gain"), bootstrap=bootstrap
+    )
+    steps = found["y"].str.startswith("held_out_")
+    return found[steps & (found["scope"] == "within_budget")]
+
+
 FAMILIES = (
     Family("correlations", _correlations, "estimate", ("outcome", "criterion", "method")),
     Family(
@@ -361,6 +445,8 @@ FAMILIES = (
     Family(
         "effects at a horizon", _decision, "value", ("what", "criterion", "measure"), source=Effects
     ),
+    Family("rank agreement of two captured outcomes", _offline_agreement, "kendall", ("x", "y")),
+    Family("rank agreement with 20 steps", _agreement, "kendall", ("x", "y"), source=Both),
 )
 
 
@@ -405,7 +491,7 @@ def _measure_chunk(
     folder: Path,
     start: int,
     stop: int,
-    table_of: Callable[[int], pd.DataFrame],
+    table_of: Callable[[int], pd.DataFrame | Probed],
     families: Sequence[Family],
     draws: int,
 ) -> None:

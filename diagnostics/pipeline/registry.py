@@ -644,12 +644,12 @@ def stages_of(job: Job) -> list[str]:
         name
         for name in names
         if not (quick and name in LEFT_OUT)
-        and (name not in ASKED_BY or any(job.flag(flag) for flag in ASKED_BY[name]))
+        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 
-ASKED_BY = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
-"""Stages that are done only where one of these flags asks for them."""
+UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+"""Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 
 def do(job: Job) -> dict[str, Any]:

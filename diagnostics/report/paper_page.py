@@ -9,27 +9,36 @@ it uses.
 from __future__ import annotations
 
 import html
-import inspect
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics.analysis.paper.printed import PRINTED
+from diagnostics.analysis.paper.sentences import (
+    DESCRIBED,
+    excludes_zero,
+    masks_disagree,
+    turns,
+    units,
+    with_interval,
+)
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
 from diagnostics.report.figures.paper import FIGURES, paper, plain
-from diagnostics.report.page import Drawn, shell
+from diagnostics.report.naming import readable
+from diagnostics.report.page import shell, with_code
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.provenance import provenance
 from diagnostics.report.run_results import RunResults, read_tables
 from diagnostics.report.style import DOUBLE, SINGLE
-from diagnostics.report.svg import figure_files, inline_svg
+from diagnostics.report.svg import inline_svg, png
 from diagnostics.report.written_pages import encoded, write_pages
 
 PREFIX = "paper_"
@@ -75,8 +84,12 @@ SECTIONS = {
     "Data": _artefacts("Table 5"),
 }
 """The artefacts of the page, in its order; a figure stands beside the table of its numbers."""
-LEADING = ("Table 1", "Table 8", "Table 2", "Table 9", "Table 7", "Table 6")
-"""Artefacts whose sentences may stand on the first screen, the most telling first."""
+COMPARED = _artefacts("Table 1", "Table 2", *(f"Table {number}" for number in range(6, 11)))
+"""Tables whose numbers have both sides; the figures show the same ones."""
+MAIN_K = 16
+"""The size of the support that the first screen is about: the paper's."""
+MAIN_BUDGET = 0.05
+"""The budget that the first screen is about."""
 
 
 def build(directory: str | Path) -> Path:
@@ -112,6 +125,13 @@ def build(directory: str | Path) -> Path:
     return directory / "paper.html"
 
 
+class Drawn(NamedTuple):
+    """One figure at both widths."""
+
+    wide: Figure
+    narrow: Figure
+
+
 def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
     """Draw every figure of the paper that the tables allow, at both widths.
 
@@ -122,23 +142,35 @@ def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
         The figures by the paper's number, and for each that could not be drawn the reason.
     """
     drawn, left_out = {}, {}
-    for number, draw in FIGURES.items():
-        level = {"level": run.level} if "level" in inspect.signature(draw).parameters else {}
+    # what the paper prints stands below the figure, in the page's own caption
+    tables = {name: table for name, table in run.tables.items() if name != DIFFERENCES}
+    level = run.stage("paper").get("level", run.level)
+    for number in FIGURES:
         try:
             drawn[number] = Drawn(
-                *(paper(number, run.tables, width=width, **level) for width in (DOUBLE, SINGLE))
+                *(paper(number, tables, width=width, level=level) for width in (DOUBLE, SINGLE))
             )
         except DiagnosticsError as error:
             left_out[number] = str(error)
     return drawn, left_out
 
 
+UNDATED = {
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "svg": {"Date": None, "Creator": None},
+}
+"""What would differ between two files of one figure, for each format."""
+
+
 def _files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG, PDF and SVG, without dates, so that equal tables give equal files."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return figure_files(name, figure) | {f"{name}.svg": buffer.getvalue()}
+    """The figure as PNG, PDF and SVG, so that equal tables give equal files."""
+    found = {f"{name}.png": png(figure)}
+    for kind, metadata in UNDATED.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(buffer, format=kind, metadata=metadata)
+        found[f"{name}.{kind}"] = buffer.getvalue()
+    return found
 
 
 def page(run: RunResults, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]) -> str:
@@ -151,7 +183,7 @@ def page(run: RunResults, drawn: Mapping[str, Drawn], left_out: Mapping[str, str
         (
             re.sub(r"\W+", "-", title.split(":")[0].lower()),
             title,
-            "".join(_artefact(run, artefact, drawn, left_out) for artefact in artefacts),
+            _section(run, artefacts, drawn, left_out),
         )
         for title, artefacts in SECTIONS.items()
     ]
@@ -190,21 +222,16 @@ def first_screen(run: RunResults) -> dict[str, str]:
         run: The manifest and the paper's tables.
 
     Returns:
-        Sentences by their heading. Title and sentences have at most `FIRST_SCREEN` words: sentences
-        of an artefact are taken whole, by `LEADING`, as long as there is room.
+        Sentences by their heading, from the tables; what a table does not have is not said. Title
+        and sentences have at most `FIRST_SCREEN` words: the last sentences are left out, whole,
+        where there is no room for them.
     """
-    told = {"The pair.": _pair(run)}
-    rows = _leading(run)
-    for count in range(len(rows), 0, -1):
-        screen = told | {
-            "As released.": _joined(row["released"] for row in rows[:count]),
-            "Controlled.": _joined(row["controlled"] for row in rows[:count]),
-            "Why.": _joined(row["why"] for row in rows[:count]),
-        }
-        screen = {head: text for head, text in screen.items() if text}
-        if words(title(run), *screen, *screen.values()) <= FIRST_SCREEN:
-            return screen
-    return told
+    screen = {"The pair.": _pair(run)}
+    for head, text in _findings(run):
+        more = screen | {head: f"{screen.get(head, '')} {text}".strip()}
+        if text and words(title(run), *more, *more.values()) <= FIRST_SCREEN:
+            screen = more
+    return screen
 
 
 def words(*texts: str) -> int:
@@ -212,30 +239,105 @@ def words(*texts: str) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-def _joined(sentences: Iterable[object]) -> str:
-    """Sentences one after another, each once; undefined ones are left out."""
-    known = [str(text).strip() for text in sentences if isinstance(text, str) and text.strip()]
-    return " ".join(dict.fromkeys(known))
+def _findings(run: RunResults) -> list[tuple[str, str]]:
+    """Headings and sentences of the first screen, the most telling first."""
+    gap, best = _gap(run), _best(run)
+    return [
+        ("As released.", gap.get("released", "")),
+        ("Controlled.", gap.get("controlled", "")),
+        ("What a control changes.", _changes(run)),
+        ("As released.", best.get("released", "")),
+        ("Controlled.", best.get("controlled", "")),
+        ("Trainings.", _masks(run)),
+    ]
 
 
-def _leading(run: RunResults) -> list[dict]:
-    """The rows of `paper_differences` that may stand on the first screen, the first one first."""
-    table = run.table(DIFFERENCES)
+def _gap(run: RunResults) -> dict[str, str]:
+    """The Q3 gap at the paper's K, or else at the table's first, in a sentence per side."""
+    table = run.table("paper_table_1")
+    rows = None if table is None else table[table.quantity == "Q3 gap"]
+    if rows is None or rows.empty:
+        return {}
+    row = rows.iloc[int((rows.k == MAIN_K).to_numpy().argmax())].to_dict()
+    released, controlled = units(str(row["unit"]))
+    found = {
+        "released": f"{with_interval(row, 'released')} in {released}.",
+        "controlled": f"{with_interval(row, 'controlled')} in {controlled}",
+    }
+    known = np.isfinite(float(row["context"]))
+    found["controlled"] += f"; context gain {with_interval(row, 'context')}." if known else "."
+    return {
+        side: f"Inside Q3, most minus least compatible third ({row['row']}): {text}"
+        if side == "released"
+        else f"The same gap: {text}"
+        for side, text in found.items()
+        if np.isfinite(float(row[side]))
+    }
+
+
+def _best(run: RunResults) -> dict[str, str]:
+    """The selector with the highest mean gain at the main budget, in a sentence per side."""
+    table = run.table("paper_table_8")
     if table is None:
-        return []
-    rows = {plain(row["artefact"]): row for row in table.to_dict("records")}
-    wanted = [plain(name) for name in LEADING]
-    return [rows[name] for name in wanted if name in rows]
+        return {}
+    rows = table[(table.quantity == "mean gain") & np.isclose(table.budget, MAIN_BUDGET)]
+    found = {}
+    for side in ("released", "controlled"):
+        known = rows[np.isfinite(rows[side].astype(float))]
+        if len(known):
+            first = known.loc[known[side].astype(float).idxmax()].to_dict()
+            found[side] = (
+                f"Highest mean gain at {MAIN_BUDGET:.0%}: {readable(first['row'])},"
+                f" {with_interval(first, side)}."
+            )
+    return found
+
+
+def _changes(run: RunResults) -> str:
+    """How many numbers of the tables turn their sign, and how many intervals lose their verdict."""
+    tables = [run.tables[each.table] for each in COMPARED if each.table in run.tables]
+    if not tables:
+        return ""
+    rows = pd.concat(tables, ignore_index=True)
+    rows = rows[~rows.quantity.isin(DESCRIBED)].to_dict("records")
+    signs = [turned for row in rows if (turned := turns(row)) is not None]
+    theirs = [row for row in rows if excludes_zero(row, "released")]
+    lost = sum(excludes_zero(row, "controlled") is False for row in theirs)
+    return (
+        f"Of {len(signs)} numbers in the tables, {sum(signs)} turn their sign; of {len(theirs)}"
+        f" released intervals that exclude 0, {lost or 'none'} hold 0 when controlled."
+    )
+
+
+def _masks(run: RunResults) -> str:
+    """Which mask leads by the released number of table 2, and which by the mean reduction."""
+    table = run.table("paper_table_2")
+    found = [] if table is None else masks_disagree(table)
+    text = "; ".join(found)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _pair(run: RunResults) -> str:
-    """Student, teacher and checkpoint in a sentence, as far as the manifest has them."""
+    """The pair, the bank and the checkpoint in a sentence, as far as the run has them."""
     names = summary.models(run)
-    parts = [f"{role} {names[role]}" for role in ("student", "teacher") if role in names]
-    text = f"{', '.join(parts)}; " if parts else ""
+    models = [f"{role} {names[role]}" for role in ("student", "teacher") if role in names]
+    named = names.get("pair") not in (None, "custom")
+    parts = [f"the {names['pair']} pair" if named else ", ".join(models), _bank(run)]
     found = checkpoint(run)
-    text += f"checkpoint {found}." if found else "the checkpoint is in no record of the manifest."
-    return text[:1].upper() + text[1:]
+    parts.append(f"checkpoint {found}" if found else "the manifest records no checkpoint")
+    text = "; ".join(filter(None, parts))
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _bank(run: RunResults) -> str:
+    """How many positions and contexts the numbers rest on; empty without table 5."""
+    table = run.table("paper_table_5")
+    counts = {} if table is None else dict(zip(table.row, table.released, strict=True))
+    return ", ".join(
+        f"{int(counts[name]):,} {name}"
+        for name in ("contexts", "positions")
+        if np.isfinite(counts.get(name, np.nan))
+    )
 
 
 def checkpoint(run: RunResults) -> str:
@@ -254,24 +356,61 @@ def checkpoint(run: RunResults) -> str:
 # --- artefacts
 
 
+def _section(
+    run: RunResults,
+    artefacts: Sequence[Artefact],
+    drawn: Mapping[str, Drawn],
+    left_out: Mapping[str, str],
+) -> str:
+    """Artefacts one after another; a table does not repeat what was said of its figure."""
+    parts: list[str] = []
+    told: set[tuple[str, str]] = set()
+    for artefact in artefacts:
+        said = _said(run, artefact)
+        fresh = {
+            name: text
+            for name, text in said.items()
+            if name == "title" or (name, str(text)) not in told
+        }
+        told |= {(name, str(text)) for name, text in said.items()}
+        parts.append(_artefact(run, artefact, fresh, drawn, left_out))
+    return "".join(parts)
+
+
 def _artefact(
-    run: RunResults, artefact: Artefact, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]
+    run: RunResults,
+    artefact: Artefact,
+    said: Mapping,
+    drawn: Mapping[str, Drawn],
+    left_out: Mapping[str, str],
 ) -> str:
     """One artefact: heading, figure, both sides in a sentence, why, what is printed, its table."""
-    said = _said(run, artefact)
     table = run.table(artefact.table)
-    missing = _missing(artefact, table, left_out)
     figure = drawn.get(artefact.number) if artefact.kind == "Figure" else None
+    printed = _sentence(said.get("printed"), "Printed in the paper:")
     parts = [
         f"<h3>{html.escape(_heading(artefact, said))}</h3>",
-        _drawing(artefact, figure) if figure else "",
+        _drawing(artefact, figure, printed) if figure else "",
         _sides(said),
-        _sentence(said, "why", "Why they differ."),
-        _sentence(said, "printed", "Printed in the paper:"),
-        f'<p class="quiet">Not here: {html.escape(missing)}</p>' if missing else "",
+        _why(said, _missing(artefact, table, left_out)),
+        "" if figure else printed,
         table_block(artefact.table, table) if table is not None else "",
     ]
     return f'<section id="{artefact.table}">{"".join(parts)}</section>'
+
+
+NOT_MADE = "Not made: "
+"""How `paper_differences` begins to say why an artefact is missing."""
+
+
+def _why(said: Mapping, missing: str) -> str:
+    """Why both sides differ, or why the artefact is not here."""
+    why = said.get("why")
+    why = why if isinstance(why, str) else ""
+    if not missing:
+        return _sentence(why, "Why they differ.")
+    text = why.removeprefix(NOT_MADE) or missing
+    return _sentence(f"{text[:1].upper()}{text[1:]}", "Not here.")
 
 
 def _said(run: RunResults, artefact: Artefact) -> dict:
@@ -288,7 +427,8 @@ def _heading(artefact: Artefact, said: Mapping) -> str:
     return f"{artefact.name}. {title}"
 
 
-def _drawing(artefact: Artefact, drawn: Drawn) -> str:
+def _drawing(artefact: Artefact, drawn: Drawn, printed: str) -> str:
+    """The figure at both widths; its caption has what the paper prints, and the file's name."""
     name = f"{PREFIX}{artefact.number.lower()}"
     wide, narrow = (
         inline_svg(figure, f"{name}-{size}")
@@ -296,7 +436,7 @@ def _drawing(artefact: Artefact, drawn: Drawn) -> str:
     )
     return (
         f'<figure id="figure-{name}"><div class="wide">{wide}</div><div class="narrow">{narrow}'
-        f"</div><figcaption><code>figures/{name}.pdf</code></figcaption></figure>"
+        f"</div><figcaption>{printed}<code>figures/{name}.pdf</code></figcaption></figure>"
     )
 
 
@@ -317,11 +457,11 @@ def _sides(said: Mapping) -> str:
     )
 
 
-def _sentence(said: Mapping, name: str, head: str) -> str:
-    text = said.get(name)
+def _sentence(text: object, head: str) -> str:
+    """A paragraph with its heading; empty where there is no text."""
     if not isinstance(text, str) or not text:
         return ""
-    return f"<p><b>{head}</b> {html.escape(text)}</p>"
+    return f"<p><b>{head}</b> {with_code(text)}</p>"
 
 
 def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[str, str]) -> str:
@@ -331,7 +471,7 @@ def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[s
     if table is not None:
         return ""
     trained = artefact.number in ("2", "7", "10")
-    return f"no table {artefact.table}." + (
+    return f"There is no table {artefact.table}." + (
         " It rests on trainings: `opd-diagnostics paper --train`." if trained else ""
     )
 

@@ -1,13 +1,17 @@
 """The page of the paper: complete from its tables, self-contained, escaped, short at first."""
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis.paper.printed import PRINTED
+from diagnostics.analysis.paper.sentences import with_interval
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.report import paper_page, run_results
+from diagnostics.report import catalogue, naming, paper_page, run_results
 from diagnostics.report.figures.paper import FIGURES
 from tests import browser, study_tables
 from tests.report import made_paper
@@ -75,38 +79,69 @@ def test_equal_tables_give_equal_bytes(run, tmp_path):
 
 def test_the_first_screen_names_pair_and_checkpoint_and_what_both_sides_say(run):
     screen = paper_page.first_screen(read(run))
-    assert list(screen) == ["The pair.", "As released.", "Controlled.", "Why."]
-    assert screen["The pair."] == "Student small, teacher large; checkpoint trained/student."
-    said = made_paper.differences().set_index("artefact")
-    assert screen["As released."] == f"{said.released['Table 1']} {said.released['Table 8']}"
-    assert screen["Controlled."] == f"{said.controlled['Table 1']} {said.controlled['Table 8']}"
-    assert screen["Why."] == made_paper.WHY
+    assert list(screen) == ["The pair.", "As released.", "Controlled.", "What a control changes."]
+    assert screen["The pair."] == (
+        "Student small, teacher large; 48 contexts, 2,526 positions; checkpoint trained/student."
+    )
+    table = made_paper.gaps()
+    row = table[(table.row == "K = 16") & (table.quantity == "Q3 gap")].iloc[0].to_dict()
+    numbers = {side: with_interval(row, side) for side in made_paper.SIDES}
+    assert screen["As released."].startswith(
+        "Inside Q3, most minus least compatible third (K = 16):"
+        f" {numbers['released']} in relative gain. Highest mean gain at 5%: "
+    )
+    assert screen["Controlled."].startswith(
+        f"The same gap: {numbers['controlled']} in nats; context gain {numbers['context']}. Highest"
+    )
+    best = made_paper.selectors()
+    best = best[(best.quantity == "mean gain") & (best.budget == 0.05)]
+    first = best.sort_values("released").iloc[-1]
+    assert f": {naming.readable(first.row)}, " in screen["As released."]
+
+
+def test_the_first_screen_counts_signs_and_verdicts_over_the_tables_with_both_sides(run):
+    names = ("1", "6", "7", "8", "9")
+    tables = made_paper.tables()
+    rows = pd.concat([tables[f"paper_table_{name}"] for name in names])
+    turned = sum(np.sign(rows.released) != np.sign(rows.controlled))
+    clear = {
+        side: (np.sign(rows[f"{side}_low"]) == np.sign(rows[f"{side}_high"]))
+        & rows[f"{side}_low"].notna()
+        for side in ("released", "controlled")
+    }
+    lost = (clear["released"] & ~clear["controlled"]).sum()
+    assert paper_page.first_screen(read(run))["What a control changes."] == (
+        f"Of {len(rows)} numbers in the tables, {turned} turn their sign; of"
+        f" {clear['released'].sum()} released intervals that exclude 0, {lost} hold 0 when"
+        " controlled."
+    )
+    assert 0 < turned < len(rows) and lost > 0
 
 
 @pytest.mark.parametrize("length", [3, 20, 45, 70, 300])
-def test_the_first_screen_keeps_to_its_words_and_cuts_no_sentence(run, tmp_path, length):
-    long = " ".join(f"word{index}" for index in range(length)) + "."
-    directory = with_differences(run, tmp_path, lambda table: table.assign(released=long))
-    found = read(directory)
-    screen = paper_page.first_screen(found)
+def test_the_first_screen_keeps_to_its_words_and_cuts_no_sentence(run, length):
+    found = read(run)
+    long = " ".join(["x"] * length)
+    tables = dict(found.tables)
+    tables["paper_table_8"] = tables["paper_table_8"].assign(row=long)
+    screen = paper_page.first_screen(dataclasses.replace(found, tables=tables))
     total = paper_page.words(paper_page.title(found), *screen, *screen.values())
     assert total <= paper_page.FIRST_SCREEN == 120
-    assert screen.get("As released.", long) == long
-    assert ("As released." in screen) == (length <= 70)
+    assert all(text.endswith(".") for text in screen.values())
+    assert (long in screen["As released."]) == (length <= 20)
+    assert "What a control changes." in screen
 
 
 def test_what_the_manifest_and_the_tables_do_not_say_is_not_made_up(run):
     found = read(run)
-    bare = run_results.RunResults({"stages": {}}, {"paper_table_1": found.tables["paper_table_1"]})
+    bare = run_results.RunResults({"stages": {}}, {"paper_other": found.tables["paper_table_1"]})
     assert paper_page.title(bare) == "The paper, one to one"
-    assert paper_page.first_screen(bare) == {
-        "The pair.": "The checkpoint is in no record of the manifest."
-    }
+    assert paper_page.first_screen(bare) == {"The pair.": "The manifest records no checkpoint."}
     drawn, left_out = paper_page.draw_all(bare)
     assert drawn == {} and set(left_out) == set(FIGURES)
     text = Page(paper_page.page(bare, drawn, left_out)).text
-    assert "Not here: There is no table paper_figure_3c with rows" in text
-    assert "Not here: no table paper_table_2. It rests on trainings" in text
+    assert "Not here. There is no table paper_figure_3c with rows" in text
+    assert "Not here. There is no table paper_table_2. It rests on trainings" in text
 
 
 def test_sides_reason_and_printed_value_stand_beside_their_artefact(run):
@@ -116,8 +151,34 @@ def test_sides_reason_and_printed_value_stand_beside_their_artefact(run):
     for part in ("Figure 3C. The Q3 gap", said.released, said.controlled, said.why):
         assert part in section
     assert "Printed in the paper: .084 [.069, .098]" in section
+    assert text.count("Printed in the paper:") == 1  # below figure 3C, and not again at table 1
+    section = Page(text.split('<section id="paper_table_1">')[1].split("<details")[0]).text
+    assert section == "Table 1. The Q3 gap"
     section = Page(text.split('<section id="paper_figure_4a">')[1].split("<details")[0]).text
-    assert "Printed" not in section
+    assert "Printed" not in section and "Why they differ." in section
+
+
+def test_what_was_not_made_says_why_as_the_differences_have_it(run, tmp_path):
+    why = "Not made: it needs trainings."
+    row = {"artefact": "Table 2", "title": "Trainings", "why": why}
+    found = read(run)
+    table = pd.concat([found.tables["paper_differences"], pd.DataFrame([row])])
+    changed = dataclasses.replace(found, tables=found.tables | {"paper_differences": table})
+    text = paper_page.page(changed, {}, {})
+    section = Page(text.split('<section id="paper_table_2">')[1].split("</section>")[0]).text
+    assert section == "Table 2. TrainingsNot here. It needs trainings."
+
+
+def test_the_checkpoint_is_named_from_the_manifest():
+    own = {"criterion": "teachability", "budget": 0.05, "seed": 0}
+    stages = {"paper": {"facts": {"checkpoint": own}}, "after": {"settings": {"after": "a/b/c"}}}
+    tables = {}
+    assert paper_page.checkpoint(run_results.RunResults({"stages": stages}, tables)) == (
+        "after training on teachability at 5%, seed 0"
+    )
+    stages["paper"]["facts"]["checkpoint"] = "score --after"
+    assert paper_page.checkpoint(run_results.RunResults({"stages": stages}, tables)) == "b/c"
+    assert paper_page.checkpoint(run_results.RunResults({"stages": {}}, tables)) == ""
 
 
 def test_text_from_the_tables_is_escaped(run, tmp_path):
@@ -193,3 +254,13 @@ for (const [i, [a, p]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 
 }
 return found;
 """
+
+
+def test_every_table_of_the_paper_has_a_caption():
+    titles = {
+        f"paper_{name.lower().replace(' ', '_')}": each.title for name, each in PRINTED.items()
+    }
+    assert {each.table for each in ORDER} == set(titles)
+    for name, title in titles.items():
+        assert catalogue.caption(name).endswith(f"as released and controlled: {title}.")
+    assert catalogue.caption("paper_differences").startswith("Why the paper's numbers differ")

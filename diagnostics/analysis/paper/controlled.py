@@ -670,6 +670,11 @@ def buckets(
 # --- planes: figures 2A to 2C
 
 
+def bins_for(positions: int) -> int:
+    """Bins of each axis that leave a cell twice the fewest positions on average, 2 to `BINS`."""
+    return int(np.clip(np.sqrt(positions / (2 * FEWEST_IN_CELL)), 2, BINS))
+
+
 def planes(
     tokens: pd.DataFrame,
     *,

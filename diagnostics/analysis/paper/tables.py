@@ -30,12 +30,12 @@ import pandas as pd
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.paper import controlled, released, training
 from diagnostics.analysis.paper import sentences as words
-from diagnostics.analysis.paper.cells import FOLDER, TRAINING, read_cells
+from diagnostics.analysis.paper.cells import FOLDER, read_cells, with_student
 from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
-from diagnostics.analysis.paper.sample import KEYS, Sample, long_table, reasons, samples
+from diagnostics.analysis.paper.sample import KEYS, NEEDED, Sample, long_table, reasons, samples
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
 
 SIDES = ("released", "controlled", "context")
@@ -137,8 +137,6 @@ ARTEFACTS = (
     Artefact("Figure 5C", "buckets", ("trimmed mean of",), "trimmed mean of bucket 3"),
 )
 """Every artefact that can be made from a token bank and short trainings, tables first."""
-STANDS_FOR_IT = (0.05, "teachability")
-"""Budget and mask of the training whose student is the checkpoint of a run without one."""
 TRAINED = ("2", "7", "10")
 """Joined tables that need trainings."""
 
@@ -185,6 +183,7 @@ def paper(
     """
     if not isinstance(tokens, pd.DataFrame):
         tokens, cells, kept = _of_run(Path(tokens), cells, kept)
+    require_columns(tokens, NEEDED, what="A table of the paper")
     if (cells is None) != (kept is None):
         raise DiagnosticsError(
             "What trainings measured and what they kept belong together; got only"
@@ -216,26 +215,6 @@ def _of_run(
     if cells is None and kept is None and (directory / FOLDER).is_dir():
         cells, kept = read_cells(directory / FOLDER)
     return tokens, cells, kept
-
-
-def with_student(tokens: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Let the first training with teachability at 5 % stand for a checkpoint that a table lacks.
-
-    Args:
-        tokens: A token table.
-        cells: What every training measures (`paper.cells`).
-
-    Returns:
-        The table with that training's columns `_after` and `seen`; as it was without one.
-    """
-    budget, name = STANDS_FOR_IT
-    chosen = cells[(cells["criterion"] == name) & np.isclose(cells["budget"].astype(float), budget)]
-    if chosen.empty:
-        return tokens
-    after = chosen[chosen["seed"] == chosen["seed"].min()].drop(columns=list(TRAINING))
-    keys = ["context_id", "position"]
-    twice = [column for column in after if column in tokens and column not in keys]
-    return tokens.drop(columns=twice).merge(after, on=keys, how="left", validate="one_to_one")
 
 
 # --- sides
@@ -271,14 +250,20 @@ class _Study:
     @cached_property
     def released_planes(self) -> pd.DataFrame:
         """The planes as released, all figures together."""
-        return released.planes(self.tokens, fewest=controlled.FEWEST_IN_CELL)
+        fewest = controlled.FEWEST_IN_CELL
+        return released.planes(self.tokens, bins=self.bins, fewest=fewest)
+
+    @property
+    def bins(self) -> int:
+        """Bins of each axis of a plane, as many as the fewest positions of a side allow."""
+        return controlled.bins_for(min((int(s.mask.sum()) for s in self.samples), default=0))
 
     @cached_property
     def controlled_planes(self) -> dict[str, pd.DataFrame]:
         """The planes of each outcome, all figures together."""
         lacking = reasons(self.tokens)
         return {
-            SIDE_OF[outcome]: controlled.planes(self.tokens, outcome=outcome)
+            SIDE_OF[outcome]: controlled.planes(self.tokens, bins=self.bins, outcome=outcome)
             for outcome in OUTCOME_COLUMNS
             if outcome not in lacking
         }
@@ -310,7 +295,7 @@ class _Study:
             except DiagnosticsError as error:
                 # A side that the columns do not allow is left out, and the table says why.
                 for name in ("released",) if side == "released" else OUTCOME_COLUMNS:
-                    lacking.setdefault(name, str(error).rstrip("."))
+                    lacking.setdefault(name, words.reason_of(error))
         if number in TRAINED:
             lacking["context"] = (
                 "a probe takes one step on all positions and trains under no mask"
@@ -504,7 +489,15 @@ def _finished(
     keys = [words.key_of(row) for row in table.to_dict("records")]
     whys = [words.why(artefact.name, key, numbers, known) for key in keys]
     columns = [*COLUMNS[:-1], *(CELL if artefact.source in PLANE_UNITS else ()), "why"]
-    return table.assign(why=whys)[columns]
+    return _one_per_row(table.assign(why=whys), artefact)[columns]
+
+
+def _one_per_row(table: pd.DataFrame, artefact: Artefact) -> pd.DataFrame:
+    """A table of figure 3B names the budget with the mask where masks were trained at several."""
+    if artefact.name != "Figure 3B" or table["budget"].nunique() < 2:
+        return table
+    named = zip(table["row"], table["budget"], strict=True)
+    return table.assign(row=[f"{row} at {words.percent(budget)}" for row, budget in named])
 
 
 def difference(
