@@ -279,6 +279,9 @@ class Family:
         value: Column of the statistic.
         keys: Columns that name a row.
         source: What its tables come from.
+        whole_draws: Draws for the values of the whole population, where the analysis gives no value
+            without an interval.
+        apart: Whether the report keeps its outcomes apart.
     """
 
     name: str
@@ -286,6 +289,8 @@ class Family:
     value: str
     keys: tuple[str, ...]
     source: type = Population
+    whole_draws: int = 0
+    apart: bool = False
 
     @property
     def slug(self) -> str:
@@ -433,13 +438,20 @@ FAMILIES = (
     ),
     Family("matched differences in Q3", _matched, "difference", ("outcome", "score", "caliper")),
     Family("statistics of the claims", _claims, "estimate", ("outcome", "name")),
-    Family("strata of D", _strata, "value", ("what", "stratum")),
-    Family("captured shares", _shares, "captured_share", ("outcome", "criterion", "budget")),
+    Family("strata of D", _strata, "value", ("what", "stratum"), whole_draws=DRAWS, apart=True),
+    Family(
+        "captured shares",
+        _shares,
+        "captured_share",
+        ("outcome", "criterion", "budget"),
+        apart=True,
+    ),
     Family(
         "areas and enrichments",
         _summaries,
         "estimate",
         ("outcome", "criterion", "statistic", "budget"),
+        apart=True,
     ),
     Family("Jaccard indices", _overlaps, "estimate", ("criterion", "other", "budget")),
     Family(
@@ -464,10 +476,10 @@ def measure(folder: Path, prompts: int, samples: int, families: Sequence[Family]
         mine = [family for family in families if family.source is source]
         for number in range(0, DRAWS_OF_BATCHES, CHUNK):
             _measure_chunk(
-                folder / f"truth{prompts}", number, DRAWS_OF_BATCHES, data.whole, mine, 0
+                folder / f"truth{prompts}", number, DRAWS_OF_BATCHES, data.whole, mine, whole=True
             )
         for number in range(0, samples, CHUNK):
-            _measure_chunk(folder / f"samples{prompts}", number, samples, data.sample, mine, DRAWS)
+            _measure_chunk(folder / f"samples{prompts}", number, samples, data.sample, mine)
         for family in mine:
             file = folder / f"samples{prompts}" / family.slug / "shares.json"
             file.write_text(json.dumps(data.shares))
@@ -483,7 +495,6 @@ def measure_probed(folder: Path, prompts: int, families: Sequence[Family]) -> No
             count,
             lambda at: sample_table(folder, prompts, at),
             [family for family in families if family.source is Population],
-            DRAWS,
         )
 
 
@@ -493,7 +504,8 @@ def _measure_chunk(
     stop: int,
     table_of: Callable[[int], pd.DataFrame | Probed],
     families: Sequence[Family],
-    draws: int,
+    *,
+    whole: bool = False,
 ) -> None:
     """The rows of CHUNK tables, in one file per family; finished files are kept."""
     files = {family: folder / family.slug / f"{start:04d}.parquet" for family in families}
@@ -504,6 +516,7 @@ def _measure_chunk(
     for number in range(start, min(start + CHUNK, stop)):
         table = table_of(number)
         for family in todo:
+            draws = family.whole_draws if whole else DRAWS
             found = family.rows(table, Bootstrap(draws=draws, seed=number))
             rows[family].append(found.assign(sample=number))
     for family, parts in rows.items():
@@ -552,8 +565,8 @@ def coverages(
     whole = truth.groupby(keys, sort=False)["estimate"].agg(["mean", "var"])
     found = []
     for key, part in samples.groupby(keys, sort=False):
-        if key in whole.index:
-            mean, of_steps = whole.loc[key]
+        mean, of_steps = whole.loc[key] if key in whole.index else (np.nan, np.nan)
+        if np.isfinite(mean):  # what the whole population leaves undefined has no coverage
             parts = _variances(part["estimate"].var(), of_steps, shares, fresh)
             found.append(dict(zip(keys, key, strict=True)) | _coverage(part, mean, *parts))
     return pd.DataFrame(found)
@@ -686,20 +699,40 @@ def _all_coverages(folder: Path, prompts: int) -> dict[str, pd.DataFrame]:
     """By design (`samples`, `probed`), the coverage of every statistic that was measured."""
     designs: dict[str, list[pd.DataFrame]] = {"samples": [], "probed": []}
     for family in FAMILIES:
-        if not (folder / f"truth{prompts}" / family.slug).exists():
+        if not _measured(folder / f"truth{prompts}", family):
             continue
         truth = read_chunks(folder / f"truth{prompts}", family)
         for design, parts in designs.items():
             where = folder / f"{design}{prompts}"
-            if (where / family.slug).exists():
+            if _measured(where, family):
                 rows = coverages(
                     truth,
                     read_chunks(where, family),
                     shares=_shares_of(folder, prompts, family),
                     fresh=design == "probed",
                 )
-                parts.append(rows)
+                parts.append(_labelled(rows, family))
     return {design: pd.concat(parts) for design, parts in designs.items() if parts}
+
+
+def _labelled(rows: pd.DataFrame, family: Family) -> pd.DataFrame:
+    """The rows under the name that the report has for them."""
+    if not family.apart:
+        return rows
+    outcome = rows["statistic"].str.split().str[0].str.replace("_", " ")
+    return rows.assign(family=family.name + ", " + outcome)
+
+
+def _labels(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    """The names of the report's families, in the order of FAMILIES."""
+    measured = [label for each in found.values() for part in each.values() for label in part.family]
+    order = [family.name for family in FAMILIES]
+    return sorted(dict.fromkeys(measured), key=lambda label: order.index(label.split(",")[0]))
+
+
+def _measured(folder: Path, family: Family) -> bool:
+    """Whether a family has any finished rows."""
+    return any((folder / family.slug).glob("*.parquet"))
 
 
 def _shares_of(folder: Path, prompts: int, family: Family) -> tuple[float, float]:
@@ -736,11 +769,11 @@ def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
         " | within 93-97 % | width | step part | undefined |",
         "|---" * 12 + "|",
     ]
-    for family in FAMILIES:
+    for label in _labels(found):
         for prompts, each in found.items():
-            part = each["samples"][each["samples"].family == family.name]
+            part = each["samples"][each["samples"].family == label]
             if len(part):
-                lines.append(f"| {family.name} | {prompts} | {_summary(part)} |")
+                lines.append(f"| {label} | {prompts} | {_summary(part)} |")
     return lines
 
 
@@ -805,12 +838,12 @@ def _probed_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for prompts, each in found.items():
-        for family in FAMILIES:
+        for label in _labels(found):
             part = each.get("probed", pd.DataFrame({"family": []}))
-            part = part[part["family"] == family.name]
+            part = part[part["family"] == label]
             if len(part):
                 lines.append(
-                    f"| {family.name} | {prompts} | {part.samples.max()}"
+                    f"| {label} | {prompts} | {part.samples.max()}"
                     f" | {part.coverage.mean():.1f} | {part.corrected.mean():.1f}"
                     f" | {part.corrected.min():.1f} | {part.width.median():.2f} |"
                 )

@@ -66,7 +66,8 @@ SURFACE = {
         "accept-code batch budgets curve device draws dtype json learning-rate level masks"
         " no-offload-teacher no-shard-teacher no-train offload-teacher output-dir pair"
         " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer"
+        " tokens tokens-after train workers"
     ),
     "report": "against compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",
