@@ -19,14 +19,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.layout_engine import LayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.textpath import text_to_path
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.report.look import FONTS, SAVING, WIDE, changed, label_color, quiet
+from diagnostics.report.look import ALWAYS, FONTS, SAVING, WIDE, changed, label_color, quiet
 
 # --- what was asked for ---
 
@@ -98,39 +100,102 @@ class Panel(Axes):
         return super().get_title(loc=loc or "left")
 
 
-class Settled(ConstrainedLayoutEngine):
-    """Constrained layout that runs when a text or the size has changed, not on every drawing.
+class Settled(LayoutEngine):
+    """A layout that measures what hangs over each panel once, and again only when a text or the
+    size has changed.
 
-    A title of the whole figure gets a strip of its own above the legend.
+    From the top: the figure's title, the legend, the grid of equal panels, the caption. Colors bars
+    are insets of their panels, so they hang over as tick labels do.
     """
 
+    _adjust_compatible = False
+    _colorbar_gridspec = False
     _seen: tuple = ()
+
+    def __init__(self, *, w_pad: float = 0.05, h_pad: float = 0.04):
+        super().__init__()
+        self._params = {"w_pad": w_pad, "h_pad": h_pad}
+
+    def set(self, *, w_pad: float | None = None, h_pad: float | None = None) -> None:
+        """Room on each side of what hangs over a panel, in inches."""
+        for name, value in (("w_pad", w_pad), ("h_pad", h_pad)):
+            self._params[name] = self._params[name] if value is None else value
 
     def execute(self, figure: Figure) -> None:
         """Lay the figure out where that is due."""
-        now = _texts_of(figure)
-        if now == self._seen:
+        if _texts_of(figure) == self._seen:
             return
-        title, legends = figure._suptitle, [leg for leg in figure.legends if leg._outside_loc]
-        above = title is not None and bool(title.get_text()) and bool(legends)
-        strip = self._strip(figure) if above else 0.0
-        for each in legends:
-            each.set_bbox_to_anchor(None)
-        if title is not None:
-            title.set_in_layout(not above)
-        self.set(rect=(0, 0, 1, 1 - strip))
-        super().execute(figure)
-        if above:
-            title.set_position((title.get_position()[0], 1 - self._params["h_pad"] / 2))
-            for each in legends:
-                box = Bbox([[0, 0], [1, 1 - strip]])
-                each.set_bbox_to_anchor(box, transform=figure.transFigure)
+        renderer = figure._get_renderer()
+        pad = self._params["h_pad"] * figure.dpi
+        top = self._title(figure, renderer, pad)
+        for each in figure.legends:
+            if isinstance(each, Above):
+                each.set_bbox_to_anchor((0, 1 - top / figure.bbox.height))
+                top += each.get_window_extent(renderer).height + 3 * pad
+        self._place(figure, renderer, top, self._caption(figure, renderer, pad), pad)
         self._seen = _texts_of(figure)
 
-    def _strip(self, figure: Figure) -> float:
-        """Height of the figure's title with its distance, as a share of the figure."""
-        box = figure._suptitle.get_window_extent(figure._get_renderer())
-        return box.height / figure.bbox.height + 2 * self._params["h_pad"] / figure.get_figheight()
+    def _title(self, figure: Figure, renderer, pad: float) -> float:
+        """Height of the figure's title with its distance, in pixels; puts it at the top."""
+        title = figure._suptitle
+        if title is None or not title.get_text():
+            return 0.0
+        title.set_position((title.get_position()[0], 1 - pad / figure.bbox.height))
+        return title.get_window_extent(renderer).height + 2 * pad
+
+    def _caption(self, figure: Figure, renderer, pad: float) -> float:
+        """Height of the caption with its distance, in pixels; puts it at the bottom."""
+        text = figure._supxlabel
+        if text is None or not text.get_text():
+            return 0.0
+        text.set_position((text.get_position()[0], pad / figure.bbox.height))
+        return text.get_window_extent(renderer).height + 2 * pad
+
+    def _place(self, figure: Figure, renderer, top: float, bottom: float, pad: float) -> None:
+        """Equal panels in what the strips and all that hangs over leave free."""
+        panels = [ax for ax in figure.axes if ax.get_subplotspec() is not None]
+        if not panels:
+            return
+        rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
+        over = np.zeros((2, max(rows, columns), 2))  # [x or y, column or row, before or after]
+        for ax in panels:
+            if ax.get_visible():
+                across, up = _overhang(ax, renderer)
+                spec = ax.get_subplotspec()
+                column, row = spec.colspan.start, spec.rowspan.start
+                over[0, column] = np.maximum(over[0, column], across)
+                over[1, row] = np.maximum(over[1, row], up)
+        w_pad = self._params["w_pad"] * figure.dpi
+        over[0, :columns] += w_pad
+        over[1, :rows] += pad
+        size = figure.bbox.size - (0, top + bottom) - over.sum(axis=(1, 2))
+        width, height = size / (columns, rows)
+        if min(width, height) <= 0:
+            return
+        for ax in panels:
+            spec = ax.get_subplotspec()
+            column, row = spec.colspan.start, spec.rowspan.start
+            x = column * width + over[0, :column].sum() + over[0, column, 0]
+            down = (row + 1) * height + over[1, :row].sum() + over[1, row, 1]
+            y = figure.bbox.height - top - down
+            box = Bbox.from_bounds(x, y, width, height)
+            ax.set_position(figure.transFigure.inverted().transform_bbox(box))
+            ax.set_in_layout(True)
+
+
+def _overhang(ax: Axes, renderer) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels by which labels and titles stand out of an axes: left and right, then above and below."""
+    around = ax.get_tightbbox(renderer, for_layout_only=True)
+    own = ax.get_window_extent(renderer)
+    if around is None:
+        return np.zeros(2), np.zeros(2)
+    across = np.array([own.x0 - around.x0, around.x1 - own.x1])
+    up = np.array([around.y1 - own.y1, own.y0 - around.y0])
+    return np.clip(across, 0, None), np.clip(up, 0, None)
+
+
+class Above(Legend):
+    """The legend above all panels, for which the layout keeps a strip."""
 
 
 def _texts_of(figure: Figure) -> tuple:
@@ -153,13 +218,32 @@ class NotebookFigure(Figure):
     caption: str = ""
     """What stands, or would stand, below the figure: counts, intervals and what marks mean."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        FigureCanvasAgg(self)  # keeps its renderer, and with it the sizes of texts
+
     def savefig(self, fname, **options) -> None:
         """`Figure.savefig` with fonts that journals take and 300 dots per inch, where rcParams do
         not say otherwise.
         """
         ours = {name: value for name, value in SAVING.items() if not changed(name)}
-        with matplotlib.rc_context(ours):
+        with matplotlib.rc_context(ours), self.laid_out():
             super().savefig(fname, **options)
+
+    @contextlib.contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """A context without a layout engine, for whose sake matplotlib would draw twice; the layout
+        is settled before.
+        """
+        engine = self.get_layout_engine()
+        if engine is not None:
+            engine.execute(self)
+        with matplotlib.rc_context(ALWAYS):
+            self.set_layout_engine(None)
+        try:
+            yield
+        finally:
+            self.set_layout_engine(engine)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -225,7 +309,7 @@ def canvas(
     height *= max(1.0, matplotlib.rcParams["font.size"] / usual)
     figure = NotebookFigure(
         figsize=(width, height),
-        layout=Settled(w_pad=0.05, h_pad=0.04, wspace=0.03, hspace=0.04),
+        layout=Settled(),
     )
     axes = figure.subplots(
         rows, columns, squeeze=False, subplot_kw={"axes_class": Panel}, **options
@@ -326,7 +410,8 @@ def legend(figure: Figure, ax, columns: int, *extra, full: bool = False) -> None
     elif sheet().axes is not None:
         ax.legend(handles, labels, loc="best")
     else:
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+        above = Above(figure, handles, labels, loc="upper left", ncols=columns, borderaxespad=0.4)
+        figure.legends.append(above)
 
 
 def caption(figure: Figure, *sentences: str) -> None:

@@ -55,7 +55,7 @@ SURFACE = {
         " scope seeds shard-teacher steps student student-revision teacher teacher-device"
         " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
-    "report": "compare contexts json output-dir quiet",
+    "report": "compare contexts json output-dir pdf quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }

@@ -47,9 +47,19 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
 
 
-def thin_color_bar(figure: Figure, ax, artist, **options):
-    """Add a narrow color bar beside the axes, for an artist with a color map."""
-    bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
+def thin_color_bar(figure: Figure, ax, artist, *, above: bool = False, **options):
+    """Add a narrow color bar beside the axes, or above it, for an artist with a color map.
+
+    On a figure of its own it is an inset of the axes, which keep their place; beside the user's own
+    axes it takes its room from them, as matplotlib's color bars do.
+    """
+    place = "top" if above else "right"
+    if style.sheet().axes is None:
+        box = (0.1, 1.04, 0.8, 0.025) if above else (1.02, 0, 0.03, 1)
+        inset = {"cax": ax.inset_axes(box), "location": place}
+    else:
+        inset = {"ax": ax, "location": place, "pad": 0.02, "aspect": 28}
+    bar = figure.colorbar(artist, **inset, **options)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(width=0.5, length=2)
     return bar

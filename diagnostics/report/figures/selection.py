@@ -20,6 +20,7 @@ from diagnostics.report.figures.common import (
     forest_order,
     reduction_curves,
     shown_criteria,
+    thin_color_bar,
 )
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import CORE, figure
@@ -281,11 +282,7 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
                 fontsize=style.text_size(2),
                 color="#FFFFFF" if value < 0.55 else "#000000",
             )
-    bar = figure.colorbar(
-        image, ax=ax, location="top", pad=0.02, aspect=40, shrink=0.6, label=label
-    )
-    bar.outline.set_linewidth(0.4)
-    bar.ax.tick_params(width=0.5, length=2)
+    thin_color_bar(figure, ax, image, above=True, label=label)
 
 
 PROFILES = {
