@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import matplotlib
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
@@ -105,7 +106,7 @@ def figure_of(run: RunResults, name: str, width: float = DOUBLE) -> NotebookFigu
         options["marked"] = run.horizon
     if spec.measured and "measure" in table and (table.measure == run.measure).any():
         options["measure"] = run.measure
-    with look.untouched():
+    with look.untouched(), matplotlib.rc_context({"figure.dpi": svg.DPI}):
         return spec.draw(table, width=width, **options)
 
 
