@@ -45,10 +45,14 @@ class Sheet:
     order: tuple[str, ...] = ()
     met: set[str] = field(default_factory=set)
     """Names among which `order` was applied."""
+    left_out: int = 0
+    """Criteria of the table that the figure does not show; the caption says how many."""
     text: str = ""
     """The caption, whether it is written or not."""
 
 
+OVERVIEW: ContextVar[bool] = ContextVar("overview", default=False)
+"""Whether the report chose the criteria of a figure, so that its caption counts the others."""
 _SHEET: ContextVar[Sheet | None] = ContextVar("sheet", default=None)
 
 
@@ -104,7 +108,7 @@ class Settled(LayoutEngine):
     """A layout that measures what hangs over each panel once, and again only when a text or the
     size has changed.
 
-    From the top: the figure's title, the legend, the grid of equal panels, the caption. Colors bars
+    From the top: the figure's title, the legend, the grid of equal panels, the caption. Color bars
     are insets of their panels, so they hang over as tick labels do.
     """
 
@@ -152,35 +156,62 @@ class Settled(LayoutEngine):
         return text.get_window_extent(renderer).height + 2 * pad
 
     def _place(self, figure: Figure, renderer, top: float, bottom: float, pad: float) -> None:
-        """Equal panels in what the strips and all that hangs over leave free."""
+        """Equal panels in what the strips and all that hangs over leave free.
+
+        They are first put about where they will stand, since ticks depend on their size.
+        """
         panels = [ax for ax in figure.axes if ax.get_subplotspec() is not None]
         if not panels:
             return
         rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
-        over = np.zeros((2, max(rows, columns), 2))  # [x or y, column or row, before or after]
-        for ax in panels:
-            if ax.get_visible():
-                across, up = _overhang(ax, renderer)
-                spec = ax.get_subplotspec()
-                column, row = spec.colspan.start, spec.rowspan.start
-                over[0, column] = np.maximum(over[0, column], across)
-                over[1, row] = np.maximum(over[1, row], up)
-        w_pad = self._params["w_pad"] * figure.dpi
-        over[0, :columns] += w_pad
-        over[1, :rows] += pad
-        size = figure.bbox.size - (0, top + bottom) - over.sum(axis=(1, 2))
-        width, height = size / (columns, rows)
-        if min(width, height) <= 0:
-            return
-        for ax in panels:
-            spec = ax.get_subplotspec()
-            column, row = spec.colspan.start, spec.rowspan.start
-            x = column * width + over[0, :column].sum() + over[0, column, 0]
-            down = (row + 1) * height + over[1, :row].sum() + over[1, row, 1]
-            y = figure.bbox.height - top - down
-            box = Bbox.from_bounds(x, y, width, height)
-            ax.set_position(figure.transFigure.inverted().transform_bbox(box))
-            ax.set_in_layout(True)
+        pads = np.zeros((2, max(rows, columns), 2))  # [x or y, column or row, before or after]
+        pads[0, :columns] = self._params["w_pad"] * figure.dpi
+        pads[1, :rows] = pad
+        usual = pads.copy()
+        usual[0, :columns] += np.array(USUAL[0]) * figure.dpi
+        usual[1, :rows] += np.array(USUAL[1]) * figure.dpi
+        _arrange(figure, panels, usual, top, bottom)
+        before = usual
+        for _ in range(3):
+            over = pads.copy()
+            for ax in panels:
+                if ax.get_visible():
+                    column, row = _cell(ax)
+                    across, up = _overhang(ax, renderer)
+                    over[0, column] = np.maximum(over[0, column], across + pads[0, column])
+                    over[1, row] = np.maximum(over[1, row], up + pads[1, row])
+            _arrange(figure, panels, over, top, bottom)
+            if np.abs(over - before).max() < 0.02 * figure.dpi:
+                break
+            before = over
+
+
+USUAL = ((0.5, 0.05), (0.2, 0.35))
+"""Inches that usually hang over a panel: left and right, above and below."""
+
+
+def _cell(ax: Axes) -> tuple[int, int]:
+    """Column and row of a panel."""
+    spec = ax.get_subplotspec()
+    return spec.colspan.start, spec.rowspan.start
+
+
+def _arrange(
+    figure: Figure, panels: Sequence[Axes], over: np.ndarray, top: float, bottom: float
+) -> None:
+    """Put panels where what hangs over them, in pixels, and the strips leave room."""
+    rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
+    size = figure.bbox.size - (0, top + bottom) - over.sum(axis=(1, 2))
+    width, height = size / (columns, rows)
+    if min(width, height) <= 0:
+        return
+    for ax in panels:
+        column, row = _cell(ax)
+        x = column * width + over[0, :column].sum() + over[0, column, 0]
+        down = (row + 1) * height + over[1, :row].sum() + over[1, row, 0]
+        box = Bbox.from_bounds(x, figure.bbox.height - top - down, width, height)
+        ax.set_position(figure.transFigure.inverted().transform_bbox(box))
+        ax.set_in_layout(True)
 
 
 def _overhang(ax: Axes, renderer) -> tuple[np.ndarray, np.ndarray]:
@@ -454,7 +485,10 @@ def caption(figure: Figure, *sentences: str) -> None:
 
     Below axes that the user brought nothing is written, since their figure is not ours.
     """
-    words = " ".join(sentence for sentence in sentences if sentence).split()
+    missing = sheet().left_out
+    are = "criterion is" if missing == 1 else "criteria are"
+    more = f"{missing} further {are} in the table alone." if missing else ""
+    words = " ".join(sentence for sentence in (*sentences, more) if sentence).split()
     sheet().text = " ".join(words)
     if sheet().axes is not None:
         return

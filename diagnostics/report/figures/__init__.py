@@ -33,6 +33,7 @@ from diagnostics.report.figures.horizon import horizon, horizon_criteria
 from diagnostics.report.figures.plane import (
     entropy_divergence,
     position_gain,
+    probabilities,
     q3_contrast,
     q3_gain,
     quadrants,
@@ -82,6 +83,7 @@ __all__ = [
     "lift",
     "linearity",
     "position_gain",
+    "probabilities",
     "q3_contrast",
     "q3_gain",
     "quadrants",
