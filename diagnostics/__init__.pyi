@@ -1,6 +1,7 @@
 """The public names, for type checkers and editors. Written by scripts/docs.py."""
 
 from diagnostics.analysis.decision import decide, decision_sentence
+from diagnostics.analysis.paper.tables import paper
 from diagnostics.analysis.rank_agreement import agreement
 from diagnostics.analysis.selection import (
     compare,
@@ -74,6 +75,7 @@ __all__ = [
     "load_pair",
     "load_prompts",
     "normalize",
+    "paper",
     "plot",
     "probe",
     "q3_contrast",

@@ -21,11 +21,12 @@ decides.
 
 Departures from the released training code of that paper: a constant column maps to 0, and a
 non-finite value maps to NaN and is never selected (the released code silently sets it to zero).
-`teachability_entropy` combines d*c and not N(D*C). Quadrant Q3 is h <= median and KL(q||p) >= its
-median over the whole vocabulary, as in the released analysis (the training code uses h < median and
-the union). A budget keeps ceil(budget*N) positions (the analysis scripts round). A minimum per
-context stays within the budget and is filled by the criterion itself (the released code adds it on
-top, filled by h + N(D*C) - h*N(D*C)).
+`teachability_entropy` and `split_budget` combine d*c and not N(D*C). Quadrant Q3 is h <= median and
+KL(q||p) >= its median over the whole vocabulary, as in the released analysis (the training code
+uses h < median and the union). A budget keeps ceil(budget*N) positions (the analysis scripts
+round). A minimum per context stays within the budget and is filled by the criterion itself (the
+released code adds it on top, filled by h + N(D*C) - h*N(D*C)). The masks inside Q3 give no score
+elsewhere, so that a budget above the quadrant's share keeps the quadrant and no more.
 
 A criterion is a plain function of table columns. Three lines register one:
 
@@ -36,6 +37,7 @@ A criterion is a plain function of table columns. Three lines register one:
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +111,8 @@ class Criterion:
     """Which other criterion this one negates or nearly repeats, or what the source leaves open."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """By needed column, the one that is read where a table lacks it or hardly knows it."""
+    by_name: bool = False
+    """True for a criterion that is compared only where it is asked for by name."""
 
     @cached_property
     def arguments(self) -> frozenset[str]:
@@ -150,6 +154,7 @@ def criterion(
     recommended: bool = False,
     note: str = "",
     instead: Mapping[str, str] | None = None,
+    by_name: bool = False,
 ) -> Callable:
     """Register the decorated `function(tokens)` as a selection criterion.
 
@@ -176,6 +181,8 @@ def criterion(
         recommended: Whether `list_criteria` lists the criterion among the first.
         note: Which other criterion this one negates or nearly repeats.
         instead: By needed column, the one to read where a table lacks it.
+        by_name: Whether comparisons leave the criterion out unless they are asked for it by name,
+            as with a mask that one experiment needs.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -208,6 +215,7 @@ def criterion(
             recommended=recommended,
             note=note,
             instead=dict(instead or {}),
+            by_name=by_name,
         )
         _ALIASES.update({alias: name for alias in aliases if alias != name})
         return function
@@ -226,9 +234,11 @@ def find(name: str) -> Criterion:
     """
     entry = _REGISTRY.get(_ALIASES.get(name, name))
     if entry is None:
+        near = difflib.get_close_matches(str(name), [*_REGISTRY, *_ALIASES], n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}. Known are {', '.join(_REGISTRY)}; register another with"
-            " @diagnostics.criterion."
+            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register"
+            " another with @diagnostics.criterion."
         )
     return entry
 
@@ -269,6 +279,11 @@ def list_criteria() -> pd.DataFrame:
 def available(tokens: pd.DataFrame) -> list[str]:
     """Names of the criteria whose columns the table holds, in registry order."""
     return [name for name in _REGISTRY if not missing_columns(tokens, name)]
+
+
+def usual(tokens: pd.DataFrame) -> list[str]:
+    """Names of the available criteria that a comparison takes where it is given none."""
+    return [name for name in available(tokens) if not _REGISTRY[name].by_name]
 
 
 def missing_columns(tokens: pd.DataFrame, name: str) -> list[str]:
@@ -869,6 +884,8 @@ def position_tenths(tokens: pd.DataFrame) -> np.ndarray:
 _TA = "2605.26844"
 _TIP = "2604.14084"
 _SPARSE_OPD = "2609.04565"
+SPLIT_ENTROPY_SHARE = 0.5
+"""Part of the split budget that goes by entropy, as in the released training code."""
 _UNSEEN = "the method's own text was not seen; this form is ours"
 _H, _KL, _D, _C = "student_entropy", "forward_kl", "union_forward_kl", "compatibility"
 _FULL_FOR_UNION = {_D: _KL}
@@ -1096,8 +1113,126 @@ def _teachability_entropy(tokens, *, scale):
     instead=_FULL_FOR_UNION,
 )
 def _q3_teachability(tokens, *, scale):
-    inside = _quadrants(tokens, replace(scale, clipped=True)) == 3
-    return np.where(inside, _teachability(tokens, scale=scale), np.nan)
+    return _inside_q3(tokens, _teachability(tokens, scale=scale), scale)
+
+
+def _inside_q3(tokens: pd.DataFrame, values: np.ndarray, scale: Scale) -> np.ndarray:
+    """The values [N] inside Q3, NaN elsewhere: no budget reaches beyond the quadrant."""
+    return np.where(_quadrants(tokens, replace(scale, clipped=True)) == 3, values, np.nan)
+
+
+@criterion(
+    "q3_teachability_low",
+    needs=[_H, _KL, _D, _C],
+    formula="d*c inside Q3, undefined elsewhere",
+    direction="low",
+    source=_TA,
+    note="the other end of `q3_teachability`",
+    instead=_FULL_FOR_UNION,
+    by_name=True,
+)
+def _q3_teachability_low(tokens, *, scale):
+    return -_q3_teachability(tokens, scale=scale)
+
+
+@criterion(
+    "q3_incompatible",
+    needs=[_H, _KL, _D, _C],
+    formula="d*(1 - c) inside Q3, undefined elsewhere",
+    source=_TA,
+    aliases=["q3_dincompat_high"],
+    note="`incompatible` inside one quadrant",
+    instead=_FULL_FOR_UNION,
+    by_name=True,
+)
+def _q3_incompatible(tokens, *, scale):
+    return _inside_q3(tokens, _incompatible(tokens, scale=scale), scale)
+
+
+@criterion(
+    "q3_compatibility",
+    needs=[_H, _KL, _C],
+    formula="c inside Q3, undefined elsewhere",
+    source=_TA,
+    aliases=["q3_highc"],
+    note="`compatibility` inside one quadrant",
+    by_name=True,
+)
+def _q3_compatibility(tokens, *, scale):
+    return _inside_q3(tokens, scale(tokens[_C]), scale)
+
+
+@criterion(
+    "q3_compatibility_low",
+    needs=[_H, _KL, _C],
+    formula="c inside Q3, undefined elsewhere",
+    direction="low",
+    source=_TA,
+    aliases=["q3_lowc"],
+    note="the other end of `q3_compatibility`",
+    by_name=True,
+)
+def _q3_compatibility_low(tokens, *, scale):
+    return -_q3_compatibility(tokens, scale=scale)
+
+
+@criterion(
+    "q3",
+    needs=[_H, _KL],
+    formula="uniform, seeded; inside Q3, undefined elsewhere",
+    source=_TA,
+    note="the control of every mask inside Q3: it knows the quadrant, and no more",
+    by_name=True,
+)
+def _q3(tokens, *, seed, scale):
+    return _inside_q3(tokens, np.random.default_rng(seed).random(len(tokens)), scale)
+
+
+@criterion(
+    "split_budget",
+    needs=[_H, _D, _C, "position"],
+    formula="half of any budget by h, the rest by (1 - h)*d*c among what is left",
+    source=_TA,
+    aliases=["split_budget_ca"],
+    note="the score is the order in which a growing budget takes positions, so that none are equal",
+    instead=_FULL_FOR_UNION,
+    by_name=True,
+)
+def _split_budget(tokens, *, scale):
+    scales = [replace(scale, clipped=clipped) for clipped in (True, False)]
+    by_h = [each(tokens[_H]) for each in scales]
+    by_rest = [
+        times(1 - h, _teachability(tokens, scale=each))
+        for h, each in zip(by_h, scales, strict=True)
+    ]
+    defined = np.isfinite(by_h[0]) & np.isfinite(by_rest[0])
+    here = tokens[["position"]]
+    # A position without one of the two scores is in neither order.
+    orders = [
+        ranking(here, np.where(defined, clipped, np.nan), raw) for clipped, raw in (by_h, by_rest)
+    ]
+    return _split_order(*orders, len(tokens))
+
+
+def _split_order(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """Minus the place [N] at which a growing budget takes each row, NaN for rows it never takes.
+
+    A budget of n rows holds the round(share*n) best of the first order, and for the rest the best
+    of the second that are left. Larger budgets contain smaller ones, since n grows either part by
+    one row, and a row that moves from the second part into the first makes room for the next.
+    """
+    taken, score, at = np.zeros(count, dtype=bool), np.full(count, np.nan), 0
+    for place in range(len(first)):
+        row = None
+        # Python rounds a half to the even number, as the released code does.
+        if round(SPLIT_ENTROPY_SHARE * (place + 1)) > round(SPLIT_ENTROPY_SHARE * place):
+            row = first[round(SPLIT_ENTROPY_SHARE * place)]
+        if row is None or taken[row]:
+            while taken[second[at]]:
+                at += 1
+            row = second[at]
+        taken[row], score[row] = True, -float(place)
+    return score
 
 
 @criterion(

@@ -104,13 +104,17 @@ def columns() -> str:
         "One row per response position. Logarithms are natural; p is the student's distribution, q"
         " the teacher's, y the\nsampled token, S and T the K most likely tokens of each, U both"
         " together. A column marked K depends on it: other K\nstand beside it as `<name>_k<K>`."
-        " *By lists* says what a column is with a teacher that is known by top-K lists alone\n"
+        " A measurement from before the step may have a\ncounterpart `<name>_after`, and"
+        " `<name>_k<K>_after`, taken with another student. *Imported* are columns of other"
+        " programs' tables.\n"
+        "*By lists* says what a column is with a teacher that is known by top-K lists alone\n"
         "([inputs](inputs.md)). `scripts/docs.py` writes this page from the schema.",
     ]
     for stage, title in stages.items():
         rows = [
             f"| `{c.name}` | {c.dtype} | {c.unit or '–'} | {'K' if c.by_support else ''} |"
-            f" {'' if stage == 'key' else c.listed} | {c.meaning.replace('|', chr(92) + '|')} |"
+            f" {'' if stage == 'key' else 'imported' if c.imported else c.listed} |"
+            f" {c.meaning.replace('|', chr(92) + '|')} |"
             for c in SCHEMA.values()
             if c.stage == stage
         ]
@@ -271,7 +275,7 @@ def on_config(config):
     from diagnostics.pipeline.registry import COMMANDS
 
     first = ["glossary.md", "commands.md", "statistics.md", "columns.md", "criteria.md"]
-    first += ["python.md", "structure.md"]
+    first += ["the_paper.md", "python.md", "structure.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
     config.nav = [
         {"Overview": "index.md"},

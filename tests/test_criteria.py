@@ -153,6 +153,52 @@ def _relative(row):
     return row["position"] / max(row["response_length"] - 1, 1)
 
 
+def _in_q3(tokens, value):
+    rows = _rows(tokens)
+    h, f = (np.median([row[letter] for row in rows]) for letter in "hf")
+    return [value(row) if row["h"] <= h and row["f"] >= f else NAN for row in rows]
+
+
+def _times(a, b):
+    return max(a, 0) * max(b, 0) + min(a, 0) + min(b, 0)
+
+
+def _unclipped(tokens):
+    """Per position: (z - Q05)/(Q95 - Q05) without limits, for H, D and C."""
+    names = {"h": "student_entropy", "d": "union_forward_kl", "c": "compatibility"}
+    found = {}
+    for letter, name in names.items():
+        low, high = tokens[name].quantile(0.05), tokens[name].quantile(0.95)
+        found[letter] = ((tokens[name] - low) / (high - low)).tolist()
+    return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+
+
+def _split_set(tokens, n):
+    """What the released trainer keeps of n positions: round(n/2) by h, the rest by (1 - h)*d*c."""
+    clipped, raw = _rows(tokens), _unclipped(tokens)
+    places = tokens.position.tolist()
+
+    def best(rows, value, count):
+        return sorted(rows, key=lambda i: (-value(clipped[i]), -value(raw[i]), places[i], i))[
+            :count
+        ]
+
+    chosen = best(range(len(tokens)), lambda r: r["h"], round(n / 2))
+    left = [i for i in range(len(tokens)) if i not in chosen]
+    return {
+        *chosen,
+        *best(left, lambda r: _times(1 - r["h"], _times(r["d"], r["c"])), n - len(chosen)),
+    }
+
+
+def _split_loop(tokens):
+    score = [NAN] * len(tokens)
+    for n in range(1, len(tokens) + 1):
+        (new,) = _split_set(tokens, n) - _split_set(tokens, n - 1)
+        score[new] = 1.0 - n
+    return score
+
+
 ORACLES = {
     "full": lambda t: [1.0] * len(t),
     "entropy": lambda t: [r["h"] for r in _rows(t)],
@@ -170,15 +216,12 @@ ORACLES = {
         for a, b in zip(_min_max(list(t.student_entropy)), _min_max(list(t.reverse_kl)))
     ],
     "teachability_entropy": lambda t: [_softor(r["h"], r["d"] * r["c"]) for r in _rows(t)],
-    "q3_teachability": lambda t: [
-        (
-            r["d"] * r["c"]
-            if r["h"] <= np.median([s["h"] for s in _rows(t)])
-            and r["f"] >= np.median([s["f"] for s in _rows(t)])
-            else NAN
-        )
-        for r in _rows(t)
-    ],
+    "q3_teachability": lambda t: _in_q3(t, lambda r: r["d"] * r["c"]),
+    "q3_teachability_low": lambda t: _in_q3(t, lambda r: -r["d"] * r["c"]),
+    "q3_incompatible": lambda t: _in_q3(t, lambda r: r["d"] * (1 - r["c"])),
+    "q3_compatibility": lambda t: _in_q3(t, lambda r: r["c"]),
+    "q3_compatibility_low": lambda t: _in_q3(t, lambda r: -r["c"]),
+    "split_budget": lambda t: _split_loop(t),
     "advantage_abs": lambda t: [abs(a) for a in t.advantage],
     "surprise": lambda t: [-a for a in t.advantage],
     "acceptance": lambda t: list(t.acceptance),
@@ -209,7 +252,7 @@ def test_every_criterion_equals_its_loop(name, seed):
 
 
 def test_every_built_in_criterion_has_an_oracle():
-    seeded = {"random", "random_divergent", "position_matched"}
+    seeded = {"random", "random_divergent", "position_matched", "q3"}
     built_in = C.list_criteria().index[~C.list_criteria().mine]
     assert set(ORACLES) | seeded == set(built_in)
     assert {name for name in built_in if C.is_seeded(name)} == seeded
@@ -347,6 +390,10 @@ def test_negations_and_near_duplicates_are_marked():
         ("dincompat_high", "incompatible"),
         ("ca_softor", "teachability_entropy"),
         ("q3_teachability_high", "q3_teachability"),
+        ("q3_dincompat_high", "q3_incompatible"),
+        ("q3_highc", "q3_compatibility"),
+        ("q3_lowc", "q3_compatibility_low"),
+        ("split_budget_ca", "split_budget"),
         ("sampled_rkl_max", "surprise"),
         ("sampled_rkl_min", "advantage"),
         ("pgt", "projected_gradient"),
@@ -355,6 +402,19 @@ def test_negations_and_near_duplicates_are_marked():
 )
 def test_released_names_are_understood(alias, name):
     assert find(alias).name == name
+
+
+def test_comparisons_take_a_mask_of_one_experiment_only_by_name():
+    asked = {
+        "q3",
+        "q3_compatibility",
+        "q3_compatibility_low",
+        "q3_teachability_low",
+        "q3_incompatible",
+        "split_budget",
+    }
+    assert set(C.available(table())) - set(C.usual(table())) == asked
+    assert {name for name in C.names() if find(name).by_name} == asked
 
 
 def test_available_is_what_the_columns_allow():
@@ -703,10 +763,6 @@ UNCLIPPED = {
 }
 
 
-def _times(a, b):
-    return max(a, 0) * max(b, 0) + min(a, 0) + min(b, 0)
-
-
 @pytest.mark.parametrize("name", UNCLIPPED)
 @pytest.mark.parametrize("ties", ["raw", "position"])
 @pytest.mark.parametrize("budget", [0.01, 0.05, 0.6, 0.97])
@@ -793,7 +849,8 @@ def test_copies_scale_as_repeated_rows_do():
     copies = np.random.default_rng(0).integers(0, 4, len(tokens))
     repeated = tokens.loc[np.repeat(tokens.index, copies)]
     for name in ORACLES:
-        if name in ("full", "iw_prefix", "fire", "tip_paper"):
+        # A repeated row takes a place of its own in the order of `split_budget`.
+        if name in ("full", "iw_prefix", "fire", "tip_paper", "split_budget"):
             continue
         both = zip(C.score_pairs(tokens, name, copies=copies), C.score_pairs(repeated, name))
         for once, again in both:
@@ -974,3 +1031,126 @@ def test_a_divergence_that_lists_hardly_know_is_read_over_the_whole_vocabulary()
     known = tokens.assign(union_forward_kl=[0.1, 0.3, np.nan, 0.2, 0.5, 0.2])
     assert C.disagreement_column(known) == "union_forward_kl"
     assert np.isnan(C.score_criterion(known, "teachability")[2])
+
+
+# --- the masks inside Q3, and the split budget
+
+
+def q3_table():
+    """Six positions. H and KL put a, b and c into Q3 (H <= 2.5, KL >= 2.5); C and D differ there.
+
+    With six values the quantiles lie a quarter of the way into the outer gaps, so that N is 0 for
+    the lowest value, 1 for the highest, and (z - low)/(high - low) between.
+    """
+    return pd.DataFrame(
+        {
+            "context_id": list("uuuvvv"),
+            "position": [0, 1, 2, 0, 1, 2],
+            "response_length": 3,
+            "student_entropy": [0.0, 1, 2, 3, 4, 5],
+            "forward_kl": [3.0, 4, 5, 0, 1, 2],
+            "union_forward_kl": [3.0, 4, 5, 0, 1, 2],
+            "compatibility": [0.6, 1.0, 0.0, 0.2, 0.4, 0.8],
+            "reverse_kl": 1.0,
+            "union_forward_kl_released": 1.0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        # d = 11/18, 15/18 and 1 (low .25, high 4.75); c = 11/18, 1 and 0 (low .05, high .95)
+        ("q3_compatibility", [1, 0, 2]),
+        ("q3_compatibility_low", [2, 0, 1]),
+        ("q3_teachability", [1, 0, 2]),
+        ("q3_teachability_low", [2, 0, 1]),
+        ("q3_incompatible", [2, 0, 1]),
+    ],
+)
+def test_masks_inside_q3_by_hand(name, order):
+    tokens = q3_table()
+    assert quadrants(tokens).tolist() == [3, 3, 3, 2, 2, 2]
+    values = {
+        "q3_compatibility": [11 / 18, 1, 0],
+        "q3_compatibility_low": [-11 / 18, -1, 0],
+        "q3_teachability": [11 / 18 * 11 / 18, 15 / 18, 0],
+        "q3_teachability_low": [-11 / 18 * 11 / 18, -15 / 18, 0],
+        "q3_incompatible": [11 / 18 * 7 / 18, 0, 1],
+    }
+    scores = score_criterion(tokens, name)
+    assert scores[:3] == pytest.approx(values[name]) and np.isnan(scores[3:]).all()
+    for count in (1, 2, 3):
+        chosen = np.flatnonzero(select(tokens, name, budget=count / 6))
+        assert chosen.tolist() == sorted(order[:count])
+    # A budget above the quadrant's share keeps the quadrant, fewer than it asks for.
+    assert select(tokens, name, budget=1.0).tolist() == [True] * 3 + [False] * 3
+
+
+def test_q3_alone_is_drawn_inside_the_quadrant_and_nowhere_else():
+    tokens = q3_table()
+    taken = np.zeros(6)
+    for seed in range(600):
+        mask = select(tokens, "q3", budget=1 / 6, seed=seed)
+        assert mask.sum() == 1 and quadrants(tokens)[mask].tolist() == [3]
+        taken += mask
+    # each of three with probability 1/3; 600 draws have a standard error of .0192
+    assert abs(taken[:3] / 600 - 1 / 3).max() < 5 * 0.0192
+    assert select(tokens, "q3", budget=1.0, seed=1).sum() == 3
+    again = [select(tokens, "q3", budget=2 / 6, seed=4) for _ in range(2)]
+    assert (again[0] == again[1]).all()
+
+
+@pytest.mark.parametrize(
+    "name, high", [("q3_compatibility", True), ("q3_compatibility_low", False)]
+)
+def test_equal_scores_inside_q3_go_by_the_unclipped_score(name, high):
+    """A twentieth of the positions shares c = 1, another c = 0; within each, C itself decides."""
+    tokens = saturated()
+    inside = np.flatnonzero(quadrants(tokens) == 3)
+    compatibility = tokens.compatibility.to_numpy()[inside]
+    best = inside[np.argsort(-compatibility if high else compatibility)[:8]]
+    c = normalize(tokens.compatibility)
+    assert (c[best] == (1 if high else 0)).all()
+    chosen = np.flatnonzero(select(tokens, name, budget=8 / 2000))
+    assert chosen.tolist() == sorted(best.tolist())
+    assert C.ambiguous_share(tokens, name, budget=8 / 2000) == 0
+
+
+def test_the_low_end_is_the_other_ends_negation():
+    tokens = saturated()
+    for name in ("q3_compatibility", "q3_teachability"):
+        for high, low in zip(C.score_pairs(tokens, name), C.score_pairs(tokens, f"{name}_low")):
+            assert high == pytest.approx(-low, nan_ok=True)
+
+
+def test_the_split_budget_by_hand():
+    """By h: 5 4 3 2 1 0. h is 0, 3/18, 7/18, 11/18, 15/18, 1 (low .25, high 4.75), so that
+    (1 - h)*d*c is 1 * 11/18 * 11/18 for row 0 and 15/18 * 15/18 for row 1; the others have 0.
+    """
+    tokens = q3_table()
+    # n = 1: round(.5) = 0 by h, so row 1; n = 2: one by h, row 5; n = 3: two by h, row 4;
+    # n = 4: two by h, so row 0; n = 5: two by h and three by the rest.
+    assert np.argsort(-score_criterion(tokens, "split_budget"))[:4].tolist() == [1, 5, 4, 0]
+    for n in range(1, 7):
+        assert set(np.flatnonzero(select(tokens, "split_budget", budget=n / 6))) == _split_set(
+            tokens, n
+        )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_budget_is_the_released_selection_at_every_budget(seed):
+    """Columns with ties, and positions that both halves want."""
+    tokens = table(seed=seed)
+    for name in ("student_entropy", "union_forward_kl", "compatibility"):
+        tokens[name] = tokens[name].round(1)
+    for n in range(1, len(tokens) + 1):
+        chosen = select(tokens, "split_budget", budget=n / len(tokens))
+        assert set(np.flatnonzero(chosen)) == _split_set(tokens, n)
+
+
+def test_a_position_that_lacks_one_half_of_the_split_is_never_taken():
+    tokens = table()
+    tokens.loc[3, "compatibility"] = NAN
+    assert np.isnan(score_criterion(tokens, "split_budget")[3])
+    assert select(tokens, "split_budget", budget=1.0).sum() == len(tokens) - 1

@@ -70,13 +70,14 @@ def _expected(tokens: pd.DataFrame) -> Iterator[str]:
     with full logits would have given.
     """
     sizes = [
-        name.removeprefix("compatibility_k")
-        for name in tokens
-        if str(name).startswith("compatibility_k")
+        size
+        for base, _, size in (str(name).rpartition("_k") for name in tokens)
+        if base == "compatibility" and size.isdigit()
     ]
     for name, entry in SCHEMA.items():
         if (
             entry.stage in ("before",)
+            and not entry.imported
             and name != TAIL_COLUMN
             and not (name == "student_dropped_mass" and name not in tokens)
         ):

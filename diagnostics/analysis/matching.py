@@ -68,11 +68,12 @@ def match(
     start = np.cumsum(many) - many
     run = np.repeat(np.arange(len(t)), many)
     other = c[np.arange(len(run)) - start[run] + first[run]]
-    distance = np.sqrt(((features[t[run]] - features[other]) ** 2).sum(axis=1))
-    least = np.minimum.reduceat(distance, start)
-    nearest = np.flatnonzero(distance == least[run])
+    # Squares are compared: roots may round two distances to one, and then the first would win.
+    square = ((features[t[run]] - features[other]) ** 2).sum(axis=1)
+    least = np.minimum.reduceat(square, start)
+    nearest = np.flatnonzero(square == least[run])
     nearest = nearest[np.unique(run[nearest], return_index=True)[1]]
-    return Pairs(t, other[nearest], least)
+    return Pairs(t, other[nearest], np.sqrt(least))
 
 
 def standardized_difference(first: np.ndarray, second: np.ndarray, scale: float) -> float:

@@ -71,7 +71,11 @@ def quadrant_means(
         quadrant = drawn.quadrants()
         parts = [quadrant == number if number else slice(None) for number in QUADRANT_NAMES]
         return np.array(
-            [_locations(values[part], share) for values in drawn.values.values() for part in parts]
+            [
+                plain_locations(values[part], share)
+                for values in drawn.values.values()
+                for part in parts
+            ]
         ).ravel()
 
     def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
@@ -115,7 +119,7 @@ def _quadrant_shares(tokens: pd.DataFrame, keys: Iterable[tuple]) -> dict[tuple,
     }
 
 
-def _locations(values: np.ndarray, share: float) -> list[float]:
+def plain_locations(values: np.ndarray, share: float) -> list[float]:
     """Mean, median, trimmed and winsorized mean of the finite values; NaN without any.
 
     Of n values the floor(share * n) at each end are dropped (trimmed) or set to the next value that

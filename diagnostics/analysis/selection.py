@@ -63,8 +63,9 @@ from diagnostics.core.settings import with_settings
 from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
 log = logging.getLogger("diagnostics")
-DIFFERENCE = "context_gain"
-"""What the names of outcomes begin with that are the difference of two gains."""
+UNSURE = ("context_gain", "relative_gain")
+"""What the names of outcomes begin with whose total may lie near 0 while the outcome is real:
+differences of two gains, and fractions, which a few quiet positions decide."""
 CAPTURED_OUTCOMES = ("context_gain", "gain", "relative_gain", "positive_gain")
 ALL_OUTCOMES = (*CAPTURED_OUTCOMES, "first_order_gain", "lift")
 CURVE_BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -317,7 +318,7 @@ def candidates(
 ) -> Candidates:
     """The positions under a mask [N] with criteria, without `full` and `random`."""
     require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
-    names = list(criteria or []) or registry.available(tokens)
+    names = list(criteria or []) or registry.usual(tokens)
     compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
     return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
 
@@ -404,7 +405,7 @@ def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tu
 def _unsure_totals(
     tokens: pd.DataFrame, outcomes: Iterable[str], bootstrap: Bootstrap
 ) -> set[tuple[str, str]]:
-    """Population and outcome of each total of a difference whose interval holds 0.
+    """Population and outcome of each total whose interval holds 0, of the outcomes of `UNSURE`.
 
     Intervals of shares of such a total hold the truth 46 to 90 times in a hundred.
     """
@@ -414,7 +415,7 @@ def _unsure_totals(
             (split.name, outcome): mean(split.values(table, outcome), split.prompts)
             for split in splits(table, bootstrap=how)
             for outcome in outcomes
-            if outcome in table and outcome.startswith(DIFFERENCE)
+            if outcome in table and outcome.startswith(UNSURE)
         }
 
     found = over_steps(make, tokens, bootstrap)

@@ -22,6 +22,8 @@ NULL_OUTCOME = "gain_permuted"
 """The gain after a step towards a permuted teacher, which tables show beside the gain."""
 STUDY_OUTCOMES = ("context_gain", "gain", "reverse_gain", "relative_gain")
 """Outcomes of the study: nats first; the relative gain is there for comparison."""
+STATED_GAIN = "relative_gain_released"
+"""The gain of the released scripts' own tables."""
 HELD_COLUMNS = ("student_entropy", "forward_kl", "position", "response_length")
 
 
@@ -104,10 +106,14 @@ def _require_prompts(tokens: pd.DataFrame) -> None:
 def outcomes(tokens: pd.DataFrame) -> list[str]:
     """Names of the outcomes that the table holds.
 
+    A released relative gain, which has no floor, counts where there is no other outcome: a table of
+    other programs may state nothing else.
+
     Raises:
         DiagnosticsError: If it holds none.
     """
     present = [name for name in STUDY_OUTCOMES if name in tokens]
+    present = present or [name for name in (STATED_GAIN,) if name in tokens]
     if not present:
         raise DiagnosticsError(
             f"The analysis needs an outcome, one of {', '.join(STUDY_OUTCOMES)}; the table has "
@@ -143,15 +149,15 @@ def scores(
 
     Args:
         tokens: A token table with N rows.
-        names: Criteria; None takes all that the table's columns allow, except those of kind *all*,
-            because a constant correlates with nothing.
+        names: Criteria; None takes the usual ones that the table's columns allow, except those of
+            kind *all*, because a constant correlates with nothing.
         seed: Seed of the criterion `random`.
 
     Returns:
         Scores [N] by criterion.
     """
     if names is None:
-        names = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
+        names = [name for name in registry.usual(tokens) if registry.find(name).kind != "all"]
     return {name: registry.score_criterion(tokens, name, seed=seed) for name in names}
 
 

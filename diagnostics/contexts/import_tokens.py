@@ -1,116 +1,61 @@
 """Token tables of other programs, under this project's names.
 
 Read are our own tables and those of the scripts released with arXiv 2605.26844 (CSV, JSONL or
-parquet):
+parquet; `released_columns` has their columns), a folder of the training code's rollouts, and two
+tables of one bank: one from before training and one from after it.
 
-    sample_index, group_index,     context, prompt, position and sampled token
-    tok_pos, token_id
-    Hs_full, Ht_full               H(p), H(q), nats
-    KLf_full, KLr_full             KL(q||p), KL(p||q), nats
-    Cmass_true, Cmass_topk         compatibility, its lower bound from both lists
-    Coverlap, CBC, reach_t1        overlap, Bhattacharyya coefficient, teacher's first choice in
-                                   reach
-    KLf_union                      KL(q||p) on the union of the lists; in the token bank of the
-                                   training code floored at 1e-12 (`..._released`)
-    resp_len, pos_norm             response length, relative position t/(T - 1)
-    loss_mask_original             0 (or a word for no) where the position carried no loss
-    <name>_base                    the same before training
-    G_KLf, G_KLr                   (before - after) / (before + 1e-12)
-
-Those scripts score a bank, train, score it again and join the two. In a table with gains the plain
-columns therefore belong to the *trained* student, unless KLf_full equals KLf_full_base everywhere
-(then the scores of theta0 were joined). Where a predictor exists only from after training, it
-already contains the outcome: it is read, because there is nothing else, and a warning names every
-such column. The training code's `CBC` is floored like its `KLf_union` and is stored as
-`bhattacharyya_released`, which no statistic takes for the exact coefficient. A column `k`, `top_k`
-or `topk` with one value, or the length of the lists of top ids, gives the K of the table. Warnings
-are also stored in `attrs["warnings"]`, from which the study takes them."""
+Two tables are joined position by position, on the keys of both; what has no counterpart is left out
+and counted. The measurements of the second table become `<column>_after`, and what it says of the
+time before training is compared with the first. Warnings are also stored in `attrs["warnings"]`,
+from which the study takes them. A column `k`, `top_k` or `topk` with one value, the length of the
+lists of top ids, or the `config.json` beside rollouts gives the K of the table."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.encoding import special_ids
+from diagnostics.contexts.paired_tokens import join_after
+from diagnostics.contexts.released_columns import from_released
+from diagnostics.contexts.released_gains import same_student
 from diagnostics.contexts.released_keys import (
     IDS,
+    NO_TOKEN,
     count_ambiguous,
     ids_as_text,
     is_mixed,
-    key_columns,
-    to_numbers,
 )
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.formulas import (
-    RELEASED_EPSILON,
-    acceptance,
-    relative_gain,
-    released_relative_gain,
-)
 from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
-from diagnostics.core.schema import require_columns, validate_tokens
+from diagnostics.core.schema import validate_tokens
 
 log = logging.getLogger("diagnostics")
-MEASURED = {
-    "Hs_full": "student_entropy",
-    "Ht_full": "teacher_entropy",
-    "KLf_full": "forward_kl",
-    "KLr_full": "reverse_kl",
-    "Cmass_true": "compatibility",
-    "Cmass_topk": "compatibility_intersection",
-    "Coverlap": "topk_overlap",
-    "topk_jaccard": "topk_jaccard",
-    "shared_student_topk_mass": "shared_student_mass",
-    "CBC": "bhattacharyya",
-    "reach_t1": "teacher_top1_in_topk",
-    "target_in_teacher_topk": "sampled_in_teacher_topk",
-    "KLf_union": "union_forward_kl",
-    "student_logp_sampled": "student_logprob",
-    "teacher_logp_sampled": "teacher_logprob",
-    "sampled_teacher_adv": "advantage",
-}
-"""Released column -> our column."""
-STATED_K = ("k", "top_k", "topk")
-"""Columns that may state the K of the table."""
-LISTS = ("student_top_ids", "teacher_top_ids", "student_topk_ids", "teacher_topk_ids")
-"""Columns of top ids, whose length gives K."""
-INDICATORS = ("teacher_top1_in_topk", "sampled_in_teacher_topk")
-"""Columns that hold true or false."""
-TEACHER_COLUMNS = ("teacher_entropy", "teacher_logprob")
-"""Columns that training the student does not change."""
-OUTCOMES = {
-    "G_KLf": ("forward_kl", "gain", "relative_gain", "relative_gain_released"),
-    "G_KLr": ("reverse_kl", "reverse_gain", None, None),
-}
-"""Released relative gain -> our divergence, gain, relative gain, and relative gain with
-RELEASED_EPS.
-"""
-KEYS = (
-    "sample_index",
-    "sample_ordinal",
-    "group_index",
-    "rollout_id",
-    "tok_pos",
-    "pos_norm",
-    "token_id",
-    "token",
-    "resp_len",
-    "loss_mask_original",
-)
-"""Released columns that name a row."""
-TRAINING_BANK = ("schema_version", "Cmass_exact", "Cprefix_ema", "budget_method")
-"""Columns of the token bank that the training code writes; the scoring script writes none of them.
-"""
+ROLLOUT = re.compile(r"rollout_.*\.(csv|jsonl|parquet)")
+"""Files of a folder that hold rollouts; the training code writes a summary beside them."""
+CONFIG_K = "opd_topk_metrics_k"
+"""The training code's name of K, in the config.json beside its rollouts."""
 
 
-def read_tokens(path: str | Path) -> pd.DataFrame:
+def read_tokens(
+    path: str | Path, *, after: str | Path | None = None, tokenizer: Any = None
+) -> pd.DataFrame:
     """Read a token table, ours or a released script's, which its columns tell apart.
 
     Args:
-        path: CSV, JSONL or parquet file with one row per position.
+        path: CSV, JSONL or parquet file with one row per position, or a folder of the training
+            code's rollouts, which are taken in the order of their names.
+        after: A table of the same positions with the trained student. Its measurements become
+            `<column>_after`, and gains follow. None reads `path` alone.
+        tokenizer: The pair's tokenizer, or its folder or Hugging Face id: `token` is then the text
+            of each `token_id`, and `is_special` is known. None leaves what the table has.
 
     Returns:
         A table that `validate_tokens` accepts: `context_id`, `prompt_id`, `position`,
@@ -121,25 +66,160 @@ def read_tokens(path: str | Path) -> pd.DataFrame:
         states it.
 
     Raises:
-        DiagnosticsError: The file cannot be read or is neither kind of table.
+        DiagnosticsError: A file cannot be read or is neither kind of table; `after` shares no
+            position with `path`, is of another student, or holds no divergence; or the tokenizer
+            is another.
 
     Reference:
         The released columns are those of the scripts of arXiv 2605.26844.
     """
-    path = Path(path)
+    found = _read(Path(path))
+    tokens = _converted(found) if after is None else _joined(found, _read(Path(after)))
+    return tokens if tokenizer is None else with_texts(tokens, tokenizer)
+
+
+class _Table:
+    """The rows of a file or folder, with what lies beside them."""
+
+    def __init__(self, path: Path, frame: pd.DataFrame, exact: set[str], k: int | None):
+        self.path, self.frame, self.exact, self.k = path, frame, exact, k
+
+    @property
+    def is_ours(self) -> bool:
+        return "context_id" in self.frame
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a released table tells its samples apart by `sample_ordinal` alone."""
+        frame = self.frame
+        return not self.is_ours and (
+            "sample_index" not in frame or frame["sample_index"].isna().any()
+        )
+
+
+def _read(path: Path) -> _Table:
+    """Read a file, or the rollouts of a folder."""
+    if path.is_dir():
+        return _read_folder(path)
     require_as_written(path)
     frame = read_rows(path)
     exact = _exact_ids(frame, path)
     frame = frame.assign(**exact)
     if "context_id" in frame:
-        return validate_tokens(_named_by_text(_text_as_written(frame, path, set(exact)), path))
-    if not {"sample_index", "tok_pos"} <= set(frame.columns):
+        frame = _named_by_text(_text_as_written(frame, path, set(exact)), path)
+    return _Table(path, frame, set(exact), None)
+
+
+def _read_folder(folder: Path) -> _Table:
+    """Read the rollouts of a folder one after the other, in the order of their names."""
+    files = sorted(file for file in folder.iterdir() if ROLLOUT.fullmatch(file.name))
+    if not files:
         raise DiagnosticsError(
-            f"{path} is no token table: neither context_id nor sample_index and tok_pos are among"
-            f" its columns ({', '.join(map(str, frame.columns[:12]))}). Give a tokens.parquet, or a"
-            " token bank of the released scripts."
+            f"{folder} holds no rollouts (files rollout_*.csv, .jsonl or .parquet). Name a folder"
+            " that the training code wrote, or one file."
         )
-    return from_released(frame)
+    parts = []
+    for file in files:
+        frame = _read(file).frame
+        named = "rollout_id" in frame and frame["rollout_id"].notna().all()
+        parts.append(frame if named else frame.assign(rollout_id=file.stem))
+    # Columns of ids hold objects, so that joining files rounds none of them.
+    ids = dict.fromkeys(IDS, object)
+    frame = pd.concat(
+        [part.astype({name: ids[name] for name in part if name in ids}) for part in parts],
+        ignore_index=True,
+    )
+    log.info("%d rows of %d rollouts in %s", len(frame), len(files), folder)
+    return _Table(folder, frame, set(), _config_k(folder))
+
+
+def _config_k(folder: Path) -> int | None:
+    """Return the K that the training code wrote beside its rollouts, where it did."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        k = json.loads(path.read_text(encoding="utf-8"))[CONFIG_K]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return k if isinstance(k, int) and not isinstance(k, bool) and k >= 1 else None
+
+
+def _converted(table: _Table, *, trained: bool = False, by_ordinal: bool = False) -> pd.DataFrame:
+    """Return a table under our names, gains in nats where it has any."""
+    if table.is_ours:
+        return validate_tokens(table.frame)
+    columns = set(table.frame.columns)
+    if "tok_pos" not in columns or not {"sample_index", "sample_ordinal"} & columns:
+        raise DiagnosticsError(
+            f"{table.path} is no token table: neither context_id nor sample_index and tok_pos are"
+            f" among its columns ({', '.join(map(str, table.frame.columns[:12]))}). Give a"
+            " tokens.parquet, or a token bank of the released scripts."
+        )
+    return from_released(table.frame, trained=trained, by_ordinal=by_ordinal, k=table.k)
+
+
+def _joined(before: _Table, after: _Table) -> pd.DataFrame:
+    """Return the table of both files. Where one of them lacks a sample's index, samples go by
+    their ordinal in both.
+    """
+    if not after.is_ours and same_student(after.frame):
+        raise DiagnosticsError(
+            f"The plain columns of {after.path} are those of theta0: KLf_full is KLf_full_base"
+            " everywhere, and the gains are not 0. Name the file that was scored with the trained"
+            " student."
+        )
+    by_ordinal = (before.has_gaps or after.has_gaps) and not (before.is_ours or after.is_ours)
+    return join_after(
+        _converted(before, by_ordinal=by_ordinal),
+        _converted(after, trained=True, by_ordinal=by_ordinal),
+        names=(str(before.path), str(after.path)),
+    )
+
+
+def with_texts(tokens: pd.DataFrame, tokenizer: Any) -> pd.DataFrame:
+    """Add the texts of the sampled tokens, and which of them are special.
+
+    Args:
+        tokens: A token table.
+        tokenizer: A tokenizer, or the folder or Hugging Face id of one.
+
+    Returns:
+        A copy with `token` and `is_special` as scoring writes them.
+
+    Raises:
+        DiagnosticsError: The table has no token ids, or the tokenizer is not the one that they
+            came from: it lacks an id, or has another text for most of those that the table tells.
+    """
+    if isinstance(tokenizer, (str, Path)):
+        from diagnostics.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer)
+    ids = tokens["token_id"]
+    if (ids == NO_TOKEN).any():
+        raise DiagnosticsError(
+            "The table does not say which tokens were sampled, so a tokenizer gives them no text."
+            " Leave it out."
+        )
+    if ids.max() >= len(tokenizer):
+        raise DiagnosticsError(
+            f"The table holds the token id {ids.max()}, and the tokenizer has {len(tokenizer)}"
+            " tokens. Give the tokenizer of the pair."
+        )
+    texts = ids.map({token: tokenizer.decode([token]) for token in ids.unique().tolist()})
+    known = tokens["token"] != ids.astype(str)
+    other = known & (tokens["token"] != texts)
+    if known.any() and other.sum() > known.sum() / 2:
+        row = tokens[other].iloc[0]
+        raise DiagnosticsError(
+            f"The tokenizer reads {other.sum()} of {known.sum()} tokens otherwise than the table:"
+            f" {row.token!r} (id {row.token_id}) is {texts[row.name]!r}. Give the tokenizer of the"
+            " pair, or none."
+        )
+    special = np.isin(ids, list(special_ids(tokenizer)))
+    made = validate_tokens(tokens.assign(token=texts, is_special=special))
+    made.attrs.update(tokens.attrs)
+    return made
 
 
 def _exact_ids(frame: pd.DataFrame, path: Path) -> dict[str, pd.Series]:
@@ -195,235 +275,3 @@ def _named_by_text(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         if is_mixed(frame[name]):
             frame = frame.assign(**{name: ids_as_text(frame[name])})
     return frame
-
-
-def from_released(frame: pd.DataFrame) -> pd.DataFrame:
-    """Convert a released token bank to our columns, with gains in nats.
-
-    Args:
-        frame: The bank as its file has it. Positions outside `loss_mask_original` are dropped.
-
-    Returns:
-        A table as `read_tokens` returns it.
-
-    Raises:
-        DiagnosticsError: A key column is missing, or a column holds values of another type.
-    """
-    require_columns(frame, ("sample_index", "tok_pos", "token_id"), what="A released token bank")
-    notes: list[list[str]] = []
-    frame = frame.reset_index(drop=True)
-    # Keys first: a response's length counts the positions outside the loss mask as well.
-    keys = pd.DataFrame(key_columns(frame, notes))
-    kept = _supervised(frame, notes)
-    keys = keys[kept].reset_index(drop=True)
-    frame = frame[kept].reset_index(drop=True)
-    after = _plain_is_after(frame)
-    tokens = keys.assign(**_before(frame, after, notes))
-    _derive(tokens, frame, notes)
-    if (
-        not after
-        and {"student_top1_id", "teacher_top1_id"} <= set(frame)
-        and not frame[["student_top1_id", "teacher_top1_id"]].isna().any(axis=None)
-    ):
-        tokens["top1_match"] = frame["student_top1_id"] == frame["teacher_top1_id"]
-    if after or set(OUTCOMES) & set(frame):
-        _add_outcomes(tokens, frame, after)
-    _log_left_out(frame)
-    tokens = validate_tokens(tokens)
-    for _, _, message in notes:
-        log.warning("%s", message)
-    tokens.attrs["warnings"] = notes
-    if (k := _stated_k(frame)) is not None:
-        tokens.attrs["k"] = k
-    return tokens
-
-
-def _stated_k(frame: pd.DataFrame) -> int | None:
-    """Return K of the columns that depend on it, where a column states it or lists of one length
-    show it.
-    """
-    for name in STATED_K:
-        values = to_numbers(frame[name]).dropna().unique() if name in frame else []
-        if len(values) == 1 and values[0] >= 1 and values[0] == round(values[0]):
-            return int(values[0])
-    for name in LISTS:
-        rows = frame.get(name, ())
-        lengths = {len(row) for row in rows if hasattr(row, "__len__") and not isinstance(row, str)}
-        if len(lengths) == 1 and lengths != {0}:
-            return lengths.pop()
-    return None
-
-
-def _supervised(frame: pd.DataFrame, notes: list) -> np.ndarray:
-    """Return the mask of the rows that carry loss; a gap in the loss mask counts as no loss."""
-    if "loss_mask_original" not in frame:
-        return np.ones(len(frame), dtype=bool)
-    written = frame["loss_mask_original"]
-    mask = to_numbers(written)
-    odd = written[mask.isna() & written.notna()]
-    if len(odd):
-        raise DiagnosticsError(
-            f"loss_mask_original holds {odd.iloc[0]!r} in {len(odd)} rows, which is no flag. Write"
-            " 1 and 0, or true and false."
-        )
-    kept = (mask.fillna(0) != 0).to_numpy()
-    if not kept.all():
-        gaps = f", {mask.isna().sum()} of them without a value for it" if mask.isna().any() else ""
-        notes.append(
-            [
-                "unsupervised",
-                "loss_mask_original",
-                f"{(~kept).sum()} positions outside the loss mask were dropped{gaps}.",
-            ]
-        )
-    if not kept.any():
-        raise DiagnosticsError(
-            "loss_mask_original is 0 at every position, so none is left. Leave the column out, or"
-            " give supervised positions."
-        )
-    return kept
-
-
-def _plain_is_after(frame: pd.DataFrame) -> bool:
-    """Whether the plain columns belong to the trained student."""
-    if {"KLf_full", "KLf_full_base"} <= set(frame.columns):
-        before, after = (
-            to_numbers(frame[name]).to_numpy() for name in ("KLf_full_base", "KLf_full")
-        )
-        return not np.array_equal(before, after, equal_nan=True)
-    return any(name in frame for name in OUTCOMES) or any(
-        str(name).endswith("_base") for name in frame
-    )
-
-
-def _before(frame: pd.DataFrame, after: bool, notes: list) -> dict[str, pd.Series]:
-    """Return our measurements from before training. A warning names those that exist only from
-    after it.
-    """
-    found: dict[str, pd.Series] = {}
-    leaking: dict[str, str] = {}
-    for theirs, ours in MEASURED.items():
-        if f"{theirs}_base" in frame:
-            found[ours] = _measured(frame[f"{theirs}_base"], notes)
-        elif theirs in frame and not (after and ours in ("forward_kl", "reverse_kl")):
-            found[ours] = _measured(frame[theirs], notes)
-            if after and ours not in TEACHER_COLUMNS:
-                leaking[theirs] = ours
-    if leaking:
-        columns = ", ".join(f"{theirs} ({ours})" for theirs, ours in leaking.items())
-        notes.append(
-            [
-                "read_after",
-                ", ".join(leaking.values()),
-                (
-                    f"{columns} were read after training and are used as predictors all"
-                    " the same: they contain the outcome, so their correlations with the gain"
-                    " cannot be trusted. Score the bank with the untrained student to avoid that."
-                ),
-            ]
-        )
-    return {name: values for name, values in found.items() if values.notna().any()}
-
-
-def _measured(values: pd.Series, notes: list) -> pd.Series:
-    """Return a column of measurements. Cells that are not numbers become NaN and are counted."""
-    found = to_numbers(values)
-    odd = values[found.isna() & values.notna() & (values.astype(str).str.lower() != "nan")]
-    if len(odd):
-        notes.append(
-            [
-                "not_numbers",
-                str(values.name),
-                (
-                    f"{values.name} holds {str(odd.iloc[0])[:40]!r} and the like in {len(odd)}"
-                    " rows: no numbers, and undefined."
-                ),
-            ]
-        )
-    return found
-
-
-def _derive(tokens: pd.DataFrame, frame: pd.DataFrame, notes: list) -> None:
-    """Add what follows from other columns, and settle names and types that depend on which script
-    wrote the table.
-    """
-    if "Cmass" in frame and not {"compatibility", "compatibility_intersection"} & set(tokens):
-        exact = "Cmass_exact" in frame and (to_numbers(frame["Cmass_exact"]) == 1).all()
-        tokens["compatibility" if exact else "compatibility_intersection"] = to_numbers(
-            frame["Cmass"]
-        )
-    if set(TRAINING_BANK) & set(frame):
-        _set_floored_apart(tokens, notes)
-    if "topk_overlap" in tokens and "topk_jaccard" not in tokens:
-        tokens["topk_jaccard"] = tokens["topk_overlap"] / (2 - tokens["topk_overlap"])
-    if "advantage" not in tokens and {"student_logprob", "teacher_logprob"} <= set(tokens):
-        tokens["advantage"] = tokens["teacher_logprob"] - tokens["student_logprob"]
-    if "advantage" in tokens:
-        tokens["acceptance"] = acceptance(tokens["advantage"])
-    for name in INDICATORS:
-        if name in tokens:
-            if gaps := int(tokens[name].isna().sum()):
-                notes.append(
-                    ["gaps", name, f"{name} is empty at {gaps} positions, which count as false."]
-                )
-            tokens[name] = tokens[name].fillna(0.0) != 0
-
-
-def _set_floored_apart(tokens: pd.DataFrame, notes: list) -> None:
-    """Rename what the training code computes with probabilities outside the lists floored."""
-    for name in ("union_forward_kl", "bhattacharyya"):
-        if name in tokens:
-            tokens[f"{name}_released"] = tokens.pop(name)
-    if "bhattacharyya_released" in tokens:
-        notes.append(
-            [
-                "floored",
-                "bhattacharyya_released",
-                (
-                    "CBC of a training bank has probabilities outside each model's list floored,"
-                    f" at {len(tokens)} positions: it is kept as bhattacharyya_released and is no"
-                    " stand-in for compatibility."
-                ),
-            ]
-        )
-
-
-def _add_outcomes(tokens: pd.DataFrame, frame: pd.DataFrame, plain_is_after: bool) -> None:
-    """Add the divergences after training and the gains."""
-    for relative, (kl, gain, floored, released) in OUTCOMES.items():
-        plain = "KLf_full" if kl == "forward_kl" else "KLr_full"
-        after = to_numbers(frame[plain]) if plain in frame and plain_is_after else None
-        if kl not in tokens and relative in frame and after is not None:
-            # G = (b - a)/(b + eps) gives b = (a + G*eps)/(1 - G)
-            share = to_numbers(frame[relative])
-            tokens[kl] = (after + share * RELEASED_EPSILON) / (1 - share).where(share < 1)
-        if kl not in tokens:
-            continue
-        if after is None and relative in frame:
-            after = tokens[kl] - to_numbers(frame[relative]) * (tokens[kl] + RELEASED_EPSILON)
-        if after is None:
-            continue
-        tokens[f"{kl}_after"] = after
-        tokens[gain] = tokens[kl] - after
-        if floored:
-            tokens[floored] = relative_gain(tokens[kl], after)
-            tokens[released] = released_relative_gain(tokens[kl], after)
-
-
-def _log_left_out(frame: pd.DataFrame) -> None:
-    """Log the columns without a counterpart."""
-    used = {
-        *MEASURED,
-        *(f"{name}_base" for name in MEASURED),
-        *OUTCOMES,
-        *KEYS,
-        *STATED_K,
-        "Cmass",
-        "Cmass_exact",
-        "schema_version",
-        "student_top1_id",
-        "teacher_top1_id",
-    }
-    left_out = [str(name) for name in frame if name not in used]
-    if left_out:
-        log.info("columns without a counterpart, left out: %s", ", ".join(left_out))

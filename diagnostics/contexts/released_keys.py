@@ -7,6 +7,7 @@ import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import EXACT, missing
+from diagnostics.core.schema import require_columns
 
 TRUTH_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 """Words for true and false; numbers and booleans are read as they are."""
@@ -17,10 +18,13 @@ IDS = (
     "rollout_id",
     "context_id",
     "prompt_id",
+    "dataset",
 )
 """Columns of ids, theirs and ours."""
 LARGEST_INT = 2**31 - 2
 """Largest position, length and token id that the token table's columns hold."""
+NO_TOKEN = -1
+"""Id of a token that a table does not tell."""
 
 
 def to_numbers(values: pd.Series) -> pd.Series:
@@ -46,22 +50,28 @@ def _number(value) -> float:
         return np.nan
 
 
-def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
+def key_columns(
+    frame: pd.DataFrame, notes: list, *, by_ordinal: bool = False
+) -> dict[str, pd.Series]:
     """Return the key columns of the token table for a released bank.
+
+    A table without `token_id` (section3_analysis_tokens) has the id -1 everywhere, which is said.
 
     Args:
         frame: The bank's rows.
         notes: Warnings are appended here as [code, subject, message].
+        by_ordinal: Whether samples are told apart by `sample_ordinal` whatever `sample_index` has.
 
     Returns:
-        `context_id`, `prompt_id`, `position`, `response_length`, `token_id` and `token`.
+        `context_id`, `prompt_id`, `position`, `response_length`, `token_id` and `token`; `dataset`
+        where the bank has it.
 
     Raises:
         DiagnosticsError: Samples cannot be told apart, or a position or id is no whole number.
     """
     frame = frame.assign(**_id_columns(frame, notes))
-    sample = _samples(frame, notes)
-    context = sample
+    sample = _samples(frame, notes, by_ordinal=by_ordinal)
+    context = _of_dataset(frame, sample, notes)
     if "rollout_id" in frame:
         rollout = _filled(frame["rollout_id"], sample)
         if gaps := int(rollout.isna().sum()):
@@ -75,7 +85,7 @@ def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
             )
         context = ("rollout-" + rollout.astype(object) + "-").where(rollout.notna(), "") + sample
     position = _whole(frame, "tok_pos")
-    token_id = _whole(frame, "token_id")
+    token_id = _token_ids(frame, notes)
     token = frame["token"].astype(str) if "token" in frame else token_id.astype(str)
     return {
         "context_id": context,
@@ -84,11 +94,55 @@ def key_columns(frame: pd.DataFrame, notes: list) -> dict[str, pd.Series]:
         "response_length": _lengths(frame, context, position),
         "token_id": token_id,
         "token": token,
+        **({"dataset": frame["dataset"]} if "dataset" in frame else {}),
     }
 
 
-def _samples(frame: pd.DataFrame, notes: list) -> pd.Series:
+def _token_ids(frame: pd.DataFrame, notes: list) -> pd.Series:
+    """Return the sampled token ids: NO_TOKEN everywhere, with a warning, where there are none."""
+    if "token_id" in frame:
+        return _whole(frame, "token_id")
+    notes.append(
+        [
+            "no_tokens",
+            "token_id",
+            f"The table does not say which tokens were sampled, at {len(frame)} positions: their"
+            f" kinds are unknown, and token_id is {NO_TOKEN}.",
+        ]
+    )
+    return pd.Series(NO_TOKEN, index=frame.index)
+
+
+def _of_dataset(frame: pd.DataFrame, sample: pd.Series, notes: list) -> pd.Series:
+    """Return the samples with their data set before them, where a table holds several tables."""
+    if "dataset" not in frame or frame["dataset"].isna().any():
+        return sample
+    names = frame["dataset"].unique()
+    if len(names) > 1:
+        notes.append(
+            [
+                "datasets",
+                "dataset",
+                (
+                    f"The table holds {len(names)} data sets ({', '.join(map(str, names[:10]))}),"
+                    " which may be of several pairs, or the same contexts at several K. Take one"
+                    " at a time: tokens[tokens.dataset == ...]."
+                ),
+            ]
+        )
+    return frame["dataset"].astype(object) + "-" + sample
+
+
+def _samples(frame: pd.DataFrame, notes: list, *, by_ordinal: bool = False) -> pd.Series:
     """Return the sample of each row, by its index or, where slime left that out, by its ordinal."""
+    if by_ordinal or "sample_index" not in frame:
+        require_columns(frame, ("sample_ordinal",), what="A table without sample_index")
+        if frame["sample_ordinal"].notna().all():
+            return "ordinal-" + frame["sample_ordinal"]
+        raise DiagnosticsError(
+            f"sample_ordinal is empty in {frame['sample_ordinal'].isna().sum()} of {len(frame)}"
+            " rows, and there is no sample_index to tell the samples apart. Fill one of the two in."
+        )
     gaps = int(frame["sample_index"].isna().sum())
     if not gaps:
         return "sample-" + frame["sample_index"]

@@ -2,6 +2,7 @@
 
     relative gain             (D - D') / D                       D before the step, D' after it
     released relative gain    (D - D') / (D + 1e-12)
+    gain                      D - D'                             nats
     acceptance                min(1, q(y)/p(y)) = exp(min(0, A))
 
 NumPy arrays, pandas columns and tensors are taken as they are, so this module needs no torch.
@@ -44,6 +45,29 @@ def released_relative_gain(before, after):
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return (before - after) / (before + RELEASED_EPSILON)
+
+
+def gains(before: tuple, after: tuple) -> dict:
+    """Outcome columns of the token table from the divergences before and after one step.
+
+    Args:
+        before: Forward KL (teacher first) and reverse KL before the step, float64 [N] each, nats;
+            arrays or columns.
+        after: The same after the step.
+
+    Returns:
+        Float64 [N] for each column: forward_kl_after, reverse_kl_after, gain, relative_gain (NaN
+        where the forward KL before is under 1e-3 nats), relative_gain_released (no floor),
+        reverse_gain.
+    """
+    return {
+        "forward_kl_after": after[0],
+        "reverse_kl_after": after[1],
+        "gain": before[0] - after[0],
+        "relative_gain": relative_gain(before[0], after[0]),
+        "relative_gain_released": released_relative_gain(before[0], after[0]),
+        "reverse_gain": before[1] - after[1],
+    }
 
 
 def acceptance(advantage):

@@ -33,6 +33,8 @@ PATHS = (
     "training",
     "offline",
     "after",
+    "tokens_after",
+    "tokenizer",
     "trl",
     "peft",
 )

@@ -14,7 +14,16 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import read_manifest
 
 log = logging.getLogger("diagnostics")
-FOLDERS = ("tables", "figures", "cells", "checkpoints", "student", "tensorboard", ".partial")
+FOLDERS = (
+    "tables",
+    "figures",
+    "cells",
+    "paper",
+    "checkpoints",
+    "student",
+    "tensorboard",
+    ".partial",
+)
 """Folders of a run directory that this program keeps."""
 FILES = (
     "manifest.json",
@@ -34,6 +43,8 @@ FILES = (
     "report.html",
     "report.md",
     "compare.html",
+    "paper.html",
+    "after.parquet",
     "pages.json",
     ".lock",
 )

@@ -35,12 +35,21 @@ class Column:
     """What the value is with a top-K teacher, known by its most likely tokens alone
     (`topk_teacher`): *exact*; a *lower bound*; exact *where listed* and NaN in all other places;
     *impossible*; or, for an outcome, the exact *change of a bound*."""
+    imported: bool = False
+    """True for a column that only tables of other programs have."""
 
 
 def _columns(
-    stage: Stage, dtype: str, *rows: tuple[str, str, str], by_support: bool = False
+    stage: Stage,
+    dtype: str,
+    *rows: tuple[str, str, str],
+    by_support: bool = False,
+    imported: bool = False,
 ) -> list[Column]:
-    return [Column(name, dtype, unit, stage, meaning, by_support) for name, unit, meaning in rows]
+    return [
+        Column(name, dtype, unit, stage, meaning, by_support, imported=imported)
+        for name, unit, meaning in rows
+    ]
 
 
 SCHEMA: dict[str, Column] = {
@@ -66,7 +75,19 @@ SCHEMA: dict[str, Column] = {
             ("token_id", "", "id of the sampled token y"),
             ("fold", "", "fold of the prompt, from 0; one step was taken on each fold"),
         ),
-        *_columns("key", "bool", ("is_special", "", "y is a special token of the tokenizer")),
+        *_columns(
+            "key",
+            "bool",
+            ("is_special", "", "y is a special token of the tokenizer"),
+            (
+                "seen",
+                "",
+                (
+                    "the checkpoint of the columns `_after` was trained on the position's prompt;"
+                    " absent where that is unknown"
+                ),
+            ),
+        ),
         *_columns(
             "before",
             "float64",
@@ -144,10 +165,91 @@ SCHEMA: dict[str, Column] = {
             ),
         ),
         *_columns(
+            "before",
+            "float64",
+            ("union_reverse_kl", "nats", "KL(p||q) with both renormalised on U"),
+            (
+                "union_reverse_kl_released",
+                "nats",
+                "the same with the floor of union_forward_kl_released",
+            ),
+            ("bhattacharyya_released", "", "bhattacharyya with that floor; no stand-in for it"),
+            (
+                "student_entropy_topk",
+                "nats",
+                "entropy of the student's own top K, renormalised; at most ln K",
+            ),
+            (
+                "teacher_entropy_topk",
+                "nats",
+                "entropy of the teacher's own top K, renormalised; at most ln K",
+            ),
+            ("student_topk_mass", "probability", "student mass on its own top K"),
+            ("teacher_topk_mass", "probability", "teacher mass on its own top K"),
+            by_support=True,
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "bool",
+            ("sampled_in_topk", "", "y is in the student's top K"),
+            by_support=True,
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "float64",
+            (
+                "student_entropy_normalized",
+                "",
+                "entropy as a released table has it, scaled and clipped to [0, 1]",
+            ),
+            (
+                "divergence_normalized",
+                "",
+                (
+                    "divergence as a released table has it, scaled and clipped to [0, 1]: of the"
+                    " whole vocabulary in section3_analysis_tokens, of the floored union in a"
+                    " training bank"
+                ),
+            ),
+            (
+                "compatibility_normalized",
+                "",
+                "compatibility as a released table has it, scaled and clipped to [0, 1]",
+            ),
+            imported=True,
+        ),
+        *_columns(
+            "before",
+            "bool",
+            ("in_q3_released", "", "the released program put the position into Q3"),
+            ("kept_released", "", "the released training kept the position in its loss"),
+            imported=True,
+        ),
+        *_columns(
             "after",
             "float64",
-            ("forward_kl_after", "nats", "KL(q||p) with the updated student"),
-            ("reverse_kl_after", "nats", "KL(p||q) with the updated student"),
+            (
+                "forward_kl_after",
+                "nats",
+                (
+                    "KL(q||p) with the updated student: the checkpoint of `score --after`, or else"
+                    " the mean over the probe's steps on other folds"
+                ),
+            ),
+            ("reverse_kl_after", "nats", "KL(p||q) with the updated student, likewise"),
+            ("student_entropy_after", "nats", "H(p) with the checkpoint"),
+        ),
+        *_columns(
+            "after",
+            "float64",
+            (
+                "compatibility_after",
+                "probability",
+                "teacher mass on the checkpoint's top K; other K are `compatibility_k<K>_after`",
+            ),
+            by_support=True,
         ),
         *_columns(
             "outcome",
@@ -221,6 +323,7 @@ _LISTED: dict[Listed, tuple[str, ...]] = {
         "compatibility",
         "forward_kl_after",
         "reverse_kl_after",
+        "compatibility_after",
     ),
     "where listed": (
         "teacher_logprob",
@@ -244,6 +347,8 @@ KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "t
 
 _VARIANT = re.compile(r"(?P<base>\w+)_(?P<kind>k|fold|h|step_)(?P<number>\d+)")
 """A column of another support, of one fold's step, or after a number of optimizer steps."""
+AFTER = "_after"
+"""Ending of a measurement that was taken again with an updated student."""
 
 
 def column(name: str) -> Column | None:
@@ -251,9 +356,12 @@ def column(name: str) -> Column | None:
 
     `<name>_k<K>` (another support), and of outcomes `<name>_fold<f>` (after one fold's step),
     `<name>_h<k>` (after k optimizer steps on the frozen contexts) and `<name>_step_<n>` (after n
-    steps of training) have the entry of `<name>`. Returns None for a column that this program does
-    not define.
+    steps of training) have the entry of `<name>`. Any measurement from before the step may have a
+    counterpart `<name>_after`, and at another support `<name>_k<K>_after`. Returns None for a
+    column that this program does not define.
     """
+    if name.endswith(AFTER) and name not in SCHEMA:
+        return _after(column(name.removesuffix(AFTER)))
     found = _VARIANT.fullmatch(name)
     base = SCHEMA.get(found["base"]) if found else None
     if found and base and (base.by_support if found["kind"] == "k" else base.stage == "outcome"):
@@ -261,9 +369,24 @@ def column(name: str) -> Column | None:
     return SCHEMA.get(name)
 
 
+def _after(before: Column | None) -> Column | None:
+    """The entry of a measurement that was taken again with an updated student."""
+    if before is None or before.stage != "before":
+        return None
+    name = before.name + AFTER
+    meaning = f"{before.meaning}; with the updated student"
+    return SCHEMA.get(name) or replace(before, name=name, stage="after", meaning=meaning)
+
+
 def support_column(name: str, k: int | None) -> str:
-    """Name of a support-dependent column at K: `compatibility`, 8 gives `compatibility_k8`."""
-    return name if k is None else f"{name}_k{k}"
+    """Name of a support-dependent column at K.
+
+    `compatibility`, 8 gives `compatibility_k8`; `compatibility_after`, 8 `compatibility_k8_after`.
+    """
+    if k is None:
+        return name
+    base = name.removesuffix(AFTER)
+    return f"{base}_k{k}{name[len(base) :]}"
 
 
 def require_columns(frame: pd.DataFrame, names: Iterable[str], *, what: str) -> None:
@@ -316,9 +439,19 @@ def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
 def _place(name: str, entry: Column) -> tuple[int, int]:
     """Schema order; the run's own K first, then other K or later steps, from small to large."""
     own = name == entry.name
-    found = _VARIANT.fullmatch(name)
+    found = _VARIANT.fullmatch(name.removesuffix(AFTER) if entry.stage == "after" else name)
     variant = 0 if own or found is None else 1 + int(found["number"])
-    return list(SCHEMA).index(entry.name), variant
+    return _order(entry), variant
+
+
+def _order(entry: Column) -> int:
+    """The column's place in the schema. A measurement without an entry of its own that was taken
+    again stands behind those that have one, in the order of the measurements.
+    """
+    names = list(SCHEMA)
+    if entry.name in SCHEMA:
+        return names.index(entry.name)
+    return len(names) + names.index(entry.name.removesuffix(AFTER))
 
 
 def _cast(values: pd.Series, dtype: str) -> pd.Series:

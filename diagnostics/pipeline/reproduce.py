@@ -142,7 +142,8 @@ def _settings(name: str, record: Mapping[str, Any], inputs: Inputs) -> dict[str,
                 " the manifest of a finished run."
             )
     if name == "import":
-        record = {"settings": settings | {"tokens_sha256": settings.get("sha256")}}
+        named = settings | {"tokens_sha256": settings.get("sha256")}
+        record = {"settings": named, "models": record.get("models", {})}
     paths = [
         key
         for key in (*manifests.PATHS, *(["tokens"] if name == "import" else []))
@@ -212,7 +213,7 @@ class Inputs:
     def _is_id(self, key: str, scheme: str, value: str) -> bool:
         """Whether a value is an id on the hub: it looks like one, and no file has the name."""
         return bool(
-            (key in ("student", "teacher", "after") or scheme)
+            (key in ("student", "teacher", "after", "tokenizer") or scheme)
             and HUB_ID.fullmatch(value)
             and not os.path.lexists(value)
         )
@@ -249,7 +250,7 @@ def _hash_of(key: str, path: Path) -> str | None:
 
     if key == "training":
         return files.hash_inside(path, "tables/validation_verdicts.csv")
-    if key in ("student", "teacher", "after"):
+    if key in ("student", "teacher", "after", "tokenizer"):
         return fingerprints.fingerprint_files(path)
     return file_hash(key, str(path)).get(f"{key}_sha256")
 
@@ -289,7 +290,7 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
         file: digest
         for record in manifest["stages"].values()
         for file, digest in record["inputs"].items()
-        if file not in written and not file.startswith("cells/")
+        if file not in written and not file.startswith(("cells/", "paper/cells/"))
     }
     content = {}
     for file, digest in wanted.items():

@@ -24,8 +24,8 @@ from torch import Tensor
 from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.progress import Shards, progress
-from diagnostics.core.schema import column, validate_tokens
+from diagnostics.core.progress import Shards, progress, worked
+from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences
@@ -62,6 +62,13 @@ class ScoreConfig:
     )
 
 
+MEASURED_AFTER = {
+    "forward_kl": False,
+    "reverse_kl": False,
+    "student_entropy": False,
+    "compatibility": True,
+}
+"""Measurements that are kept of a checkpoint, and whether they are kept for every K."""
 Teacher = Readout | topk_teacher.TopKTeacher
 """What grades the responses: a model, or a file of its log-probabilities."""
 
@@ -272,6 +279,34 @@ def score(
     return _table(pair, bank, _columns(pair, bank, config, shards=shards))
 
 
+def score_after(
+    pair: Pair, bank: Bank, config: ScoreConfig = ScoreConfig(), *, shards: Shards | None = None
+) -> pd.DataFrame:
+    """Measure the bank again with a trained student.
+
+    Args:
+        pair: The pair with the trained student in the student's place.
+        bank: The frozen contexts, N response positions in all.
+        config: Supports and batches.
+        shards: Where finished batches are kept, and taken from; nothing is kept by default.
+
+    Returns:
+        One row per position in bank order, with context_id, position and, for each of
+        `MEASURED_AFTER`, the column `<name>_after`, or `<name>_k<K>_after` for another K.
+
+    Raises:
+        DiagnosticsError: As `score`.
+    """
+    measured = score(pair, bank, config, shards=shards)
+    columns = {
+        support_column(f"{name}{AFTER}", k): measured[support_column(name, k)]
+        for name, by_support in MEASURED_AFTER.items()
+        for k in (None, *(config.sweep if by_support else ()))
+        if support_column(name, k) in measured
+    }
+    return measured[["context_id", "position"]].assign(**columns)
+
+
 @with_settings(config=ScoreConfig)
 def score_with_tops(
     pair: Pair,
@@ -365,6 +400,7 @@ def measure_again(
         measured = measure(batch, batch.states(pair.student), teacher_nH)
         values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
         _fill(columns, batch, values, bank.positions)
+        worked(len(batch.rows_n))
     return _restore_flags(_gathered(columns, bank.positions))
 
 

@@ -98,12 +98,44 @@ def read_run(directory: str | Path) -> RunResults:
     )
 
 
-def _analysis_tables(directory: Path, reading: _Reading) -> dict[str, pd.DataFrame]:
-    """Every CSV file directly below DIR/tables, by its name without the ending."""
+def read_tables(directory: str | Path, *, begins: str, remedy: str) -> RunResults:
+    """Read the manifest and some tables of a run alone, without its token table and contexts.
+
+    Args:
+        directory: A run directory with manifest.json and tables/*.csv.
+        begins: What the names of the tables begin with.
+        remedy: The sentence that tells the reader what to do where there is no such table.
+
+    Returns:
+        The manifest, those tables by name, and the notes on files that were left out.
+
+    Raises:
+        DiagnosticsError: The manifest or every such table is missing, or a file is damaged.
+    """
+    directory = Path(directory)
+    reading = _Reading(directory, _read_manifest(directory))
+    tables = _analysis_tables(directory, reading, begins)
+    if not tables:
+        raise DiagnosticsError(
+            f"{directory / 'tables'} holds no table {begins}*.csv"
+            f"{f' ({chr(32).join(reading.notes)})' if reading.notes else ''}. {remedy}"
+        )
+    return RunResults(reading.manifest, tables, reading_notes=tuple(reading.notes))
+
+
+def _analysis_tables(
+    directory: Path, reading: _Reading, begins: str = ""
+) -> dict[str, pd.DataFrame]:
+    """Every CSV file directly below DIR/tables whose name begins so, by its name without the
+    ending.
+    """
     names = [
         name
         for name, kind in files.walk(directory, "tables")
-        if name.endswith(".csv") and name.count("/") == 1 and kind != "folder"
+        if name.endswith(".csv")
+        and name.count("/") == 1
+        and kind != "folder"
+        and Path(name).name.startswith(begins)
     ]
     found = {Path(name).stem: reading.read(name, _read_csv) for name in names}
     return {name: table for name, table in found.items() if table is not None}

@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -330,6 +331,14 @@ class Job:
         """The files beside a cell's record."""
         return f"{name}.parquet", BANK if name == "untouched" else f"{name}.curve.parquet"
 
+    def begin(self) -> None:
+        """Write what every cell needs, once for the whole grid: the bank and `untouched`."""
+        run_untouched(self)
+
+    def train(self, cell: TrainingCell) -> str:
+        """Train one cell, write its files, and return a line for the log."""
+        return run_cell(self, cell)
+
 
 BANK = "contexts.parquet"
 EARLIER_RULES = {"ties": "position", "scope": "batch"}
@@ -373,15 +382,18 @@ def run_grid(job: Job, cells: Sequence[TrainingCell], *, workers: int) -> None:
             f"{job.folder} is a link, and cells are written into the run's own folder alone. Remove"
             " the link."
         )
-    remove_scratch(job.folder)
+    removescratch_folder(job.folder)
     try:
         if not job.finished("untouched"):
-            run_untouched(job)
+            job.begin()
         missing = [cell for cell in cells if not job.finished(cell.name)]
         log.info("%d of %d trainings to do", len(missing), len(cells))
         if workers == 1 or len(missing) < 2:
-            for cell in missing:
-                run_cell(job, cell)
+            began = time.perf_counter()
+            for done, cell in enumerate(missing, 1):
+                result = job.train(cell)
+                left = _left(began, done, len(missing))
+                log.info("%s (%d of %d%s)", result, done, len(missing), left)
         else:
             _held.clear()  # the workers load their own
             _share_out(job, missing, workers)
@@ -410,14 +422,20 @@ def _share_out(job: Job, missing: Sequence[TrainingCell], workers: int) -> None:
     """Train in several processes, which end with this one; unfinished work is removed."""
     from diagnostics.training.workers import share_out
 
-    tasks = [(job, cell) for cell in missing]
+    tasks, began = [(job, cell) for cell in missing], time.perf_counter()
     try:
         for done, result in enumerate(
             share_out(_work, tasks, environments(min(workers, len(tasks)), job.pair)), 1
         ):
-            log.info("%s (%d of %d)", result, done, len(missing))
+            log.info("%s (%d of %d%s)", result, done, len(missing), _left(began, done, len(tasks)))
     finally:
-        remove_scratch(job.folder)
+        removescratch_folder(job.folder)
+
+
+def _left(began: float, done: int, total: int) -> str:
+    """How long the rest takes at the pace so far; nothing at the end."""
+    minutes = (time.perf_counter() - began) / done * (total - done) / 60
+    return f", about {max(1, round(minutes))} min left" if done < total else ""
 
 
 def _work(task: tuple[Job, TrainingCell]) -> str:
@@ -426,7 +444,8 @@ def _work(task: tuple[Job, TrainingCell]) -> str:
 
     torch.set_num_threads(1)
     logging.getLogger("diagnostics").setLevel(logging.WARNING)
-    return run_cell(*task)
+    job, cell = task
+    return job.train(cell)
 
 
 def environments(workers: int, pair: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -466,7 +485,7 @@ SCRATCH = re.compile(r"\.training-.+-seed\d+")
 """Names of the folders in which trainings work."""
 
 
-def remove_scratch(folder: Path) -> None:
+def removescratch_folder(folder: Path) -> None:
     """Remove the folders of killed trainings.
 
     Only folders with our own names are removed, never a link or the target of a link.
@@ -487,7 +506,8 @@ def remove_scratch(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(job: Job, cell: TrainingCell) -> Iterator[Path]:
+def scratch_folder(job: Job, cell: TrainingCell) -> Iterator[Path]:
+    """The folder in which a training works, removed at its end."""
     path = job.folder / f".training-{cell.name}"
     if path.is_symlink():
         raise DiagnosticsError(f"{path} is a link, and this program makes none. Remove it.")
@@ -503,7 +523,7 @@ _held: dict[str, Any] = {}
 """The pair of this process as it was loaded, with its checksum; trainings get copies."""
 
 
-def _fresh_pair(job: Job):
+def fresh_pair(job: Job):
     """A copy of the pair as it was loaded, which shares the teacher's weights.
 
     Where a training changed the loaded weights, the models are loaded again with a warning.
@@ -566,7 +586,7 @@ def _pair_and_prompts(job: Job, seed: int):
     from diagnostics.training.evaluation import EvaluationConfig
 
     models, evaluation = identity.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
-    models.pair = _fresh_pair(job)
+    models.pair = fresh_pair(job)
     data, held_out = choose_prompts.training_prompts(
         models,
         PromptConfig(**job.prompts),
@@ -605,7 +625,7 @@ def run_untouched(job: Job) -> None:
         samples=evaluation.eval_samples,
         max_new_tokens=job.grid["max_new_tokens"],
     )
-    _finish(job, "untouched", rows, facts=pair.facts)
+    finish_cell(job, "untouched", rows, facts=pair.facts)
 
 
 def run_cell(job: Job, cell: TrainingCell) -> str:
@@ -618,8 +638,6 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
     Returns:
         A line for the log.
     """
-    import time
-
     import torch
 
     from diagnostics.core.tables import write_parquet
@@ -639,7 +657,7 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
     )
     untouched = read_parquet(job.folder / "untouched.parquet")
     bank = read_bank(job.folder / BANK)
-    with _scratch(job, cell) as scratch:
+    with scratch_folder(job, cell) as scratch:
         result = train(
             pair,
             data,
@@ -655,7 +673,7 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
         gains = read_parquet(scratch / "training_gains.parquet")
     write_parquet(job.folder / f"{cell.name}.curve.parquet", result.metrics)
     seconds = time.perf_counter() - began
-    _finish(
+    finish_cell(
         job,
         cell.name,
         pd.concat([rows, _first_gains(gains, bank)], ignore_index=True),
@@ -679,7 +697,15 @@ def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:
     )
 
 
-def _finish(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
+def finish_cell(job: Job, name: str, rows: pd.DataFrame, **record) -> None:
+    """Write a cell's table and then its record, which makes it finished.
+
+    Args:
+        job: Settings of the grid, and its folder.
+        name: Name of the cell, or `untouched`.
+        rows: Its table.
+        record: What the record says beside settings, hashes and the code's version.
+    """
     from diagnostics.core.tables import write_json, write_parquet
 
     write_parquet(job.folder / f"{name}.parquet", rows)

@@ -10,7 +10,7 @@
     DIR/training_gains.parquet    gains of every frozen position after n steps: gain_step_<n>,
                                   relative_gain_step_<n>, reverse_gain_step_<n>
     DIR/checkpoints/              TRL's own checkpoints
-    DIR/student/                  the trained student
+    DIR/student/                  the trained student, and which prompts it was trained on
 
 The order of prompts is drawn once for all steps, and every response has its own random stream, so a
 run that was killed continues from its last whole checkpoint with the same results: student,
@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.trained_prompts import write_trained_prompts
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
@@ -100,9 +101,11 @@ class TrainConfig:
         seed: Seed of data order, sampling and random selection.
         ties: How equal scores are ordered, as in `criteria.select`.
         scope: Whether the budget is a share of the step's positions or of each response's.
+        per_context_minimum: Number of best positions of each response that are kept first, within
+            the budget.
 
     Raises:
-        DiagnosticsError: There are no steps or no responses.
+        DiagnosticsError: There are no steps or no responses, or the minimum is negative.
     """
 
     criterion: str = field(
@@ -126,8 +129,16 @@ class TrainConfig:
     )
     ties: str = field(default="raw", metadata=TIES_FLAG)
     scope: str = field(default="batch", metadata=TRAINING_SCOPE_FLAG)
+    per_context_minimum: int = field(
+        default=0, metadata={"help": "positions of each response that are kept first"}
+    )
 
     def __post_init__(self):
+        if self.per_context_minimum < 0:
+            raise DiagnosticsError(
+                "A minimum per context is a number of positions, 0 or more; got"
+                f" {self.per_context_minimum}."
+            )
         if self.steps < 1 or self.batch < 1:
             raise DiagnosticsError(
                 f"Training needs steps and responses; got steps={self.steps}, batch={self.batch}."
@@ -292,6 +303,9 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with _machine_named(directory):
         _save_student(trainer, pair, directory / "student")
+        if distributed.is_main():
+            drawn = schedule(prompts, config.steps * config.batch, seed=config.seed)
+            write_trained_prompts(directory / "student", drawn)
     distributed.barrier()
     return TrainResult(
         read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
@@ -370,6 +384,8 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         key: value
         for key, value in settings.items()
         if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")
+        # An earlier version had no minimum, and its trainings can be resumed.
+        and (key, value) != ("per_context_minimum", 0)
     }
     return settings | {
         "trl": engine_options.trl_fields(engine.trl),
@@ -686,6 +702,7 @@ def _trainer(
             seed=config.seed,
             ties=config.ties,
             scope=config.scope,
+            per_context_minimum=config.per_context_minimum,
         ),
         args=trl_config(
             directory,
@@ -1022,7 +1039,7 @@ class TrainingMonitor:
         distributed.barrier()
 
     def _gains(self, step: int) -> None:
-        from diagnostics.probing.one_step import gains
+        from diagnostics.core.formulas import gains
 
         table, model = read_parquet(self.path("training_gains.parquet")), self.pair.student.model
         training = model.training

@@ -63,6 +63,10 @@ BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 """The betas of the two ends of TRL's family; `jsd` lies between them."""
 COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompatible", "tip")
 """Criteria whose selection at the same budget is compared with the one in use, step by step."""
+SCORED = ("teachability", "incompatible", "compatibility")
+"""Criteria whose mean score over the selected positions is logged, scaled within the step: the
+paper's D^L, D^I and C of what a mask keeps.
+"""
 LOGGED = (
     "forward_kl",
     "reverse_kl",
@@ -177,10 +181,16 @@ class Selection:
     """How equal scores are ordered, as in `criteria.select`."""
     scope: Literal["batch", "context"] = "batch"
     """Whether the budget is a share of the step's positions or of each response's."""
+    per_context_minimum: int = 0
+    """Number of best positions of every response that are kept first, within the budget."""
 
     def _rules(self) -> dict[str, Any]:
-        # The table of a step is one batch.
-        return {"ties": self.ties, "scope": "table" if self.scope == "batch" else "context"}
+        return {
+            "ties": self.ties,
+            # The table of a step is one batch.
+            "scope": "table" if self.scope == "batch" else "context",
+            "per_context_minimum": self.per_context_minimum,
+        }
 
     def weights(self, tokens: pd.DataFrame, *, step: int) -> np.ndarray:
         """Loss weights of the positions of one step.
@@ -523,6 +533,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
                 f"{name}/all": np.nanmean(values),
                 f"{name}/selected": np.average(values[selected_N], weights=weights_N[selected_N]),
             }
+        metrics |= _kept(tokens, weights_N)
         for name, mask in self.selection.masks(tokens).items():
             metrics[f"jaccard/{name}"] = (mask & selected_N).sum() / (mask | selected_N).sum()
         for name, value in metrics.items():
@@ -677,6 +688,21 @@ class SelectedDistillationTrainer(DistillationTrainer):
         if self.model.training and metrics.get("step_time"):
             metrics["tokens_per_second"] = [sum(metrics["positions"]) / sum(metrics["step_time"])]
         super().log(logs, start_time)
+
+
+def _kept(tokens: pd.DataFrame, weights_N: np.ndarray) -> dict[str, float]:
+    """What a mask keeps of a step: share of the quadrants' Q3, and mean scores of SCORED.
+
+    Quadrants and scores are those of the step alone. Positions without a score are left out.
+    """
+    kept_N = weights_N > 0
+    found = {"q3/selected": np.average(criteria.quadrants(tokens)[kept_N] == 3)}
+    for name in SCORED:
+        scores = criteria.score_criterion(tokens, name)[kept_N]
+        found[f"score_{name}/selected"] = (
+            np.nanmean(scores) if np.isfinite(scores).any() else np.nan
+        )
+    return found
 
 
 @contextmanager

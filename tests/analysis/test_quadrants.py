@@ -64,8 +64,8 @@ def test_quadrant_means_equal_a_loop(tokens):
 
 def test_locations_by_hand():
     values = np.array([np.nan, 40.0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -30])
-    assert quadrants._locations(values, 0.1) == pytest.approx([5.0, 5.0, 5.0, 5.0])
-    assert np.isnan(quadrants._locations(np.array([np.nan]), 0.1)).all()
+    assert quadrants.plain_locations(values, 0.1) == pytest.approx([5.0, 5.0, 5.0, 5.0])
+    assert np.isnan(quadrants.plain_locations(np.array([np.nan]), 0.1)).all()
 
 
 def test_position_means_equal_a_loop(tokens):
@@ -351,3 +351,18 @@ def test_degenerate_tables_give_defined_or_missing_numbers(tokens, edit):
         assert len(table) and not np.isinf(table[name]).any()
         assert (table.low[known] <= table[name][known] + 1e-9).all()
         assert (table[name][known] <= table.high[known] + 1e-9).all()
+
+
+def test_a_table_that_states_the_released_gain_alone_is_contrasted_by_it():
+    tokens = made_tokens(folds=0, split=False)
+    stated = tokens.gain / (tokens.forward_kl + 1e-12)
+    kept = ["context_id", "prompt_id", "position", "response_length", "token_id", "token"]
+    kept += ["student_entropy", "forward_kl", "compatibility"]
+    alone = quadrants.q3_contrast(
+        tokens[kept].assign(relative_gain_released=stated), by=["compatibility"], **DRAWS
+    )
+    beside = quadrants.q3_contrast(
+        tokens[[*kept, "gain"]].assign(gain=stated), by=["compatibility"], **DRAWS
+    )
+    assert set(alone.outcome) == {"relative_gain_released"}
+    pd.testing.assert_series_equal(alone.difference, beside.difference)

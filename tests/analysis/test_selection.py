@@ -718,3 +718,29 @@ def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
         own = rows(curves, criterion="entropy")
         assert np.isfinite(own.captured_share).all() == defined
         assert np.isfinite(own.low).all() == defined
+
+
+@pytest.mark.parametrize("total, defined", [(0.01, False), (0.4, True)])
+def test_shares_of_a_relative_gain_need_a_total_that_is_told_apart_from_zero(total, defined):
+    """Twelve prompts whose relative gains are of either sign: half the spread is not their mean."""
+    rng = np.random.default_rng(1)
+    count = 240
+    tokens = pd.DataFrame(
+        dict(
+            context_id=np.repeat([f"c{i}" for i in range(12)], 20),
+            prompt_id=np.repeat([f"p{i}" for i in range(12)], 20),
+            position=np.tile(np.arange(20), 12),
+            response_length=20,
+            token_id=5,
+            token="a",
+            forward_kl=rng.gamma(1.0, size=count),
+            gain=np.abs(rng.normal(size=count)),
+            relative_gain=rng.normal(size=count),
+        )
+    )
+    tokens["relative_gain"] += total - tokens["relative_gain"].mean()
+    curves = selection_curves(
+        tokens, criteria=["divergence"], outcomes=["relative_gain", "gain"], budgets=[0.1], draws=50
+    )
+    share = curves[(curves.criterion == "divergence")].set_index("outcome").captured_share
+    assert np.isfinite(share["gain"]) and np.isfinite(share["relative_gain"]) == defined

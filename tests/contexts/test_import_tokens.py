@@ -407,6 +407,179 @@ def test_our_own_csv_keeps_its_words_and_ids(tmp_path):
     )
 
 
+def section3(**columns):
+    """Two responses as section3_analysis_tokens has them: no ids of samples or tokens."""
+    base = dict(
+        dataset="pair_300",
+        dataset_label="a pair",
+        sample_ordinal=[0, 0, 1, 1],
+        tok_pos=[0, 1, 0, 2],
+        pos_norm=[0.0, 0.5, 0.0, 1.0],
+        Hn=[0.1, 0.2, 0.0, 1.0],
+        Dn=[0.5, 1.0, 0.2, 0.0],
+        Cn=[1.0, 0.5, 0.9, 0.1],
+        Dlearn=[0.5, 0.5, 0.18, 0.0],
+        Dincompat=[0.0, 0.5, 0.02, 0.0],
+        TIP=[0.55, 1.0, 0.2, 1.0],
+        H_plus_teach=[0.55, 0.6, 0.18, 1.0],
+        Q3_lowH_highD=[True, False, True, False],
+        G_KLf=[0.5, -0.1, 0.0, 0.2],
+        G_KLf_winsor01=[0.4, -0.1, 0.0, 0.2],
+    )
+    return pd.DataFrame(base | columns)
+
+
+def test_section3_tokens_open_by_their_own_keys(tmp_path, caplog):
+    caplog.set_level("INFO", logger="diagnostics")
+    tokens = read(section3(), tmp_path)
+    assert tokens.context_id.tolist() == ["pair_300-ordinal-0"] * 2 + ["pair_300-ordinal-1"] * 2
+    assert tokens.response_length.tolist() == [3, 3, 3, 3]
+    assert tokens.student_entropy_normalized.tolist() == [0.1, 0.2, 0.0, 1.0]
+    assert tokens.divergence_normalized.tolist() == [0.5, 1.0, 0.2, 0.0]
+    assert tokens.compatibility_normalized.tolist() == [1.0, 0.5, 0.9, 0.1]
+    assert tokens.in_q3_released.tolist() == [True, False, True, False]
+    assert tokens.relative_gain_released.tolist() == [0.5, -0.1, 0.0, 0.2]
+    # Scaled scores are no nats, and nothing takes them for those.
+    assert not {"student_entropy", "forward_kl", "compatibility", "gain"} & set(tokens)
+    assert codes(tokens) == ["no_tokens", "no_prompts"]
+    assert "left out: dataset_label" in caplog.text
+
+
+def test_several_data_sets_in_one_file_stay_apart_and_are_said(tmp_path):
+    frame = pd.concat([section3(), section3(dataset="pair_300_k8")], ignore_index=True)
+    tokens = read(frame, tmp_path)
+    assert tokens.context_id.nunique() == 4 and tokens.dataset.nunique() == 2
+    assert (
+        "2 data sets (pair_300, pair_300_k8)"
+        in {code: message for code, _, message in tokens.attrs["warnings"]}["datasets"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_folder_of_rollouts_is_one_table(tmp_path, kind, caplog):
+    caplog.set_level("INFO", logger="diagnostics")
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    for number in (1, 0):
+        frame = bank(schema_version=1, rollout_id=number, KLf_union=float(number))
+        path = folder / f"rollout_{number:06d}.{kind}"
+        {
+            "csv": lambda f, p: f.to_csv(p, index=False),
+            "jsonl": lambda f, p: f.to_json(p, orient="records", lines=True),
+            "parquet": lambda f, p: f.to_parquet(p),
+        }[kind](frame, path)
+    (folder / "summary.csv").write_text("rollout_id,num_tokens\n0,4\n")
+    (folder / "config.json").write_text('{"opd_topk_metrics_k": 4}')
+    tokens = read_tokens(folder)
+    assert tokens.union_forward_kl_released.tolist() == [0.0] * 4 + [1.0] * 4
+    assert tokens.context_id.iloc[[0, 4]].tolist() == ["rollout-0-sample-3", "rollout-1-sample-3"]
+    assert tokens.attrs["k"] == 4 and "8 rows of 2 rollouts" in caplog.text
+
+
+def test_rollouts_without_a_number_are_told_apart_by_their_files(tmp_path):
+    for number in (0, 1):
+        bank().to_csv(tmp_path / f"rollout_{number}.csv", index=False)
+    assert read_tokens(tmp_path).context_id.nunique() == 4
+    bank().to_parquet(tmp_path / "rollout_2.parquet")
+    assert read_tokens(tmp_path).context_id.nunique() == 6
+
+
+def test_a_folder_without_rollouts_is_refused(tmp_path):
+    bank().to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(DiagnosticsError, match=r"holds no rollouts \(files rollout_\*\.csv"):
+        read_tokens(tmp_path)
+
+
+def test_what_only_a_training_bank_has_keeps_its_own_names(tmp_path):
+    tokens = read(
+        bank(
+            schema_version=1,
+            Hs_topk=[0.1, 0.2, 0.3, 0.4],
+            KLr_union=[1.0, 2.0, 3.0, 4.0],
+            H_norm=[0.0, 0.5, 1.0, 0.2],
+            D_norm=[0.3, 0.5, 1.0, 0.2],
+            C_norm=[0.6, 0.5, 1.0, 0.2],
+            quadrant=["Q3_lowH_highD", "Q1_highH_highD", "Q3_lowH_highD", "Q4_lowH_lowD"],
+            budget_keep=[1, 0, 0, 1],
+            target_in_student_topk=[1, 0, 1, 1],
+        ),
+        tmp_path,
+    )
+    assert tokens.student_entropy_topk.tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert tokens.union_reverse_kl_released.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert tokens.compatibility_normalized.tolist() == [0.6, 0.5, 1.0, 0.2]
+    assert tokens.in_q3_released.tolist() == [True, False, True, False]
+    assert tokens.kept_released.tolist() == [True, False, False, True]
+    assert tokens.sampled_in_topk.tolist() == [True, False, True, True]
+
+
+def test_a_mass_that_is_exact_at_some_positions_is_undefined_at_the_others(tmp_path):
+    frame = bank(schema_version=1, Cmass=[0.8, 0.4, 0.9, 0.2], Cmass_exact=[1, 0, 1, 0])
+    tokens = read(frame.drop(columns="Cmass_true"), tmp_path)
+    np.testing.assert_array_equal(tokens.compatibility, [0.8, np.nan, 0.9, np.nan])
+    assert "compatibility_intersection" not in tokens
+
+
+def test_a_table_of_the_trained_student_alone_has_both_sides(tmp_path):
+    tokens = read(
+        bank(
+            KLf_full_base=[1.0, 1.5, 0.2, 0.3],
+            Hs_full_base=[1.1, 2.1, 0.6, 0.2],
+            student_top1_id=[1, 2, 3, 4],
+            teacher_top1_id=[1, 0, 3, 0],
+        ),
+        tmp_path,
+    )
+    assert tokens.student_entropy.tolist() == [1.1, 2.1, 0.6, 0.2]
+    assert tokens.student_entropy_after.tolist() == [1.0, 2.0, 0.5, 0.1]
+    assert tokens.compatibility_after.tolist() == [0.9, 0.5, 0.99, 0.1]
+    assert tokens.top1_match_after.tolist() == [True, False, True, False]
+    assert "top1_match" not in tokens and "teacher_entropy_after" not in tokens
+    ((code, _, message),) = tokens.attrs["warnings"]
+    assert code == "read_after" and "--tokens BEFORE --tokens-after AFTER" in message
+
+
+def test_a_gain_that_the_divergences_do_not_give_is_said(tmp_path):
+    base = np.array([1.0, 1.5, 0.2, 0.3])
+    stated = (base - bank().KLf_full) / (base + 1e-12)
+    tokens = read(bank(KLf_full_base=base, G_KLf=stated), tmp_path)
+    assert "gains_differ" not in codes(tokens)
+    assert tokens.relative_gain_released.tolist() == stated.tolist()
+    tokens = read(bank(KLf_full_base=base, G_KLf=stated + np.eye(4)[0] / 2), tmp_path)
+    (message,) = [text for code, _, text in tokens.attrs["warnings"] if code == "gains_differ"]
+    assert "differs at 1 of 4 positions" in message and "by up to 0.5" in message
+
+
+def test_a_tokenizer_gives_tokens_their_texts(tmp_path):
+    from diagnostics.analysis.selection import token_type
+    from tests.conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "pair")
+    write = tmp_path / "bank.parquet"
+    bank().to_parquet(write)
+    tokens = read_tokens(write, tokenizer=tmp_path / "pair")
+    assert tokens.token.tolist() == [tokenizer.decode([i]) for i in (5, 6, 7, 8)]
+    assert "unknown" not in token_type(tokens) and tokens.is_special.dtype == bool
+    assert read_tokens(write, tokenizer=tokenizer).equals(tokens)
+    assert "is_special" not in read_tokens(write)
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"token_id": [5, 6, 7, 10**6]}, r"the token id 1000000, and the tokenizer has \d+ tokens"),
+        ({"token": ["other"] * 4}, r"reads 4 of 4 tokens otherwise than the table: 'other'"),
+    ],
+)
+def test_another_tokenizer_is_refused(tmp_path, columns, message):
+    from tests.conftest import make_tokenizer
+
+    bank(**columns).to_parquet(tmp_path / "bank.parquet")
+    with pytest.raises(DiagnosticsError, match=message):
+        read_tokens(tmp_path / "bank.parquet", tokenizer=make_tokenizer())
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

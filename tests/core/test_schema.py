@@ -47,6 +47,38 @@ def test_support_columns_find_their_schema():
     )
 
 
+def test_what_was_measured_again_finds_its_schema():
+    assert column("compatibility_k8_after") is SCHEMA["compatibility_after"]
+    assert support_column("compatibility_after", 8) == "compatibility_k8_after"
+    assert support_column("compatibility_after", None) == "compatibility_after"
+    entry = column("bhattacharyya_k8_after")
+    assert entry.stage == "after" and entry.by_support and entry.name == "bhattacharyya_after"
+    for name in ("gain_after", "mine_after", "forward_kl_k8_after", "token_after", "_after"):
+        assert column(name) is None, name
+
+
+def test_what_was_measured_again_has_types_and_an_order():
+    frame = keys(
+        gain=[1, 2],
+        bhattacharyya_k8_after=[1, 0],
+        top1_match_after=[1, 0],
+        compatibility_k8_after=[1, 0],
+        compatibility_after=[1, 0],
+        student_entropy_after=[0, 1],
+        seen=[1, 0],
+    )
+    tokens = validate_tokens(frame)
+    assert tokens["seen"].dtype == "bool" and tokens["top1_match_after"].dtype == "bool"
+    assert [name for name in tokens if name.endswith("_after") or name == "gain"] == [
+        "student_entropy_after",
+        "compatibility_after",
+        "compatibility_k8_after",
+        "gain",
+        "bhattacharyya_k8_after",
+        "top1_match_after",
+    ]
+
+
 def test_every_kl_says_its_direction():
     for name, entry in SCHEMA.items():
         if "kl" in name and entry.stage != "outcome":

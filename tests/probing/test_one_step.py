@@ -10,12 +10,13 @@ import torch
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import NULLS, combine
+from diagnostics.core.formulas import gains
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing import step as step_module
 from diagnostics.probing import tensor_lists
 from diagnostics.probing.directions import Direction
 from diagnostics.probing.folds import assign_folds
-from diagnostics.probing.one_step import gains, probe
+from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench, calibrate, calibrate_together, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer

@@ -18,7 +18,7 @@ from diagnostics.report import figures, naming, style
 from diagnostics.report.figures import ranking, registry
 from diagnostics.report.figures.strata import SHARES
 from tests import study_tables
-from tests.report import made_tables
+from tests.report import made_paper, made_tables
 
 WIDTHS = (figures.SINGLE, figures.DOUBLE)
 EVERY = {
@@ -60,6 +60,7 @@ EVERY = {
     "training_curves": (figures.training_curves, study_tables.training_metrics),
     "position_gain": (figures.position_gain, study_tables.positions),
     "runs": (figures.runs, study_tables.of_runs),
+    **made_paper.figures_with_tables(),
 }
 
 
@@ -93,7 +94,8 @@ def errorbars(ax) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 def texts(figure: Figure) -> list:
     """All text that is drawn: ticks outside the view have labels too, but are not."""
-    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    every_axes = figure.findobj(matplotlib.axes.Axes)
+    axes = [axis for ax in every_axes for axis in (ax.xaxis, ax.yaxis)]
     ticks = {
         text
         for axis in axes

@@ -385,9 +385,11 @@ def finished_job_of(folder, **changes):
     job, rows = made_job(folder, **changes), pd.DataFrame({"measure": ["m"], "total": [1.0]})
     folder.mkdir(exist_ok=True)
     rows.to_parquet(folder / "contexts.parquet")
-    grid_module._finish(job, "untouched", rows)
+    grid_module.finish_cell(job, "untouched", rows)
     rows.to_parquet(folder / "tip-0.2-seed0.curve.parquet")
-    grid_module._finish(job, TIP.name, rows, cell={"criterion": "tip", "budget": 0.2, "seed": 0})
+    grid_module.finish_cell(
+        job, TIP.name, rows, cell={"criterion": "tip", "budget": 0.2, "seed": 0}
+    )
     assert job.finished("untouched") and job.finished(TIP.name) and not job.finished("full-1-seed0")
     return job
 
@@ -554,7 +556,7 @@ def test_a_cell_that_selected_by_other_rules_is_refused_or_kept_on_request(tmp_p
     margin = TrainingCell("margin", 0.2, 0)
     rows = pd.DataFrame({"measure": ["m"], "total": [1.0]})
     rows.to_parquet(tmp_path / "cells" / f"{margin.name}.curve.parquet")
-    grid_module._finish(made_job(tmp_path / "cells"), margin.name, rows, cell=asdict(margin))
+    grid_module.finish_cell(made_job(tmp_path / "cells"), margin.name, rows, cell=asdict(margin))
     assert job.finished(margin.name)
     by_response = {"grid": {"steps": 2, "ties": "raw", "scope": "context"}}
     with pytest.raises(DiagnosticsError, match="scope was 'batch', now 'context'"):
@@ -596,7 +598,7 @@ def test_scratch_of_dead_cells_goes_and_nothing_else(tmp_path):
             DiagnosticsError,
             match=r"\.training-full-1-seed0 is a link, and this program makes none\. Remove it\.$",
         ),
-        grid_module._scratch(made_job(folder), TrainingCell("full", 1.0, 0)),
+        grid_module.scratch_folder(made_job(folder), TrainingCell("full", 1.0, 0)),
     ):
         pass
     (tmp_path / "linked").symlink_to(folder)
@@ -692,8 +694,8 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(
     job = made_job(
         tmp_path, pair={"student": folders[0][1], "teacher": folders[0][3], "device": "cpu"}
     )
-    first = grid_module._fresh_pair(job)
-    second = grid_module._fresh_pair(job)
+    first = grid_module.fresh_pair(job)
+    second = grid_module.fresh_pair(job)
     weights = [next(pair.student.model.parameters()) for pair in (first, second)]
     assert weights[0].data_ptr() != weights[1].data_ptr() and len(loads) == 3
     assert (
@@ -702,7 +704,7 @@ def test_models_are_loaded_once_and_each_training_begins_with_them(
     )
     with torch.no_grad():
         next(first.teacher.model.parameters())[0, 0] += 1
-    third = grid_module._fresh_pair(job)
+    third = grid_module.fresh_pair(job)
     assert len(loads) == 4 and "the models are loaded again" in capsys.readouterr().err
     assert (
         grid_module._checksum(third)

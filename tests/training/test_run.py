@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shlex
@@ -269,6 +270,20 @@ def test_of_damaged_checkpoints_the_last_whole_one_is_taken(tmp_path, damage, re
     )
     with pytest.raises(DiagnosticsError, match=message):
         last_checkpoint(tmp_path)
+
+
+def test_a_training_without_a_minimum_is_recorded_as_before_there_was_one(finished, tmp_path):
+    """So that a training of an earlier version can be resumed."""
+    assert "per_context_minimum" not in json.loads((finished[0] / "train.json").read_text())
+    config = SETTINGS["config"]
+    with_one = dataclasses.replace(config, budget=0.3, per_context_minimum=1, steps=1)
+    run(tmp_path, config=with_one)
+    assert json.loads((tmp_path / "train.json").read_text())["per_context_minimum"] == 1
+    with pytest.raises(
+        DiagnosticsError,
+        match=r"^A minimum per context is a number of positions, 0 or more; got -1\.$",
+    ):
+        dataclasses.replace(config, per_context_minimum=-1)
 
 
 def test_a_resume_from_an_earlier_checkpoint_ends_the_same(tmp_path, finished, caplog):
@@ -697,15 +712,72 @@ def test_the_same_student_scores_gains_of_zero(folders, tmp_path):
     assert (tokens["gain"] == 0).all() and (tokens["reverse_gain"] == 0).all()
 
 
-def test_gains_of_a_probe_are_not_overwritten(folders, tmp_path, capsys):
+def test_a_checkpoint_beside_a_probe_leaves_the_probe_s_columns(folders, tmp_path):
     models, prompts = folders
+    out = ["--output-dir", str(tmp_path)]
     for command in (["rollout", *prompts, "--max-new-tokens", "8"], ["score"], ["probe"]):
-        assert main([command[0], *models, *command[1:], "--output-dir", str(tmp_path)]) == 0
-    assert main(["score", *models, "--after", models[1], "--output-dir", str(tmp_path)]) == 2
-    assert (
-        "holds the gains of a probe. Score the same contexts in another --output-dir, and the"
-        " checkpoint there." in capsys.readouterr().err
-    )
+        assert main([command[0], *models, *command[1:], *out]) == 0
+    probed = pd.read_parquet(tmp_path / "tokens.parquet")
+    assert main(["score", *models, "--after", models[1], *out]) == 0
+    both = pd.read_parquet(tmp_path / "tokens.parquet")
+    # The checkpoint is the untrained student, so what was measured again is what it was before.
+    for name in ("forward_kl", "reverse_kl", "student_entropy", "compatibility"):
+        np.testing.assert_array_equal(both[f"{name}_after"], both[name])
+    np.testing.assert_array_equal(both["compatibility_k8_after"], both["compatibility_k8"])
+    assert "seen" not in both  # nothing says what the untrained student was trained on
+    kept = [name for name in probed if name not in ("forward_kl_after", "reverse_kl_after")]
+    pd.testing.assert_frame_equal(both[kept], probed[kept])
+    assert (probed["forward_kl_after"] != both["forward_kl_after"]).any()
+    stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    assert "after.parquet" in stages["after"]["files"]
+    assert "gains.parquet" in stages["probe"]["files"]
+
+
+def test_the_order_of_probe_and_checkpoint_does_not_matter(folders, tmp_path):
+    models, prompts = folders
+    assert main(flags(folders, tmp_path / "t", "--eval-contexts", "0")) == 0
+    steps = {"probe": ["probe"], "after": ["score", "--after", str(tmp_path / "t/student")]}
+    for name, order in (("one", ("probe", "after")), ("other", ("after", "probe"))):
+        out = ["--output-dir", str(tmp_path / name)]
+        for command in (["rollout", *prompts, "--max-new-tokens", "8"], ["score"]):
+            assert main([command[0], *models, *command[1:], *out]) == 0
+        for step in order:
+            assert main([steps[step][0], *models, *steps[step][1:], *out]) == 0
+    one, other = ((tmp_path / name / "tokens.parquet").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_a_checkpoint_trained_here_says_which_contexts_it_saw(folders, tmp_path):
+    models, prompts = folders
+    trained = tmp_path / "t"
+    assert main(flags(folders, trained, "--eval-contexts", "0", "--steps", "1")) == 0
+    record = json.loads((trained / "student/trained_prompts.json").read_text())["prompts"]
+    files = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["files"]
+    assert "student/trained_prompts.json" in files
+    out = ["--output-dir", str(tmp_path / "run")]
+    assert main(["rollout", *models, *prompts, "--max-new-tokens", "8", *out]) == 0
+    assert main(["score", *models, "--after", str(trained / "student"), *out]) == 0
+    tokens = pd.read_parquet(tmp_path / "run/tokens.parquet")
+    np.testing.assert_array_equal(tokens["seen"], tokens["prompt_id"].isin(record))
+    assert tokens["seen"].any() and not tokens["seen"].all()
+    facts = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]["after"]["facts"]
+    assert facts["seen_positions"] == tokens["seen"].sum() and facts["steps"] == 1
+
+
+def test_a_scored_checkpoint_is_repeated_from_the_manifest(folders, tmp_path):
+    models, prompts = folders
+    run, trained = tmp_path / "run", tmp_path / "t"
+    assert main(flags(folders, trained, "--eval-contexts", "0", "--steps", "1")) == 0
+    out = ["--output-dir", str(run)]
+    assert main(["rollout", *models, *prompts, "--max-new-tokens", "8", *out]) == 0
+    options = ["--k", "4", "--sweep", "2"]
+    after = ["--after", str(trained / "student")]
+    assert main(["score", *models, *options, *after, *out]) == 0
+    tokens = pd.read_parquet(run / "tokens.parquet")
+    assert {"compatibility_after", "compatibility_k2_after"} <= set(tokens)
+    inputs = [models[1], models[3], prompts[1], str(trained / "student")]
+    repeated = ["rerun", str(run / "manifest.json"), "--output-dir", str(tmp_path / "again")]
+    assert main([*repeated, "--inputs", *inputs]) == 0
 
 
 @pytest.mark.slow

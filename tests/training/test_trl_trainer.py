@@ -18,7 +18,7 @@ from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
 from diagnostics.training import trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
-from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
+from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -136,6 +136,10 @@ def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, b
     for name in ("forward_kl", "compatibility", "student_entropy"):
         assert log[f"{name}/all"] == pytest.approx(tokens[name].mean(), rel=1e-5)
         assert log[f"{name}/selected"] == pytest.approx(tokens[name][expected].mean(), rel=1e-5)
+    assert log["q3/selected"] == pytest.approx((criteria.quadrants(tokens) == 3)[expected].mean())
+    for name in trl_trainer.SCORED:
+        score = criteria.score_criterion(tokens, name)
+        assert log[f"score_{name}/selected"] == pytest.approx(score[expected].mean(), rel=1e-5)
     if criterion != "tip":
         other = criteria.select(tokens, "tip", budget=budget or criteria.find(criterion).budget)
         assert log["jaccard/tip"] == pytest.approx(
@@ -240,6 +244,20 @@ def test_random_selection_is_seeded_by_step():
     )
     assert (first == again).all() and (first != later).any() and (first != other).any()
     assert first.sum() == later.sum() == criteria.budget_count(len(tokens), 0.2)
+
+
+def test_a_minimum_of_each_response_is_kept_within_the_budget():
+    tokens = scores.score(make_pair(), make_bank([9, 9, 9, 9]), k=16, sweep=())
+    mask = Selection("divergence", 0.2, per_context_minimum=1).weights(tokens, step=0) > 0
+    free = Selection("divergence", 0.2).weights(tokens, step=0) > 0
+    best = tokens["forward_kl"].groupby(tokens["context_id"]).idxmax()
+    assert mask.sum() == free.sum() == 8 and mask[best].all()
+    every = tokens["context_id"].nunique()
+    assert tokens["context_id"][mask].nunique() == every == 4
+    other = Selection("entropy", 0.2, per_context_minimum=1).masks(tokens)["divergence"]
+    assert (other == mask).all()
+    with pytest.raises(DiagnosticsError, match=r"^per_context_minimum=1 needs 4 positions, more "):
+        Selection("divergence", 0.05, per_context_minimum=1).weights(tokens, step=0)
 
 
 def test_ties_and_scope_of_a_selection_are_those_of_select():

@@ -30,6 +30,22 @@ from __future__ import annotations
 from diagnostics.report.figures.attribution import kernel_shares, lift, linearity
 from diagnostics.report.figures.decision import decision, foresight
 from diagnostics.report.figures.horizon import horizon, horizon_criteria
+from diagnostics.report.figures.paper import (
+    paper,
+    paper_2a,
+    paper_2b,
+    paper_2c,
+    paper_3a,
+    paper_3b,
+    paper_3c,
+    paper_4a,
+    paper_4b,
+    paper_4c,
+    paper_4d,
+    paper_5a,
+    paper_5b,
+    paper_5c,
+)
 from diagnostics.report.figures.plane import (
     entropy_divergence,
     position_gain,
@@ -82,6 +98,20 @@ __all__ = [
     "kernel_shares",
     "lift",
     "linearity",
+    "paper",
+    "paper_2a",
+    "paper_2b",
+    "paper_2c",
+    "paper_3a",
+    "paper_3b",
+    "paper_3c",
+    "paper_4a",
+    "paper_4b",
+    "paper_4c",
+    "paper_4d",
+    "paper_5a",
+    "paper_5b",
+    "paper_5c",
     "position_gain",
     "probabilities",
     "q3_contrast",

@@ -1,0 +1,3 @@
+"""The tables and figures of the paper on one's own pair: as its scripts compute them, and
+controlled.
+"""
