@@ -69,7 +69,7 @@ SURFACE = {
         " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer"
         " tokens tokens-after train workers"
     ),
-    "report": "against compare contexts json output-dir quiet",
+    "report": "against compare contexts json output-dir pdf quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
