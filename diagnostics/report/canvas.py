@@ -181,7 +181,7 @@ class Settled(LayoutEngine):
                     over[0, column] = np.maximum(over[0, column], across + pads[0, column])
                     over[1, row] = np.maximum(over[1, row], up + pads[1, row])
             _arrange(figure, panels, over, top, bottom)
-            if np.abs(over - before).max() < 0.02 * figure.dpi:
+            if np.abs(over - before).max() < 0.005 * figure.dpi:
                 break
             before = over
 
