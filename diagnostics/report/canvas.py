@@ -171,9 +171,9 @@ class Settled(LayoutEngine):
         usual[0, :columns] += np.array(USUAL[0]) * figure.dpi
         usual[1, :rows] += np.array(USUAL[1]) * figure.dpi
         _arrange(figure, panels, usual, top, bottom)
-        before = usual
-        for _ in range(3):
-            over = pads.copy()
+        before, over = usual, pads
+        for number in range(3):
+            over = pads.copy() if number < 2 else over  # ticks that come and go get room for both
             for ax in panels:
                 if ax.get_visible():
                     column, row = _cell(ax)
