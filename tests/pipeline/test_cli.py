@@ -66,9 +66,10 @@ SURFACE = {
         "accept-code batch budgets curve device draws dtype json learning-rate level masks"
         " no-offload-teacher no-shard-teacher no-train offload-teacher output-dir pair"
         " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer"
+        " tokens tokens-after train workers"
     ),
-    "report": "against compare contexts json output-dir quiet",
+    "report": "against compare contexts json output-dir pdf quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
@@ -230,8 +231,8 @@ def test_an_unknown_flag_points_to_the_help_of_its_stage(capsys):
 
 @pytest.mark.parametrize("word", ["against", "compare"])
 def test_another_run_is_against_and_the_earlier_word_works(word, tmp_path, capsys):
-    missing = str(tmp_path / "none")
-    assert main(["report", f"--{word}", missing, missing, "--output-dir", str(tmp_path)]) == 2
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["report", f"--{word}", *runs, "--output-dir", str(tmp_path)]) == 2
     assert "is not a manifest of this project" in capsys.readouterr().err
 
 
