@@ -288,7 +288,7 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run:
-        return {"report": str(stages.report_stage(run, contexts=parsed.contexts))}
+        return {"report": str(stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf))}
 
 
 def _stage(parsed: argparse.Namespace) -> dict:

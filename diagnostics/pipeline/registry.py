@@ -463,6 +463,7 @@ STAGES = (
                 default=24,
                 help="contexts shown token by token, 0 for none (default: 24)",
             ),
+            flag("pdf", action="store_true", help="write every figure as PDF too"),
             flag(
                 "compare",
                 nargs="+",

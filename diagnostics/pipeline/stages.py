@@ -913,19 +913,20 @@ def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
         )
 
 
-def report_stage(run: Run, *, contexts: int | None = None) -> Path:
+def report_stage(run: Run, *, contexts: int | None = None, pdf: bool = False) -> Path:
     """Draw the figures and write the report.
 
     Args:
         run: The open run directory.
         contexts: How many contexts are shown token by token; None is the report's default.
+        pdf: Whether every figure is written as PDF too.
 
     Returns:
         The path of report.html.
     """
     from diagnostics.report.page import CONTEXTS, build
 
-    return build(run.directory, contexts=CONTEXTS if contexts is None else contexts)
+    return build(run.directory, contexts=CONTEXTS if contexts is None else contexts, pdf=pdf)
 
 
 def validate_stage(

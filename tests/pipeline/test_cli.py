@@ -67,7 +67,7 @@ SURFACE = {
         " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
         " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
     ),
-    "report": "compare contexts json output-dir quiet",
+    "report": "compare contexts json output-dir pdf quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }

@@ -16,7 +16,7 @@ from diagnostics.report import naming, style
 from diagnostics.report.figures.common import interval_of
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, MARKERS
+from diagnostics.report.style import BLUE
 
 
 @figure(
@@ -142,9 +142,8 @@ def kernel_shares(
             place,
             rows,
             "share",
-            marker=MARKERS[index],
-            color=CYCLE[index],
-            label=SOURCES[part],
+            label=naming.labelled(part, SOURCES[part]),
+            **style.series_style(part, index),
             zorder=3,
         )
     ax.set_xlabel("share of the first-order gain")
@@ -203,7 +202,7 @@ def lift(
         rows,
         "enrichment",
         marker="o",
-        color=BLUE,
+        color=style.tone(BLUE),
         label="enrichment",
     )
     axes[0, 0].set_xlabel("share of the lift / share of positions")

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals
-from diagnostics.report.style import CYCLE, DASHES, MARKERS
+from diagnostics.report.style import CYCLE, DASHES
 
 
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
@@ -35,7 +35,7 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         value: The column of the estimates.
     """
     style.zero(ax, "x")
-    ax.xaxis.set_major_locator(MaxNLocator(5 if ax.figure.get_figwidth() > 5 else 3))
+    ax.xaxis.set_major_locator(MaxNLocator(5 if style.is_wide(ax) else 3))
     for index, (split, offset) in enumerate(
         zip(splits, style.offsets(len(splits), 0.38), strict=True)
     ):
@@ -47,9 +47,19 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
 
 
-def thin_color_bar(figure: Figure, ax, artist, **options):
-    """Add a narrow color bar beside the axes, for an artist with a color map."""
-    bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
+def thin_color_bar(figure: Figure, ax, artist, *, above: bool = False, **options):
+    """Add a narrow color bar beside the axes, or above it, for an artist with a color map.
+
+    On a figure of its own it is an inset of the axes, which keep their place; beside the user's own
+    axes it takes its room from them, as matplotlib's color bars do.
+    """
+    place = "top" if above else "right"
+    if style.sheet().axes is None:
+        box = (0.1, 1.04, 0.8, 0.025) if above else (1.02, 0, 0.03, 1)
+        inset = {"cax": ax.inset_axes(box), "location": place}
+    else:
+        inset = {"ax": ax, "location": place, "pad": 0.02, "aspect": 28}
+    bar = figure.colorbar(artist, **inset, **options)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(width=0.5, length=2)
     return bar
@@ -90,7 +100,7 @@ def statistic_forest(
     Returns:
         The figure.
     """
-    names, outcomes = list(dict.fromkeys(table[key])), style.present(table.outcome, outcomes)
+    names, outcomes = style.present(table[key], ()), style.present(table.outcome, outcomes)
     height = 1.2 + (0.14 * len(series) + 0.06) * len(names)
     figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
     has_unit = statistic in ("tertile_difference", "matched_difference") and page["width"] > 5
@@ -130,7 +140,9 @@ def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[
     than the palette has colors.
     """
     names = [
-        name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")
+        name
+        for name in style.present(table.criterion, ())
+        if name not in ("random", "full", "placebo")
     ]
     if criteria is not None:
         return [name for name in criteria if name in names]
@@ -141,9 +153,9 @@ def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[
     )
 
 
-def mark(index: int) -> dict[str, str]:
-    """Color and marker of a series by its number; both repeat after all have been used."""
-    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
+def mark(index: int, name: str = "") -> dict[str, str]:
+    """Color and marker of a series by its number, or the color that the palette gives its name."""
+    return style.series_style(name, index)
 
 
 def ring(ax, x, rows: pd.DataFrame, value: str, color: str) -> None:

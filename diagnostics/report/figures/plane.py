@@ -370,7 +370,7 @@ def q3_contrast(
         return style.halves(style.keep(rows, "figures.q3_contrast", (*needs, column), where))
 
     table = kept(table, "groups", groups)
-    outcomes, scores = style.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
+    outcomes, scores = style.present(table.outcome, outcomes), style.present(table.score, ())
     if matching is not None:
         near = "caliper" if "caliper" in matching else "replacement"
         matching = kept(matching, near, matching.caliper.min() if near == "caliper" else True)

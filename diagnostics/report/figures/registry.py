@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,11 @@ class FigureSpec:
     """Tables without which there is nothing to draw."""
     measured: bool = False
     """Whether `draw` takes the divergence that the run's loss descends as its `measure`."""
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of `draw` by name."""
+        return inspect.signature(self.draw).parameters
 
 
 FIGURES: dict[str, FigureSpec] = {}

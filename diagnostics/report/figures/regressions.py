@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import forest, statistic_forest
+from diagnostics.report.figures.common import forest, mark, statistic_forest
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, DASHES, MARKERS, ORANGE
+from diagnostics.report.style import BLUE, DASHES, ORANGE
 
 
 @figure(
@@ -66,7 +66,7 @@ def coefficients(
         style.present(table.outcome, outcomes),
         style.present(table.split, style.SPLITS),
     )
-    terms = list(dict.fromkeys(table.term))
+    terms = style.present(table.term, ())
     table = table.rename(columns={"term": "criterion"})
     figure, axes = style.canvas(
         page["width"], 1.25 + 0.24 * len(terms), 1, len(outcomes), sharey=True
@@ -129,7 +129,7 @@ def support_robustness(
     table = style.keep(table, what, needs, {"outcome": outcomes, "statistic": statistic})
     table = style.keep(table, what, needs, {"split": split or naming.preferred_split(table)})
     series = [
-        (f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k])
+        (naming.labelled(str(k), f"K = {k}"), *mark(i).values(), table[table.k == k])
         for i, k in enumerate(sorted(table.k.unique()))
     ]
     return statistic_forest(table, "proxy", series, statistic, outcomes, page)
@@ -267,10 +267,19 @@ def residual_curves(
 def _residuals(ax, table: pd.DataFrame) -> None:
     decile, spline = table[table.curve == "decile"], table[table.curve == "spline"]
     style.zero(ax)
-    style.band(ax, spline["at"], spline, ORANGE)
-    ax.plot(spline["at"], spline.residual, color=ORANGE, linestyle=DASHES[1], label="spline")
+    style.band(ax, spline["at"], spline, style.tone(ORANGE))
+    ax.plot(
+        spline["at"], spline.residual, color=style.tone(ORANGE), linestyle=DASHES[1], label="spline"
+    )
     style.upright(
-        ax, decile["at"], decile, "residual", fmt="o", color=BLUE, label="decile", zorder=3
+        ax,
+        decile["at"],
+        decile,
+        "residual",
+        fmt="o",
+        color=style.tone(BLUE),
+        label="decile",
+        zorder=3,
     )
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4))

@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import Unpack
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,6 +20,7 @@ from diagnostics.report.figures.common import (
     forest_order,
     reduction_curves,
     shown_criteria,
+    thin_color_bar,
 )
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import CORE, figure
@@ -238,7 +238,7 @@ def selection_overlap(
     table = style.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard"})
     budget = style.nearest_budget(table) if budget is None else budget
     table = style.keep(table, "figures.selection_overlap", needs, {"budget": budget})
-    names = list(dict.fromkeys([*table.criterion, *table.other]))
+    names = style.present([*table.criterion, *table.other], ())
     names = [name for name in criteria if name in names] if criteria is not None else names
     matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
     for row in table[table.criterion.isin(names) & table.other.isin(names)].itertuples():
@@ -258,7 +258,7 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     """Numbers in the cells while they fit; dark cells take light ink."""
     image = ax.imshow(matrix.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="equal")
     pitch = 72 * (figure.get_figwidth() - 1.2) / len(matrix)
-    size = min(matplotlib.rcParams["xtick.labelsize"], 0.8 * pitch)
+    size = min(style.text_size(0.5), 0.8 * pitch)
     ax.set_xticks(
         range(len(matrix.columns)),
         [naming.readable(name) for name in matrix.columns],
@@ -279,14 +279,10 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
                 f"{value:.2f}".removeprefix("0") if value < 1 else "1",
                 ha="center",
                 va="center",
-                fontsize=matplotlib.rcParams["font.size"] - 2,
+                fontsize=style.text_size(2),
                 color="#FFFFFF" if value < 0.55 else "#000000",
             )
-    bar = figure.colorbar(
-        image, ax=ax, location="top", pad=0.02, aspect=40, shrink=0.6, label=label
-    )
-    bar.outline.set_linewidth(0.4)
-    bar.ax.tick_params(width=0.5, length=2)
+    thin_color_bar(figure, ax, image, above=True, label=label)
 
 
 PROFILES = {
@@ -337,7 +333,7 @@ def selection_profile(
     }
     groups = {title: measures for title, measures in groups.items() if measures}
     names = (
-        list(dict.fromkeys(table.criterion))
+        style.present(table.criterion, ())
         if criteria is None
         else [n for n in criteria if (table.criterion == n).any()]
     )
@@ -348,13 +344,14 @@ def selection_profile(
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
         _stacks(ax, table[table.measure.isin(measures)], measures, names)
         ax.set_title(title)
-        ax.legend(
-            loc="upper left",
-            bbox_to_anchor=(0, 0),
-            ncols=4 if page["width"] > 5 else 2,
-            handlelength=0.9,
-            columnspacing=0.8,
-        )
+        if style.sheet().legend:
+            ax.legend(
+                loc="upper left",
+                bbox_to_anchor=(0, 0),
+                ncols=4 if page["width"] > 5 else 2,
+                handlelength=0.9,
+                columnspacing=0.8,
+            )
     style.names_down(axes[0, 0], [*names, "all positions"])
     style.caption(
         figure, style.counts(table), f"Shares of the selection at a budget of {budget:.0%}."
@@ -376,7 +373,7 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
             shares,
             left=left,
             height=0.72,
-            color=CYCLE[index],
+            color=style.color_of(name, style.tone(CYCLE[index])),
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor=style.paper(),
             linewidth=0.4,
@@ -527,7 +524,13 @@ def agreement(
     figure, axes = style.canvas(page["width"], 0.85 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x")
     style.lying(
-        axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
+        axes[0, 0],
+        np.arange(len(rows)),
+        rows,
+        "kendall",
+        marker="o",
+        color=style.tone(BLUE),
+        label="agreement",
     )
     axes[0, 0].set_xlim(-1.05, 1.05)
     if "p_permutation" in rows:
