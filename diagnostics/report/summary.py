@@ -126,9 +126,15 @@ def number(value: float, digits: int = 2) -> str:
     if not np.isfinite(value):
         return "–"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return minus(f"{mantissa}e{int(power)}")
     decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value))))) if value else 0
     return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def minus(text: str) -> str:
+    """Text in which a hyphen before a number that no word or number precedes is a minus sign."""
+    return re.sub(r"(?<![\w.)\-])-(?=\.?\d)|(?<=\de)-(?=\d)", "−", text)
 
 
 def signed(value: float) -> str:
