@@ -47,6 +47,4 @@ def linked(text: str) -> str:
         return f'<a class="term" href="#{row}">{match[0]}</a>'
 
     parts = re.split(r"(<code>.*?</code>|<[^>]+>)", text)
-    return "".join(
-        part if part.startswith("<") else _pattern().sub(link, part) for part in parts
-    )
+    return "".join(part if part.startswith("<") else _pattern().sub(link, part) for part in parts)

@@ -88,7 +88,10 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
     shows = f"it shows differences from {least:.2g} nats on" if math.isfinite(least) else ""
     level = f"{100 * MARGIN:.0f} % of random's effect is {margin:.2g}" if margin > 0 else ""
     detail = "; ".join(filter(None, [shows, level]))
-    return found | {"word": word, "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else "")}
+    return found | {
+        "word": word,
+        "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else ""),
+    }
 
 
 def sure(run: RunTables) -> str:

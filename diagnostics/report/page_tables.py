@@ -97,18 +97,18 @@ def table_block(name: str, table: pd.DataFrame) -> str:
         f'<details id="table-{html.escape(name)}" class="table"><summary><b>{html.escape(name)}</b>'
         f' {html.escape(caption(name))} <span class="quiet">{len(table):,} rows;'
         f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
-        f' tabindex="0"><table><thead><tr>{_heads(shown)}</tr></thead><tbody>\n{rows}</tbody></table>'
-        f'</div><button type="button" class="copy">Copy as CSV</button>{packed}</details>'
+        f' tabindex="0"><table><thead><tr>{_heads(shown)}</tr></thead><tbody>\n{rows}</tbody>'
+        f'</table></div><button type="button" class="copy">Copy as CSV</button>{packed}</details>'
     )
 
 
 def columns_in_order(table: pd.DataFrame) -> list[str]:
-    """The columns as a reader needs them: what the row is, the verdict, the comparisons, the rest."""
+    """The columns as a reader needs them: what the row is, verdict, comparisons, then the rest."""
     names = [str(name) for name in table.columns]
     numbers = [
         name + end for name in FIRST_NUMBERS for end in ("", "_low", "_high") if name + end in names
     ]
-    first = [name for name in (*FILTERED, *RESULTS) if name in names]
+    first = [name for name in dict.fromkeys((*FILTERED, *RESULTS)) if name in names]
     return [*first, *numbers, *(name for name in names if name not in (*first, *numbers))]
 
 
@@ -287,7 +287,9 @@ def shown(value: float, name: str = "", half: float = math.nan) -> str:
     if name == "budget":
         return f"{float(f'{100 * value:.6g}'):g} %"
     if not (math.isfinite(half) and half > 0):
-        return f"{value:,.0f}".replace("-", "−") if value == int(value) else summary.number(value, 3)
+        return (
+            f"{value:,.0f}".replace("-", "−") if value == int(value) else summary.number(value, 3)
+        )
     decimals = 1 - math.floor(math.log10(half))
     if decimals > MOST_DECIMALS:
         return summary.number(value, 2)
