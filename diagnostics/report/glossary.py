@@ -15,6 +15,12 @@ def glossary() -> str:
     return (STATIC / "methods.html").read_text(encoding="utf-8")
 
 
+KEPT = re.compile(
+    r"(<code>.*?</code>|<b>.*?</b>|<h3>.*?</h3>|<a\b.*?</a>|<span class=\"verdict.*?</span>|<[^>]+>)"
+)
+"""What is left without links: tags, code, headings, verdicts, and other links."""
+
+
 @functools.cache
 def _terms() -> dict[str, str]:
     """Each explained word with the id of its row."""
@@ -46,5 +52,6 @@ def linked(text: str) -> str:
         seen.add(row)
         return f'<a class="term" href="#{row}">{match[0]}</a>'
 
-    parts = re.split(r"(<code>.*?</code>|<[^>]+>)", text)
-    return "".join(part if part.startswith("<") else _pattern().sub(link, part) for part in parts)
+    return "".join(
+        part if part.startswith("<") else _pattern().sub(link, part) for part in KEPT.split(text)
+    )

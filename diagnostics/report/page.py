@@ -224,7 +224,7 @@ def verdict_cards(run: RunResults) -> str:
     note = f'<p class="quiet">{_to_tables(run, note)}</p>' if more else ""
     registered = summary.registered(run)
     seal = f'<p class="quiet registered">{html.escape(registered)}</p>' if registered else ""
-    return glossary.linked(f'{seal}<ul class="cards">{cards}</ul>') + note
+    return seal + glossary.linked(f'<ul class="cards">{cards}</ul>') + note
 
 
 SIDES = {"paper": "As the paper has it", "controlled": "With controls", "": ""}
@@ -367,14 +367,14 @@ def _warning(text: str, touched: str, changed: bool) -> str:
 
 
 def token_view(run: RunResults, contexts: int) -> str:
-    """The first contexts token by token; empty where the run has no contexts, or none are
+    """Some contexts token by token; empty where the run has no contexts, or none are
     wanted.
     """
     if run.bank is None or run.tokens is None or not contexts:
         return ""
     color = "gain" if "gain" in run.tokens else "forward_kl"
-    shown = range(min(contexts, len(run.bank)))
-    return show(run.bank, run.tokens, list(shown), color=color, tops=run.tops).fragment
+    shown, note = tokenview.telling_contexts(run.bank, run.tokens, contexts)
+    return show(run.bank, run.tokens, shown, color=color, tops=run.tops, note=note).fragment
 
 
 def _figure(spec: FigureSpec, drawn: Drawing) -> str:
