@@ -16,7 +16,8 @@ def glossary() -> str:
 
 
 KEPT = re.compile(
-    r"(<code>.*?</code>|<b>.*?</b>|<h3>.*?</h3>|<a\b.*?</a>|<span class=\"verdict.*?</span>|<[^>]+>)"
+    r"(<code>.*?</code>|<b>.*?</b>|<h3>.*?</h3>|<a\b.*?</a>"
+    r"|<span class=\"verdict.*?</span>|<[^>]+>)"
 )
 """What is left without links: tags, code, headings, verdicts, and other links."""
 

@@ -53,10 +53,11 @@ FILTERED = (
     "scope",
     "rollouts",
     "verdict",
+    "recommended",
 )
 """Columns by which a reader can filter where they hold more than one value."""
-RESULTS = ("verdict", "recommended", "reason", "sentence", "message", "changes_verdict")
-"""What follows these columns: the conclusion, before the numbers behind it."""
+RESULTS = ("reason", "sentence", "message", "changes_verdict")
+"""Texts that say what follows; they stand before the numbers behind it."""
 FIRST_NUMBERS = ("over_random", "minus_random")
 """Comparisons that a table is read for; they stand before its other numbers."""
 MOST_CHOICES = 80
@@ -103,13 +104,12 @@ def table_block(name: str, table: pd.DataFrame) -> str:
 
 
 def columns_in_order(table: pd.DataFrame) -> list[str]:
-    """The columns as a reader needs them: what the row is, verdict, comparisons, then the rest."""
+    """The columns as a reader needs them: what tells rows apart, comparisons, reasons, the rest."""
     names = [str(name) for name in table.columns]
-    numbers = [
-        name + end for name in FIRST_NUMBERS for end in ("", "_low", "_high") if name + end in names
-    ]
-    first = [name for name in dict.fromkeys((*FILTERED, *RESULTS)) if name in names]
-    return [*first, *numbers, *(name for name in names if name not in (*first, *numbers))]
+    numbers = [name + end for name in FIRST_NUMBERS for end in ("", "_low", "_high")]
+    varying = [name for name in FILTERED if name in names and table[name].nunique() > 1]
+    first = [name for name in (*varying, *numbers, *RESULTS) if name in names]
+    return [*first, *(name for name in names if name not in first)]
 
 
 # --- heads ---

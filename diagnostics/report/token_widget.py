@@ -1,4 +1,4 @@
-"""A token view as a Jupyter widget, for whoever has anywidget: what is clicked comes back to Python."""
+"""A token view as a Jupyter widget, where anywidget is installed: clicks come back to Python."""
 
 from __future__ import annotations
 

@@ -318,13 +318,14 @@ def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
 def _criteria(tokens: pd.DataFrame, names: Iterable[str] | None) -> list[str]:
     if names is not None:
         return [registry.find(name).name for name in names]
-    able = [name for name in registry.usual(tokens) if registry.find(name).kind != "all"]
-    able += [
-        name for name in registry.available(tokens) if registry.find(name).mine and name not in able
-    ]
-    return sorted(
-        able, key=lambda name: CRITERIA.index(name) if name in CRITERIA else len(CRITERIA)
-    )
+    known = [*registry.usual(tokens), *filter(_is_mine, registry.available(tokens))]
+    able = [name for name in dict.fromkeys(known) if registry.find(name).kind != "all"]
+    first = [name for name in CRITERIA if name in able]
+    return [*first, *(name for name in able if name not in first)]
+
+
+def _is_mine(name: str) -> bool:
+    return registry.find(name).mine
 
 
 def _stops(positions: int) -> list[list[float]]:

@@ -226,12 +226,14 @@
       const first = [outline, second].filter(Boolean);
       const ranked = [...new Set([...first, ...criteria])].map((m) => [label(m.name), shown(m.values[i], 2), m.ranks[i] ? `rank ${count(m.ranks[i])}` : "never"]);
       const title = make("h4", { className: "title" }, make("span", { className: "token" }, visible(data.tokens[i])), ` · position ${t} of ${facts.id}`);
+      const inColumns = chunks(ranked).map((part, at) => make("div", { className: "criteria" }, make("h4", {}, at ? "more criteria" : "criteria"), table(part)));
       panel.replaceChildren(
         title,
         ...(changed.length ? [make("div", { className: "change" }, make("h4", {}, "before → after"), table(changed))] : []),
-        make("div", {}, table(measured)),
+        ...inColumns.slice(0, 1),
+        make("div", {}, make("h4", {}, "measured"), table(measured)),
         ...(tops ? ["student", "teacher"].map((role) => make("div", { className: role }, make("h4", {}, `${role}'s likeliest`), likeliest(role, i))) : []),
-        ...chunks(ranked).map((part, at) => make("div", { className: "criteria" }, make("h4", {}, at ? "\u00a0" : "criteria"), table(part))),
+        ...inColumns.slice(1),
       );
     }
 
@@ -305,7 +307,7 @@
           rows.sort((a, b) => (value ? value(b) - value(a) : data.tokens[a].localeCompare(data.tokens[b])) * (down ? 1 : -1) || a - b);
           fill();
         });
-        heads.append(make("th", { scope: "col", className: value ? "number" : "" }, button));
+        heads.append(make("th", { scope: "col", className: value && name !== "context" ? "number" : "" }, button));
       }
       const renew = () => {
         rows = KINDS_OF_LIST[kinds.value][1]().slice(0, LISTED);
