@@ -739,6 +739,8 @@ def certainty(run: RunTables) -> str:
     if not found:
         return _certainty_of_trainings(run)
     outcome, rows = next(iter(found.items()))
+    if _too_few(rows):
+        return ""
     half = float(((rows.high - rows.low) / 2).median())
     chosen = run.table("calibration")
     step = ""

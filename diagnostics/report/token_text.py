@@ -12,6 +12,8 @@ HIGH, LOW = (97, 168, 207), (229, 155, 97)
 """Background at the upper end of a color scale, and at the lower one of a signed scale; black text
 can be read on both and on all between them and white.
 """
+FAINT = 0.05
+"""Share of the scale below which a token keeps the terminal's own colors."""
 RESET, DIM = "\x1b[0m", "\x1b[2m"
 
 
@@ -55,7 +57,7 @@ class Printed:
     def _token(self, i: int, color: bool) -> str:
         text, share = printable(self.tokens[i]), self.shares[i]
         line = "\n" if "\n" in self.tokens[i] else ""
-        if not color or share != share or share == 0:
+        if not color or not abs(share) >= FAINT:
             return text + line
         red, green, blue = tint(share)
         return f"\x1b[30;48;2;{red};{green};{blue}m{text}{RESET}{line}"
