@@ -17,7 +17,7 @@ def glossary() -> str:
 
 KEPT = re.compile(
     r"(<code>.*?</code>|<b>.*?</b>|<h3>.*?</h3>|<a\b.*?</a>"
-    r"|<span class=\"verdict.*?</span>|<[^>]+>)"
+    r"|<span class=\"(?:verdict|tag).*?</span>|<[^>]+>)"
 )
 """What is left without links: tags, code, headings, verdicts, and other links."""
 

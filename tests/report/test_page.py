@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import inspect
 import io
 import json
 import re
@@ -14,10 +15,13 @@ import pandas as pd
 import pytest
 
 from diagnostics.analysis import foresight
+from diagnostics.analysis import warnings as analysis_warnings
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.cli import build_parser, main
 from diagnostics.report import (
     catalogue,
+    drawing,
+    glossary,
     markdown,
     page,
     page_tables,
@@ -30,6 +34,7 @@ from diagnostics.report.drawing import figure_of
 from diagnostics.report.figures import registry
 from tests import browser, study_tables
 from tests.report import made_tables
+from tests.report.test_tokenview import contrast
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -102,7 +107,7 @@ DRAWN = (
 
 def test_writes_figures_and_pages_only(run):
     names = sorted(path.name for path in (run / "figures").iterdir())
-    assert names == sorted(f"{spec}.{kind}" for spec in DRAWN for kind in ("pdf", "png"))
+    assert names == sorted(f"{spec}.png" for spec in DRAWN)
     assert sorted(path.name for path in run.iterdir()) == [
         "contexts.parquet",
         "figures",
@@ -133,18 +138,32 @@ def test_holds_the_answer_from_the_tables(run, source):
     sentences = summary.answer(run_results.read_run(run))
     assert list(sentences) == [
         "Which criterion to train with?",
+        "What next?",
+        "On what?",
         "What was done?",
         "Which criterion follows the gain?",
         "Which claims hold?",
-        "How sure, and what would change it?",
     ]
+    text = Page(source).text
     for question, sentence in sentences.items():
-        shown = (
-            html.escape(sentence).replace("`python", "<code>python").replace("DIR`", "DIR</code>")
-        )
-        for stage in ("compare", "report"):
-            shown = shown.replace(f"`{stage}`", f"<code>{stage}</code>")
-        assert f"<p><b>{question}</b> {shown}</p>" in source
+        assert f"{question} {summary.minus(sentence).replace('`', '')}" in text
+    assert sentences["Which criterion follows the gain?"].startswith("Not judged: 16 prompts")
+
+
+def test_words_link_to_the_glossary_once_and_never_inside_code_or_headings():
+    text = "<p><b>budget</b> The budget of <code>budget</code>, a budget &amp; held-out gains.</p>"
+    assert glossary.linked(text) == (
+        '<p><b>budget</b> The <a class="term" href="#term-budget">budget</a> of'
+        ' <code>budget</code>, a budget &amp; <a class="term" href="#term-held-out">held-out</a>'
+        ' <a class="term" href="#term-gain">gains</a>.</p>'
+    )
+
+
+def test_links_of_a_sentence_lead_to_the_table_that_it_names():
+    run = run_results.RunResults({}, {"verdicts": earlier_verdicts()})
+    assert page._to_tables(run, "In table verdicts, not in table nothing.") == (
+        'In <a href="#table-verdicts">table verdicts</a>, not in table nothing.'
+    )
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
@@ -167,8 +186,9 @@ def test_tables_hold_every_value(run, source):
     kinds = set()
     for path in (run / "tables").glob("*.csv"):
         table = pd.read_csv(path)
-        block = source[source.index(f'<details id="table-{path.stem}">') :]
-        found = _read_block(block[: block.index("</details>")], list(table.columns))
+        block = source[source.index(f'<details id="table-{path.stem}" class="table">') :]
+        order = page_tables.columns_in_order(table)
+        found = _read_block(block[: block.index("</details>")], order)[list(table.columns)]
         kinds.add(len(table) > page_tables.ROWS_WRITTEN)
         pd.testing.assert_frame_equal(
             found,
@@ -198,7 +218,7 @@ def _read_block(block: str, names: list[str]) -> pd.DataFrame:
             [
                 html.unescape(value or text)
                 for value, text in re.findall(
-                    r'<td(?: class="number")?(?: data-v="([^"]*)")?>(.*?)</td>', row
+                    r'<td(?: class="\w+")?(?: data-v="([^"]*)")?>(.*?)</td>', row
                 )
             ]
             for row in rows
@@ -224,10 +244,20 @@ def test_provenance_and_untrusted_text(source):
     assert 'Tom <script>alert(1)</script> has "onload=" apples' in page.text
 
 
-def test_says_what_was_not_run(source):
+def test_says_near_the_top_what_was_not_run_and_with_which_command(source):
     page = Page(source)
-    text = page.text[page.text.rindex("What was not run") :]
-    assert "Training runs (claim C5); a one-step gain does not stand in for them." in text
+    text = page.text[page.text.index("What was not run", page.text.index("↑ Top") + 200) :]
+    text = text[: text.index("FindingsWhat was done")]
+    assert (
+        "Training runs (claim C5); a one-step gain does not stand in for them: opd-diagnostics"
+        " validate --against DIR --output-dir DIR-training." in text
+    )
+    assert "opd-diagnostics attribute --output-dir DIR, then report." in text
+    parser = build_parser()
+    commands = re.findall(r"<code>opd-diagnostics (.*?)</code>", source)
+    assert len(commands) > 4
+    for command in commands:
+        parser.parse_args(command.split())
 
 
 def test_same_files_same_bytes(run, tmp_path):
@@ -242,20 +272,18 @@ def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
     cards = page.verdict_cards(results)
     assert cards.count("<li") == 2
     assert (
-        '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><div class="sides">'
-        '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
+        '<li class="card inconclusive"><h3>Teachability ranks better <span class="tag">C1</span>'
+        '</h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain, <span'
+        ' class="verdict supported">supported</span> by relative gain</span></p>' in cards
     )
-    assert (
-        '<p>relative gain: <span class="verdict supported">supported</span></p><p class="quiet">C1'
-        " is supported for the relative_gain.</p></div></div></li>" in cards
-    )
-    assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
+    assert '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
+    assert '<li class="card supported"><h3>Compatible &lt;gains&gt; more' in cards
     assert "Verdicts on the claims" in page.not_run(run_results.RunResults(), {})
     assert "Verdicts on the claims" not in page.not_run(results, {})
     odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
     assert (
-        '<li class="card inconclusive"><h3>mine</h3><div class="sides"><div><p><span class="verdict'
-        ' inconclusive">perhaps &lt;b&gt;</span></p>'
+        '<li class="card inconclusive"><h3>Mine</h3><p class="brief"><span><span class="verdict'
+        ' inconclusive">perhaps &lt;b&gt;</span></span></p>'
         in page.verdict_cards(run_results.RunResults({}, {"verdicts": odd}))
     )
 
@@ -284,14 +312,17 @@ def test_a_card_has_the_paper_s_statistic_beside_the_controlled_one():
         '<p class="quiet registered">Registered before the probe (sha256 ab12ab12ab12…)'
     )
     first, second, third = cards.split('<li class="card')[1:]
-    assert first.startswith(" wide-card supported")
-    assert second.startswith(" wide-card not-identified")
-    assert third.startswith(" wide-card inconclusive")
+    assert first.startswith(" supported")
+    assert second.startswith(" not-identified")
+    assert third.startswith(" inconclusive")
     for card in (first, second, third):
+        assert card.index('<p class="brief">') < card.index("<summary>Why</summary>")
         paper, controlled = card.split('<p class="side">')[1:]
         assert paper.startswith("As the paper has it</p><p><i>")
         assert "(paper)</i></p><p>gain: <span" in paper and "(paper)" not in controlled
-        assert controlled.startswith("With controls</p><p>context gain: <span")
+        assert controlled.startswith("With controls</p><p>context gain: <span") or (
+            "With controls</p><p><a" in controlled
+        )
         assert paper.count('<span class="tag">exploratory</span>') == 1
         assert "exploratory" not in controlled.split("</li>")[0]
     assert '<span class="verdict not-identified">not identified</span>' in second
@@ -329,15 +360,28 @@ def test_verdicts_of_trainings_stand_beside_those_of_an_earlier_analysis():
     assert cards.count("<li") == 3 and "nan" not in cards
 
 
-def test_warnings_stand_open_up_to_a_handful():
-    table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
+def test_warnings_take_five_lines_at_most():
+    table = pd.DataFrame({"code": list("abcdef"), "message": [f"Beware <{i}>." for i in range(6)]})
     text = page.warning_list(run_results.RunResults({}, {"warnings": table}))
     assert text.count('<p class="warning minor">Beware &lt;') == 6
     assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
-    assert page.warning_list(run_results.RunResults()) == ""
+    assert text.index("<summary>2 more</summary>") < text.index("Beware &lt;4&gt;")
+    five = page.warning_list(run_results.RunResults({}, {"warnings": table[:5]}))
+    assert "<summary>" not in five and page.warning_list(run_results.RunResults()) == ""
 
 
-def test_warnings_that_change_a_verdict_come_first():
+def test_warnings_of_earlier_versions_are_one_line_per_cause():
+    messages = [f"Matched pairs differ by {x} SD [{x}: all]." for x in (1.4, 4.6)] + ["Other."]
+    found = provenance.short_causes(
+        run_results.RunResults({}, {"warnings": pd.DataFrame({"message": messages})})
+    )
+    assert found == [
+        ("Matched pairs differ by 1.4 SD. (2 times, see table warnings)", "", False),
+        ("Other.", "", False),
+    ]
+
+
+def test_warnings_that_change_a_verdict_come_first_and_each_says_what_it_touches():
     table = made_tables.warnings()
     results = run_results.RunResults(
         {}, {"warnings": table}, reading_notes=("A file was left out.",)
@@ -345,15 +389,24 @@ def test_warnings_that_change_a_verdict_come_first():
     text = page.warning_list(results)
     assert text.startswith(
         '<p class="warning">A file was left out.</p><p class="warning">Few confident errors have a'
-        ' &lt;partner&gt; on the other side. <span class="tag">C2 (controlled) is not identified'
-        " [held_out]</span></p>"
+        ' &lt;partner&gt; on the other side. <span class="tag">changes: C2 (controlled) is not'
+        " identified [held out]</span></p>"
     )
-    assert text.count('<p class="warning minor">') == 2
+    minor = text.split('<p class="warning minor">')[1:]
+    assert len(minor) == 2 and "touches: compatibility and teachability" in "".join(minor)
     assert provenance.warnings(results) == [
         "A file was left out.",
         f"{table.message.iloc[2]} {table.changes_verdict.iloc[2]}.",
         *table.message.iloc[:2],
     ]
+
+
+def test_every_code_of_a_warning_touches_a_conclusion():
+    source = inspect.getsource(analysis_warnings)
+    codes = set(re.findall(r'^ {12,20}"([a-z]+(?:_[a-z]+)*)",$', source, flags=re.MULTILINE))
+    assert {"few_prompts", "unmatched", "collinear", "undefined_outcome"} <= codes
+    assert set(provenance.TOUCHED) <= codes | {"no_null"}
+    assert codes - set(provenance.TOUCHED) <= {"compatibility", "teacher", "steps", "verdicts"}
 
 
 @pytest.fixture(scope="module")
@@ -367,10 +420,14 @@ def decided(tmp_path_factory):
 def test_the_decision_stands_above_everything_with_its_grid(decided):
     source = (decided / "report.html").read_text(encoding="utf-8")
     head = source[: source.index("<nav>")]
-    assert "<b>Which criterion to train with?</b> Train with teachability at 5 %" in head
+    before = head[head.index("</style>") : head.index("<figure")]
+    words = html.unescape(re.sub(r"<[^>]+>", " ", before)).split()
+    assert "Which criterion to train with? Train with teachability at 5 %" in " ".join(words)
+    assert len(words) <= 120 and "What next?" in " ".join(words)
     assert '<figure id="figure-decision">' in head and source.count('id="figure-decision"') == 1
     text = Page(source).text
     places = [text.index(word) for word in ("As the paper has it", "is not identified [held")]
+    places += [text.index("What was not run", places[-1])]
     places += [text.index("What was done?"), text.index("Criteria over several steps")]
     assert places == sorted(places)
     assert "Which criterion to train with?" not in text[places[0] :]
@@ -454,7 +511,10 @@ def test_markdown_for_a_repository(run):
     assert "\n\n**What was done?** The student took AdamW's first step of the reverse KL" in text
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
-    assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
+    assert (
+        "- Training runs (claim C5); a one-step gain does not stand in for them: `opd-diagnostics"
+        " validate --against DIR --output-dir DIR-training`." in text
+    )
     results = run_results.RunResults(study_tables.manifest(), {"verdicts": earlier_verdicts()})
     assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in markdown.markdown(
         results, {}, {}
@@ -509,16 +569,17 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         for spec in registry.FIGURES.values()
     ]
     monkeypatch.setattr(registry, "FIGURES", {spec.name: spec for spec in specs})
-    drawn, left_out = page.draw_all(results)
-    assert set(drawn) == {spec.name for spec in specs} and left_out == {}
+    monkeypatch.setattr(drawing, "FIGURES", registry.FIGURES)
+    for spec in specs:
+        drawing.figure_of(results, spec.name)
+    assert set(calls) == {spec.name for spec in specs}
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
     pd.testing.assert_frame_equal(
         calls["validation_scatter"]["foreseen"], made["validation_foreseen"]
     )
     (directory / "tables" / "validation_foreseen.csv").unlink()
-    assert page.draw_all(run_results.read_run(directory))[1] == {
-        "validation_scatter": "no table validation_foreseen"
-    }
+    with pytest.raises(DiagnosticsError, match="no table validation_foreseen"):
+        drawing.figure_of(run_results.read_run(directory), "validation_scatter")
 
 
 @pytest.mark.slow
@@ -604,7 +665,7 @@ def test_a_training_directory_has_a_report_too(tmp_path):
         )
     )
     study_tables.evaluations().to_csv(tmp_path / "evaluations.csv", index=False)
-    text = page.build(tmp_path).read_text(encoding="utf-8")
+    text = Page(page.build(tmp_path).read_text(encoding="utf-8")).text
     assert (
         "Over 40 steps of training, held-out prompts show forward KL from 0.50 to 0.30 (0.25 to"
         " 0.35), accuracy from 0.50 to 0.70 (0.65 to 0.75)." in text
@@ -626,7 +687,7 @@ def test_p_values_in_tables_go_down_to_a_ten_thousandth():
     text = page_tables.table_block("some", table)
     assert '<td class="number" data-v="2e-09">&lt; .0001</td>' in text
     assert '<td class="number" data-v="0.0321">.032</td>' in text
-    assert '<td class="number" data-v="2e-09">2.000e-09</td>' in text
+    assert '<td class="number" data-v="2e-09">2.00e−9</td>' in text
 
 
 def test_numbers_in_tables_are_rounded_and_keep_six_digits():
@@ -636,7 +697,7 @@ def test_numbers_in_tables_are_rounded_and_keep_six_digits():
     )
     assert "3 rows; tables/mine&lt;.csv" in text
     assert (
-        '<td class="number" data-v="2.56789">2.568</td><td class="number"'
+        '<td class="number" data-v="2.56789">2.57</td><td class="number"'
         ' data-v="20000">20,000</td><td>x</td>' in text
     )
     assert (
@@ -644,6 +705,97 @@ def test_numbers_in_tables_are_rounded_and_keep_six_digits():
         and '<td class="number" data-v=""></td>' in text
         and "<td>&lt;i&gt;</td>" in text
     )
+
+
+@pytest.mark.parametrize(
+    "value, half, text",
+    [
+        (0.123456, 0.0123, "0.123"),  # two digits of .012: three decimals
+        (-0.123456, 0.95, "−0.12"),
+        (1234.56, 12.0, "1,235"),
+        (1234.56, 250.0, "1,235"),
+        (-0.0001, 0.5, "0.00"),  # no minus before nothing
+        (3.21e-9, 4.0e-10, "3.2e−9"),
+        (0.5, 0.0, "0.500"),  # a zero width says nothing about digits
+        (7.0, np.nan, "7"),
+        (-4.6321e-6, np.nan, "−4.63e−6"),
+        (-np.inf, 1.0, "−∞"),
+    ],
+)
+def test_digits_follow_the_interval(value, half, text):
+    assert page_tables.shown(value, "estimate", half) == text
+
+
+def test_a_value_shares_its_digits_with_the_ends_of_its_interval():
+    table = pd.DataFrame(
+        {
+            "criterion": ["a"],
+            "estimate": [0.123456],
+            "low": [0.1],
+            "high": [0.2],
+            "over_random": [1.23456],
+            "over_random_low": [1.0],
+            "over_random_high": [1.5],
+            "prompts": [40],
+        }
+    )
+    names = {name: page_tables.interval_of(table, name) for name in table}
+    assert names["estimate"] == names["low"] == names["high"] == ("low", "high")
+    assert (
+        names["over_random"]
+        == names["over_random_low"]
+        == (
+            "over_random_low",
+            "over_random_high",
+        )
+    )
+    assert names["criterion"] is None and names["prompts"] is None
+    cells = re.findall(r">([^<>]*)</td>", page_tables.written_rows(table))
+    assert cells == ["a", "0.123", "0.100", "0.200", "1.23", "1.00", "1.50", "40"]
+    bounds = pd.DataFrame({"stratum": ["x"], "low": [0.1], "high": [5.0], "gain": [0.01]})
+    assert page_tables.interval_of(bounds, "low") is None  # the ends of a class, not an interval
+
+
+def test_units_stand_in_the_heads():
+    kinds = {
+        "over_random": "nats",
+        "effect_low": "nats",
+        "p_value": "",
+        "budget": "",
+        "prompts": "",
+    }
+    table = made_tables.decision()
+    for name, unit in kinds.items():
+        if name in table:
+            assert page_tables.unit_of(table, name) == unit
+    rows = pd.DataFrame({"outcome": ["gain", "relative_gain"], "mean": [0.1, 0.2]})
+    assert page_tables.unit_of(rows, "mean") == "unit by row"
+    assert page_tables.unit_of(rows[:1], "mean") == "nats"
+    block = page_tables.table_block("decision", table)
+    assert '<th scope="col" class="number" data-name="over_random" data-half="' in block
+    assert 'over_random <span class="unit">nats</span></button></th>' in block
+
+
+def test_what_tells_rows_apart_and_what_they_are_read_for_come_first():
+    order = page_tables.columns_in_order(made_tables.decision())
+    assert order[:4] == ["criterion", "budget", "horizon", "verdict"]
+    assert order.index("over_random") < order.index("effect")
+    assert sorted(order) == sorted(made_tables.decision().columns)
+
+
+def test_contrast_of_the_page_is_enough():
+    sheet = (page.STATIC / "report.css").read_text(encoding="utf-8")
+    found = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", sheet)
+    for theme in (0, 1):
+        colors = {name: np.array(list(bytes.fromhex(both[theme]))) for name, *both in found}
+        for ink in ("ink", "quiet", "link", "good", "bad", "open"):
+            for paper in ("paper", "panel"):
+                assert contrast(colors[ink], colors[paper]) >= 4.5, (ink, paper, theme)
+
+
+def test_provenance_is_folded(source):
+    part = source[source.index('<section id="provenance">') :]
+    assert part.startswith('<section id="provenance"><h2>Provenance</h2><details><summary>')
 
 
 def test_nothing_to_report(tmp_path):
