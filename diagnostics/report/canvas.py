@@ -14,12 +14,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import LayoutEngine
@@ -45,10 +45,14 @@ class Sheet:
     order: tuple[str, ...] = ()
     met: set[str] = field(default_factory=set)
     """Names among which `order` was applied."""
+    left_out: int = 0
+    """Criteria of the table that the figure does not show; the caption says how many."""
     text: str = ""
     """The caption, whether it is written or not."""
 
 
+OVERVIEW: ContextVar[bool] = ContextVar("overview", default=False)
+"""Whether the report chose the criteria of a figure, so that its caption counts the others."""
 _SHEET: ContextVar[Sheet | None] = ContextVar("sheet", default=None)
 
 
@@ -104,7 +108,7 @@ class Settled(LayoutEngine):
     """A layout that measures what hangs over each panel once, and again only when a text or the
     size has changed.
 
-    From the top: the figure's title, the legend, the grid of equal panels, the caption. Colors bars
+    From the top: the figure's title, the legend, the grid of equal panels, the caption. Color bars
     are insets of their panels, so they hang over as tick labels do.
     """
 
@@ -152,39 +156,66 @@ class Settled(LayoutEngine):
         return text.get_window_extent(renderer).height + 2 * pad
 
     def _place(self, figure: Figure, renderer, top: float, bottom: float, pad: float) -> None:
-        """Equal panels in what the strips and all that hangs over leave free."""
+        """Equal panels in what the strips and all that hangs over leave free.
+
+        They are first put about where they will stand, since ticks depend on their size.
+        """
         panels = [ax for ax in figure.axes if ax.get_subplotspec() is not None]
         if not panels:
             return
         rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
-        over = np.zeros((2, max(rows, columns), 2))  # [x or y, column or row, before or after]
-        for ax in panels:
-            if ax.get_visible():
-                across, up = _overhang(ax, renderer)
-                spec = ax.get_subplotspec()
-                column, row = spec.colspan.start, spec.rowspan.start
-                over[0, column] = np.maximum(over[0, column], across)
-                over[1, row] = np.maximum(over[1, row], up)
-        w_pad = self._params["w_pad"] * figure.dpi
-        over[0, :columns] += w_pad
-        over[1, :rows] += pad
-        size = figure.bbox.size - (0, top + bottom) - over.sum(axis=(1, 2))
-        width, height = size / (columns, rows)
-        if min(width, height) <= 0:
-            return
-        for ax in panels:
-            spec = ax.get_subplotspec()
-            column, row = spec.colspan.start, spec.rowspan.start
-            x = column * width + over[0, :column].sum() + over[0, column, 0]
-            down = (row + 1) * height + over[1, :row].sum() + over[1, row, 1]
-            y = figure.bbox.height - top - down
-            box = Bbox.from_bounds(x, y, width, height)
-            ax.set_position(figure.transFigure.inverted().transform_bbox(box))
-            ax.set_in_layout(True)
+        pads = np.zeros((2, max(rows, columns), 2))  # [x or y, column or row, before or after]
+        pads[0, :columns] = self._params["w_pad"] * figure.dpi
+        pads[1, :rows] = pad
+        usual = pads.copy()
+        usual[0, :columns] += np.array(USUAL[0]) * figure.dpi
+        usual[1, :rows] += np.array(USUAL[1]) * figure.dpi
+        _arrange(figure, panels, usual, top, bottom)
+        before = usual
+        for _ in range(3):
+            over = pads.copy()
+            for ax in panels:
+                if ax.get_visible():
+                    column, row = _cell(ax)
+                    across, up = _overhang(ax, renderer)
+                    over[0, column] = np.maximum(over[0, column], across + pads[0, column])
+                    over[1, row] = np.maximum(over[1, row], up + pads[1, row])
+            _arrange(figure, panels, over, top, bottom)
+            if np.abs(over - before).max() < 0.02 * figure.dpi:
+                break
+            before = over
+
+
+USUAL = ((0.5, 0.05), (0.2, 0.35))
+"""Inches that usually hang over a panel: left and right, above and below."""
+
+
+def _cell(ax: Axes) -> tuple[int, int]:
+    """Column and row of a panel."""
+    spec = ax.get_subplotspec()
+    return spec.colspan.start, spec.rowspan.start
+
+
+def _arrange(
+    figure: Figure, panels: Sequence[Axes], over: np.ndarray, top: float, bottom: float
+) -> None:
+    """Put panels where what hangs over them, in pixels, and the strips leave room."""
+    rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
+    size = figure.bbox.size - (0, top + bottom) - over.sum(axis=(1, 2))
+    width, height = size / (columns, rows)
+    if min(width, height) <= 0:
+        return
+    for ax in panels:
+        column, row = _cell(ax)
+        x = column * width + over[0, :column].sum() + over[0, column, 0]
+        down = (row + 1) * height + over[1, :row].sum() + over[1, row, 0]
+        box = Bbox.from_bounds(x, figure.bbox.height - top - down, width, height)
+        ax.set_position(figure.transFigure.inverted().transform_bbox(box))
+        ax.set_in_layout(True)
 
 
 def _overhang(ax: Axes, renderer) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels by which labels and titles stand out of an axes: left and right, then above and below."""
+    """Pixels by which labels and titles stand out of an axes: left, right; above, below."""
     around = ax.get_tightbbox(renderer, for_layout_only=True)
     own = ax.get_window_extent(renderer)
     if around is None:
@@ -212,6 +243,41 @@ def _texts_of(figure: Figure) -> tuple:
     return (*figure.get_size_inches(), len(figure.legends), words, places)
 
 
+class MeasuredOnce:
+    """A renderer that measures each text once in a process: names and ticks recur in every figure.
+
+    Measuring takes a quarter of the time of a report.
+    """
+
+    _sizes: ClassVar[dict[tuple, tuple[float, float, float]]] = {}
+
+    def get_text_width_height_descent(self, s, prop, ismath):
+        """Width, height and descent of a text, as the renderer measures it."""
+        rc = matplotlib.rcParams
+        fonts = (*(tuple(rc[name]) for name in FONTS), rc["text.hinting"])
+        key = (type(self), self.points_to_pixels(72), s, hash(prop), ismath, fonts)
+        if key not in self._sizes:
+            if len(self._sizes) > 20_000:
+                self._sizes.clear()
+            self._sizes[key] = super().get_text_width_height_descent(s, prop, ismath)
+        return self._sizes[key]
+
+
+class _Agg(MeasuredOnce, RendererAgg):
+    """Matplotlib's renderer of images that measures each text once."""
+
+
+class _Canvas(FigureCanvasAgg):
+    """A canvas that keeps its renderer, so that a layout and an image have one."""
+
+    def get_renderer(self):
+        """The renderer of the current size."""
+        key = (*self.get_width_height(physical=True), self.figure.dpi)
+        if getattr(self, "_own", None) != key:
+            self.renderer, self._own = _Agg(*key), key
+        return self.renderer
+
+
 class NotebookFigure(Figure):
     """A Figure that shows itself in a notebook, and in a window when a script calls `show()`."""
 
@@ -220,7 +286,7 @@ class NotebookFigure(Figure):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        FigureCanvasAgg(self)  # keeps its renderer, and with it the sizes of texts
+        _Canvas(self)
 
     def savefig(self, fname, **options) -> None:
         """`Figure.savefig` with fonts that journals take and 300 dots per inch, where rcParams do
@@ -419,22 +485,35 @@ def caption(figure: Figure, *sentences: str) -> None:
 
     Below axes that the user brought nothing is written, since their figure is not ours.
     """
-    words = " ".join(sentence for sentence in sentences if sentence).split()
+    missing = sheet().left_out
+    are = "criterion is" if missing == 1 else "criteria are"
+    more = f"{missing} further {are} in the table alone." if missing else ""
+    words = " ".join(sentence for sentence in (*sentences, more) if sentence).split()
     sheet().text = " ".join(words)
     if sheet().axes is not None:
         return
     figure.caption = " ".join(words)
     if not sheet().caption:
         return
-    size = FontProperties(size=matplotlib.rcParams["font.size"]).get_size_in_points() - 1
-    lines, room = [""], figure.get_figwidth() * 72 * 0.93
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if text_width(longer, size) > room and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    size = text_size(1)
+    lines = wrapped(words, size, figure.get_figwidth() * 72 * 0.93)
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=size, color=quiet())
+
+
+def wrapped(words: Sequence[str], size: float, room: float) -> list[str]:
+    """Lines of words that are no wider than `room` points; each word is measured once, whatever
+    stands beside it.
+    """
+    lines: list[list[str]] = []
+    space, used = text_width("x x", size) - text_width("xx", size), np.inf
+    for word in words:
+        width = text_width(word, size)
+        if used + space + width > room:
+            lines.append([])
+            used = -space
+        lines[-1].append(word)
+        used += space + width
+    return [" ".join(line) for line in lines]
 
 
 def text_width(text: str, size: float) -> float:

@@ -19,13 +19,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import matplotlib
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import look, svg
-from diagnostics.report.canvas import NotebookFigure
+from diagnostics.report.canvas import OVERVIEW, NotebookFigure
 from diagnostics.report.figures.registry import FIGURES, FigureSpec, in_page_order
 from diagnostics.report.look import DOUBLE, SINGLE
+from diagnostics.report.palette import GREY, KNOWN
 from diagnostics.report.run_results import RunResults
 
 MOST = 4
@@ -103,10 +105,38 @@ def figure_of(run: RunResults, name: str, width: float = DOUBLE) -> NotebookFigu
         options["level"] = run.level
     if "marked" in spec.parameters:
         options["marked"] = run.horizon
+    if (core := getattr(spec.draw, "keywords", {}).get("criteria")) is not None:
+        options["criteria"] = overview(run, table, core)
     if spec.measured and "measure" in table and (table.measure == run.measure).any():
         options["measure"] = run.measure
-    with look.untouched():
-        return spec.draw(table, width=width, **options)
+    token = OVERVIEW.set("criteria" in options)
+    try:
+        with look.untouched(), matplotlib.rc_context({"figure.dpi": svg.DPI}):
+            return spec.draw(table, width=width, **options)
+    finally:
+        OVERVIEW.reset(token)
+
+
+WINNERS = 3
+"""Criteria with the highest correlation that an overview shows beyond the usual ones."""
+
+
+def overview(run: RunResults, table: pd.DataFrame, core: Sequence[str]) -> list[str]:
+    """Criteria of an overview: the usual ones, and those that the page's words may name.
+
+    These are what the decision found better than random, the user's own, and the highest
+    correlations with the context gain.
+    """
+    present = {*table.criterion, *(table.other if "other" in table else ())}
+    named = [name for name in table.criterion if name not in (*KNOWN, *GREY, "placebo")]
+    decision, ranked = run.table("decision"), run.table("correlations")
+    if decision is not None and {"verdict", "criterion"} <= set(decision):
+        named += list(decision.criterion[decision.verdict == "better"])
+    if ranked is not None and {"outcome", "split", "method", "estimate"} <= set(ranked):
+        rows = ranked[(ranked.outcome == "context_gain") & (ranked.method == "spearman")]
+        rows = rows[rows.split == "held_out"].sort_values("estimate", ascending=False)
+        named += [name for name in rows.criterion if name not in core][:WINNERS]
+    return [name for name in dict.fromkeys((*core, *named)) if name in present]
 
 
 def _not_drawn(run: RunResults, spec: FigureSpec, table: pd.DataFrame | None) -> str:

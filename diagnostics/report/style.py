@@ -20,6 +20,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report.canvas import (
+    OVERVIEW,
     NotebookFigure,
     canvas,
     caption,
@@ -170,6 +171,12 @@ def keep(
             f"{what} got a table without rows. Pass the table that the analysis made."
         )
     return table.reset_index(drop=True)
+
+
+def leaves_out(before: pd.DataFrame, after: pd.DataFrame) -> None:
+    """Let the caption say how many criteria an overview of the report does not show."""
+    if OVERVIEW.get():
+        sheet().left_out = before.criterion.nunique() - after.criterion.nunique()
 
 
 def halves(table: pd.DataFrame) -> pd.DataFrame:

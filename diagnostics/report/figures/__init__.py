@@ -49,6 +49,7 @@ from diagnostics.report.figures.paper import (
 from diagnostics.report.figures.plane import (
     entropy_divergence,
     position_gain,
+    probabilities,
     q3_contrast,
     q3_gain,
     quadrants,
@@ -112,6 +113,7 @@ __all__ = [
     "paper_5b",
     "paper_5c",
     "position_gain",
+    "probabilities",
     "q3_contrast",
     "q3_gain",
     "quadrants",

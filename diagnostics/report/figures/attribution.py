@@ -92,7 +92,7 @@ SOURCES = {
     table="kernel_shares",
     title="Whose loss moved a position?",
     reading=(
-        "The first-order gain split by the position whose loss caused it. If *itself* is small, a "
+        "The first-order gain split by the position whose loss caused it. If “itself” is small, a "
         "position that gains is not thereby a position worth its own loss."
     ),
 )

@@ -5,16 +5,19 @@ Everything here draws onto given axes or prepares a table; none of it estimates 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals
-from diagnostics.report.style import CYCLE, DASHES
+from diagnostics.report.palette import KNOWN
+from diagnostics.report.style import DASHES
 
 
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
@@ -130,14 +133,39 @@ def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
         style.lying(ax, y, rows, "estimate", label=label, zorder=3, **look)
 
 
+def budget_axis(ax, budgets: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the budgets themselves; of many, the first of each
+    factor of 1.6.
+    """
+    shown: list[float] = []
+    for budget in sorted({float(budget) for budget in budgets}, reverse=True):
+        if not shown or budget * 1.6 < shown[-1]:
+            shown.append(budget)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(shown[::-1]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    if len(shown) == 1:
+        ax.set_xlim(shown[0] / 2, shown[0] * 2)
+
+
 def interval_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
     """The table with `value`_low and `value`_high as its columns low and high."""
     return table.assign(low=table[f"{value}_low"], high=table[f"{value}_high"])
 
 
+MANY = 9
+"""Criteria that one panel of lines shows at most."""
+GREY = ("random", "full", "placebo")
+
+
 def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
-    """The named criteria; without names all of them, or the usual six where there are more lines
-    than the palette has colors.
+    """The named criteria; without names all of them, or, where there are more than `MANY`, the
+    usual six, then those of the user's own, then those with the highest values. What is left out is
+    counted in the caption.
+
+    Raises:
+        DiagnosticsError: A named criterion is not in the table.
     """
     names = [
         name
@@ -145,12 +173,24 @@ def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[
         if name not in ("random", "full", "placebo")
     ]
     if criteria is not None:
+        known = [*names, *GREY]
+        if wrong := [name for name in criteria if name not in known]:
+            near = difflib.get_close_matches(wrong[0], names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DiagnosticsError(
+                f"The table has no criterion {wrong[0]!r}.{hint} It has: {', '.join(names)}."
+            )
         return [name for name in criteria if name in names]
-    return (
-        names
-        if len(names) <= len(CYCLE)
-        else [name for name in style.CRITERIA if name in names] or names[: len(CYCLE)]
-    )
+    if len(names) <= MANY:
+        return names
+    value = next((name for name in ("captured_share", "reduction") if name in table), None)
+    best = table.groupby("criterion")[value].mean() if value else pd.Series(dtype=float)
+    others = [name for name in names if name not in style.CRITERIA]
+    others.sort(key=lambda name: (name in KNOWN or name in GREY, -best.get(name, 0.0)))
+    usual = [name for name in style.CRITERIA if name in names]
+    shown = {*usual, *others[: MANY - len(usual)]}
+    style.sheet().left_out = len(names) - len(shown)
+    return [name for name in names if name in shown]
 
 
 def mark(index: int, name: str = "") -> dict[str, str]:
@@ -200,5 +240,4 @@ def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = 
             ax.plot(x, rows.reduction, label=naming.readable(name), **line)
         ring(ax, x, rows, "reduction", line["color"])
     style.zero(ax)
-    style.powers(ax.xaxis)
-    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    budget_axis(ax, table.budget[~table.criterion.isin(("full", "placebo"))])

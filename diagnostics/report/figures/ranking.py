@@ -78,7 +78,8 @@ def correlations(
         ("outcome", "criterion", "split", "method", "estimate", "low", "high"),
     )
     where = {"method": method} | ({} if criteria is None else {"criterion": criteria})
-    table = style.keep(table, what, needs, where)
+    whole, table = table, style.keep(table, what, needs, where)
+    style.leaves_out(whole, table)
     if outcomes is not None or not (table.outcome == "context_gain").any():
         shown = naming.shown_outcomes(table, outcomes)
         table = style.halves(style.keep(table, what, needs, {"outcome": shown}))

@@ -61,6 +61,7 @@ ORDER = (
     "correlations",
     "strata",
     "entropy_divergence",
+    "probabilities",
     "quadrants",
     "position_gain",
     "q3_gain",

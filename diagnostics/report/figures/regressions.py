@@ -141,6 +141,13 @@ def _statistic(table: pd.DataFrame) -> str:
     return "interaction" if "interaction" in present else "decomposition"
 
 
+VARIANTS = {
+    "nothing": "as measured",
+    "neither": "no special tokens, no first position",
+}
+"""Words for variants of the gain whose name says too little."""
+
+
 @figure(
     table="gain_robustness",
     title="Does it hang on the form of the gain?",
@@ -189,7 +196,10 @@ def gain_robustness(
     series = []
     for split in style.present(table.split, style.SPLITS):
         color, marker, words = style.split_style(split)
-        series.append((words, color, marker, table[table.split == split]))
+        series.append((words, color, marker, table[table.split == split].copy()))
+    table["variant"] = table.variant.replace(VARIANTS)
+    for _, _, _, rows in series:
+        rows["variant"] = rows.variant.replace(VARIANTS)
     return statistic_forest(table, "variant", series, statistic, outcomes, page)
 
 

@@ -134,6 +134,7 @@ def _ring(ax, table: pd.DataFrame, value: str, label: str = "_chosen") -> None:
         markeredgecolor=style.tone(GREEN),
         markeredgewidth=1.4,
         zorder=4,
+        clip_on=False,
         label=label,
     )
 
@@ -267,6 +268,7 @@ def distributions(
                 log=True,
             )
             style.powers(ax.yaxis)
+            ax.set_ylabel("positions" if ax in list(axes[:, 0]) else "")
         else:
             ax.text(
                 0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes

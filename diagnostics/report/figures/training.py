@@ -46,7 +46,7 @@ MANY_CELLS = 6
 def training_curves(
     table: pd.DataFrame,
     *,
-    measures: Sequence[str] = ("loss", "forward_kl/all"),
+    measures: Sequence[str] = ("loss", "forward_kl/all", "selected_share"),
     budget: float | None = None,
     window: int | None = None,
     **page: Unpack[Page],
@@ -291,8 +291,8 @@ after one step on its selection, and the gain of a training's own first step.
 ANSWERS = {
     "captured_gain": "captured gain",
     "captured_relative_gain": "captured relative gain",
-    "intervention_forward_kl": "drop after one step (nats)",
-    "one_step_gain": "gain after first step (nats)",
+    "intervention_forward_kl": "drop after one step on the selection (nats)",
+    "one_step_gain": "gain of the training’s own first step (nats)",
 }
 
 
