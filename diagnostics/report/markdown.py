@@ -65,10 +65,14 @@ def _verdict_rows(run: RunResults) -> list[str]:
     return ([_plain(registered)] if registered else []) + table
 
 
+CODE = r"`[^`<>|\n]+`"
+"""What is left as code; nothing in it can end a table's cell or begin an element."""
+
+
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is; what stands between backticks is code."""
-    parts = re.split(r"(`[^`<>|\n]+`)", summary.minus(text))
-    return "".join(part if re.fullmatch(r"`[^`]+`", part) else _escaped(part) for part in parts)
+    parts = re.split(f"({CODE})", summary.minus(text))
+    return "".join(part if re.fullmatch(CODE, part) else _escaped(part) for part in parts)
 
 
 def _escaped(text: str) -> str:

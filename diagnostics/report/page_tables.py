@@ -264,8 +264,9 @@ def _cell(value: Any, name: str = "", half: float = math.nan) -> str:
     if pd.isna(value):
         return '<td class="number" data-v=""></td>'
     exact = _packed_number(value)
+    text = html.escape(shown(float(exact), name, half))
     exact = f"{exact:.6g}" if isinstance(exact, float) else exact
-    return f'<td class="number" data-v="{exact}">{html.escape(shown(value, name, half))}</td>'
+    return f'<td class="number" data-v="{exact}">{text}</td>'
 
 
 def shown(value: float, name: str = "", half: float = math.nan) -> str:

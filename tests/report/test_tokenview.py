@@ -16,7 +16,7 @@ from diagnostics import criteria
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import validate_tokens
 from diagnostics.criteria import criterion, score_criterion, select
-from diagnostics.report import token_text, tokenview
+from diagnostics.report import token_text, token_widget, tokenview
 from tests import browser, study_tables
 
 NASTY = ["<script>", '"onload="', "&amp;", "</script>", "\n", "  ", "plain"]
@@ -455,11 +455,159 @@ def test_in_a_browser(bank, tokens, tops, tmp_path):
         )
 
         # numbers stand under the tokens for who does not see the colours
-        one("input[type=checkbox]").click()
+        one(".with-numbers").click()
         assert (
             every(".t")[6].get_attribute("data-n")
             == f"{float(f'{tokens.student_entropy[6]:.3g}'):g}"
         )
 
+        # every cell can be read, its number too, in both themes
+        for theme in ("light", "dark"):
+            driver.execute_script(f"document.documentElement.style.colorScheme = '{theme}'")
+            for measure in ("gain", "forward_kl"):
+                Select(one(".bar select")).select_by_value(measure)
+                assert min(driver.execute_script(CONTRASTS)) >= 4.5
+
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []
+
+
+CONTRASTS = """
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+function pixel(...layers) {
+  for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+}
+const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+const paper = getComputedStyle(document.querySelector(".tokenview")).backgroundColor;
+return [...document.querySelectorAll(".t")].flatMap((t) => ["", "::after"].map((part) => {
+  const back = light(pixel(paper, getComputedStyle(t).backgroundColor));
+  const ink = light(pixel(getComputedStyle(t, part).color));
+  return Math.max(back, ink) / Math.min(back, ink);
+}));
+"""
+"""Contrast of each token and of its number with what lies behind, as the browser draws them."""
+
+
+@browser.needed
+@pytest.mark.parametrize("width", [1440, 390])
+def test_comparing_in_a_browser(bank, tokens, tmp_path, width):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    path = tokenview.show(bank, tokens).save(tmp_path / "view.html")
+    with browser.chromium(tmp_path / "profile", width=max(width, 600)) as driver:
+        driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        driver.get(path.as_uri())
+        one, every = (
+            (lambda css: driver.find_element(By.CSS_SELECTOR, css)),
+            (lambda css: driver.find_elements(By.CSS_SELECTOR, css)),
+        )
+
+        def classed(side: int, name: str) -> list[int]:
+            return driver.execute_script(
+                "return [...document.querySelectorAll('.pair')].flatMap((pair) =>"
+                " [...pair.children[arguments[0]].querySelectorAll('.t')])"
+                ".filter((t) => t.classList.contains(arguments[1])).map((t) => Number(t.dataset.i))",
+                side,
+                name,
+            )
+
+        assert one(".note").text.startswith("All 6 contexts.")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+        # two criteria side by side, each with its own selection
+        slider = one(".bar input[type=range]")
+        driver.execute_script(
+            "arguments[0].value = 8; arguments[0].dispatchEvent(new Event('input'))", slider
+        )
+        Select(every(".bar select")[2]).select_by_value("entropy")
+        assert len(every(".t")) == 2 * len(tokens)
+        chosen = [
+            np.flatnonzero(select(tokens, name, budget=0.2)).tolist()
+            for name in ("teachability", "entropy")
+        ]
+        assert [classed(0, "selected"), classed(1, "selected")] == chosen
+        shared = len(set(chosen[0]) & set(chosen[1]))
+        assert one("output").text.endswith(
+            f"{len(chosen[0])} and {len(chosen[1])} shown, {shared} in both"
+        )
+        assert [w.text for w in every(".which")[:2]] == ["teachability", "entropy"]
+
+        # the selection by the sign of the advantage, the rest grey
+        one(".by-sign").click()
+        rest = sorted(set(range(len(tokens))) - set(chosen[1]))
+        assert classed(1, "rest") == rest
+        backs = driver.execute_script(
+            "return [...document.querySelectorAll('.pair')].flatMap((pair) =>"
+            " [...pair.children[1].querySelectorAll('.t')]).map((t) => t.style.backgroundColor)"
+        )
+        low = ["--tv-low" in backs[i] for i in chosen[1]]
+        assert low == (tokens.advantage.to_numpy()[chosen[1]] < 0).tolist()
+        assert {backs[i] for i in rest} == {""}
+        one(".by-sign").click()
+        Select(every(".bar select")[2]).select_by_value("")
+        assert not any(span.is_displayed() for span in every(".response + .response .t")[:3])
+
+        # before and after in one place
+        driver.execute_script("document.querySelectorAll('.t')[3].click()")
+        was, fell = tokens.forward_kl[3], tokens.gain[3]
+        line = one(".panel .change tr").text
+        numbers = [float(x.replace("−", "-")) for x in re.findall(r"−?[\d.]+(?:e−?\d+)?", line)]
+        assert numbers == pytest.approx([was, was - fell, fell], rel=0.06, abs=1e-6)
+
+        # the list of extremes, sorted by a head, jumps to its place
+        one(".extremes summary").click()
+        gain, divergence = tokens.gain.to_numpy(), tokens.forward_kl.to_numpy()
+        large = np.flatnonzero(divergence >= np.quantile(divergence, 0.9))
+        expected = {
+            "gained": np.argsort(-gain, kind="stable"),
+            "lost": [i for i in np.argsort(gain, kind="stable") if gain[i] < 0],
+            "stuck": large[np.argsort(np.abs(gain[large]), kind="stable")],
+        }
+        for kind, places in expected.items():
+            Select(one(".extreme")).select_by_value(kind)
+            jumps = every(".extremes .jump")
+            assert len(jumps) == min(12, len(places))
+            for at in (0, len(jumps) - 1)[: len(jumps)]:
+                driver.execute_script("arguments[0].click()", jumps[at])
+                assert int(one(".t.current").get_attribute("data-i")) == places[at]
+        every(".extremes th button")[2].click()  # by forward KL, the largest first
+        driver.execute_script("arguments[0].click()", one(".extremes .jump"))
+        first = int(one(".t.current").get_attribute("data-i"))
+        assert divergence[first] == max(divergence[expected["stuck"][:12]])
+        assert browser.complaints(driver) == [] and browser.outside_requests(driver) == []
+
+
+@browser.needed
+def test_a_widget_in_a_browser_hands_back_what_is_clicked(bank, tokens, tmp_path):
+    view = tokenview.show(bank, tokens, context=0)
+    module = (tokenview.script() + token_widget.RENDER).replace("export default", "const widget =")
+    page = (
+        '<!doctype html><meta charset="utf-8"><div id="here"></div><script>'
+        f"{module}; window.state = {{ fragment: {tokenview.script_json(view.fragment)},"
+        " selection: [] };"
+        "widget.render({ el: document.getElementById('here'), model: { get: (k) => state[k],"
+        " set: (k, v) => { state[k] = v; }, save_changes: () => { state.saved = true; } } });"
+        "</script>"
+    )
+    path = tmp_path / "widget.html"
+    path.write_text(page, encoding="utf-8")
+    with browser.chromium(tmp_path / "profile") as driver:
+        driver.get(path.as_uri())
+        driver.execute_script("document.querySelectorAll('.t')[6].click()")
+        first = {"context_id": "c0", "position": 6, "token": "plain"}
+        assert driver.execute_script("return [state.selection, state.saved]") == [[first], True]
+        driver.execute_script(
+            "document.querySelectorAll('.t')[2].dispatchEvent("
+            "new MouseEvent('click', { bubbles: true, shiftKey: true }))"
+        )
+        second = {"context_id": "c0", "position": 2, "token": "&amp;"}
+        assert driver.execute_script("return state.selection") == [first, second]
+        driver.execute_script("document.querySelectorAll('.t')[3].click()")
+        assert [one["position"] for one in driver.execute_script("return state.selection")] == [3]
+        assert browser.complaints(driver) == []
