@@ -75,7 +75,8 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
         judged: The judged cells of a decision table.
 
     Returns:
-        folds, prompts (held out), word (not judged, weak, sufficient) and sentence.
+        folds, prompts (held out), word (not judged, weak, sufficient), sentence and, where it was
+        judged, smallest_detectable (nats; None where unknown).
     """
     folds, prompts = (int(judged[name].max()) for name in ("steps", "prompts"))
     found: dict[str, object] = {"folds": folds, "prompts": prompts}
@@ -116,7 +117,8 @@ def next_command(run: RunTables) -> str:
         )
     if "primary" not in table or judged_cells(table).empty:
         return ""
-    return f"`{command(judged_cells(table), HERE, PROGRAM, pair_flags(run))}`"
+    next_one = command(judged_cells(table), HERE, PROGRAM, pair_flags(run))
+    return f"`{' '.join(next_one.split())}`"
 
 
 def pair_flags(run: RunTables) -> str:
@@ -139,13 +141,13 @@ def command(judged: pd.DataFrame, folder: str, program: str, pair: str) -> str:
     if len(chosen):
         row = chosen.iloc[0]
         return (
-            f"{program} validate {pair} --against {folder} --criteria {row['criterion']},random"
+            f"{program} validate --against {folder} --criteria {row['criterion']},random"
             f" --budgets {row['budget']:g} --output-dir {folder}-training"
-        ).replace("  ", " ")
+        )
     more = _prompts_needed(judged)
     if not more:
         return f"{program} intervene --criteria NAMES --output-dir {folder}"
-    return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}".replace("  ", " ")
+    return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}"
 
 
 def _prompts_needed(judged: pd.DataFrame) -> int:
