@@ -277,6 +277,7 @@ def _outcome(row: dict) -> str:
 def _typeset(text: str) -> str:
     """A sentence of the analysis as print has it: signs for products and minus, words for names."""
     text = re.sub(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", lambda name: naming.readable(name[0]), text)
+    text = re.sub(r"\b(forward|reverse) kl\b", r"\1 KL", text)
     text = re.sub(r"(?<=\w)\*(?=[\w(])", "·", text)
     return summary.minus(re.sub(r"(?<=\d) - (?=\w)", " − ", text))
 

@@ -122,7 +122,7 @@ def number(value: float, digits: int = 2) -> str:
 
 def minus(text: str) -> str:
     """Text in which a hyphen before a number that no word or number precedes is a minus sign."""
-    return re.sub(r"(?<![\w.)\-])-(?=\.?\d)|(?<=\de)-(?=\d)", "−", text)
+    return re.sub(r"(?<![\w.)\-])-(?=\.?\d)|(?<=\de)-0?(?=\d)", "−", text)
 
 
 def signed(value: float) -> str:

@@ -234,7 +234,7 @@ def test_sentences_speak_of_the_registered_population():
     "text, shown",
     [
         ("[-0.5, -0.01] and 0.3-0.4", "[−0.5, −0.01] and 0.3-0.4"),
-        ("(-.5), top-5, gpt-2, 1e-05, a -2", "(−.5), top-5, gpt-2, 1e−05, a −2"),
+        ("(-.5), top-5, gpt-2, 1e-05, a -2", "(−.5), top-5, gpt-2, 1e−5, a −2"),
         ("--output-dir DIR-40", "--output-dir DIR-40"),
     ],
 )
