@@ -1269,9 +1269,8 @@ def report_stage(run: Run, *, contexts: int | None = None, pdf: bool = False) ->
     from diagnostics.report.page import CONTEXTS, build
 
     shown = CONTEXTS if contexts is None else contexts
-    of_now = _page_inputs(run, shown)
-    drawn = not pdf or any(run.path("figures").glob("*.pdf"))
-    if drawn and _pages_are(run, of_now):
+    of_now = _page_inputs(run, shown, pdf)
+    if _pages_are(run, of_now):
         log.info("report: kept, since nothing that it shows has changed")
         return run.path("report.html")
     page = build(run.directory, contexts=shown, pdf=pdf)
@@ -1285,14 +1284,14 @@ MADE_OF = "made of"
 """Entry of pages.json with the hash of what the report was made of, and of the report."""
 
 
-def _page_inputs(run: Run, contexts: int) -> str:
+def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
     read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")
-    return hashlib.sha256(json.dumps([content, contexts, code]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, contexts, pdf, code]).encode()).hexdigest()
 
 
 def _made_of(inputs: str, page: str) -> str:

@@ -10,6 +10,7 @@ safe; the bytes are the same for any number of them.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import pickle
 import signal
@@ -156,12 +157,15 @@ def _not_drawn(run: RunResults, spec: FigureSpec, table: pd.DataFrame | None) ->
 
 
 def may_fork() -> bool:
-    """Whether a copy of this process can draw: on Linux, with no other thread that could hold a
-    lock, and with no GPU in use.
+    """Whether a copy of this process can draw: on Linux, with no thread beside it but such as show
+    progress, and with no GPU in use. A copy has no use for the streams that those write to.
     """
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
-    return sys.platform == "linux" and threading.active_count() == 1 and not on_gpu
+    main = threading.main_thread()
+    alone = all(thread is main or thread.daemon for thread in threading.enumerate())
+    here = threading.current_thread() is main
+    return sys.platform == "linux" and here and alone and not on_gpu
 
 
 def share_out(
@@ -223,6 +227,8 @@ def _copy(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> tu
         return process, answers
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        logging.disable()
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         with os.fdopen(end, "wb") as pipe:
             pickle.dump(_take(queue, names, work), pipe, pickle.HIGHEST_PROTOCOL)
     finally:

@@ -85,7 +85,8 @@ def page(
 ) -> str:
     """The whole page as one string of HTML, with the first `contexts` as tokens."""
     answer = summary.answer(run)
-    lead = _paragraphs(run, {key: answer.pop(key) for key in summary.FIRST if key in answer})
+    above = [key for key in summary.FIRST if key in answer] or list(answer)[:2]
+    lead = _paragraphs(run, {key: answer.pop(key) for key in above})
     first = next((spec for spec in in_page_order() if spec.name == FIRST), None)
     if first and FIRST in drawn:
         lead = f"<div>{lead}</div>{_figure(first, drawn[FIRST])}"

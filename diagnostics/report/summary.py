@@ -72,13 +72,18 @@ def models(run: RunTables) -> dict[str, str]:
 def title(run: RunTables) -> str:
     """One line that names the pair."""
     names = models(run)
+    trained = not run.stage("probe") and (run.stage("validate") or run.stage("train"))
     if names.get("pair") not in (None, "custom"):
-        return (
-            f"The {names['pair']} pair: which of the teacher's signals can the student learn from?"
-        )
+        pair = f"The {names['pair']} pair: "
+        return pair + ("what training gave" if trained else f"which of the teacher's {_ASKED}")
     if "student" in names and "teacher" in names:
+        if trained:
+            return f"{names['student']} trained with {names['teacher']} as its teacher"
         return f"Which of {names['teacher']}'s signals can {names['student']} learn from?"
-    return "Which of the teacher's signals can the student learn from?"
+    return "What training gave" if trained else f"Which of the teacher's {_ASKED}"
+
+
+_ASKED = "signals can the student learn from?"
 
 
 def answer(run: RunTables) -> dict[str, str]:

@@ -231,8 +231,8 @@ def test_an_unknown_flag_points_to_the_help_of_its_stage(capsys):
 
 @pytest.mark.parametrize("word", ["against", "compare"])
 def test_another_run_is_against_and_the_earlier_word_works(word, tmp_path, capsys):
-    missing = str(tmp_path / "none")
-    assert main(["report", f"--{word}", missing, missing, "--output-dir", str(tmp_path)]) == 2
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["report", f"--{word}", *runs, "--output-dir", str(tmp_path)]) == 2
     assert "is not a manifest of this project" in capsys.readouterr().err
 
 

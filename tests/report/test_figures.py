@@ -94,7 +94,8 @@ def errorbars(ax) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 def texts(figure: Figure) -> list:
     """All text that is drawn: ticks outside the view have labels too, but are not."""
-    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    every_axes = figure.findobj(matplotlib.axes.Axes)
+    axes = [axis for ax in every_axes for axis in (ax.xaxis, ax.yaxis)]
     ticks = {
         text
         for axis in axes

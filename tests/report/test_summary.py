@@ -481,3 +481,17 @@ def test_title(pair, expected):
     manifest = study_tables.manifest()
     manifest["stages"]["rollout"]["facts"]["pair"] = pair
     assert summary.title(RunResults(manifest if pair else {})) == expected
+
+
+def test_title_of_trainings_names_the_pair_and_the_first_screen_what_was_trained():
+    stages = {"validate": {"settings": {"pair": "smollm2", "loss": "reverse_kl", "steps": 40}}}
+    run = RunResults({"stages": stages}, {})
+    assert summary.title(run) == "The smollm2 pair: what training gave"
+    stages["validate"]["settings"] |= {"pair": None, "student": "small", "teacher": "large"}
+    stages["validate"]["settings"]["learning_rate"] = 1e-4
+    run = RunResults({"stages": stages}, {})
+    assert summary.title(run) == "small trained with large as its teacher"
+    assert summary.setup(run) == (
+        "Each training took 40 steps of the reverse KL loss at a learning rate of 0.0001, on the"
+        " positions that its criterion selects."
+    )
