@@ -95,8 +95,11 @@ def page(
         for spec in in_page_order()
         if spec.name in drawn and spec.name != FIRST
     )
+    cards = verdict_cards(run)
+    if cards:
+        answer.pop(summary.CLAIMS, None)  # the cards say it with each claim's sentence
     sections = [
-        ("verdicts", "Claims", verdict_cards(run)),
+        ("verdicts", "Claims", cards),
         ("warnings", "Warnings", warning_list(run)),
         ("not-run", "What was not run", not_run(run, left_out)),
         ("findings", "Findings", _paragraphs(run, answer)),
@@ -278,9 +281,7 @@ def _outcome(row: dict) -> str:
 def _typeset(text: str) -> str:
     """A sentence of the analysis as print has it: signs for products and minus, words for names."""
     text = re.sub(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", lambda name: naming.readable(name[0]), text)
-    text = re.sub(r"\b(forward|reverse) kl\b", r"\1 KL", text)
-    text = re.sub(r"(?<=\w)\*(?=[\w(])", "·", text)
-    return summary.minus(re.sub(r"(?<=\d) - (?=\w)", " − ", text))
+    return glossary.typeset(re.sub(r"\b(forward|reverse) kl\b", r"\1 KL", text))
 
 
 def _side(title: str, rows: list[dict], heading: str) -> str:

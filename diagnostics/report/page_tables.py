@@ -303,14 +303,16 @@ MOST_DECIMALS = 7
 
 
 def _packed(table: pd.DataFrame) -> str:
-    """Columns as JSON: numbers with six digits, null where undefined; text as distinct values and
-    an index.
+    """Columns as JSON: numbers with six digits, null where undefined, once where all are equal;
+    text as distinct values and an index.
     """
     columns: list[Any] = []
     for name in table:
         values = table[name]
         if _is_number(values):
-            columns.append([_packed_number(value) for value in values])
+            packed = [_packed_number(value) for value in values]
+            one = len(set(packed)) == 1
+            columns.append({"value": packed[0], "count": len(packed)} if one else packed)
         else:
             codes, texts = pd.factorize(values.astype(object).where(values.notna(), "").astype(str))
             columns.append({"texts": list(texts), "codes": codes.tolist()})

@@ -44,6 +44,7 @@ ENOUGH_CELLS = 6
 by chance once in six times.
 """
 DECISION = "Which criterion to train with?"
+CLAIMS = "Which claims hold?"
 FIRST = {
     DECISION: (lead.decided,),
     "How sure?": (lead.sure,),
@@ -100,7 +101,8 @@ def answer(run: RunTables) -> dict[str, str]:
         "What was done?": (setup,),
         "Which criterion follows the gain?": (signals,),
         "What would a selection capture?": (budget,),
-        "Which claims hold?": (judged, q3),
+        CLAIMS: (judged,),
+        "What of confident errors?": (q3,),
         "What did training say?": (trained, foreseen),
         "How sure, and what would change it?": (certainty,),
     }

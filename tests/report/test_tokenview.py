@@ -468,6 +468,10 @@ def test_in_a_browser(bank, tokens, tops, tmp_path):
                 Select(one(".bar select")).select_by_value(measure)
                 assert min(driver.execute_script(CONTRASTS)) >= 4.5
 
+        # print keeps the colors, though backgrounds are not printed
+        fills = set().union(*map(browser.fills, browser.printed(driver)))
+        assert sum(max(fill) - min(fill) > 0.15 for fill in fills) > 3
+
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []
 

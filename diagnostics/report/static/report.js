@@ -72,9 +72,10 @@
   const number = (text) => (text === "" || text === null || text === undefined ? NaN : Number(text));
 
   function unpacked(packed, columns) {
-    const count = Array.isArray(packed[0]) ? packed[0].length : packed[0].codes.length;
+    const [first] = packed, count = first.count ?? (first.codes ?? first).length;
+    const value = (column, i) => (Array.isArray(column) ? number(column[i]) : column.texts ? column.texts[column.codes[i]] : number(column.value));
     return Array.from({ length: count }, (_, i) => ({
-      values: packed.map((column) => (Array.isArray(column) ? number(column[i]) : column.texts[column.codes[i]])),
+      values: packed.map((column) => value(column, i)),
       element: null,
     }));
   }
