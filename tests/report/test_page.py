@@ -623,6 +623,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     }
     _drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
+        "agreement",  # of too few cells
         "evaluations",
         "foresight",
         "training_curves",
