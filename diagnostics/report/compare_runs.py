@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.run_lock import hold
-from diagnostics.report import figures, naming, page, run_results, summary, svg
+from diagnostics.report import figures, lead, naming, page, run_results, summary, svg
 from diagnostics.report.figures.registry import CORE
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.run_results import RunResults
@@ -231,7 +231,7 @@ def _unicode(text: str) -> str:
 def _finding(run: RunResults) -> str:
     """The decision and the paragraphs that compare signals, as far as the run has them."""
     parts = (summary.signals, summary.trained)
-    parts = parts if run.table("decision") is None else (summary.decided, *parts)
+    parts = parts if run.table("decision") is None else (lead.decided, *parts)
     return " ".join(text for part in parts if (text := part(run))) or summary.title(run)
 
 
