@@ -35,7 +35,7 @@ SAID = Path(tempfile.gettempdir()) / f"opd-faults-{os.getpid()}.txt"
 PAIR = ["--pair", "embedded", "--device", "cpu", "--batch-tokens", "100", "--quiet"]
 ROLLOUT = ["--contexts", "8", "--max-new-tokens", "16"]
 MEASURED = [["rollout", *PAIR[:4], *ROLLOUT, "--quiet"], ["score", *PAIR], ["probe", *PAIR]]
-MAIN = [["run", *PAIR, *ROLLOUT, "--draws", "20"]]
+MAIN = [["run", "--quick", *PAIR, *ROLLOUT, "--draws", "20"]]
 GRID = [
     [
         "intervene",

@@ -37,6 +37,7 @@ A criterion is a plain function of table columns. Three lines register one:
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -233,9 +234,11 @@ def find(name: str) -> Criterion:
     """
     entry = _REGISTRY.get(_ALIASES.get(name, name))
     if entry is None:
+        near = difflib.get_close_matches(str(name), [*_REGISTRY, *_ALIASES], n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}. Known are {', '.join(_REGISTRY)}; register another with"
-            " @diagnostics.criterion."
+            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register"
+            " another with @diagnostics.criterion."
         )
     return entry
 

@@ -275,7 +275,7 @@ def on_config(config):
     from diagnostics.pipeline.registry import COMMANDS
 
     first = ["glossary.md", "commands.md", "statistics.md", "columns.md", "criteria.md"]
-    first += ["python.md", "structure.md"]
+    first += ["the_paper.md", "python.md", "structure.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
     config.nav = [
         {"Overview": "index.md"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -12,6 +13,17 @@ from diagnostics.core import progress
 from diagnostics.core.types import Bank, Context, Prompt
 
 torch.set_num_threads(1)  # models this small lose time to a second thread
+
+
+@pytest.fixture(autouse=True, scope="session")
+def notes_of_places_apart(tmp_path_factory):
+    """No test reads or writes the user's own notes of where models lie."""
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    os.environ.pop("XDG_STATE_HOME")
+    if before is not None:
+        os.environ["XDG_STATE_HOME"] = before
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +148,7 @@ def folders(tmp_path_factory):
         "--device",
         "cpu",
         "--quiet",
+        "--quick",
     ]
 
 

@@ -202,7 +202,7 @@ def test_a_page_that_was_edited_is_not_replaced_and_one_that_was_not_is(run):
 
 def test_a_comparison_replaces_its_own_page_only(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "r$x_{$")
-    compare = ["report", "--quiet", "--compare", str(run), str(tmp_path / "r$x_{$"), "--output-dir"]
+    compare = ["report", "--quiet", "--against", str(run), str(tmp_path / "r$x_{$"), "--output-dir"]
     site = tmp_path / "site"
     site.mkdir()
     (site / "index.html").write_text("theirs")

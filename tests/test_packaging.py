@@ -107,7 +107,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
 def test_the_installed_program_runs_the_main_job_in_another_folder(installed, tmp_path):
     program = str(installed / "bin" / "opd-diagnostics")
     assert "usage: opd-diagnostics" in run_installed(installed, program, folder=tmp_path)
-    options = "--pair embedded --contexts 8 --max-new-tokens 16 --draws 20 --device cpu".split()
+    options = "--quick --pair embedded --contexts 8 --max-new-tokens 16 --draws 20".split()
     run_installed(installed, program, "run", *options, "--output-dir", "x", folder=tmp_path)
     stages = json.loads((tmp_path / "x" / "manifest.json").read_text())["stages"]
     assert {"rollout", "score", "probe", "analyze"} <= set(stages)

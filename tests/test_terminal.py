@@ -101,8 +101,8 @@ LONG = "a" * 300
     "command",
     [
         ["report", LONG],
-        ["report", "--compare", LONG, LONG, "--output-dir", "x"],
-        ["analyze", "--training", LONG, "--output-dir", "x"],
+        ["report", "--against", LONG, LONG, "--output-dir", "x"],
+        ["analyze", "--against", LONG, "--output-dir", "x"],
         ["analyze", "--tokens", LONG, "--output-dir", "x"],
         ["analyze", "--output-dir", LONG],
         ["rerun", LONG, "--output-dir", "x"],
@@ -126,3 +126,45 @@ def test_a_name_longer_than_file_systems_allow_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--quiet"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def on_a_terminal(*command, size, folder):
+    """What a command writes to a pseudo-terminal of a size, and its exit code."""
+    import fcntl
+    import os
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diagnostics", *command],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end has gone
+            part = b""
+        if not part:
+            break
+        said += part
+    os.close(ours)
+    return said.decode(), process.wait()
+
+
+@pytest.mark.parametrize("size", [(0, 0), (24, 50)])
+def test_a_terminal_of_any_size_shows_the_stage_and_its_time(size, tmp_path, folders):
+    flags = [*folders[:6], "--contexts", "8", "--max-new-tokens", "4", "--device", "cpu"]
+    said, code = on_a_terminal("rollout", *flags, "--output-dir", "out", size=size, folder=tmp_path)
+    assert code == 0 and "\rstage 1 of 1 (rollout)" in said
+    assert "INFO stage 1 of 1 (rollout): done in" in said and "Traceback" not in said
+    drawn = [part for line in said.split("\n") for part in line.split("\r") if "stage 1" in part]
+    assert max(len(part) for part in drawn if "INFO" not in part) <= (size[1] or 80) - 1

@@ -71,7 +71,11 @@ def quadrant_means(
         quadrant = drawn.quadrants()
         parts = [quadrant == number if number else slice(None) for number in QUADRANT_NAMES]
         return np.array(
-            [plain_locations(values[part], share) for values in drawn.values.values() for part in parts]
+            [
+                plain_locations(values[part], share)
+                for values in drawn.values.values()
+                for part in parts
+            ]
         ).ravel()
 
     def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:

@@ -46,6 +46,7 @@ from diagnostics.analysis.splits import (
 )
 from diagnostics.analysis.strata import null_share, strata
 from diagnostics.core.folds import step_count
+from diagnostics.core.progress import progress
 from diagnostics.core.schema import support_column
 from diagnostics.core.settings import with_settings
 
@@ -129,7 +130,8 @@ def study(
     tokens, base_k = _with_k(tokens, base_k)
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
-    for step in _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered):
+    steps = _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered)
+    for step in progress(steps, total=len(steps), description="tables", unit=" tables"):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
             if table is not None and len(table):

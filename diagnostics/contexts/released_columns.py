@@ -129,12 +129,8 @@ def from_released(
     Raises:
         DiagnosticsError: A key column is missing, or a column holds values of another type.
     """
-    scaled_only = Q3 in frame
-    require_columns(
-        frame,
-        ("tok_pos",) if scaled_only else ("tok_pos", "token_id"),
-        what="A released token bank",
-    )
+    needed = ("tok_pos",) if Q3 in frame else ("tok_pos", "token_id")
+    require_columns(frame, needed, what="A released token bank")
     notes: list[list[str]] = []
     frame = frame.reset_index(drop=True)
     # Keys first: a response's length counts the positions outside the loss mask as well.
@@ -144,14 +140,9 @@ def from_released(
     frame = frame[kept].reset_index(drop=True)
     student, teacher = (read_lists(frame, model) for model in ("student", "teacher"))
     k = _stated_k(frame, student, teacher) if k is None else k
-    after = trained or plain_is_after(frame)
     listed = _listed(frame, student, teacher, k, notes)
-    measured = _measured(frame, "", notes) | _released_names(frame, notes)
-    columns = _complete(measured, listed, frame, notes)
-    if after:
-        base = _complete(_measured(frame, "_base", notes), {}, frame, notes, ending="_base")
-        stated = {theirs: ours for theirs, ours in MEASURED.items() if theirs in frame}
-        columns = before_and_after(base, columns, stated, notes, leak=not trained)
+    after = trained or plain_is_after(frame)
+    columns = _columns(frame, listed, notes, after=after, leak=not trained)
     tokens = keys.assign(**_flags_filled(columns, notes))
     if after or set(OUTCOMES) & set(frame):
         add_outcomes(tokens, frame, after, notes)
@@ -163,6 +154,26 @@ def from_released(
     if k is not None:
         tokens.attrs["k"] = k
     return tokens
+
+
+def _columns(
+    frame: pd.DataFrame,
+    listed: dict[str, pd.Series],
+    notes: list,
+    *,
+    after: bool,
+    leak: bool,
+) -> dict[str, pd.Series]:
+    """Return the measurements by our name, from before training and, where the plain columns are
+    the trained student's (`after`), from after it.
+    """
+    measured = _measured(frame, "", notes) | _released_names(frame, notes)
+    columns = _complete(measured, listed, frame, notes)
+    if not after:
+        return columns
+    base = _complete(_measured(frame, "_base", notes), {}, frame, notes, ending="_base")
+    stated = {theirs: ours for theirs, ours in MEASURED.items() if theirs in frame}
+    return before_and_after(base, columns, stated, notes, leak=leak)
 
 
 def _stated_k(frame: pd.DataFrame, *lists: Lists | None) -> int | None:

@@ -85,19 +85,7 @@ def before_and_after(
         if name in theirs and name not in (*found, *DERIVED, *OUTCOMES.values())
     ]
     if leak and leaking:
-        columns = ", ".join(f"{theirs[name]} ({name})" for name in leaking)
-        notes.append(
-            [
-                "read_after",
-                ", ".join(leaking),
-                (
-                    f"{columns} were read after training and are used as predictors all the same:"
-                    " they contain the outcome, so their correlations with the gain cannot be"
-                    " trusted. Give the scores of the untrained student as well: --tokens BEFORE"
-                    " --tokens-after AFTER, or read_tokens(before, after=after)."
-                ),
-            ]
-        )
+        notes.append(_leak([f"{theirs[name]} ({name})" for name in leaking], leaking))
         found |= {name: plain[name] for name in leaking}
         found = {name: plain[name] for name in DERIVED if name in plain} | found
     after = {
@@ -106,6 +94,20 @@ def before_and_after(
         if name not in TEACHER_COLUMNS and (entry := column(name)) and entry.stage == "before"
     }
     return found | after
+
+
+def _leak(columns: list[str], names: list[str]) -> list[str]:
+    """The warning of predictors that were read after training."""
+    return [
+        "read_after",
+        ", ".join(names),
+        (
+            f"{', '.join(columns)} were read after training and are used as predictors all the"
+            " same: they contain the outcome, so their correlations with the gain cannot be"
+            " trusted. Give the scores of the untrained student as well: --tokens BEFORE"
+            " --tokens-after AFTER, or read_tokens(before, after=after)."
+        ),
+    ]
 
 
 def add_outcomes(

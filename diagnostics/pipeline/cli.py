@@ -12,18 +12,22 @@ import errno
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diagnostics import __version__
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.progress import set_quiet
-from diagnostics.pipeline import stages
+from diagnostics.core.manifest import read_manifest
+from diagnostics.core.progress import clear_line, in_stages, set_quiet
+from diagnostics.criteria import find
+from diagnostics.pipeline import answer, remembered, stages
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
 from diagnostics.pipeline.registry import (
     BY_NAME,
@@ -145,7 +149,7 @@ def _command(arguments: list[str]) -> int:
         "criteria": _criteria,
         "rerun": lambda: _rerun(parsed),
         "report": lambda: _report(parsed),
-    }.get(parsed.command, lambda: _stage(parsed))()
+    }.get(parsed.command, lambda: _answered(*_completed(parsed, arguments)))()
     code = result.pop("code", 0)
     text = (
         json.dumps(result, indent=2)
@@ -161,12 +165,68 @@ def _command(arguments: list[str]) -> int:
     return code
 
 
+def _completed(
+    parsed: argparse.Namespace, arguments: list[str]
+) -> tuple[argparse.Namespace, frozenset[str]]:
+    """The flags, filled in from the run's manifest where none is given, and names of the given."""
+    given = build_parser(arguments[0]).given(arguments)
+    flags = remembered.flags(parsed, given)
+    whole = build_parser(arguments[0]).parse_args([arguments[0], *flags, *arguments[1:]])
+    taken = [
+        f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in vars(whole).items()
+        if name != "configs" and value != getattr(parsed, name, None)
+    ]
+    if taken:
+        log.info("taken from the run: %s", ", ".join(taken))
+    return whole, given
+
+
+def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
+    """Run a command on one run directory, and add what the run says now."""
+    result = _stage(parsed, given)
+    directory = Path(parsed.output_dir)
+    if parsed.command == "analyze":
+        found = {**result, "claims": answer.claims(directory)}
+        lines = [f"{c['claim']}: {c['verdict']} – {c['statement']}" for c in found["claims"]]
+        return {**found, "text": "\n".join([*lines, _plain(result)])}
+    if parsed.command not in ("run", "intervene", "compare"):
+        return result
+    manifest = read_manifest(directory / "manifest.json")
+    table = stages.decided_now(directory, manifest) if parsed.command == "intervene" else None
+    found = answer.answer(
+        directory,
+        program(),
+        pair=_pair_flags(parsed),
+        table=table,
+        page=result.get("report"),
+    )
+    return {**found, "text": answer.text(found)}
+
+
+def _pair_flags(parsed: argparse.Namespace) -> str:
+    """The flags that name the pair and its prompts in another directory."""
+    if getattr(parsed, "pair", None):
+        return f"--pair {parsed.pair}"
+    named = [(name, getattr(parsed, name, None)) for name in ("student", "teacher")]
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in named if value]
+    return " ".join([*flags, "--prompts MORE.jsonl"])
+
+
 def printable(text: str) -> str:
     """Write control and direction characters out: a stranger's file could steer a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+class _Lines(logging.StreamHandler):
+    """Writes log lines above the line of progress."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_line()
+        super().emit(record)
 
 
 class _Printable(logging.Formatter):
@@ -228,7 +288,7 @@ def _plain(result: dict) -> str:
 
 def _log_to_stderr(*, quiet: bool) -> None:
     set_quiet(quiet)
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.setFormatter(_Printable("%(levelname)s %(message)s"))
     logging.basicConfig(
         handlers=[handler], level=logging.WARNING if quiet else logging.INFO, force=True
@@ -287,17 +347,29 @@ def _report(parsed: argparse.Namespace) -> dict:
         raise DiagnosticsError(
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
-    with open_run(directory) as run:
+    with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
         return {"report": str(stages.report_stage(run, contexts=parsed.contexts))}
 
 
-def _stage(parsed: argparse.Namespace) -> dict:
+def _stage(parsed: argparse.Namespace, given: frozenset[str] = frozenset()) -> dict:
     """Run a command that works on one run directory."""
     from diagnostics.models.identity import Models
 
     configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
+    for criterion in dict.fromkeys(_criteria_of(configs)):
+        find(criterion)  # before any model runs
     with open_run(parsed.output_dir, accept_code=getattr(parsed, "accept_code", False)) as run:
         models = (
             Models(configs[PAIR], alone=parsed.command == "rollout") if PAIR in configs else None
         )
-        return do(Job(parsed.command, run, models, configs, parsed))
+        result = do(Job(parsed.command, run, models, configs, parsed, given))
+        remembered.note_inputs(run.manifest, configs.values())
+    return result
+
+
+def _criteria_of(configs: Mapping[str, Any]) -> Iterator[str]:
+    """Every criterion that a command's settings name."""
+    for config in configs.values():
+        yield from getattr(config, "criteria", ())
+        if isinstance(getattr(config, "criterion", None), str):
+            yield config.criterion

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +39,8 @@ BOUNDS = {
     "minibatch": (1, 10**6),
     "draws": (2, 10**5),
     "level": (0.01, 0.9999),
+    "budget": (1e-9, 1),
+    "budgets": (1e-9, 1),
     "random_draws": (1, 1000),
     "steps": (1, 10**9),
     "batch": (1, 10**6),
@@ -56,6 +60,8 @@ BOUNDS = {
 """Least and most of a flag's number wherever it appears. A value outside is a typing error, or
 would fill the memory, so it is rejected.
 """
+SHARES = ("budget", "budgets", "level")
+"""Flags that take shares, which may be written as percentages."""
 
 
 Recorded = Literal["always", "maybe", "never"]
@@ -71,20 +77,29 @@ class Flag:
     """Keyword arguments of argparse's `add_argument`."""
     recorded: Recorded = "never"
     """Whether the manifest of a finished run has it among the settings of its stage."""
+    formerly: str = ""
+    """An earlier spelling, which still works, names the setting, and is not shown."""
 
     @property
     def field(self) -> str:
         """Its name in the parsed flags and in the manifest."""
-        return self.names[0].lstrip("-").replace("-", "_")
+        return (self.formerly or self.names[0]).lstrip("-").replace("-", "_")
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Add it to a parser."""
-        parser.add_argument(*self.names, **self.options)
+        if not self.formerly:
+            parser.add_argument(*self.names, **self.options)
+            return
+        both = {**self.options, "dest": self.field}
+        parser.add_argument(*self.names, **both)
+        parser.add_argument(
+            self.formerly, **{**both, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        )
 
 
-def flag(name: str, *, recorded: Recorded = "never", **options: Any) -> Flag:
-    """The flag `--name`; options are those of argparse's `add_argument`."""
-    return Flag((f"--{name}",), options, recorded)
+def flag(name: str, *, recorded: Recorded = "never", formerly: str = "", **options: Any) -> Flag:
+    """The flag `--name`, once `--formerly`; options are those of argparse's `add_argument`."""
+    return Flag((f"--{name}",), options, recorded, formerly and f"--{formerly}")
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
@@ -109,15 +124,22 @@ def _options(field: dataclasses.Field, hint) -> dict:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if hint is bool:
         return options | {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is tuple:
-        return options | {"type": _list_of(kinds[0]), "metavar": "A,B,…"}
     kind = kinds[0] if kinds else hint
+    read = share if field.name in SHARES else kind
+    if typing.get_origin(hint) is tuple:
+        return options | {"type": _list_of(read), "metavar": "A,B,…"}
     choices = field.metadata.get("choices")
     return (
         options
-        | {"type": kind}
+        | {"type": read}
         | ({"choices": choices} if choices else {"metavar": kind.__name__.upper()})
     )
+
+
+def share(text: str) -> float:
+    """A share as it may be written: `0.05` or `5%`."""
+    number = text.strip()
+    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
 
 
 def _shown(default) -> str:
@@ -153,20 +175,68 @@ def read_flags(arguments: argparse.Namespace, config: type):
                 and isinstance(number, (int, float))
                 and not least <= number <= most
             ):
-                raise DiagnosticsError(
-                    f"--{name.replace('_', '-')} takes a number from {least} to {most}; got"
-                    f" {number}. See --help."
-                )
+                raise _out_of_bounds(name, number, least, most)
     return config(**values)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises DiagnosticsError, so that every mistake ends the same way."""
+def _out_of_bounds(name: str, number: float, least: float, most: float) -> DiagnosticsError:
+    shown = f"--{name.replace('_', '-')}"
+    if name in ("budget", "budgets"):
+        meant = f" Did you mean {number:g}%?" if 1 < number <= 100 else ""
+        return DiagnosticsError(
+            f"{shown} takes shares above 0 and at most 1, as 0.05 or 5%; got {number:g}.{meant}"
+        )
+    return DiagnosticsError(
+        f"{shown} takes a number from {least} to {most}; got {number}. See --help."
+    )
 
-    def error(self, message: str) -> typing.NoReturn:
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that takes no abbreviations and raises DiagnosticsError, so that every
+    mistake ends the same way: what was wrong, the nearest known word, and whose help says more.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parse, and let the command that was chosen refuse what it does not know."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._chosen(found).refuse(unknown)
+        return found
+
+    def given(self, args: Sequence[str]) -> frozenset[str]:
+        """Names of the flags that these arguments give. The parser is of no further use."""
+        command = self._chosen(argparse.Namespace(command=args[0]))
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+        command._defaults.clear()
+        return frozenset(vars(command.parse_known_args(args[1:])[0]))
+
+    def _chosen(self, found: argparse.Namespace) -> Parser:
+        commands = self._subparsers._group_actions[0].choices if self._subparsers else {}
+        return commands.get(getattr(found, "command", None), self)  # type: ignore[union-attr]
+
+    def refuse(self, unknown: Sequence[str]) -> typing.NoReturn:
+        """Raise for arguments that this command does not know."""
+        known = [name for action in self._actions for name in action.option_strings]
+        first = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
+        self.error(f"unrecognized arguments: {' '.join(unknown)}", near=nearest(first, known))
+
+    def error(self, message: str, *, near: str = "") -> typing.NoReturn:
         """Raise the mistake, with the command whose help says more."""
         retired = [
             text for name, text in RETIRED.items() if f"--{name.replace('_', '-')}" in message
         ]
         hint = "".join(f" {text}" for text in retired)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            near = nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        hint += f" Did you mean {near}?" if near and not retired else ""
         raise DiagnosticsError(f"{self.prog}: {message}.{hint} See `{self.prog} --help`.")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like a word; empty where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")

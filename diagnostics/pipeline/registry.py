@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline import paper_stage, stages
+from diagnostics.core.progress import in_stages
+from diagnostics.pipeline import ahead, paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Job:
     """The command's configurations by the names above."""
     flags: argparse.Namespace
     """The parsed flags, for settings that no configuration holds."""
+    given: frozenset[str] = frozenset()
+    """Names of the flags that the user gave."""
 
     def flag(self, name: str) -> Any:
         """The value of a flag, None where this command has no such flag."""
@@ -113,9 +117,23 @@ PRIMARY = flag(
 )
 
 
+QUICK = flag(
+    "quick",
+    action="store_true",
+    help="leave the interventions out: a page without an answer to which criterion to train with",
+)
+LEFT_OUT = ("intervene", "compare")
+"""Stages that --quick leaves out: nothing is decided without the first."""
+
+
 def _rollout(job: Job) -> None:
     stages.rollout_stage(
-        job.run, job.models, job.configs[PROMPTS], job.configs[ROLLOUT], job.configs[BANK]
+        job.run,
+        job.models,
+        job.configs[PROMPTS],
+        job.configs[ROLLOUT],
+        job.configs[BANK],
+        folds=job.configs[PROBE].folds if PROBE in job.configs else None,
     )
 
 
@@ -168,17 +186,23 @@ def _attribute(job: Job) -> None:
 
 
 def _intervene(job: Job) -> None:
-    stages.intervene_stage(
-        job.run,
-        job.models,
-        job.configs[PROBE],
-        job.configs[INTERVENTION],
-        job.configs[ANALYSIS],
-        batch_tokens=job.configs[SCORE].batch_tokens,
-    )
+    stages.intervene_stage(job.run, *_grid(job), **_how(job))
 
 
-def _analyze(job: Job) -> None:
+def _grid(job: Job) -> tuple[Any, ...]:
+    """The pair and the settings of an intervention."""
+    return job.models, *(job.configs[name] for name in (PROBE, INTERVENTION, ANALYSIS))
+
+
+def _how(job: Job) -> dict[str, Any]:
+    """How an intervention is measured."""
+    return {
+        "batch_tokens": job.configs[SCORE].batch_tokens,
+        "drop": "criteria" not in job.given,
+    }
+
+
+def _analyze(job: Job, made: ahead.Ahead | None = None) -> None:
     stages.analyze_stage(
         job.run,
         job.configs[ANALYSIS],
@@ -187,13 +211,21 @@ def _analyze(job: Job) -> None:
         # The --k of `run` is the K of its scores, which the manifest already knows.
         k=job.flag("k") if job.command == "analyze" else None,
         primary=job.flag("primary"),
+        made=made,
     )
 
 
-def _compare(job: Job) -> None:
+def _compare(job: Job, made: ahead.Ahead | None = None) -> None:
     stages.compare_stage(
-        job.run, job.configs[COMPARISON], job.configs[ANALYSIS], seed=job.flag("seed")
+        job.run, _comparison(job), job.configs[ANALYSIS], seed=job.flag("seed"), made=made
     )
+
+
+def _comparison(job: Job) -> Any:
+    """What is compared: what was asked for, or what the run intervenes on."""
+    if COMPARISON in job.configs:
+        return job.configs[COMPARISON]
+    return stages.comparison_of(job.run, job.configs[INTERVENTION].criteria)
 
 
 def _report(job: Job) -> dict[str, str]:
@@ -233,17 +265,21 @@ def _paper(job: Job) -> dict[str, str]:
 STAGES = (
     Stage(
         name="run",
-        purpose="Do the whole main job: rollout, score, probe, analyze, report.",
+        purpose=(
+            "Answer which criterion to train with: rollout, score, probe, intervene, analyze,"
+            " compare, report."
+        ),
         example=(
             "run --pair embedded --output-dir reports/demo",
             "run --student ./small --teacher ./large --prompts prompts.jsonl"
             " --output-dir reports/mine",
+            "run --quick --pair embedded --output-dir reports/quick",
         ),
-        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, INTERVENTION, ANALYSIS),
         reads="two models and prompts",
-        writes="everything that its five stages write",
-        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
-        parts=("rollout", "score", "probe", "analyze", "report"),
+        writes="everything that its stages write",
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY, QUICK),
+        parts=("rollout", "score", "probe", "intervene", "analyze", "compare", "report"),
         modules=("pipeline.stages",),
     ),
     Stage(
@@ -359,7 +395,7 @@ STAGES = (
     Stage(
         name="attribute",
         purpose="Compute first-order gains, and where the gain of a position comes from.",
-        example=("attribute --pair embedded --full-kernel --output-dir reports/mine",),
+        example=("attribute --full-kernel --output-dir reports/mine",),
         configs=(PAIR, PROBE, ATTRIBUTION, ANALYSIS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`, `gains.parquet`",
         writes=(
@@ -377,8 +413,7 @@ STAGES = (
             " with loss on the selected positions only."
         ),
         example=(
-            "intervene --pair embedded --criteria divergence,teachability --budgets 0.05,0.3"
-            " --horizon 5,20 --output-dir reports/mine",
+            "intervene --criteria divergence,margin --budgets 5%,30% --output-dir reports/mine",
         ),
         configs=(PAIR, PROBE, INTERVENTION, ANALYSIS, SCORE),
         reads="`contexts.parquet`, `scores.parquet`, and `gains.parquet` where there is one",
@@ -405,7 +440,9 @@ STAGES = (
         flags=(
             OUTPUT_DIR,
             flag(
-                "training",
+                "against",
+                formerly="training",
+                metavar="DIR",
                 recorded="maybe",
                 help="run directory of a finished validation, for claim C5",
             ),
@@ -450,10 +487,10 @@ STAGES = (
         ),
         example=(
             "report reports/mine",
-            "report --compare reports/demo reports/smollm2 --output-dir reports",
+            "report --against reports/demo reports/smollm2 --output-dir reports",
         ),
         reads="whatever the run holds",
-        writes="`figures/*`, `report.html`, `report.md`; with `--compare`: `compare.html`",
+        writes="`figures/*`, `report.html`, `report.md`; with `--against`: `compare.html`",
         flags=(
             flag("output-dir", help="directory of the run, or of the comparison"),
             Flag(("directory",), dict(nargs="?", metavar="DIR", help="the same as --output-dir")),
@@ -464,7 +501,8 @@ STAGES = (
                 help="contexts shown token by token, 0 for none (default: 24)",
             ),
             flag(
-                "compare",
+                "against",
+                formerly="compare",
                 nargs="+",
                 metavar="DIR",
                 help="finished runs to set side by side, in compare.html of --output-dir",
@@ -496,11 +534,9 @@ STAGES = (
             "Train a grid of short trainings, and compare their outcomes with the probe's"
             " conclusions."
         ),
-        example=(
-            "validate --pair embedded --offline reports/demo --output-dir reports/validation",
-        ),
+        example=("validate --against reports/demo --output-dir reports/validation",),
         configs=(PAIR, PROMPTS, VALIDATE, ENGINE, EVALUATION, ANALYSIS),
-        reads="two models and prompts; with `--offline`: a finished run",
+        reads="two models and prompts; with `--against`: a finished run",
         writes=(
             "`cells/`, `tables/validation_*.csv`, `tables/foresight_signs.csv`,"
             " `tables/verdicts.csv`"
@@ -509,7 +545,9 @@ STAGES = (
             OUTPUT_DIR,
             ACCEPT_CODE,
             flag(
-                "offline",
+                "against",
+                formerly="offline",
+                metavar="DIR",
                 recorded="maybe",
                 help=(
                     "run directory of a finished main job, whose answers are compared with the"
@@ -598,11 +636,47 @@ def _imported(name: str) -> type:
     return getattr(importlib.import_module(f"diagnostics.{module}"), config)
 
 
-def do(job: Job) -> dict[str, str]:
-    """Run a command's stages in turn on its run directory, and return what to print."""
-    result = {"output_dir": str(job.run.directory)}
-    for name in BY_NAME[job.command].parts or (job.command,):
-        work = BY_NAME[name].run
-        assert work is not None, name
-        result = work(job) or result
+def stages_of(job: Job) -> list[str]:
+    """The stages that a command does, in their order."""
+    names = BY_NAME[job.command].parts or (job.command,)
+    quick = job.flag("quick")
+    return [
+        name
+        for name in names
+        if not (quick and name in LEFT_OUT) and (name not in UNASKED or job.flag(UNASKED[name]))
+    ]
+
+
+UNASKED = {"import": "tokens", "after": "after"}
+"""Stages that are done where a flag asks for them alone."""
+
+
+def do(job: Job) -> dict[str, Any]:
+    """Run a command's stages in turn on its run directory, and return what to print.
+
+    Where interventions come before the analysis, its tables are made meanwhile by another process.
+    """
+    result: dict[str, Any] = {"output_dir": str(job.run.directory)}
+    names = stages_of(job)
+    with ExitStack() as stack, in_stages(names) as shown:
+        made: ahead.Ahead | None = None
+        for name in names:
+            if name == "intervene" and "analyze" in names:
+                made = stack.enter_context(ahead.beside(_tasks(job)))
+            work: Callable[..., Any] | None = BY_NAME[name].run
+            assert work is not None, name
+            options = {"made": made} if made is not None and name in ahead.TABLES else {}
+            with shown.stage(name):
+                result = work(job, **options) or result
     return result
+
+
+def _tasks(job: Job) -> dict[str, Any]:
+    """What another process can make during the interventions, without what is kept anyway."""
+    seed, config = job.flag("seed"), job.configs[ANALYSIS]
+    found = {
+        "analyze": stages.analysis_to_make(job.run, config, seed=seed, primary=job.flag("primary")),
+        "compare": stages.comparison_to_make(job.run, _comparison(job), config, seed=seed),
+        "intervene": stages.cells_to_measure(job.run, *_grid(job), **_how(job)),
+    }
+    return {name: task for name, task in found.items() if task is not None}

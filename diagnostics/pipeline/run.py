@@ -132,14 +132,7 @@ class Run:
                 *derived*; it holds anything of other models; an input is missing or damaged; or a
                 file with the name of an output is in no record.
         """
-        inputs = {file: self.input_hash(name, file) for file in inputs}
-        now = {
-            "settings": recorded(settings),
-            "inputs": inputs,
-            "models": models(),
-            "code": {"version": code_version(*code)} if code else {},
-        }
-        now = json.loads(json.dumps(now))
+        now = self._fingerprint(name, settings, inputs, code, models)
         self._require_same_models(name, now["models"])
         if self._keep(name, now, derived=derived):
             return False
@@ -164,6 +157,39 @@ class Run:
         self._clear_partial(name)
         distributed.barrier()
         return True
+
+    def _fingerprint(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        inputs: Iterable[str],
+        code: Sequence[str],
+        models: Callable[[], dict[str, str]] = dict,
+    ) -> dict[str, Any]:
+        """All that a stage's result depends on, as the manifest records it."""
+        now = {
+            "settings": recorded(settings),
+            "inputs": {file: self.input_hash(name, file) for file in inputs},
+            "models": models(),
+            "code": {"version": code_version(*code)} if code else {},
+        }
+        return json.loads(json.dumps(now))
+
+    def has(
+        self,
+        name: str,
+        *,
+        settings: dict[str, Any],
+        inputs: Iterable[str],
+        code: Sequence[str],
+    ) -> bool:
+        """Whether a derived stage without models would be kept, were it asked for now."""
+        earlier = self.manifest["stages"].get(name)
+        if earlier is None:
+            return False
+        now = self._fingerprint(name, settings, inputs, code)
+        parts = ("settings", "inputs", "code")
+        return not _differences(earlier, now, parts=parts) and self._intact(earlier["files"])
 
     def register(self, choices: Mapping[str, Any], digest: str, *, stage: str) -> None:
         """Record what will be concluded from, before a stage has measured anything.
@@ -424,6 +450,7 @@ class Run:
         # A table of an input that was not there then would lack what it says.
         more = derived and set(now["inputs"]) > set(earlier.get("inputs", {}))
         if different or more or (code and derived) or not self._intact(earlier["files"]):
+            self._say_replaced(name, earlier["settings"], now["settings"])
             return False
         if code:
             log.warning(
@@ -434,6 +461,18 @@ class Run:
         else:
             log.info("%s: kept from the earlier run", name)
         return True
+
+    def _say_replaced(self, name: str, was: dict[str, Any], now: dict[str, Any]) -> None:
+        """Warn before tables of other settings are replaced; lists that only grew lose nothing."""
+        shrunk = {key: value for key, value in was.items() if not _grown(value, now.get(key))}
+        different = _differences({"settings": shrunk}, {"settings": now}, parts=("settings",))
+        if different:
+            log.warning(
+                "%s: its tables are made again with other settings (%s), and replace the earlier"
+                " ones",
+                name,
+                "; ".join(different),
+            )
 
     def _intact(self, recorded: dict[str, str]) -> bool:
         return all(
@@ -470,6 +509,11 @@ def _differences(
         if not _same(key, was, now.get(part, {}).get(key))
         and (key in now.get(part, {}) or not shared)
     ]
+
+
+def _grown(was: Any, now: Any) -> bool:
+    """Whether a list holds all that it held, and more."""
+    return isinstance(was, list) and isinstance(now, list) and all(each in now for each in was)
 
 
 def _same(key: str, was: Any, now: Any) -> bool:

@@ -9,9 +9,11 @@ settings that they were asked with, have changed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +28,19 @@ from diagnostics.contexts.choose_prompts import (
     training_prompts,
 )
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
+from diagnostics.core import files
 from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
-from diagnostics.core.manifest import unchanged
+from diagnostics.core.manifest import recorded, unchanged
+from diagnostics.core.progress import expect, forecast
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
+from diagnostics.pipeline.ahead import Ahead
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
@@ -86,6 +91,8 @@ def rollout_stage(
     prompts: PromptConfig,
     rollout: RolloutConfig,
     elsewhere: ImportConfig | None = None,
+    *,
+    folds: int | None = None,
 ) -> None:
     """Sample and freeze contexts, or freeze the rollouts of another program.
 
@@ -96,6 +103,7 @@ def rollout_stage(
         rollout: How responses are sampled.
         elsewhere: A file of rollouts. Where its `rollouts` is set, those are frozen and nothing is
             sampled.
+        folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import rollout as sample
@@ -105,10 +113,16 @@ def rollout_stage(
         return
     path = prompts.prompts
     settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
+    bound: int | None = None
+    if folds is not None and "rollout" not in run.manifest["stages"]:
+        bound = at_most(prompts)
+        _require_enough(bound, folds)
 
     def work() -> dict:
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
+        if folds is not None and len(found.prompts) != bound:
+            _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
         bank = sample(
             pair,
@@ -140,6 +154,48 @@ def rollout_stage(
         code=("contexts.rollouts", "contexts.prompts", "contexts.story_sums", "models.pair"),
         models=models.fingerprint,
     )
+
+
+def at_most(prompts: PromptConfig) -> int | None:
+    """The most prompts that there can be, before any model or tokenizer is loaded.
+
+    Returns:
+        The rows of the file, at most as many as are asked for; None where only the pair or a data
+        set knows, and where the file cannot be read, which its reader explains.
+    """
+    from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
+
+    path = prompts.prompts
+    if path is None or path.startswith("hf:"):
+        return prompts.contexts
+    try:
+        table = read_source(path, prompts.prompts_split)
+        prompt_column_of(table, prompts.prompt_column, path)
+    except DiagnosticsError:
+        return None
+    return len(table) if prompts.contexts is None else min(len(table), prompts.contexts)
+
+
+def _require_enough(count: int | None, folds: int) -> None:
+    """Refuse fewer prompts than folds, and say when there are too few for a verdict."""
+    from diagnostics.analysis.config import FEWEST_PROMPTS
+
+    if not count:  # unknown, or none: its reader explains
+        return
+    prompts = f"{count} prompt{'s' if count > 1 else ''}"
+    if count < folds:
+        raise DiagnosticsError(
+            f"{prompts} cannot be divided into {folds} folds, one step on each. Use at least"
+            f" {FEWEST_PROMPTS} prompts, from which on verdicts are given, or lower --folds."
+        )
+    if count < FEWEST_PROMPTS:
+        log.warning(
+            "%s: below %d on a side nothing is judged. The run goes on without a verdict; %d"
+            " prompts more would allow one",
+            prompts,
+            FEWEST_PROMPTS,
+            FEWEST_PROMPTS - count,
+        )
 
 
 def _responses_so_far(run: Run, rendered: str) -> Shards:
@@ -249,6 +305,7 @@ def probe_stage(
             read_bank(run.path("contexts.parquet")),
             validate_tokens(read_parquet(run.path("scores.parquet"))),
         )
+        expect(_probe_work(len(tokens), len(bank), config, controls))
         result = probe(
             models.pair,
             bank,
@@ -282,6 +339,20 @@ def probe_stage(
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def _probe_work(
+    positions: int, contexts: int, config: ProbeConfig, controls: ControlConfig
+) -> float:
+    """About how many positions the student's forward passes of a probe go over."""
+    from diagnostics.probing.step import CALIBRATION_TRIALS, FORWARD_AND_BACK
+    from diagnostics.probing.trajectory import MINIBATCH, require_horizon
+
+    nulls, horizon = len(controls.nulls), require_horizon(controls.horizon)
+    passes = 2 + CALIBRATION_TRIALS - 1 + (1 + nulls) * (FORWARD_AND_BACK + config.folds)
+    passes += 2 * controls.placebos + len(horizon)
+    trained = max(horizon, default=0) * min(MINIBATCH, contexts / config.folds)
+    return positions * (passes + FORWARD_AND_BACK * trained / contexts)
 
 
 def register_primary(run: Run, primary: str | None) -> str:
@@ -570,6 +641,7 @@ def analyze_stage(
     training: str | None = None,
     k: int | None = None,
     primary: str | None = None,
+    made: Ahead | None = None,
 ) -> None:
     """Write every table that the token table allows.
 
@@ -581,16 +653,44 @@ def analyze_stage(
         k: K of an imported table's columns.
         primary: What is concluded from, as `PrimaryChoices.parse` reads it; None takes what was
             recorded before the probe, or the defaults.
+        made: Where another process makes the tables, from `analysis_to_make`.
     """
-    from diagnostics.analysis.study import study
+    stage, task = _analysis(run, config, seed, training, k, primary)
+    tables: dict[str, pd.DataFrame] = {}
 
-    choices, registered = _primary(run, primary)
+    def work() -> None:
+        tables.update((made or Ahead({})).take("analyze", task()))
+        for name, table in tables.items():
+            write_csv(run.path(f"tables/{name}.csv"), table)
 
-    tables, source = (
-        {},
-        (table_path(training, "validation_verdicts", what="validation") if training else None),
+    run.stage(
+        "analyze",
+        **stage,
+        outputs=lambda: [f"tables/{name}.csv" for name in tables],
+        work=work,
+        derived=True,
     )
-    trained = read_csv(source) if source else None
+
+
+def analysis_to_make(
+    run: Run, config: AnalysisConfig, *, seed: int, primary: str | None = None
+) -> dict[str, Any] | None:
+    """The task of `ahead` for the tables of `analyze_stage`; None where they are kept."""
+    stage, task = _analysis(run, config, seed, None, None, primary)
+    return None if run.has("analyze", **stage) else task()
+
+
+def _analysis(
+    run: Run,
+    config: AnalysisConfig,
+    seed: int,
+    training: str | None,
+    k: int | None,
+    primary: str | None,
+) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """What `Run.stage` is asked for in an analysis, and its task for `ahead`."""
+    choices, registered = _primary(run, primary)
+    source = table_path(training, "validation_verdicts", what="validation") if training else None
     settings = {**dataclasses.asdict(config), "seed": seed} | (
         {"training": training, "training_sha256": sha256_file(source)} if source else {}
     )
@@ -602,7 +702,7 @@ def analyze_stage(
             " imported tables."
         )
 
-    def work() -> None:
+    def task() -> dict[str, Any]:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
         if "gain" not in tokens:
             raise DiagnosticsError(
@@ -613,30 +713,18 @@ def analyze_stage(
                     else " Run the probe stage first."
                 )
             )
-        tables.update(
-            study(
-                tokens,
-                draws=config.draws,
-                level=config.level,
-                seed=seed,
-                training=trained,
-                base_k=_table_k(run, tokens, scored or k),
-                choices=choices,
-                registered=registered,
-            )
-        )
-        for name, table in tables.items():
-            write_csv(run.path(f"tables/{name}.csv"), table)
+        options = {
+            **dataclasses.asdict(config),
+            "seed": seed,
+            "training": read_csv(source) if source else None,
+            "base_k": _table_k(run, tokens, scored or k),
+            "choices": choices,
+            "registered": registered,
+        }
+        return {"tokens": run.path("tokens.parquet"), "options": options}
 
-    run.stage(
-        "analyze",
-        settings=settings,
-        inputs=["tokens.parquet"],
-        outputs=lambda: [f"tables/{name}.csv" for name in tables],
-        work=work,
-        derived=True,
-        code=("analysis.study",),
-    )
+    stage = {"settings": settings, "inputs": ["tokens.parquet"], "code": ("analysis.study",)}
+    return stage, task
 
 
 def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
@@ -677,33 +765,37 @@ def table_path(directory: str, name: str, *, what: str) -> Path:
 
 
 def compare_stage(
-    run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
+    run: Run,
+    config: ComparisonConfig,
+    analysis: AnalysisConfig,
+    *,
+    seed: int,
+    made: Ahead | None = None,
 ) -> None:
-    """Compare criteria by the gains of the run, and with its interventions where it has any."""
+    """Compare criteria by the gains of the run, and with its interventions where it has any.
+
+    What the directory compares already stays in its tables: criteria and budgets are added to them.
+
+    Args:
+        run: A run directory with `tokens.parquet`.
+        config: Criteria, budgets and rules of selection.
+        analysis: Draws and level of the intervals.
+        seed: Seed of the bootstrap.
+        made: Where another process makes the tables of the gains, from `comparison_to_make`.
+    """
     from diagnostics.analysis.decision import decide
     from diagnostics.analysis.rank_agreement import agreement, answers
-    from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
-    tables = {}
-    effects = "interventions.parquet" if run.path("interventions.parquet").exists() else None
+    config = _widened(run, "compare", config, analysis, {"seed": seed}, everything="criteria")
+    tables: dict[str, pd.DataFrame] = {}
+    effects = next(iter(_compared(run)[1:]), None)
     step = run.manifest["stages"].get("intervene", {}).get("settings", {})
     loss = step.get("loss", "reverse_kl")
+    options = {**dataclasses.asdict(analysis), "seed": seed}
 
     def work() -> None:
         tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
-        options = {**dataclasses.asdict(analysis), "seed": seed}
-        tables.update(
-            compare(
-                tokens,
-                outcomes=ALL_OUTCOMES,
-                criteria=config.criteria,
-                budgets=config.budgets,
-                ties=config.ties,
-                scope=config.scope,
-                batch=config.batch,
-                **options,
-            )
-        )
+        tables.update((made or Ahead({})).take("compare", _comparison_task(run, config, options)))
         if effects:
             sums = read_parquet(run.path(effects))
             tables.update(
@@ -717,19 +809,144 @@ def compare_stage(
 
     run.stage(
         "compare",
-        settings={**dataclasses.asdict(config), **dataclasses.asdict(analysis), "seed": seed},
-        inputs=["tokens.parquet", *([effects] if effects else [])],
+        settings={**dataclasses.asdict(config), **options},
+        inputs=_compared(run),
         outputs=lambda: [f"tables/{name}.csv" for name in tables],
         work=work,
         derived=True,
-        code=(
-            "analysis.selection",
-            "analysis.selection_draws",
-            "analysis.rank_agreement",
-            "analysis.criterion_labels",
-            "analysis.decision",
-        ),
+        code=COMPARISON_CODE,
     )
+
+
+def _compared(run: Run) -> list[str]:
+    """Files that a comparison reads."""
+    effects = "interventions.parquet"
+    return ["tokens.parquet", *([effects] if run.path(effects).exists() else [])]
+
+
+COMPARISON_CODE = (
+    "analysis.selection",
+    "analysis.selection_draws",
+    "analysis.rank_agreement",
+    "analysis.criterion_labels",
+    "analysis.decision",
+)
+"""Modules that decide the tables of a comparison."""
+
+
+def _comparison_task(
+    run: Run, config: ComparisonConfig, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `ahead` makes the tables of the gains from."""
+    return {
+        "tokens": run.path("tokens.parquet"),
+        "options": {**dataclasses.asdict(config), **options},
+    }
+
+
+def comparison_to_make(
+    run: Run, config: ComparisonConfig, analysis: AnalysisConfig, *, seed: int
+) -> dict[str, Any] | None:
+    """The task of `ahead` for the tables of `compare_stage`; None where they are kept as long as
+    the interventions stay as they are.
+    """
+    config = _widened(
+        run, "compare", config, analysis, {"seed": seed}, everything="criteria", say=False
+    )
+    options = {**dataclasses.asdict(analysis), "seed": seed}
+    kept = run.has(
+        "compare",
+        settings={**dataclasses.asdict(config), **options},
+        inputs=_compared(run),
+        code=COMPARISON_CODE,
+    )
+    return None if kept else _comparison_task(run, config, options)
+
+
+def decided_now(directory: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The decision from a run's interventions as they are, before `compare` has written it."""
+    from diagnostics.analysis.config import PrimaryChoices
+    from diagnostics.analysis.decision import decide
+
+    settings = manifest["stages"]["intervene"]["settings"]
+    recorded = manifest.get("primary", {}).get("choices", {})
+    choices = ",".join(f"{name}={value}" for name, value in recorded.items())
+    return decide(
+        read_parquet(unchanged(directory, "interventions.parquet")),
+        loss=settings["loss"],
+        choices=PrimaryChoices.parse(choices),
+        draws=settings["draws"],
+        level=settings["level"],
+        seed=settings["seed"],
+    )
+
+
+def comparison_of(run: Run, asked: Sequence[str]) -> ComparisonConfig:
+    """The comparison that a run makes of its own: of what it intervenes on, by the rules of its
+    earlier comparison where it has one.
+
+    Args:
+        run: A run directory with `tokens.parquet`.
+        asked: The criteria of its interventions.
+    """
+    from diagnostics import criteria as registry
+    from diagnostics.analysis.selection import ComparisonConfig
+    from diagnostics.probing.intervention import RIVALS
+
+    tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+    names = [
+        name
+        for name in dict.fromkeys([*RIVALS, *(registry.find(each).name for each in asked)])
+        if not registry.missing_columns(tokens, name)
+    ]
+    earlier = run.manifest["stages"].get("compare", {}).get("settings", {})
+    rules = {name: earlier[name] for name in ("ties", "scope", "batch") if name in earlier}
+    return ComparisonConfig(criteria=tuple(names), **rules)
+
+
+def _widened(
+    run: Run,
+    stage: str,
+    config: Any,
+    *others: Any,
+    names: Sequence[str] = ("criteria", "budgets"),
+    everything: str | None = None,
+    say: bool = True,
+) -> Any:
+    """A grid together with the one that the run already has, where all else is the same.
+
+    Looks at the outcome that were taken stay in the tables, and count where verdicts are corrected
+    for their number.
+
+    Args:
+        run: The run directory.
+        stage: The stage's name in the manifest.
+        config: The settings that are asked for.
+        others: Further settings of the stage that have to be the same.
+        names: The settings that are lists to be joined.
+        everything: Name of a list that stands for all there are where it is empty.
+        say: Whether what is added is logged.
+    """
+    earlier = run.manifest["stages"].get(stage, {}).get("settings", {})
+    now = json.loads(json.dumps(recorded(_merged(config, *others))))
+    lists = [earlier.get(name) for name in names]
+    if not all(isinstance(each, list) for each in lists) or any(
+        earlier.get(name) != value for name, value in now.items() if name not in names
+    ):
+        return config
+    joined = {}
+    for name, there in zip(names, lists, strict=True):
+        asked = getattr(config, name)
+        both = tuple(dict.fromkeys([*there, *asked]))
+        joined[name] = () if name == everything and not (there and asked) else both
+        if name != "criteria":
+            joined[name] = tuple(sorted(both))
+    kept = [
+        str(each) for name in names for each in joined[name] if each not in getattr(config, name)
+    ]
+    if kept and say:
+        log.info("%s: kept beside what is asked for: %s", stage, ", ".join(kept))
+    return dataclasses.replace(config, **joined)
 
 
 def intervene_stage(
@@ -740,10 +957,13 @@ def intervene_stage(
     analysis: AnalysisConfig,
     *,
     batch_tokens: int,
+    drop: bool = False,
 ) -> None:
     """Take one step, and short trajectories, per criterion, budget and fold.
 
     Finished cells are kept in `cells`, so that a wider grid or a longer horizon goes on from there.
+    What the directory has intervened on already stays in its tables: criteria, budgets and horizons
+    are added to them.
 
     Args:
         run: A run directory with contexts and scores. Where it has the probe's gains, their folds
@@ -753,24 +973,18 @@ def intervene_stage(
         config: Criteria, budgets, horizons, and how cells are matched.
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
+        drop: Whether criteria whose columns the scores lack are left out, and not refused.
     """
     from diagnostics.probing.intervention import SUPPORT, interventions
     from diagnostics.probing.intervention_table import summarize
     from diagnostics.probing.trajectory import require_horizon
 
     _require_probe_settings(run, probe, what="An intervention")
-    inputs = ["contexts.parquet", "scores.parquet"]
-    inputs += [name for name in ("gains.parquet",) if run.path(name).exists()]
+    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop)
 
     def work() -> dict:
-        bank, tokens = (
-            read_bank(run.path("contexts.parquet")),
-            validate_tokens(read_parquet(run.path("scores.parquet"))),
-        )
-        if "gains.parquet" in inputs:
-            gains = read_parquet(run.path("gains.parquet"))
-            known = [name for name in BEFORE_INTERVENING if name in gains]
-            tokens = tokens.merge(gains[[*GAIN_KEYS, *known]], on=list(GAIN_KEYS), how="left")
+        bank, tokens = read_bank(run.path("contexts.parquet")), _before_intervening(run)
+        _say_grid(len(tokens), len(bank), probe, config)
         result = interventions(
             models.pair,
             bank,
@@ -798,17 +1012,145 @@ def intervene_stage(
             "horizon_rate": config.trajectory(models.pair, probe).rate,
         }
 
-    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "intervene",
-        settings=settings,
-        inputs=inputs,
+        **_intervention(run, models, probe, config, analysis, batch_tokens),
         outputs=["interventions.parquet", "tables/intervention.csv"],
         work=work,
         derived=True,
-        code=("probing.intervention",),
         models=models.fingerprint,
     )
+
+
+def _intervention(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """What `Run.stage` is asked for in an intervention."""
+    inputs = ["contexts.parquet", "scores.parquet"]
+    inputs += [name for name in ("gains.parquet",) if run.path(name).exists()]
+    settings = _merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
+    return {"settings": settings, "inputs": inputs, "code": ("probing.intervention",)}
+
+
+def _with_columns(run: Run, config: InterventionConfig, *, say: bool) -> InterventionConfig:
+    """The grid without the criteria that read a column which the scores lack."""
+    from diagnostics import criteria as registry
+
+    tokens = validate_tokens(read_parquet(run.require("scores.parquet")))
+    lacking = {name: registry.missing_columns(tokens, name) for name in config.criteria}
+    for name, columns in lacking.items():
+        if columns and say:
+            log.warning("%s is left out: the scores lack %s", name, ", ".join(columns))
+    kept = tuple(name for name in config.criteria if not lacking[name])
+    return dataclasses.replace(config, criteria=kept)
+
+
+def _say_grid(
+    positions: int, contexts: int, probe: ProbeConfig, config: InterventionConfig
+) -> None:
+    """Say how many trajectories a grid has, and how much work that is."""
+    from diagnostics import criteria as registry
+    from diagnostics.probing.intervention import RIVALS
+    from diagnostics.probing.step import CALIBRATION_TRIALS, FORWARD_AND_BACK
+    from diagnostics.probing.trajectory import require_horizon
+
+    names = {*RIVALS, *(registry.find(name).name for name in config.criteria)} - {"full"}
+    draws = sum(config.random_draws if registry.is_seeded(name) else 1 for name in names)
+    cells, horizon = 1 + len(set(config.budgets)) * draws, require_horizon(config.horizon)
+    trained = max(horizon, default=0) * min(config.minibatch, contexts / probe.folds) / contexts
+    per_cell = 1 + len(horizon) + FORWARD_AND_BACK / probe.folds + (1 + FORWARD_AND_BACK) * trained
+    passes = CALIBRATION_TRIALS + FORWARD_AND_BACK + probe.folds * (1 + cells * per_cell)
+    expect(positions * passes)
+    takes = forecast(positions * passes)
+    log.info(
+        "%d selections on each of %d folds, with rivals and draws; each is measured after %s"
+        " steps%s. Finished ones are kept",
+        cells,
+        probe.folds,
+        ", ".join(map(str, horizon)) or "1",
+        f": about {takes} at the probe's pace" if takes else "",
+    )
+
+
+def _whole_grid(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+    *,
+    drop: bool,
+    say: bool = True,
+) -> InterventionConfig:
+    """The grid that is measured: what is asked for and can be, with what is there already."""
+    if drop:
+        config = _with_columns(run, config, say=say)
+    others = (models.settings, probe, analysis, {"batch_tokens": batch_tokens})
+    names = ("criteria", "budgets", "horizon")
+    return _widened(run, "intervene", config, *others, names=names, say=say)
+
+
+def _before_intervening(run: Run) -> pd.DataFrame:
+    """The scores, with what an intervention may see of the gains."""
+    tokens = validate_tokens(read_parquet(run.path("scores.parquet")))
+    if not run.path("gains.parquet").exists():
+        return tokens
+    gains = read_parquet(run.path("gains.parquet"))
+    known = [name for name in BEFORE_INTERVENING if name in gains]
+    return tokens.merge(gains[[*GAIN_KEYS, *known]], on=list(GAIN_KEYS), how="left")
+
+
+def cells_to_measure(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    *,
+    batch_tokens: int,
+    drop: bool,
+) -> dict[str, Any] | None:
+    """The task of `ahead` for the trajectories of `intervene_stage`.
+
+    None where they are measured already, no core would be free for them, or the models are not on
+    the processor: a device that is shared would be no faster, and each process holds both models.
+    """
+    import torch
+
+    from diagnostics.models.loading import resolve_device
+    from diagnostics.pipeline.ahead import cores
+    from diagnostics.probing.intervention import SUPPORT
+
+    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop, say=False)
+    asked = _intervention(run, models, probe, config, analysis, batch_tokens)
+    threads = torch.get_num_threads()
+    if (
+        run.has("intervene", **asked)
+        or 2 * threads > cores()
+        or resolve_device(models.config.device).type != "cpu"
+    ):
+        return None
+    options = {
+        "probe": probe,
+        "config": config,
+        "tokens": _before_intervening(run),
+        "cache": run.path("cells"),
+        "k": _scored_k(run) or SUPPORT,
+        "batch_tokens": batch_tokens,
+    }
+    return {
+        "pair": models.config,
+        "directory": run.directory,
+        "contexts": run.path("contexts.parquet"),
+        "threads": threads,
+        "options": options,
+    }
 
 
 BEFORE_INTERVENING = ("fold", "split", "token_identity_gain")
@@ -914,7 +1256,7 @@ def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
 
 
 def report_stage(run: Run, *, contexts: int | None = None) -> Path:
-    """Draw the figures and write the report.
+    """Draw the figures and write the report, where it is not of the same files already.
 
     Args:
         run: The open run directory.
@@ -925,7 +1267,46 @@ def report_stage(run: Run, *, contexts: int | None = None) -> Path:
     """
     from diagnostics.report.page import CONTEXTS, build
 
-    return build(run.directory, contexts=CONTEXTS if contexts is None else contexts)
+    shown = CONTEXTS if contexts is None else contexts
+    of_now = _page_inputs(run, shown)
+    if _pages_are(run, of_now):
+        log.info("report: kept, since nothing that it shows has changed")
+        return run.path("report.html")
+    page = build(run.directory, contexts=shown)
+    pages = json.loads(files.read_inside(run.directory, "pages.json"))
+    made_of = _made_of(of_now, pages["report.html"][-1])
+    write_json(run.path("pages.json"), pages | {MADE_OF: [made_of]})
+    return page
+
+
+MADE_OF = "made of"
+"""Entry of pages.json with the hash of what the report was made of, and of the report."""
+
+
+def _page_inputs(run: Run, contexts: int) -> str:
+    """Hash over the files that a report reads, how much of them it shows, and its code."""
+    read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
+    read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
+    read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
+    content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
+    code = code_version("report.page", "report.run_results")
+    return hashlib.sha256(json.dumps([content, contexts, code]).encode()).hexdigest()
+
+
+def _made_of(inputs: str, page: str) -> str:
+    return hashlib.sha256(f"{inputs} {page}".encode()).hexdigest()
+
+
+def _pages_are(run: Run, inputs: str) -> bool:
+    """Whether the directory's pages are whole and were made of these inputs."""
+    try:
+        pages = json.loads(files.read_inside(run.directory, "pages.json"))
+        of, page = pages.pop(MADE_OF)[0], pages["report.html"][-1]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return of == _made_of(inputs, page) and all(
+        files.hash_inside(run.directory, name) in hashes for name, hashes in pages.items()
+    )
 
 
 def validate_stage(

@@ -55,7 +55,7 @@ from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
-from diagnostics.core.progress import Shards, no_shards
+from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
@@ -63,10 +63,11 @@ from diagnostics.core.types import Bank
 from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
-from diagnostics.probing.directions import Store, read_record, write_record
+from diagnostics.probing.directions import Direction, Store, read_record, write_record
 from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
 from diagnostics.probing.intervention_table import summarize
 from diagnostics.probing.step import (
+    FORWARD_AND_BACK,
     FoldSteps,
     PreparedStep,
     ProbeConfig,
@@ -93,20 +94,19 @@ from diagnostics.probing.trajectory import (
 log = logging.getLogger("diagnostics")
 MATCHES = ("norm", "lr")
 SCOPES = ("batch", "context", "table")
-CRITERIA = (
-    "entropy",
-    "divergence",
-    "reverse_divergence",
-    "compatibility",
-    "teachability",
-    "incompatible",
-    "tip",
+CRITERIA = tuple(
+    name for name in registry.names() if registry.find(name).recommended and name != "random"
 )
+"""The criteria to start with; random is always there."""
 RIVALS = ("random", "random_divergent", "position_matched")
 """Criteria that are always measured, as far as the token table has their columns."""
-BUDGETS = (0.01, 0.05, 0.1, 0.3)
+BUDGETS = (0.05, 0.1, 0.3)
 SUPPORT = scores.ScoreConfig.k
 """K of the supports where no other is given."""
+UNMEASURED = {"position", "response_length", "token_identity_gain"}
+"""Columns that stay as they are, wherever the student stands."""
+NO_DIRECTION = Direction([], "", 0.0, 0.0, 0.0, 0.0)
+"""In place of a step's direction where only trajectories are measured."""
 GRADIENT_BYTES = 2**30
 """Memory for the gradients of cells that share one student forward."""
 
@@ -303,6 +303,44 @@ def interventions(
         [effects[cell] for cell in cells],
         pd.concat(calibrations, ignore_index=True),
     )
+
+
+def help_measuring(
+    pair: Pair,
+    bank: Bank,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    *,
+    tokens: pd.DataFrame,
+    cache: Path,
+    k: int = SUPPORT,
+    batch_tokens: int = scores.BATCH_TOKENS,
+) -> None:
+    """Measure the trajectories of a grid from its end on, while another process measures them from
+    its beginning on; the cache is where they meet.
+
+    A cell is measured from the same weights by the same steps in either process.
+
+    Args:
+        pair: As for `interventions`.
+        bank: The frozen contexts.
+        probe: The step and the folds.
+        config: The grid of cells.
+        tokens: The bank's token table.
+        cache: Folder for finished cells.
+        k: The K that the table was scored with.
+        batch_tokens: Tokens in one forward pass, padding included.
+    """
+    positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
+    planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
+    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    for fold in reversed(step_folds(positions.tokens, positions.folds)):
+        weights_N = bench.loss_weights(fold)
+        # a trajectory needs neither the direction of the one step nor its size
+        at_fold = PreparedStep(bench, fold, weights_N, NO_DIRECTION, pd.DataFrame())
+        grid = Grid(at_fold, probe, config, config.trajectory(pair, probe), cache, k)
+        for key, effect in grid.from_the_end([one for one in planned if one.cell.fold == fold]):
+            write_parquet(cache / f"{key}.parquet", effect.to_frame())
 
 
 def step_folds(tokens: pd.DataFrame, folds: np.ndarray) -> list[int]:
@@ -555,10 +593,7 @@ class StepSelection:
         if self.scope == "table" or cell.criterion == "full":
             self.ambiguous.append(self.planned.ambiguous)
             return self.planned.weights_N[rows]
-        # up to the first step the student stands at theta0, which the table has measured
-        table = (
-            self.bench.tokens.iloc[rows] if number <= 1 else remeasured(self.bench, rows, k=self.k)
-        )
+        table = self._measured(rows, number)
         mask, ambiguous = selected(
             table,
             cell.criterion,
@@ -569,6 +604,17 @@ class StepSelection:
         if number > 0:
             self.ambiguous.append(ambiguous)
         return mask & np.isfinite(table["forward_kl"]) & np.isfinite(table["reverse_kl"])
+
+    def _measured(self, rows: Rows, number: int) -> pd.DataFrame:
+        """The token table of a minibatch with the student as it is now.
+
+        Up to the first step the student stands at theta0, which the bench's table has measured; and
+        a criterion that reads no measurement, such as random, needs no other.
+        """
+        read = set(registry.find(self.planned.cell.criterion).needs)
+        if number <= 1 or read <= UNMEASURED:
+            return self.bench.tokens.iloc[rows]
+        return remeasured(self.bench, rows, k=self.k)
 
 
 @dataclass(frozen=True)
@@ -703,21 +749,54 @@ class Grid:
         """Effects that are not known yet, by their cells' names."""
         single = {self.key(one, 0): one for one in planned}
         single = {key: one for key, one in single.items() if key not in known}
-        courses = {self.key(one, max(self.horizon)): one for one in planned if self.horizon}
-        wanted = {
-            key: [k for k in self.horizon if self.key(one, k) not in known]
-            for key, one in courses.items()
-        }
-        left = {key: one for key, one in courses.items() if wanted[key]}
+        left = self._courses(planned, known)
         if not single and not left:
             return
         before = np.stack(self.bench.rescore("before", js=True), axis=1)
         yield from self._one_steps(single, before)
-        if left and any(one.cell.criterion != "full" for one in left.values()):
+        yield from self._trajectories(left, before)
+
+    def _courses(
+        self, planned: Sequence[Planned], known: frozenset[str]
+    ) -> list[tuple[Planned, list[int]]]:
+        """Distinct trajectories with the horizons at which they are still to be measured."""
+        courses = {self.key(one, max(self.horizon)): one for one in planned if self.horizon}
+        wanted = [
+            (one, [k for k in self.horizon if self.key(one, k) not in known])
+            for one in courses.values()
+        ]
+        worked(sum(self._work(self.horizon) for _, at in wanted if not at))
+        return [(one, at) for one, at in wanted if at]
+
+    def _work(self, horizon: Sequence[int]) -> int:
+        """About how many positions the forward passes of a trajectory go over."""
+        steps = self._course(every_position).steps[: max(horizon)]
+        return (1 + FORWARD_AND_BACK) * sum(map(len, steps)) + len(horizon) * len(self.bench.tokens)
+
+    def _trajectories(
+        self, left: Sequence[tuple[Planned, list[int]]], before: np.ndarray
+    ) -> Iterator[tuple[str, Effect]]:
+        """The effects of trajectories; one that another process has measured by now is taken."""
+        if any(one.cell.criterion != "full" for one, _ in left):
             require_support(self.bench, self._course(every_position).steps[0], k=self.k)
-        for number, (key, one) in enumerate(left.items(), 1):
+        for number, (one, wanted) in enumerate(left, 1):
+            by_now = {key: self._kept(key) for key in (self.key(one, k) for k in wanted)}
+            made = {key: effect for key, effect in by_now.items() if effect is not None}
+            if len(made) == len(wanted):
+                worked(self._work(wanted))
+                yield from made.items()
+                continue
             text = f"fold {self.full.fold}, trajectory {number} of {len(left)}"
-            yield from self._trajectory(one, wanted[key], before, text)
+            yield from self._trajectory(one, wanted, before, text)
+
+    def from_the_end(self, planned: Sequence[Planned]) -> Iterator[tuple[str, Effect]]:
+        """The effects of the trajectories that the cache lacks, the last ones first."""
+        keys = {self.key(one, k) for one in planned for k in self.horizon}
+        known = frozenset(key for key in keys if self._kept(key) is not None)
+        left = self._courses(planned, known)
+        if left:
+            before = np.stack(self.bench.rescore("before", js=True), axis=1)
+            yield from self._trajectories(left[::-1], before)
 
     def _trajectory(
         self, one: Planned, wanted: Sequence[int], before: np.ndarray, description: str
@@ -872,3 +951,4 @@ def _add_gradients(
         ):
             if add is not None:
                 total += add
+        worked(len(batch.rows_n) * FORWARD_AND_BACK)

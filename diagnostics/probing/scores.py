@@ -24,7 +24,7 @@ from torch import Tensor
 from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.progress import Shards, progress
+from diagnostics.core.progress import Shards, progress, worked
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
@@ -400,6 +400,7 @@ def measure_again(
         measured = measure(batch, batch.states(pair.student), teacher_nH)
         values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
         _fill(columns, batch, values, bank.positions)
+        worked(len(batch.rows_n))
     return _restore_flags(_gathered(columns, bank.positions))
 
 

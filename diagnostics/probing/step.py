@@ -31,7 +31,7 @@ from torch import Tensor
 
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.progress import Shards
+from diagnostics.core.progress import Shards, worked
 from diagnostics.core.schema import require_columns
 from diagnostics.core.types import Bank
 from diagnostics.measure import losses
@@ -58,6 +58,8 @@ CALIBRATION_TRIALS = 4
 """On all folds together each costs a forward pass over the bank."""
 RESCUE_TRIALS = 3
 """Further trials where none of the planned ones was linear."""
+FORWARD_AND_BACK = 3
+"""Work of a forward and a backward pass, in forward passes, by which progress is counted."""
 OPTIMIZERS = ("adamw", "sgd")
 CALIBRATION_LOSS = {"sampled": "reverse_kl"}
 
@@ -462,6 +464,7 @@ class StepBench:
                 if backward:
                     part.backward()
                     self._collect_gradients()
+                worked(len(batch.rows_n) * (FORWARD_AND_BACK if backward else 1))
         # rounded once, so that neither the order of the batches nor their process matters
         return math.fsum(distributed.sum_over_processes(parts_N))
 

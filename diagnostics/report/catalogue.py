@@ -5,6 +5,8 @@ This is the only place where tables are described: the page takes its captions f
 
 from __future__ import annotations
 
+from diagnostics.analysis.paper.printed import PRINTED
+
 TABLES = {
     "decision": "Each criterion and budget over a horizon, against random, full and fair rivals.",
     "claim_statistics": "What the claims were tested on, with their strata, overlap and proxies.",
@@ -72,6 +74,15 @@ EARLIER = {
 """Tables that earlier versions wrote; they stand last."""
 
 
+PAPER = {
+    f"paper_{name.lower().replace(' ', '_')}": (
+        f"The paper's {name.lower()}, as released and controlled: {each.title}."
+    )
+    for name, each in PRINTED.items()
+} | {"paper_differences": "Why the paper's numbers differ as released and controlled."}
+"""Tables of the paper, which have a page of their own."""
+
+
 def caption(name: str) -> str:
     """What a table holds; empty for one of the user's own."""
-    return (TABLES | EARLIER).get(name, "")
+    return (TABLES | EARLIER | PAPER).get(name, "")

@@ -166,11 +166,11 @@ FIRST = "decision"
 
 def _paragraphs(answer: Mapping[str, str]) -> str:
     return "".join(
-        f"<p><b>{question}</b> {_with_code(text)}</p>" for question, text in answer.items()
+        f"<p><b>{question}</b> {with_code(text)}</p>" for question, text in answer.items()
     )
 
 
-def _with_code(text: str) -> str:
+def with_code(text: str) -> str:
     """Escaped text in which what stands between backticks is code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 

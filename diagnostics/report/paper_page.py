@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -33,12 +33,12 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
 from diagnostics.report.figures.paper import FIGURES, paper, plain
 from diagnostics.report.naming import readable
-from diagnostics.report.page import Drawn, shell
+from diagnostics.report.page import shell, with_code
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.provenance import provenance
 from diagnostics.report.run_results import RunResults, read_tables
 from diagnostics.report.style import DOUBLE, SINGLE
-from diagnostics.report.svg import figure_files, inline_svg
+from diagnostics.report.svg import inline_svg, png
 from diagnostics.report.written_pages import encoded, write_pages
 
 PREFIX = "paper_"
@@ -125,6 +125,13 @@ def build(directory: str | Path) -> Path:
     return directory / "paper.html"
 
 
+class Drawn(NamedTuple):
+    """One figure at both widths."""
+
+    wide: Figure
+    narrow: Figure
+
+
 def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
     """Draw every figure of the paper that the tables allow, at both widths.
 
@@ -148,12 +155,22 @@ def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
     return drawn, left_out
 
 
+UNDATED = {
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "svg": {"Date": None, "Creator": None},
+}
+"""What would differ between two files of one figure, for each format."""
+
+
 def _files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG, PDF and SVG, without dates, so that equal tables give equal files."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return figure_files(name, figure) | {f"{name}.svg": buffer.getvalue()}
+    """The figure as PNG, PDF and SVG, so that equal tables give equal files."""
+    found = {f"{name}.png": png(figure)}
+    for kind, metadata in UNDATED.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(buffer, format=kind, metadata=metadata)
+        found[f"{name}.{kind}"] = buffer.getvalue()
+    return found
 
 
 def page(run: RunResults, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]) -> str:
@@ -166,7 +183,7 @@ def page(run: RunResults, drawn: Mapping[str, Drawn], left_out: Mapping[str, str
         (
             re.sub(r"\W+", "-", title.split(":")[0].lower()),
             title,
-            "".join(_artefact(run, artefact, drawn, left_out) for artefact in artefacts),
+            _section(run, artefacts, drawn, left_out),
         )
         for title, artefacts in SECTIONS.items()
     ]
@@ -288,7 +305,7 @@ def _changes(run: RunResults) -> str:
     lost = sum(excludes_zero(row, "controlled") is False for row in theirs)
     return (
         f"Of {len(signs)} numbers in the tables, {sum(signs)} turn their sign; of {len(theirs)}"
-        f" released intervals that exclude 0, {lost} hold it when controlled."
+        f" released intervals that exclude 0, {lost or 'none'} hold 0 when controlled."
     )
 
 
@@ -301,13 +318,26 @@ def _masks(run: RunResults) -> str:
 
 
 def _pair(run: RunResults) -> str:
-    """Student, teacher and checkpoint in a sentence, as far as the manifest has them."""
+    """The pair, the bank and the checkpoint in a sentence, as far as the run has them."""
     names = summary.models(run)
-    parts = [f"{role} {names[role]}" for role in ("student", "teacher") if role in names]
-    text = f"{', '.join(parts)}; " if parts else ""
+    models = [f"{role} {names[role]}" for role in ("student", "teacher") if role in names]
+    named = names.get("pair") not in (None, "custom")
+    parts = [f"the {names['pair']} pair" if named else ", ".join(models), _bank(run)]
     found = checkpoint(run)
-    text += f"checkpoint {found}." if found else "the checkpoint is in no record of the manifest."
-    return text[:1].upper() + text[1:]
+    parts.append(f"checkpoint {found}" if found else "the manifest records no checkpoint")
+    text = "; ".join(filter(None, parts))
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _bank(run: RunResults) -> str:
+    """How many positions and contexts the numbers rest on; empty without table 5."""
+    table = run.table("paper_table_5")
+    counts = {} if table is None else dict(zip(table.row, table.released, strict=True))
+    return ", ".join(
+        f"{int(counts[name]):,} {name}"
+        for name in ("contexts", "positions")
+        if np.isfinite(counts.get(name, np.nan))
+    )
 
 
 def checkpoint(run: RunResults) -> str:
@@ -326,23 +356,61 @@ def checkpoint(run: RunResults) -> str:
 # --- artefacts
 
 
+def _section(
+    run: RunResults,
+    artefacts: Sequence[Artefact],
+    drawn: Mapping[str, Drawn],
+    left_out: Mapping[str, str],
+) -> str:
+    """Artefacts one after another; a table does not repeat what was said of its figure."""
+    parts: list[str] = []
+    told: set[tuple[str, str]] = set()
+    for artefact in artefacts:
+        said = _said(run, artefact)
+        fresh = {
+            name: text
+            for name, text in said.items()
+            if name == "title" or (name, str(text)) not in told
+        }
+        told |= {(name, str(text)) for name, text in said.items()}
+        parts.append(_artefact(run, artefact, fresh, drawn, left_out))
+    return "".join(parts)
+
+
 def _artefact(
-    run: RunResults, artefact: Artefact, drawn: Mapping[str, Drawn], left_out: Mapping[str, str]
+    run: RunResults,
+    artefact: Artefact,
+    said: Mapping,
+    drawn: Mapping[str, Drawn],
+    left_out: Mapping[str, str],
 ) -> str:
     """One artefact: heading, figure, both sides in a sentence, why, what is printed, its table."""
-    said, table = _said(run, artefact), run.table(artefact.table)
+    table = run.table(artefact.table)
     figure = drawn.get(artefact.number) if artefact.kind == "Figure" else None
     printed = _sentence(said.get("printed"), "Printed in the paper:")
-    missing = _missing(artefact, table, left_out)
     parts = [
         f"<h3>{html.escape(_heading(artefact, said))}</h3>",
         _drawing(artefact, figure, printed) if figure else "",
         _sides(said),
-        _sentence(said.get("why") or missing, "Not here." if missing else "Why they differ."),
+        _why(said, _missing(artefact, table, left_out)),
         "" if figure else printed,
         table_block(artefact.table, table) if table is not None else "",
     ]
     return f'<section id="{artefact.table}">{"".join(parts)}</section>'
+
+
+NOT_MADE = "Not made: "
+"""How `paper_differences` begins to say why an artefact is missing."""
+
+
+def _why(said: Mapping, missing: str) -> str:
+    """Why both sides differ, or why the artefact is not here."""
+    why = said.get("why")
+    why = why if isinstance(why, str) else ""
+    if not missing:
+        return _sentence(why, "Why they differ.")
+    text = why.removeprefix(NOT_MADE) or missing
+    return _sentence(f"{text[:1].upper()}{text[1:]}", "Not here.")
 
 
 def _said(run: RunResults, artefact: Artefact) -> dict:
@@ -393,7 +461,7 @@ def _sentence(text: object, head: str) -> str:
     """A paragraph with its heading; empty where there is no text."""
     if not isinstance(text, str) or not text:
         return ""
-    return f"<p><b>{head}</b> {html.escape(text)}</p>"
+    return f"<p><b>{head}</b> {with_code(text)}</p>"
 
 
 def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[str, str]) -> str:

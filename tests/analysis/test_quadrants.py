@@ -297,7 +297,7 @@ def test_balance_before_equals_the_usual_formula(tokens):
 def test_matching_improves_balance_with_enough_positions():
     tokens = made_tokens(prompts=20, length=300)
     tokens["compatibility"] = 0.3 * tokens.forward_kl.rank(pct=True) + 0.7 * tokens.compatibility
-    table = quadrants.balance(tokens, by=["compatibility"], **DRAWS)
+    table = quadrants.balance(tokens, by=["compatibility"])
     pick = dict(split="held_out", covariate="log_divergence")
     nearest, caliper = (only_row(table, caliper=c, **pick) for c in quadrants.CALIPERS)
     assert abs(caliper.after) < abs(nearest.after) < 0.6 * abs(nearest.before)

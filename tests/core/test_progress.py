@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 
 import numpy as np
 import pandas as pd
@@ -83,3 +84,143 @@ def test_progress_is_for_terminals_and_not_for_logs(stream, quiet, shown, monkey
         )
     assert bool(stderr.getvalue()) == shown
     assert ("10/40 [00:02<00:06,  5.00 positions/s]" in line) == shown
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def spoken(monkeypatch):
+    """The lines that progress logs, and a clock for stages of the given names on a stream."""
+    lines = []
+    monkeypatch.setattr(progress, "_quiet", False)
+    monkeypatch.setattr(progress.log, "info", lambda text, *args: lines.append(text % args))
+
+    def begin(names, out):
+        clock = Clock()
+        stages = progress.Stages(names, out=out, clock=clock)
+        monkeypatch.setattr(progress, "_stages", stages)
+        return stages, clock
+
+    return lines, begin
+
+
+def test_a_log_has_a_line_every_half_minute_and_one_at_the_end_of_each_stage(spoken):
+    lines, begin = spoken
+    stages, clock = begin(["score", "probe"], io.StringIO())
+    with stages.stage("probe"):
+        progress.expect(1000)
+        for _ in range(65):  # one position a second
+            clock.now += 1
+            progress.worked(10)
+    assert lines == [
+        "stage 2 of 2 (probe), 30 %, about 70 s left",
+        "stage 2 of 2 (probe), 60 %, about 40 s left",
+        "stage 2 of 2 (probe): done in 65 s",
+    ]
+    assert stages.out.getvalue() == ""
+
+
+def test_a_terminal_has_one_line_that_is_written_anew_and_removed(spoken):
+    lines, begin = spoken
+    stages, clock = begin(["score", "probe"], Terminal())
+    with stages.stage("probe"):
+        with progress.progress(total=200, description="after the step on fold 1") as bar:
+            clock.now += 60
+            bar.update(50)
+        shown = stages.out.getvalue().rsplit("\r", 1)[1].rstrip()
+        stages.clear()
+    assert (
+        shown
+        == ("████░░░░░░░░░░ stage 2 of 2 (probe), 25 %, about 3 min left: after the step on"[:79])
+    )
+    assert "\n" not in stages.out.getvalue() and stages.out.getvalue().endswith(" \r")
+    assert lines == ["stage 2 of 2 (probe): done in 60 s"]
+
+
+def test_a_stage_of_unknown_length_says_how_long_it_has_taken(spoken):
+    lines, begin = spoken
+    stages, clock = begin(["report"], io.StringIO())
+    with stages.stage("report"):
+        clock.now += 31
+        stages.tick()
+    assert lines[0] == "stage 1 of 1 (report), 31 s so far"
+
+
+def test_no_share_reaches_the_whole_before_the_end(spoken):
+    _, begin = spoken
+    stages, _ = begin(["probe"], io.StringIO())
+    with stages.stage("probe"):
+        progress.expect(10)
+        progress.worked(25)
+        assert stages.share() == 0.99
+
+
+def test_passes_of_a_stage_add_up_to_what_it_expects(spoken):
+    _, begin = spoken
+    stages, _ = begin(["probe"], io.StringIO())
+    with stages.stage("probe"):
+        progress.expect(40)
+        assert list(progress.progress([1, 2, 3, 4], total=4, description="x")) == [1, 2, 3, 4]
+        progress.worked(6)
+        assert stages.share() == 0.25
+
+
+def test_quiet_stages_say_nothing_on_the_way(spoken):
+    _, begin = spoken
+    stages, clock = begin(["probe"], Terminal())
+    progress.set_quiet(True)
+    with stages.stage("probe"):
+        clock.now += 100
+        progress.worked(1)
+    assert stages.out.getvalue() == ""
+
+
+def test_outside_a_command_nothing_is_expected():
+    progress.expect(10)
+    progress.worked(5)
+    progress.clear_line()
+    assert progress._stages is None
+
+
+def test_stages_end_where_the_block_ends(monkeypatch):
+    monkeypatch.setattr(progress, "_quiet", True)
+    with (
+        pytest.raises(ValueError, match="no"),
+        progress.in_stages(["a"]) as stages,
+        stages.stage("a"),
+    ):
+        raise ValueError("no")
+    assert progress._stages is None
+
+
+@pytest.mark.parametrize("seconds, said", [(8.4, "8 s"), (99.4, "99 s"), (150, "2 min")])
+def test_a_time_is_said_as_people_say_it(seconds, said):
+    assert progress.duration(seconds) == said and progress.duration(5940) == "1.6 h"
+
+
+def test_a_notebook_shows_bars_that_need_no_widgets(monkeypatch, capsys):
+    class ZMQInteractiveShell:
+        pass
+
+    class IPython:
+        get_ipython = staticmethod(ZMQInteractiveShell)
+
+    monkeypatch.setitem(sys.modules, "IPython", IPython)
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(progress, "_quiet", False)
+    assert progress.in_notebook()
+    with progress.progress(total=4, description="score") as bar:
+        assert not bar.disable
+        bar.update(2)
+        bar.refresh()
+    assert "score" in capsys.readouterr().err
+    progress.set_quiet(True)
+    assert progress.progress(total=4, description="score").disable

@@ -989,7 +989,7 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
     )
     kept = sha256_file(out / "contexts.parquet")
     assert (
-        main(["run", *remote_flags, *folders[4:10], "--draws", "20"]) == 0
+        main(["run", "--quick", *remote_flags, *folders[4:10], "--draws", "20"]) == 0
         and sha256_file(out / "contexts.parquet") == kept
     )
     assert "known only by lists of its most likely tokens" in (out / "report.html").read_text()

@@ -14,16 +14,18 @@ from tests import study_tables
 NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
-        "accept-code batch-tokens beta chat chat-template-kwargs contexts device draws dtype"
-        " folds horizon json k learning-rate level loss max-new-tokens max-prompt-tokens"
-        " no-chat no-offload-teacher no-shard-teacher nulls offload-teacher optimizer"
-        " output-dir pair placebos primary prompt-column prompts prompts-split quiet rollouts"
-        " rollouts-format samples-per-prompt seed shard-teacher step student student-revision"
+        "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria device"
+        " draws dtype folds horizon json k learning-rate level loss match max-new-tokens"
+        " max-prompt-tokens minibatch no-chat no-offload-teacher no-shard-teacher nulls"
+        " offload-teacher optimizer output-dir pair placebos primary prompt-column prompts"
+        " prompts-split quick quiet random-draws rollouts rollouts-format samples-per-prompt scope"
+        " seed shard-teacher step student student-revision"
         " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
         " temperature top-k top-p warm-steps"
     ),
     "analyze": (
-        "draws json k level output-dir primary quiet seed tokenizer tokens tokens-after training"
+        "against draws json k level output-dir primary quiet seed tokenizer tokens tokens-after"
+        " training"
     ),
     "compare": (
         "batch budgets criteria draws json level output-dir quiet scope seed ties tokenizer tokens"
@@ -53,7 +55,7 @@ SURFACE = {
         " teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
-        "accept-code accumulation batch budgets chat chat-template-kwargs contexts criteria"
+        "accept-code accumulation against batch budgets chat chat-template-kwargs contexts criteria"
         " device draws dtype eval-contexts eval-every eval-prompts eval-samples json"
         " learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offline offload-teacher output-dir"
@@ -67,7 +69,7 @@ SURFACE = {
         " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
         " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
     ),
-    "report": "compare contexts json output-dir quiet",
+    "report": "against compare contexts json output-dir quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
@@ -178,20 +180,39 @@ def test_every_stage_says_what_it_does(capsys):
         (["report"], "A report goes into one directory: name it as DIR, or with --output-dir."),
         (["report", "{tmp}/a", "--output-dir", "{tmp}/b"], "A report goes into one directory"),
         (
-            ["report", "--compare", "{tmp}/a", "--output-dir", "{tmp}"],
+            ["report", "--against", "{tmp}/a", "--output-dir", "{tmp}"],
             "A comparison needs two or more runs",
         ),
         (
-            ["report", "--compare", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"],
+            ["report", "--against", "{tmp}/a", "{tmp}/b", "--output-dir", "{tmp}"],
             "is not a manifest of this project (No such file or directory)",
         ),
         (["fly"], "invalid choice: 'fly'"),
+        (["rn", "--pair", "embedded"], "Did you mean run?"),
+        (
+            ["run", "--contxts", "8", "--output-dir", "{tmp}/out"],
+            "run: unrecognized arguments: --contxts 8. Did you mean --contexts?",
+        ),
+        (["compare", "--output", "{tmp}/out"], "the following arguments are required"),
+        (
+            ["intervene", "--criteria", "teachabilty", "--output-dir", "{tmp}/out"],
+            "Unknown criterion 'teachabilty'. Did you mean 'teachability'?",
+        ),
+        (
+            ["compare", "--budgets", "5", "--output-dir", "{tmp}/out"],
+            "--budgets takes shares above 0 and at most 1, as 0.05 or 5%; got 5. Did you mean 5%?",
+        ),
+        (
+            ["run", "{models}", "--prompts", "{tmp}/three.jsonl", "--output-dir", "{tmp}/out"],
+            "3 prompts cannot be divided into 4 folds, one step on each. Use at least 20 prompts",
+        ),
         (["--quiet"], "the following arguments are required"),
     ],
 )
 def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, folders, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "column.jsonl").write_text('{"text": "w1"}\n')
+    (tmp_path / "three.jsonl").write_text('{"prompt": "w1"}\n' * 3)
     expanded = [
         part
         for a in arguments
@@ -201,6 +222,18 @@ def test_mistakes_end_in_one_paragraph_and_code_2(arguments, words, tmp_path, fo
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert error.startswith("error: ") and words in error
     assert (tmp_path / "column.jsonl").read_text() == '{"text": "w1"}\n'
+
+
+def test_an_unknown_flag_points_to_the_help_of_its_stage(capsys):
+    assert main(["compare", "--output-dir", "x", "--contexts", "8"]) == 2
+    assert capsys.readouterr().err.endswith(" compare --help`.\n")
+
+
+@pytest.mark.parametrize("word", ["against", "compare"])
+def test_another_run_is_against_and_the_earlier_word_works(word, tmp_path, capsys):
+    missing = str(tmp_path / "none")
+    assert main(["report", f"--{word}", missing, missing, "--output-dir", str(tmp_path)]) == 2
+    assert "is not a manifest of this project" in capsys.readouterr().err
 
 
 def test_reports_from_files_alone_with_as_many_contexts_as_asked_for(tmp_path, capsys):
@@ -218,7 +251,7 @@ def test_reports_from_files_alone_with_as_many_contexts_as_asked_for(tmp_path, c
 def test_runs_side_by_side_are_one_page(tmp_path, capsys):
     runs = [str(study_tables.write_run(tmp_path / name)) for name in ("one", "two")]
     assert (
-        main(["report", "--compare", *runs, "--output-dir", str(tmp_path / "both"), "--json"]) == 0
+        main(["report", "--against", *runs, "--output-dir", str(tmp_path / "both"), "--json"]) == 0
     )
     assert json.loads(capsys.readouterr().out) == {
         "report": str(tmp_path / "both" / "compare.html")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline.flags import Parser, add_flags, read_flags
+from diagnostics.pipeline.flags import Flag, Parser, add_flags, flag, nearest, read_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +75,59 @@ def test_values_take_the_fields_type():
 def test_mistakes_are_one_paragraph(arguments, message):
     with pytest.raises(DiagnosticsError, match=message):
         parse(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Shares."""
+
+    budgets: tuple[float, ...] = dataclasses.field(default=(0.05,), metadata={"help": "shares"})
+    level: float = dataclasses.field(default=0.95, metadata={"help": "coverage"})
+
+
+def shares(*arguments):
+    parser = Parser(prog="x")
+    add_flags(parser, Shares)
+    return read_flags(parser.parse_args(arguments), Shares)
+
+
+def test_shares_may_be_percentages():
+    assert shares("--budgets", "5%,0.1, 30 %", "--level", "90%") == Shares((0.05, 0.1, 0.3), 0.9)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("5", r"--budgets takes shares above 0 and at most 1, as 0\.05 or 5%; got 5\. .*mean 5%\?"),
+        ("0", r"at most 1, as 0\.05 or 5%; got 0\.$"),
+        ("500%", r"got 5\. Did you mean 5%\?"),
+        ("much", r"argument --budgets: invalid"),
+    ],
+)
+def test_a_budget_that_is_no_share_is_refused_with_the_remedy(given, said):
+    with pytest.raises(DiagnosticsError, match=said):
+        shares("--budgets", given)
+
+
+def test_no_flag_is_abbreviated_and_the_nearest_is_named():
+    with pytest.raises(DiagnosticsError, match=r"--siz-of-it 7\. Did you mean --size-of-it\?"):
+        parse("--siz-of-it", "7")
+    with pytest.raises(DiagnosticsError, match=r"--size 7\. Did you mean --size-of-it\? See"):
+        parse("--size", "7")
+    with pytest.raises(DiagnosticsError, match=r"invalid choice: 'bb'.* Did you mean b\?"):
+        parse("--kind", "bb")
+
+
+def test_nothing_is_suggested_that_is_not_alike():
+    assert nearest("--zebra", ["--size-of-it", "--name"]) == ""
+
+
+def test_an_earlier_spelling_still_names_the_setting_and_is_not_shown():
+    own = flag("against", formerly="offline", help="another run")
+    parser = Parser(prog="x")
+    own.add(parser)
+    assert own.field == "offline" and "--offline" not in parser.format_help()
+    assert parser.parse_args(["--offline", "a"]).offline == "a"
+    assert parser.parse_args(["--against", "b"]).offline == "b"
+    assert parser.parse_args([]).offline is None
+    assert Flag(("directory",), {}).field == "directory"

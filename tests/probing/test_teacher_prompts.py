@@ -237,6 +237,7 @@ def test_the_main_job_with_hints(folders, tmp_path):
         main(
             [
                 "run",
+                "--quick",
                 "--student",
                 folders[1],
                 "--teacher",

@@ -90,6 +90,14 @@ def gaps(context: bool = True) -> pd.DataFrame:
     return final(keys, context=context)
 
 
+def counted() -> pd.DataFrame:
+    """Table 5: what the numbers rest on."""
+    counts = {"positions": 2526.0, "contexts": 48.0, "prompts": 48.0}
+    table = final([(name, "count", np.nan, np.nan) for name in counts], unit="count", ends=False)
+    values = list(counts.values())
+    return table.assign(released=values, controlled=values, context=values)
+
+
 def selectors(quantities: tuple[str, ...] = ("mean gain", "gain per kept share")) -> pd.DataFrame:
     """Table 8 and figures 4A, 4B: nine selectors at two budgets."""
     keys = [
@@ -166,6 +174,7 @@ def tables() -> dict[str, pd.DataFrame]:
     found = {f"paper_figure_{number.lower()}": plane(number) for number in ("2A", "2B", "2C")}
     return found | {
         "paper_table_1": gaps(),
+        "paper_table_5": counted(),
         "paper_table_6": proxies(),
         "paper_table_7": masks(),
         "paper_table_8": selectors(),

@@ -8,6 +8,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 
+from diagnostics.analysis.paper.printed import PRINTED
+from diagnostics.analysis.paper.tables import paper
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import figures, naming
 from diagnostics.report.figures.paper import (
@@ -22,6 +24,7 @@ from diagnostics.report.figures.paper import (
     table_name,
     unit,
 )
+from tests.analysis.paper import made_studies
 from tests.report import made_paper
 
 FORESTS = {
@@ -73,6 +76,8 @@ def test_a_forest_shows_each_side_with_its_intervals_and_its_unit(number):
             rows = table[table.quantity == quantity]
             estimates, ends = of(rows, side)
             _places, values, drawn = marks(ax)[label]
+            if (side, quantity) == ("released", "mean gain"):
+                estimates, ends = estimates * np.nan, ends * np.nan
             np.testing.assert_allclose(values, estimates)
             np.testing.assert_allclose(drawn, ends)
         assert ax.get_xlabel().endswith(f"({unit(table, side)})"), side
@@ -264,6 +269,39 @@ def test_what_is_not_there_is_refused_with_a_remedy():
         figures.paper_3c(made_paper.gaps().drop(columns="controlled_low"))
 
 
+def test_masks_at_several_budgets_have_a_row_each_and_none_is_dropped():
+    table = made_paper.masks()
+    both = pd.concat([table.assign(budget=0.03), table.assign(controlled=table.controlled + 1)])
+    shown = panels(figures.paper_3b(both.reset_index(drop=True)))
+    ax = shown["controlled"]
+    names = [tick.get_text() for tick in shown["released"].get_yticklabels()]
+    assert names == [
+        f"{naming.readable(mask)}, {budget}" for budget in ("3%", "5%") for mask in made_paper.MASKS
+    ]
+    rows = table[table.quantity == "mean gain"].controlled
+    np.testing.assert_allclose(marks(ax)["mean gain"][1], [*rows, *(rows + 1)])
+    with pytest.raises(DiagnosticsError, match=r"Figure 3C found two numbers for 'K = 8'"):
+        figures.paper_3c(pd.concat([made_paper.gaps(), made_paper.gaps()]))
+
+
+def test_edges_that_differ_by_rounding_are_one_edge():
+    table = made_paper.plane("2B")
+    shifted = table.assign(x_high=table.x_high + 1e-16, y_low=np.nextafter(table.y_low, 1))
+    for one, other in zip(
+        panels(figures.paper_2b(table)).values(),
+        panels(figures.paper_2b(shifted)).values(),
+        strict=True,
+    ):
+        first, second = (
+            next(each for each in ax.collections if isinstance(each, QuadMesh))
+            for ax in (one, other)
+        )
+        np.testing.assert_allclose(first.get_coordinates(), second.get_coordinates())
+        np.testing.assert_array_equal(
+            np.ma.filled(first.get_array(), -9), np.ma.filled(second.get_array(), -9)
+        )
+
+
 def test_an_artefact_is_found_however_its_name_is_written():
     names = ("Figure 3C", "figure 3c", "3C", "paper_figure_3c", "figure_3c")
     assert {plain(name) for name in names} == {"3c"}
@@ -272,3 +310,15 @@ def test_an_artefact_is_found_however_its_name_is_written():
     assert printed_value({"paper_differences": table}, "Table 1") == "x"
     assert printed_value({"paper_differences": table}, "1") == ""
     assert printed_value({}, "Table 1") == ""
+
+
+def test_every_figure_draws_what_the_study_of_the_paper_makes():
+    tokens = made_studies.made_study(12, 16)
+    gains = {mask: 0.1 * tokens.forward_kl.to_numpy() for mask in ("random", *made_paper.MASKS)}
+    cells, kept = made_studies.made_trainings(tokens, gains, noise=0.01)
+    tables = paper(tokens, cells=cells, kept=kept, draws=10)
+    for number in FIGURES:
+        figure = figures.paper(number, tables, width=figures.SINGLE, level=0.95)
+        assert {"released", "controlled"} <= set(panels(figure)) or number == "5A"
+        caption = figure.get_supxlabel().replace("\n", " ")
+        assert ("Printed in the paper:" in caption) == bool(PRINTED[f"Figure {number}"].text)

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sentences import with_interval
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.report import naming, paper_page, run_results
+from diagnostics.report import catalogue, naming, paper_page, run_results
 from diagnostics.report.figures.paper import FIGURES
 from tests import browser, study_tables
 from tests.report import made_paper
@@ -79,7 +80,9 @@ def test_equal_tables_give_equal_bytes(run, tmp_path):
 def test_the_first_screen_names_pair_and_checkpoint_and_what_both_sides_say(run):
     screen = paper_page.first_screen(read(run))
     assert list(screen) == ["The pair.", "As released.", "Controlled.", "What a control changes."]
-    assert screen["The pair."] == "Student small, teacher large; checkpoint trained/student."
+    assert screen["The pair."] == (
+        "Student small, teacher large; 48 contexts, 2,526 positions; checkpoint trained/student."
+    )
     table = made_paper.gaps()
     row = table[(table.row == "K = 16") & (table.quantity == "Q3 gap")].iloc[0].to_dict()
     numbers = {side: with_interval(row, side) for side in made_paper.SIDES}
@@ -109,7 +112,7 @@ def test_the_first_screen_counts_signs_and_verdicts_over_the_tables_with_both_si
     lost = (clear["released"] & ~clear["controlled"]).sum()
     assert paper_page.first_screen(read(run))["What a control changes."] == (
         f"Of {len(rows)} numbers in the tables, {turned} turn their sign; of"
-        f" {clear['released'].sum()} released intervals that exclude 0, {lost} hold it when"
+        f" {clear['released'].sum()} released intervals that exclude 0, {lost} hold 0 when"
         " controlled."
     )
     assert 0 < turned < len(rows) and lost > 0
@@ -131,11 +134,9 @@ def test_the_first_screen_keeps_to_its_words_and_cuts_no_sentence(run, length):
 
 def test_what_the_manifest_and_the_tables_do_not_say_is_not_made_up(run):
     found = read(run)
-    bare = run_results.RunResults({"stages": {}}, {"paper_table_5": found.tables["paper_table_1"]})
+    bare = run_results.RunResults({"stages": {}}, {"paper_other": found.tables["paper_table_1"]})
     assert paper_page.title(bare) == "The paper, one to one"
-    assert paper_page.first_screen(bare) == {
-        "The pair.": "The checkpoint is in no record of the manifest."
-    }
+    assert paper_page.first_screen(bare) == {"The pair.": "The manifest records no checkpoint."}
     drawn, left_out = paper_page.draw_all(bare)
     assert drawn == {} and set(left_out) == set(FIGURES)
     text = Page(paper_page.page(bare, drawn, left_out)).text
@@ -150,7 +151,9 @@ def test_sides_reason_and_printed_value_stand_beside_their_artefact(run):
     for part in ("Figure 3C. The Q3 gap", said.released, said.controlled, said.why):
         assert part in section
     assert "Printed in the paper: .084 [.069, .098]" in section
-    assert text.count("Printed in the paper:") == 2  # below figure 3C, and at table 1
+    assert text.count("Printed in the paper:") == 1  # below figure 3C, and not again at table 1
+    section = Page(text.split('<section id="paper_table_1">')[1].split("<details")[0]).text
+    assert section == "Table 1. The Q3 gap"
     section = Page(text.split('<section id="paper_figure_4a">')[1].split("<details")[0]).text
     assert "Printed" not in section and "Why they differ." in section
 
@@ -163,7 +166,7 @@ def test_what_was_not_made_says_why_as_the_differences_have_it(run, tmp_path):
     changed = dataclasses.replace(found, tables=found.tables | {"paper_differences": table})
     text = paper_page.page(changed, {}, {})
     section = Page(text.split('<section id="paper_table_2">')[1].split("</section>")[0]).text
-    assert section == f"Table 2. TrainingsNot here. {why}"
+    assert section == "Table 2. TrainingsNot here. It needs trainings."
 
 
 def test_the_checkpoint_is_named_from_the_manifest():
@@ -251,3 +254,13 @@ for (const [i, [a, p]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 
 }
 return found;
 """
+
+
+def test_every_table_of_the_paper_has_a_caption():
+    titles = {
+        f"paper_{name.lower().replace(' ', '_')}": each.title for name, each in PRINTED.items()
+    }
+    assert {each.table for each in ORDER} == set(titles)
+    for name, title in titles.items():
+        assert catalogue.caption(name).endswith(f"as released and controlled: {title}.")
+    assert catalogue.caption("paper_differences").startswith("Why the paper's numbers differ")

@@ -31,6 +31,8 @@ Row = Mapping[str, Any]
 Numbers = Mapping[tuple, Row]
 """Rows of a joined table by row, quantity, K and budget; -1 stands for an undefined K or budget."""
 AFTER_ENTROPY = "student_entropy_after"
+LEAK = "read_after"
+"""Code of the import's warning that predictors are the trained student's."""
 BY_OUTCOME = ("Table 1", "Figure 3C", "Figure 5A")
 """Artefacts whose released Q3 is chosen by the entropy of the run's trained student."""
 TRAINED = ("Table 2", "Table 7", "Figure 3B", "Table 10")
@@ -39,6 +41,10 @@ OF_PROXIES = ("Table 6", "Figure 4C", "Figure 5B")
 OF_ALL_POSITIONS = ("Table 9", "Figure 3A", "Figure 2A")
 """Artefacts of the raw relative gain over all positions; inside Q3 no divergence is small."""
 GAPS = ("gap after training", "gap per kept share", "matched gap")
+OF_BUCKETS = ("Figure 4D", "Figure 5C")
+OF_PLANES = ("Figure 2A", "Figure 2B", "Figure 2C")
+USES_D = ("q3_teachability_first", "teachability", "incompatible", "tip")
+"""Selectors and scores that read D of the union; `divergence` is the whole vocabulary's."""
 USES_C = ("q3_compatibility", "q3_teachability_first", "teachability", "incompatible")
 """Selectors that read C, which is the trained student's as released."""
 OURS = {
@@ -74,6 +80,8 @@ class Facts:
         q3_by_outcome: Those of them that are not in Q3 by the untrained student's.
         small: Share of the positions whose KL is below 1e-3 nats.
         small_gain: Their share of the sum of |G|, the relative gain without a floor.
+        union: Whether D^L and D^I read the union's divergence, as the paper prints it.
+        read_after: Predictors that the table has from after training alone.
         thirds: By row of table 6 and K the sizes of the released bottom and top third, and of Q3.
         lacking: Why an outcome is missing, by `checkpoint`, `context` and `released`.
     """
@@ -83,6 +91,8 @@ class Facts:
     q3_by_outcome: int = 0
     small: float = np.nan
     small_gain: float = np.nan
+    union: bool = False
+    read_after: str = ""
     thirds: Mapping[tuple[str, float], tuple[int, int, int]] = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
 
@@ -97,7 +107,10 @@ def facts(tokens: pd.DataFrame, lacking: Mapping[str, str]) -> Facts:
     made = samples(tokens)
     q3, by_outcome = _q3_by_outcome(tokens)
     kind = made[0].kind if made else "all"
-    return Facts(kind, q3, by_outcome, *_small(tokens), _thirds(tokens), lacking)
+    union = registry.disagreement_column(tokens) != "forward_kl"
+    read_after = next((note[1] for note in tokens.attrs.get("warnings", ()) if note[0] == LEAK), "")
+    small = _small(tokens)
+    return Facts(kind, q3, by_outcome, *small, union, read_after, _thirds(tokens), lacking)
 
 
 def _q3_by_outcome(tokens: pd.DataFrame) -> tuple[int | None, int]:
@@ -263,11 +276,15 @@ def context(row: Row, known: Facts) -> str:
 
 
 def population(known: Facts) -> str:
-    """Why the controlled numbers are not of unseen contexts."""
-    return {
+    """Why the controlled numbers are not of unseen contexts, or not of predictors from before."""
+    seen = {
         "all": "over all contexts, since it is not known which the training saw",
         "seen": "over all contexts, since the training saw every one",
     }.get(known.kind, "")
+    if not known.read_after:
+        return seen
+    leak = f"the table has {known.read_after} from after training alone, on the controlled side too"
+    return f"{seen}; {leak}" if seen else leak
 
 
 def by_outcome(known: Facts) -> str:
@@ -288,6 +305,13 @@ def small_divergences(known: Facts) -> str:
         f"positions with a KL below {RELATIVE_GAIN_FLOOR:g} nats are {percent(known.small)} of the"
         f" bank and {percent(known.small_gain)} of the summed size of its relative gain"
     )
+
+
+def disagreement(known: Facts) -> str:
+    """Which D the two sides read."""
+    if known.union:
+        return "D is that of the union, as printed, and as released that of the whole vocabulary"
+    return "D is that of the whole vocabulary on both sides, since the bank lacks the union's"
 
 
 def no_mean(key: tuple, numbers: Numbers) -> str:
@@ -344,10 +368,13 @@ def causes(artefact: str, key: tuple, numbers: Numbers, known: Facts) -> list[st
     if artefact in OF_SELECTORS:
         found.append(ties(key, numbers))
         found += ["as released, C is the trained student's"] if row in USES_C else []
+        found += [small_divergences(known)] if row == "random" else []
     if artefact in OF_PROXIES:
         found.append(tied_thirds(key, known))
     if artefact in OF_ALL_POSITIONS and "x_bin" not in numbers[key]:
-        found.append(small_divergences(known))
+        found += [small_divergences(known), disagreement(known)]
+    if artefact in (*OF_SELECTORS, *OF_BUCKETS) and row in USES_D:
+        found.append(disagreement(known))
     return found
 
 
@@ -369,10 +396,7 @@ def described(key: tuple, numbers: Numbers, known: Facts) -> str:
         left = numbers.get((key[0], "tied share", *key[2:]), {}).get("controlled", np.nan)
         return f"with the unclipped score ties decide {percent(float(left))} of the selection"
     if quantity in PERCENTILES:
-        return (
-            "D is the union's, and as released the whole vocabulary's; a plane of percentiles holds"
-            " no gain, and so none of a context"
-        )
+        return "a plane of percentiles holds no gain, and so none of a context"
     fewer = one - other
     return f"{number(fewer)} fewer count than in the released table{_of_seen(known)}"
 
@@ -483,12 +507,15 @@ def _general_causes(artefact: str, whole: pd.DataFrame, known: Facts) -> list[st
     if artefact in BY_OUTCOME:
         return [by_outcome(known)]
     if artefact in OF_SELECTORS:
-        return [most_tied(whole)]
+        return [most_tied(whole), disagreement(known)]
+    if artefact in OF_BUCKETS:
+        return [disagreement(known)]
     if artefact in OF_PROXIES:
         return [_most_grown(known)]
     if artefact == "Table 5" and known.kind == "unseen":
         return ["the controlled numbers are of contexts that the training did not see"]
-    return [small_divergences(known)] if artefact in OF_ALL_POSITIONS else []
+    found = [small_divergences(known)] if artefact in OF_ALL_POSITIONS else []
+    return [*found, disagreement(known)] if artefact in (*OF_ALL_POSITIONS, *OF_PLANES) else found
 
 
 def _missing(known: Facts) -> list[str]:

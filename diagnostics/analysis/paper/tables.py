@@ -33,9 +33,9 @@ from diagnostics.analysis.paper import sentences as words
 from diagnostics.analysis.paper.cells import FOLDER, read_cells, with_student
 from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
-from diagnostics.analysis.paper.sample import KEYS, Sample, long_table, reasons, samples
+from diagnostics.analysis.paper.sample import KEYS, NEEDED, Sample, long_table, reasons, samples
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
 
 SIDES = ("released", "controlled", "context")
@@ -183,6 +183,7 @@ def paper(
     """
     if not isinstance(tokens, pd.DataFrame):
         tokens, cells, kept = _of_run(Path(tokens), cells, kept)
+    require_columns(tokens, NEEDED, what="A table of the paper")
     if (cells is None) != (kept is None):
         raise DiagnosticsError(
             "What trainings measured and what they kept belong together; got only"
@@ -488,7 +489,15 @@ def _finished(
     keys = [words.key_of(row) for row in table.to_dict("records")]
     whys = [words.why(artefact.name, key, numbers, known) for key in keys]
     columns = [*COLUMNS[:-1], *(CELL if artefact.source in PLANE_UNITS else ()), "why"]
-    return table.assign(why=whys)[columns]
+    return _one_per_row(table.assign(why=whys), artefact)[columns]
+
+
+def _one_per_row(table: pd.DataFrame, artefact: Artefact) -> pd.DataFrame:
+    """A table of figure 3B names the budget with the mask where masks were trained at several."""
+    if artefact.name != "Figure 3B" or table["budget"].nunique() < 2:
+        return table
+    named = zip(table["row"], table["budget"], strict=True)
+    return table.assign(row=[f"{row} at {words.percent(budget)}" for row, budget in named])
 
 
 def difference(

@@ -9,6 +9,10 @@ student at each position of the bank:
     gap after training    mean y, top less bottom third of C inside Q3, H and C before training
     matched gap           the same for pairs within the caliper (`controlled`)
 
+Trainings of different seeds may have seen different halves of the prompts. Their spread then holds
+the difference of the halves as well, which makes intervals longer; differences to random positions
+are paired by seed, and so by half.
+
 The released scripts print the gap, under the name of a gain; a training that lowers the divergence
 everywhere by the same has a gap of 0. Intervals carry prompts and seeds by the rule of
 `training_outcomes`; the gaps' cuts and pairs are made anew in every draw of prompts.

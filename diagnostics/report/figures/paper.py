@@ -25,9 +25,8 @@ from matplotlib.ticker import MaxNLocator
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import thin_color_bar
+from diagnostics.report.figures.common import mark, thin_color_bar
 from diagnostics.report.figures.options import Intervals, Page, on_page
-from diagnostics.report.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY
 
 SIDES = {
     "released": "as released",
@@ -37,17 +36,6 @@ SIDES = {
 """The columns of a final table that are drawn, with the titles of their panels."""
 KEYS = ("row", "quantity", "k", "budget", "unit")
 """The columns that say what a row of a final table is."""
-LOOKS = (
-    {"color": BLUE, "marker": "o"},
-    {"color": ORANGE, "marker": "s"},
-    {"color": GREEN, "marker": "^"},
-    {"color": PURPLE, "marker": "D"},
-    {"color": SKY, "marker": "v"},
-    {"color": AMBER, "marker": "P"},
-)
-"""Color and marker of the series of a figure, in their order."""
-
-
 LEARN, INCOMPATIBLE = "Dᴸ", "Dᴵ"
 """The compatible and the incompatible part of the divergence, as the paper writes them."""
 
@@ -137,7 +125,7 @@ def _forest(
     width: float,
 ) -> Figure:
     """Rows down, one mark with its interval per series, and a panel per side."""
-    shown, names = _shown(table, number), list(dict.fromkeys(table.row))
+    shown, names = _shown(table, number), style.present(table.row, ())
     height = 0.35 + (0.13 * len(series) + 0.1) * len(names)
     figure, axes = _axes(table, shown, width, height, sharey=True)
     for ax, side in zip(axes.flat, shown, strict=True):
@@ -145,7 +133,7 @@ def _forest(
         for shift, (words, look, rows) in zip(
             style.offsets(len(series), 0.6 / max(len(series), 2)), series, strict=True
         ):
-            own = _of(rows, side).drop_duplicates("row").set_index("row").reindex(names)
+            own = _of(_single(rows, number), side).set_index("row").reindex(names)
             y = np.arange(len(names)) + shift
             style.lying(ax, y, own, "estimate", label=words, zorder=3, **look)
         ax.xaxis.set_major_locator(MaxNLocator(4 if width > 5 else 5))
@@ -154,6 +142,17 @@ def _forest(
     _same_scale(list(axes.flat), shown, table, "x")
     style.legend(figure, axes[0, 0], 4 if width > 5 else 2)
     return figure
+
+
+def _single(rows: pd.DataFrame, number: str) -> pd.DataFrame:
+    """The rows of a series, of which a name has one."""
+    twice = rows.row[rows.row.duplicated()]
+    if len(twice):
+        raise DiagnosticsError(
+            f"Figure {number} found two numbers for {twice.iloc[0]!r} in one series. Pass a table"
+            " with one row per row, quantity, k and budget, as `dx.paper` returns it."
+        )
+    return rows
 
 
 def _columns(
@@ -353,12 +352,11 @@ def _haze() -> dict:
 
 def _cells(ax, table: pd.DataFrame, side: str):
     """The cells of a plane as a mesh over its edges; a cell without a row or number is empty."""
-    x, y = (
-        np.unique(table[[f"{axis}_low", f"{axis}_high"]].to_numpy(float)) for axis in ("x", "y")
-    )
+    table = table.assign(**{name: table[name].astype(float).round(9) for name in EDGES})
+    x, y = (np.unique(table[[f"{axis}_low", f"{axis}_high"]].to_numpy()) for axis in ("x", "y"))
     values = np.full((len(y) - 1, len(x) - 1), np.nan)
-    column = np.searchsorted(x, table.x_low.to_numpy(float))
-    row = np.searchsorted(y, table.y_low.to_numpy(float))
+    column = np.searchsorted(x, table.x_low.to_numpy())
+    row = np.searchsorted(y, table.y_low.to_numpy())
     values[row, column] = table[side].to_numpy(float)
     ax.grid(visible=False)
     return ax.pcolormesh(x, y, np.ma.masked_invalid(values), linewidth=0)
@@ -427,8 +425,8 @@ def _by_quantity(table: pd.DataFrame, names: Mapping[str, str]) -> list[Series]:
     """One series per quantity of the table, in the order of `names`."""
     present = [name for name in names if (table.quantity == name).any()]
     return [
-        Series(names[name], dict(look), table[table.quantity == name])
-        for name, look in zip(present, LOOKS, strict=False)
+        Series(names[name], mark(index), table[table.quantity == name])
+        for index, name in enumerate(present)
     ]
 
 
@@ -454,8 +452,8 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """Figure 3B: what training on masks inside Q3 does to the Q3 gap, raw and matched.
 
     Example: `dx.plot.paper_3b(tables["paper_figure_3b"])`. The statistic is a difference between
-    two groups of Q3 after the training, and no mean reduction: `mean gain` in the same table is
-    that.
+    two groups of Q3 after the training, and no mean reduction: the mean gain in nats beside it is
+    that. The mean of the relative gain, which has no lower bound, is left to the table.
 
     Args:
         table: The final table, one row per mask and quantity.
@@ -469,15 +467,26 @@ def paper_3b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
         DiagnosticsError: A column is missing, or nothing in the table is to be shown.
     """
     names = TRAINED | {"mean gain": "mean gain"}
-    table = _kept(table, "3B", list(names))
+    table = _by_budget(_kept(table, "3B", list(names)))
+    unbounded = ["released", "released_low", "released_high"]
+    table.loc[table.quantity == "mean gain", unbounded] = np.nan
     figure = _forest(table, "3B", _by_quantity(table, names), "gain", page["width"])
     style.caption(
         figure,
+        "The mean gain is in nats alone: that of the relative gain has no lower bound.",
         _counts(table, "Numbers"),
         _bars(table, OVER_SEEDS, page["level"]),
         _printed(printed),
     )
     return figure
+
+
+def _by_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the budget in the name of a row, where a name stands for several budgets."""
+    if not table.duplicated(["row", "quantity"]).any():
+        return table
+    budgets = [style.percent(round(budget, 6)) for budget in table.budget]
+    return table.assign(row=table.row.map(naming.readable) + ", " + pd.Series(budgets))
 
 
 GAPS = {"Q3 gap": "Q3 gap", "matched gap": "matched in a prompt"}
@@ -562,8 +571,8 @@ def _top(
     table = _kept(table, number, [quantity])
     budgets = sorted(table.budget.dropna().unique())
     series = [
-        Series(style.percent(round(budget, 6)), dict(look), table[table.budget == budget])
-        for budget, look in zip(budgets, LOOKS, strict=False)
+        Series(style.percent(round(budget, 6)), mark(index), table[table.budget == budget])
+        for index, budget in enumerate(budgets)
     ]
     figure = _forest(table, number, series, label, page["width"])
     style.caption(
@@ -594,8 +603,8 @@ def paper_4c(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """
     table = _kept(table, "4C", ["Q3 gap"])
     series = [
-        Series(f"K = {int(size)}", dict(look), table[table.k == size])
-        for size, look in zip(sorted(table.k.dropna().unique()), LOOKS, strict=False)
+        Series(f"K = {int(size)}", mark(index), table[table.k == size])
+        for index, size in enumerate(sorted(table.k.dropna().unique()))
     ]
     figure = _forest(table, "4C", series, "top − bottom", page["width"])
     style.caption(
@@ -640,8 +649,8 @@ def _buckets(
     table = _kept(table, number, names)
     scores = style.present(table.row, SCORES)
     series = [
-        Series(naming.readable(score), dict(look), table[table.row == score])
-        for score, look in zip(scores, LOOKS, strict=False)
+        Series(naming.readable(score), mark(index), table[table.row == score])
+        for index, score in enumerate(scores)
     ]
 
     def place(rows: pd.DataFrame) -> pd.Series:
@@ -684,7 +693,7 @@ def paper_5a(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Page]) ->
         DiagnosticsError: A column is missing, or nothing in the table is to be shown.
     """
     table = _with_widths(_kept(table, "5A", [*GAPS, *_own_width(table)]))
-    names, shown = list(dict.fromkeys(table.row)), _shown(table, "5A")
+    names, shown = style.present(table.row, ()), _shown(table, "5A")
     figure, axes = _axes(table, shown, page["width"], 0.55 + 0.3 * len(names), sharey=True)
     columns = style.present(table.quantity, [*GAPS, WIDTH])
     for ax, side in zip(axes.flat, shown, strict=True):
@@ -759,8 +768,8 @@ def paper_5b(table: pd.DataFrame, *, printed: str = "", **page: Unpack[Intervals
     """
     table = _kept(table, "5B", ["Q3 gap"])
     series = [
-        Series(naming.readable(proxy), dict(look), table[table.row == proxy].sort_values("k"))
-        for proxy, look in zip(dict.fromkeys(table.row), LOOKS, strict=False)
+        Series(naming.readable(proxy), mark(index), table[table.row == proxy].sort_values("k"))
+        for index, proxy in enumerate(style.present(table.row, ()))
     ]
     figure = _by_k(table, "5B", series, "top − bottom", page["width"])
     style.caption(
@@ -853,7 +862,8 @@ def paper(number: str, tables: Mapping[str, pd.DataFrame], **page: Unpack[Interv
         )
     draw = FIGURES[wanted]
     taken = {name: page[name] for name in page if name in inspect.signature(draw).parameters}
-    return draw(table, printed=printed_value(tables, wanted), **taken)
+    # the page is settled already, for this function
+    return inspect.unwrap(draw)(table, printed=printed_value(tables, wanted), **taken)
 
 
 def _some(tables: Mapping[str, pd.DataFrame]) -> str:

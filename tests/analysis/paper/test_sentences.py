@@ -205,6 +205,17 @@ def test_a_sentence_says_when_no_context_is_known_to_be_unseen(kind, clause):
     assert "over all contexts" not in said(row)
 
 
+def test_predictors_that_an_import_has_from_after_training_are_named():
+    tokens = made_study()
+    tokens.attrs["warnings"] = [["read_after", "compatibility, topk_overlap", "..."]]
+    known = sentences.facts(tokens, {})
+    row = joined_row(released=RELEASED, controlled=(0.2, 0.1, 0.5, 480))
+    assert said(row, facts=known).endswith(
+        "the table has compatibility, topk_overlap from after training alone, on the controlled"
+        " side too."
+    )
+
+
 def test_a_missing_side_is_named_with_its_reason():
     facts = Facts(lacking={"released": "it needs teacher_entropy", "checkpoint": "no student"})
     text = said(joined_row(controlled=(0.2, 0.1, 0.5, 480)), facts=facts)
@@ -224,6 +235,26 @@ def test_quantities_without_a_sign_get_no_verdict():
     )
     text = said(row, "Table 8")
     assert text == "The unclipped score leaves 25 % to ties, the clipped one 100 %."
+
+
+@pytest.mark.parametrize(
+    ("column", "clause"),
+    [
+        ("union_forward_kl", "D is that of the union, as printed, and as released that of the"),
+        ("forward_kl", "D is that of the whole vocabulary on both sides, since the bank lacks"),
+    ],
+)
+def test_a_sentence_says_which_divergence_the_two_sides_read(column, clause):
+    tokens = made_study()
+    known = sentences.facts(tokens if column in tokens and "union" in column else _full(tokens), {})
+    row = joined_row(row="teachability", quantity="mean gain", k=np.nan, released=RELEASED)
+    assert clause in said(row, "Table 8", known)
+    plain = joined_row(row="divergence", quantity="mean gain", k=np.nan, released=RELEASED)
+    assert "D is that" not in said(plain, "Table 8", known)
+
+
+def _full(tokens):
+    return tokens.drop(columns=["union_forward_kl"])
 
 
 def test_numbers_and_shares_are_written_with_three_digits():

@@ -88,6 +88,7 @@ def test_figures_are_parts_of_the_tables_that_they_show(made):
         shown.drop(columns="why"),
         gaps[gaps.quantity != "overlap"].drop(columns="why").reset_index(drop=True),
     )
+    assert set(made["paper_figure_3b"].row) == {"q3_teachability at 3 %", "q3_teachability at 5 %"}
     assert set(made["paper_figure_4a"].quantity) == {"mean gain"}
     assert set(made["paper_figure_4b"].quantity) == {"gain per kept share"}
 

@@ -1,0 +1,188 @@
+"""What a run says, on a terminal and as JSON: which criterion, how surely, and what comes next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diagnostics.analysis.config import FEWEST_PROMPTS
+from diagnostics.analysis.decision import MARGIN, MEASURE_WORDS, NO_CELLS, decision_sentence
+from diagnostics.core.tables import read_csv
+
+SHOWN = 4
+"""Cells of the ranking that the terminal shows, the best and the worst among them."""
+RANKING = (
+    "criterion",
+    "budget",
+    "over_random",
+    "over_random_low",
+    "over_random_high",
+    "verdict",
+    "recommended",
+)
+"""Columns of the ranking."""
+QUICK = (
+    "Not answered: the interventions were left out. Correlations and captured shares do not stand"
+    " in for them."
+)
+"""What stands in the place of the decision where nothing was intervened on."""
+
+
+def answer(
+    directory: Path,
+    program: str,
+    *,
+    pair: str = "",
+    table: pd.DataFrame | None = None,
+    page: str | None = None,
+) -> dict[str, Any]:
+    """The decision of a run, as data.
+
+    Args:
+        directory: The run directory.
+        program: How this program is called, for the command that comes next.
+        pair: Flags that name the pair in another directory.
+        table: The decision table; None reads that of the run, where it has one.
+        page: Path of the report.
+
+    Returns:
+        decision (a sentence), ranking (one entry per judged cell, best first; the fields of
+        RANKING), measure, strength (a sentence and its numbers), next (a command) and, where there
+        is one, report.
+    """
+    path = directory / "tables/decision.csv"
+    if table is None and path.is_file():
+        table = read_csv(path)
+    where = f"--output-dir {shlex.quote(str(directory))}"
+    found: dict[str, Any] = {"output_dir": str(directory)}
+    if table is None:
+        found |= {"decision": QUICK, "ranking": [], "next": f"{program} run {where}"}
+    else:
+        judged = _judged(table)
+        found |= {
+            "decision": decision_sentence(table),
+            "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
+            "ranking": [_entry(row) for row in judged.to_dict("records")],
+            "strength": strength(judged) if len(judged) else None,
+            "next": _next(judged, directory, program, pair),
+        }
+    return found | ({"report": page} if page else {})
+
+
+def _judged(table: pd.DataFrame) -> pd.DataFrame:
+    """The cells that the decision is about, by the lower bound over random."""
+    primary = table["primary"].astype(bool) & ~table["criterion"].isin(["random", *NO_CELLS])
+    judged = table[primary].sort_values("over_random_low", ascending=False, kind="stable")
+    return judged.assign(reason=judged["reason"].astype(object).fillna(""))
+
+
+def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {name: row[name] for name in RANKING}
+    numbers = ("over_random", "over_random_low", "over_random_high")
+    return entry | {
+        "budget": float(row["budget"]),
+        "recommended": bool(row["recommended"]),
+        **{name: float(row[name]) if math.isfinite(row[name]) else None for name in numbers},
+    }
+
+
+def strength(judged: pd.DataFrame) -> dict[str, Any]:
+    """How sure the ranking is.
+
+    A design is strong enough where it shows, with 80 % power, a difference of MARGIN of what random
+    positions do, which is the difference within which two criteria are called level.
+
+    Args:
+        judged: The judged cells of a decision table.
+
+    Returns:
+        folds, prompts (held out), word (not judged, weak, sufficient) and sentence.
+    """
+    folds, prompts = (int(judged[name].max()) for name in ("steps", "prompts"))
+    found = {"folds": folds, "prompts": prompts}
+    basis = f"{folds} folds, {prompts} prompts a side"
+    if (judged["verdict"] == "not judged").all():
+        few = f" ({FEWEST_PROMPTS} are needed)" if prompts < FEWEST_PROMPTS else ""
+        return found | {"word": "not judged", "sentence": f"{basis}{few}: not judged"}
+    least, margin = judged["smallest_detectable"].median(), judged["margin"].median()
+    weak = not least <= margin
+    word = "weak" if weak else "sufficient"
+    shows = f"it shows differences from {least:.2g} nats on" if math.isfinite(least) else ""
+    level = f"{100 * MARGIN:.0f} % of random's effect is {margin:.2g}" if margin > 0 else ""
+    detail = "; ".join(filter(None, [shows, level]))
+    return found | {
+        "word": word,
+        "smallest_detectable": float(least) if math.isfinite(least) else None,
+        "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else ""),
+    }
+
+
+def _next(judged: pd.DataFrame, directory: Path, program: str, pair: str) -> str:
+    """The command that comes next: a check by training, more prompts, or other criteria."""
+    chosen = judged[judged["recommended"].astype(bool)]
+    folder = shlex.quote(str(directory))
+    if len(chosen):
+        row = chosen.iloc[0]
+        return (
+            f"{program} validate --against {folder} --criteria {row['criterion']},random"
+            f" --budgets {row['budget']:g} --output-dir {folder}-training"
+        )
+    needed = pd.to_numeric(judged["prompts_needed"], errors="coerce")
+    needed = needed[(judged["over_random"] > 0) & (needed > judged["prompts"])]
+    more = int(needed.min()) if len(needed) and math.isfinite(needed.min()) else 0
+    if (judged["verdict"] == "not judged").all():
+        more = max(more, 2 * FEWEST_PROMPTS)
+    if not more:
+        return f"{program} intervene --criteria NAMES --output-dir {folder}"
+    return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}"
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """An answer in ten lines or fewer."""
+    lines = [found["decision"]]
+    rows: Sequence[Mapping] = found["ranking"]
+    if rows:
+        lines.append(f"over random, nats per position{_of_measure(found)}:")
+        shown = [*rows[: SHOWN - 1], rows[-1]] if len(rows) > SHOWN else rows
+        lines += [_line(row) for row in shown]
+        if len(rows) > SHOWN:
+            lines.insert(
+                -1, f"  … {len(rows) - SHOWN} more in {found['output_dir']}/tables/decision.csv"
+            )
+    if found.get("strength"):
+        lines.append(f"strength: {found['strength']['sentence']}")
+    lines.append(f"next: {found['next']}")
+    if "report" in found:
+        lines.append(f"report: {found['report']}")
+    return "\n".join(lines)
+
+
+def _of_measure(found: Mapping[str, Any]) -> str:
+    measure = found.get("measure")
+    return f" of {MEASURE_WORDS[measure]}" if measure in MEASURE_WORDS else ""
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    low, high = row["over_random_low"], row["over_random_high"]
+    interval = "no interval" if None in (low, high) else f"[{low:+.2g}, {high:+.2g}]"
+    value = "–" if row["over_random"] is None else f"{row['over_random']:+.2g}"
+    numbers = f"{value:>8}  {interval:<20}".replace("-", "−")
+    name = f"  {row['criterion']} at {100 * row['budget']:g} %"
+    return f"{name:<30}{numbers} {row['verdict']}"
+
+
+def claims(directory: Path) -> list[dict[str, Any]]:
+    """The controlled verdicts on the claims, each with its sentence; empty without any."""
+    path = directory / "tables/verdicts.csv"
+    if not path.is_file():
+        return []
+    table = read_csv(path)
+    if not {"claim", "statement", "verdict", "primary", "kind"} <= set(table):
+        return []
+    rows = table[table["primary"].astype(bool) & (table["kind"] == "controlled")]
+    return rows[["claim", "statement", "verdict"]].to_dict("records")
