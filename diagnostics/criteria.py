@@ -37,7 +37,6 @@ A criterion is a plain function of table columns. Three lines register one:
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +48,9 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import column, require_columns
+from diagnostics.core.inputs import percent_meant, share, takes, token_table
+from diagnostics.core.names import did_you_mean, meant
+from diagnostics.core.schema import SCHEMA, column, require_columns
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
 DEFAULT_BUDGET = 0.05
@@ -189,9 +190,9 @@ def criterion(
 
     Raises:
         DiagnosticsError: A built-in criterion or another criterion's alias already has one of the
-            names. The decorator raises it.
+            names, or `needs` misspells a column of the schema. The decorator raises the first.
     """
-    needs, aliases = tuple(needs), tuple(aliases)
+    needs, aliases = _read_needs(name, needs), tuple(aliases)
 
     def register(function: Callable) -> Callable:
         mine = function.__module__ != __name__
@@ -223,6 +224,21 @@ def criterion(
     return register
 
 
+def _read_needs(name: str, needs: Iterable[str]) -> tuple[str, ...]:
+    """The needed columns. A name that the schema lacks may be a column of the user's own table; one
+    that nearly spells a column of the schema is refused now rather than after the models ran.
+    """
+    listed = (needs,) if isinstance(needs, str) else tuple(needs)
+    for need in listed:
+        near = meant(str(need), SCHEMA) if column(need) is None else ""
+        if near:
+            raise DiagnosticsError(
+                f"Criterion {name!r} needs the column {need!r}, which no token table has. Did you"
+                f" mean {near!r}? (A column of your own needs a name that is unlike those.)"
+            )
+    return listed
+
+
 def find(name: str) -> Criterion:
     """Return the criterion of a name or alias.
 
@@ -234,10 +250,9 @@ def find(name: str) -> Criterion:
     """
     entry = _REGISTRY.get(_ALIASES.get(name, name))
     if entry is None:
-        near = difflib.get_close_matches(str(name), [*_REGISTRY, *_ALIASES], n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [*_REGISTRY, *_ALIASES])
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register"
+            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}; register"
             " another with @diagnostics.criterion."
         )
     return entry
@@ -372,6 +387,7 @@ def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
     return Scale()(values)
 
 
+@takes(tokens=token_table)
 def score_criterion(
     tokens: pd.DataFrame, name: str, *, seed: Seed = 0, substitute: Mapping[str, str] | None = None
 ) -> np.ndarray:
@@ -494,13 +510,16 @@ def budget_count(positions: int, budget: float) -> int:
         DiagnosticsError: The budget lies outside (0, 1].
     """
     if not 0 < budget <= 1:
-        raise DiagnosticsError(f"A budget is a share of positions in (0, 1]; got {budget}.")
+        raise DiagnosticsError(
+            f"A budget is a share of positions in (0, 1]; got {budget}.{percent_meant(budget)}"
+        )
     return ceil(round(budget * positions, 9))
 
 
+@takes(tokens=token_table, budget=share)
 def select(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     *,
     budget: float | None = None,
     per_context_minimum: int = 0,
@@ -520,9 +539,11 @@ def select(
         tokens: Token table of N rows, with at least `position`, `context_id` where
             `per_context_minimum` or the scope `context` is given, and the columns that the
             criterion needs.
-        by: Name of a criterion, or scores [N] where a higher score is selected first.
-        budget: Share of positions in (0, 1]; None stands for the criterion's own budget, and for
-            0.05 where scores are given. A criterion of kind `all` keeps every position.
+        by: Name of a criterion; scores [N], where a higher score is selected first; or a function
+            that makes such scores of the whole table.
+        budget: Share of positions in (0, 1], or a text such as `5%`; None stands for the
+            criterion's own budget, and for 0.05 where scores are given. A criterion of kind
+            `all` keeps every position.
         per_context_minimum: Number of best positions of every context that are kept first, within
             the same budget.
         seed: Seed of criteria that draw random numbers, and of random ties.
@@ -554,9 +575,10 @@ def select(
     return mask
 
 
+@takes(tokens=token_table, budget=share)
 def ambiguous_share(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     *,
     budget: float | None = None,
     per_context_minimum: int = 0,
@@ -598,7 +620,7 @@ def ambiguous_share(
 
 def _choose(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     budget: float | None,
     minimum: int,
     seed: Seed,
@@ -610,10 +632,26 @@ def _choose(
         scores, raw = score_pairs(tokens, by, seed=seed)
         budget = find(by).budget if budget is None else budget
     else:
-        scores = np.asarray(by, dtype=np.float64)
+        scores = _given_scores(tokens, by(tokens) if callable(by) else by)
     ranked = rank(tokens, scores, raw, seed=seed, **rules)
     counts = ranked.counts(DEFAULT_BUDGET if budget is None else budget)
     return ranked, ranked.best(counts, _first_of_contexts(tokens, ranked, minimum, counts))
+
+
+def _given_scores(tokens: pd.DataFrame, scores) -> np.ndarray:
+    """Scores [N] that a user gave, or made of the table."""
+    try:
+        given = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"Positions are selected by a criterion's name, scores or a function of the table; got"
+            f" {str(scores)[:60]!r}."
+        ) from error
+    if given.shape != (len(tokens),):
+        raise DiagnosticsError(
+            f"Got scores of shape {given.shape} for {len(tokens)} positions. Give one per row."
+        )
+    return given
 
 
 @dataclass(frozen=True)
