@@ -37,11 +37,16 @@ A criterion is a plain function of table columns. Three lines register one:
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from math import ceil
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -115,6 +120,11 @@ class Criterion:
     by_name: bool = False
     """True for a criterion that is compared only where it is asked for by name."""
 
+    @property
+    def version(self) -> str:
+        """Name and hash of the file that `load_module` read it from; empty for others."""
+        return _MODULES.get(self.function.__module__, "")
+
     @cached_property
     def arguments(self) -> frozenset[str]:
         """Names of the function's arguments."""
@@ -140,6 +150,10 @@ class Criterion:
 
 _REGISTRY: dict[str, Criterion] = {}
 _ALIASES: dict[str, str] = {}
+_MODULES: dict[str, str] = {}
+"""Name and hash of each file that `load_module` ran, by the name of its module."""
+MODULES_VARIABLE = "OPD_DIAGNOSTICS_CRITERION_MODULES"
+"""Environment variable by which processes that this one starts find the same files."""
 
 
 def criterion(
@@ -224,6 +238,51 @@ def criterion(
     return register
 
 
+def load_module(path: str | Path) -> None:
+    """Run a Python file that registers criteria, in this process and in those that it starts.
+
+    Args:
+        path: The file. It uses `@diagnostics.criterion` as a notebook would.
+
+    Raises:
+        DiagnosticsError: There is no such file, it fails, or it registers no criterion.
+    """
+    path = Path(path).absolute()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DiagnosticsError(
+            f"{path} cannot be read ({error.strerror}). Name a Python file that registers criteria."
+        ) from error
+    label = f"criterion_module_{path.stem}_{digest}"
+    if label in _MODULES:
+        return
+    spec = importlib.util.spec_from_loader(label, SourceFileLoader(label, str(path)))
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except DiagnosticsError:
+        raise
+    except Exception as error:
+        raise DiagnosticsError(
+            f"{path} cannot be run ({type(error).__name__}: {error}). Correct it; `python"
+            f" {path.name}` shows where it fails."
+        ) from error
+    if not any(entry.function.__module__ == label for entry in _REGISTRY.values()):
+        raise DiagnosticsError(
+            f"{path} registers no criterion. Decorate a function of the token table with"
+            " @diagnostics.criterion(name, needs=[...])."
+        )
+    _MODULES[label] = f"{path.name} {digest}"
+    known = os.environ.get(MODULES_VARIABLE, "").split(os.pathsep)
+    os.environ[MODULES_VARIABLE] = os.pathsep.join(filter(None, dict.fromkeys([*known, str(path)])))
+
+
+def loaded_modules() -> str:
+    """Names and hashes of the files that `load_module` ran; empty without any."""
+    return ", ".join(_MODULES.values())
+
+
 def _read_needs(name: str, needs: Iterable[str]) -> tuple[str, ...]:
     """The needed columns. A name that the schema lacks may be a column of the user's own table; one
     that nearly spells a column of the schema is refused now rather than after the models ran.
@@ -253,7 +312,8 @@ def find(name: str) -> Criterion:
         hint = did_you_mean(name, [*_REGISTRY, *_ALIASES])
         raise DiagnosticsError(
             f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}; register"
-            " another with @diagnostics.criterion."
+            " another with @diagnostics.criterion, on the command line in a file that"
+            " --criterion-module names."
         )
     return entry
 
@@ -1437,3 +1497,7 @@ def _fire(tokens):
     open_student = tokens["student_entropy"] / tokens["student_entropy"].max()
     weight = (1 + confident_teacher) * (1 + open_student)
     return weight / weight.mean()
+
+
+for _path in filter(None, os.environ.get(MODULES_VARIABLE, "").split(os.pathsep)):
+    load_module(_path)  # this process was started by one that had loaded it

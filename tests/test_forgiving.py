@@ -188,7 +188,7 @@ def rows(tokens, folder, pair):
         ),
         "outcome misspelled": (
             lambda: dx.selection_curves(tokens, outcomes="gian", draws=DRAWS),
-            "The table has no outcome gian",
+            "The comparison needs an outcome, one of gian; the table has context_id, prompt_id, ",
         ),
         "one run to compare": (
             lambda: dx.compare_runs(str(folder)),

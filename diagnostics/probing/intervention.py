@@ -698,12 +698,14 @@ class Grid:
         if self.config.scope == "table":
             return rule | {"scope": "table"}
         seed = one.seed if registry.is_seeded(cell.criterion) else None
+        version = registry.find(cell.criterion).version
         return rule | {
             "scope": self.config.scope,
             "criterion": cell.criterion,
             "budget": cell.budget,
             "seed": seed,
             "k": self.k,
+            **({"module": version} if version else {}),
         }
 
     @cached_property
