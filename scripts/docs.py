@@ -7,8 +7,8 @@
 
 As a hook of mkdocs (see mkdocs.yml) it also makes the pages that need no file of their own: the
 front page from the README, one page per command from the registry, the dataclasses of its settings
-and the docstrings, the reference of the public names, the tutorial's figures from a committed study,
-and the notebooks, with their outputs where `scripts/notebooks.py` has executed them.
+and the docstrings, the reference of the public names, the tutorial's figures from a committed
+study, and the notebooks, with their outputs where `scripts/notebooks.py` has executed them.
 
 `--figures` draws the picture of the README, `docs/decision.png`, anew.
 """
@@ -337,11 +337,10 @@ def on_files(files, config):
     from diagnostics.pipeline.registry import COMMANDS
 
     made = {f"stages/{stage.name}.md": stage_page(stage.name) for stage in COMMANDS}
-    made["index.md"] = (
-        (ROOT / "README.md")
-        .read_text(encoding="utf-8")
-        .replace("](docs/", "](")
-        .replace("](CONTRIBUTING.md)", "](contributing.md)")
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    front = re.sub(r"\[([^]]*)\]\(reports/[^)]*\)", r"\1", front)  # no part of the site
+    made["index.md"] = front.replace("](docs/", "](").replace(
+        "](CONTRIBUTING.md)", "](contributing.md)"
     )
     made["contributing.md"] = (
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
