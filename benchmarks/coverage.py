@@ -22,7 +22,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,6 +43,7 @@ from diagnostics.analysis import (
     correlations,
     decision,
     quadrants,
+    rank_agreement,
     selection,
     strata,
 )
@@ -131,7 +134,10 @@ class Population:
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(self.names), count, replace=False)
         folds = dict(zip(self.names[chosen], np.arange(count) % FOLDS, strict=True))
-        batches = rng.choice(len(self.gains), FOLDS, replace=False)
+        return self.table(folds, rng.choice(len(self.gains), FOLDS, replace=False))
+
+    def table(self, folds: dict[str, int], batches: Sequence[int]) -> pd.DataFrame:
+        """The fold table of the prompts of `folds`, with one step batch per fold."""
         rows = np.flatnonzero(self.tokens.prompt_id.isin(folds))
         tokens = self.tokens.iloc[rows].reset_index(drop=True)
         gains = {
@@ -186,12 +192,22 @@ class Effects:
         """Interventions of some prompts, with step batches and folds drawn anew."""
         rng = np.random.default_rng(seed)
         names = self.names[rng.choice(len(self.names), count, replace=False)]
-        fold_of = pd.Series(np.arange(count) % FOLDS, index=names)
+        folds = dict(zip(names, np.arange(count) % FOLDS, strict=True))
+        rows = self.table(folds, rng.choice(len(self.batches), FOLDS, replace=False))
+        return rows[rows["held_out"]].reset_index(drop=True)
+
+    def table(self, folds: dict[str, int], batches: Sequence[int]) -> pd.DataFrame:
+        """Interventions of the prompts of `folds`, with one step batch per fold.
+
+        `held_out` is False at the prompts of the step batch's own fold. They carried no loss, since
+        step batches have prompts of their own; such rows only say which fold a prompt has.
+        """
         parts = []
-        for fold, batch in enumerate(rng.choice(len(self.batches), FOLDS, replace=False)):
+        for fold, batch in enumerate(batches):
             rows = self.batches[batch]
-            mine = rows["prompt_id"].map(fold_of)
-            parts.append(rows[mine.notna() & (mine != fold)].assign(fold=fold))
+            mine = rows["prompt_id"].map(folds)
+            known = mine.notna()
+            parts.append(rows[known].assign(fold=fold, held_out=mine[known] != fold))
         return pd.concat(parts, ignore_index=True)
 
     def sample(self, number: int) -> pd.DataFrame:
@@ -208,6 +224,47 @@ class Effects:
         return self.prompts / len(self.names), FOLDS / len(self.batches)
 
 
+class Probed(NamedTuple):
+    """What a probe and an intervention on the same prompts and step batches left."""
+
+    tokens: pd.DataFrame
+    effects: pd.DataFrame
+
+
+class Both:
+    """Gains and effects of the same prompts, after steps on the same batches.
+
+    Args:
+        folder: Where the population and the effects are.
+        prompts: Prompts of a sample; its step batches have a quarter as many.
+    """
+
+    def __init__(self, folder: Path, prompts: int):
+        self.prompts = prompts
+        self.population, self.effects = Population(folder, prompts), Effects(folder, prompts)
+
+    def draw(self, count: int, seed: Sequence[int]) -> Probed:
+        """Both tables of some prompts, with step batches and folds drawn anew."""
+        rng = np.random.default_rng(seed)
+        names = self.effects.names[rng.choice(len(self.effects.names), count, replace=False)]
+        folds = dict(zip(names, np.arange(count) % FOLDS, strict=True))
+        batches = rng.choice(len(self.effects.batches), FOLDS, replace=False)
+        return Probed(self.population.table(folds, batches), self.effects.table(folds, batches))
+
+    def sample(self, number: int) -> Probed:
+        """Both tables of a sample."""
+        return self.draw(self.prompts, [self.prompts, number, 4])
+
+    def whole(self, number: int) -> Probed:
+        """Both tables of every prompt that has effects."""
+        return self.draw(len(self.effects.names), [self.prompts, number, 5])
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the prompts and of the step batches that a sample takes."""
+        return self.effects.shares
+
+
 # --- families of intervals
 # ---------------------------------------------------------------------------------------
 
@@ -222,20 +279,25 @@ class Family:
         value: Column of the statistic.
         keys: Columns that name a row.
         source: What its tables come from.
+        whole_draws: Draws for the values of the whole population, where the analysis gives no value
+            without an interval.
+        apart: Whether the report keeps its outcomes apart.
     """
 
     name: str
-    make: Callable[[pd.DataFrame, Bootstrap], pd.DataFrame]
+    make: Callable[[Any, Bootstrap], pd.DataFrame]
     value: str
     keys: tuple[str, ...]
     source: type = Population
+    whole_draws: int = 0
+    apart: bool = False
 
     @property
     def slug(self) -> str:
         """Name of the folder of its results."""
         return re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
-    def rows(self, table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    def rows(self, table: pd.DataFrame | Probed, bootstrap: Bootstrap) -> pd.DataFrame:
         """One row per statistic: family, statistic, estimate, low, high."""
         found = self.make(table, bootstrap)
         if "split" in found:
@@ -336,6 +398,33 @@ def _decision(effects: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def _offline_agreement(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Agreement of two captured outcomes about criteria at equal budgets."""
+    names = ("random", *CRITERIA)
+    cells = pd.DataFrame(
+        [(name, budget) for name in names for budget in BUDGETS], columns=["criterion", "budget"]
+    )
+    answers = rank_agreement.offline_values(
+        table, cells, outcomes=("context_gain", "gain", "relative_gain"), bootstrap=bootstrap
+    )
+    pairs = dict(rank_agreement.scopes(cells))["within_budget"]
+    rows = []
+    for x, y in combinations(answers, 2):
+        tau = rank_agreement.kendall(x, y, pairs)
+        low, high = tau.interval(bootstrap.level)
+        rows.append({"x": x.name, "y": y.name, "kendall": tau.value, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def _agreement(probed: Probed, bootstrap: Bootstrap) -> pd.DataFrame:
+    """Agreement of captured outcomes with what some optimizer steps did."""
+    found = rank_agreement.agreement(
+        *probed, outcomes=("context_gain", "gain", "relative_gain"), bootstrap=bootstrap
+    )
+    steps = found["y"].str.startswith("held_out_")
+    return found[steps & (found["scope"] == "within_budget")]
+
+
 FAMILIES = (
     Family("correlations", _correlations, "estimate", ("outcome", "criterion", "method")),
     Family(
@@ -349,18 +438,27 @@ FAMILIES = (
     ),
     Family("matched differences in Q3", _matched, "difference", ("outcome", "score", "caliper")),
     Family("statistics of the claims", _claims, "estimate", ("outcome", "name")),
-    Family("strata of D", _strata, "value", ("what", "stratum")),
-    Family("captured shares", _shares, "captured_share", ("outcome", "criterion", "budget")),
+    Family("strata of D", _strata, "value", ("what", "stratum"), whole_draws=DRAWS, apart=True),
+    Family(
+        "captured shares",
+        _shares,
+        "captured_share",
+        ("outcome", "criterion", "budget"),
+        apart=True,
+    ),
     Family(
         "areas and enrichments",
         _summaries,
         "estimate",
         ("outcome", "criterion", "statistic", "budget"),
+        apart=True,
     ),
     Family("Jaccard indices", _overlaps, "estimate", ("criterion", "other", "budget")),
     Family(
         "effects at a horizon", _decision, "value", ("what", "criterion", "measure"), source=Effects
     ),
+    Family("rank agreement of two captured outcomes", _offline_agreement, "kendall", ("x", "y")),
+    Family("rank agreement with 20 steps", _agreement, "kendall", ("x", "y"), source=Both),
 )
 
 
@@ -378,10 +476,10 @@ def measure(folder: Path, prompts: int, samples: int, families: Sequence[Family]
         mine = [family for family in families if family.source is source]
         for number in range(0, DRAWS_OF_BATCHES, CHUNK):
             _measure_chunk(
-                folder / f"truth{prompts}", number, DRAWS_OF_BATCHES, data.whole, mine, 0
+                folder / f"truth{prompts}", number, DRAWS_OF_BATCHES, data.whole, mine, whole=True
             )
         for number in range(0, samples, CHUNK):
-            _measure_chunk(folder / f"samples{prompts}", number, samples, data.sample, mine, DRAWS)
+            _measure_chunk(folder / f"samples{prompts}", number, samples, data.sample, mine)
         for family in mine:
             file = folder / f"samples{prompts}" / family.slug / "shares.json"
             file.write_text(json.dumps(data.shares))
@@ -397,7 +495,6 @@ def measure_probed(folder: Path, prompts: int, families: Sequence[Family]) -> No
             count,
             lambda at: sample_table(folder, prompts, at),
             [family for family in families if family.source is Population],
-            DRAWS,
         )
 
 
@@ -405,9 +502,10 @@ def _measure_chunk(
     folder: Path,
     start: int,
     stop: int,
-    table_of: Callable[[int], pd.DataFrame],
+    table_of: Callable[[int], pd.DataFrame | Probed],
     families: Sequence[Family],
-    draws: int,
+    *,
+    whole: bool = False,
 ) -> None:
     """The rows of CHUNK tables, in one file per family; finished files are kept."""
     files = {family: folder / family.slug / f"{start:04d}.parquet" for family in families}
@@ -418,6 +516,7 @@ def _measure_chunk(
     for number in range(start, min(start + CHUNK, stop)):
         table = table_of(number)
         for family in todo:
+            draws = family.whole_draws if whole else DRAWS
             found = family.rows(table, Bootstrap(draws=draws, seed=number))
             rows[family].append(found.assign(sample=number))
     for family, parts in rows.items():
@@ -466,8 +565,8 @@ def coverages(
     whole = truth.groupby(keys, sort=False)["estimate"].agg(["mean", "var"])
     found = []
     for key, part in samples.groupby(keys, sort=False):
-        if key in whole.index:
-            mean, of_steps = whole.loc[key]
+        mean, of_steps = whole.loc[key] if key in whole.index else (np.nan, np.nan)
+        if np.isfinite(mean):  # what the whole population leaves undefined has no coverage
             parts = _variances(part["estimate"].var(), of_steps, shares, fresh)
             found.append(dict(zip(keys, key, strict=True)) | _coverage(part, mean, *parts))
     return pd.DataFrame(found)
@@ -600,20 +699,40 @@ def _all_coverages(folder: Path, prompts: int) -> dict[str, pd.DataFrame]:
     """By design (`samples`, `probed`), the coverage of every statistic that was measured."""
     designs: dict[str, list[pd.DataFrame]] = {"samples": [], "probed": []}
     for family in FAMILIES:
-        if not (folder / f"truth{prompts}" / family.slug).exists():
+        if not _measured(folder / f"truth{prompts}", family):
             continue
         truth = read_chunks(folder / f"truth{prompts}", family)
         for design, parts in designs.items():
             where = folder / f"{design}{prompts}"
-            if (where / family.slug).exists():
+            if _measured(where, family):
                 rows = coverages(
                     truth,
                     read_chunks(where, family),
                     shares=_shares_of(folder, prompts, family),
                     fresh=design == "probed",
                 )
-                parts.append(rows)
+                parts.append(_labelled(rows, family))
     return {design: pd.concat(parts) for design, parts in designs.items() if parts}
+
+
+def _labelled(rows: pd.DataFrame, family: Family) -> pd.DataFrame:
+    """The rows under the name that the report has for them."""
+    if not family.apart:
+        return rows
+    outcome = rows["statistic"].str.split().str[0].str.replace("_", " ")
+    return rows.assign(family=family.name + ", " + outcome)
+
+
+def _labels(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
+    """The names of the report's families, in the order of FAMILIES."""
+    measured = [label for each in found.values() for part in each.values() for label in part.family]
+    order = [family.name for family in FAMILIES]
+    return sorted(dict.fromkeys(measured), key=lambda label: order.index(label.split(",")[0]))
+
+
+def _measured(folder: Path, family: Family) -> bool:
+    """Whether a family has any finished rows."""
+    return any((folder / family.slug).glob("*.parquet"))
 
 
 def _shares_of(folder: Path, prompts: int, family: Family) -> tuple[float, float]:
@@ -650,11 +769,11 @@ def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
         " | within 93-97 % | width | step part | undefined |",
         "|---" * 12 + "|",
     ]
-    for family in FAMILIES:
+    for label in _labels(found):
         for prompts, each in found.items():
-            part = each["samples"][each["samples"].family == family.name]
+            part = each["samples"][each["samples"].family == label]
             if len(part):
-                lines.append(f"| {family.name} | {prompts} | {_summary(part)} |")
+                lines.append(f"| {label} | {prompts} | {_summary(part)} |")
     return lines
 
 
@@ -719,12 +838,12 @@ def _probed_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for prompts, each in found.items():
-        for family in FAMILIES:
+        for label in _labels(found):
             part = each.get("probed", pd.DataFrame({"family": []}))
-            part = part[part["family"] == family.name]
+            part = part[part["family"] == label]
             if len(part):
                 lines.append(
-                    f"| {family.name} | {prompts} | {part.samples.max()}"
+                    f"| {label} | {prompts} | {part.samples.max()}"
                     f" | {part.coverage.mean():.1f} | {part.corrected.mean():.1f}"
                     f" | {part.corrected.min():.1f} | {part.width.median():.2f} |"
                 )

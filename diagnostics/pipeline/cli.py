@@ -357,7 +357,8 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
-        return {"report": str(stages.report_stage(run, contexts=parsed.contexts))}
+        page = stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
+        return {"report": str(page)}
 
 
 def _stage(parsed: argparse.Namespace, given: frozenset[str] = frozenset()) -> dict:

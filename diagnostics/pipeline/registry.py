@@ -500,6 +500,7 @@ STAGES = (
                 default=24,
                 help="contexts shown token by token, 0 for none (default: 24)",
             ),
+            flag("pdf", action="store_true", help="write every figure as PDF too"),
             flag(
                 "against",
                 formerly="compare",
@@ -567,17 +568,20 @@ STAGES = (
         example=(
             "paper --output-dir reports/mine",
             "paper --pair embedded --train --output-dir reports/mine",
+            "paper --tokens theta0.parquet --tokens-after trained.parquet --output-dir"
+            " reports/theirs",
         ),
         configs=(PAIR, SELECTORS, ANALYSIS),
         reads=(
-            "`tokens.parquet` with a trained student's columns; with `--train`: two models,"
-            " `contexts.parquet`, `scores.parquet`"
+            "`tokens.parquet` with a trained student's columns, or two tables of another program;"
+            " with `--train`: two models, `contexts.parquet`, `scores.parquet`"
         ),
         writes=(
             "`tables/paper_*.csv`, `figures/paper_*`, `paper.html`; with `--train`: `paper/cells/`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, SEED),
         run=_paper,
+        parts=("import", "paper"),
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
@@ -643,12 +647,13 @@ def stages_of(job: Job) -> list[str]:
     return [
         name
         for name in names
-        if not (quick and name in LEFT_OUT) and (name not in UNASKED or job.flag(UNASKED[name]))
+        if not (quick and name in LEFT_OUT)
+        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 
-UNASKED = {"import": "tokens", "after": "after"}
-"""Stages that are done where a flag asks for them alone."""
+UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+"""Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 
 def do(job: Job) -> dict[str, Any]:

@@ -1255,12 +1255,13 @@ def _require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
         )
 
 
-def report_stage(run: Run, *, contexts: int | None = None) -> Path:
+def report_stage(run: Run, *, contexts: int | None = None, pdf: bool = False) -> Path:
     """Draw the figures and write the report, where it is not of the same files already.
 
     Args:
         run: The open run directory.
         contexts: How many contexts are shown token by token; None is the report's default.
+        pdf: Whether every figure is written as PDF too.
 
     Returns:
         The path of report.html.
@@ -1268,11 +1269,11 @@ def report_stage(run: Run, *, contexts: int | None = None) -> Path:
     from diagnostics.report.page import CONTEXTS, build
 
     shown = CONTEXTS if contexts is None else contexts
-    of_now = _page_inputs(run, shown)
+    of_now = _page_inputs(run, shown, pdf)
     if _pages_are(run, of_now):
         log.info("report: kept, since nothing that it shows has changed")
         return run.path("report.html")
-    page = build(run.directory, contexts=shown)
+    page = build(run.directory, contexts=shown, pdf=pdf)
     pages = json.loads(files.read_inside(run.directory, "pages.json"))
     made_of = _made_of(of_now, pages["report.html"][-1])
     write_json(run.path("pages.json"), pages | {MADE_OF: [made_of]})
@@ -1283,14 +1284,14 @@ MADE_OF = "made of"
 """Entry of pages.json with the hash of what the report was made of, and of the report."""
 
 
-def _page_inputs(run: Run, contexts: int) -> str:
+def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
     read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")
-    return hashlib.sha256(json.dumps([content, contexts, code]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, contexts, pdf, code]).encode()).hexdigest()
 
 
 def _made_of(inputs: str, page: str) -> str:

@@ -52,7 +52,12 @@ from diagnostics.probing.step import (
     kept_direction,
     step_positions,
 )
-from diagnostics.probing.trajectory import HORIZON, TrajectoryConfig, require_horizon
+from diagnostics.probing.trajectory import (
+    HORIZON,
+    MINIBATCH,
+    TrajectoryConfig,
+    require_horizon,
+)
 
 PLACEBO = "placebo"
 """What the columns of the placebo's passes begin with; they never reach the token table."""
@@ -69,10 +74,12 @@ class ControlConfig:
         horizon: Numbers of optimizer steps after which a trajectory on fold 0 is measured; 0 or
             nothing takes none.
         warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
+        minibatch: Contexts in an optimizer step of the trajectory, as many as the training to be
+            foreseen has responses in a step; most of the trajectory's cost is in proportion to it.
         learning_rate: Of the trajectory; None takes the training's.
 
     Raises:
-        DiagnosticsError: A null is unknown, or a horizon is negative.
+        DiagnosticsError: A null is unknown, or a number of the trajectory is out of its range.
     """
 
     nulls: tuple[str, ...] = field(
@@ -94,6 +101,9 @@ class ControlConfig:
     warm_steps: int = field(
         default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state before"}
     )
+    minibatch: int = field(
+        default=MINIBATCH, metadata={"help": "contexts in an optimizer step of the trajectory"}
+    )
     learning_rate: float | None = field(
         default=None, metadata={"help": "of the trajectory; the training's where not given"}
     )
@@ -106,6 +116,14 @@ class ControlConfig:
         for null in self.nulls:
             require_null(null)
         require_horizon(self.horizon)
+        # a trajectory comes last, and what it refuses should not cost the steps before it
+        self.trajectory(0.0 if self.learning_rate is None else self.learning_rate)
+
+    def trajectory(
+        self, rate: float, *, loss: str = ProbeConfig.loss, beta: float = ProbeConfig.beta
+    ) -> TrajectoryConfig:
+        """The optimizer's steps of the trajectory."""
+        return TrajectoryConfig(rate, loss, beta, self.minibatch, self.warm_steps)
 
 
 @dataclass(frozen=True)
@@ -269,11 +287,10 @@ class _Probing:
         found = horizon_gains(
             self.bench,
             self.before,
-            TrajectoryConfig(
+            self.controls.trajectory(
                 self.controls.rate(self.bench.pair.name),
-                self.config.loss,
-                self.config.beta,
-                warm_steps=self.controls.warm_steps,
+                loss=self.config.loss,
+                beta=self.config.beta,
             ),
             horizon=self.horizon,
             seed=self.config.seed,

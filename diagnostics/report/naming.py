@@ -7,7 +7,9 @@ for one. It needs no matplotlib, so that the summary loads quickly.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -41,8 +43,19 @@ MEASURES = {
 """Readable name of what an evaluation on held-out prompts measures."""
 
 
+LABELS: ContextVar[Mapping[str, str]] = ContextVar("labels", default=MappingProxyType({}))
+"""Names that the reader of the current figure asked to see in other words."""
+
+
+def labelled(name: str, words: str) -> str:
+    """The words for a name, or what the reader asked to see in their place."""
+    return str(LABELS.get().get(name, words))
+
+
 def readable(name: str) -> str:
     """A column's, loss's or criterion's name as a reader should see it."""
+    if name in LABELS.get():
+        return str(LABELS.get()[name])
     text = OUTCOMES.get(name, str(name).replace("_", " "))
     text = re.sub(r"\b(kl|js|tip|jsd|q[1-4])\b", lambda match: match.group(0).upper(), text)
     return (

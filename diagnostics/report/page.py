@@ -10,21 +10,14 @@ text that came from models, prompts or users is escaped. The figures are inline 
 from __future__ import annotations
 
 import html
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import markdown, naming, page_tables, provenance, summary, tokenview
+from diagnostics.report.drawing import Drawing, draw_all
 from diagnostics.report.figures.registry import FigureSpec, in_page_order
 from diagnostics.report.run_results import RunResults, read_run
-from diagnostics.report.style import DOUBLE, SINGLE
-from diagnostics.report.svg import figure_files, inline_svg
 from diagnostics.report.tokenview import show
 from diagnostics.report.written_pages import encoded, write_pages
 
@@ -35,16 +28,26 @@ CONTEXTS = 24
 """Contexts that the page shows token by token."""
 
 
-def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
+def build(
+    run_dir: str | Path,
+    *,
+    contexts: int = CONTEXTS,
+    pdf: bool = False,
+    workers: int | None = None,
+) -> Path:
     """Draw the figures and write report.html and report.md from the files of a run directory.
 
     Reads DIR/manifest.json, DIR/tables/*.csv and, where they are there, DIR/tokens.parquet,
-    DIR/contexts.parquet and DIR/tops.parquet. Writes DIR/figures/*.png, *.pdf, DIR/report.html and
+    DIR/contexts.parquet and DIR/tops.parquet. Writes DIR/figures/*.png, DIR/report.html and
     DIR/report.md, each atomically, and their hashes into DIR/pages.json.
 
     Args:
         run_dir: The run directory.
         contexts: Number of contexts to show token by token, 0 for none.
+        pdf: Whether DIR/figures/*.pdf are written too. PDFs of an earlier report are brought up to
+            date in any case, so that none is left that shows other numbers.
+        workers: Number of processes that draw; the pages do not depend on it. As many as are of use
+            where None.
 
     Returns:
         The path of report.html.
@@ -55,78 +58,19 @@ def build(run_dir: str | Path, *, contexts: int = CONTEXTS) -> Path:
     """
     directory = Path(run_dir)
     run = read_run(directory)
-    drawn, left_out = draw_all(run)
-    pages = {
-        f"figures/{file}": content
-        for name, figure in drawn.items()
-        for file, content in figure_files(name, figure.wide).items()
-    }
+    pdf = pdf or any((directory / "figures").glob("*.pdf"))
+    drawn, left_out = draw_all(run, pdf=pdf, workers=workers)
+    pages = {f"figures/{name}.png": drawing.png for name, drawing in drawn.items()}
+    pages |= {f"figures/{name}.pdf": each.pdf for name, each in drawn.items() if each.pdf}
     pages["report.md"] = encoded(markdown.markdown(run, drawn, left_out))
     pages["report.html"] = encoded(page(run, drawn, left_out, contexts=contexts))
     write_pages(directory, pages)
     return directory / "report.html"
 
 
-class Drawn(NamedTuple):
-    """One figure at both widths."""
-
-    wide: Figure
-    """For a page, `style.DOUBLE` inches."""
-    narrow: Figure
-    """For a phone, `style.SINGLE` inches."""
-
-
-def draw_all(run: RunResults) -> tuple[dict[str, Drawn], dict[str, str]]:
-    """Draw every figure of the report at both widths.
-
-    Args:
-        run: The run's tables and tokens.
-
-    Returns:
-        The figures by name, in the page's order, and for each one that could not be drawn the
-        reason.
-    """
-    drawn, left_out = {}, {}
-    for spec in in_page_order():
-        table = run.tokens if spec.table == "tokens" else run.table(spec.table)
-        reason = _not_drawn(run, spec, table)
-        try:
-            if reason:
-                raise DiagnosticsError(reason)
-            drawn[spec.name] = _draw(run, spec, table)
-        except DiagnosticsError as error:
-            left_out[spec.name] = str(error)
-    return drawn, left_out
-
-
-def _draw(run: RunResults, spec: FigureSpec, table: pd.DataFrame) -> Drawn:
-    """A figure at both widths; raises DiagnosticsError where its table does not allow it."""
-    options = {argument: run.table(name) for argument, name in spec.arguments.items()}
-    if "level" in inspect.signature(spec.draw).parameters:
-        options["level"] = run.level
-    if "marked" in inspect.signature(spec.draw).parameters:
-        options["marked"] = run.horizon
-    if spec.measured and "measure" in table and (table.measure == run.measure).any():
-        options["measure"] = run.measure
-    return Drawn(*(spec.draw(table, width=width, **options) for width in (DOUBLE, SINGLE)))
-
-
-def _not_drawn(run: RunResults, spec: FigureSpec, table: pd.DataFrame | None) -> str:
-    """Why a figure cannot be drawn; empty where it can."""
-    lacking = (
-        [spec.table]
-        if table is None
-        else [name for name in spec.with_tables if run.table(name) is None]
-    )
-    if lacking:
-        return f"no table {lacking[0]}"
-    absent = [name for name in spec.needs if name not in table]
-    return f"no column {absent[0]} in the {spec.table} table" if absent else ""
-
-
 def page(
     run: RunResults,
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, Drawing],
     left_out: Mapping[str, str],
     *,
     contexts: int = CONTEXTS,
@@ -379,15 +323,12 @@ def token_view(run: RunResults, contexts: int) -> str:
     return show(run.bank, run.tokens, list(shown), color=color, tops=run.tops).fragment
 
 
-def _figure(spec: FigureSpec, drawn: Drawn) -> str:
-    wide, narrow = (
-        inline_svg(figure, f"{spec.name}-{size}")
-        for figure, size in zip(drawn, ("wide", "narrow"), strict=True)
-    )
+def _figure(spec: FigureSpec, drawn: Drawing) -> str:
+    files = f"<code>figures/{spec.name}.{'pdf' if drawn.pdf else 'png'}</code>"
     return (
-        f'<figure id="figure-{spec.name}"><div class="wide">{wide}</div><div'
-        f' class="narrow">{narrow}</div><figcaption><b>{html.escape(spec.title)}</b>'
-        f" {html.escape(spec.reading)} <code>figures/{spec.name}.pdf</code></figcaption></figure>"
+        f'<figure id="figure-{spec.name}"><div class="wide">{drawn.wide}</div><div'
+        f' class="narrow">{drawn.narrow}</div><figcaption><b>{html.escape(spec.title)}</b>'
+        f" {html.escape(spec.reading)} {files}</figcaption></figure>"
     )
 
 

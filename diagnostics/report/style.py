@@ -8,176 +8,132 @@ exchange them.
 
 from __future__ import annotations
 
-import functools
-import io
 from collections.abc import Iterable
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.colors import FuncNorm, LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-from matplotlib.textpath import text_to_path
+from matplotlib.colors import FuncNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import require_columns
 from diagnostics.criteria import AMBIGUOUS
+from diagnostics.report.canvas import (
+    OVERVIEW,
+    NotebookFigure,
+    canvas,
+    caption,
+    hide_rest,
+    is_wide,
+    legend,
+    panels,
+    sheet,
+    spread,
+    text_size,
+    text_width,
+)
+from diagnostics.report.look import (
+    AMBER,
+    BLUE,
+    CYCLE,
+    DARK,
+    DOUBLE,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SINGLE,
+    SKY,
+    WIDE,
+    ink,
+    paper,
+    quiet,
+    settings,
+)
 from diagnostics.report.naming import readable, steps_of
-
-SINGLE, DOUBLE = 3.3, 6.9
-"""Inches: one column and two columns of a paper."""
-
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-)
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER)
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">")
-DASHES = (
-    "-",
-    (0, (4, 1.5)),
-    (0, (1, 1.2)),
-    (0, (5, 1.2, 1, 1.2)),
-    (0, (7, 2)),
-    (0, (3, 1, 1, 1, 1, 1)),
+from diagnostics.report.palette import (
+    CRITERIA,
+    DASHES,
+    MARKERS,
+    RIVALS,
+    SPLITS,
+    color_of,
+    criterion_style,
+    diverging,
+    on,
+    sequential,
+    series_style,
+    split_style,
+    tone,
 )
 
-LIGHT = {"ink": "#1F2328", "quiet": "#59636E", "rule": "#D1D9E0", "paper": "#FFFFFF"}
-DARK = {"ink": "#F0F3F6", "quiet": "#A3ADB8", "rule": "#3D444D", "paper": "#14181D"}
-
-SPLITS = {
-    "step": (ORANGE, "s", "step contexts"),
-    "held_out": (BLUE, "o", "held-out contexts"),
-    "all": (GREEN, "^", "all contexts"),
-}
-"""Color, marker and name of each split."""
-
-
-class NotebookFigure(Figure):
-    """A Figure that shows itself in a notebook even where no pyplot backend was started."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
-
-
-def settings(width: float, dark: bool) -> dict[str, Any]:
-    """Matplotlib settings for a width in inches and a page.
-
-    Text is never read as mathematics: names of runs, criteria and columns come from outside, and
-    may hold `$`.
-    """
-    page = DARK if dark else LIGHT
-    size = 7.0 if width < 5 else 8.0
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": size,
-        "axes.titlesize": size + 0.5,
-        "axes.labelsize": size,
-        "xtick.labelsize": size - 0.5,
-        "ytick.labelsize": size - 0.5,
-        "legend.fontsize": size - 0.5,
-        "figure.facecolor": page["paper"],
-        "axes.facecolor": page["paper"],
-        "savefig.facecolor": page["paper"],
-        "text.color": page["ink"],
-        "axes.labelcolor": page["ink"],
-        "axes.titlecolor": page["ink"],
-        "xtick.color": page["quiet"],
-        "ytick.color": page["quiet"],
-        "xtick.labelcolor": page["ink"],
-        "ytick.labelcolor": page["ink"],
-        "axes.edgecolor": page["quiet"],
-        "grid.color": page["rule"],
-        "axes.grid": True,
-        "grid.linewidth": 0.5,
-        "axes.axisbelow": True,
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlepad": 4.0,
-        "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
-        "axes.unicode_minus": True,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "lines.linewidth": 1.3,
-        "lines.markersize": 3.8,
-        "legend.frameon": False,
-        "legend.handlelength": 1.6,
-        "legend.columnspacing": 1.2,
-        "legend.labelcolor": page["ink"],
-        "svg.hashsalt": "opd-diagnostics",
-        "figure.autolayout": False,
-        "figure.constrained_layout.use": False,
-        "pdf.fonttype": 42,
-        "savefig.dpi": 200,
-        "figure.dpi": 150,
-        "text.parse_math": False,
-        "hatch.linewidth": 0.5,
-    }
-
-
-def canvas(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options
-) -> tuple[NotebookFigure, np.ndarray]:
-    """An empty figure with its axes.
-
-    Args:
-        width: Inches.
-        height: Inches.
-        rows: Number of rows of axes.
-        columns: Number of columns of axes.
-        **options: Further options of `Figure.subplots`, such as `sharex`.
-
-    Returns:
-        The figure and its axes [rows, columns]; ticks that are added later keep the style.
-    """
-    figure = NotebookFigure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.04, wspace=0.03, hspace=0.04)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat:
-        ax.tick_params(
-            which="both",
-            color=quiet(),
-            labelcolor=ink(),
-            labelsize=matplotlib.rcParams["xtick.labelsize"],
-            width=0.6,
-        )
-    return figure, axes
-
-
-def ink() -> str:
-    """Color of text on the current page."""
-    return matplotlib.rcParams["text.color"]
-
-
-def quiet() -> str:
-    """Color of secondary text and marks on the current page."""
-    return matplotlib.rcParams["xtick.color"]
-
-
-def paper() -> str:
-    """Background color of the current page."""
-    return matplotlib.rcParams["axes.facecolor"]
-
-
-def panels(count: int, width: float) -> tuple[int, int]:
-    """Rows and columns for panels that need half a page each; a narrow page has one column."""
-    return (count, 1) if width < 5 else (1, count)
-
+__all__ = [
+    "AMBER",
+    "BLUE",
+    "CRITERIA",
+    "CYCLE",
+    "DARK",
+    "DASHES",
+    "DOUBLE",
+    "GREEN",
+    "LIGHT",
+    "MARKERS",
+    "ORANGE",
+    "PURPLE",
+    "RIVALS",
+    "SINGLE",
+    "SKY",
+    "SPLITS",
+    "SUPERSCRIPTS",
+    "WIDE",
+    "NotebookFigure",
+    "ambiguous",
+    "band",
+    "bars",
+    "canvas",
+    "caption",
+    "color_of",
+    "counts",
+    "criterion_style",
+    "diverging",
+    "flagged",
+    "halves",
+    "hide_rest",
+    "ink",
+    "is_wide",
+    "keep",
+    "legend",
+    "lying",
+    "names_down",
+    "nearest_budget",
+    "offsets",
+    "on",
+    "panels",
+    "paper",
+    "percent",
+    "power",
+    "powers",
+    "present",
+    "quiet",
+    "reach",
+    "readable",
+    "sequential",
+    "series_style",
+    "settings",
+    "sheet",
+    "signed_root",
+    "split_style",
+    "spread",
+    "steps_of",
+    "text_size",
+    "text_width",
+    "tie_words",
+    "tone",
+    "upright",
+    "zero",
+]
+"""What figures take from here, whichever module it stands in."""
 
 # --- tables ---
 
@@ -217,6 +173,12 @@ def keep(
     return table.reset_index(drop=True)
 
 
+def leaves_out(before: pd.DataFrame, after: pd.DataFrame) -> None:
+    """Let the caption say how many criteria an overview of the report does not show."""
+    if OVERVIEW.get():
+        sheet().left_out = before.criterion.nunique() - after.criterion.nunique()
+
+
 def halves(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the step and held-out splits where the table has both, otherwise all rows.
 
@@ -232,22 +194,15 @@ def nearest_budget(table: pd.DataFrame, share: float = 0.05) -> float:
     return float(budgets[np.abs(np.log(budgets / share)).argmin()])
 
 
-def present(values: pd.Series, order: Iterable[str]) -> list[str]:
-    """Distinct values, those of `order` first and in its order."""
+def present(values: Iterable[str], order: Iterable[str]) -> list[str]:
+    """Distinct values: those that the reader put in order, then those of `order`, then others."""
     seen = list(dict.fromkeys(values))
-    known = [name for name in order if name in seen]
+    sheet().met.update(map(str, seen))
+    known = [name for name in dict.fromkeys((*sheet().order, *order)) if name in seen]
     return known + [name for name in seen if name not in known]
 
 
 # --- captions and colors ---
-
-
-def split_style(split: str, index: int = 0) -> tuple[str, str, str]:
-    """Color, marker and name of a split."""
-    return SPLITS.get(
-        split,
-        (CYCLE[(index + 2) % len(CYCLE)], MARKERS[(index + 2) % len(MARKERS)], readable(split)),
-    )
 
 
 def _range(values: pd.Series) -> str:
@@ -313,43 +268,6 @@ def tie_words(table: pd.DataFrame, how: str = "Ringed") -> str:
     return f"{how}: ties decide over {share} of the selection." if ambiguous(table).any() else ""
 
 
-def caption(figure: Figure, *sentences: str) -> None:
-    """Small print below the figure, wrapped to its width."""
-    size = matplotlib.rcParams["font.size"] - 1
-    lines, room = [""], figure.get_figwidth() * 72 * 0.93
-    for word in " ".join(sentence for sentence in sentences if sentence).split():
-        longer = f"{lines[-1]} {word}".strip()
-        if text_width(longer, size) > room and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=size, color=quiet())
-
-
-@functools.cache
-def text_width(text: str, size: float) -> float:
-    """Width in points of a line in the style's font."""
-    font = FontProperties(family=matplotlib.rcParams["font.family"], size=size)
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
-
-
-def legend(figure: Figure, ax, columns: int, *extra: Line2D) -> None:
-    """One legend for the whole figure, above the panels: the axes' labelled artists, then
-    `extra`.
-    """
-    handles, labels = ax.get_legend_handles_labels()
-    handles, labels = [*handles, *extra], [*labels, *(line.get_label() for line in extra)]
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
-
-
-def diverging() -> LinearSegmentedColormap:
-    """Orange, grey, blue: the middle can be seen on paper and on a dark page."""
-    return LinearSegmentedColormap.from_list(
-        "diverging", ["#8A3B00", ORANGE, "#B9BFC6", BLUE, "#003E66"]
-    )
-
-
 def signed_root(reach: float) -> FuncNorm:
     """A color scale by the signed square root, between -reach and reach.
 
@@ -363,48 +281,6 @@ def signed_root(reach: float) -> FuncNorm:
         vmin=-reach,
         vmax=reach,
     )
-
-
-CRITERIA = ("divergence", "teachability", "tip", "entropy", "compatibility", "incompatible")
-"""Criteria that have the same color and marker in every figure."""
-
-
-RIVALS = {"random_divergent": "+", "position_matched": "1", "token_identity": "2"}
-"""Markers of the fair rivals of a criterion, which are grey as random is."""
-
-
-def criterion_style(name: str, names: Iterable[str]) -> dict:
-    """Color, marker and line of a criterion.
-
-    The usual six are fixed, and so are random and the other rivals; the others among `names` follow
-    in their order.
-    """
-    if name in RIVALS:
-        look = {"color": quiet(), "marker": RIVALS[name], "markersize": 5.5}
-        return look | {"linestyle": DASHES[2]}
-    if name in ("random", "full"):
-        return {
-            "color": quiet() if name == "random" else ink(),
-            "marker": "x" if name == "random" else "None",
-            "markersize": 3.5,
-            "linestyle": "-",
-        }
-    order = [
-        *CRITERIA,
-        *(
-            other
-            for other in dict.fromkeys(names)
-            if other not in (*CRITERIA, *RIVALS, "random", "full")
-        ),
-    ]
-    index = order.index(name)
-    dash = DASHES[(index + index // len(CYCLE)) % len(DASHES)]
-    return {
-        "color": CYCLE[index % len(CYCLE)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 3.2,
-        "linestyle": dash,
-    }
 
 
 # --- axes and marks ---

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_mixed import MixedModeRenderer
+from matplotlib.backends.backend_svg import RendererSVG
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diagnostics.report import style
+from diagnostics.report.canvas import MeasuredOnce, NotebookFigure
+
+DPI = 300
+"""Dots per inch of an image file."""
 
 
-def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The figure as PNG (200 dpi) and PDF, without dates, so that equal tables give equal files."""
+def pdf(figure: Figure) -> bytes:
+    """The figure as PDF, without dates, so that equal tables give equal files."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None}
-    )
-    return {f"{name}.pdf": buffer.getvalue(), f"{name}.png": png(figure)}
+    nothing = {"CreationDate": None, "Producer": None, "Creator": None}
+    figure.savefig(buffer, format="pdf", metadata=nothing)
+    return buffer.getvalue()
 
 
-def png(figure: Figure, dpi: int = 200) -> bytes:
+def png(figure: NotebookFigure, dpi: int = DPI) -> bytes:
     """The figure as a PNG of 256 colors, a third of the size without a visible difference."""
     before, buffer = figure.dpi, io.BytesIO()
     figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with figure.laid_out():
+        figure.canvas.draw()
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     figure.set_dpi(before)
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", dpi=(dpi, dpi))
+    few = image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette, page = few.getpalette() or [], few.getpixel((0, 0))
+    palette[3 * page : 3 * page + 3] = image.getpixel((0, 0))  # the paper exactly
+    few.putpalette(palette)
+    few.save(buffer, format="png", dpi=(dpi, dpi))
     return buffer.getvalue()
 
 
@@ -42,7 +53,41 @@ def _is_mesh(artist) -> bool:
     )
 
 
-def inline_svg(figure: Figure, name: str) -> str:
+class _Renderer(MeasuredOnce, RendererSVG):
+    """Matplotlib's SVG renderer that measures each text once."""
+
+
+def _drawn(figure: NotebookFigure) -> str:
+    """The figure as matplotlib's SVG, without the paper behind it; meshes at 160 dots per inch."""
+    buffer, before, dpi = io.StringIO(), figure.dpi, 160
+    with figure.laid_out(), _transparent(figure):
+        figure.set_dpi(72)
+        width, height = figure.bbox.size
+        vector = _Renderer(
+            width, height, buffer, image_dpi=dpi, metadata={"Date": None, "Creator": None}
+        )
+        renderer = MixedModeRenderer(figure, *figure.get_size_inches(), dpi, vector)
+        figure.draw(renderer)
+        renderer.finalize()
+        figure.set_dpi(before)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _transparent(figure: Figure) -> Iterator[None]:
+    """A context in which the figure and its axes have no background."""
+    patches = [figure.patch, *(ax.patch for ax in figure.findobj(Axes))]
+    before = [patch.get_facecolor() for patch in patches]
+    for patch in patches:
+        patch.set_facecolor("none")
+    try:
+        yield
+    finally:
+        for patch, color in zip(patches, before, strict=True):
+            patch.set_facecolor(color)
+
+
+def inline_svg(figure: NotebookFigure, name: str) -> str:
     """The figure as an SVG element that can stand inside a page.
 
     Args:
@@ -56,16 +101,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     """
     for mesh in figure.findobj(_is_mesh):
         mesh.set_rasterized(True)
-    buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            dpi=160,
-            transparent=True,
-            metadata={"Date": None, "Creator": None},
-        )
-    text = buffer.getvalue()
+        text = _drawn(figure)
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(

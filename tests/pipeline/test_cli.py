@@ -14,22 +14,22 @@ from tests import study_tables
 NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
-        "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria device"
-        " draws dtype folds horizon json k learning-rate level loss match max-new-tokens"
-        " max-prompt-tokens minibatch no-chat no-offload-teacher no-shard-teacher nulls"
-        " offload-teacher optimizer output-dir pair placebos primary prompt-column prompts"
-        " prompts-split quick quiet random-draws rollouts rollouts-format samples-per-prompt scope"
-        " seed shard-teacher step student student-revision"
-        " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
-        " temperature top-k top-p warm-steps"
+        "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
+        " device draws dtype folds horizon json k learning-rate level loss match"
+        " max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
+        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary"
+        " prompt-column prompts prompts-split quick quiet random-draws rollouts"
+        " rollouts-format samples-per-prompt scope seed shard-teacher step student"
+        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision temperature top-k top-p warm-steps"
     ),
     "analyze": (
-        "against draws json k level output-dir primary quiet seed tokenizer tokens tokens-after"
-        " training"
+        "against draws json k level output-dir primary quiet seed tokenizer tokens"
+        " tokens-after training"
     ),
     "compare": (
-        "batch budgets criteria draws json level output-dir quiet scope seed ties tokenizer tokens"
-        " tokens-after"
+        "batch budgets criteria draws json level output-dir quiet scope seed ties tokenizer"
+        " tokens tokens-after"
     ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria device draws dtype folds horizon json"
@@ -50,13 +50,12 @@ SURFACE = {
         " learning-rate lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir pair peft"
         " per-context-minimum probe-every prompt-column prompts prompts-split quiet resume"
-        " save-every scope seed"
-        " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
-        " teacher-logprobs teacher-revision ties trl verifier"
+        " save-every scope seed shard-teacher steps student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
-        "accept-code accumulation against batch budgets chat chat-template-kwargs contexts criteria"
-        " device draws dtype eval-contexts eval-every eval-prompts eval-samples json"
+        "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
+        " criteria device draws dtype eval-contexts eval-every eval-prompts eval-samples json"
         " learning-rate level lora-rank loss max-new-tokens max-prompt-tokens no-chat"
         " no-offload-teacher no-resume no-shard-teacher offline offload-teacher output-dir"
         " pair peft probe-every prompt-column prompts prompts-split quiet resume save-every"
@@ -67,9 +66,10 @@ SURFACE = {
         "accept-code batch budgets curve device draws dtype json learning-rate level masks"
         " no-offload-teacher no-shard-teacher no-train offload-teacher output-dir pair"
         " per-context-minimum quiet seed seeds shard-teacher steps student student-revision"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision train workers"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer"
+        " tokens tokens-after train workers"
     ),
-    "report": "against compare contexts json output-dir quiet",
+    "report": "against compare contexts json output-dir pdf quiet",
     "rerun": "device inputs json output-dir quiet",
     "criteria": "json quiet",
 }
@@ -233,8 +233,8 @@ def test_an_unknown_flag_points_to_the_help_of_its_stage(capsys):
 
 @pytest.mark.parametrize("word", ["against", "compare"])
 def test_another_run_is_against_and_the_earlier_word_works(word, tmp_path, capsys):
-    missing = str(tmp_path / "none")
-    assert main(["report", f"--{word}", missing, missing, "--output-dir", str(tmp_path)]) == 2
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["report", f"--{word}", *runs, "--output-dir", str(tmp_path)]) == 2
     assert "is not a manifest of this project" in capsys.readouterr().err
 
 

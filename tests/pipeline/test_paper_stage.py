@@ -10,7 +10,7 @@ from diagnostics.analysis.paper.cells import read_cells
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.registry import BY_NAME
-from diagnostics.training import grid
+from diagnostics.training import selectors
 
 TRAININGS = (
     "--train --masks teachability,q3,divergence --budgets 0.05,0.9 --curve 0.3 --steps 3 --batch 4"
@@ -87,14 +87,14 @@ def test_the_command_without_train_lays_out_what_was_trained(
 ):
     directory = tmp_path / "out"
     shutil.copytree(laid_out, directory)
-    monkeypatch.setattr(grid, "run_grid", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(selectors, "train_cell", lambda *_: pytest.fail("trained again"))
     arguments = ["paper", "--draws", "20", "--seed", "1", "--json", "--output-dir", str(directory)]
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == {"output_dir": str(directory), "paper": str(directory / "paper.html")}
+    assert printed["paper"] == str(directory / "paper.html")
     assert stage_of(directory) == stage_of(laid_out)
     (directory / "tables" / "paper_table_2.csv").unlink()
-    assert main(arguments) == 0
+    assert main([*arguments, "--no-train"]) == 0
     assert stage_of(directory)["files"] == stage_of(laid_out)["files"]
 
 

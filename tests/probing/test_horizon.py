@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from diagnostics.contexts.rollouts import resample, rollout
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing.folds import assign_folds
 from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
-from diagnostics.probing.one_step import probe
+from diagnostics.probing.one_step import ControlConfig, probe
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench
 from diagnostics.probing.trajectory import TrajectoryConfig
@@ -108,6 +109,27 @@ def test_the_probe_keeps_its_trajectory(setting):
     assert table.reduction[3, "fresh", "reverse_kl"] == pytest.approx(
         fresh.before.reverse_kl.mean() - fresh.after.reverse_kl.mean()
     )
+
+
+def test_the_probes_trajectory_takes_the_minibatches_that_were_asked_for(setting):
+    """Steps of two contexts are others than steps of the whole fold, and those of that setting."""
+    pair, bank, tokens = setting
+    few, whole = (
+        probe(pair, bank, tokens=tokens, horizon=(2,), nulls=(), placebos=0, step=1e-4, **options)
+        for options in ({"minibatch": 2}, {})
+    )
+    bench = bench_of(setting)
+    config = TrajectoryConfig(training_rate(pair.name), minibatch=2)
+    found = horizon_gains(bench, bench.rescore("before"), config, horizon=(2,), seed=0)
+    np.testing.assert_array_equal(few.tokens.gain_h2, found.columns["gain_h2"])
+    assert (few.tokens.gain_h2 != whole.tokens.gain_h2)[few.tokens.fold != 0].all()
+    np.testing.assert_array_equal(few.tokens.gain, whole.tokens.gain)
+
+
+@pytest.mark.parametrize("wrong", [{"minibatch": 0}, {"warm_steps": -1}, {"learning_rate": -1.0}])
+def test_a_trajectory_that_cannot_be_taken_is_refused_before_any_step(wrong):
+    with pytest.raises(DiagnosticsError, match="trajectory"):
+        ControlConfig(**wrong)
 
 
 @pytest.mark.parametrize("horizon", [(), (0,)])

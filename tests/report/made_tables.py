@@ -338,3 +338,13 @@ def write_run(directory: Path, **more: pd.DataFrame) -> Path:
     path = directory / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"primary": REGISTERED}))
     return directory
+
+
+def with_probabilities() -> pd.DataFrame:
+    """The token table with the log-probabilities of the sampled token under both models."""
+    tokens, drawn = study_tables.tokens(), np.random.default_rng(5)
+    columns = {f"{side}_logprob": -drawn.gamma(1.0, 2.0, len(tokens)) for side in SIDES}
+    return tokens.assign(**columns)
+
+
+SIDES = ("student", "teacher")

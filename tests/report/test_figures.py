@@ -29,6 +29,7 @@ EVERY = {
     "foresight": (figures.foresight, made_tables.foresight_signs),
     "correlations": (figures.correlations, made_tables.correlations),
     "entropy_divergence": (figures.entropy_divergence, study_tables.tokens),
+    "probabilities": (figures.probabilities, made_tables.with_probabilities),
     "q3_gain": (figures.q3_gain, study_tables.q3_groups),
     "calibration": (figures.calibration, study_tables.calibration),
     "quadrants": (figures.quadrants, study_tables.quadrants),
@@ -66,7 +67,9 @@ EVERY = {
 @functools.cache
 def drawn(name: str, width: float, dark: bool = False) -> Figure:
     draw, table = EVERY[name]
-    return draw(table(), width=width, dark=dark)
+    figure = draw(table(), width=width, dark=dark)
+    figure.draw_without_rendering()
+    return figure
 
 
 def errorbars(ax) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -91,7 +94,8 @@ def errorbars(ax) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 def texts(figure: Figure) -> list:
     """All text that is drawn: ticks outside the view have labels too, but are not."""
-    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    every_axes = figure.findobj(matplotlib.axes.Axes)
+    axes = [axis for ax in every_axes for axis in (ax.xaxis, ax.yaxis)]
     ticks = {
         text
         for axis in axes
@@ -316,9 +320,8 @@ def test_q3_gain_shows_groups_from_bottom_to_top():
     table = study_tables.q3_groups().sample(frac=1, random_state=1)
     figure = figures.q3_gain(table, level=0.95)
     for ax, outcome in zip(figure.axes, ("gain", "relative_gain"), strict=True):
-        scores = [label.get_text() for label in ax.get_xticklabels()] or [
-            label.get_text() for label in figure.axes[-1].get_xticklabels()
-        ]
+        ticks = ax.get_xticklabels() or figure.axes[-1].get_xticklabels()
+        scores = [label.get_text().removesuffix("\nlow → high") for label in ticks]
         drawn = [bar for bar in ax.containers if isinstance(bar, ErrorbarContainer)]
         assert len(drawn) == 6
         for bar, (split, score) in zip(
@@ -461,15 +464,19 @@ def test_selection_curves_show_shares_bands_and_oracle():
         )
 
 
-def test_lines_keep_to_six_criteria_unless_asked():
-    table = study_tables.selection_curves(names=[*style.CRITERIA, "early", "late"])
-    shown = [line.get_label() for line in figures.selection_curves(table).axes[0].lines]
-    assert "early" not in shown and "teachability" in shown
-    shown = [
-        line.get_label()
-        for line in figures.selection_curves(table, criteria=["late", "absent"]).axes[0].lines
-    ]
-    assert "late" in shown and "teachability" not in shown
+def test_lines_keep_to_nine_criteria_own_ones_and_the_best_among_them_unless_asked():
+    others = ["early", "jsd", "fire", "mine", "late"]
+    table = study_tables.selection_curves(names=[*style.CRITERIA, *others])
+    figure = figures.selection_curves(table)
+    shown = {line.get_label() for line in figure.axes[0].lines}
+    assert {naming.readable(name) for name in style.CRITERIA} | {"mine", "late"} <= shown
+    assert "early" not in shown and "jsd" not in shown
+    assert "2 further criteria are in the table alone." in figure.caption
+    few = figures.selection_curves(table, criteria=["late"])
+    labels = [line.get_label() for line in few.axes[0].lines]
+    assert "late" in labels and "teachability" not in labels and "further" not in few.caption
+    with pytest.raises(DiagnosticsError, match=r"no criterion 'lat'\. Did you mean 'late'\?"):
+        figures.selection_curves(table, criteria=["lat"])
 
 
 def test_selection_summary_shows_area_or_enrichment():
@@ -490,23 +497,18 @@ def test_selection_summary_shows_area_or_enrichment():
         ]
 
 
-def test_selection_overlap_is_symmetric_with_ones():
+def test_selection_overlap_shows_each_pair_once():
     table = study_tables.selection_overlap()
     figure = figures.selection_overlap(table)
     shown = np.asarray(figure.axes[0].images[0].get_array())
     rows = table[(table.statistic == "jaccard") & (table.budget == 0.05)]
-    expected = np.array(
-        [
-            [1, rows.estimate.iloc[0], rows.estimate.iloc[1]],
-            [0, 1, rows.estimate.iloc[2]],
-            [0, 0, 1],
-        ]
-    )
-    np.testing.assert_allclose(shown, np.maximum(expected, expected.T))
-    assert [text.get_text() for text in figure.axes[0].texts][:2] == [
-        "1",
-        f"{rows.estimate.iloc[0]:.2f}"[1:],
-    ]
+    first, second, third = rows.estimate
+    nan = np.nan
+    expected = [[nan, nan, nan], [first, nan, nan], [second, third, nan]]
+    np.testing.assert_allclose(np.ma.filled(shown, nan), expected)
+    words = [f"{value:.2f}"[1:] for value in (first, second, third)]
+    assert [text.get_text() for text in figure.axes[0].texts] == words
+    assert figure.axes[0].images[0].get_clim() == (0, max(first, second, third))
 
 
 def test_selection_profile_stacks_shares():
@@ -683,7 +685,7 @@ def test_agreement_finds_the_answer_on_either_side():
 
 
 def test_every_figure_is_drawn_and_named():
-    assert set(EVERY) == set(figures.__all__) - {"DOUBLE", "SINGLE"}
+    assert set(EVERY) == set(figures.__all__) - {"DOUBLE", "SINGLE", "style"}
 
 
 def test_validation_shows_gains_with_full_as_level():
@@ -724,7 +726,7 @@ def test_validation_scatter_joins_cells():
     assert [ax.get_xlabel() for ax in figure.axes[:3]] == [
         "captured gain",
         "captured relative gain",
-        "gain after first step (nats)",
+        "gain of the training’s own first step (nats)",
     ]
     assert not figure.axes[3].get_visible()
     for ax, answer in zip(figure.axes, answers):
@@ -1100,7 +1102,7 @@ def test_agreement_takes_a_divergence_and_prints_the_permutation_p():
 
 # --- options and registry ---
 
-FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE")]
+FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE", "style")]
 
 
 def test_completion_shows_figures_and_the_two_widths_alone():

@@ -3,6 +3,8 @@
     import diagnostics as dx
     dx.plot.correlations(dx.correlate(tokens))  # in a notebook: the figure shows itself
     dx.plot.correlations(table, width=dx.plot.SINGLE).savefig("correlations.pdf")
+    figure, axes = plt.subplots(1, 2)
+    dx.plot.correlations(table, ax=axes[0])  # into a figure of yours
 
 Nothing is estimated or saved here. Every function takes `width` in inches (SINGLE = 3.3 for one
 column, DOUBLE = 6.9 for two) and `dark` for a dark page. Those with intervals take the `level` that
@@ -10,8 +12,17 @@ the table was made at, for the caption. Panels stand side by side at DOUBLE and 
 SINGLE where they would not fit. Intervals are drawn as the table gives them; the numbers of
 prompts, positions and step batches stand below the figure. Nats lead: the gain, then the context
 gain where the table has it. Every function raises DiagnosticsError where its table lacks a column
-or has no row to show. The style lives in `diagnostics.report.style`, the registry of the report's
-figures in `diagnostics.report.figures.registry`.
+or has no row to show.
+
+What comes back is a Figure, outside pyplot's list: a notebook shows it once, `show()` shows it
+below a cell or in a window of a script, `savefig` embeds TrueType fonts and writes 300 dots per
+inch. With `ax` (one panel) or `axes` (several) the axes come back instead. `palette`, `order`,
+`labels`, `caption` and `legend` change what they say.
+
+Your rcParams count: our look, `style()`, lies beneath them and applies only where they are as
+matplotlib ships them, and never to axes of yours (`diagnostics.report.look` has the rule). Names
+keep one color and marker in every figure (`diagnostics.report.palette`). The report's figures are
+registered in `diagnostics.report.figures.registry`.
 """
 
 from __future__ import annotations
@@ -38,6 +49,7 @@ from diagnostics.report.figures.paper import (
 from diagnostics.report.figures.plane import (
     entropy_divergence,
     position_gain,
+    probabilities,
     q3_contrast,
     q3_gain,
     quadrants,
@@ -65,7 +77,7 @@ from diagnostics.report.figures.training import (
     validation,
     validation_scatter,
 )
-from diagnostics.report.style import DOUBLE, SINGLE
+from diagnostics.report.look import DOUBLE, SINGLE, style
 
 __all__ = [
     "DOUBLE",
@@ -101,6 +113,7 @@ __all__ = [
     "paper_5b",
     "paper_5c",
     "position_gain",
+    "probabilities",
     "q3_contrast",
     "q3_gain",
     "quadrants",
@@ -111,6 +124,7 @@ __all__ = [
     "selection_profile",
     "selection_summary",
     "strata",
+    "style",
     "support_robustness",
     "training_curves",
     "validation",

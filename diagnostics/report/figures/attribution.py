@@ -16,7 +16,7 @@ from diagnostics.report import naming, style
 from diagnostics.report.figures.common import interval_of
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, MARKERS
+from diagnostics.report.style import BLUE
 
 
 @figure(
@@ -92,7 +92,7 @@ SOURCES = {
     table="kernel_shares",
     title="Whose loss moved a position?",
     reading=(
-        "The first-order gain split by the position whose loss caused it. If *itself* is small, a "
+        "The first-order gain split by the position whose loss caused it. If “itself” is small, a "
         "position that gains is not thereby a position worth its own loss."
     ),
 )
@@ -142,9 +142,8 @@ def kernel_shares(
             place,
             rows,
             "share",
-            marker=MARKERS[index],
-            color=CYCLE[index],
-            label=SOURCES[part],
+            label=naming.labelled(part, SOURCES[part]),
+            **style.series_style(part, index),
             zorder=3,
         )
     ax.set_xlabel("share of the first-order gain")
@@ -203,7 +202,7 @@ def lift(
         rows,
         "enrichment",
         marker="o",
-        color=BLUE,
+        color=style.tone(BLUE),
         label="enrichment",
     )
     axes[0, 0].set_xlabel("share of the lift / share of positions")

@@ -5,16 +5,19 @@ Everything here draws onto given axes or prepares a table; none of it estimates 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals
-from diagnostics.report.style import CYCLE, DASHES, MARKERS
+from diagnostics.report.palette import KNOWN
+from diagnostics.report.style import DASHES
 
 
 def forest_order(table: pd.DataFrame, outcome: str, split: str, value: str) -> list[str]:
@@ -35,7 +38,7 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         value: The column of the estimates.
     """
     style.zero(ax, "x")
-    ax.xaxis.set_major_locator(MaxNLocator(5 if ax.figure.get_figwidth() > 5 else 3))
+    ax.xaxis.set_major_locator(MaxNLocator(5 if style.is_wide(ax) else 3))
     for index, (split, offset) in enumerate(
         zip(splits, style.offsets(len(splits), 0.38), strict=True)
     ):
@@ -47,9 +50,19 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
 
 
-def thin_color_bar(figure: Figure, ax, artist, **options):
-    """Add a narrow color bar beside the axes, for an artist with a color map."""
-    bar = figure.colorbar(artist, ax=ax, pad=0.02, aspect=28, **options)
+def thin_color_bar(figure: Figure, ax, artist, *, above: bool = False, **options):
+    """Add a narrow color bar beside the axes, or above it, for an artist with a color map.
+
+    On a figure of its own it is an inset of the axes, which keep their place; beside the user's own
+    axes it takes its room from them, as matplotlib's color bars do.
+    """
+    place = "top" if above else "right"
+    if style.sheet().axes is None:
+        box = (0.1, 1.04, 0.8, 0.025) if above else (1.02, 0, 0.03, 1)
+        inset = {"cax": ax.inset_axes(box), "location": place}
+    else:
+        inset = {"ax": ax, "location": place, "pad": 0.02, "aspect": 28}
+    bar = figure.colorbar(artist, **inset, **options)
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(width=0.5, length=2)
     return bar
@@ -90,7 +103,7 @@ def statistic_forest(
     Returns:
         The figure.
     """
-    names, outcomes = list(dict.fromkeys(table[key])), style.present(table.outcome, outcomes)
+    names, outcomes = style.present(table[key], ()), style.present(table.outcome, outcomes)
     height = 1.2 + (0.14 * len(series) + 0.06) * len(names)
     figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
     has_unit = statistic in ("tertile_difference", "matched_difference") and page["width"] > 5
@@ -120,30 +133,69 @@ def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
         style.lying(ax, y, rows, "estimate", label=label, zorder=3, **look)
 
 
+def budget_axis(ax, budgets: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the budgets themselves; of many, the first of each
+    factor of 1.6.
+    """
+    shown: list[float] = []
+    for budget in sorted({float(budget) for budget in budgets}, reverse=True):
+        if not shown or budget * 1.6 < shown[-1]:
+            shown.append(budget)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(shown[::-1]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    if len(shown) == 1:
+        ax.set_xlim(shown[0] / 2, shown[0] * 2)
+
+
 def interval_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
     """The table with `value`_low and `value`_high as its columns low and high."""
     return table.assign(low=table[f"{value}_low"], high=table[f"{value}_high"])
 
 
+MANY = 9
+"""Criteria that one panel of lines shows at most."""
+GREY = ("random", "full", "placebo")
+
+
 def shown_criteria(table: pd.DataFrame, criteria: Sequence[str] | None) -> list[str]:
-    """The named criteria; without names all of them, or the usual six where there are more lines
-    than the palette has colors.
+    """The named criteria; without names all of them, or, where there are more than `MANY`, the
+    usual six, then those of the user's own, then those with the highest values. What is left out is
+    counted in the caption.
+
+    Raises:
+        DiagnosticsError: A named criterion is not in the table.
     """
     names = [
-        name for name in dict.fromkeys(table.criterion) if name not in ("random", "full", "placebo")
+        name
+        for name in style.present(table.criterion, ())
+        if name not in ("random", "full", "placebo")
     ]
     if criteria is not None:
+        known = [*names, *GREY]
+        if wrong := [name for name in criteria if name not in known]:
+            near = difflib.get_close_matches(wrong[0], names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DiagnosticsError(
+                f"The table has no criterion {wrong[0]!r}.{hint} It has: {', '.join(names)}."
+            )
         return [name for name in criteria if name in names]
-    return (
-        names
-        if len(names) <= len(CYCLE)
-        else [name for name in style.CRITERIA if name in names] or names[: len(CYCLE)]
-    )
+    if len(names) <= MANY:
+        return names
+    value = next((name for name in ("captured_share", "reduction") if name in table), None)
+    best = table.groupby("criterion")[value].mean() if value else pd.Series(dtype=float)
+    others = [name for name in names if name not in style.CRITERIA]
+    others.sort(key=lambda name: (name in KNOWN or name in GREY, -best.get(name, 0.0)))
+    usual = [name for name in style.CRITERIA if name in names]
+    shown = {*usual, *others[: MANY - len(usual)]}
+    style.sheet().left_out = len(names) - len(shown)
+    return [name for name in names if name in shown]
 
 
-def mark(index: int) -> dict[str, str]:
-    """Color and marker of a series by its number; both repeat after all have been used."""
-    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
+def mark(index: int, name: str = "") -> dict[str, str]:
+    """Color and marker of a series by its number, or the color that the palette gives its name."""
+    return style.series_style(name, index)
 
 
 def ring(ax, x, rows: pd.DataFrame, value: str, color: str) -> None:
@@ -188,5 +240,4 @@ def reduction_curves(ax, table: pd.DataFrame, names: list[str], *, bars: bool = 
             ax.plot(x, rows.reduction, label=naming.readable(name), **line)
         ring(ax, x, rows, "reduction", line["color"])
     style.zero(ax)
-    style.powers(ax.xaxis)
-    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    budget_axis(ax, table.budget[~table.criterion.isin(("full", "placebo"))])

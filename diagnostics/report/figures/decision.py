@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -91,7 +90,7 @@ def decision(
     scale = 1000.0 if _largest(table) < MILLI else 1.0
     _cells(axes[0, 0], table, names, budgets, scale)
     _grid_axes(axes[0, 0], names, budgets)
-    _key(figure, table, 4 if page["width"] > 5 else 2)
+    _key(figure, axes[0, 0], table, 4 if page["width"] > 5 else 2)
     unit = "thousandths of a nat" if scale > 1 else "nats"
     style.caption(
         figure,
@@ -128,7 +127,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float], scal
     table = table.assign(tied=style.ambiguous(table))
     for flag in ("overfitted", "recommended"):
         table[flag] = style.flagged(table, flag)
-    narrow = ax.figure.get_figwidth() < 5 and len(budgets) > 3
+    narrow = not style.is_wide(ax) and len(budgets) > 3
     for row in table.itertuples():
         x, y = budgets.index(row.budget), names.index(row.criterion)
         tint, sign, _ = VERDICTS.get(row.verdict, VERDICTS["cannot tell"])
@@ -145,7 +144,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float], scal
             _cell_words(row, sign, scale, "\n" if narrow else " "),
             ha="center",
             va="center",
-            fontsize=matplotlib.rcParams["font.size"] - (2 if narrow else 1),
+            fontsize=style.text_size(2 if narrow else 1),
             color=style.ink() if tint == "none" else ON_TINT,
             gid=f"{row.criterion} {row.budget:g}",
             zorder=4,
@@ -184,7 +183,7 @@ def _grid_axes(ax, names: list[str], budgets: list[float]) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _key(figure: Figure, table: pd.DataFrame, columns: int) -> None:
+def _key(figure: Figure, ax, table: pd.DataFrame, columns: int) -> None:
     """A legend of the verdicts that the grid has, and of the hatch."""
     seen = [name for name in VERDICTS if (table.verdict == name).any()]
     edge = {"edgecolor": style.quiet(), "linewidth": 0.4}
@@ -194,7 +193,7 @@ def _key(figure: Figure, table: pd.DataFrame, columns: int) -> None:
     ]
     if style.ambiguous(table).any():
         patches.append(Patch(facecolor="none", hatch="////", label="ties decide", **edge))
-    figure.legend(handles=patches, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+    style.legend(figure, ax, columns, *patches, full=True)
 
 
 SIDES = ("offline", "trained")
@@ -253,9 +252,8 @@ def foresight(
     table = style.keep(table, what, needs, {"measure": measure})
     if horizons is not None:
         table = style.keep(table, what, needs, {"horizon": list(horizons)})
-    shown, names = sorted(table.horizon.unique()), list(dict.fromkeys(table.criterion))
-    across = min(2 if page["width"] > 5 else 1, len(shown))
-    down = -(-len(shown) // across)
+    shown, names = sorted(table.horizon.unique()), style.present(table.criterion, ())
+    down, across = style.panels(len(shown), page["width"], 2 if page["width"] > 5 else 1)
     figure, axes = style.canvas(page["width"], 0.9 + 2.1 * down, down, across, sharey=True)
     for ax, horizon in zip(axes.flat, shown, strict=False):
         _foreseen(ax, table[table.horizon == horizon], names)
@@ -263,8 +261,7 @@ def foresight(
         ax.set_xlabel("over random on the frozen bank (nats)")
     for ax in axes[:, 0]:
         ax.set_ylabel("over random after training (nats)")
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+    style.hide_rest(axes, len(shown))
     style.legend(figure, axes[0, 0], 5 if page["width"] > 5 else 3)
     style.caption(
         figure,

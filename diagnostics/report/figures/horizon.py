@@ -68,7 +68,7 @@ def horizon(
     figure, axes = style.canvas(page["width"], 2.9)
     shown = style.present(table.population, POPULATIONS)
     for name, shift in zip(shown, style.offsets(len(shown), 0.05), strict=True):
-        color, marker, words = style.SPLITS.get(name, (GREEN, "D", naming.SPLITS.get(name, name)))
+        color, marker, words = _population(name)
         rows = table[table.population == name].sort_values("horizon")
         _curve(axes[0, 0], rows, {"color": color, "marker": marker}, words, shift)
     _axes(axes, table, measure)
@@ -148,6 +148,14 @@ def horizon_criteria(
     share = f"Budget {budget:.0%}." if budget is not None else ""
     style.caption(figure, share, *_words(table, page["level"]), style.tie_words(table))
     return figure
+
+
+def _population(name: str) -> tuple[str, str, str]:
+    """Color, marker and name of who was measured."""
+    if name in style.SPLITS:
+        return style.split_style(name)
+    words = naming.labelled(name, naming.SPLITS.get(name, name))
+    return style.color_of(name, style.tone(GREEN)), "D", words
 
 
 def _with_population(table: pd.DataFrame) -> pd.DataFrame:

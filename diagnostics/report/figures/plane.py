@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from diagnostics.criteria import DEFAULT_BUDGET, select
 from diagnostics.criteria import quadrants as quadrant_of
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import thin_color_bar
@@ -68,6 +69,7 @@ def entropy_divergence(
     tokens = style.keep(tokens, "figures.entropy_divergence", needs)
     defined = np.isfinite(tokens[list(needs[:2])].to_numpy(float)).all(axis=1)
     tokens = tokens[defined].reset_index(drop=True)
+    plane = np.clip(tokens[list(needs[:2])].to_numpy(float), FLOOR, None)
     rows, columns = style.panels(len(color), page["width"])
     figure, axes = style.canvas(
         page["width"],
@@ -78,7 +80,7 @@ def entropy_divergence(
         sharey=True,
     )
     for ax, name in zip(axes.flat, color, strict=True):
-        _hexagons(figure, ax, tokens, name, bins)
+        _hexagons(figure, ax, tokens, name, bins, plane)
         _quadrant_lines(ax, tokens)
         ax.set_title(f"mean {naming.readable(name)}")
     for ax in axes[-1]:
@@ -88,16 +90,18 @@ def entropy_divergence(
     style.caption(
         figure,
         f"{tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions. Lines: medians. Q3 is"
-        " confident and wrong.",
+        " confident and wrong. Scales with both signs follow the square root.",
     )
     return figure
 
 
-def _hexagons(figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int) -> None:
+def _hexagons(
+    figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int, plane: np.ndarray
+) -> None:
+    """Mean of a column in the hexagons of a logarithmic plane [N, 2]."""
     values = tokens[name].to_numpy(float)
     kept = np.isfinite(values)
-    x = np.clip(tokens.student_entropy.to_numpy(float)[kept], FLOOR, None)
-    y = np.clip(tokens.forward_kl.to_numpy(float)[kept], FLOOR, None)
+    x, y = plane[kept].T
     ax.grid(visible=False)
     hexagons = ax.hexbin(
         x,
@@ -120,13 +124,19 @@ def _hexagons(figure: Figure, ax, tokens: pd.DataFrame, name: str, bins: int) ->
             [float(f"{share * reach:.1g}") for share in (-1, -0.25, 0, 0.25, 1)]
         )
     else:
-        hexagons.set_cmap("cividis")
+        hexagons.set_cmap(style.sequential())
         hexagons.set_clim(low, high if high > low else low + 1e-12)
         thin_color_bar(figure, ax, hexagons).ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def _quadrant_lines(ax, tokens: pd.DataFrame) -> None:
-    """Median lines, each quadrant's number of positions and their share, over a haze of paper."""
+    """Median lines, each quadrant's number of positions and their share, in strips of the axes
+    that hold no hexagons.
+    """
+    low, high = np.log(ax.get_ylim())
+    room = 0.13 * (high - low)
+    ax.set_ylim(np.exp(low - room), np.exp(high + room))
+    style.powers(ax.yaxis)
     ax.axvline(tokens.student_entropy.median(), color=style.ink(), linewidth=0.8)
     ax.axhline(tokens.forward_kl.median(), color=style.ink(), linewidth=0.8)
     count = pd.Series(quadrant_of(tokens)).value_counts()
@@ -144,6 +154,82 @@ def _quadrant_lines(ax, tokens: pd.DataFrame) -> None:
             ha="right" if x > 0.5 else "left",
             va="top" if y > 0.5 else "bottom",
         )
+
+
+SMALLEST = 1e-6
+"""Probability below which the logarithmic axes of the plane of probabilities do not look."""
+
+
+@figure(
+    table="tokens",
+    title="What student and teacher thought of the sampled token",
+    reading=(
+        "Every hexagon holds the positions whose token had this probability under the student and"
+        " under the teacher. Left the share of them that the criterion selects at the budget below,"
+        " right their mean gain. On the diagonal both agree; below it the teacher thinks less of"
+        " the token than the student did."
+    ),
+    needs=("student_logprob", "teacher_logprob", "gain"),
+)
+@on_page
+def probabilities(
+    tokens: pd.DataFrame,
+    *,
+    criterion: str = "teachability",
+    budget: float = DEFAULT_BUDGET,
+    value: str = "gain",
+    bins: int = 26,
+    **page: Unpack[Page],
+) -> Figure:
+    """The plane of the sampled token's probabilities: where a criterion selects, and what gains.
+
+    Example: `dx.plot.probabilities(result.tokens, criterion="tip")`. Both axes are logarithmic;
+    probabilities below 1e-6 are drawn on the edge. The line is p(y) = q(y).
+
+    Args:
+        tokens: A token table, one row per response position, with the columns student_logprob and
+            teacher_logprob (nats), prompt_id, `value` and those that the criterion reads. Positions
+            with an undefined probability are left out.
+        criterion: The criterion whose selection is shown.
+        budget: The share of positions that it selects.
+        value: The column whose mean the second panel shows.
+        bins: Number of hexagons along the horizontal axis.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
+    what, needs = (
+        "figures.probabilities",
+        ("student_logprob", "teacher_logprob", "prompt_id", value),
+    )
+    tokens = style.keep(tokens, what, needs)
+    tokens = tokens.assign(selected=select(tokens, criterion, budget=budget).astype(float))
+    defined = np.isfinite(tokens[list(needs[:2])].to_numpy(float)).all(axis=1)
+    tokens = style.keep(tokens[defined], what, needs)
+    plane = np.clip(np.exp(tokens[list(needs[:2])].to_numpy(float)), SMALLEST, None)
+    rows, columns = style.panels(2, page["width"])
+    shape = {"sharex": True, "sharey": True}
+    height = 0.45 + (2.45 if columns == 1 else 2.75) * rows
+    figure, axes = style.canvas(page["width"], height, rows, columns, **shape)
+    titles = {"selected": f"selected by {naming.readable(criterion)}"}
+    for ax, name in zip(axes.flat, ("selected", value), strict=True):
+        _hexagons(figure, ax, tokens, name, bins, plane)
+        ax.plot([SMALLEST, 1], [SMALLEST, 1], color=style.ink(), linewidth=0.8)
+        ax.set_title(titles.get(name, f"mean {naming.with_unit(name)}"))
+    for ax in axes[-1]:
+        ax.set_xlabel("student p(y)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("teacher q(y)")
+    style.caption(
+        figure,
+        f"{tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions; budget {budget:.0%}.",
+        "Line: p(y) = q(y). Scales with both signs follow the square root.",
+    )
+    return figure
 
 
 @figure(
@@ -237,7 +323,7 @@ def _marks_by_category(ax, table: pd.DataFrame, key: str, names: list, value: st
     title="Gain within Q3, from the bottom to the top of each score",
     reading=(
         "Each group of marks runs from the third of Q3 with the lowest score to the third with the "
-        "highest. A line that rises with compatibility says that, among confident errors, those "
+        "highest. Marks that rise with compatibility say that, among confident errors, those "
         "within the student's reach gained more."
     ),
 )
@@ -252,7 +338,7 @@ def q3_gain(
     """Mean gain within Q3 by groups of each score.
 
     Example: `dx.plot.q3_gain(dx.study(tokens)["q3_groups"])`. For each score the marks run from its
-    lowest to its highest group. A rising line means that, among confident and wrong positions, the
+    lowest to its highest group. Rising marks mean that, among confident and wrong positions, the
     gain rises with the score.
 
     Args:
@@ -310,13 +396,12 @@ def _group_lines(ax, table: pd.DataFrame, scores: list[str]) -> None:
                 rows,
                 "mean",
                 marker=marker,
-                linestyle="-",
-                linewidth=0.9,
+                linestyle="none",
                 color=color,
                 zorder=3,
                 label=words if place == 0 else f"_{score}",
             )
-    ax.set_xticks(range(len(scores)), [naming.readable(score) for score in scores])
+    ax.set_xticks(range(len(scores)), [f"{naming.readable(score)}\nlow → high" for score in scores])
     ax.set_xlim(-0.5, len(scores) - 0.5)
 
 
@@ -370,7 +455,7 @@ def q3_contrast(
         return style.halves(style.keep(rows, "figures.q3_contrast", (*needs, column), where))
 
     table = kept(table, "groups", groups)
-    outcomes, scores = style.present(table.outcome, outcomes), list(dict.fromkeys(table.score))
+    outcomes, scores = style.present(table.outcome, outcomes), style.present(table.score, ())
     if matching is not None:
         near = "caliper" if "caliper" in matching else "replacement"
         matching = kept(matching, near, matching.caliper.min() if near == "caliper" else True)

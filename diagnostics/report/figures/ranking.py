@@ -78,13 +78,21 @@ def correlations(
         ("outcome", "criterion", "split", "method", "estimate", "low", "high"),
     )
     where = {"method": method} | ({} if criteria is None else {"criterion": criteria})
-    table = style.keep(table, what, needs, where)
+    whole, table = table, style.keep(table, what, needs, where)
+    style.leaves_out(whole, table)
     if outcomes is not None or not (table.outcome == "context_gain").any():
         shown = naming.shown_outcomes(table, outcomes)
         table = style.halves(style.keep(table, what, needs, {"outcome": shown}))
         return _by_split(table, style.present(table.outcome, shown), method, page)
     table = style.keep(table, what, needs, {"split": split or naming.preferred_split(table)})
     return _against_null(style.keep(table, what, needs, {"outcome": list(NULLED)}), method, page)
+
+
+def null_style(outcome: str) -> tuple[str, str, bool, str]:
+    """Color, marker, whether it is filled, and name of one of the three gains, as asked for."""
+    color, marker, filled, words = NULLED[outcome]
+    color = style.color_of(outcome, style.tone(color))
+    return color, marker, filled, naming.labelled(outcome, words)
 
 
 def _against_null(table: pd.DataFrame, method: str, page) -> Figure:
@@ -96,7 +104,7 @@ def _against_null(table: pd.DataFrame, method: str, page) -> Figure:
     style.zero(ax, "x")
     ax.xaxis.set_major_locator(MaxNLocator(7 if page["width"] > 5 else 4))
     for outcome, place in zip(shown, style.offsets(len(shown), 0.21), strict=True):
-        color, marker, filled, words = NULLED[outcome]
+        color, marker, filled, words = null_style(outcome)
         rows = table[table.outcome == outcome].drop_duplicates("criterion").set_index("criterion")
         face = {} if filled else {"markerfacecolor": style.paper()}
         look = {"marker": marker, "color": color, "label": words} | face

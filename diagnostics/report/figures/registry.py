@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class FigureSpec:
     measured: bool = False
     """Whether `draw` takes the divergence that the run's loss descends as its `measure`."""
 
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of `draw` by name."""
+        return inspect.signature(self.draw).parameters
+
 
 FIGURES: dict[str, FigureSpec] = {}
 """The report's figures by name."""
@@ -55,6 +61,7 @@ ORDER = (
     "correlations",
     "strata",
     "entropy_divergence",
+    "probabilities",
     "quadrants",
     "position_gain",
     "q3_gain",

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import forest, statistic_forest
+from diagnostics.report.figures.common import forest, mark, statistic_forest
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
-from diagnostics.report.style import BLUE, CYCLE, DASHES, MARKERS, ORANGE
+from diagnostics.report.style import BLUE, DASHES, ORANGE
 
 
 @figure(
@@ -66,7 +66,7 @@ def coefficients(
         style.present(table.outcome, outcomes),
         style.present(table.split, style.SPLITS),
     )
-    terms = list(dict.fromkeys(table.term))
+    terms = style.present(table.term, ())
     table = table.rename(columns={"term": "criterion"})
     figure, axes = style.canvas(
         page["width"], 1.25 + 0.24 * len(terms), 1, len(outcomes), sharey=True
@@ -129,7 +129,7 @@ def support_robustness(
     table = style.keep(table, what, needs, {"outcome": outcomes, "statistic": statistic})
     table = style.keep(table, what, needs, {"split": split or naming.preferred_split(table)})
     series = [
-        (f"K = {k}", CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)], table[table.k == k])
+        (naming.labelled(str(k), f"K = {k}"), *mark(i).values(), table[table.k == k])
         for i, k in enumerate(sorted(table.k.unique()))
     ]
     return statistic_forest(table, "proxy", series, statistic, outcomes, page)
@@ -139,6 +139,13 @@ def _statistic(table: pd.DataFrame) -> str:
     """The statistic of claim C3: the interaction, before which it was the decomposition."""
     present = set(table.statistic) if "statistic" in table else set()
     return "interaction" if "interaction" in present else "decomposition"
+
+
+VARIANTS = {
+    "nothing": "as measured",
+    "neither": "no special tokens, no first position",
+}
+"""Words for variants of the gain whose name says too little."""
 
 
 @figure(
@@ -189,7 +196,10 @@ def gain_robustness(
     series = []
     for split in style.present(table.split, style.SPLITS):
         color, marker, words = style.split_style(split)
-        series.append((words, color, marker, table[table.split == split]))
+        series.append((words, color, marker, table[table.split == split].copy()))
+    table["variant"] = table.variant.replace(VARIANTS)
+    for _, _, _, rows in series:
+        rows["variant"] = rows.variant.replace(VARIANTS)
     return statistic_forest(table, "variant", series, statistic, outcomes, page)
 
 
@@ -267,10 +277,19 @@ def residual_curves(
 def _residuals(ax, table: pd.DataFrame) -> None:
     decile, spline = table[table.curve == "decile"], table[table.curve == "spline"]
     style.zero(ax)
-    style.band(ax, spline["at"], spline, ORANGE)
-    ax.plot(spline["at"], spline.residual, color=ORANGE, linestyle=DASHES[1], label="spline")
+    style.band(ax, spline["at"], spline, style.tone(ORANGE))
+    ax.plot(
+        spline["at"], spline.residual, color=style.tone(ORANGE), linestyle=DASHES[1], label="spline"
+    )
     style.upright(
-        ax, decile["at"], decile, "residual", fmt="o", color=BLUE, label="decile", zorder=3
+        ax,
+        decile["at"],
+        decile,
+        "residual",
+        fmt="o",
+        color=style.tone(BLUE),
+        label="decile",
+        zorder=3,
     )
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4))

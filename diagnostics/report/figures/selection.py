@@ -8,19 +8,21 @@ import re
 from collections.abc import Sequence
 from typing import Unpack
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from diagnostics.analysis.claims import p_words
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import (
+    budget_axis,
     forest,
     forest_order,
     reduction_curves,
     shown_criteria,
+    thin_color_bar,
 )
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import CORE, figure
@@ -118,9 +120,11 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     style.zero(ax)
     top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
     ax.set_ylim(top=min(top, ax.get_ylim()[1]) if np.isfinite(top) else None)
-    style.powers(ax.xaxis)
-    ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    budget_axis(ax, table.budget)
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
+    if not table[table.criterion.isin(names)].captured_share.notna().any():
+        said = "undefined: the total gain is not clear of zero"
+        ax.text(0.5, 0.92, said, ha="center", va="top", transform=ax.transAxes)
 
 
 @figure(
@@ -179,7 +183,8 @@ def selection_summary(
     where |= ({} if budget is None else {"budget": budget}) | (
         {} if criteria is None else {"criterion": criteria}
     )
-    table = style.halves(style.keep(table, "figures.selection_summary", needs, where))
+    whole, table = table, style.halves(style.keep(table, "figures.selection_summary", needs, where))
+    style.leaves_out(whole, table)
     outcomes, splits = (
         style.present(table.outcome, outcomes),
         style.present(table.split, style.SPLITS),
@@ -238,8 +243,11 @@ def selection_overlap(
     table = style.keep(table, "figures.selection_overlap", needs, {"statistic": "jaccard"})
     budget = style.nearest_budget(table) if budget is None else budget
     table = style.keep(table, "figures.selection_overlap", needs, {"budget": budget})
-    names = list(dict.fromkeys([*table.criterion, *table.other]))
-    names = [name for name in criteria if name in names] if criteria is not None else names
+    names = style.present([*table.criterion, *table.other], ())
+    if criteria is not None:
+        kept = table[table.criterion.isin(criteria)]
+        style.leaves_out(table, kept)
+        names = [name for name in criteria if name in names]
     matrix = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
     for row in table[table.criterion.isin(names) & table.other.isin(names)].itertuples():
         matrix.loc[row.criterion, row.other] = matrix.loc[row.other, row.criterion] = row.estimate
@@ -256,9 +264,12 @@ def selection_overlap(
 
 def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     """Numbers in the cells while they fit; dark cells take light ink."""
-    image = ax.imshow(matrix.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="equal")
+    lower = np.where(np.tri(len(matrix), k=-1, dtype=bool), matrix.to_numpy(float), np.nan)
+    top = np.nanmax(lower) if np.isfinite(lower).any() else 1.0
+    colors = style.sequential()
+    image = ax.imshow(lower, cmap=colors, vmin=0, vmax=max(top, 1e-9), aspect="equal")
     pitch = 72 * (figure.get_figwidth() - 1.2) / len(matrix)
-    size = min(matplotlib.rcParams["xtick.labelsize"], 0.8 * pitch)
+    size = min(style.text_size(0.5), 0.8 * pitch)
     ax.set_xticks(
         range(len(matrix.columns)),
         [naming.readable(name) for name in matrix.columns],
@@ -272,21 +283,19 @@ def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     if pitch > 16:
-        for (i, j), value in np.ndenumerate(matrix.to_numpy(float)):
+        for (i, j), value in np.ndenumerate(lower):
+            if not np.isfinite(value):
+                continue
             ax.text(
                 j,
                 i,
                 f"{value:.2f}".removeprefix("0") if value < 1 else "1",
                 ha="center",
                 va="center",
-                fontsize=matplotlib.rcParams["font.size"] - 2,
-                color="#FFFFFF" if value < 0.55 else "#000000",
+                fontsize=style.text_size(2),
+                color=style.on(colors(image.norm(value))),
             )
-    bar = figure.colorbar(
-        image, ax=ax, location="top", pad=0.02, aspect=40, shrink=0.6, label=label
-    )
-    bar.outline.set_linewidth(0.4)
-    bar.ax.tick_params(width=0.5, length=2)
+    thin_color_bar(figure, ax, image, above=True, label=label)
 
 
 PROFILES = {
@@ -337,10 +346,11 @@ def selection_profile(
     }
     groups = {title: measures for title, measures in groups.items() if measures}
     names = (
-        list(dict.fromkeys(table.criterion))
+        style.present(table.criterion, ())
         if criteria is None
         else [n for n in criteria if (table.criterion == n).any()]
     )
+    style.leaves_out(table, table[table.criterion.isin(names)])
     rows, columns = style.panels(max(len(groups), 1), page["width"])
     figure, axes = style.canvas(
         page["width"], 0.5 + rows * (0.55 + 0.17 * (len(names) + 1)), rows, columns, sharey=True
@@ -348,13 +358,14 @@ def selection_profile(
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
         _stacks(ax, table[table.measure.isin(measures)], measures, names)
         ax.set_title(title)
-        ax.legend(
-            loc="upper left",
-            bbox_to_anchor=(0, 0),
-            ncols=4 if page["width"] > 5 else 2,
-            handlelength=0.9,
-            columnspacing=0.8,
-        )
+        if style.sheet().legend:
+            ax.legend(
+                loc="upper left",
+                bbox_to_anchor=(0, 0),
+                ncols=4 if page["width"] > 5 else 2,
+                handlelength=0.9,
+                columnspacing=0.8,
+            )
     style.names_down(axes[0, 0], [*names, "all positions"])
     style.caption(
         figure, style.counts(table), f"Shares of the selection at a budget of {budget:.0%}."
@@ -376,7 +387,7 @@ def _stacks(ax, table: pd.DataFrame, measures: Sequence[str], names: list[str]) 
             shares,
             left=left,
             height=0.72,
-            color=CYCLE[index],
+            color=style.color_of(name, style.tone(CYCLE[index])),
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor=style.paper(),
             linewidth=0.4,
@@ -466,6 +477,10 @@ def intervention(
     return figure
 
 
+FEW_CELLS = 6
+"""Cells below which a rank agreement is not drawn."""
+
+
 @figure(
     table="offline_agreement",
     title="Do captured gain and intervention agree?",
@@ -524,10 +539,21 @@ def agreement(
         table[table.x == answer].rename(columns={"y": "other"}),
     ]
     rows = style.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
+    if "cells" in rows and rows.cells.max() < FEW_CELLS:
+        raise DiagnosticsError(
+            f"The rank agreement of {int(rows.cells.max())} cells takes too few values to be drawn;"
+            f" it takes {FEW_CELLS}. Compare more criteria or budgets."
+        )
     figure, axes = style.canvas(page["width"], 0.85 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x")
     style.lying(
-        axes[0, 0], np.arange(len(rows)), rows, "kendall", marker="o", color=BLUE, label="agreement"
+        axes[0, 0],
+        np.arange(len(rows)),
+        rows,
+        "kendall",
+        marker="o",
+        color=style.tone(BLUE),
+        label="agreement",
     )
     axes[0, 0].set_xlim(-1.05, 1.05)
     if "p_permutation" in rows:

@@ -65,10 +65,14 @@ def calibration(
     figure, axes = style.canvas(page["width"], 0.55 + 1.8 * rows, rows, columns, sharex=True)
     drop, share = axes.flat
     _drops(drop, table)
-    share.plot(table.step_size, table.ratio, color=BLUE, marker="o")
-    share.axhline(ratio, color=ORANGE, linestyle=DASHES[1], linewidth=0.9)
+    share.plot(table.step_size, table.ratio, color=style.tone(BLUE), marker="o")
+    share.axhline(ratio, color=style.tone(ORANGE), linestyle=DASHES[1], linewidth=0.9)
     _ring(share, table, "ratio")
-    hollow = {"markerfacecolor": style.paper(), "markeredgecolor": PURPLE, "linestyle": "none"}
+    hollow = {
+        "markerfacecolor": style.paper(),
+        "markeredgecolor": style.tone(PURPLE),
+        "linestyle": "none",
+    }
     share.plot(others.step_size, others.ratio, marker="D", label="_other folds", **hollow)
     style.zero(share)
     share.set_ylim(top=max(1.08, share.get_ylim()[1]))
@@ -97,12 +101,12 @@ def _drops(ax, table: pd.DataFrame) -> None:
     ax.plot(
         table.step_size,
         table.predicted_drop,
-        color=ORANGE,
+        color=style.tone(ORANGE),
         linestyle=DASHES[1],
         marker="s",
         label="predicted (first order)",
     )
-    ax.plot(table.step_size, fell, color=BLUE, marker="o", label="realised")
+    ax.plot(table.step_size, fell, color=style.tone(BLUE), marker="o", label="realised")
     ax.set(xscale="log", yscale="log")
     _ring(ax, table, "realised_drop", label="chosen")
     rose = table.step_size[table.realised_drop <= 0]
@@ -111,7 +115,7 @@ def _drops(ax, table: pd.DataFrame) -> None:
             rose,
             np.full(len(rose), 0.04),
             "X",
-            color=PURPLE,
+            color=style.tone(PURPLE),
             transform=ax.get_xaxis_transform(),
             label="loss rose",
         )
@@ -127,9 +131,10 @@ def _ring(ax, table: pd.DataFrame, value: str, label: str = "_chosen") -> None:
         "o",
         markersize=9,
         markerfacecolor="none",
-        markeredgecolor=GREEN,
+        markeredgecolor=style.tone(GREEN),
         markeredgewidth=1.4,
         zorder=4,
+        clip_on=False,
         label=label,
     )
 
@@ -185,7 +190,7 @@ def runs(
         name: f" {name}" if str(name).startswith("_") else name for name in table.run
     }  # matplotlib hides labels that begin so
     series = [
-        (shown, *mark(i).values(), table[table.run == name])
+        (shown, *mark(i, str(name)).values(), table[table.run == name])
         for i, (name, shown) in enumerate(names.items())
     ]
     return statistic_forest(table, key, series, label, outcomes, page)
@@ -243,10 +248,9 @@ def distributions(
     """
     names = list(columns) if columns is not None else [name for name in MEASURES if name in tokens]
     tokens = style.keep(tokens, "figures.distributions", ("prompt_id", *(names or MEASURES[:1])))
-    across = min(4 if page["width"] > 5 else 2, len(names))
-    down = -(-len(names) // across)
+    down, across = style.panels(len(names), page["width"], 4 if page["width"] > 5 else 2)
     figure, axes = style.canvas(page["width"], 0.35 + 1.15 * down, down, across)
-    figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
+    style.spread(figure, 0.13)
     for ax, name in zip(axes.flat, names, strict=False):
         values = tokens[name].to_numpy(float)
         values = values[np.isfinite(values)]
@@ -255,15 +259,22 @@ def distributions(
         ax.set_xlabel(label if page["width"] > 5 or len(label) < 26 else label.replace(" (", "\n("))
         ax.xaxis.set_major_locator(MaxNLocator(3))
         if len(values):
-            ax.hist(values, bins=bins, histtype="stepfilled", color=BLUE, linewidth=0, log=True)
+            ax.hist(
+                values,
+                bins=bins,
+                histtype="stepfilled",
+                color=style.tone(BLUE),
+                linewidth=0,
+                log=True,
+            )
             style.powers(ax.yaxis)
+            ax.set_ylabel("positions" if ax in list(axes[:, 0]) else "")
         else:
             ax.text(
                 0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes
             )
             ax.set_yticks([])
-    for ax in axes.flat[len(names) :]:
-        ax.set_visible(False)
+    style.hide_rest(axes, len(names))
     style.caption(
         figure,
         f"Number of positions. {tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions.",

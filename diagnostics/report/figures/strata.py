@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals, on_page
-from diagnostics.report.figures.ranking import NULLED
+from diagnostics.report.figures.ranking import NULLED, null_style
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import GREEN, PURPLE
 
@@ -62,7 +62,7 @@ def strata(
     more = {"null_share": _shares, "linearity": _ratios}
     draws = [_gains, *(draw for name, draw in more.items() if _known(table, name))]
     wide = page["width"] > 5
-    rows, columns = (1, len(draws)) if wide else (len(draws), 1)
+    rows, columns = style.panels(len(draws), page["width"])
     figure, axes = style.canvas(page["width"], 0.9 + (2.1 if wide else 1.6 * rows), rows, columns)
     for ax, draw in zip(axes.flat, draws, strict=True):
         draw(ax, table)
@@ -103,7 +103,7 @@ def _marks(ax, table: pd.DataFrame, name: str, shift: float, line: dict, label: 
 def _gains(ax, table: pd.DataFrame) -> None:
     known = [name for name in NULLED if _known(table, name)]
     for name, shift in zip(known, style.offsets(len(known), 0.22), strict=True):
-        color, marker, filled, words = NULLED[name]
+        color, marker, filled, words = null_style(name)
         look = {"color": color, "marker": marker}
         look |= {} if filled else {"markerfacecolor": style.paper()}
         _marks(ax, table, name, shift, look, words)
@@ -111,7 +111,7 @@ def _gains(ax, table: pd.DataFrame) -> None:
 
 
 def _shares(ax, table: pd.DataFrame) -> None:
-    _marks(ax, table, "null_share", 0.0, {"color": PURPLE, "marker": "v"}, "null")
+    _marks(ax, table, "null_share", 0.0, {"color": style.tone(PURPLE), "marker": "v"}, "null")
     style.zero(ax, at=1.0)
     low, high = ax.get_ylim()
     ax.set_ylim(max(min(low, -0.05), SHARES[0]), min(high, SHARES[1]))
@@ -120,6 +120,6 @@ def _shares(ax, table: pd.DataFrame) -> None:
 
 
 def _ratios(ax, table: pd.DataFrame) -> None:
-    _marks(ax, table, "linearity", 0.0, {"color": GREEN, "marker": "^"}, "linearity")
+    _marks(ax, table, "linearity", 0.0, {"color": style.tone(GREEN), "marker": "^"}, "linearity")
     style.zero(ax, at=1.0)
     ax.set_ylabel("realised / first order")

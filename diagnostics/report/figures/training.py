@@ -46,7 +46,7 @@ MANY_CELLS = 6
 def training_curves(
     table: pd.DataFrame,
     *,
-    measures: Sequence[str] = ("loss", "forward_kl/all"),
+    measures: Sequence[str] = ("loss", "forward_kl/all", "selected_share"),
     budget: float | None = None,
     window: int | None = None,
     **page: Unpack[Page],
@@ -125,7 +125,7 @@ def _seed_bands(ax, table: pd.DataFrame, name: str, window: int) -> None:
             else cell.set_index("step")[[name]]
         )
         seeds = seeds.rolling(window, min_periods=1, center=True).mean()
-        line = style.criterion_style(key[0], criteria) if key else {"color": BLUE}
+        line = style.criterion_style(key[0], criteria) if key else {"color": style.tone(BLUE)}
         if key and (table[table.criterion == key[0]].budget.nunique() > 1):
             line |= {"linestyle": DASHES[number % len(DASHES)]}
         label = (
@@ -206,7 +206,14 @@ def evaluations(
     for ax, name in zip(axes.flat, names, strict=True):
         part = table[table.measure == name].sort_values("step")
         style.upright(
-            ax, part.step, part, "mean", marker="o", linestyle="-", color=BLUE, label=name
+            ax,
+            part.step,
+            part,
+            "mean",
+            marker="o",
+            linestyle="-",
+            color=style.tone(BLUE),
+            label=name,
         )
         ax.axhline(part["mean"].iloc[0], color=style.quiet(), linestyle=DASHES[1], linewidth=0.9)
         ax.set_ylabel(_measured(name))
@@ -263,16 +270,14 @@ def validation(
         shown_criteria(table[table.criterion != "untouched"], criteria),
         style.present(table.measure, measures),
     )
-    down, across = (
-        (-(-len(shown) // 2), min(2, len(shown))) if page["width"] > 5 else (len(shown), 1)
-    )
+    down, across = style.panels(len(shown), page["width"], 2 if page["width"] > 5 else 1)
     figure, axes = style.canvas(page["width"], 0.8 + 2.0 * down, down, across)
     for ax, name in zip(axes.flat, shown, strict=False):
         reduction_curves(ax, table[table.measure == name].sort_values("budget"), names, bars=True)
         ax.set_ylabel(f"gain in {_measured(name)}")
+        ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel("budget (share of positions)")
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+    style.hide_rest(axes, len(shown))
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     style.caption(
         figure, _trained_counts(table), style.bars(page["level"], over="seeds and prompts")
@@ -287,8 +292,8 @@ after one step on its selection, and the gain of a training's own first step.
 ANSWERS = {
     "captured_gain": "captured gain",
     "captured_relative_gain": "captured relative gain",
-    "intervention_forward_kl": "drop after one step (nats)",
-    "one_step_gain": "gain after first step (nats)",
+    "intervention_forward_kl": "drop after one step on the selection (nats)",
+    "one_step_gain": "gain of the training’s own first step (nats)",
 }
 
 
@@ -333,20 +338,18 @@ def validation_scatter(
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     both = _foreseen_and_trained(table, foreseen, answers, measure)
-    shown, names = style.present(both.answer, answers), list(dict.fromkeys(both.criterion))
-    across = min(2, len(shown))
-    down = -(-len(shown) // across)
+    shown, names = style.present(both.answer, answers), style.present(both.criterion, ())
+    down, across = style.panels(len(shown), page["width"], 2)
     figure, axes = style.canvas(
         page["width"], 0.9 + (1.9 if page["width"] > 5 else 1.5) * down, down, across, sharey=True
     )
-    figure.get_layout_engine().set(w_pad=0.13)  # ticks at the very end of an axis hang over
+    style.spread(figure, 0.13)
     for ax, answer in zip(axes.flat, shown, strict=False):
         _cells(ax, both[both.answer == answer], names)
         ax.set_xlabel(ANSWERS.get(answer, naming.readable(answer)))
     for ax in axes[:, 0]:
         ax.set_ylabel(f"trained gain ({MEASURE_UNITS.get(measure, 'nats')})")
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+    style.hide_rest(axes, len(shown))
     style.legend(figure, axes[0, 0], 5 if page["width"] > 5 else 3)
     cells = len(both[["criterion", "budget"]].drop_duplicates())
     style.caption(
@@ -389,7 +392,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str]) -> None:
                 label=label,
                 **line | {"markersize": 3.0 + 1.3 * number},
             )
-    ax.xaxis.set_major_locator(MaxNLocator(4 if ax.figure.get_figwidth() > 5 else 3))
+    ax.xaxis.set_major_locator(MaxNLocator(4 if style.is_wide(ax) else 3))
 
 
 def _trained_counts(table: pd.DataFrame) -> str:

@@ -1,0 +1,252 @@
+"""The report's figures as files and page elements: what is drawn from which table, in which
+processes.
+
+A figure is laid out once per width. From the wide one come the PNG, the page's SVG and, on request,
+a PDF; from the narrow one the SVG for a phone. The page's colors in an SVG are variables, so the
+same drawing serves light, dark and print. The figures are shared out among processes where that is
+safe; the bytes are the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import matplotlib
+import pandas as pd
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.report import look, svg
+from diagnostics.report.canvas import OVERVIEW, NotebookFigure
+from diagnostics.report.figures.registry import FIGURES, FigureSpec, in_page_order
+from diagnostics.report.look import DOUBLE, SINGLE
+from diagnostics.report.palette import GREY, KNOWN
+from diagnostics.report.run_results import RunResults
+
+MOST = 4
+"""Processes that a report uses at most; more wait for the last figure."""
+Result = TypeVar("Result")
+
+
+class Drawing(NamedTuple):
+    """One figure as it goes into a page and a folder."""
+
+    wide: str
+    """SVG element for a page, `DOUBLE` inches."""
+    narrow: str
+    """SVG element for a phone, `SINGLE` inches."""
+    png: bytes
+    pdf: bytes | None
+
+
+def draw_all(
+    run: RunResults, *, pdf: bool = False, workers: int | None = None
+) -> tuple[dict[str, Drawing], dict[str, str]]:
+    """Draw every figure of the report at both widths.
+
+    Args:
+        run: The run's tables and tokens.
+        pdf: Whether each figure is made as PDF too.
+        workers: Number of processes; as many as this one may use where None.
+
+    Returns:
+        The figures by name, in the page's order, and for each one that could not be drawn the
+        reason.
+    """
+    specs = in_page_order()
+    names = [spec.name for spec in sorted(specs, key=lambda spec: spec.table != "tokens")]
+    made = share_out(names, lambda name: _drawn(run, FIGURES[name], pdf), workers)
+    drawn = {spec.name: made[spec.name] for spec in specs if isinstance(made[spec.name], Drawing)}
+    return drawn, {spec.name: made[spec.name] for spec in specs if spec.name not in drawn}
+
+
+def _drawn(run: RunResults, spec: FigureSpec, pdf: bool) -> Drawing | str:
+    """A figure in every form; the reason where it cannot be drawn."""
+    try:
+        wide, narrow = (figure_of(run, spec.name, width) for width in (DOUBLE, SINGLE))
+    except DiagnosticsError as error:
+        return str(error)
+    with look.untouched():
+        return Drawing(
+            svg.inline_svg(wide, f"{spec.name}-wide"),
+            svg.inline_svg(narrow, f"{spec.name}-narrow"),
+            svg.png(wide),
+            svg.pdf(wide) if pdf else None,
+        )
+
+
+def figure_of(run: RunResults, name: str, width: float = DOUBLE) -> NotebookFigure:
+    """One figure of the report, in our look whatever the user's settings are.
+
+    Args:
+        run: The run's tables and tokens.
+        name: Name of a registered figure.
+        width: Inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        DiagnosticsError: The run has no such table, or the table does not allow the figure.
+    """
+    spec = FIGURES[name]
+    table = run.tokens if spec.table == "tokens" else run.table(spec.table)
+    if reason := _not_drawn(run, spec, table):
+        raise DiagnosticsError(reason)
+    options: dict[str, Any] = {arg: run.table(source) for arg, source in spec.arguments.items()}
+    if "level" in spec.parameters:
+        options["level"] = run.level
+    if "marked" in spec.parameters:
+        options["marked"] = run.horizon
+    if (core := getattr(spec.draw, "keywords", {}).get("criteria")) is not None:
+        options["criteria"] = overview(run, table, core)
+    if spec.measured and "measure" in table and (table.measure == run.measure).any():
+        options["measure"] = run.measure
+    token = OVERVIEW.set("criteria" in options)
+    try:
+        with look.untouched(), matplotlib.rc_context({"figure.dpi": svg.DPI}):
+            return spec.draw(table, width=width, **options)
+    finally:
+        OVERVIEW.reset(token)
+
+
+WINNERS = 3
+"""Criteria with the highest correlation that an overview shows beyond the usual ones."""
+
+
+def overview(run: RunResults, table: pd.DataFrame, core: Sequence[str]) -> list[str]:
+    """Criteria of an overview: the usual ones, and those that the page's words may name.
+
+    These are what the decision found better than random, the user's own, and the highest
+    correlations with the context gain.
+    """
+    present = {*table.criterion, *(table.other if "other" in table else ())}
+    named = [name for name in table.criterion if name not in (*KNOWN, *GREY, "placebo")]
+    decision, ranked = run.table("decision"), run.table("correlations")
+    if decision is not None and {"verdict", "criterion"} <= set(decision):
+        named += list(decision.criterion[decision.verdict == "better"])
+    if ranked is not None and {"outcome", "split", "method", "estimate"} <= set(ranked):
+        rows = ranked[(ranked.outcome == "context_gain") & (ranked.method == "spearman")]
+        rows = rows[rows.split == "held_out"].sort_values("estimate", ascending=False)
+        named += [name for name in rows.criterion if name not in core][:WINNERS]
+    return [name for name in dict.fromkeys((*core, *named)) if name in present]
+
+
+def _not_drawn(run: RunResults, spec: FigureSpec, table: pd.DataFrame | None) -> str:
+    """Why a figure cannot be drawn; empty where it can."""
+    lacking = (
+        [spec.table]
+        if table is None
+        else [name for name in spec.with_tables if run.table(name) is None]
+    )
+    if lacking:
+        return f"no table {lacking[0]}"
+    absent = [name for name in spec.needs if name not in table]
+    return f"no column {absent[0]} in the {spec.table} table" if absent else ""
+
+
+# --- processes ---
+
+
+def may_fork() -> bool:
+    """Whether a copy of this process can draw: on Linux, with no thread beside it but such as show
+    progress, and with no GPU in use. A copy has no use for the streams that those write to.
+    """
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    main = threading.main_thread()
+    alone = all(thread is main or thread.daemon for thread in threading.enumerate())
+    here = threading.current_thread() is main
+    return sys.platform == "linux" and here and alone and not on_gpu
+
+
+def share_out(
+    names: Sequence[str], work: Callable[[str], Result], workers: int | None = None
+) -> dict[str, Result]:
+    """Do a piece of work for each name, in this process and in copies of it.
+
+    Every process takes the next name as soon as it is free. What a copy did not finish, because it
+    was killed or failed, this process does itself, so nothing is lost and an error is raised here.
+
+    Args:
+        names: At most 255 names.
+        work: Makes the result of one name; it can be pickled.
+        workers: Number of processes; where None, as many as there are cores, up to `MOST`, where a
+            copy is safe, otherwise one.
+
+    Returns:
+        The result of every name.
+    """
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), MOST) if may_fork() else 1
+    queue, end = os.pipe()
+    os.write(end, bytes(range(len(names))))
+    os.close(end)
+    copies: list[tuple[int, int]] = []
+    done: dict[str, Result] = {}
+    try:
+        for _ in range(min(workers, len(names)) - 1):
+            copies.append(_copy(queue, names, work))
+        done |= _take(queue, names, work)
+        for _, answers in copies:
+            done |= _answers(answers)
+    finally:
+        os.close(queue)
+        for process, _ in copies:
+            _end(process)
+    return {name: done[name] if name in done else work(name) for name in names}
+
+
+def _take(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> dict[str, Result]:
+    """Results of the names that this process takes from the queue until it is empty."""
+    done = {}
+    while number := os.read(queue, 1):
+        name = names[number[0]]
+        done[name] = work(name)
+    return done
+
+
+def _copy(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> tuple[int, int]:
+    """A copy of this process at work: its number and the pipe that its results come through."""
+    answers, end = os.pipe()
+    gc.freeze()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # idle threads of numpy's BLAS
+        process = os.fork()
+    if process:
+        gc.unfreeze()
+        os.close(end)
+        return process, answers
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        logging.disable()
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        with os.fdopen(end, "wb") as pipe:
+            pickle.dump(_take(queue, names, work), pipe, pickle.HIGHEST_PROTOCOL)
+    finally:
+        os._exit(0)
+
+
+def _answers(pipe: int) -> dict[str, Any]:
+    """The results of a copy; none where it did not finish."""
+    with os.fdopen(pipe, "rb") as answers:
+        content = answers.read()
+    try:
+        return pickle.loads(content)
+    except (EOFError, pickle.UnpicklingError):
+        return {}
+
+
+def _end(process: int) -> None:
+    """Wait for a copy; one that is still at work is of no use any more."""
+    if os.waitpid(process, os.WNOHANG) == (0, 0):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)

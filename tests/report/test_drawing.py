@@ -1,0 +1,51 @@
+"""Figures of a report: the same bytes for any number of processes, and nothing lost with one."""
+
+import os
+import signal
+
+import pytest
+
+from diagnostics.core.errors import DiagnosticsError
+from diagnostics.report import drawing
+from diagnostics.report.run_results import read_run
+from tests import study_tables
+
+NAMES = [f"name {number}" for number in range(9)]
+
+
+def test_every_name_is_done_once_whatever_the_number_of_processes():
+    for workers in (1, 2, 3, 20):
+        done = drawing.share_out(NAMES, str.upper, workers)
+        assert done == {name: name.upper() for name in NAMES} and list(done) == NAMES
+    assert drawing.share_out([], str.upper, 2) == {}
+
+
+def test_what_a_killed_copy_took_is_done_here():
+    here = os.getpid()
+
+    def work(name):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name
+
+    assert drawing.share_out(NAMES, work, 3) == {name: name for name in NAMES}
+
+
+def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left():
+    def work(name):
+        if name == NAMES[-1]:
+            raise DiagnosticsError("said")
+        return name
+
+    with pytest.raises(DiagnosticsError, match=r"^said$"):
+        drawing.share_out(NAMES, work, 2)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_report_s_drawings_are_the_same_for_one_and_for_two_processes(tmp_path):
+    directory = study_tables.write_run(tmp_path / "run", verdicts=study_tables.verdicts())
+    run = read_run(directory)
+    one, two = (drawing.draw_all(run, workers=workers) for workers in (1, 2))
+    assert one == two and one[0]
+    assert all(each.pdf is None for each in one[0].values())
