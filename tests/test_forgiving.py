@@ -145,9 +145,17 @@ def test_a_finished_table_may_be_a_path(tmp_path):
     frame = pd.DataFrame({"criterion": ["entropy"], "estimate": [0.5]})
     path = write_csv(tmp_path / "correlations.csv", frame)
     pd.testing.assert_frame_equal(inputs.table(path), frame)
-    assert inputs.table(frame) is frame
+    assert inputs.table(frame) is frame and inputs.table("2A") == "2A"
     message = error_of(lambda: inputs.table(tmp_path / "no.csv"))
     assert message.startswith(f"{tmp_path / 'no.csv'} cannot be read as a table")
+
+
+def test_a_figure_takes_the_path_of_its_table_and_a_result(tokens, tmp_path):
+    frame = dx.correlate(tokens, criteria=["entropy", "teachability"], draws=DRAWS)
+    path = write_csv(tmp_path / "correlations.csv", frame)
+    assert dx.plot.correlations(str(path)).caption == dx.plot.correlations(frame).caption
+    with_one = dx.plot.entropy_divergence(result_of(tokens), color="gain")
+    assert len(with_one.axes) == len(dx.plot.entropy_divergence(tokens, color=["gain"]).axes)
 
 
 # What is refused, and with which sentence

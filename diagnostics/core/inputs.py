@@ -154,18 +154,24 @@ def _from_file(path: Path) -> pd.DataFrame:
 
 
 def table(value: Any) -> Any:
-    """A finished table from the table itself or from its CSV or parquet file.
+    """A finished table from its CSV or parquet file, or from a result that holds a token table.
+
+    Args:
+        value: The path of such a file, the directory of a run, or a result; anything else, such as
+            a table, stays as it is.
 
     Raises:
-        DiagnosticsError: The file is missing, is neither, or cannot be read.
+        DiagnosticsError: The file is missing or cannot be read.
     """
     if not isinstance(value, str | Path):
         return value if hasattr(value, "columns") else getattr(value, "tokens", value)
-    from diagnostics.core.tables import read_csv
-
     path = Path(value)
     if path.is_dir() or path.suffix == ".parquet":
         return token_table(path)
+    if path.suffix != ".csv":
+        return value
+    from diagnostics.core.tables import read_csv
+
     try:
         return read_csv(path)
     except (OSError, ValueError) as error:
