@@ -171,9 +171,9 @@ class Settled(LayoutEngine):
         usual[0, :columns] += np.array(USUAL[0]) * figure.dpi
         usual[1, :rows] += np.array(USUAL[1]) * figure.dpi
         _arrange(figure, panels, usual, top, bottom)
-        before = usual
-        for _ in range(3):
-            over = pads.copy()
+        before, over = usual, pads
+        for number in range(3):
+            over = pads.copy() if number < 2 else over  # ticks that come and go get room for both
             for ax in panels:
                 if ax.get_visible():
                     column, row = _cell(ax)
@@ -181,7 +181,7 @@ class Settled(LayoutEngine):
                     over[0, column] = np.maximum(over[0, column], across + pads[0, column])
                     over[1, row] = np.maximum(over[1, row], up + pads[1, row])
             _arrange(figure, panels, over, top, bottom)
-            if np.abs(over - before).max() < 0.02 * figure.dpi:
+            if np.abs(over - before).max() < 0.005 * figure.dpi:
                 break
             before = over
 

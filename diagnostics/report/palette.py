@@ -77,6 +77,12 @@ KNOWN = (
     "teachability_released",
     "teacher_confidence",
     "tip_paper",
+    "q3",
+    "q3_teachability_low",
+    "split_budget",
+    "q3_compatibility_low",
+    "q3_incompatible",
+    "q3_compatibility",
 )
 """The library's criteria in the order of their looks; a new one comes last, so none changes."""
 RIVALS = {"random_divergent": "+", "position_matched": "1", "token_identity": "2"}

@@ -37,7 +37,7 @@ def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left():
             raise DiagnosticsError("said")
         return name
 
-    with pytest.raises(DiagnosticsError, match="^said$"):
+    with pytest.raises(DiagnosticsError, match=r"^said$"):
         drawing.share_out(NAMES, work, 2)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -275,6 +275,7 @@ def validation(
     for ax, name in zip(axes.flat, shown, strict=False):
         reduction_curves(ax, table[table.measure == name].sort_values("budget"), names, bars=True)
         ax.set_ylabel(f"gain in {_measured(name)}")
+        ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel("budget (share of positions)")
     style.hide_rest(axes, len(shown))
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
