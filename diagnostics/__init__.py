@@ -76,7 +76,11 @@ def __getattr__(name: str) -> Any:
         AttributeError: The package has no public name of this spelling.
     """
     if name not in _HOME:
-        raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
+        from diagnostics.core.names import did_you_mean
+
+        raise AttributeError(
+            f"module 'diagnostics' has no attribute {name!r}.{did_you_mean(name, __all__)}"
+        )
     module = importlib.import_module(f"diagnostics.{_HOME[name]}")
     globals()[name] = value = module if name in _MODULES else getattr(module, name)
     return value

@@ -37,19 +37,25 @@ A criterion is a plain function of table columns. Three lines register one:
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from math import ceil
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import column, require_columns
+from diagnostics.core.inputs import percent_meant, share, takes, token_table
+from diagnostics.core.names import did_you_mean, meant
+from diagnostics.core.schema import SCHEMA, column, require_columns
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
 DEFAULT_BUDGET = 0.05
@@ -114,6 +120,11 @@ class Criterion:
     by_name: bool = False
     """True for a criterion that is compared only where it is asked for by name."""
 
+    @property
+    def version(self) -> str:
+        """Name and hash of the file that `load_module` read it from; empty for others."""
+        return _MODULES.get(self.function.__module__, "")
+
     @cached_property
     def arguments(self) -> frozenset[str]:
         """Names of the function's arguments."""
@@ -139,6 +150,10 @@ class Criterion:
 
 _REGISTRY: dict[str, Criterion] = {}
 _ALIASES: dict[str, str] = {}
+_MODULES: dict[str, str] = {}
+"""Name and hash of each file that `load_module` ran, by the name of its module."""
+MODULES_VARIABLE = "OPD_DIAGNOSTICS_CRITERION_MODULES"
+"""Environment variable by which processes that this one starts find the same files."""
 
 
 def criterion(
@@ -189,9 +204,9 @@ def criterion(
 
     Raises:
         DiagnosticsError: A built-in criterion or another criterion's alias already has one of the
-            names. The decorator raises it.
+            names, or `needs` misspells a column of the schema. The decorator raises the first.
     """
-    needs, aliases = tuple(needs), tuple(aliases)
+    needs, aliases = _read_needs(name, needs), tuple(aliases)
 
     def register(function: Callable) -> Callable:
         mine = function.__module__ != __name__
@@ -223,6 +238,66 @@ def criterion(
     return register
 
 
+def load_module(path: str | Path) -> None:
+    """Run a Python file that registers criteria, in this process and in those that it starts.
+
+    Args:
+        path: The file. It uses `@diagnostics.criterion` as a notebook would.
+
+    Raises:
+        DiagnosticsError: There is no such file, it fails, or it registers no criterion.
+    """
+    path = Path(path).absolute()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DiagnosticsError(
+            f"{path} cannot be read ({error.strerror}). Name a Python file that registers criteria."
+        ) from error
+    label = f"criterion_module_{path.stem}_{digest}"
+    if label in _MODULES:
+        return
+    spec = importlib.util.spec_from_loader(label, SourceFileLoader(label, str(path)))
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except DiagnosticsError:
+        raise
+    except Exception as error:
+        raise DiagnosticsError(
+            f"{path} cannot be run ({type(error).__name__}: {error}). Correct it; `python"
+            f" {path.name}` shows where it fails."
+        ) from error
+    if not any(entry.function.__module__ == label for entry in _REGISTRY.values()):
+        raise DiagnosticsError(
+            f"{path} registers no criterion. Decorate a function of the token table with"
+            " @diagnostics.criterion(name, needs=[...])."
+        )
+    _MODULES[label] = f"{path.name} {digest}"
+    known = os.environ.get(MODULES_VARIABLE, "").split(os.pathsep)
+    os.environ[MODULES_VARIABLE] = os.pathsep.join(filter(None, dict.fromkeys([*known, str(path)])))
+
+
+def loaded_modules() -> str:
+    """Names and hashes of the files that `load_module` ran; empty without any."""
+    return ", ".join(_MODULES.values())
+
+
+def _read_needs(name: str, needs: Iterable[str]) -> tuple[str, ...]:
+    """The needed columns. A name that the schema lacks may be a column of the user's own table; one
+    that nearly spells a column of the schema is refused now rather than after the models ran.
+    """
+    listed = (needs,) if isinstance(needs, str) else tuple(needs)
+    for need in listed:
+        near = meant(str(need), SCHEMA) if column(need) is None else ""
+        if near:
+            raise DiagnosticsError(
+                f"Criterion {name!r} needs the column {need!r}, which no token table has. Did you"
+                f" mean {near!r}? (A column of your own needs a name that is unlike those.)"
+            )
+    return listed
+
+
 def find(name: str) -> Criterion:
     """Return the criterion of a name or alias.
 
@@ -234,11 +309,11 @@ def find(name: str) -> Criterion:
     """
     entry = _REGISTRY.get(_ALIASES.get(name, name))
     if entry is None:
-        near = difflib.get_close_matches(str(name), [*_REGISTRY, *_ALIASES], n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [*_REGISTRY, *_ALIASES])
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}.{meant} Known are {', '.join(_REGISTRY)}; register"
-            " another with @diagnostics.criterion."
+            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}; register"
+            " another with @diagnostics.criterion, on the command line in a file that"
+            " --criterion-module names."
         )
     return entry
 
@@ -372,6 +447,7 @@ def normalize(values: pd.Series | np.ndarray) -> np.ndarray:
     return Scale()(values)
 
 
+@takes(tokens=token_table)
 def score_criterion(
     tokens: pd.DataFrame, name: str, *, seed: Seed = 0, substitute: Mapping[str, str] | None = None
 ) -> np.ndarray:
@@ -494,13 +570,16 @@ def budget_count(positions: int, budget: float) -> int:
         DiagnosticsError: The budget lies outside (0, 1].
     """
     if not 0 < budget <= 1:
-        raise DiagnosticsError(f"A budget is a share of positions in (0, 1]; got {budget}.")
+        raise DiagnosticsError(
+            f"A budget is a share of positions in (0, 1]; got {budget}.{percent_meant(budget)}"
+        )
     return ceil(round(budget * positions, 9))
 
 
+@takes(tokens=token_table, budget=share)
 def select(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     *,
     budget: float | None = None,
     per_context_minimum: int = 0,
@@ -520,9 +599,11 @@ def select(
         tokens: Token table of N rows, with at least `position`, `context_id` where
             `per_context_minimum` or the scope `context` is given, and the columns that the
             criterion needs.
-        by: Name of a criterion, or scores [N] where a higher score is selected first.
-        budget: Share of positions in (0, 1]; None stands for the criterion's own budget, and for
-            0.05 where scores are given. A criterion of kind `all` keeps every position.
+        by: Name of a criterion; scores [N], where a higher score is selected first; or a function
+            that makes such scores of the whole table.
+        budget: Share of positions in (0, 1], or a text such as `5%`; None stands for the
+            criterion's own budget, and for 0.05 where scores are given. A criterion of kind
+            `all` keeps every position.
         per_context_minimum: Number of best positions of every context that are kept first, within
             the same budget.
         seed: Seed of criteria that draw random numbers, and of random ties.
@@ -554,9 +635,10 @@ def select(
     return mask
 
 
+@takes(tokens=token_table, budget=share)
 def ambiguous_share(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     *,
     budget: float | None = None,
     per_context_minimum: int = 0,
@@ -598,7 +680,7 @@ def ambiguous_share(
 
 def _choose(
     tokens: pd.DataFrame,
-    by: str | np.ndarray,
+    by: str | np.ndarray | Callable[[pd.DataFrame], np.ndarray],
     budget: float | None,
     minimum: int,
     seed: Seed,
@@ -610,10 +692,26 @@ def _choose(
         scores, raw = score_pairs(tokens, by, seed=seed)
         budget = find(by).budget if budget is None else budget
     else:
-        scores = np.asarray(by, dtype=np.float64)
+        scores = _given_scores(tokens, by(tokens) if callable(by) else by)
     ranked = rank(tokens, scores, raw, seed=seed, **rules)
     counts = ranked.counts(DEFAULT_BUDGET if budget is None else budget)
     return ranked, ranked.best(counts, _first_of_contexts(tokens, ranked, minimum, counts))
+
+
+def _given_scores(tokens: pd.DataFrame, scores) -> np.ndarray:
+    """Scores [N] that a user gave, or made of the table."""
+    try:
+        given = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"Positions are selected by a criterion's name, scores or a function of the table; got"
+            f" {str(scores)[:60]!r}."
+        ) from error
+    if given.shape != (len(tokens),):
+        raise DiagnosticsError(
+            f"Got scores of shape {given.shape} for {len(tokens)} positions. Give one per row."
+        )
+    return given
 
 
 @dataclass(frozen=True)
@@ -1399,3 +1497,7 @@ def _fire(tokens):
     open_student = tokens["student_entropy"] / tokens["student_entropy"].max()
     weight = (1 + confident_teacher) * (1 + open_student)
     return weight / weight.mean()
+
+
+for _path in filter(None, os.environ.get(MODULES_VARIABLE, "").split(os.pathsep)):
+    load_module(_path)  # this process was started by one that had loaded it

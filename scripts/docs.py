@@ -7,7 +7,10 @@
 
 As a hook of mkdocs (see mkdocs.yml) it also makes the pages that need no file of their own: the
 front page from the README, one page per command from the registry, the dataclasses of its settings
-and the docstrings, and the reference of the public names.
+and the docstrings, the reference of the public names, the tutorial's figures from a committed
+study, and the notebooks, with their outputs where `scripts/notebooks.py` has executed them.
+
+`--figures` draws the picture of the README, `docs/decision.png`, anew.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PACKAGE = ROOT / "diagnostics"
 PROGRAM = "python -m diagnostics"
+STUDY = ROOT / "reports" / "embedded-probe"
+"""The committed study whose tables the README and the tutorial draw."""
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def first_sentence(path: Path) -> str:
@@ -222,6 +228,7 @@ def _own_flags(stage) -> str:
     ]
     rows += ["| `--quiet` | print only warnings and errors on stderr |"]
     rows += ["| `--json` | print the result as one JSON object |"]
+    rows += ["| `--criterion-module` | Python file that registers criteria of your own |"]
     return "\n".join(["| flag | |", "|---|---|", *rows])
 
 
@@ -247,15 +254,49 @@ def _escaped(text: str) -> str:
 
 
 def public_names() -> str:
-    """A table of every public name with the module that it comes from."""
+    """A table of every public name, with a link to its parameters and a sentence on each."""
     import diagnostics
 
     rows = [
-        f"| {', '.join(f'`dx.{name}`' for name in names)} | `{home}` |"
+        f"| [`dx.{name}`][diagnostics.{home}.{name}] | {_escaped(_sentence(home, name))} |"
         for home, names in diagnostics._HOMES.items()
+        for name in names
     ]
-    rows += [f"| `dx.{name}` | `{home}` |" for name, home in diagnostics._MODULES.items()]
-    return "\n".join(["| names | module |", "|---|---|", *rows])
+    rows += [
+        f"| [`dx.{name}`][diagnostics.{home}] | {first_sentence(_place(home))} |"
+        for name, home in diagnostics._MODULES.items()
+    ]
+    return "\n".join(["| name | what it is |", "|---|---|", *rows])
+
+
+def _place(module: str) -> Path:
+    folder = PACKAGE / module.replace(".", "/")
+    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
+def _sentence(module: str, name: str) -> str:
+    """The first sentence on a public name: of its docstring, or of the text below a constant."""
+    import inspect
+
+    import diagnostics
+
+    value = getattr(diagnostics, name)
+    text = inspect.getdoc(value) if callable(value) else _below(_place(module), name)
+    return re.split(r"(?<=[.?])\s|\n\n", text or "")[0].replace("\n", " ").strip()
+
+
+def _below(path: Path, name: str) -> str:
+    """The text below the assignment of a module's constant."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    after = next(
+        (
+            body[i + 1]
+            for i, node in enumerate(body[:-1])
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and name in ast.unparse(node)[:60]
+        ),
+        None,
+    )
+    return str(getattr(getattr(after, "value", None), "value", ""))
 
 
 def reference() -> str:
@@ -274,13 +315,15 @@ def on_config(config):
     sys.path.insert(0, str(ROOT))  # mkdocs puts the path back after it has loaded its hooks
     from diagnostics.pipeline.registry import COMMANDS
 
-    first = ["glossary.md", "commands.md", "statistics.md", "columns.md", "criteria.md"]
+    first = ["tutorial.md", "glossary.md", "commands.md", "statistics.md", "columns.md"]
+    first += ["criteria.md"]
     first += ["the_paper.md", "python.md", "structure.md"]
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in first)
     config.nav = [
         {"Overview": "index.md"},
         {"Commands": [f"stages/{stage.name}.md" for stage in COMMANDS]},
         *first,
+        {"Notebooks": [f"notebooks/{path.stem}.md" for path in sorted(NOTEBOOKS.glob("*.ipynb"))]},
         *others,
         "contributing.md",
     ]
@@ -294,18 +337,67 @@ def on_files(files, config):
     from diagnostics.pipeline.registry import COMMANDS
 
     made = {f"stages/{stage.name}.md": stage_page(stage.name) for stage in COMMANDS}
-    made["index.md"] = (
-        (ROOT / "README.md")
-        .read_text(encoding="utf-8")
-        .replace("](docs/", "](")
-        .replace("](CONTRIBUTING.md)", "](contributing.md)")
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    front = re.sub(r"\[([^]]*)\]\(reports/[^)]*\)", r"\1", front)  # no part of the site
+    made["index.md"] = front.replace("](docs/", "](").replace(
+        "](CONTRIBUTING.md)", "](contributing.md)"
     )
     made["contributing.md"] = (
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     )
-    for path, text in made.items():
-        files.append(File.generated(config, path, content=text))
+    made |= {
+        name: text
+        for name, text in notebook_pages().items()
+        if files.get_file_from_path(name) is None  # executed by scripts/notebooks.py
+    }
+    for path, content in {**made, **tutorial_figures()}.items():
+        files.append(File.generated(config, path, content=content))
     return files
+
+
+def notebook_pages() -> dict[str, str]:
+    """A page for each notebook, of its prose and code alone."""
+    import json
+
+    found = {}
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        parts = [
+            "".join(cell["source"])
+            if cell["cell_type"] == "markdown"
+            else "```python\n" + "".join(cell["source"]) + "\n```"
+            for cell in cells
+        ]
+        note = "*The outputs are not here: `python scripts/notebooks.py` adds them to this page.*"
+        found[f"notebooks/{path.stem}.md"] = "\n\n".join([parts[0], note, *parts[1:]]) + "\n"
+    return found
+
+
+FIGURES = {
+    "decision": "decision",
+    "horizon_criteria": "horizon",
+    "correlations": "correlations",
+    "q3_contrast": "q3_contrast",
+}
+"""The tutorial's figures, each with the table that it draws."""
+
+
+def tutorial_figures() -> dict[str, bytes]:
+    """The tutorial's figures as PNG, by the path of the site, drawn from the committed study."""
+    return {f"figures/{name}.png": drawn(name, FIGURES[name]) for name in FIGURES}
+
+
+def drawn(figure: str, table: str) -> bytes:
+    """A figure of the committed study as PNG."""
+    import io
+
+    import diagnostics as dx
+    from diagnostics.core.tables import read_csv
+
+    content = io.BytesIO()
+    frame = read_csv(STUDY / "tables" / f"{table}.csv")
+    getattr(dx.plot, figure)(frame).savefig(content, format="png", dpi=150, metadata={})
+    return content.getvalue()
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -317,6 +409,8 @@ def on_page_markdown(markdown, page, config, files):
 
 def main() -> int:
     """Write the files, or with `--check` name those that are behind the code."""
+    if "--figures" in sys.argv:
+        (ROOT / "docs" / "decision.png").write_bytes(drawn("decision", "decision"))
     wanted = pages()
     behind = [
         path

@@ -436,9 +436,9 @@ def test_an_unknown_criterion_lists_the_known():
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^Unknown criterion 'enropy'\. Known are full, random, random_divergent, .*fire;"
-            r" register"
-            r" another with @diagnostics\.criterion\.$"
+            r"^Unknown criterion 'enropy'\. Did you mean 'entropy'\? Known are full, .*fire; "
+            r"register another with @diagnostics\.criterion, on the command line in a file that"
+            r" --criterion-module names\.$"
         ),
     ):
         find("enropy")

@@ -1,6 +1,7 @@
 """Generated pages follow the code, and the site builds without a warning."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-2000:]
     assert (tmp_path / "contributing" / "index.html").exists()
+    assert (tmp_path / "notebooks" / "00_which_criterion" / "index.html").exists()
+    for name in ("decision", "horizon_criteria", "correlations", "q3_contrast"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     for stage in COMMANDS:
         assert (tmp_path / "stages" / stage.name / "index.html").exists(), stage.name
     probe, statistics, columns = (
@@ -51,6 +55,41 @@ def test_the_site_builds_without_a_warning(tmp_path):
         for path in tmp_path.rglob("*.html")
         if "https://cdn" in path.read_text() or "fonts.googleapis" in path.read_text()
     ]
+
+
+def script():
+    """`scripts/docs.py` as a module."""
+    spec = importlib.util.spec_from_file_location("docs_script", ROOT / "scripts" / "docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_has_its_parameters_and_a_sentence_on_a_page():
+    import diagnostics as dx
+
+    table, reference = script().public_names(), script().reference()
+    for name in dx.__all__:
+        (row,) = (line for line in table.split("\n") if line.startswith(f"| [`dx.{name}`]["))
+        target = row.split("][")[1].split("]")[0]
+        assert name == "plot" or f"::: {target}" in reference
+        assert len(row.split("|")[2].strip()) > 10, row
+
+
+def test_the_glossary_has_every_claim_and_the_words_of_the_tutorial():
+    glossary = (ROOT / "docs" / "glossary.md").read_text().lower()
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
+    assert all(f"| **c{number}** |" in glossary for number in range(1, 6))
+    words = set(re.findall(r"(?<!\*)\*([A-Za-z0-9 ]+)\*(?!\*)", tutorial))
+    aside = {"Words in", "all", "another", "before", "italics"}
+    for word in words - aside - {"supported", "refuted", "inconclusive"}:
+        assert word.lower().removesuffix("s") in glossary, word
+
+
+def test_the_picture_of_the_readme_is_there_and_explained():
+    readme = (ROOT / "README.md").read_text()
+    assert "](docs/decision.png)\n\n*How to read it:*" in readme
+    assert (ROOT / "docs" / "decision.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_every_room_of_the_contract_has_its_modules_on_the_page_of_the_structure():

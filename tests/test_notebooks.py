@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, store no outputs and use the public API."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -33,6 +34,55 @@ def test_notebooks_run_from_top_to_bottom(path):
         timeout=600,
     )
     assert done.returncode == 0 and done.stdout.endswith("the end\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_open_nothing_by_a_place_relative_to_their_folder(path):
+    assert not [
+        line for source in cells(path, "code") for line in source.split("\n") if "../" in line
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_tables_and_lines_fit_a_notebook(path):
+    long = [line for code in cells(path, "code") for line in code.split("\n") if len(line) > 100]
+    assert long == []
+
+
+def test_the_first_notebook_asks_which_criterion():
+    assert NOTEBOOKS[0].stem == "00_which_criterion"
+    assert "# Which criterion for my pair?" in cells(NOTEBOOKS[0], "markdown")[0]
+
+
+def script():
+    """`scripts/notebooks.py` as a module."""
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "scripts" / "notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_page_has_the_prose_the_code_and_the_outputs():
+    nbformat = pytest.importorskip("nbformat")
+    output = nbformat.v4.new_output
+    shown = [
+        output("stream", name="stdout", text="a \x1b[31mred\x1b[0m <word>\n"),
+        output("stream", name="stderr", text="a bar"),
+        output("display_data", {"image/png": "aGVsbG8=", "text/plain": "<Figure>"}),
+        output("execute_result", {"text/html": "<table>\n\n<tr></tr></table>"}),
+        output("execute_result", {"text/plain": "'x'"}),
+    ]
+    code = nbformat.v4.new_code_cell("1 + 1", outputs=shown)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), code])
+    text, images = script().page(notebook, "name")
+    assert images == {"name_0.png": b"hello"}
+    assert text == (
+        "# Title\n\n```python\n1 + 1\n```\n\n"
+        '<pre class="output">a red &lt;word&gt;</pre>\n\n'
+        "![name, figure 1](name_0.png)\n\n"
+        '<div class="output"><table>\n<tr></tr></table></div>\n\n'
+        '<pre class="output">&#x27;x&#x27;</pre>\n'
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

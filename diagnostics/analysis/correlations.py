@@ -38,6 +38,7 @@ from diagnostics.analysis.splits import (
     table,
 )
 from diagnostics.analysis.step_batches import over_steps
+from diagnostics.core.inputs import several, takes, token_table
 from diagnostics.core.settings import with_settings
 
 CORRELATION_METHODS = ("spearman", "pearson", "kendall")
@@ -127,6 +128,7 @@ def _of_pair(method: str) -> Callable:
     return {"pearson": rank_correlation.pearson, "kendall": rank_correlation.kendall}[method]
 
 
+@takes(tokens=token_table, criteria=several)
 @with_settings(bootstrap=Bootstrap)
 def correlate(
     tokens: pd.DataFrame,
@@ -195,6 +197,7 @@ def correlation_differences(
     return table(differences, names, level, named="difference", tested=True)
 
 
+@takes(tokens=token_table, criteria=several)
 @with_settings(bootstrap=Bootstrap)
 def partial_correlations(
     tokens: pd.DataFrame,

@@ -27,6 +27,7 @@ from diagnostics.analysis.splits import (
     table,
 )
 from diagnostics.analysis.step_batches import over_steps
+from diagnostics.core.inputs import several, takes, token_table
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import normalize, relative_position
@@ -261,6 +262,7 @@ def _contrast_table(means: Means, level: float) -> pd.DataFrame:
     return table(found, keys, level, named="difference", tested=True, more=more)
 
 
+@takes(tokens=token_table, by=several)
 @with_settings(bootstrap=Bootstrap)
 def q3_contrast(
     tokens: pd.DataFrame,
@@ -294,6 +296,7 @@ def q3_contrast(
     return _contrast_table(means, bootstrap.level)
 
 
+@takes(tokens=token_table, by=several)
 @with_settings(bootstrap=Bootstrap)
 def q3_groups(
     tokens: pd.DataFrame,

@@ -52,6 +52,7 @@ from diagnostics.analysis.selection_draws import (
 )
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import combine, step_count
+from diagnostics.core.inputs import several, takes, token_table
 from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 
@@ -140,6 +141,7 @@ class Compared:
     answers: list[CellScores]
 
 
+@takes(tokens=token_table, outcomes=several, measures=several)
 @with_settings(bootstrap=Bootstrap)
 def agreement(
     tokens: pd.DataFrame,

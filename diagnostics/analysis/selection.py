@@ -58,8 +58,10 @@ from diagnostics.analysis.selection_draws import (
 from diagnostics.analysis.splits import Split, row, scores, splits
 from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.schema import require_columns
+from diagnostics.core.inputs import several, shares, takes, token_table
+from diagnostics.core.schema import listed, require_columns
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import Tables
 from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
 log = logging.getLogger("diagnostics")
@@ -371,7 +373,7 @@ def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str
     if not present:
         raise DiagnosticsError(
             f"The comparison needs an outcome, one of {', '.join(outcomes)}; the table has "
-            f"{', '.join(map(str, tokens.columns[:40]))}. Run the probe on it first."
+            f"{listed(list(map(str, tokens.columns)), outcomes)}. Run the probe on it first."
         )
     return present
 
@@ -425,6 +427,7 @@ def _unsure_totals(
 # Curves
 
 
+@takes(tokens=token_table, criteria=several, outcomes=several, budgets=shares)
 @with_settings(bootstrap=Bootstrap)
 def selection_curves(
     tokens: pd.DataFrame,
@@ -583,6 +586,7 @@ def _random_rows(part: Population, frame: list[dict]) -> Iterator[dict]:
         }
 
 
+@takes(tokens=token_table, criteria=several, outcomes=several, budgets=shares)
 @with_settings(bootstrap=Bootstrap)
 def selection_summary(
     tokens: pd.DataFrame,
@@ -701,6 +705,7 @@ def _against_best(
 # What is selected
 
 
+@takes(tokens=token_table, criteria=several, budgets=shares)
 @with_settings(bootstrap=Bootstrap)
 def selection_overlap(
     tokens: pd.DataFrame,
@@ -854,6 +859,7 @@ def _type_of(text: str) -> str:
     return "number" if any(c.isdigit() for c in text) else "punctuation"
 
 
+@takes(tokens=token_table, criteria=several, budgets=shares)
 @with_settings(bootstrap=Bootstrap)
 def selection_profile(
     tokens: pd.DataFrame,
@@ -981,6 +987,7 @@ def profile_measures(tokens: pd.DataFrame) -> dict[str, np.ndarray]:
     return measures
 
 
+@takes(tokens=token_table, criteria=several, outcomes=several, budgets=shares)
 @with_settings(bootstrap=Bootstrap)
 def compare(
     tokens: pd.DataFrame,
@@ -1028,9 +1035,11 @@ def compare(
     measures = profile_measures(tokens)
     sums = _table_sums(chosen, measures, overlaps=True)
     level = bootstrap.level
-    return {
-        "selection_curves": _curves(parts, estimates, level, budgets),
-        "selection_summary": _summary(parts, estimates, level, ENRICHMENT_BUDGETS),
-        "selection_overlap": _overlap(chosen, sums, bootstrap, budgets),
-        "selection_profile": _profile(chosen, measures, sums, level, ENRICHMENT_BUDGETS),
-    }
+    return Tables(
+        {
+            "selection_curves": _curves(parts, estimates, level, budgets),
+            "selection_summary": _summary(parts, estimates, level, ENRICHMENT_BUDGETS),
+            "selection_overlap": _overlap(chosen, sums, bootstrap, budgets),
+            "selection_profile": _profile(chosen, measures, sums, level, ENRICHMENT_BUDGETS),
+        }
+    )

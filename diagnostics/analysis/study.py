@@ -46,9 +46,11 @@ from diagnostics.analysis.splits import (
 )
 from diagnostics.analysis.strata import null_share, strata
 from diagnostics.core.folds import step_count
+from diagnostics.core.inputs import several, takes, token_table
 from diagnostics.core.progress import progress
 from diagnostics.core.schema import support_column
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import Tables
 
 __all__ = [
     "balance",
@@ -83,6 +85,7 @@ SUPPORT_STATISTICS = ("q3_gap", "overlap_contrast", "interaction")
 """Statistics of the claims that are computed for other K and other measurements too."""
 
 
+@takes(tokens=token_table, criteria=several)
 @with_settings(bootstrap=Bootstrap)
 def study(
     tokens: pd.DataFrame,
@@ -146,8 +149,9 @@ def study(
         )
     made["warnings"] = study_warnings.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
-    return bounds.marked(made, tokens) | (
-        {"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {}
+    return Tables(
+        bounds.marked(made, tokens)
+        | ({"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {})
     )
 
 

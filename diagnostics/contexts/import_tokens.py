@@ -33,6 +33,7 @@ from diagnostics.contexts.released_keys import (
     is_mixed,
 )
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.inputs import TOKENS
 from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import validate_tokens
@@ -50,8 +51,9 @@ def read_tokens(
     """Read a token table, ours or a released script's, which its columns tell apart.
 
     Args:
-        path: CSV, JSONL or parquet file with one row per position, or a folder of the training
-            code's rollouts, which are taken in the order of their names.
+        path: CSV, JSONL or parquet file with one row per position; the directory of a run, whose
+            tokens.parquet is read; or a folder of the training code's rollouts, which are taken in
+            the order of their names.
         after: A table of the same positions with the trained student. Its measurements become
             `<column>_after`, and gains follow. None reads `path` alone.
         tokenizer: The pair's tokenizer, or its folder or Hugging Face id: `token` is then the text
@@ -99,6 +101,8 @@ class _Table:
 
 def _read(path: Path) -> _Table:
     """Read a file, or the rollouts of a folder."""
+    if (path / TOKENS).is_file():
+        path = path / TOKENS
     if path.is_dir():
         return _read_folder(path)
     require_as_written(path)
@@ -115,8 +119,8 @@ def _read_folder(folder: Path) -> _Table:
     files = sorted(file for file in folder.iterdir() if ROLLOUT.fullmatch(file.name))
     if not files:
         raise DiagnosticsError(
-            f"{folder} holds no rollouts (files rollout_*.csv, .jsonl or .parquet). Name a folder"
-            " that the training code wrote, or one file."
+            f"{folder} holds no {TOKENS} and no rollouts (files rollout_*.csv, .jsonl or .parquet)."
+            " Name the directory of a run, a folder that the training code wrote, or one file."
         )
     parts = []
     for file in files:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from diagnostics.core.types import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
 LEFT_OUT = {"empty": "empty", "repeated": "repeated", "over_long": "over-long"}
@@ -139,15 +141,20 @@ class PromptSet:
     """
 
 
+Given = str | Path | Sequence[str | Mapping[str, Any] | Prompt]
+"""Prompts as they may be given: a file or data set, or texts, rows or prompts in a list."""
+
+
 def load_prompts(
-    path: str | Path,
+    path: str | Path | Sequence[str | Mapping[str, Any]],
     *,
-    tokenizer,
-    prompts_split: str | None = None,
-    prompt_column: str | None = None,
-    contexts: int | None = None,
-    max_prompt_tokens: int | None = None,
-    chat: bool = True,
+    pair: Pair | None = None,
+    tokenizer: Any = None,
+    prompts_split: str | None = PromptConfig.prompts_split,
+    prompt_column: str | None = PromptConfig.prompt_column,
+    contexts: int | None = PromptConfig.contexts,
+    max_prompt_tokens: int | None = PromptConfig.max_prompt_tokens,
+    chat: bool = PromptConfig.chat,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Prompt]:
     """Read prompts from a file or data set and render them with the tokenizer's chat template.
@@ -156,14 +163,15 @@ def load_prompts(
     warning in the log counts them.
 
     Args:
-        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
-            data set.
-        tokenizer: The pair's tokenizer; its chat template renders the prompts.
+        path: JSONL, parquet or CSV file; `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face data set;
+            or a list of texts, or of rows as such a file has them.
+        pair: The pair, whose tokenizer renders the prompts.
+        tokenizer: A tokenizer in the place of a pair.
         prompts_split: Split of a data set; None reads `train`. Files have none.
         prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
         contexts: Number of prompts to return; None returns all.
-        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
-            limit.
+        max_prompt_tokens: Leave out prompts with more tokens; None takes the models' window where a
+            pair is given, and else the tokenizer's own limit.
         chat: Render text prompts with the chat template, where there is one and the text is not
             rendered already. Message lists are always rendered.
         chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
@@ -174,65 +182,94 @@ def load_prompts(
 
     Raises:
         DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
-            prompt is neither text nor messages; an id names two prompts; or there are fewer
-            prompts than `contexts`.
+            prompt is neither text nor messages; an id names two prompts; there are fewer prompts
+            than `contexts`; or neither a pair nor a tokenizer is given.
     """
+    if pair is None and tokenizer is None:
+        raise DiagnosticsError(
+            "Prompts are rendered with the pair's tokenizer; got neither pair nor tokenizer. Call"
+            " load_prompts(path, pair=pair)."
+        )
     return read_prompts(
         path,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or pair.tokenizer,  # type: ignore[union-attr]
         prompts_split=prompts_split,
         prompt_column=prompt_column,
         contexts=contexts,
-        max_prompt_tokens=max_prompt_tokens,
+        max_prompt_tokens=max_prompt_tokens or (pair.window if pair is not None else None),
         chat=chat,
         chat_template_kwargs=chat_template_kwargs,
     ).prompts
 
 
-def read_prompts(
-    path: str | Path,
-    *,
-    tokenizer,
-    prompts_split: str | None = None,
-    prompt_column: str | None = None,
-    contexts: int | None = None,
-    max_prompt_tokens: int | None = None,
-    chat: bool = True,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> PromptSet:
-    """Read prompts as `load_prompts` does, and return the counts with them.
+def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
+    """Prompts from whatever a user has: prompts, texts, rows, or the path of a file.
 
     Args:
-        path: JSONL, parquet or CSV file, or `hf:NAME[:CONFIG][@REVISION]` for a Hugging Face
-            data set.
-        tokenizer: The pair's tokenizer; its chat template renders the prompts.
-        prompts_split: Split of a data set; None reads `train`. Files have none.
-        prompt_column: Column of the prompt; None reads `prompt`, or else `messages`.
-        contexts: Number of prompts to return; None returns all.
-        max_prompt_tokens: Leave out prompts with more tokens; None takes the tokenizer's own
-            limit.
-        chat: Render text prompts with the chat template, where there is one and the text is not
-            rendered already. Message lists are always rendered.
-        chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+        prompts: Prompts as `load_prompts` returns them, which stay as they are; or anything that
+            `load_prompts` reads.
+        pair: The pair, whose tokenizer renders what is not rendered yet.
+
+    Raises:
+        DiagnosticsError: There is no prompt, or as `load_prompts`.
+    """
+    if not isinstance(prompts, str | Path) and not hasattr(prompts, "columns"):
+        prompts = list(prompts)
+        if not prompts:
+            raise DiagnosticsError(
+                "There are no prompts. Give at least one, as load_prompts or sums returns them."
+            )
+        if all(isinstance(prompt, Prompt) for prompt in prompts):
+            return prompts  # type: ignore[return-value]
+    return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
+
+
+def _rows_of(source: Any, split: str | None) -> tuple[pd.DataFrame, str]:
+    """The table of a file, a data set or a list, and what errors call it."""
+    if isinstance(source, str | Path):
+        return read_source(str(source), split), str(source)
+    if hasattr(source, "columns"):
+        return source, "the table of prompts"
+    import pandas as pd
+
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in source]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise DiagnosticsError(
+            "Prompts are the path of a file, or a list of texts or of rows with a column prompt;"
+            f" got {str(source)[:60]!r}."
+        )
+    return pd.DataFrame(rows), "the list of prompts"
+
+
+def read_prompts(
+    path: str | Path | Sequence[str | Mapping[str, Any]],
+    *,
+    tokenizer: Any,
+    prompts_split: str | None = PromptConfig.prompts_split,
+    prompt_column: str | None = PromptConfig.prompt_column,
+    contexts: int | None = PromptConfig.contexts,
+    max_prompt_tokens: int | None = PromptConfig.max_prompt_tokens,
+    chat: bool = PromptConfig.chat,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> PromptSet:
+    """Read prompts as `load_prompts` does, with its arguments, and return the counts with them.
 
     Returns:
         A PromptSet: the prompts in file order, and what became of the rows.
 
     Raises:
-        DiagnosticsError: The source is missing, empty or unreadable; a column is missing; a
-            prompt is neither text nor messages; an id names two prompts; or there are fewer
-            prompts than `contexts`.
+        DiagnosticsError: As `load_prompts`.
     """
-    frame = read_source(str(path), prompts_split)
-    column = prompt_column_of(frame, prompt_column, path)
+    frame, source = _rows_of(path, prompts_split)
+    column = prompt_column_of(frame, prompt_column, source)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
     counts: Counter = Counter(
         rows=len(frame), prompts=0, **dict.fromkeys(LEFT_OUT, 0), not_needed=0
     )
     prompts: dict[str, Prompt] = {}
-    for prompt in _rendered(frame, column, renderer, path):
-        kind = _unusable(prompt, prompts, tokenizer, limit, path)
+    for prompt in _rendered(frame, column, renderer, source):
+        kind = _unusable(prompt, prompts, tokenizer, limit, source)
         counts[kind or "prompts"] += 1
         if kind is None:
             prompts[prompt.prompt_id] = prompt
@@ -242,10 +279,10 @@ def read_prompts(
         set(frame.columns)
         - {column, *OPTIONAL_COLUMNS}
         - (set(CONTEXT_COLUMNS) if _is_frozen(frame) else set()),
-        path,
+        source,
     )
     chosen = first_prompts(
-        list(prompts.values()), contexts, str(path), over_long=(counts["over_long"], limit)
+        list(prompts.values()), contexts, source, over_long=(counts["over_long"], limit)
     )
     counts["not_needed"] = len(prompts) - len(chosen)
     counts["prompts"] = len(chosen)

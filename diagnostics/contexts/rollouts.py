@@ -23,6 +23,7 @@ from diagnostics.contexts import generation
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
+from diagnostics.contexts.prompts import Given, as_prompts
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
@@ -59,7 +60,7 @@ class RolloutConfig:
 
 def rollout(
     pair: Pair,
-    prompts: Sequence[Prompt],
+    prompts: Given,
     *,
     max_new_tokens: int = RolloutConfig.max_new_tokens,
     temperature: float = RolloutConfig.temperature,
@@ -78,7 +79,8 @@ def rollout(
 
     Args:
         pair: Student and teacher with their shared tokenizer; only the student is run.
-        prompts: Rendered prompts, as `load_prompts` or `sums` returns them.
+        prompts: Prompts as `load_prompts` or `sums` returns them; or what `load_prompts` reads: a
+            path, or texts or rows, which are rendered with the pair's chat template.
         max_new_tokens: Longest response, in tokens.
         temperature: Sampling temperature, greater than 0. The divergences keep temperature 1.
         top_p: Nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
@@ -93,9 +95,11 @@ def rollout(
         `<prompt_id>-<sample>`.
 
     Raises:
-        DiagnosticsError: A setting is out of range; a prompt has no tokens or a token that a
-            model lacks; or a prompt leaves no room for its response in the models' window.
+        DiagnosticsError: There is no prompt; a setting is out of range; a prompt has no tokens or a
+            token that a model lacks; or a prompt leaves no room for its response in the models'
+            window.
     """
+    prompts = as_prompts(prompts, pair)
     warn_before_sampling(pair)
     bank = sample_responses(
         pair,

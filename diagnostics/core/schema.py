@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import require_as_written
+from diagnostics.core.names import meant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -343,6 +344,8 @@ SCHEMA |= {
 }
 KEYS = ("context_id", "prompt_id", "position", "response_length", "token_id", "token")
 """Columns that every token table has."""
+SHOWN_COLUMNS = 12
+"""Columns of a table that an error names; a token table has about seventy."""
 
 
 _VARIANT = re.compile(r"(?P<base>\w+)_(?P<kind>k|fold|h|step_)(?P<number>\d+)")
@@ -401,9 +404,17 @@ def require_columns(frame: pd.DataFrame, names: Iterable[str], *, what: str) -> 
     if missing:
         raise DiagnosticsError(
             f"{what} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; this one has"
-            f" {', '.join(map(str, frame.columns[:40])) or 'none'}. Write the missing ones, or run"
+            f" {listed(list(map(str, frame.columns)), missing)}. Write the missing ones, or run"
             " the stage that does."
         )
+
+
+def listed(columns: list[str], missing: list[str]) -> str:
+    """The columns of a table, in short, with those that the missing ones may be a spelling of."""
+    near = [name for word in missing if (name := meant(str(word), columns))]
+    more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    return (", ".join(columns[:SHOWN_COLUMNS]) or "none") + more + hint
 
 
 def validate_tokens(tokens: pd.DataFrame) -> pd.DataFrame:

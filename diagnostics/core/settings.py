@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import typing
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.inputs import several, share
+from diagnostics.core.names import nearest
 
 RETIRED = {
     "held_out": (
@@ -26,6 +27,8 @@ RETIRED = {
     )
 }
 """Settings that are gone, and what replaces each."""
+SHARES = ("budget", "budgets", "level")
+"""Settings that are shares, which may be written as percentages."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -101,8 +104,8 @@ def _require_known(function: str, keywords: Iterable[str], shown: inspect.Signat
         if name in RETIRED and name not in known:
             raise DiagnosticsError(f"{function}() no longer takes {name!r}. {RETIRED[name]}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+            near = nearest(name, known)
+            hint = f"Did you mean {near!r}?" if near else f"Known are {', '.join(known)}."
             raise DiagnosticsError(f"{function}() takes no setting {name!r}. {hint}")
 
 
@@ -114,7 +117,7 @@ def _merged(parameter: str, config: type, passed: Any, given: Mapping[str, Any])
             f" {config.__name__}(...), or its fields as keywords."
         )
     changes = {
-        name: _as_tuple(given[name]) if isinstance(_default(field), tuple) else given[name]
+        name: _read(name, given[name], listed=isinstance(_default(field), tuple))
         for name, field in _fields(config).items()
         if name in given
     }
@@ -122,8 +125,10 @@ def _merged(parameter: str, config: type, passed: Any, given: Mapping[str, Any])
     return dataclasses.replace(current, **changes)
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+def _read(name: str, value: Any, *, listed: bool) -> Any:
+    """A field as it may be written: one value for a list of one, and a share as `"5%"`."""
+    read = share if name in SHARES else lambda each: each
+    return tuple(map(read, several(value))) if listed and value is not None else read(value)
 
 
 def _help(configs: Mapping[str, type]) -> str:

@@ -56,6 +56,10 @@ class Context:
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     teacher_prompt_ids: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
+        return f"<Context {self.context_id}: {len(self.response_ids)} response tokens, {said!r}>"
+
     @property
     def ids(self) -> tuple[int, ...]:
         """Prompt and response ids in one sequence."""
@@ -98,20 +102,27 @@ class Bank:
         """Number of response positions over all contexts."""
         return sum(len(context.response_ids) for context in self.contexts)
 
+    @property
+    def _counts(self) -> str:
+        prompts = len({context.prompt_id for context in self.contexts})
+        return (
+            f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions,"
+            f" {sum(context.finished for context in self):,} ended by themselves"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Bank: {self._counts}>"
+
     def _repr_html_(self) -> str:
         """Counts, and the beginning of the first context, for a notebook."""
         from html import escape
 
         if not self.contexts:
             return "<p>A bank without contexts.</p>"
-        first, prompts = self.contexts[0], len({context.prompt_id for context in self.contexts})
-        counts = (
-            f"{len(self):,} contexts of {prompts:,} prompts, {self.positions:,} response positions,"
-            f" {sum(context.finished for context in self):,} ended by themselves"
-        )
+        first = self.contexts[0]
         return (
-            f"<p>{counts}.</p><p>{escape(first.context_id)}: <i>{escape(first.prompt[-300:])}</i>"
-            f" {escape(first.response[:300])}</p>"
+            f"<p>{self._counts}.</p><p>{escape(first.context_id)}:"
+            f" <i>{escape(first.prompt[-300:])}</i> {escape(first.response[:300])}</p>"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import torch
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
+from diagnostics.core.names import did_you_mean
 from diagnostics.models.readout import remove_layers
 
 log = logging.getLogger("diagnostics")
@@ -79,7 +80,8 @@ def named_pair(name: str) -> NamedPair:
     if name not in NAMED_PAIRS:
         known = ", ".join(NAMED_PAIRS)
         raise DiagnosticsError(
-            f"Unknown pair {name!r}. Known are {known}; or give --student and --teacher."
+            f"Unknown pair {name!r}.{did_you_mean(str(name), NAMED_PAIRS)} Known are {known}; or"
+            " give two models of your own as student and teacher."
         )
     return NAMED_PAIRS[name]
 

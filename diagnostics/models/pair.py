@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("diagnostics")
+SMALLER = 0.9
+"""A teacher below this share of the student's parameters is remarked upon. An adapter on the same
+base model adds a few percent, and is no reason to."""
 
 
 @dataclass
@@ -94,6 +97,15 @@ class Pair:
             teacher.park()
             move(self.student.model, device)
 
+    def __repr__(self) -> str:
+        roles = [
+            f"{role} {' '.join(filter(None, _summary(self.facts[role])))}"
+            for role in ("student", "teacher")
+            if self.facts.get(role)
+        ]
+        models = "; ".join(roles) or "models in memory"
+        return f"<Pair {self.name}: {models}; {self.vocabulary:,} shared tokens>"
+
     def _repr_html_(self) -> str:
         """Names, sizes and dtypes of both models, for a notebook."""
         rows = "".join(
@@ -114,15 +126,32 @@ class Pair:
         return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
 
 
-def _summary_row(role: str, facts: dict) -> str:
+def _summary(facts: dict) -> list[str]:
+    """Name, architecture, size and dtype of a model, empty where not known."""
     parameters = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
-    cells = [
+    return [
         str(facts.get("name", "")),
         str(facts.get("architecture", "")),
         parameters,
         str(facts.get("dtype", "")),
     ]
-    return f"<tr><th>{role}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _summary_row(role: str, facts: dict) -> str:
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in _summary(facts))
+    return f"<tr><th>{role}</th>{cells}</tr>"
+
+
+def _warn_if_swapped(facts: dict) -> None:
+    """Say so where the teacher is the smaller model: the two may have been swapped."""
+    student, teacher = (facts[role].get("parameters") for role in ("student", "teacher"))
+    if student and teacher and teacher < SMALLER * student:
+        log.warning(
+            "the teacher has %s parameters and the student %s: if the two are swapped, exchange"
+            " student and teacher",
+            f"{teacher:,}",
+            f"{student:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -340,6 +369,8 @@ def assemble(
             hashlib.sha256(str(template).encode()).hexdigest() if template else None
         ),
     }
+    if not getattr(teacher.config, "quantization_config", None):  # packed weights count fewer
+        _warn_if_swapped(facts)
     return Pair(name, readouts[0], readouts[1], tokenizer, facts)
 
 

@@ -26,7 +26,7 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import read_manifest
 from diagnostics.core.progress import clear_line, in_stages, set_quiet
-from diagnostics.criteria import find
+from diagnostics.criteria import find, load_module
 from diagnostics.pipeline import answer, remembered, stages
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
 from diagnostics.pipeline.registry import (
@@ -108,6 +108,13 @@ def _add_flags(command: argparse.ArgumentParser, stage: Stage, configs: dict[str
         "--quiet", action="store_true", help="print only warnings and errors on stderr"
     )
     command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    command.add_argument(
+        "--criterion-module",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="Python file that registers criteria of your own; may be given several times",
+    )
     for own in flags_of(stage):
         own.add(command)
     add_flags(command, *configs.values())
@@ -145,6 +152,8 @@ def _command(arguments: list[str]) -> int:
         return 0
     parsed = build_parser(arguments[0]).parse_args(arguments)
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
+    for path in parsed.criterion_module:
+        load_module(path)
     result = {
         "criteria": _criteria,
         "rerun": lambda: _rerun(parsed),

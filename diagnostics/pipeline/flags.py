@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.settings import RETIRED
+from diagnostics.core.inputs import read_share
+from diagnostics.core.names import nearest
+from diagnostics.core.settings import RETIRED, SHARES
 
 BOUNDS = {
     "contexts": (1, 10**9),
@@ -60,9 +61,6 @@ BOUNDS = {
 """Least and most of a flag's number wherever it appears. A value outside is a typing error, or
 would fill the memory, so it is rejected.
 """
-SHARES = ("budget", "budgets", "level")
-"""Flags that take shares, which may be written as percentages."""
-
 
 Recorded = Literal["always", "maybe", "never"]
 
@@ -125,7 +123,7 @@ def _options(field: dataclasses.Field, hint) -> dict:
     if hint is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     kind = kinds[0] if kinds else hint
-    read = share if field.name in SHARES else kind
+    read = read_share if field.name in SHARES else kind
     if typing.get_origin(hint) is tuple:
         return options | {"type": _list_of(read), "metavar": "A,B,…"}
     choices = field.metadata.get("choices")
@@ -134,12 +132,6 @@ def _options(field: dataclasses.Field, hint) -> dict:
         | {"type": read}
         | ({"choices": choices} if choices else {"metavar": kind.__name__.upper()})
     )
-
-
-def share(text: str) -> float:
-    """A share as it may be written: `0.05` or `5%`."""
-    number = text.strip()
-    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
 
 
 def _shown(default) -> str:
@@ -235,8 +227,3 @@ class Parser(argparse.ArgumentParser):
             near = nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
         hint += f" Did you mean {near}?" if near and not retired else ""
         raise DiagnosticsError(f"{self.prog}: {message}.{hint} See `{self.prog} --help`.")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like a word; empty where none is."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")

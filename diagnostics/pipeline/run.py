@@ -41,6 +41,7 @@ from diagnostics.core.manifest import PATHS, hashes_of, read_manifest, recorded,
 from diagnostics.core.progress import SHARD, Shards
 from diagnostics.core.run_lock import locked, refuse_unfit, remove_ours
 from diagnostics.core.tables import write_json
+from diagnostics.criteria import loaded_modules
 
 log = logging.getLogger("diagnostics")
 TRAINED = (
@@ -52,6 +53,8 @@ TRAINED = (
     "training_gains.parquet",
 )
 """Files of a training, which compares its settings with its own train.json."""
+OF_CRITERIA = ("intervene", "analyze", "compare", "train", "validate", "paper")
+"""Stages whose numbers depend on what criteria there are."""
 KEPT = re.compile(
     rf"{SHARD.pattern}|direction\.safetensors|step\.json|measured\.parquet|finished\.json"
 )
@@ -171,7 +174,7 @@ class Run:
             "settings": recorded(settings),
             "inputs": {file: self.input_hash(name, file) for file in inputs},
             "models": models(),
-            "code": {"version": code_version(*code)} if code else {},
+            "code": {"version": _version(name, code)} if code else {},
         }
         return json.loads(json.dumps(now))
 
@@ -492,6 +495,12 @@ class Run:
             f"{self.directory} holds stage {name!r} of {whose} ({'; '.join(differences)}). "
             f"Nothing was overwritten. Choose another --output-dir, {instead}"
         )
+
+
+def _version(stage: str, code: Sequence[str]) -> str:
+    """The version of the code that decides a stage, with that of the user's own criteria."""
+    own = loaded_modules() if stage in OF_CRITERIA else ""
+    return code_version(*code) + (f" with {own}" if own else "")
 
 
 def _differences(

@@ -48,8 +48,10 @@ from torch import Tensor
 from diagnostics import criteria as registry
 from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.schema import validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import sizes
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
@@ -101,6 +103,9 @@ class Attribution:
     calibration: pd.DataFrame
     """Calibration of the step, as in `probe`."""
 
+    def __repr__(self) -> str:
+        return sizes("Attribution (rows)", vars(self))
+
     def _repr_html_(self) -> str:
         shown = (
             self.linearity[self.linearity["split"] == "all"],
@@ -109,6 +114,7 @@ class Attribution:
         return "".join(table.to_html(index=False, float_format="%.3g") for table in shown)
 
 
+@takes(tokens=token_table)
 @with_settings(probe=ProbeConfig, config=AttributionConfig, analysis=AnalysisConfig)
 def attribute(
     pair: Pair,

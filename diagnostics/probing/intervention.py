@@ -55,6 +55,7 @@ from diagnostics.analysis.config import AnalysisConfig
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import code_version
+from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import with_settings
@@ -183,6 +184,7 @@ class InterventionConfig:
         return TrajectoryConfig(rate, probe.loss, probe.beta, self.minibatch, self.warm_steps)
 
 
+@takes(tokens=token_table)
 @with_settings(probe=ProbeConfig, config=InterventionConfig, analysis=AnalysisConfig)
 def intervene(
     pair: Pair,
@@ -239,6 +241,7 @@ def intervene(
     return summarize(result, draws=analysis.draws, level=analysis.level, seed=probe.seed)
 
 
+@takes(tokens=token_table)
 @with_settings(probe=ProbeConfig, config=InterventionConfig)
 def interventions(
     pair: Pair,
@@ -695,12 +698,14 @@ class Grid:
         if self.config.scope == "table":
             return rule | {"scope": "table"}
         seed = one.seed if registry.is_seeded(cell.criterion) else None
+        version = registry.find(cell.criterion).version
         return rule | {
             "scope": self.config.scope,
             "criterion": cell.criterion,
             "budget": cell.budget,
             "seed": seed,
             "k": self.k,
+            **({"module": version} if version else {}),
         }
 
     @cached_property

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bootstrap import PromptClusters
+from diagnostics.core.shown import sizes
 
 MEASURES = ("forward_kl", "reverse_kl", "js")
 """Divergences whose reduction is measured, in the order of `Effect.reduction_N3`."""
@@ -88,6 +89,10 @@ class Interventions:
     """The effect of each cell, in the cells' order."""
     calibration: pd.DataFrame
     """Calibration of the steps on all positions of each fold, as in `probe`."""
+
+    def __repr__(self) -> str:
+        held = {"tokens": self.tokens, "cells": self.cells, "calibration": self.calibration}
+        return sizes("Interventions (rows)", held)
 
     @property
     def steps(self) -> int:

@@ -30,9 +30,11 @@ import pandas as pd
 
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import NULLS, combine, null_suffix
+from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards
 from diagnostics.core.schema import column, validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import sizes
 from diagnostics.core.token_identity import token_identity_gain
 from diagnostics.core.types import Bank
 from diagnostics.models.named_pairs import training_rate
@@ -170,6 +172,9 @@ class ProbeResult:
         """The record of the step on fold 0."""
         return self.steps[0]
 
+    def __repr__(self) -> str:
+        return sizes("ProbeResult (rows)", vars(self))
+
     def _repr_html_(self) -> str:
         shown = ["gain", "own_gain", "gain_permuted", "context_gain"]
         gains = self.tokens.groupby("fold")[[name for name in shown if name in self.tokens]].mean()
@@ -181,6 +186,7 @@ class ProbeResult:
         )
 
 
+@takes(tokens=token_table)
 @with_settings(config=ProbeConfig, controls=ControlConfig)
 def probe(
     pair: Pair,

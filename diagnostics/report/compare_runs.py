@@ -23,7 +23,9 @@ from matplotlib.figure import Figure
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
+from diagnostics.core.inputs import several
 from diagnostics.core.run_lock import hold
+from diagnostics.core.shown import sizes
 from diagnostics.report import figures, lead, naming, page, run_results, summary, svg
 from diagnostics.report.figures.registry import CORE
 from diagnostics.report.page_tables import table_block
@@ -125,6 +127,9 @@ class RunComparison:
         """Write the page to a file, atomically."""
         return write_atomic(path, encoded(self.html))
 
+    def __repr__(self) -> str:
+        return sizes(f"Comparison of {', '.join(self.runs)}; tables (rows)", self.tables)
+
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
         return "".join(
@@ -151,7 +156,7 @@ def compare_runs(
         DiagnosticsError: There are fewer than two directories, names repeat, or a directory is not
             a finished run.
     """
-    paths = [Path(directory) for directory in directories]
+    paths = [Path(directory) for directory in several(directories)]
     names = list(names) if names is not None else _folder_names(paths)
     if len(paths) < 2 or len(names) != len(paths) or len(set(names)) != len(names):
         raise DiagnosticsError(

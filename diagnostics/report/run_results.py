@@ -16,6 +16,7 @@ from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import hashes_read, read_manifest
 from diagnostics.core.schema import read_parquet, validate_tokens
+from diagnostics.core.shown import cut
 from diagnostics.core.tables import read_csv
 from diagnostics.core.types import Bank, read_bank
 from diagnostics.report import summary
@@ -36,6 +37,9 @@ class RunResults(RunTables):
     """Both models' most likely tokens at each position, as `score_with_tops` returns them."""
     reading_notes: tuple[str, ...] = ()
     """Sentences on files that were left out, or that the manifest does not record."""
+
+    def __repr__(self) -> str:
+        return cut(f"<Run {summary.title(self)}: {self._contents()}>")
 
     def _repr_html_(self) -> str:
         """The findings, the verdicts, and what else there is to look at."""

@@ -33,6 +33,7 @@ import pandas as pd
 from diagnostics import criteria as registry
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
+from diagnostics.core.inputs import several, share, takes, token_table
 from diagnostics.core.schema import SCHEMA, require_columns
 from diagnostics.core.types import Bank, Context
 from diagnostics.report.token_text import Printed, in_color
@@ -55,6 +56,8 @@ MEASURES = (
     "first_order_gain",
 )
 """Measurements offered where the table has them."""
+FIRST = ("gain", "forward_kl")
+"""Measurements to begin with: the first that the table has."""
 CRITERIA = (
     "teachability",
     "divergence",
@@ -136,12 +139,13 @@ def script() -> str:
     return (STATIC / "tokenview.js").read_text(encoding="utf-8")
 
 
+@takes(tokens=token_table, criteria=several, budget=share)
 def show(
     bank: Bank,
     tokens: pd.DataFrame,
     context: int | str | Sequence[int | str] | None = None,
     *,
-    color: str = "gain",
+    color: str | None = None,
     budget: float = 0.05,
     criteria: Iterable[str] | None = None,
     tops: pd.DataFrame | None = None,
@@ -154,7 +158,8 @@ def show(
         tokens: The whole token table of that bank, one row per response position: scales, scores
             and ranks are computed over all of its rows, not only over the contexts shown.
         context: An index in the bank, a context_id, or a list of them; the first 50 where None.
-        color: The measurement or criterion to begin with.
+        color: The measurement or criterion to begin with; the gain where None, or the forward KL
+            before a step was taken.
         budget: Share of all positions whose selection is outlined at first, between 0 and 1; it is
             moved to the nearest stop of the slider.
         criteria: Names of the criteria to offer; all that the columns allow, those that the user
@@ -173,6 +178,7 @@ def show(
             was scored from another bank.
     """
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
+    color = color or next((name for name in FIRST if name in tokens), MEASURES[0])
     contexts = _chosen(bank, context)
     rows = _rows(tokens, contexts)
     names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)

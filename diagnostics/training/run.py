@@ -46,6 +46,7 @@ from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.shown import sizes
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
 from diagnostics.criteria import TIES_FLAG, TRAINING_SCOPE_FLAG
@@ -222,6 +223,10 @@ class TrainResult:
     """Mean and interval of each measure at each evaluated step; step 0 is the untouched student."""
     student: Path
     """Folder of the trained student."""
+
+    def __repr__(self) -> str:
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        return sizes(f"TrainResult of {self.student} (rows)", tables)
 
     def _repr_html_(self) -> str:
         if self.evaluations.empty:

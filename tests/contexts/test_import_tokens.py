@@ -486,7 +486,9 @@ def test_rollouts_without_a_number_are_told_apart_by_their_files(tmp_path):
 
 def test_a_folder_without_rollouts_is_refused(tmp_path):
     bank().to_csv(tmp_path / "other.csv", index=False)
-    with pytest.raises(DiagnosticsError, match=r"holds no rollouts \(files rollout_\*\.csv"):
+    with pytest.raises(
+        DiagnosticsError, match=r"holds no tokens\.parquet and no rollouts \(files rollo"
+    ):
         read_tokens(tmp_path)
 
 

@@ -48,10 +48,10 @@ def test_keywords_replace_fields_of_what_was_passed():
     assert take(pair=3, cells=Cells(("x",)), loss="jsd")[1:3] == (Step("jsd"), Cells(("x",)))
 
 
-def test_a_list_stands_for_a_tuple_and_text_does_not():
+def test_a_list_stands_for_a_tuple_and_one_text_for_a_list_of_one():
     assert take(1, names=["b", "c"])[2] == Cells(("b", "c"))
     assert take(1, names=(name for name in "bc"))[2] == Cells(("b", "c"))
-    assert take(1, names="bc")[2].names == "bc"
+    assert take(1, names="bc")[2].names == ("bc",)
 
 
 def test_the_dataclass_checks_its_values():

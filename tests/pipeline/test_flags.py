@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline.flags import Flag, Parser, add_flags, flag, nearest, read_flags
+from diagnostics.core.names import nearest
+from diagnostics.pipeline.flags import Flag, Parser, add_flags, flag, read_flags
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,10 @@ from diagnostics.analysis.paper.printed import PRINTED
 from diagnostics.analysis.paper.sample import COLUMNS as OUTCOME_COLUMNS
 from diagnostics.analysis.paper.sample import KEYS, NEEDED, Sample, long_table, reasons, samples
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.inputs import token_table
 from diagnostics.core.schema import read_parquet, require_columns, validate_tokens
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import Tables
 
 SIDES = ("released", "controlled", "context")
 ORDER = ("controlled", "released", "context")
@@ -181,8 +183,9 @@ def paper(
     Reference:
         arXiv 2605.26844, section 3, and the scripts released with it.
     """
-    if not isinstance(tokens, pd.DataFrame):
+    if isinstance(tokens, str | Path):
         tokens, cells, kept = _of_run(Path(tokens), cells, kept)
+    tokens = token_table(tokens)
     require_columns(tokens, NEEDED, what="A table of the paper")
     if (cells is None) != (kept is None):
         raise DiagnosticsError(
@@ -198,7 +201,7 @@ def paper(
             f" {lacking['checkpoint']}; and {lacking['context']}."
         )
     study = _Study(tokens, cells, kept, None if ks is None else tuple(ks), bootstrap)
-    return study.tables()
+    return Tables(study.tables())
 
 
 def _of_run(

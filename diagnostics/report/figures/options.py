@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.inputs import several
+from diagnostics.core.inputs import table as finished
 from diagnostics.report import look, naming
 from diagnostics.report.canvas import Sheet, drawing_on, width_of
 from diagnostics.report.look import DOUBLE, SINGLE
@@ -112,6 +114,8 @@ OPTIONS = {
 }
 SETTLED = ("ax", "axes", "palette", "order", "labels", "caption", "legend")
 """Options that are settled here: the function that draws never sees them."""
+LISTED = frozenset({"criteria", "color", "outcomes"})
+"""Arguments of several names, for which one name may stand."""
 RETURNED = "The figure, which shows itself in a notebook."
 
 
@@ -130,9 +134,11 @@ def on_page(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Any]:
     @functools.wraps(draw)
     def drawn(*tables: Any, **options: Any) -> Any:
         try:
-            bound = signature.bind(*tables, **options)
+            bound = signature.bind(*map(finished, tables), **options)
         except TypeError as error:
             raise TypeError(f"{draw.__name__}(): {error}") from None
+        for name in LISTED & bound.arguments.keys():
+            bound.arguments[name] = several(bound.arguments[name])
         bound.apply_defaults()
         asked = {name: bound.arguments.pop(name) for name in SETTLED}
         sheet, brought = _sheet(draw.__name__, asked), asked["ax"] is not None
