@@ -21,11 +21,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.core import shown
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several
 from diagnostics.core.run_lock import hold
-from diagnostics.core.shown import sizes
 from diagnostics.report import figures, naming, page, run_results, summary, svg
 from diagnostics.report.figures.registry import CORE
 from diagnostics.report.page_tables import table_block
@@ -128,7 +128,7 @@ class RunComparison:
         return write_atomic(path, encoded(self.html))
 
     def __repr__(self) -> str:
-        return sizes(f"Comparison of {', '.join(self.runs)}; tables (rows)", self.tables)
+        return shown.sizes(f"Comparison of {', '.join(self.runs)}; tables (rows)", self.tables)
 
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
