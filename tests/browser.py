@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +61,35 @@ def chromium(profile: Path, *, width: int = 1200, height: int = 900):
         yield driver
     finally:
         driver.quit()
+
+
+def printed(driver, *, backgrounds: bool = False) -> list[str]:
+    """The content of each page that the browser prints, as PDF operators.
+
+    Args:
+        driver: The browser, with the page open.
+        backgrounds: Whether backgrounds are printed that do not ask for it themselves.
+    """
+    data = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": backgrounds})["data"]
+    content = base64.b64decode(data)
+    pages = []
+    for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, flags=re.DOTALL):
+        try:
+            text = zlib.decompress(stream).decode("latin-1")
+        except zlib.error:
+            continue
+        if re.search(r"\bBT\b", text):
+            pages.append(text)
+    assert len(pages) == len(re.findall(rb"/Type\s*/Page\b", content))
+    return pages
+
+
+def fills(page: str) -> set[tuple[float, ...]]:
+    """Colors (red, green, blue from 0 to 1) that a printed page fills with."""
+    return {
+        tuple(float(part) for part in color)
+        for color in re.findall(r"([\d.]+) ([\d.]+) ([\d.]+) rg", page)
+    }
 
 
 def complaints(driver) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.analysis.config import FEWEST_PROMPTS
-from diagnostics.analysis.decision import MARGIN, MEASURE_WORDS, NO_CELLS, decision_sentence
+from diagnostics.analysis.decision import MEASURE_WORDS, decision_sentence
 from diagnostics.core.tables import read_csv
+from diagnostics.report.lead import command, judged_cells, strength
 
 SHOWN = 4
 """Cells of the ranking that the terminal shows, the best and the worst among them."""
@@ -63,22 +63,15 @@ def answer(
     if table is None:
         found |= {"decision": QUICK, "ranking": [], "next": f"{program} run {where}"}
     else:
-        judged = _judged(table)
+        judged = judged_cells(table)
         found |= {
             "decision": decision_sentence(table),
             "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
             "ranking": [_entry(row) for row in judged.to_dict("records")],
             "strength": strength(judged) if len(judged) else None,
-            "next": _next(judged, directory, program, pair),
+            "next": command(judged, shlex.quote(str(directory)), program, pair),
         }
     return found | ({"report": page} if page else {})
-
-
-def _judged(table: pd.DataFrame) -> pd.DataFrame:
-    """The cells that the decision is about, by the lower bound over random."""
-    primary = table["primary"].astype(bool) & ~table["criterion"].isin(["random", *NO_CELLS])
-    judged = table[primary].sort_values("over_random_low", ascending=False, kind="stable")
-    return judged.assign(reason=judged["reason"].astype(object).fillna(""))
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,57 +82,6 @@ def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
         "recommended": bool(row["recommended"]),
         **{name: float(row[name]) if math.isfinite(row[name]) else None for name in numbers},
     }
-
-
-def strength(judged: pd.DataFrame) -> dict[str, Any]:
-    """How sure the ranking is.
-
-    A design is strong enough where it shows, with 80 % power, a difference of MARGIN of what random
-    positions do, which is the difference within which two criteria are called level.
-
-    Args:
-        judged: The judged cells of a decision table.
-
-    Returns:
-        folds, prompts (held out), word (not judged, weak, sufficient) and sentence.
-    """
-    folds, prompts = (int(judged[name].max()) for name in ("steps", "prompts"))
-    found = {"folds": folds, "prompts": prompts}
-    basis = f"{folds} folds, {prompts} prompts a side"
-    if (judged["verdict"] == "not judged").all():
-        few = f" ({FEWEST_PROMPTS} are needed)" if prompts < FEWEST_PROMPTS else ""
-        return found | {"word": "not judged", "sentence": f"{basis}{few}: not judged"}
-    least, margin = judged["smallest_detectable"].median(), judged["margin"].median()
-    weak = not least <= margin
-    word = "weak" if weak else "sufficient"
-    shows = f"it shows differences from {least:.2g} nats on" if math.isfinite(least) else ""
-    level = f"{100 * MARGIN:.0f} % of random's effect is {margin:.2g}" if margin > 0 else ""
-    detail = "; ".join(filter(None, [shows, level]))
-    return found | {
-        "word": word,
-        "smallest_detectable": float(least) if math.isfinite(least) else None,
-        "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else ""),
-    }
-
-
-def _next(judged: pd.DataFrame, directory: Path, program: str, pair: str) -> str:
-    """The command that comes next: a check by training, more prompts, or other criteria."""
-    chosen = judged[judged["recommended"].astype(bool)]
-    folder = shlex.quote(str(directory))
-    if len(chosen):
-        row = chosen.iloc[0]
-        return (
-            f"{program} validate --against {folder} --criteria {row['criterion']},random"
-            f" --budgets {row['budget']:g} --output-dir {folder}-training"
-        )
-    needed = pd.to_numeric(judged["prompts_needed"], errors="coerce")
-    needed = needed[(judged["over_random"] > 0) & (needed > judged["prompts"])]
-    more = int(needed.min()) if len(needed) and math.isfinite(needed.min()) else 0
-    if (judged["verdict"] == "not judged").all():
-        more = max(more, 2 * FEWEST_PROMPTS)
-    if not more:
-        return f"{program} intervene --criteria NAMES --output-dir {folder}"
-    return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}"
 
 
 def text(found: Mapping[str, Any]) -> str:

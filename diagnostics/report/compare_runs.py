@@ -21,12 +21,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.core import shown
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several
 from diagnostics.core.run_lock import hold
-from diagnostics.report import figures, naming, page, run_results, summary, svg
+from diagnostics.core.shown import sizes
+from diagnostics.report import figures, lead, naming, page, run_results, summary, svg
 from diagnostics.report.figures.registry import CORE
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.run_results import RunResults
@@ -128,7 +128,7 @@ class RunComparison:
         return write_atomic(path, encoded(self.html))
 
     def __repr__(self) -> str:
-        return shown.sizes(f"Comparison of {', '.join(self.runs)}; tables (rows)", self.tables)
+        return sizes(f"Comparison of {', '.join(self.runs)}; tables (rows)", self.tables)
 
     def _repr_html_(self) -> str:
         blocks = {"What differs": self.settings, "Verdicts": self.verdicts}
@@ -236,7 +236,7 @@ def _unicode(text: str) -> str:
 def _finding(run: RunResults) -> str:
     """The decision and the paragraphs that compare signals, as far as the run has them."""
     parts = (summary.signals, summary.trained)
-    parts = parts if run.table("decision") is None else (summary.decided, *parts)
+    parts = parts if run.table("decision") is None else (lead.decided, *parts)
     return " ".join(text for part in parts if (text := part(run))) or summary.title(run)
 
 

@@ -27,6 +27,10 @@ def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str
         *_verdict_rows(run),
     ]
     blocks += [f"> {_plain(message)}" for message in provenance.warnings(run)]
+    blocks += [
+        "## What was not run",
+        "\n".join(f"- {_plain(line)}" for line in provenance.missing(run, left_out)) or "Nothing.",
+    ]
     for spec in in_page_order():
         if spec.name in drawn:
             blocks += [
@@ -34,10 +38,6 @@ def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str
                 f"![{spec.title}](figures/{spec.name}.png)",
                 spec.reading,
             ]
-    blocks += [
-        "## What was not run",
-        "\n".join(f"- {_plain(line)}" for line in provenance.missing(run, left_out)) or "Nothing.",
-    ]
     versions = ", ".join(
         f"{name} {version}" for name, version in run.manifest.get("versions", {}).items()
     )
@@ -65,6 +65,15 @@ def _verdict_rows(run: RunResults) -> list[str]:
     return ([_plain(registered)] if registered else []) + table
 
 
+CODE = r"`[^`<>|\n]+`"
+"""What is left as code; nothing in it can end a table's cell or begin an element."""
+
+
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is; what stands between backticks is code."""
+    parts = re.split(f"({CODE})", summary.minus(text))
+    return "".join(part if re.fullmatch(CODE, part) else _escaped(part) for part in parts)
+
+
+def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)

@@ -14,7 +14,15 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from diagnostics.report import markdown, naming, page_tables, provenance, summary, tokenview
+from diagnostics.report import (
+    glossary,
+    markdown,
+    naming,
+    page_tables,
+    provenance,
+    summary,
+    tokenview,
+)
 from diagnostics.report.drawing import Drawing, draw_all
 from diagnostics.report.figures.registry import FigureSpec, in_page_order
 from diagnostics.report.run_results import RunResults, read_run
@@ -22,8 +30,8 @@ from diagnostics.report.tokenview import show
 from diagnostics.report.written_pages import encoded, write_pages
 
 STATIC = Path(__file__).parent / "static"
-WARNINGS_OPEN = 4
-"""Warnings shown at once; the others are folded away, so that they do not hide the figures."""
+WARNINGS_LINES = 5
+"""Lines that warnings take; those beyond are folded away in the last of them."""
 CONTEXTS = 24
 """Contexts that the page shows token by token."""
 
@@ -77,46 +85,67 @@ def page(
 ) -> str:
     """The whole page as one string of HTML, with the first `contexts` as tokens."""
     answer = summary.answer(run)
-    decided = answer.pop(summary.DECISION, "")
+    above = [key for key in summary.FIRST if key in answer] or list(answer)[:2]
+    lead = _paragraphs(run, {key: answer.pop(key) for key in above})
+    first = next((spec for spec in in_page_order() if spec.name == FIRST), None)
+    if first and FIRST in drawn:
+        lead = f"<div>{lead}</div>{_figure(first, drawn[FIRST])}"
+    figures = (
+        _figure(spec, drawn[spec.name])
+        for spec in in_page_order()
+        if spec.name in drawn and spec.name != FIRST
+    )
+    cards = verdict_cards(run)
+    if cards:
+        answer.pop(summary.CLAIMS, None)  # the cards say it with each claim's sentence
     sections = [
-        ("verdicts", "Verdicts", verdict_cards(run)),
+        ("verdicts", "Claims", cards),
         ("warnings", "Warnings", warning_list(run)),
-        ("findings", "Findings", _paragraphs(answer)),
-        (
-            "figures",
-            "Figures",
-            "".join(
-                _figure(spec, drawn[spec.name])
-                for spec in in_page_order()
-                if spec.name in drawn and spec.name != FIRST
-            )
-            + magnitudes(run),
-        ),
+        ("not-run", "What was not run", not_run(run, left_out)),
+        ("findings", "Findings", _paragraphs(run, answer)),
+        ("figures", "Figures", "".join(figures) + magnitudes(run)),
         ("tokens", "Tokens", token_view(run, contexts)),
         ("tables", "Tables", page_tables.all_tables(run)),
-        ("methods", "Methods", _static("methods.html")),
-        ("provenance", "Provenance", provenance.provenance(run)),
-        ("not-run", "What was not run", not_run(run, left_out)),
+        ("methods", "Methods", glossary.glossary()),
+        ("provenance", "Provenance", _folded("Versions, settings, hashes", run)),
     ]
-    lead = _paragraphs({summary.DECISION: decided} if decided else {})
-    if FIRST in drawn:
-        lead += _figure(next(s for s in in_page_order() if s.name == FIRST), drawn[FIRST])
-    return shell(summary.title(run), _over(run), lead, sections, tokens=True)
+    return shell(summary.title(run), _over(run), lead, sections, tokens=True, two=FIRST in drawn)
 
 
 FIRST = "decision"
 """The figure that stands beside the decision, above everything else."""
 
 
-def _paragraphs(answer: Mapping[str, str]) -> str:
-    return "".join(
+def _folded(title: str, run: RunResults) -> str:
+    content = provenance.provenance(run)
+    return f"<details><summary>{title}</summary>{content}</details>" if content else ""
+
+
+def _paragraphs(run: RunResults, answer: Mapping[str, str]) -> str:
+    """Questions with their answers, with links to the tables and the words that they name."""
+    text = "".join(
         f"<p><b>{question}</b> {with_code(text)}</p>" for question, text in answer.items()
     )
+    return glossary.linked(_to_tables(run, text))
+
+
+def _to_tables(run: RunResults, text: str) -> str:
+    """Text in which “table NAME” is a link to that table."""
+
+    def link(match: re.Match[str]) -> str:
+        found = run.table(match[1]) is not None
+        return f'<a href="#table-{match[1]}">{match[0]}</a>' if found else match[0]
+
+    return re.sub(r"\btable (\w+)", link, text)
 
 
 def with_code(text: str) -> str:
-    """Escaped text in which what stands between backticks is code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    """Escaped text with real minus signs, in which what stands between backticks is code."""
+    parts = re.split(r"`([^`]+)`", text)
+    return "".join(
+        f"<code>{html.escape(part)}</code>" if at % 2 else html.escape(summary.minus(part))
+        for at, part in enumerate(parts)
+    )
 
 
 def magnitudes(run: RunResults) -> str:
@@ -140,12 +169,15 @@ def shell(
     sections: Iterable[tuple[str, str, str]],
     *,
     tokens: bool = False,
+    two: bool = False,
 ) -> str:
     """A self-contained page: title, lead (HTML), links to its sections (id, heading, HTML), of
-    which empty ones are left out.
+    which empty ones are left out; `two` sets the lead's two parts side by side where there is room.
     """
     sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
+    links = '<a href="#top">↑ Top</a>' + "".join(
+        f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections
+    )
     body = "".join(
         f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
         for name, heading, content in sections
@@ -158,8 +190,9 @@ def shell(
         '<meta name="referrer"'
         f' content="no-referrer"><title>{html.escape(title)}</title>\n'
         f"<style>\n{style}</style></head>\n<body><main>"
-        f"<header>{over}<h1>{html.escape(title)}</h1><div"
-        f' class="answer">{lead}</div><nav>{links}</nav></header>\n{body}</main>\n'
+        f'<header id="top">{over}<h1>{html.escape(title)}</h1><div class="answer'
+        f'{" two" if two else ""}">{lead}</div></header>\n<nav>{links}<button type="button"'
+        f' class="theme" title="light or dark"></button></nav>\n{body}</main>\n'
         f"<script>\n{script}</script></body></html>\n"
     )
 
@@ -180,8 +213,8 @@ def _over(run: RunResults) -> str:
 
 
 def verdict_cards(run: RunResults) -> str:
-    """One card per claim, the paper's statistic and the controlled one side by side, then C5 by
-    measure.
+    """One card per claim in words, with its verdicts; the numbers of the paper's statistic and of
+    the controlled one are folded into it, side by side.
 
     Empty where the run has no verdicts.
     """
@@ -191,15 +224,11 @@ def verdict_cards(run: RunResults) -> str:
     cards = "".join(
         _card(claim, rows.to_dict("records")) for claim, rows in shown.groupby("claim", sort=False)
     )
-    note = (
-        '<p class="quiet">The same claims on other populations and by other outcomes: table'
-        " verdicts.</p>"
-        if more
-        else ""
-    )
+    note = "The same claims on other populations and by other outcomes: table verdicts."
+    note = f'<p class="quiet">{_to_tables(run, note)}</p>' if more else ""
     registered = summary.registered(run)
     seal = f'<p class="quiet registered">{html.escape(registered)}</p>' if registered else ""
-    return f'{seal}<ul class="cards">{cards}</ul>{note}'
+    return seal + glossary.linked(f'<ul class="cards">{cards}</ul>') + note
 
 
 SIDES = {"paper": "As the paper has it", "controlled": "With controls", "": ""}
@@ -210,18 +239,49 @@ def _card(claim: str, rows: list[dict]) -> str:
     """A claim with its verdicts; the heading is what is tested with controls."""
     controlled = [row for row in rows if row.get("kind") == "controlled"]
     statement = _words((controlled or rows)[0], "statement")
-    kinds = {_words(row, "kind") for row in rows}
-    sides = "".join(
-        _side(title, [row for row in rows if _words(row, "kind") == kind], statement)
-        for kind, title in (SIDES | {kind: kind for kind in kinds - set(SIDES)}).items()
-        if kind in kinds
-    )
-    heading = f"{claim}: {statement}" if statement else str(claim)
-    wide = " wide-card" if len(kinds) > 1 else ""
+    found = {_words(row, "kind") for row in rows}
+    kinds = {
+        kind: title
+        for kind, title in (SIDES | {kind: kind for kind in found - set(SIDES)}).items()
+        if kind in found
+    }
+    parts = {kind: [row for row in rows if _words(row, "kind") == kind] for kind in kinds}
+    brief = "".join(_brief(kinds[kind], part) for kind, part in parts.items())
+    sides = "".join(_side(kinds[kind], part, statement) for kind, part in parts.items())
+    tag = f' <span class="tag">{html.escape(str(claim))}</span>' if statement else ""
+    heading = html.escape(_capital(_typeset(statement or str(claim))))
     return (
-        f'<li class="card{wide} {_agreed(rows)}"><h3>{html.escape(heading)}</h3>'
-        f'<div class="sides">{sides}</div></li>'
+        f'<li class="card {_agreed(rows)}"><h3>{heading}{tag}</h3><p class="brief">{brief}</p>'
+        f'<details><summary>Why</summary><div class="sides">{sides}</div></details></li>'
     )
+
+
+def _brief(title: str, rows: list[dict]) -> str:
+    """The verdicts of one kind of statistic in a line."""
+    said = ", ".join(
+        f'<span class="verdict {_class(str(row["verdict"]))}">{html.escape(str(row["verdict"]))}'
+        f"</span>{_by(row, rows)}"
+        for row in rows
+    )
+    return f"<span>{html.escape(title)}{': ' if title else ''}{said}</span>"
+
+
+def _by(row: dict, rows: list[dict]) -> str:
+    """By which outcome a verdict is, where there are several."""
+    return f" by {html.escape(_outcome(row))}" if len(rows) > 1 and _outcome(row) else ""
+
+
+def _outcome(row: dict) -> str:
+    name = row.get("outcome")
+    if not isinstance(name, str):
+        return ""
+    return naming.OUTCOMES.get(name) or naming.MEASURES.get(name, name)
+
+
+def _typeset(text: str) -> str:
+    """A sentence of the analysis as print has it: signs for products and minus, words for names."""
+    text = re.sub(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", lambda name: naming.readable(name[0]), text)
+    return glossary.typeset(re.sub(r"\b(forward|reverse) kl\b", r"\1 KL", text))
 
 
 def _side(title: str, rows: list[dict], heading: str) -> str:
@@ -231,7 +291,7 @@ def _side(title: str, rows: list[dict], heading: str) -> str:
     head = f'<p class="side">{html.escape(title)}</p>' if title else ""
     own = _words(rows[0], "statement")
     if title and own != heading:
-        head += f"<p><i>{html.escape(own)}</i></p>"
+        head += f"<p><i>{html.escape(_typeset(own))}</i></p>"
     return f"<div>{head}{''.join(map(_claim_test, rows))}</div>"
 
 
@@ -250,13 +310,8 @@ def _class(verdict: str) -> str:
 
 
 def _claim_test(row: dict) -> str:
-    verdict, outcome = str(row["verdict"]), row.get("outcome")
-    named = (
-        f"{naming.OUTCOMES.get(outcome) or naming.MEASURES.get(outcome, outcome)}: "
-        if isinstance(outcome, str)
-        else ""
-    )
-    found, why = _found(row)
+    verdict, named = str(row["verdict"]), f"{_outcome(row)}: " if _outcome(row) else ""
+    found, why = map(_typeset, _found(row))
     exploratory = row.get("exploratory") in naming.TRUE
     tag = f' <span class="tag">exploratory{html.escape(why)}</span>' if exploratory else ""
     return (
@@ -294,33 +349,35 @@ def _words(row: dict, name: str) -> str:
 
 
 def warning_list(run: RunResults) -> str:
-    """The warnings, one per cause, those that change a verdict first; those beyond a handful folded
-    away.
+    """The warnings, one line per cause with the conclusion that it touches, those that change a
+    verdict first; at most `WARNINGS_LINES` lines, the last of which holds the others.
     """
-    notes = [f'<p class="warning">{html.escape(note)}</p>' for note in run.reading_notes]
-    lines = notes + [_warning(text, changes) for text, changes in provenance.causes(run)]
-    first, rest = lines[:WARNINGS_OPEN], lines[WARNINGS_OPEN:]
+    lines = [f'<p class="warning">{html.escape(note)}</p>' for note in run.reading_notes]
+    lines += [_warning(*cause) for cause in provenance.short_causes(run)]
+    open_lines = WARNINGS_LINES if len(lines) <= WARNINGS_LINES else WARNINGS_LINES - 1
+    first, rest = lines[:open_lines], lines[open_lines:]
     return "".join(first) + (
         f"<details><summary>{len(rest)} more</summary>{''.join(rest)}</details>" if rest else ""
     )
 
 
-def _warning(text: str, changed: str) -> str:
-    """A warning; what it changes of the verdicts stands behind it."""
+def _warning(text: str, touched: str, changed: bool) -> str:
+    """A warning; the conclusion that it touches stands behind it."""
     kind = "warning" if changed else "warning minor"
-    tag = f' <span class="tag">{html.escape(changed)}</span>' if changed else ""
-    return f'<p class="{kind}">{html.escape(text)}{tag}</p>'
+    says = "changes" if changed else "touches"
+    tag = f' <span class="tag">{says}: {html.escape(_typeset(touched))}</span>' if touched else ""
+    return f'<p class="{kind}">{html.escape(summary.minus(text))}{tag}</p>'
 
 
 def token_view(run: RunResults, contexts: int) -> str:
-    """The first contexts token by token; empty where the run has no contexts, or none are
+    """Some contexts token by token; empty where the run has no contexts, or none are
     wanted.
     """
     if run.bank is None or run.tokens is None or not contexts:
         return ""
     color = "gain" if "gain" in run.tokens else "forward_kl"
-    shown = range(min(contexts, len(run.bank)))
-    return show(run.bank, run.tokens, list(shown), color=color, tops=run.tops).fragment
+    shown, note = tokenview.telling_contexts(run.bank, run.tokens, contexts)
+    return show(run.bank, run.tokens, shown, color=color, tops=run.tops, note=note).fragment
 
 
 def _figure(spec: FigureSpec, drawn: Drawing) -> str:
@@ -335,7 +392,7 @@ def _figure(spec: FigureSpec, drawn: Drawing) -> str:
 def not_run(run: RunResults, left_out: Mapping[str, str]) -> str:
     """`missing` as a list."""
     lines = provenance.missing(run, left_out)
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return (
-        f"<ul>{items}</ul>" if lines else "<p>Nothing: every part of the study has its table.</p>"
-    )
+    items = "".join(f"<li>{with_code(line)}</li>" for line in lines)
+    here = '<p class="quiet">DIR is the directory of this page.</p>'
+    nothing = "<p>Nothing: every part of the study has its table.</p>"
+    return f"<ul>{items}</ul>{here}" if lines else nothing

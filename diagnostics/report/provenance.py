@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from diagnostics.report.figures.registry import in_page_order
+from diagnostics.report.lead import HERE, PROGRAM
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
 
 PARTS = {
-    "decision": "the decision: which criterion to train with, from steps over a horizon",
-    "verdicts": "verdicts on the claims C1 to C4",
-    "regressions": "the decomposition into compatible and incompatible divergence",
-    "selection_curves": "captured gain by budget",
-    "intervention": "the step with only the selected positions carrying loss, at matched norm",
-    "kernel_shares": "the split of each gain into its own position's share and others'",
-    "validation_outcomes": "training runs (claim C5); a one-step gain does not stand in for them",
+    "decision": (
+        "the decision: which criterion to train with, from steps over a horizon",
+        "intervene --horizon 1,5,20",
+    ),
+    "verdicts": ("verdicts on the claims C1 to C4", "analyze"),
+    "regressions": (
+        "the decomposition into compatible and incompatible divergence",
+        "analyze",
+    ),
+    "selection_curves": ("captured gain by budget", "compare"),
+    "intervention": (
+        "the step with only the selected positions carrying loss, at matched norm",
+        "intervene",
+    ),
+    "kernel_shares": (
+        "the split of each gain into its own position's share and others'",
+        "attribute",
+    ),
+    "validation_outcomes": (
+        "training runs (claim C5); a one-step gain does not stand in for them",
+        "validate --against",
+    ),
 }
-"""Parts of the study that a run may lack, by the table that would hold them."""
+"""Parts of the study that a run may lack, by the table that would hold them: what each is, and the
+command that makes it.
+"""
+TOUCHED = {
+    "few_prompts": "every interval and verdict",
+    "undefined_outcome": "what is said of these outcomes; their other positions stand",
+    "saturated": "compatibility and teachability, which cannot rank clipped positions",
+    "constant": "these columns, by which nothing can be ranked",
+    "rare_quadrant": "contrasts within these quadrants (C2)",
+    "collinear": "single coefficients of these terms (C3); their sum stands",
+    "unmatched": "the matched contrast, a check of C2",
+    "no_null": "every claim with controls",
+    "one_step": "every interval, which holds for this step batch alone",
+    "exploratory": "all verdicts, none of which confirms",
+    "dropped_mass": "all divergences, which leave that probability out",
+    "listed_teacher": "all divergences, which are lower bounds",
+}
+"""The conclusion that a warning touches where it changes no verdict, by its code."""
 
 
 def warnings(run: RunResults) -> list[str]:
@@ -37,13 +71,38 @@ def causes(run: RunTables) -> list[tuple[str, str]]:
     """Each warning of the analysis with the verdict that it changes; that is empty where it changes
     none, and in tables of earlier versions.
     """
+    return [(text, changed) for _, text, changed in _told(run)]
+
+
+def _told(run: RunTables) -> list[tuple[str, str, str]]:
+    """Code, text and changed verdicts of each warning, those that change one first."""
     table = run.table("warnings")
     if table is None or "message" not in table:
         return []
-    changed = table.get("changes_verdict", pd.Series("", table.index))
-    verdicts = changed.astype(object).fillna("").astype(str)
-    found = list(zip(table.message.astype(str), verdicts, strict=True))
-    return sorted(found, key=lambda warning: not warning[1])
+    empty = pd.Series("", table.index)
+    columns = [table.get(name, empty) for name in ("code", "message", "changes_verdict")]
+    texts = [column.astype(object).fillna("").astype(str) for column in columns]
+    return sorted(zip(*texts, strict=True), key=lambda warning: not warning[2])
+
+
+def short_causes(run: RunTables) -> list[tuple[str, str, bool]]:
+    """One line per cause, for the page: earlier versions wrote one per contrast.
+
+    Returns:
+        The warning without what it lists in brackets, the conclusion that it touches (empty where
+        its code is unknown), and whether a verdict changed, those first.
+    """
+    lines: dict[str, list[tuple[str, str]]] = {}
+    for code, text, changed in _told(run):
+        short = re.sub(r"\s*\[[^\]]*\](?=\.?$)", "", text)
+        cause = code or re.sub(r"[\d.,]+", "#", short)
+        lines.setdefault(cause, []).append((short, changed))
+    found = []
+    for code, told in lines.items():
+        changed = "; ".join(dict.fromkeys(change for _, change in told if change))
+        times = f" ({len(told)} times, see table warnings)" if len(told) > 1 else ""
+        found.append((told[0][0] + times, changed or TOUCHED.get(code, ""), bool(changed)))
+    return found
 
 
 def provenance(run: RunTables) -> str:
@@ -81,6 +140,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             )
 
 
+def _how(command: str) -> str:
+    """The command that makes a missing part, in backticks, DIR being this directory."""
+    if command.endswith("--against"):
+        return f"`{PROGRAM} {command} {HERE} --output-dir {HERE}-training`"
+    return f"`{PROGRAM} {command} --output-dir {HERE}`, then `report`"
+
+
 def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
     """Sentences on the parts of the study, of tables, and the figures that this run lacks.
 
@@ -92,7 +158,9 @@ def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
         One sentence per missing part.
     """
     lines = [
-        text[0].upper() + text[1:] + "." for name, text in PARTS.items() if run.table(name) is None
+        f"{text[0].upper()}{text[1:]}: {_how(command)}."
+        for name, (text, command) in PARTS.items()
+        if run.table(name) is None
     ]
     table = run.table("left_out")
     if table is not None:

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis import claims as claim_tests
-from diagnostics.analysis.decision import decision_sentence
+from diagnostics.analysis.config import FEWEST_PROMPTS
 from diagnostics.criteria import AMBIGUOUS
+from diagnostics.report import lead
+from diagnostics.report.lead import population
 from diagnostics.report.naming import (
     MEASURES,
     TRUE,
-    decisive_horizon,
     preferred_split,
     readable,
     shown_outcomes,
@@ -36,12 +37,6 @@ WORDS = {
     "relative_gain": "relative gain",
     "reverse_gain": "reverse gain",
 }
-UNDECIDED = (
-    "Not answered: this run holds no steps on selected positions over a horizon. Run `python -m"
-    " diagnostics intervene --horizon 1,5,20 --output-dir DIR`, `compare` and `report` on this"
-    " directory; the correlations and captured shares below do not stand in for it."
-)
-"""What stands in the place of the decision where there is no decision table."""
 NOT_SIGNALS = ("random", "full")
 """Criteria that hold no signal of the teacher; they never lead a ranking."""
 ENOUGH_CELLS = 6
@@ -49,14 +44,23 @@ ENOUGH_CELLS = 6
 by chance once in six times.
 """
 DECISION = "Which criterion to train with?"
-"""The question that the page answers first."""
+CLAIMS = "Which claims hold?"
+FIRST = {
+    DECISION: (lead.decided,),
+    "How sure?": (lead.sure,),
+    "What next?": (lead.next_command,),
+    "On what?": (lead.where,),
+}
+"""The questions that the page answers before its first figure."""
 REFERENCE = "teachability"
 """The criterion under test (arXiv 2605.26844); always named beside the leader."""
 
 
 def models(run: RunTables) -> dict[str, str]:
     """Names of the pair, the student and the teacher, as far as the manifest has them."""
-    facts = {**run.stage("score"), **run.stage("rollout")}
+    facts: dict = {}
+    for name in ("validate", "train", "probe", "score", "rollout"):
+        facts |= {key: value for key, value in run.stage(name).items() if value is not None}
     names = {}
     for role in ("pair", "student", "teacher"):
         value = facts.get(role)
@@ -69,13 +73,18 @@ def models(run: RunTables) -> dict[str, str]:
 def title(run: RunTables) -> str:
     """One line that names the pair."""
     names = models(run)
+    trained = not run.stage("probe") and (run.stage("validate") or run.stage("train"))
     if names.get("pair") not in (None, "custom"):
-        return (
-            f"The {names['pair']} pair: which of the teacher's signals can the student learn from?"
-        )
+        pair = f"The {names['pair']} pair: "
+        return pair + ("what training gave" if trained else f"which of the teacher's {_ASKED}")
     if "student" in names and "teacher" in names:
+        if trained:
+            return f"{names['student']} trained with {names['teacher']} as its teacher"
         return f"Which of {names['teacher']}'s signals can {names['student']} learn from?"
-    return "Which of the teacher's signals can the student learn from?"
+    return "What training gave" if trained else f"Which of the teacher's {_ASKED}"
+
+
+_ASKED = "signals can the student learn from?"
 
 
 def answer(run: RunTables) -> dict[str, str]:
@@ -88,11 +97,12 @@ def answer(run: RunTables) -> dict[str, str]:
         The answers by question, in the order of the page.
     """
     parts = {
-        DECISION: (decided,),
+        **FIRST,
         "What was done?": (setup,),
         "Which criterion follows the gain?": (signals,),
         "What would a selection capture?": (budget,),
-        "Which claims hold?": (judged, q3),
+        CLAIMS: (judged,),
+        "What of confident errors?": (q3,),
         "What did training say?": (trained, foreseen),
         "How sure, and what would change it?": (certainty,),
     }
@@ -103,21 +113,6 @@ def answer(run: RunTables) -> dict[str, str]:
     return {question: text for question, text in said.items() if text}
 
 
-def decided(run: RunTables) -> str:
-    """Which criterion to train with at which budget, or what to run so that it can be said."""
-    table = run.table("decision")
-    if table is not None:
-        measured = decisive_horizon(table)
-        other = (
-            f" The registered horizon of {run.horizon} steps was not measured: exploratory."
-            if "primary" in run.manifest and measured != run.horizon
-            else ""
-        )
-        return decision_sentence(table) + other
-    probed = any(run.table(name) is not None for name in ("correlations", "intervention"))
-    return UNDECIDED if probed else ""
-
-
 def number(value: float, digits: int = 2) -> str:
     """A number with that many significant digits, without an exponent where it stays short.
 
@@ -126,9 +121,15 @@ def number(value: float, digits: int = 2) -> str:
     if not np.isfinite(value):
         return "–"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return minus(f"{mantissa}e{int(power)}")
     decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value))))) if value else 0
     return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def minus(text: str) -> str:
+    """Text in which a hyphen before a number that no word or number precedes is a minus sign."""
+    return re.sub(r"(?<![\w.)\-])-(?=\.?\d)|(?<=\de)-0?(?=\d)", "−", text)
 
 
 def signed(value: float) -> str:
@@ -145,7 +146,7 @@ def setup(run: RunTables) -> str:
     """What was done: loss, optimizer, prompts, positions, and the change of the step's own loss."""
     step, table = run.stage("probe"), run.table("correlations")
     if not step and table is None:
-        return ""
+        return _trainings(run)
     optimizer = {"adamw": "AdamW's first step", "sgd": "one gradient step"}.get(
         step.get("optimizer"), "one step"
     )
@@ -165,6 +166,19 @@ def setup(run: RunTables) -> str:
             else ""
         )
     return text + "."
+
+
+def _trainings(run: RunTables) -> str:
+    """What was trained, in a run that holds trainings alone."""
+    facts = run.stage("validate")
+    if not facts.get("loss") or not facts.get("steps"):
+        return ""
+    rate = facts.get("learning_rate")
+    at = f" at a learning rate of {rate:g}" if isinstance(rate, (int, float)) else ""
+    return (
+        f"Each training took {facts['steps']} steps of the {readable(facts['loss'])} loss{at}, on"
+        " the positions that its criterion selects."
+    )
 
 
 def _where_measured(table: pd.DataFrame) -> str:
@@ -206,7 +220,7 @@ def ranked(run: RunTables, outcome: str) -> pd.DataFrame:
     ]
     if rows.empty:
         return rows
-    rows = rows[rows.split == preferred_split(rows)].dropna(subset=["estimate"])
+    rows = rows[rows.split == population(run, rows)].dropna(subset=["estimate"])
     return rows.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -221,6 +235,9 @@ def signals(run: RunTables) -> str:
     tables = {name: rows for name in outcomes if not (rows := ranked(run, name)).empty}
     if not tables:
         return ""
+    few = _too_few(next(iter(tables.values())))
+    if few:
+        return few
     null = ranked(run, "gain_permuted").drop_duplicates("criterion")
     null = null.set_index("criterion") if len(null) else null
     leaders = [_leader(run, rows, outcome, null) for outcome, rows in tables.items()]
@@ -231,6 +248,17 @@ def signals(run: RunTables) -> str:
             " signal about the position."
         )
     return " ".join(part for part in parts if part)
+
+
+def _too_few(rows: pd.DataFrame) -> str:
+    """Why nothing is said of a ranking; empty where there are prompts enough."""
+    prompts = int(rows["prompts"].max()) if "prompts" in rows and len(rows) else FEWEST_PROMPTS
+    return (
+        f"Not judged: {prompts} prompt{'s' if prompts != 1 else ''} a side, of at least"
+        f" {FEWEST_PROMPTS}."
+        if prompts < FEWEST_PROMPTS
+        else ""
+    )
 
 
 def _leader(run: RunTables, rows: pd.DataFrame, outcome: str, null: pd.DataFrame) -> str:
@@ -357,7 +385,9 @@ def budget(run: RunTables, share: float = 0.05) -> str:
     ]
     if rows.empty:
         return ""
-    rows = rows[rows.split == preferred_split(rows)]
+    rows = rows[rows.split == population(run, rows)]
+    if _too_few(rows):
+        return ""
     parts = [
         _captured(rows[rows.outcome == outcome], outcome)
         for outcome in outcomes
@@ -409,7 +439,9 @@ def q3(run: RunTables) -> str:
     ]
     if rows.empty:
         return ""
-    rows = rows[rows.split == preferred_split(rows)]
+    rows = rows[rows.split == population(run, rows)]
+    if _too_few(rows):
+        return ""
     parts = [
         _q3_part(rows[rows.outcome == outcome].iloc[0], outcome)
         for outcome in outcomes
@@ -462,7 +494,7 @@ def judged(run: RunTables) -> str:
     return _sentence("; ".join(parts)) if parts else ""
 
 
-VERDICTS = ("supported", "refuted", "inconclusive", "not identified")
+VERDICTS = ("supported", "refuted", "inconclusive", "not identified", "not judged")
 
 
 def _counted(rows: pd.DataFrame) -> str:
@@ -677,10 +709,22 @@ def claims(run: RunTables) -> tuple[pd.DataFrame, bool]:
     if {"kind", "population"} <= set(table.columns) and primary.any():
         where = table.population.isin(table.population[primary].unique())
         primary |= where & (table.kind == "paper") & (table.outcome == "gain")
-    shown, trained = table[primary], training_claims(run)
+    shown, trained = _judgeable(table[primary]), training_claims(run)
     return pd.concat(
         [part for part in (shown, trained) if len(part)] or [shown], ignore_index=True
     ), len(shown) < len(table)
+
+
+def _judgeable(table: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts, of which those on too few prompts are none."""
+    if "prompts" not in table or not (table["prompts"] < FEWEST_PROMPTS).any():
+        return table
+    few = table["prompts"] < FEWEST_PROMPTS
+    why = table["prompts"].map(lambda n: f"{n:.0f} prompts a side, of at least {FEWEST_PROMPTS}")
+    table = table.reindex(columns=[*dict.fromkeys([*table, "reason", "sentence"])])
+    text = {"verdict": "not judged", "reason": why, "sentence": ""}
+    columns = {name: table[name].astype(object).mask(few, words) for name, words in text.items()}
+    return table.assign(**columns)
 
 
 def registered(run: RunTables) -> str:
@@ -702,6 +746,8 @@ def certainty(run: RunTables) -> str:
     if not found:
         return _certainty_of_trainings(run)
     outcome, rows = next(iter(found.items()))
+    if _too_few(rows):
+        return ""
     half = float(((rows.high - rows.low) / 2).median())
     chosen = run.table("calibration")
     step = ""

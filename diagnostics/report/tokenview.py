@@ -2,24 +2,28 @@
 
     dx.show(bank, result.tokens, context=3, color="gain")  # in a notebook: shows itself
     dx.show(bank, result.tokens).save("tokens.html")       # one file, opens anywhere, offline
+    print(dx.show(bank, result.tokens, context=3))         # in a terminal, with its colors
 
 The page holds the prompt (dimmed) and the response token by token; a menu switches the color
-between measurements and criteria, a slider sets the budget at which one criterion's selection is
-outlined, and a panel shows the numbers of the token under the pointer or the cursor, with both
-models' most likely tokens where they are given. Everything that the page shows was computed here or
-before; its script only looks up and draws.
+between measurements and criteria, a slider sets the budget at which a criterion's selection is
+outlined, a second criterion stands beside the first, and a panel shows the numbers of the token
+under the pointer or the cursor, before and after the step, with both models' most likely tokens
+where they are given. A list of the positions that gained and lost most, and of those with a large
+divergence and no gain, leads to their places. Everything that the page shows was computed here or
+before; its script only looks up, orders and draws.
 
 Text reaches the page as JSON with every `<`, `>` and `&` escaped, and from there as text nodes,
-never as markup. Numbers are packed as little-endian arrays in base64, about four to six bytes a
-value."""
+never as markup. Numbers are packed as little-endian arrays in base64: four bytes for a measurement,
+the upper two of them for a criterion's score, which leaves it two to three digits."""
 
 from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several, share, takes, token_table
 from diagnostics.core.schema import SCHEMA, require_columns
 from diagnostics.core.types import Bank, Context
+from diagnostics.report.token_text import Printed, in_color
+from diagnostics.report.token_widget import token_widget
 
 STATIC = Path(__file__).parent / "static"
 MEASURES = (
@@ -39,12 +45,14 @@ MEASURES = (
     "context_gain",
     "gain_permuted",
     "relative_gain",
+    "reverse_gain",
     "forward_kl",
     "reverse_kl",
     "student_entropy",
     "teacher_entropy",
     "compatibility",
     "advantage",
+    "student_logprob",
     "first_order_gain",
 )
 """Measurements offered where the table has them."""
@@ -59,11 +67,13 @@ CRITERIA = (
     "incompatible",
     "tip",
 )
-"""Criteria offered where the columns allow, with those that the user registered."""
+"""Criteria that are offered first."""
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Stops of the slider: shares of the positions of the whole table."""
 MOST_CONTEXTS = 50
 """Contexts shown where none is named."""
+LARGE = 0.9
+"""Quantile of the forward KL over the whole table from which it is called large."""
 PROBABILITY_STEPS = 2**16 - 1
 SCALE_ENDS = (2, 98)
 """Percentiles over the whole table at which the color scale ends."""
@@ -71,18 +81,20 @@ SCALE_ENDS = (2, 98)
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token view; shows itself in a notebook."""
+    """A token view; shows itself in a notebook, and as colored text where it is printed."""
 
     fragment: str
     """The view as an element, for a page that brings style and script itself."""
     title: str
+    printed: Printed = field(default=Printed(), compare=False)
+    """What a terminal shows."""
 
     @property
     def html(self) -> str:
         """The view as one self-contained page."""
         return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
-            ' content="width=device-width, initial-scale=1">'
+            '<!doctype html>\n<html lang="en" style="color-scheme: light dark"><head><meta'
+            ' charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title>\n<style>\n{style()}</style></head>\n<body"
             f' class="tokenview-page">{self.fragment}\n'
             f"<script>\n{script()}</script></body></html>\n"
@@ -91,6 +103,24 @@ class TokenView:
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, atomically."""
         return write_atomic(path, self.html.encode("utf-8", "backslashreplace"))
+
+    def widget(self) -> Any:
+        """The view as a Jupyter widget whose trait `selection` holds the tokens that were clicked.
+
+        Returns:
+            An anywidget. `selection` is a list of dictionaries with context_id, position and token;
+            a click replaces it, a click with Shift adds to it.
+
+        Raises:
+            DiagnosticsError: anywidget is not installed.
+        """
+        return token_widget(self.fragment, style(), script())
+
+    def __str__(self) -> str:
+        return self.printed.text(color=in_color())
+
+    def __repr__(self) -> str:
+        return f"<{self.title}; print(...) shows it in a terminal, .save(path) writes a page>"
 
     def _repr_html_(self) -> str:
         return (
@@ -119,6 +149,7 @@ def show(
     budget: float = 0.05,
     criteria: Iterable[str] | None = None,
     tops: pd.DataFrame | None = None,
+    note: str | None = None,
 ) -> TokenView:
     """Show contexts of a bank token by token, colored by a measurement or a criterion.
 
@@ -131,14 +162,16 @@ def show(
             before a step was taken.
         budget: Share of all positions whose selection is outlined at first, between 0 and 1; it is
             moved to the nearest stop of the slider.
-        criteria: Names of the criteria to offer; a usual seven, and those that the user registered,
-            where None.
+        criteria: Names of the criteria to offer; all that the columns allow, those that the user
+            registered among them, where None.
         tops: Both models' most likely tokens as `score_with_tops` returns them, one row per
             position, with the columns context_id, position, student_top, student_top_p,
             teacher_top and teacher_top_p; probabilities are between 0 and 1.
+        note: How the contexts were chosen, for the reader; said by itself where None.
 
     Returns:
-        The view; it shows itself in a notebook, and `save` writes one self-contained page.
+        The view; it shows itself in a notebook, `print` shows it in a terminal, and `save` writes
+        one self-contained page.
 
     Raises:
         DiagnosticsError: There is no such context or nothing of that name to color by, or the table
@@ -149,12 +182,15 @@ def show(
     contexts = _chosen(bank, context)
     rows = _rows(tokens, contexts)
     names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
+    measures = [*_measurements(tokens, rows), *_scores(tokens, rows, names)]
     payload = {
         "total": len(tokens),
         "color": color,
+        "note": note or _how_many(bank, contexts, named=context is not None),
+        "large": _large(tokens),
         "budgets": _stops(len(tokens)),
         "budget": int(np.abs(np.log(np.divide(BUDGETS, budget))).argmin()),
-        "measures": [*_measurements(tokens, rows), *_scores(tokens, rows, names)],
+        "measures": measures,
         "contexts": _contexts(contexts),
         "tokens": texts.iloc[rows].tolist(),
         "gapped": not texts.str.startswith((" ", "\n")).any(),
@@ -171,7 +207,79 @@ def show(
         if len(contexts) == 1
         else f"Tokens of {len(contexts)} contexts"
     )
-    return TokenView(_fragment(payload), title)
+    return TokenView(_fragment(payload), title, _printed(payload, measures[known.index(color)]))
+
+
+def _printed(payload: dict[str, Any], measure: dict[str, Any]) -> Printed:
+    """What a terminal shows of a payload, colored by one of its measures."""
+    values = unpack(measure["data"], measure["packing"])
+    low, high = measure["low"], measure["high"]
+    shares = values / high if measure["signed"] else (values - low) / (high - low)
+    floor = -1.0 if measure["signed"] else 0.0
+    return Printed(
+        title=f"{payload['note']}; colored by {measure['name']}, from {low:.3g} to {high:.3g}",
+        contexts=tuple((one["id"], one["prompt"], one["length"]) for one in payload["contexts"]),
+        tokens=tuple(payload["tokens"]),
+        shares=tuple(np.clip(shares, floor, 1.0).tolist()),
+        gap=" " if payload["gapped"] else "",
+    )
+
+
+def _how_many(bank: Bank, contexts: list[Context], *, named: bool) -> str:
+    """How many contexts are shown, and how they were chosen."""
+    if len(contexts) == len(bank):
+        return f"All {len(bank)} contexts"
+    how = "chosen by the caller" if named else "the first of the bank"
+    return f"{len(contexts)} of {len(bank)} contexts, {how}"
+
+
+def _large(tokens: pd.DataFrame) -> float | None:
+    """The forward KL from which it is large; None where there is none."""
+    if "forward_kl" not in tokens or not tokens["forward_kl"].notna().any():
+        return None
+    return float(tokens["forward_kl"].quantile(LARGE))
+
+
+def telling_contexts(bank: Bank, tokens: pd.DataFrame, count: int) -> tuple[list[int], str]:
+    """Contexts for a page that cannot show all: the first of the bank, and those with extremes.
+
+    Args:
+        bank: The frozen contexts.
+        tokens: The token table of that bank.
+        count: Number of contexts to show.
+
+    Returns:
+        Indices in the bank's order, and how they were chosen as a sentence. Half are the first of
+        the bank; the others hold, in turn, the position that gained most, the one that lost most,
+        and the one whose gain is nearest to 0 among the tenth with the largest forward KL.
+    """
+    if count >= len(bank) or not {"gain", "forward_kl"} <= set(tokens.columns):
+        shown = list(range(min(count, len(bank))))
+        return shown, _how_many(bank, [bank[i] for i in shown], named=False)
+    place = {one.context_id: index for index, one in enumerate(bank)}
+    first = (count + 1) // 2
+    chosen = dict.fromkeys(range(first))
+    for one in itertools.chain.from_iterable(zip(*_extremes(tokens), strict=False)):
+        if len(chosen) == count:
+            break
+        chosen.setdefault(place[one])
+    note = (
+        f"{len(chosen)} of {len(bank)} contexts: {first} are the first of the bank, the others hold"
+        " the most gained, the most lost, and large divergences without a gain, so they are not"
+        " typical"
+    )
+    return sorted(chosen), note
+
+
+def _extremes(tokens: pd.DataFrame) -> list[list[str]]:
+    """Contexts by their most gained position, their most lost one, and a large divergence that
+    gained least.
+    """
+    table = tokens[["context_id", "gain", "forward_kl"]].dropna(subset=["gain"])
+    high, large = table.sort_values("gain", kind="stable"), _large(tokens) or 0.0
+    stuck = table[table["forward_kl"] >= large]
+    stuck = stuck.iloc[stuck["gain"].abs().argsort(kind="stable")]
+    return [list(dict.fromkeys(part["context_id"])) for part in (high[::-1], high, stuck)]
 
 
 def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list[Context]:
@@ -216,10 +324,14 @@ def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
 def _criteria(tokens: pd.DataFrame, names: Iterable[str] | None) -> list[str]:
     if names is not None:
         return [registry.find(name).name for name in names]
-    able = [name for name in registry.available(tokens) if registry.find(name).kind != "all"]
-    return [name for name in CRITERIA if name in able] + [
-        name for name in able if registry.find(name).mine
-    ]
+    known = [*registry.usual(tokens), *filter(_is_mine, registry.available(tokens))]
+    able = [name for name in dict.fromkeys(known) if registry.find(name).kind != "all"]
+    first = [name for name in CRITERIA if name in able]
+    return [*first, *(name for name in able if name not in first)]
+
+
+def _is_mine(name: str) -> bool:
+    return registry.find(name).mine
 
 
 def _stops(positions: int) -> list[list[float]]:
@@ -239,6 +351,7 @@ def _measurements(tokens: pd.DataFrame, rows: np.ndarray) -> list[dict[str, Any]
                     "kind": "measurement",
                     "unit": unit,
                     **_scale(values),
+                    "packing": "<f4",
                     "data": pack(values[rows], "<f4"),
                 }
             )
@@ -263,7 +376,8 @@ def _scores(tokens: pd.DataFrame, rows: np.ndarray, names: list[str]) -> list[di
                 "kind": "criterion",
                 "unit": registry.find(name).formula,
                 **_scale(scores),
-                "data": pack(scores[rows], "<f4"),
+                "packing": UPPER,
+                "data": pack(scores[rows], UPPER),
                 "ranks": pack(ranks[rows], width),
                 "width": width,
             }
@@ -281,11 +395,30 @@ def _scale(values: np.ndarray) -> dict[str, Any]:
     return {"low": float(low), "high": float(high if high > low else low + 1e-12), "signed": signed}
 
 
-def pack(values: np.ndarray, dtype: str) -> str:
-    """Base64 of the little-endian bytes of an array."""
-    return base64.b64encode(np.ascontiguousarray(values, dtype=np.dtype(dtype)).tobytes()).decode(
+UPPER = "upper"
+"""Packing of the upper two bytes of 32-bit floats, rounded to the nearest."""
+
+
+def pack(values: np.ndarray, packing: str) -> str:
+    """Base64 of the little-endian bytes of an array, of a numpy dtype or `UPPER`."""
+    if packing == UPPER:
+        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4").astype(np.uint64)
+        rounded = np.where(np.isnan(values), 0x7FC0, (bits + 0x8000) >> 16)
+        values, packing = rounded, "<u2"
+    return base64.b64encode(np.ascontiguousarray(values, dtype=np.dtype(packing)).tobytes()).decode(
         "ascii"
     )
+
+
+def unpack(text: str, packing: str) -> np.ndarray:
+    """The array that was packed, as float64 or as integers."""
+    content = base64.b64decode(text)
+    if packing != UPPER:
+        return np.frombuffer(content, dtype=packing).astype(
+            np.float64 if packing == "<f4" else np.int64
+        )
+    bits = np.frombuffer(content, dtype="<u2").astype("<u4") << 16
+    return bits.view("<f4").astype(np.float64)
 
 
 def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:

@@ -111,13 +111,13 @@ def test_a_narrower_comparison_keeps_the_tables(answered):
     assert hashes(directory) == before
 
 
-def test_other_draws_replace_tables_with_a_warning(answered, tmp_path, caplog):
+def test_other_draws_replace_tables_with_a_warning(answered, tmp_path, capsys):
     directory = tmp_path / "copy"
     shutil.copytree(answered[0], directory)
     assert told("analyze", "--draws", "10", "--output-dir", str(directory))[0] == 0
     assert (
         "analyze: its tables are made again with other settings (setting draws: was 20, now 10)"
-        in caplog.text
+        in capsys.readouterr().err
     )
 
 
@@ -147,7 +147,7 @@ def test_quick_leaves_the_interventions_out_and_says_so(finished, folders, capsy
     assert "Not answered: " in (finished / "report.html").read_text(encoding="utf-8")
 
 
-def test_few_prompts_are_said_before_a_model_is_loaded(folders, tmp_path, monkeypatch, caplog):
+def test_few_prompts_are_said_before_a_model_is_loaded(folders, tmp_path, monkeypatch, capsys):
     from diagnostics.models import identity
 
     def loaded(_):
@@ -157,5 +157,6 @@ def test_few_prompts_are_said_before_a_model_is_loaded(folders, tmp_path, monkey
     (tmp_path / "p.jsonl").write_text('{"prompt": "w1"}\n' * 12)
     command = ["run", *folders[:4], "--prompts", str(tmp_path / "p.jsonl"), "--quiet"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 130
-    assert "12 prompts: below 20 on a side nothing is judged" in caplog.text
-    assert "8 prompts more would allow one" in caplog.text
+    said = capsys.readouterr().err
+    assert "12 prompts: below 20 on a side nothing is judged" in said
+    assert "8 prompts more would allow one" in said

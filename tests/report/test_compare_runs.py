@@ -50,7 +50,7 @@ def test_settings_hold_what_differs(comparison):
 
 
 def test_verdicts_stand_by_run(comparison):
-    assert comparison.verdicts.loc[("C1", "gain")].tolist() == ["refuted", "–"]
+    assert comparison.verdicts.loc[("C1", "gain")].tolist() == ["not judged", "–"]
     assert comparison.verdicts.index.tolist() == [
         ("C1", "gain"),
         ("C1", "relative_gain"),
@@ -80,7 +80,7 @@ def test_page_is_one_escaped_file(comparison, tmp_path):
     assert "tiny &lt;b&gt;" in text and "tiny <b>" not in text
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
     assert text.count("<figure ") == 2
-    assert "<b>one.</b> Gain in nats on held-out positions follows" in text
+    assert "<b>one.</b> Not judged: 16 prompts a side, of at least 20." in text
 
 
 def test_shows_itself_in_a_notebook(comparison):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import inspect
 import io
 import json
 import re
@@ -14,10 +15,13 @@ import pandas as pd
 import pytest
 
 from diagnostics.analysis import foresight
+from diagnostics.analysis import warnings as analysis_warnings
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline.cli import main
+from diagnostics.pipeline.cli import build_parser, main
 from diagnostics.report import (
     catalogue,
+    drawing,
+    glossary,
     markdown,
     page,
     page_tables,
@@ -30,6 +34,7 @@ from diagnostics.report.drawing import figure_of
 from diagnostics.report.figures import registry
 from tests import browser, study_tables
 from tests.report import made_tables
+from tests.report.test_tokenview import contrast
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
 
@@ -102,7 +107,7 @@ DRAWN = (
 
 def test_writes_figures_and_pages_only(run):
     names = sorted(path.name for path in (run / "figures").iterdir())
-    assert names == sorted(f"{spec}.{kind}" for spec in DRAWN for kind in ("pdf", "png"))
+    assert names == sorted(f"{spec}.png" for spec in DRAWN)
     assert sorted(path.name for path in run.iterdir()) == [
         "contexts.parquet",
         "figures",
@@ -133,18 +138,31 @@ def test_holds_the_answer_from_the_tables(run, source):
     sentences = summary.answer(run_results.read_run(run))
     assert list(sentences) == [
         "Which criterion to train with?",
+        "What next?",
+        "On what?",
         "What was done?",
         "Which criterion follows the gain?",
-        "Which claims hold?",
-        "How sure, and what would change it?",
     ]
+    text = Page(source).text
     for question, sentence in sentences.items():
-        shown = (
-            html.escape(sentence).replace("`python", "<code>python").replace("DIR`", "DIR</code>")
-        )
-        for stage in ("compare", "report"):
-            shown = shown.replace(f"`{stage}`", f"<code>{stage}</code>")
-        assert f"<p><b>{question}</b> {shown}</p>" in source
+        assert f"{question} {summary.minus(sentence).replace('`', '')}" in text
+    assert sentences["Which criterion follows the gain?"].startswith("Not judged: 16 prompts")
+
+
+def test_words_link_to_the_glossary_once_and_never_inside_code_or_headings():
+    text = "<p><b>budget</b> The budget of <code>budget</code>, a budget &amp; held-out gains.</p>"
+    assert glossary.linked(text) == (
+        '<p><b>budget</b> The <a class="term" href="#term-budget">budget</a> of'
+        ' <code>budget</code>, a budget &amp; <a class="term" href="#term-held-out">held-out</a>'
+        ' <a class="term" href="#term-gain">gains</a>.</p>'
+    )
+
+
+def test_links_of_a_sentence_lead_to_the_table_that_it_names():
+    run = run_results.RunResults({}, {"verdicts": earlier_verdicts()})
+    assert page._to_tables(run, "In table verdicts, not in table nothing.") == (
+        'In <a href="#table-verdicts">table verdicts</a>, not in table nothing.'
+    )
 
 
 def test_figures_stand_at_both_widths_with_a_reading(source):
@@ -167,8 +185,9 @@ def test_tables_hold_every_value(run, source):
     kinds = set()
     for path in (run / "tables").glob("*.csv"):
         table = pd.read_csv(path)
-        block = source[source.index(f'<details id="table-{path.stem}">') :]
-        found = _read_block(block[: block.index("</details>")], list(table.columns))
+        block = source[source.index(f'<details id="table-{path.stem}" class="table">') :]
+        order = page_tables.columns_in_order(table)
+        found = _read_block(block[: block.index("</details>")], order)[list(table.columns)]
         kinds.add(len(table) > page_tables.ROWS_WRITTEN)
         pd.testing.assert_frame_equal(
             found,
@@ -187,6 +206,8 @@ def _read_block(block: str, names: list[str]) -> pd.DataFrame:
             (
                 column
                 if isinstance(column, list)
+                else [column["value"]] * column["count"]
+                if "value" in column
                 else [column["texts"][code] for code in column["codes"]]
             )
             for column in json.loads(packed.group(1))
@@ -198,7 +219,7 @@ def _read_block(block: str, names: list[str]) -> pd.DataFrame:
             [
                 html.unescape(value or text)
                 for value, text in re.findall(
-                    r'<td(?: class="number")?(?: data-v="([^"]*)")?>(.*?)</td>', row
+                    r'<td(?: class="\w+")?(?: data-v="([^"]*)")?>(.*?)</td>', row
                 )
             ]
             for row in rows
@@ -224,10 +245,19 @@ def test_provenance_and_untrusted_text(source):
     assert 'Tom <script>alert(1)</script> has "onload=" apples' in page.text
 
 
-def test_says_what_was_not_run(source):
-    page = Page(source)
-    text = page.text[page.text.rindex("What was not run") :]
-    assert "Training runs (claim C5); a one-step gain does not stand in for them." in text
+def test_says_near_the_top_what_was_not_run_and_with_which_command(source):
+    part = source[source.index('<section id="not-run">') : source.index('<section id="findings">')]
+    text = Page(part).text
+    assert (
+        "Training runs (claim C5); a one-step gain does not stand in for them: opd-diagnostics"
+        " validate --against DIR --output-dir DIR-training." in text
+    )
+    assert "opd-diagnostics attribute --output-dir DIR, then report." in text
+    parser = build_parser()
+    commands = re.findall(r"<code>opd-diagnostics (.*?)</code>", source)
+    assert len(commands) > 4
+    for command in commands:
+        parser.parse_args(command.split())
 
 
 def test_same_files_same_bytes(run, tmp_path):
@@ -237,25 +267,28 @@ def test_same_files_same_bytes(run, tmp_path):
         assert path.read_bytes() == (other / path.relative_to(run)).read_bytes(), path.name
 
 
+def unlinked(text: str) -> str:
+    """HTML without its links."""
+    return re.sub(r"</?a\b[^>]*>", "", text)
+
+
 def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
     results = run_results.RunResults({}, {"verdicts": earlier_verdicts()})
-    cards = page.verdict_cards(results)
+    cards = unlinked(page.verdict_cards(results))
     assert cards.count("<li") == 2
     assert (
-        '<li class="card inconclusive"><h3>C1: teachability ranks better</h3><div class="sides">'
-        '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
+        '<li class="card inconclusive"><h3>Teachability ranks better <span class="tag">C1</span>'
+        '</h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain, <span'
+        ' class="verdict supported">supported</span> by relative gain</span></p>' in cards
     )
-    assert (
-        '<p>relative gain: <span class="verdict supported">supported</span></p><p class="quiet">C1'
-        " is supported for the relative_gain.</p></div></div></li>" in cards
-    )
-    assert '<li class="card supported"><h3>C2: compatible &lt;gains&gt; more</h3>' in cards
+    assert '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
+    assert '<li class="card supported"><h3>Compatible &lt;gains&gt; more' in cards
     assert "Verdicts on the claims" in page.not_run(run_results.RunResults(), {})
     assert "Verdicts on the claims" not in page.not_run(results, {})
     odd = pd.DataFrame({"claim": ["mine"], "verdict": ["perhaps <b>"]})
     assert (
-        '<li class="card inconclusive"><h3>mine</h3><div class="sides"><div><p><span class="verdict'
-        ' inconclusive">perhaps &lt;b&gt;</span></p>'
+        '<li class="card inconclusive"><h3>Mine</h3><p class="brief"><span><span class="verdict'
+        ' inconclusive">perhaps &lt;b&gt;</span></span></p>'
         in page.verdict_cards(run_results.RunResults({}, {"verdicts": odd}))
     )
 
@@ -279,15 +312,16 @@ def earlier_verdicts() -> pd.DataFrame:
 def test_a_card_has_the_paper_s_statistic_beside_the_controlled_one():
     tables = {"verdicts": made_tables.verdicts(), "warnings": made_tables.warnings()}
     results = run_results.RunResults({"primary": made_tables.REGISTERED}, tables)
-    cards = page.verdict_cards(results)
+    cards = unlinked(page.verdict_cards(results))
     assert cards.startswith(
         '<p class="quiet registered">Registered before the probe (sha256 ab12ab12ab12…)'
     )
     first, second, third = cards.split('<li class="card')[1:]
-    assert first.startswith(" wide-card supported")
-    assert second.startswith(" wide-card not-identified")
-    assert third.startswith(" wide-card inconclusive")
+    assert first.startswith(" supported")
+    assert second.startswith(" not-identified")
+    assert third.startswith(" inconclusive")
     for card in (first, second, third):
+        assert card.index('<p class="brief">') < card.index("<summary>Why</summary>")
         paper, controlled = card.split('<p class="side">')[1:]
         assert paper.startswith("As the paper has it</p><p><i>")
         assert "(paper)</i></p><p>gain: <span" in paper and "(paper)" not in controlled
@@ -298,7 +332,7 @@ def test_a_card_has_the_paper_s_statistic_beside_the_controlled_one():
     assert (
         '<p class="quiet">31 % of the top third have a partner. The difference is +0.05 [+0.02,'
         " +0.08] (64 prompts, 4 steps; p &lt; .0001 after Holm over 8 tests).</p>"
-        in second.split("With controls")[1]
+        in second.split("With controls")[-1]
     )
     assert "The claim:" not in cards and "Exploratory" not in cards
 
@@ -329,15 +363,28 @@ def test_verdicts_of_trainings_stand_beside_those_of_an_earlier_analysis():
     assert cards.count("<li") == 3 and "nan" not in cards
 
 
-def test_warnings_stand_open_up_to_a_handful():
-    table = pd.DataFrame({"message": [f"Beware <{i}>." for i in range(6)]})
+def test_warnings_take_five_lines_at_most():
+    table = pd.DataFrame({"code": list("abcdef"), "message": [f"Beware <{i}>." for i in range(6)]})
     text = page.warning_list(run_results.RunResults({}, {"warnings": table}))
     assert text.count('<p class="warning minor">Beware &lt;') == 6
     assert text.index("<summary>2 more</summary>") > text.index("Beware &lt;3&gt;")
-    assert page.warning_list(run_results.RunResults()) == ""
+    assert text.index("<summary>2 more</summary>") < text.index("Beware &lt;4&gt;")
+    five = page.warning_list(run_results.RunResults({}, {"warnings": table[:5]}))
+    assert "<summary>" not in five and page.warning_list(run_results.RunResults()) == ""
 
 
-def test_warnings_that_change_a_verdict_come_first():
+def test_warnings_of_earlier_versions_are_one_line_per_cause():
+    messages = [f"Matched pairs differ by {x} SD [{x}: all]." for x in (1.4, 4.6)] + ["Other."]
+    found = provenance.short_causes(
+        run_results.RunResults({}, {"warnings": pd.DataFrame({"message": messages})})
+    )
+    assert found == [
+        ("Matched pairs differ by 1.4 SD. (2 times, see table warnings)", "", False),
+        ("Other.", "", False),
+    ]
+
+
+def test_warnings_that_change_a_verdict_come_first_and_each_says_what_it_touches():
     table = made_tables.warnings()
     results = run_results.RunResults(
         {}, {"warnings": table}, reading_notes=("A file was left out.",)
@@ -345,15 +392,24 @@ def test_warnings_that_change_a_verdict_come_first():
     text = page.warning_list(results)
     assert text.startswith(
         '<p class="warning">A file was left out.</p><p class="warning">Few confident errors have a'
-        ' &lt;partner&gt; on the other side. <span class="tag">C2 (controlled) is not identified'
-        " [held_out]</span></p>"
+        ' &lt;partner&gt; on the other side. <span class="tag">changes: C2 (controlled) is not'
+        " identified [held out]</span></p>"
     )
-    assert text.count('<p class="warning minor">') == 2
+    minor = text.split('<p class="warning minor">')[1:]
+    assert len(minor) == 2 and "touches: compatibility and teachability" in "".join(minor)
     assert provenance.warnings(results) == [
         "A file was left out.",
         f"{table.message.iloc[2]} {table.changes_verdict.iloc[2]}.",
         *table.message.iloc[:2],
     ]
+
+
+def test_every_code_of_a_warning_touches_a_conclusion():
+    source = inspect.getsource(analysis_warnings)
+    codes = set(re.findall(r'^ {12,20}"([a-z]+(?:_[a-z]+)*)",$', source, flags=re.MULTILINE))
+    assert {"few_prompts", "unmatched", "collinear", "undefined_outcome"} <= codes
+    assert set(provenance.TOUCHED) <= codes | {"no_null"}
+    assert codes - set(provenance.TOUCHED) <= {"compatibility", "teacher", "steps", "verdicts"}
 
 
 @pytest.fixture(scope="module")
@@ -367,10 +423,14 @@ def decided(tmp_path_factory):
 def test_the_decision_stands_above_everything_with_its_grid(decided):
     source = (decided / "report.html").read_text(encoding="utf-8")
     head = source[: source.index("<nav>")]
-    assert "<b>Which criterion to train with?</b> Train with teachability at 5 %" in head
+    before = head[head.index("</style>") : head.index("<figure")]
+    words = html.unescape(re.sub(r"<[^>]+>", " ", before)).split()
+    assert "Which criterion to train with? Train with teachability at 5 %" in " ".join(words)
+    assert len(words) <= 120 and "What next?" in " ".join(words)
     assert '<figure id="figure-decision">' in head and source.count('id="figure-decision"') == 1
     text = Page(source).text
     places = [text.index(word) for word in ("As the paper has it", "is not identified [held")]
+    places += [text.index("What was not run", places[-1])]
     places += [text.index("What was done?"), text.index("Criteria over several steps")]
     assert places == sorted(places)
     assert "Which criterion to train with?" not in text[places[0] :]
@@ -454,7 +514,10 @@ def test_markdown_for_a_repository(run):
     assert "\n\n**What was done?** The student took AdamW's first step of the reverse KL" in text
     for name in DRAWN:
         assert f"](figures/{name}.png)" in text
-    assert "- Training runs (claim C5); a one-step gain does not stand in for them." in text
+    assert (
+        "- Training runs (claim C5); a one-step gain does not stand in for them: `opd-diagnostics"
+        " validate --against DIR --output-dir DIR-training`." in text
+    )
     results = run_results.RunResults(study_tables.manifest(), {"verdicts": earlier_verdicts()})
     assert "| C1 | gain | refuted | C1 is refuted for the gain. |" in markdown.markdown(
         results, {}, {}
@@ -464,7 +527,8 @@ def test_markdown_for_a_repository(run):
     written = markdown.markdown(new, {}, {})
     assert "| claim | as | by | verdict | why |" in written and "Registered before the" in written
     assert "| C2 | controlled | context\\_gain | not identified | C2 is not" in written
-    assert markdown._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| \\`x\\`"
+    assert markdown._plain("a_b <script> | `x`") == "a\\_b \\<script\\> \\| `x`"
+    assert markdown._plain("`<i>|`") == "\\`\\<i\\>\\|\\`"
 
 
 def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
@@ -501,6 +565,8 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
     )
     results = run_results.read_run(directory)
+    scored = results.tokens.assign(student_logprob=-1.0, teacher_logprob=-2.0)
+    results = dataclasses.replace(results, tokens=scored)
     calls = {}
     specs = [
         dataclasses.replace(
@@ -509,16 +575,17 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         for spec in registry.FIGURES.values()
     ]
     monkeypatch.setattr(registry, "FIGURES", {spec.name: spec for spec in specs})
-    drawn, left_out = page.draw_all(results)
-    assert set(drawn) == {spec.name for spec in specs} and left_out == {}
+    monkeypatch.setattr(drawing, "FIGURES", registry.FIGURES)
+    for spec in specs:
+        drawing.figure_of(results, spec.name)
+    assert set(calls) == {spec.name for spec in specs}
     pd.testing.assert_frame_equal(calls["q3_contrast"]["matching"], made["matching"])
     pd.testing.assert_frame_equal(
         calls["validation_scatter"]["foreseen"], made["validation_foreseen"]
     )
     (directory / "tables" / "validation_foreseen.csv").unlink()
-    assert page.draw_all(run_results.read_run(directory))[1] == {
-        "validation_scatter": "no table validation_foreseen"
-    }
+    with pytest.raises(DiagnosticsError, match="no table validation_foreseen"):
+        drawing.figure_of(run_results.read_run(directory), "validation_scatter")
 
 
 @pytest.mark.slow
@@ -556,6 +623,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     }
     _drawn, left_out = page.draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
+        "agreement",  # of too few cells
         "evaluations",
         "foresight",
         "training_curves",
@@ -604,7 +672,7 @@ def test_a_training_directory_has_a_report_too(tmp_path):
         )
     )
     study_tables.evaluations().to_csv(tmp_path / "evaluations.csv", index=False)
-    text = page.build(tmp_path).read_text(encoding="utf-8")
+    text = Page(page.build(tmp_path).read_text(encoding="utf-8")).text
     assert (
         "Over 40 steps of training, held-out prompts show forward KL from 0.50 to 0.30 (0.25 to"
         " 0.35), accuracy from 0.50 to 0.70 (0.65 to 0.75)." in text
@@ -626,7 +694,7 @@ def test_p_values_in_tables_go_down_to_a_ten_thousandth():
     text = page_tables.table_block("some", table)
     assert '<td class="number" data-v="2e-09">&lt; .0001</td>' in text
     assert '<td class="number" data-v="0.0321">.032</td>' in text
-    assert '<td class="number" data-v="2e-09">2.000e-09</td>' in text
+    assert '<td class="number" data-v="2e-09">2.00e−9</td>' in text
 
 
 def test_numbers_in_tables_are_rounded_and_keep_six_digits():
@@ -636,7 +704,7 @@ def test_numbers_in_tables_are_rounded_and_keep_six_digits():
     )
     assert "3 rows; tables/mine&lt;.csv" in text
     assert (
-        '<td class="number" data-v="2.56789">2.568</td><td class="number"'
+        '<td class="number" data-v="2.56789">2.57</td><td class="number"'
         ' data-v="20000">20,000</td><td>x</td>' in text
     )
     assert (
@@ -644,6 +712,97 @@ def test_numbers_in_tables_are_rounded_and_keep_six_digits():
         and '<td class="number" data-v=""></td>' in text
         and "<td>&lt;i&gt;</td>" in text
     )
+
+
+@pytest.mark.parametrize(
+    "value, half, text",
+    [
+        (0.123456, 0.0123, "0.123"),  # two digits of .012: three decimals
+        (-0.123456, 0.95, "−0.12"),
+        (1234.56, 12.0, "1,235"),
+        (1234.56, 250.0, "1,235"),
+        (-0.0001, 0.5, "0.00"),  # no minus before nothing
+        (3.21e-9, 4.0e-10, "3.2e−9"),
+        (0.5, 0.0, "0.500"),  # a zero width says nothing about digits
+        (7.0, np.nan, "7"),
+        (-4.6321e-6, np.nan, "−4.63e−6"),
+        (-np.inf, 1.0, "−∞"),
+    ],
+)
+def test_digits_follow_the_interval(value, half, text):
+    assert page_tables.shown(value, "estimate", half) == text
+
+
+def test_a_value_shares_its_digits_with_the_ends_of_its_interval():
+    table = pd.DataFrame(
+        {
+            "criterion": ["a"],
+            "estimate": [0.123456],
+            "low": [0.1],
+            "high": [0.2],
+            "over_random": [1.23456],
+            "over_random_low": [1.0],
+            "over_random_high": [1.5],
+            "prompts": [40],
+        }
+    )
+    names = {name: page_tables.interval_of(table, name) for name in table}
+    assert names["estimate"] == names["low"] == names["high"] == ("low", "high")
+    assert (
+        names["over_random"]
+        == names["over_random_low"]
+        == (
+            "over_random_low",
+            "over_random_high",
+        )
+    )
+    assert names["criterion"] is None and names["prompts"] is None
+    cells = re.findall(r">([^<>]*)</td>", page_tables.written_rows(table))
+    assert cells == ["a", "0.123", "0.100", "0.200", "1.23", "1.00", "1.50", "40"]
+    bounds = pd.DataFrame({"stratum": ["x"], "low": [0.1], "high": [5.0], "gain": [0.01]})
+    assert page_tables.interval_of(bounds, "low") is None  # the ends of a class, not an interval
+
+
+def test_units_stand_in_the_heads():
+    kinds = {
+        "over_random": "nats",
+        "effect_low": "nats",
+        "p_value": "",
+        "budget": "",
+        "prompts": "",
+    }
+    table = made_tables.decision()
+    for name, unit in kinds.items():
+        if name in table:
+            assert page_tables.unit_of(table, name) == unit
+    rows = pd.DataFrame({"outcome": ["gain", "relative_gain"], "mean": [0.1, 0.2]})
+    assert page_tables.unit_of(rows, "mean") == "unit by row"
+    assert page_tables.unit_of(rows[:1], "mean") == "nats"
+    block = page_tables.table_block("decision", table)
+    assert '<th scope="col" class="number" data-name="over_random" data-half="' in block
+    assert 'over_random <span class="unit">nats</span></button></th>' in block
+
+
+def test_what_tells_rows_apart_and_what_they_are_read_for_come_first():
+    order = page_tables.columns_in_order(made_tables.decision())
+    assert order[:4] == ["criterion", "budget", "horizon", "verdict"]
+    assert order.index("over_random") < order.index("effect")
+    assert sorted(order) == sorted(made_tables.decision().columns)
+
+
+def test_contrast_of_the_page_is_enough():
+    sheet = (page.STATIC / "report.css").read_text(encoding="utf-8")
+    found = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", sheet)
+    for theme in (0, 1):
+        colors = {name: np.array(list(bytes.fromhex(both[theme]))) for name, *both in found}
+        for ink in ("ink", "quiet", "link", "good", "bad", "open"):
+            for paper in ("paper", "panel"):
+                assert contrast(colors[ink], colors[paper]) >= 4.5, (ink, paper, theme)
+
+
+def test_provenance_is_folded(source):
+    part = source[source.index('<section id="provenance">') :]
+    assert part.startswith('<section id="provenance"><h2>Provenance</h2><details><summary>')
 
 
 def test_nothing_to_report(tmp_path):
@@ -673,50 +832,217 @@ def test_nothing_to_report(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def made_rows(count: int) -> pd.DataFrame:
+    """Rows with every kind of number that a table shows, and undefined ones."""
+    rng = np.random.default_rng(3)
+    estimate = rng.normal(size=count) * 10.0 ** rng.integers(-9, 4, count)
+    half = np.abs(estimate) * rng.uniform(0.02, 3, count)
+    table = pd.DataFrame(
+        {
+            "outcome": np.tile(["gain", "context_gain"], count)[:count],
+            "criterion": [f"c{i % 7}" for i in range(count)],
+            "budget": np.tile([0.05, 0.1, 0.3], count)[:count],
+            "estimate": estimate,
+            "low": estimate - half,
+            "high": estimate + half,
+            "p_value": rng.uniform(size=count) ** 6,
+            "prompts": rng.integers(20, 9000, count),
+            "minus_random": rng.normal(size=count),
+            "steps": 6,
+            "what": [f"at -{i}.5, {'long ' * 12 if i % 9 == 0 else ''}" for i in range(count)],
+        }
+    )
+    table.loc[table.index[::11], "minus_random"] = np.nan
+    table.loc[table.index[5], ["estimate", "low", "high"]] = np.nan
+    table.loc[table.index[6], "high"] = np.inf
+    return table
+
+
 @browser.needed
-def test_in_a_browser(run, tmp_path):
+def test_tables_in_a_browser(tmp_path):
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
 
-    with browser.chromium(tmp_path / "profile") as driver:
-        driver.get((run / "report.html").as_uri())
+    table = made_rows(500)
+    order = page_tables.columns_in_order(table)
+    blocks = page_tables.table_block("long", table) + page_tables.table_block("short", table[:50])
+    path = tmp_path / "tables.html"
+    path.write_text(page.shell("Tables", "", "", [("tables", "Tables", blocks)]), encoding="utf-8")
+    with browser.chromium(tmp_path / "profile", width=1440) as driver:
+        driver.get(path.as_uri())
 
-        def rows(name: str, column: int) -> list[str]:
+        def one(css):
+            return driver.find_element(By.CSS_SELECTOR, css)
+
+        def cells(name: str, column: str, what: str = "textContent") -> list[str]:
             return driver.execute_script(
                 "return [...document.querySelectorAll(`#table-${arguments[0]} tbody tr`)].map(r =>"
-                " r.cells[arguments[1]].dataset.v ?? r.cells[arguments[1]].textContent)",
+                " r.cells[arguments[1]]).map(c => arguments[2] === 'textContent' ? c.textContent"
+                " : c.dataset.v ?? c.textContent)",
                 name,
-                column,
+                order.index(column),
+                what,
             )
 
-        # a packed table is built when it is opened, and sorts by number both ways
-        table = pd.read_csv(run / "tables" / "correlations.csv")
-        assert rows("correlations", 4) == []
-        driver.find_element(By.CSS_SELECTOR, "#table-correlations summary").click()
-        assert [float(value) for value in rows("correlations", 4)] == pytest.approx(
-            table.estimate.tolist(), rel=1e-5
+        def choose(column: str, value: str) -> str:
+            Select(one(f"#table-long select[data-column={column}]")).select_by_value(value)
+            return one("#table-long .count").text
+
+        # the script writes numbers by the rule of the written tables
+        assert cells("long", "estimate") == []
+        for name in ("long", "short"):
+            one(f"#table-{name} summary").click()
+        assert one("#table-long .count").text == "the first 200 of 500 rows"
+        for column in order:
+            assert cells("long", column)[:50] == cells("short", column), column
+        one("#table-long .more").click()
+        assert len(cells("long", "estimate")) == 500
+        assert one("#table-long .count").text == "500 rows"
+
+        # numbers stand at the right under their heads, and no hyphen stands for a minus
+        shape = driver.execute_script(
+            "const t = document.querySelector('#table-long table'), j = arguments[0];"
+            "const head = t.tHead.rows[0].cells[j].querySelector('button');"
+            "return [head, t.tBodies[0].rows[0].cells[j]].map(e => getComputedStyle(e).textAlign)",
+            order.index("estimate"),
         )
-        head = driver.find_elements(By.CSS_SELECTOR, "#table-correlations th button")[4]
-        for reverse in (False, True):
-            head.click()
-            assert [float(value) for value in rows("correlations", 4)] == pytest.approx(
-                sorted(table.estimate, reverse=reverse), rel=1e-5
-            )
+        assert shape == ["right", "right"]
+        assert not re.search(r"(?<!\w)-\d", " ".join(" ".join(cells("long", c)) for c in order))
 
-        # copy: as CSV, in the order shown
+        # filters cut the rows, alone and together, and say how many of how many
+        kept = table[table.outcome == "context_gain"]
+        assert choose("outcome", "context_gain") == "the first 200 of 250 of 500 rows"
+        kept = kept[kept.budget == 0.3]
+        assert choose("budget", "0.3") == f"{len(kept)} of 500 rows"
+        assert cells("long", "prompts", "v") == [str(n) for n in kept.prompts]
+        assert {*cells("long", "budget")} == {"30 %"}
+
+        # the first click on a head puts the best first; undefined values come last both ways
+        defined = kept.minus_random.dropna()
+        head = one(f"#table-long th:nth-child({order.index('minus_random') + 1}) button")
+        for best_first in (True, False):
+            head.click()
+            found = cells("long", "minus_random", "v")
+            assert [float(v) for v in found if v] == pytest.approx(
+                sorted(defined, reverse=best_first), rel=1e-5
+            )
+            assert found[len(defined) :] == [""] * (len(kept) - len(defined)) != []
+        one(f"#table-long th:nth-child({order.index('p_value') + 1}) button").click()
+        small = [float(v) for v in cells("long", "p_value", "v")]
+        assert small == sorted(small)  # of a p value the smallest is the best
+
+        # copy: as CSV at full precision, what is kept in the order shown
         driver.execute_script(
             "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => {"
             " window.copied = text; }}});"
         )
-        driver.find_element(By.CSS_SELECTOR, "#table-correlations .copy").click()
+        one("#table-long .copy").click()
         copied = pd.read_csv(io.StringIO(driver.execute_script("return window.copied")))
-        assert copied.columns.tolist() == table.columns.tolist()
-        assert (
-            copied.criterion.tolist()
-            == table.sort_values("estimate", ascending=False).criterion.tolist()
+        pd.testing.assert_frame_equal(
+            copied[list(table.columns)],
+            kept.sort_values("p_value").reset_index(drop=True),
+            rtol=1e-5,
+            check_dtype=False,
         )
+        assert browser.complaints(driver) == [] and browser.outside_requests(driver) == []
 
-        # narrow: the phone drawings, nothing wider than the page
+
+@browser.needed
+def test_print_repeats_the_heads_of_a_table_on_each_page(tmp_path):
+    block = page_tables.table_block("long", made_rows(300))
+    path = tmp_path / "tables.html"
+    path.write_text(page.shell("Tables", "", "", [("tables", "Tables", block)]), encoding="utf-8")
+    with browser.chromium(tmp_path / "profile") as driver:
+        driver.get(path.as_uri())
+        driver.execute_script(
+            "document.querySelector('#table-long').open = true;"
+            "const mark = document.createElement('style');"
+            "mark.textContent = 'thead th { background: #123456 !important; }';"
+            "document.head.append(mark);"
+        )
+        driver.execute_async_script("const done = arguments[0]; setTimeout(done, 200)")
+        pages = browser.printed(driver, backgrounds=True)
+        assert len(pages) > 3
+        for content in pages:
+            assert any(
+                np.allclose(fill, np.array([0x12, 0x34, 0x56]) / 255, atol=1e-3)
+                for fill in browser.fills(content)
+            )
+
+
+@browser.needed
+def test_in_a_browser(decided, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    with browser.chromium(tmp_path / "profile", width=1440) as driver:
+        driver.get((decided / "report.html").as_uri())
+
+        def style(css: str, name: str) -> str:
+            return driver.execute_script(
+                "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]",
+                css,
+                name,
+            )
+
+        def is_open(css: str) -> bool:
+            return driver.execute_script(
+                "return document.querySelector(arguments[0]).closest('details').open", css
+            )
+
+        # the answer and the grid stand side by side on the first screen
         assert driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
+        top = driver.execute_script(
+            "return document.querySelector('#figure-decision').getBoundingClientRect().top"
+        )
+        assert top < 300
+
+        # the contents stay in view, and lead to the top and to what is folded
+        driver.execute_script("scrollTo(0, document.body.scrollHeight)")
+        assert driver.find_element(By.CSS_SELECTOR, "nav").rect["y"] > 1000
+        nav = "return document.querySelector('nav').getBoundingClientRect().top"
+        assert driver.execute_script(nav) == 0
+        for target in ("#term-criterion", "#table-decision"):
+            assert not is_open(target)
+            driver.execute_script(f"location.hash = '{target}'")
+            driver.execute_async_script("const done = arguments[0]; setTimeout(done, 200)")
+            assert is_open(target)
+
+        # light and dark: as the system has it, then as the reader wants it
+        ink, paper = ("figure svg text", "fill"), ("body", "backgroundColor")
+        light, dark = (
+            ("rgb(31, 35, 40)", "rgb(255, 255, 255)"),
+            (
+                "rgb(240, 243, 246)",
+                "rgb(20, 24, 29)",
+            ),
+        )
+        assert (style(*ink), style(*paper)) == light
+        driver.find_element(By.CSS_SELECTOR, "button.theme").click()
+        assert (style(*ink), style(*paper)) == dark
+        driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+        )
+        assert (style(*ink), style(*paper)) == dark
+        driver.find_element(By.CSS_SELECTOR, "button.theme").click()
+        assert (style(*ink), style(*paper)) == light  # against the system's wish
+        driver.execute_script("document.documentElement.removeAttribute('data-theme')")
+        assert (style(*ink), style(*paper)) == dark
+
+        # print: light whatever the theme is, heads on each page, token colors kept
+        driver.execute_script("document.documentElement.dataset.theme = 'dark'")
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
+        assert style(*paper) == "rgb(255, 255, 255)"
+        assert style("nav", "display") == "none" == style("details.table:not([open])", "display")
+        assert style("thead", "display") == "table-header-group"
+        assert style(".tokenview .t", "printColorAdjust") == "exact"
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+        driver.execute_script(
+            "document.querySelectorAll('details.table').forEach(d => { d.open = true; })"
+        )
+        assert 3 < len(browser.printed(driver)) < 150
+
+        # a phone: the narrow drawings, nothing wider than the page
         driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True},
@@ -724,19 +1050,6 @@ def test_in_a_browser(run, tmp_path):
         assert driver.find_element(By.CSS_SELECTOR, "figure .narrow").is_displayed()
         assert not driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
-
-        # dark: page and drawings change together
-        ink = "return getComputedStyle(document.querySelector('figure .narrow svg text')).fill"
-        light = driver.execute_script(ink)
-        driver.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia",
-            {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
-        )
-        assert (light, driver.execute_script(ink)) == ("rgb(31, 35, 40)", "rgb(240, 243, 246)")
-        assert (
-            driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-            == "rgb(20, 24, 29)"
-        )
-
+        assert driver.execute_script(nav) is not None
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []

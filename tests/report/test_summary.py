@@ -41,7 +41,8 @@ def results(*rows, **tables) -> RunResults:
         (-0.5, 2, "−0.50"),
         (12345.6, 3, "12,346"),
         (0.0, 2, "0"),
-        (3.2e-7, 2, "3.2e-07"),
+        (3.2e-7, 2, "3.2e−7"),
+        (-4.632e6, 3, "−4.63e6"),
         (float("nan"), 2, "–"),
         (float("inf"), 2, "–"),
         (0.996, 2, "1.00"),
@@ -117,7 +118,7 @@ def test_no_criterion_is_best_that_does_not_beat_random():
         "No criterion follows the gain in nats on held-out positions more than random does (the"
         " highest Spearman is TIP's, +0.04, 95% interval −0.01 to +0.09). "
     )
-    table = study_tables.selection_curves()
+    table = study_tables.selection_curves().assign(prompts=40)
     low = table.assign(captured_share=0.03, low=0.02, high=0.04)
     assert summary.budget(results(selection_curves=low)).startswith(
         "With 5% of the positions, no criterion is shown to capture more of the gain in nats than"
@@ -180,7 +181,7 @@ def test_both_gains_stand_side_by_side_and_a_turnover_is_said():
 
 
 def test_ambiguous_cells_never_lead_a_budget():
-    table = study_tables.selection_curves()
+    table = study_tables.selection_curves().assign(prompts=40)
     tied = table.assign(ambiguous=np.where(table.criterion == "teachability", 0.3, 0.0))
     assert "divergence captures 10.0% of the gain in nats" in summary.budget(
         results(selection_curves=tied)
@@ -189,28 +190,60 @@ def test_ambiguous_cells_never_lead_a_budget():
 
 def test_the_decision_comes_first_and_its_absence_says_what_to_run():
     found = RunResults(study_tables.manifest(), {"decision": made_tables.decision()})
-    assert next(iter(summary.answer(found).items())) == (
-        "Which criterion to train with?",
-        decision_sentence(made_tables.decision()),
-    )
-    assert summary.decided(found).startswith("Train with teachability at 5 %: +0.0396 ± 0.009 nats")
-    table = made_tables.decision()
-    short = table.assign(primary=table.horizon == 5)
-    for registered, ending in ((made_tables.REGISTERED, True), (None, False)):
-        manifest = {} if registered is None else {"primary": registered}
-        text = summary.decided(RunResults(manifest, {"decision": short}))
-        assert text.endswith("of 20 steps was not measured: exploratory.") == ending
+    first = list(summary.answer(found).items())
+    assert first[0] == ("Which criterion to train with?", decision_sentence(made_tables.decision()))
+    assert first[0][1].startswith("Train with teachability at 5 %: +0.0396 ± 0.009 nats")
+    assert first[1][0] == "What next?" and "--criteria teachability,random" in first[1][1]
     for name in ("correlations", "intervention"):
-        without = RunResults({}, {name: getattr(study_tables, name)()})
-        assert summary.decided(without).startswith(
-            "Not answered: this run holds no steps on selected positions over a horizon. Run"
-            " `python -m diagnostics intervene --horizon 1,5,20 --output-dir DIR`, `compare` and"
+        without = summary.answer(RunResults({}, {name: getattr(study_tables, name)()}))
+        assert without["Which criterion to train with?"].startswith(
+            "Not answered: this run holds no steps on selected positions over a horizon; the"
         )
-    assert summary.decided(RunResults({}, {"evaluations": study_tables.evaluations()})) == ""
+        assert without["What next?"].startswith(
+            "`opd-diagnostics intervene --horizon 1,5,20 --output-dir DIR`, then"
+        )
+    trained = summary.answer(RunResults({}, {"evaluations": study_tables.evaluations()}))
+    assert not set(trained) & set(summary.FIRST)
+
+
+def test_below_twenty_prompts_a_side_nothing_is_judged():
+    few = [row("tip", 0.4) | {"prompts": 12}, row("entropy", 0.1) | {"prompts": 12}]
+    assert summary.signals(results(*few)) == "Not judged: 12 prompts a side, of at least 20."
+    assert summary.certainty(results(*few)) == ""
+    one = study_tables.selection_curves().assign(prompts=1)
+    assert summary.budget(results(selection_curves=one)) == ""
+    assert summary.q3(results(q3_contrast=study_tables.q3_contrast().assign(prompts=19))) == ""
+    table = made_tables.verdicts()
+    shown, _ = summary.claims(results(verdicts=table.assign(prompts=3)))
+    assert set(shown.verdict) == {"not judged"} and set(shown.sentence) == {""}
+    assert set(shown.reason) == {"3 prompts a side, of at least 20"}
+    enough, _ = summary.claims(results(verdicts=table.assign(prompts=20)))
+    assert "not judged" not in set(enough.verdict) and len(enough) == len(shown) > 0
+
+
+def test_sentences_speak_of_the_registered_population():
+    rows = [row("tip", 0.4), row("entropy", 0.6, split="step")]
+    registered = {"choices": made_tables.REGISTERED["choices"] | {"population": "step"}}
+    run = results(*rows)
+    other = RunResults({**run.manifest, "primary": registered}, run.tables)
+    assert summary.ranked(run, "gain").criterion.tolist() == ["tip"]
+    assert summary.ranked(other, "gain").criterion.tolist() == ["entropy"]
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("[-0.5, -0.01] and 0.3-0.4", "[−0.5, −0.01] and 0.3-0.4"),
+        ("(-.5), top-5, gpt-2, 1e-05, a -2", "(−.5), top-5, gpt-2, 1e−5, a −2"),
+        ("--output-dir DIR-40", "--output-dir DIR-40"),
+    ],
+)
+def test_minus_signs_stand_before_numbers_only(text, shown):
+    assert summary.minus(text) == shown
 
 
 def test_budget_names_random_and_oracle():
-    table = study_tables.selection_curves()
+    table = study_tables.selection_curves().assign(prompts=40)
     assert (
         summary.budget(results(selection_curves=table))
         == "With 5% of the positions, teachability captures 15.4% of the gain in nats (13.8% to"
@@ -226,7 +259,7 @@ def test_budget_names_random_and_oracle():
 
 
 def test_q3_leaves_the_sign_open_where_the_interval_holds_zero():
-    table = study_tables.q3_contrast()
+    table = study_tables.q3_contrast().assign(prompts=40)
     old = table[table.outcome != "context_gain"]
     assert (
         summary.q3(results(q3_contrast=old))
@@ -379,7 +412,7 @@ def test_certainty_names_prompts_width_and_what_would_change_it():
         "The intervals of correlations with the gain in nats are over 20 prompts and typically"
         " reach 0.05 to either side, "
     )
-    assert "step size (here 1.6e-05)" in text
+    assert "step size (here 1.6e−5)" in text
     context = [row("a", 0.1, outcome="context_gain", half=0.2), row("a", 0.5, half=0.04)]
     assert summary.certainty(results(*context)).startswith(
         "The intervals of correlations with the context gain are over 20 prompts and typically"
@@ -393,15 +426,15 @@ def test_certainty_names_prompts_width_and_what_would_change_it():
 def test_numbers_are_the_tables():
     """Every estimate that the answer quotes changes with the table."""
     tables = {
-        "correlations": study_tables.correlations(),
-        "q3_contrast": study_tables.q3_contrast(),
+        "correlations": study_tables.correlations().assign(prompts=40),
+        "q3_contrast": study_tables.q3_contrast().assign(prompts=40),
         "calibration": study_tables.calibration(),
     }
     before = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
-    tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=17)
+    tables["correlations"] = study_tables.correlations(seed=1).assign(prompts=27)
     after = list(summary.answer(RunResults(study_tables.manifest(), tables)).values())
-    assert len(before) == len(after) == 5
-    assert [a == b for a, b in zip(before, after)] == [True, False, False, True, False]
+    same = [True, True, False, False, False, True, False]
+    assert [a == b for a, b in zip(before, after, strict=True)] == same
 
 
 def test_without_tables_nothing_is_claimed():
@@ -413,7 +446,8 @@ def test_without_tables_nothing_is_claimed():
 
 
 def test_a_run_shows_itself_as_a_summary():
-    tables = {"correlations": study_tables.correlations(), "verdicts": study_tables.verdicts()}
+    verdicts = study_tables.verdicts().assign(prompts=40)
+    tables = {"correlations": study_tables.correlations(), "verdicts": verdicts}
     text = RunResults(study_tables.manifest(), tables)._repr_html_()
     assert text.startswith(
         "<h4>Which of large&#x27;s signals can small learn from?</h4><p><b>Which criterion to train"
@@ -447,3 +481,17 @@ def test_title(pair, expected):
     manifest = study_tables.manifest()
     manifest["stages"]["rollout"]["facts"]["pair"] = pair
     assert summary.title(RunResults(manifest if pair else {})) == expected
+
+
+def test_title_of_trainings_names_the_pair_and_the_first_screen_what_was_trained():
+    stages = {"validate": {"settings": {"pair": "smollm2", "loss": "reverse_kl", "steps": 40}}}
+    run = RunResults({"stages": stages}, {})
+    assert summary.title(run) == "The smollm2 pair: what training gave"
+    stages["validate"]["settings"] |= {"pair": None, "student": "small", "teacher": "large"}
+    stages["validate"]["settings"]["learning_rate"] = 1e-4
+    run = RunResults({"stages": stages}, {})
+    assert summary.title(run) == "small trained with large as its teacher"
+    assert summary.setup(run) == (
+        "Each training took 40 steps of the reverse KL loss at a learning rate of 0.0001, on the"
+        " positions that its criterion selects."
+    )

@@ -1,8 +1,12 @@
 """The token view: what it packs, what it refuses, and what a browser makes of it."""
 
 import base64
+import importlib.util
 import json
 import re
+import struct
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -12,7 +16,7 @@ from diagnostics import criteria
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import validate_tokens
 from diagnostics.criteria import criterion, score_criterion, select
-from diagnostics.report import tokenview
+from diagnostics.report import token_text, token_widget, tokenview
 from tests import browser, study_tables
 
 NASTY = ["<script>", '"onload="', "&amp;", "</script>", "\n", "  ", "plain"]
@@ -60,7 +64,12 @@ def payload(view: tokenview.TokenView) -> dict:
 
 
 def unpack(text: str, kind: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype=kind)
+    """The packed values, by a loop of its own; a criterion's are half of a 32-bit float."""
+    content = base64.b64decode(text)
+    if kind != tokenview.UPPER:
+        return np.frombuffer(content, dtype=kind)
+    pairs = [content[i : i + 2] for i in range(0, len(content), 2)]
+    return np.array([struct.unpack("<f", b"\0\0" + pair)[0] for pair in pairs], dtype=np.float32)
 
 
 def test_packs_the_tables_values(bank, tokens):
@@ -75,26 +84,25 @@ def test_packs_the_tables_values(bank, tokens):
             unpack(measures[name]["data"], "<f4"), rows[name].to_numpy(np.float32)
         )
     teachability = pd.Series(score_criterion(tokens, "teachability"), tokens.index).loc[rows.index]
-    np.testing.assert_array_equal(
-        unpack(measures["teachability"]["data"], "<f4"), teachability.to_numpy(np.float32)
+    np.testing.assert_allclose(
+        unpack(measures["teachability"]["data"], measures["teachability"]["packing"]),
+        teachability.to_numpy(np.float32),
+        rtol=2**-8,
     )
 
 
 def test_ranks_are_those_of_the_selection_over_the_whole_table(bank, tokens):
-    data = payload(tokenview.show(bank, tokens.sample(frac=1, random_state=2), context=1))
+    shuffled = tokens.sample(frac=1, random_state=2)
+    data = payload(tokenview.show(bank, shuffled, context=1))
     inside = (tokens.context_id == bank[1].context_id).to_numpy()
-    for measure in (measure for measure in data["measures"] if measure["kind"] == "criterion"):
-        name, ranks = (
-            measure["name"].removesuffix(" (criterion)"),
-            unpack(measure["ranks"], measure["width"]),
-        )
+    offered = [measure for measure in data["measures"] if measure["kind"] == "criterion"]
+    assert len(offered) > 10
+    for measure in offered:
+        name = measure["name"].removesuffix(" (criterion)")
+        ranks = unpack(measure["ranks"], measure["width"])
         for share, count in data["budgets"]:
-            if (
-                name != "compatibility"
-            ):  # its ties at the clip are broken by row, and the rows were shuffled
-                assert ((ranks > 0) & (ranks <= count)).tolist() == select(
-                    tokens, name, budget=share
-                )[inside].tolist()
+            kept = pd.Series(select(shuffled, name, budget=share), shuffled.index)
+            assert ((ranks > 0) & (ranks <= count)).tolist() == kept.sort_index()[inside].tolist()
 
 
 def test_scale_is_of_the_whole_table_and_symmetric_where_signed(bank, tokens):
@@ -116,7 +124,14 @@ def test_undefined_scores_have_no_rank(bank, tokens):
         for measure in payload(tokenview.show(bank, holes, context=0))["measures"]
     }
     assert unpack(measures["teachability"]["ranks"], measures["teachability"]["width"])[3] == 0
-    assert np.isnan(unpack(measures["teachability"]["data"], "<f4")[3])
+    assert np.isnan(unpack(measures["teachability"]["data"], tokenview.UPPER)[3])
+
+
+def test_the_upper_half_of_a_float_keeps_two_digits():
+    values = np.array([0.0, -1.0, 3.14159, 1e-12, -7.77e8, np.nan, np.inf])
+    packed = tokenview.pack(values, tokenview.UPPER)
+    np.testing.assert_allclose(unpack(packed, tokenview.UPPER), values, rtol=2**-8)
+    np.testing.assert_allclose(tokenview.unpack(packed, tokenview.UPPER), values, rtol=2**-8)
 
 
 def test_packs_the_likeliest_tokens_of_what_is_shown(bank, tokens, tops):
@@ -136,7 +151,7 @@ def test_packs_the_likeliest_tokens_of_what_is_shown(bank, tokens, tops):
     assert [packed["words"][i - 1] for i in teacher[0]] == ["other", "<img src=x>", "<script>"]
 
 
-def test_shows_a_users_criterion(bank, tokens, monkeypatch):
+def test_offers_all_criteria_and_the_users_own(bank, tokens, monkeypatch):
     monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
     monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))
 
@@ -145,12 +160,116 @@ def test_shows_a_users_criterion(bank, tokens, monkeypatch):
         """D again"""
         return table.forward_kl
 
-    measure = payload(tokenview.show(bank, tokens))["measures"][-1]
+    data = payload(tokenview.show(bank, tokens))
+    names = {one["name"].removesuffix(" (criterion)") for one in data["measures"]}
+    assert set(criteria.usual(tokens)) - {"full"} <= names
+    measure = next(one for one in data["measures"] if one["name"] == "mine_alone")
     assert (measure["name"], measure["unit"], measure["kind"]) == (
         "mine_alone",
         "D again",
         "criterion",
     )
+
+
+def test_says_how_many_contexts_and_how_they_were_chosen(bank, tokens):
+    notes = [
+        payload(tokenview.show(bank, tokens, **options))["note"]
+        for options in ({}, {"context": 2}, {"context": [0, 1], "note": "Two of them"})
+    ]
+    assert notes == ["All 6 contexts", "1 of 6 contexts, chosen by the caller", "Two of them"]
+
+
+def test_telling_contexts_are_the_first_and_the_extremes(bank, tokens):
+    table = tokens.assign(gain=0.01, forward_kl=0.1)
+    for context, gain, divergence in ((5, 0.9, 0.5), (3, -0.8, 0.5), (4, 0.0, 3.0)):
+        row = tokens.index[tokens.context_id == bank[context].context_id][2]
+        table.loc[row, ["gain", "forward_kl"]] = gain, divergence
+    assert tokenview.telling_contexts(bank, table, 2)[0] == [0, 5]
+    assert tokenview.telling_contexts(bank, table, 3)[0] == [0, 1, 5]
+    shown, note = tokenview.telling_contexts(bank, table, 4)
+    assert shown == [0, 1, 3, 5]
+    assert note.startswith("4 of 6 contexts: 2 are the first of the bank, the others hold")
+    assert tokenview.telling_contexts(bank, table, 5)[0] == [0, 1, 2, 3, 5]
+    assert tokenview.telling_contexts(bank, table, 9) == (list(range(6)), "All 6 contexts")
+    unprobed = table.drop(columns="gain")
+    assert tokenview.telling_contexts(bank, unprobed, 2) == (
+        [0, 1],
+        "2 of 6 contexts, the first of the bank",
+    )
+
+
+def test_prints_in_color_only_where_escapes_are_read(bank, tokens, monkeypatch):
+    view = tokenview.show(bank, tokens, context=0)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    plain = str(view)  # pytest's standard output is no terminal
+    assert "\x1b" not in plain and plain.startswith("1 of 6 contexts, chosen by the caller; col")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    colored = str(view)
+    assert colored.count("\x1b[30;48;2;") > 5
+    assert re.sub(r"\x1b\[[\d;]*m", "", colored) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert str(view) == plain and len(repr(view)) < 100
+
+
+def test_a_token_cannot_steer_the_terminal():
+    text = token_text.printable("a\x1b[2J\x07\u202eb\n\t")
+    assert text == "a·[2J··b⏎⇥"
+
+
+def luminance(color) -> float:
+    """Relative luminance of an sRGB color of 0 to 255 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color / 255]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def contrast(one, other) -> float:
+    high, low = sorted((luminance(np.asarray(one)), luminance(np.asarray(other))), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def themes() -> dict[str, list[np.ndarray]]:
+    """The colors of the view's style sheet, light and dark."""
+    found = re.findall(r"--tv-(\w+): light-dark\(#(\w{6}), #(\w{6})\)", tokenview.style())
+    return {name: [np.array(list(bytes.fromhex(c)), float) for c in both] for name, *both in found}
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+@pytest.mark.parametrize("end", ["high", "low"])
+def test_every_cell_can_be_read(theme, end):
+    colors = {name: both[theme] for name, both in themes().items()}
+    for strength in np.linspace(0, 1, 101):
+        cell = strength * colors[end] + (1 - strength) * colors["paper"]
+        assert contrast(colors["ink"], cell) >= 4.5
+    assert contrast(colors["quiet"], colors["paper"]) >= 4.5  # the rest of a selection
+    assert contrast(colors["quiet"], colors["panel"]) >= 4.5
+
+
+@pytest.mark.parametrize("share", np.linspace(-1, 1, 41))
+def test_printed_cells_can_be_read(share):
+    assert contrast(np.zeros(3), np.array(token_text.tint(share), float)) >= 4.5
+
+
+def test_a_widget_needs_anywidget_and_says_so(bank, tokens):
+    if importlib.util.find_spec("anywidget"):
+        pytest.skip("anywidget is installed")
+    with pytest.raises(DiagnosticsError, match=r"needs anywidget .* Install it with `pip install"):
+        tokenview.show(bank, tokens).widget()
+
+
+def test_a_widget_holds_the_view_and_its_selection(bank, tokens, monkeypatch):
+    class Widget:
+        def __init__(self, **traits):
+            vars(self).update(traits)
+
+    trait = types.SimpleNamespace(tag=lambda **options: options)
+    kinds = types.SimpleNamespace(Unicode=lambda: trait, List=lambda: trait)
+    monkeypatch.setitem(sys.modules, "anywidget", types.SimpleNamespace(AnyWidget=Widget))
+    monkeypatch.setitem(sys.modules, "traitlets", kinds)
+    view = tokenview.show(bank, tokens, context=0)
+    widget = view.widget()
+    assert widget.fragment == view.fragment and type(widget).selection == {"sync": True}
+    assert type(widget)._esm.startswith(tokenview.script()) and type(widget)._css
 
 
 def test_text_never_becomes_markup(bank, tokens, tops):
@@ -169,7 +288,7 @@ def test_page_is_one_file_without_addresses(bank, tokens, tmp_path):
     assert tokenview.show(bank, tokens).html == view.html
 
 
-def test_fifty_long_contexts_stay_under_two_megabytes():
+def test_fifty_long_contexts_with_all_criteria_stay_under_two_and_a_half_megabytes():
     rng, count, length = np.random.default_rng(0), 50, 192
     size = count * length
     frame = pd.DataFrame(
@@ -203,7 +322,7 @@ def test_fifty_long_contexts_stay_under_two_megabytes():
         [0.5, 0.3, 0.1, 0.05, 0.01],
     )
     assert (
-        len(tokenview.show(study_tables.bank_of(frame), frame, tops=tops).html.encode()) < 2_000_000
+        len(tokenview.show(study_tables.bank_of(frame), frame, tops=tops).html.encode()) < 2_500_000
     )
 
 
@@ -242,7 +361,7 @@ def test_refusals(bank, tokens):
     assert (
         str(error.value)
         == "No measurement or criterion to color by is named 'mood'. This table can show"
-        " gain, forward_kl, divergence."
+        " gain, forward_kl, divergence, random, random_divergent, early, late, position_weight."
     )
     with pytest.raises(DiagnosticsError) as error:
         tokenview.show(bank, tokens.iloc[1:])
@@ -336,11 +455,166 @@ def test_in_a_browser(bank, tokens, tops, tmp_path):
         )
 
         # numbers stand under the tokens for who does not see the colours
-        one("input[type=checkbox]").click()
+        one(".with-numbers").click()
         assert (
             every(".t")[6].get_attribute("data-n")
             == f"{float(f'{tokens.student_entropy[6]:.3g}'):g}"
         )
 
+        # every cell can be read, its number too, in both themes
+        for theme in ("light", "dark"):
+            driver.execute_script(f"document.documentElement.style.colorScheme = '{theme}'")
+            for measure in ("gain", "forward_kl"):
+                Select(one(".bar select")).select_by_value(measure)
+                assert min(driver.execute_script(CONTRASTS)) >= 4.5
+
+        # print keeps the colors, though backgrounds are not printed
+        fills = set().union(*map(browser.fills, browser.printed(driver)))
+        assert sum(max(fill) - min(fill) > 0.15 for fill in fills) > 3
+
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []
+
+
+CONTRASTS = """
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+function pixel(...layers) {
+  for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+}
+const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+const paper = getComputedStyle(document.querySelector(".tokenview")).backgroundColor;
+return [...document.querySelectorAll(".t")].flatMap((t) => ["", "::after"].map((part) => {
+  const back = light(pixel(paper, getComputedStyle(t).backgroundColor));
+  const ink = light(pixel(getComputedStyle(t, part).color));
+  return Math.max(back, ink) / Math.min(back, ink);
+}));
+"""
+"""Contrast of each token and of its number with what lies behind, as the browser draws them."""
+
+
+@browser.needed
+@pytest.mark.parametrize("width", [1440, 390])
+def test_comparing_in_a_browser(bank, tokens, tmp_path, width):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    advantage = np.random.default_rng(5).normal(size=len(tokens))
+    table = tokens.assign(advantage=advantage)
+    path = tokenview.show(bank, table).save(tmp_path / "view.html")
+    with browser.chromium(tmp_path / "profile", width=max(width, 600)) as driver:
+        driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        driver.get(path.as_uri())
+        one, every = (
+            (lambda css: driver.find_element(By.CSS_SELECTOR, css)),
+            (lambda css: driver.find_elements(By.CSS_SELECTOR, css)),
+        )
+
+        def classed(side: int, name: str) -> list[int]:
+            return driver.execute_script(
+                "const [side, name] = arguments;"
+                "return [...document.querySelectorAll('.pair')].flatMap((pair) =>"
+                " [...pair.children[side].querySelectorAll('.t')])"
+                ".filter((t) => t.classList.contains(name)).map((t) => Number(t.dataset.i))",
+                side,
+                name,
+            )
+
+        assert one(".note").text.startswith("All 6 contexts.")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+        # two criteria side by side, each with its own selection
+        slider = one(".bar input[type=range]")
+        driver.execute_script(
+            "arguments[0].value = 8; arguments[0].dispatchEvent(new Event('input'))", slider
+        )
+        Select(every(".bar select")[2]).select_by_value("entropy")
+        assert len(every(".t")) == 2 * len(tokens)
+        chosen = [
+            np.flatnonzero(select(table, name, budget=0.2)).tolist()
+            for name in ("teachability", "entropy")
+        ]
+        assert [classed(0, "selected"), classed(1, "selected")] == chosen
+        shared = len(set(chosen[0]) & set(chosen[1]))
+        assert one("output").text.endswith(
+            f"{len(chosen[0])} and {len(chosen[1])} shown, {shared} in both"
+        )
+        assert [w.text for w in every(".which")[:2]] == ["teachability", "entropy"]
+
+        # the selection by the sign of the advantage, the rest grey
+        one(".by-sign").click()
+        rest = sorted(set(range(len(tokens))) - set(chosen[1]))
+        assert classed(1, "rest") == rest
+        backs = driver.execute_script(
+            "return [...document.querySelectorAll('.pair')].flatMap((pair) =>"
+            " [...pair.children[1].querySelectorAll('.t')]).map((t) => t.style.backgroundColor)"
+        )
+        low = ["--tv-low" in backs[i] for i in chosen[1]]
+        assert low == (advantage[chosen[1]] < 0).tolist()
+        assert {backs[i] for i in rest} == {""}
+        one(".by-sign").click()
+        Select(every(".bar select")[2]).select_by_value("")
+        assert not any(span.is_displayed() for span in every(".response + .response .t")[:3])
+
+        # before and after in one place
+        driver.execute_script("document.querySelectorAll('.t')[3].click()")
+        was, fell = tokens.forward_kl[3], tokens.gain[3]
+        line = one(".panel .change tr").text
+        numbers = [float(x.replace("−", "-")) for x in re.findall(r"−?[\d.]+(?:e−?\d+)?", line)]
+        assert numbers == pytest.approx([was, was - fell, fell], rel=0.06, abs=1e-6)
+
+        # the list of extremes, sorted by a head, jumps to its place
+        one(".extremes summary").click()
+        gain, divergence = tokens.gain.to_numpy(), tokens.forward_kl.to_numpy()
+        large = np.flatnonzero(divergence >= np.quantile(divergence, 0.9))
+        expected = {
+            "gained": np.argsort(-gain, kind="stable"),
+            "lost": [i for i in np.argsort(gain, kind="stable") if gain[i] < 0],
+            "stuck": large[np.argsort(np.abs(gain[large]), kind="stable")],
+        }
+        for kind, places in expected.items():
+            Select(one(".extreme")).select_by_value(kind)
+            jumps = every(".extremes .jump")
+            assert len(jumps) == min(12, len(places))
+            for at in (0, len(jumps) - 1)[: len(jumps)]:
+                driver.execute_script("arguments[0].click()", jumps[at])
+                assert int(one(".t.current").get_attribute("data-i")) == places[at]
+        every(".extremes th button")[2].click()  # by forward KL, the largest first
+        driver.execute_script("arguments[0].click()", one(".extremes .jump"))
+        first = int(one(".t.current").get_attribute("data-i"))
+        assert divergence[first] == max(divergence[expected["stuck"][:12]])
+        assert browser.complaints(driver) == [] and browser.outside_requests(driver) == []
+
+
+@browser.needed
+def test_a_widget_in_a_browser_hands_back_what_is_clicked(bank, tokens, tmp_path):
+    view = tokenview.show(bank, tokens, context=0)
+    module = (tokenview.script() + token_widget.RENDER).replace("export default", "const widget =")
+    page = (
+        '<!doctype html><meta charset="utf-8"><div id="here"></div><script>'
+        f"{module}; window.state = {{ fragment: {tokenview.script_json(view.fragment)},"
+        " selection: [] };"
+        "widget.render({ el: document.getElementById('here'), model: { get: (k) => state[k],"
+        " set: (k, v) => { state[k] = v; }, save_changes: () => { state.saved = true; } } });"
+        "</script>"
+    )
+    path = tmp_path / "widget.html"
+    path.write_text(page, encoding="utf-8")
+    with browser.chromium(tmp_path / "profile") as driver:
+        driver.get(path.as_uri())
+        driver.execute_script("document.querySelectorAll('.t')[6].click()")
+        first = {"context_id": "c0", "position": 6, "token": "plain"}
+        assert driver.execute_script("return [state.selection, state.saved]") == [[first], True]
+        driver.execute_script(
+            "document.querySelectorAll('.t')[2].dispatchEvent("
+            "new MouseEvent('click', { bubbles: true, shiftKey: true }))"
+        )
+        second = {"context_id": "c0", "position": 2, "token": "&amp;"}
+        assert driver.execute_script("return state.selection") == [first, second]
+        driver.execute_script("document.querySelectorAll('.t')[3].click()")
+        assert [one["position"] for one in driver.execute_script("return state.selection")] == [3]
+        assert browser.complaints(driver) == []

@@ -1,0 +1,182 @@
+"""The first screen: which criterion to train with, how sure that is, and the command that comes
+next.
+
+A run without a decision says what to run; it is not answered by correlations.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+
+import pandas as pd
+
+from diagnostics.analysis.config import FEWEST_PROMPTS
+from diagnostics.analysis.decision import MARGIN, NO_CELLS, decision_sentence
+from diagnostics.report.naming import (
+    SPLITS,
+    TRUE,
+    decisive_horizon,
+    preferred_split,
+    readable,
+    steps_of,
+)
+from diagnostics.report.run_tables import RunTables
+
+PROGRAM = "opd-diagnostics"
+HERE = "DIR"
+"""What stands in a command for the run's directory, since a page does not depend on its place."""
+UNDECIDED = (
+    "Not answered: this run holds no steps on selected positions over a horizon; the correlations"
+    " and captured shares below do not stand in for it."
+)
+"""What stands in the place of the decision where there is no decision table."""
+
+
+def decided(run: RunTables) -> str:
+    """Which criterion to train with at which budget, or that this cannot be said."""
+    table = run.table("decision")
+    if table is not None:
+        measured = decisive_horizon(table)
+        other = (
+            f" The registered horizon of {run.horizon} steps was not measured: exploratory."
+            if "primary" in run.manifest and measured != run.horizon
+            else ""
+        )
+        return _in_words(decision_sentence(table), table) + other
+    return UNDECIDED if _probed(run) else ""
+
+
+def _in_words(sentence: str, table: pd.DataFrame) -> str:
+    """The sentence with the criteria's readable names."""
+    for name in sorted(table["criterion"].astype(str).unique(), key=len, reverse=True):
+        sentence = sentence.replace(f"{name} at", f"{readable(name)} at")
+    return sentence
+
+
+def _probed(run: RunTables) -> bool:
+    return any(run.table(name) is not None for name in ("correlations", "intervention"))
+
+
+def judged_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The cells that a decision is about, by their lower bound over random."""
+    primary = table["primary"].isin(TRUE) & ~table["criterion"].isin(["random", *NO_CELLS])
+    return table[primary].sort_values("over_random_low", ascending=False, kind="stable")
+
+
+def strength(judged: pd.DataFrame) -> dict[str, object]:
+    """How sure the ranking of a decision is.
+
+    A design is strong enough where it shows, with 80 % power, a difference of MARGIN of what random
+    positions do, which is the difference within which two criteria are called level.
+
+    Args:
+        judged: The judged cells of a decision table.
+
+    Returns:
+        folds, prompts (held out), word (not judged, weak, sufficient), sentence and, where it was
+        judged, smallest_detectable (nats; None where unknown).
+    """
+    folds, prompts = (int(judged[name].max()) for name in ("steps", "prompts"))
+    found: dict[str, object] = {"folds": folds, "prompts": prompts}
+    basis = f"{folds} fold{'s' if folds != 1 else ''}, {prompts} prompts a side"
+    if (judged["verdict"] == "not judged").all():
+        few = f" ({FEWEST_PROMPTS} are needed)" if prompts < FEWEST_PROMPTS else ""
+        return found | {"word": "not judged", "sentence": f"{basis}{few}: not judged"}
+    least, margin = judged["smallest_detectable"].median(), judged["margin"].median()
+    word = "sufficient" if least <= margin else "weak"
+    shows = f"it shows differences from {least:.2g} nats on" if math.isfinite(least) else ""
+    level = f"{100 * MARGIN:.0f} % of random's effect is {margin:.2g}" if margin > 0 else ""
+    detail = "; ".join(filter(None, [shows, level]))
+    return found | {
+        "word": word,
+        "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else ""),
+    }
+
+
+def sure(run: RunTables) -> str:
+    """The strength of the decision as a sentence; empty where a table has no column for it."""
+    table = run.table("decision")
+    needs = {"primary", "prompts", "steps", "smallest_detectable", "margin", "verdict"}
+    if table is None or not needs <= set(table.columns) or judged_cells(table).empty:
+        return ""
+    sentence = str(strength(judged_cells(table))["sentence"])
+    return sentence[:1].upper() + sentence[1:] + "."
+
+
+def next_command(run: RunTables) -> str:
+    """The command that comes next, in backticks, DIR being this directory."""
+    table = run.table("decision")
+    if table is None:
+        return (
+            f"`{PROGRAM} intervene --horizon 1,5,20 --output-dir {HERE}`, then `{PROGRAM} compare"
+            f" --output-dir {HERE}` and `{PROGRAM} report {HERE}`."
+            if _probed(run)
+            else ""
+        )
+    if "primary" not in table or judged_cells(table).empty:
+        return ""
+    next_one = command(judged_cells(table), HERE, PROGRAM, pair_flags(run))
+    return f"`{' '.join(next_one.split())}`"
+
+
+def pair_flags(run: RunTables) -> str:
+    """Flags that name the pair of a run again."""
+    settings = run.manifest.get("stages", {}).get("rollout", {}).get("settings", {})
+    named = [(name, settings.get(name)) for name in ("pair", "student", "teacher", "prompts")]
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in named if value)
+
+
+def command(judged: pd.DataFrame, folder: str, program: str, pair: str) -> str:
+    """What to run after a decision: a check by training, more prompts, or other criteria.
+
+    Args:
+        judged: The judged cells of a decision table.
+        folder: The run's directory, quoted for a shell.
+        program: How this program is called.
+        pair: Flags that name the pair.
+    """
+    chosen = judged[judged["recommended"].isin(TRUE)]
+    if len(chosen):
+        row = chosen.iloc[0]
+        return (
+            f"{program} validate --against {folder} --criteria {row['criterion']},random"
+            f" --budgets {row['budget']:g} --output-dir {folder}-training"
+        )
+    more = _prompts_needed(judged)
+    if not more:
+        return f"{program} intervene --criteria NAMES --output-dir {folder}"
+    return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}"
+
+
+def _prompts_needed(judged: pd.DataFrame) -> int:
+    """Prompts of a design that would tell; 0 where none is known."""
+    needed = pd.to_numeric(judged.get("prompts_needed", pd.Series(dtype=float)), errors="coerce")
+    needed = needed[(judged["over_random"] > 0) & (needed > judged["prompts"])]
+    more = int(needed.min()) if len(needed) and math.isfinite(needed.min()) else 0
+    if (judged["verdict"] == "not judged").all():
+        more = max(more, 2 * FEWEST_PROMPTS)
+    return more
+
+
+def population(run: RunTables, table: pd.DataFrame) -> str:
+    """The one population that the page speaks of: the registered one where the table has it."""
+    choices: Mapping = (run.manifest.get("primary") or {}).get("choices", {})
+    registered = choices.get("population")
+    return str(registered) if (table["split"] == registered).any() else preferred_split(table)
+
+
+def where(run: RunTables) -> str:
+    """The sentence that names this population, with its size."""
+    table = run.table("correlations")
+    if table is None:
+        return ""
+    rows = table[table["split"] == population(run, table)]
+    name = SPLITS.get(population(run, table), population(run, table))
+    folds = steps_of(rows) or 1
+    taken = f", {folds} folds" if folds > 1 else ""
+    return (
+        f"{name[:1].upper()}{name[1:]} ({int(rows['positions'].max()):,},"
+        f" {int(rows['prompts'].max()):,} prompts{taken}), unless a sentence names others."
+    )
