@@ -54,7 +54,8 @@ def _criteria(known: Collection[str]) -> str:
 def typeset(text: str) -> str:
     """A formula or sentence of the analysis as print has it: signs for products and for minus."""
     text = re.sub(r"(?<=[\w)])\*(?=[\w(])", "·", text).replace("||", "‖")
-    return minus(re.sub(r"(?<=[\w)]) - (?=[\w(])", " − ", text))
+    text = re.sub(r"(?<=[\w)]) - (?=[\w(])", " − ", text)
+    return minus(re.sub(r"^-(?=[A-Z])", "−", text))
 
 
 KEPT = re.compile(

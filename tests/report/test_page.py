@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics import criteria
 from diagnostics.analysis import foresight
 from diagnostics.analysis import warnings as analysis_warnings
 from diagnostics.core.errors import DiagnosticsError
@@ -156,6 +157,25 @@ def test_words_link_to_the_glossary_once_and_never_inside_code_or_headings():
         ' <code>budget</code>, a budget &amp; <a class="term" href="#term-held-out">held-out</a>'
         ' <a class="term" href="#term-gain">gains</a>.</p>'
     )
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("h + d - h*d", "h + d − h·d"),
+        ("d*(1 - c) of N(KL(q||p))*c", "d·(1 − c) of N(KL(q‖p))·c"),
+        ("-A", "−A"),
+        ("a top-K list, [-0.5, 0.1]", "a top-K list, [−0.5, 0.1]"),
+    ],
+)
+def test_formulas_have_the_signs_of_print(text, shown):
+    assert glossary.typeset(text) == shown
+
+
+def test_every_registered_criterion_is_explained():
+    text = glossary.glossary()
+    for name in criteria.list_criteria().index:
+        assert f'id="term-criterion-{name.replace("_", "-")}"' in text
 
 
 def test_links_of_a_sentence_lead_to_the_table_that_it_names():

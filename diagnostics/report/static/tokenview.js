@@ -51,7 +51,7 @@
     const list = make("div", { className: "list" + (data.gapped ? " gapped" : "") });
     const panel = make("div", { className: "panel" });
     panel.setAttribute("aria-live", "polite");
-    const choose = menu("colour by", measures, colour, (m) => { colour = m; paint(); detail(current); });
+    const choose = menu("color by", measures, colour, (m) => { colour = m; paint(); detail(current); });
     const criterion = menu("outline", criteria, outline, (m) => { outline = m; refresh(); });
     const beside = menu("beside", criteria, second, (m) => { second = m; both(); refresh(); }, "nothing");
     const signs = make("input", { type: "checkbox", className: "by-sign" });
