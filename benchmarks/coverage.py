@@ -651,7 +651,8 @@ TARGET = (93.0, 97.0)
 NOTES = """\
 - Captured shares, areas, enrichments and strata were measured again after the study had come to
   leave undefined the shares of an outcome whose total is not told apart from 0, and the intervals
-  of strata whose median D is under 1e-3 nats. Strata, and shares of the gain, cover as they should.
+  of strata whose median D is under 1e-3 nats. Strata and shares of the gain cover as they should;
+  the context gain inside a stratum covers a little less, in samples probed from scratch above all.
 - Shares of the *context gain* do not. At 64 prompts the total is told apart from 0 in few samples,
   and those are the samples that overestimate it, so that a share that is given is too near 0 and
   its interval far from what it should hold; at 128 prompts there are more and better ones. Such a
@@ -768,8 +769,8 @@ the errors are widened by as much as drawing without replacement from a finite p
 them (`coverages` has the formula), and is the figure to judge by. *width* is the mean half-width
 over 1.96 standard deviations of the estimates, and *step part* the median part of the variance that
 comes from the step batches. The error behind ± is that of one statistic at this many samples; the
-mean of a family is at least as sure. Of statistics at exactly 95 % seven in ten lie outside of
-93-97 % by chance with 40 samples, a quarter with 100, and one in seven with 200."""
+mean of a family is at least as sure. Of statistics at exactly 95 % a quarter lie outside of
+93-97 % by chance with 100 samples, and one in seven with 200."""
 
 
 def _family_lines(found: dict[int, dict[str, pd.DataFrame]]) -> list[str]:

@@ -50,8 +50,14 @@ def test_the_grid_goes_seed_by_seed_and_full_has_one_cell():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"criteria": ("teachable",)}, r"^Unknown criterion 'teachable'\. Known are "),
-        ({"budgets": (0.05, 1.5)}, r"^A budget is a share of positions in \(0, 1\]; got 1\.5\.$"),
+        (
+            {"criteria": ("teachable",)},
+            r"^Unknown criterion 'teachable'\. Did you mean 'teachability'\?",
+        ),
+        (
+            {"budgets": (0.05, 1.5)},
+            r"^A budget is a share of positions in \(0, 1\]; got 1\.5\. ",
+        ),
         ({"seeds": 0}, r"^A grid needs criteria, seeds and workers; got 7, 0 and 2\.$"),
     ],
 )
