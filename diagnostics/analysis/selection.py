@@ -8,12 +8,14 @@ For a criterion c, a budget rho and N positions, with the ceil(rho N) best posit
     A(c)               = integral of share(c, rho) over rho from 0 to 1, by trapezia over every rank
     area(c)            = (A(c) - 1/2) / (A(oracle) - 1/2)
                          0 for random, 1 for the oracle
+    mean(c, rho)       = mean of the outcome over c's ceil(rho N) best positions
     jaccard(c, c')     = |selected by both| / |selected by either|
 
 The oracle ranks by the outcome itself, an undefined one as 0. Where gains are negative too, its
 share exceeds 1 before rho does. A share of a total that is not positive, or of a context gain that
-is not told apart from 0 in sum, means nothing: it is NaN, and a warning says so. (The total cancels
-in the area, which is defined wherever the outcome varies.)
+is not told apart from 0 in sum, means nothing: it is NaN, and a warning says so. Where that total
+is told apart, its share is a description without an interval, and the mean has one. (The total
+cancels in the area, which is defined wherever the outcome varies.)
 
 Scores are normalized over the whole table; budgets are shares of the positions of a population (or
 of each of its training batches or responses, see `Rules`), and a selection is made among them. A
@@ -163,8 +165,8 @@ class Population:
         return selection_sums(self.candidates, self.values, draws=draws, oracles=places)
 
     def estimates(self) -> dict[tuple, Estimate]:
-        """Shares and enrichments by (statistic, population, outcome, criterion, budget); areas have
-        no budget.
+        """Means, shares and enrichments by (statistic, population, outcome, criterion, budget);
+        areas have no budget.
         """
         sums = self.sums()
         found: dict[tuple, Estimate] = {}
@@ -212,8 +214,9 @@ class Population:
 
 
 def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]:
-    """Shares and enrichments [P, C, B] and areas [P, C] of one outcome."""
+    """Means, shares and enrichments [P, C, B] and areas [P, C] of one outcome."""
     total, rows = sums.total[:, None, None, place], sums.total[:, None, None, 0]
+    mean_inside = positive_ratio(sums.inside[:, :, :-1, place], sums.inside[:, :, :-1, 0])
     share = positive_ratio(sums.inside[:, :, :-1, place], total)
     enrichment = positive_ratio(share, sums.inside[:, :, :-1, 0] / rows)
     middle = sums.total[:, place] / 2
@@ -221,7 +224,7 @@ def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]
         sums.inside[:, :, -1, place] - middle[:, None],
         (sums.oracle[:, -1, place] - middle)[:, None],
     )
-    return {"share": share, "enrichment": enrichment, "area": area}
+    return {"mean": mean_inside, "share": share, "enrichment": enrichment, "area": area}
 
 
 @dataclass(frozen=True)
@@ -379,7 +382,11 @@ def _require_outcomes(tokens: pd.DataFrame, outcomes: Iterable[str]) -> list[str
 
 
 def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tuple, Estimate]:
-    """Shares, enrichments and areas of every population, with prompts' and steps' parts."""
+    """Means, shares, enrichments and areas of every population, with prompts' and steps' parts.
+
+    A share of an outcome of `UNSURE` has no interval: on samples of a real bank one of its ratio to
+    such a total held the truth 43 to 90 times in a hundred. The mean in the outcome's own unit has.
+    """
 
     def make(table: pd.DataFrame, how: Bootstrap) -> dict[tuple, Estimate]:
         found: dict[tuple, Estimate] = {}
@@ -397,20 +404,23 @@ def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tu
             split,
         )
     return {
-        key: replace(estimate, value=np.nan)
-        if key[0] in ("share", "enrichment") and key[1:3] in unsure
+        key: _described(estimate, key[1:3] in unsure)
+        if key[0] in ("share", "enrichment") and key[2].startswith(UNSURE)
         else estimate
         for key, estimate in found.items()
     }
 
 
+def _described(estimate: Estimate, undefined: bool) -> Estimate:
+    """The estimate without an interval, and without a value where its total may be 0."""
+    value = np.nan if undefined else estimate.value
+    return replace(estimate, value=value, draws=np.full_like(estimate.draws, np.nan))
+
+
 def _unsure_totals(
     tokens: pd.DataFrame, outcomes: Iterable[str], bootstrap: Bootstrap
 ) -> set[tuple[str, str]]:
-    """Population and outcome of each total whose interval holds 0, of the outcomes of `UNSURE`.
-
-    Intervals of shares of such a total hold the truth 46 to 90 times in a hundred.
-    """
+    """Population and outcome of each total whose interval holds 0, of the outcomes of `UNSURE`."""
 
     def make(table: pd.DataFrame, how: Bootstrap) -> dict[tuple, Estimate]:
         return {
@@ -463,12 +473,15 @@ def selection_curves(
     Returns:
         Columns outcome, criterion, split, budget, selected (positions), tied (positions with the
         score at the cut, where it divides them), ambiguous (share of the selection that only its
-        order among equals decided), captured_share, low, high, spread (standard deviation over
-        random ties, or over the draws of a random criterion; 0 where nothing is random), random
-        (the share that a random selection captures on average), random_low, random_high (the
-        interval that holds `level` of random selections), oracle, positions, prompts, steps. The
-        rows of `random` have that interval in low and high; all others have an interval over
-        prompts and step batches, with the selection made anew in each draw.
+        order among equals decided), captured_share, low, high (NaN for context and relative gains,
+        whose totals may lie near 0), mean (of the outcome over the selected positions, in its own
+        unit, an undefined one as 0), mean_low, mean_high, mean_per_kept (the mean over the share of
+        positions kept), spread (standard deviation over random ties, or over the draws of a random
+        criterion; 0 where nothing is random), random (the share that a random selection captures on
+        average), random_low, random_high (the interval that holds `level` of random selections),
+        oracle, positions, prompts, steps. The rows of `random` have that interval in low and high
+        and none for the mean; all others have intervals over prompts and step batches, with the
+        selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
@@ -504,19 +517,28 @@ def _curves(
             _warn_unless_positive(values, outcome, split)
             frame = _shared_columns(part, values, bands[split, outcome])
             key = {"outcome": outcome, "split": split}
-            rows += [key | each for each in _random_rows(part, frame)]
             held = np.nan_to_num(values)[:, None]
+            rows += [key | each for each in _random_rows(part, frame, held[:, 0])]
             for name in part.candidates.names:
                 spread = part.candidates.spread(name, held)[:, 0]
                 spread = positive_ratio(spread, held.sum())
                 for b, budget in enumerate(part.candidates.budgets):
                     share = estimates["share", split, outcome, name, budget]
-                    shown = row(share, level, named="captured_share")
+                    inside = estimates["mean", split, outcome, name, budget]
                     own = {"criterion": name, "spread": spread[b], **vars(found[name, budget])}
-                    rows.append(key | frame[b] | own | shown)
+                    own |= row(share, level, named="captured_share")
+                    own |= _means(inside, found[name, budget].selected / part.count, level)
+                    rows.append(key | frame[b] | own)
     table = pd.DataFrame(rows, columns=_CURVE_COLUMNS)
     wanted = table["budget"].isin(list(budgets)) if budgets is not None else slice(None)
     return table[wanted].reset_index(drop=True)
+
+
+def _means(inside: Estimate, kept: float, level: float) -> dict[str, float]:
+    """The mean outcome of the selected positions, and that over the share of positions kept."""
+    low, high = inside.interval(level)
+    over_kept = float(positive_ratio(inside.value, kept))
+    return {"mean": inside.value, "mean_low": low, "mean_high": high, "mean_per_kept": over_kept}
 
 
 _CURVE_COLUMNS = [
@@ -530,6 +552,10 @@ _CURVE_COLUMNS = [
     "captured_share",
     "low",
     "high",
+    "mean",
+    "mean_low",
+    "mean_high",
+    "mean_per_kept",
     "spread",
     "random",
     "random_low",
@@ -569,9 +595,15 @@ def _shared_columns(part: Population, values: np.ndarray, band: np.ndarray) -> l
     return pd.DataFrame(columns).to_dict("records")
 
 
-def _random_rows(part: Population, frame: list[dict]) -> Iterator[dict]:
+def _random_rows(part: Population, frame: list[dict], held: np.ndarray) -> Iterator[dict]:
     for shared, chance in zip(frame, part.expected, strict=True):
+        mean_inside = float(positive_ratio(chance @ held, chance.sum()))
+        kept = chance.sum() / part.count
         yield shared | {
+            "mean": mean_inside,
+            "mean_low": np.nan,
+            "mean_high": np.nan,
+            "mean_per_kept": float(positive_ratio(mean_inside, kept)),
             "criterion": "random",
             "selected": round(float(chance.sum()), 6),
             "tied": 0.0,

@@ -408,6 +408,8 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
             " ties decide every selection"
         )
     first, reference = best.iloc[0], best[best.criterion == REFERENCE]
+    if not np.isfinite(first.low):
+        return _mean_selected(best, outcome)
     random = f"random {first.random_low:.1%} to {first.random_high:.1%}"
     if not first.low > first.random_high:
         return (
@@ -422,6 +424,18 @@ def _captured(rows: pd.DataFrame, outcome: str) -> str:
     if first.criterion != REFERENCE and len(reference):
         text += f", {REFERENCE} {reference.captured_share.iloc[0]:.1%}"
     return text.replace("-", "−")
+
+
+def _mean_selected(rows: pd.DataFrame, outcome: str) -> str:
+    """The largest mean of an outcome whose shares have no interval."""
+    rows = rows[rows.mean_low.notna()] if "mean_low" in rows else rows[:0]
+    if rows.empty:
+        return f"no mean of the {WORDS[outcome]} has an interval"
+    first = rows.sort_values("mean", ascending=False, kind="stable").iloc[0]
+    return (
+        f"the selection with the largest mean {WORDS[outcome]} is {readable(first.criterion)}'s:"
+        f" {first['mean']:.2g} per position ({first.mean_low:.2g} to {first.mean_high:.2g})"
+    ).replace("-", "−")
 
 
 def q3(run: RunTables) -> str:

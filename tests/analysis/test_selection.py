@@ -709,6 +709,23 @@ def test_the_page_lists_every_criterion():
     assert "`ier`" in page and "`s2d`" in page
 
 
+def test_the_mean_of_what_is_selected_and_the_mean_per_share_kept():
+    tokens = whole(table())
+    budgets = [0.1, 0.3, 1.0]
+    given = {"criteria": ["entropy"], "outcomes": ["gain"], "budgets": budgets, "draws": 20}
+    curves = selection_curves(tokens, **given)
+    for budget in budgets:
+        chosen = criteria.select(tokens, "entropy", budget=budget)
+        own = rows(curves, criterion="entropy", budget=budget).iloc[0]
+        assert own["mean"] == pytest.approx(tokens.gain[chosen].mean(), rel=1e-12)
+        assert own.mean_per_kept == pytest.approx(own["mean"] / chosen.mean(), rel=1e-12)
+        assert own.mean_low <= own["mean"] <= own.mean_high
+        chance = rows(curves, criterion="random", budget=budget).iloc[0]
+        assert chance["mean"] == pytest.approx(tokens.gain.mean(), rel=1e-9)
+    everything = rows(curves, criterion="entropy", budget=1.0).iloc[0]
+    assert everything["mean"] == pytest.approx(tokens.gain.mean(), rel=1e-12)
+
+
 def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
     tokens = whole(table())
     sign = np.where(np.arange(len(tokens)) % 2 == 0, 1.0, -1.0)
@@ -717,7 +734,8 @@ def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
         curves = selection_curves(tokens.assign(context_gain=gains), **given)
         own = rows(curves, criterion="entropy")
         assert np.isfinite(own.captured_share).all() == defined
-        assert np.isfinite(own.low).all() == defined
+        assert own[["low", "high"]].isna().all(axis=None)  # a share of it is a description
+        assert np.isfinite(own[["mean", "mean_low", "mean_high"]]).all(axis=None)
 
 
 @pytest.mark.parametrize("total, defined", [(0.01, False), (0.4, True)])
