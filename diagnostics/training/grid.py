@@ -382,7 +382,7 @@ def run_grid(job: Job, cells: Sequence[TrainingCell], *, workers: int) -> None:
             f"{job.folder} is a link, and cells are written into the run's own folder alone. Remove"
             " the link."
         )
-    removescratch_folder(job.folder)
+    remove_scratch(job.folder)
     try:
         if not job.finished("untouched"):
             job.begin()
@@ -429,7 +429,7 @@ def _share_out(job: Job, missing: Sequence[TrainingCell], workers: int) -> None:
         ):
             log.info("%s (%d of %d%s)", result, done, len(missing), _left(began, done, len(tasks)))
     finally:
-        removescratch_folder(job.folder)
+        remove_scratch(job.folder)
 
 
 def _left(began: float, done: int, total: int) -> str:
@@ -485,7 +485,7 @@ SCRATCH = re.compile(r"\.training-.+-seed\d+")
 """Names of the folders in which trainings work."""
 
 
-def removescratch_folder(folder: Path) -> None:
+def remove_scratch(folder: Path) -> None:
     """Remove the folders of killed trainings.
 
     Only folders with our own names are removed, never a link or the target of a link.

@@ -9,6 +9,7 @@ from diagnostics.analysis import correlations as correlation_tables
 from diagnostics.analysis import rank_correlation, splits
 from diagnostics.analysis.bootstrap import PromptClusters
 from diagnostics.analysis.rank_correlation import Variable
+from diagnostics.analysis.splits import STATED_GAIN
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import combine
 from diagnostics.criteria import normalize, score_criterion
@@ -237,7 +238,7 @@ def test_the_names_of_the_folds_change_nothing(tokens):
     "change, message",
     [
         (
-            {"drop": ["context_gain", "gain", "relative_gain", "reverse_gain"]},
+            {"drop": [*OUTCOMES, STATED_GAIN]},
             (
                 r"^The analysis needs an outcome, one of context_gain, gain, reverse_gain,"
                 r" relative_gain; the table has context_id.*Run the probe on it first\.$"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.analysis import correlations, study
-from diagnostics.analysis.splits import STUDY_OUTCOMES
+from diagnostics.analysis.splits import STATED_GAIN, STUDY_OUTCOMES
 from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import combine
@@ -267,7 +267,7 @@ def test_degenerate_tables_are_studied_without_a_stumble(tokens, edit):
 
 def test_a_table_without_gains_or_rows_is_refused(tokens):
     with pytest.raises(DiagnosticsError, match=r"^The analysis needs an outcome"):
-        study.study(tokens.drop(columns=list(STUDY_OUTCOMES)))
+        study.study(tokens.drop(columns=[*STUDY_OUTCOMES, STATED_GAIN]))
     with pytest.raises(DiagnosticsError, match=r"^The token table has no rows"):
         study.study(tokens.head(0))
 

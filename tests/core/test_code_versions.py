@@ -17,12 +17,27 @@ def named_modules() -> list[str]:
     """Names that the package gives as a stage's code, by its syntax trees."""
     found = []
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        tree = ast.parse(path.read_bytes())
+        held = {
+            target.id: node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "code":
-                found += [each for each in ast.walk(node.value) if isinstance(each, ast.Constant)]
+                value = held.get(getattr(node.value, "id", ""), node.value)
+                found += [each for each in ast.walk(value) if isinstance(each, ast.Constant)]
+            elif isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and key.value == "code":
+                        found += [
+                            each for each in ast.walk(value) if isinstance(each, ast.Constant)
+                        ]
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "code_version":
                 found += [each for each in node.args if isinstance(each, ast.Constant)]
-    return sorted({each.value for each in found})
+    return sorted({each.value for each in found if isinstance(each.value, str)})
 
 
 def test_every_module_that_decides_numbers_is_there():
