@@ -31,10 +31,8 @@ def named_modules() -> list[str]:
                 found += [each for each in ast.walk(value) if isinstance(each, ast.Constant)]
             elif isinstance(node, ast.Dict):
                 for key, value in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == "code":
-                        found += [
-                            each for each in ast.walk(value) if isinstance(each, ast.Constant)
-                        ]
+                    if getattr(key, "value", None) == "code" and isinstance(value, ast.Tuple):
+                        found += [each for each in value.elts if isinstance(each, ast.Constant)]
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "code_version":
                 found += [each for each in node.args if isinstance(each, ast.Constant)]
     return sorted({each.value for each in found if isinstance(each.value, str)})
