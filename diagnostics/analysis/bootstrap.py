@@ -347,7 +347,7 @@ def exact(
 def positive_ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     """over / under, NaN where the latter is not positive."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(under > 0, over / under, np.nan)
+        return np.where(under > 0, np.divide(over, under), np.nan)
 
 
 def ratio_of_sums(sums: np.ndarray) -> np.ndarray:

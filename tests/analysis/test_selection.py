@@ -726,6 +726,13 @@ def test_the_mean_of_what_is_selected_and_the_mean_per_share_kept():
     assert everything["mean"] == pytest.approx(tokens.gain.mean(), rel=1e-12)
 
 
+def test_a_criterion_that_is_undefined_everywhere_selects_nothing_and_has_no_mean():
+    tokens = whole(table()).assign(student_entropy=np.nan)
+    given = {"criteria": ["entropy"], "outcomes": ["gain"], "budgets": [0.1], "draws": 20}
+    own = rows(selection_curves(tokens, **given), criterion="entropy").iloc[0]
+    assert own.selected == 0 and own[["mean", "mean_low", "mean_per_kept"]].isna().all()
+
+
 def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
     tokens = whole(table())
     sign = np.where(np.arange(len(tokens)) % 2 == 0, 1.0, -1.0)

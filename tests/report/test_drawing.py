@@ -31,7 +31,15 @@ def test_what_a_killed_copy_took_is_done_here():
     assert drawing.share_out(NAMES, work, 3) == {name: name for name in NAMES}
 
 
-def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left():
+def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left(monkeypatch):
+    fork, copies = os.fork, []
+
+    def forked():
+        copies.append(fork())
+        return copies[-1]
+
+    monkeypatch.setattr(os, "fork", forked)
+
     def work(name):
         if name == NAMES[-1]:
             raise DiagnosticsError("said")
@@ -39,8 +47,10 @@ def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left():
 
     with pytest.raises(DiagnosticsError, match=r"^said$"):
         drawing.share_out(NAMES, work, 2)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert copies
+    for copy in copies:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(copy, os.WNOHANG)
 
 
 def test_a_report_s_drawings_are_the_same_for_one_and_for_two_processes(tmp_path):
