@@ -170,6 +170,7 @@ def test_the_environment_is_asked_for_named_settings_only():
         if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")
     }
     assert {name for _, name in asked} <= allowed
+    assert {path for path, name in asked if name == "?"} == {"criteria.py"}
     read = Counter(p.name for p, node in nodes(ast.Attribute, PACKAGE) if node.attr == "environ")
     called = Counter(p for p, name, _ in calls(PACKAGE) if name.startswith("os.environ"))
     # A child process gets the environment as it is, and the names of the user's own criteria.
