@@ -55,6 +55,19 @@ class Context:
     teacher_prompt: str | None = None
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     teacher_prompt_ids: tuple[int, ...] | None = None
+    sampled_logprobs: tuple[float, ...] | None = None
+    """Log-probability of each response token, in nats, as the engine that sampled it reported it;
+    None where none is known. Scoring measures its own, and the two are compared."""
+
+    def __post_init__(self):
+        if self.sampled_logprobs is not None and len(self.sampled_logprobs) != len(
+            self.response_ids
+        ):
+            raise DiagnosticsError(
+                f"Context {self.context_id!r} has {len(self.sampled_logprobs)} values in"
+                f" sampled_logprobs and {len(self.response_ids)} response tokens. Give one value"
+                " per token, or none."
+            )
 
     def __repr__(self) -> str:
         said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
@@ -80,6 +93,8 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
+OF_ENGINE = ("sampled_logprobs",)
+"""Columns of a context table that are there only where the engine reported them."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +145,18 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts only where there are any.
+            the teacher's prompts and the engine's log-probabilities only where there are any.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
-        columns = [
-            name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER
-        ]
+        told = any(context.sampled_logprobs is not None for context in self.contexts)
+        absent = {*(() if hinted else OF_TEACHER), *(() if told else OF_ENGINE)}
+        columns = [name for name in Context.__dataclass_fields__ if name not in absent]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids")):
-            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
+        for name in (name for name in columns if name.endswith("_ids") or name in OF_ENGINE):
+            frame[name] = [None if values is None else list(values) for values in frame[name]]
         return frame
 
     @classmethod
@@ -157,7 +172,11 @@ class Bank:
         """
         require_columns(
             frame,
-            [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER],
+            [
+                name
+                for name in Context.__dataclass_fields__
+                if name not in (*OF_TEACHER, *OF_ENGINE)
+            ],
             what="a context table",
         )
         repeated = frame.context_id[frame.context_id.duplicated()]
@@ -182,7 +201,21 @@ def _context(row: dict) -> Context:
         finished=_truth(row["finished"]),
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
         teacher_prompt_ids=_whole(hint) if hinted else None,
+        sampled_logprobs=_numbers(row.get("sampled_logprobs")),
     )
+
+
+def _numbers(values) -> tuple[float, ...] | None:
+    """The values of a cell as floats; None for a gap."""
+    if not hasattr(values, "__len__"):
+        return None
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"A context's sampled_logprobs are a list of numbers; found {str(values)[:60]!r}. Fix"
+            " the table, or leave the column out."
+        ) from error
 
 
 def _truth(value) -> bool:
