@@ -74,6 +74,7 @@ SURFACE = {
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
     "criteria": "criterion-module json quiet",
+    "atlas": "criterion-module json names output-dir quiet",
 }
 
 
