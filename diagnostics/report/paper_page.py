@@ -446,7 +446,8 @@ SIDES = {"released": "As released", "controlled": "Controlled"}
 def _sides(said: Mapping) -> str:
     """What both sides say, beside one another."""
     sides = "".join(
-        f'<div><p class="side">{head}</p><p>{html.escape(summary.minus(_typeset(said[name])))}</p></div>'
+        f'<div><p class="side">{head}</p>'
+        f"<p>{html.escape(summary.minus(_typeset(said[name])))}</p></div>"
         for name, head in SIDES.items()
         if isinstance(said.get(name), str) and said[name]
     )
