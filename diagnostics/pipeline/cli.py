@@ -156,6 +156,7 @@ def _command(arguments: list[str]) -> int:
         load_module(path)
     result = {
         "criteria": _criteria,
+        "coverage": lambda: _coverage(parsed),
         "rerun": lambda: _rerun(parsed),
         "report": lambda: _report(parsed),
         "atlas": lambda: _atlas(parsed),
@@ -314,6 +315,17 @@ def _criteria() -> dict:
     return {
         "text": table.drop(columns=["mine"]).to_string(),
         "criteria": table.reset_index().to_dict("records"),
+    }
+
+
+def _coverage(parsed: argparse.Namespace) -> dict:
+    from diagnostics.contexts.coverage import read_coverage
+
+    found = read_coverage(parsed.student, parsed.teacher, parsed.contexts, chains=parsed.chains)
+    return {
+        "text": found.table.to_string(index=False, float_format="{:.3f}".format),
+        "coverage": json.loads(found.table.to_json(orient="records")),
+        **found.counts,
     }
 
 

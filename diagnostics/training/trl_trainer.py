@@ -758,6 +758,13 @@ def _check_pair(pair: Pair) -> None:
                 " and output head, from which the loss is computed. It can be scored and probed;"
                 " choose another architecture for training."
             )
+        if readout.excluded:
+            raise DiagnosticsError(
+                f"The {role}'s tokenizer names {len(readout.excluded)} special tokens otherwise"
+                f" than the other model's (id {readout.excluded[0]} is the first), and the loss of"
+                " training has them in both distributions. Such a pair can be scored and probed;"
+                " give both models one tokenizer for training."
+            )
 
 
 def _scales_otherwise(readout: Readout) -> bool:
