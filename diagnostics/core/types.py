@@ -110,10 +110,10 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
-OPTIONAL = (*OF_TEACHER, "correct", "supervised")
-"""Columns of a context table that may be absent."""
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
+OPTIONAL = (*OF_TEACHER, "correct", SUPERVISED)
+"""Columns of a context table that may be absent."""
 
 
 @dataclass(frozen=True)
