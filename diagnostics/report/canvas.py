@@ -263,8 +263,8 @@ class MeasuredOnce:
         return self._sizes[key]
 
     def _get_font_height_metrics(self, prop):
-        """Ascent, descent and gap between lines in pixels, which matplotlib would read from the font's
-        file for each text; None three times where the font does not have them.
+        """Ascent, descent and gap between lines in pixels, which matplotlib would read from the
+        font's file for each text; None three times where the font does not have them.
         """
         height = prop.get_size_in_points() * self.points_to_pixels(72) / 72
         try:
