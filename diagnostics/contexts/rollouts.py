@@ -209,6 +209,7 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 response_ids=new.response_ids,
                 finished=new.finished,
                 sampled_logprobs=new.sampled_logprobs,
+                supervised=None,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )

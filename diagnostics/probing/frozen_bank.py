@@ -91,7 +91,7 @@ class FrozenBank:
         parts: Sequence[np.ndarray] | None = None,
         gradient: bool = False,
     ):
-        scores.check_bank(pair, bank)
+        bank = scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
         self.batch_tokens = scores.chosen_batch_tokens(
             pair, batch_tokens, use="gradient" if gradient else "score"
@@ -108,7 +108,7 @@ class FrozenBank:
         """The prompt of every position [N]."""
         return np.repeat(
             [context.prompt_id for context in self.bank],
-            [len(context.response_ids) for context in self.bank],
+            [len(context.sampled_ids) for context in self.bank],
         )
 
     def rescore(

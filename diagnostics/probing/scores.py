@@ -21,18 +21,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress, worked
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import divergences
+from diagnostics.measure import divergences, extras
 from diagnostics.models import batch_size, topk_teacher
 from diagnostics.models.batch_size import BATCH_TOKENS
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 
 log = logging.getLogger("diagnostics")
 PADDING = 0.25
@@ -56,6 +56,7 @@ class ScoreConfig:
         sweep: Other sizes K that are measured in the same pass.
         batch_tokens: Tokens in one forward pass, padding included; None takes 8,192 on the CPU, and
             on CUDA what the free memory holds (`models.batch_size`).
+        extra: Further measurements (`measure.extras.COLUMNS`).
     """
 
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
@@ -63,6 +64,10 @@ class ScoreConfig:
         default=(4, 8, 32), metadata={"help": "other K measured in the same pass"}
     )
     batch_tokens: int | None = field(default=None, metadata=batch_size.FLAG)
+    extra: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
+    )
 
 
 MEASURED_AFTER = {
@@ -221,7 +226,7 @@ def batches(
     Returns:
         The batches, shortest contexts first.
     """
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     lengths = [context.longest for context in bank]
     wanted = [
         i
@@ -249,17 +254,17 @@ def _is_full(contexts: int, longest: int, tokens: int, batch_tokens: int) -> boo
 
 def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray | None) -> Batch:
     ids_BT, mask_BT = _padded([context.ids for context in contexts])
-    lengths = np.array([len(context.response_ids) for context in contexts])
+    counts = np.array([len(context.sampled_ids) for context in contexts])
     first = np.array([len(context.prompt_ids) for context in contexts])
-    which_n = np.repeat(np.arange(len(contexts)), lengths)
-    step_n = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-    rows_n = np.asarray(starts)[which_n] + step_n
-    sampled_n = np.concatenate([np.asarray(context.response_ids, int) for context in contexts])
+    which_n = np.repeat(np.arange(len(contexts)), counts)
+    rows_n = np.repeat(np.asarray(starts), counts) + _counted(counts)
+    when_n = first[which_n] + response_indices(contexts) - 1
+    sampled_n = sampled_tokens(contexts)
     kept = slice(None) if keep is None else keep[rows_n]
     return Batch(
         ids_BT,
         mask_BT,
-        (torch.tensor(which_n[kept]), torch.tensor((first[which_n] + step_n - 1)[kept])),
+        (torch.tensor(which_n[kept]), torch.tensor(when_n[kept])),
         torch.tensor(sampled_n[kept]),
         torch.tensor(rows_n[kept]),
         tuple(contexts),
@@ -302,6 +307,7 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
+    bank = _graded(pair, bank)
     return _table(pair, bank, _columns(pair, bank, config, shards=shards))
 
 
@@ -360,6 +366,7 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
+    bank = _graded(pair, bank)
     columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
@@ -386,8 +393,7 @@ def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFra
 def _columns(
     pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every measurement [N] by name, float64, over all processes."""
-    check_bank(pair, bank)
+    """Every measurement [N] by name, float64, over all processes, of a checked bank."""
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
     tokens = chosen_batch_tokens(pair, config.batch_tokens)
@@ -479,7 +485,10 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
     """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
     student, teacher = pair.student, teacher_of(pair)
     k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
+    extra = extras.check_extras(config.extra)
     if isinstance(teacher, topk_teacher.TopKTeacher):
+        if extra:
+            topk_teacher.refuse(teacher, f"The measurement {extra[0]}")
         depth = teacher.depth(bank)
 
         def measure_lists(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
@@ -509,6 +518,7 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
             k=k,
             sweep=sweep,
             tops=tops,
+            more=extras.asked(extra, k=k, sweep=sweep),
             student_dropped=student_dropped,
         )
 
@@ -585,18 +595,22 @@ def teacher_of(pair: Pair) -> Teacher:
     return pair.teacher
 
 
-def check_bank(pair: Pair, bank: Bank) -> None:
-    """Refuse a bank that the pair cannot score.
+def check_bank(pair: Pair, bank: Bank) -> Bank:
+    """Return the bank with the positions that the pair can grade, or refuse it.
 
     Args:
         pair: Student and teacher.
         bank: The frozen contexts.
+
+    Returns:
+        The bank; without positions whose token is another special token for the teacher.
 
     Raises:
         DiagnosticsError: The pair has no teacher, the bank has no response token, a context has no
             prompt token or an id outside the shared vocabulary, or a top-K teacher lacks a list.
     """
     teacher = teacher_of(pair)
+    bank = pair.graded(bank)
     if not bank.positions:
         raise DiagnosticsError(
             f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or"
@@ -617,6 +631,15 @@ def check_bank(pair: Pair, bank: Bank) -> None:
             )
     if isinstance(teacher, topk_teacher.TopKTeacher):
         teacher.require(bank)
+    return bank
+
+
+def _graded(pair: Pair, bank: Bank) -> Bank:
+    """The checked bank with the positions that the pair can grade; says what is left out."""
+    graded = check_bank(pair, bank)
+    if pair.dropped:
+        log_dropped(count_dropped(bank, pair.dropped), bank.positions)
+    return graded
 
 
 @torch.no_grad()
@@ -729,45 +752,62 @@ def rescore(
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:
-    """Logits of the ids outside the shared vocabulary, for a model that has any."""
-    return model.dropped_logits if model.full_vocabulary > model.vocabulary else None
+    """Logits of the ids that are left out of the distributions, for a model that has any."""
+    return model.dropped_logits if model.drops else None
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
-    lengths = np.array([len(context.response_ids) for context in bank])
-    context_N = np.repeat(np.arange(len(bank)), lengths)
+    counts = np.array([len(context.sampled_ids) for context in bank])
+    context_N = np.repeat(np.arange(len(bank)), counts)
     token_N = sampled_tokens(bank)
     distinct, code_N = np.unique(token_N, return_inverse=True)
-    special = special_ids(pair.tokenizer)
+    special, known = special_ids(pair.tokenizer), distinct.tolist()
     tokenizer: Any = pair.tokenizer
 
     # Texts are repeated in pandas' own form: making it anew takes longer than all the rest.
-    def of_contexts(name: str) -> pd.Series:
-        values = pd.Series([getattr(context, name) for context in bank])
-        return values.take(context_N).reset_index(drop=True)
+    def of_contexts(values: Iterable) -> pd.Series:
+        return pd.Series(list(values)).take(context_N).reset_index(drop=True)
 
     def of_tokens(values: list) -> pd.Series:
         return pd.Series(values).take(code_N).reset_index(drop=True)
 
-    known = distinct.tolist()
     return pd.DataFrame(
         {
-            "context_id": of_contexts("context_id"),
-            "prompt_id": of_contexts("prompt_id"),
-            "position": np.arange(len(token_N)) - np.repeat(lengths.cumsum() - lengths, lengths),
-            "response_length": lengths[context_N],
+            "context_id": of_contexts(context.context_id for context in bank),
+            "prompt_id": of_contexts(context.prompt_id for context in bank),
+            "position": _counted(counts),
+            "response_length": counts[context_N],
             "token_id": token_N,
             "is_special": of_tokens([token in special for token in known]),
+            **({"response_index": response_indices(bank.contexts)} if bank.masked else {}),
             "token": of_tokens([tokenizer.decode([token]) for token in known]),
+            **_verdicts(bank, context_N),
         }
     )
 
 
-def sampled_tokens(bank: Bank) -> np.ndarray:
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … for each of the counts, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+
+
+def _verdicts(bank: Bank, context_N: np.ndarray) -> dict[str, np.ndarray]:
+    """The column `correct` [N], where any context of the bank was judged."""
+    verdicts = [np.nan if context.correct is None else context.correct for context in bank]
+    judged = any(context.correct is not None for context in bank)
+    return {"correct": np.array(verdicts, dtype=float)[context_N]} if judged else {}
+
+
+def sampled_tokens(contexts: Iterable[Context]) -> np.ndarray:
     """The sampled token of every position [N], int64, in the order of a token table's rows."""
     return np.fromiter(
-        (token for context in bank for token in context.response_ids), np.int64, bank.positions
+        (token for context in contexts for token in context.sampled_ids), dtype=np.int64
     )
+
+
+def response_indices(contexts: Iterable[Context]) -> np.ndarray:
+    """The index within its response of every position [N], int64, in the same order."""
+    return np.concatenate([np.asarray(context.positions, dtype=np.int64) for context in contexts])
 
 
 def lists_positions(bank: Bank, tokens: pd.DataFrame) -> bool:
@@ -782,7 +822,7 @@ def lists_positions(bank: Bank, tokens: pd.DataFrame) -> bool:
     if not np.array_equal(tokens["token_id"].to_numpy(), sampled_tokens(bank)):
         return False
     ids = tokens["context_id"].to_numpy()
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     return all(
         (ids[first:last] == context.context_id).all()
         for context, first, last in zip(bank, starts, starts[1:])
@@ -806,7 +846,7 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
     stops = len(bad) > NOT_FINITE_LIMIT * len(values)
     of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)
