@@ -64,6 +64,7 @@ _HOMES = {
     "report.tokenview": ("show",),
     "report.page": ("read_run",),
     "report.compare_runs": ("compare_runs",),
+    "report.atlas_page": ("atlas",),
 }
 _MODULES = {"plot": "report.figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names} | _MODULES

@@ -36,6 +36,7 @@ from diagnostics.probing.intervention import intervene, interventions
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score, score_with_tops
 from diagnostics.report import figures as plot
+from diagnostics.report.atlas_page import atlas
 from diagnostics.report.compare_runs import compare_runs
 from diagnostics.report.page import read_run
 from diagnostics.report.tokenview import show
@@ -60,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "agreement",
     "ambiguous_share",
+    "atlas",
     "attribute",
     "compare",
     "compare_runs",

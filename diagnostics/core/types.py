@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import require_as_written
+from diagnostics.core.rows import missing
 from diagnostics.core.schema import read_parquet, require_columns
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class Context:
     teacher_prompt: str | None = None
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     teacher_prompt_ids: tuple[int, ...] | None = None
+    correct: bool | None = None
+    """Whether the response is right, as a verifier or the file that it came from says; None where
+    it was not judged."""
     supervised: tuple[bool, ...] | None = None
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
@@ -108,6 +112,8 @@ OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
+OPTIONAL = (*OF_TEACHER, "correct", SUPERVISED)
+"""Columns of a context table that may be absent."""
 
 
 @dataclass(frozen=True)
@@ -189,13 +195,15 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts and `supervised` only where there are any.
+            the teacher's prompts, whether a response is right, and `supervised` only where any
+            context has them.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
-        absent = {*(() if hinted else OF_TEACHER), *(() if self.masked else (SUPERVISED,))}
-        columns = [name for name in Context.__dataclass_fields__ if name not in absent]
+        judged = any(context.correct is not None for context in self.contexts)
+        there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
+        columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
         for name in (name for name in columns if name.endswith("_ids") or name == SUPERVISED):
@@ -215,11 +223,7 @@ class Bank:
         """
         require_columns(
             frame,
-            [
-                name
-                for name in Context.__dataclass_fields__
-                if name not in (*OF_TEACHER, SUPERVISED)
-            ],
+            [name for name in Context.__dataclass_fields__ if name not in OPTIONAL],
             what="a context table",
         )
         repeated = frame.context_id[frame.context_id.duplicated()]
@@ -242,19 +246,20 @@ def _context(row: dict) -> Context:
         prompt_ids=_whole(row["prompt_ids"]),
         response=str(row["response"]),
         response_ids=_whole(row["response_ids"]),
-        finished=_truth(row["finished"]),
+        finished=_truth(row["finished"], "finished"),
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
         teacher_prompt_ids=_whole(hint) if hinted else None,
+        correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
         supervised=own,
     )
 
 
-def _truth(value) -> bool:
+def _truth(value, name: str) -> bool:
     plain = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(plain, bool | int | float) or plain not in (True, False):
         raise DiagnosticsError(
-            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Fix the"
-            " table's column finished."
+            f"A context is {name} or not: true or false; found {str(value)[:60]!r}. Fix the"
+            f" table's column {name}."
         )
     return bool(plain)
 

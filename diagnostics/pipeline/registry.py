@@ -586,6 +586,24 @@ STAGES = (
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
+        name="atlas",
+        purpose="Pool what the runs of several pairs say: what holds on all, what turns, what a new"
+        " pair would show.",
+        example=(
+            "atlas reports/embedded-probe reports/second-pair reports/smollm2 --output-dir"
+            " reports/atlas",
+        ),
+        reads="`manifest.json` and `tables/*.csv` of two or more runs, one per pair",
+        writes="`atlas.html`, `atlas.json`, `tables/atlas_*.csv`, `figures/atlas_*.png`",
+        flags=(
+            Flag(("runs",), dict(nargs="+", metavar="RUN", help="run directories, one per pair")),
+            flag("names", nargs="+", metavar="NAME", help="a name for each pair, in their order"),
+            flag("output-dir", required=True, help="folder of the atlas"),
+        ),
+        recorded=False,
+        modules=("analysis.across_pairs", "report.atlas_page"),
+    ),
+    Stage(
         name="rerun",
         purpose="Repeat a run from its manifest and compare the hash of every file.",
         example=(

@@ -61,6 +61,7 @@ from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
@@ -623,7 +624,7 @@ class StepSelection:
         read = set(registry.find(self.planned.cell.criterion).needs)
         if number <= 1 or read <= UNMEASURED:
             return self.bench.tokens.iloc[rows]
-        return remeasured(self.bench, rows, k=self.k)
+        return remeasured(self.bench, rows, k=self.k, extra=extras_of(read))
 
 
 @dataclass(frozen=True)

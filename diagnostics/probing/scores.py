@@ -27,7 +27,7 @@ from diagnostics.core.progress import Shards, progress, worked
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import divergences
+from diagnostics.measure import divergences, extras
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
@@ -51,6 +51,7 @@ class ScoreConfig:
         k: Size of the top-K supports.
         sweep: Other sizes K that are measured in the same pass.
         batch_tokens: Tokens in one forward pass, padding included.
+        extra: Further measurements (`measure.extras.COLUMNS`).
     """
 
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
@@ -59,6 +60,10 @@ class ScoreConfig:
     )
     batch_tokens: int = field(
         default=BATCH_TOKENS, metadata={"help": "tokens in one forward pass, padding included"}
+    )
+    extra: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
     )
 
 
@@ -413,7 +418,10 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
     """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
     student, teacher = pair.student, teacher_of(pair)
     k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
+    extra = extras.check_extras(config.extra)
     if isinstance(teacher, topk_teacher.TopKTeacher):
+        if extra:
+            topk_teacher.refuse(teacher, f"The measurement {extra[0]}")
         depth = teacher.depth(bank)
 
         def measure_lists(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
@@ -443,6 +451,7 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
             k=k,
             sweep=sweep,
             tops=tops,
+            more=extras.asked(extra, k=k, sweep=sweep),
             student_dropped=student_dropped,
         )
 
@@ -708,7 +717,15 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
         frame["response_index"] = [t for context in bank for t in context.positions]
     tokenizer: Any = pair.tokenizer
     texts = {token: tokenizer.decode([token]) for token in frame["token_id"].unique()}
-    return frame.assign(token=frame["token_id"].map(texts))
+    return frame.assign(token=frame["token_id"].map(texts), **_verdicts(bank))
+
+
+def _verdicts(bank: Bank) -> dict[str, np.ndarray]:
+    """The column `correct` [N], where any context of the bank was judged."""
+    verdicts = [np.nan if context.correct is None else context.correct for context in bank]
+    lengths = [len(context.response_ids) for context in bank]
+    judged = any(context.correct is not None for context in bank)
+    return {"correct": np.repeat(np.array(verdicts, dtype=float), lengths)} if judged else {}
 
 
 def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

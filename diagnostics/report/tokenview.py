@@ -36,6 +36,7 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several, share, takes, token_table
 from diagnostics.core.schema import SCHEMA, require_columns
 from diagnostics.core.types import Bank, Context
+from diagnostics.report.themes import themed
 from diagnostics.report.token_text import Printed, in_color
 from diagnostics.report.token_widget import token_widget
 
@@ -131,7 +132,7 @@ class TokenView:
 
 def style() -> str:
     """The view's style sheet."""
-    return (STATIC / "tokenview.css").read_text(encoding="utf-8")
+    return themed((STATIC / "tokenview.css").read_text(encoding="utf-8"))
 
 
 def script() -> str:
