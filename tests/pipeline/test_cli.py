@@ -21,7 +21,7 @@ SURFACE = {
         " prompt-column prompts prompts-split quick quiet random-draws rollouts"
         " rollouts-format samples-per-prompt scope seed shard-teacher step student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p warm-steps"
+        " teacher-revision temperature top-k top-p turns warm-steps"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
