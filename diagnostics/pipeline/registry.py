@@ -344,7 +344,8 @@ STAGES = (
         reads="`contexts.parquet`",
         writes=(
             "`scores.parquet`: every measurement before the step; `tops.parquet`: the most likely"
-            " tokens of both models; `tokens.parquet`"
+            " tokens of both models; `tables/stop_tokens.csv`: what ends a response for either;"
+            " `tokens.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
@@ -612,6 +613,24 @@ STAGES = (
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
+        name="atlas",
+        purpose="Pool what the runs of several pairs say: what holds on all, what turns, what a new"
+        " pair would show.",
+        example=(
+            "atlas reports/embedded-probe reports/second-pair reports/smollm2 --output-dir"
+            " reports/atlas",
+        ),
+        reads="`manifest.json` and `tables/*.csv` of two or more runs, one per pair",
+        writes="`atlas.html`, `atlas.json`, `tables/atlas_*.csv`, `figures/atlas_*.png`",
+        flags=(
+            Flag(("runs",), dict(nargs="+", metavar="RUN", help="run directories, one per pair")),
+            flag("names", nargs="+", metavar="NAME", help="a name for each pair, in their order"),
+            flag("output-dir", required=True, help="folder of the atlas"),
+        ),
+        recorded=False,
+        modules=("analysis.across_pairs", "report.atlas_page"),
+    ),
+    Stage(
         name="rerun",
         purpose="Repeat a run from its manifest and compare the hash of every file.",
         example=(
@@ -636,6 +655,35 @@ STAGES = (
             flag("device", default="auto", help="where the models run (default: auto)"),
         ),
         modules=("pipeline.reproduce",),
+    ),
+    Stage(
+        name="coverage",
+        purpose="Report how much of frozen contexts a teacher with another tokenizer can grade.",
+        example=(
+            "coverage --student ./small --teacher ./other --contexts reports/mine",
+            "coverage --student ./small --teacher ./other --contexts contexts.parquet --chains 1",
+        ),
+        reads="two tokenizers; `contexts.parquet`, and `tops.parquet` where a run has it",
+        writes="nothing",
+        flags=(
+            flag(
+                "student", required=True, help="tokenizer of the contexts: Hugging Face id, folder"
+            ),
+            flag("teacher", required=True, help="tokenizer of the teacher: likewise"),
+            flag(
+                "contexts",
+                required=True,
+                metavar="RUN_OR_FILE",
+                help="run directory, or a file of frozen contexts",
+            ),
+            flag(
+                "chains",
+                type=int,
+                default=4,
+                help="most teacher tokens that spell one of the student's (default: 4)",
+            ),
+        ),
+        modules=("contexts.coverage", "models.token_bytes"),
     ),
     Stage(
         name="criteria",

@@ -65,6 +65,8 @@ LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
 """Options that were added after the first grids. A cell names them only where they are set, so that
 cells of earlier grids keep their names; None is what those grids did."""
 GAIN_KEYS = ("context_id", "position")
+STOPS = "tables/stop_tokens.csv"
+"""The tokens that end a response for either model."""
 
 
 def _merged(*parts: Any) -> dict[str, Any]:
@@ -309,6 +311,8 @@ def ask_stage(run: Run, models: Models, config: AskConfig) -> Path:
 
 def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
+    from diagnostics.models.pair import stop_tokens
+    from diagnostics.models.special_tokens import count_dropped
     from diagnostics.probing.scores import score_with_tops
 
     def work() -> dict:
@@ -316,15 +320,21 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
-        return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
+        write_csv(run.path(STOPS), stop_tokens(models.pair))
+        dropped = models.pair.dropped
+        return {
+            **models.pair.facts,
+            "not_finite": int(tokens["forward_kl"].isna().sum()),
+            **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
+        }
 
     run.stage(
         "score",
         settings={**models.settings, **dataclasses.asdict(config)},
         inputs=["contexts.parquet"],
-        outputs=["scores.parquet", "tops.parquet"],
+        outputs=["scores.parquet", "tops.parquet", STOPS],
         work=work,
-        code=("probing.scores",),
+        code=("probing.scores", "models.special_tokens"),
         models=models.fingerprint,
     )
     join_tokens(run)
@@ -497,7 +507,8 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
     from diagnostics.probing.scores import score_after
 
     def work() -> dict:
-        pair, bank = _trained_pair(models, checkpoint), read_bank(run.path("contexts.parquet"))
+        pair = _trained_pair(models, checkpoint)
+        bank = pair.graded(read_bank(run.path("contexts.parquet")))
         after = score_after(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
         write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
@@ -543,7 +554,7 @@ def _seen(checkpoint: str, bank: Bank) -> np.ndarray | None:
             RECORD,
         )
         return None
-    lengths = [len(context.response_ids) for context in bank]
+    lengths = [len(context.sampled_ids) for context in bank]
     return np.repeat(seen_contexts(trained, bank), lengths)
 
 

@@ -52,7 +52,7 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
-from diagnostics.measure import divergences, losses
+from diagnostics.measure import divergences, extras, losses
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.readout import backbone as find_backbone
@@ -183,6 +183,11 @@ class Selection:
     """Whether the budget is a share of the step's positions or of each response's."""
     per_context_minimum: int = 0
     """Number of best positions of every response that are kept first, within the budget."""
+
+    @property
+    def more(self) -> divergences.More | None:
+        """Measures the columns that the criterion reads beside the usual ones; None without any."""
+        return extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
 
     def _rules(self) -> dict[str, Any]:
         return {
@@ -468,6 +473,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
                         self._teacher_logits(teacher_BTH),
                         part["completion_ids"][part["valid"]],
                         k=self.selection.k,
+                        more=self.selection.more,
                     )
                 )
 
@@ -751,6 +757,13 @@ def _check_pair(pair: Pair) -> None:
                 f"The {role} ({type(readout.model).__name__}) cannot be taken apart into backbone"
                 " and output head, from which the loss is computed. It can be scored and probed;"
                 " choose another architecture for training."
+            )
+        if readout.excluded:
+            raise DiagnosticsError(
+                f"The {role}'s tokenizer names {len(readout.excluded)} special tokens otherwise"
+                f" than the other model's (id {readout.excluded[0]} is the first), and the loss of"
+                " training has them in both distributions. Such a pair can be scored and probed;"
+                " give both models one tokenizer for training."
             )
 
 

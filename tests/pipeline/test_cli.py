@@ -79,7 +79,9 @@ SURFACE = {
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
+    "coverage": "chains contexts criterion-module json quiet student teacher",
     "criteria": "criterion-module json quiet",
+    "atlas": "criterion-module json names output-dir quiet",
 }
 
 
