@@ -23,6 +23,12 @@ SURFACE = {
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p turns warm-steps"
     ),
+    "ask-teacher": (
+        "accept-code api-key-env concurrency criterion-module device dialect dtype json"
+        " no-offload-teacher no-shard-teacher offload-teacher output-dir pair quiet retries"
+        " served-model shard-teacher student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs url"
+    ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
         " tokens tokens-after training"
