@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
     from diagnostics.models.pair import Pair
+    from diagnostics.models.served.ask import AskConfig
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
     from diagnostics.probing.one_step import ControlConfig, ProbeConfig
@@ -245,6 +246,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
+            turns=elsewhere.turns,
             prompts=originals,
             contexts=prompts.contexts,
             chat=prompts.chat,
@@ -267,6 +269,54 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
         models=models.fingerprint,
     )
+
+
+LISTS = "teacher_logprobs.parquet"
+"""A served teacher's lists on the run's contexts."""
+
+
+def ask_stage(run: Run, models: Models, config: AskConfig) -> Path:
+    """Ask a server for a teacher's likeliest tokens at every response position.
+
+    The manifest has the model's name there and the length of the lists, and neither the address nor
+    the key. The file is checked as `--teacher-logprobs` will read it before it is written.
+
+    Args:
+        run: A run directory with contexts.
+        models: The pair, of which the student's tokenizer is loaded and nothing else.
+        config: The server, and how it is asked.
+
+    Returns:
+        The path of the file.
+    """
+    from diagnostics.models.served.ask import ask_teacher
+    from diagnostics.models.topk_teacher import lists_of
+
+    path = run.path(LISTS)
+
+    def work() -> dict:
+        bank, tokenizer = read_bank(run.path("contexts.parquet")), models.tokenizer
+        frame, facts = ask_teacher(bank, tokenizer, config, shards=run.shards)
+        largest = max(tokenizer.get_vocab().values())
+        listed = max(i for lists in frame["top_ids"] for ids in lists for i in ids)
+        teacher = lists_of(frame, LISTS, vocabulary=1 + max(largest, listed))
+        teacher.require(bank)
+        write_parquet(path, frame)
+        return {**facts, "longest": teacher.width, "read_as_absent": teacher.absent}
+
+    run.stage(
+        "ask-teacher",
+        settings={
+            "served_model": config.served_model,
+            "dialect": config.dialect,
+            "top_logprobs": config.top_logprobs,
+        },
+        inputs=["contexts.parquet"],
+        outputs=[LISTS],
+        work=work,
+        code=("models.served.ask",),
+    )
+    return path
 
 
 def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
