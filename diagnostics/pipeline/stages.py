@@ -646,10 +646,12 @@ def train_stage(
     from diagnostics.contexts.generation_settings import sampling_facts
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
+    from diagnostics.training.trackers import require_tracker
 
     refuse_shards(models)
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
+    require_tracker(engine.report_to, trl_fields(engine.trl))
     lora_config(engine.lora_rank, engine.peft)
     hashes = [
         file_hash("prompts", prompts.prompts),
@@ -658,7 +660,7 @@ def train_stage(
         file_hash("peft", engine.peft),
     ]
     settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
-    for name in ("resume", "save_every"):  # they do not change what is trained
+    for name in ("resume", "save_every", "report_to"):  # they do not change what is trained
         del settings[name]
 
     def work() -> dict:
@@ -699,7 +701,12 @@ def train_stage(
         settings=settings,
         outputs=lambda: _trained_files(run),
         work=work,
-        code=("training.run", "training.trl_trainer", "training.engine_options"),
+        code=(
+            "training.run",
+            "training.trl_trainer",
+            "training.step_metrics",
+            "training.engine_options",
+        ),
         models=models.fingerprint,
     )
     if run.path("scores.parquet").exists():
@@ -1507,6 +1514,11 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
         raise DiagnosticsError(
             f"A grid of trainings takes no {' or '.join(decided)}: each training is short, kept"
             " when it ends and begun again otherwise. Leave it out."
+        )
+    if "report_to" in given:
+        raise DiagnosticsError(
+            "A grid of trainings reports to no tracker: each training's log is kept as"
+            " cells/*.curve.parquet. Leave --report-to out."
         )
     return given
 
