@@ -74,6 +74,7 @@ from diagnostics.report.figures.strata import strata
 from diagnostics.report.figures.training import (
     evaluations,
     training_curves,
+    training_positions,
     validation,
     validation_scatter,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "style",
     "support_robustness",
     "training_curves",
+    "training_positions",
     "validation",
     "validation_scatter",
 ]
