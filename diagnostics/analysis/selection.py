@@ -487,9 +487,9 @@ def selection_curves(
         positions kept), minus_random (the mean minus that of all positions, which random ones have
         on average), minus_random_low, minus_random_high, spread (standard deviation over random
         ties, or over the draws of a random criterion; 0 where nothing is random), random (the share
-        that a random selection captures on average), random_low, random_high (the interval that holds `level` of random selections),
-        oracle, positions, prompts, steps. The rows of `random` have that interval in low and high
-        and none for the mean; all others have intervals over prompts and step batches, with the
+        that a random selection captures on average), random_low, random_high (the interval that
+        holds `level` of random selections), oracle, positions, prompts, steps. The rows of `random`
+        have that interval in low and high and none for the mean; all others have intervals over prompts and step batches, with the
         selection made anew in each draw.
 
     Raises:
