@@ -489,8 +489,8 @@ def selection_curves(
         ties, or over the draws of a random criterion; 0 where nothing is random), random (the share
         that a random selection captures on average), random_low, random_high (the interval that
         holds `level` of random selections), oracle, positions, prompts, steps. The rows of `random`
-        have that interval in low and high and none for the mean; all others have intervals over prompts and step batches, with the
-        selection made anew in each draw.
+        have that interval in low and high and none for the mean; all others have intervals over
+        prompts and step batches, with the selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
