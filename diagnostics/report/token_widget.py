@@ -43,7 +43,8 @@ def token_widget(fragment: str, style: str, script: str) -> Any:
     except ImportError as error:
         raise DiagnosticsError(
             f"A token widget needs anywidget ({error}). Install it with `pip install anywidget`, or"
-            " this package with its extra `notebook`; the view itself, without selections that come back, needs nothing."
+            " this package with its extra `notebook`; the view itself, without selections that come"
+            " back, needs nothing."
         ) from error
 
     class TokenWidget(anywidget.AnyWidget):
