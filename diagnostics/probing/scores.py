@@ -21,17 +21,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress, worked
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import divergences
+from diagnostics.measure import divergences, extras
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
@@ -51,6 +51,7 @@ class ScoreConfig:
         k: Size of the top-K supports.
         sweep: Other sizes K that are measured in the same pass.
         batch_tokens: Tokens in one forward pass, padding included.
+        extra: Further measurements (`measure.extras.COLUMNS`).
     """
 
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
@@ -59,6 +60,10 @@ class ScoreConfig:
     )
     batch_tokens: int = field(
         default=BATCH_TOKENS, metadata={"help": "tokens in one forward pass, padding included"}
+    )
+    extra: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
     )
 
 
@@ -204,7 +209,7 @@ def batches(
     Returns:
         The batches, shortest contexts first.
     """
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     wanted = [
         i
         for i in range(len(bank))
@@ -223,12 +228,12 @@ def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray 
     which, when, rows, sampled = [], [], [], []
     for b, (context, start) in enumerate(zip(contexts, starts)):
         first = len(context.prompt_ids)
-        for t, token in enumerate(context.response_ids):
-            if keep is None or keep[start + t]:
+        for row, t in enumerate(context.positions, start):
+            if keep is None or keep[row]:
                 which.append(b)
                 when.append(first + t - 1)
-                rows.append(start + t)
-                sampled.append(token)
+                rows.append(row)
+                sampled.append(context.response_ids[t])
     return Batch(
         ids_BT,
         mask_BT,
@@ -276,6 +281,7 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
+    bank = _graded(pair, bank)
     return _table(pair, bank, _columns(pair, bank, config, shards=shards))
 
 
@@ -334,6 +340,7 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
+    bank = _graded(pair, bank)
     columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
@@ -360,8 +367,7 @@ def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFra
 def _columns(
     pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every measurement [N] by name, float64, over all processes."""
-    check_bank(pair, bank)
+    """Every measurement [N] by name, float64, over all processes, of a checked bank."""
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
     own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
@@ -412,7 +418,10 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
     """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
     student, teacher = pair.student, teacher_of(pair)
     k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
+    extra = extras.check_extras(config.extra)
     if isinstance(teacher, topk_teacher.TopKTeacher):
+        if extra:
+            topk_teacher.refuse(teacher, f"The measurement {extra[0]}")
         depth = teacher.depth(bank)
 
         def measure_lists(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
@@ -442,6 +451,7 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
             k=k,
             sweep=sweep,
             tops=tops,
+            more=extras.asked(extra, k=k, sweep=sweep),
             student_dropped=student_dropped,
         )
 
@@ -518,18 +528,22 @@ def teacher_of(pair: Pair) -> Teacher:
     return pair.teacher
 
 
-def check_bank(pair: Pair, bank: Bank) -> None:
-    """Refuse a bank that the pair cannot score.
+def check_bank(pair: Pair, bank: Bank) -> Bank:
+    """Return the bank with the positions that the pair can grade, or refuse it.
 
     Args:
         pair: Student and teacher.
         bank: The frozen contexts.
+
+    Returns:
+        The bank; without positions whose token is another special token for the teacher.
 
     Raises:
         DiagnosticsError: The pair has no teacher, the bank has no response token, a context has no
             prompt token or an id outside the shared vocabulary, or a top-K teacher lacks a list.
     """
     teacher = teacher_of(pair)
+    bank = pair.graded(bank)
     if not bank.positions:
         raise DiagnosticsError(
             f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or"
@@ -550,6 +564,15 @@ def check_bank(pair: Pair, bank: Bank) -> None:
             )
     if isinstance(teacher, topk_teacher.TopKTeacher):
         teacher.require(bank)
+    return bank
+
+
+def _graded(pair: Pair, bank: Bank) -> Bank:
+    """The checked bank with the positions that the pair can grade; says what is left out."""
+    graded = check_bank(pair, bank)
+    if pair.dropped:
+        log_dropped(count_dropped(bank, pair.dropped), bank.positions)
+    return graded
 
 
 @torch.no_grad()
@@ -661,8 +684,8 @@ def rescore(
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:
-    """Logits of the ids outside the shared vocabulary, for a model that has any."""
-    return model.dropped_logits if model.full_vocabulary > model.vocabulary else None
+    """Logits of the ids that are left out of the distributions, for a model that has any."""
+    return model.dropped_logits if model.drops else None
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
@@ -672,12 +695,12 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             context.context_id,
             context.prompt_id,
             position,
-            len(context.response_ids),
+            len(context.sampled_ids),
             token,
             token in special,
         )
         for context in bank
-        for position, token in enumerate(context.response_ids)
+        for position, token in enumerate(context.sampled_ids)
     ]
     frame = pd.DataFrame(
         rows,
@@ -690,9 +713,19 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             "is_special",
         ],
     )
+    if bank.masked:
+        frame["response_index"] = [t for context in bank for t in context.positions]
     tokenizer: Any = pair.tokenizer
     texts = {token: tokenizer.decode([token]) for token in frame["token_id"].unique()}
-    return frame.assign(token=frame["token_id"].map(texts))
+    return frame.assign(token=frame["token_id"].map(texts), **_verdicts(bank))
+
+
+def _verdicts(bank: Bank) -> dict[str, np.ndarray]:
+    """The column `correct` [N], where any context of the bank was judged."""
+    verdicts = [np.nan if context.correct is None else context.correct for context in bank]
+    lengths = [len(context.response_ids) for context in bank]
+    judged = any(context.correct is not None for context in bank)
+    return {"correct": np.repeat(np.array(verdicts, dtype=float), lengths)} if judged else {}
 
 
 def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -712,7 +745,7 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
     stops = len(bad) > NOT_FINITE_LIMIT * len(values)
     of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)

@@ -156,7 +156,7 @@ def compare_runs(
             a finished run.
     """
     paths = [Path(directory) for directory in several(directories)]
-    names = list(names) if names is not None else _folder_names(paths)
+    names = list(names) if names is not None else folder_names(paths)
     if len(paths) < 2 or len(names) != len(paths) or len(set(names)) != len(names):
         raise DiagnosticsError(
             f"A comparison needs two or more runs, each with a name of its own; got {len(paths)}"
@@ -187,7 +187,7 @@ def write(directories: Sequence[str | Path], into: Path) -> Path:
     return into / "compare.html"
 
 
-def _folder_names(paths: list[Path]) -> list[str]:
+def folder_names(paths: list[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts), default=1) + 1):
