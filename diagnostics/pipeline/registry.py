@@ -551,7 +551,8 @@ STAGES = (
         configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
         reads="two models and prompts; `contexts.parquet` where there is one",
         writes=(
-            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+            "`student/`, `train.json`, `metrics.jsonl`, `positions.jsonl`, `evaluations.*`,"
+            " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_train,

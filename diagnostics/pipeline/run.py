@@ -47,6 +47,7 @@ log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "positions.jsonl",
     "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",

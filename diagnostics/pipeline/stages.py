@@ -605,7 +605,8 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, the student's weights, and on which
     prompts it was trained.
     """
-    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names = ["train.json", "metrics.jsonl", "positions.jsonl"]
+    names += ["evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet", f"student/{RECORD}"]
     names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
@@ -1348,7 +1349,7 @@ MADE_OF = "made of"
 def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
-    read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
+    read += ["metrics.jsonl", "positions.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")

@@ -54,6 +54,7 @@ TABLES = {
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
+    "training_positions": "What each step saw and selected, by tenth of the responses.",
     "saturation": "Quantiles of every measurement and the share that is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats per position of the step's loss.",
