@@ -109,6 +109,7 @@ def rollout_stage(
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts
     from diagnostics.contexts.rollouts import rollout as sample
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -127,10 +128,11 @@ def rollout_stage(
         if folds is not None and len(found.prompts) != bound:
             _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
+        chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
         bank = sample(
             pair,
             found.prompts,
-            **dataclasses.asdict(rollout),
+            **dataclasses.asdict(chosen),
             shards=_responses_so_far(run, rendered),
         )
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
@@ -144,6 +146,7 @@ def rollout_stage(
             "positions": bank.positions,
             "prompts": found.counts,
             **drawn,
+            **engine_facts(chosen),
             "first_prompt": found.prompts[0].prompt,
             "rendered_prompts_sha256": rendered,
             **({"behind_turn_end": behind} if behind else {}),
@@ -154,7 +157,13 @@ def rollout_stage(
         settings=settings,
         outputs=["contexts.parquet"],
         work=work,
-        code=("contexts.rollouts", "contexts.prompts", "contexts.story_sums", "models.pair"),
+        code=(
+            "contexts.rollouts",
+            "contexts.vllm_rollouts",
+            "contexts.prompts",
+            "contexts.story_sums",
+            "models.pair",
+        ),
         models=models.fingerprint,
     )
 
@@ -314,11 +323,13 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.models.pair import stop_tokens
     from diagnostics.models.special_tokens import count_dropped
-    from diagnostics.probing.scores import score_with_tops
+    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
+        size = chosen_batch_tokens(models.pair, config.batch_tokens)
+        settings = dataclasses.replace(config, batch_tokens=size)
+        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         write_csv(run.path(STOPS), stop_tokens(models.pair))
@@ -326,6 +337,7 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         return {
             **models.pair.facts,
             "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "batch_tokens": size,
             **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
         }
 
