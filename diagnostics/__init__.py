@@ -36,6 +36,7 @@ _HOMES = {
     "contexts.prompts": ("load_prompts",),
     "contexts.rollouts": ("rollout",),
     "contexts.import_rollouts": ("read_rollouts",),
+    "contexts.verifiers": ("find_verifier",),
     "probing.scores": ("score", "score_with_tops"),
     "probing.one_step": ("probe",),
     "analysis.selection": (
@@ -53,7 +54,6 @@ _HOMES = {
     "training.evaluation": (
         "EvaluationConfig",
         "evaluate",
-        "find_verifier",
         "summarize_evaluation",
     ),
     "contexts.story_sums": ("sums", "verify"),

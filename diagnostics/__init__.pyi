@@ -16,6 +16,7 @@ from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import sums, verify
+from diagnostics.contexts.verifiers import find_verifier
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, validate_tokens
 from diagnostics.core.types import Bank, Context, Prompt, read_bank
@@ -38,12 +39,7 @@ from diagnostics.report import figures as plot
 from diagnostics.report.compare_runs import compare_runs
 from diagnostics.report.page import read_run
 from diagnostics.report.tokenview import show
-from diagnostics.training.evaluation import (
-    EvaluationConfig,
-    evaluate,
-    find_verifier,
-    summarize_evaluation,
-)
+from diagnostics.training.evaluation import EvaluationConfig, evaluate, summarize_evaluation
 from diagnostics.training.run import EngineConfig, TrainConfig, train
 
 __version__: str

@@ -24,6 +24,7 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
 from diagnostics.contexts.prompts import Given, as_prompts
+from diagnostics.contexts.verifiers import VERIFIER_FLAG, judge_rollouts
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
@@ -56,6 +57,7 @@ class RolloutConfig:
     batch_tokens: int = field(
         default=BATCH_TOKENS, metadata={"help": "tokens per forward pass, padding included"}
     )
+    verifier: str = field(default="auto", metadata=VERIFIER_FLAG)
 
 
 def rollout(
@@ -69,6 +71,7 @@ def rollout(
     samples_per_prompt: int = RolloutConfig.samples_per_prompt,
     seed: int = RolloutConfig.seed,
     batch_tokens: int = RolloutConfig.batch_tokens,
+    verifier: str = RolloutConfig.verifier,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample responses to each prompt from the student and freeze them.
@@ -88,6 +91,7 @@ def rollout(
         samples_per_prompt: Number of responses per prompt.
         seed: Seed of sampling. Equal seeds give equal responses, whatever the batches are.
         batch_tokens: Tokens per forward pass, padding included.
+        verifier: What judges the responses to prompts with an answer (`contexts.verifiers`).
         shards: Where finished batches are kept and taken from again; None keeps nothing.
 
     Returns:
@@ -100,19 +104,31 @@ def rollout(
             window.
     """
     prompts = as_prompts(prompts, pair)
-    warn_before_sampling(pair)
-    bank = sample_responses(
+    bank = sampled(
         pair,
         prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        samples_per_prompt=samples_per_prompt,
-        seed=seed,
-        batch_tokens=batch_tokens,
+        RolloutConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            samples_per_prompt=samples_per_prompt,
+            seed=seed,
+            batch_tokens=batch_tokens,
+        ),
         shards=shards,
     )
+    return judge_rollouts(bank, prompts, verifier, pair=pair.name)[0]
+
+
+def sampled(
+    pair: Pair, prompts: Sequence[Prompt], config: RolloutConfig, *, shards: Shards | None = None
+) -> Bank:
+    """Sample as `rollout` does, without judging the responses. Errors are those of `rollout`."""
+    options = dataclasses.asdict(config)
+    del options["verifier"]
+    warn_before_sampling(pair)
+    bank = sample_responses(pair, prompts, **options, shards=shards)
     behind = positions_after_turn_end(pair, bank)
     if behind:
         log.warning(

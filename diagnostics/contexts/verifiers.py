@@ -305,8 +305,12 @@ def _judged(
                 " (pip install math-verify)",
                 answered,
             )
-        return bank, _counts(bank) if any(c.correct is not None for c in bank) else {}
-    return judge(bank, answers, verify)
+        counts = _counts(bank) if any(c.correct is not None for c in bank) else {}
+    else:
+        bank, counts = judge(bank, answers, verify)
+    if counts:
+        log.info("%d responses are right, %d wrong", counts["right"], counts["wrong"])
+    return bank, counts
 
 
 def judge(
@@ -349,9 +353,7 @@ def judge(
             first,
         )
     bank = _with(bank, found)
-    counts = _counts(bank) | counts | ({"first_failure": first} if first else {})
-    log.info("%d responses are right, %d wrong", counts["right"], counts["wrong"])
-    return bank, counts
+    return bank, _counts(bank) | counts | ({"first_failure": first} if first else {})
 
 
 def _counts(bank: Bank) -> dict[str, Any]:
