@@ -46,6 +46,7 @@ _HOMES = {
         "selection_profile",
         "selection_summary",
     ),
+    "analysis.correctness": ("by_correctness",),
     "analysis.decision": ("decide", "decision_sentence"),
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),

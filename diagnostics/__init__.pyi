@@ -1,5 +1,6 @@
 """The public names, for type checkers and editors. Written by scripts/docs.py."""
 
+from diagnostics.analysis.correctness import by_correctness
 from diagnostics.analysis.decision import decide, decision_sentence
 from diagnostics.analysis.paper.tables import paper
 from diagnostics.analysis.rank_agreement import agreement
@@ -56,6 +57,7 @@ __all__ = [
     "agreement",
     "ambiguous_share",
     "attribute",
+    "by_correctness",
     "compare",
     "compare_runs",
     "correlate",

@@ -109,7 +109,7 @@ def _find(name: str, pair: str, answered: int, *, of: str) -> Verify | None:
     from diagnostics.models.named_pairs import NAMED_PAIRS
 
     named = NAMED_PAIRS.get(pair)
-    task = TASKS.get(named.task if name == "auto" and named else name)
+    task = TASKS.get((named.task if name == "auto" and named else name) or "")
     if task:
         return task.verify
     if name not in VERIFIERS:

@@ -843,6 +843,7 @@ def _compared(run: Run) -> list[str]:
 
 
 COMPARISON_CODE = (
+    "analysis.correctness",
     "analysis.selection",
     "analysis.selection_draws",
     "analysis.rank_agreement",
