@@ -32,9 +32,10 @@ _HOMES = {
         "select",
         "training_batches",
     ),
-    "models.pair": ("Pair", "load_pair"),
+    "models.pair": ("Pair", "load_pair", "stop_tokens"),
     "contexts.prompts": ("load_prompts",),
     "contexts.rollouts": ("rollout",),
+    "contexts.coverage": ("tokenizer_coverage",),
     "contexts.import_rollouts": ("read_rollouts",),
     "contexts.verifiers": ("find_verifier",),
     "probing.scores": ("score", "score_with_tops"),
@@ -64,6 +65,7 @@ _HOMES = {
     "report.tokenview": ("show",),
     "report.page": ("read_run",),
     "report.compare_runs": ("compare_runs",),
+    "report.atlas_page": ("atlas",),
 }
 _MODULES = {"plot": "report.figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names} | _MODULES

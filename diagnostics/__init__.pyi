@@ -12,6 +12,7 @@ from diagnostics.analysis.selection import (
     selection_summary,
 )
 from diagnostics.analysis.study import correlate, q3_contrast, q3_groups, study
+from diagnostics.contexts.coverage import tokenizer_coverage
 from diagnostics.contexts.import_rollouts import read_rollouts
 from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.contexts.prompts import load_prompts
@@ -31,12 +32,13 @@ from diagnostics.criteria import (
     select,
     training_batches,
 )
-from diagnostics.models.pair import Pair, load_pair
+from diagnostics.models.pair import Pair, load_pair, stop_tokens
 from diagnostics.probing.attribution import attribute
 from diagnostics.probing.intervention import intervene, interventions
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.scores import score, score_with_tops
 from diagnostics.report import figures as plot
+from diagnostics.report.atlas_page import atlas
 from diagnostics.report.compare_runs import compare_runs
 from diagnostics.report.page import read_run
 from diagnostics.report.tokenview import show
@@ -56,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "agreement",
     "ambiguous_share",
+    "atlas",
     "attribute",
     "by_correctness",
     "compare",
@@ -92,9 +95,11 @@ __all__ = [
     "selection_profile",
     "selection_summary",
     "show",
+    "stop_tokens",
     "study",
     "summarize_evaluation",
     "sums",
+    "tokenizer_coverage",
     "train",
     "training_batches",
     "validate_tokens",

@@ -207,7 +207,11 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
     return Bank(
         tuple(
             dataclasses.replace(
-                old, response=new.response, response_ids=new.response_ids, finished=new.finished
+                old,
+                response=new.response,
+                response_ids=new.response_ids,
+                finished=new.finished,
+                supervised=None,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )

@@ -71,10 +71,18 @@ SCHEMA: dict[str, Column] = {
         *_columns(
             "key",
             "int32",
-            ("position", "tokens", "index of the response token, from 0"),
+            ("position", "tokens", "index of the response token among the positions, from 0"),
             ("response_length", "tokens", "number of response positions of the context"),
             ("token_id", "", "id of the sampled token y"),
             ("fold", "", "fold of the prompt, from 0; one step was taken on each fold"),
+            (
+                "response_index",
+                "tokens",
+                (
+                    "index of the token in the whole response, tool output included; only where"
+                    " some response tokens are no positions"
+                ),
+            ),
         ),
         *_columns(
             "key",
@@ -123,8 +131,15 @@ SCHEMA: dict[str, Column] = {
                 "probability",
                 "p of the student's first choice minus p of its second",
             ),
-            ("student_dropped_mass", "probability", "student mass outside the shared vocabulary"),
-            ("teacher_dropped_mass", "probability", "teacher mass outside the shared vocabulary"),
+            (
+                "student_dropped_mass",
+                "probability",
+                (
+                    "student mass outside the shared vocabulary, and on ids that are other special"
+                    " tokens for the teacher"
+                ),
+            ),
+            ("teacher_dropped_mass", "probability", "teacher mass there"),
             (
                 "teacher_tail_mass",
                 "probability",

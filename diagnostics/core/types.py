@@ -4,15 +4,17 @@ Read this file first, then `core.schema`: everything else speaks in these terms.
 
 A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A
 response of T tokens gives T *positions*; position t is the prefix that ends just before response
-token t. At a position, p is the student's next-token distribution, q the teacher's and y the token
-the student sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms
-are natural: entropies and divergences are in nats."""
+token t. Where a tool or a user wrote part of a response (`Context.supervised`), only the student's
+own tokens are positions, counted from 0 over these alone. At a position, p is the student's
+next-token distribution, q the teacher's and y the token the student sampled. S and T are the K most
+likely tokens of p and of q, U their union. Logarithms are natural: entropies and divergences are in
+nats."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,16 @@ class Context:
     correct: bool | None = None
     """Whether the response is right, as a verifier or the file that it came from says; None where
     it was not judged."""
+    supervised: tuple[bool, ...] | None = None
+    """For each response token, whether it is a position: the student wrote it, and the teacher can
+    grade it. None means that all are. The others are read by both models and measured by none."""
+
+    def __post_init__(self):
+        if self.supervised is not None and len(self.supervised) != len(self.response_ids):
+            raise DiagnosticsError(
+                f"Context {self.context_id!r} has {len(self.supervised)} values in supervised and"
+                f" {len(self.response_ids)} response tokens. Give one value per token, or none."
+            )
 
     def __repr__(self) -> str:
         said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
@@ -68,6 +80,20 @@ class Context:
     def ids(self) -> tuple[int, ...]:
         """Prompt and response ids in one sequence."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Indices, within the response, of the tokens that are positions."""
+        if self.supervised is None:
+            return tuple(range(len(self.response_ids)))
+        return tuple(t for t, own in enumerate(self.supervised) if own)
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that are positions: the rows of a token table."""
+        if self.supervised is None:
+            return self.response_ids
+        return tuple(self.response_ids[t] for t in self.positions)
 
     @property
     def teacher_ids(self) -> tuple[int, ...]:
@@ -84,7 +110,9 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
-OPTIONAL = (*OF_TEACHER, "correct")
+SUPERVISED = "supervised"
+"""Column of a context table that is there only where some response tokens are no positions."""
+OPTIONAL = (*OF_TEACHER, "correct", SUPERVISED)
 """Columns of a context table that may be absent."""
 
 
@@ -106,7 +134,38 @@ class Bank:
     @property
     def positions(self) -> int:
         """Number of response positions over all contexts."""
-        return sum(len(context.response_ids) for context in self.contexts)
+        return sum(len(context.sampled_ids) for context in self.contexts)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some response tokens are no positions (`Context.supervised`)."""
+        return any(context.supervised is not None for context in self.contexts)
+
+    def as_scored(self, tokens: pd.DataFrame) -> Bank:
+        """The bank with those positions that a token table of it has.
+
+        Args:
+            tokens: One row per position. Where it has the column `response_index`, some response
+                tokens may be no positions for its pair, and are none in the bank that is returned.
+        """
+        if "response_index" not in tokens:
+            return self
+        held = {
+            str(name): frozenset(indices.tolist())
+            for name, indices in tokens.groupby("context_id")["response_index"]
+        }
+        return Bank(
+            tuple(
+                replace(
+                    context,
+                    supervised=tuple(
+                        t in held.get(context.context_id, ())
+                        for t in range(len(context.response_ids))
+                    ),
+                )
+                for context in self.contexts
+            )
+        )
 
     @property
     def _counts(self) -> str:
@@ -136,17 +195,18 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts, and whether a response is right, only where any context has them.
+            the teacher's prompts, whether a response is right, and `supervised` only where any
+            context has them.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
         judged = any(context.correct is not None for context in self.contexts)
-        there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged}
+        there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids")):
+        for name in (name for name in columns if name.endswith("_ids") or name == SUPERVISED):
             frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
         return frame
 
@@ -176,7 +236,8 @@ class Bank:
 
 
 def _context(row: dict) -> Context:
-    hint = row.get("teacher_prompt_ids")
+    hint, mask = row.get("teacher_prompt_ids"), row.get(SUPERVISED)
+    own = tuple(map(_is_own, mask)) if mask is not None and hasattr(mask, "__len__") else None
     hinted = hasattr(hint, "__len__")  # a gap in a column of lists is None or NaN
     return Context(
         context_id=str(row["context_id"]),
@@ -189,6 +250,7 @@ def _context(row: dict) -> Context:
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
         teacher_prompt_ids=_whole(hint) if hinted else None,
         correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
+        supervised=own,
     )
 
 
@@ -198,6 +260,16 @@ def _truth(value, name: str) -> bool:
         raise DiagnosticsError(
             f"A context is {name} or not: true or false; found {str(value)[:60]!r}. Fix the"
             f" table's column {name}."
+        )
+    return bool(plain)
+
+
+def _is_own(value) -> bool:
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, bool | int | float) or plain not in (True, False):
+        raise DiagnosticsError(
+            f"A response token is a position or not: true or false; found {str(value)[:60]!r}. Fix"
+            f" the table's column {SUPERVISED}."
         )
     return bool(plain)
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
     from diagnostics.models.pair import Pair
+    from diagnostics.models.served.ask import AskConfig
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
     from diagnostics.probing.one_step import ControlConfig, ProbeConfig
@@ -64,6 +65,8 @@ LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
 """Options that were added after the first grids. A cell names them only where they are set, so that
 cells of earlier grids keep their names; None is what those grids did."""
 GAIN_KEYS = ("context_id", "position")
+STOPS = "tables/stop_tokens.csv"
+"""The tokens that end a response for either model."""
 
 
 def _merged(*parts: Any) -> dict[str, Any]:
@@ -247,6 +250,7 @@ def freeze_stage(
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
+            turns=elsewhere.turns,
             prompts=originals,
             contexts=prompts.contexts,
             chat=prompts.chat,
@@ -274,8 +278,58 @@ def freeze_stage(
     )
 
 
+LISTS = "teacher_logprobs.parquet"
+"""A served teacher's lists on the run's contexts."""
+
+
+def ask_stage(run: Run, models: Models, config: AskConfig) -> Path:
+    """Ask a server for a teacher's likeliest tokens at every response position.
+
+    The manifest has the model's name there and the length of the lists, and neither the address nor
+    the key. The file is checked as `--teacher-logprobs` will read it before it is written.
+
+    Args:
+        run: A run directory with contexts.
+        models: The pair, of which the student's tokenizer is loaded and nothing else.
+        config: The server, and how it is asked.
+
+    Returns:
+        The path of the file.
+    """
+    from diagnostics.models.served.ask import ask_teacher
+    from diagnostics.models.topk_teacher import lists_of
+
+    path = run.path(LISTS)
+
+    def work() -> dict:
+        bank, tokenizer = read_bank(run.path("contexts.parquet")), models.tokenizer
+        frame, facts = ask_teacher(bank, tokenizer, config, shards=run.shards)
+        largest = max(tokenizer.get_vocab().values())
+        listed = max(i for lists in frame["top_ids"] for ids in lists for i in ids)
+        teacher = lists_of(frame, LISTS, vocabulary=1 + max(largest, listed))
+        teacher.require(bank)
+        write_parquet(path, frame)
+        return {**facts, "longest": teacher.width, "read_as_absent": teacher.absent}
+
+    run.stage(
+        "ask-teacher",
+        settings={
+            "served_model": config.served_model,
+            "dialect": config.dialect,
+            "top_logprobs": config.top_logprobs,
+        },
+        inputs=["contexts.parquet"],
+        outputs=[LISTS],
+        work=work,
+        code=("models.served.ask",),
+    )
+    return path
+
+
 def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
+    from diagnostics.models.pair import stop_tokens
+    from diagnostics.models.special_tokens import count_dropped
     from diagnostics.probing.scores import score_with_tops
 
     def work() -> dict:
@@ -283,15 +337,21 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
-        return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
+        write_csv(run.path(STOPS), stop_tokens(models.pair))
+        dropped = models.pair.dropped
+        return {
+            **models.pair.facts,
+            "not_finite": int(tokens["forward_kl"].isna().sum()),
+            **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
+        }
 
     run.stage(
         "score",
         settings={**models.settings, **dataclasses.asdict(config)},
         inputs=["contexts.parquet"],
-        outputs=["scores.parquet", "tops.parquet"],
+        outputs=["scores.parquet", "tops.parquet", STOPS],
         work=work,
-        code=("probing.scores",),
+        code=("probing.scores", "models.special_tokens"),
         models=models.fingerprint,
     )
     join_tokens(run)
@@ -464,7 +524,8 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
     from diagnostics.probing.scores import score_after
 
     def work() -> dict:
-        pair, bank = _trained_pair(models, checkpoint), read_bank(run.path("contexts.parquet"))
+        pair = _trained_pair(models, checkpoint)
+        bank = pair.graded(read_bank(run.path("contexts.parquet")))
         after = score_after(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
         write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
@@ -510,7 +571,7 @@ def _seen(checkpoint: str, bank: Bank) -> np.ndarray | None:
             RECORD,
         )
         return None
-    lengths = [len(context.response_ids) for context in bank]
+    lengths = [len(context.sampled_ids) for context in bank]
     return np.repeat(seen_contexts(trained, bank), lengths)
 
 

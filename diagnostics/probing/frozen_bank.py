@@ -89,7 +89,7 @@ class FrozenBank:
         batch_tokens: int = scores.BATCH_TOKENS,
         parts: Sequence[np.ndarray] | None = None,
     ):
-        scores.check_bank(pair, bank)
+        bank = scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
         groups = [
             scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
@@ -103,7 +103,7 @@ class FrozenBank:
         """The prompt of every position [N]."""
         return np.repeat(
             [context.prompt_id for context in self.bank],
-            [len(context.response_ids) for context in self.bank],
+            [len(context.sampled_ids) for context in self.bank],
         )
 
     def rescore(

@@ -431,7 +431,13 @@ def _identity(bench: StepBench) -> dict:
     """Hashes of both models and of the bank."""
     ids = json.dumps(
         [
-            [context.context_id, context.prompt_ids, context.response_ids, context.teacher_ids]
+            [
+                context.context_id,
+                context.prompt_ids,
+                context.response_ids,
+                context.teacher_ids,
+                *([] if context.supervised is None else [context.supervised]),
+            ]
             for context in bench.bank
         ]
     )

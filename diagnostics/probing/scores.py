@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress, worked
@@ -32,6 +31,7 @@ from diagnostics.measure import divergences, extras
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
@@ -212,7 +212,7 @@ def batches(
     Returns:
         The batches, shortest contexts first.
     """
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     wanted = [
         i
         for i in range(len(bank))
@@ -231,12 +231,12 @@ def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray 
     which, when, rows, sampled = [], [], [], []
     for b, (context, start) in enumerate(zip(contexts, starts)):
         first = len(context.prompt_ids)
-        for t, token in enumerate(context.response_ids):
-            if keep is None or keep[start + t]:
+        for row, t in enumerate(context.positions, start):
+            if keep is None or keep[row]:
                 which.append(b)
                 when.append(first + t - 1)
-                rows.append(start + t)
-                sampled.append(token)
+                rows.append(row)
+                sampled.append(context.response_ids[t])
     return Batch(
         ids_BT,
         mask_BT,
@@ -284,6 +284,7 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
+    bank = _graded(pair, bank)
     return _table(pair, bank, _columns(pair, bank, config, shards=shards))
 
 
@@ -342,6 +343,7 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
+    bank = _graded(pair, bank)
     columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
@@ -368,8 +370,7 @@ def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFra
 def _columns(
     pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every measurement [N] by name, float64, over all processes."""
-    check_bank(pair, bank)
+    """Every measurement [N] by name, float64, over all processes, of a checked bank."""
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
     own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
@@ -530,18 +531,22 @@ def teacher_of(pair: Pair) -> Teacher:
     return pair.teacher
 
 
-def check_bank(pair: Pair, bank: Bank) -> None:
-    """Refuse a bank that the pair cannot score.
+def check_bank(pair: Pair, bank: Bank) -> Bank:
+    """Return the bank with the positions that the pair can grade, or refuse it.
 
     Args:
         pair: Student and teacher.
         bank: The frozen contexts.
+
+    Returns:
+        The bank; without positions whose token is another special token for the teacher.
 
     Raises:
         DiagnosticsError: The pair has no teacher, the bank has no response token, a context has no
             prompt token or an id outside the shared vocabulary, or a top-K teacher lacks a list.
     """
     teacher = teacher_of(pair)
+    bank = pair.graded(bank)
     if not bank.positions:
         raise DiagnosticsError(
             f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or"
@@ -562,6 +567,15 @@ def check_bank(pair: Pair, bank: Bank) -> None:
             )
     if isinstance(teacher, topk_teacher.TopKTeacher):
         teacher.require(bank)
+    return bank
+
+
+def _graded(pair: Pair, bank: Bank) -> Bank:
+    """The checked bank with the positions that the pair can grade; says what is left out."""
+    graded = check_bank(pair, bank)
+    if pair.dropped:
+        log_dropped(count_dropped(bank, pair.dropped), bank.positions)
+    return graded
 
 
 @torch.no_grad()
@@ -673,8 +687,8 @@ def rescore(
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:
-    """Logits of the ids outside the shared vocabulary, for a model that has any."""
-    return model.dropped_logits if model.full_vocabulary > model.vocabulary else None
+    """Logits of the ids that are left out of the distributions, for a model that has any."""
+    return model.dropped_logits if model.drops else None
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
@@ -684,12 +698,12 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             context.context_id,
             context.prompt_id,
             position,
-            len(context.response_ids),
+            len(context.sampled_ids),
             token,
             token in special,
         )
         for context in bank
-        for position, token in enumerate(context.response_ids)
+        for position, token in enumerate(context.sampled_ids)
     ]
     frame = pd.DataFrame(
         rows,
@@ -702,6 +716,8 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             "is_special",
         ],
     )
+    if bank.masked:
+        frame["response_index"] = [t for context in bank for t in context.positions]
     tokenizer: Any = pair.tokenizer
     texts = {token: tokenizer.decode([token]) for token in frame["token_id"].unique()}
     return frame.assign(token=frame["token_id"].map(texts), **_verdicts(bank))
@@ -732,7 +748,7 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
     stops = len(bad) > NOT_FINITE_LIMIT * len(values)
     of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)

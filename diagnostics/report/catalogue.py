@@ -8,6 +8,8 @@ from __future__ import annotations
 from diagnostics.analysis.paper.printed import PRINTED
 
 TABLES = {
+    "atlas_pooled": "Each conclusion over all pairs: mean, heterogeneity, range for a new pair.",
+    "atlas_effects": "Each pair's estimate of each conclusion.",
     "decision": "Each criterion and budget over a horizon, against random, full and fair rivals.",
     "claim_statistics": "What the claims were tested on, with their strata, overlap and proxies.",
     "verdicts": "Each claim: the paper's statistic and the controlled one, and what follows.",

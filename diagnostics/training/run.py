@@ -1037,7 +1037,7 @@ class TrainingMonitor:
         keys = [
             (context.context_id, position)
             for context in self.frozen.bank
-            for position in range(len(context.response_ids))
+            for position in range(len(context.sampled_ids))
         ]
         table = pd.DataFrame(keys, columns=["context_id", "position"]).assign(
             forward_kl_step_0=forward, reverse_kl_step_0=reverse

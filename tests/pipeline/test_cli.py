@@ -21,7 +21,13 @@ SURFACE = {
         " prompt-column prompts prompts-split quick quiet random-draws rollouts"
         " rollouts-format samples-per-prompt scope seed shard-teacher step student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p verifier warm-steps"
+        " teacher-revision temperature top-k top-p turns verifier warm-steps"
+    ),
+    "ask-teacher": (
+        "accept-code api-key-env concurrency criterion-module device dialect dtype json"
+        " no-offload-teacher no-shard-teacher offload-teacher output-dir pair quiet retries"
+        " served-model shard-teacher student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs url"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
@@ -73,7 +79,9 @@ SURFACE = {
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
+    "coverage": "chains contexts criterion-module json quiet student teacher",
     "criteria": "criterion-module json quiet",
+    "atlas": "criterion-module json names output-dir quiet",
 }
 
 

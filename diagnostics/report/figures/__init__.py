@@ -27,6 +27,7 @@ registered in `diagnostics.report.figures.registry`.
 
 from __future__ import annotations
 
+from diagnostics.report.figures.across_pairs import atlas
 from diagnostics.report.figures.attribution import kernel_shares, lift, linearity
 from diagnostics.report.figures.decision import decision, foresight
 from diagnostics.report.figures.horizon import horizon, horizon_criteria
@@ -83,6 +84,7 @@ __all__ = [
     "DOUBLE",
     "SINGLE",
     "agreement",
+    "atlas",
     "calibration",
     "coefficients",
     "correlations",
