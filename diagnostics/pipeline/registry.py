@@ -312,6 +312,7 @@ STAGES = (
             "models.chat_templates",
             "contexts.rollouts",
             "contexts.import_rollouts",
+            "contexts.verifiers",
         ),
     ),
     Stage(
@@ -350,7 +351,7 @@ STAGES = (
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
         parts=("score", "after"),
-        modules=("probing.scores", "measure.divergences"),
+        modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
     Stage(
         name="import",
@@ -501,11 +502,14 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
+        writes=(
+            "`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`; where"
+            " responses were judged: `tables/by_correctness.csv`"
+        ),
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria", "analysis.decision"),
+        modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
         name="report",

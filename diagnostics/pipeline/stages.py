@@ -109,14 +109,15 @@ def rollout_stage(
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
-    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts
-    from diagnostics.contexts.rollouts import rollout as sample
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
+    from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
 
     if elsewhere is not None and elsewhere.rollouts is not None:
-        freeze_stage(run, models, prompts, elsewhere)
+        freeze_stage(run, models, prompts, elsewhere, verifier=rollout.verifier)
         return
     path = prompts.prompts
     settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
+    settings |= recorded_verifier(rollout.verifier)
     bound: int | None = None
     if folds is not None and "rollout" not in run.manifest["stages"]:
         bound = at_most(prompts)
@@ -129,12 +130,8 @@ def rollout_stage(
             _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
         chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
-        bank = sample(
-            pair,
-            found.prompts,
-            **dataclasses.asdict(chosen),
-            shards=_responses_so_far(run, rendered),
-        )
+        bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
+        bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
@@ -150,6 +147,7 @@ def rollout_stage(
             "first_prompt": found.prompts[0].prompt,
             "rendered_prompts_sha256": rendered,
             **({"behind_turn_end": behind} if behind else {}),
+            **({"correct": judged} if judged else {}),
         }
 
     run.stage(
@@ -162,6 +160,7 @@ def rollout_stage(
             "contexts.vllm_rollouts",
             "contexts.prompts",
             "contexts.story_sums",
+            "contexts.verifiers",
             "models.pair",
         ),
         models=models.fingerprint,
@@ -229,9 +228,17 @@ def _responses_so_far(run: Run, rendered: str) -> Shards:
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
+def freeze_stage(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    elsewhere: ImportConfig,
+    *,
+    verifier: str = "auto",
+) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
     from diagnostics.contexts.import_rollouts import freeze_rollouts
+    from diagnostics.contexts.verifiers import recorded_verifier
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -251,6 +258,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
             contexts=prompts.contexts,
             chat=prompts.chat,
             chat_template_kwargs=kwargs,
+            verifier=verifier,
         )
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         return {
@@ -263,7 +271,9 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
 
     run.stage(
         "rollout",
-        settings=_merged(models.writer_settings, prompts, elsewhere, files),
+        settings=_merged(
+            models.writer_settings, prompts, elsewhere, files, recorded_verifier(verifier)
+        ),
         outputs=["contexts.parquet"],
         work=work,
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
@@ -645,6 +655,7 @@ def train_stage(
         evaluation: What is measured on held-out prompts, and how often.
     """
     from diagnostics.contexts.generation_settings import sampling_facts
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
@@ -659,6 +670,7 @@ def train_stage(
         file_hash("peft", engine.peft),
     ]
     settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
+    settings |= recorded_verifier(evaluation.verifier)
     for name in ("resume", "save_every"):  # they do not change what is trained
         del settings[name]
 
@@ -899,6 +911,7 @@ def _compared(run: Run) -> list[str]:
 
 
 COMPARISON_CODE = (
+    "analysis.correctness",
     "analysis.selection",
     "analysis.selection_draws",
     "analysis.rank_agreement",
@@ -1409,6 +1422,7 @@ def validate_stage(
         analysis: Draws and level of the intervals.
         engine: How TRL runs each training, except for what a grid decides itself.
     """
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.measure.losses import check_loss
     from diagnostics.training import grid
 
@@ -1416,12 +1430,14 @@ def validate_stage(
     refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
+    judged_by = recorded_verifier(evaluation.verifier)
     sources = {
         **models.fingerprint(),
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
         **file_hash("peft", options.get("peft")),
+        **{name: judged_by[name] for name in ("verifier_sha256",) if name in judged_by},
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -1450,6 +1466,7 @@ def validate_stage(
         analysis,
         {"offline": offline},
         options,
+        judged_by,
     )
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage(

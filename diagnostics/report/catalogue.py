@@ -39,6 +39,7 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
+    "by_correctness": "Each criterion by right and by wrong responses: what it selects and gains.",
     "intervention": "Steps with loss on a selection alone; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",

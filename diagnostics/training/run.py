@@ -44,6 +44,7 @@ import pandas as pd
 
 from diagnostics.contexts.prompts import Given, any_prompts
 from diagnostics.contexts.trained_prompts import write_trained_prompts
+from diagnostics.contexts.verifiers import recorded_verifier
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
@@ -411,6 +412,7 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         asdict(config)
         | asdict(engine)
         | asdict(evaluation)
+        | recorded_verifier(evaluation.verifier)
         | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
     )
     settings = {
