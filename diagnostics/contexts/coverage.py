@@ -132,10 +132,11 @@ def tokenizer_coverage(
     Returns:
         The table with columns measure, token_type (`all` or one of `selection.token_type`),
         exactness (`exact`, or what a bound is), estimate (a share, or nats of a divergence), low,
-        high, positions and prompts; and one row per position with its context_id, prompt_id, position, token, is_special, comparable,
-        teacher_tokens (the number that spell the sampled token, 0 where it is not spelled) and,
-        with `tops`, top_mass, top_spelled and top_one_token (probabilities), and with `models` the
-        columns of `byte_bounds.COLUMNS`, NaN where the position is not comparable.
+        high, positions and prompts; and one row per position with its context_id, prompt_id,
+        position, token, is_special, comparable, teacher_tokens (the number that spell the sampled
+        token, 0 where it is not spelled) and, with `tops`, top_mass, top_spelled and top_one_token
+        (probabilities), and with `models` the columns of `byte_bounds.COLUMNS`, NaN where the
+        position is not comparable.
 
     Raises:
         DiagnosticsError: The bank is empty or has ids that the student's tokenizer lacks, the bytes
