@@ -79,7 +79,7 @@ SURFACE = {
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
-    "coverage": "chains contexts criterion-module json quiet student teacher",
+    "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",
     "criteria": "criterion-module json quiet",
     "atlas": "criterion-module json names output-dir quiet",
 }
