@@ -47,6 +47,7 @@ _HOMES = {
         "selection_summary",
     ),
     "analysis.decision": ("decide", "decision_sentence"),
+    "analysis.engine_check": ("engine_causes", "engine_check", "engine_worst"),
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),

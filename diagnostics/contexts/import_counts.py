@@ -34,6 +34,10 @@ COUNTED = {
         "with tool calls or reasoning that the chat template does not write: left out where the"
         " reasoning is lost, cut before a lost call"
     ),
+    "logprobs": "with the log-probabilities of the engine that sampled them",
+    "logprobs_unplaced": (
+        "whose log-probabilities are not one per response token, or none at all: left out"
+    ),
     "empty": "without response tokens, left out",
     "over_long": "longer than the models' window, left out",
     "repeated": "with the same tokens as an earlier one",
@@ -48,7 +52,14 @@ COUNTED = {
     "prompts_beside": NOTED["beside"],
 }
 """What is counted, in the words of the log."""
-HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
+HARMLESS = (
+    "from_text",
+    "restored",
+    "logprobs",
+    "rewritten",
+    "prompts_rendered",
+    "prompts_continued",
+)
 """Counts that are logged as information; the others are warnings."""
 
 

@@ -196,6 +196,7 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 response_ids=new.response_ids,
                 finished=new.finished,
                 supervised=None,
+                sampled_logprobs=None,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )

@@ -65,7 +65,18 @@ class Context:
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
 
+    sampled_logprobs: tuple[float, ...] | None = None
+    """For each response token, ln of its probability as the engine that sampled it gave it, NaN
+    where it gave none; None where the bank came without. No measurement reads them."""
+
     def __post_init__(self):
+        if self.sampled_logprobs is not None and len(self.sampled_logprobs) != len(
+            self.response_ids
+        ):
+            raise DiagnosticsError(
+                f"Context {self.context_id!r} has {len(self.sampled_logprobs)} sampled_logprobs and"
+                f" {len(self.response_ids)} response tokens. Give one value per token, or none."
+            )
         if self.supervised is not None and len(self.supervised) != len(self.response_ids):
             raise DiagnosticsError(
                 f"Context {self.context_id!r} has {len(self.supervised)} values in supervised and"
@@ -110,10 +121,14 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
-OPTIONAL = (*OF_TEACHER, "correct", "supervised")
+OPTIONAL = (*OF_TEACHER, "correct", "supervised", "sampled_logprobs")
 """Columns of a context table that may be absent."""
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
+SAMPLED = "sampled_logprobs"
+"""Column that is there only where the engine that sampled the bank gave its log-probabilities."""
+LISTS = (SUPERVISED, SAMPLED)
+"""Columns with a value per response token."""
 
 
 @dataclass(frozen=True)
@@ -195,18 +210,19 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts, whether a response is right, and `supervised` only where any
-            context has them.
+            the teacher's prompts, whether a response is right, `supervised` and `sampled_logprobs`
+            only where any context has them.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
         judged = any(context.correct is not None for context in self.contexts)
         there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
+        there[SAMPLED] = any(context.sampled_logprobs is not None for context in self.contexts)
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids") or name == SUPERVISED):
+        for name in (name for name in columns if name.endswith("_ids") or name in LISTS):
             frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
         return frame
 
@@ -251,6 +267,7 @@ def _context(row: dict) -> Context:
         teacher_prompt_ids=_whole(hint) if hinted else None,
         correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
         supervised=own,
+        sampled_logprobs=_numbers(row.get(SAMPLED)),
     )
 
 
@@ -272,6 +289,19 @@ def _is_own(value) -> bool:
             f" the table's column {SUPERVISED}."
         )
     return bool(plain)
+
+
+def _numbers(values) -> tuple[float, ...] | None:
+    """A list of numbers, NaN for a gap in it; None where there is no list."""
+    if values is None or not hasattr(values, "__len__"):
+        return None
+    try:
+        return tuple(float("nan") if value is None else float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"A context's {SAMPLED} are numbers; found {str(values)[:60]!r}. Fix the table, or"
+            " leave the column out."
+        ) from error
 
 
 def _whole(ids) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def test_debug_rollouts_of_slime(pair, name, caplog):
         ("group-3-0", "group-3", (0, 5, 6), (7, 8, 1), True),
         ("group-3-1", "group-3", (0, 5, 6), (7, 8), False),
     ]
-    assert counts == zero_but(format="slime", rows=2, contexts=2, positions=5, cut=1)
+    assert counts == zero_but(format="slime", rows=2, contexts=2, positions=5, cut=1, logprobs=1)
     assert caplog.messages == [
         f"{FILES / name}: 1 contexts cut at the first token that the student did not write"
     ]
