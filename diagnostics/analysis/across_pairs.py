@@ -76,9 +76,9 @@ def effects(pairs: Mapping[str, PairTables]) -> pd.DataFrame:
     Returns:
         One row per pair and conclusion, with columns pair, kind (over_random,
         over_random_divergent, correlation, claim), conclusion (a criterion, or claim and
-        statistic), outcome (of over_<rival> the divergence that the loss lowers), budget, horizon, rollouts (all; right, wrong), unit, estimate, low,
-        high (at the pair's level), prompts, steps, judged (whether it is pooled) and reason (why it
-        is not).
+        statistic), outcome (of over_<rival> the divergence that the loss lowers), budget, horizon,
+        rollouts (all; right, wrong), unit, estimate, low, high (at the pair's level), prompts,
+        steps, judged (whether it is pooled) and reason (why it is not).
 
     Raises:
         DiagnosticsError: There are fewer than two pairs, or none has a table to read.

@@ -24,6 +24,14 @@ COUNTED = {
         " them. Name the prompt file with --prompts"
     ),
     "restored": "whose prompt's special tokens were put back from --prompts",
+    "turns": (
+        "with tokens that the student did not write between its own: both models read them, and"
+        " they are no positions"
+    ),
+    "turns_left_out": (
+        "whose further messages were left out, since the chat template has no generation marks"
+        " that tell the student's tokens"
+    ),
     "cut": "cut at the first token that the student did not write",
     "after_end": (
         "cut after their first end token: what follows it does not belong to the response"
@@ -53,6 +61,7 @@ COUNTED = {
 }
 """What is counted, in the words of the log."""
 HARMLESS = (
+    "turns",
     "from_text",
     "restored",
     "logprobs",

@@ -217,6 +217,7 @@ def _read_contexts(row: Row) -> Rollout:
         row.name("prompt_id"),
         row.name("context_id"),
         rendered=True,
+        own=row.mask("supervised"),
         teacher_prompt=row.text("teacher_prompt"),
         teacher_prompt_ids=row.ids("teacher_prompt_ids"),
     )
@@ -328,6 +329,7 @@ def _read_plain(row: Row) -> Rollout:
                 f"{row.where}: {name} has {len(mask)} values for {len(ids or ())} response_ids."
                 " Give one a token, or leave it out."
             )
+    ids, given = _seen_alone(ids, given)
     return Rollout(
         row.get("messages") if prompt is None else prompt,
         prompt_ids=prompt_ids,
@@ -339,6 +341,22 @@ def _read_plain(row: Row) -> Rollout:
         arguments=row.arguments(),
         **row.reply("response"),
     )
+
+
+def _seen_alone(
+    ids: tuple[int, ...] | None, masks: dict[str, tuple[bool, ...]]
+) -> tuple[tuple[int, ...] | None, dict[str, tuple[bool, ...]]]:
+    """Take the tokens that the attention mask hides out of a response that goes on behind them; the
+    student never saw them. At the end they are padding, which is counted there.
+    """
+    seen = masks.get("attention_mask")
+    if ids is None or seen is None or not any(seen):
+        return ids, masks
+    last = len(seen) - seen[::-1].index(True)
+    kept = [t for t in range(len(ids)) if seen[t] or t >= last]
+    return tuple(ids[t] for t in kept), {
+        name: tuple(mask[t] for t in kept) for name, mask in masks.items()
+    }
 
 
 def _attended(

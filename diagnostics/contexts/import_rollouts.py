@@ -14,10 +14,15 @@
 Ids are taken as they are. Text is encoded by the pair's tokenizer, prompt and response together, so
 that the response begins where its first token would have begun. The prompt goes through the chat
 template, like those of a prompt file, unless it is rendered already or the format stores rendered
-text. A response ends where the student stopped: at the first token that it did not write (a tool's,
-by the loss mask or the message's role), and with the first end token. Padding before or after it is
-removed. A reply in messages is the text of its first message, with tool calls and reasoning as the
-template writes them.
+text. A response ends with its first end token, and padding before or after it is removed.
+
+A reply of several turns, with what a tool or a user says between them, is kept whole where the
+student's own tokens are told: by a loss mask, or by a chat template with `{% generation %}` marks.
+Both models then read all of it, and the student's tokens alone are positions
+(`core.types.Context.supervised`); it ends with the last of them. Where nothing tells them, or with
+`--turns first`, a response ends before the first token that the student did not write, and a reply
+in messages is the text of its first one, with tool calls and reasoning as the template writes them.
+`--turns all` refuses what it cannot tell.
 
 Three more faults leave no trace in such files, so every context is checked for them.
 *Re-tokenization drift*: the ids decode to a text that encodes to other ids, so that positions exist
@@ -42,7 +47,7 @@ from diagnostics.contexts.import_formats import (
     read_row,
     read_rows_of_rollouts,
 )
-from diagnostics.contexts.import_freezer import Freezer, number_contexts
+from diagnostics.contexts.import_freezer import TURNS, Freezer, number_contexts
 from diagnostics.contexts.prompts import log_unused_columns
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
@@ -68,6 +73,13 @@ class ImportConfig:
             "choices": ("auto", "contexts", "released", "slime", "verl", "trl", "plain"),
         },
     )
+    turns: str = field(
+        default="auto",
+        metadata={
+            "help": "replies of several messages or with a mask: all, first, or all where told",
+            "choices": TURNS,
+        },
+    )
 
 
 def read_rollouts(
@@ -75,6 +87,7 @@ def read_rollouts(
     path: str | Path,
     *,
     rollouts_format: str = "auto",
+    turns: str = "auto",
     prompts: Sequence[Prompt] = (),
     contexts: int | None = None,
     chat: bool = True,
@@ -90,6 +103,8 @@ def read_rollouts(
             theirs.
         path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
         rollouts_format: `auto`, or the name of a format in the table of this module.
+        turns: Which turns of a reply are kept: `all`, the `first`, or (`auto`) all where the
+            student's tokens are told, and else the first.
         prompts: The prompts that the rollouts came from. They replace prompts of the file that
             lost their special tokens.
         contexts: Take the first contexts up to this number; None takes all.
@@ -109,6 +124,7 @@ def read_rollouts(
         pair,
         path,
         rollouts_format=rollouts_format,
+        turns=turns,
         prompts=prompts,
         contexts=contexts,
         chat=chat,
@@ -121,6 +137,7 @@ def freeze_rollouts(
     path: str | Path,
     *,
     rollouts_format: str = "auto",
+    turns: str = "auto",
     prompts: Sequence[Prompt] = (),
     contexts: int | None = None,
     chat: bool = True,
@@ -133,6 +150,8 @@ def freeze_rollouts(
             theirs.
         path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
         rollouts_format: `auto`, or the name of a format in the table of this module.
+        turns: Which turns of a reply are kept: `all`, the `first`, or (`auto`) all where the
+            student's tokens are told, and else the first.
         prompts: The prompts that the rollouts came from. They replace prompts of the file that
             lost their special tokens.
         contexts: Take the first contexts up to this number; None takes all.
@@ -153,7 +172,8 @@ def freeze_rollouts(
     path = Path(path)
     frame = read_rows_of_rollouts(path)
     kind = find_format(frame, rollouts_format, path)
-    freezer = Freezer(pair, Renderer(pair.tokenizer, chat, chat_template_kwargs), prompts)
+    renderer = Renderer(pair.tokenizer, chat, chat_template_kwargs)
+    freezer = Freezer(pair, renderer, prompts, turns=turns)
     asked: set[str] = set()
     found = []
     for number, values in enumerate(frame.to_dict("records"), 1):

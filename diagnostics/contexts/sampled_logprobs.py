@@ -97,8 +97,9 @@ def of_kept(
     first = next((o for o in places if tuple(given[o : o + len(kept)]) == tuple(kept)), None)
     if first is None:
         return None
+    theirs = own is not None and len(own) == len(values)
     marked = [
-        math.nan if own is not None and not own[place] else value
+        math.nan if theirs and own is not None and not own[place] else value
         for place, value in enumerate(values)
     ]
     found = tuple(marked[first : first + len(kept)])

@@ -121,14 +121,14 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
-OPTIONAL = (*OF_TEACHER, "correct", "supervised", "sampled_logprobs")
-"""Columns of a context table that may be absent."""
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
 SAMPLED = "sampled_logprobs"
 """Column that is there only where the engine that sampled the bank gave its log-probabilities."""
 LISTS = (SUPERVISED, SAMPLED)
 """Columns with a value per response token."""
+OPTIONAL = (*OF_TEACHER, "correct", *LISTS)
+"""Columns of a context table that may be absent."""
 
 
 @dataclass(frozen=True)

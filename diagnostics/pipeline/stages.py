@@ -237,6 +237,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
+            turns=elsewhere.turns,
             prompts=originals,
             contexts=prompts.contexts,
             chat=prompts.chat,

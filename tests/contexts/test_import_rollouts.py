@@ -47,10 +47,10 @@ def test_the_released_context_bank(pair):
 
 @pytest.mark.parametrize("name", ["slime.jsonl", "slime.pt"])
 def test_debug_rollouts_of_slime(pair, name, caplog):
-    """Of the second sample the last three tokens came from a tool or after it: its context ends
-    before them.
+    """Of the second sample the last three tokens came from a tool or after it: of the first turn
+    alone its context ends before them.
     """
-    bank, counts = freeze_rollouts(pair, FILES / name)
+    bank, counts = freeze_rollouts(pair, FILES / name, turns="first")
     assert shown(bank) == [
         ("group-3-0", "group-3", (0, 5, 6), (7, 8, 1), True),
         ("group-3-1", "group-3", (0, 5, 6), (7, 8), False),
@@ -736,11 +736,18 @@ def test_a_mask_may_be_of_truth_values_and_come_with_plain_rows(pair, tmp_path):
         {"prompt_ids": [5], "response_ids": [6, 7, 8], "loss_mask": [True, False, True]},
         {"prompt_ids": [5], "response_ids": [7, 2, 2], "response_mask": [1.0, 0, 0]},
     ]
-    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows), turns="first")
     assert [c.response_ids for c in bank] == [(6,), (7,)] and (counts["cut"], counts["padded"]) == (
         1,
         1,
     )
+    bank, counts = freeze_rollouts(pair, tmp_path / "r.jsonl")
+    assert [(c.response_ids, c.supervised) for c in bank] == [
+        ((6, 7, 8), (True, False, True)),
+        ((7,), None),
+    ]
+    assert (counts["turns"], counts["cut"], counts["padded"]) == (1, 0, 1)
+    assert bank.positions == 3 and bank[0].sampled_ids == (6, 8)
     for mask, message in (
         ([1], r"row 1: loss_mask has 1 values for 3 response_ids"),
         ([1, 2, 3], r"row 1: loss_mask should be a list of 0 and 1"),

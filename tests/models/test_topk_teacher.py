@@ -982,7 +982,7 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
         tables["correlations"].query("criterion == 'entropy' and outcome == 'gain'").exactness
         == "gain: change of a bound"
     ).all()
-    unmarked = {"warnings", "left_out", "exactness"}
+    unmarked = {"warnings", "left_out", "exactness", "stop_tokens"}
     assert {name for name, table in tables.items() if "exactness" not in table} <= unmarked
     assert tables["warnings"].code[0] == "listed_teacher" or "listed_teacher" in set(
         tables["warnings"].code

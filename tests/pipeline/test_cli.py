@@ -15,13 +15,13 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
-        " criterion-module device draws dtype folds horizon json k learning-rate level loss"
-        " match max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
+        " criterion-module device draws dtype extra folds horizon json k learning-rate level"
+        " loss match max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
         " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary"
         " prompt-column prompts prompts-split quick quiet random-draws rollouts"
         " rollouts-format samples-per-prompt scope seed shard-teacher step student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p warm-steps"
+        " teacher-revision temperature top-k top-p turns warm-steps"
     ),
     "ask-teacher": (
         "accept-code api-key-env concurrency criterion-module device dialect dtype json"
@@ -39,16 +39,16 @@ SURFACE = {
     ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria criterion-module device draws dtype"
-        " folds horizon json k learning-rate level loss match minibatch no-offload-teacher"
-        " no-shard-teacher offload-teacher optimizer output-dir pair quiet random-draws scope"
-        " seed shard-teacher step student student-revision sweep teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision warm-steps"
+        " extra folds horizon json k learning-rate level loss match minibatch"
+        " no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair quiet"
+        " random-draws scope seed shard-teacher step student student-revision sweep teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
-        "accept-code batch-tokens beta criterion-module device draws dtype folds full-kernel"
-        " json k level loss no-full-kernel no-offload-teacher no-shard-teacher offload-teacher"
-        " optimizer output-dir pair quiet sample seed shard-teacher step student"
-        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
+        " full-kernel json k level loss no-full-kernel no-offload-teacher no-shard-teacher"
+        " offload-teacher optimizer output-dir pair quiet sample seed shard-teacher step"
+        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision"
     ),
     "train": (
