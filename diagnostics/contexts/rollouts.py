@@ -226,6 +226,7 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 finished=new.finished,
                 sampled_logprobs=new.sampled_logprobs,
                 supervised=None,
+                sampled_logprobs=None,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )

@@ -38,7 +38,7 @@ from diagnostics.core.progress import expect, forecast
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
-from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.types import SAMPLED, Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.ahead import Ahead
 from diagnostics.pipeline.run import Run
@@ -746,6 +746,7 @@ def analyze_stage(
 
     def work() -> None:
         tables.update((made or Ahead({})).take("analyze", task()))
+        tables.update(_engine_tables(run, tables, {**dataclasses.asdict(config), "seed": seed}))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -809,8 +810,51 @@ def _analysis(
         }
         return {"tokens": run.path("tokens.parquet"), "options": options}
 
-    stage = {"settings": settings, "inputs": ["tokens.parquet"], "code": ("analysis.study",)}
+    stage = {
+        "settings": settings,
+        "inputs": ["tokens.parquet", *_of_engine(run)],
+        "code": ("analysis.study", *(["analysis.engine_check"] if _of_engine(run) else [])),
+    }
     return stage, task
+
+
+def _of_engine(run: Run) -> list[str]:
+    """Files that a check of the sampling engine reads; none where the bank came without its
+    log-probabilities, or the table is not of this run's contexts.
+    """
+    import pyarrow.parquet as pq
+
+    path = run.path("contexts.parquet")
+    if "import" in run.manifest["stages"] or files.kind(path) != "file":
+        return []
+    try:
+        held = SAMPLED in pq.read_schema(path).names
+    except (OSError, ValueError):  # a damaged file is named by the stage that reads it
+        return []
+    return (
+        ["contexts.parquet", "tops.parquet"] if held and run.path("tops.parquet").exists() else []
+    )
+
+
+def _engine_tables(
+    run: Run, tables: Mapping[str, pd.DataFrame], options: Mapping[str, Any]
+) -> dict[str, pd.DataFrame]:
+    """The tables of the engine check, and the warnings with its own."""
+    from diagnostics.analysis.engine_check import engine_tables, engine_warning
+
+    if not _of_engine(run):
+        return {}
+    contexts, tops, tokens = (
+        read_parquet(run.path(f"{name}.parquet")) for name in ("contexts", "tops", "tokens")
+    )
+    made = engine_tables(contexts, tokens, tops=tops, **options)
+    found = engine_warning(made["engine_check"], made["engine_causes"])
+    known = tables["warnings"]
+    if found is not None:
+        log.warning("%s", found[4])
+        row = pd.DataFrame([found], columns=list(known.columns)).astype(known.dtypes.to_dict())
+        known = row if known.empty else pd.concat([known, row], ignore_index=True)
+    return {**made, "warnings": known}
 
 
 def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
