@@ -25,6 +25,7 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
 from diagnostics.contexts.prompts import Given, as_prompts
+from diagnostics.contexts.verifiers import VERIFIER_FLAG, judge_rollouts
 from diagnostics.contexts.vllm_rollouts import Sampled
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
@@ -62,6 +63,7 @@ class RolloutConfig:
             "choices": ENGINES,
         },
     )
+    verifier: str = field(default="auto", metadata=VERIFIER_FLAG)
 
 
 def rollout(
@@ -76,6 +78,7 @@ def rollout(
     seed: int = RolloutConfig.seed,
     batch_tokens: int | None = RolloutConfig.batch_tokens,
     rollout_engine: str = RolloutConfig.rollout_engine,
+    verifier: str = RolloutConfig.verifier,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample responses to each prompt from the student and freeze them.
@@ -98,6 +101,7 @@ def rollout(
             CUDA what the free memory holds (`models.batch_size`).
         rollout_engine: `transformers`, or `vllm` where that is installed; its contexts have the
             log-probabilities that it reports (`Context.sampled_logprobs`).
+        verifier: What judges the responses to prompts with an answer (`contexts.verifiers`).
         shards: Where finished batches are kept and taken from again; None keeps nothing.
 
     Returns:
@@ -110,20 +114,32 @@ def rollout(
             window; or vLLM is asked for and cannot sample.
     """
     prompts = as_prompts(prompts, pair)
-    warn_before_sampling(pair)
-    bank = sample_responses(
+    bank = sampled(
         pair,
         prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        samples_per_prompt=samples_per_prompt,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        rollout_engine=rollout_engine,
+        RolloutConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            samples_per_prompt=samples_per_prompt,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            rollout_engine=rollout_engine,
+        ),
         shards=shards,
     )
+    return judge_rollouts(bank, prompts, verifier, pair=pair.name)[0]
+
+
+def sampled(
+    pair: Pair, prompts: Sequence[Prompt], config: RolloutConfig, *, shards: Shards | None = None
+) -> Bank:
+    """Sample as `rollout` does, without judging the responses. Errors are those of `rollout`."""
+    options = dataclasses.asdict(config)
+    del options["verifier"]
+    warn_before_sampling(pair)
+    bank = sample_responses(pair, prompts, **options, shards=shards)
     behind = positions_after_turn_end(pair, bank)
     if behind:
         log.warning(
@@ -208,8 +224,8 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 response=new.response,
                 response_ids=new.response_ids,
                 finished=new.finished,
-                sampled_logprobs=new.sampled_logprobs,
                 supervised=None,
+                sampled_logprobs=new.sampled_logprobs,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )
@@ -316,9 +332,9 @@ def _sample_with_vllm(
             with vllm_rollouts.engine(pair, longest=longest, seed=config.seed) as made:
                 for group in left:
                     written = _written(made, pair, [requests[i] for i in group], config)
-                    columns = {
+                    columns: dict[str, Sequence] = {
                         "ids": [each.ids for each in written],
-                        "logprobs": [each.logprobs for each in written],
+                        "logprobs": [each.logprobs or [] for each in written],
                     }
                     shards.add(group, columns)
                     done |= dict(zip(group, written))

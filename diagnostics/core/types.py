@@ -65,8 +65,9 @@ class Context:
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
     sampled_logprobs: tuple[float, ...] | None = None
-    """Log-probability of each response token, in nats, as the engine that sampled it reported it;
-    None where none is known. Scoring measures its own, and the two are compared."""
+    """For each response token, ln of its probability as the engine that sampled it reported it, NaN
+    where it reported none; None where none is known. No measurement reads them: scoring has its
+    own, and the two are compared."""
 
     def __post_init__(self):
         for name in PER_TOKEN:
@@ -270,19 +271,6 @@ def _context(row: dict) -> Context:
     )
 
 
-def _numbers(values) -> tuple[float, ...] | None:
-    """The values of a cell as floats; None for a gap."""
-    if not hasattr(values, "__len__"):
-        return None
-    try:
-        return tuple(map(float, values))
-    except (TypeError, ValueError) as error:
-        raise DiagnosticsError(
-            f"A context's sampled_logprobs are a list of numbers; found {str(values)[:60]!r}. Fix"
-            " the table, or leave the column out."
-        ) from error
-
-
 def _truth(value, name: str) -> bool:
     plain = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(plain, bool | int | float) or plain not in (True, False):
@@ -301,6 +289,19 @@ def _is_own(value) -> bool:
             f" the table's column {SUPERVISED}."
         )
     return bool(plain)
+
+
+def _numbers(values) -> tuple[float, ...] | None:
+    """A list of numbers, NaN for a gap in it; None where there is no list."""
+    if values is None or not hasattr(values, "__len__"):
+        return None
+    try:
+        return tuple(float("nan") if value is None else float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"A context's {SAMPLED} are numbers; found {str(values)[:60]!r}. Fix the table, or"
+            " leave the column out."
+        ) from error
 
 
 def _whole(ids) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "positions.jsonl",
     "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",

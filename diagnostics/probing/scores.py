@@ -69,6 +69,9 @@ class ScoreConfig:
         metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
     )
 
+    def __post_init__(self) -> None:
+        extras.check_extras(self.extra)
+
 
 MEASURED_AFTER = {
     "forward_kl": False,
@@ -485,7 +488,7 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
     """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
     student, teacher = pair.student, teacher_of(pair)
     k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
-    extra = extras.check_extras(config.extra)
+    extra = tuple(config.extra)
     if isinstance(teacher, topk_teacher.TopKTeacher):
         if extra:
             topk_teacher.refuse(teacher, f"The measurement {extra[0]}")

@@ -3,6 +3,7 @@
     DIR/train.json                settings and hashes of models and data; a resumed run must agree
     DIR/metrics.jsonl             one line per step: loss, selected share, D, C and H on selected
                                   and on all positions, Jaccard index with other criteria, ...
+    DIR/positions.jsonl           one line per step and tenth of the responses (`positions`)
     DIR/timings.jsonl             seconds and tokens per second of each step, which differ every run
     DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), one row per
                                   step and measure
@@ -41,11 +42,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.prompts import Given, any_prompts
 from diagnostics.contexts.trained_prompts import write_trained_prompts
+from diagnostics.contexts.verifiers import recorded_verifier
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.settings import as_written
 from diagnostics.core.shown import sizes
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
@@ -61,6 +65,7 @@ from diagnostics.training.evaluation import (
     find_verifier,
     summarize_evaluation,
 )
+from diagnostics.training.positions import by_tenth
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
@@ -87,6 +92,7 @@ could not be written to its end.
 
 
 @dataclass(frozen=True)
+@as_written
 class TrainConfig:
     """What is trained, and on which positions.
 
@@ -258,13 +264,13 @@ class TrainResult:
 
 def train(
     pair: Pair,
-    prompts: Sequence[Prompt],
+    prompts: Given,
     *,
     output_dir: str | Path,
     config: TrainConfig = TrainConfig(),
     engine: EngineConfig = EngineConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
-    held_out: Sequence[Prompt] = (),
+    held_out: Given = (),
     bank: Bank | None = None,
     untouched: pd.DataFrame | None = None,
     options: Mapping[str, Any] | None = None,
@@ -275,13 +281,14 @@ def train(
 
     Args:
         pair: The student, which is trained in place, and its teacher.
-        prompts: Prompts to train on.
+        prompts: Prompts to train on, or what `load_prompts` reads: a path, texts, rows, or frozen
+            contexts.
         output_dir: The run directory; see the module's head for its files.
         config: What is trained; `batch` is the global one.
         engine: How TRL runs the training.
         evaluation: How the student is evaluated.
-        held_out: Prompts that are evaluated and never trained on; without any, nothing is
-            evaluated.
+        held_out: Prompts that are evaluated and never trained on, in the same forms; without any,
+            nothing is evaluated.
         bank: Frozen contexts, for evaluation and `probe_every`.
         untouched: An evaluation of the student as it is, where one exists already.
         options: Further arguments of `SelectedDistillationTrainer`: callbacks (added to ours),
@@ -304,6 +311,7 @@ def train(
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     engine_options.require_installed(engine.trl)
+    prompts, held_out = any_prompts(prompts, pair), any_prompts(held_out, pair)
     trackers.require_tracker(engine.report_to, engine_options.trl_fields(engine.trl))
     _check_data(pair, prompts, held_out, config, engine)
     warn_before_sampling(pair)
@@ -404,6 +412,7 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         asdict(config)
         | asdict(engine)
         | asdict(evaluation)
+        | recorded_verifier(evaluation.verifier)
         | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
     )
     settings = {
@@ -758,6 +767,7 @@ def _trainer(
             " --multi_gpu`."
         )
     monitor.require_whole(trainer)
+    trainer.watch = monitor.keep_positions
     return trainer
 
 
@@ -937,7 +947,7 @@ class TrainingMonitor:
             step: 0, or the checkpoint's step.
         """
         if distributed.is_main():
-            for name in ("metrics.jsonl", "timings.jsonl"):
+            for name in ("metrics.jsonl", "timings.jsonl", "positions.jsonl"):
                 lines = read_lines(self.path(name))
                 lines = lines[lines["step"] <= step] if len(lines) else lines
                 write_atomic(
@@ -990,6 +1000,12 @@ class TrainingMonitor:
                 logs["loss"],
                 logs.get("tokens_per_second") or math.nan,
             )
+
+    def keep_positions(self, step: int, tokens: pd.DataFrame, weights: np.ndarray) -> None:
+        """Append a step's means by tenth of the responses to positions.jsonl."""
+        if distributed.is_main():
+            for row in by_tenth(tokens, weights).to_dict("records"):
+                _append(self.path("positions.jsonl"), {"step": step} | row)
 
     def _log_tables(self, step: int) -> None:
         """Give the trackers the log of the selection and the evaluations as tables."""

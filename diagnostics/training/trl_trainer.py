@@ -39,7 +39,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,6 +307,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
         self._prompt_ids: list[list[int] | None] = []
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        self.watch: Callable[[int, pd.DataFrame, np.ndarray], None] = lambda *_: None
+        """Called at every step with its number, its token table and the loss weights."""
         for readout in (pair.student, pair.teacher):
             _name_backbone(readout.model)
         super().__init__(
@@ -576,6 +578,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         """Log the selected positions, all positions, and the overlap with other criteria."""
         metrics = step_metrics.counts(weights_N)
         if "forward_kl" in tokens:
+            self.watch(self.state.global_step + 1, tokens, weights_N)
             metrics |= step_metrics.measured(tokens, weights_N, self.selection.masks(tokens))
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))

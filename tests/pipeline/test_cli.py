@@ -21,7 +21,7 @@ SURFACE = {
         " prompt-column prompts prompts-split quick quiet random-draws rollout-engine rollouts"
         " rollouts-format samples-per-prompt scope seed shard-teacher step student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p turns warm-steps"
+        " teacher-revision temperature top-k top-p turns verifier warm-steps"
     ),
     "ask-teacher": (
         "accept-code api-key-env concurrency criterion-module device dialect dtype json"
@@ -48,8 +48,8 @@ SURFACE = {
         "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
         " full-kernel json k level loss no-full-kernel no-offload-teacher no-shard-teacher"
         " offload-teacher optimizer output-dir pair quiet sample seed shard-teacher step"
-        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision"
+        " student student-revision sweep teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
@@ -80,7 +80,7 @@ SURFACE = {
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
-    "coverage": "chains contexts criterion-module json quiet student teacher",
+    "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",
     "criteria": "criterion-module json quiet",
     "atlas": "criterion-module json names output-dir quiet",
 }
