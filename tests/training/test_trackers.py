@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from trl.extras import profiling
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.stages import _engine_of_cells
@@ -21,7 +22,7 @@ STUBS = Path(__file__).parent.parent / "stub_trackers"
 
 
 KEPT = {}
-"""Stand-ins that were imported once: TRL keeps the module that it met first."""
+"""Stand-ins that were imported once, so that all tests of a session mean the same modules."""
 
 
 def of(name):
@@ -39,6 +40,8 @@ def installed(monkeypatch):
         stub = importlib.import_module(name)
         stub.calls.clear()
         stub.run = None
+        # TRL imports the trackers that there are when it is imported itself, which may be long ago.
+        monkeypatch.setattr(profiling, name, stub, raising=False)
         made.append(name)
         return stub
 
