@@ -224,9 +224,9 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 response=new.response,
                 response_ids=new.response_ids,
                 finished=new.finished,
-                sampled_logprobs=new.sampled_logprobs,
+                correct=None,  # the old response's
                 supervised=None,
-                sampled_logprobs=None,
+                sampled_logprobs=new.sampled_logprobs,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )
