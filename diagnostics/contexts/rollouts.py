@@ -333,7 +333,7 @@ def _sample_with_vllm(
             with vllm_rollouts.engine(pair, longest=longest, seed=config.seed) as made:
                 for group in left:
                     written = _written(made, pair, [requests[i] for i in group], config)
-                    columns = {
+                    columns: dict[str, Sequence[Any]] = {
                         "ids": [each.ids for each in written],
                         "logprobs": [each.logprobs for each in written],
                     }
