@@ -23,7 +23,7 @@ out where the table lacks it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -306,12 +306,10 @@ def residual_curves(
         Columns outcome, split, score, curve, point (its number), residual (in the outcome's unit),
         low, high, at (the score), positions, prompts, steps.
     """
-    predictors = terms(tokens)
-    held = [predictors[name] for name in HELD_TERMS if name in predictors]
-    places: dict[tuple, dict] = {}
 
-    def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
+    def make(tokens: pd.DataFrame, settings: Bootstrap, predictors: dict) -> dict[tuple, Estimate]:
         found = {}
+        held = [predictors[name] for name in HELD_TERMS if name in predictors]
         for split in splits(tokens, bootstrap=settings):
             controls = [column[split.mask] for column in held]
             for outcome in outcomes(tokens):
@@ -322,11 +320,13 @@ def residual_curves(
                     for curve, points in curves.items():
                         for number, (at, estimate) in enumerate(points):
                             key = (outcome, split.name, score, curve, number)
-                            places.setdefault(key, {"at": at})
-                            found[key] = estimate
+                            found["residual", *key] = estimate
+                            found["at", *key] = replace(estimate, value=at)
         return found
 
-    found = over_steps(make, tokens, bootstrap)
+    made = over_steps(make, tokens, bootstrap, before=terms)
+    found = {key[1:]: estimate for key, estimate in made.items() if key[0] == "residual"}
+    places = {key[1:]: {"at": each.value} for key, each in made.items() if key[0] == "at"}
     names = ("outcome", "split", "score", "curve", "point")
     return table(found, names, bootstrap.level, named="residual", more=places)
 
@@ -386,10 +386,6 @@ def _points(
     fixed = [np.ones(len(values)), *columns, values]
     q = len(fixed)
     k = basis.shape[1]
-    products = [a * b for a in fixed for b in fixed]
-    products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
-    products += [basis[:, i] * b for i in range(k) for b in fixed]
-    sums = prompts.sums(*products, at=mask)
 
     def curve(s: np.ndarray) -> np.ndarray:
         whole = s[..., : q * q].reshape(*s.shape[:-1], q, q)
@@ -399,4 +395,14 @@ def _points(
         residual = cross[..., -1:] - cross[..., :-1] @ beta
         return (evaluate @ linear_model.inverse(inner) @ residual)[..., 0]
 
+    if not prompts.draws:  # the sums over all prompts are enough
+        parts = np.stack(fixed), basis.T
+        pairs = ((parts[0], parts[0]), (parts[1], parts[1]), (parts[1], parts[0]))
+        total = np.concatenate([(one @ other.T).ravel() for one, other in pairs])
+        counts = int(mask.sum()), prompts.present(mask)
+        return [(x, Estimate(y, np.empty(0), *counts)) for x, y in zip(at, curve(total).tolist())]
+    products = [a * b for a in fixed for b in fixed]
+    products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
+    products += [basis[:, i] * b for i in range(k) for b in fixed]
+    sums = prompts.sums(*products, at=mask)
     return list(zip(at, of_sums(curve, sums, prompts, mask)))
