@@ -20,12 +20,16 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diagnostics.analysis.bootstrap import ENOUGH_DRAWS, Estimate
+from diagnostics.core.schema import read_parquet, validate_tokens
 
 log = logging.getLogger("diagnostics")
 GROUPS = 50
@@ -46,6 +50,36 @@ STUDIED = 1_250_000
 drawn at random. Standard errors are then those of the prompts drawn, and the counts say so."""
 
 
+def read_studied(path: str | Path, seed: int) -> pd.DataFrame:
+    """Read a token table, or only the sample of it that `studied` would take.
+
+    Args:
+        path: A `tokens.parquet`.
+        seed: Seed of the sample.
+
+    Returns:
+        What `studied` makes of the validated table; the rest of a large one is never in memory.
+
+    Raises:
+        DiagnosticsError: The file is missing or damaged, or holds no token table.
+    """
+    rows = read_parquet(path, columns=["prompt_id"]) if is_long(path) else None
+    chosen = None if rows is None else _chosen(rows["prompt_id"], seed)
+    if rows is None or chosen is None:
+        return validate_tokens(read_parquet(path))
+    names, told = chosen
+    return _told(validate_tokens(read_parquet(path, filters=[("prompt_id", "in", names)])), told)
+
+
+def is_long(path: str | Path) -> bool:
+    """Whether a parquet file has more rows than are studied; what is no such file is not."""
+    try:
+        about = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False  # its reader says what is wrong with it
+    return about.num_rows > STUDIED and "prompt_id" in about.schema.names
+
+
 def studied(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The table itself, or the positions of a random sample of its prompts where it is too large.
 
@@ -59,24 +93,34 @@ def studied(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     if len(tokens) <= STUDIED or "prompt_id" not in tokens:
         return tokens
-    codes, names = pd.factorize(tokens["prompt_id"])
-    if len(names) < LEAST_PROMPTS:
+    chosen = _chosen(tokens["prompt_id"], seed)
+    if chosen is None:
         return tokens
+    names, told = chosen
+    return _told(tokens[tokens["prompt_id"].isin(names)].reset_index(drop=True), told)
+
+
+def _chosen(ids: pd.Series, seed: int) -> tuple[list[str], str] | None:
+    """Names of the prompts that a study is made from and a sentence on them, from the prompt of
+    every position; None where all are.
+    """
+    codes, names = pd.factorize(ids)
+    if len(names) < LEAST_PROMPTS or (codes < 0).any():
+        return None
     order = np.random.default_rng([seed, 3]).permutation(len(names))
-    sizes = np.bincount(codes, minlength=len(names))
-    wanted = max(LEAST_PROMPTS, int(np.searchsorted(np.cumsum(sizes[order]), STUDIED)))
-    kept = np.zeros(len(names), dtype=bool)
-    kept[order[:wanted]] = True
-    sample = tokens[kept[codes]].reset_index(drop=True)
-    told = (
-        f"The study is of {len(sample):,} positions of {wanted:,} prompts, drawn at random from"
-        f" {len(tokens):,} positions of {len(names):,}."
+    upto = np.cumsum(np.bincount(codes, minlength=len(names))[order])
+    wanted = max(LEAST_PROMPTS, int(np.searchsorted(upto, STUDIED, side="right")))
+    return list(names[order[:wanted]]), (
+        f"The study is of {upto[wanted - 1]:,} positions of {wanted:,} prompts, drawn at random"
+        f" from {len(codes):,} positions of {len(names):,}."
     )
+
+
+def _told(sample: pd.DataFrame, told: str) -> pd.DataFrame:
+    """The sample with its warning, which the study's table of warnings takes over."""
     log.warning("%s", told)
-    sample.attrs["warnings"] = [
-        *tokens.attrs.get("warnings", ()),
-        ["sampled", "the token table", told],
-    ]
+    earlier = sample.attrs.get("warnings", ())
+    sample.attrs["warnings"] = [*earlier, ["sampled", "the token table", told]]
     return sample
 
 
