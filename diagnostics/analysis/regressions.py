@@ -294,8 +294,8 @@ def residual_curves(
     """Residual of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
 
     `decile` rows are means over tenths of the score by rank; `spline` rows are a cubic regression
-    spline with three inner knots at the quartiles. Both are fitted anew, residuals included, in
-    every draw.
+    spline with three inner knots at the quartiles, at quantiles of the score with equal distances
+    between them. Both are fitted anew, residuals included, in every draw.
 
     Args:
         tokens: A token table, one row per response position, with at least one outcome.
@@ -304,7 +304,8 @@ def residual_curves(
 
     Returns:
         Columns outcome, split, score, curve, point (its number), residual (in the outcome's unit),
-        low, high, at (the score), positions, prompts, steps.
+        low, high, at (the score), rank (the share of positions below it, half of its equals
+        counted), positions, prompts, steps.
     """
 
     def make(tokens: pd.DataFrame, settings: Bootstrap, predictors: dict) -> dict[tuple, Estimate]:
@@ -318,17 +319,26 @@ def residual_curves(
                     x = predictors[score][split.mask]
                     curves = residual_curve(x, values, controls, split.prompts)
                     for curve, points in curves.items():
+                        ranks = _ranks([at for at, _ in points], x[np.isfinite(x)])
                         for number, (at, estimate) in enumerate(points):
                             key = (outcome, split.name, score, curve, number)
                             found["residual", *key] = estimate
                             found["at", *key] = replace(estimate, value=at)
+                            found["rank", *key] = replace(estimate, value=ranks[number])
         return found
 
     made = over_steps(make, tokens, bootstrap, before=terms)
     found = {key[1:]: estimate for key, estimate in made.items() if key[0] == "residual"}
-    places = {key[1:]: {"at": each.value} for key, each in made.items() if key[0] == "at"}
+    places = {key: {part: made[part, *key].value for part in ("at", "rank")} for key in found}
     names = ("outcome", "split", "score", "curve", "point")
     return table(found, names, bootstrap.level, named="residual", more=places)
+
+
+def _ranks(at: list[float], x: np.ndarray) -> list[float]:
+    """Share of the values [n] below each of `at`, half of its equals counted."""
+    ordered = np.sort(x)
+    below, up_to = (np.searchsorted(ordered, at, side=side) for side in ("left", "right"))
+    return ((below + up_to) / (2 * len(ordered))).tolist()
 
 
 def residual_curve(
@@ -362,7 +372,7 @@ def residual_curve(
     knots = np.unique(np.quantile(x, np.linspace(0, 1, INNER_KNOTS + 2)))
     if len(knots) == INNER_KNOTS + 2:
         knots = np.r_[[knots[0]] * 3, knots, [knots[-1]] * 3]
-        grid = np.linspace(*np.quantile(x, [0.01, 0.99]), GRID)
+        grid = np.quantile(x, np.linspace(0.01, 0.99, GRID))
         basis, at = (BSpline.design_matrix(v, knots, 3).toarray() for v in (x, grid))
         curves["spline"] = _points(grid.tolist(), basis, at, values, columns, prompts, mask)
     return curves

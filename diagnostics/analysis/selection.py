@@ -64,7 +64,7 @@ from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.inputs import several, shares, takes, token_table
 from diagnostics.core.schema import listed, require_columns
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.shown import Tables
 from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
@@ -83,6 +83,7 @@ TOKEN_TYPES = ("word", "number", "punctuation", "special")
 
 
 @dataclass(frozen=True)
+@as_written
 class ComparisonConfig:
     """The settings of a comparison.
 
@@ -241,7 +242,14 @@ def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]
         sums.inside[:, :, -1, place] - middle[:, None],
         (sums.oracle[:, -1, place] - middle)[:, None],
     )
-    return {"mean": mean_inside, "share": share, "enrichment": enrichment, "area": area}
+    over = mean_inside - positive_ratio(sums.total[:, place], sums.total[:, 0])[:, None, None]
+    return {
+        "mean": mean_inside,
+        "minus_random": over,
+        "share": share,
+        "enrichment": enrichment,
+        "area": area,
+    }
 
 
 @dataclass(frozen=True)
@@ -493,12 +501,13 @@ def selection_curves(
         order among equals decided), captured_share, low, high (NaN for context and relative gains,
         whose totals may lie near 0), mean (of the outcome over the selected positions, in its own
         unit, an undefined one as 0), mean_low, mean_high, mean_per_kept (the mean over the share of
-        positions kept), spread (standard deviation over random ties, or over the draws of a random
-        criterion; 0 where nothing is random), random (the share that a random selection captures on
-        average), random_low, random_high (the interval that holds `level` of random selections),
-        oracle, positions, prompts, steps. The rows of `random` have that interval in low and high
-        and none for the mean; all others have intervals over prompts and step batches, with the
-        selection made anew in each draw.
+        positions kept), minus_random (the mean minus that of all positions, which random ones have
+        on average), minus_random_low, minus_random_high, spread (standard deviation over random
+        ties, or over the draws of a random criterion; 0 where nothing is random), random (the share
+        that a random selection captures on average), random_low, random_high (the interval that
+        holds `level` of random selections), oracle, positions, prompts, steps. The rows of `random`
+        have that interval in low and high and none for the mean; all others have intervals over
+        prompts and step batches, with the selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
@@ -545,6 +554,8 @@ def _curves(
                     own = {"criterion": name, "spread": spread[b], **vars(found[name, budget])}
                     own |= row(share, level, named="captured_share")
                     own |= _means(inside, found[name, budget].selected / part.count, level)
+                    over = estimates["minus_random", split, outcome, name, budget]
+                    own |= _over_random(over, level)
                     rows.append(key | frame[b] | own)
     table = pd.DataFrame(rows, columns=_CURVE_COLUMNS)
     wanted = table["budget"].isin(list(budgets)) if budgets is not None else slice(None)
@@ -556,6 +567,12 @@ def _means(inside: Estimate, kept: float, level: float) -> dict[str, float]:
     low, high = inside.interval(level)
     over_kept = float(positive_ratio(inside.value, kept))
     return {"mean": inside.value, "mean_low": low, "mean_high": high, "mean_per_kept": over_kept}
+
+
+def _over_random(over: Estimate, level: float) -> dict[str, float]:
+    """The mean of the selected minus that of all positions, which random ones have on average."""
+    low, high = over.interval(level)
+    return {"minus_random": over.value, "minus_random_low": low, "minus_random_high": high}
 
 
 _CURVE_COLUMNS = [
@@ -573,6 +590,9 @@ _CURVE_COLUMNS = [
     "mean_low",
     "mean_high",
     "mean_per_kept",
+    "minus_random",
+    "minus_random_low",
+    "minus_random_high",
     "spread",
     "random",
     "random_low",
@@ -621,6 +641,9 @@ def _random_rows(part: Population, frame: list[dict], held: np.ndarray) -> Itera
             "mean_low": np.nan,
             "mean_high": np.nan,
             "mean_per_kept": float(positive_ratio(mean_inside, kept)),
+            "minus_random": 0.0,
+            "minus_random_low": np.nan,
+            "minus_random_high": np.nan,
             "criterion": "random",
             "selected": round(float(chance.sum()), 6),
             "tied": 0.0,

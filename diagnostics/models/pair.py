@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import nn
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Bank
 from diagnostics.models import topk_teacher
 from diagnostics.models.loading import (
     DTYPES,
@@ -28,6 +30,15 @@ from diagnostics.models.loading import (
 )
 from diagnostics.models.named_pairs import NAMED_PAIRS, named_pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import (
+    STOP_COLUMNS,
+    differing_special_ids,
+    gradable,
+    stop_rows,
+    turn_end,
+    warn_of_dropped,
+    warn_of_stops,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,11 +130,23 @@ class Pair:
         )
 
     @property
+    def dropped(self) -> tuple[int, ...]:
+        """Ids that are special tokens of other names for the teacher, and left out of both
+        distributions (`models.special_tokens`).
+        """
+        return self.student.excluded
+
+    def graded(self, bank: Bank) -> Bank:
+        """The bank without positions whose sampled token the teacher cannot grade: one of the
+        dropped ids.
+        """
+        return gradable(bank, self.dropped)
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's and those of the student's own settings."""
-        own = getattr(self.student.model.generation_config, "eos_token_id", None)
-        own = own if isinstance(own, (list, tuple)) else [own]
-        return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
+        named = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        return tuple(sorted({*_own_ends(self.student.model), *named}))
 
 
 def _summary(facts: dict) -> list[str]:
@@ -284,9 +307,9 @@ def load_pair(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
             f" one of {', '.join(NAMED_PAIRS)}."
         )
-    shared, template = _shared_tokenizer(
-        tokenizer, (student, student_revision), (teacher, teacher_revision)
-    )
+    tokenizers = _tokenizers(tokenizer, (student, student_revision), (teacher, teacher_revision))
+    dropped = differing_special_ids(*tokenizers)
+    template = shared_template(*tokenizers)
     teacher_place = teacher_device or ("cpu" if offload_teacher else device)
     if shard_teacher:
         teacher_place = "cpu"  # its layers move to the devices when they are sharded
@@ -299,8 +322,9 @@ def load_pair(
             device=teacher_place,
         ),
     )
-    assembled = assemble(pair or "custom", *models, shared)
+    assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
+    assembled.facts |= _special_facts(assembled, *tokenizers)
     assembled.offload_teacher = offload_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
@@ -325,11 +349,30 @@ def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) 
         )
 
 
-def _shared_tokenizer(tokenizer, *sources: tuple) -> tuple[PreTrainedTokenizerBase, dict]:
-    """The student's tokenizer, compared with the teacher's, and the facts of their template."""
-    student, teacher = (tokenizer or load_tokenizer(*source) for source in sources)
-    require_same_tokens(student, teacher)
-    return student, shared_template(student, teacher)
+def _tokenizers(tokenizer, *sources: tuple) -> list[PreTrainedTokenizerBase]:
+    """The student's tokenizer and the teacher's; the same one twice where one is given."""
+    return [tokenizer or load_tokenizer(*source) for source in sources]
+
+
+def _special_facts(pair: Pair, student, teacher) -> dict:
+    """The special tokens in which the tokenizers differ, and the stop tokens of both models."""
+    assert isinstance(pair.teacher, Readout)
+    rows = stop_rows(
+        student,
+        teacher,
+        ends=(_own_ends(pair.student.model), _own_ends(pair.teacher.model)),
+        turn_end=turn_end(student),
+        dropped=pair.dropped,
+    )
+    different = warn_of_dropped(student, teacher, pair.dropped)
+    warn_of_stops(rows)
+    return {"stop_tokens": rows} | ({"special_tokens": different} if different else {})
+
+
+def _own_ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """End ids of a model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(i for i in (own if isinstance(own, (list, tuple)) else [own]) if i is not None)
 
 
 def assemble(
@@ -337,6 +380,8 @@ def assemble(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    dropped: Sequence[int] = (),
 ) -> Pair:
     """Join two models in memory to a pair, and record their identities.
 
@@ -345,6 +390,8 @@ def assemble(
         student: Causal language model; it is put into eval mode.
         teacher: Causal language model; it is put into eval mode.
         tokenizer: Tokenizer of both.
+        dropped: Ids that are left out of both distributions, since they are special tokens of other
+            names for the teacher.
 
     Returns:
         The pair, cut to the smaller of the two configured vocabularies.
@@ -358,7 +405,10 @@ def assemble(
             *sizes,
             shared,
         )
-    readouts = [Readout(model, vocabulary=shared) for model in (student.eval(), teacher.eval())]
+    readouts = [
+        Readout(model, vocabulary=shared, excluded=dropped)
+        for model in (student.eval(), teacher.eval())
+    ]
     template = getattr(tokenizer, "chat_template", None)
     facts = {
         "pair": name,
@@ -426,33 +476,16 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def require_same_tokens(student, teacher) -> None:
-    """Refuse two tokenizers that map any token to different ids.
+def stop_tokens(pair: Pair) -> pd.DataFrame:
+    """Tabulate the tokens that end a response for the student or for the teacher.
 
-    With such a pair the teacher would grade other words than the student wrote. Sizes may differ,
-    as long as the larger tokenizer only adds tokens.
+    Args:
+        pair: A loaded pair.
 
-    Raises:
-        DiagnosticsError: The tokenizers differ in a token or id that both know.
+    Returns:
+        One row per id, with token_id, student_token and teacher_token (its names), ends_student and
+        ends_teacher (whether the model stops there), ends_turn (the chat template ends a turn
+        there), dropped (it is left out of both distributions), and note (what a mismatch touches;
+        empty where there is none).
     """
-    if student is teacher:
-        return
-    maps = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
-    different = [
-        token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]
-    ]
-    by_id = [{i: token for token, i in mapping.items()} for mapping in maps]
-    different += [
-        by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]
-    ]
-    if different:
-        first = sorted(set(different), key=lambda token: maps[0].get(token, -1))[:3]
-        shown = ", ".join(
-            f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the"
-            " teacher"
-            for token in first
-        )
-        raise DiagnosticsError(
-            f"The tokenizers differ in {len(set(different))} tokens ({shown}). On-policy scores"
-            " need one token-to-id map; choose a teacher with the student's tokenizer."
-        )
+    return pd.DataFrame(pair.facts.get("stop_tokens", []), columns=list(STOP_COLUMNS))

@@ -58,9 +58,10 @@ from diagnostics.core.fingerprints import code_version
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
@@ -113,6 +114,7 @@ GRADIENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
+@as_written
 class InterventionConfig:
     """The grid of cells.
 
@@ -430,7 +432,13 @@ def _identity(bench: StepBench) -> dict:
     """Hashes of both models and of the bank."""
     ids = json.dumps(
         [
-            [context.context_id, context.prompt_ids, context.response_ids, context.teacher_ids]
+            [
+                context.context_id,
+                context.prompt_ids,
+                context.response_ids,
+                context.teacher_ids,
+                *([] if context.supervised is None else [context.supervised]),
+            ]
             for context in bench.bank
         ]
     )
@@ -617,7 +625,7 @@ class StepSelection:
         read = set(registry.find(self.planned.cell.criterion).needs)
         if number <= 1 or read <= UNMEASURED:
             return self.bench.tokens.iloc[rows]
-        return remeasured(self.bench, rows, k=self.k)
+        return remeasured(self.bench, rows, k=self.k, extra=extras_of(read))
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def step_positions(
     """The first part of `prepare_step`, which runs no model where there is a token table."""
     if tokens is None:
         tokens = scores.score(pair, bank, batch_tokens=batch_tokens)
-    require_same_bank(bank, tokens)
+    require_same_bank(pair.graded(bank), tokens)
     folds = folds_of(tokens) if keep_folds else None
     if folds is None:
         folds = assign_folds(tokens, config.folds, seed=config.seed)
@@ -390,7 +390,7 @@ class StepBench:
         *,
         batch_tokens: int = scores.BATCH_TOKENS,
     ):
-        self.pair, self.bank, self.tokens, self.folds = pair, bank, tokens, folds
+        self.pair, self.tokens, self.folds = pair, tokens, folds
         self.count = int(folds.max()) + 1
         self.teacher = scores.teacher_of(pair)
         self.parameters: list[Tensor] = [
@@ -400,6 +400,7 @@ class StepBench:
         apart = in_nonfinite_context(tokens)
         masks = [(folds == fold) & ~apart for fold in range(self.count)]
         self.frozen = FrozenBank(pair, bank, batch_tokens=batch_tokens, parts=[*masks, apart])
+        self.bank = self.frozen.bank
         # halved where a gradient runs out of memory, while measurements keep their batches
         self._parts = [part.copy() for part in self.frozen.parts]
         self.origin = [p.detach().clone() for p in self.parameters]
@@ -881,11 +882,9 @@ def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
         ("context_id", "token_id", "forward_kl", "reverse_kl", "advantage"),
         what="A probe's token table",
     )
-    expected = [(context.context_id, token) for context in bank for token in context.response_ids]
-    found = list(zip(tokens["context_id"], tokens["token_id"]))
-    if expected != found:
+    if not scores.lists_positions(bank, tokens):
         raise DiagnosticsError(
-            f"The token table ({len(found)} rows) does not list the bank's {len(expected)}"
+            f"The token table ({len(tokens)} rows) does not list the bank's {bank.positions}"
             " positions in order. Score this bank again."
         )
 

@@ -21,6 +21,7 @@ from diagnostics.report import (
     page_tables,
     provenance,
     summary,
+    themes,
     tokenview,
 )
 from diagnostics.report.drawing import Drawing, draw_all
@@ -182,7 +183,7 @@ def shell(
         f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
         for name, heading, content in sections
     )
-    style = _static("report.css") + (tokenview.style() if tokens else "")
+    style = themes.themed(_static("report.css")) + (tokenview.style() if tokens else "")
     script = _static("report.js") + (tokenview.script() if tokens else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'

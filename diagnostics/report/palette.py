@@ -176,10 +176,13 @@ def diverging() -> Colormap:
 
 
 def on(color: Any) -> str:
-    """Black or white, whichever is read better on a color."""
+    """Black or nearly white, whichever is read better on a color.
+
+    Neither is a color of the page, which a report exchanges for its dark theme's.
+    """
     red, green, blue = to_rgb(color)
     linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
-    return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.18 else "#FFFFFF"
+    return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.18 else "#FDFDFD"
 
 
 # --- looks by name ---

@@ -36,6 +36,7 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several, share, takes, token_table
 from diagnostics.core.schema import SCHEMA, require_columns
 from diagnostics.core.types import Bank, Context
+from diagnostics.report.themes import themed
 from diagnostics.report.token_text import Printed, in_color
 from diagnostics.report.token_widget import token_widget
 
@@ -131,7 +132,7 @@ class TokenView:
 
 def style() -> str:
     """The view's style sheet."""
-    return (STATIC / "tokenview.css").read_text(encoding="utf-8")
+    return themed((STATIC / "tokenview.css").read_text(encoding="utf-8"))
 
 
 def script() -> str:
@@ -179,6 +180,7 @@ def show(
     """
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     color = color or next((name for name in FIRST if name in tokens), MEASURES[0])
+    bank = bank.as_scored(tokens)
     contexts = _chosen(bank, context)
     rows = _rows(tokens, contexts)
     names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
@@ -311,10 +313,10 @@ def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
     for context in contexts:
         here = places.get(context.context_id, np.array([], dtype=int))
         here = here[np.argsort(order[here], kind="stable")]
-        if order[here].tolist() != list(range(len(context.response_ids))):
+        if order[here].tolist() != list(range(len(context.sampled_ids))):
             raise DiagnosticsError(
                 f"The token table has {len(here)} positions for context {context.context_id!r},"
-                f" whose response has {len(context.response_ids)}. Pass the table that was scored"
+                f" whose response has {len(context.sampled_ids)}. Pass the table that was scored"
                 " from this bank."
             )
         rows.append(here)
@@ -428,7 +430,7 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
             "prompt_id": one.prompt_id,
             "prompt": one.prompt,
             "finished": one.finished,
-            "length": len(one.response_ids),
+            "length": len(one.sampled_ids),
         }
         for one in contexts
     ]

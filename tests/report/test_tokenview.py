@@ -230,7 +230,8 @@ def contrast(one, other) -> float:
 
 def themes() -> dict[str, list[np.ndarray]]:
     """The colors of the view's style sheet, light and dark."""
-    found = re.findall(r"--tv-(\w+): light-dark\(#(\w{6}), #(\w{6})\)", tokenview.style())
+    sheet = (tokenview.STATIC / "tokenview.css").read_text(encoding="utf-8")
+    found = re.findall(r"--tv-(\w+): light-dark\(#(\w{6}), #(\w{6})\)", sheet)
     return {name: [np.array(list(bytes.fromhex(c)), float) for c in both] for name, *both in found}
 
 
