@@ -726,7 +726,7 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
 def _verdicts(bank: Bank) -> dict[str, np.ndarray]:
     """The column `correct` [N], where any context of the bank was judged."""
     verdicts = [np.nan if context.correct is None else context.correct for context in bank]
-    lengths = [len(context.response_ids) for context in bank]
+    lengths = [len(context.sampled_ids) for context in bank]
     judged = any(context.correct is not None for context in bank)
     return {"correct": np.repeat(np.array(verdicts, dtype=float), lengths)} if judged else {}
 
