@@ -49,6 +49,7 @@ _HOMES = {
     ),
     "analysis.correctness": ("by_correctness",),
     "analysis.decision": ("decide", "decision_sentence"),
+    "analysis.engine_check": ("engine_causes", "engine_check", "engine_worst"),
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),

@@ -2,6 +2,7 @@
 
 from diagnostics.analysis.correctness import by_correctness
 from diagnostics.analysis.decision import decide, decision_sentence
+from diagnostics.analysis.engine_check import engine_causes, engine_check, engine_worst
 from diagnostics.analysis.paper.tables import paper
 from diagnostics.analysis.rank_agreement import agreement
 from diagnostics.analysis.selection import (
@@ -68,6 +69,9 @@ __all__ = [
     "decide",
     "decision_sentence",
     "disagreement_column",
+    "engine_causes",
+    "engine_check",
+    "engine_worst",
     "evaluate",
     "find_verifier",
     "intervene",

@@ -555,7 +555,8 @@ STAGES = (
         configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
         reads="two models and prompts; `contexts.parquet` where there is one",
         writes=(
-            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+            "`student/`, `train.json`, `metrics.jsonl`, `positions.jsonl`, `evaluations.*`,"
+            " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_train,
@@ -665,9 +666,12 @@ STAGES = (
         purpose="Report how much of frozen contexts a teacher with another tokenizer can grade.",
         example=(
             "coverage --student ./small --teacher ./other --contexts reports/mine",
-            "coverage --student ./small --teacher ./other --contexts contexts.parquet --chains 1",
+            "coverage --student ./small --teacher ./other --contexts contexts.parquet --k 16",
         ),
-        reads="two tokenizers; `contexts.parquet`, and `tops.parquet` where a run has it",
+        reads=(
+            "two tokenizers, and with `--k` two models; `contexts.parquet`, and `tops.parquet`"
+            " where a run has it"
+        ),
         writes="nothing",
         flags=(
             flag(
@@ -686,8 +690,18 @@ STAGES = (
                 default=4,
                 help="most teacher tokens that spell one of the student's (default: 4)",
             ),
+            flag(
+                "k",
+                type=int,
+                help=(
+                    "run both models too, and bound compatibility and divergence on the strings of"
+                    " so many of the student's likeliest tokens"
+                ),
+            ),
+            flag("device", default="auto", help="where the models run (default: auto)"),
+            flag("dtype", default="float32", help="dtype of their weights (default: float32)"),
         ),
-        modules=("contexts.coverage", "models.token_bytes"),
+        modules=("contexts.coverage", "contexts.byte_bounds", "models.token_bytes"),
     ),
     Stage(
         name="criteria",

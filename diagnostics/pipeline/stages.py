@@ -38,7 +38,7 @@ from diagnostics.core.progress import expect, forecast
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
-from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.types import SAMPLED, Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.ahead import Ahead
 from diagnostics.pipeline.run import Run
@@ -109,7 +109,7 @@ def rollout_stage(
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
-    from diagnostics.contexts.rollouts import sampled
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
     from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
 
     if elsewhere is not None and elsewhere.rollouts is not None:
@@ -129,7 +129,8 @@ def rollout_stage(
         if folds is not None and len(found.prompts) != bound:
             _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
-        bank = sampled(pair, found.prompts, rollout, shards=_responses_so_far(run, rendered))
+        chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
+        bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
         bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         drawn = sampling_facts(
@@ -142,6 +143,7 @@ def rollout_stage(
             "positions": bank.positions,
             "prompts": found.counts,
             **drawn,
+            **engine_facts(chosen),
             "first_prompt": found.prompts[0].prompt,
             "rendered_prompts_sha256": rendered,
             **({"behind_turn_end": behind} if behind else {}),
@@ -155,6 +157,7 @@ def rollout_stage(
         work=work,
         code=(
             "contexts.rollouts",
+            "contexts.vllm_rollouts",
             "contexts.prompts",
             "contexts.story_sums",
             "contexts.verifiers",
@@ -330,11 +333,13 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.models.pair import stop_tokens
     from diagnostics.models.special_tokens import count_dropped
-    from diagnostics.probing.scores import score_with_tops
+    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
+        size = chosen_batch_tokens(models.pair, config.batch_tokens)
+        settings = dataclasses.replace(config, batch_tokens=size)
+        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         write_csv(run.path(STOPS), stop_tokens(models.pair))
@@ -342,6 +347,7 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         return {
             **models.pair.facts,
             "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "batch_tokens": size,
             **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
         }
 
@@ -621,7 +627,8 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, the student's weights, and on which
     prompts it was trained.
     """
-    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names = ["train.json", "metrics.jsonl", "positions.jsonl"]
+    names += ["evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet", f"student/{RECORD}"]
     names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
@@ -739,6 +746,7 @@ def analyze_stage(
 
     def work() -> None:
         tables.update((made or Ahead({})).take("analyze", task()))
+        tables.update(_engine_tables(run, tables, {**dataclasses.asdict(config), "seed": seed}))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -802,8 +810,51 @@ def _analysis(
         }
         return {"tokens": run.path("tokens.parquet"), "options": options}
 
-    stage = {"settings": settings, "inputs": ["tokens.parquet"], "code": ("analysis.study",)}
+    stage = {
+        "settings": settings,
+        "inputs": ["tokens.parquet", *_of_engine(run)],
+        "code": ("analysis.study", *(["analysis.engine_check"] if _of_engine(run) else [])),
+    }
     return stage, task
+
+
+def _of_engine(run: Run) -> list[str]:
+    """Files that a check of the sampling engine reads; none where the bank came without its
+    log-probabilities, or the table is not of this run's contexts.
+    """
+    import pyarrow.parquet as pq
+
+    path = run.path("contexts.parquet")
+    if "import" in run.manifest["stages"] or files.kind(path) != "file":
+        return []
+    try:
+        held = SAMPLED in pq.read_schema(path).names
+    except (OSError, ValueError):  # a damaged file is named by the stage that reads it
+        return []
+    return (
+        ["contexts.parquet", "tops.parquet"] if held and run.path("tops.parquet").exists() else []
+    )
+
+
+def _engine_tables(
+    run: Run, tables: Mapping[str, pd.DataFrame], options: Mapping[str, Any]
+) -> dict[str, pd.DataFrame]:
+    """The tables of the engine check, and the warnings with its own."""
+    from diagnostics.analysis.engine_check import engine_tables, engine_warning
+
+    if not _of_engine(run):
+        return {}
+    contexts, tops, tokens = (
+        read_parquet(run.path(f"{name}.parquet")) for name in ("contexts", "tops", "tokens")
+    )
+    made = engine_tables(contexts, tokens, tops=tops, **options)
+    found = engine_warning(made["engine_check"], made["engine_causes"])
+    known = tables["warnings"]
+    if found is not None:
+        log.warning("%s", found[4])
+        row = pd.DataFrame([found], columns=list(known.columns)).astype(known.dtypes.to_dict())
+        known = row if known.empty else pd.concat([known, row], ignore_index=True)
+    return {**made, "warnings": known}
 
 
 def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
@@ -1367,7 +1418,7 @@ MADE_OF = "made of"
 def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
-    read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
+    read += ["metrics.jsonl", "positions.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")

@@ -57,9 +57,9 @@ def test_debug_rollouts_of_slime(pair, name, caplog):
     ]
     assert [context.correct for context in bank] == [True, False]
     said = {"right": 1, "wrong": 1, "stated_by": "reward"}
-    assert counts == zero_but(format="slime", rows=2, contexts=2, positions=5, cut=1) | {
-        "correct": said
-    }
+    assert counts == zero_but(
+        format="slime", rows=2, contexts=2, positions=5, cut=1, logprobs=1
+    ) | {"correct": said}
     assert caplog.messages == [
         f"{FILES / name}: 1 contexts cut at the first token that the student did not write"
     ]

@@ -18,7 +18,7 @@ SURFACE = {
         " criterion-module device draws dtype extra folds horizon json k learning-rate level"
         " loss match max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
         " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary"
-        " prompt-column prompts prompts-split quick quiet random-draws rollouts"
+        " prompt-column prompts prompts-split quick quiet random-draws rollout-engine rollouts"
         " rollouts-format samples-per-prompt scope seed shard-teacher step student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p turns verifier warm-steps"
@@ -79,7 +79,7 @@ SURFACE = {
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
-    "coverage": "chains contexts criterion-module json quiet student teacher",
+    "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",
     "criteria": "criterion-module json quiet",
     "atlas": "criterion-module json names output-dir quiet",
 }

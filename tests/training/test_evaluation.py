@@ -1,5 +1,6 @@
 """Every measure of an evaluation against the modules that it stands on; verifiers; intervals."""
 
+import json
 import sys
 import types
 
@@ -108,6 +109,20 @@ def test_an_evaluation_of_nothing_is_refused(pair):
         match=r"^An evaluation needs prompts and samples; got 0 prompts and 4 samples\.$",
     ):
         evaluate(pair, [])
+
+
+def test_prompts_may_be_texts_a_file_or_contexts_and_a_bank_itself(pair, tmp_path):
+    texts = [prompt.prompt for prompt in make_prompts(3)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    frozen = rollout(pair, texts, samples_per_prompt=2, max_new_tokens=4)
+    how = {"samples": 1, "max_new_tokens": 4}
+    rows = evaluate(pair, texts, bank=frozen, **how)
+    for given in (file, str(file), [{"prompt": text} for text in texts], frozen):
+        pd.testing.assert_frame_equal(
+            evaluate(pair, given, bank=FrozenBank(pair, frozen), **how), rows
+        )
+    assert set(rows.prompt_id) == {context.prompt_id for context in frozen}
 
 
 def test_verifiers(monkeypatch, caplog):
