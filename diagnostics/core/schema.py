@@ -50,9 +50,17 @@ def _columns(
     imported: bool = False,
     on_request: bool = False,
 ) -> list[Column]:
-    kinds = {"imported": imported, "on_request": on_request}
     return [
-        Column(name, dtype, unit, stage, meaning, by_support, **kinds)
+        Column(
+            name,
+            dtype,
+            unit,
+            stage,
+            meaning,
+            by_support,
+            imported=imported,
+            on_request=on_request,
+        )
         for name, unit, meaning in rows
     ]
 
