@@ -62,7 +62,7 @@ from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.inputs import several, shares, takes, token_table
 from diagnostics.core.schema import listed, require_columns
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.shown import Tables
 from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
@@ -81,6 +81,7 @@ TOKEN_TYPES = ("word", "number", "punctuation", "special")
 
 
 @dataclass(frozen=True)
+@as_written
 class ComparisonConfig:
     """The settings of a comparison.
 
@@ -484,12 +485,12 @@ def selection_curves(
         whose totals may lie near 0), mean (of the outcome over the selected positions, in its own
         unit, an undefined one as 0), mean_low, mean_high, mean_per_kept (the mean over the share of
         positions kept), minus_random (the mean minus that of all positions, which random ones have
-        on average), minus_random_low, minus_random_high, spread (standard deviation over random ties, or over the draws of a random
-        criterion; 0 where nothing is random), random (the share that a random selection captures on
-        average), random_low, random_high (the interval that holds `level` of random selections),
-        oracle, positions, prompts, steps. The rows of `random` have that interval in low and high
-        and none for the mean; all others have intervals over prompts and step batches, with the
-        selection made anew in each draw.
+        on average), minus_random_low, minus_random_high, spread (standard deviation over random
+        ties, or over the draws of a random criterion; 0 where nothing is random), random (the share
+        that a random selection captures on average), random_low, random_high (the interval that
+        holds `level` of random selections), oracle, positions, prompts, steps. The rows of `random`
+        have that interval in low and high and none for the mean; all others have intervals over
+        prompts and step batches, with the selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.contexts import sampled_logprobs
 from diagnostics.contexts.conversations import CALLS, REASONING, parse_messages
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.import_counts import COUNTED
@@ -94,7 +95,12 @@ class Freezer:
         usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)
         if usable:
             self._count_faults(rollout, prompt_ids, response_ids, given_ids)
-        return self._context(rollout, prompt_ids, response_ids, own) if usable else None
+        if not usable:
+            return None
+        values = self._logprobs(rollout, given_ids, response_ids)
+        return replace(
+            self._context(rollout, prompt_ids, response_ids, own), sampled_logprobs=values
+        )
 
     def counted(self) -> dict[str, int]:
         """Return what was found, by the names of COUNTED."""
@@ -470,6 +476,17 @@ class Freezer:
             teacher_prompt_ids=rollout.teacher_prompt_ids,
             supervised=own,
         )
+
+    def _logprobs(
+        self, rollout: Rollout, given_ids: tuple[int, ...], response_ids: tuple[int, ...]
+    ) -> tuple[float, ...] | None:
+        """The sampling engine's log-probabilities of the response that was kept; counted."""
+        if rollout.logprobs is None:
+            return None
+        values = sampled_logprobs.read(rollout.logprobs, given_ids)
+        found = values and sampled_logprobs.of_kept(values, given_ids, response_ids, rollout.own)
+        self.counts["logprobs" if found else "logprobs_unplaced"] += 1
+        return found or None
 
     def _encode_prompt(self, text: str) -> tuple[int, ...]:
         return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))

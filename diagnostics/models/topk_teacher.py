@@ -269,7 +269,7 @@ def _held_at(
     ids_TK: np.ndarray, response_T: np.ndarray, shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """For lists with a token `shift` places later: whether they hold their own, and that one."""
-    lists = ids_TK[max(0, -shift) : len(ids_TK) - max(0, shift)]
+    lists = ids_TK[max(0, -shift) : max(0, len(ids_TK) - max(0, shift))]
     own, other = (response_T[max(0, -shift) + by :][: len(lists), None] for by in (0, shift))
     return (lists == own).any(1), (lists == other).any(1)
 
@@ -304,7 +304,20 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
             vocabulary or appears twice in a list, or log-probabilities are not finite or add up to
             more than 1.
     """
-    frame = read_rows(Path(path), text=True)
+    return lists_of(read_rows(Path(path), text=True), path, vocabulary=vocabulary)
+
+
+def lists_of(frame: pd.DataFrame, path: str | Path, *, vocabulary: int) -> TopKTeacher:
+    """The teacher that a table of lists is; `read_lists` on a table that is in memory.
+
+    Args:
+        frame: The rows of such a file.
+        path: Name of the file that holds them, or will.
+        vocabulary: Number of the student's ids.
+
+    Raises:
+        DiagnosticsError: As in `read_lists`.
+    """
     require_columns(
         frame,
         ("context_id", "top_ids", "top_logprobs"),

@@ -41,11 +41,18 @@ def study_tables(task: Task) -> Tables:
 
 
 def comparison_tables(task: Task) -> Tables:
-    """The tables of `analysis.selection.compare` of a token table."""
+    """The tables of `analysis.selection.compare` of a token table, and that by correctness where
+    responses were judged.
+    """
+    from diagnostics.analysis.correctness import by_correctness, is_judged
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
-    tokens = validate_tokens(read_parquet(task["tokens"]))
-    return compare(tokens, outcomes=ALL_OUTCOMES, **task["options"])
+    tokens, options = validate_tokens(read_parquet(task["tokens"])), task["options"]
+    tables = compare(tokens, outcomes=ALL_OUTCOMES, **options)
+    if is_judged(tokens):
+        how = {name: value for name, value in options.items() if name != "budgets"}
+        tables["by_correctness"] = by_correctness(tokens, **how)
+    return tables
 
 
 def cells(task: Task) -> Tables:

@@ -57,6 +57,10 @@ BOUNDS = {
     "eval_samples": (1, 10**6),
     "save_every": (0, 10**9),
     "probe_every": (0, 10**9),
+    "top_logprobs": (1, 10**6),
+    "concurrency": (1, 1000),
+    "retries": (0, 100),
+    "timeout": (1, 10**6),
 }
 """Least and most of a flag's number wherever it appears. A value outside is a typing error, or
 would fill the memory, so it is rejected.

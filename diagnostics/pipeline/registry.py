@@ -28,6 +28,7 @@ PAIR = "models.pair.PairConfig"
 PROMPTS = "contexts.prompts.PromptConfig"
 ROLLOUT = "contexts.rollouts.RolloutConfig"
 BANK = "contexts.import_rollouts.ImportConfig"
+ASK = "models.served.ask.AskConfig"
 SCORE = "probing.scores.ScoreConfig"
 PROBE = "probing.one_step.ProbeConfig"
 CONTROLS = "probing.one_step.ControlConfig"
@@ -91,6 +92,8 @@ class Stage:
     """The command that runs it, where that has another name: the stage is no command then."""
     recorded: bool = True
     """Whether the manifest records it, so that `rerun` repeats it."""
+    repeatable: bool = True
+    """Whether `rerun` can repeat it; where not, its files are inputs of the repetition."""
     modules: tuple[str, ...] = ()
     """Modules whose docstrings its page of the documentation shows."""
 
@@ -135,6 +138,11 @@ def _rollout(job: Job) -> None:
         job.configs[BANK],
         folds=job.configs[PROBE].folds if PROBE in job.configs else None,
     )
+
+
+def _ask(job: Job) -> dict[str, str]:
+    file = stages.ask_stage(job.run, job.models, job.configs[ASK])
+    return {"output_dir": str(job.run.directory), "teacher_logprobs": str(file)}
 
 
 def _score(job: Job) -> None:
@@ -304,7 +312,27 @@ STAGES = (
             "models.chat_templates",
             "contexts.rollouts",
             "contexts.import_rollouts",
+            "contexts.verifiers",
         ),
+    ),
+    Stage(
+        name="ask-teacher",
+        purpose=(
+            "Ask a vLLM, SGLang or OpenAI-compatible server for a teacher's likeliest tokens on the"
+            " frozen contexts."
+        ),
+        example=(
+            "ask-teacher --url http://localhost:8000/v1 --output-dir reports/mine",
+            "score --student ./small --teacher-logprobs reports/mine/teacher_logprobs.parquet"
+            " --output-dir reports/mine",
+        ),
+        configs=(ASK, PAIR),
+        reads="`contexts.parquet`, the student's tokenizer, and a server",
+        writes="`teacher_logprobs.parquet`: the file that `--teacher-logprobs` reads",
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_ask,
+        repeatable=False,
+        modules=("models.served.ask", "models.served.dialects", "models.topk_teacher"),
     ),
     Stage(
         name="score",
@@ -323,7 +351,7 @@ STAGES = (
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
         parts=("score", "after"),
-        modules=("probing.scores", "measure.divergences"),
+        modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
     Stage(
         name="import",
@@ -474,11 +502,14 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
+        writes=(
+            "`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`; where"
+            " responses were judged: `tables/by_correctness.csv`"
+        ),
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria", "analysis.decision"),
+        modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -524,7 +555,8 @@ STAGES = (
         configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
         reads="two models and prompts; `contexts.parquet` where there is one",
         writes=(
-            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+            "`student/`, `train.json`, `metrics.jsonl`, `positions.jsonl`, `evaluations.*`,"
+            " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_train,

@@ -39,6 +39,7 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
+    "by_correctness": "Each criterion by right and by wrong responses: what it selects and gains.",
     "intervention": "Steps with loss on a selection alone; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",
@@ -54,6 +55,12 @@ TABLES = {
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
+    "training_positions": "What each step saw and selected, by tenth of the responses.",
+    "engine_check": (
+        "Log-probabilities that came with the bank minus those of the re-score, by group and place."
+    ),
+    "engine_causes": "What may explain that gap: what each cause takes away of it, over prompts.",
+    "engine_worst": "The positions where engine and re-score differ most.",
     "saturation": "Quantiles of every measurement and the share that is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats per position of the step's loss.",

@@ -193,14 +193,18 @@ def training_tables(directory: Path, reading: _Reading | None = None) -> dict[st
         reading: The reader that keeps the notes; a new one without a manifest where None.
 
     Returns:
-        `evaluations` and `training_metrics`, as far as the run has them. The metrics have one row
-        per step; those of a grid name their cell in the columns criterion, budget and seed.
+        `evaluations`, `training_metrics` and `training_positions`, as far as the run has them. The
+        metrics have one row per step; those of a grid name their cell in the columns criterion,
+        budget and seed. The positions have one row per step and tenth of the responses.
     """
     reading = reading or _Reading(directory, {"stages": {}})
     found = {
         "evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
         "training_metrics": reading.read(
             "metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False
+        ),
+        "training_positions": reading.read(
+            "positions.jsonl", lambda path: _read_lines(path, reading.say), ask=False
         ),
     }
     curves = []

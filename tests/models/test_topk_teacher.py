@@ -1025,3 +1025,10 @@ def test_base_two_is_seen_in_short_lists(tmp_path, depth):
     assert read(values).absent == 0
     with pytest.raises(DiagnosticsError, match="seems to hold logarithms to base 2"):
         read(values / np.log(2))
+
+
+@pytest.mark.parametrize("lengths", [[2, 5], [1, 2, 3], [2], [1]])
+def test_a_response_shorter_than_the_places_that_are_tried_is_read(pair, tmp_path, lengths):
+    """Lists are tried up to three places further, and a response of two tokens has no third."""
+    bank = make_bank(lengths)
+    listed(pair, bank, 5, tmp_path).teacher.require(bank)
