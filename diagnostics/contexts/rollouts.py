@@ -224,6 +224,7 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
                 response=new.response,
                 response_ids=new.response_ids,
                 finished=new.finished,
+                correct=None,  # the old response's
                 supervised=None,
                 sampled_logprobs=new.sampled_logprobs,
             )
@@ -332,7 +333,7 @@ def _sample_with_vllm(
             with vllm_rollouts.engine(pair, longest=longest, seed=config.seed) as made:
                 for group in left:
                     written = _written(made, pair, [requests[i] for i in group], config)
-                    columns: dict[str, Sequence] = {
+                    columns: dict[str, Sequence[Any]] = {
                         "ids": [each.ids for each in written],
                         "logprobs": [each.logprobs or [] for each in written],
                     }

@@ -797,7 +797,9 @@ def _analysis(
         )
 
     def task() -> dict[str, Any]:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        tokens = read_studied(run.path("tokens.parquet"), seed)
         if "gain" not in tokens:
             raise DiagnosticsError(
                 f"{run.path('tokens.parquet')} has no gains in nats."
@@ -931,7 +933,12 @@ def compare_stage(
     options = {**dataclasses.asdict(analysis), "seed": seed}
 
     def work() -> None:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        # Interventions are of every prompt, so they are compared with the whole table.
+        path = run.path("tokens.parquet")
+        whole = validate_tokens(read_parquet(path)) if effects else None
+        tokens = read_studied(path, seed) if whole is None else whole
         tables.update((made or Ahead({})).take("compare", _comparison_task(run, config, options)))
         if effects:
             sums = read_parquet(run.path(effects))

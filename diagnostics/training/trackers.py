@@ -1,9 +1,9 @@
 """Trackers of a training: its log, and its tables, beside the run directory.
 
-`--report-to` names one. TRL and transformers give it the log of every step (loss, learning rate,
-and all that `step_metrics` describes) through their own callbacks. Here it also gets two tables
-when the training ends: `selection_log`, one row per step as in metrics.jsonl, and `evaluations`,
-mean and interval of each measure at each evaluated step.
+`--report-to` names one. TRL and transformers give it the log of every step (loss, learning rate and
+all that `step_metrics` describes) through their own callbacks; it also gets two tables when the
+training ends: `selection_log`, one row per step as in metrics.jsonl, and `evaluations`, mean and
+interval of each measure at each evaluated step.
 
     tensorboard    files in DIR/tensorboard; tables as text
     trackio        the tracker's own folder on this machine; no Space is asked for

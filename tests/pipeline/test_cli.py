@@ -48,8 +48,8 @@ SURFACE = {
         "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
         " full-kernel json k level loss no-full-kernel no-offload-teacher no-shard-teacher"
         " offload-teacher optimizer output-dir pair quiet sample seed shard-teacher step"
-        " student student-revision sweep teacher teacher-device teacher-dtype"
-        " teacher-logprobs teacher-revision"
+        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
@@ -57,19 +57,19 @@ SURFACE = {
         " eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens"
         " measure-every no-chat no-offload-teacher no-resume no-shard-teacher offload-teacher"
         " output-dir pair peft per-context-minimum probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seed shard-teacher steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
+        " prompts-split quiet report-to resume save-every scope seed shard-teacher steps"
+        " student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision ties trl verifier"
     ),
     "validate": (
         "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
         " criteria criterion-module device draws dtype eval-contexts eval-every eval-prompts"
         " eval-samples json learning-rate level lora-rank loss max-new-tokens"
-        " max-prompt-tokens measure-every no-chat no-offload-teacher no-resume no-shard-teacher"
-        " offline offload-teacher output-dir pair peft probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seeds shard-teacher steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision ties trl verifier workers"
+        " max-prompt-tokens measure-every no-chat no-offload-teacher no-resume"
+        " no-shard-teacher offline offload-teacher output-dir pair peft probe-every"
+        " prompt-column prompts prompts-split quiet report-to resume save-every scope seeds"
+        " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision ties trl verifier workers"
     ),
     "paper": (
         "accept-code batch budgets criterion-module curve device draws dtype json"
