@@ -39,6 +39,8 @@ class Rollout:
     teacher_prompt_ids: tuple[int, ...] | None = None
     reply: Any = None
     """The response as chat messages, in place of its text."""
+    domain: str | None = None
+    """What kind of question the prompt is."""
     logprobs: Any = None
     """The sampling engine's log-probabilities of the response, as the file has them."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +192,7 @@ def read_row(kind: Format, row: Row) -> Rollout:
     """Read one row as a `Rollout`. Raises DiagnosticsError where the prompt or the response has
     neither text nor ids.
     """
-    rollout = replace(kind.read(row), logprobs=sampled_logprobs.find(row._listed))
+    rollout = replace(kind.read(row), logprobs=sampled_logprobs.find(row._listed), domain=row.name("domain"))
     if any(isinstance(part, Opaque) for part in (rollout.prompt, rollout.response)):
         raise DiagnosticsError(
             f"{row.where} holds a value that only code could build. Write the rows as JSONL with"

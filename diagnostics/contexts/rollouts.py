@@ -365,4 +365,5 @@ def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
         teacher_prompt_ids=_teacher_ids(pair, request.prompt),
+        domain=request.prompt.domain,
     )

@@ -41,6 +41,8 @@ class Prompt:
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     rendered: bool = False
     """True where a chat template wrote the whole text, so that encoding adds no token."""
+    domain: str | None = None
+    """What kind of question it is, where the prompt file says so."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Context:
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
 
+    domain: str | None = None
+    """What kind of question the prompt is, where the prompt file says so."""
     sampled_logprobs: tuple[float, ...] | None = None
     """For each response token, ln of its probability as the engine that sampled it gave it, NaN
     where it gave none; None where the bank came without. No measurement reads them."""
@@ -127,7 +131,7 @@ SAMPLED = "sampled_logprobs"
 """Column that is there only where the engine that sampled the bank gave its log-probabilities."""
 LISTS = (SUPERVISED, SAMPLED)
 """Columns with a value per response token."""
-OPTIONAL = (*OF_TEACHER, "correct", *LISTS)
+OPTIONAL = (*OF_TEACHER, "correct", "domain", *LISTS)
 """Columns of a context table that may be absent."""
 
 
@@ -218,6 +222,7 @@ class Bank:
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
         judged = any(context.correct is not None for context in self.contexts)
         there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
+        there["domain"] = any(context.domain is not None for context in self.contexts)
         there[SAMPLED] = any(context.sampled_logprobs is not None for context in self.contexts)
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
@@ -267,6 +272,7 @@ def _context(row: dict) -> Context:
         teacher_prompt_ids=_whole(hint) if hinted else None,
         correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
         supervised=own,
+        domain=None if missing(row.get("domain")) else str(row["domain"]),
         sampled_logprobs=_numbers(row.get(SAMPLED)),
     )
 
