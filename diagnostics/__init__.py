@@ -37,6 +37,7 @@ _HOMES = {
     "contexts.rollouts": ("rollout",),
     "contexts.coverage": ("tokenizer_coverage",),
     "contexts.import_rollouts": ("read_rollouts",),
+    "contexts.verifiers": ("find_verifier",),
     "probing.scores": ("score", "score_with_tops"),
     "probing.one_step": ("probe",),
     "analysis.selection": (
@@ -46,6 +47,7 @@ _HOMES = {
         "selection_profile",
         "selection_summary",
     ),
+    "analysis.correctness": ("by_correctness",),
     "analysis.decision": ("decide", "decision_sentence"),
     "analysis.engine_check": ("engine_causes", "engine_check", "engine_worst"),
     "analysis.rank_agreement": ("agreement",),
@@ -55,7 +57,6 @@ _HOMES = {
     "training.evaluation": (
         "EvaluationConfig",
         "evaluate",
-        "find_verifier",
         "summarize_evaluation",
     ),
     "contexts.story_sums": ("sums", "verify"),

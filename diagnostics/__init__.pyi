@@ -1,5 +1,6 @@
 """The public names, for type checkers and editors. Written by scripts/docs.py."""
 
+from diagnostics.analysis.correctness import by_correctness
 from diagnostics.analysis.decision import decide, decision_sentence
 from diagnostics.analysis.engine_check import engine_causes, engine_check, engine_worst
 from diagnostics.analysis.paper.tables import paper
@@ -19,6 +20,7 @@ from diagnostics.contexts.import_tokens import read_tokens
 from diagnostics.contexts.prompts import load_prompts
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import sums, verify
+from diagnostics.contexts.verifiers import find_verifier
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, validate_tokens
 from diagnostics.core.types import Bank, Context, Prompt, read_bank
@@ -42,12 +44,7 @@ from diagnostics.report.atlas_page import atlas
 from diagnostics.report.compare_runs import compare_runs
 from diagnostics.report.page import read_run
 from diagnostics.report.tokenview import show
-from diagnostics.training.evaluation import (
-    EvaluationConfig,
-    evaluate,
-    find_verifier,
-    summarize_evaluation,
-)
+from diagnostics.training.evaluation import EvaluationConfig, evaluate, summarize_evaluation
 from diagnostics.training.run import EngineConfig, TrainConfig, train
 
 __version__: str
@@ -65,6 +62,7 @@ __all__ = [
     "ambiguous_share",
     "atlas",
     "attribute",
+    "by_correctness",
     "compare",
     "compare_runs",
     "compare_teachers",

@@ -346,7 +346,7 @@ def is_control(name: str) -> bool:
 
 
 def _could_be_named(table: pd.DataFrame) -> pd.Series:
-    """Cells of criteria that are no controls, and are told apart from DIVERGENT where it is there."""
+    """Cells of criteria that are no controls and, where it is there, are told from DIVERGENT."""
     low = table.get(f"over_{DIVERGENT}_low", pd.Series(np.nan, table.index)).astype(float)
     return ~table["criterion"].map(is_control) & ~(low <= 0)
 

@@ -66,26 +66,21 @@ class Context:
     supervised: tuple[bool, ...] | None = None
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
-
     domain: str | None = None
     """What kind of question the prompt is, where the prompt file says so."""
     sampled_logprobs: tuple[float, ...] | None = None
-    """For each response token, ln of its probability as the engine that sampled it gave it, NaN
-    where it gave none; None where the bank came without. No measurement reads them."""
+    """For each response token, ln of its probability as the engine that sampled it reported it, NaN
+    where it reported none; None where none is known. No measurement reads them: scoring has its
+    own, and the two are compared."""
 
     def __post_init__(self):
-        if self.sampled_logprobs is not None and len(self.sampled_logprobs) != len(
-            self.response_ids
-        ):
-            raise DiagnosticsError(
-                f"Context {self.context_id!r} has {len(self.sampled_logprobs)} sampled_logprobs and"
-                f" {len(self.response_ids)} response tokens. Give one value per token, or none."
-            )
-        if self.supervised is not None and len(self.supervised) != len(self.response_ids):
-            raise DiagnosticsError(
-                f"Context {self.context_id!r} has {len(self.supervised)} values in supervised and"
-                f" {len(self.response_ids)} response tokens. Give one value per token, or none."
-            )
+        for name in PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.response_ids):
+                raise DiagnosticsError(
+                    f"Context {self.context_id!r} has {len(values)} values in {name} and"
+                    f" {len(self.response_ids)} response tokens. Give one value per token, or none."
+                )
 
     def __repr__(self) -> str:
         said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
@@ -128,10 +123,10 @@ OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
 SAMPLED = "sampled_logprobs"
-"""Column that is there only where the engine that sampled the bank gave its log-probabilities."""
-LISTS = (SUPERVISED, SAMPLED)
-"""Columns with a value per response token."""
-OPTIONAL = (*OF_TEACHER, "correct", "domain", *LISTS)
+"""Column of a context table that is there only where an engine reported what it drew."""
+PER_TOKEN = (SUPERVISED, SAMPLED)
+"""Columns of a context table with one value per response token."""
+OPTIONAL = (*OF_TEACHER, "correct", "domain", *PER_TOKEN)
 """Columns of a context table that may be absent."""
 
 
@@ -221,14 +216,19 @@ class Bank:
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
         judged = any(context.correct is not None for context in self.contexts)
-        there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
-        there["domain"] = any(context.domain is not None for context in self.contexts)
-        there[SAMPLED] = any(context.sampled_logprobs is not None for context in self.contexts)
+        told = any(context.sampled_logprobs is not None for context in self.contexts)
+        there = {
+            **dict.fromkeys(OF_TEACHER, hinted),
+            "correct": judged,
+            SUPERVISED: self.masked,
+            "domain": any(context.domain is not None for context in self.contexts),
+            SAMPLED: told,
+        }
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids") or name in LISTS):
-            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
+        for name in (name for name in columns if name.endswith("_ids") or name in PER_TOKEN):
+            frame[name] = [None if values is None else list(values) for values in frame[name]]
         return frame
 
     @classmethod

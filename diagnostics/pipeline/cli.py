@@ -322,7 +322,15 @@ def _criteria() -> dict:
 def _coverage(parsed: argparse.Namespace) -> dict:
     from diagnostics.contexts.coverage import read_coverage
 
-    found = read_coverage(parsed.student, parsed.teacher, parsed.contexts, chains=parsed.chains)
+    found = read_coverage(
+        parsed.student,
+        parsed.teacher,
+        parsed.contexts,
+        chains=parsed.chains,
+        k=parsed.k,
+        device=parsed.device,
+        dtype=parsed.dtype,
+    )
     return {
         "text": found.table.to_string(index=False, float_format="{:.3f}".format),
         "coverage": json.loads(found.table.to_json(orient="records")),

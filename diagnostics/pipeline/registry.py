@@ -312,6 +312,7 @@ STAGES = (
             "models.chat_templates",
             "contexts.rollouts",
             "contexts.import_rollouts",
+            "contexts.verifiers",
         ),
     ),
     Stage(
@@ -350,7 +351,7 @@ STAGES = (
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
         parts=("score", "after"),
-        modules=("probing.scores", "measure.divergences"),
+        modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
     Stage(
         name="import",
@@ -501,11 +502,14 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
+        writes=(
+            "`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`; where"
+            " responses were judged: `tables/by_correctness.csv`"
+        ),
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria", "analysis.decision"),
+        modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -551,7 +555,8 @@ STAGES = (
         configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
         reads="two models and prompts; `contexts.parquet` where there is one",
         writes=(
-            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+            "`student/`, `train.json`, `metrics.jsonl`, `positions.jsonl`, `evaluations.*`,"
+            " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_train,
@@ -702,9 +707,12 @@ STAGES = (
         purpose="Report how much of frozen contexts a teacher with another tokenizer can grade.",
         example=(
             "coverage --student ./small --teacher ./other --contexts reports/mine",
-            "coverage --student ./small --teacher ./other --contexts contexts.parquet --chains 1",
+            "coverage --student ./small --teacher ./other --contexts contexts.parquet --k 16",
         ),
-        reads="two tokenizers; `contexts.parquet`, and `tops.parquet` where a run has it",
+        reads=(
+            "two tokenizers, and with `--k` two models; `contexts.parquet`, and `tops.parquet`"
+            " where a run has it"
+        ),
         writes="nothing",
         flags=(
             flag(
@@ -723,8 +731,18 @@ STAGES = (
                 default=4,
                 help="most teacher tokens that spell one of the student's (default: 4)",
             ),
+            flag(
+                "k",
+                type=int,
+                help=(
+                    "run both models too, and bound compatibility and divergence on the strings of"
+                    " so many of the student's likeliest tokens"
+                ),
+            ),
+            flag("device", default="auto", help="where the models run (default: auto)"),
+            flag("dtype", default="float32", help="dtype of their weights (default: float32)"),
         ),
-        modules=("contexts.coverage", "models.token_bytes"),
+        modules=("contexts.coverage", "contexts.byte_bounds", "models.token_bytes"),
     ),
     Stage(
         name="criteria",

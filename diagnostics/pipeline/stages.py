@@ -109,13 +109,15 @@ def rollout_stage(
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
-    from diagnostics.contexts.rollouts import rollout as sample
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
+    from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
 
     if elsewhere is not None and elsewhere.rollouts is not None:
-        freeze_stage(run, models, prompts, elsewhere)
+        freeze_stage(run, models, prompts, elsewhere, verifier=rollout.verifier)
         return
     path = prompts.prompts
     settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
+    settings |= recorded_verifier(rollout.verifier)
     bound: int | None = None
     if folds is not None and "rollout" not in run.manifest["stages"]:
         bound = at_most(prompts)
@@ -127,12 +129,9 @@ def rollout_stage(
         if folds is not None and len(found.prompts) != bound:
             _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
-        bank = sample(
-            pair,
-            found.prompts,
-            **dataclasses.asdict(rollout),
-            shards=_responses_so_far(run, rendered),
-        )
+        chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
+        bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
+        bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
@@ -144,9 +143,11 @@ def rollout_stage(
             "positions": bank.positions,
             "prompts": found.counts,
             **drawn,
+            **engine_facts(chosen),
             "first_prompt": found.prompts[0].prompt,
             "rendered_prompts_sha256": rendered,
             **({"behind_turn_end": behind} if behind else {}),
+            **({"correct": judged} if judged else {}),
         }
 
     run.stage(
@@ -154,7 +155,14 @@ def rollout_stage(
         settings=settings,
         outputs=["contexts.parquet"],
         work=work,
-        code=("contexts.rollouts", "contexts.prompts", "contexts.story_sums", "models.pair"),
+        code=(
+            "contexts.rollouts",
+            "contexts.vllm_rollouts",
+            "contexts.prompts",
+            "contexts.story_sums",
+            "contexts.verifiers",
+            "models.pair",
+        ),
         models=models.fingerprint,
     )
 
@@ -220,9 +228,17 @@ def _responses_so_far(run: Run, rendered: str) -> Shards:
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
+def freeze_stage(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    elsewhere: ImportConfig,
+    *,
+    verifier: str = "auto",
+) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
     from diagnostics.contexts.import_rollouts import freeze_rollouts
+    from diagnostics.contexts.verifiers import recorded_verifier
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -242,6 +258,7 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
             contexts=prompts.contexts,
             chat=prompts.chat,
             chat_template_kwargs=kwargs,
+            verifier=verifier,
         )
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         return {
@@ -254,7 +271,9 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
 
     run.stage(
         "rollout",
-        settings=_merged(models.writer_settings, prompts, elsewhere, files),
+        settings=_merged(
+            models.writer_settings, prompts, elsewhere, files, recorded_verifier(verifier)
+        ),
         outputs=["contexts.parquet"],
         work=work,
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
@@ -314,11 +333,13 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.models.pair import stop_tokens
     from diagnostics.models.special_tokens import count_dropped
-    from diagnostics.probing.scores import score_with_tops
+    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
+        size = chosen_batch_tokens(models.pair, config.batch_tokens)
+        settings = dataclasses.replace(config, batch_tokens=size)
+        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
         write_csv(run.path(STOPS), stop_tokens(models.pair))
@@ -326,6 +347,7 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         return {
             **models.pair.facts,
             "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "batch_tokens": size,
             **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
         }
 
@@ -605,7 +627,8 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, the student's weights, and on which
     prompts it was trained.
     """
-    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names = ["train.json", "metrics.jsonl", "positions.jsonl"]
+    names += ["evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet", f"student/{RECORD}"]
     names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
@@ -632,6 +655,7 @@ def train_stage(
         evaluation: What is measured on held-out prompts, and how often.
     """
     from diagnostics.contexts.generation_settings import sampling_facts
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
 
@@ -646,6 +670,7 @@ def train_stage(
         file_hash("peft", engine.peft),
     ]
     settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
+    settings |= recorded_verifier(evaluation.verifier)
     for name in ("resume", "save_every"):  # they do not change what is trained
         del settings[name]
 
@@ -765,7 +790,9 @@ def _analysis(
         )
 
     def task() -> dict[str, Any]:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        tokens = read_studied(run.path("tokens.parquet"), seed)
         if "gain" not in tokens:
             raise DiagnosticsError(
                 f"{run.path('tokens.parquet')} has no gains in nats."
@@ -899,7 +926,12 @@ def compare_stage(
     options = {**dataclasses.asdict(analysis), "seed": seed}
 
     def work() -> None:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        # Interventions are of every prompt, so they are compared with the whole table.
+        path = run.path("tokens.parquet")
+        whole = validate_tokens(read_parquet(path)) if effects else None
+        tokens = read_studied(path, seed) if whole is None else whole
         tables.update((made or Ahead({})).take("compare", _comparison_task(run, config, options)))
         if effects:
             sums = read_parquet(run.path(effects))
@@ -930,6 +962,7 @@ def _compared(run: Run) -> list[str]:
 
 
 COMPARISON_CODE = (
+    "analysis.correctness",
     "analysis.selection",
     "analysis.selection_draws",
     "analysis.rank_agreement",
@@ -1392,7 +1425,7 @@ MADE_OF = "made of"
 def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
-    read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
+    read += ["metrics.jsonl", "positions.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")
@@ -1440,6 +1473,7 @@ def validate_stage(
         analysis: Draws and level of the intervals.
         engine: How TRL runs each training, except for what a grid decides itself.
     """
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.measure.losses import check_loss
     from diagnostics.training import grid
 
@@ -1447,12 +1481,14 @@ def validate_stage(
     refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
+    judged_by = recorded_verifier(evaluation.verifier)
     sources = {
         **models.fingerprint(),
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
         **file_hash("peft", options.get("peft")),
+        **{name: judged_by[name] for name in ("verifier_sha256",) if name in judged_by},
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -1481,6 +1517,7 @@ def validate_stage(
         analysis,
         {"offline": offline},
         options,
+        judged_by,
     )
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage(

@@ -58,7 +58,7 @@ from diagnostics.core.fingerprints import code_version
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
 from diagnostics.measure.extras import extras_of
@@ -114,6 +114,7 @@ GRADIENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
+@as_written
 class InterventionConfig:
     """The grid of cells.
 

@@ -39,6 +39,7 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
+    "by_correctness": "Each criterion by right and by wrong responses: what it selects and gains.",
     "intervention": "Steps with loss on a selection alone; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",
@@ -58,6 +59,7 @@ TABLES = {
     "teachers_differences": "One teacher minus another at the same positions.",
     "teachers_best": "Share of positions where a teacher offers the most that can be followed.",
     "teachers_agreement": "How far teachers agree: ranks, likeliest tokens, selections.",
+    "training_positions": "What each step saw and selected, by tenth of the responses.",
     "engine_check": (
         "Log-probabilities that came with the bank minus those of the re-score, by group and place."
     ),

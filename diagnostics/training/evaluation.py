@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.contexts.prompts import Given, any_prompts
 from diagnostics.contexts.verifiers import VERIFIER_FLAG, Verify, find_verifier, judge
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
@@ -72,9 +73,9 @@ class EvaluationConfig:
 
 def evaluate(
     pair: Pair,
-    prompts: Sequence[Prompt],
+    prompts: Given,
     *,
-    bank: FrozenBank | None = None,
+    bank: FrozenBank | Bank | None = None,
     verify: Verify | None = None,
     samples: int = 4,
     max_new_tokens: int = 64,
@@ -85,7 +86,8 @@ def evaluate(
     Args:
         pair: The student and its teacher. The student is in evaluation mode meanwhile, and in its
             former mode afterwards.
-        prompts: Prompts held out from training. Those with an answer count towards accuracy.
+        prompts: Prompts held out from training, or what `load_prompts` reads: a path, texts, rows,
+            or frozen contexts. Those with an answer count towards accuracy.
         bank: Frozen contexts whose divergences are measured too.
         verify: From a response and an answer to whether it is accepted; without it, accuracy is
             left out.
@@ -103,6 +105,7 @@ def evaluate(
     from diagnostics.contexts.rollouts import sample_responses
     from diagnostics.probing.frozen_bank import FrozenBank
 
+    prompts = any_prompts(prompts, pair)
     if not prompts or samples < 1:
         raise DiagnosticsError(
             f"An evaluation needs prompts and samples; got {len(prompts)} prompts and {samples}"
@@ -115,6 +118,7 @@ def evaluate(
         sampled = sample_responses(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
+            bank = FrozenBank(pair, bank) if isinstance(bank, Bank) else bank
             frames += _divergences(bank, "bank_")
         if verify is not None:
             greedy = sample_responses(pair, prompts, top_k=1, **options)

@@ -58,6 +58,7 @@ EVERY = {
     ),
     "evaluations": (figures.evaluations, study_tables.evaluations),
     "training_curves": (figures.training_curves, study_tables.training_metrics),
+    "training_positions": (figures.training_positions, study_tables.training_positions),
     "position_gain": (figures.position_gain, study_tables.positions),
     "runs": (figures.runs, study_tables.of_runs),
     **made_paper.figures_with_tables(),
@@ -1194,3 +1195,32 @@ def test_the_page_s_order_names_every_figure_once():
     assert sorted(registry.ORDER) == sorted(registry.FIGURES)
     assert [spec.name for spec in registry.in_page_order()] == list(registry.ORDER)
     assert registry.ORDER[0] == "decision"
+
+
+def meshes(figure) -> list[np.ndarray]:
+    """[10, columns] values of each heat map, NaN where a cell is empty."""
+    found = [ax.collections for ax in figure.axes if ax.collections]
+    return [np.ma.filled(each[0].get_array().astype(float), np.nan) for each in found]
+
+
+def test_heat_maps_of_a_training_show_every_step_and_place():
+    table = study_tables.training_positions()
+    figure = figures.training_positions(table)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == ["reverse KL (nats)", "student entropy (nats)", "selected share"]
+    expected = [[(1 + tenth) / step for step in range(1, 7)] for tenth in range(10)]
+    expected[3][1] = np.nan
+    np.testing.assert_allclose(meshes(figure)[0], expected)
+    assert np.isnan(meshes(figure)[1][0]).all() and (meshes(figure)[1][1] == 0.5).all()
+
+
+def test_many_steps_are_averaged_by_their_positions():
+    table = study_tables.training_positions(steps=130)
+    table["positions"] += table.step
+    figure = figures.training_positions(table, measures=["reverse_kl"])
+    grid, rows = meshes(figure)[0], table[table.tenth == 7]
+    assert grid.shape == (10, 44) and "Means of 3 steps." in figure.caption
+    for column in (0, 20, 43):
+        few = rows[(rows.step - 1) // 3 == column]
+        expected = (few.reverse_kl * few.positions).sum() / few.positions.sum()
+        assert grid[7, column] == pytest.approx(expected)

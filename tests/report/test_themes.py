@@ -8,8 +8,8 @@ def test_a_rule_with_two_colors_becomes_rules_that_older_browsers_read():
     lines = themes.themed(sheet).strip().splitlines()
     assert lines == [
         ".a { color: #111111; margin: 0; }",
-        '@media screen and (prefers-color-scheme: dark) { :where(:root:not([data-theme="light"])) .a'
-        " { color: #eeeeee } }",
+        "@media screen and (prefers-color-scheme: dark)"
+        ' { :where(:root:not([data-theme="light"])) .a { color: #eeeeee } }',
         '@media screen { :root[data-theme="dark"] .a { color: #eeeeee } }',
         '@media screen { [data-jp-theme-light="false"] .a { color: #eeeeee }'
         ' [data-jp-theme-light="true"] .a { color: #111111 } }',

@@ -75,6 +75,7 @@ from diagnostics.report.figures.strata import strata
 from diagnostics.report.figures.training import (
     evaluations,
     training_curves,
+    training_positions,
     validation,
     validation_scatter,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "style",
     "support_robustness",
     "training_curves",
+    "training_positions",
     "validation",
     "validation_scatter",
 ]

@@ -273,7 +273,8 @@ def residual_curves(
     style.caption(
         figure,
         style.counts(table),
-        "Gain after regression on both entropies, divergence and position: deciles and spline.",
+        "Gain after regression on both entropies, divergence and position: deciles and spline,"
+        " which may leave its panel at the ends.",
         _common_scale(axes, outcomes, page["width"]),
         style.bars(page["level"], "Bars and band", table=table),
     )
@@ -304,5 +305,15 @@ def _residuals(ax, table: pd.DataFrame) -> None:
         label="decile",
         zorder=3,
     )
+    if len(decile) > 1:
+        low, high = min(decile.low.min(), 0.0), max(decile.high.max(), 0.0)
+        room = SPLINE_ROOM * (high - low)
+        if np.isfinite(room) and room > 0:
+            ax.set_ylim(low - room, high + room)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4))
+
+
+SPLINE_ROOM = 0.3
+"""Room for a spline beyond the deciles' intervals, as a share of their reach: at the ends of a
+score its band is many times as wide as anything else in the panel."""

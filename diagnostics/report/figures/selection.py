@@ -94,7 +94,8 @@ def selection_curves(
     )
     names, outcomes = shown_criteria(table, criteria), style.present(table.outcome, outcomes)
     shown = _curve_panels(table, outcomes, names)
-    rows, columns = style.panels(len(shown), page["width"], 2 if page["width"] > 5 else 1)
+    across = {1: 1, 3: 3}.get(len(shown), 2) if page["width"] > 5 else 1
+    rows, columns = style.panels(len(shown), page["width"], across)
     figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns)
     for ax, (draw, outcome) in zip(axes.flat, shown, strict=False):
         draw(ax, table[table.outcome == outcome].sort_values("budget"), names)
