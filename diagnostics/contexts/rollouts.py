@@ -482,5 +482,6 @@ def _freeze(pair: Pair, request: _Request, sampled: Sampled) -> Context:
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
         teacher_prompt_ids=_teacher_ids(pair, request.prompt),
+        domain=request.prompt.domain,
         sampled_logprobs=None if sampled.logprobs is None else tuple(sampled.logprobs),
     )
