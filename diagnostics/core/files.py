@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -242,14 +242,14 @@ def _split(path: Path) -> tuple[Path, str]:
     return Path(root), name
 
 
-def write_atomic(path: str | Path, content: bytes) -> Path:
+def write_atomic(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> Path:
     """Write a file so that a reader or a crash sees the old content or the new, never a part.
 
     Permissions follow the umask. Of several processes only the first one writes.
 
     Args:
         path: The file; its folders are created.
-        content: All of its bytes.
+        content: All of its bytes, at once or in parts.
 
     Returns:
         The path.
@@ -270,7 +270,7 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file as `write_atomic` does, but in every process and with plain OSErrors."""
     root, name = _split(path)
     *folders, last = inside(name)
@@ -287,7 +287,7 @@ def replace(path: Path, content: bytes) -> None:
         )
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                file.writelines([content] if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import fingerprint_files
 
-WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
+WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher", "step_state")
 
 
 class Models:

@@ -76,6 +76,7 @@ class FrozenBank:
         batch_tokens: Tokens in one forward pass, padding included.
         parts: Masks bool [N], each a part of the bank with its own batches; one part with every
             position by default. A position that no mask has is not scored.
+        on_host: Whether the teacher's states wait in main memory, in the teacher's own dtype.
 
     Raises:
         DiagnosticsError: The pair cannot score the bank (see `scores.check_bank`).
@@ -88,6 +89,7 @@ class FrozenBank:
         *,
         batch_tokens: int = scores.BATCH_TOKENS,
         parts: Sequence[np.ndarray] | None = None,
+        on_host: bool = False,
     ):
         scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
@@ -95,7 +97,8 @@ class FrozenBank:
             scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
             for keep in ((None,) if parts is None else parts)
         ]
-        states = iter(scores.teacher_states(pair, [batch for group in groups for batch in group]))
+        todo = [batch for group in groups for batch in group]
+        states = iter(scores.teacher_states(pair, todo, on_host=on_host))
         self.parts = [BankPart(group, [next(states) for _ in group]) for group in groups]
 
     @property

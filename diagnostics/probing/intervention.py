@@ -73,11 +73,11 @@ from diagnostics.probing.step import (
     PreparedStep,
     ProbeConfig,
     StepBench,
-    first_update,
+    bench_for,
     loss_weights,
     step_positions,
 )
-from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.tensor_lists import first_update_in_place, tensor_norm
 from diagnostics.probing.trajectory import (
     HORIZON,
     MINIBATCH,
@@ -286,7 +286,7 @@ def interventions(
     # planned before the teacher runs: a grid that cannot be measured is refused at once
     planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
     course = config.trajectory(pair, probe)
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, probe, batch_tokens=batch_tokens)
     folder = None if cache is None else Path(cache)
     steps = FullSteps(bench, probe, config, folder, shards)
     effects: dict[InterventionCell, Effect] = {}
@@ -336,7 +336,7 @@ def help_measuring(
     """
     positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
     planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, probe, batch_tokens=batch_tokens)
     for fold in reversed(step_folds(positions.tokens, positions.folds)):
         weights_N = bench.loss_weights(fold)
         # a trajectory needs neither the direction of the one step nor its size
@@ -438,6 +438,7 @@ def _identity(bench: StepBench) -> dict:
         "student": bench.origin_sha256,
         "teacher": bench.pair.facts.get("teacher"),
         "bank": hashlib.sha256(ids.encode()).hexdigest(),
+        "gradient_precision": bench.gradient_precision,
     }
 
 
@@ -860,8 +861,8 @@ class Grid:
             full = self.full.direction
             update, norm, gradient_norm = full.update, full.norm, full.gradient_norm
         else:
-            update = first_update(gradient, self.probe.optimizer)
-            norm, gradient_norm = tensor_norm(update), tensor_norm(gradient)
+            gradient_norm, _ = first_update_in_place(gradient, self.probe.optimizer)
+            update, norm = gradient, tensor_norm(gradient)
         size = self._size(norm, gradient_norm)
         with self.bench.moved(update, size):
             after = self.bench.rescore(description, js=True)
@@ -944,7 +945,7 @@ def _add_gradients(
     here = [c for c, weights_N in enumerate(weights) if weights_N[batch.rows_n.numpy()].any()]
     if not here:
         return
-    student_nH = batch.states(bench.pair.student)
+    student_nH = bench.states(batch)
     for c in here:
         part = bench.batch_loss(batch, student_nH, teacher_nH, weights[c], loss=loss, beta=beta)
         for total, add in zip(

@@ -49,6 +49,7 @@ from diagnostics.probing.step import (
     PreparedStep,
     ProbeConfig,
     StepBench,
+    bench_for,
     kept_direction,
     step_positions,
 )
@@ -238,7 +239,7 @@ def probe(
         batch_tokens=batch_tokens,
         keep_folds=False,  # the probe draws the folds that every later stage finds in the table
     )
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, config, batch_tokens=batch_tokens)
     before = bench.rescore("before", shards=shards("before"))
     probing = _Probing(bench, config, controls, shards, before)
     for fold in range(bench.count):

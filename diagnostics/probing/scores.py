@@ -589,7 +589,7 @@ def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
+def teacher_states(pair: Pair, todo: list[Batch], *, on_host: bool = False) -> list[Tensor]:
     """The teacher's states for each batch, from one forward pass.
 
     With `offload_teacher` the two models take turns on the device, and the states wait in main
@@ -598,13 +598,14 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     Args:
         pair: Student and teacher.
         todo: This process's batches.
+        on_host: Whether the states wait in main memory although the models take no turns.
 
     Returns:
         One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
     """
     if not pair.offload_teacher:
         return [
-            teacher_nH
+            teacher_nH.cpu() if on_host else teacher_nH
             for teacher_nH, _ in zip(
                 _teacher_states_in_turn(pair, todo), _with_progress(todo, "teacher")
             )

@@ -15,11 +15,11 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
-        " criterion-module device draws dtype folds horizon json k learning-rate level loss"
-        " match max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
-        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary"
-        " prompt-column prompts prompts-split quick quiet random-draws rollouts"
-        " rollouts-format samples-per-prompt scope seed shard-teacher step student"
+        " criterion-module device draws dtype folds gradient-precision horizon json k"
+        " learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
+        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
+        " placebos primary prompt-column prompts prompts-split quick quiet random-draws rollouts"
+        " rollouts-format samples-per-prompt scope seed shard-teacher step step-state student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p warm-steps"
     ),
@@ -33,42 +33,42 @@ SURFACE = {
     ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria criterion-module device draws dtype"
-        " folds horizon json k learning-rate level loss match minibatch no-offload-teacher"
-        " no-shard-teacher offload-teacher optimizer output-dir pair quiet random-draws scope"
-        " seed shard-teacher step student student-revision sweep teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision warm-steps"
+        " folds gradient-precision horizon json k learning-rate level loss match minibatch"
+        " no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair quiet"
+        " random-draws scope seed shard-teacher step step-state student student-revision sweep"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta criterion-module device draws dtype folds full-kernel"
-        " json k level loss no-full-kernel no-offload-teacher no-shard-teacher offload-teacher"
-        " optimizer output-dir pair quiet sample seed shard-teacher step student"
-        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision"
+        " gradient-precision json k level loss no-full-kernel no-offload-teacher"
+        " no-shard-teacher offload-teacher optimizer output-dir pair quiet sample seed"
+        " shard-teacher step step-state student student-revision sweep teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
         " criterion criterion-module device dtype eval-contexts eval-every eval-prompts"
         " eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens"
-        " no-chat no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir"
-        " pair peft per-context-minimum probe-every prompt-column prompts prompts-split quiet"
-        " resume save-every scope seed shard-teacher steps student student-revision teacher"
+        " no-chat no-offload-teacher no-resume no-shard-teacher offload-teacher output-dir pair"
+        " peft per-context-minimum probe-every prompt-column prompts prompts-split quiet resume"
+        " save-every scope seed shard-teacher step-state steps student student-revision teacher"
         " teacher-device teacher-dtype teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
         "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
         " criteria criterion-module device draws dtype eval-contexts eval-every eval-prompts"
-        " eval-samples json learning-rate level lora-rank loss max-new-tokens"
-        " max-prompt-tokens no-chat no-offload-teacher no-resume no-shard-teacher offline"
-        " offload-teacher output-dir pair peft probe-every prompt-column prompts prompts-split"
-        " quiet resume save-every scope seeds shard-teacher steps student student-revision"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision ties trl"
-        " verifier workers"
+        " eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens"
+        " no-chat no-offload-teacher no-resume no-shard-teacher offline offload-teacher"
+        " output-dir pair peft probe-every prompt-column prompts prompts-split quiet resume"
+        " save-every scope seeds shard-teacher step-state steps student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision ties trl verifier"
+        " workers"
     ),
     "paper": (
-        "accept-code batch budgets criterion-module curve device draws dtype json"
-        " learning-rate level masks no-offload-teacher no-shard-teacher no-train"
-        " offload-teacher output-dir pair per-context-minimum quiet seed seeds shard-teacher"
-        " steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
+        "accept-code batch budgets criterion-module curve device draws dtype json learning-rate"
+        " level masks no-offload-teacher no-shard-teacher no-train offload-teacher output-dir"
+        " pair per-context-minimum quiet seed seeds shard-teacher step-state steps student"
+        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision tokenizer tokens tokens-after train workers"
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",

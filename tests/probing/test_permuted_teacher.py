@@ -17,7 +17,8 @@ from diagnostics.probing.frozen_bank import BankPart
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.permuted_teacher import graded_by_others, graders, kept_own
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, first_update, tensor_norm
+from diagnostics.probing.step import StepBench
+from diagnostics.probing.tensor_lists import first_update, tensor_norm
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.probing.test_attribution import gpt2
 
