@@ -316,10 +316,9 @@ def load_pair(
     load_teacher = partial(
         load_model, teacher, teacher_revision, dtype=teacher_dtype, device=teacher_place
     )
-    models = (
-        load_model(student, student_revision, dtype=dtype, device=device),
-        load_teacher(),
-    )
+    # the larger one first: while a model is loaded, the pages of its file are in memory as well
+    teacher_model = load_teacher()
+    models = (load_model(student, student_revision, dtype=dtype, device=device), teacher_model)
     assembled = assemble(pair or "custom", *models, shared)
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.offload_teacher, assembled.step_state = offload_teacher, step_state

@@ -206,7 +206,7 @@ def realized_gains(
     Returns:
         Float64 [N] in nats for each fraction.
     """
-    before = bench.rescore("before")[0]
+    before = bench.before()[0]
     gains = {}
     for fraction in fractions:
         with bench.moved(update, fraction * step_size):

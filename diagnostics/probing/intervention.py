@@ -758,7 +758,7 @@ class Grid:
         left = self._courses(planned, known)
         if not single and not left:
             return
-        before = np.stack(self.bench.rescore("before", js=True), axis=1)
+        before = np.stack(self.bench.before(js=True), axis=1)
         yield from self._one_steps(single, before)
         yield from self._trajectories(left, before)
 
@@ -801,7 +801,7 @@ class Grid:
         known = frozenset(key for key in keys if self._kept(key) is not None)
         left = self._courses(planned, known)
         if left:
-            before = np.stack(self.bench.rescore("before", js=True), axis=1)
+            before = np.stack(self.bench.before(js=True), axis=1)
             yield from self._trajectories(left[::-1], before)
 
     def _trajectory(

@@ -240,7 +240,7 @@ def probe(
         keep_folds=False,  # the probe draws the folds that every later stage finds in the table
     )
     bench = bench_for(pair, bank, positions, config, batch_tokens=batch_tokens)
-    before = bench.rescore("before", shards=shards("before"))
+    before = bench.before(shards=shards("before"))
     probing = _Probing(bench, config, controls, shards, before)
     for fold in range(bench.count):
         probing.measure(fold)
@@ -326,7 +326,6 @@ class _Probing:
         if fold == STEP_FOLD:
             placebos = placebo_gains(
                 step,
-                self.before[0],
                 directions=self.controls.placebos,
                 seed=self.config.seed,
                 shards=self.shards,

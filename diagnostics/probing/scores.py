@@ -32,6 +32,7 @@ from diagnostics.measure import divergences
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.weights import weights_sha256
 
 log = logging.getLogger("diagnostics")
 BATCH_TOKENS = 8192
@@ -62,6 +63,8 @@ class ScoreConfig:
     )
 
 
+SCORED = "scored"
+"""Attribute (`attrs`) of a token table: what `scored_with` gives."""
 MEASURED_AFTER = {
     "forward_kl": False,
     "reverse_kl": False,
@@ -276,7 +279,7 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
-    return _table(pair, bank, _columns(pair, bank, config, shards=shards))
+    return _table(pair, bank, _columns(pair, bank, config, shards=shards), config.batch_tokens)
 
 
 def score_after(
@@ -340,7 +343,7 @@ def score_with_tops(
         for name in list(columns)
         if name.startswith(("student_top_", "teacher_top_"))
     }
-    tokens = _table(pair, bank, columns)
+    tokens = _table(pair, bank, columns, config.batch_tokens)
     return tokens, pd.concat(
         [
             tokens[["context_id", "position"]],
@@ -350,11 +353,22 @@ def score_with_tops(
     )
 
 
-def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+def _table(
+    pair: Pair, bank: Bank, columns: dict[str, np.ndarray], batch_tokens: int
+) -> pd.DataFrame:
     _check_finite(columns["student_entropy"] + columns["teacher_entropy"], pair, bank)
-    return validate_tokens(
+    tokens = validate_tokens(
         pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1)
     )
+    tokens.attrs[SCORED] = scored_with(weights_sha256(pair.student.model), batch_tokens)
+    return tokens
+
+
+def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
+    """What the bits of a token table rest on, beside bank, teacher, code and device: the hash of
+    the student's weights, and the tokens in a forward pass, which decide the batches.
+    """
+    return {"student": student_sha256, "batch_tokens": batch_tokens}
 
 
 def _columns(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -42,7 +42,7 @@ from diagnostics.models.weights import checksum, weights_sha256
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Store
 from diagnostics.probing.folds import assign_folds, folds_of
-from diagnostics.probing.frozen_bank import BankPart, FrozenBank, halve
+from diagnostics.probing.frozen_bank import BankPart, FrozenBank
 from diagnostics.probing.gradient_sums import GradientProduct, GradientSums, GradientTaker
 from diagnostics.probing.permuted_teacher import graded_by_others
 from diagnostics.probing.step_state import place_of
@@ -282,7 +282,7 @@ class FoldSteps:
     def __init__(self, bench: StepBench, config: ProbeConfig, store: Callable[[int], Store]):
         self.bench, self.config, self.store = bench, config, store
         self._waiting: dict[int, Direction] = {}
-        self._made: set[int] = set()
+        self._made: dict[int, Direction] = {}
         self._tables: dict[int, pd.DataFrame] = {}
 
     @cached_property
@@ -315,7 +315,7 @@ class FoldSteps:
 
     def _keep(self, fold: int, table: pd.DataFrame) -> None:
         self._tables[fold] = table
-        self.store(fold).keep_calibration(self._direction(fold), table)
+        self.store(fold).keep_calibration(self._made[fold], table)
 
     def prepared(self, fold: int, *, size: float | None = None) -> PreparedStep:
         """The step on a fold, not taken yet.
@@ -338,6 +338,7 @@ class FoldSteps:
     def forget(self, fold: int) -> None:
         """Free the memory of a direction along which everything is measured."""
         self._waiting.pop(fold, None)
+        self.bench.place.tidy()
 
     def _direction(self, fold: int) -> Direction:
         """The direction of a fold; made once."""
@@ -354,10 +355,10 @@ class FoldSteps:
             return found
         weights_N, store = self.bench.loss_weights(fold), self.store(fold)
         direction = kept_direction(self.bench, weights_N, self.config, store)
-        self._made.add(fold)
+        self._made[fold] = direction.without_update()
         if not store.holds() or place.has_room(direction.update):
-            self._waiting[fold] = direction.waiting(place)
-            return self._waiting[fold]
+            direction = self._waiting[fold] = direction.waiting(place)
+        place.tidy()
         return direction
 
 
@@ -405,9 +406,9 @@ def kept_direction(
 class StepBench:
     """A frozen bank and a student that can be moved along a direction and put back.
 
-    The bank is divided into one part per fold, and one more for the contexts in which a measurement
-    is NaN, which carry no loss. Measurements always run on the same batches of these parts; losses
-    and gradients run on the same batches without the contexts that carry no weight.
+    Measurements run on the batches on which the bank was scored. Losses and gradients run on the
+    same batches without the contexts that carry no weight: those of other folds, and those in which
+    a measurement is NaN.
 
     Args:
         pair: Student (float32 or float64) and teacher.
@@ -440,24 +441,22 @@ class StepBench:
             p for p in pair.student.model.parameters() if p.is_floating_point()
         ]
         _require_precision(self.parameters)
-        apart = in_nonfinite_context(tokens)
-        masks = [(folds == fold) & ~apart for fold in range(self.count)]
         self.place = place_of(pair.step_state, self.parameters)
         self.frozen = FrozenBank(
             pair,
             bank,
             batch_tokens=batch_tokens,
-            parts=[*masks, apart],
             on_host=not self.place.beside,
         )
         self.release_teacher()
         # halved where a gradient runs out of memory, while measurements keep their batches
-        self._parts = [part.copy() for part in self.frozen.parts]
+        self._part = self.frozen.whole.copy()
         self.origin_sha256 = weights_sha256(pair.student.model)
         self._checksums = [checksum(p) for p in self.parameters]
         self.weight_norm = tensor_norm(self.parameters)
         self._origin: list[Tensor] | None = None
         self._copy: list[Tensor] | None = None
+        self._before: dict[bool, tuple[np.ndarray, ...]] = {}
 
     def release_teacher(self) -> None:
         """Free the memory of the teacher's layers where memory may be short, once its states are
@@ -465,37 +464,27 @@ class StepBench:
         """
         if not self.place.beside or self.pair.student.device.type == "cpu":
             self.pair.release_teacher()
+        self.place.tidy()
 
     @property
     def origin(self) -> list[Tensor]:
         """theta0, one tensor per parameter: the parameters themselves while nothing is moved."""
         return self.parameters if self._origin is None else self._origin
 
-    def part(self, fold: int) -> BankPart:
-        """This process's batches of the finite contexts of a fold."""
-        return self._parts[fold]
-
     def loss_weights(self, fold: int) -> np.ndarray:
         """1.0 at the positions that carry loss in the step on a fold, else 0.0; float64 [N]."""
         return loss_weights(self.tokens, self.folds == fold)
 
-    def weighted(
-        self, weights_N: np.ndarray, *, parts: Sequence[BankPart] | None = None
-    ) -> Iterator[tuple[scores.Batch, Tensor]]:
+    def weighted(self, weights_N: np.ndarray) -> Iterator[tuple[scores.Batch, Tensor]]:
         """This process's batches without the contexts in which no position has a weight.
 
         Args:
             weights_N: Float [N] over the whole bank.
-            parts: Parts of the bank in place of the bench's own.
 
         Yields:
             A batch with n positions, and the teacher's states [n, H] for it.
         """
-        for part in self._parts if parts is None else parts:
-            for batch, teacher_nH in part:
-                wanted_n = torch.from_numpy(weights_N[batch.rows_n.numpy()] != 0)
-                if wanted_n.any():
-                    yield batch.with_contexts_of(wanted_n, teacher_nH)
+        return self._part.contexts_of(weights_N != 0)
 
     def mean_loss(self, weights_N: np.ndarray, *, loss: str, beta: float) -> float:
         """Weighted mean of the loss with the student as it is now.
@@ -511,11 +500,11 @@ class StepBench:
         Returns:
             The mean in nats.
         """
-        return self._mean_loss(self._parts, weights_N, loss=loss, beta=beta)
+        return self._mean_loss(self._part, weights_N, loss=loss, beta=beta)
 
     def _mean_loss(
         self,
-        parts: Sequence[BankPart],
+        part: BankPart,
         weights_N: np.ndarray,
         *,
         after: Callable[[int], None] | None = None,
@@ -526,12 +515,12 @@ class StepBench:
         """
         backward, parts_N = after is not None, np.zeros(len(self.tokens))
         with torch.set_grad_enabled(backward):
-            for batch, teacher_nH in self.weighted(weights_N, parts=parts):
+            for batch, teacher_nH in part.contexts_of(weights_N != 0):
                 student_nH = self.states(batch) if backward else batch.states(self.pair.student)
-                part = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
-                parts_N[int(batch.rows_n[0])] = float(part.detach())
+                value = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
+                parts_N[int(batch.rows_n[0])] = float(value.detach())
                 if after is not None:
-                    part.backward()
+                    value.backward()
                     after(int(batch.rows_n[0]))
                 worked(len(batch.rows_n) * (FORWARD_AND_BACK if backward else 1))
         # rounded once, so that neither the order of the batches nor their process matters
@@ -676,9 +665,9 @@ class StepBench:
 
         Out of memory, every batch is halved, and all begins again.
         """
-        parts, value = self._parts, None
+        part, value = self._part, None
         if graded_by is not None:
-            parts = graded_by_others(self._parts, weights_N, graded_by)
+            part = graded_by_others(self._part, weights_N, graded_by)
         while value is None:
             taker, after = begin()
             # an attempt that ran out of memory leaves gradients behind
@@ -686,10 +675,10 @@ class StepBench:
             try:
                 with taker.taking():
                     value = self._mean_loss(
-                        parts, weights_N, after=after, own_teacher=graded_by is None, **options
+                        part, weights_N, after=after, own_teacher=graded_by is None, **options
                     )
             except (torch.OutOfMemoryError, MemoryError) as error:
-                halve(parts, error)
+                part.halve(error)
         return value
 
     def direction(
@@ -760,6 +749,7 @@ class StepBench:
                 for p, o, d in zip(self.parameters, self.origin, direction, strict=True):
                     _move(p, o, d, step_size, placebo_seed, first)
                     first += p.numel()
+            self.place.rest([*self.origin, *direction])
             yield
 
     @torch.no_grad()
@@ -768,6 +758,7 @@ class StepBench:
         if self._origin is not None:
             for p, o in zip(self.parameters, self._origin, strict=True):
                 p.copy_(o)
+            self.place.rest(self._origin)
 
     def rescore(
         self,
@@ -783,12 +774,68 @@ class StepBench:
             description: What the progress bar says.
             js: Whether the Jensen-Shannon divergence is measured too.
             shards: Where finished batches are kept, and taken from.
-            folds: The folds whose finite contexts are measured; None measures the whole bank.
+            folds: The folds whose contexts are measured; None measures the whole bank.
 
         Returns:
             Float64 [N] in nats for each divergence; 0 at a position that was not measured.
         """
-        return self.frozen.rescore(description, js=js, shards=shards, parts=folds)
+        wanted_N = None if folds is None else np.isin(self.folds, list(folds))
+        return self.frozen.rescore(description, js=js, shards=shards, wanted_N=wanted_N)
+
+    def before(self, *, js: bool = False, shards: Shards | None = None) -> tuple[np.ndarray, ...]:
+        """The divergences at theta0, as `rescore` measures them; measured once.
+
+        They are those of the token table where it was scored with this student's weights and in
+        these batches, and one batch that is measured again has the table's values in every bit.
+        Otherwise a student that does not move would seem to.
+
+        Args:
+            js: Whether the Jensen-Shannon divergence is among them.
+            shards: Where finished batches are kept, and taken from.
+
+        Returns:
+            As `rescore`.
+        """
+        if js not in self._before:
+            found = self._scored(js)
+            if found is None:
+                found = self.rescore("before", js=js, shards=shards)
+            else:
+                worked(len(self.tokens))
+            self._before[js] = found
+        return self._before[js]
+
+    def _scored(self, js: bool) -> tuple[np.ndarray, ...] | None:
+        """The divergences of the token table, where they are those of this student and these
+        batches.
+        """
+        names = ["forward_kl", "reverse_kl", *(["js"] if js else [])]
+        mine = scores.scored_with(self.origin_sha256, self.frozen.batch_tokens)
+        if self.tokens.attrs.get(scores.SCORED) != mine:
+            return None
+        if not set(names) <= set(self.tokens):
+            return None
+        table = tuple(self.tokens[name].to_numpy(dtype=np.float64) for name in names)
+        rows_N, tried = self._trial(js)
+        if all(_same_bits(a[rows_N], b[rows_N]) for a, b in zip(table, tried, strict=True)):
+            return table
+        log.info("the scores have other bits than this device gives: theta0 is measured again")
+        return None
+
+    def _trial(self, js: bool) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Each process's last batch, measured: its rows, bool [N], and the divergences [N]."""
+        part, rows_N = self.frozen.whole, np.zeros(len(self.tokens))
+        for batch in part.batches[-1:]:
+            rows_N[batch.rows_n.numpy()] = 1.0
+        found = scores.rescore(
+            self.pair,
+            part.batches[-1:],
+            part.teacher[-1:],
+            positions=len(self.tokens),
+            description="trial",
+            js=js,
+        )
+        return distributed.sum_over_processes(rows_N) > 0, found
 
     def require_restored(self) -> None:
         """Raise RuntimeError unless the student's weights have the bits that they began with."""
@@ -809,6 +856,12 @@ class StepBench:
         return [
             name for name, p in self.pair.student.model.named_parameters() if p.is_floating_point()
         ]
+
+
+def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two float64 arrays agree in every bit, where any NaN equals any other."""
+    same = left.view(np.int64) == right.view(np.int64)
+    return bool((same | (np.isnan(left) & np.isnan(right))).all())
 
 
 def _move(
@@ -891,7 +944,7 @@ def calibrate_together(
     size, rows, trials = step_size, [], []
     for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
         if size is None:
-            size = _first_size([load() for load in directions])
+            size = _first_size(load() for load in directions)
         tried = [
             {"fold": fold, **_tried(bench, load(), weights_N, size, beta=beta)}
             for fold, (load, weights_N) in enumerate(zip(directions, weights, strict=True))
@@ -915,10 +968,14 @@ def calibrate_together(
     return table.assign(chosen=chosen).sort_values(["fold", "step_size"], ignore_index=True)
 
 
-def _first_size(directions: Sequence[Direction]) -> float:
-    """The size that is predicted to remove the share FIRST_TRIAL_DROP of the folds' losses."""
-    slope = sum(direction.slope for direction in directions)
-    value = sum(direction.value for direction in directions)
+def _first_size(directions: Iterable[Direction]) -> float:
+    """The size that is predicted to remove the share FIRST_TRIAL_DROP of the folds' losses.
+
+    One direction at a time is held.
+    """
+    slope = value = 0.0
+    for direction in map(Direction.without_update, directions):
+        slope, value = slope + direction.slope, value + direction.value
     return -FIRST_TRIAL_DROP * abs(value) / slope if slope < 0 else 0.0
 
 

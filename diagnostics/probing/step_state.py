@@ -11,17 +11,19 @@ not fit all at once. On the disk they cost reading and writing, which on a CPU i
 arithmetic of a step. The numbers are the same wherever they lie.
 
 `auto` is `device`, except for a student of LARGE bytes or more: on a CPU it is `disk` then, and on
-another device `host` where less is free than the gradient, theta0 and a direction take.
+another device `host` where less is free than the state takes at most.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,8 +37,11 @@ LARGE = 2**28
 """Bytes of a student from which on `auto` looks for another place."""
 SMALL = 2**20
 """Bytes of a tensor below which it is not worth a file of its own."""
-STATE_SHARE = 4
-"""Gradient in float64, theta0 and a direction, in units of a float32 student."""
+STATE_SHARE = 5
+"""The most that is needed at once, in units of a float32 student: theta0, AdamW's moments and a
+gradient in float64."""
+MADV_DONTNEED = 4
+"""Advice to the system, of this number on Linux and macOS, that mapped pages are not needed now."""
 RESERVE = 0.25
 """Share of the free memory of a card that is left to the activations."""
 
@@ -127,6 +132,26 @@ class StatePlace:
         size = sum(t.numel() * t.element_size() for t in tensors)
         return free is not None and (1 - RESERVE) * free > 2 * STATE_SHARE * size
 
+    def rest(self, tensors: Sequence[Tensor]) -> None:
+        """Take mapped tensors out of this process's memory until they are read or written again;
+        what was written stays in the system's cache of the disk.
+        """
+        for tensor in tensors if self.kind == "disk" else ():
+            if _is_mapped(tensor):
+                storage = tensor.untyped_storage()
+                _libc().madvise(
+                    ctypes.c_void_p(storage.data_ptr()),
+                    ctypes.c_size_t(storage.nbytes()),
+                    MADV_DONTNEED,
+                )
+
+    def tidy(self) -> None:
+        """Give memory that was freed back to the system, which the allocator would keep between
+        large tensors that are still alive.
+        """
+        if not self.beside and hasattr(_libc(), "malloc_trim"):
+            _libc().malloc_trim(0)
+
     def zeros(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Zeros in the shapes and dtypes of tensors, in this place."""
         if self.kind == "disk":
@@ -137,6 +162,12 @@ class StatePlace:
         if self.kind == "disk":
             return _mapped(tensor).copy_(tensor)
         return tensor.to(self.sums(tensor), copy=True)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library that this process uses."""
+    return ctypes.CDLL(None)
 
 
 BESIDE = StatePlace("device")

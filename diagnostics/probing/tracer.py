@@ -124,7 +124,7 @@ class Tracer:
         gain_N = np.zeros(len(self.bench.tokens))
         tangents = dict(zip(self.names, (self.step_size * u for u in self.update), strict=True))
         self._visit_all(
-            [(batch, states) for part in self.bench.frozen.parts for batch, states in part],
+            list(self.bench.frozen.whole),
             tangents,
             gain_N,
             "first order",

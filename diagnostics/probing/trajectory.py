@@ -208,6 +208,8 @@ class _Optimizer:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        for state in self.adamw.state.values():
+            self.bench.place.rest([state["exp_avg"], state["exp_avg_sq"]])
         if self.weights is not self.bench.parameters:
             with torch.no_grad():
                 for p, w in zip(self.bench.parameters, self.weights, strict=True):
@@ -217,6 +219,7 @@ class _Optimizer:
     def forget(self) -> None:
         """Free the memory of the moments, and of the weights' copy."""
         self.adamw, self.weights = None, []
+        self.bench.place.tidy()
 
 
 class Trajectory:

@@ -5,6 +5,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diagnostics.core.progress import Shards
 from diagnostics.models.pair import assemble
 from diagnostics.probing import step_state
 from diagnostics.probing.one_step import probe
@@ -62,9 +63,14 @@ def per_parameter(setting, monkeypatch, kind, **options):
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
-def test_a_probe_with_folds_horizon_and_permuted_teacher(setting, monkeypatch, loss):
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a run directory"])
+def test_a_probe_with_folds_horizon_and_permuted_teacher(
+    setting, monkeypatch, tmp_path, loss, kept
+):
     """Every part of it: four folds, the trajectory with new text, the null and the placebo."""
     options = {"loss": loss, "horizon": (1, 2), "nulls": ("global",)}
+    if kept:
+        options["shards"] = lambda name: Shards(tmp_path / name)
     assert 12 < per_parameter(setting, monkeypatch, "disk", **options) <= BYTES
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import tempfile
 
 import pytest
@@ -84,6 +85,30 @@ def test_theta0_and_directions_are_mapped_files(setting, scratch):
     waiting = bench.place.waiting(ones)
     assert all(mapped(waiting)) and bench.place.waiting(waiting)[0] is waiting[0]
     assert all(mapped(bench.place.zeros(ones))) and not any(scratch.iterdir())
+
+
+def test_mapped_tensors_rest_outside_the_process(scratch):
+    """Their values come back when they are read, and memory that is their own is left alone."""
+    place = StatePlace("disk")
+    (mine,) = place.copy([torch.arange(2**20, dtype=torch.float32)])
+
+    def resident():
+        with open("/proc/self/smaps") as file:
+            lines = file.read().split("opd-state-")[1].splitlines()
+        return int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+
+    if sys.platform == "linux":
+        assert resident() == 4096
+    place.rest([mine, torch.ones(3)])
+    if sys.platform == "linux":
+        assert resident() == 0
+    assert torch.equal(mine, torch.arange(2**20, dtype=torch.float32))
+    mine.add_(1)
+    place.rest([mine])
+    assert mine[5] == 6
+    own = torch.ones(2**20)
+    StatePlace("device").rest([mine, own]), place.rest([own]), place.tidy()
+    assert own.sum() == 2**20
 
 
 def test_moving_a_moved_student_is_noticed(setting):
