@@ -29,7 +29,7 @@ from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
-from diagnostics.core.types import Prompt
+from diagnostics.core.types import Bank, Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,14 @@ NOTED = {
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
-OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
+OPTIONAL_COLUMNS = (
+    "prompt_id",
+    "answer",
+    "hint",
+    "teacher_prompt",
+    "domain",
+    *TEMPLATE_COLUMNS,
+)
 """Columns that a prompt file may have in addition to the prompt."""
 CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
 """A table with all of these columns holds this program's contexts, whose prompts are rendered."""
@@ -141,8 +148,10 @@ class PromptSet:
     """
 
 
-Given = str | Path | Sequence[str | Mapping[str, Any] | Prompt]
-"""Prompts as they may be given: a file or data set, or texts, rows or prompts in a list."""
+Given = str | Path | Bank | Sequence[str | Mapping[str, Any] | Prompt]
+"""Prompts as they may be given: a file or data set, frozen contexts, or texts, rows or prompts in
+a list.
+"""
 
 
 def load_prompts(
@@ -203,16 +212,18 @@ def load_prompts(
 
 
 def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
-    """Prompts from whatever a user has: prompts, texts, rows, or the path of a file.
+    """Prompts from whatever a user has: prompts, texts, rows, the path of a file, or contexts.
 
     Args:
-        prompts: Prompts as `load_prompts` returns them, which stay as they are; or anything that
-            `load_prompts` reads.
+        prompts: Prompts as `load_prompts` returns them, which stay as they are; frozen contexts,
+            whose prompts are taken once each; or anything that `load_prompts` reads.
         pair: The pair, whose tokenizer renders what is not rendered yet.
 
     Raises:
         DiagnosticsError: There is no prompt, or as `load_prompts`.
     """
+    if isinstance(prompts, Bank):
+        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)
     if not isinstance(prompts, str | Path) and not hasattr(prompts, "columns"):
         prompts = list(prompts)
         if not prompts:
@@ -221,7 +232,12 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
             )
         if all(isinstance(prompt, Prompt) for prompt in prompts):
             return prompts  # type: ignore[return-value]
-    return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
+    return load_prompts(prompts, pair=pair)
+
+
+def any_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
+    """`as_prompts`, for arguments that may hold no prompt at all."""
+    return as_prompts(prompts, pair) if isinstance(prompts, str | Path) or len(prompts) else []
 
 
 def _rows_of(source: Any, split: str | None) -> tuple[pd.DataFrame, str]:
@@ -312,6 +328,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
             cell_text(values.get("answer"), where),
             teacher,
             rendered=text in renderer.written,
+            domain=cell_text(values.get("domain"), where),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Bank
 from diagnostics.models import topk_teacher
 from diagnostics.models.loading import (
     DTYPES,
@@ -26,6 +29,15 @@ from diagnostics.models.loading import (
 )
 from diagnostics.models.named_pairs import NAMED_PAIRS, named_pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import (
+    STOP_COLUMNS,
+    differing_special_ids,
+    gradable,
+    stop_rows,
+    turn_end,
+    warn_of_dropped,
+    warn_of_stops,
+)
 from diagnostics.models.weights import weights_sha256
 
 if TYPE_CHECKING:
@@ -56,6 +68,9 @@ class Pair:
     head stays there."""
     step_state: str = "auto"
     """Where a step keeps what it needs beside the student (`probing.step_state`)."""
+
+    stops: list[dict] = field(default_factory=list)
+    """Rows of `stop_tokens`."""
 
     @property
     def vocabulary(self) -> int:
@@ -126,11 +141,23 @@ class Pair:
         )
 
     @property
+    def dropped(self) -> tuple[int, ...]:
+        """Ids that are special tokens of other names for the teacher, and left out of both
+        distributions (`models.special_tokens`).
+        """
+        return self.student.excluded
+
+    def graded(self, bank: Bank) -> Bank:
+        """The bank without positions whose sampled token the teacher cannot grade: one of the
+        dropped ids.
+        """
+        return gradable(bank, self.dropped)
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's and those of the student's own settings."""
-        own = getattr(self.student.model.generation_config, "eos_token_id", None)
-        own = own if isinstance(own, (list, tuple)) else [own]
-        return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
+        named = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        return tuple(sorted({*_own_ends(self.student.model), *named}))
 
 
 def _summary(facts: dict) -> list[str]:
@@ -307,9 +334,9 @@ def load_pair(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
             f" one of {', '.join(NAMED_PAIRS)}."
         )
-    shared, template = _shared_tokenizer(
-        tokenizer, (student, student_revision), (teacher, teacher_revision)
-    )
+    tokenizers = _tokenizers(tokenizer, (student, student_revision), (teacher, teacher_revision))
+    dropped = differing_special_ids(*tokenizers)
+    template = shared_template(*tokenizers)
     teacher_place = teacher_device or ("cpu" if offload_teacher else device)
     if shard_teacher:
         teacher_place = "cpu"  # its layers move to the devices when they are sharded
@@ -319,8 +346,11 @@ def load_pair(
     # the larger one first: while a model is loaded, the pages of its file are in memory as well
     teacher_model = load_teacher()
     models = (load_model(student, student_revision, dtype=dtype, device=device), teacher_model)
-    assembled = assemble(pair or "custom", *models, shared)
+    assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
+    assembled.stops = _stops(assembled, *tokenizers)
+    different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
+    assembled.facts |= {"special_tokens": different} if different else {}
     assembled.offload_teacher, assembled.step_state = offload_teacher, step_state
     if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(teacher, models[1]):
         assembled.teacher.load_again = load_teacher
@@ -352,11 +382,29 @@ def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) 
         )
 
 
-def _shared_tokenizer(tokenizer, *sources: tuple) -> tuple[PreTrainedTokenizerBase, dict]:
-    """The student's tokenizer, compared with the teacher's, and the facts of their template."""
-    student, teacher = (tokenizer or load_tokenizer(*source) for source in sources)
-    require_same_tokens(student, teacher)
-    return student, shared_template(student, teacher)
+def _tokenizers(tokenizer, *sources: tuple) -> list[PreTrainedTokenizerBase]:
+    """The student's tokenizer and the teacher's; the same one twice where one is given."""
+    return [tokenizer or load_tokenizer(*source) for source in sources]
+
+
+def _stops(pair: Pair, student, teacher) -> list[dict]:
+    """The stop tokens of both models; a mismatch is warned of."""
+    assert isinstance(pair.teacher, Readout)
+    rows = stop_rows(
+        student,
+        teacher,
+        ends=(_own_ends(pair.student.model), _own_ends(pair.teacher.model)),
+        turn_end=turn_end(student),
+        dropped=pair.dropped,
+    )
+    warn_of_stops(rows)
+    return rows
+
+
+def _own_ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """End ids of a model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(i for i in (own if isinstance(own, (list, tuple)) else [own]) if i is not None)
 
 
 def assemble(
@@ -364,6 +412,8 @@ def assemble(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    dropped: Sequence[int] = (),
 ) -> Pair:
     """Join two models in memory to a pair, and record their identities.
 
@@ -372,6 +422,8 @@ def assemble(
         student: Causal language model; it is put into eval mode.
         teacher: Causal language model; it is put into eval mode.
         tokenizer: Tokenizer of both.
+        dropped: Ids that are left out of both distributions, since they are special tokens of other
+            names for the teacher.
 
     Returns:
         The pair, cut to the smaller of the two configured vocabularies.
@@ -385,7 +437,10 @@ def assemble(
             *sizes,
             shared,
         )
-    readouts = [Readout(model, vocabulary=shared) for model in (student.eval(), teacher.eval())]
+    readouts = [
+        Readout(model, vocabulary=shared, excluded=dropped)
+        for model in (student.eval(), teacher.eval())
+    ]
     template = getattr(tokenizer, "chat_template", None)
     facts = {
         "pair": name,
@@ -441,33 +496,16 @@ def identity(model: PreTrainedModel) -> dict:
     }
 
 
-def require_same_tokens(student, teacher) -> None:
-    """Refuse two tokenizers that map any token to different ids.
+def stop_tokens(pair: Pair) -> pd.DataFrame:
+    """Tabulate the tokens that end a response for the student or for the teacher.
 
-    With such a pair the teacher would grade other words than the student wrote. Sizes may differ,
-    as long as the larger tokenizer only adds tokens.
+    Args:
+        pair: A loaded pair.
 
-    Raises:
-        DiagnosticsError: The tokenizers differ in a token or id that both know.
+    Returns:
+        One row per id, with token_id, student_token and teacher_token (its names), ends_student and
+        ends_teacher (whether the model stops there), ends_turn (the chat template ends a turn
+        there), dropped (it is left out of both distributions), and note (what a mismatch touches;
+        empty where there is none).
     """
-    if student is teacher:
-        return
-    maps = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
-    different = [
-        token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]
-    ]
-    by_id = [{i: token for token, i in mapping.items()} for mapping in maps]
-    different += [
-        by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]
-    ]
-    if different:
-        first = sorted(set(different), key=lambda token: maps[0].get(token, -1))[:3]
-        shown = ", ".join(
-            f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the"
-            " teacher"
-            for token in first
-        )
-        raise DiagnosticsError(
-            f"The tokenizers differ in {len(set(different))} tokens ({shown}). On-policy scores"
-            " need one token-to-id map; choose a teacher with the student's tokenizer."
-        )
+    return pd.DataFrame(pair.stops, columns=list(STOP_COLUMNS))

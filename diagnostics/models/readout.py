@@ -51,9 +51,17 @@ class Readout:
     Args:
         model: A causal language model of transformers.
         vocabulary: Number of ids that `logits` returns; None means all.
+        excluded: Ids among these whose logits are -inf: they are special tokens of the other model
+            by another name (`models.special_tokens`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, vocabulary: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        vocabulary: int | None = None,
+        excluded: Sequence[int] = (),
+    ):
         _refuse_virtual_tokens(model)
         self._model = model
         self.backbone = backbone(model)
@@ -61,6 +69,7 @@ class Readout:
         config = model.config.get_text_config()
         self.full_vocabulary = config.vocab_size
         self.vocabulary = vocabulary or self.full_vocabulary
+        self.excluded = tuple(i for i in excluded if i < self.vocabulary)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = 1.0
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
@@ -121,15 +130,32 @@ class Readout:
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """Logits [n, V] over the shared vocabulary, from states [n, H].
 
-        They are float32 or float64 whatever the model's dtype is (`measure.projection`).
+        They are float32 or float64 whatever the model's dtype is (`measure.projection`), and -inf
+        at the excluded ids.
         """
-        return self._project(hidden_nH, slice(0, self.vocabulary))
+        logits_nV = self._project(hidden_nH, slice(0, self.vocabulary))
+        if not self.excluded:
+            return logits_nV
+        excluded = torch.tensor(self.excluded, device=logits_nV.device)
+        return logits_nV.index_fill(-1, excluded, -torch.inf)
+
+    @property
+    def drops(self) -> bool:
+        """Whether this model has ids that `logits` leaves out."""
+        return self.full_vocabulary > self.vocabulary or bool(self.excluded)
 
     def dropped_logits(self, hidden_nH: Tensor) -> Tensor:
-        """Logits [n, full - V] of the ids that the other model lacks, from states [n, H]."""
-        return self._project(hidden_nH, slice(self.vocabulary, self.full_vocabulary))
+        """Logits [n, full - V] of the ids that the other model lacks, from states [n, H].
 
-    def _project(self, hidden_nH: Tensor, ids: slice) -> Tensor:
+        The excluded ids come first: [n, E + full - V].
+        """
+        beyond_nW = self._project(hidden_nH, slice(self.vocabulary, self.full_vocabulary))
+        if not self.excluded:
+            return beyond_nW
+        excluded_nE = self._project(hidden_nH, list(self.excluded))
+        return torch.cat([excluded_nE, beyond_nW], dim=-1)
+
+    def _project(self, hidden_nH: Tensor, ids: slice | list[int]) -> Tensor:
         if not self.apart:
             return hidden_nH[:, ids]
         weight, bias = self._spare_head or (self.head.weight, self.head.bias)

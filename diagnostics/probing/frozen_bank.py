@@ -9,7 +9,7 @@ Axes: N positions of the bank, n of a batch, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,17 +61,23 @@ class BankPart:
         Raises:
             DiagnosticsError: No batch can be halved.
         """
-        if all(len(batch.ids_BT) == 1 for batch in self.batches):
-            max(self.batches, key=lambda batch: batch.tokens).halves(error)
-        halves = [
-            batch.halves(error) if len(batch.ids_BT) > 1 else [batch] for batch in self.batches
-        ]
+        largest = max(self.batches, key=lambda batch: (len(batch.ids_BT) > 1, batch.tokens))
+        largest.halves(error)  # says so, or refuses
+        self._halve(lambda batch: True)
+
+    def keep_to(self, tokens: int) -> None:
+        """Halve batches of more tokens than these, padding included, down to one context."""
+        while any(len(batch.ids_BT) > 1 and batch.tokens > tokens for batch in self.batches):
+            self._halve(lambda batch: batch.tokens > tokens)
+
+    def _halve(self, wanted: Callable[[scores.Batch], bool]) -> None:
+        parts = [batch.in_halves() if wanted(batch) else [batch] for batch in self.batches]
         self.teacher = [
             part
-            for two, states in zip(halves, self.teacher, strict=True)
-            for part in states.split([len(half.rows_n) for half in two])
+            for batches, states in zip(parts, self.teacher, strict=True)
+            for part in states.split([len(batch.rows_n) for batch in batches])
         ]
-        self.batches = [half for two in halves for half in two]
+        self.batches = [batch for batches in parts for batch in batches]
 
 
 class FrozenBank:
@@ -82,7 +88,7 @@ class FrozenBank:
     Args:
         pair: Student and teacher. The student may change between two calls, the teacher may not.
         bank: The frozen contexts, N response positions in all.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         on_host: Whether the teacher's states wait in main memory, in the teacher's own dtype.
 
     Raises:
@@ -94,12 +100,13 @@ class FrozenBank:
         pair: Pair,
         bank: Bank,
         *,
-        batch_tokens: int = scores.BATCH_TOKENS,
+        batch_tokens: int | None = None,
         on_host: bool = False,
     ):
-        scores.check_bank(pair, bank)
-        self.pair, self.bank, self.batch_tokens = pair, bank, batch_tokens
-        todo = scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens))
+        bank = scores.check_bank(pair, bank)
+        self.pair, self.bank = pair, bank
+        self.batch_tokens = scores.chosen_batch_tokens(pair, batch_tokens)
+        todo = scores.local_batches(scores.batches(bank, batch_tokens=self.batch_tokens))
         self.whole = BankPart(todo, scores.teacher_states(pair, todo, on_host=on_host))
 
     @property
@@ -107,7 +114,7 @@ class FrozenBank:
         """The prompt of every position [N]."""
         return np.repeat(
             [context.prompt_id for context in self.bank],
-            [len(context.response_ids) for context in self.bank],
+            [len(context.sampled_ids) for context in self.bank],
         )
 
     def rescore(

@@ -58,9 +58,10 @@ from diagnostics.core.fingerprints import code_version
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
@@ -113,6 +114,7 @@ GRADIENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
+@as_written
 class InterventionConfig:
     """The grid of cells.
 
@@ -195,7 +197,7 @@ def intervene(
     *,
     tokens: pd.DataFrame | None = None,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
@@ -215,7 +217,7 @@ def intervene(
             `split` of a single step) is used where it has one; otherwise prompts are divided as in
             `probe`.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         cache: Folder for finished cells; nothing is kept by default.
         shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe`, `config` and `analysis`.
@@ -251,7 +253,7 @@ def interventions(
     *,
     tokens: pd.DataFrame | None = None,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
@@ -268,7 +270,7 @@ def interventions(
             `split` of a single step) is used where it has one; otherwise prompts are divided as in
             `probe`.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         cache: Folder for finished cells; nothing is kept by default.
         shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe` and `config`.
@@ -317,7 +319,7 @@ def help_measuring(
     tokens: pd.DataFrame,
     cache: Path,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> None:
     """Measure the trajectories of a grid from its end on, while another process measures them from
     its beginning on; the cache is where they meet.
@@ -332,7 +334,7 @@ def help_measuring(
         tokens: The bank's token table.
         cache: Folder for finished cells.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
     """
     positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
     planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
@@ -430,7 +432,13 @@ def _identity(bench: StepBench) -> dict:
     """Hashes of both models and of the bank."""
     ids = json.dumps(
         [
-            [context.context_id, context.prompt_ids, context.response_ids, context.teacher_ids]
+            [
+                context.context_id,
+                context.prompt_ids,
+                context.response_ids,
+                context.teacher_ids,
+                *([] if context.supervised is None else [context.supervised]),
+            ]
             for context in bench.bank
         ]
     )
@@ -618,7 +626,7 @@ class StepSelection:
         read = set(registry.find(self.planned.cell.criterion).needs)
         if number <= 1 or read <= UNMEASURED:
             return self.bench.tokens.iloc[rows]
-        return remeasured(self.bench, rows, k=self.k)
+        return remeasured(self.bench, rows, k=self.k, extra=extras_of(read))
 
 
 @dataclass(frozen=True)

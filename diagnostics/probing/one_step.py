@@ -196,7 +196,7 @@ def probe(
     controls: ControlConfig = ControlConfig(),
     *,
     tokens: pd.DataFrame | None = None,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
 ) -> ProbeResult:
@@ -212,7 +212,7 @@ def probe(
         controls: What is measured beside them; its fields may be given as keywords instead.
         tokens: The bank's token table as `score` wrote it; None scores the bank first. Outcomes of
             an earlier probe are left out of the result.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         shards: Where each pass keeps its finished batches, by the name of the pass; nothing is
             kept by default. Batches of a moved student are only reused for the very same step.
         settings: Fields of `config` and `controls`.

@@ -182,7 +182,7 @@ def prepare_step(
     tokens: pd.DataFrame | None,
     config: ProbeConfig,
     *,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     keep_folds: bool = True,
     store: Store | None = None,
 ) -> PreparedStep:
@@ -193,7 +193,7 @@ def prepare_step(
         bank: The frozen contexts.
         tokens: The bank's token table; None scores the bank first.
         config: The step.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         keep_folds: Whether the table's own column `fold` (or the `split` of a single step) is used
             where it has one.
         store: Where direction and calibration are kept, and taken from after an interruption.
@@ -213,7 +213,12 @@ def prepare_step(
 
 
 def bench_for(
-    pair: Pair, bank: Bank, positions: StepPositions, config: ProbeConfig, *, batch_tokens: int
+    pair: Pair,
+    bank: Bank,
+    positions: StepPositions,
+    config: ProbeConfig,
+    *,
+    batch_tokens: int | None,
 ) -> StepBench:
     """The bench on which the steps of a configuration are taken."""
     return StepBench(
@@ -232,13 +237,13 @@ def step_positions(
     tokens: pd.DataFrame | None,
     config: ProbeConfig,
     *,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     keep_folds: bool = True,
 ) -> StepPositions:
     """The first part of `prepare_step`, which runs no model where there is a token table."""
     if tokens is None:
         tokens = scores.score(pair, bank, batch_tokens=batch_tokens)
-    require_same_bank(bank, tokens)
+    require_same_bank(pair.graded(bank), tokens)
     folds = folds_of(tokens) if keep_folds else None
     if folds is None:
         folds = assign_folds(tokens, config.folds, seed=config.seed)
@@ -415,7 +420,7 @@ class StepBench:
         bank: The frozen contexts, N response positions in all.
         tokens: The bank's token table, one row per position in bank order.
         folds: Fold of each position, int [N].
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         gradient_precision: As in `ProbeConfig`.
 
     Raises:
@@ -430,10 +435,10 @@ class StepBench:
         tokens: pd.DataFrame,
         folds: np.ndarray,
         *,
-        batch_tokens: int = scores.BATCH_TOKENS,
+        batch_tokens: int | None = None,
         gradient_precision: str = ProbeConfig.gradient_precision,
     ):
-        self.pair, self.bank, self.tokens, self.folds = pair, bank, tokens, folds
+        self.pair, self.tokens, self.folds = pair, tokens, folds
         self.gradient_precision = gradient_precision
         self.count = int(folds.max()) + 1
         self.teacher = scores.teacher_of(pair)
@@ -449,8 +454,12 @@ class StepBench:
             on_host=not self.place.beside,
         )
         self.release_teacher()
+        self.bank = self.frozen.bank
         # halved where a gradient runs out of memory, while measurements keep their batches
         self._part = self.frozen.whole.copy()
+        # a gradient takes more memory, but runs on one fold's contexts, a share of a batch
+        limit = scores.chosen_batch_tokens(pair, batch_tokens, use="gradient")
+        self._part.keep_to(self.count * limit)
         self.origin_sha256 = weights_sha256(pair.student.model)
         self._checksums = [checksum(p) for p in self.parameters]
         self.weight_norm = tensor_norm(self.parameters)
@@ -1058,11 +1067,9 @@ def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
         ("context_id", "token_id", "forward_kl", "reverse_kl", "advantage"),
         what="A probe's token table",
     )
-    expected = [(context.context_id, token) for context in bank for token in context.response_ids]
-    found = list(zip(tokens["context_id"], tokens["token_id"]))
-    if expected != found:
+    if not scores.lists_positions(bank, tokens):
         raise DiagnosticsError(
-            f"The token table ({len(found)} rows) does not list the bank's {len(expected)}"
+            f"The token table ({len(tokens)} rows) does not list the bank's {bank.positions}"
             " positions in order. Score this bank again."
         )
 

@@ -365,7 +365,9 @@ def every_position(rows: Rows, number: int) -> np.ndarray:
     return np.ones(len(rows))
 
 
-def remeasured(bench: StepBench, rows: Rows, *, k: int) -> pd.DataFrame:
+def remeasured(
+    bench: StepBench, rows: Rows, *, k: int, extra: tuple[str, ...] = ()
+) -> pd.DataFrame:
     """The token table of some contexts, measured with the student as it is now.
 
     Args:
@@ -373,6 +375,7 @@ def remeasured(bench: StepBench, rows: Rows, *, k: int) -> pd.DataFrame:
         rows: Rows of whole contexts.
         k: Size of the top-K supports; other sizes and what is no measurement of the two models
             keep the table's values.
+        extra: Further measurements (`measure.extras`); those not named keep the table's values.
 
     Returns:
         The token table of these rows.
@@ -380,7 +383,10 @@ def remeasured(bench: StepBench, rows: Rows, *, k: int) -> pd.DataFrame:
     here_N = np.zeros(len(bench.tokens))
     here_N[rows] = 1.0
     found = scores.measure_again(
-        bench.pair, bench.bank, bench.weighted(here_N), scores.ScoreConfig(k=k, sweep=())
+        bench.pair,
+        bench.bank,
+        bench.weighted(here_N),
+        scores.ScoreConfig(k=k, sweep=(), extra=extra),
     )
     known = {name: values[rows] for name, values in found.items() if name in bench.tokens}
     return bench.tokens.iloc[rows].assign(**known)

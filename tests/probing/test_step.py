@@ -149,6 +149,24 @@ def test_batches_of_one_context_stay_while_others_can_be_halved(setting):
         part.halve(MemoryError("full"))
 
 
+def test_batches_that_are_too_large_for_a_gradient_are_halved_beforehand(setting, monkeypatch):
+    pair, bank, tokens = setting
+    part = FrozenBank(pair, bank).whole
+    rows = torch.cat([batch.rows_n for batch in part.batches])
+    part.keep_to(50)
+    assert all(batch.tokens <= 50 or len(batch.ids_BT) == 1 for batch in part.batches)
+    assert max(len(batch.ids_BT) for batch in part.batches) > 1
+    assert torch.cat([batch.rows_n for batch in part.batches]).equal(rows)
+    assert [len(batch.rows_n) for batch, _ in part] == [len(states) for _, states in part]
+    part.keep_to(1)
+    assert len(part.batches) == len(bank)
+    monkeypatch.setattr(
+        scores, "chosen_batch_tokens", lambda *args, use="score": 9999 if use == "score" else 20
+    )
+    bench = StepBench(pair, bank, tokens, assign_folds(tokens, 4, seed=0))
+    assert len(bench.frozen.whole.batches) == 1 < len(bench._part.batches)
+
+
 def test_a_batch_keeps_the_contexts_that_are_wanted(setting):
     pair, bank, _ = setting
     part = FrozenBank(pair, bank).whole
