@@ -216,7 +216,7 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
         DiagnosticsError: There is no prompt, or as `load_prompts`.
     """
     if isinstance(prompts, Bank):
-        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)  # type: ignore[arg-type]
+        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)
     if not isinstance(prompts, str | Path) and not hasattr(prompts, "columns"):
         prompts = list(prompts)
         if not prompts:
