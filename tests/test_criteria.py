@@ -505,7 +505,8 @@ def test_an_unknown_criterion_lists_the_known():
         DiagnosticsError,
         match=(
             r"^Unknown criterion 'enropy'\. Did you mean 'entropy'\? Known are full, .*fire, .*, "
-            r"and A_and_B or A_or_B of two of them; register another with @diagnostics\.criterion, on the command line in a file that"
+            r"and A_and_B or A_or_B of two of them; register another with"
+            r" @diagnostics\.criterion, on the command line in a file that"
             r" --criterion-module names\.$"
         ),
     ):

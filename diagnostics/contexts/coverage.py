@@ -17,7 +17,9 @@ has a token of the same bytes, or tokenizes them to a chain of at most `chains` 
     vocabulary_one_token    share of the student's vocabulary that is one token of the teacher's
 
 No model runs: two tokenizers and frozen contexts are enough, and the rows about the student's top K
-need the lists that scoring left (`tops.parquet`).
+need the lists that scoring left (`tops.parquet`). Where both models are given, they run once, and
+the means of `contexts.byte_bounds` over comparable positions are added: bounds of compatibility and
+of both divergences. They are about comparable positions alone, which are not like the others.
 
 Special tokens are compared by name, and cut a response into pieces that are tokenized apart. Where
 the teacher has no token of that name, nothing behind it is comparable, since the teacher cannot
@@ -44,12 +46,14 @@ import pandas as pd
 from diagnostics.analysis.bootstrap import PromptClusters, of_sums
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.selection import token_type
+from diagnostics.contexts.byte_bounds import COLUMNS, Spellings, context_bounds, too_long
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import require_as_written
 from diagnostics.core.schema import read_parquet, read_tokens, require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context, read_bank
-from diagnostics.models.loading import load_tokenizer
+from diagnostics.models.loading import load_model, load_tokenizer
+from diagnostics.models.readout import Readout
 from diagnostics.models.token_bytes import TokenBytes
 
 log = logging.getLogger("diagnostics")
@@ -63,8 +67,19 @@ MEASURES = {
     "top_mass_spelled": ("top_spelled", "top_mass"),
     "top_mass_one_token": ("top_one_token", "top_mass"),
     "top_mass": ("top_mass", "listed"),
+    **{name: (name, "bounded") for name in COLUMNS},
 }
 """What is summed over positions, and over what, for each share of the table."""
+COUNTED = {
+    "undecodable": "lie in, or behind, bytes that are no UTF-8: not comparable",
+    "rewritten": (
+        "lie in, or behind, text that the teacher's tokenizer does not write back as it was: not"
+        " comparable"
+    ),
+    "unreadable": ("lie behind a special token that the teacher's tokenizer lacks: not comparable"),
+    "over_long": "are beyond a model's window: not bounded",
+}
+"""Positions that are left out for other reasons than a boundary, in the words of the log."""
 VOCABULARY = "vocabulary_one_token"
 ALL = "all"
 
@@ -78,8 +93,7 @@ class Coverage:
     positions: pd.DataFrame
     """One row per position."""
     counts: dict[str, int]
-    """Positions that are not comparable for reasons other than a boundary: `undecodable`,
-    `rewritten`, and `unreadable` (behind a special token that the teacher lacks)."""
+    """Positions that are left out for other reasons than a boundary, by the names of COUNTED."""
 
     def __repr__(self) -> str:
         return f"<Coverage of {len(self.positions):,} positions>\n{self.table.to_string()}"
@@ -96,6 +110,8 @@ def tokenizer_coverage(
     *,
     tops: pd.DataFrame | None = None,
     chains: int = CHAINS,
+    models: tuple[Readout, Readout] | None = None,
+    k: int = 16,
     bootstrap: Bootstrap = Bootstrap(),
     **settings: Any,
 ) -> Coverage:
@@ -108,15 +124,19 @@ def tokenizer_coverage(
         tops: The student's most likely tokens, as `score_with_tops` returns them, with the columns
             context_id, position, student_top_ids and student_top_p; None leaves their rows out.
         chains: Most teacher tokens that may spell one of the student's.
+        models: Student and teacher, to bound compatibility and divergence too; None runs no model.
+        k: Number of the student's likeliest tokens whose strings these bounds are about.
         bootstrap: Draws, level and seed of the intervals.
         settings: Fields of `bootstrap`.
 
     Returns:
-        The table with columns measure, token_type (`all` or one of `selection.token_type`), share,
-        low, high, positions and prompts; and one row per position with its context_id, prompt_id,
+        The table with columns measure, token_type (`all` or one of `selection.token_type`),
+        exactness (`exact`, or what a bound is), estimate (a share, or nats of a divergence), low,
+        high, positions and prompts; and one row per position with its context_id, prompt_id,
         position, token, is_special, comparable, teacher_tokens (the number that spell the sampled
         token, 0 where it is not spelled) and, with `tops`, top_mass, top_spelled and top_one_token
-        (probabilities).
+        (probabilities), and with `models` the columns of `byte_bounds.COLUMNS`, NaN where the
+        position is not comparable.
 
     Raises:
         DiagnosticsError: The bank is empty or has ids that the student's tokenizer lacks, the bytes
@@ -136,10 +156,19 @@ def tokenizer_coverage(
     positions = pd.concat([reader.read(context) for context in bank], ignore_index=True)
     if tops is not None:
         positions = positions.assign(**reader.tops(positions, tops))
+    if models is not None:
+        positions = positions.assign(**reader.bounds(bank, models, k))
     table = _table(positions, bootstrap)
     shared = reader.vocabulary_share()
-    row = {"measure": VOCABULARY, "token_type": ALL, "share": shared, "prompts": 0, "positions": 0}
-    counts = {name: reader.counts[name] for name in ("undecodable", "rewritten", "unreadable")}
+    row = {
+        "measure": VOCABULARY,
+        "token_type": ALL,
+        "exactness": "exact",
+        "estimate": shared,
+        "prompts": 0,
+        "positions": 0,
+    }
+    counts = {name: reader.counts[name] for name in COUNTED}
     _say(counts, len(positions))
     return Coverage(
         pd.concat([table, pd.DataFrame([row])], ignore_index=True)[table.columns],
@@ -148,7 +177,16 @@ def tokenizer_coverage(
     )
 
 
-def read_coverage(student: str, teacher: str, contexts: str, *, chains: int = CHAINS) -> Coverage:
+def read_coverage(
+    student: str,
+    teacher: str,
+    contexts: str,
+    *,
+    chains: int = CHAINS,
+    k: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> Coverage:
     """Report the coverage of a run's contexts, or of a file of contexts, from named tokenizers.
 
     Args:
@@ -157,6 +195,10 @@ def read_coverage(student: str, teacher: str, contexts: str, *, chains: int = CH
         contexts: Run directory, whose lists of most likely tokens are used where it has them, or
             a file of frozen contexts.
         chains: Most teacher tokens that may spell one of the student's.
+        k: Run both models too, and bound compatibility and divergence on the strings of so many of
+            the student's likeliest tokens; None runs no model.
+        device: Where the models run.
+        dtype: Dtype of their weights.
 
     Returns:
         The report of `tokenizer_coverage`.
@@ -175,8 +217,14 @@ def read_coverage(student: str, teacher: str, contexts: str, *, chains: int = CH
     scored = None if run is None else run / "scores.parquet"
     if tops is not None and scored is not None and scored.is_file():
         bank = bank.as_scored(read_tokens(scored))
+    tokenizers = load_tokenizer(student), load_tokenizer(teacher)
+    if k is None:
+        return tokenizer_coverage(*tokenizers, bank, tops=tops, chains=chains)
+    loaded = [
+        Readout(load_model(source, dtype=dtype, device=device)) for source in (student, teacher)
+    ]
     return tokenizer_coverage(
-        load_tokenizer(student), load_tokenizer(teacher), bank, tops=tops, chains=chains
+        *tokenizers, bank, tops=tops, chains=chains, models=(loaded[0], loaded[1]), k=k
     )
 
 
@@ -195,14 +243,29 @@ def _require_ids(bank: Bank, size: int) -> None:
 
 
 def _say(counts: Mapping[str, int], positions: int) -> None:
-    words = {
-        "undecodable": "lie in bytes that are no UTF-8",
-        "rewritten": "lie in text that the teacher's tokenizer does not write back as it was",
-        "unreadable": "lie behind a special token that the teacher's tokenizer lacks",
-    }
-    for name, why in words.items():
+    for name, why in COUNTED.items():
         if counts[name]:
-            log.warning("%d of %d positions %s: not comparable", counts[name], positions, why)
+            log.warning("%d of %d positions %s", counts[name], positions, why)
+
+
+@dataclass
+class Reading:
+    """A response in the teacher's tokens."""
+
+    before: list[int | None]
+    """For each of the student's tokens, the number of the teacher's before it; None where it begins
+    on no boundary of theirs."""
+    lengths: list[int]
+    """Number of the teacher's tokens that spell it there; 0 where none do."""
+    reasons: list[str]
+    """Why it is not comparable, where no boundary is to blame."""
+    ids: list[int]
+    """The response in the teacher's tokens, as far as it can be read."""
+
+    @classmethod
+    def of_length(cls, count: int) -> Reading:
+        """A reading of so many tokens, none of them read yet."""
+        return cls([None] * count, [0] * count, [""] * count, [])
 
 
 class _Reader:
@@ -215,9 +278,9 @@ class _Reader:
 
     def read(self, context: Context) -> pd.DataFrame:
         """One row per position of a context."""
-        comparable, lengths, reasons = self._aligned(context.response_ids)
+        reading = self.aligned(context.response_ids)
         at = list(context.positions)
-        self.counts.update(reasons[t] for t in at)
+        self.counts.update(reading.reasons[t] for t in at)
         ids = [context.response_ids[t] for t in at]
         return pd.DataFrame(
             {
@@ -227,53 +290,56 @@ class _Reader:
                 "token_id": ids,
                 "token": [self.student.of(i).decode(errors="replace") for i in ids],
                 "is_special": [i in self.student.special for i in ids],
-                "comparable": [comparable[t] for t in at],
-                "teacher_tokens": [lengths[t] for t in at],
+                "comparable": [reading.before[t] is not None for t in at],
+                "teacher_tokens": [reading.lengths[t] for t in at],
             }
         )
 
-    def _aligned(self, ids: tuple[int, ...]) -> tuple[list[bool], list[int], list[str]]:
-        """Whether each token begins on a boundary of the teacher's, by how many of its tokens it is
-        spelled there (0 where it is not), and why it is not comparable, where no boundary is to
-        blame.
-        """
-        comparable, lengths, reasons = [False] * len(ids), [0] * len(ids), [""] * len(ids)
+    def aligned(self, ids: tuple[int, ...]) -> Reading:
+        """A response in the teacher's tokens, and where these meet the student's."""
+        reading = Reading.of_length(len(ids))
         for first, last in _pieces(ids, self.student.special):
             if ids[first] in self.student.special:
-                comparable[first] = True
-                lengths[first] = int(self._special(ids[first]) is not None)
-                if not lengths[first]:
-                    reasons[last:] = ["unreadable"] * (len(ids) - last)
-                    break
-                continue
-            ends, reasons[first:last] = self._boundaries(ids[first:last])
-            place = 0
-            for t in range(first, last):
-                start, place = place, place + len(self.student.of(ids[t]))
-                comparable[t] = start in ends
-                if comparable[t] and place in ends and place > start:
-                    lengths[t] = ends[place] - ends[start]
-        return comparable, lengths, reasons
+                why = self._read_special(reading, ids[first], first)
+            else:
+                why = self._read_text(reading, ids[first:last], first)
+            if why:  # the teacher cannot read the prefix of what follows
+                reading.reasons[last:] = [why] * (len(ids) - last)
+                break
+        return reading
 
-    def _boundaries(self, ids: tuple[int, ...]) -> tuple[dict[int, int], list[str]]:
-        """Offsets in bytes at which the teacher's tokens begin or end, with their number before;
-        and why a token is not comparable.
-        """
+    def _read_special(self, reading: Reading, token_id: int, t: int) -> str:
+        found = self._special(token_id)
+        reading.before[t] = len(reading.ids)
+        if found is None:
+            return "unreadable"
+        reading.lengths[t] = 1
+        reading.ids.append(found)
+        return ""
+
+    def _read_text(self, reading: Reading, ids: tuple[int, ...], first: int) -> str:
+        """Read a run of ordinary tokens; returns why the teacher cannot read all of it."""
         pieces = [self.student.of(i) for i in ids]
         text = b"".join(pieces)
         readable = _utf8_prefix(text)
-        places = np.cumsum([0, *map(len, pieces)])[:-1].tolist()
         found = self.teacher.encode(text[:readable])
-        lost = "rewritten" if found is None else ""
-        # the token that begins where the last readable character ends still has a whole prefix
-        reasons = ["undecodable" if place > readable else lost for place in places]
-        if found is None:
-            return {}, reasons
-        ends, place = {0: 0}, 0
-        for number, (_, piece) in enumerate(found, 1):
+        ends, place = {0: len(reading.ids)}, 0
+        for number, (_, piece) in enumerate(found or (), len(reading.ids) + 1):
             place += len(piece)
             ends[place] = number
-        return ends, reasons
+        place = 0
+        for t, piece in enumerate(pieces, first):
+            start, place = place, place + len(piece)
+            # the token that begins where the last readable character ends has a whole prefix
+            reading.reasons[t] = (
+                "undecodable" if start > readable else "rewritten" if found is None else ""
+            )
+            if not reading.reasons[t]:
+                reading.before[t] = ends.get(start)
+            if reading.before[t] is not None and piece and place in ends:
+                reading.lengths[t] = ends[place] - ends[start]
+        reading.ids += [token_id for token_id, _ in found or ()]
+        return "rewritten" if found is None else "undecodable" if readable < len(text) else ""
 
     def _special(self, token_id: int) -> int | None:
         """The teacher's special token of the same name."""
@@ -300,6 +366,38 @@ class _Reader:
         """Share of the student's ordinary tokens that are one token of the teacher's."""
         own = self.student.by_bytes
         return len(own.keys() & self.teacher.by_bytes.keys()) / max(1, len(own))
+
+    def bounds(self, bank: Bank, models: tuple[Readout, Readout], k: int) -> dict[str, np.ndarray]:
+        """Bounds of compatibility and divergence [N]; NaN at positions that are not comparable."""
+        sides = (self.student, self.teacher)
+        spellings = tuple(
+            Spellings(tokens, model.full_vocabulary)
+            for tokens, model in zip(sides, models, strict=True)
+        )
+        rows: list[tuple[float, ...]] = []
+        for context in bank:
+            rows += self._bounds(context, models, (spellings[0], spellings[1]), k)
+        values_N4 = np.array(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
+        return dict(zip(COLUMNS, values_N4.T, strict=True))
+
+    def _bounds(
+        self,
+        context: Context,
+        models: tuple[Readout, Readout],
+        spellings: tuple[Spellings, Spellings],
+        k: int,
+    ) -> list[tuple[float, ...]]:
+        reading = self.aligned(context.response_ids)
+        aligned = {
+            t: (t, before) for t in context.positions if (before := reading.before[t]) is not None
+        }
+        undefined = (np.nan,) * len(COLUMNS)
+        if any(too_long(models, context, reading.ids, self.teacher.tokenizer)):
+            self.counts["over_long"] += len(aligned)
+            return [undefined] * len(context.positions)
+        found = context_bounds(models, spellings, context, list(aligned.values()), reading.ids, k=k)
+        known = dict(zip(aligned, found, strict=True))
+        return [known.get(t, undefined) for t in context.positions]
 
     def tops(self, positions: pd.DataFrame, tops: pd.DataFrame) -> dict[str, np.ndarray]:
         """The student's mass on its top K, and on what of it is spelled, at each position; NaN
@@ -360,14 +458,20 @@ def _table(positions: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     for measure, (part, whole) in MEASURES.items():
         if part not in columns:
             continue
+        most = np.inf if "kl" in measure else 1.0
         for kind in groups:
             mask = columns[whole] > 0
             mask &= (kinds == kind) | (kind == ALL)
             rows.append(
-                {"measure": measure, "token_type": kind}
-                | _share(columns[part], columns[whole], mask, clusters, bootstrap.level)
+                {"measure": measure, "token_type": kind, "exactness": _exactness(measure)}
+                | _share(columns[part], columns[whole], mask, clusters, bootstrap.level, most=most)
             )
     return pd.DataFrame(rows)
+
+
+def _exactness(measure: str) -> str:
+    """What a measure says of the quantity that it is named after."""
+    return {"least": "lower bound", "most": "upper bound"}.get(measure.rpartition("_")[2], "exact")
 
 
 def _summed(positions: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -385,6 +489,11 @@ def _summed(positions: pd.DataFrame) -> dict[str, np.ndarray]:
         columns["listed"] = listed.astype(float)
         for name in ("top_mass", "top_spelled", "top_one_token"):
             columns[name] = np.where(listed, positions[name], 0.0)
+    if COLUMNS[0] in positions:
+        bounded = positions[COLUMNS[0]].notna().to_numpy()
+        columns["bounded"] = bounded.astype(float)
+        for name in COLUMNS:
+            columns[name] = np.where(bounded, positions[name], 0.0)
     return columns
 
 
@@ -394,16 +503,20 @@ def _share(
     mask: np.ndarray,
     clusters: PromptClusters,
     level: float,
+    *,
+    most: float,
 ) -> dict[str, float]:
-    """A ratio of sums over the masked positions, with its interval over prompts."""
+    """A ratio of sums over the masked positions, with its interval over prompts, cut to what the
+    ratio can be: 0 to `most`.
+    """
     sums = clusters.sums(np.where(mask, part, 0.0), np.where(mask, whole, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate = of_sums(lambda s: s[..., :1] / s[..., 1:], sums, clusters, mask)[0]
     low, high = estimate.interval(level)
     return {
-        "share": estimate.value,
+        "estimate": estimate.value,
         "low": max(low, 0.0) if np.isfinite(low) else np.nan,
-        "high": min(high, 1.0) if np.isfinite(high) else np.nan,
+        "high": min(high, most) if np.isfinite(high) else np.nan,
         "positions": estimate.positions,
         "prompts": estimate.prompts,
     }

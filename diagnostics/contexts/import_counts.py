@@ -42,6 +42,10 @@ COUNTED = {
         "with tool calls or reasoning that the chat template does not write: left out where the"
         " reasoning is lost, cut before a lost call"
     ),
+    "logprobs": "with the log-probabilities of the engine that sampled them",
+    "logprobs_unplaced": (
+        "whose log-probabilities are not one per response token, or none at all: left out"
+    ),
     "empty": "without response tokens, left out",
     "over_long": "longer than the models' window, left out",
     "repeated": "with the same tokens as an earlier one",
@@ -56,7 +60,15 @@ COUNTED = {
     "prompts_beside": NOTED["beside"],
 }
 """What is counted, in the words of the log."""
-HARMLESS = ("turns", "from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
+HARMLESS = (
+    "turns",
+    "from_text",
+    "restored",
+    "logprobs",
+    "rewritten",
+    "prompts_rendered",
+    "prompts_continued",
+)
 """Counts that are logged as information; the others are warnings."""
 
 

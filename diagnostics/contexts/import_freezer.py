@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.contexts import sampled_logprobs
 from diagnostics.contexts.conversations import CALLS, REASONING, parse_messages
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.import_counts import COUNTED
@@ -94,7 +96,12 @@ class Freezer:
         usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)
         if usable:
             self._count_faults(rollout, prompt_ids, response_ids, given_ids)
-        return self._context(rollout, prompt_ids, response_ids, own) if usable else None
+        if not usable:
+            return None
+        values = self._logprobs(rollout, given_ids, response_ids)
+        return replace(
+            self._context(rollout, prompt_ids, response_ids, own), sampled_logprobs=values
+        )
 
     def counted(self) -> dict[str, int]:
         """Return what was found, by the names of COUNTED."""
@@ -266,6 +273,7 @@ class Freezer:
                 rollout,
                 prompt=original.prompt,
                 prompt_id=rollout.prompt_id or original.prompt_id,
+                domain=rollout.domain or original.domain,
                 teacher_prompt=rollout.teacher_prompt or original.teacher_prompt,
             )
         text = self._rendered(rollout.prompt, rollout, where)
@@ -463,13 +471,36 @@ class Freezer:
             prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt),
             prompt=prompt,
             prompt_ids=prompt_ids,
-            response=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            response=self._own_text(response_ids, own),
             response_ids=response_ids,
             finished=response_ids[-1] in self.end_ids,
             teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None,
             teacher_prompt_ids=rollout.teacher_prompt_ids,
             supervised=own,
+            domain=rollout.domain,
         )
+
+    def _own_text(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> str:
+        """What the student wrote, as a verifier reads it: one line per turn where others stand
+        between.
+        """
+        turns = groupby(zip(response_ids, own or repeat(True)), key=lambda pair: pair[1])
+        return "\n".join(
+            self.tokenizer.decode([i for i, _ in turn], skip_special_tokens=True)
+            for mine, turn in turns
+            if mine
+        )
+
+    def _logprobs(
+        self, rollout: Rollout, given_ids: tuple[int, ...], response_ids: tuple[int, ...]
+    ) -> tuple[float, ...] | None:
+        """The sampling engine's log-probabilities of the response that was kept; counted."""
+        if rollout.logprobs is None:
+            return None
+        values = sampled_logprobs.read(rollout.logprobs, given_ids)
+        found = values and sampled_logprobs.of_kept(values, given_ids, response_ids, rollout.own)
+        self.counts["logprobs" if found else "logprobs_unplaced"] += 1
+        return found or None
 
     def _encode_prompt(self, text: str) -> tuple[int, ...]:
         return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))

@@ -28,7 +28,10 @@ Three more faults leave no trace in such files, so every context is checked for 
 *Re-tokenization drift*: the ids decode to a text that encodes to other ids, so that positions exist
 that the student never saw. *Other text*: the ids decode to another text than the file's. *Lost
 special tokens*: dumps that were decoded without them give prompts that no model was asked; where
-the prompt file is named as well, its prompts replace them."""
+the prompt file is named as well, its prompts replace them.
+
+Whether a response is right is read from the columns `correct`, `reward` or `score`, or judged by a
+verifier (`contexts.verifiers`)."""
 
 from __future__ import annotations
 
@@ -50,6 +53,7 @@ from diagnostics.contexts.import_formats import (
 from diagnostics.contexts.import_freezer import TURNS, Freezer, number_contexts
 from diagnostics.contexts.prompts import log_unused_columns
 from diagnostics.contexts.rendering import Renderer
+from diagnostics.contexts.verifiers import ANSWERS, judge_imported
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
 
@@ -92,6 +96,7 @@ def read_rollouts(
     contexts: int | None = None,
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
+    verifier: str = "auto",
 ) -> Bank:
     """Read a file of rollouts and freeze it with the pair's tokenizer.
 
@@ -111,6 +116,7 @@ def read_rollouts(
         chat: Render text prompts with the chat template, where there is one and the text is not
             rendered already.
         chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+        verifier: What judges responses of which the file says nothing (`contexts.verifiers`).
 
     Returns:
         A Bank in file order.
@@ -129,6 +135,7 @@ def read_rollouts(
         contexts=contexts,
         chat=chat,
         chat_template_kwargs=chat_template_kwargs,
+        verifier=verifier,
     )[0]
 
 
@@ -142,6 +149,7 @@ def freeze_rollouts(
     contexts: int | None = None,
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
+    verifier: str = "auto",
 ) -> tuple[Bank, dict[str, Any]]:
     """Read a file of rollouts as `read_rollouts` does, and return the counts with the bank.
 
@@ -158,11 +166,12 @@ def freeze_rollouts(
         chat: Render text prompts with the chat template, where there is one and the text is not
             rendered already.
         chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+        verifier: What judges responses of which the file says nothing (`contexts.verifiers`).
 
     Returns:
         The bank in file order, and a dict with `format`, `rows`, `contexts`, `positions`, the
-        counts that COUNTED explains, and `not_needed` (usable contexts beyond the number asked
-        for).
+        counts that COUNTED explains, `not_needed` (usable contexts beyond the number asked for)
+        and, where any response was judged, `correct` (the counts of `verifiers.judge_imported`).
 
     Raises:
         DiagnosticsError: The file cannot be read or has no known format; a row has neither text
@@ -175,10 +184,11 @@ def freeze_rollouts(
     renderer = Renderer(pair.tokenizer, chat, chat_template_kwargs)
     freezer = Freezer(pair, renderer, prompts, turns=turns)
     asked: set[str] = set()
-    found = []
+    found, taken = [], []
     for number, values in enumerate(frame.to_dict("records"), 1):
         row = Row(values, f"{path}, row {number}", freezer.counts, asked)
         found.append(freezer(read_row(FORMATS[kind], row), row.where))
+        taken += [number - 1] if found[-1] is not None else []
         freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
     kept = [context for context in found if context is not None]
     wanted = len(kept) if contexts is None else contexts
@@ -192,6 +202,11 @@ def freeze_rollouts(
             + ". Name a larger file or lower --contexts."
         )
     bank = Bank(tuple(number_contexts(kept[:wanted], path)))
+    rows = dict(zip((context.context_id for context in bank), taken, strict=False))
+    bank, judged = judge_imported(
+        bank, frame, rows, prompts, verifier, pair=pair.name, where=str(path)
+    )
+    asked |= {judged.get("stated_by", ""), *(ANSWERS if "without_answer" in judged else ())}
     log.info(
         "%s (%s): %d contexts, %d positions of %d rows",
         path,
@@ -209,4 +224,5 @@ def freeze_rollouts(
         "positions": bank.positions,
         **counts,
         "not_needed": len(kept) - wanted,
+        **({"correct": judged} if judged else {}),
     }

@@ -109,7 +109,7 @@ def _find(name: str, pair: str, answered: int, *, of: str) -> Verify | None:
     from diagnostics.models.named_pairs import NAMED_PAIRS
 
     named = NAMED_PAIRS.get(pair)
-    task = TASKS.get(named.task if name == "auto" and named else name)
+    task = TASKS.get((named.task if name == "auto" and named else name) or "")
     if task:
         return task.verify
     if name not in VERIFIERS:
@@ -305,8 +305,12 @@ def _judged(
                 " (pip install math-verify)",
                 answered,
             )
-        return bank, _counts(bank) if any(c.correct is not None for c in bank) else {}
-    return judge(bank, answers, verify)
+        counts = _counts(bank) if any(c.correct is not None for c in bank) else {}
+    else:
+        bank, counts = judge(bank, answers, verify)
+    if counts:
+        log.info("%d responses are right, %d wrong", counts["right"], counts["wrong"])
+    return bank, counts
 
 
 def judge(
@@ -349,9 +353,7 @@ def judge(
             first,
         )
     bank = _with(bank, found)
-    counts = _counts(bank) | counts | ({"first_failure": first} if first else {})
-    log.info("%d responses are right, %d wrong", counts["right"], counts["wrong"])
-    return bank, counts
+    return bank, _counts(bank) | counts | ({"first_failure": first} if first else {})
 
 
 def _counts(bank: Bank) -> dict[str, Any]:

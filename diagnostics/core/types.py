@@ -41,6 +41,8 @@ class Prompt:
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     rendered: bool = False
     """True where a chat template wrote the whole text, so that encoding adds no token."""
+    domain: str | None = None
+    """What kind of question it is, where the prompt file says so."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,21 @@ class Context:
     supervised: tuple[bool, ...] | None = None
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
+    domain: str | None = None
+    """What kind of question the prompt is, where the prompt file says so."""
+    sampled_logprobs: tuple[float, ...] | None = None
+    """For each response token, ln of its probability as the engine that sampled it reported it, NaN
+    where it reported none; None where none is known. No measurement reads them: scoring has its
+    own, and the two are compared."""
 
     def __post_init__(self):
-        if self.supervised is not None and len(self.supervised) != len(self.response_ids):
-            raise DiagnosticsError(
-                f"Context {self.context_id!r} has {len(self.supervised)} values in supervised and"
-                f" {len(self.response_ids)} response tokens. Give one value per token, or none."
-            )
+        for name in PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.response_ids):
+                raise DiagnosticsError(
+                    f"Context {self.context_id!r} has {len(values)} values in {name} and"
+                    f" {len(self.response_ids)} response tokens. Give one value per token, or none."
+                )
 
     def __repr__(self) -> str:
         said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
@@ -112,7 +122,11 @@ OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
 SUPERVISED = "supervised"
 """Column of a context table that is there only where some response tokens are no positions."""
-OPTIONAL = (*OF_TEACHER, "correct", SUPERVISED)
+SAMPLED = "sampled_logprobs"
+"""Column of a context table that is there only where an engine reported what it drew."""
+PER_TOKEN = (SUPERVISED, SAMPLED)
+"""Columns of a context table with one value per response token."""
+OPTIONAL = (*OF_TEACHER, "correct", "domain", *PER_TOKEN)
 """Columns of a context table that may be absent."""
 
 
@@ -195,19 +209,26 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts, whether a response is right, and `supervised` only where any
-            context has them.
+            the teacher's prompts, whether a response is right, `supervised` and `sampled_logprobs`
+            only where any context has them.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
         judged = any(context.correct is not None for context in self.contexts)
-        there = {**dict.fromkeys(OF_TEACHER, hinted), "correct": judged, SUPERVISED: self.masked}
+        told = any(context.sampled_logprobs is not None for context in self.contexts)
+        there = {
+            **dict.fromkeys(OF_TEACHER, hinted),
+            "correct": judged,
+            SUPERVISED: self.masked,
+            "domain": any(context.domain is not None for context in self.contexts),
+            SAMPLED: told,
+        }
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids") or name == SUPERVISED):
-            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
+        for name in (name for name in columns if name.endswith("_ids") or name in PER_TOKEN):
+            frame[name] = [None if values is None else list(values) for values in frame[name]]
         return frame
 
     @classmethod
@@ -251,6 +272,8 @@ def _context(row: dict) -> Context:
         teacher_prompt_ids=_whole(hint) if hinted else None,
         correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
         supervised=own,
+        domain=None if missing(row.get("domain")) else str(row["domain"]),
+        sampled_logprobs=_numbers(row.get(SAMPLED)),
     )
 
 
@@ -272,6 +295,19 @@ def _is_own(value) -> bool:
             f" the table's column {SUPERVISED}."
         )
     return bool(plain)
+
+
+def _numbers(values) -> tuple[float, ...] | None:
+    """A list of numbers, NaN for a gap in it; None where there is no list."""
+    if values is None or not hasattr(values, "__len__"):
+        return None
+    try:
+        return tuple(float("nan") if value is None else float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"A context's {SAMPLED} are numbers; found {str(values)[:60]!r}. Fix the table, or"
+            " leave the column out."
+        ) from error
 
 
 def _whole(ids) -> tuple[int, ...]:

@@ -160,6 +160,7 @@ def _command(arguments: list[str]) -> int:
         "rerun": lambda: _rerun(parsed),
         "report": lambda: _report(parsed),
         "atlas": lambda: _atlas(parsed),
+        "teachers": lambda: _teachers(parsed),
     }.get(parsed.command, lambda: _answered(*_completed(parsed, arguments)))()
     code = result.pop("code", 0)
     text = (
@@ -321,7 +322,15 @@ def _criteria() -> dict:
 def _coverage(parsed: argparse.Namespace) -> dict:
     from diagnostics.contexts.coverage import read_coverage
 
-    found = read_coverage(parsed.student, parsed.teacher, parsed.contexts, chains=parsed.chains)
+    found = read_coverage(
+        parsed.student,
+        parsed.teacher,
+        parsed.contexts,
+        chains=parsed.chains,
+        k=parsed.k,
+        device=parsed.device,
+        dtype=parsed.dtype,
+    )
     return {
         "text": found.table.to_string(index=False, float_format="{:.3f}".format),
         "coverage": json.loads(found.table.to_json(orient="records")),
@@ -372,6 +381,12 @@ def _report(parsed: argparse.Namespace) -> dict:
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
         page = stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
         return {"report": str(page)}
+
+
+def _teachers(parsed: argparse.Namespace) -> dict:
+    from diagnostics.pipeline import teachers
+
+    return teachers.compare(parsed)
 
 
 def _atlas(parsed: argparse.Namespace) -> dict:

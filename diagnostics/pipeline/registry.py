@@ -312,6 +312,7 @@ STAGES = (
             "models.chat_templates",
             "contexts.rollouts",
             "contexts.import_rollouts",
+            "contexts.verifiers",
         ),
     ),
     Stage(
@@ -350,7 +351,7 @@ STAGES = (
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
         parts=("score", "after"),
-        modules=("probing.scores", "measure.divergences"),
+        modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
     Stage(
         name="import",
@@ -501,11 +502,14 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
+        writes=(
+            "`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`; where"
+            " responses were judged: `tables/by_correctness.csv`"
+        ),
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria", "analysis.decision"),
+        modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -614,6 +618,47 @@ STAGES = (
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
+        name="teachers",
+        purpose=(
+            "Score one bank with several teachers, and say whose signal this student can follow"
+            " where, and how far they agree."
+        ),
+        example=(
+            "teachers --student ./small --teacher ./large --teacher ./other --prompts"
+            " prompts.jsonl --output-dir reports/teachers",
+            "teachers --against reports/one reports/two --output-dir reports/teachers",
+        ),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
+        reads="a student, two teachers or more and prompts; or scored runs of one bank",
+        writes=(
+            "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
+            " `teachers_best.csv`, `teachers_agreement.csv`"
+        ),
+        flags=(
+            OUTPUT_DIR,
+            ACCEPT_CODE,
+            flag(
+                "teacher",
+                action="append",
+                metavar="TEACHER",
+                help=(
+                    "a teacher, as for other commands, or a file of its log-probabilities; once"
+                    " per teacher"
+                ),
+            ),
+            flag(
+                "against",
+                nargs="+",
+                metavar="RUN",
+                help="scored runs of one bank and student, in place of teachers",
+            ),
+            flag("names", nargs="+", metavar="NAME", help="a name per teacher, in their order"),
+            flag("probe", action="store_true", help="measure gains with each teacher too"),
+        ),
+        repeatable=False,
+        modules=("analysis.teachers", "pipeline.teachers"),
+    ),
+    Stage(
         name="atlas",
         purpose="Pool what the runs of several pairs say: what holds on all, what turns, what a new"
         " pair would show.",
@@ -662,9 +707,12 @@ STAGES = (
         purpose="Report how much of frozen contexts a teacher with another tokenizer can grade.",
         example=(
             "coverage --student ./small --teacher ./other --contexts reports/mine",
-            "coverage --student ./small --teacher ./other --contexts contexts.parquet --chains 1",
+            "coverage --student ./small --teacher ./other --contexts contexts.parquet --k 16",
         ),
-        reads="two tokenizers; `contexts.parquet`, and `tops.parquet` where a run has it",
+        reads=(
+            "two tokenizers, and with `--k` two models; `contexts.parquet`, and `tops.parquet`"
+            " where a run has it"
+        ),
         writes="nothing",
         flags=(
             flag(
@@ -683,8 +731,18 @@ STAGES = (
                 default=4,
                 help="most teacher tokens that spell one of the student's (default: 4)",
             ),
+            flag(
+                "k",
+                type=int,
+                help=(
+                    "run both models too, and bound compatibility and divergence on the strings of"
+                    " so many of the student's likeliest tokens"
+                ),
+            ),
+            flag("device", default="auto", help="where the models run (default: auto)"),
+            flag("dtype", default="float32", help="dtype of their weights (default: float32)"),
         ),
-        modules=("contexts.coverage", "models.token_bytes"),
+        modules=("contexts.coverage", "contexts.byte_bounds", "models.token_bytes"),
     ),
     Stage(
         name="criteria",

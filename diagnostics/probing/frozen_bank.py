@@ -73,9 +73,11 @@ class FrozenBank:
     Args:
         pair: Student and teacher. The student may change between two calls, the teacher may not.
         bank: The frozen contexts, N response positions in all.
-        batch_tokens: Tokens in one forward pass, padding included.
-        parts: Masks bool [N], each a part of the bank with its own batches; one part with every
-            position by default. A position that no mask has is not scored.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`, and
+            where there are parts, so few that a gradient fits as well.
+        parts: Masks bool [N], each a part of the bank with its own batches, such as those that
+            carry a step; one part with every position by default. A position that no mask has is
+            not scored.
 
     Raises:
         DiagnosticsError: The pair cannot score the bank (see `scores.check_bank`).
@@ -86,13 +88,16 @@ class FrozenBank:
         pair: Pair,
         bank: Bank,
         *,
-        batch_tokens: int = scores.BATCH_TOKENS,
+        batch_tokens: int | None = None,
         parts: Sequence[np.ndarray] | None = None,
     ):
         bank = scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
+        self.batch_tokens = scores.chosen_batch_tokens(
+            pair, batch_tokens, use="score" if parts is None else "gradient"
+        )
         groups = [
-            scores.local_batches(scores.batches(bank, batch_tokens=batch_tokens, keep=keep))
+            scores.local_batches(scores.batches(bank, batch_tokens=self.batch_tokens, keep=keep))
             for keep in ((None,) if parts is None else parts)
         ]
         states = iter(scores.teacher_states(pair, [batch for group in groups for batch in group]))

@@ -882,11 +882,9 @@ def require_same_bank(bank: Bank, tokens: pd.DataFrame) -> None:
         ("context_id", "token_id", "forward_kl", "reverse_kl", "advantage"),
         what="A probe's token table",
     )
-    expected = [(context.context_id, token) for context in bank for token in context.sampled_ids]
-    found = list(zip(tokens["context_id"], tokens["token_id"]))
-    if expected != found:
+    if not scores.lists_positions(bank, tokens):
         raise DiagnosticsError(
-            f"The token table ({len(found)} rows) does not list the bank's {len(expected)}"
+            f"The token table ({len(tokens)} rows) does not list the bank's {bank.positions}"
             " positions in order. Score this bank again."
         )
 

@@ -44,6 +44,7 @@ import pandas as pd
 
 from diagnostics.contexts.prompts import Given, any_prompts
 from diagnostics.contexts.trained_prompts import write_trained_prompts
+from diagnostics.contexts.verifiers import recorded_verifier
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
@@ -57,7 +58,7 @@ from diagnostics.measure.losses import LOSSES
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.topk_teacher import refuse
 from diagnostics.probing.frozen_bank import FrozenBank
-from diagnostics.training import engine_options
+from diagnostics.training import engine_options, trackers
 from diagnostics.training.evaluation import (
     EvaluationConfig,
     evaluate,
@@ -172,6 +173,10 @@ class EngineConfig:
         save_every: Steps between two checkpoints; 0 writes none.
         probe_every: Steps between two measurements of the frozen bank, which is also measured after
             the first and the last step; 0 never measures it.
+        measure_every: Steps between two measurements of the training batch under a criterion that
+            reads none, such as full and random; the steps between them log the loss and counts
+            alone.
+        report_to: A tracker that gets the log and our tables as well (`training.trackers`).
         resume: Whether training continues from the last checkpoint in the output directory.
         trl: Further fields of TRL's DistillationConfig: a JSON file, or an object written out.
         peft: Further fields of peft's LoraConfig: a JSON file, or an object written out.
@@ -193,6 +198,22 @@ class EngineConfig:
             "help": (
                 "re-score the frozen bank after step 1, every so many steps and the last; 0: never"
             )
+        },
+    )
+    measure_every: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "measure the training batch at every so many steps where the criterion reads no"
+                " measurement (full, random)"
+            )
+        },
+    )
+    report_to: str = field(
+        default="none",
+        metadata={
+            "help": "tracker that gets the log and our tables as well",
+            "choices": engine_options.REPORT_TO,
         },
     )
     resume: bool = field(
@@ -291,6 +312,7 @@ def train(
     refuse(pair.teacher, "Training")
     engine_options.require_installed(engine.trl)
     prompts, held_out = any_prompts(prompts, pair), any_prompts(held_out, pair)
+    trackers.require_tracker(engine.report_to, engine_options.trl_fields(engine.trl))
     _check_data(pair, prompts, held_out, config, engine)
     warn_before_sampling(pair)
     make_savable(pair.student.model)
@@ -313,15 +335,22 @@ def train(
             )
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _keep_student(trainer, pair, prompts, config, directory)
+    return TrainResult(
+        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
+    )
+
+
+def _keep_student(
+    trainer, pair, prompts: Sequence[Prompt], config: TrainConfig, directory: Path
+) -> None:
+    """Write the trained student, and which prompts it was trained on."""
     with _machine_named(directory):
         _save_student(trainer, pair, directory / "student")
         if distributed.is_main():
             drawn = schedule(prompts, config.steps * config.batch, seed=config.seed)
             write_trained_prompts(directory / "student", drawn)
     distributed.barrier()
-    return TrainResult(
-        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
-    )
 
 
 # --- data and identity ---
@@ -390,14 +419,15 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         asdict(config)
         | asdict(engine)
         | asdict(evaluation)
+        | recorded_verifier(evaluation.verifier)
         | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
     )
     settings = {
         key: value
         for key, value in settings.items()
-        if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")
-        # An earlier version had no minimum, and its trainings can be resumed.
-        and (key, value) != ("per_context_minimum", 0)
+        if key not in ("resume", "save_every", "trl", "peft", "eval_prompts", "report_to")
+        # An earlier version had neither of these, and its trainings can be resumed.
+        and (key, value) not in (("per_context_minimum", 0), ("measure_every", 1))
     }
     return settings | {
         "trl": engine_options.trl_fields(engine.trl),
@@ -663,7 +693,9 @@ def trl_config(
         "dataloader_pin_memory": not cpu,
         "use_cpu": cpu,
     } | TRAINING_OPTIMIZER
-    fields |= engine_options.trl_fields(engine.trl) | {"report_to": "none"}
+    fields |= engine_options.trl_fields(engine.trl) | trackers.trl_fields(
+        engine.report_to, directory
+    )
     engine_options.require_noise(fields, engine.peft)
     if cpu and fields.get("fp16"):
         raise DiagnosticsError(
@@ -697,25 +729,15 @@ def _trainer(
 ):
     from transformers import PrinterCallback, set_seed
 
-    from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
+    from diagnostics.training.trl_trainer import SelectedDistillationTrainer
 
     needed = config.steps * config.batch
     adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
-    callbacks = [monitor.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
+    callbacks = _callbacks(engine, directory, monitor, options.pop("callbacks", []))
     set_seed(config.seed)  # an adapter starts from random numbers, the same in every process
     trainer = SelectedDistillationTrainer(
         pair,
-        Selection(
-            config.criterion,
-            config.budget,
-            loss=config.loss,
-            beta=config.beta,
-            k=config.k,
-            seed=config.seed,
-            ties=config.ties,
-            scope=config.scope,
-            per_context_minimum=config.per_context_minimum,
-        ),
+        _selection(config, engine),
         args=trl_config(
             directory,
             config,
@@ -737,6 +759,33 @@ def _trainer(
     monitor.require_whole(trainer)
     trainer.watch = monitor.keep_positions
     return trainer
+
+
+def _selection(config: TrainConfig, engine: EngineConfig):
+    """What the trainer selects by, of its own class."""
+    from diagnostics.training.trl_trainer import Selection
+
+    return Selection(
+        config.criterion,
+        config.budget,
+        loss=config.loss,
+        beta=config.beta,
+        k=config.k,
+        seed=config.seed,
+        ties=config.ties,
+        scope=config.scope,
+        per_context_minimum=config.per_context_minimum,
+        measure_every=engine.measure_every,
+    )
+
+
+def _callbacks(
+    engine: EngineConfig, directory: Path, monitor: TrainingMonitor, own: Sequence
+) -> list:
+    """The monitor's callback, those of trackers in the run directory, and the caller's own."""
+    asked = (engine.report_to, *engine_options.trackers(engine_options.trl_fields(engine.trl)))
+    monitor.tables = trackers.tables_of(asked, directory)
+    return [monitor.callback(), *trackers.callbacks_of(monitor.tables), *own]
 
 
 def _dataset(pair: Pair, order: Sequence[Prompt], engine: EngineConfig):
@@ -767,19 +816,6 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
         )
     )
     return [known[id(prompt)] for prompt in order]
-
-
-def _trackers(engine: EngineConfig, directory: Path) -> list:
-    """A tensorboard writer in the run directory.
-
-    By default it would create a folder in the working directory, named by the host.
-    """
-    if "tensorboard" not in engine_options.trackers(engine_options.trl_fields(engine.trl)):
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(directory / "tensorboard")))]
 
 
 def _save_student(trainer, pair: Pair, folder: Path) -> None:
@@ -873,6 +909,8 @@ class TrainingMonitor:
             else None
         )
         self.frozen = FrozenBank(pair, bank) if bank is not None else None
+        self.tables: Sequence[trackers.Tables] = ()
+        """Where the selection's log and the evaluations go as tables, beside the run directory."""
         if engine.probe_every and bank is None:
             raise DiagnosticsError(
                 "probe_every re-scores a frozen bank, and there is none. Give held-out prompts or a"
@@ -969,6 +1007,8 @@ class TrainingMonitor:
             self.path("timings.jsonl"),
             {"step": step} | {name: logs[name] for name in TIMINGS if name in logs},
         )
+        if step == self.config.steps:
+            self._log_tables(step)
         if step % max(1, self.config.steps // 10) == 0:
             log.info(
                 "step %d of %d: loss %.4f, %.0f tokens/s",
@@ -983,6 +1023,14 @@ class TrainingMonitor:
         if distributed.is_main():
             for row in by_tenth(tokens, weights).to_dict("records"):
                 _append(self.path("positions.jsonl"), {"step": step} | row)
+
+    def _log_tables(self, step: int) -> None:
+        """Give the trackers the log of the selection and the evaluations as tables."""
+        found = {"selection_log": read_lines(self.path("metrics.jsonl"))}
+        if self.held_out:
+            found["evaluations"] = self.summary()
+        for tables in self.tables:
+            tables.log(found, step)
 
     def _evaluate(self, step: int) -> None:
         if not self.held_out:

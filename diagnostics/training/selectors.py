@@ -339,7 +339,7 @@ def kept_positions(metrics: pd.DataFrame) -> dict[str, float]:
     Returns:
         The values of `cells.KEPT`; NaN where no step has the mean.
     """
-    from diagnostics.training.trl_trainer import SCORED
+    from diagnostics.training.step_metrics import SCORED
 
     selected = metrics["selected"].to_numpy(dtype=float)
 

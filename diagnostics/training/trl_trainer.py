@@ -60,30 +60,18 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
-from diagnostics.measure import divergences, extras, losses
+from diagnostics.measure import divergences, extras, losses, overlap
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.readout import backbone as find_backbone
+from diagnostics.training import step_metrics
 
 log = logging.getLogger("diagnostics")
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 """The betas of the two ends of TRL's family; `jsd` lies between them."""
-COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompatible", "tip")
-"""Criteria whose selection at the same budget is compared with the one in use, step by step."""
-SCORED = ("teachability", "incompatible", "compatibility")
-"""Criteria whose mean score over the selected positions is logged, scaled within the step: the
-paper's D^L, D^I and C of what a mask keeps.
-"""
-LOGGED = (
-    "forward_kl",
-    "reverse_kl",
-    "compatibility",
-    "student_entropy",
-    "teacher_entropy",
-    "shared_student_mass",
-    "compatibility_intersection",
-)
+KEYS = ("context_id", "position", "response_length", "token_id")
+"""Columns of a step's table that no model is measured for."""
 PARITY = 1e-3
 """Relative difference between TRL's loss and ours, from the same states, above which training
 stops.
@@ -197,11 +185,25 @@ class Selection:
     """Whether the budget is a share of the step's positions or of each response's."""
     per_context_minimum: int = 0
     """Number of best positions of every response that are kept first, within the budget."""
+    measure_every: int = 1
+    """Steps between two measurements under a criterion that reads none, such as full and random;
+    the steps between them log counts alone. Under any other criterion every step is measured."""
+
+    def measures(self, step: int) -> bool:
+        """Whether the positions of a step are measured: for the selection, or for the log."""
+        needs = set(criteria.find(self.criterion).needs) - set(KEYS)
+        return bool(needs) or step % self.measure_every == 0
 
     @property
-    def more(self) -> divergences.More | None:
-        """Measures the columns that the criterion reads beside the usual ones; None without any."""
-        return extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+    def more(self) -> divergences.More:
+        """Measures the columns that the log and the criterion read beside the usual ones."""
+        own = extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+
+        def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict:
+            found = overlap.measure_overlap(student_NV, teacher_NV, sampled_N, k=self.k)
+            return found if own is None else found | own(student_NV, teacher_NV, sampled_N)
+
+        return measure
 
     def _rules(self) -> dict[str, Any]:
         return {
@@ -223,7 +225,7 @@ class Selection:
 
         Returns:
             Float64 [N]: 0 or 1, or a soft weight; the mean over the nonzero ones is 1. A position
-            whose divergences are not finite has weight 0.
+            whose divergences are not finite has weight 0, where the table has them.
 
         Raises:
             DiagnosticsError: No position is left.
@@ -235,9 +237,9 @@ class Selection:
             weights = criteria.select(
                 tokens, self.criterion, budget=self.budget, seed=[self.seed, step], **self._rules()
             ).astype(np.float64)
-        weights = np.where(
-            np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"]), weights, 0.0
-        )
+        if "forward_kl" in tokens:
+            finite = np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"])
+            weights = np.where(finite, weights, 0.0)
         if not weights.sum() > 0:
             raise DiagnosticsError(
                 f"Criterion {self.criterion!r} selects none of the {len(tokens)} positions of step"
@@ -246,7 +248,7 @@ class Selection:
         return weights * (np.count_nonzero(weights) / weights.sum())
 
     def masks(self, tokens: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Selections of the other criteria in COMPARED at this budget.
+        """Selections of the other criteria in `step_metrics.COMPARED` at this budget.
 
         Args:
             tokens: The step's token table, one row per position.
@@ -257,7 +259,7 @@ class Selection:
         budget = self.budget if self.budget is not None else criteria.find(self.criterion).budget
         return {
             name: criteria.select(tokens, name, budget=budget, seed=self.seed, **self._rules())
-            for name in COMPARED
+            for name in step_metrics.COMPARED
             if name != criteria.find(self.criterion).name
         }
 
@@ -402,15 +404,17 @@ class SelectedDistillationTrainer(DistillationTrainer):
             )
         )
         if not self.shares_forward:
-            return self._narrow(batch, *self._measure(batch))
+            measures = self.selection.measures(self.state.global_step)
+            return self._narrow(batch, *(self._measure(batch) if measures else ({}, None)))
         return batch | {PLACE: torch.arange(len(inputs), device=batch["completion_ids"].device)}
 
     # --- selection ---
 
-    def _narrow(self, batch: dict, columns: dict[str, Tensor], teacher_BTH: Tensor) -> dict:
+    def _narrow(self, batch: dict, columns: dict[str, Tensor], teacher_BTH: Tensor | None) -> dict:
         """Put the selection of the whole step into the batch's loss mask and denominator.
 
-        columns: measurements [n] of this process's valid positions, by name."""
+        columns: measurements [n] of this process's valid positions, by name; none in a step that is
+        not measured. teacher_BTH: the teacher's states, where they are known already."""
         valid_BT = _valid(batch)
         place_B = batch.get(PLACE, torch.arange(len(valid_BT), device=valid_BT.device))
         tokens, mine_N = self._table(columns, valid_BT, batch["completion_ids"], place_B.argsort())
@@ -419,22 +423,25 @@ class SelectedDistillationTrainer(DistillationTrainer):
         weights_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
         weights_BT[valid_BT[place_B.argsort()].cpu()] = torch.from_numpy(weights_N[mine_N])
         weights_BT = weights_BT[place_B.cpu()]
-        entropy_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
-        entropy_BT[valid_BT.cpu()] = columns["student_entropy"].cpu()
+        entropy_BT = torch.full(valid_BT.shape, torch.nan, dtype=torch.float64)
+        if columns:
+            entropy_BT[valid_BT.cpu()] = columns["student_entropy"].cpu()
         device = valid_BT.device
-        return batch | {
+        narrowed = batch | {
             "tool_mask": (weights_BT > 0).to(device, batch["completion_mask"].dtype),
             "loss_weights": weights_BT.float().to(device),
             "student_entropy": entropy_BT.float().to(device),
-            "teacher_states": teacher_BTH,
             "num_items_in_batch": torch.tensor(np.count_nonzero(weights_N), device=device),
         }
+        return narrowed if teacher_BTH is None else narrowed | {"teacher_states": teacher_BTH}
 
     def _select_within(self, student, inputs: dict) -> dict:
         """The batch with its selection, from the states that the loss is then taken on."""
         student_BTH = self._own_states(student, inputs)
         teacher_BTH = self._teacher_states(inputs)
-        columns = self._measure_states(student, student_BTH.detach(), teacher_BTH, inputs)
+        columns = {}
+        if self.selection.measures(self.state.global_step):
+            columns = self._measure_states(student, student_BTH.detach(), teacher_BTH, inputs)
         narrowed = self._narrow(inputs, columns, teacher_BTH)
         self._aside = {name: narrowed[name] for name in ASIDE} | {"student_states": student_BTH}
         return {name: value for name, value in narrowed.items() if name not in ASIDE}
@@ -569,23 +576,10 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     def _record(self, tokens: pd.DataFrame, weights_N: np.ndarray) -> None:
         """Log the selected positions, all positions, and the overlap with other criteria."""
-        self.watch(self.state.global_step + 1, tokens, weights_N)
-        selected_N = weights_N > 0
-        metrics = {
-            "selected": int(selected_N.sum()),
-            "positions": len(tokens),
-            "selected_share": selected_N.mean(),
-            "not_finite": int((~np.isfinite(tokens["forward_kl"])).sum()),
-        }
-        for name in LOGGED:
-            values = tokens[name].to_numpy()
-            metrics |= {
-                f"{name}/all": np.nanmean(values),
-                f"{name}/selected": np.average(values[selected_N], weights=weights_N[selected_N]),
-            }
-        metrics |= _kept(tokens, weights_N)
-        for name, mask in self.selection.masks(tokens).items():
-            metrics[f"jaccard/{name}"] = (mask & selected_N).sum() / (mask | selected_N).sum()
+        metrics = step_metrics.counts(weights_N)
+        if "forward_kl" in tokens:
+            self.watch(self.state.global_step + 1, tokens, weights_N)
+            metrics |= step_metrics.measured(tokens, weights_N, self.selection.masks(tokens))
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))
 
@@ -657,13 +651,15 @@ class SelectedDistillationTrainer(DistillationTrainer):
             )
         if "student_states" not in self._aside:
             self._aside["student_states"] = self._own_states(unwrapped_student, inputs)
+        if "teacher_states" not in self._aside:
+            self._aside["teacher_states"] = self._teacher_states(inputs)
         if self._trl_loss:
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             self._check_parity(unwrapped_student, inputs, num_items_in_batch, result[0])
         else:
             loss = self._own_loss(unwrapped_student, inputs, num_items_in_batch)
-            mask_BT = inputs["tool_mask"] * inputs["completion_mask"]
-            result = loss, (self._aside["student_entropy"] * mask_BT).sum(), mask_BT.sum()
+            kept_BT = (inputs["tool_mask"] * inputs["completion_mask"]).bool()
+            result = loss, self._aside["student_entropy"][kept_BT].sum(), kept_BT.sum()
         self._exact = result[0].detach()
         return result
 
@@ -726,21 +722,6 @@ class SelectedDistillationTrainer(DistillationTrainer):
         if self.model.training and metrics.get("step_time"):
             metrics["tokens_per_second"] = [sum(metrics["positions"]) / sum(metrics["step_time"])]
         super().log(logs, start_time)
-
-
-def _kept(tokens: pd.DataFrame, weights_N: np.ndarray) -> dict[str, float]:
-    """What a mask keeps of a step: share of the quadrants' Q3, and mean scores of SCORED.
-
-    Quadrants and scores are those of the step alone. Positions without a score are left out.
-    """
-    kept_N = weights_N > 0
-    found = {"q3/selected": np.average(criteria.quadrants(tokens)[kept_N] == 3)}
-    for name in SCORED:
-        scores = criteria.score_criterion(tokens, name)[kept_N]
-        found[f"score_{name}/selected"] = (
-            np.nanmean(scores) if np.isfinite(scores).any() else np.nan
-        )
-    return found
 
 
 def _valid(batch: dict) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from diagnostics.contexts.byte_bounds import COLUMNS
 from diagnostics.contexts.coverage import MEASURES, tokenizer_coverage
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank, Context
@@ -25,6 +26,7 @@ def explicit(words, merges):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS)
 
 
+UNBOUNDED = set(MEASURES) - set(COLUMNS)
 STUDENT = explicit(["a", "b", "c", "d", "ab"], [("a", "b")])
 TEACHER = explicit(["a", "b", "c", "d", "bc"], [("b", "c")])
 
@@ -46,7 +48,7 @@ def context(tokenizer, text, name="c", *, finished=True, supervised=None):
 
 def shares(found, kind="all"):
     table = found.table[found.table["token_type"] == kind]
-    return dict(zip(table["measure"], table["share"], strict=True))
+    return dict(zip(table["measure"], table["estimate"], strict=True))
 
 
 def test_a_text_of_four_letters_by_hand():
@@ -135,8 +137,10 @@ def test_a_character_that_the_end_cut_is_not_comparable_and_counted(caplog):
     one = Context("c", "p", "?", (1,), "a", ids, False)
     found = tokenizer_coverage(student, byte_level(300), Bank((one,)))
     assert found.positions["comparable"].tolist() == [True, True, False, False]
-    assert found.counts == {"undecodable": 2, "rewritten": 0, "unreadable": 0}
-    assert "2 of 4 positions lie in bytes that are no UTF-8: not comparable" in caplog.text
+    assert found.counts == {"undecodable": 2, "rewritten": 0, "unreadable": 0, "over_long": 0}
+    assert (
+        "2 of 4 positions lie in, or behind, bytes that are no UTF-8: not comparable" in caplog.text
+    )
 
 
 def test_nothing_behind_a_special_token_that_the_teacher_lacks_is_comparable(caplog):
@@ -207,12 +211,14 @@ def test_shares_have_intervals_over_prompts_and_add_up():
     table = found.table.set_index(["measure", "token_type"])
     row = table.loc[("positions_comparable", "all")]
     by_hand = found.positions.groupby("prompt_id")["comparable"].agg(["sum", "size"]).sum()
-    assert row["share"] == pytest.approx(by_hand["sum"] / by_hand["size"])
-    assert 0 <= row["low"] <= row["share"] <= row["high"] <= 1
+    assert row["estimate"] == pytest.approx(by_hand["sum"] / by_hand["size"])
+    assert 0 <= row["low"] <= row["estimate"] <= row["high"] <= 1
     assert row["prompts"] == 8 and row["positions"] == len(found.positions)
     kinds = table.loc["positions_comparable"].drop("all")
     assert kinds["positions"].sum() == row["positions"]
-    assert np.average(kinds["share"], weights=kinds["positions"]) == pytest.approx(row["share"])
+    assert np.average(kinds["estimate"], weights=kinds["positions"]) == pytest.approx(
+        row["estimate"]
+    )
     one = tokenizer_coverage(student, teacher, Bank(bank.contexts[:1]), draws=200)
     assert np.isnan(one.table["low"]).all() and set(one.table["measure"]) < {
         *MEASURES,
@@ -251,7 +257,7 @@ def test_the_command_reads_a_run_or_a_file(tmp_path, capsys):
     pair = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
     assert main(["coverage", *pair, "--contexts", str(tmp_path / "run"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert {row["measure"] for row in told["coverage"]} == {*MEASURES, "vocabulary_one_token"}
+    assert {row["measure"] for row in told["coverage"]} == {*UNBOUNDED, "vocabulary_one_token"}
     assert told["undecodable"] == 0
     path = str(tmp_path / "run" / "contexts.parquet")
     assert main(["coverage", *pair, "--contexts", path, "--quiet"]) == 0

@@ -55,7 +55,11 @@ def test_debug_rollouts_of_slime(pair, name, caplog):
         ("group-3-0", "group-3", (0, 5, 6), (7, 8, 1), True),
         ("group-3-1", "group-3", (0, 5, 6), (7, 8), False),
     ]
-    assert counts == zero_but(format="slime", rows=2, contexts=2, positions=5, cut=1)
+    assert [context.correct for context in bank] == [True, False]
+    said = {"right": 1, "wrong": 1, "stated_by": "reward"}
+    assert counts == zero_but(
+        format="slime", rows=2, contexts=2, positions=5, cut=1, logprobs=1
+    ) | {"correct": said}
     assert caplog.messages == [
         f"{FILES / name}: 1 contexts cut at the first token that the student did not write"
     ]
@@ -71,7 +75,11 @@ def test_rollout_dumps_of_verl(pair):
     assert bank[0].prompt_id == bank[1].prompt_id != bank[2].prompt_id and [
         c.context_id[-2:] for c in bank
     ] == ["-0", "-1", "-0"]
-    assert counts == zero_but(format="verl", rows=3, contexts=3, positions=6, from_text=3, joined=3)
+    assert [context.correct for context in bank] == [True, False, False]
+    said = {"right": 1, "wrong": 2, "stated_by": "score"}
+    assert counts == zero_but(
+        format="verl", rows=3, contexts=3, positions=6, from_text=3, joined=3
+    ) | {"correct": said}
 
 
 def test_completions_of_trl(pair):
@@ -790,7 +798,7 @@ def test_columns_that_nothing_was_read_from_are_named(pair, tmp_path, caplog):
         pair,
         jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2", "reward": 1.0, "uid": "x"}),
     )
-    assert f"{tmp_path / 'r.jsonl'}: columns that are not used: reward, uid" in caplog.messages
+    assert f"{tmp_path / 'r.jsonl'}: columns that are not used: uid" in caplog.messages
 
 
 def test_a_huge_row_is_left_out_by_its_beginning(pair, tmp_path, monkeypatch):

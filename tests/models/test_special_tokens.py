@@ -22,6 +22,8 @@ from diagnostics.models.special_tokens import (
     turn_end,
 )
 from diagnostics.probing import scores
+from diagnostics.probing.attribution import attribute
+from diagnostics.probing.intervention import interventions
 from diagnostics.probing.one_step import probe
 from diagnostics.training.trl_trainer import _check_pair
 from tests.conftest import WORDS, make_model, make_tokenizer
@@ -192,6 +194,29 @@ def test_a_probe_leaves_such_positions_out_and_restores_the_student():
     assert result.tokens["gain"].notna().all() and (result.tokens["gain"].abs() > 0).all()
     assert set(result.tokens["token_id"]).isdisjoint(DROPPED)
     assert sum(step.step_positions for step in result.steps) == 18
+
+
+def test_interventions_attribution_and_new_text_leave_them_out_too():
+    pair = pair_of(vocabularies=(64, 64))
+    bank = Bank(tuple(context(f"c{i}", (5 + i, 61, 6 + i, 7 + i, 60)) for i in range(6)))
+    found = probe(pair, bank, folds=2, step="1e-3", placebos=0, horizon=(1,), nulls=())
+    assert found.tokens["gain_h1"].notna().any()
+    cells = interventions(
+        pair,
+        bank,
+        tokens=found.tokens,
+        criteria=("entropy",),
+        budgets=(0.5,),
+        horizon=(1,),
+        folds=2,
+        step="1e-3",
+    )
+    assert cells.by_prompt()["positions"].sum() > 0
+    masked = gradable(bank, DROPPED)
+    same = probe(pair, masked, folds=2, step="1e-3", placebos=0, horizon=(), nulls=())
+    np.testing.assert_allclose(same.tokens["gain"], found.tokens["gain"], atol=1e-9)
+    table = attribute(pair, bank, tokens=found.tokens, folds=2, step="1e-3", sample=4).tokens
+    assert len(table) == 18 and table["first_order_gain"].notna().all()
 
 
 def test_gradients_flow_through_the_excluded_logits():

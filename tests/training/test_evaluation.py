@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.contexts import verifiers
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import verify as verify_sum
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import score
-from diagnostics.training import evaluation
 from diagnostics.training.evaluation import (
     SEED,
     estimate,
@@ -127,7 +127,7 @@ def test_prompts_may_be_texts_a_file_or_contexts_and_a_bank_itself(pair, tmp_pat
 
 def test_verifiers(monkeypatch, caplog):
     bare, answered = make_prompts(2), [Prompt("a", "w1", "42")]
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
     assert (
         find_verifier("auto", pair="embedded", prompts=answered)
         is verify_sum
@@ -157,8 +157,8 @@ def test_verifiers(monkeypatch, caplog):
         ),
     ):
         find_verifier("sums", pair="x", prompts=bare)
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: object())
-    assert find_verifier("auto", pair="x", prompts=answered) is evaluation.verify_math
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: object())
+    assert find_verifier("auto", pair="x", prompts=answered) is verifiers.verify_math
 
 
 def test_math_verify_gets_gold_first_and_plain_answers_as_latex(monkeypatch):
@@ -167,6 +167,6 @@ def test_math_verify_gets_gold_first_and_plain_answers_as_latex(monkeypatch):
         parse=lambda text: [text], verify=lambda gold, answer: calls.append((gold, answer)) or True
     )
     monkeypatch.setitem(sys.modules, "math_verify", stub)
-    assert evaluation.verify_math("so \\boxed{42}", "42") is True
-    evaluation.verify_math("x", "\\frac{1}{2}")
+    assert verifiers.verify_math("so \\boxed{42}", "42") is True
+    verifiers.verify_math("x", "\\frac{1}{2}")
     assert calls == [(["$42$"], ["so \\boxed{42}"]), (["\\frac{1}{2}"], ["x"])]

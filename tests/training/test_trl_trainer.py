@@ -14,11 +14,12 @@ from diagnostics import criteria
 from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import losses
+from diagnostics.measure import divergences, losses
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.pair import assemble
 from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
-from diagnostics.training import trl_trainer
+from diagnostics.training import step_metrics, trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
@@ -136,13 +137,18 @@ def plain_losses(pair, bank, **options):
         ("incompatible", None),
         ("full", 0.05),
         ("acceptance", 0.2),
+        ("ier", 0.3),
+        ("bellman", 0.3),
+        ("tails", 0.3),
+        ("teachability_or_ier", 0.2),
     ],
 )
 def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, budget):
     made = train(tmp_path, make_pair(), Selection(criterion, budget))
     batch, pair = made.narrowed[0], make_pair()
     bank = bank_of(batch)
-    tokens = scores.score(pair, bank, k=16, sweep=())
+    extra = extras_of(criteria.find(criterion).needs)
+    tokens = scores.score(pair, bank, k=16, sweep=(), extra=extra)
     expected = criteria.select(tokens, criterion, budget=budget)
     np.testing.assert_array_equal(on_positions(batch, "tool_mask") == 1, expected)
     assert batch["tool_mask"].sum() == batch["num_items_in_batch"] == expected.sum()
@@ -158,7 +164,7 @@ def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, b
         assert log[f"{name}/all"] == pytest.approx(tokens[name].mean(), rel=1e-5)
         assert log[f"{name}/selected"] == pytest.approx(tokens[name][expected].mean(), rel=1e-5)
     assert log["q3/selected"] == pytest.approx((criteria.quadrants(tokens) == 3)[expected].mean())
-    for name in trl_trainer.SCORED:
+    for name in step_metrics.SCORED:
         score = criteria.score_criterion(tokens, name)
         assert log[f"score_{name}/selected"] == pytest.approx(score[expected].mean(), rel=1e-5)
     if criterion != "tip":
@@ -669,6 +675,36 @@ def test_no_model_runs_more_often_than_it_must(
     monkeypatch.setattr(DistillationTrainer, "_get_last_hidden_state", counted)
     train(tmp_path, pair, Selection("teachability", 0.2), accumulation=accumulation)
     assert (calls.count("student"), calls.count("teacher")) == (student, teacher)
+
+
+@pytest.mark.parametrize("criterion", ["full", "random"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_criterion_that_reads_nothing_is_measured_where_it_is_asked(
+    tmp_path, monkeypatch, criterion, accumulation
+):
+    """The training is the same, the models run as often as in plain TRL, and the log has less."""
+    options = {"steps": 3, "accumulation": accumulation}
+    every, seldom = (Selection(criterion, 0.3, measure_every=each) for each in (1, 2))
+    whole = train(tmp_path / "whole", make_pair(), every, **options)
+    sizes = []
+    original = divergences.measure_hidden
+    monkeypatch.setattr(
+        divergences, "measure_hidden", lambda *a, **k: (sizes.append(1), original(*a, **k))[1]
+    )
+    part = train(tmp_path / "part", make_pair(), seldom, **options)
+    assert len(sizes) == 2 * accumulation  # steps 0 and 2
+    for one, other in zip(whole.model.parameters(), part.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for step in range(3):
+        ours, theirs = logged(whole, step), logged(part, step)
+        assert ours["loss"] == theirs["loss"] and ours["selected"] == theirs["selected"]
+        assert ("forward_kl/all" in theirs) == ("overlap_ratio" in theirs) == (step != 1)
+
+
+def test_a_criterion_that_reads_measurements_has_every_step_measured():
+    assert not Selection("random", measure_every=3).measures(1)
+    assert Selection("random", measure_every=3).measures(3)
+    assert Selection("teachability", measure_every=3).measures(1)
 
 
 def test_what_draws_noise_in_training_is_noticed():
