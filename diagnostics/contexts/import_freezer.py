@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,7 @@ class Freezer:
                 rollout,
                 prompt=original.prompt,
                 prompt_id=rollout.prompt_id or original.prompt_id,
+                domain=rollout.domain or original.domain,
                 teacher_prompt=rollout.teacher_prompt or original.teacher_prompt,
             )
         text = self._rendered(rollout.prompt, rollout, where)
@@ -469,12 +471,24 @@ class Freezer:
             prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt),
             prompt=prompt,
             prompt_ids=prompt_ids,
-            response=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            response=self._own_text(response_ids, own),
             response_ids=response_ids,
             finished=response_ids[-1] in self.end_ids,
             teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None,
             teacher_prompt_ids=rollout.teacher_prompt_ids,
             supervised=own,
+            domain=rollout.domain,
+        )
+
+    def _own_text(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> str:
+        """What the student wrote, as a verifier reads it: one line per turn where others stand
+        between.
+        """
+        turns = groupby(zip(response_ids, own or repeat(True)), key=lambda pair: pair[1])
+        return "\n".join(
+            self.tokenizer.decode([i for i, _ in turn], skip_special_tokens=True)
+            for mine, turn in turns
+            if mine
         )
 
     def _logprobs(

@@ -65,6 +65,9 @@ class Pair:
     """True where the teacher is on the device only while its states are computed; a copy of its
     head stays there."""
 
+    stops: list[dict] = field(default_factory=list)
+    """Rows of `stop_tokens`."""
+
     @property
     def vocabulary(self) -> int:
         """Number of shared ids."""
@@ -324,7 +327,9 @@ def load_pair(
     )
     assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
-    assembled.facts |= _special_facts(assembled, *tokenizers)
+    assembled.stops = _stops(assembled, *tokenizers)
+    different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
+    assembled.facts |= {"special_tokens": different} if different else {}
     assembled.offload_teacher = offload_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
@@ -354,8 +359,8 @@ def _tokenizers(tokenizer, *sources: tuple) -> list[PreTrainedTokenizerBase]:
     return [tokenizer or load_tokenizer(*source) for source in sources]
 
 
-def _special_facts(pair: Pair, student, teacher) -> dict:
-    """The special tokens in which the tokenizers differ, and the stop tokens of both models."""
+def _stops(pair: Pair, student, teacher) -> list[dict]:
+    """The stop tokens of both models; a mismatch is warned of."""
     assert isinstance(pair.teacher, Readout)
     rows = stop_rows(
         student,
@@ -364,9 +369,8 @@ def _special_facts(pair: Pair, student, teacher) -> dict:
         turn_end=turn_end(student),
         dropped=pair.dropped,
     )
-    different = warn_of_dropped(student, teacher, pair.dropped)
     warn_of_stops(rows)
-    return {"stop_tokens": rows} | ({"special_tokens": different} if different else {})
+    return rows
 
 
 def _own_ends(model: PreTrainedModel) -> tuple[int, ...]:
@@ -488,4 +492,4 @@ def stop_tokens(pair: Pair) -> pd.DataFrame:
         there), dropped (it is left out of both distributions), and note (what a mismatch touches;
         empty where there is none).
     """
-    return pd.DataFrame(pair.facts.get("stop_tokens", []), columns=list(STOP_COLUMNS))
+    return pd.DataFrame(pair.stops, columns=list(STOP_COLUMNS))

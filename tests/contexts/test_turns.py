@@ -68,7 +68,7 @@ def test_turns_are_those_that_the_templates_marks_tell(tmp_path):
     assert one.prompt.endswith("<|im_start|>assistant\n")
     written = pair.tokenizer.decode(one.sampled_ids)
     assert written == "".join(m["content"] + "<|im_end|>" for m in TURNS[::2])
-    assert one.finished and "42 is the answer" in one.response
+    assert one.finished and one.response == "\n".join(turn["content"] for turn in TURNS[::2])
     assert (counts["turns"], counts["cut"], counts["turns_left_out"]) == (1, 0, 0)
 
 
