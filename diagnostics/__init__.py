@@ -62,6 +62,7 @@ _HOMES = {
     "contexts.story_sums": ("sums", "verify"),
     "contexts.import_tokens": ("read_tokens",),
     "analysis.paper.tables": ("paper",),
+    "analysis.teachers": ("compare_teachers",),
     "analysis.study": ("correlate", "q3_contrast", "q3_groups", "study"),
     "report.tokenview": ("show",),
     "report.page": ("read_run",),

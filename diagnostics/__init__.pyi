@@ -13,6 +13,7 @@ from diagnostics.analysis.selection import (
     selection_summary,
 )
 from diagnostics.analysis.study import correlate, q3_contrast, q3_groups, study
+from diagnostics.analysis.teachers import compare_teachers
 from diagnostics.contexts.coverage import tokenizer_coverage
 from diagnostics.contexts.import_rollouts import read_rollouts
 from diagnostics.contexts.import_tokens import read_tokens
@@ -64,6 +65,7 @@ __all__ = [
     "by_correctness",
     "compare",
     "compare_runs",
+    "compare_teachers",
     "correlate",
     "criterion",
     "decide",

@@ -1595,6 +1595,7 @@ def _iw_prefix(tokens):
     kind="weight",
     budget=1.0,
     source="2605.21606",
+    note="ranks like `late`",
     formula="0.25 + 0.75*sigmoid((t/(T - 1) - 0.30)/0.10)",
 )
 def _position_weight(tokens):
@@ -1669,7 +1670,7 @@ def _gradient_size(tokens):
     budget=1.0,
     formula="1 + a(1 - p(y)), a = 1",
     source=_SURE,
-    note="ranks by -ln p(y), and knows nothing of the teacher",
+    note="near `entropy`: ranks by -ln p(y), and knows nothing of the teacher",
     by_name=True,
 )
 def _sure(tokens):
@@ -1710,7 +1711,7 @@ def _ier(tokens):
     "ier_full",
     needs=["ier_full_signal", "ier_full_noise"],
     formula="the same over the whole vocabulary",
-    note="`ier` without candidates and floor; its columns are measured by `score --extra ier`",
+    note="near `projected_gradient`; `ier` without candidates and floor, by `score --extra ier`",
     by_name=True,
 )
 def _ier_full(tokens):

@@ -282,6 +282,59 @@ def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
         ]
 
 
+def values_of_pairs(
+    scores: Mapping[str, Variable],
+    outcomes: Mapping[str, Variable],
+    prompts: PromptClusters,
+    *,
+    ranked: bool,
+    controls: Controls | None = None,
+) -> dict[tuple[str, str], Estimate]:
+    """The values that `pearson`, `spearman` or `partial` has for every score and outcome, without
+    draws: each variable is ranked and freed of the controls once, whatever the number of pairs.
+
+    Args:
+        scores: [N] values each, by name.
+        outcomes: [N] values each, by name.
+        prompts: The prompts of the N positions.
+        ranked: Whether the correlations are of ranks or of values.
+        controls: The columns to hold fixed; None holds none.
+
+    Returns:
+        Correlations by (outcome, score), without draws.
+    """
+    found = {}
+    for mask, pairs in _by_mask(scores, outcomes):
+        mask = mask if controls is None else mask & controls.finite
+        least = 3 if controls is None else len(controls.columns) + 3
+        names, others = (list(dict.fromkeys(side)) for _, side in pairs)
+        grid = np.full((len(names), len(others)), np.nan)
+        if mask.sum() >= least:
+            first, second = (
+                np.stack([_column(pool[name], mask, ranked, controls) for name in side])
+                for pool, side in ((scores, names), (outcomes, others))
+            )
+            grid = first @ second.T / mask.sum()
+            varies = [(side != 0).any(axis=1) for side in (first, second)]
+            grid = np.where(np.outer(*varies), np.clip(grid, -1, 1), np.nan)
+        counts = int(mask.sum()), prompts.present(mask)
+        rows, columns = ({name: i for i, name in enumerate(side)} for side in (names, others))
+        for score, outcome in zip(*(side for _, side in pairs)):
+            value = float(grid[rows[score], columns[outcome]])
+            found[outcome, score] = Estimate(value, np.empty(0), *counts, correlation=True)
+    return found
+
+
+def _column(
+    variable: Variable, mask: np.ndarray, ranked: bool, controls: Controls | None
+) -> np.ndarray:
+    """[mask.sum()] values or ranks without what the controls give, standardized."""
+    column = variable.ranked(mask).average if ranked else variable.values[mask]
+    if controls is not None:
+        column = controls.residual(column, mask, ranked=ranked)
+    return standardize(column)
+
+
 def standardize(values: np.ndarray) -> np.ndarray:
     """Mean 0 and standard deviation 1 (divisor n); zeros for a constant."""
     centered = values - values.mean()

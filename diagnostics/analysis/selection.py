@@ -35,7 +35,7 @@ score; the normalized area is the ratio known from uplift curves as the Qini coe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -43,11 +43,13 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters, mean, positive_ratio
 from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.prompt_groups import groups_of, over_groups, studied
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.selection_draws import (
     RANDOM_SELECTIONS,
@@ -177,18 +179,13 @@ class Population:
             for c, name in enumerate(self.candidates.names):
                 for statistic, array in statistics.items():
                     key = (statistic, split, outcome, name)
+                    counts = defined, self.candidates.prompts.count
                     if statistic == "area":
-                        found[key] = self.estimate(array[:, c], defined)
+                        found[key] = sums.estimate(array[:, c], *counts)
                         continue
                     for b, budget in enumerate(self.candidates.budgets):
-                        found[(*key, budget)] = self.estimate(array[:, c, b], defined)
+                        found[(*key, budget)] = sums.estimate(array[:, c, b], *counts)
         return found
-
-    def estimate(self, passes: np.ndarray, positions: int) -> Estimate:
-        """An estimate from its value in every pass [P], the first of which is the rows as they
-        are.
-        """
-        return Estimate(float(passes[0]), passes[1:], positions, self.candidates.prompts.count)
 
     def oracle_shares(self, values: np.ndarray) -> np.ndarray:
         """[B] share of an outcome [n] that ranking by itself captures."""
@@ -199,6 +196,8 @@ class Population:
 
     def random_bands(self, level: float) -> dict[tuple[str, str], np.ndarray]:
         """By outcome, quantiles [2, B] of the share that random selections capture."""
+        if self.count > SIMULATED and self.candidates.rules.scope == "table":
+            return self._normal_bands(level)
         # A stream of its own, so that the band does not depend on the draws of prompts.
         generator = np.random.default_rng([self.candidates.prompts.seed, 1])
         held = self.values()[:, 1:]
@@ -212,6 +211,24 @@ class Population:
         shares = positive_ratio(np.array(sums), held.sum(axis=0))
         ends = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return {key: ends[..., i] for i, key in enumerate(self.outcomes)}
+
+    def _normal_bands(self, level: float) -> dict[tuple[str, str], np.ndarray]:
+        """The same by the normal distribution: k of n rows, drawn without replacement, hold k / n
+        of a total, with the variance k (1 - k / n) S^2.
+        """
+        share = self.expected[:, 0]
+        reach = float(special.ndtri((1 + level) / 2))
+        bands = {}
+        for key, values in self.outcomes.items():
+            held = np.nan_to_num(values)
+            spread = np.sqrt(self.count * share * (1 - share) * held.var(ddof=1))
+            around = reach * positive_ratio(spread, held.sum())
+            bands[key] = np.stack([share - around, share + around])
+        return bands
+
+
+SIMULATED = 200_000
+"""Positions up to which random selections are made; of more, what they hold is normal."""
 
 
 def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]:
@@ -817,8 +834,22 @@ def _table_sums(chosen: Candidates, measures: dict, *, overlaps: bool) -> Sums:
             columns += [np.nan_to_num(each), np.isfinite(each).astype(np.float64)]
         return np.stack(columns, axis=1)
 
+    if groups := groups_of(chosen.tokens, chosen.seed):
+        return _sums_of_groups(chosen, groups, overlaps=overlaps)
     draws = min(chosen.prompts.draws, SELECTION_DRAWS)
     return selection_sums(chosen, values, draws=draws, overlaps=overlaps)
+
+
+def _sums_of_groups(chosen: Candidates, groups: list[pd.DataFrame], *, overlaps: bool) -> Sums:
+    """`_table_sums` in each group of a divided table."""
+    still = Bootstrap(draws=0, seed=chosen.seed)
+    parts = []
+    for group in groups:
+        inside = whole_table(
+            group, chosen.names, chosen.budgets, rules=chosen.rules, bootstrap=still
+        )
+        parts.append(_table_sums(inside, profile_measures(group), overlaps=overlaps))
+    return Sums.of_groups(parts)
 
 
 def _overlap(
@@ -827,19 +858,18 @@ def _overlap(
     bootstrap: Bootstrap,
     budgets: Iterable[float] | None = None,
 ) -> pd.DataFrame:
-    scored = scores(chosen.tokens, chosen.names, seed=bootstrap.seed)
-    variables = {name: Variable(score) for name, score in scored.items()}
+    ranks = _rank_correlations(chosen, bootstrap)
     found, count, rows = cells(chosen), len(chosen.groups), []
     for (i, one), (j, other) in combinations(enumerate(chosen.names), 2):
         key = {"criterion": one, "other": other}
-        rank = rank_correlation.spearman(variables[one], variables[other], chosen.prompts)
+        rank = ranks(one, other)
         spearman = {"statistic": "spearman", "budget": np.nan, "ambiguous": 0.0, "chance": 0.0}
         rows.append(key | spearman | row(rank, bootstrap.level))
         for b, budget in enumerate(chosen.budgets):
             if budgets is not None and budget not in budgets:
                 continue
             jaccard = _jaccard(sums.both[:, b, i, j], sums.both[:, b, i, i], sums.both[:, b, j, j])
-            estimate = Estimate(float(jaccard[0]), jaccard[1:], count, chosen.prompts.count)
+            estimate = sums.estimate(jaccard, count, chosen.prompts.count)
             cell = found[one, budget], found[other, budget]
             shared = cell[0].selected * cell[1].selected / max(count, 1)
             rows.append(
@@ -850,6 +880,24 @@ def _overlap(
                 | row(estimate, bootstrap.level)
             )
     return pd.DataFrame(rows, columns=_OVERLAP_COLUMNS)
+
+
+def _rank_correlations(chosen: Candidates, bootstrap: Bootstrap) -> Callable[[str, str], Estimate]:
+    """The rank correlation of the scores of two criteria."""
+
+    def variables(tokens: pd.DataFrame) -> dict[str, Variable]:
+        scored = scores(tokens, chosen.names, seed=bootstrap.seed)
+        return {name: Variable(score) for name, score in scored.items()}
+
+    def values(group: pd.DataFrame) -> dict[tuple[str, str], Estimate]:
+        held, prompts = variables(group), PromptClusters(group["prompt_id"], draws=0)
+        return rank_correlation.values_of_pairs(held, held, prompts, ranked=True)
+
+    if groups := groups_of(chosen.tokens, chosen.seed):
+        found = over_groups(values, groups)
+        return lambda one, other: found[other, one]
+    held = variables(chosen.tokens)
+    return lambda one, other: rank_correlation.spearman(held[one], held[other], chosen.prompts)
 
 
 def _jaccard(both, one, other) -> np.ndarray:
@@ -969,13 +1017,14 @@ def _profile(
         over, under = 1 + 2 * m, 2 + 2 * m
         means = positive_ratio(sums.inside[..., over], sums.inside[..., under])
         full = positive_ratio(sums.total[:, over], sums.total[:, under])
+        whole = sums.estimate(full, len(chosen.groups), chosen.prompts.count).value
         for c, name in enumerate(chosen.names):
             for b, budget in enumerate(chosen.budgets):
                 if budget not in wanted:
                     continue
                 cell, counts = found[name, budget], (len(chosen.groups), chosen.prompts.count)
                 mean, difference = (
-                    Estimate(float(passes[0]), passes[1:], *counts)
+                    sums.estimate(passes, *counts)
                     for passes in (means[:, c, b], means[:, c, b] - full)
                 )
                 low, high = difference.interval(level)
@@ -984,7 +1033,7 @@ def _profile(
                     | row(mean, level)
                     | {
                         "ambiguous": cell.ambiguous,
-                        "full": float(full[0]),
+                        "full": whole,
                         "minus_full": difference.value,
                         "minus_full_low": low,
                         "minus_full_high": high,
@@ -1079,14 +1128,17 @@ def compare(
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
             column, or a budget is outside (0, 1].
     """
+    tokens = studied(tokens, bootstrap.seed)
     # The four tables share the selections of each draw, which are most of the work.
     budgets, rules = tuple(budgets), Rules(ties, scope, batch)
     options = _options(criteria, outcomes, {*budgets, *ENRICHMENT_BUDGETS}, rules)
     estimates = _estimates(tokens, bootstrap, **options)
     parts = populations(tokens, bootstrap=bootstrap, **options)
-    chosen = whole_table(
-        tokens, options["criteria"], options["budgets"], rules=rules, bootstrap=bootstrap
-    )
+    chosen = parts[0].candidates
+    if not chosen.mask.all():
+        chosen = whole_table(
+            tokens, options["criteria"], options["budgets"], rules=rules, bootstrap=bootstrap
+        )
     measures = profile_measures(tokens)
     sums = _table_sums(chosen, measures, overlaps=True)
     level = bootstrap.level

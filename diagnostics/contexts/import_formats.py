@@ -13,7 +13,7 @@ import pandas as pd
 
 from diagnostics.contexts import sampled_logprobs
 from diagnostics.contexts.conversations import from_json, parse_messages, preview, row_arguments
-from diagnostics.contexts.prompt_ids import id_text, is_ambiguous_id
+from diagnostics.contexts.prompt_ids import cell_text, id_text, is_ambiguous_id
 from diagnostics.contexts.torch_archive import Opaque, read_archive
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing, read_rows
@@ -39,6 +39,8 @@ class Rollout:
     teacher_prompt_ids: tuple[int, ...] | None = None
     reply: Any = None
     """The response as chat messages, in place of its text."""
+    domain: str | None = None
+    """What kind of question the prompt is."""
     logprobs: Any = None
     """The sampling engine's log-probabilities of the response, as the file has them."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +192,11 @@ def read_row(kind: Format, row: Row) -> Rollout:
     """Read one row as a `Rollout`. Raises DiagnosticsError where the prompt or the response has
     neither text nor ids.
     """
-    rollout = replace(kind.read(row), logprobs=sampled_logprobs.find(row._listed))
+    rollout = replace(
+        kind.read(row),
+        logprobs=sampled_logprobs.find(row._listed),
+        domain=cell_text(row.get("domain"), row.where),
+    )
     if any(isinstance(part, Opaque) for part in (rollout.prompt, rollout.response)):
         raise DiagnosticsError(
             f"{row.where} holds a value that only code could build. Write the rows as JSONL with"

@@ -280,6 +280,7 @@ class Freezer:
                 rollout,
                 prompt=original.prompt,
                 prompt_id=rollout.prompt_id or original.prompt_id,
+                domain=rollout.domain or original.domain,
                 teacher_prompt=rollout.teacher_prompt or original.teacher_prompt,
             )
         text = self._rendered(rollout.prompt, rollout, where)
@@ -490,6 +491,7 @@ class Freezer:
             teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None,
             teacher_prompt_ids=rollout.teacher_prompt_ids,
             supervised=own,
+            domain=rollout.domain,
         )
 
     def _own_text(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> str:

@@ -75,7 +75,14 @@ NOTED = {
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
-OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
+OPTIONAL_COLUMNS = (
+    "prompt_id",
+    "answer",
+    "hint",
+    "teacher_prompt",
+    "domain",
+    *TEMPLATE_COLUMNS,
+)
 """Columns that a prompt file may have in addition to the prompt."""
 CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
 """A table with all of these columns holds this program's contexts, whose prompts are rendered."""
@@ -217,7 +224,7 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
         DiagnosticsError: There is no prompt, or as `load_prompts`.
     """
     if isinstance(prompts, Bank):
-        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)  # type: ignore[arg-type]
+        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)
     if not isinstance(prompts, str | Path) and not hasattr(prompts, "columns"):
         prompts = list(prompts)
         if not prompts:
@@ -226,7 +233,7 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
             )
         if all(isinstance(prompt, Prompt) for prompt in prompts):
             return prompts  # type: ignore[return-value]
-    return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
+    return load_prompts(prompts, pair=pair)
 
 
 def any_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
@@ -332,6 +339,7 @@ def _rendered(
             cell_text(values.get("answer"), where),
             teacher,
             rendered=text in renderer.written,
+            domain=cell_text(values.get("domain"), where),
         )
 
 

@@ -333,9 +333,9 @@ def _sample_with_vllm(
             with vllm_rollouts.engine(pair, longest=longest, seed=config.seed) as made:
                 for group in left:
                     written = _written(made, pair, [requests[i] for i in group], config)
-                    columns = {
+                    columns: dict[str, Sequence[Any]] = {
                         "ids": [each.ids for each in written],
-                        "logprobs": [each.logprobs for each in written],
+                        "logprobs": [each.logprobs or [] for each in written],
                     }
                     shards.add(group, columns)
                     done |= dict(zip(group, written))
@@ -484,5 +484,6 @@ def _freeze(pair: Pair, request: _Request, sampled: Sampled) -> Context:
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
         teacher_prompt_ids=_teacher_ids(pair, request.prompt),
+        domain=request.prompt.domain,
         sampled_logprobs=None if sampled.logprobs is None else tuple(sampled.logprobs),
     )

@@ -242,7 +242,7 @@ def _split(path: Path) -> tuple[Path, str]:
     return Path(root), name
 
 
-def write_atomic(path: str | Path, content: bytes) -> Path:
+def write_atomic(path: str | Path, content: bytes | memoryview) -> Path:
     """Write a file so that a reader or a crash sees the old content or the new, never a part.
 
     Permissions follow the umask. Of several processes only the first one writes.
@@ -270,7 +270,7 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file as `write_atomic` does, but in every process and with plain OSErrors."""
     root, name = _split(path)
     *folders, last = inside(name)

@@ -38,6 +38,8 @@ class Column:
     *impossible*; or, for an outcome, the exact *change of a bound*."""
     imported: bool = False
     """True for a column that only tables of other programs have."""
+    on_request: bool = False
+    """True for a column that is measured only where it is asked for (`measure.extras`)."""
 
 
 def _columns(
@@ -46,9 +48,19 @@ def _columns(
     *rows: tuple[str, str, str],
     by_support: bool = False,
     imported: bool = False,
+    on_request: bool = False,
 ) -> list[Column]:
     return [
-        Column(name, dtype, unit, stage, meaning, by_support, imported=imported)
+        Column(
+            name,
+            dtype,
+            unit,
+            stage,
+            meaning,
+            by_support,
+            imported=imported,
+            on_request=on_request,
+        )
         for name, unit, meaning in rows
     ]
 
@@ -192,6 +204,7 @@ SCHEMA: dict[str, Column] = {
                 "E_p[(rho - b)^2 (1 - p)/p] - Var_p rho there; measured by `score --extra ier`",
             ),
             by_support=True,
+            on_request=True,
         ),
         *_columns(
             "before",
@@ -206,6 +219,7 @@ SCHEMA: dict[str, Column] = {
                     " teacher_top1_gap`"
                 ),
             ),
+            on_request=True,
         ),
         *_columns(
             "before",

@@ -41,6 +41,8 @@ class Prompt:
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     rendered: bool = False
     """True where a chat template wrote the whole text, so that encoding adds no token."""
+    domain: str | None = None
+    """What kind of question it is, where the prompt file says so."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Context:
     supervised: tuple[bool, ...] | None = None
     """For each response token, whether it is a position: the student wrote it, and the teacher can
     grade it. None means that all are. The others are read by both models and measured by none."""
+    domain: str | None = None
+    """What kind of question the prompt is, where the prompt file says so."""
     sampled_logprobs: tuple[float, ...] | None = None
     """For each response token, ln of its probability as the engine that sampled it reported it, NaN
     where it reported none; None where none is known. No measurement reads them: scoring has its
@@ -122,7 +126,7 @@ SAMPLED = "sampled_logprobs"
 """Column of a context table that is there only where an engine reported what it drew."""
 PER_TOKEN = (SUPERVISED, SAMPLED)
 """Columns of a context table with one value per response token."""
-OPTIONAL = (*OF_TEACHER, "correct", *PER_TOKEN)
+OPTIONAL = (*OF_TEACHER, "correct", "domain", *PER_TOKEN)
 """Columns of a context table that may be absent."""
 
 
@@ -217,6 +221,7 @@ class Bank:
             **dict.fromkeys(OF_TEACHER, hinted),
             "correct": judged,
             SUPERVISED: self.masked,
+            "domain": any(context.domain is not None for context in self.contexts),
             SAMPLED: told,
         }
         columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
@@ -267,6 +272,7 @@ def _context(row: dict) -> Context:
         teacher_prompt_ids=_whole(hint) if hinted else None,
         correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
         supervised=own,
+        domain=None if missing(row.get("domain")) else str(row["domain"]),
         sampled_logprobs=_numbers(row.get(SAMPLED)),
     )
 

@@ -160,6 +160,7 @@ def _command(arguments: list[str]) -> int:
         "rerun": lambda: _rerun(parsed),
         "report": lambda: _report(parsed),
         "atlas": lambda: _atlas(parsed),
+        "teachers": lambda: _teachers(parsed),
     }.get(parsed.command, lambda: _answered(*_completed(parsed, arguments)))()
     code = result.pop("code", 0)
     text = (
@@ -380,6 +381,12 @@ def _report(parsed: argparse.Namespace) -> dict:
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
         page = stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
         return {"report": str(page)}
+
+
+def _teachers(parsed: argparse.Namespace) -> dict:
+    from diagnostics.pipeline import teachers
+
+    return teachers.compare(parsed)
 
 
 def _atlas(parsed: argparse.Namespace) -> dict:

@@ -618,6 +618,47 @@ STAGES = (
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
+        name="teachers",
+        purpose=(
+            "Score one bank with several teachers, and say whose signal this student can follow"
+            " where, and how far they agree."
+        ),
+        example=(
+            "teachers --student ./small --teacher ./large --teacher ./other --prompts"
+            " prompts.jsonl --output-dir reports/teachers",
+            "teachers --against reports/one reports/two --output-dir reports/teachers",
+        ),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
+        reads="a student, two teachers or more and prompts; or scored runs of one bank",
+        writes=(
+            "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
+            " `teachers_best.csv`, `teachers_agreement.csv`"
+        ),
+        flags=(
+            OUTPUT_DIR,
+            ACCEPT_CODE,
+            flag(
+                "teacher",
+                action="append",
+                metavar="TEACHER",
+                help=(
+                    "a teacher, as for other commands, or a file of its log-probabilities; once"
+                    " per teacher"
+                ),
+            ),
+            flag(
+                "against",
+                nargs="+",
+                metavar="RUN",
+                help="scored runs of one bank and student, in place of teachers",
+            ),
+            flag("names", nargs="+", metavar="NAME", help="a name per teacher, in their order"),
+            flag("probe", action="store_true", help="measure gains with each teacher too"),
+        ),
+        repeatable=False,
+        modules=("analysis.teachers", "pipeline.teachers"),
+    ),
+    Stage(
         name="atlas",
         purpose="Pool what the runs of several pairs say: what holds on all, what turns, what a new"
         " pair would show.",

@@ -75,6 +75,11 @@ def rerun(
             f"{output_dir} is the run itself. Choose a new --output-dir to repeat it in."
         )
     planned = list(commands(manifest, Inputs(path.parent, inputs)))
+    if not planned:
+        raise DiagnosticsError(
+            f"{path} holds only what was made from other runs or by a server"
+            f" ({', '.join(manifest['stages'])}). Repeat those runs instead."
+        )
     _require_same_pair(manifest)
     _lay_in(manifest, path.parent, output_dir)
     for command in planned:

@@ -55,6 +55,10 @@ TABLES = {
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
+    "teachers": "Mean of each measure with each teacher, by domain and place.",
+    "teachers_differences": "One teacher minus another at the same positions.",
+    "teachers_best": "Share of positions where a teacher offers the most that can be followed.",
+    "teachers_agreement": "How far teachers agree: ranks, likeliest tokens, selections.",
     "training_positions": "What each step saw and selected, by tenth of the responses.",
     "engine_check": (
         "Log-probabilities that came with the bank minus those of the re-score, by group and place."

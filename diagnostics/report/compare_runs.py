@@ -381,7 +381,7 @@ def _decisions(runs: Mapping[str, RunResults]) -> str:
     ranked = sorted(cells, key=lambda cell: (order.index(cell[0]), cell[1]))
     rows = [
         (
-            f"{naming.readable(name)} at {100 * budget:g} %",
+            f"{naming.readable(name)} at {100 * budget:g}\N{NO-BREAK SPACE}%",
             [cells[name, budget].get(run, NONE) for run in judged],
         )
         for name, budget in ranked
@@ -481,7 +481,7 @@ def _table(heads: Iterable[tuple[str, str]], rows: Iterable[tuple[str, list[str]
         + "</tr>\n"
         if cells
         else f'<tr><th class="group" scope="rowgroup" colspan="{len(heads) + 1}">'
-        f"{html.escape(title)}</th></tr>\n"
+        f"<span>{html.escape(title)}</span></th></tr>\n"
         for title, cells in rows
     )
     return (

@@ -66,7 +66,7 @@ def build(
             of such a name is not as this program wrote it.
     """
     directory = Path(run_dir)
-    run = read_run(directory)
+    run = read_run(directory, shown=contexts)
     pdf = pdf or any((directory / "figures").glob("*.pdf"))
     drawn, left_out = draw_all(run, pdf=pdf, workers=workers)
     pages = {f"figures/{name}.png": drawing.png for name, drawing in drawn.items()}

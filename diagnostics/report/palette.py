@@ -84,6 +84,15 @@ KNOWN = (
     "q3_compatibility_low",
     "q3_incompatible",
     "q3_compatibility",
+    "dial",
+    "power",
+    "gradient_size",
+    "sure",
+    "tails",
+    "ier",
+    "ier_full",
+    "teacher_top1_gap",
+    "bellman",
 )
 """The library's criteria in the order of their looks; a new one comes last, so none changes."""
 RIVALS = {"random_divergent": "+", "position_matched": "1", "token_identity": "2"}

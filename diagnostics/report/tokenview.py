@@ -151,6 +151,7 @@ def show(
     criteria: Iterable[str] | None = None,
     tops: pd.DataFrame | None = None,
     note: str | None = None,
+    correct: bool | None = None,
 ) -> TokenView:
     """Show contexts of a bank token by token, colored by a measurement or a criterion.
 
@@ -169,6 +170,8 @@ def show(
             position, with the columns context_id, position, student_top, student_top_p,
             teacher_top and teacher_top_p; probabilities are between 0 and 1.
         note: How the contexts were chosen, for the reader; said by itself where None.
+        correct: True shows right responses alone and False wrong ones, as the bank says; None shows
+            all, and the view has a menu where responses were judged.
 
     Returns:
         The view; it shows itself in a notebook, `print` shows it in a terminal, and `save` writes
@@ -181,7 +184,7 @@ def show(
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     color = color or next((name for name in FIRST if name in tokens), MEASURES[0])
     bank = bank.as_scored(tokens)
-    contexts = _chosen(bank, context)
+    contexts = _chosen(_of_verdict(bank, correct), context)
     rows = _rows(tokens, contexts)
     names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
     measures = [*_measurements(tokens, rows), *_scores(tokens, rows, names)]
@@ -282,6 +285,20 @@ def _extremes(tokens: pd.DataFrame) -> list[list[str]]:
     stuck = table[table["forward_kl"] >= large]
     stuck = stuck.iloc[stuck["gain"].abs().argsort(kind="stable")]
     return [list(dict.fromkeys(part["context_id"])) for part in (high[::-1], high, stuck)]
+
+
+def _of_verdict(bank: Bank, correct: bool | None) -> Bank:
+    """The contexts of one verdict; all of them for None."""
+    if correct is None:
+        return bank
+    kept = tuple(one for one in bank if one.correct is correct)
+    if not kept:
+        judged = sum(one.correct is not None for one in bank)
+        raise DiagnosticsError(
+            f"No context is {'right' if correct else 'wrong'}: {judged} of {len(bank)} were judged."
+            " Leave `correct` out, or judge the responses with --verifier."
+        )
+    return Bank(kept)
 
 
 def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list[Context]:
@@ -430,6 +447,7 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
             "prompt_id": one.prompt_id,
             "prompt": one.prompt,
             "finished": one.finished,
+            "correct": one.correct,
             "length": len(one.sampled_ids),
         }
         for one in contexts

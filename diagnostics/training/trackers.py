@@ -1,7 +1,7 @@
 """Trackers of a training: its log, and its tables, beside the run directory.
 
 `--report-to` names one. TRL and transformers give it the log of every step (loss, learning rate and
-all that `step_metrics` describes) through their own callbacks; here it also gets two tables when the
+all that `step_metrics` describes) through their own callbacks; it also gets two tables when the
 training ends: `selection_log`, one row per step as in metrics.jsonl, and `evaluations`, mean and
 interval of each measure at each evaluated step.
 

@@ -109,7 +109,7 @@ def test_a_table_keeps_them_and_a_bank_without_has_no_column(pair, tmp_path):
     np.testing.assert_equal(again[0].sampled_logprobs, bank[0].sampled_logprobs)
     assert again[1].sampled_logprobs is None
     assert "sampled_logprobs" not in make_bank([3]).to_frame()
-    with pytest.raises(DiagnosticsError, match="has 1 sampled_logprobs and 3 response tokens"):
+    with pytest.raises(DiagnosticsError, match="has 1 values in sampled_logprobs and 3 response"):
         Bank.from_frame(frame.assign(sampled_logprobs=[[-1.0], [-1.0]]))
 
 

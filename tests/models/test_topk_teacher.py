@@ -1032,3 +1032,11 @@ def test_a_response_shorter_than_the_places_that_are_tried_is_read(pair, tmp_pat
     """Lists are tried up to three places further, and a response of two tokens has no third."""
     bank = make_bank(lengths)
     listed(pair, bank, 5, tmp_path).teacher.require(bank)
+
+
+def test_what_needs_all_logits_is_refused_of_lists(pair, bank, tmp_path):
+    lists = listed(pair, bank, 8, tmp_path, sampled=True)
+    with pytest.raises(
+        DiagnosticsError, match=r"^The measurement ier needs a teacher that can be run, and this"
+    ):
+        score(lists, bank, k=4, sweep=(), extra=("ier",))

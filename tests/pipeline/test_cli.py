@@ -78,6 +78,16 @@ SURFACE = {
         " steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision tokenizer tokens tokens-after train workers"
     ),
+    "teachers": (
+        "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
+        " criterion-module device draws dtype extra folds horizon json k learning-rate level"
+        " loss max-new-tokens max-prompt-tokens minibatch names no-chat no-offload-teacher"
+        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos probe"
+        " prompt-column prompts prompts-split quiet rollouts rollouts-format"
+        " samples-per-prompt seed shard-teacher step student student-revision sweep teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k"
+        " top-p turns warm-steps"
+    ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
     "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",

@@ -48,11 +48,30 @@ def test_rows_are_the_banks_positions_in_order(pair, bank):
         for name, entry in SCHEMA.items()
         if entry.stage == "before"
         and not entry.imported
+        and not entry.on_request
         and "dropped" not in name
         and "tail" not in name
     } - {"token_identity_gain"}  # made from the gains of other folds
     before -= {name for names in COLUMNS.values() for name in names}  # measured where asked for
     assert before <= set(tokens.columns) and "compatibility_k2" in tokens
+    assert not [name for name, entry in SCHEMA.items() if entry.on_request and name in tokens]
+
+
+def test_what_is_measured_on_request_joins_the_rest(pair, bank, tmp_path):
+    plain, more = (score(pair, bank, k=8, sweep=(2,), extra=names) for names in ((), ("ier",)))
+    added = set(more) - set(plain)
+    assert added == {
+        "ier_signal",
+        "ier_noise",
+        "ier_signal_k2",
+        "ier_noise_k2",
+        "ier_full_signal",
+        "ier_full_noise",
+    }
+    assert more[list(added)].notna().all(axis=None)
+    pd.testing.assert_frame_equal(more[plain.columns], plain)
+    with pytest.raises(DiagnosticsError, match=r"^Unknown extra measurement 'margin'\. Known are"):
+        score(pair, bank, extra=("margin",))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])

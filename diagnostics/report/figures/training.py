@@ -86,7 +86,7 @@ def training_curves(
         _seed_bands(ax, table, name, window)
         ax.set_ylabel(_logged(name))
     for ax in axes[-1]:
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     seeds = (
         f"Bands: lowest to highest of {table.seed.nunique()} seeds."
@@ -314,7 +314,7 @@ def evaluations(
         ax.set_ylabel(_measured(name))
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for ax in axes[-1]:
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     prompts = f"{int(table.prompts.max()):,} held-out prompts." if "prompts" in table else ""
     style.caption(figure, prompts, style.bars(page["level"]))
     return figure
