@@ -16,6 +16,7 @@ Reference: Wolter 2007, "Introduction to Variance Estimation", ch. 2 (random gro
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -116,9 +117,15 @@ def _chosen(ids: pd.Series, seed: int) -> tuple[list[str], str] | None:
     )
 
 
+@functools.cache
+def _say(told: str) -> None:
+    """Log a sentence once, however many tables of the run are made from the sample."""
+    log.warning("%s", told)
+
+
 def _told(sample: pd.DataFrame, told: str) -> pd.DataFrame:
     """The sample with its warning, which the study's table of warnings takes over."""
-    log.warning("%s", told)
+    _say(told)
     earlier = sample.attrs.get("warnings", ())
     sample.attrs["warnings"] = [*earlier, ["sampled", "the token table", told]]
     return sample

@@ -23,6 +23,7 @@ def over_steps(
     bootstrap: Bootstrap,
     *,
     before: Callable[[pd.DataFrame], Any] | None = None,
+    whole: bool = False,
 ) -> dict[Key, Estimate]:
     """Estimates of a token table whose intervals carry its step batches.
 
@@ -32,11 +33,12 @@ def over_steps(
             of many prompts is divided (`prompt_groups`), and `make` gets its groups.
         bootstrap: How the intervals are made.
         before: Makes of a table what no step changes; `make` then takes it as a third argument.
+        whole: Whether `make` knows its rows by number, so that the table cannot be divided.
 
     Returns:
         The estimates with their values without each step; NaN where one is undefined then.
     """
-    groups = groups_of(tokens, bootstrap.seed)
+    groups = [] if whole else groups_of(tokens, bootstrap.seed)
     if not groups:
         return _of_table(make, tokens, bootstrap, before)
     still = replace(bootstrap, draws=0)

@@ -335,7 +335,7 @@ def _sample_with_vllm(
                     written = _written(made, pair, [requests[i] for i in group], config)
                     columns: dict[str, Sequence[Any]] = {
                         "ids": [each.ids for each in written],
-                        "logprobs": [each.logprobs for each in written],
+                        "logprobs": [each.logprobs or [] for each in written],
                     }
                     shards.add(group, columns)
                     done |= dict(zip(group, written))

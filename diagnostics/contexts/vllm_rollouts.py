@@ -122,17 +122,12 @@ def sample(
     """
     from vllm import SamplingParams
 
-    cut = pair.student.full_vocabulary > pair.vocabulary
     settings = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k or -1,
         "max_tokens": max_new_tokens,
-        "logprobs": 1,  # the drawn token's is always among them
-        "stop_token_ids": list(pair.end_ids),
-        "skip_special_tokens": False,
-        "detokenize": False,
-        **({"allowed_token_ids": list(range(pair.vocabulary))} if cut else {}),
+        **_settings(pair),
     }
     answers = made.generate(
         [{"prompt_token_ids": list(ids)} for ids in prompts],
@@ -145,6 +140,18 @@ def sample(
             " --rollout-engine transformers."
         )
     return [_read(answer.outputs[0], pair) for answer in answers]
+
+
+def _settings(pair: Pair) -> dict[str, Any]:
+    """Settings of sampling that follow from the pair, and from what is kept."""
+    cut = pair.student.full_vocabulary > pair.vocabulary
+    return {
+        "logprobs": 1,  # the drawn token's is always among them
+        "stop_token_ids": list(pair.end_ids),
+        "skip_special_tokens": False,
+        "detokenize": False,
+        **({"allowed_token_ids": list(range(pair.vocabulary))} if cut else {}),
+    }
 
 
 def _read(output: Any, pair: Pair) -> Sampled:

@@ -57,6 +57,7 @@ BOUNDS = {
     "eval_samples": (1, 10**6),
     "save_every": (0, 10**9),
     "probe_every": (0, 10**9),
+    "measure_every": (1, 10**9),
     "top_logprobs": (1, 10**6),
     "concurrency": (1, 1000),
     "retries": (0, 100),

@@ -658,10 +658,12 @@ def train_stage(
     from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
+    from diagnostics.training.trackers import require_tracker
 
     refuse_shards(models)
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
+    require_tracker(engine.report_to, trl_fields(engine.trl))
     lora_config(engine.lora_rank, engine.peft)
     hashes = [
         file_hash("prompts", prompts.prompts),
@@ -671,7 +673,7 @@ def train_stage(
     ]
     settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
     settings |= recorded_verifier(evaluation.verifier)
-    for name in ("resume", "save_every"):  # they do not change what is trained
+    for name in ("resume", "save_every", "report_to"):  # they do not change what is trained
         del settings[name]
 
     def work() -> dict:
@@ -712,7 +714,12 @@ def train_stage(
         settings=settings,
         outputs=lambda: _trained_files(run),
         work=work,
-        code=("training.run", "training.trl_trainer", "training.engine_options"),
+        code=(
+            "training.run",
+            "training.trl_trainer",
+            "training.step_metrics",
+            "training.engine_options",
+        ),
         models=models.fingerprint,
     )
     if run.path("scores.parquet").exists():
@@ -1576,6 +1583,11 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
         raise DiagnosticsError(
             f"A grid of trainings takes no {' or '.join(decided)}: each training is short, kept"
             " when it ends and begun again otherwise. Leave it out."
+        )
+    if "report_to" in given:
+        raise DiagnosticsError(
+            "A grid of trainings reports to no tracker: each training's log is kept as"
+            " cells/*.curve.parquet. Leave --report-to out."
         )
     return given
 

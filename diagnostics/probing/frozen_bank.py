@@ -73,10 +73,11 @@ class FrozenBank:
     Args:
         pair: Student and teacher. The student may change between two calls, the teacher may not.
         bank: The frozen contexts, N response positions in all.
-        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
-        gradient: Whether the batches also carry a gradient, which None then leaves memory for.
-        parts: Masks bool [N], each a part of the bank with its own batches; one part with every
-            position by default. A position that no mask has is not scored.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`, and
+            where there are parts, so few that a gradient fits as well.
+        parts: Masks bool [N], each a part of the bank with its own batches, such as those that
+            carry a step; one part with every position by default. A position that no mask has is
+            not scored.
 
     Raises:
         DiagnosticsError: The pair cannot score the bank (see `scores.check_bank`).
@@ -89,12 +90,11 @@ class FrozenBank:
         *,
         batch_tokens: int | None = None,
         parts: Sequence[np.ndarray] | None = None,
-        gradient: bool = False,
     ):
         bank = scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
         self.batch_tokens = scores.chosen_batch_tokens(
-            pair, batch_tokens, use="gradient" if gradient else "score"
+            pair, batch_tokens, use="score" if parts is None else "gradient"
         )
         groups = [
             scores.local_batches(scores.batches(bank, batch_tokens=self.batch_tokens, keep=keep))

@@ -335,15 +335,22 @@ def train(
             )
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _keep_student(trainer, pair, prompts, config, directory)
+    return TrainResult(
+        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
+    )
+
+
+def _keep_student(
+    trainer, pair, prompts: Sequence[Prompt], config: TrainConfig, directory: Path
+) -> None:
+    """Write the trained student, and which prompts it was trained on."""
     with _machine_named(directory):
         _save_student(trainer, pair, directory / "student")
         if distributed.is_main():
             drawn = schedule(prompts, config.steps * config.batch, seed=config.seed)
             write_trained_prompts(directory / "student", drawn)
     distributed.barrier()
-    return TrainResult(
-        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
-    )
 
 
 # --- data and identity ---
@@ -722,32 +729,15 @@ def _trainer(
 ):
     from transformers import PrinterCallback, set_seed
 
-    from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
+    from diagnostics.training.trl_trainer import SelectedDistillationTrainer
 
     needed = config.steps * config.batch
     adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
-    asked = (engine.report_to, *engine_options.trackers(engine_options.trl_fields(engine.trl)))
-    monitor.tables = trackers.tables_of(asked, directory)
-    callbacks = [
-        monitor.callback(),
-        *trackers.callbacks_of(monitor.tables),
-        *options.pop("callbacks", []),
-    ]
+    callbacks = _callbacks(engine, directory, monitor, options.pop("callbacks", []))
     set_seed(config.seed)  # an adapter starts from random numbers, the same in every process
     trainer = SelectedDistillationTrainer(
         pair,
-        Selection(
-            config.criterion,
-            config.budget,
-            loss=config.loss,
-            beta=config.beta,
-            k=config.k,
-            seed=config.seed,
-            ties=config.ties,
-            scope=config.scope,
-            per_context_minimum=config.per_context_minimum,
-            measure_every=engine.measure_every,
-        ),
+        _selection(config, engine),
         args=trl_config(
             directory,
             config,
@@ -769,6 +759,33 @@ def _trainer(
     monitor.require_whole(trainer)
     trainer.watch = monitor.keep_positions
     return trainer
+
+
+def _selection(config: TrainConfig, engine: EngineConfig):
+    """What the trainer selects by, of its own class."""
+    from diagnostics.training.trl_trainer import Selection
+
+    return Selection(
+        config.criterion,
+        config.budget,
+        loss=config.loss,
+        beta=config.beta,
+        k=config.k,
+        seed=config.seed,
+        ties=config.ties,
+        scope=config.scope,
+        per_context_minimum=config.per_context_minimum,
+        measure_every=engine.measure_every,
+    )
+
+
+def _callbacks(
+    engine: EngineConfig, directory: Path, monitor: TrainingMonitor, own: Sequence
+) -> list:
+    """The monitor's callback, those of trackers in the run directory, and the caller's own."""
+    asked = (engine.report_to, *engine_options.trackers(engine_options.trl_fields(engine.trl)))
+    monitor.tables = trackers.tables_of(asked, directory)
+    return [monitor.callback(), *trackers.callbacks_of(monitor.tables), *own]
 
 
 def _dataset(pair: Pair, order: Sequence[Prompt], engine: EngineConfig):

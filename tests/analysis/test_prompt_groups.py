@@ -175,6 +175,7 @@ def test_a_study_of_too_many_positions_is_of_a_sample_of_prompts(tmp_path, monke
     tokens = made_tokens()
     monkeypatch.setattr(prompt_groups, "LEAST_PROMPTS", 3)
     monkeypatch.setattr(prompt_groups, "STUDIED", len(tokens) // 2)
+    prompt_groups._say.cache_clear()
     sample = prompt_groups.studied(tokens, 0)
     assert 0 < len(sample) <= len(tokens) // 2
     kept = tokens[tokens["prompt_id"].isin(sample["prompt_id"])].reset_index(drop=True)

@@ -172,7 +172,7 @@ def test_a_table_of_contexts_keeps_what_the_engine_reported(vllm):
     "values, message",
     [
         ((-1.0,), r"^Context 'p0-0' has 1 values in sampled_logprobs and \d+ response tokens\."),
-        (["a"] * 8, r"^A context's sampled_logprobs are a list of numbers; found "),
+        (["a"] * 8, r"^A context's sampled_logprobs are numbers; found "),
     ],
 )
 def test_log_probabilities_that_do_not_fit_are_refused(values, message):

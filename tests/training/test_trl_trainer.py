@@ -15,6 +15,7 @@ from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences, losses
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.pair import assemble
 from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
@@ -136,13 +137,18 @@ def plain_losses(pair, bank, **options):
         ("incompatible", None),
         ("full", 0.05),
         ("acceptance", 0.2),
+        ("ier", 0.3),
+        ("bellman", 0.3),
+        ("tails", 0.3),
+        ("teachability_or_ier", 0.2),
     ],
 )
 def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, budget):
     made = train(tmp_path, make_pair(), Selection(criterion, budget))
     batch, pair = made.narrowed[0], make_pair()
     bank = bank_of(batch)
-    tokens = scores.score(pair, bank, k=16, sweep=())
+    extra = extras_of(criteria.find(criterion).needs)
+    tokens = scores.score(pair, bank, k=16, sweep=(), extra=extra)
     expected = criteria.select(tokens, criterion, budget=budget)
     np.testing.assert_array_equal(on_positions(batch, "tool_mask") == 1, expected)
     assert batch["tool_mask"].sum() == batch["num_items_in_batch"] == expected.sum()

@@ -174,11 +174,13 @@ def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
 
 def budget_axis(ax, budgets: Sequence[float]) -> None:
     """A logarithmic axis whose ticks are the budgets themselves; of many, the first of each
-    factor of 1.6.
+    factor of 1.6, or of 2.1 where three panels or more stand side by side.
     """
+    place = ax.get_subplotspec()
+    apart = 2.1 if place is not None and place.get_gridspec().ncols > 2 else 1.6
     shown: list[float] = []
     for budget in sorted({float(budget) for budget in budgets}, reverse=True):
-        if not shown or budget * 1.6 < shown[-1]:
+        if not shown or budget * apart < shown[-1]:
             shown.append(budget)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(shown[::-1]))
