@@ -83,10 +83,10 @@ SURFACE = {
         " criterion-module device draws dtype extra folds horizon json k learning-rate level"
         " loss max-new-tokens max-prompt-tokens minibatch names no-chat no-offload-teacher"
         " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos probe"
-        " prompt-column prompts prompts-split quiet rollouts rollouts-format"
+        " prompt-column prompts prompts-split quiet rollout-engine rollouts rollouts-format"
         " samples-per-prompt seed shard-teacher step student student-revision sweep teacher"
         " teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k"
-        " top-p turns warm-steps"
+        " top-p turns verifier warm-steps"
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
