@@ -80,6 +80,7 @@ SURFACE = {
     ),
     "teachers": (
         "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
+<<<<<<< HEAD
         " criterion-module device draws dtype extra folds gradient-precision horizon json k"
         " learning-rate level loss max-new-tokens max-prompt-tokens minibatch names no-chat"
         " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
@@ -87,6 +88,15 @@ SURFACE = {
         " rollouts-format samples-per-prompt seed shard-teacher step step-state student"
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p turns verifier warm-steps"
+=======
+        " criterion-module device draws dtype extra folds horizon json k learning-rate level"
+        " loss max-new-tokens max-prompt-tokens minibatch names no-chat no-offload-teacher"
+        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos probe"
+        " prompt-column prompts prompts-split quiet rollout-engine rollouts rollouts-format"
+        " samples-per-prompt seed shard-teacher step student student-revision sweep teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k"
+        " top-p turns verifier warm-steps"
+>>>>>>> servers
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
