@@ -233,7 +233,7 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
             )
         if all(isinstance(prompt, Prompt) for prompt in prompts):
             return prompts  # type: ignore[return-value]
-    return load_prompts(prompts, pair=pair)
+    return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
 
 
 def any_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
