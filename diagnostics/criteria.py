@@ -111,7 +111,8 @@ class Criterion:
     budget: float
     """Share of positions that is kept where no budget is given."""
     source: str
-    """arXiv number of the paper that defines the formula, or "ours"; as given for a user's own."""
+    """arXiv number of the paper, or name of the repository, that defines the formula; or "ours"; as
+    given for a user's own."""
     aliases: tuple[str, ...]
     """Names of the same criterion in released code."""
     mine: bool
@@ -615,6 +616,7 @@ def _score(
     entry = find(name)
     read = entry.columns(tokens)
     read |= {need: other for need, other in (substitute or {}).items() if need in entry.needs}
+    _ask_for_extras(entry, [name for name in read.values() if name not in tokens])
     require_columns(tokens, read.values(), what=f"Criterion {name!r}")
     _refuse_outcomes(entry, read)
     if list(read) == list(read.values()):
@@ -632,6 +634,17 @@ def _score(
             )
         found.append(np.where(np.isfinite(scores), scores, np.nan))
     return found
+
+
+def _ask_for_extras(entry: Criterion, missing: Sequence[str]) -> None:
+    """Say how columns that are measured on request are asked for."""
+    extras = [known.on_request for name in missing if (known := column(name)) is not None]
+    extras = list(dict.fromkeys(filter(None, extras)))
+    if extras:
+        raise DiagnosticsError(
+            f"Criterion {entry.name!r} needs {', '.join(missing)}, and the table was scored"
+            f" without. Score with --extra {','.join(extras)}, or dx.score(…, extra={extras})."
+        )
 
 
 def _call(entry: Criterion, declared: pd.DataFrame, columns: set, **offered):
@@ -1088,6 +1101,8 @@ _SPARSE_OPD = "2609.04565"
 _IER = "2609.24432"
 _POWER_OPD = "2606.17199"
 _SURE = "2608.25643"
+_JTA = "ihbkaiser/jta-opd"
+"""A repository, for formulas that stand in no paper."""
 DIAL_BETA = 1.0
 """Exponent of the difference of probabilities in `dial`; its paper uses 1 to 1.2."""
 SURE_ALPHA = 1.0
@@ -1512,9 +1527,10 @@ def _selectkd(tokens):
     "projected_gradient",
     needs=["union_log_ratio_variance"],
     formula="Var_pU[ln qU - ln pU]",
+    source=_JTA,
     aliases=["pgt"],
     recommended=True,
-    note=_UNSEEN,
+    note="the signal of `ier` on the two lists alone, without a floor",
 )
 def _projected_gradient(tokens):
     return tokens["union_log_ratio_variance"]
@@ -1736,7 +1752,7 @@ def _teacher_top1_gap(tokens):
     kind="weight",
     budget=1.0,
     formula="0.1 + 0.9 N(R/M)^2; R = d*c + g*a*R', M = 1 + g*a*M', g = 0.995",
-    source="ihbkaiser/jta-opd",
+    source=_JTA,
     aliases=["rac"],
     note="`teachability` averaged over what comes next, as far as the teacher accepts it",
     instead=_FULL_FOR_UNION,

@@ -250,3 +250,14 @@ def test_exp_of_dial_at_beta_one_needs_no_advantage_size():
     assert score_criterion(tokens, "dial") == pytest.approx(
         [abs(exp(q) - exp(p)) for p, q in zip(tokens.student_logprob, tokens.teacher_logprob)]
     )
+
+
+def test_a_column_on_request_is_asked_for_by_name():
+    tokens = table().drop(columns=["ier_noise", "teacher_top1_gap"])
+    with pytest.raises(DiagnosticsError) as caught:
+        score_criterion(tokens, "ier_or_teacher_top1_gap")
+    assert str(caught.value) == (
+        "Criterion 'ier_or_teacher_top1_gap' needs ier_noise, teacher_top1_gap, and the table was"
+        " scored without. Score with --extra ier,teacher_top1_gap, or dx.score(…, extra=['ier',"
+        " 'teacher_top1_gap'])."
+    )

@@ -38,8 +38,8 @@ class Column:
     *impossible*; or, for an outcome, the exact *change of a bound*."""
     imported: bool = False
     """True for a column that only tables of other programs have."""
-    on_request: bool = False
-    """True for a column that is measured only where it is asked for (`measure.extras`)."""
+    on_request: str = ""
+    """What to ask `score --extra` for, where the column is measured on request alone."""
 
 
 def _columns(
@@ -48,7 +48,7 @@ def _columns(
     *rows: tuple[str, str, str],
     by_support: bool = False,
     imported: bool = False,
-    on_request: bool = False,
+    on_request: str = "",
 ) -> list[Column]:
     return [
         Column(
@@ -204,13 +204,18 @@ SCHEMA: dict[str, Column] = {
                 "E_p[(rho - b)^2 (1 - p)/p] - Var_p rho there; measured by `score --extra ier`",
             ),
             by_support=True,
-            on_request=True,
+            on_request="ier",
         ),
         *_columns(
             "before",
             "float64",
             ("ier_full_signal", "nats^2", "ier_signal over the whole vocabulary"),
             ("ier_full_noise", "nats^2", "ier_noise over the whole vocabulary"),
+            on_request="ier",
+        ),
+        *_columns(
+            "before",
+            "float64",
             (
                 "teacher_top1_gap",
                 "probability",
@@ -219,7 +224,7 @@ SCHEMA: dict[str, Column] = {
                     " teacher_top1_gap`"
                 ),
             ),
-            on_request=True,
+            on_request="teacher_top1_gap",
         ),
         *_columns(
             "before",

@@ -41,8 +41,8 @@ from diagnostics.core.schema import SCHEMA, column, support_column
 from diagnostics.measure.divergences import More, to_float64, top_ids
 
 COLUMNS = {
-    "ier": ("ier_signal", "ier_noise", "ier_full_signal", "ier_full_noise"),
-    "teacher_top1_gap": ("teacher_top1_gap",),
+    extra: tuple(name for name, entry in SCHEMA.items() if entry.on_request == extra)
+    for extra in dict.fromkeys(filter(None, (entry.on_request for entry in SCHEMA.values())))
 }
 """By extra, the columns of the schema that it measures."""
 MISSING_LOGPROB = -12.0

@@ -71,6 +71,9 @@ class Pair:
 
     stops: list[dict] = field(default_factory=list)
     """Rows of `stop_tokens`."""
+    teacher_reads: PreTrainedTokenizerBase | None = None
+    """The teacher's tokenizer where its special tokens have other names: it encodes, and renders,
+    what the teacher alone reads. None where both models have one tokenizer."""
 
     @property
     def vocabulary(self) -> int:
@@ -351,6 +354,7 @@ def load_pair(
     assembled.stops = _stops(assembled, *tokenizers)
     different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
     assembled.facts |= {"special_tokens": different} if different else {}
+    assembled.teacher_reads = tokenizers[1] if dropped else None
     assembled.offload_teacher, assembled.step_state = offload_teacher, step_state
     if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(teacher, models[1]):
         assembled.teacher.load_again = load_teacher

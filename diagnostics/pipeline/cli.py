@@ -313,8 +313,9 @@ def _criteria() -> dict:
     from diagnostics.criteria import list_criteria
 
     table = list_criteria()
+    shown = table.drop(columns=["mine"]).to_string()
     return {
-        "text": table.drop(columns=["mine"]).to_string(),
+        "text": f"{shown}\n\nTwo by their ranks u and r: A_and_B is u*r, A_or_B is u + r - u*r.",
         "criteria": table.reset_index().to_dict("records"),
     }
 

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 
 from diagnostics.analysis.correctness import COLUMNS, DIFFERENCE, by_correctness, is_judged
+from diagnostics.analysis.decision import decide
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.criteria import select
+from diagnostics.criteria import score_criterion, select
+from tests.effect_tables import made_interventions
 from tests.made_tokens import made_tokens
 
 NAN = float("nan")
@@ -94,8 +96,6 @@ def test_every_statistic_equals_its_loop(folds):
                 share = part.gain.sum() / tokens.gain[side].sum()
                 assert np.isnan(found.estimate) or found.estimate == pytest.approx(share)
                 if score is None:
-                    from diagnostics.criteria import score_criterion
-
                     score = pd.Series(score_criterion(tokens, name))
                 own = row(
                     table,
@@ -203,3 +203,16 @@ def test_tables_without_both_kinds_are_refused():
     )
     with pytest.raises(DiagnosticsError, match="needs the column correct"):
         by_correctness(tokens.drop(columns="correct"))
+
+
+def test_the_decision_reads_the_token_tables_own_form_of_the_verdict():
+    """1, 0 and NaN as floats, as the column of a token table has them."""
+    truths = {("random", 0.1): 0.1, ("tip", 0.1): 0.2}
+    effects = made_interventions(truths, correct=True, horizons=(20,))
+    numbers = effects.assign(correct=effects.correct.astype(float))
+    expected, found = decide(effects, draws=40), decide(numbers, draws=40)
+    pd.testing.assert_frame_equal(found, expected)
+    unknown = numbers.assign(correct=numbers.correct.where(numbers.prompt_id > "p005"))
+    kinds = decide(unknown, draws=40).groupby("rollouts").prompts.max()
+    whole = expected.groupby("rollouts").prompts.max()
+    assert kinds["all"] == whole["all"] and kinds["right"] < whole["right"]

@@ -26,8 +26,9 @@ SURFACE = {
     "ask-teacher": (
         "accept-code api-key-env concurrency criterion-module device dialect dtype json"
         " no-offload-teacher no-shard-teacher offload-teacher output-dir pair quiet retries"
-        " served-model shard-teacher step-state student student-revision teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs url"
+        " served-model shard-teacher step-state student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs"
+        " url"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
@@ -39,10 +40,11 @@ SURFACE = {
     ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria criterion-module device draws dtype"
-        " extra folds gradient-precision horizon json k learning-rate level loss match minibatch"
-        " no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair quiet"
-        " random-draws scope seed shard-teacher step step-state student student-revision sweep"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision warm-steps"
+        " extra folds gradient-precision horizon json k learning-rate level loss match"
+        " minibatch no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir"
+        " pair quiet random-draws scope seed shard-teacher step step-state student"
+        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
@@ -64,19 +66,19 @@ SURFACE = {
     "validate": (
         "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
         " criteria criterion-module device draws dtype eval-contexts eval-every eval-prompts"
-        " eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens"
-        " measure-every no-chat no-offload-teacher no-resume no-shard-teacher offline"
-        " offload-teacher output-dir pair peft probe-every prompt-column prompts prompts-split"
-        " quiet report-to resume save-every scope seeds shard-teacher step-state steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision ties trl verifier workers"
+        " eval-samples json learning-rate level lora-rank loss max-new-tokens"
+        " max-prompt-tokens measure-every no-chat no-offload-teacher no-resume"
+        " no-shard-teacher offline offload-teacher output-dir pair peft probe-every"
+        " prompt-column prompts prompts-split quiet report-to resume save-every scope seeds"
+        " shard-teacher step-state steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
     "paper": (
-        "accept-code batch budgets criterion-module curve device draws dtype json learning-rate"
-        " level masks no-offload-teacher no-shard-teacher no-train offload-teacher output-dir"
-        " pair per-context-minimum quiet seed seeds shard-teacher step-state steps student"
-        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision tokenizer tokens tokens-after train workers"
+        "accept-code batch budgets criterion-module curve device draws dtype json"
+        " learning-rate level masks no-offload-teacher no-shard-teacher no-train"
+        " offload-teacher output-dir pair per-context-minimum quiet seed seeds shard-teacher"
+        " step-state steps student student-revision teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision tokenizer tokens tokens-after train workers"
     ),
     "teachers": (
         "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
