@@ -470,22 +470,25 @@ class Block:
     buffers of earlier ones.
     """
 
-    def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
+    def __init__(
+        self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor, *, grouped: bool
+    ):
         self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
-        self._centre(student_rV, teacher_rV)
+        self._centre(student_rV, teacher_rV, grouped=grouped)
         self.total_r2 = sum_float64(torch.exp2(self.centred_r2V, out=self._weight_r2V))
 
-    def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
-        """Logits in bits plus an offset that takes the row's largest close to 0; the maxima of
-        groups of ids on the way.
+    def _centre(self, student_rV: Tensor, teacher_rV: Tensor, *, grouped: bool) -> None:
+        """Logits in bits plus an offset that takes the row's largest close to 0; where grouped, the
+        maxima of groups of ids on the way.
         """
         self.maxima, largest, peaks = [], [], []
         for logits_rV, target_rV in zip((student_rV, teacher_rV), self.centred_r2V.unbind(1)):
             logits_rV = (
                 logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
             )
-            self.maxima.append(_group(logits_rV, GROUP, torch.amax))
-            largest_r1 = self.maxima[-1].amax(-1, keepdim=True)
+            maxima_rX = _group(logits_rV, GROUP, torch.amax) if grouped else logits_rV
+            self.maxima.append(maxima_rX)
+            largest_r1 = maxima_rX.amax(-1, keepdim=True)
             offset_r1 = largest_r1 / -LN2
             torch.add(
                 offset_r1, logits_rV, alpha=1 / LN2, out=target_rV
@@ -524,10 +527,13 @@ class Block:
         return self._weight_r2V.mul_((1 / self.total_r2)[:, :, None].to(self._weight_r2V))
 
 
-def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Block]]:
+def blocks(
+    student_NV: Tensor, teacher_NV: Tensor, *, grouped: bool = False
+) -> Iterator[tuple[slice, Block]]:
     """The rows in turn, as many at a time as stay in cache.
 
-    A block's buffers are used again for the next block.
+    A block's buffers are used again for the next block. grouped: whether `maxima` are those of
+    groups of ids, which only the top-K lists need.
     """
     count, vocabulary = student_NV.shape
     dtype = torch.promote_types(
@@ -539,7 +545,12 @@ def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Bloc
         rows = slice(start, min(start + step, count))
         yield (
             rows,
-            Block(student_NV[rows], teacher_NV[rows], buffers_3r2V[:, : rows.stop - rows.start]),
+            Block(
+                student_NV[rows],
+                teacher_NV[rows],
+                buffers_3r2V[:, : rows.stop - rows.start],
+                grouped=grouped,
+            ),
         )
 
 
@@ -554,7 +565,10 @@ def _rows(
     if fused.applies(student_NV, teacher_NV):
         out, again_N = fused.statistics(student_NV, teacher_NV, upto=upto, group=GROUP)
     else:
-        parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
+        parts = [
+            _dense(block, upto=upto)
+            for _, block in blocks(student_NV, teacher_NV, grouped=upto == "all")
+        ]
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         again_N = ~out["forward_kl"].isfinite()
     for rows_r in in_float64(again_N, student_NV.shape[1]):

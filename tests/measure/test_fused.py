@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.yardsticks import allocated_on_the_cpu
 from diagnostics.measure import divergences, fused
 from diagnostics.measure.divergences import kl_pair, kls_and_js, measure, measure_hidden, top_ids
 from diagnostics.measure.losses import chunked_loss, per_position
@@ -337,20 +338,6 @@ def test_launches_do_not_depend_on_the_positions(count, monkeypatch):
     assert launches.names[3:] == ["statistics", "objective"]
 
 
-def peak_bytes(function) -> int:
-    """Most bytes that torch had allocated at one time while a function ran, beyond those before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        kept = function()
-    changes = [
-        event.nbytes()
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    del kept
-    held = torch.tensor(changes, dtype=torch.int64).cumsum(0)
-    return int(held.max())
-
-
 @in_interpreter
 @pytest.mark.parametrize("count, vocabulary, k", [(1, 9000, 16), (8, 300, 32)])
 def test_a_chunk_takes_no_more_memory_than_is_said(count, vocabulary, k, monkeypatch):
@@ -358,7 +345,7 @@ def test_a_chunk_takes_no_more_memory_than_is_said(count, vocabulary, k, monkeyp
     given = random_logits(2, count, vocabulary, dtype=torch.float32)
     assert fused.applies(*given[:2])
     said = divergences.peak_bytes(count, vocabulary, k=k, sweep=(4, 8))
-    taken = peak_bytes(lambda: measure(*given, k=k, sweep=(4, 8)))
+    taken = allocated_on_the_cpu(lambda: measure(*given, k=k, sweep=(4, 8)))
     assert said / 3 <= taken <= said
 
 
