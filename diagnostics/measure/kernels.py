@@ -143,7 +143,8 @@ def _into(total_T, terms_RC, T: tl.constexpr):
     return total_T + terms_T.to(tl.float64)
 
 
-@triton.jit
+# Not compiled anew for numbers of rows or of ids that happen to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["rows", "groups"])
 def statistics(
     student,
     teacher,
@@ -259,7 +260,7 @@ def _places(ordered_X, k):
     return taken_X, tl.cumsum(taken_X.to(tl.int32), 0) - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "k"])
 def top_ids(
     logits,
     stride,

@@ -295,7 +295,7 @@ def test_a_padded_vocabulary_costs_no_row_by_row_path_and_no_digit(
     monkeypatch.setattr(
         divergences.Block,
         "_centre",
-        lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)),
+        lambda self, *logits, **how: (made.append(len(logits[0])), centre(self, *logits, **how)),
     )
     whole_NV = student_NV.clone().requires_grad_()
     whole_N = per_position(whole_NV, teacher_NV, sampled_N, loss=loss, **options)
