@@ -32,10 +32,12 @@ _HOMES = {
         "select",
         "training_batches",
     ),
-    "models.pair": ("Pair", "load_pair"),
+    "models.pair": ("Pair", "load_pair", "stop_tokens"),
     "contexts.prompts": ("load_prompts",),
     "contexts.rollouts": ("rollout",),
+    "contexts.coverage": ("tokenizer_coverage",),
     "contexts.import_rollouts": ("read_rollouts",),
+    "contexts.verifiers": ("find_verifier",),
     "probing.scores": ("score", "score_with_tops"),
     "probing.one_step": ("probe",),
     "analysis.selection": (
@@ -45,7 +47,9 @@ _HOMES = {
         "selection_profile",
         "selection_summary",
     ),
+    "analysis.correctness": ("by_correctness",),
     "analysis.decision": ("decide", "decision_sentence"),
+    "analysis.engine_check": ("engine_causes", "engine_check", "engine_worst"),
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),
@@ -53,16 +57,17 @@ _HOMES = {
     "training.evaluation": (
         "EvaluationConfig",
         "evaluate",
-        "find_verifier",
         "summarize_evaluation",
     ),
     "contexts.story_sums": ("sums", "verify"),
     "contexts.import_tokens": ("read_tokens",),
     "analysis.paper.tables": ("paper",),
+    "analysis.teachers": ("compare_teachers",),
     "analysis.study": ("correlate", "q3_contrast", "q3_groups", "study"),
     "report.tokenview": ("show",),
     "report.page": ("read_run",),
     "report.compare_runs": ("compare_runs",),
+    "report.atlas_page": ("atlas",),
 }
 _MODULES = {"plot": "report.figures"}
 _HOME = {name: home for home, names in _HOMES.items() for name in names} | _MODULES

@@ -28,6 +28,10 @@ round). A minimum per context stays within the budget and is filled by the crite
 released code adds it on top, filled by h + N(D*C) - h*N(D*C)). The masks inside Q3 give no score
 elsewhere, so that a budget above the quadrant's share keeps the quadrant and no more.
 
+Two criteria are fused by their ranks u and r, which lie between 0 and 1 over the whole table or
+batch: `A_and_B` is u*r and `A_or_B` is u + r - u*r (arXiv 2609.24432, which fuses the rank of `ier`
+with the other's own score in [0, 1]; here both are ranks, so that any two can be fused).
+
 A criterion is a plain function of table columns. Three lines register one:
 
     @criterion("mine", needs=["teacher_logprob", "student_entropy"])
@@ -41,6 +45,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,7 +111,8 @@ class Criterion:
     budget: float
     """Share of positions that is kept where no budget is given."""
     source: str
-    """arXiv number of the paper that defines the formula, or "ours"; as given for a user's own."""
+    """arXiv number of the paper, or name of the repository, that defines the formula; or "ours"; as
+    given for a user's own."""
     aliases: tuple[str, ...]
     """Names of the same criterion in released code."""
     mine: bool
@@ -119,10 +125,14 @@ class Criterion:
     """By needed column, the one that is read where a table lacks it or hardly knows it."""
     by_name: bool = False
     """True for a criterion that is compared only where it is asked for by name."""
+    parts: tuple[Criterion, ...] = ()
+    """The two criteria that are fused by their ranks; empty for a registered one."""
 
     @property
     def version(self) -> str:
         """Name and hash of the file that `load_module` read it from; empty for others."""
+        if self.parts:
+            return ", ".join(filter(None, dict.fromkeys(part.version for part in self.parts)))
         return _MODULES.get(self.function.__module__, "")
 
     @cached_property
@@ -302,20 +312,114 @@ def find(name: str) -> Criterion:
     """Return the criterion of a name or alias.
 
     Args:
-        name: A registered name, or one of its aliases.
+        name: A registered name, or one of its aliases; or two of them with `_and_` or `_or_`
+            between, which are fused by their ranks.
 
     Raises:
-        DiagnosticsError: No criterion has that name; the message lists the known ones.
+        DiagnosticsError: No criterion has that name, and the message lists the known ones; or the
+            two cannot be fused.
     """
-    entry = _REGISTRY.get(_ALIASES.get(name, name))
+    entry = _registered(name) or _fused(name)
     if entry is None:
         hint = did_you_mean(name, [*_REGISTRY, *_ALIASES])
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}; register"
-            " another with @diagnostics.criterion, on the command line in a file that"
-            " --criterion-module names."
+            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}, and A_and_B or"
+            " A_or_B of two of them; register another with @diagnostics.criterion, on the command"
+            " line in a file that --criterion-module names."
         )
     return entry
+
+
+def _registered(name: str) -> Criterion | None:
+    return _REGISTRY.get(_ALIASES.get(name, name))
+
+
+FUSIONS = ("and", "or")
+"""Words between the names of two criteria that are fused by their ranks."""
+
+
+def _fused(name: str) -> Criterion | None:
+    """The fusion that a name spells, None where it spells none.
+
+    Raises:
+        DiagnosticsError: One of two names is unknown, or the two cannot be fused.
+    """
+    splits = [
+        (name[: found.start()], found[1], name[found.end() :])
+        for found in re.finditer(rf"_({'|'.join(FUSIONS)})_", str(name))
+    ]
+    known = [(_registered(one), word, _registered(other)) for one, word, other in splits]
+    for one, word, other in known:
+        if one is not None and other is not None:
+            return _fuse(one, word, other)
+    for (left, _, right), (one, _, other) in zip(splits, known, strict=True):
+        if (one is None) != (other is None):
+            missing = left if one is None else right
+            raise DiagnosticsError(
+                f"{name!r} fuses two criteria, and {missing!r} is none."
+                f"{did_you_mean(missing, [*_REGISTRY, *_ALIASES])} Write two names of"
+                " `diagnostics criteria` with _and_ or _or_ between them."
+            )
+    return None
+
+
+def _fuse(one: Criterion, word: str, other: Criterion) -> Criterion:
+    """Two criteria as one, by the product (`and`) or the soft-or (`or`) of their ranks."""
+    for part in (one, other):
+        if part.kind == "all" or "seed" in part.arguments or one is other:
+            why = "keeps every position" if part.kind == "all" else "draws random numbers"
+            why = "would be fused with itself" if one is other else why
+            raise DiagnosticsError(
+                f"{one.name}_{word}_{other.name} cannot be fused: {part.name!r} {why}. Fuse two"
+                " different criteria that score positions."
+            )
+
+    def fused(tokens: pd.DataFrame, *, scale: Scale) -> np.ndarray:
+        u, r = (_rank_shares(tokens, part, scale) for part in (one, other))
+        if not scale.clipped:
+            return u + r
+        return u * r if word == "and" else soft_or(u, r)
+
+    return Criterion(
+        name=f"{one.name}_{word}_{other.name}",
+        function=fused,
+        needs=tuple(dict.fromkeys([*one.needs, *other.needs])),
+        formula="u*r" if word == "and" else "u + r - u*r",
+        kind="select",
+        direction="high",
+        budget=DEFAULT_BUDGET,
+        source=_IER,
+        aliases=(),
+        mine=one.mine or other.mine,
+        note=f"u and r are the ranks of `{one.name}` and of `{other.name}`, from 0 to 1",
+        instead={**other.instead, **one.instead},
+        by_name=True,
+        parts=(one, other),
+    )
+
+
+def _rank_shares(tokens: pd.DataFrame, part: Criterion, scale: Scale) -> np.ndarray:
+    """[N] rank of each row by a criterion, from 0 (worst) to 1; equals share their mean rank.
+
+    A row counts as often as the scale's copies say; a row without a score has no rank.
+    """
+    declared = tokens[list(part.needs)]
+    given = [{"scale": replace(scale, clipped=clipped)} for clipped in (True, False)]
+    scores, raw = (
+        np.asarray(_call(part, declared, set(tokens.columns), **each), dtype=np.float64)
+        for each in given
+    )
+    shares = np.full(len(tokens), np.nan)
+    rows = np.flatnonzero(np.isfinite(scores))
+    if not len(rows):
+        return shares
+    rows = rows[np.lexsort((_tie_break(raw[rows]), scores[rows]))]
+    copies = np.ones(len(rows)) if scale.copies is None else scale.copies[rows]
+    block = _blocks(scores[rows], _tie_break(raw[rows]))
+    size = np.bincount(block, weights=copies)
+    middle = np.cumsum(size) - size + (size - 1) / 2
+    shares[rows] = (middle / max(size.sum() - 1, 1))[block]
+    return shares
 
 
 def names() -> list[str]:
@@ -512,6 +616,7 @@ def _score(
     entry = find(name)
     read = entry.columns(tokens)
     read |= {need: other for need, other in (substitute or {}).items() if need in entry.needs}
+    _ask_for_extras(entry, [name for name in read.values() if name not in tokens])
     require_columns(tokens, read.values(), what=f"Criterion {name!r}")
     _refuse_outcomes(entry, read)
     if list(read) == list(read.values()):
@@ -529,6 +634,17 @@ def _score(
             )
         found.append(np.where(np.isfinite(scores), scores, np.nan))
     return found
+
+
+def _ask_for_extras(entry: Criterion, missing: Sequence[str]) -> None:
+    """Say how columns that are measured on request are asked for."""
+    extras = [known.on_request for name in missing if (known := column(name)) is not None]
+    extras = list(dict.fromkeys(filter(None, extras)))
+    if extras:
+        raise DiagnosticsError(
+            f"Criterion {entry.name!r} needs {', '.join(missing)}, and the table was scored"
+            f" without. Score with --extra {','.join(extras)}, or dx.score(…, extra={extras})."
+        )
 
 
 def _call(entry: Criterion, declared: pd.DataFrame, columns: set, **offered):
@@ -982,6 +1098,22 @@ def position_tenths(tokens: pd.DataFrame) -> np.ndarray:
 _TA = "2605.26844"
 _TIP = "2604.14084"
 _SPARSE_OPD = "2609.04565"
+_IER = "2609.24432"
+_POWER_OPD = "2606.17199"
+_SURE = "2608.25643"
+_JTA = "ihbkaiser/jta-opd"
+"""A repository, for formulas that stand in no paper."""
+DIAL_BETA = 1.0
+"""Exponent of the difference of probabilities in `dial`; its paper uses 1 to 1.2."""
+SURE_ALPHA = 1.0
+POWER_ALPHA = 0.1
+"""Exponent of both probabilities in `power`, as in its authors' code."""
+TAILS_BUDGET = 0.001
+"""Share of `tails` where no budget is given: 0.05 % at each end of a response."""
+IER_LEAST_NOISE = 1e-8
+"""Noise under which `ier` divides by this, as in its authors' code."""
+BELLMAN_GAMMA, BELLMAN_LEAST_WEIGHT, BELLMAN_POWER = 0.995, 0.1, 2.0
+"""Discount, least weight and exponent of `bellman`, as in its authors' code."""
 SPLIT_ENTROPY_SHARE = 0.5
 """Part of the split budget that goes by entropy, as in the released training code."""
 _UNSEEN = "the method's own text was not seen; this form is ours"
@@ -1395,9 +1527,10 @@ def _selectkd(tokens):
     "projected_gradient",
     needs=["union_log_ratio_variance"],
     formula="Var_pU[ln qU - ln pU]",
+    source=_JTA,
     aliases=["pgt"],
     recommended=True,
-    note=_UNSEEN,
+    note="the signal of `ier` on the two lists alone, without a floor",
 )
 def _projected_gradient(tokens):
     return tokens["union_log_ratio_variance"]
@@ -1478,6 +1611,7 @@ def _iw_prefix(tokens):
     kind="weight",
     budget=1.0,
     source="2605.21606",
+    note="ranks like `late`",
     formula="0.25 + 0.75*sigmoid((t/(T - 1) - 0.30)/0.10)",
 )
 def _position_weight(tokens):
@@ -1497,6 +1631,158 @@ def _fire(tokens):
     open_student = tokens["student_entropy"] / tokens["student_entropy"].max()
     weight = (1 + confident_teacher) * (1 + open_student)
     return weight / weight.mean()
+
+
+def _probabilities(tokens: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """p(y) and q(y) [N] of the sampled tokens."""
+    ln_p, ln_q = (
+        tokens[name].to_numpy(dtype=np.float64) for name in ("student_logprob", "teacher_logprob")
+    )
+    return np.exp(ln_p), np.exp(ln_q)
+
+
+@criterion(
+    "dial",
+    needs=["advantage", "student_logprob", "teacher_logprob"],
+    formula="|A|^(1 - b) |q(y) - p(y)|^b, b = 1",
+    source="2610.11659",
+    note="`power` with exponent 1; its paper spends the budget on each response",
+    by_name=True,
+)
+def _dial(tokens):
+    p, q = _probabilities(tokens)
+    return tokens["advantage"].abs() ** (1 - DIAL_BETA) * np.abs(q - p) ** DIAL_BETA
+
+
+@criterion(
+    "power",
+    needs=["student_logprob", "teacher_logprob"],
+    formula="|q(y)^a - p(y)^a|, a = 0.1",
+    source=_POWER_OPD,
+    note="near `advantage_abs`, which it becomes (over a) as a goes to 0; `dial` at a = 1",
+    by_name=True,
+)
+def _power(tokens):
+    p, q = _probabilities(tokens)
+    return np.abs(q**POWER_ALPHA - p**POWER_ALPHA)
+
+
+@criterion(
+    "gradient_size",
+    needs=["advantage", "student_logprob"],
+    formula="2|A|(1 - p(y))",
+    source=_SURE,
+    note="`advantage_abs` where p(y) is small; the l1 norm of the sampled-token loss's gradient",
+    by_name=True,
+)
+def _gradient_size(tokens):
+    return 2 * tokens["advantage"].abs() * -np.expm1(tokens["student_logprob"])
+
+
+@criterion(
+    "sure",
+    needs=["student_logprob"],
+    kind="weight",
+    budget=1.0,
+    formula="1 + a(1 - p(y)), a = 1",
+    source=_SURE,
+    note="near `entropy`: ranks by -ln p(y), and knows nothing of the teacher",
+    by_name=True,
+)
+def _sure(tokens):
+    return 1 - SURE_ALPHA * np.expm1(tokens["student_logprob"])
+
+
+@criterion(
+    "tails",
+    needs=["advantage", "context_id"],
+    formula="-min(r, T + 1 - r)/T for the rank r of A in its response, equals by |A|",
+    budget=TAILS_BUDGET,
+    source=_SPARSE_OPD,
+    aliases=["pctltail"],
+    note="the first of `advantage` and of `surprise` in each response",
+    by_name=True,
+)
+def _tails(tokens, *, scale):
+    if not scale.clipped:
+        return tokens["advantage"].abs()
+    by_context = tokens["advantage"].groupby(tokens["context_id"].to_numpy())
+    rank, size = by_context.rank(method="average"), by_context.transform("count")
+    return -np.minimum(rank, size + 1 - rank) / size
+
+
+@criterion(
+    "ier",
+    needs=["ier_signal", "ier_noise"],
+    formula="signal/noise of the sampled-token gradient on S, T and y",
+    source=_IER,
+    note="its columns are measured by `score --extra ier`",
+    by_name=True,
+)
+def _ier(tokens):
+    return tokens["ier_signal"] / tokens["ier_noise"].clip(lower=IER_LEAST_NOISE)
+
+
+@criterion(
+    "ier_full",
+    needs=["ier_full_signal", "ier_full_noise"],
+    formula="the same over the whole vocabulary",
+    note="near `projected_gradient`; `ier` without candidates and floor, by `score --extra ier`",
+    by_name=True,
+)
+def _ier_full(tokens):
+    return tokens["ier_full_signal"] / tokens["ier_full_noise"].clip(lower=IER_LEAST_NOISE)
+
+
+@criterion(
+    "teacher_top1_gap",
+    needs=["teacher_top1_gap"],
+    formula="q(a) - p(a) of the teacher's first choice a",
+    source=_POWER_OPD,
+    note="its source logs it; the column is measured by `score --extra teacher_top1_gap`",
+    by_name=True,
+)
+def _teacher_top1_gap(tokens):
+    return tokens["teacher_top1_gap"]
+
+
+@criterion(
+    "bellman",
+    needs=[_D, _C, "acceptance", "context_id", "position"],
+    kind="weight",
+    budget=1.0,
+    formula="0.1 + 0.9 N(R/M)^2; R = d*c + g*a*R', M = 1 + g*a*M', g = 0.995",
+    source=_JTA,
+    aliases=["rac"],
+    note="`teachability` averaged over what comes next, as far as the teacher accepts it",
+    instead=_FULL_FOR_UNION,
+    by_name=True,
+)
+def _bellman(tokens, *, scale):
+    local = _teachability(tokens, scale=replace(scale, clipped=True))
+    scaled = scale(_future_mean(tokens, local))
+    if not scale.clipped:
+        return scaled
+    return BELLMAN_LEAST_WEIGHT + (1 - BELLMAN_LEAST_WEIGHT) * scaled**BELLMAN_POWER
+
+
+def _future_mean(tokens: pd.DataFrame, local: np.ndarray) -> np.ndarray:
+    """R/M [N]: values [N] averaged along the rest of each response, discounted and accepted."""
+    order = np.lexsort((tokens["position"].to_numpy(), pd.factorize(tokens["context_id"])[0]))
+    contexts = pd.factorize(tokens["context_id"].to_numpy()[order])[0]
+    place = _places(contexts)
+    by_place = np.argsort(place, kind="stable")
+    keep = BELLMAN_GAMMA * tokens["acceptance"].to_numpy(dtype=np.float64)[order]
+    total, mass = local[order].copy(), np.ones(len(order))
+    has_next = np.r_[contexts[1:] == contexts[:-1], False] if len(order) else np.zeros(0, bool)
+    # From the last place backwards, so that what comes next is final where it is read.
+    for rows in np.split(by_place, np.cumsum(np.bincount(place))[:-1])[::-1]:
+        rows = rows[has_next[rows]]
+        total[rows] += keep[rows] * total[rows + 1]
+        mass[rows] += keep[rows] * mass[rows + 1]
+    found = np.empty(len(order))
+    found[order] = total / mass
+    return found
 
 
 for _path in filter(None, os.environ.get(MODULES_VARIABLE, "").split(os.pathsep)):

@@ -185,12 +185,31 @@ def between(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
 
 
+NEAR = 0.95
+"""Rank correlation from which two criteria are listed as near duplicates, as everywhere else."""
+
+
+def near_criteria() -> str:
+    """The pairs of criteria that rank a bank nearly alike, without those inside Q3 alone."""
+    import pandas as pd
+
+    table = pd.read_csv(ROOT / "reports" / "near-criteria" / "near_criteria.csv")
+    inside = table["criterion"].str.startswith("q3") | table["other"].str.startswith("q3")
+    rows = [
+        f"| `{row.criterion}` | `{row.other}` | {row.spearman:.3f} |"
+        for row in table[~inside & (table["spearman"].abs() >= NEAR)].itertuples()
+    ]
+    return "\n".join(["| one | other | rank correlation |", "|---|---|---|", *rows])
+
+
 def pages() -> dict[Path, str]:
     """Each generated file with what it should hold."""
+    criteria = ROOT / "docs" / "criteria.md"
     structure, table = ROOT / "docs" / "structure.md", ROOT / "docs" / "commands.md"
     return {
         structure: between(structure.read_text(encoding="utf-8"), "rooms", rooms()),
         table: between(table.read_text(encoding="utf-8"), "commands", commands()),
+        criteria: between(criteria.read_text(encoding="utf-8"), "near criteria", near_criteria()),
         ROOT / "docs" / "columns.md": columns(),
         PACKAGE / "__init__.pyi": stub(),
     }

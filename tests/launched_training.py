@@ -26,8 +26,8 @@ class Recording(trl_trainer.SelectedDistillationTrainer):
 
     rows: ClassVar[list] = []
 
-    def _narrow(self, batch):
-        batch = super()._narrow(batch)
+    def _narrow(self, batch, *measured):
+        batch = super()._narrow(batch, *measured)
         for prompt, real, ids, valid, mask in zip(
             *(
                 batch[name]

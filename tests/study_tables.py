@@ -756,6 +756,25 @@ def training_metrics() -> pd.DataFrame:
     )
 
 
+def training_positions(steps: int = 6) -> pd.DataFrame:
+    """What each step saw in every tenth of the responses but one."""
+    return pd.DataFrame(
+        [
+            {
+                "step": step,
+                "tenth": tenth,
+                "positions": 10 + tenth,
+                "selected_share": 0.1 * (tenth == 2),
+                "reverse_kl": (1 + tenth) / step,
+                "student_entropy": np.nan if tenth == 0 else 0.5,
+            }
+            for step in range(1, steps + 1)
+            for tenth in range(10)
+            if (step, tenth) != (2, 3)
+        ]
+    )
+
+
 def positions() -> pd.DataFrame:
     """Mean gain in five bins of the response."""
     return pd.DataFrame(

@@ -31,6 +31,7 @@ def table(n=40, seed=0):
     codes = np.repeat(np.arange(n), size)[:n]
     place = np.concatenate([np.arange(k) for k in np.bincount(codes)])
     advantage = rng.normal(size=n)
+    student_logprob = np.log(rng.random(n)) - np.maximum(advantage, 0)
     return pd.DataFrame(
         {
             "context_id": [f"c{g}" for g in codes],
@@ -45,6 +46,13 @@ def table(n=40, seed=0):
             "compatibility": rng.random(n),
             "advantage": advantage,
             "acceptance": np.minimum(1, np.exp(advantage)),
+            "student_logprob": student_logprob,
+            "teacher_logprob": student_logprob + advantage,
+            "ier_signal": rng.exponential(size=n),
+            "ier_noise": np.where(np.arange(n) % 7, rng.exponential(size=n), 0.0),
+            "ier_full_signal": rng.exponential(size=n),
+            "ier_full_noise": rng.exponential(size=n),
+            "teacher_top1_gap": rng.uniform(-1, 1, n),
             "student_margin": rng.random(n),
             "union_log_ratio_variance": rng.exponential(size=n),
             "union_forward_kl": rng.exponential(size=n),
@@ -199,6 +207,45 @@ def _split_loop(tokens):
     return score
 
 
+def _chances(row):
+    return exp(row["student_logprob"]), exp(row["teacher_logprob"])
+
+
+def _power(row, exponent):
+    p, q = _chances(row)
+    return abs(q**exponent - p**exponent)
+
+
+def _tails(tokens):
+    score = []
+    for row in tokens.itertuples():
+        mine = tokens[tokens.context_id == row.context_id].advantage
+        below = sum(a < row.advantage for a in mine)
+        above = sum(a > row.advantage for a in mine)
+        equal = len(mine) - below - above
+        score.append(-(min(below, above) + (equal + 1) / 2) / len(mine))
+    return score
+
+
+def _bellman(tokens):
+    rows = _rows(tokens)
+
+    def rest(i):
+        """R and M of a position, by the recursion as its source writes it."""
+        following = [
+            j
+            for j, row in enumerate(rows)
+            if row["context_id"] == rows[i]["context_id"]
+            and row["position"] == rows[i]["position"] + 1
+        ]
+        total, mass = rest(following[0]) if following else (0.0, 0.0)
+        kept = 0.995 * min(1, exp(rows[i]["advantage"]))
+        return rows[i]["d"] * rows[i]["c"] + kept * total, 1 + kept * mass
+
+    values = [total / mass for total, mass in map(rest, range(len(rows)))]
+    return [0.1 + 0.9 * z**2 for z in _normalise_loop(values)]
+
+
 ORACLES = {
     "full": lambda t: [1.0] * len(t),
     "entropy": lambda t: [r["h"] for r in _rows(t)],
@@ -239,6 +286,15 @@ ORACLES = {
         0.25 + 0.75 / (1 + exp(-(_relative(r) - 0.30) / 0.10)) for r in _rows(t)
     ],
     "fire": _fire,
+    "dial": lambda t: [_power(r, 1) for r in _rows(t)],
+    "power": lambda t: [_power(r, 0.1) for r in _rows(t)],
+    "gradient_size": lambda t: [2 * abs(r["advantage"]) * (1 - _chances(r)[0]) for r in _rows(t)],
+    "sure": lambda t: [1 + (1 - _chances(r)[0]) for r in _rows(t)],
+    "tails": _tails,
+    "ier": lambda t: [r["ier_signal"] / max(r["ier_noise"], 1e-8) for r in _rows(t)],
+    "ier_full": lambda t: [r["ier_full_signal"] / r["ier_full_noise"] for r in _rows(t)],
+    "teacher_top1_gap": lambda t: list(t.teacher_top1_gap),
+    "bellman": _bellman,
 }
 
 
@@ -368,7 +424,8 @@ def test_the_recommended_criteria_come_first_and_the_rest_keeps_its_order():
 
 def test_every_built_in_formula_has_a_source_or_says_ours():
     for name, row in C.list_criteria().iterrows():
-        assert re.fullmatch(r"ours|\d{4}\.\d{5}", row.source), name
+        # arXiv numbers; a repository where the formula is in no paper
+        assert re.fullmatch(r"ours|\d{4}\.\d{5}|ihbkaiser/jta-opd", row.source), name
 
 
 def test_negations_and_near_duplicates_are_marked():
@@ -398,6 +455,8 @@ def test_negations_and_near_duplicates_are_marked():
         ("sampled_rkl_min", "advantage"),
         ("pgt", "projected_gradient"),
         ("prefix", "early"),
+        ("pctltail", "tails"),
+        ("rac", "bellman"),
     ],
 )
 def test_released_names_are_understood(alias, name):
@@ -412,6 +471,15 @@ def test_comparisons_take_a_mask_of_one_experiment_only_by_name():
         "q3_teachability_low",
         "q3_incompatible",
         "split_budget",
+        "dial",
+        "power",
+        "gradient_size",
+        "sure",
+        "tails",
+        "ier",
+        "ier_full",
+        "teacher_top1_gap",
+        "bellman",
     }
     assert set(C.available(table())) - set(C.usual(table())) == asked
     assert {name for name in C.names() if find(name).by_name} == asked
@@ -436,8 +504,9 @@ def test_an_unknown_criterion_lists_the_known():
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^Unknown criterion 'enropy'\. Did you mean 'entropy'\? Known are full, .*fire; "
-            r"register another with @diagnostics\.criterion, on the command line in a file that"
+            r"^Unknown criterion 'enropy'\. Did you mean 'entropy'\? Known are full, .*fire, .*, "
+            r"and A_and_B or A_or_B of two of them; register another with"
+            r" @diagnostics\.criterion, on the command line in a file that"
             r" --criterion-module names\.$"
         ),
     ):
@@ -849,8 +918,10 @@ def test_copies_scale_as_repeated_rows_do():
     copies = np.random.default_rng(0).integers(0, 4, len(tokens))
     repeated = tokens.loc[np.repeat(tokens.index, copies)]
     for name in ORACLES:
-        # A repeated row takes a place of its own in the order of `split_budget`.
-        if name in ("full", "iw_prefix", "fire", "tip_paper", "split_budget"):
+        # A repeated row takes a place of its own in the order of `split_budget`, and of a response;
+        # a draw repeats whole responses, each of which is a response of its own.
+        within = ("tails", "bellman")
+        if name in ("full", "iw_prefix", "fire", "tip_paper", "split_budget", *within):
             continue
         both = zip(C.score_pairs(tokens, name, copies=copies), C.score_pairs(repeated, name))
         for once, again in both:

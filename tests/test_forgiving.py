@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 
 import diagnostics as dx
+from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.selection import ComparisonConfig
 from diagnostics.core import inputs, names, shown
 from diagnostics.core.tables import write_csv, write_parquet
+from diagnostics.probing.intervention import InterventionConfig
 from diagnostics.probing.one_step import ProbeResult
 from diagnostics.report.run_results import RunResults
+from diagnostics.training.grid import ValidateConfig
+from diagnostics.training.run import TrainConfig
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.factories import keys
 from tests.made_tokens import made_tokens
@@ -347,3 +352,30 @@ def test_a_long_text_is_cut_with_a_mark():
 def test_a_word_is_near_a_name_or_surely_means_it(word, sure, near):
     known = ["compatibility", "student_entropy", "gain"]
     assert names.meant(word, known) == sure and names.nearest(word, known) == near
+
+
+@pytest.mark.parametrize(
+    "made, field, expected",
+    [
+        (lambda: ComparisonConfig(budgets=["5%", 0.1]), "budgets", (0.05, 0.1)),
+        (lambda: ComparisonConfig(criteria="tip", budgets="5%"), "criteria", ("tip",)),
+        (lambda: InterventionConfig(budgets="30 %"), "budgets", (0.3,)),
+        (lambda: TrainConfig(budget="5%"), "budget", 0.05),
+        (lambda: ValidateConfig(budgets=[0.05]), "budgets", (0.05,)),
+        (lambda: Bootstrap(level="90%"), "level", 0.9),
+    ],
+)
+def test_configurations_read_what_keywords_do(made, field, expected):
+    assert getattr(made(), field) == pytest.approx(expected) or getattr(made(), field) == expected
+
+
+def test_a_share_that_is_none_is_refused_where_the_configuration_is_made():
+    said = error_of(lambda: ComparisonConfig(budgets=["five"]))
+    assert said == "A share is a number above 0 and at most 1, as 0.05 or 5%; got 'five'."
+
+
+def test_the_whole_number_one_is_warned_about_once(caplog):
+    caplog.set_level(logging.WARNING, "diagnostics")
+    config = TrainConfig(budget=1)
+    assert config.budget == 1.0 and len(caplog.records) == 1
+    assert TrainConfig(budget=config.budget).budget == 1.0 and len(caplog.records) == 1

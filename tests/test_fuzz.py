@@ -129,6 +129,9 @@ MESSAGES = st.lists(
     max_size=3,
 )
 IDS = st.one_of(st.lists(st.integers(0, 66), max_size=6), VALUES)
+MASK = st.one_of(
+    st.lists(st.booleans(), max_size=6), st.lists(st.integers(0, 1), max_size=6), VALUES
+)
 
 
 def rows(columns):
@@ -163,6 +166,7 @@ CONTEXTS = rows(
         "response": TEXT,
         "response_ids": IDS,
         "finished": st.booleans(),
+        "supervised": MASK,
     }
 )
 ROLLOUTS = st.one_of(
@@ -173,6 +177,8 @@ ROLLOUTS = st.one_of(
             "response": TEXT,
             "prompt_ids": IDS,
             "response_ids": IDS,
+            "loss_mask": MASK,
+            "attention_mask": MASK,
         }
     ),
     rows(
@@ -188,7 +194,7 @@ ROLLOUTS = st.one_of(
         {
             "tokens": IDS,
             "response_length": st.integers(-1, 5),
-            "loss_mask": IDS,
+            "loss_mask": MASK,
             "prompt": TEXT,
             "response": TEXT,
         }

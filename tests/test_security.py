@@ -142,8 +142,25 @@ def test_no_shell():
 
 
 def test_the_package_opens_no_connection_of_its_own():
-    """Only transformers and datasets fetch, and only what an id names."""
-    assert [found for found in imported(PACKAGE) if found[1] in NETWORK] == []
+    """Only transformers and datasets fetch, and only what an id names; and one module asks the
+    server that `ask-teacher` is given, through the standard library.
+    """
+    found = {found for found in imported(PACKAGE) if found[1] in NETWORK}
+    assert found == {("connection.py", "http"), ("connection.py", "urllib")}
+    (asking,) = [path for path in PACKAGE if path.name == "connection.py"]
+    assert asking.parent.name == "served"
+    opened = [name for _, name, _ in calls([asking]) if "urlopen" in name or "Proxy" in name]
+    assert opened == []  # those would read proxies from the environment
+
+
+def test_only_the_command_that_is_given_a_url_reaches_the_module_that_connects():
+    """`ask` alone imports `connection`'s server, and only the stage `ask-teacher` imports `ask`."""
+    users: dict[str, set[str]] = {}
+    for path, node in nodes(ast.ImportFrom, PACKAGE):
+        if (node.module or "").startswith("diagnostics.models.served"):
+            users.setdefault(node.module.rpartition(".")[2], set()).add(path.name)
+    assert users["connection"] == {"ask.py", "dialects.py"}
+    assert users["ask"] == {"stages.py"}
 
 
 def test_the_environment_is_asked_for_named_settings_only():
@@ -162,7 +179,9 @@ def test_the_environment_is_asked_for_named_settings_only():
         "PYTHONPATH",
         "NO_COLOR",
         "FORCE_COLOR",
-        "?",  # criteria.MODULES_VARIABLE: the files of the user's own criteria
+        # criteria.MODULES_VARIABLE, the files of the user's own criteria; and the variable that the
+        # user names with --api-key-env
+        "?",
     }
     asked = {
         (path, call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else "?")
@@ -170,7 +189,7 @@ def test_the_environment_is_asked_for_named_settings_only():
         if name in ("os.environ.get", "os.environ.setdefault", "os.getenv")
     }
     assert {name for _, name in asked} <= allowed
-    assert {path for path, name in asked if name == "?"} == {"criteria.py"}
+    assert {path for path, name in asked if name == "?"} == {"criteria.py", "ask.py"}
     read = Counter(p.name for p, node in nodes(ast.Attribute, PACKAGE) if node.attr == "environ")
     called = Counter(p for p, name, _ in calls(PACKAGE) if name.startswith("os.environ"))
     # A child process gets the environment as it is, and the names of the user's own criteria.

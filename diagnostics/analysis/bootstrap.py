@@ -16,6 +16,9 @@ is a random draw too, and an interval for the pair, rather than for these steps,
 Degrees of freedom are G-1 for a table of one step, whose interval carries the prompts alone, and
 Satterthwaite's from G-1 and F-1 otherwise.
 
+From 2,000 prompts on, a statistic's spread over random groups of prompts takes the place of draws
+and jackknife (`prompt_groups`).
+
 `exact` resamples rows and computes everything anew in each draw. Elsewhere means, differences,
 Pearson, regressions and medians are exact in every draw. Approximate: Spearman computes ranks once
 and resamples them, partial correlations compute residuals once, Kendall and trimmed means resample
@@ -133,6 +136,8 @@ class Estimate:
         correlation: True where the interval is computed on Fisher's scale.
         left_out: [prompts] its value without each prompt; None where the jackknife does not apply.
         without_step: [steps] its value without each step; None for a table of one step.
+        groups: Number of groups of prompts whose spread the draws have (`prompt_groups`); None
+            where they are draws of prompts.
     """
 
     value: float
@@ -142,6 +147,7 @@ class Estimate:
     correlation: bool = False
     left_out: np.ndarray | None = None
     without_step: np.ndarray | None = None
+    groups: int | None = None
 
     @property
     def steps(self) -> int:
@@ -158,6 +164,7 @@ class Estimate:
             min(self.prompts, other.prompts),
             left_out=None if either else self.left_out - other.left_out,
             without_step=_steps_between(self, other),
+            groups=self.groups,
         )
 
     def times(self, factor: float) -> Estimate:
@@ -167,7 +174,12 @@ class Estimate:
             for name, values in (("left_out", self.left_out), ("without_step", self.without_step))
         }
         return Estimate(
-            self.value * factor, self.draws * factor, self.positions, self.prompts, **parts
+            self.value * factor,
+            self.draws * factor,
+            self.positions,
+            self.prompts,
+            groups=self.groups,
+            **parts,
         )
 
     @cached_property
@@ -190,7 +202,7 @@ class Estimate:
     @property
     def freedom(self) -> float:
         """Degrees of freedom of the interval (Satterthwaite 1946)."""
-        of_prompts = max(self.prompts - 1, 1)
+        of_prompts = max((self.groups or self.prompts) - 1, 1)
         if self.steps < 2 or not self.standard_error > 0:
             return float(of_prompts)
         parts = self.prompt_error**4 / of_prompts + self.step_error**4 / (self.steps - 1)

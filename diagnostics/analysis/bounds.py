@@ -78,6 +78,7 @@ def _expected(tokens: pd.DataFrame) -> Iterator[str]:
         if (
             entry.stage in ("before",)
             and not entry.imported
+            and not entry.on_request
             and name != TAIL_COLUMN
             and not (name == "student_dropped_mass" and name not in tokens)
         ):

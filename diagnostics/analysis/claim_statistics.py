@@ -31,6 +31,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from scipy import special
+from scipy.spatial import cKDTree
 
 from diagnostics.analysis.bootstrap import (
     EXACT_DRAWS,
@@ -59,6 +60,8 @@ RIDGE, ITERATIONS = 1e-3, 30
 most Newton steps that it takes."""
 COLLINEAR = 1e-8
 """Share of its variance that d*c must keep beside the other terms."""
+PAIRS = 50_000_000
+"""Pairs of positions that are compared one by one; of more, the nearest are searched for."""
 CALIPER = 0.2
 """Standard deviations, of the logit and of ln D, within which a position has a partner."""
 
@@ -613,10 +616,18 @@ def _together(
             ).items()
         }
 
-    names = list(evaluate(columns))
-    found = exact(
-        lambda drawn: np.array(list(evaluate(drawn).values())), columns, prompts, draws=draws
+    whole = evaluate(columns)
+    names, found = (
+        list(whole),
+        [
+            Estimate(value, np.empty(0), len(prompts.codes), prompts.count)
+            for value in whole.values()
+        ],
     )
+    if prompts.draws:
+        found = exact(
+            lambda drawn: np.array(list(evaluate(drawn).values())), columns, prompts, draws=draws
+        )
     at = Positions(columns)
     return {
         Statistic(population, outcome, name, support.proxy, support.k): replace(
@@ -694,7 +705,12 @@ def _standardized(values: np.ndarray, weight: np.ndarray, treated: np.ndarray) -
 
 def _partners(space: np.ndarray, treated: np.ndarray) -> float:
     """Share of treated rows of [n, 2] with another row within the caliper in both columns."""
-    scale = [CALIPER * _pooled(column, treated) for column in space.T]
+    scale = np.array([CALIPER * _pooled(column, treated) for column in space.T])
+    if treated.sum() * (~treated).sum() > PAIRS and scale.all():
+        # The nearest in the larger of the two distances, in units of their calipers.
+        others = cKDTree(space[~treated] / scale)
+        nearest, _ = others.query(space[treated] / scale, p=np.inf, distance_upper_bound=1 + 1e-12)
+        return float(np.isfinite(nearest).mean())
     near = np.ones((int(treated.sum()), int((~treated).sum())), dtype=bool)
     for column, reach in zip(space.T, scale, strict=True):
         near &= np.abs(column[treated][:, None] - column[~treated][None, :]) <= reach

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.settings import as_written
 
 
 @dataclasses.dataclass(frozen=True)
+@as_written
 class AnalysisConfig:
     """The settings of intervals that are flags of every analysis command.
 
@@ -43,6 +45,7 @@ FEWEST_PROMPTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
+@as_written
 class PrimaryChoices:
     """What is concluded from, chosen and recorded before the probe has measured any gain.
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.analysis import rank_correlation
-from diagnostics.analysis.bootstrap import Estimate
+from diagnostics.analysis import prompt_groups, rank_correlation
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import Controls, Variable
 from diagnostics.analysis.splits import (
@@ -74,22 +74,25 @@ def associate(
         DiagnosticsError: If the table holds no outcome, or lacks a column that a criterion needs.
     """
     methods = tuple(methods)
-    scored = scores(tokens, criteria, seed=bootstrap.seed)
     names = outcomes_and_null(tokens)
+    criteria = None if criteria is None else list(criteria)
 
-    def make(table: pd.DataFrame, settings: Bootstrap) -> Associations:
+    def scored(table: pd.DataFrame) -> dict[str, np.ndarray]:
+        return scores(table, criteria, seed=bootstrap.seed)
+
+    def make(table: pd.DataFrame, settings: Bootstrap, scored: dict) -> Associations:
         found: Associations = {}
         for together in same_positions(splits(table, bootstrap=settings)):
             found |= _associations(table, together, scored, names, methods)
         return found
 
-    found = over_steps(make, tokens, bootstrap)
-    order = {split.name: None for split in splits(tokens, draws=0)}
+    found = over_steps(make, tokens, bootstrap, before=scored)
+    order, compared = (dict.fromkeys(key[place] for key in found) for place in (2, 1))
     return {
         key: found[key]
         for split in order
         for outcome in names
-        for criterion in scored
+        for criterion in compared
         for method in methods
         if (key := (outcome, criterion, split, method)) in found
     }
@@ -115,17 +118,50 @@ def _associations(
         ranked = rank_correlation.spearman_pairs(variables, values, prompts)
         for ((split, outcome), score), estimate in ranked.items():
             found[outcome, score, split, "spearman"] = estimate
-    for method in methods:
-        if method != "spearman":
-            statistic = _of_pair(method)
-            for (split, outcome), y in values.items():
-                for score, x in variables.items() if outcome in LINEAR_OUTCOMES else ():
-                    found[outcome, score, split, method] = statistic(x, y, prompts)
+    linear = {key: y for key, y in values.items() if key[1] in LINEAR_OUTCOMES}
+    if "pearson" in methods:
+        for ((split, outcome), score), estimate in _pearson(variables, linear, prompts).items():
+            found[outcome, score, split, "pearson"] = estimate
+    if "kendall" in methods:
+        counted = _counted(variables, linear, prompts, prompt_groups.is_group(tokens))
+        for (split, outcome), y in counted[1].items():
+            for score, x in counted[0].items():
+                tau = rank_correlation.kendall(x, y, counted[2])
+                found[outcome, score, split, "kendall"] = tau
     return found
 
 
-def _of_pair(method: str) -> Callable:
-    return {"pearson": rank_correlation.pearson, "kendall": rank_correlation.kendall}[method]
+def _pearson(
+    variables: dict[str, Variable], values: dict, prompts: PromptClusters
+) -> dict[tuple, Estimate]:
+    """Pearson's correlations by ((population, outcome), criterion)."""
+    if not prompts.draws:
+        return rank_correlation.values_of_pairs(variables, values, prompts, ranked=False)
+    return {
+        (key, score): rank_correlation.pearson(x, y, prompts)
+        for key, y in values.items()
+        for score, x in variables.items()
+    }
+
+
+KENDALL_POSITIONS = 10_000
+"""Positions of a group of prompts whose pairs are counted, which takes more than linear time. The
+spread over groups is then that of these positions, so the interval knows of it."""
+
+
+def _counted(
+    variables: dict[str, Variable], values: dict, prompts: PromptClusters, group: bool
+) -> tuple[dict[str, Variable], dict, PromptClusters]:
+    """The variables whose pairs are counted: all, and in a group those of its first prompts."""
+    if not group or len(prompts.codes) <= KENDALL_POSITIONS:
+        return variables, values, prompts
+    first = prompts.codes < max(1, prompts.count * KENDALL_POSITIONS // len(prompts.codes))
+    some = PromptClusters(prompts.codes[first], draws=prompts.draws, seed=prompts.seed)
+    scores, outcomes = (
+        {name: Variable(each.values[first]) for name, each in pool.items()}
+        for pool in (variables, values)
+    )
+    return scores, outcomes, some
 
 
 @takes(tokens=token_table, criteria=several)
@@ -225,13 +261,19 @@ def partial_correlations(
     def statistic(x, y, held, prompts, method):
         return rank_correlation.partial(x, y, held, prompts, ranked=method == "spearman")
 
+    def values(scores, outcomes, held, prompts, method):
+        return rank_correlation.values_of_pairs(
+            scores, outcomes, prompts, ranked=method == "spearman", controls=held
+        )
+
     return _correlations_of(
         tokens,
         statistic,
         ("spearman", "pearson"),
         criteria,
-        controls(tokens),
+        controls,
         bootstrap=bootstrap,
+        values=values,
     )
 
 
@@ -264,7 +306,7 @@ def within_prompt_correlations(
         return rank_correlation.within_prompts(x, y, prompts, method=method)
 
     return _correlations_of(
-        tokens, statistic, CORRELATION_METHODS, criteria, {}, bootstrap=bootstrap
+        tokens, statistic, CORRELATION_METHODS, criteria, lambda _: {}, bootstrap=bootstrap
     )
 
 
@@ -273,22 +315,34 @@ def _correlations_of(
     statistic: Callable,
     methods: Iterable[str],
     criteria,
-    fixed: dict[str, np.ndarray],
+    columns: Callable[[pd.DataFrame], dict[str, np.ndarray]],
     *,
     bootstrap: Bootstrap,
+    values: Callable | None = None,
 ) -> pd.DataFrame:
     """statistic(x, y, what is held fixed, prompts, method) for every outcome, criterion, population
-    and method.
+    and method; without draws `values` of all scores and outcomes at once, where it is given.
     """
-    scored = scores(tokens, criteria, seed=bootstrap.seed)
+    criteria = None if criteria is None else list(criteria)
 
-    def make(tokens: pd.DataFrame, settings: Bootstrap) -> Associations:
+    def before(tokens: pd.DataFrame) -> tuple[dict, dict]:
+        return scores(tokens, criteria, seed=bootstrap.seed), columns(tokens)
+
+    def make(tokens: pd.DataFrame, settings: Bootstrap, fixed: tuple[dict, dict]) -> Associations:
         found: Associations = {}
+        scored, kept = fixed
         for split in splits(tokens, bootstrap=settings):
             variables = {name: Variable(score[split.mask]) for name, score in scored.items()}
-            held = Controls([column[split.mask] for column in fixed.values()])
-            for outcome in outcomes_and_null(tokens):
-                y = Variable(split.values(tokens, outcome))
+            held = Controls([column[split.mask] for column in kept.values()])
+            names = outcomes_and_null(tokens)
+            pool = {outcome: Variable(split.values(tokens, outcome)) for outcome in names}
+            if values is not None and not settings.draws:
+                for method in methods:
+                    made = values(variables, pool, held, split.prompts, method)
+                    for outcome, name in made:
+                        found[outcome, name, split.name, method] = made[outcome, name]
+                continue
+            for outcome, y in pool.items():
                 for name, x in variables.items():
                     for method in methods:
                         found[outcome, name, split.name, method] = statistic(
@@ -296,4 +350,5 @@ def _correlations_of(
                         )
         return found
 
-    return correlation_table(over_steps(make, tokens, bootstrap), level=bootstrap.level)
+    found = over_steps(make, tokens, bootstrap, before=before)
+    return correlation_table(found, level=bootstrap.level)

@@ -103,7 +103,12 @@ def whole(
 
 def counted(estimate: Estimate, mask: np.ndarray, prompt: np.ndarray) -> Estimate:
     """An estimate with the counts of the positions [n] under a mask."""
-    return replace(estimate, positions=int(mask.sum()), prompts=len(np.unique(prompt[mask])))
+    return replace(estimate, positions=int(mask.sum()), prompts=different(prompt[mask]))
+
+
+def different(numbers: np.ndarray) -> int:
+    """How many different numbers there are among numbers from 0."""
+    return int(np.count_nonzero(np.bincount(numbers)))
 
 
 _NAMES = ("context_id", "prompt_id")

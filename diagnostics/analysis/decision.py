@@ -14,7 +14,10 @@ has the formulas. One row is one cell, horizon and divergence.
 A cell is recommended if it is better than random at the chosen horizon in the loss's own
 divergence, was moved by at least two step batches of at least one optimizer step, has no more than
 AMBIGUOUS of its selection decided by ties, and is not overfitted; of these, the one whose lower
-bound over random is largest. One norm-matched step (horizon 0) orders criteria differently from
+bound over random is largest. Two things are never recommended: a control (`is_control`), which says
+what a criterion may owe its success to, and a criterion that is not told apart from the control
+DIVERGENT at its own budget, for then choosing at random where the models differ does as well. One
+norm-matched step (horizon 0) orders criteria differently from
 training, so that nothing is recommended from it.
 
 The budget counts supervised positions; it saves no forward compute. Where the full loss does better
@@ -29,6 +32,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import (
     NO_CELLS,
@@ -45,6 +49,8 @@ from diagnostics.criteria import AMBIGUOUS
 MARGIN = 0.25
 """Share of random's effect within which two criteria are called level."""
 FAIR_RIVALS = ("random_divergent", "position_matched", "token_identity")
+DIVERGENT = "random_divergent"
+"""The control that a recommended criterion is told apart from, where that was intervened on."""
 RIVALS = ("random", "full", *FAIR_RIVALS)
 """What each criterion is compared with: columns over_<rival>, over_<rival>_low and _high."""
 LOSS_MEASURE = {
@@ -328,9 +334,27 @@ def _limits(row: Mapping) -> str:
     return "; ".join(limits)
 
 
+def is_control(name: str) -> bool:
+    """Whether a criterion only shows what others may owe their success to.
+
+    Args:
+        name: A fair rival, `random`, or a registered criterion; the note of a control begins so.
+    """
+    if name in ("random", *FAIR_RIVALS):
+        return True
+    return name in registry.names() and registry.find(name).note.startswith("the control")
+
+
+def _could_be_named(table: pd.DataFrame) -> pd.Series:
+    """Cells of criteria that are no controls and, where it is there, are told from DIVERGENT."""
+    low = table.get(f"over_{DIVERGENT}_low", pd.Series(np.nan, table.index)).astype(float)
+    return ~table["criterion"].map(is_control) & ~(low <= 0)
+
+
 def _recommended(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the one cell to train with marked, if there is one."""
     fit = table["primary"] & (table["verdict"] == "better") & (table["reason"] == "")
+    fit &= _could_be_named(table)
     best = table.loc[fit, "over_random_low"]
     chosen = best.idxmax() if len(best) else None
     return table.assign(recommended=[index == chosen for index in table.index])
@@ -349,7 +373,8 @@ def decision_sentence(table: pd.DataFrame) -> str:
     primary = table["primary"].astype(bool)
     judged = table[primary & ~table["criterion"].isin(["random", *NO_CELLS])]
     judged = judged.assign(reason=judged["reason"].astype(object).fillna(""))
-    chosen = judged[judged["recommended"].astype(bool)]
+    # An earlier version could recommend a control.
+    chosen = judged[judged["recommended"].astype(bool) & ~judged["criterion"].map(is_control)]
     if len(chosen):
         row = chosen.iloc[0].to_dict()
         return " ".join([f"Train with {_gain(row)}.", *_beside(row)])
@@ -371,11 +396,27 @@ def _undecided(judged: pd.DataFrame) -> str:
             "No decision: there is one step batch, and its intervals carry the prompts alone."
             " Intervene on several folds."
         )
-    barred = judged[judged["verdict"] == "better"].sort_values("over_random_low", ascending=False)
+    better = judged[judged["verdict"] == "better"].sort_values("over_random_low", ascending=False)
+    if (better["reason"] == "").any():
+        return _no_better_than_a_control(better[better["reason"] == ""])
+    barred = better[~better["criterion"].map(is_control)]
     if len(barred):
         row = barred.iloc[0].to_dict()
         return f"No criterion can be recommended: {_gain(row)}, but {row['reason']}."
-    return _cannot_tell(judged)
+    return _cannot_tell(judged[~judged["criterion"].map(is_control)])
+
+
+def _no_better_than_a_control(better: pd.DataFrame) -> str:
+    """Why none of the cells that are better than random is recommended, the best of them first."""
+    control = better["criterion"].map(is_control)
+    row = (better if control.all() else better[~control]).iloc[0].to_dict()
+    if control.all() and row["criterion"] != DIVERGENT:
+        return f"No criterion is better than random positions; a control alone is: {_gain(row)}."
+    text = "No criterion is told apart from choosing at random among divergent positions:"
+    if control.all():
+        return f"{text} {_gain(row)}."
+    value, low, high = (row[f"over_{DIVERGENT}{end}"] for end in ("", "_low", "_high"))
+    return f"{text} {_gain(row)}, but {value:+.3g} [{low:.3g}, {high:.3g}] over {DIVERGENT}."
 
 
 def _cannot_tell(judged: pd.DataFrame) -> str:

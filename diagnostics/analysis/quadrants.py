@@ -152,9 +152,11 @@ def position_means(
         Columns outcome, split, position (middle of the bin, 0 to 1), mean, low, high, positions,
         prompts, steps. A bin without positions has no row.
     """
-    place = np.minimum((relative_position(tokens) * bins).astype(int), bins - 1)
 
-    def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
+    def before(tokens: pd.DataFrame) -> np.ndarray:
+        return np.minimum((relative_position(tokens) * bins).astype(int), bins - 1)
+
+    def make(tokens: pd.DataFrame, settings: Bootstrap, place: np.ndarray) -> dict[tuple, Estimate]:
         return {
             (outcome, split.name, (number + 0.5) / bins): mean(
                 split.values(tokens, outcome), split.prompts, place[split.mask] == number
@@ -164,7 +166,7 @@ def position_means(
             for number in np.unique(place[split.mask])
         }
 
-    found = over_steps(make, tokens, bootstrap)
+    found = over_steps(make, tokens, bootstrap, before=before)
     return table(found, ("outcome", "split", "position"), bootstrap.level, named="mean")
 
 
@@ -438,7 +440,7 @@ def matching(
                         found[outcome, split, score, caliper] = replace(
                             next(estimates),
                             positions=len(rows),
-                            prompts=len(np.unique(drawn.prompt[rows])),
+                            prompts=cuts.different(drawn.prompt[rows]),
                         )
         return found
 
@@ -504,7 +506,7 @@ def balance(
         covariates = matching_covariates(drawn.tokens)
         for caliper in calipers:
             near = pairs.within(caliper)
-            prompts = len(np.unique(drawn.prompt[near.treated]))
+            prompts = cuts.different(drawn.prompt[near.treated])
             for name, values in covariates.items():
                 before, after = _imbalance(values[: len(group)], group, near)
                 rows.append(

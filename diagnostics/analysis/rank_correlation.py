@@ -21,6 +21,9 @@ LEAST_BLOCK = 128
 """Smallest side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600
 positions. Longer arrays have blocks of half the root of their length, so that the table of blocks
 grows no faster than they do."""
+LEFT_OUT = 120_000_000
+"""Prompts times positions up to which each prompt is left out in turn. Beyond, there are so many
+that the bootstrap's standard error is not biased, and ranking once per prompt takes minutes."""
 SINGULAR = 1e-10
 """Determinant of a correlation matrix under which its columns count as linearly dependent."""
 ROUNDING = 1e-26
@@ -222,8 +225,8 @@ def _reranked(
     value = grid(np.ones(prompts.count))
     draws = np.array([grid(w) for w in prompts.weights[:EXACT_DRAWS]]).reshape(-1, *value.shape)
     left_out = None
-    if prompts.draws:
-        left_out = np.array([grid(w) for w in 1 - np.eye(prompts.count)])
+    if prompts.draws and prompts.count * len(codes) <= LEFT_OUT:
+        left_out = np.array([grid(w) for w in _all_but_one(prompts.count)])
     counts = int(mask.sum()), prompts.present(mask)
     return [
         [
@@ -238,6 +241,14 @@ def _reranked(
         ]
         for i in range(len(x))
     ]
+
+
+def _all_but_one(count: int) -> Iterator[np.ndarray]:
+    """[count] weights that leave out each prompt in turn."""
+    for prompt in range(count):
+        weights = np.ones(count)
+        weights[prompt] = 0.0
+        yield weights
 
 
 class _WeightedRanks:
@@ -280,6 +291,59 @@ def _pearson_from_sums(sums: np.ndarray) -> np.ndarray:
         return np.where(spread > 1e-12, np.clip((xy / n - x * y / n**2) / spread, -1, 1), np.nan)[
             ..., None
         ]
+
+
+def values_of_pairs(
+    scores: Mapping[str, Variable],
+    outcomes: Mapping[str, Variable],
+    prompts: PromptClusters,
+    *,
+    ranked: bool,
+    controls: Controls | None = None,
+) -> dict[tuple[str, str], Estimate]:
+    """The values that `pearson`, `spearman` or `partial` has for every score and outcome, without
+    draws: each variable is ranked and freed of the controls once, whatever the number of pairs.
+
+    Args:
+        scores: [N] values each, by name.
+        outcomes: [N] values each, by name.
+        prompts: The prompts of the N positions.
+        ranked: Whether the correlations are of ranks or of values.
+        controls: The columns to hold fixed; None holds none.
+
+    Returns:
+        Correlations by (outcome, score), without draws.
+    """
+    found = {}
+    for mask, pairs in _by_mask(scores, outcomes):
+        mask = mask if controls is None else mask & controls.finite
+        least = 3 if controls is None else len(controls.columns) + 3
+        names, others = (list(dict.fromkeys(side)) for _, side in pairs)
+        grid = np.full((len(names), len(others)), np.nan)
+        if mask.sum() >= least:
+            first, second = (
+                np.stack([_column(pool[name], mask, ranked, controls) for name in side])
+                for pool, side in ((scores, names), (outcomes, others))
+            )
+            grid = first @ second.T / mask.sum()
+            varies = [(side != 0).any(axis=1) for side in (first, second)]
+            grid = np.where(np.outer(*varies), np.clip(grid, -1, 1), np.nan)
+        counts = int(mask.sum()), prompts.present(mask)
+        rows, columns = ({name: i for i, name in enumerate(side)} for side in (names, others))
+        for score, outcome in zip(*(side for _, side in pairs)):
+            value = float(grid[rows[score], columns[outcome]])
+            found[outcome, score] = Estimate(value, np.empty(0), *counts, correlation=True)
+    return found
+
+
+def _column(
+    variable: Variable, mask: np.ndarray, ranked: bool, controls: Controls | None
+) -> np.ndarray:
+    """[mask.sum()] values or ranks without what the controls give, standardized."""
+    column = variable.ranked(mask).average if ranked else variable.values[mask]
+    if controls is not None:
+        column = controls.residual(column, mask, ranked=ranked)
+    return standardize(column)
 
 
 def standardize(values: np.ndarray) -> np.ndarray:

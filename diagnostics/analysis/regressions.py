@@ -23,7 +23,7 @@ out where the table lacks it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -294,8 +294,8 @@ def residual_curves(
     """Residual of each outcome after {h, d, position, ht}, along c, d*c and d*(1 - c).
 
     `decile` rows are means over tenths of the score by rank; `spline` rows are a cubic regression
-    spline with three inner knots at the quartiles. Both are fitted anew, residuals included, in
-    every draw.
+    spline with three inner knots at the quartiles, at quantiles of the score with equal distances
+    between them. Both are fitted anew, residuals included, in every draw.
 
     Args:
         tokens: A token table, one row per response position, with at least one outcome.
@@ -304,14 +304,13 @@ def residual_curves(
 
     Returns:
         Columns outcome, split, score, curve, point (its number), residual (in the outcome's unit),
-        low, high, at (the score), positions, prompts, steps.
+        low, high, at (the score), rank (the share of positions below it, half of its equals
+        counted), positions, prompts, steps.
     """
-    predictors = terms(tokens)
-    held = [predictors[name] for name in HELD_TERMS if name in predictors]
-    places: dict[tuple, dict] = {}
 
-    def make(tokens: pd.DataFrame, settings: Bootstrap) -> dict[tuple, Estimate]:
+    def make(tokens: pd.DataFrame, settings: Bootstrap, predictors: dict) -> dict[tuple, Estimate]:
         found = {}
+        held = [predictors[name] for name in HELD_TERMS if name in predictors]
         for split in splits(tokens, bootstrap=settings):
             controls = [column[split.mask] for column in held]
             for outcome in outcomes(tokens):
@@ -320,15 +319,26 @@ def residual_curves(
                     x = predictors[score][split.mask]
                     curves = residual_curve(x, values, controls, split.prompts)
                     for curve, points in curves.items():
+                        ranks = _ranks([at for at, _ in points], x[np.isfinite(x)])
                         for number, (at, estimate) in enumerate(points):
                             key = (outcome, split.name, score, curve, number)
-                            places.setdefault(key, {"at": at})
-                            found[key] = estimate
+                            found["residual", *key] = estimate
+                            found["at", *key] = replace(estimate, value=at)
+                            found["rank", *key] = replace(estimate, value=ranks[number])
         return found
 
-    found = over_steps(make, tokens, bootstrap)
+    made = over_steps(make, tokens, bootstrap, before=terms)
+    found = {key[1:]: estimate for key, estimate in made.items() if key[0] == "residual"}
+    places = {key: {part: made[part, *key].value for part in ("at", "rank")} for key in found}
     names = ("outcome", "split", "score", "curve", "point")
     return table(found, names, bootstrap.level, named="residual", more=places)
+
+
+def _ranks(at: list[float], x: np.ndarray) -> list[float]:
+    """Share of the values [n] below each of `at`, half of its equals counted."""
+    ordered = np.sort(x)
+    below, up_to = (np.searchsorted(ordered, at, side=side) for side in ("left", "right"))
+    return ((below + up_to) / (2 * len(ordered))).tolist()
 
 
 def residual_curve(
@@ -362,7 +372,7 @@ def residual_curve(
     knots = np.unique(np.quantile(x, np.linspace(0, 1, INNER_KNOTS + 2)))
     if len(knots) == INNER_KNOTS + 2:
         knots = np.r_[[knots[0]] * 3, knots, [knots[-1]] * 3]
-        grid = np.linspace(*np.quantile(x, [0.01, 0.99]), GRID)
+        grid = np.quantile(x, np.linspace(0.01, 0.99, GRID))
         basis, at = (BSpline.design_matrix(v, knots, 3).toarray() for v in (x, grid))
         curves["spline"] = _points(grid.tolist(), basis, at, values, columns, prompts, mask)
     return curves
@@ -386,10 +396,6 @@ def _points(
     fixed = [np.ones(len(values)), *columns, values]
     q = len(fixed)
     k = basis.shape[1]
-    products = [a * b for a in fixed for b in fixed]
-    products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
-    products += [basis[:, i] * b for i in range(k) for b in fixed]
-    sums = prompts.sums(*products, at=mask)
 
     def curve(s: np.ndarray) -> np.ndarray:
         whole = s[..., : q * q].reshape(*s.shape[:-1], q, q)
@@ -399,4 +405,14 @@ def _points(
         residual = cross[..., -1:] - cross[..., :-1] @ beta
         return (evaluate @ linear_model.inverse(inner) @ residual)[..., 0]
 
+    if not prompts.draws:  # the sums over all prompts are enough
+        parts = np.stack(fixed), basis.T
+        pairs = ((parts[0], parts[0]), (parts[1], parts[1]), (parts[1], parts[0]))
+        total = np.concatenate([(one @ other.T).ravel() for one, other in pairs])
+        counts = int(mask.sum()), prompts.present(mask)
+        return [(x, Estimate(y, np.empty(0), *counts)) for x, y in zip(at, curve(total).tolist())]
+    products = [a * b for a in fixed for b in fixed]
+    products += [basis[:, i] * basis[:, j] for i in range(k) for j in range(k)]
+    products += [basis[:, i] * b for i in range(k) for b in fixed]
+    sums = prompts.sums(*products, at=mask)
     return list(zip(at, of_sums(curve, sums, prompts, mask)))

@@ -7,7 +7,7 @@ more than a few positions survives all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def gain_robustness(
     """
     base = claim_statistics.Support("compatibility", base_k, "compatibility")
     found = {}
-    for variant, (table, forms, share) in _variants(tokens, losses or {}).items():
+    for variant, table, forms, share in _variants(tokens, losses or {}):
         kinds = {name: ("controlled",) for name in forms if name in table}
         estimates = claim_statistics.estimates(
             table,
@@ -190,23 +190,28 @@ def gain_robustness(
 
 def _variants(
     tokens: pd.DataFrame, losses: Mapping[str, pd.DataFrame]
-) -> dict[str, tuple[pd.DataFrame, tuple[str, ...], float]]:
-    """By variant its table, outcomes, and share of each tail that is winsorized."""
-    return {
-        "nothing": (tokens, GAIN_FORMS, 0.0),
-        **{f"winsorised_{share:g}": (tokens, VARIED_OUTCOMES, share) for share in (0.01, 0.05)},
-        **{name: (kept, VARIED_OUTCOMES, 0.0) for name, kept in _subsets(tokens).items()},
-        **{f"loss_{name}": (table, VARIED_OUTCOMES, 0.0) for name, table in losses.items()},
-    }
+) -> Iterator[tuple[str, pd.DataFrame, tuple[str, ...], float]]:
+    """Each variant with its table, outcomes, and share of each tail that is winsorized; one table
+    at a time, since each is a copy.
+    """
+    yield "nothing", tokens, GAIN_FORMS, 0.0
+    for share in (0.01, 0.05):
+        yield f"winsorised_{share:g}", tokens, VARIED_OUTCOMES, share
+    for name, kept in _subsets(tokens):
+        yield name, kept, VARIED_OUTCOMES, 0.0
+    for name, table in losses.items():
+        yield f"loss_{name}", table, VARIED_OUTCOMES, 0.0
 
 
-def _subsets(tokens: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def _subsets(tokens: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     later = tokens["position"] > 0
     masks = {"no_first_position": later}
     if "is_special" in tokens:
         plain = ~tokens["is_special"].astype(bool)
         masks = {"no_special_tokens": plain, "no_first_position": later, "neither": plain & later}
-    return {name: tokens[mask].reset_index(drop=True) for name, mask in masks.items() if mask.any()}
+    for name, mask in masks.items():
+        if mask.any():
+            yield name, tokens[mask].reset_index(drop=True)
 
 
 # Saturation and coverage

@@ -35,7 +35,7 @@ score; the normalized area is the ratio known from uplift curves as the Qini coe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -43,11 +43,13 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from diagnostics import criteria as registry
 from diagnostics.analysis import rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters, mean, positive_ratio
 from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.prompt_groups import groups_of, over_groups, studied
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.selection_draws import (
     RANDOM_SELECTIONS,
@@ -62,7 +64,7 @@ from diagnostics.analysis.step_batches import over_steps
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.inputs import several, shares, takes, token_table
 from diagnostics.core.schema import listed, require_columns
-from diagnostics.core.settings import with_settings
+from diagnostics.core.settings import as_written, with_settings
 from diagnostics.core.shown import Tables
 from diagnostics.criteria import BATCH_CONTEXTS, TIES_FLAG, Scope, Ties
 
@@ -81,6 +83,7 @@ TOKEN_TYPES = ("word", "number", "punctuation", "special")
 
 
 @dataclass(frozen=True)
+@as_written
 class ComparisonConfig:
     """The settings of a comparison.
 
@@ -176,18 +179,13 @@ class Population:
             for c, name in enumerate(self.candidates.names):
                 for statistic, array in statistics.items():
                     key = (statistic, split, outcome, name)
+                    counts = defined, self.candidates.prompts.count
                     if statistic == "area":
-                        found[key] = self.estimate(array[:, c], defined)
+                        found[key] = sums.estimate(array[:, c], *counts)
                         continue
                     for b, budget in enumerate(self.candidates.budgets):
-                        found[(*key, budget)] = self.estimate(array[:, c, b], defined)
+                        found[(*key, budget)] = sums.estimate(array[:, c, b], *counts)
         return found
-
-    def estimate(self, passes: np.ndarray, positions: int) -> Estimate:
-        """An estimate from its value in every pass [P], the first of which is the rows as they
-        are.
-        """
-        return Estimate(float(passes[0]), passes[1:], positions, self.candidates.prompts.count)
 
     def oracle_shares(self, values: np.ndarray) -> np.ndarray:
         """[B] share of an outcome [n] that ranking by itself captures."""
@@ -198,6 +196,8 @@ class Population:
 
     def random_bands(self, level: float) -> dict[tuple[str, str], np.ndarray]:
         """By outcome, quantiles [2, B] of the share that random selections capture."""
+        if self.count > SIMULATED and self.candidates.rules.scope == "table":
+            return self._normal_bands(level)
         # A stream of its own, so that the band does not depend on the draws of prompts.
         generator = np.random.default_rng([self.candidates.prompts.seed, 1])
         held = self.values()[:, 1:]
@@ -212,6 +212,24 @@ class Population:
         ends = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return {key: ends[..., i] for i, key in enumerate(self.outcomes)}
 
+    def _normal_bands(self, level: float) -> dict[tuple[str, str], np.ndarray]:
+        """The same by the normal distribution: k of n rows, drawn without replacement, hold k / n
+        of a total, with the variance k (1 - k / n) S^2.
+        """
+        share = self.expected[:, 0]
+        reach = float(special.ndtri((1 + level) / 2))
+        bands = {}
+        for key, values in self.outcomes.items():
+            held = np.nan_to_num(values)
+            spread = np.sqrt(self.count * share * (1 - share) * held.var(ddof=1))
+            around = reach * positive_ratio(spread, held.sum())
+            bands[key] = np.stack([share - around, share + around])
+        return bands
+
+
+SIMULATED = 200_000
+"""Positions up to which random selections are made; of more, what they hold is normal."""
+
 
 def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]:
     """Means, shares and enrichments [P, C, B] and areas [P, C] of one outcome."""
@@ -224,7 +242,14 @@ def _of_outcome(sums: Sums, place: int, positions: int) -> dict[str, np.ndarray]
         sums.inside[:, :, -1, place] - middle[:, None],
         (sums.oracle[:, -1, place] - middle)[:, None],
     )
-    return {"mean": mean_inside, "share": share, "enrichment": enrichment, "area": area}
+    over = mean_inside - positive_ratio(sums.total[:, place], sums.total[:, 0])[:, None, None]
+    return {
+        "mean": mean_inside,
+        "minus_random": over,
+        "share": share,
+        "enrichment": enrichment,
+        "area": area,
+    }
 
 
 @dataclass(frozen=True)
@@ -476,12 +501,13 @@ def selection_curves(
         order among equals decided), captured_share, low, high (NaN for context and relative gains,
         whose totals may lie near 0), mean (of the outcome over the selected positions, in its own
         unit, an undefined one as 0), mean_low, mean_high, mean_per_kept (the mean over the share of
-        positions kept), spread (standard deviation over random ties, or over the draws of a random
-        criterion; 0 where nothing is random), random (the share that a random selection captures on
-        average), random_low, random_high (the interval that holds `level` of random selections),
-        oracle, positions, prompts, steps. The rows of `random` have that interval in low and high
-        and none for the mean; all others have intervals over prompts and step batches, with the
-        selection made anew in each draw.
+        positions kept), minus_random (the mean minus that of all positions, which random ones have
+        on average), minus_random_low, minus_random_high, spread (standard deviation over random
+        ties, or over the draws of a random criterion; 0 where nothing is random), random (the share
+        that a random selection captures on average), random_low, random_high (the interval that
+        holds `level` of random selections), oracle, positions, prompts, steps. The rows of `random`
+        have that interval in low and high and none for the mean; all others have intervals over
+        prompts and step batches, with the selection made anew in each draw.
 
     Raises:
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
@@ -528,6 +554,8 @@ def _curves(
                     own = {"criterion": name, "spread": spread[b], **vars(found[name, budget])}
                     own |= row(share, level, named="captured_share")
                     own |= _means(inside, found[name, budget].selected / part.count, level)
+                    over = estimates["minus_random", split, outcome, name, budget]
+                    own |= _over_random(over, level)
                     rows.append(key | frame[b] | own)
     table = pd.DataFrame(rows, columns=_CURVE_COLUMNS)
     wanted = table["budget"].isin(list(budgets)) if budgets is not None else slice(None)
@@ -539,6 +567,12 @@ def _means(inside: Estimate, kept: float, level: float) -> dict[str, float]:
     low, high = inside.interval(level)
     over_kept = float(positive_ratio(inside.value, kept))
     return {"mean": inside.value, "mean_low": low, "mean_high": high, "mean_per_kept": over_kept}
+
+
+def _over_random(over: Estimate, level: float) -> dict[str, float]:
+    """The mean of the selected minus that of all positions, which random ones have on average."""
+    low, high = over.interval(level)
+    return {"minus_random": over.value, "minus_random_low": low, "minus_random_high": high}
 
 
 _CURVE_COLUMNS = [
@@ -556,6 +590,9 @@ _CURVE_COLUMNS = [
     "mean_low",
     "mean_high",
     "mean_per_kept",
+    "minus_random",
+    "minus_random_low",
+    "minus_random_high",
     "spread",
     "random",
     "random_low",
@@ -604,6 +641,9 @@ def _random_rows(part: Population, frame: list[dict], held: np.ndarray) -> Itera
             "mean_low": np.nan,
             "mean_high": np.nan,
             "mean_per_kept": float(positive_ratio(mean_inside, kept)),
+            "minus_random": 0.0,
+            "minus_random_low": np.nan,
+            "minus_random_high": np.nan,
             "criterion": "random",
             "selected": round(float(chance.sum()), 6),
             "tied": 0.0,
@@ -794,8 +834,22 @@ def _table_sums(chosen: Candidates, measures: dict, *, overlaps: bool) -> Sums:
             columns += [np.nan_to_num(each), np.isfinite(each).astype(np.float64)]
         return np.stack(columns, axis=1)
 
+    if groups := groups_of(chosen.tokens, chosen.seed):
+        return _sums_of_groups(chosen, groups, overlaps=overlaps)
     draws = min(chosen.prompts.draws, SELECTION_DRAWS)
     return selection_sums(chosen, values, draws=draws, overlaps=overlaps)
+
+
+def _sums_of_groups(chosen: Candidates, groups: list[pd.DataFrame], *, overlaps: bool) -> Sums:
+    """`_table_sums` in each group of a divided table."""
+    still = Bootstrap(draws=0, seed=chosen.seed)
+    parts = []
+    for group in groups:
+        inside = whole_table(
+            group, chosen.names, chosen.budgets, rules=chosen.rules, bootstrap=still
+        )
+        parts.append(_table_sums(inside, profile_measures(group), overlaps=overlaps))
+    return Sums.of_groups(parts)
 
 
 def _overlap(
@@ -804,19 +858,18 @@ def _overlap(
     bootstrap: Bootstrap,
     budgets: Iterable[float] | None = None,
 ) -> pd.DataFrame:
-    scored = scores(chosen.tokens, chosen.names, seed=bootstrap.seed)
-    variables = {name: Variable(score) for name, score in scored.items()}
+    ranks = _rank_correlations(chosen, bootstrap)
     found, count, rows = cells(chosen), len(chosen.groups), []
     for (i, one), (j, other) in combinations(enumerate(chosen.names), 2):
         key = {"criterion": one, "other": other}
-        rank = rank_correlation.spearman(variables[one], variables[other], chosen.prompts)
+        rank = ranks(one, other)
         spearman = {"statistic": "spearman", "budget": np.nan, "ambiguous": 0.0, "chance": 0.0}
         rows.append(key | spearman | row(rank, bootstrap.level))
         for b, budget in enumerate(chosen.budgets):
             if budgets is not None and budget not in budgets:
                 continue
             jaccard = _jaccard(sums.both[:, b, i, j], sums.both[:, b, i, i], sums.both[:, b, j, j])
-            estimate = Estimate(float(jaccard[0]), jaccard[1:], count, chosen.prompts.count)
+            estimate = sums.estimate(jaccard, count, chosen.prompts.count)
             cell = found[one, budget], found[other, budget]
             shared = cell[0].selected * cell[1].selected / max(count, 1)
             rows.append(
@@ -827,6 +880,24 @@ def _overlap(
                 | row(estimate, bootstrap.level)
             )
     return pd.DataFrame(rows, columns=_OVERLAP_COLUMNS)
+
+
+def _rank_correlations(chosen: Candidates, bootstrap: Bootstrap) -> Callable[[str, str], Estimate]:
+    """The rank correlation of the scores of two criteria."""
+
+    def variables(tokens: pd.DataFrame) -> dict[str, Variable]:
+        scored = scores(tokens, chosen.names, seed=bootstrap.seed)
+        return {name: Variable(score) for name, score in scored.items()}
+
+    def values(group: pd.DataFrame) -> dict[tuple[str, str], Estimate]:
+        held, prompts = variables(group), PromptClusters(group["prompt_id"], draws=0)
+        return rank_correlation.values_of_pairs(held, held, prompts, ranked=True)
+
+    if groups := groups_of(chosen.tokens, chosen.seed):
+        found = over_groups(values, groups)
+        return lambda one, other: found[other, one]
+    held = variables(chosen.tokens)
+    return lambda one, other: rank_correlation.spearman(held[one], held[other], chosen.prompts)
 
 
 def _jaccard(both, one, other) -> np.ndarray:
@@ -946,13 +1017,14 @@ def _profile(
         over, under = 1 + 2 * m, 2 + 2 * m
         means = positive_ratio(sums.inside[..., over], sums.inside[..., under])
         full = positive_ratio(sums.total[:, over], sums.total[:, under])
+        whole = sums.estimate(full, len(chosen.groups), chosen.prompts.count).value
         for c, name in enumerate(chosen.names):
             for b, budget in enumerate(chosen.budgets):
                 if budget not in wanted:
                     continue
                 cell, counts = found[name, budget], (len(chosen.groups), chosen.prompts.count)
                 mean, difference = (
-                    Estimate(float(passes[0]), passes[1:], *counts)
+                    sums.estimate(passes, *counts)
                     for passes in (means[:, c, b], means[:, c, b] - full)
                 )
                 low, high = difference.interval(level)
@@ -961,7 +1033,7 @@ def _profile(
                     | row(mean, level)
                     | {
                         "ambiguous": cell.ambiguous,
-                        "full": float(full[0]),
+                        "full": whole,
                         "minus_full": difference.value,
                         "minus_full_low": low,
                         "minus_full_high": high,
@@ -1056,14 +1128,17 @@ def compare(
         DiagnosticsError: If the table holds none of the outcomes, a criterion is unknown or lacks a
             column, or a budget is outside (0, 1].
     """
+    tokens = studied(tokens, bootstrap.seed)
     # The four tables share the selections of each draw, which are most of the work.
     budgets, rules = tuple(budgets), Rules(ties, scope, batch)
     options = _options(criteria, outcomes, {*budgets, *ENRICHMENT_BUDGETS}, rules)
     estimates = _estimates(tokens, bootstrap, **options)
     parts = populations(tokens, bootstrap=bootstrap, **options)
-    chosen = whole_table(
-        tokens, options["criteria"], options["budgets"], rules=rules, bootstrap=bootstrap
-    )
+    chosen = parts[0].candidates
+    if not chosen.mask.all():
+        chosen = whole_table(
+            tokens, options["criteria"], options["budgets"], rules=rules, bootstrap=bootstrap
+        )
     measures = profile_measures(tokens)
     sums = _table_sums(chosen, measures, overlaps=True)
     level = bootstrap.level

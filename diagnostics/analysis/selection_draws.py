@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis.bootstrap import PromptClusters
+from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.analysis.prompt_groups import of_values
 from diagnostics.criteria import BATCH_CONTEXTS, Ranked, Scope, Ties
 
 SELECTION_DRAWS = 200
@@ -305,12 +306,29 @@ class Sums:
         oracle: [P, B + 1, M] the same where each column ranks its own positions.
         total: [P, M] sums over all n positions.
         both: [P, B, C, C] rows that two criteria select; empty unless asked for.
+        grouped: Whether the passes are the groups of a divided table (`prompt_groups`), and not the
+            rows as they are with their draws.
     """
 
     inside: np.ndarray
     oracle: np.ndarray
     total: np.ndarray
     both: np.ndarray
+    grouped: bool = False
+
+    @classmethod
+    def of_groups(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums of several tables, a pass each."""
+        names = ("inside", "oracle", "total", "both")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, grouped=True)
+
+    def estimate(self, passes: np.ndarray, positions: int, prompts: int) -> Estimate:
+        """An estimate from the value of a statistic in every pass [P]."""
+        if not self.grouped:
+            return Estimate(float(passes[0]), passes[1:], positions, prompts)
+        value, draws = of_values(passes)
+        return Estimate(value, draws, positions, prompts, groups=len(passes))
 
 
 def selection_sums(

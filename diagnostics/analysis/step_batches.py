@@ -4,39 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bootstrap import Estimate
 from diagnostics.analysis.config import Bootstrap
+from diagnostics.analysis.prompt_groups import groups_of, over_groups
 from diagnostics.core.folds import combine, step_count
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 def over_steps(
-    make: Callable[[pd.DataFrame, Bootstrap], dict[Key, Estimate]],
+    make: Callable[..., dict[Key, Estimate]],
     tokens: pd.DataFrame,
     bootstrap: Bootstrap,
+    *,
+    before: Callable[[pd.DataFrame], Any] | None = None,
+    whole: bool = False,
 ) -> dict[Key, Estimate]:
     """Estimates of a token table whose intervals carry its step batches.
 
     Args:
         make: Takes a token table and how prompts are resampled, and returns estimates by key.
-        tokens: A token table. Where it has one step, its estimates carry the prompts alone.
+        tokens: A token table. Where it has one step, its estimates carry the prompts alone. A table
+            of many prompts is divided (`prompt_groups`), and `make` gets its groups.
         bootstrap: How the intervals are made.
+        before: Makes of a table what no step changes; `make` then takes it as a third argument.
+        whole: Whether `make` knows its rows by number, so that the table cannot be divided.
 
     Returns:
         The estimates with their values without each step; NaN where one is undefined then.
     """
-    found = make(tokens, bootstrap)
+    groups = [] if whole else groups_of(tokens, bootstrap.seed)
+    if not groups:
+        return _of_table(make, tokens, bootstrap, before)
+    still = replace(bootstrap, draws=0)
+    return over_groups(lambda group: _of_table(make, group, still, before), groups)
+
+
+def _of_table(
+    make: Callable[..., dict[Key, Estimate]],
+    tokens: pd.DataFrame,
+    bootstrap: Bootstrap,
+    before: Callable[[pd.DataFrame], Any] | None,
+) -> dict[Key, Estimate]:
+    fixed = () if before is None else (before(tokens),)
+    found = make(tokens, bootstrap, *fixed)
     steps = step_count(tokens)
     if steps < 2:
         return found
     still = replace(bootstrap, draws=0)
-    without = [make(combine(tokens, without=step), still) for step in range(steps)]
+    without = [make(combine(tokens, without=step), still, *fixed) for step in range(steps)]
     return {
         key: replace(
             estimate,

@@ -26,6 +26,7 @@ from diagnostics.analysis.correlations import (
     partial_correlations,
     within_prompt_correlations,
 )
+from diagnostics.analysis.prompt_groups import studied
 from diagnostics.analysis.quadrants import (
     balance,
     matching,
@@ -130,7 +131,8 @@ def study(
     """
     outcomes(tokens)
     criteria = None if criteria is None else list(criteria)
-    tokens, base_k = _with_k(tokens, base_k)
+    tokens, base_k = _with_k(studied(tokens, bootstrap.seed), base_k)
+    losses = {name: studied(table, bootstrap.seed) for name, table in (losses or {}).items()}
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
     steps = _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered)

@@ -9,6 +9,7 @@ from diagnostics.contexts.conversations import template_arguments
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import require_unicode
 from diagnostics.models.chat_templates import Template
+from diagnostics.models.special_tokens import special_ids
 
 
 def encode_prompt(tokenizer, text: str, *, rendered: bool = False) -> tuple[int, ...]:
@@ -74,16 +75,6 @@ def _written_in_template(tokenizer, bare: tuple[int, ...], start: tuple[int, ...
         _BEGINNINGS[tokenizer] = (template, tuple(ids))
     beginning = _BEGINNINGS[tokenizer][1]
     return bool(beginning) and beginning[: len(start)] != start
-
-
-def special_ids(tokenizer) -> frozenset[int]:
-    """Return the ids that `decode(skip_special_tokens=True)` leaves out: named tokens (start, end,
-    ...) and tokens flagged as special.
-    """
-    flagged = {
-        i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
-    }
-    return frozenset(flagged.union(tokenizer.all_special_ids))
 
 
 def try_render(

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
+from diagnostics.models.special_tokens import turn_end
 
 log = logging.getLogger("diagnostics")
 HONORED_SETTINGS = (
@@ -141,19 +141,8 @@ def unlisted_turn_end(pair: Pair) -> int | None:
     """Return the special token that ends the assistant's turn in the chat template but is not an
     end id of the pair; None where there is none.
     """
-    from diagnostics.contexts.encoding import try_render
-
-    mark = "answer"
-    text = try_render(
-        pair.tokenizer,
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}],
-        add_generation_prompt=False,
-    )
-    if text is None or mark not in text:
-        return None
-    ids = pair.tokenizer(text.rpartition(mark)[2].strip(), add_special_tokens=False)["input_ids"]
-    found = bool(ids) and ids[0] in special_ids(pair.tokenizer) and ids[0] not in pair.end_ids
-    return ids[0] if found else None
+    end = turn_end(pair.tokenizer)
+    return None if end in pair.end_ids else end
 
 
 def positions_after_turn_end(pair: Pair, bank: Bank) -> dict[str, Any]:

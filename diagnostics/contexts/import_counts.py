@@ -24,6 +24,14 @@ COUNTED = {
         " them. Name the prompt file with --prompts"
     ),
     "restored": "whose prompt's special tokens were put back from --prompts",
+    "turns": (
+        "with tokens that the student did not write between its own: both models read them, and"
+        " they are no positions"
+    ),
+    "turns_left_out": (
+        "whose further messages were left out, since the chat template has no generation marks"
+        " that tell the student's tokens"
+    ),
     "cut": "cut at the first token that the student did not write",
     "after_end": (
         "cut after their first end token: what follows it does not belong to the response"
@@ -33,6 +41,10 @@ COUNTED = {
     "unwritten": (
         "with tool calls or reasoning that the chat template does not write: left out where the"
         " reasoning is lost, cut before a lost call"
+    ),
+    "logprobs": "with the log-probabilities of the engine that sampled them",
+    "logprobs_unplaced": (
+        "whose log-probabilities are not one per response token, or none at all: left out"
     ),
     "empty": "without response tokens, left out",
     "over_long": "longer than the models' window, left out",
@@ -48,7 +60,15 @@ COUNTED = {
     "prompts_beside": NOTED["beside"],
 }
 """What is counted, in the words of the log."""
-HARMLESS = ("from_text", "restored", "rewritten", "prompts_rendered", "prompts_continued")
+HARMLESS = (
+    "turns",
+    "from_text",
+    "restored",
+    "logprobs",
+    "rewritten",
+    "prompts_rendered",
+    "prompts_continued",
+)
 """Counts that are logged as information; the others are warnings."""
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts import sampled_logprobs
 from diagnostics.contexts.conversations import from_json, parse_messages, preview, row_arguments
-from diagnostics.contexts.prompt_ids import id_text, is_ambiguous_id
+from diagnostics.contexts.prompt_ids import cell_text, id_text, is_ambiguous_id
 from diagnostics.contexts.torch_archive import Opaque, read_archive
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing, read_rows
@@ -38,6 +39,10 @@ class Rollout:
     teacher_prompt_ids: tuple[int, ...] | None = None
     reply: Any = None
     """The response as chat messages, in place of its text."""
+    domain: str | None = None
+    """What kind of question the prompt is."""
+    logprobs: Any = None
+    """The sampling engine's log-probabilities of the response, as the file has them."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What the row passes to the chat template in addition to its messages."""
 
@@ -187,7 +192,11 @@ def read_row(kind: Format, row: Row) -> Rollout:
     """Read one row as a `Rollout`. Raises DiagnosticsError where the prompt or the response has
     neither text nor ids.
     """
-    rollout = kind.read(row)
+    rollout = replace(
+        kind.read(row),
+        logprobs=sampled_logprobs.find(row._listed),
+        domain=cell_text(row.get("domain"), row.where),
+    )
     if any(isinstance(part, Opaque) for part in (rollout.prompt, rollout.response)):
         raise DiagnosticsError(
             f"{row.where} holds a value that only code could build. Write the rows as JSONL with"
@@ -214,6 +223,7 @@ def _read_contexts(row: Row) -> Rollout:
         row.name("prompt_id"),
         row.name("context_id"),
         rendered=True,
+        own=row.mask("supervised"),
         teacher_prompt=row.text("teacher_prompt"),
         teacher_prompt_ids=row.ids("teacher_prompt_ids"),
     )
@@ -325,6 +335,7 @@ def _read_plain(row: Row) -> Rollout:
                 f"{row.where}: {name} has {len(mask)} values for {len(ids or ())} response_ids."
                 " Give one a token, or leave it out."
             )
+    ids, given = _seen_alone(ids, given)
     return Rollout(
         row.get("messages") if prompt is None else prompt,
         prompt_ids=prompt_ids,
@@ -336,6 +347,22 @@ def _read_plain(row: Row) -> Rollout:
         arguments=row.arguments(),
         **row.reply("response"),
     )
+
+
+def _seen_alone(
+    ids: tuple[int, ...] | None, masks: dict[str, tuple[bool, ...]]
+) -> tuple[tuple[int, ...] | None, dict[str, tuple[bool, ...]]]:
+    """Take the tokens that the attention mask hides out of a response that goes on behind them; the
+    student never saw them. At the end they are padding, which is counted there.
+    """
+    seen = masks.get("attention_mask")
+    if ids is None or seen is None or not any(seen):
+        return ids, masks
+    last = len(seen) - seen[::-1].index(True)
+    kept = [t for t in range(len(ids)) if seen[t] or t >= last]
+    return tuple(ids[t] for t in kept), {
+        name: tuple(mask[t] for t in kept) for name, mask in masks.items()
+    }
 
 
 def _attended(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.contexts import sampled_logprobs
 from diagnostics.contexts.conversations import CALLS, REASONING, parse_messages
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.import_counts import COUNTED
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
 
 
+TURNS = ("auto", "first", "all")
+"""Which turns of a reply are kept: all where the student's tokens are told and else the first; the
+first; all, or a refusal."""
+
+
 class Freezer:
     """Turns imported rows into contexts and counts what it finds.
 
@@ -31,14 +38,29 @@ class Freezer:
             theirs.
         renderer: Renders prompts and replies with the chat template.
         prompts: Prompts that the rollouts came from, to restore lost special tokens.
+        turns: One of TURNS.
     """
 
-    def __init__(self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt]):
+    def __init__(
+        self, pair: Pair, renderer: Renderer, prompts: Sequence[Prompt], *, turns: str = "auto"
+    ):
+        if turns not in TURNS:
+            raise DiagnosticsError(
+                f"turns is one of {', '.join(TURNS)}; got {turns!r}. Choose one of them."
+            )
+        self.turns = turns
         self.tokenizer: Any = pair.tokenizer
         self.end_ids = pair.end_ids
         self.vocabulary = pair.vocabulary
         self.window = pair.window
         self.renderer = renderer
+        self.teacher_renderer, self.teacher_tokenizer = (
+            renderer,
+            pair.teacher_reads or pair.tokenizer,
+        )
+        if getattr(pair.teacher_reads, "chat_template", None):
+            kwargs = dict(renderer.arguments)
+            self.teacher_renderer = Renderer(pair.teacher_reads, renderer.wraps_text, kwargs)
         self.counts: Counter = Counter()
         renderer.written.update(prompt.prompt for prompt in prompts if prompt.rendered)
         self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
@@ -72,14 +94,21 @@ class Freezer:
                 f"{where} holds token id {outside[0]}, and the shared vocabulary has"
                 f" {self.vocabulary}. Another tokenizer wrote it; give the text alone."
             )
+        part, own = self._students_part(given_ids, rollout.own)
         prompt_ids, response_ids, teacher_ids = self._without_padding(
-            prompt_ids, self._students_part(given_ids, rollout.own), rollout.teacher_prompt_ids
+            prompt_ids, part, rollout.teacher_prompt_ids, whole=own is not None
         )
+        self.counts["turns"] += own is not None
         rollout = replace(rollout, teacher_prompt_ids=teacher_ids)
         usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)
         if usable:
             self._count_faults(rollout, prompt_ids, response_ids, given_ids)
-        return self._context(rollout, prompt_ids, response_ids) if usable else None
+        if not usable:
+            return None
+        values = self._logprobs(rollout, given_ids, response_ids)
+        return replace(
+            self._context(rollout, prompt_ids, response_ids, own), sampled_logprobs=values
+        )
 
     def counted(self) -> dict[str, int]:
         """Return what was found, by the names of COUNTED."""
@@ -96,9 +125,93 @@ class Freezer:
             return rollout
         messages = self.renderer.messages(rollout.reply, f"{where}, the reply")
         own = messages[:1] if messages[0]["role"] == "assistant" else []
+        if self.turns != "first" and any(each["role"] == "assistant" for each in messages[1:]):
+            whole = self._with_turns(rollout, messages, where)
+            if whole is not None:
+                return whole
+            self.counts["turns_left_out"] += 1
         self.counts["cut"] += len(messages) > len(own)
         text = self._written(rollout, own[0], where) if own else ""
         return None if text is None else replace(rollout, response=text)
+
+    def _with_turns(self, rollout: Rollout, messages: list[dict], where: str) -> Rollout | None:
+        """Replace a reply in several messages by its ids and the mask of the student's tokens, as
+        the chat template writes and marks them. None where it does not, and `all` is not asked for.
+        """
+        arguments = self.renderer.arguments | rollout.arguments
+        template = self.renderer.template
+        if self.turns == "auto" and not template.marks_replies(arguments):
+            return None
+        prompt = parse_messages(rollout.prompt, where)
+        if isinstance(prompt, str) or missing(prompt):
+            self._refuse_untold(where, "its prompt is text, which is not rendered again")
+            return None
+        asked = self.renderer.messages(prompt, where)
+        if self.renderer.continues(asked, arguments):
+            self._refuse_untold(where, "its prompt ends with the beginning of the first of them")
+            return None
+        asked = self.renderer.question(asked)
+        before = self.renderer(asked, where, rollout.arguments, count=False)
+        passed = {
+            name: value for name, value in arguments.items() if name != "continue_final_message"
+        }
+        text, spans = template.marked([*asked, *messages], where, **passed)
+        spans = [(max(first, len(before)), last) for first, last in spans if last > len(before)]
+        if not text.startswith(before) or not spans:
+            self._refuse_untold(where, "the chat template writes the prompt otherwise before it")
+            return None
+        prompt_ids = self._encode_prompt(before)
+        ids, own = self._marked_ids(text[: spans[-1][1]], len(before), prompt_ids, spans)
+        self.renderer(asked, where, rollout.arguments)  # counts what became of the prompt
+        self.counts["from_text"] += 1
+        self.counts["cut"] += messages[-1]["role"] != "assistant"
+        return replace(
+            rollout,
+            prompt=before,
+            prompt_ids=prompt_ids,
+            reply=None,
+            response=None,
+            response_ids=ids,
+            own=own,
+        )
+
+    def _refuse_untold(self, where: str, why: str) -> None:
+        """Refuse a reply of several messages where all are asked for."""
+        if self.turns == "all":
+            raise DiagnosticsError(
+                f"{where} has a reply of several messages, and {why}. Give response_ids with a"
+                " loss_mask, or take the first message alone with --turns first."
+            )
+
+    def _marked_ids(
+        self,
+        text: str,
+        start: int,
+        prompt_ids: tuple[int, ...],
+        spans: list[tuple[int, int]],
+    ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Encode a reply behind its prompt, and tell the tokens that begin within a span.
+
+        Args:
+            text: Prompt and reply.
+            start: Characters of the prompt.
+            prompt_ids: Ids of the prompt.
+            spans: First and last character (exclusive) of what the student writes.
+        """
+        ids, places = self._encode_with_places(text)
+        first = len(prompt_ids)
+        if ids[:first] != prompt_ids:
+            self.counts["joined"] += 1
+            ids, places = self._encode_with_places(text[start:])
+            first, spans = 0, [(a - start, b - start) for a, b in spans]
+        own = tuple(any(a <= place < b for a, b in spans) for place in places[first:])
+        return ids[first:], own
+
+    def _encode_with_places(self, text: str) -> tuple[tuple[int, ...], list[int]]:
+        """Ids of a text, and the character at which each begins."""
+        require_unicode(text)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return tuple(found["input_ids"]), [first for first, _ in found["offset_mapping"]]
 
     def _written(self, rollout: Rollout, message: dict, where: str) -> str | None:
         """Return a message's text with its reasoning and tool calls as the template writes them;
@@ -167,6 +280,7 @@ class Freezer:
                 rollout,
                 prompt=original.prompt,
                 prompt_id=rollout.prompt_id or original.prompt_id,
+                domain=rollout.domain or original.domain,
                 teacher_prompt=rollout.teacher_prompt or original.teacher_prompt,
             )
         text = self._rendered(rollout.prompt, rollout, where)
@@ -185,10 +299,17 @@ class Freezer:
     def _with_teacher_ids(self, rollout: Rollout, where: str) -> Rollout:
         """Add the teacher's own prompt as text and ids, where the row has one."""
         if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
-            text = self._rendered(rollout.teacher_prompt, rollout, where, count=False)
-            return replace(
-                rollout, teacher_prompt=text, teacher_prompt_ids=self._encode_prompt(text)
+            value = parse_messages(rollout.teacher_prompt, where)
+            whole = isinstance(value, str) and rollout.rendered
+            text = (
+                value
+                if isinstance(value, str) and whole
+                else self.teacher_renderer(value, where, rollout.arguments, count=False)
             )
+            ids = encode_prompt(
+                self.teacher_tokenizer, text, rendered=text in self.teacher_renderer.written
+            )
+            return replace(rollout, teacher_prompt=text, teacher_prompt_ids=ids)
         return rollout
 
     # Text becomes ids, and the response is cut out of them.
@@ -227,30 +348,43 @@ class Freezer:
 
     def _students_part(
         self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None
-    ) -> tuple[int, ...]:
-        """Cut the response at the first token that the student did not write. Padding does not
-        belong to it, whatever the mask says.
+    ) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
+        """Return the response up to the last token that the student wrote, and its mask where
+        others stand between; with the first turn alone, up to the first that it did not write.
+
+        Padding does not belong to it, whatever the mask says.
         """
         if own is None or all(own):
-            return response_ids
-        first = own.index(False)
-        self.counts["cut"] += not all(i in self.fillers for i in response_ids[first:])
-        self.counts["padded"] += all(i in self.fillers for i in response_ids[first:])
-        return response_ids[:first]
+            return response_ids, None
+        start = 0
+        while start < len(own) and not own[start] and response_ids[start] in self.fillers:
+            start += 1
+        if self.turns == "first":
+            end = start + (*own[start:], False).index(False)
+        else:
+            end = len(own) - own[::-1].index(True) if any(own) else start
+        beyond = response_ids[:start] + response_ids[end:]
+        foreign = any(i not in self.fillers for i in beyond)
+        self.counts["cut"] += foreign
+        self.counts["padded"] += bool(beyond) and not foreign
+        kept = own[start:end]
+        return response_ids[start:end], None if all(kept) else kept
 
     def _without_padding(
         self,
         prompt_ids: tuple[int, ...],
         response_ids: tuple[int, ...],
         teacher_ids: tuple[int, ...] | None,
+        *,
+        whole: bool = False,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
         """Return prompt, response and teacher's prompt: both prompts without padding, the response
-        up to its first end token.
+        up to its first end token, or (`whole`) as it is: one of several turns ends several times.
         """
         bare = self._unpadded(prompt_ids)
         bare_teacher = teacher_ids and self._unpadded(teacher_ids)
-        first = self._leading_padding(response_ids)
-        kept, beyond = self._split_at_end(response_ids[first:])
+        first = 0 if whole else self._leading_padding(response_ids)
+        kept, beyond = (response_ids, ()) if whole else self._split_at_end(response_ids[first:])
         foreign = any(i not in self.fillers for i in beyond)
         self.counts["after_end"] += foreign
         self.counts["padded"] += (
@@ -338,7 +472,11 @@ class Freezer:
         return any(form.strip() == response.strip() for form in forms)
 
     def _context(
-        self, rollout: Rollout, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]
+        self,
+        rollout: Rollout,
+        prompt_ids: tuple[int, ...],
+        response_ids: tuple[int, ...],
+        own: tuple[bool, ...] | None,
     ) -> Context:
         """Build the context of a row."""
         prompt = rollout.prompt if isinstance(rollout.prompt, str) else self._text(prompt_ids)
@@ -347,12 +485,36 @@ class Freezer:
             prompt_id=rollout.prompt_id or rollout.context_id or digest(prompt),
             prompt=prompt,
             prompt_ids=prompt_ids,
-            response=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            response=self._own_text(response_ids, own),
             response_ids=response_ids,
             finished=response_ids[-1] in self.end_ids,
             teacher_prompt=rollout.teacher_prompt if rollout.teacher_prompt_ids else None,
             teacher_prompt_ids=rollout.teacher_prompt_ids,
+            supervised=own,
+            domain=rollout.domain,
         )
+
+    def _own_text(self, response_ids: tuple[int, ...], own: tuple[bool, ...] | None) -> str:
+        """What the student wrote, as a verifier reads it: one line per turn where others stand
+        between.
+        """
+        turns = groupby(zip(response_ids, own or repeat(True)), key=lambda pair: pair[1])
+        return "\n".join(
+            self.tokenizer.decode([i for i, _ in turn], skip_special_tokens=True)
+            for mine, turn in turns
+            if mine
+        )
+
+    def _logprobs(
+        self, rollout: Rollout, given_ids: tuple[int, ...], response_ids: tuple[int, ...]
+    ) -> tuple[float, ...] | None:
+        """The sampling engine's log-probabilities of the response that was kept; counted."""
+        if rollout.logprobs is None:
+            return None
+        values = sampled_logprobs.read(rollout.logprobs, given_ids)
+        found = values and sampled_logprobs.of_kept(values, given_ids, response_ids, rollout.own)
+        self.counts["logprobs" if found else "logprobs_unplaced"] += 1
+        return found or None
 
     def _encode_prompt(self, text: str) -> tuple[int, ...]:
         return encode_prompt(self.tokenizer, text, rendered=self._is_written(text))

@@ -14,16 +14,24 @@
 Ids are taken as they are. Text is encoded by the pair's tokenizer, prompt and response together, so
 that the response begins where its first token would have begun. The prompt goes through the chat
 template, like those of a prompt file, unless it is rendered already or the format stores rendered
-text. A response ends where the student stopped: at the first token that it did not write (a tool's,
-by the loss mask or the message's role), and with the first end token. Padding before or after it is
-removed. A reply in messages is the text of its first message, with tool calls and reasoning as the
-template writes them.
+text. A response ends with its first end token, and padding before or after it is removed.
+
+A reply of several turns, with what a tool or a user says between them, is kept whole where the
+student's own tokens are told: by a loss mask, or by a chat template with `{% generation %}` marks.
+Both models then read all of it, and the student's tokens alone are positions
+(`core.types.Context.supervised`); it ends with the last of them. Where nothing tells them, or with
+`--turns first`, a response ends before the first token that the student did not write, and a reply
+in messages is the text of its first one, with tool calls and reasoning as the template writes them.
+`--turns all` refuses what it cannot tell.
 
 Three more faults leave no trace in such files, so every context is checked for them.
 *Re-tokenization drift*: the ids decode to a text that encodes to other ids, so that positions exist
 that the student never saw. *Other text*: the ids decode to another text than the file's. *Lost
 special tokens*: dumps that were decoded without them give prompts that no model was asked; where
-the prompt file is named as well, its prompts replace them."""
+the prompt file is named as well, its prompts replace them.
+
+Whether a response is right is read from the columns `correct`, `reward` or `score`, or judged by a
+verifier (`contexts.verifiers`)."""
 
 from __future__ import annotations
 
@@ -42,9 +50,10 @@ from diagnostics.contexts.import_formats import (
     read_row,
     read_rows_of_rollouts,
 )
-from diagnostics.contexts.import_freezer import Freezer, number_contexts
+from diagnostics.contexts.import_freezer import TURNS, Freezer, number_contexts
 from diagnostics.contexts.prompts import log_unused_columns
 from diagnostics.contexts.rendering import Renderer
+from diagnostics.contexts.verifiers import ANSWERS, judge_imported
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
 
@@ -68,6 +77,13 @@ class ImportConfig:
             "choices": ("auto", "contexts", "released", "slime", "verl", "trl", "plain"),
         },
     )
+    turns: str = field(
+        default="auto",
+        metadata={
+            "help": "replies of several messages or with a mask: all, first, or all where told",
+            "choices": TURNS,
+        },
+    )
 
 
 def read_rollouts(
@@ -75,10 +91,12 @@ def read_rollouts(
     path: str | Path,
     *,
     rollouts_format: str = "auto",
+    turns: str = "auto",
     prompts: Sequence[Prompt] = (),
     contexts: int | None = None,
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
+    verifier: str = "auto",
 ) -> Bank:
     """Read a file of rollouts and freeze it with the pair's tokenizer.
 
@@ -90,12 +108,15 @@ def read_rollouts(
             theirs.
         path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
         rollouts_format: `auto`, or the name of a format in the table of this module.
+        turns: Which turns of a reply are kept: `all`, the `first`, or (`auto`) all where the
+            student's tokens are told, and else the first.
         prompts: The prompts that the rollouts came from. They replace prompts of the file that
             lost their special tokens.
         contexts: Take the first contexts up to this number; None takes all.
         chat: Render text prompts with the chat template, where there is one and the text is not
             rendered already.
         chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+        verifier: What judges responses of which the file says nothing (`contexts.verifiers`).
 
     Returns:
         A Bank in file order.
@@ -109,10 +130,12 @@ def read_rollouts(
         pair,
         path,
         rollouts_format=rollouts_format,
+        turns=turns,
         prompts=prompts,
         contexts=contexts,
         chat=chat,
         chat_template_kwargs=chat_template_kwargs,
+        verifier=verifier,
     )[0]
 
 
@@ -121,10 +144,12 @@ def freeze_rollouts(
     path: str | Path,
     *,
     rollouts_format: str = "auto",
+    turns: str = "auto",
     prompts: Sequence[Prompt] = (),
     contexts: int | None = None,
     chat: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
+    verifier: str = "auto",
 ) -> tuple[Bank, dict[str, Any]]:
     """Read a file of rollouts as `read_rollouts` does, and return the counts with the bank.
 
@@ -133,17 +158,20 @@ def freeze_rollouts(
             theirs.
         path: JSONL, parquet or CSV file of rollouts, or slime's `.pt` archive.
         rollouts_format: `auto`, or the name of a format in the table of this module.
+        turns: Which turns of a reply are kept: `all`, the `first`, or (`auto`) all where the
+            student's tokens are told, and else the first.
         prompts: The prompts that the rollouts came from. They replace prompts of the file that
             lost their special tokens.
         contexts: Take the first contexts up to this number; None takes all.
         chat: Render text prompts with the chat template, where there is one and the text is not
             rendered already.
         chat_template_kwargs: Arguments of the chat template; a row's own take precedence.
+        verifier: What judges responses of which the file says nothing (`contexts.verifiers`).
 
     Returns:
         The bank in file order, and a dict with `format`, `rows`, `contexts`, `positions`, the
-        counts that COUNTED explains, and `not_needed` (usable contexts beyond the number asked
-        for).
+        counts that COUNTED explains, `not_needed` (usable contexts beyond the number asked for)
+        and, where any response was judged, `correct` (the counts of `verifiers.judge_imported`).
 
     Raises:
         DiagnosticsError: The file cannot be read or has no known format; a row has neither text
@@ -153,12 +181,14 @@ def freeze_rollouts(
     path = Path(path)
     frame = read_rows_of_rollouts(path)
     kind = find_format(frame, rollouts_format, path)
-    freezer = Freezer(pair, Renderer(pair.tokenizer, chat, chat_template_kwargs), prompts)
+    renderer = Renderer(pair.tokenizer, chat, chat_template_kwargs)
+    freezer = Freezer(pair, renderer, prompts, turns=turns)
     asked: set[str] = set()
-    found = []
+    found, taken = [], []
     for number, values in enumerate(frame.to_dict("records"), 1):
         row = Row(values, f"{path}, row {number}", freezer.counts, asked)
         found.append(freezer(read_row(FORMATS[kind], row), row.where))
+        taken += [number - 1] if found[-1] is not None else []
         freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
     kept = [context for context in found if context is not None]
     wanted = len(kept) if contexts is None else contexts
@@ -172,6 +202,11 @@ def freeze_rollouts(
             + ". Name a larger file or lower --contexts."
         )
     bank = Bank(tuple(number_contexts(kept[:wanted], path)))
+    rows = dict(zip((context.context_id for context in bank), taken, strict=False))
+    bank, judged = judge_imported(
+        bank, frame, rows, prompts, verifier, pair=pair.name, where=str(path)
+    )
+    asked |= {judged.get("stated_by", ""), *(ANSWERS if "without_answer" in judged else ())}
     log.info(
         "%s (%s): %d contexts, %d positions of %d rows",
         path,
@@ -189,4 +224,5 @@ def freeze_rollouts(
         "positions": bank.positions,
         **counts,
         "not_needed": len(kept) - wanted,
+        **({"correct": judged} if judged else {}),
     }

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.contexts.paired_tokens import join_after
 from diagnostics.contexts.released_columns import from_released
 from diagnostics.contexts.released_gains import same_student
@@ -37,6 +36,7 @@ from diagnostics.core.inputs import TOKENS
 from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import read_rows
 from diagnostics.core.schema import validate_tokens
+from diagnostics.models.special_tokens import special_ids
 
 log = logging.getLogger("diagnostics")
 ROLLOUT = re.compile(r"rollout_.*\.(csv|jsonl|parquet)")

@@ -29,7 +29,7 @@ from diagnostics.contexts.prompt_sources import prompt_column_of, read_source
 from diagnostics.contexts.rendering import Renderer
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
-from diagnostics.core.types import Prompt
+from diagnostics.core.types import Bank, Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,14 @@ NOTED = {
     ),
 }
 """What is counted while prompts are rendered, in the words of the log."""
-OPTIONAL_COLUMNS = ("prompt_id", "answer", "hint", "teacher_prompt", *TEMPLATE_COLUMNS)
+OPTIONAL_COLUMNS = (
+    "prompt_id",
+    "answer",
+    "hint",
+    "teacher_prompt",
+    "domain",
+    *TEMPLATE_COLUMNS,
+)
 """Columns that a prompt file may have in addition to the prompt."""
 CONTEXT_COLUMNS = ("context_id", "prompt_ids", "response_ids", "finished")
 """A table with all of these columns holds this program's contexts, whose prompts are rendered."""
@@ -141,8 +148,10 @@ class PromptSet:
     """
 
 
-Given = str | Path | Sequence[str | Mapping[str, Any] | Prompt]
-"""Prompts as they may be given: a file or data set, or texts, rows or prompts in a list."""
+Given = str | Path | Bank | Sequence[str | Mapping[str, Any] | Prompt]
+"""Prompts as they may be given: a file or data set, frozen contexts, or texts, rows or prompts in
+a list.
+"""
 
 
 def load_prompts(
@@ -193,6 +202,7 @@ def load_prompts(
     return read_prompts(
         path,
         tokenizer=tokenizer or pair.tokenizer,  # type: ignore[union-attr]
+        teacher_tokenizer=None if pair is None else pair.teacher_reads,
         prompts_split=prompts_split,
         prompt_column=prompt_column,
         contexts=contexts,
@@ -203,16 +213,18 @@ def load_prompts(
 
 
 def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
-    """Prompts from whatever a user has: prompts, texts, rows, or the path of a file.
+    """Prompts from whatever a user has: prompts, texts, rows, the path of a file, or contexts.
 
     Args:
-        prompts: Prompts as `load_prompts` returns them, which stay as they are; or anything that
-            `load_prompts` reads.
+        prompts: Prompts as `load_prompts` returns them, which stay as they are; frozen contexts,
+            whose prompts are taken once each; or anything that `load_prompts` reads.
         pair: The pair, whose tokenizer renders what is not rendered yet.
 
     Raises:
         DiagnosticsError: There is no prompt, or as `load_prompts`.
     """
+    if isinstance(prompts, Bank):
+        return load_prompts(prompts.to_frame().drop_duplicates("prompt_id"), pair=pair)
     if not isinstance(prompts, str | Path) and not hasattr(prompts, "columns"):
         prompts = list(prompts)
         if not prompts:
@@ -222,6 +234,11 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
         if all(isinstance(prompt, Prompt) for prompt in prompts):
             return prompts  # type: ignore[return-value]
     return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
+
+
+def any_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
+    """`as_prompts`, for arguments that may hold no prompt at all."""
+    return as_prompts(prompts, pair) if isinstance(prompts, str | Path) or len(prompts) else []
 
 
 def _rows_of(source: Any, split: str | None) -> tuple[pd.DataFrame, str]:
@@ -245,6 +262,7 @@ def read_prompts(
     path: str | Path | Sequence[str | Mapping[str, Any]],
     *,
     tokenizer: Any,
+    teacher_tokenizer: Any = None,
     prompts_split: str | None = PromptConfig.prompts_split,
     prompt_column: str | None = PromptConfig.prompt_column,
     contexts: int | None = PromptConfig.contexts,
@@ -253,6 +271,9 @@ def read_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PromptSet:
     """Read prompts as `load_prompts` does, with its arguments, and return the counts with them.
+
+    What the teacher alone reads is rendered with `teacher_tokenizer`, where there is one and it has
+    a chat template (`Pair.teacher_reads`).
 
     Returns:
         A PromptSet: the prompts in file order, and what became of the rows.
@@ -263,12 +284,15 @@ def read_prompts(
     frame, source = _rows_of(path, prompts_split)
     column = prompt_column_of(frame, prompt_column, source)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
+    teacher = renderer
+    if getattr(teacher_tokenizer, "chat_template", None):
+        teacher = Renderer(teacher_tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
     counts: Counter = Counter(
         rows=len(frame), prompts=0, **dict.fromkeys(LEFT_OUT, 0), not_needed=0
     )
     prompts: dict[str, Prompt] = {}
-    for prompt in _rendered(frame, column, renderer, source):
+    for prompt in _rendered(frame, column, (renderer, teacher), source):
         kind = _unusable(prompt, prompts, tokenizer, limit, source)
         counts[kind or "prompts"] += 1
         if kind is None:
@@ -289,8 +313,11 @@ def read_prompts(
     return PromptSet(chosen, dict(counts))
 
 
-def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
-    """Yield the prompt of each row of the table."""
+def _rendered(
+    frame: pd.DataFrame, column: str, renderers: tuple[Renderer, Renderer], path
+) -> Iterator[Prompt]:
+    """Yield the prompt of each row of the table, rendered for the student and for the teacher."""
+    renderer, of_teacher = renderers
     frozen = _is_frozen(frame) and column == "prompt"
     # Rows that render to the same texts are repetitions and get the first one's name.
     names: dict[tuple[str, str | None], str] = {}
@@ -299,7 +326,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         value, arguments = values[column], row_arguments(values, where)
         stays = frozen or renderer.spells(value, values.get("prompt_ids"))
         text = renderer(value, where, arguments, rendered=stays)
-        teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
+        teacher = _teacher_prompt(values, value, of_teacher, where, arguments, rendered=frozen)
         renderer.counts["vague_ids"] += is_ambiguous_id(values.get("prompt_id"))
         renderer.counts["beside"] += not stays and holds_more(values, column)
         source = value if stays else parse_messages(value, where)
@@ -312,6 +339,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
             cell_text(values.get("answer"), where),
             teacher,
             rendered=text in renderer.written,
+            domain=cell_text(values.get("domain"), where),
         )
 
 

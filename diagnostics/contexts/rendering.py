@@ -16,10 +16,11 @@ from diagnostics.contexts.conversations import (
     require_template,
     template_arguments,
 )
-from diagnostics.contexts.encoding import encode_prompt, special_ids
+from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.rows import missing
 from diagnostics.models.chat_templates import Template
+from diagnostics.models.special_tokens import special_ids
 
 PROBE = "opd-probe"
 """Text that is rendered to see what a template writes around a message."""

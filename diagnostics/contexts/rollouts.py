@@ -3,7 +3,8 @@
 The tokens are drawn from the student's own distribution p at the requested temperature; `top_p` and
 `top_k` narrow it where they are set. Each context draws from its own random stream, named by (seed,
 prompt id, sample number), by inverting the cumulative distribution. The text therefore does not
-depend on which prompts share a batch, except for the rounding of the logits.
+depend on which prompts share a batch, except for the rounding of the logits. With `rollout_engine`
+vLLM samples in the place of transformers (`vllm_rollouts`).
 
 A checkpoint's generation_config.json may ask for more (repetition_penalty, suppress_tokens,
 num_beams, ...). The tokens would then be drawn from something other than p, so these settings are
@@ -19,22 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.contexts import generation
+from diagnostics.contexts import generation, vllm_rollouts
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
 from diagnostics.contexts.prompts import Given, as_prompts
+from diagnostics.contexts.verifiers import VERIFIER_FLAG, judge_rollouts
+from diagnostics.contexts.vllm_rollouts import Sampled
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
 from diagnostics.core.types import Bank, Context, Prompt
+from diagnostics.models import batch_size
 from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
-BATCH_TOKENS = 8192
-"""Default number of tokens per batch, as for scoring: larger batches lose more to padding and
-memory than they save in forward passes.
-"""
+ENGINES = ("transformers", "vllm")
+"""What samples responses."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,15 @@ class RolloutConfig:
     )
     samples_per_prompt: int = field(default=1, metadata={"help": "responses per prompt"})
     seed: int = field(default=0, metadata={"help": "seed of sampling"})
-    batch_tokens: int = field(
-        default=BATCH_TOKENS, metadata={"help": "tokens per forward pass, padding included"}
+    batch_tokens: int | None = field(default=None, metadata=batch_size.FLAG)
+    rollout_engine: str = field(
+        default="transformers",
+        metadata={
+            "help": "what samples; vllm must be installed, and forms its own batches",
+            "choices": ENGINES,
+        },
     )
+    verifier: str = field(default="auto", metadata=VERIFIER_FLAG)
 
 
 def rollout(
@@ -68,7 +76,9 @@ def rollout(
     top_k: int = RolloutConfig.top_k,
     samples_per_prompt: int = RolloutConfig.samples_per_prompt,
     seed: int = RolloutConfig.seed,
-    batch_tokens: int = RolloutConfig.batch_tokens,
+    batch_tokens: int | None = RolloutConfig.batch_tokens,
+    rollout_engine: str = RolloutConfig.rollout_engine,
+    verifier: str = RolloutConfig.verifier,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample responses to each prompt from the student and freeze them.
@@ -87,7 +97,11 @@ def rollout(
         top_k: Number of most likely tokens to sample from; 0 keeps all.
         samples_per_prompt: Number of responses per prompt.
         seed: Seed of sampling. Equal seeds give equal responses, whatever the batches are.
-        batch_tokens: Tokens per forward pass, padding included.
+        batch_tokens: Tokens per forward pass, padding included; None takes 8,192 on the CPU, and on
+            CUDA what the free memory holds (`models.batch_size`).
+        rollout_engine: `transformers`, or `vllm` where that is installed; its contexts have the
+            log-probabilities that it reports (`Context.sampled_logprobs`).
+        verifier: What judges the responses to prompts with an answer (`contexts.verifiers`).
         shards: Where finished batches are kept and taken from again; None keeps nothing.
 
     Returns:
@@ -96,23 +110,36 @@ def rollout(
 
     Raises:
         DiagnosticsError: There is no prompt; a setting is out of range; a prompt has no tokens or a
-            token that a model lacks; or a prompt leaves no room for its response in the models'
-            window.
+            token that a model lacks; a prompt leaves no room for its response in the models'
+            window; or vLLM is asked for and cannot sample.
     """
     prompts = as_prompts(prompts, pair)
-    warn_before_sampling(pair)
-    bank = sample_responses(
+    bank = sampled(
         pair,
         prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        samples_per_prompt=samples_per_prompt,
-        seed=seed,
-        batch_tokens=batch_tokens,
+        RolloutConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            samples_per_prompt=samples_per_prompt,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            rollout_engine=rollout_engine,
+        ),
         shards=shards,
     )
+    return judge_rollouts(bank, prompts, verifier, pair=pair.name)[0]
+
+
+def sampled(
+    pair: Pair, prompts: Sequence[Prompt], config: RolloutConfig, *, shards: Shards | None = None
+) -> Bank:
+    """Sample as `rollout` does, without judging the responses. Errors are those of `rollout`."""
+    options = dataclasses.asdict(config)
+    del options["verifier"]
+    warn_before_sampling(pair)
+    bank = sample_responses(pair, prompts, **options, shards=shards)
     behind = positions_after_turn_end(pair, bank)
     if behind:
         log.warning(
@@ -135,7 +162,8 @@ def sample_responses(
     top_k: int = RolloutConfig.top_k,
     samples_per_prompt: int = RolloutConfig.samples_per_prompt,
     seed: int = RolloutConfig.seed,
-    batch_tokens: int = RolloutConfig.batch_tokens,
+    batch_tokens: int | None = RolloutConfig.batch_tokens,
+    rollout_engine: str = RolloutConfig.rollout_engine,
     shards: Shards | None = None,
 ) -> Bank:
     """Sample as `rollout` does, without its warnings: for a student that is sampled repeatedly
@@ -149,6 +177,7 @@ def sample_responses(
         samples_per_prompt=samples_per_prompt,
         seed=seed,
         batch_tokens=batch_tokens,
+        rollout_engine=rollout_engine,
     )
     _require_in_range(config)
     requests = [
@@ -191,7 +220,13 @@ def resample(pair: Pair, contexts: Sequence[Context], *, max_new_tokens: int, se
     return Bank(
         tuple(
             dataclasses.replace(
-                old, response=new.response, response_ids=new.response_ids, finished=new.finished
+                old,
+                response=new.response,
+                response_ids=new.response_ids,
+                finished=new.finished,
+                correct=None,  # the old response's
+                supervised=None,
+                sampled_logprobs=new.sampled_logprobs,
             )
             for old, new in zip(contexts, frozen, strict=True)
         )
@@ -215,15 +250,29 @@ def _require_in_range(config: RolloutConfig) -> None:
             f" samples_per_prompt={config.samples_per_prompt} and"
             f" temperature={config.temperature} must be positive."
         )
+    if config.rollout_engine not in ENGINES:
+        raise DiagnosticsError(
+            f"Unknown rollout_engine {config.rollout_engine!r}. Known are {', '.join(ENGINES)}."
+        )
 
 
 def _sample_requests(
+    pair: Pair, requests: list[_Request], config: RolloutConfig, shards: Shards
+) -> list[Sampled]:
+    """Sample all requests with the engine that was asked for."""
+    if config.rollout_engine == "vllm":
+        return _sample_with_vllm(pair, requests, config, shards)
+    return [Sampled(ids) for ids in _sample_ids(pair, requests, config, shards)]
+
+
+def _sample_ids(
     pair: Pair, requests: list[_Request], config: RolloutConfig, shards: Shards
 ) -> list[list[int]]:
     """Sample all requests, each process its share of the batches; the ids of every response."""
     # Processes add up their rows, so a row holds id + 1, and 0 after the response's end.
     written = np.zeros((len(requests), config.max_new_tokens))
-    batches = list(_batches(requests, config.batch_tokens, config.max_new_tokens))
+    tokens = chosen_batch_tokens(pair, config)
+    batches = list(_batches(requests, tokens, config.max_new_tokens))
     todo = distributed.share(batches, len)
     with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
         for batch in todo:
@@ -236,6 +285,78 @@ def _sample_requests(
             bar.update(len(batch))
     ids_NT = distributed.sum_over_processes(written).astype(int)
     return [(row[row > 0] - 1).tolist() for row in ids_NT]
+
+
+def chosen_batch_tokens(pair: Pair, config: RolloutConfig) -> int:
+    """Tokens per forward pass of sampling: what was asked for, or what memory holds.
+
+    Args:
+        pair: The student, on its device.
+        config: What was asked for.
+    """
+    return batch_size.choose(
+        config.batch_tokens,
+        [pair.student.model],
+        use="sample",
+        row_tokens=config.max_new_tokens,  # without the prompt: rather too small than too large
+    )
+
+
+def engine_facts(config: RolloutConfig) -> dict[str, Any]:
+    """What the manifest records of how responses were sampled: vLLM's version, or the size of a
+    batch.
+    """
+    if config.rollout_engine == "vllm":
+        return {"vllm": vllm_rollouts.version()}
+    return {"batch_tokens": config.batch_tokens}
+
+
+def _sample_with_vllm(
+    pair: Pair, requests: list[_Request], config: RolloutConfig, shards: Shards
+) -> list[Sampled]:
+    """Sample all requests with vLLM, some thousand at a time."""
+    vllm_rollouts.require_vllm()
+    done: dict[int, Sampled] = {}
+    groups = [
+        list(range(start, min(start + vllm_rollouts.AT_ONCE, len(requests))))
+        for start in range(0, len(requests), vllm_rollouts.AT_ONCE)
+    ]
+    for group in groups:
+        found = shards.take(group)
+        if found is not None:
+            pairs = zip(found["ids"], found["logprobs"])
+            done |= {i: Sampled(list(ids), list(own)) for i, (ids, own) in zip(group, pairs)}
+    left = [group for group in groups if group[0] not in done]
+    longest = max(len(request.prompt_ids) for request in requests) + config.max_new_tokens
+    with progress(total=sum(map(len, left)), description="rollout", unit=" contexts") as bar:
+        if left:
+            with vllm_rollouts.engine(pair, longest=longest, seed=config.seed) as made:
+                for group in left:
+                    written = _written(made, pair, [requests[i] for i in group], config)
+                    columns: dict[str, Sequence[Any]] = {
+                        "ids": [each.ids for each in written],
+                        "logprobs": [each.logprobs or [] for each in written],
+                    }
+                    shards.add(group, columns)
+                    done |= dict(zip(group, written))
+                    bar.update(len(group))
+    return [done[i] for i in range(len(requests))]
+
+
+def _written(
+    made: Any, pair: Pair, requests: Sequence[_Request], config: RolloutConfig
+) -> list[Sampled]:
+    """What vLLM answers to some requests, each from a seed of its own."""
+    return vllm_rollouts.sample(
+        made,
+        pair,
+        [request.prompt_ids for request in requests],
+        [int(request.stream(config.seed).integers(vllm_rollouts.SEEDS)) for request in requests],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+    )
 
 
 def encode_prompts(
@@ -272,7 +393,9 @@ def _teacher_ids(pair: Pair, prompt: Prompt) -> tuple[int, ...] | None:
     return (
         None
         if prompt.teacher_prompt is None
-        else encode_prompt(pair.tokenizer, prompt.teacher_prompt, rendered=prompt.rendered)
+        else encode_prompt(
+            pair.teacher_reads or pair.tokenizer, prompt.teacher_prompt, rendered=prompt.rendered
+        )
     )
 
 
@@ -347,8 +470,9 @@ def _batches(
     yield batch
 
 
-def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
+def _freeze(pair: Pair, request: _Request, sampled: Sampled) -> Context:
     """Build the context of one sampled response."""
+    ids = sampled.ids
     tokenizer: Any = pair.tokenizer  # decode() of one list of ids gives one text
     return Context(
         context_id=f"{request.prompt.prompt_id}-{request.sample}",
@@ -360,4 +484,6 @@ def _freeze(pair: Pair, request: _Request, ids: list[int]) -> Context:
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
         teacher_prompt_ids=_teacher_ids(pair, request.prompt),
+        domain=request.prompt.domain,
+        sampled_logprobs=None if sampled.logprobs is None else tuple(sampled.logprobs),
     )

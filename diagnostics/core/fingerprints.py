@@ -76,9 +76,9 @@ def code_version(*modules: str) -> str:
     if unknown := [name for name in modules if _place(name) is None]:
         raise ValueError(f"no module of this package is named {', '.join(unknown)}")
     digest = hashlib.sha256()
-    for name, tree in sorted(_imported(modules).items()):
+    for name, shape in sorted(_imported(modules).items()):
         if not set(PLUMBING) & {name, name.split(".")[0]}:
-            digest.update(f"{name}\0{_shape(tree)}\0".encode("utf-8", "backslashreplace"))
+            digest.update(f"{name}\0{shape}\0".encode("utf-8", "backslashreplace"))
     return f"{__version__} {digest.hexdigest()[:16]}"
 
 
@@ -105,21 +105,18 @@ def _shape(node: Any) -> Any:
     return (type(node).__name__, *((name, _shape(value)) for name, value in fields))
 
 
-def _imported(modules: Iterable[str]) -> dict[str, ast.Module]:
-    """Modules of this package that are reached from `modules`, themselves and the sub-packages they
-    lie in included.
+def _imported(modules: Iterable[str]) -> dict[str, str]:
+    """Shapes of this package's modules that are reached from `modules`, themselves and the
+    sub-packages they lie in included.
     """
-    found: dict[str, ast.Module] = {}
+    found: dict[str, str] = {}
     todo = list(modules)
     while todo:
         name = todo.pop()
         if name in found or (place := _place(name)) is None:
             continue
-        found[name] = _tree(place)
-        todo += [
-            name.rpartition(".")[0],
-            *_imports(found[name], name, package=place.name == "__init__.py"),
-        ]
+        found[name], imports = _told(_source(place), str(place), name)
+        todo += [name.rpartition(".")[0], *imports]
     return found
 
 
@@ -133,14 +130,32 @@ def _place(name: str):
     return None
 
 
-def _tree(place) -> ast.Module:
+def _source(place) -> bytes:
     try:
-        return ast.parse(place.read_bytes())
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DiagnosticsError(
-            f"The source {place} cannot be read ({error}), so this program cannot say which code"
-            " measured. Install the package again."
-        ) from error
+        return place.read_bytes()
+    except OSError as error:
+        raise _unreadable(place, error) from error
+
+
+@cache
+def _told(source: bytes, place: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """The shape of a module's syntax tree as text, and what the module may import.
+
+    It is kept, since the stages of a run share most of their modules.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise _unreadable(place, error) from error
+    package = place.endswith("__init__.py")
+    return str(_shape(tree)), tuple(_imports(tree, name, package=package))
+
+
+def _unreadable(place, error: Exception) -> DiagnosticsError:
+    return DiagnosticsError(
+        f"The source {place} cannot be read ({error}), so this program cannot say which code"
+        " measured. Install the package again."
+    )
 
 
 def _imports(tree: ast.Module, name: str, *, package: bool) -> Iterator[str]:

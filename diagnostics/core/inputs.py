@@ -85,6 +85,7 @@ def share(value: Any) -> Any:
         log.warning(
             "budget 1 is every position (100 %). Write 1.0 if that is meant, or 0.01 for 1 %."
         )
+        return 1.0  # said once: what reads it again finds a share
     return value
 
 

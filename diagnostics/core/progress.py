@@ -374,6 +374,11 @@ class Shards:
             if time.monotonic() - self._since >= SHARD_SECONDS:
                 self._write()
 
+    def flush(self) -> None:
+        """Write what waits now, where it is dear: answers that somebody was paid for."""
+        if self._pending:
+            self._write()
+
     def _write(self) -> None:
         folder = self.folder
         if folder is None:

@@ -38,6 +38,7 @@ FILES = (
     "evaluations.parquet",
     "evaluations.csv",
     "metrics.jsonl",
+    "positions.jsonl",
     "timings.jsonl",
     "train.json",
     "report.html",

@@ -38,6 +38,8 @@ class Column:
     *impossible*; or, for an outcome, the exact *change of a bound*."""
     imported: bool = False
     """True for a column that only tables of other programs have."""
+    on_request: str = ""
+    """What to ask `score --extra` for, where the column is measured on request alone."""
 
 
 def _columns(
@@ -46,9 +48,19 @@ def _columns(
     *rows: tuple[str, str, str],
     by_support: bool = False,
     imported: bool = False,
+    on_request: str = "",
 ) -> list[Column]:
     return [
-        Column(name, dtype, unit, stage, meaning, by_support, imported=imported)
+        Column(
+            name,
+            dtype,
+            unit,
+            stage,
+            meaning,
+            by_support,
+            imported=imported,
+            on_request=on_request,
+        )
         for name, unit, meaning in rows
     ]
 
@@ -71,10 +83,18 @@ SCHEMA: dict[str, Column] = {
         *_columns(
             "key",
             "int32",
-            ("position", "tokens", "index of the response token, from 0"),
+            ("position", "tokens", "index of the response token among the positions, from 0"),
             ("response_length", "tokens", "number of response positions of the context"),
             ("token_id", "", "id of the sampled token y"),
             ("fold", "", "fold of the prompt, from 0; one step was taken on each fold"),
+            (
+                "response_index",
+                "tokens",
+                (
+                    "index of the token in the whole response, tool output included; only where"
+                    " some response tokens are no positions"
+                ),
+            ),
         ),
         *_columns(
             "key",
@@ -86,6 +106,18 @@ SCHEMA: dict[str, Column] = {
                 (
                     "the checkpoint of the columns `_after` was trained on the position's prompt;"
                     " absent where that is unknown"
+                ),
+            ),
+        ),
+        *_columns(
+            "key",
+            "float64",
+            (
+                "correct",
+                "",
+                (
+                    "1 where the context's response is right, 0 where it is wrong, NaN where it was"
+                    " not judged; absent where none was"
                 ),
             ),
         ),
@@ -111,8 +143,15 @@ SCHEMA: dict[str, Column] = {
                 "probability",
                 "p of the student's first choice minus p of its second",
             ),
-            ("student_dropped_mass", "probability", "student mass outside the shared vocabulary"),
-            ("teacher_dropped_mass", "probability", "teacher mass outside the shared vocabulary"),
+            (
+                "student_dropped_mass",
+                "probability",
+                (
+                    "student mass outside the shared vocabulary, and on ids that are other special"
+                    " tokens for the teacher"
+                ),
+            ),
+            ("teacher_dropped_mass", "probability", "teacher mass there"),
             (
                 "teacher_tail_mass",
                 "probability",
@@ -147,6 +186,45 @@ SCHEMA: dict[str, Column] = {
                 "variance under p renormalised on U of ln q - ln p",
             ),
             by_support=True,
+        ),
+        *_columns(
+            "before",
+            "float64",
+            (
+                "ier_signal",
+                "nats^2",
+                (
+                    "Var_p rho of the sampled-token gradient over S, T and y, as `ier` has it;"
+                    " measured by `score --extra ier`"
+                ),
+            ),
+            (
+                "ier_noise",
+                "nats^2",
+                "E_p[(rho - b)^2 (1 - p)/p] - Var_p rho there; measured by `score --extra ier`",
+            ),
+            by_support=True,
+            on_request="ier",
+        ),
+        *_columns(
+            "before",
+            "float64",
+            ("ier_full_signal", "nats^2", "ier_signal over the whole vocabulary"),
+            ("ier_full_noise", "nats^2", "ier_noise over the whole vocabulary"),
+            on_request="ier",
+        ),
+        *_columns(
+            "before",
+            "float64",
+            (
+                "teacher_top1_gap",
+                "probability",
+                (
+                    "q(a) - p(a) of the teacher's first choice a; measured by `score --extra"
+                    " teacher_top1_gap`"
+                ),
+            ),
+            on_request="teacher_top1_gap",
         ),
         *_columns(
             "before",
@@ -334,7 +412,14 @@ _LISTED: dict[Listed, tuple[str, ...]] = {
         "union_forward_kl",
         "union_log_ratio_variance",
     ),
-    "impossible": ("teacher_dropped_mass",),
+    "impossible": (
+        "teacher_dropped_mass",
+        "ier_signal",
+        "ier_noise",
+        "ier_full_signal",
+        "ier_full_noise",
+        "teacher_top1_gap",
+    ),
     "change of a bound": tuple(name for name, entry in SCHEMA.items() if entry.stage == "outcome"),
 }
 SCHEMA |= {

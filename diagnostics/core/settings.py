@@ -30,6 +30,30 @@ RETIRED = {
 SHARES = ("budget", "budgets", "level")
 """Settings that are shares, which may be written as percentages."""
 F = TypeVar("F", bound=Callable[..., Any])
+Config = TypeVar("Config", bound=type)
+
+
+def as_written(config: Config) -> Config:
+    """Let a configuration take its shares and lists as a user may write them.
+
+    `ComparisonConfig(budgets="5%")` then is `ComparisonConfig(budgets=(0.05,))`. It stands below
+    `@dataclass`, and reads the fields before the class's own checks do.
+
+    Args:
+        config: A class that becomes a dataclass.
+    """
+    checks = getattr(config, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        for name, field in _fields(type(self)).items():
+            value = getattr(self, name)
+            read = _read(name, value, listed=isinstance(_default(field), tuple))
+            object.__setattr__(self, name, read)
+        if checks is not None:
+            checks(self)
+
+    config.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return config
 
 
 def with_settings(**configs: type) -> Callable[[F], F]:

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 def write_parquet(path: str | Path, frame: pd.DataFrame) -> Path:
     """Write a table as parquet, atomically; equal tables give equal bytes."""
     buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return write_atomic(path, buffer.getvalue())
+    frame.to_parquet(buffer, index=False, row_group_size=ROWS_TOGETHER)
+    return write_atomic(path, buffer.getbuffer())
+
+
+ROWS_TOGETHER = 250_000
+"""Rows of a group of a parquet file, which a reader can take by itself."""
 
 
 def write_csv(path: str | Path, frame: pd.DataFrame) -> Path:

@@ -4,20 +4,23 @@ Read this file first, then `core.schema`: everything else speaks in these terms.
 
 A *prompt* goes to the student, which samples one response; the frozen pair is a *context*. A
 response of T tokens gives T *positions*; position t is the prefix that ends just before response
-token t. At a position, p is the student's next-token distribution, q the teacher's and y the token
-the student sampled. S and T are the K most likely tokens of p and of q, U their union. Logarithms
-are natural: entropies and divergences are in nats."""
+token t. Where a tool or a user wrote part of a response (`Context.supervised`), only the student's
+own tokens are positions, counted from 0 over these alone. At a position, p is the student's
+next-token distribution, q the teacher's and y the token the student sampled. S and T are the K most
+likely tokens of p and of q, U their union. Logarithms are natural: entropies and divergences are in
+nats."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import require_as_written
+from diagnostics.core.rows import missing
 from diagnostics.core.schema import read_parquet, require_columns
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Prompt:
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     rendered: bool = False
     """True where a chat template wrote the whole text, so that encoding adds no token."""
+    domain: str | None = None
+    """What kind of question it is, where the prompt file says so."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,27 @@ class Context:
     teacher_prompt: str | None = None
     """Rendered prompt for the teacher; None means the same as `prompt`."""
     teacher_prompt_ids: tuple[int, ...] | None = None
+    correct: bool | None = None
+    """Whether the response is right, as a verifier or the file that it came from says; None where
+    it was not judged."""
+    supervised: tuple[bool, ...] | None = None
+    """For each response token, whether it is a position: the student wrote it, and the teacher can
+    grade it. None means that all are. The others are read by both models and measured by none."""
+    domain: str | None = None
+    """What kind of question the prompt is, where the prompt file says so."""
+    sampled_logprobs: tuple[float, ...] | None = None
+    """For each response token, ln of its probability as the engine that sampled it reported it, NaN
+    where it reported none; None where none is known. No measurement reads them: scoring has its
+    own, and the two are compared."""
+
+    def __post_init__(self):
+        for name in PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.response_ids):
+                raise DiagnosticsError(
+                    f"Context {self.context_id!r} has {len(values)} values in {name} and"
+                    f" {len(self.response_ids)} response tokens. Give one value per token, or none."
+                )
 
     def __repr__(self) -> str:
         said = self.response if len(self.response) <= 80 else self.response[:79] + "…"
@@ -64,6 +90,20 @@ class Context:
     def ids(self) -> tuple[int, ...]:
         """Prompt and response ids in one sequence."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Indices, within the response, of the tokens that are positions."""
+        if self.supervised is None:
+            return tuple(range(len(self.response_ids)))
+        return tuple(t for t, own in enumerate(self.supervised) if own)
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that are positions: the rows of a token table."""
+        if self.supervised is None:
+            return self.response_ids
+        return tuple(self.response_ids[t] for t in self.positions)
 
     @property
     def teacher_ids(self) -> tuple[int, ...]:
@@ -80,6 +120,14 @@ class Context:
 
 OF_TEACHER = ("teacher_prompt", "teacher_prompt_ids")
 """Columns of a context table that are there only where the teacher reads its own prompt."""
+SUPERVISED = "supervised"
+"""Column of a context table that is there only where some response tokens are no positions."""
+SAMPLED = "sampled_logprobs"
+"""Column of a context table that is there only where an engine reported what it drew."""
+PER_TOKEN = (SUPERVISED, SAMPLED)
+"""Columns of a context table with one value per response token."""
+OPTIONAL = (*OF_TEACHER, "correct", "domain", *PER_TOKEN)
+"""Columns of a context table that may be absent."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +148,38 @@ class Bank:
     @property
     def positions(self) -> int:
         """Number of response positions over all contexts."""
-        return sum(len(context.response_ids) for context in self.contexts)
+        return sum(len(context.sampled_ids) for context in self.contexts)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some response tokens are no positions (`Context.supervised`)."""
+        return any(context.supervised is not None for context in self.contexts)
+
+    def as_scored(self, tokens: pd.DataFrame) -> Bank:
+        """The bank with those positions that a token table of it has.
+
+        Args:
+            tokens: One row per position. Where it has the column `response_index`, some response
+                tokens may be no positions for its pair, and are none in the bank that is returned.
+        """
+        if "response_index" not in tokens:
+            return self
+        held = {
+            str(name): frozenset(indices.tolist())
+            for name, indices in tokens.groupby("context_id")["response_index"]
+        }
+        return Bank(
+            tuple(
+                replace(
+                    context,
+                    supervised=tuple(
+                        t in held.get(context.context_id, ())
+                        for t in range(len(context.response_ids))
+                    ),
+                )
+                for context in self.contexts
+            )
+        )
 
     @property
     def _counts(self) -> str:
@@ -130,18 +209,26 @@ class Bank:
 
         Returns:
             One row per context, with the columns of `contexts.parquet` (the fields of `Context`);
-            the teacher's prompts only where there are any.
+            the teacher's prompts, whether a response is right, `supervised` and `sampled_logprobs`
+            only where any context has them.
         """
         import pandas as pd
 
         hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
-        columns = [
-            name for name in Context.__dataclass_fields__ if hinted or name not in OF_TEACHER
-        ]
+        judged = any(context.correct is not None for context in self.contexts)
+        told = any(context.sampled_logprobs is not None for context in self.contexts)
+        there = {
+            **dict.fromkeys(OF_TEACHER, hinted),
+            "correct": judged,
+            SUPERVISED: self.masked,
+            "domain": any(context.domain is not None for context in self.contexts),
+            SAMPLED: told,
+        }
+        columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
         rows = [[getattr(context, name) for name in columns] for context in self.contexts]
         frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids")):
-            frame[name] = [None if ids is None else list(ids) for ids in frame[name]]
+        for name in (name for name in columns if name.endswith("_ids") or name in PER_TOKEN):
+            frame[name] = [None if values is None else list(values) for values in frame[name]]
         return frame
 
     @classmethod
@@ -157,7 +244,7 @@ class Bank:
         """
         require_columns(
             frame,
-            [name for name in Context.__dataclass_fields__ if name not in OF_TEACHER],
+            [name for name in Context.__dataclass_fields__ if name not in OPTIONAL],
             what="a context table",
         )
         repeated = frame.context_id[frame.context_id.duplicated()]
@@ -170,7 +257,8 @@ class Bank:
 
 
 def _context(row: dict) -> Context:
-    hint = row.get("teacher_prompt_ids")
+    hint, mask = row.get("teacher_prompt_ids"), row.get(SUPERVISED)
+    own = tuple(map(_is_own, mask)) if mask is not None and hasattr(mask, "__len__") else None
     hinted = hasattr(hint, "__len__")  # a gap in a column of lists is None or NaN
     return Context(
         context_id=str(row["context_id"]),
@@ -179,20 +267,47 @@ def _context(row: dict) -> Context:
         prompt_ids=_whole(row["prompt_ids"]),
         response=str(row["response"]),
         response_ids=_whole(row["response_ids"]),
-        finished=_truth(row["finished"]),
+        finished=_truth(row["finished"], "finished"),
         teacher_prompt=str(row["teacher_prompt"]) if hinted else None,
         teacher_prompt_ids=_whole(hint) if hinted else None,
+        correct=None if missing(row.get("correct")) else _truth(row["correct"], "correct"),
+        supervised=own,
+        domain=None if missing(row.get("domain")) else str(row["domain"]),
+        sampled_logprobs=_numbers(row.get(SAMPLED)),
     )
 
 
-def _truth(value) -> bool:
+def _truth(value, name: str) -> bool:
     plain = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(plain, bool | int | float) or plain not in (True, False):
         raise DiagnosticsError(
-            f"A context is finished or not: true or false; found {str(value)[:60]!r}. Fix the"
-            " table's column finished."
+            f"A context is {name} or not: true or false; found {str(value)[:60]!r}. Fix the"
+            f" table's column {name}."
         )
     return bool(plain)
+
+
+def _is_own(value) -> bool:
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, bool | int | float) or plain not in (True, False):
+        raise DiagnosticsError(
+            f"A response token is a position or not: true or false; found {str(value)[:60]!r}. Fix"
+            f" the table's column {SUPERVISED}."
+        )
+    return bool(plain)
+
+
+def _numbers(values) -> tuple[float, ...] | None:
+    """A list of numbers, NaN for a gap in it; None where there is no list."""
+    if values is None or not hasattr(values, "__len__"):
+        return None
+    try:
+        return tuple(float("nan") if value is None else float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DiagnosticsError(
+            f"A context's {SAMPLED} are numbers; found {str(values)[:60]!r}. Fix the table, or"
+            " leave the column out."
+        ) from error
 
 
 def _whole(ids) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ from diagnostics.measure import fused
 
 Logits = Callable[[Tensor], Tensor]
 """Maps hidden states [n, H] to logits [n, V] over the shared vocabulary, in any dtype."""
+More = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""From both models' logits [n, V] and the sampled ids [n] to further columns [n] by name."""
 
 RELEASED_FLOOR = 1e-12
 SELECTKD_TOP = 5
@@ -244,6 +246,7 @@ def measure_hidden(
     chunk: int | None = None,
     student_dropped: Logits | None = None,
     teacher_dropped: Logits | None = None,
+    more: More | None = None,
 ) -> dict[str, Tensor]:
     """Measure every position from hidden states, with the logits of one chunk in memory.
 
@@ -264,6 +267,7 @@ def measure_hidden(
         student_dropped: Maps states to the student's logits over ids outside the shared vocabulary,
             where there are any; then `student_dropped_mass` is measured too.
         teacher_dropped: The same of the teacher.
+        more: Measures further columns from the same logits, such as `extras.asked`.
 
     Returns:
         float64 tensors [N] by column name, as `measure`.
@@ -278,6 +282,8 @@ def measure_hidden(
         found = _measure_logits(
             student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep
         )
+        if more is not None:
+            out |= more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device))
         if student_dropped is not None:
             found.columns["student_dropped_mass"] = _mass_outside(
                 student_dropped(student_hidden_NH[rows]), found.norms["student"]

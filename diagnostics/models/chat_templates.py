@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -39,6 +40,8 @@ LENGTH_PER_CHARACTER = 16
 """Further characters that a template may write for each character that it was given."""
 
 
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The mark at which a template says that the assistant's own text begins."""
 SHORT = 4096
 """Bytes of a conversation that no honest template spends seconds on."""
 ENOUGH = 2
@@ -66,8 +69,53 @@ class Template:
         Raises:
             DiagnosticsError: The template refuses, fails or exceeds a bound.
         """
+        return self._ask(messages, where, arguments, marked=False)["text"]
+
+    def marks_replies(self, arguments: dict[str, Any]) -> bool:
+        """Whether the template says what the assistant writes, by `{% generation %}` marks."""
+        return bool(GENERATION.search(self._source(arguments)))
+
+    def marked(
+        self, messages: list[dict], where: str, **arguments
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation, and say which of its characters the assistant writes.
+
+        Args:
+            messages: As in a call.
+            where: As in a call.
+            arguments: As in a call.
+
+        Returns:
+            The text, and the first and last character (exclusive) of each part between the
+            template's generation marks, in order.
+
+        Raises:
+            DiagnosticsError: As in a call; and the template has no generation marks.
+        """
+        if not self.marks_replies(arguments):
+            raise DiagnosticsError(
+                f"{where} has replies in several messages, and the chat template has no"
+                " {% generation %} marks, so which tokens are the student's cannot be told. Name a"
+                " template with marks, give response_ids with a loss_mask, or take the first"
+                " message alone with --turns first."
+            )
+        answer = self._ask(messages, where, arguments, marked=True)
+        return answer["text"], [(first, last) for first, last in answer["spans"]]
+
+    def _source(self, arguments: dict[str, Any]) -> str:
+        """The template's own text."""
+        given = arguments.get("chat_template")
+        named = self.tokenizer.chat_template
+        if isinstance(named, dict):
+            default = "tool_use" if arguments.get("tools") and "tool_use" in named else "default"
+            return str(named.get(given or default) or given or "")
+        return str(given or named)
+
+    def _ask(
+        self, messages: list[dict], where: str, arguments: dict[str, Any], *, marked: bool
+    ) -> dict[str, Any]:
         try:
-            request = json.dumps([messages, arguments])
+            request = json.dumps([messages, arguments, marked])
         except (TypeError, ValueError, RecursionError) as error:
             raise DiagnosticsError(
                 f"{where}: {str(error)[:200]}. A chat template takes texts, numbers, lists and"
@@ -78,14 +126,14 @@ class Template:
         answer = self._answer(request) if ended[template] < ENOUGH else {"refused": ENDLESS}
         ended[template] += TOO_LONG in answer.get("refused", "") and len(request) <= SHORT
         if "text" in answer:
-            return answer["text"]
+            return answer
         raise DiagnosticsError(
             f"{where}: the chat template does not render this conversation ({answer['refused']})."
             " Fix that row, or choose another template with --chat-template-kwargs"
             " '{\"chat_template\": …}'."
         )
 
-    def _answer(self, request: str) -> dict[str, str]:
+    def _answer(self, request: str) -> dict[str, Any]:
         if self._renderer is None and sys.platform == "linux":
             self._renderer = _start(self.tokenizer)
         if self._renderer is None:
@@ -96,11 +144,15 @@ class Template:
         return answer
 
 
-def _rendered(tokenizer, request: str) -> dict[str, str]:
+def _rendered(tokenizer, request: str) -> dict[str, Any]:
     """The rendered text, or the reason why there is none; a template may raise any error."""
-    messages, arguments = json.loads(request)
+    messages, arguments, marked = json.loads(request)
+    spans: list[list[int]] = []
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        if marked:
+            text, spans = _with_marks(tokenizer, messages, arguments)
+        else:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
     except MemoryError:
         return {"refused": f"it needs more than {MEMORY >> 30} GiB of memory"}
     except Exception as error:
@@ -110,7 +162,28 @@ def _rendered(tokenizer, request: str) -> dict[str, str]:
         return {"refused": f"it writes {type(text).__name__}"}
     if len(text) > longest:
         return {"refused": f"it writes {len(text)} characters, and {longest} are the most"}
-    return {"text": text}
+    return {"text": text, "spans": spans} if marked else {"text": text}
+
+
+def _with_marks(
+    tokenizer, messages: list[dict], arguments: dict[str, Any]
+) -> tuple[str, list[list[int]]]:
+    """The rendered text and the spans between generation marks, which the library tells only where
+    it tokenizes as well.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = {name: value for name, value in arguments.items() if name != "chat_template"}
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.get_chat_template(
+            arguments.get("chat_template"), arguments.get("tools")
+        ),
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **given},
+    )
+    (text,), (spans,) = rendered
+    return text, [list(span) for span in spans]
 
 
 # --- the process that renders
@@ -123,7 +196,7 @@ class _Renderer:
         self.pipe, self.ended_by = pipe, ""
         self.close = weakref.finalize(self, _end, process, pipe, os.getpid())
 
-    def ask(self, request: bytes) -> dict[str, str] | None:
+    def ask(self, request: bytes) -> dict[str, Any] | None:
         """Answer of the process; None where it ended or was ended, and `ended_by` says why."""
         late = False
         try:

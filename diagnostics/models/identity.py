@@ -9,10 +9,11 @@ import os
 from functools import cached_property
 from pathlib import Path
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import fingerprint_files
 
-WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher")
+WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher", "step_state")
 
 
 class Models:
@@ -32,6 +33,26 @@ class Models:
         from diagnostics.models.pair import load_pair
 
         return load_pair(**dataclasses.asdict(self.config), alone=self.alone)
+
+    @cached_property
+    def tokenizer(self):
+        """The student's tokenizer, without its model.
+
+        Raises:
+            DiagnosticsError: No student is named, or it has no tokenizer.
+        """
+        from diagnostics.models.loading import load_tokenizer
+        from diagnostics.models.named_pairs import named_pair
+
+        student, revision = self.config.student, self.config.student_revision
+        if self.config.pair is not None:
+            student, revision = named_pair(self.config.pair).folders()[0], None
+        if student is None:
+            raise DiagnosticsError(
+                "The student's tokenizer is needed, and no student was named. Give --student or"
+                " --pair."
+            )
+        return load_tokenizer(student, revision)
 
     @property
     def settings(self) -> dict:

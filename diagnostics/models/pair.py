@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.types import Bank
 from diagnostics.models import topk_teacher
 from diagnostics.models.loading import (
     DTYPES,
@@ -28,11 +29,23 @@ from diagnostics.models.loading import (
 )
 from diagnostics.models.named_pairs import NAMED_PAIRS, named_pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import (
+    STOP_COLUMNS,
+    differing_special_ids,
+    gradable,
+    stop_rows,
+    turn_end,
+    warn_of_dropped,
+    warn_of_stops,
+)
+from diagnostics.models.weights import weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("diagnostics")
+STEP_STATES = ("auto", "device", "host", "disk")
+"""Where a step can keep what it needs beside the student."""
 SMALLER = 0.9
 """A teacher below this share of the student's parameters is remarked upon. An adapter on the same
 base model adds a few percent, and is no reason to."""
@@ -53,6 +66,14 @@ class Pair:
     offload_teacher: bool = False
     """True where the teacher is on the device only while its states are computed; a copy of its
     head stays there."""
+    step_state: str = "auto"
+    """Where a step keeps what it needs beside the student (`probing.step_state`)."""
+
+    stops: list[dict] = field(default_factory=list)
+    """Rows of `stop_tokens`."""
+    teacher_reads: PreTrainedTokenizerBase | None = None
+    """The teacher's tokenizer where its special tokens have other names: it encodes, and renders,
+    what the teacher alone reads. None where both models have one tokenizer."""
 
     @property
     def vocabulary(self) -> int:
@@ -63,15 +84,19 @@ class Pair:
     def window(self) -> int | None:
         """Length in tokens that both models can read; None where neither names one."""
         run = [
-            readout.model
+            readout.config
             for readout in (self.student, self.teacher)
             if isinstance(readout, Readout)
         ]
         sizes = [
-            getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            for model in run
+            getattr(config.get_text_config(), "max_position_embeddings", None) for config in run
         ]
         return min((size for size in sizes if size), default=None)
+
+    def release_teacher(self) -> None:
+        """Free the memory of the teacher's layers, where they can be loaded again (`Readout`)."""
+        if isinstance(self.teacher, Readout) and not self.offload_teacher:
+            self.teacher.release()
 
     @contextmanager
     def teachers_turn(self) -> Iterator[None]:
@@ -119,11 +144,23 @@ class Pair:
         )
 
     @property
+    def dropped(self) -> tuple[int, ...]:
+        """Ids that are special tokens of other names for the teacher, and left out of both
+        distributions (`models.special_tokens`).
+        """
+        return self.student.excluded
+
+    def graded(self, bank: Bank) -> Bank:
+        """The bank without positions whose sampled token the teacher cannot grade: one of the
+        dropped ids.
+        """
+        return gradable(bank, self.dropped)
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the tokenizer's and those of the student's own settings."""
-        own = getattr(self.student.model.generation_config, "eos_token_id", None)
-        own = own if isinstance(own, (list, tuple)) else [own]
-        return tuple(sorted({i for i in (*own, self.tokenizer.eos_token_id) if i is not None}))
+        named = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        return tuple(sorted({*_own_ends(self.student.model), *named}))
 
 
 def _summary(facts: dict) -> list[str]:
@@ -212,6 +249,13 @@ class PairConfig:
             "help": "models take turns on the device; the teacher's states wait in main memory"
         },
     )
+    step_state: str = field(
+        default="auto",
+        metadata={
+            "help": "where a step keeps theta0, directions and moments",
+            "choices": STEP_STATES,
+        },
+    )
 
 
 def load_pair(
@@ -229,6 +273,7 @@ def load_pair(
     teacher_device: str | None = None,
     offload_teacher: bool = False,
     shard_teacher: bool = False,
+    step_state: str = PairConfig.step_state,
     alone: bool = False,
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
@@ -255,6 +300,8 @@ def load_pair(
         offload_teacher: Whether the models take turns on the device, and the waiting one lies in
             main memory.
         shard_teacher: Whether the teacher's layers are spread over the processes (FSDP2).
+        step_state: Where a step keeps what it needs beside the student: `auto`, `device`, `host` or
+            `disk` (`probing.step_state`).
         alone: Whether a student without a teacher is enough, as for sampling responses.
 
     Returns:
@@ -267,44 +314,58 @@ def load_pair(
     _refuse_conflicts(
         pair, student, teacher, teacher_logprobs, twice=shard_teacher and offload_teacher
     )
+    if step_state not in STEP_STATES:
+        raise DiagnosticsError(
+            f"Unknown step state {step_state!r}. Known are {', '.join(STEP_STATES)}."
+        )
     teacher_dtype = teacher_dtype or dtype
     if pair is not None:
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
         model = load_model(student, student_revision, dtype=dtype, device=device)
-        return _without_teacher(
+        assembled = _without_teacher(
             pair or "custom",
             model,
             tokenizer or load_tokenizer(student, student_revision),
             teacher_logprobs,
         )
+        assembled.step_state = step_state
+        return assembled
     if student is None or teacher is None:
         raise DiagnosticsError(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
             f" one of {', '.join(NAMED_PAIRS)}."
         )
-    shared, template = _shared_tokenizer(
-        tokenizer, (student, student_revision), (teacher, teacher_revision)
-    )
+    tokenizers = _tokenizers(tokenizer, (student, student_revision), (teacher, teacher_revision))
+    dropped = differing_special_ids(*tokenizers)
+    template = shared_template(*tokenizers)
     teacher_place = teacher_device or ("cpu" if offload_teacher else device)
     if shard_teacher:
         teacher_place = "cpu"  # its layers move to the devices when they are sharded
-    models = (
-        load_model(student, student_revision, dtype=dtype, device=device),
-        load_model(
-            teacher,
-            teacher_revision,
-            dtype=teacher_dtype,
-            device=teacher_place,
-        ),
+    load_teacher = partial(
+        load_model, teacher, teacher_revision, dtype=teacher_dtype, device=teacher_place
     )
-    assembled = assemble(pair or "custom", *models, shared)
+    # the larger one first: while a model is loaded, the pages of its file are in memory as well
+    teacher_model = load_teacher()
+    models = (load_model(student, student_revision, dtype=dtype, device=device), teacher_model)
+    assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
-    assembled.offload_teacher = offload_teacher
+    assembled.stops = _stops(assembled, *tokenizers)
+    different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
+    assembled.facts |= {"special_tokens": different} if different else {}
+    assembled.teacher_reads = tokenizers[1] if dropped else None
+    assembled.offload_teacher, assembled.step_state = offload_teacher, step_state
+    if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(teacher, models[1]):
+        assembled.teacher.load_again = load_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
     return assembled
+
+
+def _can_be_loaded_again(source, model: PreTrainedModel) -> bool:
+    """True for a model that came from files, and whose weights are plain numbers there."""
+    return isinstance(source, (str, Path)) and "quantised" not in getattr(model, SOURCE_FACTS, {})
 
 
 def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) -> None:
@@ -325,11 +386,29 @@ def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) 
         )
 
 
-def _shared_tokenizer(tokenizer, *sources: tuple) -> tuple[PreTrainedTokenizerBase, dict]:
-    """The student's tokenizer, compared with the teacher's, and the facts of their template."""
-    student, teacher = (tokenizer or load_tokenizer(*source) for source in sources)
-    require_same_tokens(student, teacher)
-    return student, shared_template(student, teacher)
+def _tokenizers(tokenizer, *sources: tuple) -> list[PreTrainedTokenizerBase]:
+    """The student's tokenizer and the teacher's; the same one twice where one is given."""
+    return [tokenizer or load_tokenizer(*source) for source in sources]
+
+
+def _stops(pair: Pair, student, teacher) -> list[dict]:
+    """The stop tokens of both models; a mismatch is warned of."""
+    assert isinstance(pair.teacher, Readout)
+    rows = stop_rows(
+        student,
+        teacher,
+        ends=(_own_ends(pair.student.model), _own_ends(pair.teacher.model)),
+        turn_end=turn_end(student),
+        dropped=pair.dropped,
+    )
+    warn_of_stops(rows)
+    return rows
+
+
+def _own_ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """End ids of a model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(i for i in (own if isinstance(own, (list, tuple)) else [own]) if i is not None)
 
 
 def assemble(
@@ -337,6 +416,8 @@ def assemble(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    dropped: Sequence[int] = (),
 ) -> Pair:
     """Join two models in memory to a pair, and record their identities.
 
@@ -345,6 +426,8 @@ def assemble(
         student: Causal language model; it is put into eval mode.
         teacher: Causal language model; it is put into eval mode.
         tokenizer: Tokenizer of both.
+        dropped: Ids that are left out of both distributions, since they are special tokens of other
+            names for the teacher.
 
     Returns:
         The pair, cut to the smaller of the two configured vocabularies.
@@ -358,7 +441,10 @@ def assemble(
             *sizes,
             shared,
         )
-    readouts = [Readout(model, vocabulary=shared) for model in (student.eval(), teacher.eval())]
+    readouts = [
+        Readout(model, vocabulary=shared, excluded=dropped)
+        for model in (student.eval(), teacher.eval())
+    ]
     template = getattr(tokenizer, "chat_template", None)
     facts = {
         "pair": name,
@@ -414,45 +500,16 @@ def identity(model: PreTrainedModel) -> dict:
     }
 
 
-@torch.no_grad()
-def weights_sha256(model: nn.Module) -> str:
-    """Hash over name, shape and bytes of every parameter, in name order."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        # Flat, since a scalar parameter has no last dimension to be seen as bytes.
-        content = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        digest.update(content.data)
-    return digest.hexdigest()
+def stop_tokens(pair: Pair) -> pd.DataFrame:
+    """Tabulate the tokens that end a response for the student or for the teacher.
 
+    Args:
+        pair: A loaded pair.
 
-def require_same_tokens(student, teacher) -> None:
-    """Refuse two tokenizers that map any token to different ids.
-
-    With such a pair the teacher would grade other words than the student wrote. Sizes may differ,
-    as long as the larger tokenizer only adds tokens.
-
-    Raises:
-        DiagnosticsError: The tokenizers differ in a token or id that both know.
+    Returns:
+        One row per id, with token_id, student_token and teacher_token (its names), ends_student and
+        ends_teacher (whether the model stops there), ends_turn (the chat template ends a turn
+        there), dropped (it is left out of both distributions), and note (what a mismatch touches;
+        empty where there is none).
     """
-    if student is teacher:
-        return
-    maps = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
-    different = [
-        token for token in maps[0].keys() & maps[1].keys() if maps[0][token] != maps[1][token]
-    ]
-    by_id = [{i: token for token, i in mapping.items()} for mapping in maps]
-    different += [
-        by_id[0][i] for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]
-    ]
-    if different:
-        first = sorted(set(different), key=lambda token: maps[0].get(token, -1))[:3]
-        shown = ", ".join(
-            f"{token!r} is {maps[0].get(token)} for the student and {maps[1].get(token)} for the"
-            " teacher"
-            for token in first
-        )
-        raise DiagnosticsError(
-            f"The tokenizers differ in {len(set(different))} tokens ({shown}). On-policy scores"
-            " need one token-to-id map; choose a teacher with the student's tokenizer."
-        )
+    return pd.DataFrame(pair.stops, columns=list(STOP_COLUMNS))

@@ -146,9 +146,9 @@ class TopKTeacher:
         have appended it because it was sampled.
         """
         found = [
-            _shape_of(self.lists[context.context_id], context.response_ids)
+            _shape_of(self.lists[context.context_id], context)
             for context in bank
-            if context.response_ids
+            if context.sampled_ids
         ]
         lengths_N, holds_N, last_N = (np.concatenate(parts) for parts in zip(*found))
         appended = holds_N.all() and last_N.any() and lengths_N.min() == lengths_N.max()
@@ -205,8 +205,11 @@ class TopKTeacher:
                     " own. The lists are shifted: give the one that predicts a response token at"
                     " that token's place, the first right after the prompt."
                 )
+        at = [list(context.positions) for context in bank if context.response_ids]
         held = (
-            np.concatenate([_held_at(*pair, 0)[0] for pair in found]) if found else np.ones(1, bool)
+            np.concatenate([_held_at(*pair, 0)[0][own] for pair, own in zip(found, at)])
+            if found
+            else np.ones(1, bool)
         )
         if not held.all():
             log.warning(
@@ -266,7 +269,7 @@ def _held_at(
     ids_TK: np.ndarray, response_T: np.ndarray, shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """For lists with a token `shift` places later: whether they hold their own, and that one."""
-    lists = ids_TK[max(0, -shift) : len(ids_TK) - max(0, shift)]
+    lists = ids_TK[max(0, -shift) : max(0, len(ids_TK) - max(0, shift))]
     own, other = (response_T[max(0, -shift) + by :][: len(lists), None] for by in (0, shift))
     return (lists == own).any(1), (lists == other).any(1)
 
@@ -275,15 +278,15 @@ def _widened(values_K: np.ndarray, width: int, filler: float) -> np.ndarray:
     return np.concatenate([values_K, np.full(width - len(values_K), filler)])
 
 
-def _shape_of(
-    entry: Lists, response_ids: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each list [T]: length, whether it holds the sampled token, and whether that comes last."""
-    there_TK, sampled_T1 = entry.ids_TK >= 0, np.array(response_ids)[:, None]
-    least_T1 = np.take_along_axis(
-        entry.ids_TK, np.where(there_TK, entry.ln_q_TK, np.inf).argmin(1)[:, None], 1
-    )
-    return there_TK.sum(1), (entry.ids_TK == sampled_T1).any(1), (least_T1 == sampled_T1)[:, 0]
+def _shape_of(entry: Lists, context: Context) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the list of each position: length, whether it holds the sampled token, and whether that
+    comes last.
+    """
+    at = list(context.positions)
+    ids_TK, ln_q_TK = entry.ids_TK[at], entry.ln_q_TK[at]
+    there_TK, sampled_T1 = ids_TK >= 0, np.array(context.sampled_ids)[:, None]
+    least_T1 = np.take_along_axis(ids_TK, np.where(there_TK, ln_q_TK, np.inf).argmin(1)[:, None], 1)
+    return there_TK.sum(1), (ids_TK == sampled_T1).any(1), (least_T1 == sampled_T1)[:, 0]
 
 
 # --- the file
@@ -301,7 +304,20 @@ def read_lists(path: str | Path, *, vocabulary: int) -> TopKTeacher:
             vocabulary or appears twice in a list, or log-probabilities are not finite or add up to
             more than 1.
     """
-    frame = read_rows(Path(path), text=True)
+    return lists_of(read_rows(Path(path), text=True), path, vocabulary=vocabulary)
+
+
+def lists_of(frame: pd.DataFrame, path: str | Path, *, vocabulary: int) -> TopKTeacher:
+    """The teacher that a table of lists is; `read_lists` on a table that is in memory.
+
+    Args:
+        frame: The rows of such a file.
+        path: Name of the file that holds them, or will.
+        vocabulary: Number of the student's ids.
+
+    Raises:
+        DiagnosticsError: As in `read_lists`.
+    """
     require_columns(
         frame,
         ("context_id", "top_ids", "top_logprobs"),

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.core import distributed, files
-from diagnostics.core.schema import read_parquet, validate_tokens
 
 log = logging.getLogger("diagnostics")
 END_SECONDS = 5.0
@@ -35,17 +34,26 @@ Task = Mapping[str, Any]
 
 def study_tables(task: Task) -> Tables:
     """The tables of `analysis.study.study` of a token table."""
+    from diagnostics.analysis.prompt_groups import read_studied
     from diagnostics.analysis.study import study
 
-    return study(validate_tokens(read_parquet(task["tokens"])), **task["options"])
+    return study(read_studied(task["tokens"], task["options"]["seed"]), **task["options"])
 
 
 def comparison_tables(task: Task) -> Tables:
-    """The tables of `analysis.selection.compare` of a token table."""
+    """The tables of `analysis.selection.compare` of a token table, and that by correctness where
+    responses were judged.
+    """
+    from diagnostics.analysis.correctness import by_correctness, is_judged
+    from diagnostics.analysis.prompt_groups import read_studied
     from diagnostics.analysis.selection import ALL_OUTCOMES, compare
 
-    tokens = validate_tokens(read_parquet(task["tokens"]))
-    return compare(tokens, outcomes=ALL_OUTCOMES, **task["options"])
+    tokens, options = read_studied(task["tokens"], task["options"]["seed"]), task["options"]
+    tables = compare(tokens, outcomes=ALL_OUTCOMES, **options)
+    if is_judged(tokens):
+        how = {name: value for name, value in options.items() if name != "budgets"}
+        tables["by_correctness"] = by_correctness(tokens, **how)
+    return tables
 
 
 def cells(task: Task) -> Tables:

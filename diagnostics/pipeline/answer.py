@@ -11,8 +11,10 @@ from typing import Any
 import pandas as pd
 
 from diagnostics.analysis.decision import MEASURE_WORDS, decision_sentence
+from diagnostics.core.manifest import read_manifest
 from diagnostics.core.tables import read_csv
-from diagnostics.report.lead import command, judged_cells, strength
+from diagnostics.report.lead import command, judged_cells, rate, strength
+from diagnostics.report.run_tables import RunTables
 
 SHOWN = 4
 """Cells of the ranking that the terminal shows, the best and the worst among them."""
@@ -52,8 +54,8 @@ def answer(
 
     Returns:
         decision (a sentence), ranking (one entry per judged cell, best first; the fields of
-        RANKING), measure, strength (a sentence and its numbers), next (a command) and, where there
-        is one, report.
+        RANKING), measure, strength (a sentence and its numbers), learning_rate (value and
+        chosen_by), next (a command) and, where there is one, report.
     """
     path = directory / "tables/decision.csv"
     if table is None and path.is_file():
@@ -69,9 +71,17 @@ def answer(
             "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
             "ranking": [_entry(row) for row in judged.to_dict("records")],
             "strength": strength(judged) if len(judged) else None,
+            "learning_rate": _rate(directory),
             "next": command(judged, shlex.quote(str(directory)), program, pair),
         }
     return found | ({"report": page} if page else {})
+
+
+def _rate(directory: Path) -> dict[str, Any] | None:
+    """The learning rate of the steps, and what chose it; None where the run records none."""
+    path = directory / "manifest.json"
+    found = rate(RunTables(read_manifest(path))) if path.is_file() else None
+    return None if found is None else {"value": found[0], "chosen_by": found[1]}
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def text(found: Mapping[str, Any]) -> str:
     lines = [found["decision"]]
     rows: Sequence[Mapping] = found["ranking"]
     if rows:
-        lines.append(f"over random, nats per position{_of_measure(found)}:")
+        lines.append(f"over random, nats per position{_of_measure(found)}{_at_rate(found)}:")
         shown = [*rows[: SHOWN - 1], rows[-1]] if len(rows) > SHOWN else rows
         lines += [_line(row) for row in shown]
         if len(rows) > SHOWN:
@@ -107,6 +117,17 @@ def text(found: Mapping[str, Any]) -> str:
 def _of_measure(found: Mapping[str, Any]) -> str:
     measure = found.get("measure")
     return f" of {MEASURE_WORDS[measure]}" if measure in MEASURE_WORDS else ""
+
+
+def _at_rate(found: Mapping[str, Any]) -> str:
+    """At which learning rate; of the default, that effects are small and which flag sets it."""
+    chosen = found.get("learning_rate")
+    if not chosen:
+        return ""
+    usual = " (training's default, small as its effects; set yours: --learning-rate)"
+    return f", at rate {chosen['value']:g}" + (
+        usual if chosen["chosen_by"] == "the default" else ""
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -156,8 +156,11 @@ def _command(arguments: list[str]) -> int:
         load_module(path)
     result = {
         "criteria": _criteria,
+        "coverage": lambda: _coverage(parsed),
         "rerun": lambda: _rerun(parsed),
         "report": lambda: _report(parsed),
+        "atlas": lambda: _atlas(parsed),
+        "teachers": lambda: _teachers(parsed),
     }.get(parsed.command, lambda: _answered(*_completed(parsed, arguments)))()
     code = result.pop("code", 0)
     text = (
@@ -310,9 +313,29 @@ def _criteria() -> dict:
     from diagnostics.criteria import list_criteria
 
     table = list_criteria()
+    shown = table.drop(columns=["mine"]).to_string()
     return {
-        "text": table.drop(columns=["mine"]).to_string(),
+        "text": f"{shown}\n\nTwo by their ranks u and r: A_and_B is u*r, A_or_B is u + r - u*r.",
         "criteria": table.reset_index().to_dict("records"),
+    }
+
+
+def _coverage(parsed: argparse.Namespace) -> dict:
+    from diagnostics.contexts.coverage import read_coverage
+
+    found = read_coverage(
+        parsed.student,
+        parsed.teacher,
+        parsed.contexts,
+        chains=parsed.chains,
+        k=parsed.k,
+        device=parsed.device,
+        dtype=parsed.dtype,
+    )
+    return {
+        "text": found.table.to_string(index=False, float_format="{:.3f}".format),
+        "coverage": json.loads(found.table.to_json(orient="records")),
+        **found.counts,
     }
 
 
@@ -359,6 +382,24 @@ def _report(parsed: argparse.Namespace) -> dict:
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
         page = stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
         return {"report": str(page)}
+
+
+def _teachers(parsed: argparse.Namespace) -> dict:
+    from diagnostics.pipeline import teachers
+
+    return teachers.compare(parsed)
+
+
+def _atlas(parsed: argparse.Namespace) -> dict:
+    from diagnostics.report.atlas_page import atlas
+
+    found = atlas(parsed.runs, names=parsed.names)
+    lines = [
+        f"{question}:\n" + "\n".join(f"  - {text}" for text in texts)
+        for question, texts in found.sentences().items()
+    ]
+    page = str(found.save(parsed.output_dir))
+    return {**found.sentences(), "page": page, "text": "\n".join([*lines, f"page: {page}"])}
 
 
 def _stage(parsed: argparse.Namespace, given: frozenset[str] = frozenset()) -> dict:

@@ -57,6 +57,11 @@ BOUNDS = {
     "eval_samples": (1, 10**6),
     "save_every": (0, 10**9),
     "probe_every": (0, 10**9),
+    "measure_every": (1, 10**9),
+    "top_logprobs": (1, 10**6),
+    "concurrency": (1, 1000),
+    "retries": (0, 100),
+    "timeout": (1, 10**6),
 }
 """Least and most of a flag's number wherever it appears. A value outside is a typing error, or
 would fill the memory, so it is rejected.
@@ -101,8 +106,16 @@ def flag(name: str, *, recorded: Recorded = "never", formerly: str = "", **optio
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """Add one flag per distinct field of the dataclasses, grouped under the first that has it."""
-    seen: set[str] = set()
+    """Add one flag per distinct field of the dataclasses, grouped under the first that has it.
+
+    A flag that the parser has already counts for the field of its name.
+    """
+    seen = {
+        field.name
+        for config in configs
+        for field in dataclasses.fields(config)
+        if "--" + field.name.replace("_", "-") in parser._option_string_actions
+    }
     for config in configs:
         group = parser.add_argument_group(
             (config.__doc__ or config.__name__).split("\n")[0].rstrip(".")

@@ -28,6 +28,7 @@ PAIR = "models.pair.PairConfig"
 PROMPTS = "contexts.prompts.PromptConfig"
 ROLLOUT = "contexts.rollouts.RolloutConfig"
 BANK = "contexts.import_rollouts.ImportConfig"
+ASK = "models.served.ask.AskConfig"
 SCORE = "probing.scores.ScoreConfig"
 PROBE = "probing.one_step.ProbeConfig"
 CONTROLS = "probing.one_step.ControlConfig"
@@ -91,6 +92,8 @@ class Stage:
     """The command that runs it, where that has another name: the stage is no command then."""
     recorded: bool = True
     """Whether the manifest records it, so that `rerun` repeats it."""
+    repeatable: bool = True
+    """Whether `rerun` can repeat it; where not, its files are inputs of the repetition."""
     modules: tuple[str, ...] = ()
     """Modules whose docstrings its page of the documentation shows."""
 
@@ -135,6 +138,11 @@ def _rollout(job: Job) -> None:
         job.configs[BANK],
         folds=job.configs[PROBE].folds if PROBE in job.configs else None,
     )
+
+
+def _ask(job: Job) -> dict[str, str]:
+    file = stages.ask_stage(job.run, job.models, job.configs[ASK])
+    return {"output_dir": str(job.run.directory), "teacher_logprobs": str(file)}
 
 
 def _score(job: Job) -> None:
@@ -304,7 +312,27 @@ STAGES = (
             "models.chat_templates",
             "contexts.rollouts",
             "contexts.import_rollouts",
+            "contexts.verifiers",
         ),
+    ),
+    Stage(
+        name="ask-teacher",
+        purpose=(
+            "Ask a vLLM, SGLang or OpenAI-compatible server for a teacher's likeliest tokens on the"
+            " frozen contexts."
+        ),
+        example=(
+            "ask-teacher --url http://localhost:8000/v1 --output-dir reports/mine",
+            "score --student ./small --teacher-logprobs reports/mine/teacher_logprobs.parquet"
+            " --output-dir reports/mine",
+        ),
+        configs=(ASK, PAIR),
+        reads="`contexts.parquet`, the student's tokenizer, and a server",
+        writes="`teacher_logprobs.parquet`: the file that `--teacher-logprobs` reads",
+        flags=(OUTPUT_DIR, ACCEPT_CODE),
+        run=_ask,
+        repeatable=False,
+        modules=("models.served.ask", "models.served.dialects", "models.topk_teacher"),
     ),
     Stage(
         name="score",
@@ -317,12 +345,13 @@ STAGES = (
         reads="`contexts.parquet`",
         writes=(
             "`scores.parquet`: every measurement before the step; `tops.parquet`: the most likely"
-            " tokens of both models; `tokens.parquet`"
+            " tokens of both models; `tables/stop_tokens.csv`: what ends a response for either;"
+            " `tokens.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_score,
         parts=("score", "after"),
-        modules=("probing.scores", "measure.divergences"),
+        modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
     Stage(
         name="import",
@@ -473,11 +502,14 @@ STAGES = (
         ),
         configs=(COMPARISON, ANALYSIS),
         reads="`tokens.parquet`; `interventions.parquet` where there is one",
-        writes="`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`",
+        writes=(
+            "`tables/selection_*.csv`, `tables/offline_*.csv`, `tables/decision.csv`; where"
+            " responses were judged: `tables/by_correctness.csv`"
+        ),
         flags=(OUTPUT_DIR, SEED),
         run=_compare,
         parts=("import", "compare"),
-        modules=("analysis.selection", "criteria", "analysis.decision"),
+        modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
         name="report",
@@ -523,7 +555,8 @@ STAGES = (
         configs=(PAIR, PROMPTS, TRAIN, ENGINE, EVALUATION),
         reads="two models and prompts; `contexts.parquet` where there is one",
         writes=(
-            "`student/`, `train.json`, `metrics.jsonl`, `evaluations.*`, `training_gains.parquet`"
+            "`student/`, `train.json`, `metrics.jsonl`, `positions.jsonl`, `evaluations.*`,"
+            " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
         run=_train,
@@ -585,6 +618,65 @@ STAGES = (
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
     Stage(
+        name="teachers",
+        purpose=(
+            "Score one bank with several teachers, and say whose signal this student can follow"
+            " where, and how far they agree."
+        ),
+        example=(
+            "teachers --student ./small --teacher ./large --teacher ./other --prompts"
+            " prompts.jsonl --output-dir reports/teachers",
+            "teachers --against reports/one reports/two --output-dir reports/teachers",
+        ),
+        configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, ANALYSIS),
+        reads="a student, two teachers or more and prompts; or scored runs of one bank",
+        writes=(
+            "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
+            " `teachers_best.csv`, `teachers_agreement.csv`"
+        ),
+        flags=(
+            OUTPUT_DIR,
+            ACCEPT_CODE,
+            flag(
+                "teacher",
+                action="append",
+                metavar="TEACHER",
+                help=(
+                    "a teacher, as for other commands, or a file of its log-probabilities; once"
+                    " per teacher"
+                ),
+            ),
+            flag(
+                "against",
+                nargs="+",
+                metavar="RUN",
+                help="scored runs of one bank and student, in place of teachers",
+            ),
+            flag("names", nargs="+", metavar="NAME", help="a name per teacher, in their order"),
+            flag("probe", action="store_true", help="measure gains with each teacher too"),
+        ),
+        repeatable=False,
+        modules=("analysis.teachers", "pipeline.teachers"),
+    ),
+    Stage(
+        name="atlas",
+        purpose="Pool what the runs of several pairs say: what holds on all, what turns, what a new"
+        " pair would show.",
+        example=(
+            "atlas reports/embedded-probe reports/second-pair reports/smollm2 --output-dir"
+            " reports/atlas",
+        ),
+        reads="`manifest.json` and `tables/*.csv` of two or more runs, one per pair",
+        writes="`atlas.html`, `atlas.json`, `tables/atlas_*.csv`, `figures/atlas_*.png`",
+        flags=(
+            Flag(("runs",), dict(nargs="+", metavar="RUN", help="run directories, one per pair")),
+            flag("names", nargs="+", metavar="NAME", help="a name for each pair, in their order"),
+            flag("output-dir", required=True, help="folder of the atlas"),
+        ),
+        recorded=False,
+        modules=("analysis.across_pairs", "report.atlas_page"),
+    ),
+    Stage(
         name="rerun",
         purpose="Repeat a run from its manifest and compare the hash of every file.",
         example=(
@@ -609,6 +701,48 @@ STAGES = (
             flag("device", default="auto", help="where the models run (default: auto)"),
         ),
         modules=("pipeline.reproduce",),
+    ),
+    Stage(
+        name="coverage",
+        purpose="Report how much of frozen contexts a teacher with another tokenizer can grade.",
+        example=(
+            "coverage --student ./small --teacher ./other --contexts reports/mine",
+            "coverage --student ./small --teacher ./other --contexts contexts.parquet --k 16",
+        ),
+        reads=(
+            "two tokenizers, and with `--k` two models; `contexts.parquet`, and `tops.parquet`"
+            " where a run has it"
+        ),
+        writes="nothing",
+        flags=(
+            flag(
+                "student", required=True, help="tokenizer of the contexts: Hugging Face id, folder"
+            ),
+            flag("teacher", required=True, help="tokenizer of the teacher: likewise"),
+            flag(
+                "contexts",
+                required=True,
+                metavar="RUN_OR_FILE",
+                help="run directory, or a file of frozen contexts",
+            ),
+            flag(
+                "chains",
+                type=int,
+                default=4,
+                help="most teacher tokens that spell one of the student's (default: 4)",
+            ),
+            flag(
+                "k",
+                type=int,
+                help=(
+                    "run both models too, and bound compatibility and divergence on the strings of"
+                    " so many of the student's likeliest tokens"
+                ),
+            ),
+            flag("device", default="auto", help="where the models run (default: auto)"),
+            flag("dtype", default="float32", help="dtype of their weights (default: float32)"),
+        ),
+        modules=("contexts.coverage", "contexts.byte_bounds", "models.token_bytes"),
     ),
     Stage(
         name="criteria",

@@ -34,6 +34,8 @@ from diagnostics.pipeline import run as run_directory
 from diagnostics.pipeline.registry import BY_NAME, STAGES, load_configs
 
 log = logging.getLogger("diagnostics")
+UNREPEATED = {stage.name for stage in STAGES if not stage.repeatable}
+"""Stages whose files came from elsewhere, as from a server: they are inputs of a repetition."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(/[\w.-]+\.gguf)?")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -73,6 +75,11 @@ def rerun(
             f"{output_dir} is the run itself. Choose a new --output-dir to repeat it in."
         )
     planned = list(commands(manifest, Inputs(path.parent, inputs)))
+    if not planned:
+        raise DiagnosticsError(
+            f"{path} holds only what was made from other runs or by a server"
+            f" ({', '.join(manifest['stages'])}). Repeat those runs instead."
+        )
     _require_same_pair(manifest)
     _lay_in(manifest, path.parent, output_dir)
     for command in planned:
@@ -92,8 +99,12 @@ def commands(manifest: dict[str, Any], inputs: Inputs) -> Iterator[list[str]]:
         DiagnosticsError: No command gives one of the stages, or the manifest lacks a setting.
     """
     stages = manifest["stages"]
-    known = [stage.name for stage in STAGES if stage.run is not None and stage.recorded]
-    unknown = sorted(stages.keys() - set(known))
+    known = [
+        stage.name
+        for stage in STAGES
+        if stage.run is not None and stage.recorded and stage.repeatable
+    ]
+    unknown = sorted(stages.keys() - set(known) - UNREPEATED)
     if unknown:
         raise DiagnosticsError(
             f"The manifest has the stage {unknown[0]!r}, which this version cannot repeat. Known"
@@ -283,12 +294,16 @@ def _require_same_pair(manifest: Mapping[str, Any]) -> None:
 
 def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
     """Copy inputs that no stage wrote, from the folder of the manifest only."""
-    written = {file for record in manifest["stages"].values() for file in record["files"]} | set(
-        manifest.get("joined", {})
-    )
+    written = {
+        file
+        for name, record in manifest["stages"].items()
+        if name not in UNREPEATED
+        for file in record["files"]
+    } | set(manifest.get("joined", {}))
     wanted = {
         file: digest
-        for record in manifest["stages"].values()
+        for name, record in manifest["stages"].items()
+        if name not in UNREPEATED
         for file, digest in record["inputs"].items()
         if file not in written and not file.startswith(("cells/", "paper/cells/"))
     }
@@ -318,6 +333,8 @@ def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
         if now["versions"].get(name) != version
     ]
     for stage, record in was["stages"].items():
+        if stage in UNREPEATED:
+            continue
         codes = [
             json.dumps(each.get("code", {}).get("version"))
             for each in (record, now["stages"].get(stage, {}))
@@ -328,7 +345,8 @@ def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
     counts = [
         f"{stage} {record.get('threads')} then, {now['stages'].get(stage, {}).get('threads')} now"
         for stage, record in was["stages"].items()
-        if record.get("threads") not in (None, now["stages"].get(stage, {}).get("threads"))
+        if stage not in UNREPEATED
+        and record.get("threads") not in (None, now["stages"].get(stage, {}).get("threads"))
     ]
     if counts:
         log.warning(
@@ -364,6 +382,8 @@ def compared(was: dict[str, Any], now: dict[str, Any]) -> pd.DataFrame:
     _warn_of_differences(was, now)
     rows = []
     for stage, record in was["stages"].items():
+        if stage in UNREPEATED:
+            continue
         files = now["stages"].get(stage, {}).get("files", {})
         rows += [
             (stage, file, digest, files.get(file), files.get(file) == digest)

@@ -42,11 +42,13 @@ from diagnostics.core.progress import SHARD, Shards
 from diagnostics.core.run_lock import locked, refuse_unfit, remove_ours
 from diagnostics.core.tables import write_json
 from diagnostics.criteria import loaded_modules
+from diagnostics.models.batch_size import BATCH_TOKENS
 
 log = logging.getLogger("diagnostics")
 TRAINED = (
     "train.json",
     "metrics.jsonl",
+    "positions.jsonl",
     "timings.jsonl",
     "evaluations.csv",
     "evaluations.parquet",
@@ -529,8 +531,10 @@ def _same(key: str, was: Any, now: Any) -> bool:
     """Whether a setting is the same.
 
     Older records have the whole path of an input, and newer ones its last name, so the two are
-    compared by their last names.
+    compared by their last names. They also name the size of a batch where newer ones choose it.
     """
+    if key == "batch_tokens" and None in (was, now):
+        return {was, now} <= {None, BATCH_TOKENS}
     return was == now or (
         key in PATHS
         and isinstance(was, str)

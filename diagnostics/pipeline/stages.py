@@ -38,7 +38,7 @@ from diagnostics.core.progress import expect, forecast
 from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
 from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
-from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.types import SAMPLED, Bank, Prompt, read_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.ahead import Ahead
 from diagnostics.pipeline.run import Run
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
     from diagnostics.models.pair import Pair
+    from diagnostics.models.served.ask import AskConfig
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
     from diagnostics.probing.one_step import ControlConfig, ProbeConfig
@@ -64,6 +65,8 @@ LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
 """Options that were added after the first grids. A cell names them only where they are set, so that
 cells of earlier grids keep their names; None is what those grids did."""
 GAIN_KEYS = ("context_id", "position")
+STOPS = "tables/stop_tokens.csv"
+"""The tokens that end a response for either model."""
 
 
 def _merged(*parts: Any) -> dict[str, Any]:
@@ -106,30 +109,32 @@ def rollout_stage(
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
-    from diagnostics.contexts.rollouts import rollout as sample
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
+    from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
+    from diagnostics.contexts.vllm_rollouts import require_vllm
 
     if elsewhere is not None and elsewhere.rollouts is not None:
-        freeze_stage(run, models, prompts, elsewhere)
+        freeze_stage(run, models, prompts, elsewhere, verifier=rollout.verifier)
         return
     path = prompts.prompts
     settings = _merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
+    settings |= recorded_verifier(rollout.verifier)
     bound: int | None = None
     if folds is not None and "rollout" not in run.manifest["stages"]:
         bound = at_most(prompts)
         _require_enough(bound, folds)
 
     def work() -> dict:
+        if rollout.rollout_engine == "vllm":
+            require_vllm()  # before the models are loaded
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
         if folds is not None and len(found.prompts) != bound:
             _require_enough(len(found.prompts), folds)
         rendered = rendered_sha256(found.prompts)
-        bank = sample(
-            pair,
-            found.prompts,
-            **dataclasses.asdict(rollout),
-            shards=_responses_so_far(run, rendered),
-        )
+        chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
+        bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
+        bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
@@ -141,9 +146,11 @@ def rollout_stage(
             "positions": bank.positions,
             "prompts": found.counts,
             **drawn,
+            **engine_facts(chosen),
             "first_prompt": found.prompts[0].prompt,
             "rendered_prompts_sha256": rendered,
             **({"behind_turn_end": behind} if behind else {}),
+            **({"correct": judged} if judged else {}),
         }
 
     run.stage(
@@ -151,7 +158,14 @@ def rollout_stage(
         settings=settings,
         outputs=["contexts.parquet"],
         work=work,
-        code=("contexts.rollouts", "contexts.prompts", "contexts.story_sums", "models.pair"),
+        code=(
+            "contexts.rollouts",
+            "contexts.vllm_rollouts",
+            "contexts.prompts",
+            "contexts.story_sums",
+            "contexts.verifiers",
+            "models.pair",
+        ),
         models=models.fingerprint,
     )
 
@@ -217,9 +231,17 @@ def _responses_so_far(run: Run, rendered: str) -> Shards:
     return shards
 
 
-def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig) -> None:
+def freeze_stage(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    elsewhere: ImportConfig,
+    *,
+    verifier: str = "auto",
+) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
     from diagnostics.contexts.import_rollouts import freeze_rollouts
+    from diagnostics.contexts.verifiers import recorded_verifier
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
 
@@ -234,10 +256,12 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
             models.pair,
             elsewhere.rollouts,
             rollouts_format=elsewhere.rollouts_format,
+            turns=elsewhere.turns,
             prompts=originals,
             contexts=prompts.contexts,
             chat=prompts.chat,
             chat_template_kwargs=kwargs,
+            verifier=verifier,
         )
         write_parquet(run.path("contexts.parquet"), bank.to_frame())
         return {
@@ -250,7 +274,9 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
 
     run.stage(
         "rollout",
-        settings=_merged(models.writer_settings, prompts, elsewhere, files),
+        settings=_merged(
+            models.writer_settings, prompts, elsewhere, files, recorded_verifier(verifier)
+        ),
         outputs=["contexts.parquet"],
         work=work,
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
@@ -258,24 +284,83 @@ def freeze_stage(run: Run, models: Models, prompts: PromptConfig, elsewhere: Imp
     )
 
 
+LISTS = "teacher_logprobs.parquet"
+"""A served teacher's lists on the run's contexts."""
+
+
+def ask_stage(run: Run, models: Models, config: AskConfig) -> Path:
+    """Ask a server for a teacher's likeliest tokens at every response position.
+
+    The manifest has the model's name there and the length of the lists, and neither the address nor
+    the key. The file is checked as `--teacher-logprobs` will read it before it is written.
+
+    Args:
+        run: A run directory with contexts.
+        models: The pair, of which the student's tokenizer is loaded and nothing else.
+        config: The server, and how it is asked.
+
+    Returns:
+        The path of the file.
+    """
+    from diagnostics.models.served.ask import ask_teacher
+    from diagnostics.models.topk_teacher import lists_of
+
+    path = run.path(LISTS)
+
+    def work() -> dict:
+        bank, tokenizer = read_bank(run.path("contexts.parquet")), models.tokenizer
+        frame, facts = ask_teacher(bank, tokenizer, config, shards=run.shards)
+        largest = max(tokenizer.get_vocab().values())
+        listed = max(i for lists in frame["top_ids"] for ids in lists for i in ids)
+        teacher = lists_of(frame, LISTS, vocabulary=1 + max(largest, listed))
+        teacher.require(bank)
+        write_parquet(path, frame)
+        return {**facts, "longest": teacher.width, "read_as_absent": teacher.absent}
+
+    run.stage(
+        "ask-teacher",
+        settings={
+            "served_model": config.served_model,
+            "dialect": config.dialect,
+            "top_logprobs": config.top_logprobs,
+        },
+        inputs=["contexts.parquet"],
+        outputs=[LISTS],
+        work=work,
+        code=("models.served.ask",),
+    )
+    return path
+
+
 def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
-    from diagnostics.probing.scores import score_with_tops
+    from diagnostics.models.pair import stop_tokens
+    from diagnostics.models.special_tokens import count_dropped
+    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
-        tokens, tops = score_with_tops(models.pair, bank, config, shards=run.shards("scores"))
+        size = chosen_batch_tokens(models.pair, config.batch_tokens)
+        settings = dataclasses.replace(config, batch_tokens=size)
+        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
         write_parquet(run.path("scores.parquet"), tokens)
         write_parquet(run.path("tops.parquet"), tops)
-        return {**models.pair.facts, "not_finite": int(tokens["forward_kl"].isna().sum())}
+        write_csv(run.path(STOPS), stop_tokens(models.pair))
+        dropped = models.pair.dropped
+        return {
+            **models.pair.facts,
+            "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "batch_tokens": size,
+            **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
+        }
 
     run.stage(
         "score",
         settings={**models.settings, **dataclasses.asdict(config)},
         inputs=["contexts.parquet"],
-        outputs=["scores.parquet", "tops.parquet"],
+        outputs=["scores.parquet", "tops.parquet", STOPS],
         work=work,
-        code=("probing.scores",),
+        code=("probing.scores", "models.special_tokens"),
         models=models.fingerprint,
     )
     join_tokens(run)
@@ -448,7 +533,8 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
     from diagnostics.probing.scores import score_after
 
     def work() -> dict:
-        pair, bank = _trained_pair(models, checkpoint), read_bank(run.path("contexts.parquet"))
+        pair = _trained_pair(models, checkpoint)
+        bank = pair.graded(read_bank(run.path("contexts.parquet")))
         after = score_after(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
         write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
@@ -494,7 +580,7 @@ def _seen(checkpoint: str, bank: Bank) -> np.ndarray | None:
             RECORD,
         )
         return None
-    lengths = [len(context.response_ids) for context in bank]
+    lengths = [len(context.sampled_ids) for context in bank]
     return np.repeat(seen_contexts(trained, bank), lengths)
 
 
@@ -544,7 +630,8 @@ def _trained_files(run: Run) -> list[str]:
     """What a training has written: its logs and evaluations, the student's weights, and on which
     prompts it was trained.
     """
-    names = ["train.json", "metrics.jsonl", "evaluations.csv", "evaluations.parquet"]
+    names = ["train.json", "metrics.jsonl", "positions.jsonl"]
+    names += ["evaluations.csv", "evaluations.parquet"]
     names += ["training_gains.parquet", f"student/{RECORD}"]
     names += ["contexts.parquet"] if run.wrote("train", "contexts.parquet") else []
     weights = sorted(run.path("student").glob("*.safetensors"))
@@ -571,12 +658,15 @@ def train_stage(
         evaluation: What is measured on held-out prompts, and how often.
     """
     from diagnostics.contexts.generation_settings import sampling_facts
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
     from diagnostics.training.run import train
+    from diagnostics.training.trackers import require_tracker
 
     refuse_shards(models)
     # Options that cannot be used are refused before anything is recorded or loaded.
     require_installed(engine.trl)
+    require_tracker(engine.report_to, trl_fields(engine.trl))
     lora_config(engine.lora_rank, engine.peft)
     hashes = [
         file_hash("prompts", prompts.prompts),
@@ -585,7 +675,8 @@ def train_stage(
         file_hash("peft", engine.peft),
     ]
     settings = _merged(models.settings, prompts, config, engine, evaluation, *hashes)
-    for name in ("resume", "save_every"):  # they do not change what is trained
+    settings |= recorded_verifier(evaluation.verifier)
+    for name in ("resume", "save_every", "report_to"):  # they do not change what is trained
         del settings[name]
 
     def work() -> dict:
@@ -626,7 +717,12 @@ def train_stage(
         settings=settings,
         outputs=lambda: _trained_files(run),
         work=work,
-        code=("training.run", "training.trl_trainer", "training.engine_options"),
+        code=(
+            "training.run",
+            "training.trl_trainer",
+            "training.step_metrics",
+            "training.engine_options",
+        ),
         models=models.fingerprint,
     )
     if run.path("scores.parquet").exists():
@@ -660,6 +756,7 @@ def analyze_stage(
 
     def work() -> None:
         tables.update((made or Ahead({})).take("analyze", task()))
+        tables.update(_engine_tables(run, tables, {**dataclasses.asdict(config), "seed": seed}))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
 
@@ -703,7 +800,9 @@ def _analysis(
         )
 
     def task() -> dict[str, Any]:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        tokens = read_studied(run.path("tokens.parquet"), seed)
         if "gain" not in tokens:
             raise DiagnosticsError(
                 f"{run.path('tokens.parquet')} has no gains in nats."
@@ -723,8 +822,51 @@ def _analysis(
         }
         return {"tokens": run.path("tokens.parquet"), "options": options}
 
-    stage = {"settings": settings, "inputs": ["tokens.parquet"], "code": ("analysis.study",)}
+    stage = {
+        "settings": settings,
+        "inputs": ["tokens.parquet", *_of_engine(run)],
+        "code": ("analysis.study", *(["analysis.engine_check"] if _of_engine(run) else [])),
+    }
     return stage, task
+
+
+def _of_engine(run: Run) -> list[str]:
+    """Files that a check of the sampling engine reads; none where the bank came without its
+    log-probabilities, or the table is not of this run's contexts.
+    """
+    import pyarrow.parquet as pq
+
+    path = run.path("contexts.parquet")
+    if "import" in run.manifest["stages"] or files.kind(path) != "file":
+        return []
+    try:
+        held = SAMPLED in pq.read_schema(path).names
+    except (OSError, ValueError):  # a damaged file is named by the stage that reads it
+        return []
+    return (
+        ["contexts.parquet", "tops.parquet"] if held and run.path("tops.parquet").exists() else []
+    )
+
+
+def _engine_tables(
+    run: Run, tables: Mapping[str, pd.DataFrame], options: Mapping[str, Any]
+) -> dict[str, pd.DataFrame]:
+    """The tables of the engine check, and the warnings with its own."""
+    from diagnostics.analysis.engine_check import engine_tables, engine_warning
+
+    if not _of_engine(run):
+        return {}
+    contexts, tops, tokens = (
+        read_parquet(run.path(f"{name}.parquet")) for name in ("contexts", "tops", "tokens")
+    )
+    made = engine_tables(contexts, tokens, tops=tops, **options)
+    found = engine_warning(made["engine_check"], made["engine_causes"])
+    known = tables["warnings"]
+    if found is not None:
+        log.warning("%s", found[4])
+        row = pd.DataFrame([found], columns=list(known.columns)).astype(known.dtypes.to_dict())
+        known = row if known.empty else pd.concat([known, row], ignore_index=True)
+    return {**made, "warnings": known}
 
 
 def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
@@ -794,7 +936,12 @@ def compare_stage(
     options = {**dataclasses.asdict(analysis), "seed": seed}
 
     def work() -> None:
-        tokens = validate_tokens(read_parquet(run.path("tokens.parquet")))
+        from diagnostics.analysis.prompt_groups import read_studied
+
+        # Interventions are of every prompt, so they are compared with the whole table.
+        path = run.path("tokens.parquet")
+        whole = validate_tokens(read_parquet(path)) if effects else None
+        tokens = read_studied(path, seed) if whole is None else whole
         tables.update((made or Ahead({})).take("compare", _comparison_task(run, config, options)))
         if effects:
             sums = read_parquet(run.path(effects))
@@ -825,6 +972,7 @@ def _compared(run: Run) -> list[str]:
 
 
 COMPARISON_CODE = (
+    "analysis.correctness",
     "analysis.selection",
     "analysis.selection_draws",
     "analysis.rank_agreement",
@@ -1287,7 +1435,7 @@ MADE_OF = "made of"
 def _page_inputs(run: Run, contexts: int, pdf: bool) -> str:
     """Hash over the files that a report reads, how much of them it shows, and its code."""
     read = ["manifest.json", "tokens.parquet", "contexts.parquet", "tops.parquet"]
-    read += ["metrics.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
+    read += ["metrics.jsonl", "positions.jsonl", "train.json", "timings.jsonl", "evaluations.csv"]
     read += [name for name, kind in files.walk(run.directory, "tables") if kind == "file"]
     content = [(name, files.hash_inside(run.directory, name)) for name in sorted(read)]
     code = code_version("report.page", "report.run_results")
@@ -1335,6 +1483,7 @@ def validate_stage(
         analysis: Draws and level of the intervals.
         engine: How TRL runs each training, except for what a grid decides itself.
     """
+    from diagnostics.contexts.verifiers import recorded_verifier
     from diagnostics.measure.losses import check_loss
     from diagnostics.training import grid
 
@@ -1342,12 +1491,14 @@ def validate_stage(
     refuse_shards(models)
     folder = run.path("cells")
     options = _engine_of_cells(engine)
+    judged_by = recorded_verifier(evaluation.verifier)
     sources = {
         **models.fingerprint(),
         **file_hash("prompts", prompts.prompts),
         **file_hash("eval_prompts", evaluation.eval_prompts),
         **file_hash("trl", options.get("trl")),
         **file_hash("peft", options.get("peft")),
+        **{name: judged_by[name] for name in ("verifier_sha256",) if name in judged_by},
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
     job = grid.Job(
@@ -1376,6 +1527,7 @@ def validate_stage(
         analysis,
         {"offline": offline},
         options,
+        judged_by,
     )
     names = ["untouched", *(cell.name for cell in cells)]
     run.stage(
@@ -1434,6 +1586,11 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
         raise DiagnosticsError(
             f"A grid of trainings takes no {' or '.join(decided)}: each training is short, kept"
             " when it ends and begun again otherwise. Leave it out."
+        )
+    if "report_to" in given:
+        raise DiagnosticsError(
+            "A grid of trainings reports to no tracker: each training's log is kept as"
+            " cells/*.curve.parquet. Leave --report-to out."
         )
     return given
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.contexts.encoding import special_ids
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress, worked
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import divergences
-from diagnostics.models import topk_teacher
+from diagnostics.measure import divergences, extras
+from diagnostics.models import batch_size, topk_teacher
+from diagnostics.models.batch_size import BATCH_TOKENS
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
+from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
+from diagnostics.models.weights import weights_sha256
 
 log = logging.getLogger("diagnostics")
-BATCH_TOKENS = 8192
+PADDING = 0.25
+"""Most padding of a batch of more than BATCH_TOKENS tokens, as a share of its tokens. Smaller ones
+are filled whatever their padding is, since sorting by length alone keeps that small.
+"""
 TOPS = 5
 """Number of most likely tokens of each model that the token view shows."""
 NOT_FINITE_LIMIT = 0.01
@@ -50,18 +55,27 @@ class ScoreConfig:
     Attributes:
         k: Size of the top-K supports.
         sweep: Other sizes K that are measured in the same pass.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None takes 8,192 on the CPU, and
+            on CUDA what the free memory holds (`models.batch_size`).
+        extra: Further measurements (`measure.extras.COLUMNS`).
     """
 
     k: int = field(default=16, metadata={"help": "size of the top-K supports"})
     sweep: tuple[int, ...] = field(
         default=(4, 8, 32), metadata={"help": "other K measured in the same pass"}
     )
-    batch_tokens: int = field(
-        default=BATCH_TOKENS, metadata={"help": "tokens in one forward pass, padding included"}
+    batch_tokens: int | None = field(default=None, metadata=batch_size.FLAG)
+    extra: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
     )
 
+    def __post_init__(self) -> None:
+        extras.check_extras(self.extra)
 
+
+SCORED = "scored"
+"""Attribute (`attrs`) of a token table: what `scored_with` gives."""
 MEASURED_AFTER = {
     "forward_kl": False,
     "reverse_kl": False,
@@ -144,7 +158,12 @@ class Batch:
                 " a larger device or shorter contexts."
             ) from error
         log.warning("%d tokens do not fit in memory at once: halved", self.ids_BT.numel())
-        return [self._part(0, contexts // 2), self._part(contexts // 2, contexts)]
+        return self.in_halves()
+
+    def in_halves(self) -> list[Batch]:
+        """The batch in two halves, or as it is where it is one context."""
+        half = len(self.ids_BT) // 2
+        return [self._part(0, half), self._part(half, len(self.ids_BT))] if half else [self]
 
     def with_contexts_of(self, wanted_n: Tensor, states_nH: Tensor) -> tuple[Batch, Tensor]:
         """The batch without the contexts in which no position is wanted, and its states.
@@ -191,6 +210,20 @@ class Batch:
         return self.ids_BT.numel()
 
 
+def chosen_batch_tokens(pair: Pair, asked: int | None, *, use: batch_size.Use = "score") -> int:
+    """Tokens in one forward pass of a pair's models: what was asked for, or what memory holds.
+
+    Args:
+        pair: Student and teacher, on their devices.
+        asked: A number, or None to choose one.
+        use: Whether the passes are run for their results alone, or for a gradient.
+    """
+    run = [model.model for model in (pair.student, pair.teacher) if isinstance(model, Readout)]
+    if use == "gradient":
+        run = run[:1]  # the student, which is the one that gets a gradient
+    return batch_size.choose(asked, run, use=use)
+
+
 def batches(
     bank: Bank, *, batch_tokens: int = BATCH_TOKENS, keep: np.ndarray | None = None
 ) -> list[Batch]:
@@ -204,49 +237,58 @@ def batches(
     Returns:
         The batches, shortest contexts first.
     """
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
+    lengths = [context.longest for context in bank]
     wanted = [
         i
         for i in range(len(bank))
         if starts[i + 1] > starts[i] and (keep is None or keep[starts[i] : starts[i + 1]].any())
     ]
     groups: list[list[int]] = []
-    for i in sorted(wanted, key=lambda i: (bank[i].longest, i)):
-        if not groups or (len(groups[-1]) + 1) * bank[i].longest > batch_tokens:
+    tokens = 0
+    for i in sorted(wanted, key=lambda i: (lengths[i], i)):
+        if not groups or _is_full(len(groups[-1]) + 1, lengths[i], tokens, batch_tokens):
             groups.append([])
+            tokens = 0
         groups[-1].append(i)
+        tokens += lengths[i]
     return [_batch([bank[i] for i in group], [starts[i] for i in group], keep) for group in groups]
+
+
+def _is_full(contexts: int, longest: int, tokens: int, batch_tokens: int) -> bool:
+    """Whether a batch of so many contexts, with the one of `longest` tokens added to those of
+    `tokens` in all, would be too large, or large and too full of padding.
+    """
+    area = contexts * longest
+    return area > batch_tokens or (area > BATCH_TOKENS and area - tokens - longest > PADDING * area)
 
 
 def _batch(contexts: Sequence[Context], starts: Sequence[int], keep: np.ndarray | None) -> Batch:
     ids_BT, mask_BT = _padded([context.ids for context in contexts])
-    which, when, rows, sampled = [], [], [], []
-    for b, (context, start) in enumerate(zip(contexts, starts)):
-        first = len(context.prompt_ids)
-        for t, token in enumerate(context.response_ids):
-            if keep is None or keep[start + t]:
-                which.append(b)
-                when.append(first + t - 1)
-                rows.append(start + t)
-                sampled.append(token)
+    counts = np.array([len(context.sampled_ids) for context in contexts])
+    first = np.array([len(context.prompt_ids) for context in contexts])
+    which_n = np.repeat(np.arange(len(contexts)), counts)
+    rows_n = np.repeat(np.asarray(starts), counts) + _counted(counts)
+    when_n = first[which_n] + response_indices(contexts) - 1
+    sampled_n = sampled_tokens(contexts)
+    kept = slice(None) if keep is None else keep[rows_n]
     return Batch(
         ids_BT,
         mask_BT,
-        (torch.tensor(which), torch.tensor(when)),
-        torch.tensor(sampled),
-        torch.tensor(rows),
+        (torch.tensor(which_n[kept]), torch.tensor(when_n[kept])),
+        torch.tensor(sampled_n[kept]),
+        torch.tensor(rows_n[kept]),
         tuple(contexts),
     )
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids [B, T] with zeros on the right, and the mask of real tokens [B, T]."""
-    width = max(map(len, sequences))
-    ids_BT, mask_BT = torch.zeros(2, len(sequences), width, dtype=torch.long).unbind()
-    for b, ids in enumerate(sequences):
-        ids_BT[b, : len(ids)] = torch.tensor(ids)
-        mask_BT[b, : len(ids)] = 1
-    return ids_BT, mask_BT
+    lengths = np.array([len(ids) for ids in sequences])
+    mask_BT = np.arange(lengths.max()) < lengths[:, None]
+    ids_BT = np.zeros(mask_BT.shape, dtype=np.int64)
+    ids_BT[mask_BT] = np.concatenate([np.asarray(ids, np.int64) for ids in sequences])
+    return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT.astype(np.int64))
 
 
 @with_settings(config=ScoreConfig)
@@ -276,7 +318,8 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
-    return _table(pair, bank, _columns(pair, bank, config, shards=shards))
+    bank, config = _graded(pair, bank), _decided(pair, config)
+    return _table(pair, bank, _columns(pair, bank, config, shards=shards), config)
 
 
 def score_after(
@@ -334,13 +377,14 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
+    bank, config = _graded(pair, bank), _decided(pair, config)
     columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
         for name in list(columns)
         if name.startswith(("student_top_", "teacher_top_"))
     }
-    tokens = _table(pair, bank, columns)
+    tokens = _table(pair, bank, columns, config)
     return tokens, pd.concat(
         [
             tokens[["context_id", "position"]],
@@ -350,32 +394,88 @@ def score_with_tops(
     )
 
 
-def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+def _table(
+    pair: Pair, bank: Bank, columns: dict[str, np.ndarray], config: ScoreConfig
+) -> pd.DataFrame:
     _check_finite(columns["student_entropy"] + columns["teacher_entropy"], pair, bank)
-    return validate_tokens(
+    tokens = validate_tokens(
         pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1)
     )
+    assert config.batch_tokens is not None, "the size of the batches is decided before they run"
+    tokens.attrs[SCORED] = scored_with(weights_sha256(pair.student.model), config.batch_tokens)
+    return tokens
+
+
+def _decided(pair: Pair, config: ScoreConfig) -> ScoreConfig:
+    """The same configuration with the tokens in one forward pass."""
+    return replace(config, batch_tokens=chosen_batch_tokens(pair, config.batch_tokens))
+
+
+def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
+    """What the bits of a token table rest on, beside bank, teacher, code and device: the hash of
+    the student's weights, and the tokens in a forward pass, which decide the batches.
+    """
+    return {"student": student_sha256, "batch_tokens": batch_tokens}
 
 
 def _columns(
     pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every measurement [N] by name, float64, over all processes."""
-    check_bank(pair, bank)
+    """Every measurement [N] by name, float64, over all processes, of a checked bank."""
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
+    assert config.batch_tokens is not None, "the size of the batches is decided before they run"
     own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
     measure = _measure(pair, bank, config, tops=tops)
-    for batch, student_nH, teacher_nH in _forward(
-        pair, _not_kept(own, shards, columns, bank.positions), "score"
-    ):
-        measured = measure(batch, student_nH, teacher_nH)
-        values: dict[str, Any] = {
-            name: values_n.double().cpu().numpy() for name, values_n in measured.items()
-        }
+    todo = _forward(pair, _not_kept(own, shards, columns, bank.positions), "score")
+    measured = ((batch, measure(batch, *states)) for batch, *states in todo)
+    for batch, values in on_host(measured):
         shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, bank.positions)
     return _gathered(columns, bank.positions)
+
+
+def on_host(
+    measured: Iterable[tuple[Batch, Mapping[str, Tensor]]],
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Each batch with its measurements in main memory, float64 [n] by name.
+
+    All measurements of a batch are copied at once. On CUDA the copy runs while the next batch is
+    measured: a batch is handed out one later than it came.
+    """
+    waiting: tuple[Batch, _Copy] | None = None
+    for batch, values in measured:
+        copy = _Copy(values)
+        if waiting is not None:
+            yield waiting[0], waiting[1].arrays()
+        waiting = batch, copy
+        if not copy.is_under_way:
+            yield batch, copy.arrays()
+            waiting = None
+    if waiting is not None:
+        yield waiting[0], waiting[1].arrays()
+
+
+class _Copy:
+    """Measurements [n] by name on their way to main memory, as float64."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        self.names = list(values)
+        stacked_Mn = torch.stack([values_n.double() for values_n in values.values()])
+        self.is_under_way = stacked_Mn.device.type == "cuda"
+        self._values_Mn = stacked_Mn
+        if self.is_under_way:
+            self._values_Mn = torch.empty(stacked_Mn.shape, dtype=torch.float64, pin_memory=True)
+            self._values_Mn.copy_(stacked_Mn, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(stacked_Mn.device))
+
+    def arrays(self) -> dict[str, Any]:
+        """The values by name, once they are there."""
+        if self.is_under_way:
+            self._copied.synchronize()
+        # a copy, since a shard may keep one column of a batch longer than the others
+        return dict(zip(self.names, self._values_Mn.cpu().numpy().copy()))
 
 
 @torch.no_grad()
@@ -396,9 +496,10 @@ def measure_again(
     """
     columns: dict[str, np.ndarray] = {}
     measure = _measure(pair, bank, config, tops=0)
-    for batch, teacher_nH in todo:
-        measured = measure(batch, batch.states(pair.student), teacher_nH)
-        values = {name: values_n.double().cpu().numpy() for name, values_n in measured.items()}
+    for batch, values in on_host(
+        (batch, measure(batch, batch.states(pair.student), teacher_nH))
+        for batch, teacher_nH in todo
+    ):
         _fill(columns, batch, values, bank.positions)
         worked(len(batch.rows_n))
     return _restore_flags(_gathered(columns, bank.positions))
@@ -412,7 +513,10 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
     """The measurement of a batch, for a teacher with full logits or one known by top-K lists."""
     student, teacher = pair.student, teacher_of(pair)
     k, sweep, student_dropped = config.k, tuple(config.sweep), _dropped(pair.student)
+    extra = tuple(config.extra)
     if isinstance(teacher, topk_teacher.TopKTeacher):
+        if extra:
+            topk_teacher.refuse(teacher, f"The measurement {extra[0]}")
         depth = teacher.depth(bank)
 
         def measure_lists(batch: Batch, student_nH: Tensor, teacher_nH: Tensor):
@@ -442,6 +546,7 @@ def _measure(pair: Pair, bank: Bank, config: ScoreConfig, *, tops: int) -> Measu
             k=k,
             sweep=sweep,
             tops=tops,
+            more=extras.asked(extra, k=k, sweep=sweep),
             student_dropped=student_dropped,
         )
 
@@ -518,18 +623,22 @@ def teacher_of(pair: Pair) -> Teacher:
     return pair.teacher
 
 
-def check_bank(pair: Pair, bank: Bank) -> None:
-    """Refuse a bank that the pair cannot score.
+def check_bank(pair: Pair, bank: Bank) -> Bank:
+    """Return the bank with the positions that the pair can grade, or refuse it.
 
     Args:
         pair: Student and teacher.
         bank: The frozen contexts.
+
+    Returns:
+        The bank; without positions whose token is another special token for the teacher.
 
     Raises:
         DiagnosticsError: The pair has no teacher, the bank has no response token, a context has no
             prompt token or an id outside the shared vocabulary, or a top-K teacher lacks a list.
     """
     teacher = teacher_of(pair)
+    bank = pair.graded(bank)
     if not bank.positions:
         raise DiagnosticsError(
             f"The bank has {len(bank)} contexts and no response tokens. Sample longer responses, or"
@@ -550,6 +659,15 @@ def check_bank(pair: Pair, bank: Bank) -> None:
             )
     if isinstance(teacher, topk_teacher.TopKTeacher):
         teacher.require(bank)
+    return bank
+
+
+def _graded(pair: Pair, bank: Bank) -> Bank:
+    """The checked bank with the positions that the pair can grade; says what is left out."""
+    graded = check_bank(pair, bank)
+    if pair.dropped:
+        log_dropped(count_dropped(bank, pair.dropped), bank.positions)
+    return graded
 
 
 @torch.no_grad()
@@ -589,7 +707,7 @@ def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
+def teacher_states(pair: Pair, todo: list[Batch], *, on_host: bool = False) -> list[Tensor]:
     """The teacher's states for each batch, from one forward pass.
 
     With `offload_teacher` the two models take turns on the device, and the states wait in main
@@ -598,13 +716,14 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     Args:
         pair: Student and teacher.
         todo: This process's batches.
+        on_host: Whether the states wait in main memory although the models take no turns.
 
     Returns:
         One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
     """
     if not pair.offload_teacher:
         return [
-            teacher_nH
+            teacher_nH.cpu() if on_host else teacher_nH
             for teacher_nH, _ in zip(
                 _teacher_states_in_turn(pair, todo), _with_progress(todo, "teacher")
             )
@@ -646,53 +765,97 @@ def rescore(
     names = ("forward_kl", "reverse_kl", "js") if js else ("forward_kl", "reverse_kl")
     columns: dict[str, np.ndarray] = {name: np.zeros(positions) for name in names}
     left = {id(batch) for batch in _not_kept(todo, shards, columns, positions)}
-    for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
-        if id(batch) not in left:
-            continue
-        measured = divergences.kl_pair_hidden(
-            batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
-        )
-        values: dict[str, Any] = {
-            name: values_n.double().cpu().numpy() for name, values_n in zip(names, measured)
-        }
+
+    def measured() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
+            if id(batch) in left:
+                found = divergences.kl_pair_hidden(
+                    batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
+                )
+                yield batch, dict(zip(names, found))
+
+    for batch, values in on_host(measured()):
         shards.add(batch.rows_n.tolist(), values)
         _fill(columns, batch, values, positions)
     return tuple(distributed.sum_over_processes(np.stack(list(columns.values()))))
 
 
 def _dropped(model: Readout) -> divergences.Logits | None:
-    """Logits of the ids outside the shared vocabulary, for a model that has any."""
-    return model.dropped_logits if model.full_vocabulary > model.vocabulary else None
+    """Logits of the ids that are left out of the distributions, for a model that has any."""
+    return model.dropped_logits if model.drops else None
 
 
 def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
-    special = special_ids(pair.tokenizer)
-    rows = [
-        (
-            context.context_id,
-            context.prompt_id,
-            position,
-            len(context.response_ids),
-            token,
-            token in special,
-        )
-        for context in bank
-        for position, token in enumerate(context.response_ids)
-    ]
-    frame = pd.DataFrame(
-        rows,
-        columns=[
-            "context_id",
-            "prompt_id",
-            "position",
-            "response_length",
-            "token_id",
-            "is_special",
-        ],
-    )
+    counts = np.array([len(context.sampled_ids) for context in bank])
+    context_N = np.repeat(np.arange(len(bank)), counts)
+    token_N = sampled_tokens(bank)
+    distinct, code_N = np.unique(token_N, return_inverse=True)
+    special, known = special_ids(pair.tokenizer), distinct.tolist()
     tokenizer: Any = pair.tokenizer
-    texts = {token: tokenizer.decode([token]) for token in frame["token_id"].unique()}
-    return frame.assign(token=frame["token_id"].map(texts))
+
+    # Texts are repeated in pandas' own form: making it anew takes longer than all the rest.
+    def of_contexts(values: Iterable) -> pd.Series:
+        return pd.Series(list(values)).take(context_N).reset_index(drop=True)
+
+    def of_tokens(values: list) -> pd.Series:
+        return pd.Series(values).take(code_N).reset_index(drop=True)
+
+    return pd.DataFrame(
+        {
+            "context_id": of_contexts(context.context_id for context in bank),
+            "prompt_id": of_contexts(context.prompt_id for context in bank),
+            "position": _counted(counts),
+            "response_length": counts[context_N],
+            "token_id": token_N,
+            "is_special": of_tokens([token in special for token in known]),
+            **({"response_index": response_indices(bank.contexts)} if bank.masked else {}),
+            "token": of_tokens([tokenizer.decode([token]) for token in known]),
+            **_verdicts(bank, context_N),
+        }
+    )
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … for each of the counts, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+
+
+def _verdicts(bank: Bank, context_N: np.ndarray) -> dict[str, np.ndarray]:
+    """The column `correct` [N], where any context of the bank was judged."""
+    verdicts = [np.nan if context.correct is None else context.correct for context in bank]
+    judged = any(context.correct is not None for context in bank)
+    return {"correct": np.array(verdicts, dtype=float)[context_N]} if judged else {}
+
+
+def sampled_tokens(contexts: Iterable[Context]) -> np.ndarray:
+    """The sampled token of every position [N], int64, in the order of a token table's rows."""
+    return np.fromiter(
+        (token for context in contexts for token in context.sampled_ids), dtype=np.int64
+    )
+
+
+def response_indices(contexts: Iterable[Context]) -> np.ndarray:
+    """The index within its response of every position [N], int64, in the same order."""
+    return np.concatenate([np.asarray(context.positions, dtype=np.int64) for context in contexts])
+
+
+def lists_positions(bank: Bank, tokens: pd.DataFrame) -> bool:
+    """Whether a token table's rows are the bank's positions in order, by context and token.
+
+    Args:
+        bank: The frozen contexts, N response positions in all.
+        tokens: A table with the columns context_id and token_id.
+    """
+    if len(tokens) != bank.positions:
+        return False
+    if not np.array_equal(tokens["token_id"].to_numpy(), sampled_tokens(bank)):
+        return False
+    ids = tokens["context_id"].to_numpy()
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
+    return all(
+        (ids[first:last] == context.context_id).all()
+        for context, first, last in zip(bank, starts, starts[1:])
+    )
 
 
 def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -712,7 +875,7 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return
-    starts = np.cumsum([0] + [len(context.response_ids) for context in bank])
+    starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
     stops = len(bad) > NOT_FINITE_LIMIT * len(values)
     of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, fontManager, get_font
 from matplotlib.layout_engine import LayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.textpath import text_to_path
@@ -261,6 +261,31 @@ class MeasuredOnce:
                 self._sizes.clear()
             self._sizes[key] = super().get_text_width_height_descent(s, prop, ismath)
         return self._sizes[key]
+
+    def _get_font_height_metrics(self, prop):
+        """Ascent, descent and gap between lines in pixels, which matplotlib would read from the
+        font's file for each text; None three times where the font does not have them.
+        """
+        height = prop.get_size_in_points() * self.points_to_pixels(72) / 72
+        try:
+            fonts = fontManager._find_fonts_by_props(prop)
+            return tuple(share * height for share in _heights(tuple(fonts)))
+        except (AttributeError, TypeError, KeyError):
+            return None, None, None
+
+
+@functools.cache
+def _heights(fonts: tuple) -> tuple[float, float, float]:
+    """Ascent, descent and gap of the first of some fonts, as shares of its size."""
+    font = get_font(fonts)
+    named = {"OS/2": ("sTypoAscender", "sTypoDescender", "sTypoLineGap")}
+    named["hhea"] = ("ascent", "descent", "lineGap")
+    for table, names in named.items():
+        if (held := font.get_sfnt_table(table)) is not None:
+            em = font.get_sfnt_table("head")["unitsPerEm"]
+            up, down, gap = (held[name] / em for name in names)
+            return up, -down, gap
+    raise KeyError("no table of heights")
 
 
 class _Agg(MeasuredOnce, RendererAgg):

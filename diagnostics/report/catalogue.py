@@ -8,6 +8,8 @@ from __future__ import annotations
 from diagnostics.analysis.paper.printed import PRINTED
 
 TABLES = {
+    "atlas_pooled": "Each conclusion over all pairs: mean, heterogeneity, range for a new pair.",
+    "atlas_effects": "Each pair's estimate of each conclusion.",
     "decision": "Each criterion and budget over a horizon, against random, full and fair rivals.",
     "claim_statistics": "What the claims were tested on, with their strata, overlap and proxies.",
     "verdicts": "Each claim: the paper's statistic and the controlled one, and what follows.",
@@ -37,6 +39,7 @@ TABLES = {
     "selection_summary": "Normalised area and enrichment.",
     "selection_overlap": "Jaccard index and rank correlation between criteria.",
     "selection_profile": "What each criterion selects.",
+    "by_correctness": "Each criterion by right and by wrong responses: what it selects and gains.",
     "intervention": "Steps with loss on a selection alone; drops in nats per position.",
     "offline_agreement": "Kendall's tau between the answers.",
     "offline_answers": "Value and rank of each criterion by every answer.",
@@ -52,6 +55,16 @@ TABLES = {
     "validation_cells": "Every single training.",
     "evaluations": "The student on held-out prompts during training.",
     "training_metrics": "What training logged at each step.",
+    "teachers": "Mean of each measure with each teacher, by domain and place.",
+    "teachers_differences": "One teacher minus another at the same positions.",
+    "teachers_best": "Share of positions where a teacher offers the most that can be followed.",
+    "teachers_agreement": "How far teachers agree: ranks, likeliest tokens, selections.",
+    "training_positions": "What each step saw and selected, by tenth of the responses.",
+    "engine_check": (
+        "Log-probabilities that came with the bank minus those of the re-score, by group and place."
+    ),
+    "engine_causes": "What may explain that gap: what each cause takes away of it, over prompts.",
+    "engine_worst": "The positions where engine and re-score differ most.",
     "saturation": "Quantiles of every measurement and the share that is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats per position of the step's loss.",

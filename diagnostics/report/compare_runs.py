@@ -11,9 +11,10 @@ prompts."""
 from __future__ import annotations
 
 import html
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from diagnostics.core.inputs import several
 from diagnostics.core.run_lock import hold
 from diagnostics.core.shown import sizes
 from diagnostics.report import figures, lead, naming, page, run_results, summary, svg
+from diagnostics.report.figures.decision import VERDICTS
 from diagnostics.report.figures.registry import CORE
-from diagnostics.report.page_tables import table_block
+from diagnostics.report.page_tables import shown, table_block
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.written_pages import encoded, write_pages
@@ -82,7 +84,7 @@ class RunComparison:
     def html(self) -> str:
         """All of it as one self-contained page."""
         lead = "".join(
-            f"<p><b>{html.escape(name)}.</b> {html.escape(_finding(run))}</p>"
+            f"<p><b>{html.escape(name)}.</b> {page.with_code(_finding(run))}</p>"
             for name, run in self.runs.items()
         )
         lead += "".join(
@@ -91,12 +93,9 @@ class RunComparison:
             for note in run.reading_notes
         )
         sections = [
-            ("verdicts", "Verdicts", _grid(self.verdicts, "verdict")),
-            (
-                "settings",
-                "What differs",
-                _grid(self.settings, "setting") or "<p>No setting that the manifests record.</p>",
-            ),
+            ("decision", "Which criterion beats random?", _decisions(self.runs)),
+            ("verdicts", "Claims", _verdicts(self.verdicts, _statements(self.runs))),
+            ("settings", "What differs", _settings_table(self.settings)),
             ("figures", "Figures", "".join(_figure(*drawn) for drawn in self.drawings())),
             (
                 "tables",
@@ -157,7 +156,7 @@ def compare_runs(
             a finished run.
     """
     paths = [Path(directory) for directory in several(directories)]
-    names = list(names) if names is not None else _folder_names(paths)
+    names = list(names) if names is not None else folder_names(paths)
     if len(paths) < 2 or len(names) != len(paths) or len(set(names)) != len(names):
         raise DiagnosticsError(
             f"A comparison needs two or more runs, each with a name of its own; got {len(paths)}"
@@ -188,7 +187,7 @@ def write(directories: Sequence[str | Path], into: Path) -> Path:
     return into / "compare.html"
 
 
-def _folder_names(paths: list[Path]) -> list[str]:
+def folder_names(paths: list[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts), default=1) + 1):
@@ -211,21 +210,90 @@ def _joined(runs: Mapping[str, RunResults]) -> Iterable[tuple[str, pd.DataFrame]
 
 
 def _differences(runs: Mapping[str, RunResults]) -> pd.DataFrame:
-    """Settings and model facts whose value is not the same in all runs, a dash where a run has
-    none.
+    """Settings and model facts whose value is not the same in all runs that have them.
+
+    A setting that several stages share, with one value in each run, has one row. A dash stands
+    where a run has no such setting, or leaves it to the stage. Stages that not all runs have are a
+    row of their own, and their settings count only among the runs that have them.
     """
-    flat = {name: dict(_settings(run.manifest)) for name, run in runs.items()}
-    table = pd.DataFrame(flat, dtype=object).fillna("–")
-    return table[table.nunique(axis=1) > 1].rename_axis("setting")
+    flat = {name: _settings(run.manifest) for name, run in runs.items()}
+    stages = {name: set(run.manifest.get("stages", {})) for name, run in runs.items()}
+    rows: dict[str, dict[str, str]] = {}
+    for setting in dict.fromkeys(setting for values in flat.values() for setting in values):
+        held = {run: values[setting] for run, values in flat.items() if setting in values}
+        for label, values in _by_stage(setting, held):
+            has = [run for run in flat if run in values or _could_have(label, stages[run])]
+            found = {run: values.get(run, NONE) for run in flat}
+            if len({found[run] for run in has}) > 1:
+                rows[label] = found
+    rows |= _stages_row(runs, stages) | _model_rows(runs)
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(runs), dtype=object)
+    return table.rename_axis("setting")
 
 
-def _settings(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+NONE = "–"
+"""What stands for a setting that was not given."""
+NAMING = ("pair", "student", "teacher", "student_revision", "teacher_revision", "teacher_logprobs")
+"""Settings that name the models; the facts of the models say it better."""
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """By setting its value as text in each stage that has it."""
+    found: dict[str, dict[str, str]] = {}
     for stage, record in manifest.get("stages", {}).items():
         for name, value in record.get("settings", {}).items():
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield _unicode(f"{stage}: {name}"), _unicode(shown)
-    facts = summary.models(RunTables(manifest))
-    yield from ((f"model: {role}", name) for role, name in facts.items())
+            if name not in NAMING:
+                found.setdefault(_unicode(name), {})[stage] = _unicode(_shown(value))
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A setting's value as a reader writes it."""
+    if value is None:
+        return NONE
+    if isinstance(value, list) and not any(isinstance(part, (list, dict)) for part in value):
+        return ", ".join(map(str, value)) or NONE
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return f"{value[:12]}…"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _by_stage(
+    setting: str, held: Mapping[str, Mapping[str, str]]
+) -> Iterable[tuple[str, dict[str, str]]]:
+    """A setting's rows: one where each run has one value in all of several stages, else one per
+    stage.
+    """
+    stages = list(dict.fromkeys(stage for values in held.values() for stage in values))
+    if len(stages) > 1 and all(len(set(values.values())) == 1 for values in held.values()):
+        yield setting, {run: next(iter(values.values())) for run, values in held.items()}
+        return
+    for stage in stages:
+        own = {run: values[stage] for run, values in held.items() if stage in values}
+        yield f"{stage}: {setting}", own
+
+
+def _could_have(label: str, stages: set[str]) -> bool:
+    """Whether a run has the stage of a row; a row of several stages counts in every run."""
+    stage, colon, _ = label.partition(": ")
+    return not colon or stage in stages
+
+
+def _stages_row(
+    runs: Mapping[str, RunResults], stages: Mapping[str, set[str]]
+) -> dict[str, dict[str, str]]:
+    same = len({frozenset(names) for names in stages.values()}) == 1
+    held = {name: ", ".join(run.manifest.get("stages", {})) or NONE for name, run in runs.items()}
+    return {} if same else {"stages": held}
+
+
+def _model_rows(runs: Mapping[str, RunResults]) -> dict[str, dict[str, str]]:
+    facts = {name: summary.models(RunTables(run.manifest)) for name, run in runs.items()}
+    rows = {
+        f"model: {role}": {name: found.get(role, NONE) for name, found in facts.items()}
+        for role in ("pair", "student", "teacher")
+    }
+    return {label: values for label, values in rows.items() if len(set(values.values())) > 1}
 
 
 def _unicode(text: str) -> str:
@@ -234,9 +302,11 @@ def _unicode(text: str) -> str:
 
 
 def _finding(run: RunResults) -> str:
-    """The decision and the paragraphs that compare signals, as far as the run has them."""
-    parts = (summary.signals, summary.trained)
-    parts = parts if run.table("decision") is None else (lead.decided, *parts)
+    """The decision and how sure it is; the paragraphs that compare signals where there is none."""
+    if run.table("decision") is not None:
+        parts: tuple[Callable, ...] = (lead.decided, lead.sure)
+    else:
+        parts = (summary.signals, summary.trained)
     return " ".join(text for part in parts if (text := part(run))) or summary.title(run)
 
 
@@ -290,24 +360,131 @@ def _figure(name: str, caption: str, wide: Figure, narrow: Figure) -> str:
     return f'<figure id="figure-{name}">{drawings}<figcaption>{text}</figcaption></figure>'
 
 
-def _grid(table: pd.DataFrame, kind: str) -> str:
-    """A small table with one column per run."""
+def _decisions(runs: Mapping[str, RunResults]) -> str:
+    """The judged cells of every run as one grid; empty where fewer than two runs have a decision.
+
+    Rows are criteria at their budgets, by the first run's difference to random.
+    """
+    tables = {name: run.table("decision") for name, run in runs.items()}
+    judged = {
+        name: lead.judged_cells(table)
+        for name, table in tables.items()
+        if table is not None and {"primary", "over_random_low", "verdict"} <= set(table)
+    }
+    if len(judged) < 2:
+        return ""
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for name, table in judged.items():
+        for row in table.to_dict("records"):
+            cells.setdefault((row["criterion"], row["budget"]), {})[name] = _cell(row)
+    order = list(dict.fromkeys(criterion for criterion, _ in cells))
+    ranked = sorted(cells, key=lambda cell: (order.index(cell[0]), cell[1]))
+    rows = [
+        (
+            f"{naming.readable(name)} at {100 * budget:g}\N{NO-BREAK SPACE}%",
+            [cells[name, budget].get(run, NONE) for run in judged],
+        )
+        for name, budget in ranked
+    ]
+    heads = [(name, _judged_by(table)) for name, table in judged.items()]
+    said = (
+        "Drop of the held-out divergence over as many random positions, in nats per position, with"
+        " half of its interval. ▲ better than random, ▼ worse, = level, ? cannot tell, – not"
+        " judged; ◆ is recommended. Every run has its own prompts."
+    )
+    return f'<p class="quiet">{said}</p>{_table(heads, rows)}'
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """The sign of a verdict, the difference to random, and half of its interval."""
+    sign = VERDICTS.get(row["verdict"], VERDICTS["cannot tell"])[1]
+    kind = html.escape(str(row["verdict"]).replace(" ", "-"))
+    half = (row["over_random_high"] - row["over_random_low"]) / 2
+    text = sign
+    if math.isfinite(row["over_random"]):
+        text += f" {shown(row['over_random'], half=half)}"
+        text += f" ± {shown(half, half=half)}" if math.isfinite(half) else ""
+    mark = " ◆" if row["recommended"] in naming.TRUE else ""
+    return f'<span class="verdict {kind}">{text}{mark}</span>'
+
+
+def _judged_by(table: pd.DataFrame) -> str:
+    """The divergence and the horizon by which a run's cells are judged."""
     if table.empty:
         return ""
-    buffer = io.StringIO()
-    head = "".join(
-        f'<th class="plain" scope="col">{html.escape(str(name))}</th>'
-        for name in ["", *table.columns]
+    row = table.iloc[0]
+    return f"{naming.readable(str(row['measure']))}, {naming.steps(row['horizon'])}"
+
+
+def _statements(runs: Mapping[str, RunResults]) -> dict[str, str]:
+    """Each claim in words: what is tested with controls, where a run says it."""
+    found: dict[str, str] = {}
+    for run in runs.values():
+        table = summary.claims(run)[0]
+        if {"claim", "statement"} <= set(table):
+            first = table.assign(paper=table.get("kind", "") == "paper").sort_values(
+                "paper", kind="stable"
+            )
+            for claim, text in zip(first["claim"], first["statement"], strict=True):
+                if isinstance(text, str):
+                    found.setdefault(str(claim), text)
+    return found
+
+
+def _verdicts(table: pd.DataFrame, statements: Mapping[str, str]) -> str:
+    """The verdicts of every run, the statistics of a claim below its sentence."""
+    if table.empty:
+        return ""
+    rows: list[tuple[str, list[str]]] = []
+    before = None
+    for index, values in zip(table.index, table.itertuples(index=False), strict=True):
+        claim, *which = map(str, index)
+        if claim != before:
+            said = statements.get(claim, "")
+            rows.append((f"{claim} {said[:1].upper()}{said[1:]}".strip(), []))
+            before = claim
+        kind, outcome = which if len(which) == 2 else ("", *which)
+        words = naming.MEASURES.get(outcome) or naming.readable(outcome)
+        rows.append((summary.KINDS.get(kind, "by ") + words, [_verdict(value) for value in values]))
+    return _table([(str(name), "") for name in table.columns], rows)
+
+
+def _verdict(value: object) -> str:
+    text = html.escape(str(value))
+    return f'<span class="verdict {text.replace(" ", "-")}">{text}</span>'
+
+
+def _settings_table(table: pd.DataFrame) -> str:
+    """The settings that differ."""
+    if table.empty:
+        return "<p>No setting that the manifests record.</p>"
+    rows = [
+        (str(name), [html.escape(str(value)) for value in values])
+        for name, values in zip(table.index, table.itertuples(index=False), strict=True)
+    ]
+    note = f'<p class="quiet">{NONE}: not given, so that the stage chose, or no such setting.</p>'
+    return note + _table([(str(name), "") for name in table.columns], rows)
+
+
+def _table(heads: Iterable[tuple[str, str]], rows: Iterable[tuple[str, list[str]]]) -> str:
+    """A small table with one column per run; a row without cells is a heading."""
+    heads = list(heads)
+    columns = "".join(
+        f'<th class="plain" scope="col">{html.escape(name)}'
+        + (f' <span class="unit">{html.escape(unit)}</span>' if unit else "")
+        + "</th>"
+        for name, unit in [("", ""), *heads]
     )
-    for index, row in zip(table.index, table.itertuples(index=False), strict=True):
-        title = " · ".join(map(str, index)) if isinstance(index, tuple) else str(index)
-        cells = "".join(
-            f'<td><span class="{kind}'
-            f' {html.escape(str(value).replace(" ", "-"))}">{html.escape(str(value))}</span></td>'
-            for value in row
-        )
-        buffer.write(f'<tr><th scope="row">{html.escape(title)}</th>{cells}</tr>\n')
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(title)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>\n"
+        if cells
+        else f'<tr><th class="group" scope="rowgroup" colspan="{len(heads) + 1}">'
+        f"<span>{html.escape(title)}</span></th></tr>\n"
+        for title, cells in rows
+    )
     return (
-        '<div class="scroll"><table class="facts">'
-        f"<thead><tr>{head}</tr></thead><tbody>\n{buffer.getvalue()}</tbody></table></div>"
+        '<div class="scroll whole"><table class="facts">'
+        f"<thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )

@@ -15,7 +15,7 @@ from diagnostics.report.summary import minus
 STATIC = Path(__file__).parent / "static"
 
 
-PLAIN = ("random", "full", "early", "late")
+PLAIN = ("random", "full", "early", "late", "dial", "power", "sure", "tails")
 """Criteria whose names are words of every sentence, which link to nothing."""
 
 

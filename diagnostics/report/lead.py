@@ -102,7 +102,35 @@ def sure(run: RunTables) -> str:
     if table is None or not needs <= set(table.columns) or judged_cells(table).empty:
         return ""
     sentence = str(strength(judged_cells(table))["sentence"])
-    return sentence[:1].upper() + sentence[1:] + "."
+    return " ".join(filter(None, [sentence[:1].upper() + sentence[1:] + ".", taken_at(run)]))
+
+
+def rate(run: RunTables) -> tuple[float, str] | None:
+    """The learning rate of the steps that a decision rests on, and whose it is.
+
+    Returns:
+        The rate and what chose it: `asked for`, `the pair's`, or `the default`, which is that of a
+        training without a rate of its own. None where no trajectory is recorded.
+    """
+    for stage in ("intervene", "probe"):
+        facts = run.stage(stage)
+        if isinstance(found := facts.get("horizon_rate"), int | float):
+            named = run.stage("rollout").get("pair") or facts.get("pair")
+            whose = "the pair’s" if named not in (None, "custom") else "the default"
+            return float(found), "asked for" if facts.get("learning_rate") else whose
+    return None
+
+
+def taken_at(run: RunTables) -> str:
+    """At which learning rate the steps were taken, as a sentence; empty where none is recorded."""
+    found = rate(run)
+    if found is None:
+        return ""
+    value, whose = found
+    text = f"Steps at learning rate {value:g}"
+    if whose == "the default":
+        return f"{text}, training's default: small, so effects are too; `--learning-rate` sets it."
+    return f"{text}."
 
 
 def next_command(run: RunTables) -> str:

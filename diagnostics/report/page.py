@@ -21,6 +21,7 @@ from diagnostics.report import (
     page_tables,
     provenance,
     summary,
+    themes,
     tokenview,
 )
 from diagnostics.report.drawing import Drawing, draw_all
@@ -65,7 +66,7 @@ def build(
             of such a name is not as this program wrote it.
     """
     directory = Path(run_dir)
-    run = read_run(directory)
+    run = read_run(directory, shown=contexts)
     pdf = pdf or any((directory / "figures").glob("*.pdf"))
     drawn, left_out = draw_all(run, pdf=pdf, workers=workers)
     pages = {f"figures/{name}.png": drawing.png for name, drawing in drawn.items()}
@@ -182,7 +183,7 @@ def shell(
         f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
         for name, heading, content in sections
     )
-    style = _static("report.css") + (tokenview.style() if tokens else "")
+    style = themes.themed(_static("report.css")) + (tokenview.style() if tokens else "")
     script = _static("report.js") + (tokenview.script() if tokens else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'

@@ -8,8 +8,9 @@ where it would look like another that is drawn.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -83,6 +84,15 @@ KNOWN = (
     "q3_compatibility_low",
     "q3_incompatible",
     "q3_compatibility",
+    "dial",
+    "power",
+    "gradient_size",
+    "sure",
+    "tails",
+    "ier",
+    "ier_full",
+    "teacher_top1_gap",
+    "bellman",
 )
 """The library's criteria in the order of their looks; a new one comes last, so none changes."""
 RIVALS = {"random_divergent": "+", "position_matched": "1", "token_identity": "2"}
@@ -175,10 +185,13 @@ def diverging() -> Colormap:
 
 
 def on(color: Any) -> str:
-    """Black or white, whichever is read better on a color."""
+    """Black or nearly white, whichever is read better on a color.
+
+    Neither is a color of the page, which a report exchanges for its dark theme's.
+    """
     red, green, blue = to_rgb(color)
     linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
-    return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.18 else "#FFFFFF"
+    return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.18 else "#FDFDFD"
 
 
 # --- looks by name ---
@@ -188,7 +201,10 @@ def look(place: int) -> dict[str, Any]:
     """Color, marker and dash of the look at a place; places below the number of colors times
     markers all differ in one of the two.
     """
-    colors = cycle()
+    return _look(place, cycle())
+
+
+def _look(place: int, colors: Sequence[str]) -> dict[str, Any]:
     turn = place // len(colors)
     return {
         "color": colors[place % len(colors)],
@@ -220,42 +236,48 @@ def criterion_style(name: str, names: Iterable[str]) -> dict[str, Any]:
         }
     drawn = [other for other in dict.fromkeys([*names, name]) if other not in GREY]
     listed = sheet().palette is not None and not isinstance(sheet().palette, Mapping)
-    place = drawn.index(name) if listed else _places(drawn)[name]
+    place = drawn.index(name) if listed else _places(tuple(drawn), tuple(cycle()))[name]
     shown = look(place) | {"markersize": 3.2}
     return shown | {"color": color_of(name, shown["color"])}
 
 
-def _places(names: Iterable[str]) -> dict[str, int]:
-    """The place of every criterion: fixed for those of the library, from the name for others."""
+@functools.lru_cache(maxsize=64)
+def _places(names: tuple[str, ...], colors: tuple[str, ...]) -> dict[str, int]:
+    """The place of every criterion: fixed for those of the library, from the name for others.
+
+    It is kept, since a figure asks for it once per criterion.
+    """
     places = {name: KNOWN.index(name) for name in names if name in KNOWN}
+    seen = [_visible(place, colors) for place in range(3 * OWN_PLACES)]
+    taken = [_visible(place, colors) for place in places.values()]
     for name in sorted(set(names) - set(KNOWN)):
-        places[name] = _free(name, list(places.values()))
+        places[name] = _free(name, taken, seen)
+        taken.append(seen[places[name]])
     return places
 
 
-def _free(name: str, taken: list[int]) -> int:
+def _free(name: str, taken: list[tuple], seen: list[tuple]) -> int:
     """The place that a name asks for, or the next with a color and a marker of its own while there
     are any, then with one of the two, then with a look of its own.
     """
     start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % OWN_PLACES
-    looks = [_visible(place) for place in taken]
-    colors, marks = {color for color, *_ in looks}, {marker for _, marker, _ in looks}
+    colors, marks = {color for color, *_ in taken}, {marker for _, marker, _ in taken}
     tries = [(start + step) % OWN_PLACES for step in range(OWN_PLACES)]
 
     def fresh(place: int) -> tuple[bool, bool]:
-        color, marker, _ = _visible(place)
+        color, marker, _ = seen[place]
         return color not in colors, marker not in marks
 
     best = max(map(fresh, tries))
     if any(best):
         return next(place for place in tries if fresh(place) == best)
     free = (place for place in (*tries, *range(OWN_PLACES, 3 * OWN_PLACES)))
-    return next((place for place in free if _visible(place) not in looks), start)
+    return next((place for place in free if seen[place] not in taken), start)
 
 
-def _visible(place: int) -> tuple:
+def _visible(place: int, colors: Sequence[str]) -> tuple:
     """What tells a look from another: color and marker, beyond them also the dash."""
-    shown = look(place)
+    shown = _look(place, colors)
     dash = shown["linestyle"] if place >= OWN_PLACES else None
     return shown["color"], shown["marker"], dash
 

@@ -31,7 +31,7 @@ from diagnostics.analysis.paper.sentences import (
 )
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import summary
-from diagnostics.report.figures.paper import FIGURES, paper, plain
+from diagnostics.report.figures.paper import FIGURES, INCOMPATIBLE, LEARN, paper, plain
 from diagnostics.report.naming import readable
 from diagnostics.report.page import shell, with_code
 from diagnostics.report.page_tables import table_block
@@ -446,7 +446,8 @@ SIDES = {"released": "As released", "controlled": "Controlled"}
 def _sides(said: Mapping) -> str:
     """What both sides say, beside one another."""
     sides = "".join(
-        f'<div><p class="side">{head}</p><p>{html.escape(said[name])}</p></div>'
+        f'<div><p class="side">{head}</p>'
+        f"<p>{html.escape(summary.minus(_typeset(said[name])))}</p></div>"
         for name, head in SIDES.items()
         if isinstance(said.get(name), str) and said[name]
     )
@@ -461,7 +462,12 @@ def _sentence(text: object, head: str) -> str:
     """A paragraph with its heading; empty where there is no text."""
     if not isinstance(text, str) or not text:
         return ""
-    return f"<p><b>{head}</b> {with_code(text)}</p>"
+    return f"<p><b>{head}</b> {with_code(_typeset(text))}</p>"
+
+
+def _typeset(text: str) -> str:
+    """Text with the paper's two scores as its figures write them."""
+    return text.replace("D^L", LEARN).replace("D^I", INCOMPATIBLE)
 
 
 def _missing(artefact: Artefact, table: pd.DataFrame | None, left_out: Mapping[str, str]) -> str:

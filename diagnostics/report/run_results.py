@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.analysis.prompt_groups import is_long, read_studied
 from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import hashes_read, read_manifest
@@ -63,7 +64,7 @@ class RunResults(RunTables):
         return "; ".join([*filter(None, kept), f"tables (rows): {names}"])
 
 
-def read_run(directory: str | Path) -> RunResults:
+def read_run(directory: str | Path, *, shown: int | None = None) -> RunResults:
     """Read the files of a finished run, for a notebook or the report.
 
     Needs neither torch nor a model. In a notebook `run = dx.read_run("reports/demo")` shows the
@@ -73,6 +74,9 @@ def read_run(directory: str | Path) -> RunResults:
     Args:
         directory: A run directory with manifest.json and tables/*.csv, as `python -m diagnostics
             run` and the single stages write it.
+        shown: Number of contexts that a page is to show token by token. A token table that is too
+            large to be studied whole is then read as the study's sample, with the contexts of its
+            prompts, and the likeliest tokens of those that are shown alone.
 
     Returns:
         The manifest, the tables by name, the token table, the bank of contexts and the most likely
@@ -92,14 +96,39 @@ def read_run(directory: str | Path) -> RunResults:
             f"{directory / 'tables'} holds no table{notes}. Run `python -m diagnostics analyze"
             f" --output-dir {directory}` first."
         )
-    return RunResults(
-        manifest,
-        tables,
+    of_page = None if shown is None else _read_shown(manifest, reading, shown)
+    tokens, bank, tops = of_page or (
         reading.read("tokens.parquet", lambda path: validate_tokens(read_parquet(path))),
         reading.read("contexts.parquet", read_bank),
         reading.read("tops.parquet", read_parquet),
-        tuple(reading.notes),
     )
+    return RunResults(manifest, tables, tokens, bank, tops, tuple(reading.notes))
+
+
+def _read_shown(
+    manifest: Mapping[str, Any], reading: _Reading, shown: int
+) -> tuple[pd.DataFrame | None, Bank | None, pd.DataFrame | None] | None:
+    """The sample of a large token table, its contexts, and the likeliest tokens of those to show;
+    None where the table is not large.
+    """
+    from diagnostics.report.tokenview import telling_contexts
+
+    if not is_long(reading.directory / "tokens.parquet"):
+        return None
+    seed = manifest["stages"].get("analyze", {}).get("settings", {}).get("seed", 0)
+    tokens = reading.read("tokens.parquet", lambda path: read_studied(path, seed))
+    if tokens is None:
+        return None
+    of_prompts = [("prompt_id", "in", list(tokens["prompt_id"].unique()))]
+    bank = reading.read(
+        "contexts.parquet", lambda path: Bank.from_frame(read_parquet(path, filters=of_prompts))
+    )
+    names = []
+    if bank is not None and shown:
+        names = [bank[index].context_id for index in telling_contexts(bank, tokens, shown)[0]]
+    of_shown = [("context_id", "in", names)]
+    tops = reading.read("tops.parquet", lambda path: read_parquet(path, filters=of_shown))
+    return tokens, bank, tops
 
 
 def read_tables(directory: str | Path, *, begins: str, remedy: str) -> RunResults:
@@ -193,14 +222,18 @@ def training_tables(directory: Path, reading: _Reading | None = None) -> dict[st
         reading: The reader that keeps the notes; a new one without a manifest where None.
 
     Returns:
-        `evaluations` and `training_metrics`, as far as the run has them. The metrics have one row
-        per step; those of a grid name their cell in the columns criterion, budget and seed.
+        `evaluations`, `training_metrics` and `training_positions`, as far as the run has them. The
+        metrics have one row per step; those of a grid name their cell in the columns criterion,
+        budget and seed. The positions have one row per step and tenth of the responses.
     """
     reading = reading or _Reading(directory, {"stages": {}})
     found = {
         "evaluations": reading.read("evaluations.csv", _read_csv, ask=False),
         "training_metrics": reading.read(
             "metrics.jsonl", lambda path: _read_lines(path, reading.say), ask=False
+        ),
+        "training_positions": reading.read(
+            "positions.jsonl", lambda path: _read_lines(path, reading.say), ask=False
         ),
     }
     curves = []

@@ -18,7 +18,7 @@ import pandas as pd
 from diagnostics.analysis import claims as claim_tests
 from diagnostics.analysis.config import FEWEST_PROMPTS
 from diagnostics.criteria import AMBIGUOUS
-from diagnostics.report import lead
+from diagnostics.report import lead, sources
 from diagnostics.report.lead import population
 from diagnostics.report.naming import (
     MEASURES,
@@ -103,6 +103,7 @@ def answer(run: RunTables) -> dict[str, str]:
         "What would a selection capture?": (budget,),
         CLAIMS: (judged,),
         "What of confident errors?": (q3,),
+        "Where does a gain come from?": (attributed,),
         "What did training say?": (trained, foreseen),
         "How sure, and what would change it?": (certainty,),
     }
@@ -151,7 +152,9 @@ def setup(run: RunTables) -> str:
         step.get("optimizer"), "one step"
     )
     loss = f" of the {readable(step['loss'])} loss" if "loss" in step else ""
+    narrow = step.get("gradient_precision", "full") != "full"
     text = f"The student took {optimizer}{loss}"
+    text += f", whose gradient was taken in {step['gradient_precision']}" if narrow else ""
     if table is not None:
         text += _where_measured(table)
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
@@ -479,6 +482,14 @@ def _q3_part(row, outcome: str) -> str:
         f"{number(abs(row.difference))}{unit} {direction} ({number(row.low)} to"
         f" {number(row.high)}{clear})"
     )
+
+
+def attributed(run: RunTables) -> str:
+    """Whose losses a gain comes from, and whose help others; that it cannot be told where not."""
+    parts = {"kernel_shares": sources.shares_said, "lift": sources.lift_said}
+    tables = {name: run.table(name) for name in parts}
+    said = [parts[name](table) for name, table in tables.items() if table is not None]
+    return " ".join(filter(None, said))
 
 
 KINDS = {"controlled": "with controls, by ", "paper": "as the paper has it, by "}

@@ -42,8 +42,9 @@ def token_widget(fragment: str, style: str, script: str) -> Any:
         import traitlets
     except ImportError as error:
         raise DiagnosticsError(
-            f"A token widget needs anywidget ({error}). Install it with `pip install anywidget`;"
-            " the view itself, without selections that come back, needs nothing."
+            f"A token widget needs anywidget ({error}). Install it with `pip install anywidget`, or"
+            " this package with its extra `notebook`; the view itself, without selections that come"
+            " back, needs nothing."
         ) from error
 
     class TokenWidget(anywidget.AnyWidget):

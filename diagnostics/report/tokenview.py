@@ -36,6 +36,7 @@ from diagnostics.core.files import write_atomic
 from diagnostics.core.inputs import several, share, takes, token_table
 from diagnostics.core.schema import SCHEMA, require_columns
 from diagnostics.core.types import Bank, Context
+from diagnostics.report.themes import themed
 from diagnostics.report.token_text import Printed, in_color
 from diagnostics.report.token_widget import token_widget
 
@@ -131,7 +132,7 @@ class TokenView:
 
 def style() -> str:
     """The view's style sheet."""
-    return (STATIC / "tokenview.css").read_text(encoding="utf-8")
+    return themed((STATIC / "tokenview.css").read_text(encoding="utf-8"))
 
 
 def script() -> str:
@@ -150,6 +151,7 @@ def show(
     criteria: Iterable[str] | None = None,
     tops: pd.DataFrame | None = None,
     note: str | None = None,
+    correct: bool | None = None,
 ) -> TokenView:
     """Show contexts of a bank token by token, colored by a measurement or a criterion.
 
@@ -168,6 +170,8 @@ def show(
             position, with the columns context_id, position, student_top, student_top_p,
             teacher_top and teacher_top_p; probabilities are between 0 and 1.
         note: How the contexts were chosen, for the reader; said by itself where None.
+        correct: True shows right responses alone and False wrong ones, as the bank says; None shows
+            all, and the view has a menu where responses were judged.
 
     Returns:
         The view; it shows itself in a notebook, `print` shows it in a terminal, and `save` writes
@@ -179,7 +183,8 @@ def show(
     """
     require_columns(tokens, ("context_id", "position", "token"), what="A token view")
     color = color or next((name for name in FIRST if name in tokens), MEASURES[0])
-    contexts = _chosen(bank, context)
+    bank = bank.as_scored(tokens)
+    contexts = _chosen(_of_verdict(bank, correct), context)
     rows = _rows(tokens, contexts)
     names, texts = _criteria(tokens, criteria), tokens["token"].astype(str)
     measures = [*_measurements(tokens, rows), *_scores(tokens, rows, names)]
@@ -282,6 +287,20 @@ def _extremes(tokens: pd.DataFrame) -> list[list[str]]:
     return [list(dict.fromkeys(part["context_id"])) for part in (high[::-1], high, stuck)]
 
 
+def _of_verdict(bank: Bank, correct: bool | None) -> Bank:
+    """The contexts of one verdict; all of them for None."""
+    if correct is None:
+        return bank
+    kept = tuple(one for one in bank if one.correct is correct)
+    if not kept:
+        judged = sum(one.correct is not None for one in bank)
+        raise DiagnosticsError(
+            f"No context is {'right' if correct else 'wrong'}: {judged} of {len(bank)} were judged."
+            " Leave `correct` out, or judge the responses with --verifier."
+        )
+    return Bank(kept)
+
+
 def _chosen(bank: Bank, context: int | str | Sequence[int | str] | None) -> list[Context]:
     if context is None:
         return list(bank)[:MOST_CONTEXTS]
@@ -311,10 +330,10 @@ def _rows(tokens: pd.DataFrame, contexts: list[Context]) -> np.ndarray:
     for context in contexts:
         here = places.get(context.context_id, np.array([], dtype=int))
         here = here[np.argsort(order[here], kind="stable")]
-        if order[here].tolist() != list(range(len(context.response_ids))):
+        if order[here].tolist() != list(range(len(context.sampled_ids))):
             raise DiagnosticsError(
                 f"The token table has {len(here)} positions for context {context.context_id!r},"
-                f" whose response has {len(context.response_ids)}. Pass the table that was scored"
+                f" whose response has {len(context.sampled_ids)}. Pass the table that was scored"
                 " from this bank."
             )
         rows.append(here)
@@ -428,7 +447,8 @@ def _contexts(contexts: list[Context]) -> list[dict[str, Any]]:
             "prompt_id": one.prompt_id,
             "prompt": one.prompt,
             "finished": one.finished,
-            "length": len(one.response_ids),
+            "correct": one.correct,
+            "length": len(one.sampled_ids),
         }
         for one in contexts
     ]

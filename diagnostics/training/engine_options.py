@@ -139,7 +139,9 @@ PREFIXES = {
 }
 ELSEWHERE = "a script that makes SelectedDistillationTrainer itself can set it (docs/scale.md)"
 TRACKERS = ("none", "tensorboard")
-"""Trackers that write into the run directory."""
+"""Trackers that write into the run directory, which `--trl` may name."""
+REPORT_TO = (*TRACKERS, "trackio", "wandb")
+"""Trackers that `--report-to` may name."""
 BOTH_NAMES = (
     ("gradient_checkpointing", "activation_checkpointing"),
     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -365,7 +367,7 @@ def _check_values(fields: dict[str, Any], where: str) -> None:
     if any(tracker not in TRACKERS for tracker in trackers(fields)):
         raise DiagnosticsError(
             f"{where} reports to a tracker other than {' or '.join(TRACKERS)}: {LEAVES}, and"
-            " metrics.jsonl. Remove report_to there."
+            " metrics.jsonl. Remove report_to there; --report-to names another tracker."
         )
     if not 0 <= fields.get("dataloader_num_workers", 0) <= MOST_WORKERS:
         raise DiagnosticsError(

@@ -15,9 +15,7 @@ sample): two students meet the same random numbers, and an interrupted training 
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
+from diagnostics.contexts.prompts import Given, any_prompts
+from diagnostics.contexts.verifiers import VERIFIER_FLAG, Verify, find_verifier, judge
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
 
@@ -32,13 +32,11 @@ if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
     from diagnostics.probing.frozen_bank import FrozenBank
 
-log = logging.getLogger("diagnostics")
-Verify = Callable[[str, str], bool]
+__all__ = ["EvaluationConfig", "estimate", "evaluate", "find_verifier", "summarize_evaluation"]
 SEED = 1009
 """Seed of the held-out responses. It is the same for every training, so that trainings of different
 seeds can be paired.
 """
-VERIFIERS = ("auto", "sums", "math", "none")
 COLUMNS = ("measure", "prompt_id", "total", "count")
 """Columns of an evaluation, which has one row per measure and prompt."""
 
@@ -52,8 +50,8 @@ class EvaluationConfig:
         eval_prompts: File of held-out prompts; the last of the training prompts where None.
         eval_contexts: Number of held-out prompts; 0 turns evaluation off.
         eval_samples: Sampled responses per held-out prompt.
-        verifier: What judges answers: `sums` (story sums), `math` (math-verify), `none`, or `auto`
-            (see `find_verifier`).
+        verifier: What judges answers: `sums` (story sums), `math` (math-verify), `none`, `auto`, or
+            a function of one's own (see `find_verifier`).
     """
 
     eval_every: int = field(
@@ -70,20 +68,14 @@ class EvaluationConfig:
     eval_samples: int = field(
         default=4, metadata={"help": "sampled responses to each held-out prompt"}
     )
-    verifier: str = field(
-        default="auto",
-        metadata={
-            "help": "what judges answers: sums (story sums), math (math-verify), none",
-            "choices": VERIFIERS,
-        },
-    )
+    verifier: str = field(default="auto", metadata=VERIFIER_FLAG)
 
 
 def evaluate(
     pair: Pair,
-    prompts: Sequence[Prompt],
+    prompts: Given,
     *,
-    bank: FrozenBank | None = None,
+    bank: FrozenBank | Bank | None = None,
     verify: Verify | None = None,
     samples: int = 4,
     max_new_tokens: int = 64,
@@ -94,7 +86,8 @@ def evaluate(
     Args:
         pair: The student and its teacher. The student is in evaluation mode meanwhile, and in its
             former mode afterwards.
-        prompts: Prompts held out from training. Those with an answer count towards accuracy.
+        prompts: Prompts held out from training, or what `load_prompts` reads: a path, texts, rows,
+            or frozen contexts. Those with an answer count towards accuracy.
         bank: Frozen contexts whose divergences are measured too.
         verify: From a response and an answer to whether it is accepted; without it, accuracy is
             left out.
@@ -112,6 +105,7 @@ def evaluate(
     from diagnostics.contexts.rollouts import sample_responses
     from diagnostics.probing.frozen_bank import FrozenBank
 
+    prompts = any_prompts(prompts, pair)
     if not prompts or samples < 1:
         raise DiagnosticsError(
             f"An evaluation needs prompts and samples; got {len(prompts)} prompts and {samples}"
@@ -124,6 +118,7 @@ def evaluate(
         sampled = sample_responses(pair, prompts, samples_per_prompt=samples, **options)
         frames = [*_divergences(FrozenBank(pair, sampled), ""), *_responses(sampled)]
         if bank is not None:
+            bank = FrozenBank(pair, bank) if isinstance(bank, Bank) else bank
             frames += _divergences(bank, "bank_")
         if verify is not None:
             greedy = sample_responses(pair, prompts, top_k=1, **options)
@@ -175,11 +170,12 @@ def _responses(bank: Bank) -> list[pd.DataFrame]:
 def _accuracy(measure: str, bank: Bank, prompts: Sequence[Prompt], verify: Verify) -> pd.DataFrame:
     answers = {prompt.prompt_id: prompt.answer for prompt in prompts if prompt.answer is not None}
     judged = [context for context in bank if context.prompt_id in answers]
-    return by_prompt(
-        measure,
-        [c.prompt_id for c in judged],
-        [verify(c.response, answers[c.prompt_id]) for c in judged],
+    verdicts, _ = judge(
+        Bank(tuple(judged)), {c.context_id: answers[c.prompt_id] for c in judged}, verify
     )
+    # A response that the verifier could not judge is counted by neither side of the share.
+    found = [np.nan if c.correct is None else c.correct for c in verdicts]
+    return by_prompt(measure, [c.prompt_id for c in judged], found)
 
 
 def estimate(rows: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> Estimate:
@@ -238,62 +234,3 @@ def summarize_evaluation(
             }
         )
     return pd.DataFrame(out, columns=["measure", "mean", "low", "high", "count", "prompts"])
-
-
-def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify | None:
-    """Find the function that judges responses.
-
-    Args:
-        name: One of VERIFIERS. `auto` means the task of a named pair (story sums for `embedded`);
-            otherwise math-verify, where it is installed and prompts carry answers.
-        pair: The pair's name.
-        prompts: The held-out prompts.
-
-    Returns:
-        A function from a response and an answer to whether it is accepted, or None where nothing
-        can be judged.
-
-    Raises:
-        DiagnosticsError: A verifier was asked for and is not available, or no prompt has an answer.
-    """
-    answered = sum(prompt.answer is not None for prompt in prompts)
-    if name == "none" or (name == "auto" and not answered):
-        return None
-    if not answered:
-        raise DiagnosticsError(
-            f"The verifier {name!r} was asked for, and no held-out prompt has an answer. Add an"
-            " `answer` column."
-        )
-    from diagnostics.contexts.story_sums import TASKS
-    from diagnostics.models.named_pairs import NAMED_PAIRS
-
-    named = NAMED_PAIRS.get(pair)
-    task = TASKS.get(named.task if name == "auto" and named else name)
-    if task:
-        return task.verify
-    if importlib.util.find_spec("math_verify"):
-        return verify_math
-    if name == "math":
-        raise DiagnosticsError(
-            "The verifier 'math' needs the package math-verify. Run `pip install math-verify`, or"
-            " use --verifier none."
-        )
-    log.warning(
-        "%d held-out prompts have answers, and no verifier is available: accuracy is left out (pip"
-        " install math-verify)",
-        answered,
-    )
-    return None
-
-
-def verify_math(response: str, answer: str) -> bool:
-    """Whether math-verify finds the response's last expression equal to the answer.
-
-    Args:
-        response: The student's text.
-        answer: The expected expression, plain or LaTeX.
-    """
-    from math_verify import parse, verify
-
-    gold = answer if "$" in answer or "\\" in answer else f"${answer}$"
-    return bool(verify(parse(gold), parse(response)))

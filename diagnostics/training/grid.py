@@ -36,11 +36,13 @@ from diagnostics import criteria as registry
 from diagnostics.analysis.training_outcomes import FIRST_STEP
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.settings import as_written
 
 log = logging.getLogger("diagnostics")
 
 
 @dataclass(frozen=True)
+@as_written
 class ValidateConfig:
     """The grid of trainings, with equal settings for every cell.
 

@@ -3,6 +3,7 @@
     DIR/train.json                settings and hashes of models and data; a resumed run must agree
     DIR/metrics.jsonl             one line per step: loss, selected share, D, C and H on selected
                                   and on all positions, Jaccard index with other criteria, ...
+    DIR/positions.jsonl           one line per step and tenth of the responses (`positions`)
     DIR/timings.jsonl             seconds and tokens per second of each step, which differ every run
     DIR/evaluations.parquet, .csv the student before, during and after (`evaluation`), one row per
                                   step and measure
@@ -41,11 +42,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.contexts.prompts import Given, any_prompts
 from diagnostics.contexts.trained_prompts import write_trained_prompts
+from diagnostics.contexts.verifiers import recorded_verifier
 from diagnostics.core import distributed, files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.settings import as_written
 from diagnostics.core.shown import sizes
 from diagnostics.core.tables import write_csv, write_json, write_parquet
 from diagnostics.core.types import Bank, Prompt
@@ -54,13 +58,14 @@ from diagnostics.measure.losses import LOSSES
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.topk_teacher import refuse
 from diagnostics.probing.frozen_bank import FrozenBank
-from diagnostics.training import engine_options
+from diagnostics.training import engine_options, trackers
 from diagnostics.training.evaluation import (
     EvaluationConfig,
     evaluate,
     find_verifier,
     summarize_evaluation,
 )
+from diagnostics.training.positions import by_tenth
 
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
@@ -87,6 +92,7 @@ could not be written to its end.
 
 
 @dataclass(frozen=True)
+@as_written
 class TrainConfig:
     """What is trained, and on which positions.
 
@@ -167,6 +173,10 @@ class EngineConfig:
         save_every: Steps between two checkpoints; 0 writes none.
         probe_every: Steps between two measurements of the frozen bank, which is also measured after
             the first and the last step; 0 never measures it.
+        measure_every: Steps between two measurements of the training batch under a criterion that
+            reads none, such as full and random; the steps between them log the loss and counts
+            alone.
+        report_to: A tracker that gets the log and our tables as well (`training.trackers`).
         resume: Whether training continues from the last checkpoint in the output directory.
         trl: Further fields of TRL's DistillationConfig: a JSON file, or an object written out.
         peft: Further fields of peft's LoraConfig: a JSON file, or an object written out.
@@ -188,6 +198,22 @@ class EngineConfig:
             "help": (
                 "re-score the frozen bank after step 1, every so many steps and the last; 0: never"
             )
+        },
+    )
+    measure_every: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "measure the training batch at every so many steps where the criterion reads no"
+                " measurement (full, random)"
+            )
+        },
+    )
+    report_to: str = field(
+        default="none",
+        metadata={
+            "help": "tracker that gets the log and our tables as well",
+            "choices": engine_options.REPORT_TO,
         },
     )
     resume: bool = field(
@@ -238,13 +264,13 @@ class TrainResult:
 
 def train(
     pair: Pair,
-    prompts: Sequence[Prompt],
+    prompts: Given,
     *,
     output_dir: str | Path,
     config: TrainConfig = TrainConfig(),
     engine: EngineConfig = EngineConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
-    held_out: Sequence[Prompt] = (),
+    held_out: Given = (),
     bank: Bank | None = None,
     untouched: pd.DataFrame | None = None,
     options: Mapping[str, Any] | None = None,
@@ -255,13 +281,14 @@ def train(
 
     Args:
         pair: The student, which is trained in place, and its teacher.
-        prompts: Prompts to train on.
+        prompts: Prompts to train on, or what `load_prompts` reads: a path, texts, rows, or frozen
+            contexts.
         output_dir: The run directory; see the module's head for its files.
         config: What is trained; `batch` is the global one.
         engine: How TRL runs the training.
         evaluation: How the student is evaluated.
-        held_out: Prompts that are evaluated and never trained on; without any, nothing is
-            evaluated.
+        held_out: Prompts that are evaluated and never trained on, in the same forms; without any,
+            nothing is evaluated.
         bank: Frozen contexts, for evaluation and `probe_every`.
         untouched: An evaluation of the student as it is, where one exists already.
         options: Further arguments of `SelectedDistillationTrainer`: callbacks (added to ours),
@@ -284,6 +311,8 @@ def train(
     directory = Path(output_dir)
     refuse(pair.teacher, "Training")
     engine_options.require_installed(engine.trl)
+    prompts, held_out = any_prompts(prompts, pair), any_prompts(held_out, pair)
+    trackers.require_tracker(engine.report_to, engine_options.trl_fields(engine.trl))
     _check_data(pair, prompts, held_out, config, engine)
     warn_before_sampling(pair)
     make_savable(pair.student.model)
@@ -306,15 +335,22 @@ def train(
             )
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _keep_student(trainer, pair, prompts, config, directory)
+    return TrainResult(
+        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
+    )
+
+
+def _keep_student(
+    trainer, pair, prompts: Sequence[Prompt], config: TrainConfig, directory: Path
+) -> None:
+    """Write the trained student, and which prompts it was trained on."""
     with _machine_named(directory):
         _save_student(trainer, pair, directory / "student")
         if distributed.is_main():
             drawn = schedule(prompts, config.steps * config.batch, seed=config.seed)
             write_trained_prompts(directory / "student", drawn)
     distributed.barrier()
-    return TrainResult(
-        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
-    )
 
 
 # --- data and identity ---
@@ -383,14 +419,15 @@ def _fingerprint(pair, prompts, held_out, bank, config, engine, evaluation) -> d
         asdict(config)
         | asdict(engine)
         | asdict(evaluation)
+        | recorded_verifier(evaluation.verifier)
         | {"learning_rate": config.rate(pair.name, engine.lora_rank)}
     )
     settings = {
         key: value
         for key, value in settings.items()
-        if key not in ("resume", "save_every", "trl", "peft", "eval_prompts")
-        # An earlier version had no minimum, and its trainings can be resumed.
-        and (key, value) != ("per_context_minimum", 0)
+        if key not in ("resume", "save_every", "trl", "peft", "eval_prompts", "report_to")
+        # An earlier version had neither of these, and its trainings can be resumed.
+        and (key, value) not in (("per_context_minimum", 0), ("measure_every", 1))
     }
     return settings | {
         "trl": engine_options.trl_fields(engine.trl),
@@ -656,7 +693,9 @@ def trl_config(
         "dataloader_pin_memory": not cpu,
         "use_cpu": cpu,
     } | TRAINING_OPTIMIZER
-    fields |= engine_options.trl_fields(engine.trl) | {"report_to": "none"}
+    fields |= engine_options.trl_fields(engine.trl) | trackers.trl_fields(
+        engine.report_to, directory
+    )
     engine_options.require_noise(fields, engine.peft)
     if cpu and fields.get("fp16"):
         raise DiagnosticsError(
@@ -690,25 +729,15 @@ def _trainer(
 ):
     from transformers import PrinterCallback, set_seed
 
-    from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection
+    from diagnostics.training.trl_trainer import SelectedDistillationTrainer
 
     needed = config.steps * config.batch
     adapter = engine_options.lora_config(engine.lora_rank, engine.peft)
-    callbacks = [monitor.callback(), *_trackers(engine, directory), *options.pop("callbacks", [])]
+    callbacks = _callbacks(engine, directory, monitor, options.pop("callbacks", []))
     set_seed(config.seed)  # an adapter starts from random numbers, the same in every process
     trainer = SelectedDistillationTrainer(
         pair,
-        Selection(
-            config.criterion,
-            config.budget,
-            loss=config.loss,
-            beta=config.beta,
-            k=config.k,
-            seed=config.seed,
-            ties=config.ties,
-            scope=config.scope,
-            per_context_minimum=config.per_context_minimum,
-        ),
+        _selection(config, engine),
         args=trl_config(
             directory,
             config,
@@ -728,7 +757,35 @@ def _trainer(
             " --multi_gpu`."
         )
     monitor.require_whole(trainer)
+    trainer.watch = monitor.keep_positions
     return trainer
+
+
+def _selection(config: TrainConfig, engine: EngineConfig):
+    """What the trainer selects by, of its own class."""
+    from diagnostics.training.trl_trainer import Selection
+
+    return Selection(
+        config.criterion,
+        config.budget,
+        loss=config.loss,
+        beta=config.beta,
+        k=config.k,
+        seed=config.seed,
+        ties=config.ties,
+        scope=config.scope,
+        per_context_minimum=config.per_context_minimum,
+        measure_every=engine.measure_every,
+    )
+
+
+def _callbacks(
+    engine: EngineConfig, directory: Path, monitor: TrainingMonitor, own: Sequence
+) -> list:
+    """The monitor's callback, those of trackers in the run directory, and the caller's own."""
+    asked = (engine.report_to, *engine_options.trackers(engine_options.trl_fields(engine.trl)))
+    monitor.tables = trackers.tables_of(asked, directory)
+    return [monitor.callback(), *trackers.callbacks_of(monitor.tables), *own]
 
 
 def _dataset(pair: Pair, order: Sequence[Prompt], engine: EngineConfig):
@@ -759,19 +816,6 @@ def _ids(pair: Pair, order: Sequence[Prompt], engine: EngineConfig) -> list[list
         )
     )
     return [known[id(prompt)] for prompt in order]
-
-
-def _trackers(engine: EngineConfig, directory: Path) -> list:
-    """A tensorboard writer in the run directory.
-
-    By default it would create a folder in the working directory, named by the host.
-    """
-    if "tensorboard" not in engine_options.trackers(engine_options.trl_fields(engine.trl)):
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(directory / "tensorboard")))]
 
 
 def _save_student(trainer, pair: Pair, folder: Path) -> None:
@@ -865,6 +909,8 @@ class TrainingMonitor:
             else None
         )
         self.frozen = FrozenBank(pair, bank) if bank is not None else None
+        self.tables: Sequence[trackers.Tables] = ()
+        """Where the selection's log and the evaluations go as tables, beside the run directory."""
         if engine.probe_every and bank is None:
             raise DiagnosticsError(
                 "probe_every re-scores a frozen bank, and there is none. Give held-out prompts or a"
@@ -918,7 +964,7 @@ class TrainingMonitor:
             step: 0, or the checkpoint's step.
         """
         if distributed.is_main():
-            for name in ("metrics.jsonl", "timings.jsonl"):
+            for name in ("metrics.jsonl", "timings.jsonl", "positions.jsonl"):
                 lines = read_lines(self.path(name))
                 lines = lines[lines["step"] <= step] if len(lines) else lines
                 write_atomic(
@@ -961,6 +1007,8 @@ class TrainingMonitor:
             self.path("timings.jsonl"),
             {"step": step} | {name: logs[name] for name in TIMINGS if name in logs},
         )
+        if step == self.config.steps:
+            self._log_tables(step)
         if step % max(1, self.config.steps // 10) == 0:
             log.info(
                 "step %d of %d: loss %.4f, %.0f tokens/s",
@@ -969,6 +1017,20 @@ class TrainingMonitor:
                 logs["loss"],
                 logs.get("tokens_per_second") or math.nan,
             )
+
+    def keep_positions(self, step: int, tokens: pd.DataFrame, weights: np.ndarray) -> None:
+        """Append a step's means by tenth of the responses to positions.jsonl."""
+        if distributed.is_main():
+            for row in by_tenth(tokens, weights).to_dict("records"):
+                _append(self.path("positions.jsonl"), {"step": step} | row)
+
+    def _log_tables(self, step: int) -> None:
+        """Give the trackers the log of the selection and the evaluations as tables."""
+        found = {"selection_log": read_lines(self.path("metrics.jsonl"))}
+        if self.held_out:
+            found["evaluations"] = self.summary()
+        for tables in self.tables:
+            tables.log(found, step)
 
     def _evaluate(self, step: int) -> None:
         if not self.held_out:
@@ -1035,7 +1097,7 @@ class TrainingMonitor:
         keys = [
             (context.context_id, position)
             for context in self.frozen.bank
-            for position in range(len(context.response_ids))
+            for position in range(len(context.sampled_ids))
         ]
         table = pd.DataFrame(keys, columns=["context_id", "position"]).assign(
             forward_kl_step_0=forward, reverse_kl_step_0=reverse

@@ -43,6 +43,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis.paper.cells import KEPT
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
+from diagnostics.core.settings import as_written
 from diagnostics.training import grid
 from diagnostics.training.grid import TrainingCell
 
@@ -77,6 +78,7 @@ FEWEST_SEEDS = 2
 
 
 @dataclass(frozen=True)
+@as_written
 class SelectorConfig:
     """The short trainings under the paper's masks.
 
@@ -337,7 +339,7 @@ def kept_positions(metrics: pd.DataFrame) -> dict[str, float]:
     Returns:
         The values of `cells.KEPT`; NaN where no step has the mean.
     """
-    from diagnostics.training.trl_trainer import SCORED
+    from diagnostics.training.step_metrics import SCORED
 
     selected = metrics["selected"].to_numpy(dtype=float)
 

@@ -1,6 +1,6 @@
 """TRL's DistillationTrainer with the loss on the positions that a criterion selects.
 
-After TRL has generated the batch of an optimizer step, student and teacher run over it once more:
+After TRL has generated the batch of an optimizer step:
 
     measure   `divergences.measure_hidden` at every valid response position
     table     the positions of the whole step, over all processes and accumulation steps, as a
@@ -8,11 +8,19 @@ After TRL has generated the batch of an optimizer step, student and teacher run 
     select    m = `criteria.select` at the budget, or w = the scores of a criterion of kind *weight*
     loss      sum_i m_i l_i / sum_i m_i       both sums over the whole step
 
+All of this happens within the loss's one forward pass: the states that carry the gradient are
+measured as they are, and the loss is taken on those of the selected positions. In two cases the
+student runs over the batch once before, without a gradient: with several micro-batches in a step,
+since the selection is made over all of them before the first has its loss, and where training draws
+noise (dropout, NEFTune), since a measurement with noise would not be of p. The teacher runs once
+in every case.
+
 TRL's loss mask is `completion_mask * tool_mask` and its denominator `num_items_in_batch`. The mask
 m enters the first as `tool_mask`, and its sum replaces the second, so that generation,
-accumulation, sharding, checkpoints and trackers stay TRL's. The losses of TRL's beta family run on
-TRL's own kernel; `sampled`, `topk_reverse` and weighted positions run on `losses`. On the first
-batch TRL's loss is compared with ours, which detects a release that changed either.
+accumulation, sharding, checkpoints and trackers stay TRL's. A loss of TRL's beta family on all
+positions runs on TRL's own kernel, and on the first batch it is compared with ours, which detects a
+release that changed either. Every other loss runs on `losses`, which projects no position that is
+not selected.
 
 Every response is sampled from a stream named by (seed, row of the data), so that the text depends
 neither on the number of processes nor on whether training was interrupted. (With vLLM, which
@@ -31,7 +39,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,30 +60,18 @@ from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
-from diagnostics.measure import divergences, losses
+from diagnostics.measure import divergences, extras, losses, overlap
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.readout import backbone as find_backbone
+from diagnostics.training import step_metrics
 
 log = logging.getLogger("diagnostics")
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 """The betas of the two ends of TRL's family; `jsd` lies between them."""
-COMPARED = ("entropy", "divergence", "compatibility", "teachability", "incompatible", "tip")
-"""Criteria whose selection at the same budget is compared with the one in use, step by step."""
-SCORED = ("teachability", "incompatible", "compatibility")
-"""Criteria whose mean score over the selected positions is logged, scaled within the step: the
-paper's D^L, D^I and C of what a mask keeps.
-"""
-LOGGED = (
-    "forward_kl",
-    "reverse_kl",
-    "compatibility",
-    "student_entropy",
-    "teacher_entropy",
-    "shared_student_mass",
-    "compatibility_intersection",
-)
+KEYS = ("context_id", "position", "response_length", "token_id")
+"""Columns of a step's table that no model is measured for."""
 PARITY = 1e-3
 """Relative difference between TRL's loss and ours, from the same states, above which training
 stops.
@@ -84,9 +80,15 @@ PARITY_HALF = 5e-2
 """The same where one model's states are in half precision, whose projection may be rounded in
 another order.
 """
+NOISE = ("drop", "jitter")
+"""Parts of the names of a module's numbers that let a forward pass in training draw noise."""
 ASIDE = ("teacher_states", "loss_weights", "student_entropy")
 """Tensors that the loss needs and TRL's batch does not have. They bypass the student's wrapper,
 since FSDP2 casts its inputs to bfloat16.
+"""
+PLACE = "place"
+"""Each response's place in the batch before TRL shuffled it. The step's table is in that order, so
+that a random selection, and the order of equal scores, are those of every other way to train.
 """
 VLLM_ONLY = {
     "min_p": (None,),
@@ -183,6 +185,25 @@ class Selection:
     """Whether the budget is a share of the step's positions or of each response's."""
     per_context_minimum: int = 0
     """Number of best positions of every response that are kept first, within the budget."""
+    measure_every: int = 1
+    """Steps between two measurements under a criterion that reads none, such as full and random;
+    the steps between them log counts alone. Under any other criterion every step is measured."""
+
+    def measures(self, step: int) -> bool:
+        """Whether the positions of a step are measured: for the selection, or for the log."""
+        needs = set(criteria.find(self.criterion).needs) - set(KEYS)
+        return bool(needs) or step % self.measure_every == 0
+
+    @property
+    def more(self) -> divergences.More:
+        """Measures the columns that the log and the criterion read beside the usual ones."""
+        own = extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+
+        def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict:
+            found = overlap.measure_overlap(student_NV, teacher_NV, sampled_N, k=self.k)
+            return found if own is None else found | own(student_NV, teacher_NV, sampled_N)
+
+        return measure
 
     def _rules(self) -> dict[str, Any]:
         return {
@@ -204,7 +225,7 @@ class Selection:
 
         Returns:
             Float64 [N]: 0 or 1, or a soft weight; the mean over the nonzero ones is 1. A position
-            whose divergences are not finite has weight 0.
+            whose divergences are not finite has weight 0, where the table has them.
 
         Raises:
             DiagnosticsError: No position is left.
@@ -216,9 +237,9 @@ class Selection:
             weights = criteria.select(
                 tokens, self.criterion, budget=self.budget, seed=[self.seed, step], **self._rules()
             ).astype(np.float64)
-        weights = np.where(
-            np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"]), weights, 0.0
-        )
+        if "forward_kl" in tokens:
+            finite = np.isfinite(tokens["forward_kl"]) & np.isfinite(tokens["reverse_kl"])
+            weights = np.where(finite, weights, 0.0)
         if not weights.sum() > 0:
             raise DiagnosticsError(
                 f"Criterion {self.criterion!r} selects none of the {len(tokens)} positions of step"
@@ -227,7 +248,7 @@ class Selection:
         return weights * (np.count_nonzero(weights) / weights.sum())
 
     def masks(self, tokens: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Selections of the other criteria in COMPARED at this budget.
+        """Selections of the other criteria in `step_metrics.COMPARED` at this budget.
 
         Args:
             tokens: The step's token table, one row per position.
@@ -238,7 +259,7 @@ class Selection:
         budget = self.budget if self.budget is not None else criteria.find(self.criterion).budget
         return {
             name: criteria.select(tokens, name, budget=budget, seed=self.seed, **self._rules())
-            for name in COMPARED
+            for name in step_metrics.COMPARED
             if name != criteria.find(self.criterion).name
         }
 
@@ -286,6 +307,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
         self._prompt_ids: list[list[int] | None] = []
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        self.watch: Callable[[int, pd.DataFrame, np.ndarray], None] = lambda *_: None
+        """Called at every step with its number, its token table and the loss weights."""
         for readout in (pair.student, pair.teacher):
             _name_backbone(readout.model)
         super().__init__(
@@ -298,6 +321,9 @@ class SelectedDistillationTrainer(DistillationTrainer):
         _check_engine(zero3=self._dist.is_zero3, fsdp=self._dist.fsdp_version)
         _check_adapter(self.model)
         self.beta = BETAS.get(selection.loss, selection.beta)
+        self.shares_forward = self.args.gradient_accumulation_steps == 1 and not _is_noisy(
+            self.model, self.args
+        )
 
     @property
     def begun(self) -> bool:
@@ -377,39 +403,84 @@ class SelectedDistillationTrainer(DistillationTrainer):
                 ).integers(2**31)
             )
         )
-        return self._narrow(batch)
+        if not self.shares_forward:
+            measures = self.selection.measures(self.state.global_step)
+            return self._narrow(batch, *(self._measure(batch) if measures else ({}, None)))
+        return batch | {PLACE: torch.arange(len(inputs), device=batch["completion_ids"].device)}
 
     # --- selection ---
 
-    def _narrow(self, batch: dict) -> dict:
-        """Put the selection of the whole step into the batch's loss mask and denominator."""
-        valid_BT = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
-        columns, teacher_BTH = self._measure(batch, valid_BT)
-        tokens, mine_N = self._table(columns, valid_BT, batch["completion_ids"])
+    def _narrow(self, batch: dict, columns: dict[str, Tensor], teacher_BTH: Tensor | None) -> dict:
+        """Put the selection of the whole step into the batch's loss mask and denominator.
+
+        columns: measurements [n] of this process's valid positions, by name; none in a step that is
+        not measured. teacher_BTH: the teacher's states, where they are known already."""
+        valid_BT = _valid(batch)
+        place_B = batch.get(PLACE, torch.arange(len(valid_BT), device=valid_BT.device))
+        tokens, mine_N = self._table(columns, valid_BT, batch["completion_ids"], place_B.argsort())
         weights_N = self.selection.weights(tokens, step=self.state.global_step)
         self._record(tokens, weights_N)
         weights_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
-        weights_BT[valid_BT.cpu()] = torch.from_numpy(weights_N[mine_N])
-        entropy_BT = torch.zeros(valid_BT.shape, dtype=torch.float64)
-        entropy_BT[valid_BT.cpu()] = columns["student_entropy"].cpu()
+        weights_BT[valid_BT[place_B.argsort()].cpu()] = torch.from_numpy(weights_N[mine_N])
+        weights_BT = weights_BT[place_B.cpu()]
+        entropy_BT = torch.full(valid_BT.shape, torch.nan, dtype=torch.float64)
+        if columns:
+            entropy_BT[valid_BT.cpu()] = columns["student_entropy"].cpu()
         device = valid_BT.device
-        return batch | {
+        narrowed = batch | {
             "tool_mask": (weights_BT > 0).to(device, batch["completion_mask"].dtype),
             "loss_weights": weights_BT.float().to(device),
             "student_entropy": entropy_BT.float().to(device),
-            "teacher_states": teacher_BTH,
             "num_items_in_batch": torch.tensor(np.count_nonzero(weights_N), device=device),
         }
+        return narrowed if teacher_BTH is None else narrowed | {"teacher_states": teacher_BTH}
+
+    def _select_within(self, student, inputs: dict) -> dict:
+        """The batch with its selection, from the states that the loss is then taken on."""
+        student_BTH = self._own_states(student, inputs)
+        teacher_BTH = self._teacher_states(inputs)
+        columns = {}
+        if self.selection.measures(self.state.global_step):
+            columns = self._measure_states(student, student_BTH.detach(), teacher_BTH, inputs)
+        narrowed = self._narrow(inputs, columns, teacher_BTH)
+        self._aside = {name: narrowed[name] for name in ASIDE} | {"student_states": student_BTH}
+        return {name: value for name, value in narrowed.items() if name not in ASIDE}
 
     @torch.no_grad()
-    def _measure(self, batch: dict, valid_BT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H].
+    def _teacher_states(self, inputs: dict) -> Tensor:
+        """The teacher's states [B, T, H] at the response's positions."""
+        self.teacher_model.eval()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        return self._forward_redirection(
+            self.teacher_model, teacher, self._get_last_hidden_state, teacher, *_sequences(inputs)
+        )
+
+    def _measure_states(
+        self, student, student_BTH: Tensor, teacher_BTH: Tensor, inputs: dict
+    ) -> dict[str, Tensor]:
+        """Measurements [n] of the valid positions, from the states of both models."""
+        valid_BT = _valid(inputs)
+        student_nH, teacher_nH = student_BTH[valid_BT], teacher_BTH[valid_BT]
+        return divergences.measure_hidden(
+            student_nH,
+            self._student_logits(student, student_nH),
+            teacher_nH,
+            self._teacher_logits(teacher_nH),
+            inputs["completion_ids"][valid_BT],
+            k=self.selection.k,
+            more=self.selection.more,
+        )
+
+    @torch.no_grad()
+    def _measure(self, batch: dict) -> tuple[dict[str, Tensor], Tensor]:
+        """Measurements [n] of this process's valid positions, and the teacher's states [B, T, H],
+        from a pass of its own.
 
         The loss reuses the states. It and this pass take the same number of responses at a time, so
         that accumulation bounds the memory of both."""
-        self.teacher_model.eval()
+        valid_BT = _valid(batch)
         rows = self.args.per_device_train_batch_size
-        named = {name: batch[name] for name in BATCH[:-1]} | {"valid": valid_BT}
+        named = {name: batch[name] for name in BATCH[:-1]} | {"tool_mask": valid_BT}
         parts = []
         with _without_noise(self.model_wrapped):
             for start in range(0, len(valid_BT), rows):
@@ -426,7 +497,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
         try:
             return [self._measured(part)]
         except (torch.OutOfMemoryError, MemoryError) as error:
-            count = len(part["valid"])
+            count = len(part["completion_ids"])
             if count == 1 or self.accelerator.num_processes > 1:
                 raise DiagnosticsError(
                     f"Scoring {count} responses at once does not fit in memory"
@@ -446,30 +517,14 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
         Measurements leave the student's wrapper through a closure, since FSDP2 casts its results.
         """
-        ids_BL = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        mask_BL = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
-        arguments = (ids_BL, mask_BL, part["completion_ids"].shape[1])
-        teacher, student = (
-            self.accelerator.unwrap_model(m) for m in (self.teacher_model, self.model_wrapped)
-        )
+        student = self.accelerator.unwrap_model(self.model_wrapped)
         found: dict[str, Tensor] = {}
         with self.compute_loss_context_manager():
-            teacher_BTH = self._forward_redirection(
-                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
-            )
+            teacher_BTH = self._teacher_states(part)
 
             def inside(model) -> None:
-                student_nH = self._get_last_hidden_state(model, *arguments)[part["valid"]]
-                found.update(
-                    divergences.measure_hidden(
-                        student_nH,
-                        self._student_logits(model, student_nH),
-                        teacher_BTH[part["valid"]],
-                        self._teacher_logits(teacher_BTH),
-                        part["completion_ids"][part["valid"]],
-                        k=self.selection.k,
-                    )
-                )
+                student_BTH = self._get_last_hidden_state(model, *_sequences(part))
+                found.update(self._measure_states(model, student_BTH, teacher_BTH, part))
 
             self._forward_redirection(self.model_wrapped, student, inside, student)
         return found, teacher_BTH
@@ -483,12 +538,11 @@ class SelectedDistillationTrainer(DistillationTrainer):
         return _gathered(self.pair.teacher, dtype=states.dtype).logits
 
     def _table(
-        self, columns: dict[str, Tensor], valid_BT: Tensor, ids_BT: Tensor
+        self, columns: dict[str, Tensor], valid_BT: Tensor, ids_BT: Tensor, order_B: Tensor
     ) -> tuple[pd.DataFrame, np.ndarray]:
         """The token table of the whole step, and a mask bool [N] of this process's rows.
 
-        The table is the same on every process.
-        """
+        The table is the same on every process. order_B: the responses in the table's order."""
         names = sorted(columns)
         dense_BTM = torch.zeros(
             *valid_BT.shape, 2 + len(names), dtype=torch.float64, device=valid_BT.device
@@ -499,6 +553,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             + [columns[name].double()[:, None].to(valid_BT.device) for name in names],
             1,
         )
+        dense_BTM = dense_BTM[order_B]
         if self.accelerator.num_processes > 1:
             dense_BTM = self.accelerator.gather(
                 self.accelerator.pad_across_processes(dense_BTM, dim=1)
@@ -507,9 +562,10 @@ class SelectedDistillationTrainer(DistillationTrainer):
         context_N, position_N = np.nonzero(whole_BTM[..., 0])
         rows_NM = whole_BTM[context_N, position_N]
         lengths_B = whole_BTM[..., 0].sum(1).astype(np.int32)
+        names_B = np.arange(len(whole_BTM)).astype(str).astype(object)
         tokens = pd.DataFrame(
             {
-                "context_id": np.char.mod("%d", context_N),
+                "context_id": names_B[context_N],
                 "position": position_N.astype(np.int32),
                 "response_length": lengths_B[context_N],
                 "token_id": rows_NM[:, 1].astype(np.int32),
@@ -520,22 +576,10 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     def _record(self, tokens: pd.DataFrame, weights_N: np.ndarray) -> None:
         """Log the selected positions, all positions, and the overlap with other criteria."""
-        selected_N = weights_N > 0
-        metrics = {
-            "selected": int(selected_N.sum()),
-            "positions": len(tokens),
-            "selected_share": selected_N.mean(),
-            "not_finite": int((~np.isfinite(tokens["forward_kl"])).sum()),
-        }
-        for name in LOGGED:
-            values = tokens[name].to_numpy()
-            metrics |= {
-                f"{name}/all": np.nanmean(values),
-                f"{name}/selected": np.average(values[selected_N], weights=weights_N[selected_N]),
-            }
-        metrics |= _kept(tokens, weights_N)
-        for name, mask in self.selection.masks(tokens).items():
-            metrics[f"jaccard/{name}"] = (mask & selected_N).sum() / (mask | selected_N).sum()
+        metrics = step_metrics.counts(weights_N)
+        if "forward_kl" in tokens:
+            self.watch(self.state.global_step + 1, tokens, weights_N)
+            metrics |= step_metrics.measured(tokens, weights_N, self.selection.masks(tokens))
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))
 
@@ -543,29 +587,27 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @property
     def _trl_loss(self) -> bool:
-        """Whether TRL has the loss: a member of its beta family on unweighted positions."""
-        soft = criteria.find(self.selection.criterion).kind == "weight"
+        """Whether TRL takes the loss: a member of its beta family, on all positions."""
+        every = criteria.find(self.selection.criterion).kind == "all"
         scaled = any(map(_scales_otherwise, (self.pair.student, self.pair.teacher)))
-        return self.selection.loss in (*BETAS, "jsd") and not soft and not scaled
+        return self.selection.loss in (*BETAS, "jsd") and every and not scaled
 
     def _get_last_hidden_state(self, unwrapped_model, *arguments, **more):
         """TRL's method under the requested autocast.
 
-        Within the loss, the teacher's states are those of the measurement, so that it runs once.
+        Within the loss, states are those of the measurement, so that no model runs twice.
         """
         student = unwrapped_model is self.accelerator.unwrap_model(self.model_wrapped)
-        if not student and "teacher_states" in self._aside:
-            return self._aside["teacher_states"]
+        known = self._aside.get("student_states" if student else "teacher_states")
+        if known is not None:
+            return known
         with self._autocast(unwrapped_model, student=student):
             states = super()._get_last_hidden_state(unwrapped_model, *arguments, **more)
             kind = states.device.type
             dtype = (
                 torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
             )
-        states = states.to(dtype)
-        if student and not self._checked:
-            self._student_states = states.detach()
-        return states
+        return states.to(dtype)
 
     def _autocast(self, model, *, student: bool) -> AbstractContextManager:
         """Mixed precision for a backbone in float32; FSDP2 casts the student itself.
@@ -600,37 +642,35 @@ class SelectedDistillationTrainer(DistillationTrainer):
         """The loss of one micro-batch over the step's denominator, and what TRL logs: the sum of
         the student's entropy and the number of positions.
         """
+        if "loss_weights" not in self._aside:
+            inputs = self._select_within(unwrapped_student, inputs)
         # as in TRL's compute_loss; the argument may have been cast
         if inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = (
                 inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             )
+        if "student_states" not in self._aside:
+            self._aside["student_states"] = self._own_states(unwrapped_student, inputs)
+        if "teacher_states" not in self._aside:
+            self._aside["teacher_states"] = self._teacher_states(inputs)
         if self._trl_loss:
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             self._check_parity(unwrapped_student, inputs, num_items_in_batch, result[0])
         else:
-            loss = self._own_loss(
-                unwrapped_student,
-                self._own_states(unwrapped_student, inputs),
-                inputs,
-                num_items_in_batch,
-            )
-            mask_BT = inputs["tool_mask"] * inputs["completion_mask"]
-            result = loss, (self._aside["student_entropy"] * mask_BT).sum(), mask_BT.sum()
+            loss = self._own_loss(unwrapped_student, inputs, num_items_in_batch)
+            kept_BT = (inputs["tool_mask"] * inputs["completion_mask"]).bool()
+            result = loss, self._aside["student_entropy"][kept_BT].sum(), kept_BT.sum()
         self._exact = result[0].detach()
         return result
 
     def _own_states(self, unwrapped_student, inputs) -> Tensor:
-        ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        return self._get_last_hidden_state(
-            unwrapped_student, ids_BL, mask_BL, inputs["completion_ids"].shape[1]
-        )
+        """The student's states [B, T, H] at the response's positions."""
+        return self._get_last_hidden_state(unwrapped_student, *_sequences(inputs))
 
-    def _own_loss(
-        self, unwrapped_student, student_BTH: Tensor, inputs, num_items_in_batch
-    ) -> Tensor:
-        valid_BT, teacher_BTH = inputs["completion_mask"].bool(), self._aside["teacher_states"]
+    def _own_loss(self, unwrapped_student, inputs, num_items_in_batch) -> Tensor:
+        """Our loss of one micro-batch. Nothing is projected but the selected positions."""
+        student_BTH, teacher_BTH = self._aside["student_states"], self._aside["teacher_states"]
+        valid_BT = inputs["completion_mask"].bool()
         return losses.chunked_loss(
             student_BTH[valid_BT],
             self._student_logits(unwrapped_student, student_BTH),
@@ -646,26 +686,20 @@ class SelectedDistillationTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _check_parity(self, unwrapped_student, inputs, num_items_in_batch, loss: Tensor) -> None:
-        """Check once per training that TRL's loss of a batch equals ours from the same states.
-
-        (With states of another pass, dropout would make them differ.)
-        """
+        """Check once per training that TRL's loss of a batch equals ours from the same states."""
         if self._checked:
             return
         self._checked = True
-        states = self.__dict__.pop("_student_states")
-        ours, theirs = (
-            float(self._own_loss(unwrapped_student, states, inputs, num_items_in_batch)),
-            float(loss),
-        )
+        ours = float(self._own_loss(unwrapped_student, inputs, num_items_in_batch))
+        theirs = float(loss)
         exact = all(
-            each.dtype in (torch.float32, torch.float64)
-            for each in (states, self._aside["teacher_states"])
+            self._aside[name].dtype in (torch.float32, torch.float64)
+            for name in ("student_states", "teacher_states")
         )
         if not abs(ours - theirs) <= (PARITY if exact else PARITY_HALF) * abs(ours) + 1e-6:
             raise DiagnosticsError(
                 f"TRL {trl_version} computes a {self.selection.loss} loss of {theirs:.6g} on the"
-                f" selected positions, where it is {ours:.6g} by diagnostics.measure.losses. Its"
+                f" positions of a batch, where it is {ours:.6g} by diagnostics.measure.losses. Its"
                 " mask, denominator or divergence has changed. Install trl==1.16.0."
             )
 
@@ -690,19 +724,37 @@ class SelectedDistillationTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
 
-def _kept(tokens: pd.DataFrame, weights_N: np.ndarray) -> dict[str, float]:
-    """What a mask keeps of a step: share of the quadrants' Q3, and mean scores of SCORED.
+def _valid(batch: dict) -> Tensor:
+    """Mask bool [B, T] of the response's positions that may carry loss."""
+    return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
-    Quadrants and scores are those of the step alone. Positions without a score are left out.
+
+def _sequences(batch: dict) -> tuple[Tensor, Tensor, int]:
+    """Ids and mask of prompt and response [B, L], and the number of the response's positions."""
+    return (
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+        batch["completion_ids"].shape[1],
+    )
+
+
+def _is_noisy(model: torch.nn.Module, args) -> bool:
+    """Whether a forward pass in training may draw random numbers: dropout, jitter, NEFTune.
+
+    Modules of torch hold the rate as `p`, others as a number of their own, such as
+    `attention_dropout`. A rate that is never used makes a model noisy too: its training is then
+    right, and measures in a pass of its own.
     """
-    kept_N = weights_N > 0
-    found = {"q3/selected": np.average(criteria.quadrants(tokens)[kept_N] == 3)}
-    for name in SCORED:
-        scores = criteria.score_criterion(tokens, name)[kept_N]
-        found[f"score_{name}/selected"] = (
-            np.nanmean(scores) if np.isfinite(scores).any() else np.nan
+    if args.neftune_noise_alpha:
+        return True
+    return any(
+        (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0)
+        or any(
+            isinstance(value, float) and value > 0 and any(word in name for word in NOISE)
+            for name, value in vars(module).items()
         )
-    return found
+        for module in model.modules()
+    )
 
 
 @contextmanager
@@ -751,6 +803,13 @@ def _check_pair(pair: Pair) -> None:
                 f"The {role} ({type(readout.model).__name__}) cannot be taken apart into backbone"
                 " and output head, from which the loss is computed. It can be scored and probed;"
                 " choose another architecture for training."
+            )
+        if readout.excluded:
+            raise DiagnosticsError(
+                f"The {role}'s tokenizer names {len(readout.excluded)} special tokens otherwise"
+                f" than the other model's (id {readout.excluded[0]} is the first), and the loss of"
+                " training has them in both distributions. Such a pair can be scored and probed;"
+                " give both models one tokenizer for training."
             )
 
 

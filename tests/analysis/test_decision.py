@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from diagnostics.analysis import rank_agreement
+from diagnostics import criteria
+from diagnostics.analysis import decision, rank_agreement
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import CellEffects, CellEstimate, satterthwaite
 from diagnostics.analysis.config import AnalysisConfig
@@ -188,6 +189,43 @@ def test_a_rival_that_is_as_good_is_named():
     low = table["over_random_divergent_low"].where(table["criterion"] != "tip", -0.001)
     text = decision_sentence(table.assign(over_random_divergent_low=low))
     assert text.endswith("). It is not shown to be better than random_divergent.")
+
+
+def test_a_control_is_never_the_recommendation():
+    truths = {**PLAIN, ("tip", 0.05): 0.03, ("random_divergent", 0.05): 0.12}
+    table = decide(made_interventions(truths, **QUIET), draws=100)
+    control = only_row(table, primary=True, criterion="random_divergent")
+    assert control["verdict"] == "better" and not table["recommended"].any()
+    text = decision_sentence(table)
+    assert text.startswith(
+        "No criterion is told apart from choosing at random among divergent positions:"
+        " random_divergent at 5 %: +0.0"
+    )
+    # a table of an earlier version, which recommended it
+    earlier = table.assign(recommended=table.index == control.name)
+    assert decision_sentence(earlier) == text
+
+
+def test_a_criterion_that_is_not_told_apart_from_divergent_positions_is_not_recommended():
+    truths = {**PLAIN, ("tip", 0.05): 0.11, ("random_divergent", 0.05): 0.11}
+    table = decide(made_interventions(truths, **QUIET), draws=100)
+    tip = only_row(table, primary=True, criterion="tip")
+    assert tip["verdict"] == "better" and tip["over_random_divergent_low"] <= 0
+    assert not table["recommended"].any()
+    text = decision_sentence(table)
+    assert text.startswith(
+        "No criterion is told apart from choosing at random among divergent positions: tip at 5 %:"
+    )
+    assert text.endswith("] over random_divergent.")
+    without = {key: value for key, value in truths.items() if key[0] != "random_divergent"}
+    alone = decide(made_interventions(without, **QUIET), draws=100)
+    assert only_row(alone, recommended=True)["criterion"] == "tip"
+
+
+def test_controls_are_the_rivals_and_what_its_note_calls_one():
+    named = {"random", "random_divergent", "position_matched", "token_identity", "q3"}
+    assert {name for name in criteria.names() if decision.is_control(name)} == named
+    assert not decision.is_control("a criterion of another program")
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,18 @@ def test_decile_means_of_the_residual_equal_a_loop(tokens):
     )
 
 
+def test_ranks_of_the_curves_count_half_of_what_is_equal():
+    assert R._ranks([0.0, 1.0, 2.0, 5.0], np.array([1.0, 1.0, 2.0, 3.0])) == [0, 0.25, 0.625, 1.0]
+
+
+def test_points_of_the_spline_lie_at_equal_distances_in_rank():
+    x = np.random.default_rng(3).exponential(size=500) ** 3
+    prompts = PromptClusters(np.arange(500) // 10, draws=5)
+    points = R.residual_curve(x, x, [np.arange(500.0)], prompts)["spline"]
+    ranks = R._ranks([at for at, _ in points], x)
+    assert len(points) == R.GRID and np.ptp(np.diff(ranks)) < 0.01
+
+
 def test_deciles_of_untied_scores_equal_a_loop():
     rng = np.random.default_rng(0)
     x, y, control = rng.normal(size=(3, 300))

@@ -720,10 +720,31 @@ def test_the_mean_of_what_is_selected_and_the_mean_per_share_kept():
         assert own["mean"] == pytest.approx(tokens.gain[chosen].mean(), rel=1e-12)
         assert own.mean_per_kept == pytest.approx(own["mean"] / chosen.mean(), rel=1e-12)
         assert own.mean_low <= own["mean"] <= own.mean_high
+        over = tokens.gain[chosen].mean() - tokens.gain.mean()
+        assert own.minus_random == pytest.approx(over, rel=1e-9, abs=1e-15)
+        assert own.minus_random_low <= own.minus_random <= own.minus_random_high
         chance = rows(curves, criterion="random", budget=budget).iloc[0]
         assert chance["mean"] == pytest.approx(tokens.gain.mean(), rel=1e-9)
+        assert chance.minus_random == 0
     everything = rows(curves, criterion="entropy", budget=1.0).iloc[0]
     assert everything["mean"] == pytest.approx(tokens.gain.mean(), rel=1e-12)
+    ends = everything[["minus_random_low", "minus_random", "minus_random_high"]]
+    assert ends.astype(float).tolist() == pytest.approx([0, 0, 0], abs=1e-15)
+
+
+def test_the_difference_to_random_is_made_anew_in_every_draw():
+    tokens = whole(table())
+    part = next(
+        iter(selection.populations(tokens, criteria=["entropy"], outcomes=["gain"], budgets=[0.2]))
+    )
+    found = part.estimates()
+    inside, over = (found[kind, "all", "gain", "entropy", 0.2] for kind in ("mean", "minus_random"))
+    codes, _ = pd.factorize(tokens.prompt_id, sort=True)
+    gain = tokens.gain.to_numpy()
+    for draw in range(5):
+        copies = part.candidates.prompts.weights[draw][codes]
+        mean = (copies * gain).sum() / copies.sum()
+        assert over.draws[draw] == pytest.approx(inside.draws[draw] - mean, abs=1e-12)
 
 
 def test_a_criterion_that_is_undefined_everywhere_selects_nothing_and_has_no_mean():

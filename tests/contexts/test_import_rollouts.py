@@ -47,15 +47,19 @@ def test_the_released_context_bank(pair):
 
 @pytest.mark.parametrize("name", ["slime.jsonl", "slime.pt"])
 def test_debug_rollouts_of_slime(pair, name, caplog):
-    """Of the second sample the last three tokens came from a tool or after it: its context ends
-    before them.
+    """Of the second sample the last three tokens came from a tool or after it: of the first turn
+    alone its context ends before them.
     """
-    bank, counts = freeze_rollouts(pair, FILES / name)
+    bank, counts = freeze_rollouts(pair, FILES / name, turns="first")
     assert shown(bank) == [
         ("group-3-0", "group-3", (0, 5, 6), (7, 8, 1), True),
         ("group-3-1", "group-3", (0, 5, 6), (7, 8), False),
     ]
-    assert counts == zero_but(format="slime", rows=2, contexts=2, positions=5, cut=1)
+    assert [context.correct for context in bank] == [True, False]
+    said = {"right": 1, "wrong": 1, "stated_by": "reward"}
+    assert counts == zero_but(
+        format="slime", rows=2, contexts=2, positions=5, cut=1, logprobs=1
+    ) | {"correct": said}
     assert caplog.messages == [
         f"{FILES / name}: 1 contexts cut at the first token that the student did not write"
     ]
@@ -71,7 +75,11 @@ def test_rollout_dumps_of_verl(pair):
     assert bank[0].prompt_id == bank[1].prompt_id != bank[2].prompt_id and [
         c.context_id[-2:] for c in bank
     ] == ["-0", "-1", "-0"]
-    assert counts == zero_but(format="verl", rows=3, contexts=3, positions=6, from_text=3, joined=3)
+    assert [context.correct for context in bank] == [True, False, False]
+    said = {"right": 1, "wrong": 2, "stated_by": "score"}
+    assert counts == zero_but(
+        format="verl", rows=3, contexts=3, positions=6, from_text=3, joined=3
+    ) | {"correct": said}
 
 
 def test_completions_of_trl(pair):
@@ -736,11 +744,18 @@ def test_a_mask_may_be_of_truth_values_and_come_with_plain_rows(pair, tmp_path):
         {"prompt_ids": [5], "response_ids": [6, 7, 8], "loss_mask": [True, False, True]},
         {"prompt_ids": [5], "response_ids": [7, 2, 2], "response_mask": [1.0, 0, 0]},
     ]
-    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows))
+    bank, counts = freeze_rollouts(pair, jsonl(tmp_path / "r.jsonl", *rows), turns="first")
     assert [c.response_ids for c in bank] == [(6,), (7,)] and (counts["cut"], counts["padded"]) == (
         1,
         1,
     )
+    bank, counts = freeze_rollouts(pair, tmp_path / "r.jsonl")
+    assert [(c.response_ids, c.supervised) for c in bank] == [
+        ((6, 7, 8), (True, False, True)),
+        ((7,), None),
+    ]
+    assert (counts["turns"], counts["cut"], counts["padded"]) == (1, 0, 1)
+    assert bank.positions == 3 and bank[0].sampled_ids == (6, 8)
     for mask, message in (
         ([1], r"row 1: loss_mask has 1 values for 3 response_ids"),
         ([1, 2, 3], r"row 1: loss_mask should be a list of 0 and 1"),
@@ -783,7 +798,7 @@ def test_columns_that_nothing_was_read_from_are_named(pair, tmp_path, caplog):
         pair,
         jsonl(tmp_path / "r.jsonl", {"prompt": "w1", "response": " w2", "reward": 1.0, "uid": "x"}),
     )
-    assert f"{tmp_path / 'r.jsonl'}: columns that are not used: reward, uid" in caplog.messages
+    assert f"{tmp_path / 'r.jsonl'}: columns that are not used: uid" in caplog.messages
 
 
 def test_a_huge_row_is_left_out_by_its_beginning(pair, tmp_path, monkeypatch):

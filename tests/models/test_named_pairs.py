@@ -8,6 +8,7 @@ import pytest
 from diagnostics.contexts import story_sums
 from diagnostics.contexts.choose_prompts import choose_prompts, training_prompts
 from diagnostics.contexts.prompts import PromptConfig
+from diagnostics.contexts.verifiers import find_verifier, verify_math
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.fingerprints import fingerprint_files
 from diagnostics.core.types import Prompt
@@ -18,7 +19,7 @@ from diagnostics.models.pair import (
     PairConfig,
     load_pair,
 )
-from diagnostics.training.evaluation import EvaluationConfig, find_verifier, verify_math
+from diagnostics.training.evaluation import EvaluationConfig
 from diagnostics.training.run import TrainConfig
 
 

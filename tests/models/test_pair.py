@@ -10,9 +10,9 @@ from diagnostics.models.loading import resolve_device
 from diagnostics.models.pair import (
     assemble,
     load_pair,
-    require_same_tokens,
     weights_sha256,
 )
+from diagnostics.models.special_tokens import differing_special_ids
 from tests.conftest import WORDS, make_model, make_pair, make_tokenizer
 
 
@@ -31,7 +31,7 @@ def test_vocabularies_of_other_size_are_cut(caplog):
 
 def test_other_token_maps_are_refused():
     with pytest.raises(DiagnosticsError) as error:
-        require_same_tokens(make_tokenizer(), make_tokenizer(WORDS[::-1]))
+        differing_special_ids(make_tokenizer(), make_tokenizer(WORDS[::-1]))
     assert str(error.value).startswith(
         "The tokenizers differ in 60 tokens ('w0' is 4 for the student and 63 for the teacher, 'w1'"
     )
@@ -39,12 +39,12 @@ def test_other_token_maps_are_refused():
 
 
 def test_one_tokenizer_may_know_more():
-    assert require_same_tokens(make_tokenizer(), make_tokenizer([*WORDS, "extra"])) is None
+    assert differing_special_ids(make_tokenizer(), make_tokenizer([*WORDS, "extra"])) == ()
 
 
 def test_an_id_with_two_names_is_refused():
-    with pytest.raises(DiagnosticsError, match="differ in 1 tokens"):
-        require_same_tokens(make_tokenizer(), make_tokenizer([*WORDS[:-1], "other"]))
+    with pytest.raises(DiagnosticsError, match="differ in 2 tokens"):
+        differing_special_ids(make_tokenizer(), make_tokenizer([*WORDS[:-1], "other"]))
 
 
 def test_models_come_from_folders(tmp_path):

@@ -982,7 +982,7 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
         tables["correlations"].query("criterion == 'entropy' and outcome == 'gain'").exactness
         == "gain: change of a bound"
     ).all()
-    unmarked = {"warnings", "left_out", "exactness"}
+    unmarked = {"warnings", "left_out", "exactness", "stop_tokens"}
     assert {name for name, table in tables.items() if "exactness" not in table} <= unmarked
     assert tables["warnings"].code[0] == "listed_teacher" or "listed_teacher" in set(
         tables["warnings"].code
@@ -1025,3 +1025,18 @@ def test_base_two_is_seen_in_short_lists(tmp_path, depth):
     assert read(values).absent == 0
     with pytest.raises(DiagnosticsError, match="seems to hold logarithms to base 2"):
         read(values / np.log(2))
+
+
+@pytest.mark.parametrize("lengths", [[2, 5], [1, 2, 3], [2], [1]])
+def test_a_response_shorter_than_the_places_that_are_tried_is_read(pair, tmp_path, lengths):
+    """Lists are tried up to three places further, and a response of two tokens has no third."""
+    bank = make_bank(lengths)
+    listed(pair, bank, 5, tmp_path).teacher.require(bank)
+
+
+def test_what_needs_all_logits_is_refused_of_lists(pair, bank, tmp_path):
+    lists = listed(pair, bank, 8, tmp_path, sampled=True)
+    with pytest.raises(
+        DiagnosticsError, match=r"^The measurement ier needs a teacher that can be run, and this"
+    ):
+        score(lists, bank, k=4, sweep=(), extra=("ier",))

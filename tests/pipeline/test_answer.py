@@ -7,6 +7,8 @@ import pytest
 from diagnostics.analysis.decision import decide, decision_sentence
 from diagnostics.core.tables import write_csv
 from diagnostics.pipeline.answer import answer, text
+from diagnostics.report.lead import taken_at
+from diagnostics.report.run_tables import RunTables
 from tests.effect_tables import made_interventions
 
 PAIR = "--pair embedded"
@@ -33,6 +35,33 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
     )
     assert lines[-1] == "report: r.html"
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "pair, asked, chosen, ends",
+    [
+        ("custom", None, "the default", "set yours: --learning-rate):"),
+        ("custom", 1e-4, "asked for", "of reverse KL, at rate 1e-06:"),
+        ("embedded", None, "the pair’s", "of reverse KL, at rate 1e-06:"),
+    ],
+)
+def test_the_learning_rate_is_said_and_the_default_names_its_flag(
+    tmp_path, pair, asked, chosen, ends
+):
+    stage = {"inputs": {}, "files": {}}
+    stages = {
+        "rollout": stage | {"settings": {}, "facts": {"pair": pair}},
+        "intervene": stage
+        | {"settings": {"learning_rate": asked}, "facts": {"horizon_rate": 1e-6}},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "stages": stages}))
+    found, _ = said(tmp_path, **CLEAR)
+    assert found["learning_rate"] == {"value": 1e-6, "chosen_by": chosen}
+    lines = text(found).split("\n")
+    assert lines[1].endswith(ends) and len(lines) <= 10
+    page = taken_at(RunTables({"stages": stages}))
+    assert page.startswith("Steps at learning rate 1e-06")
+    assert ("`--learning-rate`" in page) == (chosen == "the default")
 
 
 def test_the_ranking_is_by_the_lower_bound_and_ends_with_the_worst(tmp_path):

@@ -177,8 +177,8 @@ def test_a_file_that_differs_is_named_and_the_exit_code_says_so(done, folders, t
     )
     assert (
         capsys.readouterr().out
-        == "equal      contexts.parquet\ndifferent  scores.parquet\nequal      tops.parquet\n2 of 3"
-        " files are equal\n"
+        == "equal      contexts.parquet\ndifferent  scores.parquet\nequal      tops.parquet\n"
+        "equal      tables/stop_tokens.csv\n3 of 4 files are equal\n"
     )
 
 

@@ -517,6 +517,18 @@ def test_an_older_record_with_whole_paths_is_the_same_setting(tmp_path):
             stage(run, settings={"student": str(tmp_path / "small")})
 
 
+def test_an_older_record_names_the_size_that_is_chosen_now(tmp_path):
+    """8,192 tokens were the default; where nothing is asked for they are chosen on the CPU."""
+    with open_run(tmp_path) as run:
+        assert stage(run, settings={"batch_tokens": 8192})
+        assert not stage(run, settings={"batch_tokens": None})
+        with pytest.raises(DiagnosticsError, match="setting batch_tokens: was 8192, now 60"):
+            stage(run, settings={"batch_tokens": 60})
+        run.manifest["stages"]["one"]["settings"]["batch_tokens"] = 60
+        with pytest.raises(DiagnosticsError, match="setting batch_tokens: was 60, now None"):
+            stage(run, settings={"batch_tokens": None})
+
+
 def test_a_file_made_again_on_other_threads_is_said(tmp_path, monkeypatch, caplog):
     number = iter((2, 2, 1, 1))
     monkeypatch.setattr(run_directory, "threads", lambda **_: next(number))

@@ -8,8 +8,10 @@ import torch
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA
 from diagnostics.core.types import Bank, Context
+from diagnostics.measure.extras import COLUMNS
 from diagnostics.models.pair import assemble
 from diagnostics.probing import scores
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import batches, score
 from tests.conftest import make_bank, make_model, make_tokenizer
 
@@ -47,10 +49,30 @@ def test_rows_are_the_banks_positions_in_order(pair, bank):
         for name, entry in SCHEMA.items()
         if entry.stage == "before"
         and not entry.imported
+        and not entry.on_request
         and "dropped" not in name
         and "tail" not in name
     } - {"token_identity_gain"}  # made from the gains of other folds
+    before -= {name for names in COLUMNS.values() for name in names}  # measured where asked for
     assert before <= set(tokens.columns) and "compatibility_k2" in tokens
+    assert not [name for name, entry in SCHEMA.items() if entry.on_request and name in tokens]
+
+
+def test_what_is_measured_on_request_joins_the_rest(pair, bank, tmp_path):
+    plain, more = (score(pair, bank, k=8, sweep=(2,), extra=names) for names in ((), ("ier",)))
+    added = set(more) - set(plain)
+    assert added == {
+        "ier_signal",
+        "ier_noise",
+        "ier_signal_k2",
+        "ier_noise_k2",
+        "ier_full_signal",
+        "ier_full_noise",
+    }
+    assert more[list(added)].notna().all(axis=None)
+    pd.testing.assert_frame_equal(more[plain.columns], plain)
+    with pytest.raises(DiagnosticsError, match=r"^Unknown extra measurement 'margin'\. Known are"):
+        score(pair, bank, extra=("margin",))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
@@ -109,6 +131,144 @@ def test_padding_stays_small():
     assert max(batch.ids_BT.numel() for batch in todo) <= 512
     rows = torch.cat([batch.rows_n for batch in todo])
     assert sorted(rows.tolist()) == list(range(bank.positions))
+
+
+def test_large_batches_have_little_padding_each(monkeypatch):
+    """Some hundred contexts in one batch differ in length although they are sorted by it."""
+    lengths = np.random.default_rng(1).integers(5, 400, 300).tolist()
+    bank = make_bank(lengths)
+    monkeypatch.setattr(scores, "BATCH_TOKENS", 512)
+    todo = batches(bank, batch_tokens=100_000)
+    assert len(todo) > 1 and max(batch.tokens for batch in todo) > 10_000
+    for batch in todo:
+        padding = 1 - float(batch.mask_BT.sum()) / batch.tokens
+        assert padding <= scores.PADDING or batch.tokens <= 512
+    rows = torch.cat([batch.rows_n for batch in todo])
+    assert sorted(rows.tolist()) == list(range(bank.positions))
+
+
+@pytest.mark.parametrize("kept", [None, 0.3])
+@pytest.mark.parametrize("size", [40, 512, 8192])
+def test_batches_are_those_of_a_loop_over_tokens(size, kept):
+    draws = np.random.default_rng(2)
+    bank = make_bank(draws.integers(0, 30, 60).tolist())
+    keep = None if kept is None else draws.random(bank.positions) < kept
+    starts = np.cumsum([0, *(len(context.response_ids) for context in bank)])
+    chosen = [
+        i
+        for i in range(len(bank))
+        if any(keep is None or keep[row] for row in range(starts[i], starts[i + 1]))
+    ]
+    groups = []
+    for i in sorted(chosen, key=lambda i: (bank[i].longest, i)):
+        if not groups or (len(groups[-1]) + 1) * bank[i].longest > size:
+            groups.append([])
+        groups[-1].append(i)
+    found = batches(bank, batch_tokens=size, keep=keep)
+    assert [[context.context_id for context in batch.contexts] for batch in found] == [
+        [bank[i].context_id for i in group] for group in groups
+    ]
+    for batch, group in zip(found, groups, strict=True):
+        expected = [
+            (b, len(bank[i].prompt_ids) + t - 1, token, starts[i] + t)
+            for b, i in enumerate(group)
+            for t, token in enumerate(bank[i].response_ids)
+            if keep is None or keep[starts[i] + t]
+        ]
+        assert expected == list(
+            zip(*(x.tolist() for x in (*batch.at_n, batch.sampled_n, batch.rows_n)))
+        )
+        for b, i in enumerate(group):
+            ids = list(bank[i].ids)
+            assert batch.ids_BT[b].tolist() == ids + [0] * (batch.ids_BT.shape[1] - len(ids))
+            assert batch.mask_BT[b].sum() == len(ids) and batch.mask_BT[b, : len(ids)].all()
+
+
+def test_a_table_is_of_a_bank_only_in_order(pair, bank):
+    tokens = score(pair, bank, sweep=())
+    expected = [(context.context_id, token) for context in bank for token in context.response_ids]
+    assert list(zip(tokens["context_id"], tokens["token_id"])) == expected
+    assert scores.lists_positions(bank, tokens)
+    other = tokens.assign(token_id=tokens["token_id"].where(tokens.index != 3, 63))
+    name = tokens.assign(context_id=tokens["context_id"].where(tokens.index != 3, "x"))
+    backwards = tokens.iloc[::-1]
+    for wrong in (tokens[:-1], other, name, backwards, tokens[:0]):
+        assert not scores.lists_positions(bank, wrong)
+
+
+def test_parts_that_carry_a_step_leave_memory_for_a_gradient(pair, bank, monkeypatch):
+    """Of the student's alone: the teacher gets none."""
+    asked = []
+
+    def choose(size, models, *, use):
+        asked.append((size, [model is pair.student.model for model in models], use))
+        return 8192
+
+    monkeypatch.setattr(scores.batch_size, "choose", choose)
+    half = np.arange(bank.positions) < bank.positions // 2
+    frozen = FrozenBank(pair, bank), FrozenBank(pair, bank, parts=[half], batch_tokens=None)
+    assert asked == [(None, [True, False], "score"), (None, [True], "gradient")]
+    assert [each.batch_tokens for each in frozen] == [8192, 8192]
+
+
+class OnCard:
+    """Stands in for the copies of a card: the order in which they begin and are waited for."""
+
+    def __init__(self, values):
+        self.values = values
+        log.append(f"copy {values['a'].item():.0f}")
+
+    is_under_way = True
+
+    def arrays(self):
+        log.append(f"wait {self.values['a'].item():.0f}")
+        return {name: each.numpy() for name, each in self.values.items()}
+
+
+log = []
+
+
+def test_a_copy_runs_while_the_next_batch_is_measured(monkeypatch):
+    def measured():
+        for number in range(3):
+            log.append(f"measure {number}")
+            yield number, {"a": torch.tensor([float(number)])}
+
+    log.clear()
+    monkeypatch.setattr(scores, "_Copy", OnCard)
+    found = [(batch, values["a"].item()) for batch, values in scores.on_host(measured())]
+    assert found == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert log == [
+        *("measure 0", "copy 0", "measure 1", "copy 1", "wait 0"),
+        *("measure 2", "copy 2", "wait 1", "wait 2"),
+    ]
+
+
+def test_on_the_cpu_a_batch_is_handed_out_at_once():
+    came = []
+
+    def measured():
+        for number in range(2):
+            came.append(number)
+            yield number, {"a": torch.tensor([float(number)]), "b": torch.tensor([True])}
+
+    for number, values in scores.on_host(measured()):
+        assert came[-1] == number and values["a"].dtype == values["b"].dtype == np.float64
+    assert list(scores.on_host(iter(()))) == []
+
+
+def test_the_size_of_a_batch_is_8192_on_the_cpu(pair, bank, monkeypatch):
+    """The table of a run without the setting is that of the number, in every bit."""
+    asked, original = [], scores.batches
+    monkeypatch.setattr(
+        scores,
+        "batches",
+        lambda bank, **options: asked.append(options) or original(bank, **options),
+    )
+    pd.testing.assert_frame_equal(
+        score(pair, bank), score(pair, bank, batch_tokens=8192), check_exact=True
+    )
+    assert [options["batch_tokens"] for options in asked] == [8192, 8192]
 
 
 def test_only_kept_positions_are_projected(bank):

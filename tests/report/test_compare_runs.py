@@ -73,6 +73,40 @@ def test_verdicts_of_both_kinds_and_decisions_stand_by_run(tmp_path):
     assert "decision" in comparison.tables
 
 
+def test_what_differs_names_models_once_and_holds_no_null(tmp_path):
+    paths = [study_tables.write_run(tmp_path / name) for name in ("a", "b")]
+    for path, pair, rate in zip(paths, ("embedded", None), (None, 1e-4), strict=True):
+        manifest = study_tables.manifest()
+        for stage in ("rollout", "probe"):
+            settings = manifest["stages"][stage]["settings"]
+            settings |= {"pair": pair, "student": "s", "learning_rate": rate, "nothing": None}
+        manifest["stages"]["rollout"]["settings"]["contexts"] = 4 if pair else 8
+        manifest["stages"]["probe"]["settings"]["folds"] = 2
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest["stages"]["probe"]["settings"]["hash"] = "ab" * 32
+    manifest["stages"]["compare"] = {"settings": {"only": 1}, "inputs": {}, "files": {}}
+    (paths[1] / "manifest.json").write_text(json.dumps(manifest))
+    comparison = compare_runs.compare_runs(paths)
+    rows = comparison.settings.to_dict("index")
+    assert rows["learning_rate"] == {"a": "–", "b": "0.0001"}
+    assert rows["rollout: contexts"] == {"a": "4", "b": "8"}
+    assert rows["probe: hash"] == {"a": "–", "b": "abababababab…"}
+    assert rows["stages"]["b"].endswith("compare") and not rows["stages"]["a"].endswith("compare")
+    assert not {"compare: only", "probe: folds", "rollout: student", "nothing"} & set(rows)
+    assert "null" not in comparison.html.partition('id="settings"')[2].partition("</section>")[0]
+
+
+def test_decisions_stand_side_by_side_with_their_signs(tmp_path):
+    paths = [made_tables.write_run(tmp_path / name) for name in ("a", "b")]
+    text = compare_runs.compare_runs(paths).html
+    grid = text.partition('<section id="decision">')[2].partition("</section>")[0]
+    table = made_tables.decision()
+    judged = table[table.primary & ~table.criterion.isin(["random", "full", "placebo"])]
+    assert grid.count('<th scope="row">') == len(judged)
+    assert grid.count("◆") == 1 + 2 * int(judged.recommended.sum())
+    assert "▲" in grid and 'class="verdict better"' in grid
+
+
 def test_page_is_one_escaped_file(comparison, tmp_path):
     path = comparison.save(tmp_path / "compare.html")
     text = path.read_text(encoding="utf-8")

@@ -58,6 +58,7 @@ EVERY = {
     ),
     "evaluations": (figures.evaluations, study_tables.evaluations),
     "training_curves": (figures.training_curves, study_tables.training_metrics),
+    "training_positions": (figures.training_positions, study_tables.training_positions),
     "position_gain": (figures.position_gain, study_tables.positions),
     "runs": (figures.runs, study_tables.of_runs),
     **made_paper.figures_with_tables(),
@@ -497,6 +498,55 @@ def test_selection_summary_shows_area_or_enrichment():
         ]
 
 
+def test_selection_curves_show_the_mean_minus_randoms_and_no_share_that_is_undefined():
+    table = study_tables.selection_curves().assign(minus_random=lambda rows: rows.budget / 100)
+    table = table.assign(minus_random_low=-0.001, minus_random_high=table.budget / 50)
+    drawn = figures.selection_curves(table).axes
+    assert [ax.get_ylabel() for ax in drawn] == [
+        "share of total gain",
+        "share of total relative gain",
+        "mean gain (nats)\nminus random’s",
+        "mean relative gain (of D)\nminus random’s",
+    ]
+    rows = table[(table.criterion == "teachability") & (table.split == "held_out")]
+    rows = rows[rows.outcome == "gain"]
+    line = next(each for each in drawn[2].lines if each.get_label() == "_teachability")
+    np.testing.assert_allclose(line.get_ydata(), rows.minus_random)
+    np.testing.assert_allclose(bands(drawn[2])[1][:, 2], rows.minus_random_high)
+    unknown = table.outcome == "relative_gain"
+    table.loc[unknown, "captured_share"] = np.nan
+    assert len(figures.selection_curves(table).axes[:3]) == 3
+    shown = [ax.get_ylabel() for ax in figures.selection_curves(table).axes if ax.get_visible()]
+    assert shown == [drawn[place].get_ylabel() for place in (0, 2, 3)]
+
+
+def test_panels_of_one_unit_share_a_scale_unless_it_would_press_one_together():
+    table = study_tables.quadrants()
+    table["outcome"] = table.outcome.replace({"relative_gain": "context_gain"})
+    same = figures.quadrants(table).axes
+    assert same[0].get_ylim() == same[1].get_ylim()
+    small = table.assign(**{name: table[name] / 50 for name in ("estimate", "low", "high")})
+    apart = pd.concat(
+        [table[table.outcome == "gain"], small[small.outcome != "gain"]], ignore_index=True
+    )
+    figure = figures.quadrants(apart)
+    assert figure.axes[0].get_ylim() != figure.axes[1].get_ylim()
+    assert "The panels have scales of their own." in figure.caption
+
+
+def test_rows_with_long_names_stand_below_one_another_on_a_phone():
+    table = study_tables.gain_robustness()
+    wide, narrow = figures.gain_robustness(table), figures.gain_robustness(table, width=3.3)
+    tops = [[round(ax.get_position().y1, 3) for ax in figure.axes] for figure in (wide, narrow)]
+    assert len(set(tops[0])) == 1 and len(set(tops[1])) == 2
+
+
+def test_numbers_on_cells_do_not_take_a_color_of_the_page():
+    figure = figures.selection_overlap(study_tables.selection_overlap())
+    inks = {text.get_color() for text in figure.axes[0].texts}
+    assert inks <= {"#000000", "#FDFDFD"}
+
+
 def test_selection_overlap_shows_each_pair_once():
     table = study_tables.selection_overlap()
     figure = figures.selection_overlap(table)
@@ -504,7 +554,7 @@ def test_selection_overlap_shows_each_pair_once():
     rows = table[(table.statistic == "jaccard") & (table.budget == 0.05)]
     first, second, third = rows.estimate
     nan = np.nan
-    expected = [[nan, nan, nan], [first, nan, nan], [second, third, nan]]
+    expected = [[first, nan], [second, third]]
     np.testing.assert_allclose(np.ma.filled(shown, nan), expected)
     words = [f"{value:.2f}"[1:] for value in (first, second, third)]
     assert [text.get_text() for text in figure.axes[0].texts] == words
@@ -648,6 +698,17 @@ def test_residual_curves_show_deciles_and_spline():
         next(line for line in ax.lines if line.get_label() == "spline").get_ydata(), spline.residual
     )
     np.testing.assert_allclose(bands(ax)[0][:, 1:], spline[["low", "high"]])
+
+
+def test_residual_curves_stand_over_ranks_where_the_table_has_them():
+    table = study_tables.residual_curves().assign(rank=lambda rows: rows["at"] ** 2)
+    ax = figures.residual_curves(table).axes[3]
+    rows = table[(table.outcome == "relative_gain") & (table.split == "held_out")]
+    rows = rows[(rows.score == "teachability") & (rows.curve == "decile")]
+    np.testing.assert_allclose(errorbars(ax)["decile"][0].astype(float), rows["rank"])
+    assert ax.get_xlabel() == "teachability (rank)"
+    tall = [ax.get_ylim() for ax in figures.residual_curves(table).axes]
+    assert tall[0] == tall[1] and tall[2] == tall[3]
 
 
 def test_attribution_figures_show_their_tables():
@@ -1134,3 +1195,32 @@ def test_the_page_s_order_names_every_figure_once():
     assert sorted(registry.ORDER) == sorted(registry.FIGURES)
     assert [spec.name for spec in registry.in_page_order()] == list(registry.ORDER)
     assert registry.ORDER[0] == "decision"
+
+
+def meshes(figure) -> list[np.ndarray]:
+    """[10, columns] values of each heat map, NaN where a cell is empty."""
+    found = [ax.collections for ax in figure.axes if ax.collections]
+    return [np.ma.filled(each[0].get_array().astype(float), np.nan) for each in found]
+
+
+def test_heat_maps_of_a_training_show_every_step_and_place():
+    table = study_tables.training_positions()
+    figure = figures.training_positions(table)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == ["reverse KL (nats)", "student entropy (nats)", "selected share"]
+    expected = [[(1 + tenth) / step for step in range(1, 7)] for tenth in range(10)]
+    expected[3][1] = np.nan
+    np.testing.assert_allclose(meshes(figure)[0], expected)
+    assert np.isnan(meshes(figure)[1][0]).all() and (meshes(figure)[1][1] == 0.5).all()
+
+
+def test_many_steps_are_averaged_by_their_positions():
+    table = study_tables.training_positions(steps=130)
+    table["positions"] += table.step
+    figure = figures.training_positions(table, measures=["reverse_kl"])
+    grid, rows = meshes(figure)[0], table[table.tenth == 7]
+    assert grid.shape == (10, 44) and "Means of 3 steps." in figure.caption
+    for column in (0, 20, 43):
+        few = rows[(rows.step - 1) // 3 == column]
+        expected = (few.reverse_kl * few.positions).sum() / few.positions.sum()
+        assert grid[7, column] == pytest.approx(expected)

@@ -584,6 +584,9 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
     (directory / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
     )
+    study_tables.training_positions().to_json(
+        directory / "positions.jsonl", orient="records", lines=True
+    )
     results = run_results.read_run(directory)
     scored = results.tokens.assign(student_logprob=-1.0, teacher_logprob=-2.0)
     results = dataclasses.replace(results, tokens=scored)

@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import pytest
 from diagnostics import criteria
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import validate_tokens
+from diagnostics.core.types import Bank
 from diagnostics.criteria import criterion, score_criterion, select
 from diagnostics.report import token_text, token_widget, tokenview
 from tests import browser, study_tables
@@ -198,6 +200,30 @@ def test_telling_contexts_are_the_first_and_the_extremes(bank, tokens):
     )
 
 
+def judged(bank):
+    """The bank with its first two contexts right, the third wrong, the others not judged."""
+    verdicts = [True, True, False, *[None] * (len(bank) - 3)]
+    both = zip(bank, verdicts, strict=True)
+    return Bank(tuple(replace(context, correct=verdict) for context, verdict in both))
+
+
+def test_right_and_wrong_responses_are_shown_apart(bank, tokens):
+    held = judged(bank)
+    every = payload(tokenview.show(held, tokens))
+    assert [context["correct"] for context in every["contexts"]][:4] == [True, True, False, None]
+    for correct, expected in ((True, [0, 1]), (False, [2])):
+        found = payload(tokenview.show(held, tokens, correct=correct))
+        assert [one["id"] for one in found["contexts"]] == [held[i].context_id for i in expected]
+        assert found["total"] == len(tokens), "scales and ranks are those of the whole table"
+        assert found["note"] == f"{len(expected)} of {len(bank)} contexts, the first of the bank"
+    with pytest.raises(DiagnosticsError) as caught:
+        tokenview.show(bank, tokens, correct=True)
+    assert str(caught.value) == (
+        f"No context is right: 0 of {len(bank)} were judged. Leave `correct` out, or judge the"
+        " responses with --verifier."
+    )
+
+
 def test_prints_in_color_only_where_escapes_are_read(bank, tokens, monkeypatch):
     view = tokenview.show(bank, tokens, context=0)
     for name in ("NO_COLOR", "FORCE_COLOR"):
@@ -230,7 +256,8 @@ def contrast(one, other) -> float:
 
 def themes() -> dict[str, list[np.ndarray]]:
     """The colors of the view's style sheet, light and dark."""
-    found = re.findall(r"--tv-(\w+): light-dark\(#(\w{6}), #(\w{6})\)", tokenview.style())
+    sheet = (tokenview.STATIC / "tokenview.css").read_text(encoding="utf-8")
+    found = re.findall(r"--tv-(\w+): light-dark\(#(\w{6}), #(\w{6})\)", sheet)
     return {name: [np.array(list(bytes.fromhex(c)), float) for c in both] for name, *both in found}
 
 
@@ -588,6 +615,33 @@ def test_comparing_in_a_browser(bank, tokens, tmp_path, width):
         first = int(one(".t.current").get_attribute("data-i"))
         assert divergence[first] == max(divergence[expected["stuck"][:12]])
         assert browser.complaints(driver) == [] and browser.outside_requests(driver) == []
+
+
+@browser.needed
+def test_a_browser_hides_the_responses_of_another_verdict(bank, tokens, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    held = judged(bank)
+    page = tokenview.show(held, tokens, color="gain").save(tmp_path / "view.html")
+    with browser.chromium(tmp_path / "profile") as driver:
+        driver.get(page.as_uri())
+        articles = driver.find_elements(By.CSS_SELECTOR, "article")
+        heads = [one.find_element(By.CSS_SELECTOR, "header").text for one in articles]
+        assert [head.rsplit(" · ", 1)[1] for head in heads[:3]] == ["right", "right", "wrong"]
+        menu = Select(driver.find_element(By.CSS_SELECTOR, "select.verdict"))
+        for value, shown in (("false", [2]), ("true", [0, 1]), ("", range(len(bank)))):
+            menu.select_by_value(value)
+            assert [i for i, one in enumerate(articles) if one.is_displayed()] == list(shown)
+        menu.select_by_value("false")
+        driver.find_element(By.CSS_SELECTOR, "button.next").click()
+        current = driver.find_element(By.CSS_SELECTOR, ".t.current")
+        assert current.find_element(By.XPATH, "./ancestor::article") == articles[2]
+        own = tokens[tokens.context_id == held[2].context_id].gain
+        assert int(current.get_attribute("data-i")) == own.idxmax()
+        assert browser.complaints(driver) == []
+        driver.get(tokenview.show(bank, tokens).save(tmp_path / "plain.html").as_uri())
+        assert driver.find_elements(By.CSS_SELECTOR, "select.verdict") == []
 
 
 @browser.needed

@@ -1,5 +1,6 @@
 """Every measure of an evaluation against the modules that it stands on; verifiers; intervals."""
 
+import json
 import sys
 import types
 
@@ -7,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diagnostics.contexts import verifiers
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.contexts.story_sums import verify as verify_sum
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import score
-from diagnostics.training import evaluation
 from diagnostics.training.evaluation import (
     SEED,
     estimate,
@@ -110,9 +111,23 @@ def test_an_evaluation_of_nothing_is_refused(pair):
         evaluate(pair, [])
 
 
+def test_prompts_may_be_texts_a_file_or_contexts_and_a_bank_itself(pair, tmp_path):
+    texts = [prompt.prompt for prompt in make_prompts(3)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    frozen = rollout(pair, texts, samples_per_prompt=2, max_new_tokens=4)
+    how = {"samples": 1, "max_new_tokens": 4}
+    rows = evaluate(pair, texts, bank=frozen, **how)
+    for given in (file, str(file), [{"prompt": text} for text in texts], frozen):
+        pd.testing.assert_frame_equal(
+            evaluate(pair, given, bank=FrozenBank(pair, frozen), **how), rows
+        )
+    assert set(rows.prompt_id) == {context.prompt_id for context in frozen}
+
+
 def test_verifiers(monkeypatch, caplog):
     bare, answered = make_prompts(2), [Prompt("a", "w1", "42")]
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
     assert (
         find_verifier("auto", pair="embedded", prompts=answered)
         is verify_sum
@@ -142,8 +157,8 @@ def test_verifiers(monkeypatch, caplog):
         ),
     ):
         find_verifier("sums", pair="x", prompts=bare)
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: object())
-    assert find_verifier("auto", pair="x", prompts=answered) is evaluation.verify_math
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: object())
+    assert find_verifier("auto", pair="x", prompts=answered) is verifiers.verify_math
 
 
 def test_math_verify_gets_gold_first_and_plain_answers_as_latex(monkeypatch):
@@ -152,6 +167,6 @@ def test_math_verify_gets_gold_first_and_plain_answers_as_latex(monkeypatch):
         parse=lambda text: [text], verify=lambda gold, answer: calls.append((gold, answer)) or True
     )
     monkeypatch.setitem(sys.modules, "math_verify", stub)
-    assert evaluation.verify_math("so \\boxed{42}", "42") is True
-    evaluation.verify_math("x", "\\frac{1}{2}")
+    assert verifiers.verify_math("so \\boxed{42}", "42") is True
+    verifiers.verify_math("x", "\\frac{1}{2}")
     assert calls == [(["$42$"], ["so \\boxed{42}"]), (["\\frac{1}{2}"], ["x"])]

@@ -153,6 +153,7 @@ def assert_same_training(folder, result, finished):
     pd.testing.assert_frame_equal(result.evaluations, reference.evaluations, rtol=0)
     for name in (
         "metrics.jsonl",
+        "positions.jsonl",
         "evaluations.parquet",
         "evaluations.csv",
         "training_gains.parquet",

@@ -1,4 +1,6 @@
+import functools
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,11 +14,12 @@ from diagnostics import criteria
 from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
-from diagnostics.measure import losses
+from diagnostics.measure import divergences, losses
+from diagnostics.measure.extras import extras_of
 from diagnostics.models.pair import assemble
 from diagnostics.models.readout import Readout
 from diagnostics.probing import scores
-from diagnostics.training import trl_trainer
+from diagnostics.training import step_metrics, trl_trainer
 from diagnostics.training.trl_trainer import SelectedDistillationTrainer, Selection, check_contract
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
 
@@ -24,16 +27,35 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 
 
 class Recording(SelectedDistillationTrainer):
-    """Keeps every narrowed batch."""
+    """Keeps every narrowed batch, its responses in the order in which they were generated."""
 
-    def _narrow(self, batch):
-        self.narrowed = [*getattr(self, "narrowed", []), super()._narrow(batch)]
-        return self.narrowed[-1]
+    def _narrow(self, batch, *measured):
+        narrowed = super()._narrow(batch, *measured)
+        kept = dict(narrowed)
+        if "place" in batch:
+            rows = batch["place"].argsort()
+            kept = {
+                name: value.detach()[rows] if value.ndim else value
+                for name, value in narrowed.items()
+            }
+        self.narrowed = [*getattr(self, "narrowed", []), kept]
+        return narrowed
 
 
-def train(folder, pair, selection, *, steps=1, batch=4, accumulation=1, rate=1e-3, **options):
+def train(
+    folder,
+    pair,
+    selection,
+    *,
+    steps=1,
+    batch=4,
+    accumulation=1,
+    rate=1e-3,
+    trainer=Recording,
+    **options,
+):
     prompts = make_prompts(steps * batch)
-    made = Recording(
+    made = trainer(
         pair,
         selection,
         args=DistillationConfig(
@@ -115,13 +137,18 @@ def plain_losses(pair, bank, **options):
         ("incompatible", None),
         ("full", 0.05),
         ("acceptance", 0.2),
+        ("ier", 0.3),
+        ("bellman", 0.3),
+        ("tails", 0.3),
+        ("teachability_or_ier", 0.2),
     ],
 )
 def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, budget):
     made = train(tmp_path, make_pair(), Selection(criterion, budget))
     batch, pair = made.narrowed[0], make_pair()
     bank = bank_of(batch)
-    tokens = scores.score(pair, bank, k=16, sweep=())
+    extra = extras_of(criteria.find(criterion).needs)
+    tokens = scores.score(pair, bank, k=16, sweep=(), extra=extra)
     expected = criteria.select(tokens, criterion, budget=budget)
     np.testing.assert_array_equal(on_positions(batch, "tool_mask") == 1, expected)
     assert batch["tool_mask"].sum() == batch["num_items_in_batch"] == expected.sum()
@@ -137,7 +164,7 @@ def test_the_loss_is_the_mean_over_the_selected_positions(tmp_path, criterion, b
         assert log[f"{name}/all"] == pytest.approx(tokens[name].mean(), rel=1e-5)
         assert log[f"{name}/selected"] == pytest.approx(tokens[name][expected].mean(), rel=1e-5)
     assert log["q3/selected"] == pytest.approx((criteria.quadrants(tokens) == 3)[expected].mean())
-    for name in trl_trainer.SCORED:
+    for name in step_metrics.SCORED:
         score = criteria.score_criterion(tokens, name)
         assert log[f"score_{name}/selected"] == pytest.approx(score[expected].mean(), rel=1e-5)
     if criterion != "tip":
@@ -339,11 +366,11 @@ def test_another_loss_in_trl_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(
         DiagnosticsError,
         match=(
-            r"^TRL .* computes a reverse_kl loss of .* on the selected positions, where it is .*"
+            r"^TRL .* computes a reverse_kl loss of .* on the positions of a batch, where it is .*"
             r" Install trl==1\.16\.0\.$"
         ),
     ):
-        train(tmp_path, make_pair(), Selection("teachability", 0.2))
+        train(tmp_path, make_pair(), Selection("full"))
 
 
 def test_the_installed_trl_keeps_the_contract():
@@ -460,7 +487,7 @@ def test_a_teacher_in_bfloat16_is_trained_on_and_the_guard_is_quiet(tmp_path):
         pair = make_pair()
         pair.teacher = Readout(pair.teacher.model.bfloat16(), vocabulary=64)
         made = train(tmp_path / criterion, pair, Selection(criterion, 0.1, seed=seed))
-        assert made._checked and np.isfinite(logged(made)["loss"])
+        assert made._checked == (criterion == "full") and np.isfinite(logged(made)["loss"])
 
 
 @pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
@@ -552,8 +579,8 @@ def test_dropout_does_not_ring_the_guard(tmp_path):
     pair = make_pair()
     for layer in pair.student.model.model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
-    made = train(tmp_path, pair, Selection("divergence", 0.3), disable_dropout=False)
-    assert made._checked
+    made = train(tmp_path, pair, Selection("full"), disable_dropout=False)
+    assert made._checked and not made.shares_forward
 
 
 def test_scoring_takes_as_many_responses_at_once_as_the_loss(tmp_path, monkeypatch):
@@ -562,7 +589,7 @@ def test_scoring_takes_as_many_responses_at_once_as_the_loss(tmp_path, monkeypat
     monkeypatch.setattr(
         SelectedDistillationTrainer,
         "_measured",
-        lambda self, part: (sizes.append(len(part["valid"])), original(self, part))[1],
+        lambda self, part: (sizes.append(len(part["completion_ids"])), original(self, part))[1],
     )
     train(tmp_path, make_pair(), Selection("teachability", 0.2), batch=8, accumulation=4)
     assert sizes == [2, 2, 2, 2]
@@ -572,17 +599,17 @@ def test_scoring_out_of_memory_is_halved(tmp_path, monkeypatch, caplog):
     original = SelectedDistillationTrainer._measured
 
     def full(self, part):
-        if len(part["valid"]) > limit:
+        if len(part["completion_ids"]) > limit:
             raise torch.OutOfMemoryError("injected")
         return original(self, part)
 
-    limit = 8
-    whole = train(tmp_path / "whole", make_pair(), Selection("teachability", 0.2), batch=8)
+    limit, chosen = 8, Selection("teachability", 0.2)
+    whole = train(tmp_path / "whole", make_pair(), chosen, batch=8, accumulation=2)
     monkeypatch.setattr(SelectedDistillationTrainer, "_measured", full)
     limit = 2
-    halved = train(tmp_path / "halved", make_pair(), Selection("teachability", 0.2), batch=8)
+    halved = train(tmp_path / "halved", make_pair(), chosen, batch=8, accumulation=2)
     assert torch.equal(whole.narrowed[0]["tool_mask"], halved.narrowed[0]["tool_mask"])
-    assert "8 responses do not fit in memory at once: scored in halves" in caplog.text
+    assert "4 responses do not fit in memory at once: scored in halves" in caplog.text
     limit = 0
     with pytest.raises(
         DiagnosticsError,
@@ -591,7 +618,116 @@ def test_scoring_out_of_memory_is_halved(tmp_path, monkeypatch, caplog):
             r" --accumulation, "
         ),
     ):
-        train(tmp_path / "none", make_pair(), Selection("teachability", 0.2), batch=8)
+        train(tmp_path / "none", make_pair(), chosen, batch=8, accumulation=2)
+
+
+class TwoPasses(Recording):
+    """Measures in a pass of its own, as with several micro-batches."""
+
+    shares_forward = property(lambda self: False, lambda self, value: None)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection("teachability", 0.2),
+        Selection("random", 0.3, seed=3),
+        Selection("full"),
+        Selection("acceptance", loss="jsd", beta=0.3),
+        Selection("tip", 0.3, loss="sampled", ties="random"),
+    ],
+    ids=lambda chosen: chosen.criterion,
+)
+def test_one_pass_trains_what_two_passes_train(tmp_path, selection):
+    one = train(tmp_path / "one", make_pair(), selection, steps=2, batch=6)
+    two = train(tmp_path / "two", make_pair(), selection, steps=2, batch=6, trainer=TwoPasses)
+    assert one.shares_forward and not two.shares_forward
+    for ours, theirs in zip(one.narrowed, two.narrowed):
+        for name in ("completion_ids", "tool_mask", "loss_weights", "num_items_in_batch"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=0)
+    for step in (0, 1):
+        ours, theirs = (dict(logged(made, step)) for made in (one, two))
+        clock = {"step_time", "tokens_per_second", "epoch", "step", "train_runtime"}
+        for name in ours.keys() - clock:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+    for ours, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "accumulation, noise, student, teacher",
+    [(1, False, 1, 1), (2, False, 4, 2), (1, True, 2, 1)],
+)
+def test_no_model_runs_more_often_than_it_must(
+    tmp_path, monkeypatch, accumulation, noise, student, teacher
+):
+    """Once each, where the selection is within the loss's own pass; the student twice elsewhere."""
+    pair, calls = make_pair(), []
+    if noise:
+        pair.student.model.model.layers[0].self_attn.attention_dropout = 0.1
+    original = DistillationTrainer._get_last_hidden_state
+
+    @functools.wraps(original)
+    def counted(self, model, *arguments, **more):
+        calls.append("student" if model is pair.student.model else "teacher")
+        return original(self, model, *arguments, **more)
+
+    monkeypatch.setattr(DistillationTrainer, "_get_last_hidden_state", counted)
+    train(tmp_path, pair, Selection("teachability", 0.2), accumulation=accumulation)
+    assert (calls.count("student"), calls.count("teacher")) == (student, teacher)
+
+
+@pytest.mark.parametrize("criterion", ["full", "random"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_criterion_that_reads_nothing_is_measured_where_it_is_asked(
+    tmp_path, monkeypatch, criterion, accumulation
+):
+    """The training is the same, the models run as often as in plain TRL, and the log has less."""
+    options = {"steps": 3, "accumulation": accumulation}
+    every, seldom = (Selection(criterion, 0.3, measure_every=each) for each in (1, 2))
+    whole = train(tmp_path / "whole", make_pair(), every, **options)
+    sizes = []
+    original = divergences.measure_hidden
+    monkeypatch.setattr(
+        divergences, "measure_hidden", lambda *a, **k: (sizes.append(1), original(*a, **k))[1]
+    )
+    part = train(tmp_path / "part", make_pair(), seldom, **options)
+    assert len(sizes) == 2 * accumulation  # steps 0 and 2
+    for one, other in zip(whole.model.parameters(), part.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for step in range(3):
+        ours, theirs = logged(whole, step), logged(part, step)
+        assert ours["loss"] == theirs["loss"] and ours["selected"] == theirs["selected"]
+        assert ("forward_kl/all" in theirs) == ("overlap_ratio" in theirs) == (step != 1)
+
+
+def test_a_criterion_that_reads_measurements_has_every_step_measured():
+    assert not Selection("random", measure_every=3).measures(1)
+    assert Selection("random", measure_every=3).measures(3)
+    assert Selection("teachability", measure_every=3).measures(1)
+
+
+def test_what_draws_noise_in_training_is_noticed():
+    quiet, layer = SimpleNamespace(neftune_noise_alpha=None), torch.nn.Linear(2, 2)
+    assert not trl_trainer._is_noisy(make_pair().student.model, quiet)
+    assert not trl_trainer._is_noisy(torch.nn.Sequential(layer, torch.nn.Dropout(0.0)), quiet)
+    assert trl_trainer._is_noisy(torch.nn.Sequential(layer, torch.nn.Dropout(0.1)), quiet)
+    assert trl_trainer._is_noisy(layer, SimpleNamespace(neftune_noise_alpha=5.0))
+    for name in ("attention_dropout", "layerdrop", "router_jitter_noise"):
+        layer = torch.nn.Linear(2, 2)
+        setattr(layer, name, 0.1)
+        assert trl_trainer._is_noisy(layer, quiet), name
+
+
+def test_a_measurement_is_without_the_noise_of_training(tmp_path):
+    measured = []
+    for alpha in (None, 50.0):
+        made = train(
+            tmp_path / str(alpha), make_pair(), Selection("entropy", 0.3), neftune_noise_alpha=alpha
+        )
+        measured.append(logged(made)["forward_kl/all"])
+        assert made.shares_forward == (alpha is None)
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
 
 
 def test_a_model_that_cannot_be_taken_apart_is_refused(tmp_path):

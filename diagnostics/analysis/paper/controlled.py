@@ -441,6 +441,7 @@ def selector_table(
         lambda tokens, how: _selected(positions, tokens, budgets, how).estimates(),
         positions.tokens,
         bootstrap,
+        whole=True,
     )
     return found, _selected(
         positions, positions.tokens, budgets, replace(bootstrap, draws=0)

@@ -220,7 +220,7 @@ def estimates(
             for part, estimate in zip(parts, found, strict=True)
         }
 
-    return over_steps(make, sample.tokens, bootstrap)
+    return over_steps(make, sample.tokens, bootstrap, whole=True)
 
 
 def long_table(

@@ -27,6 +27,7 @@ registered in `diagnostics.report.figures.registry`.
 
 from __future__ import annotations
 
+from diagnostics.report.figures.across_pairs import atlas
 from diagnostics.report.figures.attribution import kernel_shares, lift, linearity
 from diagnostics.report.figures.decision import decision, foresight
 from diagnostics.report.figures.horizon import horizon, horizon_criteria
@@ -74,6 +75,7 @@ from diagnostics.report.figures.strata import strata
 from diagnostics.report.figures.training import (
     evaluations,
     training_curves,
+    training_positions,
     validation,
     validation_scatter,
 )
@@ -83,6 +85,7 @@ __all__ = [
     "DOUBLE",
     "SINGLE",
     "agreement",
+    "atlas",
     "calibration",
     "coefficients",
     "correlations",
@@ -127,6 +130,7 @@ __all__ = [
     "style",
     "support_robustness",
     "training_curves",
+    "training_positions",
     "validation",
     "validation_scatter",
 ]

@@ -12,10 +12,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import interval_of
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
+from diagnostics.report.sources import lift_can_be_read, readable_kernel
 from diagnostics.report.style import BLUE
 
 
@@ -111,7 +113,7 @@ def kernel_shares(
     Args:
         table: One row per (kernel, group, part), with the columns share, share_low, share_high,
             positions and prompts; part is self, own_context, own_prompt or other_prompts.
-        kernel: output_layer or full; where None, full if the table has it.
+        kernel: output_layer or full; where None, the one whose shares can be read, full first.
         groups: Groups of positions to show; all of the table where None.
         **page: `level`, `width` and `dark`, as every figure takes them.
 
@@ -119,7 +121,8 @@ def kernel_shares(
         The figure, which shows itself in a notebook.
 
     Raises:
-        DiagnosticsError: A column is missing, or no row remains to be shown.
+        DiagnosticsError: A column is missing, no row remains to be shown, or no kernel is named and
+            the intervals of all are wider than the gain itself.
     """
     needs = ("kernel", "group", "part", "share", "share_low", "share_high")
     table = style.keep(
@@ -128,7 +131,12 @@ def kernel_shares(
         needs,
         {"part": list(SOURCES)} | ({"group": groups} if groups is not None else {}),
     )
-    kernel = kernel or ("full" if (table.kernel == "full").any() else str(table.kernel.iloc[0]))
+    kernel = kernel or readable_kernel(table)
+    if kernel is None:
+        raise DiagnosticsError(
+            "Shares whose intervals are wider than the whole gain are not drawn; the table"
+            " kernel_shares has them. Attribute with more prompts, or name a kernel."
+        )
     table = style.keep(table, "figures.kernel_shares", needs, {"kernel": kernel})
     names, parts = style.present(table.group, groups or ()), style.present(table.part, SOURCES)
     figure, axes = style.canvas(page["width"], 1.1 + 0.3 * len(names))
@@ -188,11 +196,17 @@ def lift(
         The figure, which shows itself in a notebook.
 
     Raises:
-        DiagnosticsError: A column is missing, or no row remains to be shown.
+        DiagnosticsError: A column is missing, no row remains to be shown, or the intervals are
+            wider than an average position's lift.
     """
     table = style.keep(
         table, "figures.lift", ("group", "enrichment", "enrichment_low", "enrichment_high")
     )
+    if not lift_can_be_read(table):
+        raise DiagnosticsError(
+            "Lifts whose intervals are wider than an average position's lift, or unknown, are not"
+            " drawn; the table lift has them. Attribute with more prompts."
+        )
     rows = interval_of(table, "enrichment")
     figure, axes = style.canvas(page["width"], 0.8 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x", 1.0)
@@ -207,14 +221,5 @@ def lift(
     )
     axes[0, 0].set_xlabel("share of the lift / share of positions")
     style.names_down(axes[0, 0], rows.group)
-    known = rows[["low", "high"]].notna().all(axis=1).any()
-    ends = (
-        style.bars(page["level"], table=table)
-        if known
-        else (
-            "No intervals: the lift as a whole is not clear of zero, and a share of it means"
-            " little."
-        )
-    )
-    style.caption(figure, style.counts(table), GROUPED, ends)
+    style.caption(figure, style.counts(table), GROUPED, style.bars(page["level"], table=table))
     return figure

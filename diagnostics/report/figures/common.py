@@ -50,6 +50,36 @@ def forest(ax, table: pd.DataFrame, names: list[str], splits: list[str], value: 
         style.lying(ax, y, rows, value, marker=marker, color=color, label=words, zorder=3)
 
 
+MOST_APART = 2.5
+"""Times the reach of one panel that a scale common to several panels may have."""
+
+
+def one_scale(axes: Sequence, units: Sequence[str], axis: str = "y") -> str:
+    """Give panels of one unit one scale, so that lengths can be compared between them.
+
+    Panels keep scales of their own where the common one would press one of them together.
+
+    Args:
+        axes: The panels, drawn.
+        units: The unit of each panel.
+        axis: x or y.
+
+    Returns:
+        A sentence for the caption where panels of one unit have different scales; else empty.
+    """
+    apart = False
+    for unit in dict.fromkeys(units):
+        alike = [ax for ax, own in zip(axes, units, strict=True) if own == unit]
+        limits = np.array([getattr(ax, f"get_{axis}lim")() for ax in alike])
+        low, high = limits[:, 0].min(), limits[:, 1].max()
+        if high - low > MOST_APART * np.ptp(limits, axis=1).min():
+            apart = True
+            continue
+        for ax in alike:
+            getattr(ax, f"set_{axis}lim")(low, high)
+    return "The panels have scales of their own." if apart else ""
+
+
 def thin_color_bar(figure: Figure, ax, artist, *, above: bool = False, **options):
     """Add a narrow color bar beside the axes, or above it, for an artist with a color map.
 
@@ -105,23 +135,32 @@ def statistic_forest(
     """
     names, outcomes = style.present(table[key], ()), style.present(table.outcome, outcomes)
     height = 1.2 + (0.14 * len(series) + 0.06) * len(names)
-    figure, axes = style.canvas(page["width"], height, 1, len(outcomes), sharey=True)
+    long = page["width"] < style.WIDE and max(map(len, map(naming.readable, names))) > LONG_NAME
+    down, across = style.panels(len(outcomes), page["width"], 1 if long else len(outcomes))
+    figure, axes = style.canvas(page["width"], height * down, down, across, sharey=True)
     has_unit = statistic in ("tertile_difference", "matched_difference") and page["width"] > 5
-    for ax, outcome in zip(axes[0], outcomes, strict=True):
+    for ax, outcome in zip(axes.flat, outcomes, strict=True):
         style.zero(ax, "x")
         ax.xaxis.set_major_locator(MaxNLocator(5 if page["width"] > 5 else 3))
         _series_marks(ax, series, key, names, outcome)
         ax.set_title(naming.readable(outcome))
         unit = f" ({naming.UNITS.get(outcome, '')})" if has_unit else ""
         ax.set_xlabel(STATISTICS.get(statistic, naming.readable(statistic)) + unit)
+    units = [naming.UNITS.get(outcome, "") for outcome in outcomes]
+    scales = one_scale(list(axes.flat), units, "x")
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 4)
     where = {
         "tertile_difference": "Tertiles of Q3.",
         "matched_difference": "Q3, matched within a prompt.",
     }.get(statistic, "")
-    style.caption(figure, style.counts(table), where, style.bars(page["level"], table=table))
+    bars = style.bars(page["level"], table=table)
+    style.caption(figure, style.counts(table), where, scales, bars)
     return figure
+
+
+LONG_NAME = 16
+"""Letters of a row's name beyond which panels stand below one another on a phone."""
 
 
 def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
@@ -135,11 +174,13 @@ def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
 
 def budget_axis(ax, budgets: Sequence[float]) -> None:
     """A logarithmic axis whose ticks are the budgets themselves; of many, the first of each
-    factor of 1.6.
+    factor of 1.6, or of 2.1 where three panels or more stand side by side.
     """
+    place = ax.get_subplotspec()
+    apart = 2.1 if place is not None and place.get_gridspec().ncols > 2 else 1.6
     shown: list[float] = []
     for budget in sorted({float(budget) for budget in budgets}, reverse=True):
-        if not shown or budget * 1.6 < shown[-1]:
+        if not shown or budget * apart < shown[-1]:
             shown.append(budget)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(shown[::-1]))

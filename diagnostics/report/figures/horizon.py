@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import ring, shown_criteria
+from diagnostics.report.figures.common import one_scale, ring, shown_criteria
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import DASHES, GREEN
@@ -144,9 +144,11 @@ def horizon_criteria(
             ring(ax, rows.horizon * np.exp(shift), rows, "reduction", line["color"])
         ax.set_title(naming.SPLITS.get(population, naming.readable(population)))
     _axes(axes, table, measure)
+    scales = one_scale(list(axes.flat), ["nats"] * axes.size)
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     share = f"Budget {budget:.0%}." if budget is not None else ""
-    style.caption(figure, share, *_words(table, page["level"]), style.tie_words(table))
+    words = _words(table, page["level"])
+    style.caption(figure, share, scales, *words, style.tie_words(table))
     return figure
 
 

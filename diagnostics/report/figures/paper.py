@@ -739,14 +739,8 @@ def _heat(ax, table: pd.DataFrame, side: str, names: list[str], columns: list[st
     ax.set_yticks(range(len(names)), [naming.readable(name) for name in names])
     for (row, column), value in np.ndenumerate(grid):
         text = "–" if not np.isfinite(value) else f"{value:.3f}".replace("-", "−")
-        color = style.ink() if not np.isfinite(value) else _readable_on(image, value)
+        color = style.on(image.cmap(image.norm(value))) if np.isfinite(value) else style.ink()
         ax.text(column, row, text, ha="center", va="center", color=color)
-
-
-def _readable_on(image, value: float) -> str:
-    """Black or white, whichever can be read on the cell's color."""
-    red, green, blue, _ = image.cmap(image.norm(value))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#FFFFFF"
 
 
 @on_page

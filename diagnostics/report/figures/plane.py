@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from diagnostics.criteria import DEFAULT_BUDGET, select
 from diagnostics.criteria import quadrants as quadrant_of
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import thin_color_bar
+from diagnostics.report.figures.common import one_scale, thin_color_bar
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import DASHES
@@ -287,12 +287,19 @@ def quadrants(
             range(len(names)), [f"{name}\n{share.get(name, np.nan):.0%}" for name in names]
         )
         ax.set_ylabel(f"{statistic} {naming.with_unit(outcome)}")
+    scales = one_scale(list(axes.flat), _units(outcomes))
     style.legend(figure, axes[0, 0], 3)
     legend = (
         "Q1 unsure and wrong, Q2 unsure and right, Q3 confident and wrong, Q4 confident and right."
     )
-    style.caption(figure, style.counts(table), legend, style.bars(page["level"], table=table))
+    bars = style.bars(page["level"], table=table)
+    style.caption(figure, style.counts(table), legend, scales, bars)
     return figure
+
+
+def _units(outcomes: Sequence[str]) -> list[str]:
+    """The unit of each panel whose outcome is named."""
+    return [naming.UNITS.get(outcome, outcome) for outcome in outcomes]
 
 
 def _marks_by_category(ax, table: pd.DataFrame, key: str, names: list, value: str) -> None:
@@ -365,11 +372,13 @@ def q3_gain(
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         _group_lines(ax, table[table.outcome == outcome], style.present(table.score, scores or ()))
         ax.set_ylabel(f"mean {naming.with_unit(outcome)}")
+    scales = one_scale(list(axes.flat), _units(outcomes))
     style.legend(figure, axes[0, 0], 3)
     style.caption(
         figure,
         style.counts(table),
         "Each group of marks: bottom to top of the score within Q3.",
+        scales,
         style.bars(page["level"], table=table),
     )
     return figure
@@ -467,6 +476,7 @@ def q3_contrast(
         ax.set_title(naming.readable(outcome))
         ax.set_xlabel(f"top − bottom ({naming.UNITS.get(outcome, '')})")
         ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
+    scales = one_scale(list(axes[0]), _units(outcomes), "x")
     style.names_down(axes[0, 0], scores)
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 1)
     style.caption(
@@ -474,6 +484,7 @@ def q3_contrast(
         style.counts(table),
         f"Top minus bottom {groups} within Q3.",
         "" if matching is None else _matched_words(matching),
+        scales,
         style.bars(page["level"], table=table),
     )
     return figure
@@ -577,6 +588,8 @@ def position_gain(
         ax.set_ylabel(f"mean {naming.with_unit(outcome)}")
     for ax in axes[-1]:
         ax.set_xlabel("relative position in the response")
+    scales = one_scale(list(axes.flat), _units(outcomes))
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands", table=table))
+    bands = style.bars(page["level"], "Bands", table=table)
+    style.caption(figure, style.counts(table), scales, bands)
     return figure

@@ -85,6 +85,7 @@ ORDER = (
     "validation_agreement",
     "evaluations",
     "training_curves",
+    "training_positions",
     "calibration",
     "distributions",
 )

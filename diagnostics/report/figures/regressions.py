@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import forest, mark, statistic_forest
+from diagnostics.report.figures.common import forest, mark, one_scale, statistic_forest
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, DASHES, ORANGE
@@ -75,10 +75,12 @@ def coefficients(
         forest(ax, table[table.outcome == outcome], terms, splits, "coefficient")
         ax.set_title(naming.readable(outcome))
         ax.set_xlabel("standardised β")
+    scales = one_scale(list(axes[0]), [""] * len(outcomes), "x")
     style.names_down(axes[0, 0], terms)
     style.legend(figure, axes[0, 0], 3)
     tails = f"Outcome winsorised at {winsorized:.0%}." if winsorized else ""
-    style.caption(figure, style.counts(table), tails, style.bars(page["level"], table=table))
+    bars = style.bars(page["level"], table=table)
+    style.caption(figure, style.counts(table), tails, scales, bars)
     return figure
 
 
@@ -208,7 +210,7 @@ def gain_robustness(
     title="What a score adds",
     reading=(
         "The gain that a regression on both entropies, divergence and position leaves over, along "
-        "each score. A flat curve at zero means that the score adds nothing to them."
+        "the rank of each score. A flat curve at zero means that the score adds nothing to them."
     ),
 )
 @on_page
@@ -224,11 +226,12 @@ def residual_curves(
 
     Example: `dx.plot.residual_curves(tables["residual_curves"])`. The regression holds student
     entropy, divergence, position and teacher entropy. Marks are deciles of the score, the band is a
-    spline.
+    spline. Across stands the rank of the score, since most scores crowd at one of their ends; in
+    tables of earlier versions, which have no ranks, the score itself.
 
     Args:
         table: One row per (outcome, split, score, curve, at), with the columns residual, low, high,
-            positions and prompts; curve is decile or spline.
+            positions, prompts and, where it is known, rank; curve is decile or spline.
         outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
             context gain, or gain and relative gain where the table has no context gain.
         scores: Names of the scores to show; all of the table where None.
@@ -257,10 +260,12 @@ def residual_curves(
         (len(outcomes), len(scores)) if page["width"] > 5 else (len(scores), len(outcomes))
     )
     figure, axes = style.canvas(page["width"], 0.5 + 1.5 * down, down, across)
+    across = "rank" if "rank" in table else "at"
     for (i, j), ax in np.ndenumerate(axes):
         outcome, score = (outcomes[i], scores[j]) if page["width"] > 5 else (outcomes[j], scores[i])
-        _residuals(ax, table[(table.outcome == outcome) & (table.score == score)].sort_values("at"))
-        ax.set_xlabel(f"{naming.readable(score)} score")
+        rows = table[(table.outcome == outcome) & (table.score == score)]
+        _residuals(ax, rows.sort_values(across).assign(at=lambda rows: rows[across]))
+        ax.set_xlabel(f"{naming.readable(score)} {'(rank)' if across == 'rank' else 'score'}")
         if j == 0 or page["width"] < 5:
             ax.set_ylabel(f"residual\n{naming.with_unit(outcome)}" if page["width"] > 5 else "")
         if page["width"] < 5:
@@ -268,10 +273,19 @@ def residual_curves(
     style.caption(
         figure,
         style.counts(table),
-        "Gain after regression on both entropies, divergence and position: deciles and spline.",
+        "Gain after regression on both entropies, divergence and position: deciles and spline,"
+        " which may leave its panel at the ends.",
+        _common_scale(axes, outcomes, page["width"]),
         style.bars(page["level"], "Bars and band", table=table),
     )
     return figure
+
+
+def _common_scale(axes: np.ndarray, outcomes: Sequence[str], width: float) -> str:
+    """One scale for the panels of one outcome, which stand in a row or, on a phone, in a column."""
+    panels = axes if width > 5 else axes.T
+    names = [outcome for outcome, row in zip(outcomes, panels, strict=True) for _ in row]
+    return one_scale(list(panels.flat), names)
 
 
 def _residuals(ax, table: pd.DataFrame) -> None:
@@ -291,5 +305,15 @@ def _residuals(ax, table: pd.DataFrame) -> None:
         label="decile",
         zorder=3,
     )
+    if len(decile) > 1:
+        low, high = min(decile.low.min(), 0.0), max(decile.high.max(), 0.0)
+        room = SPLINE_ROOM * (high - low)
+        if np.isfinite(room) and room > 0:
+            ax.set_ylim(low - room, high + room)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.yaxis.set_major_locator(MaxNLocator(4))
+
+
+SPLINE_ROOM = 0.3
+"""Room for a spline beyond the deciles' intervals, as a share of their reach: at the ends of a
+score its band is many times as wide as anything else in the panel."""

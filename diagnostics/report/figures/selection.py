@@ -5,7 +5,7 @@ interventions.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Unpack
 
 import numpy as np
@@ -20,6 +20,7 @@ from diagnostics.report.figures.common import (
     budget_axis,
     forest,
     forest_order,
+    one_scale,
     reduction_curves,
     shown_criteria,
     thin_color_bar,
@@ -35,7 +36,8 @@ from diagnostics.report.style import BLUE, CYCLE, DASHES
     reading=(
         "Share of the total gain in the best positions of each criterion. Above the grey band a "
         "criterion beats random selection at that budget; the dotted line is what choosing by the "
-        "gain itself would capture."
+        "gain itself would capture. Below, the mean gain of the selected positions minus that of "
+        "random ones: clear of zero, a criterion finds more gain than chance does."
     ),
 )
 @on_page
@@ -47,18 +49,22 @@ def selection_curves(
     split: str | None = None,
     **page: Unpack[Intervals],
 ) -> Figure:
-    """Share of the total gain that a selection captures at each budget.
+    """What a selection captures of the gain at each budget, and how much more than random ones.
 
     Example: `dx.plot.selection_curves(dx.selection_curves(tokens))`. The gray band holds random
-    selections; the dotted line is the oracle, which ranks positions by the gain itself.
+    selections; the dotted line is the oracle, which ranks positions by the gain itself. The panels
+    of the shares come first, then those of the mean gain minus random's. An outcome whose shares
+    are undefined, since its total is not clear of zero, has no panel of shares where the table has
+    its means.
 
     Args:
         table: One row per (outcome, criterion, split, budget), with the columns captured_share,
-            low, high, random_low, random_high, oracle, positions and prompts.
+            low, high, random_low, random_high, oracle, positions, prompts and, where they are
+            known, minus_random, minus_random_low and minus_random_high.
         criteria: Names of the criteria to show; where None all of them, or the usual six where
             there are more than six.
-        outcomes: Forms of the gain to show, one panel for each, in this order; where None, gain and
-            context gain, or gain and relative gain where the table has no context gain.
+        outcomes: Forms of the gain to show, in this order; where None, gain and context gain, or
+            gain and relative gain where the table has no context gain.
         split: The split to show; held-out positions where None and the table has them, otherwise
             all.
         **page: `level`, `width` and `dark`, as every figure takes them.
@@ -87,16 +93,45 @@ def selection_curves(
         table, "figures.selection_curves", needs, {"split": split or naming.preferred_split(table)}
     )
     names, outcomes = shown_criteria(table, criteria), style.present(table.outcome, outcomes)
-    rows, columns = style.panels(len(outcomes), page["width"])
-    figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
-    for ax, outcome in zip(axes.flat, outcomes, strict=True):
-        _budget_curves(ax, table[table.outcome == outcome].sort_values("budget"), names)
-        ax.set_ylabel(f"share of total {naming.readable(outcome)}")
-    for ax in axes[-1]:
+    shown = _curve_panels(table, outcomes, names)
+    across = {1: 1, 3: 3}.get(len(shown), 2) if page["width"] > 5 else 1
+    rows, columns = style.panels(len(shown), page["width"], across)
+    figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns)
+    for ax, (draw, outcome) in zip(axes.flat, shown, strict=False):
+        draw(ax, table[table.outcome == outcome].sort_values("budget"), names)
         ax.set_xlabel("budget (share of positions)")
+    style.hide_rest(axes, len(shown))
+    means = [ax for ax, (draw, _) in zip(axes.flat, shown, strict=False) if draw is _over_random]
+    units = [naming.UNITS.get(name, name) for draw, name in shown if draw is _over_random]
+    scales = one_scale(means, units)
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
-    style.caption(figure, style.counts(table), style.bars(page["level"], "Bands", table=table))
+    bands = style.bars(page["level"], "Bands", table=table)
+    style.caption(figure, style.counts(table), scales, bands)
     return figure
+
+
+def _curve_panels(
+    table: pd.DataFrame, outcomes: Sequence[str], names: Sequence[str]
+) -> list[tuple[Callable, str]]:
+    """How each panel is drawn and its outcome: shares, then means minus random's."""
+    known = table[table.criterion.isin(names)].groupby("outcome")
+    shares = known["captured_share"].apply(lambda values: values.notna().any())
+    means = [name for name in outcomes if "minus_random" in table]
+    drawn = [name for name in outcomes if shares.get(name, False) or name not in means]
+    return [(_budget_curves, name) for name in drawn] + [(_over_random, name) for name in means]
+
+
+def _over_random(ax, table: pd.DataFrame, names: list[str]) -> None:
+    """Mean outcome of the selected positions minus that of random ones, over the budgets."""
+    style.zero(ax)
+    for name in names:
+        rows, line = table[table.criterion == name], style.criterion_style(name, names)
+        ends = ("minus_random_low", "minus_random_high")
+        style.band(ax, rows.budget, rows, line["color"], *ends)
+        ax.plot(rows.budget, rows.minus_random, label=f"_{naming.readable(name)}", **line)
+    budget_axis(ax, table.budget)
+    outcome = str(table.outcome.iloc[0])
+    ax.set_ylabel(f"mean {naming.with_unit(outcome)}\nminus random’s")
 
 
 def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
@@ -118,6 +153,7 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
         label="oracle",
     )
     style.zero(ax)
+    ax.set_ylabel(f"share of total {naming.readable(str(table.outcome.iloc[0]))}")
     top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
     ax.set_ylim(top=min(top, ax.get_ylim()[1]) if np.isfinite(top) else None)
     budget_axis(ax, table.budget)
@@ -198,9 +234,10 @@ def selection_summary(
         style.zero(ax, "x", float(table.baseline.iloc[0]))
         ax.set_title(naming.readable(outcome))
         ax.set_xlabel("normalised area" if budget is None else f"enrichment at {budget:.0%}")
+    scales = one_scale(list(axes[0]), [""] * len(outcomes), "x")
     style.names_down(axes[0, 0], names)
     style.legend(figure, axes[0, 0], 3)
-    style.caption(figure, style.counts(table), style.bars(page["level"], table=table))
+    style.caption(figure, style.counts(table), scales, style.bars(page["level"], table=table))
     return figure
 
 
@@ -263,8 +300,13 @@ def selection_overlap(
 
 
 def _heat_map(figure: Figure, ax, matrix: pd.DataFrame, label: str) -> None:
-    """Numbers in the cells while they fit; dark cells take light ink."""
+    """The lower triangle, without the first row and the last column, which have no cells in it.
+
+    Numbers stand in the cells while they fit; dark cells take light ink.
+    """
     lower = np.where(np.tri(len(matrix), k=-1, dtype=bool), matrix.to_numpy(float), np.nan)
+    if len(matrix) > 1:
+        lower, matrix = lower[1:, :-1], matrix.iloc[1:, :-1]
     top = np.nanmax(lower) if np.isfinite(lower).any() else 1.0
     colors = style.sequential()
     image = ax.imshow(lower, cmap=colors, vmin=0, vmax=max(top, 1e-9), aspect="equal")
@@ -466,12 +508,14 @@ def intervention(
         ax.set_ylabel(f"drop of {naming.readable(measure)} (nats)")
     for ax in axes[-1]:
         ax.set_xlabel("budget (share of step positions)")
+    scales = one_scale(list(axes.flat), ["nats"] * len(groups))
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     style.caption(
         figure,
         "" if steps is None else f"{naming.steps(steps).capitalize()}.",
         style.counts(table.drop(columns="group")),
         style.tie_words(table),
+        scales,
         style.bars(page["level"], "Bands", table=table),
     )
     return figure

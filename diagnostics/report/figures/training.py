@@ -11,7 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.report import naming, style
-from diagnostics.report.figures.common import interval_of, reduction_curves, shown_criteria
+from diagnostics.report.figures.common import (
+    interval_of,
+    reduction_curves,
+    shown_criteria,
+    thin_color_bar,
+)
 from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, DASHES
@@ -81,7 +86,7 @@ def training_curves(
         _seed_bands(ax, table, name, window)
         ax.set_ylabel(_logged(name))
     for ax in axes[-1]:
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     seeds = (
         f"Bands: lowest to highest of {table.seed.nunique()} seeds."
@@ -163,6 +168,96 @@ def _logged(name: str) -> str:
     )
 
 
+ALONG = ("reverse_kl", "student_entropy", "topk_overlap", "selected_share")
+ALONG_WORDS = {
+    "topk_overlap": "top-K overlap (share)",
+    "selected_share": "selected share",
+    "compatibility": "compatibility (probability)",
+}
+MOST_COLUMNS = 60
+"""Columns of a heat map; more steps are averaged, several to a column."""
+
+
+@figure(
+    table="training_positions",
+    title="Where in the responses training worked",
+    reading=(
+        "Across the optimizer steps, upwards the place in the response, from its first token to its"
+        " last. A color that fades from left to right at a place says that the student learned"
+        " there; the last panel says where the loss was."
+    ),
+)
+@on_page
+def training_positions(
+    table: pd.DataFrame,
+    *,
+    measures: Sequence[str] = ALONG,
+    **page: Unpack[Page],
+) -> Figure:
+    """Heat maps of a training: place in the response by optimizer step.
+
+    Example: `dx.plot.training_positions(dx.read_run("run").tables["training_positions"])`. Every
+    cell is a mean over the step's batch, or over several steps where there are more than 60. Each
+    panel has a scale of its own.
+
+    Args:
+        table: One row per (step, tenth), with the columns positions and those of `measures`; tenth
+            0 is the beginning of a response.
+        measures: Columns to show, one panel for each; where the table lacks some, the others.
+        **page: `width` and `dark`, as every figure takes them.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        DiagnosticsError: A column is missing, or no row remains to be shown.
+    """
+    names = [name for name in measures if name in table] or list(measures)
+    table = style.keep(table, "figures.training_positions", ("step", "tenth", "positions", *names))
+    several = -(-table.step.nunique() // MOST_COLUMNS)
+    rows, columns = style.panels(len(names), page["width"], 2 if page["width"] > 5 else 1)
+    figure, axes = style.canvas(page["width"], 0.6 + 1.7 * rows, rows, columns)
+    style.spread(figure, 0.2)
+    for ax, name in zip(axes.flat, names, strict=False):
+        _along(figure, ax, table, name, several)
+        ax.set_title(ALONG_WORDS.get(name, f"{naming.readable(name)} (nats)"))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("place in the response")
+    for ax in list(axes.flat)[: len(names)][-columns:]:
+        ax.set_xlabel("optimizer step")
+    style.hide_rest(axes, len(names))
+    style.caption(
+        figure,
+        f"{int(table.positions.sum()):,} positions of {table.step.nunique():,} training batches.",
+        f"Means of {several} steps." if several > 1 else "",
+        "Every panel has its own scale.",
+    )
+    return figure
+
+
+def _along(figure: Figure, ax, table: pd.DataFrame, name: str, several: int) -> None:
+    """One measure as a grid of columns of steps and rows of tenths; empty where nothing is known.
+
+    The mean of several steps counts every position once.
+    """
+    known = table[np.isfinite(table[name].astype(float))]
+    column = (known.step - table.step.min()) // several
+    weighted = known.assign(column=column, value=known[name] * known.positions)
+    sums = weighted.groupby(["tenth", "column"])[["value", "positions"]].sum()
+    grid = (sums["value"] / sums["positions"]).unstack("column")
+    last = int((table.step.max() - table.step.min()) // several)
+    grid = grid.reindex(index=range(10), columns=range(last + 1))
+    edges = table.step.min() - 0.5 + several * np.arange(last + 2)
+    values = np.ma.masked_invalid(grid.to_numpy(float))
+    mesh = ax.pcolormesh(
+        edges, np.linspace(0, 1, 11), values, cmap=style.sequential(), rasterized=True
+    )
+    ax.grid(visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_yticks([0, 0.5, 1], ["first", "middle", "last"])
+    thin_color_bar(figure, ax, mesh)
+
+
 @figure(
     table="evaluations",
     title="Held-out prompts during training",
@@ -219,7 +314,7 @@ def evaluations(
         ax.set_ylabel(_measured(name))
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for ax in axes[-1]:
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
     prompts = f"{int(table.prompts.max()):,} held-out prompts." if "prompts" in table else ""
     style.caption(figure, prompts, style.bars(page["level"]))
     return figure

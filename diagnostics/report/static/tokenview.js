@@ -67,6 +67,9 @@
     const next = make("button", { type: "button", className: "next", title: "next (n)" }, "next ▶");
     const numbers = make("input", { type: "checkbox", className: "with-numbers" });
     const scale = make("span", { className: "scale" });
+    const judged = data.contexts.some((context) => typeof context.correct === "boolean");
+    const verdict = make("select", { className: "verdict" }, ...[["", "all responses"], ["true", "right responses"], ["false", "wrong responses"]].map(([value, text]) => make("option", { value }, text)));
+    verdict.setAttribute("aria-label", "which responses to show");
 
     function menu(text, entries, chosen, change, none) {
       const select = make("select", {}, ...(none ? [make("option", { value: "" }, none)] : []), ...groups(entries));
@@ -89,12 +92,13 @@
       for (let t = 0; t < context.length; t++) owner.push({ context: index, t });
       position += context.length;
       const prompt = context.id.includes(context.prompt_id) ? "" : ` · prompt ${context.prompt_id}`;
-      const facts = `${context.id}${prompt} · ${context.length} positions` + (context.finished ? "" : " · cut off");
+      const facts = `${context.id}${prompt} · ${context.length} positions` + (context.finished ? "" : " · cut off") + ({ true: " · right", false: " · wrong" }[context.correct] ?? "");
       const pair = make("div", { className: "pair" }, line);
       const article = make("article", {}, make("header", {}, facts), make("p", { className: "prompt" }, context.prompt), pair);
       list.append(article);
-      return { context, pair, from: position - context.length };
+      return { context, pair, article, from: position - context.length };
     });
+    const seen = (i) => !articles[owner[i].context].article.hidden;
     if (spans.length) spans[0].tabIndex = 0;
 
     function response(context, from, into) {
@@ -172,7 +176,7 @@
         sides[side].spans.forEach((span, i) => {
           const selected = chosen(rule, i);
           span.classList.toggle("selected", selected);
-          inside += selected;
+          inside += selected && seen(i);
         });
         return inside;
       });
@@ -190,7 +194,7 @@
     function find() {
       const wanted = search.value.toLowerCase();
       const hits = spans.filter((span, i) => {
-        const hit = wanted !== "" && data.tokens[i].toLowerCase().includes(wanted);
+        const hit = wanted !== "" && seen(i) && data.tokens[i].toLowerCase().includes(wanted);
         span.classList.toggle("found", hit);
         return hit;
       });
@@ -269,16 +273,23 @@
     const ascending = [...spans.keys()].filter((i) => Number.isFinite(gain.values[i])).sort((a, b) => gain.values[a] - gain.values[b] || a - b);
 
     function step(by) {
-      const way = order.value === "low" ? ascending : [...ascending].reverse();
+      const way = (order.value === "low" ? ascending : [...ascending].reverse()).filter(seen);
       const at = afresh ? -1 : way.indexOf(current);
       afresh = false;
       const to = at < 0 ? (by > 0 ? 0 : way.length - 1) : Math.min(way.length - 1, Math.max(0, at + by));
       if (way.length) go(way[to]);
     }
 
+    // The next token of a response that is shown.
+    function along(by) {
+      let i = current + by;
+      while (i >= 0 && i < spans.length && !seen(i)) i += by;
+      go(i);
+    }
+
     function keys(event) {
       if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
-      const moves = { ArrowRight: () => go(current + 1), ArrowLeft: () => go(current - 1), n: () => step(1), p: () => step(-1), "/": () => search.focus() };
+      const moves = { ArrowRight: () => along(1), ArrowLeft: () => along(-1), n: () => step(1), p: () => step(-1), "/": () => search.focus() };
       if (moves[event.key]) {
         event.preventDefault();
         moves[event.key]();
@@ -310,11 +321,12 @@
         heads.append(make("th", { scope: "col", className: value && name !== "context" ? "number" : "" }, button));
       }
       const renew = () => {
-        rows = KINDS_OF_LIST[kinds.value][1]().slice(0, LISTED);
+        rows = KINDS_OF_LIST[kinds.value][1]().filter(seen).slice(0, LISTED);
         sorting = null;
         fill();
       };
       kinds.addEventListener("change", renew);
+      verdict.addEventListener("change", renew);
       const details = make("details", { className: "extremes" }, make("summary", {}, "Most gained, most lost, large KL and no gain"),
         make("p", { className: "hint" }, kinds, ` of the positions shown; a KL is large from ${shown(data.large ?? NaN)} nats on, which a tenth of all positions reach.`),
         make("div", { className: "frame" }, make("table", {}, make("thead", {}, heads), body)));
@@ -369,9 +381,15 @@
     previous.addEventListener("click", () => step(-1));
     next.addEventListener("click", () => step(1));
     order.addEventListener("change", () => { afresh = true; });
+    verdict.addEventListener("change", () => {
+      for (const { context, article } of articles) article.hidden = verdict.value !== "" && String(context.correct) !== verdict.value;
+      afresh = true;
+      refresh();
+      find();
+    });
     numbers.addEventListener("change", () => list.classList.toggle("numbers", numbers.checked));
     const note = make("p", { className: "note" }, `${data.note}.`, make("span", { className: "in-print" }, " In print: the first 6."));
-    const bar = make("div", { className: "bar" }, choose, scale,
+    const bar = make("div", { className: "bar" }, choose, scale, ...(judged ? [verdict] : []),
       ...(criteria.length ? [make("span", { className: "group" }, criterion, slider, budget), beside] : []),
       ...(criteria.length && advantage ? [make("label", { title: "only the selection, by whether the teacher gives the token more or less than the student" }, signs, "selection by sign of advantage")] : []),
       make("span", { className: "group" }, previous, order, next), make("span", { className: "group" }, search, found), make("label", {}, numbers, "numbers"));
