@@ -50,7 +50,7 @@ vocabulary, K support, G groups of ids, U entries of both lists."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from typing import Literal
 
@@ -137,6 +137,8 @@ class _Part:
     columns: dict[str, Tensor]
     lists: dict[str, Tensor]
     norms: dict[str, Tensor]
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Further columns, which are not made NaN where the others are."""
 
     def __len__(self) -> int:
         return len(self.columns["student_entropy"])
@@ -170,9 +172,9 @@ def _with_supports(
     parts: Sequence[_Part], *, k: int, sweep: Sequence[int], tops: int = 0
 ) -> dict[str, Tensor]:
     """All columns of several chunks; the lists are compared at most LISTS_BYTES at a time."""
-    columns, lists = (
+    columns, lists, beside = (
         {name: torch.cat([one[name] for one in every]) for name in every[0]}
-        for every in ([part.columns for part in parts], [part.lists for part in parts])
+        for every in zip(*((part.columns, part.lists, part.beside) for part in parts))
     )
     step = lists_rows(lists["s"].shape[1])
     pieces = [
@@ -183,7 +185,7 @@ def _with_supports(
     undefined_N = columns["student_entropy"].isnan()
     return {
         name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in columns.items()
-    }
+    } | beside
 
 
 def lists_rows(largest: int) -> int:
@@ -283,13 +285,13 @@ def measure_hidden(
             student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep
         )
         if more is not None:
-            out |= more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device))
+            found.beside.update(more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device)))
         if student_dropped is not None:
-            found.columns["student_dropped_mass"] = _mass_outside(
+            found.beside["student_dropped_mass"] = _mass_outside(
                 student_dropped(student_hidden_NH[rows]), found.norms["student"]
             )
         if teacher_dropped is not None:
-            found.columns["teacher_dropped_mass"] = _mass_outside(
+            found.beside["teacher_dropped_mass"] = _mass_outside(
                 teacher_dropped(teacher_hidden_NH[rows]), found.norms["teacher"]
             )
         return found
