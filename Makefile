@@ -20,7 +20,7 @@ demo: $(VENV)/run ## which criterion to train with, on the embedded pair
 	OMP_NUM_THREADS=1 $(BIN)/python -m diagnostics run --pair embedded $(DEMO) --output-dir reports/demo
 
 test: $(VENV)/ready ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready ## ruff's rules and format, and whether the generated files are current
 	$(BIN)/python -m ruff check

@@ -22,6 +22,8 @@ NOTEBOOKS = ROOT / "notebooks"
 PAGES = ROOT / "docs" / "notebooks"
 SECONDS = 1200
 """Longest time for one cell."""
+WIDGET = "application/vnd.jupyter.widget-view+json"
+"""A bar that showed progress while its cell ran; its text is what it began with."""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -66,6 +68,8 @@ def _shown(output, name: str, images: dict[str, bytes]) -> Iterator[str]:
             yield _plain(output.text)
         return
     data = output.get("data", {})
+    if WIDGET in data:
+        return
     if "image/png" in data:
         file = f"{name}_{len(images)}.png"
         images[file] = base64.b64decode(data["image/png"])

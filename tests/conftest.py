@@ -15,6 +15,28 @@ from diagnostics.core.types import Bank, Context, Prompt
 torch.set_num_threads(1)  # models this small lose time to a second thread
 
 
+LONG = (
+    "test_notebooks.py",
+    "test_paper_stage.py",
+    "test_reproduce.py",
+    "test_distributed.py",
+    "test_readme.py",
+    "test_divergences.py",
+    "test_losses.py",
+    "test_answered_run.py",
+    "test_topk_teacher.py",
+    "test_run.py",
+    "test_fuzz.py",
+)
+"""Files that take longest. They come first, so that no process waits for another's at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files; each file's tests keep their order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def notes_of_places_apart(tmp_path_factory):
     """No test reads or writes the user's own notes of where models lie."""

@@ -85,6 +85,7 @@ def test_a_page_has_the_prose_the_code_and_the_outputs():
     shown = [
         output("stream", name="stdout", text="a \x1b[31mred\x1b[0m <word>\n"),
         output("stream", name="stderr", text="a bar"),
+        output("display_data", {script().WIDGET: {}, "text/plain": "rollout:   0%|  | 0/64"}),
         output("display_data", {"image/png": "aGVsbG8=", "text/plain": "<Figure>"}),
         output("execute_result", {"text/html": "<table>\n\n<tr></tr></table>"}),
         output("execute_result", {"text/plain": "'x'"}),

@@ -96,12 +96,16 @@ dx.load_pair("embedded", no_such_option=1)
 """
 
 
+CACHE = ROOT / ".mypy_cache" / "of_tests"
+"""What the type checker knows of earlier runs, by content; it asks for no other."""
+
+
 @pytest.mark.slow
 def test_a_type_checker_knows_every_name_and_refuses_others(tmp_path):
     (tmp_path / "user.py").write_text(USER)
     command = "-m mypy --config-file= --ignore-missing-imports --follow-imports=silent --cache-dir"
     done = subprocess.run(
-        [sys.executable, *command.split(), str(tmp_path / "cache"), str(tmp_path / "user.py")],
+        [sys.executable, *command.split(), str(CACHE), str(tmp_path / "user.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -37,8 +37,8 @@ GROUPS = 50
 """Number of groups: a standard error is then itself uncertain by 10 %."""
 LEAST_PROMPTS = 2000
 """Prompts of a table from which on it is divided, so that a group has 40."""
-LEAST_POSITIONS = 200_000
-"""Positions of a table from which on it is divided; below, drawing it anew is quick."""
+LEAST_POSITIONS = 50_000
+"""Positions of a table from which on it is divided, so that a group has 1,000."""
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -21,6 +21,9 @@ LEAST_BLOCK = 128
 """Smallest side of the blocks in `_earlier_and_lower`; the fastest of 32 to 128 at 57,600
 positions. Longer arrays have blocks of half the root of their length, so that the table of blocks
 grows no faster than they do."""
+LEFT_OUT = 120_000_000
+"""Prompts times positions up to which each prompt is left out in turn. Beyond, there are so many
+that the bootstrap's standard error is not biased, and ranking once per prompt takes minutes."""
 SINGULAR = 1e-10
 """Determinant of a correlation matrix under which its columns count as linearly dependent."""
 ROUNDING = 1e-26
@@ -222,8 +225,8 @@ def _reranked(
     value = grid(np.ones(prompts.count))
     draws = np.array([grid(w) for w in prompts.weights[:EXACT_DRAWS]]).reshape(-1, *value.shape)
     left_out = None
-    if prompts.draws:
-        left_out = np.array([grid(w) for w in 1 - np.eye(prompts.count)])
+    if prompts.draws and prompts.count * len(codes) <= LEFT_OUT:
+        left_out = np.array([grid(w) for w in _all_but_one(prompts.count)])
     counts = int(mask.sum()), prompts.present(mask)
     return [
         [
@@ -238,6 +241,14 @@ def _reranked(
         ]
         for i in range(len(x))
     ]
+
+
+def _all_but_one(count: int) -> Iterator[np.ndarray]:
+    """[count] weights that leave out each prompt in turn."""
+    for prompt in range(count):
+        weights = np.ones(count)
+        weights[prompt] = 0.0
+        yield weights
 
 
 class _WeightedRanks:

@@ -63,7 +63,11 @@ def choose_prompts(models: Models, config, *, room: int = 1) -> PromptSet:
             ' --chat-template-kwargs, as in \'{"date_string": "26 Jul 2024"}\''
         )
     return read_prompts(
-        path, tokenizer=models.pair.tokenizer, chat_template_kwargs=kwargs, **options
+        path,
+        tokenizer=models.pair.tokenizer,
+        teacher_tokenizer=models.pair.teacher_reads,
+        chat_template_kwargs=kwargs,
+        **options,
     )
 
 

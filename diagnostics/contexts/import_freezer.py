@@ -54,6 +54,13 @@ class Freezer:
         self.vocabulary = pair.vocabulary
         self.window = pair.window
         self.renderer = renderer
+        self.teacher_renderer, self.teacher_tokenizer = (
+            renderer,
+            pair.teacher_reads or pair.tokenizer,
+        )
+        if getattr(pair.teacher_reads, "chat_template", None):
+            kwargs = dict(renderer.arguments)
+            self.teacher_renderer = Renderer(pair.teacher_reads, renderer.wraps_text, kwargs)
         self.counts: Counter = Counter()
         renderer.written.update(prompt.prompt for prompt in prompts if prompt.rendered)
         self.stripped = {self._stripped(prompt.prompt): prompt for prompt in prompts}
@@ -292,10 +299,17 @@ class Freezer:
     def _with_teacher_ids(self, rollout: Rollout, where: str) -> Rollout:
         """Add the teacher's own prompt as text and ids, where the row has one."""
         if rollout.teacher_prompt_ids is None and not missing(rollout.teacher_prompt):
-            text = self._rendered(rollout.teacher_prompt, rollout, where, count=False)
-            return replace(
-                rollout, teacher_prompt=text, teacher_prompt_ids=self._encode_prompt(text)
+            value = parse_messages(rollout.teacher_prompt, where)
+            whole = isinstance(value, str) and rollout.rendered
+            text = (
+                value
+                if isinstance(value, str) and whole
+                else self.teacher_renderer(value, where, rollout.arguments, count=False)
             )
+            ids = encode_prompt(
+                self.teacher_tokenizer, text, rendered=text in self.teacher_renderer.written
+            )
+            return replace(rollout, teacher_prompt=text, teacher_prompt_ids=ids)
         return rollout
 
     # Text becomes ids, and the response is cut out of them.

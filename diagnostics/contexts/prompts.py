@@ -202,6 +202,7 @@ def load_prompts(
     return read_prompts(
         path,
         tokenizer=tokenizer or pair.tokenizer,  # type: ignore[union-attr]
+        teacher_tokenizer=None if pair is None else pair.teacher_reads,
         prompts_split=prompts_split,
         prompt_column=prompt_column,
         contexts=contexts,
@@ -232,7 +233,7 @@ def as_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
             )
         if all(isinstance(prompt, Prompt) for prompt in prompts):
             return prompts  # type: ignore[return-value]
-    return load_prompts(prompts, pair=pair)
+    return load_prompts(prompts, pair=pair)  # type: ignore[arg-type]
 
 
 def any_prompts(prompts: Given, pair: Pair) -> list[Prompt]:
@@ -261,6 +262,7 @@ def read_prompts(
     path: str | Path | Sequence[str | Mapping[str, Any]],
     *,
     tokenizer: Any,
+    teacher_tokenizer: Any = None,
     prompts_split: str | None = PromptConfig.prompts_split,
     prompt_column: str | None = PromptConfig.prompt_column,
     contexts: int | None = PromptConfig.contexts,
@@ -269,6 +271,9 @@ def read_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PromptSet:
     """Read prompts as `load_prompts` does, with its arguments, and return the counts with them.
+
+    What the teacher alone reads is rendered with `teacher_tokenizer`, where there is one and it has
+    a chat template (`Pair.teacher_reads`).
 
     Returns:
         A PromptSet: the prompts in file order, and what became of the rows.
@@ -279,12 +284,15 @@ def read_prompts(
     frame, source = _rows_of(path, prompts_split)
     column = prompt_column_of(frame, prompt_column, source)
     renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
+    teacher = renderer
+    if getattr(teacher_tokenizer, "chat_template", None):
+        teacher = Renderer(teacher_tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
     counts: Counter = Counter(
         rows=len(frame), prompts=0, **dict.fromkeys(LEFT_OUT, 0), not_needed=0
     )
     prompts: dict[str, Prompt] = {}
-    for prompt in _rendered(frame, column, renderer, source):
+    for prompt in _rendered(frame, column, (renderer, teacher), source):
         kind = _unusable(prompt, prompts, tokenizer, limit, source)
         counts[kind or "prompts"] += 1
         if kind is None:
@@ -305,8 +313,11 @@ def read_prompts(
     return PromptSet(chosen, dict(counts))
 
 
-def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Iterator[Prompt]:
-    """Yield the prompt of each row of the table."""
+def _rendered(
+    frame: pd.DataFrame, column: str, renderers: tuple[Renderer, Renderer], path
+) -> Iterator[Prompt]:
+    """Yield the prompt of each row of the table, rendered for the student and for the teacher."""
+    renderer, of_teacher = renderers
     frozen = _is_frozen(frame) and column == "prompt"
     # Rows that render to the same texts are repetitions and get the first one's name.
     names: dict[tuple[str, str | None], str] = {}
@@ -315,7 +326,7 @@ def _rendered(frame: pd.DataFrame, column: str, renderer: Renderer, path) -> Ite
         value, arguments = values[column], row_arguments(values, where)
         stays = frozen or renderer.spells(value, values.get("prompt_ids"))
         text = renderer(value, where, arguments, rendered=stays)
-        teacher = _teacher_prompt(values, value, renderer, where, arguments, rendered=frozen)
+        teacher = _teacher_prompt(values, value, of_teacher, where, arguments, rendered=frozen)
         renderer.counts["vague_ids"] += is_ambiguous_id(values.get("prompt_id"))
         renderer.counts["beside"] += not stays and holds_more(values, column)
         source = value if stays else parse_messages(value, where)

@@ -393,7 +393,9 @@ def _teacher_ids(pair: Pair, prompt: Prompt) -> tuple[int, ...] | None:
     return (
         None
         if prompt.teacher_prompt is None
-        else encode_prompt(pair.tokenizer, prompt.teacher_prompt, rendered=prompt.rendered)
+        else encode_prompt(
+            pair.teacher_reads or pair.tokenizer, prompt.teacher_prompt, rendered=prompt.rendered
+        )
     )
 
 

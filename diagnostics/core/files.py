@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +39,9 @@ KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+
+Content = bytes | memoryview | Iterable[bytes | memoryview]
+"""All bytes of a file, at once or in parts."""
 
 _guarded: dict[str, Callable[[str], None]] = {}
 """Guarded directories, each with the function that is called before a file in it is written."""
@@ -242,14 +245,14 @@ def _split(path: Path) -> tuple[Path, str]:
     return Path(root), name
 
 
-def write_atomic(path: str | Path, content: bytes | memoryview) -> Path:
+def write_atomic(path: str | Path, content: Content) -> Path:
     """Write a file so that a reader or a crash sees the old content or the new, never a part.
 
     Permissions follow the umask. Of several processes only the first one writes.
 
     Args:
         path: The file; its folders are created.
-        content: All of its bytes.
+        content: All of its bytes, at once or in parts.
 
     Returns:
         The path.
@@ -270,7 +273,7 @@ def write_atomic(path: str | Path, content: bytes | memoryview) -> Path:
     return path
 
 
-def replace(path: Path, content: bytes | memoryview) -> None:
+def replace(path: Path, content: Content) -> None:
     """Write a file as `write_atomic` does, but in every process and with plain OSErrors."""
     root, name = _split(path)
     *folders, last = inside(name)
@@ -287,7 +290,7 @@ def replace(path: Path, content: bytes | memoryview) -> None:
         )
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                file.writelines([content] if isinstance(content, (bytes, memoryview)) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)

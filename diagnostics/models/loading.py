@@ -30,6 +30,7 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.limits import check_weights, parse_json
+from diagnostics.models.weights import weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +88,11 @@ def load_model(source, revision: str | None = None, *, dtype: str, device: str) 
     else:
         model, facts = _load_plain(source, revision, dtype, place)
     setattr(model, SOURCE_FACTS, facts)
-    # Quantised weights were made on their device and cannot be moved.
-    return model.eval() if "quantised" in facts else move(model, place).eval()
+    if "quantised" in facts:  # made on their device, and cannot be moved
+        return model.eval()
+    if place.type != "cpu":
+        weights_sha256(model)  # while the bytes are here; on the device its checksum finds the hash
+    return move(model, place).eval()
 
 
 def move(model: PreTrainedModel, place: torch.device | str) -> PreTrainedModel:

@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
-from torch import nn
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank
@@ -39,11 +38,14 @@ from diagnostics.models.special_tokens import (
     warn_of_dropped,
     warn_of_stops,
 )
+from diagnostics.models.weights import weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("diagnostics")
+STEP_STATES = ("auto", "device", "host", "disk")
+"""Where a step can keep what it needs beside the student."""
 SMALLER = 0.9
 """A teacher below this share of the student's parameters is remarked upon. An adapter on the same
 base model adds a few percent, and is no reason to."""
@@ -64,9 +66,14 @@ class Pair:
     offload_teacher: bool = False
     """True where the teacher is on the device only while its states are computed; a copy of its
     head stays there."""
+    step_state: str = "auto"
+    """Where a step keeps what it needs beside the student (`probing.step_state`)."""
 
     stops: list[dict] = field(default_factory=list)
     """Rows of `stop_tokens`."""
+    teacher_reads: PreTrainedTokenizerBase | None = None
+    """The teacher's tokenizer where its special tokens have other names: it encodes, and renders,
+    what the teacher alone reads. None where both models have one tokenizer."""
 
     @property
     def vocabulary(self) -> int:
@@ -77,15 +84,19 @@ class Pair:
     def window(self) -> int | None:
         """Length in tokens that both models can read; None where neither names one."""
         run = [
-            readout.model
+            readout.config
             for readout in (self.student, self.teacher)
             if isinstance(readout, Readout)
         ]
         sizes = [
-            getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            for model in run
+            getattr(config.get_text_config(), "max_position_embeddings", None) for config in run
         ]
         return min((size for size in sizes if size), default=None)
+
+    def release_teacher(self) -> None:
+        """Free the memory of the teacher's layers, where they can be loaded again (`Readout`)."""
+        if isinstance(self.teacher, Readout) and not self.offload_teacher:
+            self.teacher.release()
 
     @contextmanager
     def teachers_turn(self) -> Iterator[None]:
@@ -238,6 +249,13 @@ class PairConfig:
             "help": "models take turns on the device; the teacher's states wait in main memory"
         },
     )
+    step_state: str = field(
+        default="auto",
+        metadata={
+            "help": "where a step keeps theta0, directions and moments",
+            "choices": STEP_STATES,
+        },
+    )
 
 
 def load_pair(
@@ -255,6 +273,7 @@ def load_pair(
     teacher_device: str | None = None,
     offload_teacher: bool = False,
     shard_teacher: bool = False,
+    step_state: str = PairConfig.step_state,
     alone: bool = False,
 ) -> Pair:
     """Load a named pair, or any two causal language models that share a tokenizer.
@@ -281,6 +300,8 @@ def load_pair(
         offload_teacher: Whether the models take turns on the device, and the waiting one lies in
             main memory.
         shard_teacher: Whether the teacher's layers are spread over the processes (FSDP2).
+        step_state: Where a step keeps what it needs beside the student: `auto`, `device`, `host` or
+            `disk` (`probing.step_state`).
         alone: Whether a student without a teacher is enough, as for sampling responses.
 
     Returns:
@@ -293,18 +314,24 @@ def load_pair(
     _refuse_conflicts(
         pair, student, teacher, teacher_logprobs, twice=shard_teacher and offload_teacher
     )
+    if step_state not in STEP_STATES:
+        raise DiagnosticsError(
+            f"Unknown step state {step_state!r}. Known are {', '.join(STEP_STATES)}."
+        )
     teacher_dtype = teacher_dtype or dtype
     if pair is not None:
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
         model = load_model(student, student_revision, dtype=dtype, device=device)
-        return _without_teacher(
+        assembled = _without_teacher(
             pair or "custom",
             model,
             tokenizer or load_tokenizer(student, student_revision),
             teacher_logprobs,
         )
+        assembled.step_state = step_state
+        return assembled
     if student is None or teacher is None:
         raise DiagnosticsError(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
@@ -316,24 +343,29 @@ def load_pair(
     teacher_place = teacher_device or ("cpu" if offload_teacher else device)
     if shard_teacher:
         teacher_place = "cpu"  # its layers move to the devices when they are sharded
-    models = (
-        load_model(student, student_revision, dtype=dtype, device=device),
-        load_model(
-            teacher,
-            teacher_revision,
-            dtype=teacher_dtype,
-            device=teacher_place,
-        ),
+    load_teacher = partial(
+        load_model, teacher, teacher_revision, dtype=teacher_dtype, device=teacher_place
     )
+    # the larger one first: while a model is loaded, the pages of its file are in memory as well
+    teacher_model = load_teacher()
+    models = (load_model(student, student_revision, dtype=dtype, device=device), teacher_model)
     assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.stops = _stops(assembled, *tokenizers)
     different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
     assembled.facts |= {"special_tokens": different} if different else {}
-    assembled.offload_teacher = offload_teacher
+    assembled.teacher_reads = tokenizers[1] if dropped else None
+    assembled.offload_teacher, assembled.step_state = offload_teacher, step_state
+    if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(teacher, models[1]):
+        assembled.teacher.load_again = load_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
     return assembled
+
+
+def _can_be_loaded_again(source, model: PreTrainedModel) -> bool:
+    """True for a model that came from files, and whose weights are plain numbers there."""
+    return isinstance(source, (str, Path)) and "quantised" not in getattr(model, SOURCE_FACTS, {})
 
 
 def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) -> None:
@@ -466,18 +498,6 @@ def identity(model: PreTrainedModel) -> dict:
         "weights_sha256": weights_sha256(model),
         **getattr(model, SOURCE_FACTS, {}),
     }
-
-
-@torch.no_grad()
-def weights_sha256(model: nn.Module) -> str:
-    """Hash over name, shape and bytes of every parameter, in name order."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        # Flat, since a scalar parameter has no last dimension to be seen as bytes.
-        content = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        digest.update(content.data)
-    return digest.hexdigest()
 
 
 def stop_tokens(pair: Pair) -> pd.DataFrame:

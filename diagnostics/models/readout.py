@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,26 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure.projection import is_plain, linear, wide_head
 from diagnostics.models.loading import move, resolve_device
+from diagnostics.models.weights import weights_checksum
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("diagnostics")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Configuration fields that scale logits: Cohere's, Granite's, Falcon-H1's, Muse's."""
+RELEASED_FROM = 2**28
+"""Bytes of layers from which on their memory is worth loading them again."""
+
+
+@dataclass(frozen=True)
+class _Released:
+    """What is known of a model whose layers are released."""
+
+    device: torch.device
+    checksum: str
+    spare_head: tuple[Tensor, Tensor | None] | None
+    """The copy of the head that there was before."""
 
 
 class Readout:
@@ -49,7 +63,7 @@ class Readout:
         excluded: Sequence[int] = (),
     ):
         _refuse_virtual_tokens(model)
-        self.model = model
+        self._model = model
         self.backbone = backbone(model)
         self.head = model.get_output_embeddings()
         config = model.config.get_text_config()
@@ -59,6 +73,9 @@ class Readout:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = 1.0
         self._spare_head: tuple[Tensor, Tensor | None] | None = None
+        self.load_again: Callable[[], PreTrainedModel] | None = None
+        """Loads the model from its files once more; None where it did not come from files."""
+        self._released: _Released | None = None
         self.sharded = False
         """True where the layers are spread over the processes. All processes must then run the
         model equally often and at the same time.
@@ -71,9 +88,22 @@ class Readout:
             )
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model; one whose layers were released is loaded again first."""
+        self._wake()
+        return self._model
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, also while its layers are released."""
+        return self._model.config
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's inputs."""
-        return next(self.model.parameters()).device
+        if self._released is not None:
+            return self._released.device
+        return next(self._model.parameters()).device
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Hidden states of right-padded sequences; the state at t predicts token t + 1.
@@ -91,6 +121,7 @@ class Readout:
             "attention_mask": mask_BT.to(self.device),
             "use_cache": False,
         }
+        self._wake()
         if self.apart:
             return self.backbone(**inputs).last_hidden_state
         with wide_head(self.model):
@@ -153,6 +184,55 @@ class Readout:
             bias = None if self.head.bias is None else self.head.bias.detach().clone()
             self._spare_head = (self.head.weight.detach().clone(), bias)
         move(self.model, "cpu")
+
+    @torch.no_grad()
+    def release(self) -> bool:
+        """Free the memory of the layers until the model is used again.
+
+        A copy of the head stays, so that states can still be projected. When the model is used, it
+        is loaded from its files, whose weights must have the same bits.
+
+        Returns:
+            True where the layers are released: not for a model that did not come from files, that
+            is sharded, or that has less than RELEASED_FROM bytes beside its head.
+        """
+        if self._released is not None:
+            return True
+        if self.load_again is None or self.sharded or self._bytes_of_layers() < RELEASED_FROM:
+            return False
+        self._released = _Released(self.device, weights_checksum(self._model), self._spare_head)
+        if self.apart and self._spare_head is None:
+            bias = None if self.head.bias is None else self.head.bias.detach().clone()
+            self._spare_head = (self.head.weight.detach().clone(), bias)
+        nothing: dict[int, nn.Parameter] = {}
+        for module in self._model.modules():
+            for name, own in module._parameters.items():
+                if own is not None:
+                    empty = nothing.setdefault(id(own), nn.Parameter(own.to("meta"), False))
+                    module._parameters[name] = empty
+        log.info("the layers of %s are released", type(self._model).__name__)
+        return True
+
+    def _bytes_of_layers(self) -> int:
+        head = self.head.weight if self.apart else None
+        layers = (p for p in self._model.parameters() if p is not head)
+        return sum(p.numel() * p.element_size() for p in layers)
+
+    def _wake(self) -> None:
+        """Load released layers again."""
+        if self._released is None:
+            return
+        assert self.load_again is not None, "only what can be loaded again is released"
+        fresh = self.load_again()
+        if weights_checksum(fresh) != self._released.checksum:
+            raise DiagnosticsError(
+                f"The weights of {self.config._name_or_path or type(fresh).__name__} are others"
+                " than when this command began, so their files have changed meanwhile. Start the"
+                " command again."
+            )
+        for module, source in zip(self._model.modules(), fresh.modules(), strict=True):
+            module._parameters.update(source._parameters)
+        self._spare_head, self._released = self._released.spare_head, None
 
     def shard(self, device: str) -> None:
         """Spread the decoder layers over the processes (FSDP2).

@@ -209,8 +209,8 @@ def log_dropped(counts: Mapping[str, int], positions: int) -> None:
     if counts["read_otherwise"]:
         log.warning(
             "the teacher reads %d tokens of the contexts as other special tokens than the student."
-            " Give it prompts of its own (a column teacher_prompt) where its template writes"
-            " others",
+            " Where its template writes others, give it prompts of its own: messages in a column"
+            " teacher_prompt are rendered with the teacher's template",
             counts["read_otherwise"],
         )
 

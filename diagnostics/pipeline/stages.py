@@ -111,6 +111,7 @@ def rollout_stage(
     from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
     from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
     from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
+    from diagnostics.contexts.vllm_rollouts import require_vllm
 
     if elsewhere is not None and elsewhere.rollouts is not None:
         freeze_stage(run, models, prompts, elsewhere, verifier=rollout.verifier)
@@ -124,6 +125,8 @@ def rollout_stage(
         _require_enough(bound, folds)
 
     def work() -> dict:
+        if rollout.rollout_engine == "vllm":
+            require_vllm()  # before the models are loaded
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
         if folds is not None and len(found.prompts) != bound:

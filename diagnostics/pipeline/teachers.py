@@ -27,7 +27,7 @@ from diagnostics.core.manifest import read_manifest, unchanged
 from diagnostics.core.progress import in_stages
 from diagnostics.core.schema import read_parquet, read_tokens
 from diagnostics.core.tables import read_csv, write_csv, write_json
-from diagnostics.pipeline import registry, stages
+from diagnostics.pipeline import registry, remembered, stages
 from diagnostics.pipeline.flags import read_flags
 from diagnostics.pipeline.run import Run, open_run
 
@@ -133,7 +133,8 @@ def _score_one(
     configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
     listed = teacher.endswith(LISTS) and os.path.isfile(teacher)
     which = {"teacher_logprobs": teacher, "teacher": None} if listed else {"teacher": teacher}
-    models = Models(dataclasses.replace(configs[registry.PAIR], **which))
+    pair = configs[registry.PAIR] = dataclasses.replace(configs[registry.PAIR], **which)
+    models = Models(pair)
     probe, score = configs[registry.PROBE], configs[registry.SCORE]
     with open_run(directory, accept_code=parsed.accept_code) as run:
         with shown.stage(shown.names[0]):
@@ -156,6 +157,7 @@ def _score_one(
                     configs[registry.CONTROLS],
                     batch_tokens=score.batch_tokens,
                 )
+        remembered.note_inputs(run.manifest, configs.values())
 
 
 def _take_over(run: Run, bank: Path) -> None:

@@ -54,7 +54,6 @@ from diagnostics.core.settings import with_settings
 from diagnostics.core.shown import sizes
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
-from diagnostics.probing import scores
 from diagnostics.probing.attribution_tables import kernel_shares, lift_by_group, linearity
 from diagnostics.probing.step import ProbeConfig, StepBench, prepare_step
 from diagnostics.probing.tensor_lists import tensor_norm
@@ -124,7 +123,7 @@ def attribute(
     analysis: AnalysisConfig = AnalysisConfig(),
     *,
     tokens: pd.DataFrame | None = None,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     **settings: Any,
 ) -> Attribution:
     """Attribute the step of `probe` with the same settings to the positions that took part in it.
@@ -141,7 +140,7 @@ def attribute(
         tokens: The bank's token table; None scores the bank first. Its column `fold` (or the
             `split` of a single step) is used where it has one; otherwise folds are drawn as in
             `probe`.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         settings: Fields of `probe`, `config` and `analysis`.
 
     Returns:
@@ -206,7 +205,7 @@ def realized_gains(
     Returns:
         Float64 [N] in nats for each fraction.
     """
-    before = bench.rescore("before")[0]
+    before = bench.before()[0]
     gains = {}
     for fraction in fractions:
         with bench.moved(update, fraction * step_size):

@@ -8,8 +8,8 @@ a stage that does not find it starts again. The folder's own name holds the sett
 models and the code; the folder is removed when the stage's files are written.
 
 On disk, a direction takes 4 bytes per parameter of a float32 student. Where there is no room for
-it, the stage runs without. Once everything along a direction is measured, the measurements take its
-place (`Store.finish`)."""
+it, or where making it again takes less time than writing it, the stage runs without. Once
+everything along a direction is measured, the measurements take its place (`Store.finish`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,18 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file, write_atomic
 from diagnostics.core.tables import write_json, write_parquet
+from diagnostics.models.weights import checksum
+from diagnostics.probing.step_state import BESIDE, StatePlace
 
 log = logging.getLogger("diagnostics")
 FILE, RECORD = "direction.safetensors", "step.json"
 MEASURED, FINISHED = "measured.parquet", "finished.json"
 RESERVE_BYTES = 2**30
 """Free space on the disk that a kept direction leaves to the stage's own files."""
+BYTES_PER_SECOND = 2**29
+"""What a disk is taken to write: a direction that is made faster than that is not kept."""
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+"""Names of the dtypes that a student's step can have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +62,18 @@ class Direction:
     norm: float
     """Norm of the update for a step of size 1."""
     sha256: str = ""
-    """Hash of the update and of the numbers above; made by `named`."""
+    """Hash of the update's checksums and of the numbers above; made by `named`."""
 
     def named(self) -> Direction:
         """The same direction with its hash, which costs one pass over the update."""
         digest = hashlib.sha256(json.dumps(self.facts()).encode())
         for tensor in self.update:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(checksum(tensor).encode())
         return dataclasses.replace(self, sha256=digest.hexdigest())
 
-    def on(self, like: Sequence[Tensor]) -> Direction:
-        """The same direction on the devices of the tensors that it is like."""
-        moved = [u.to(p.device) for u, p in zip(self.update, like, strict=True)]
-        return dataclasses.replace(self, update=moved)
-
-    def parked(self) -> Direction:
-        """The same direction in main memory."""
-        return dataclasses.replace(self, update=[u.cpu() for u in self.update])
+    def waiting(self, place: StatePlace) -> Direction:
+        """The same direction where it waits for its turn."""
+        return dataclasses.replace(self, update=place.waiting(self.update))
 
     def without_update(self) -> Direction:
         """The same direction once everything along it is measured: its update's memory is free."""
@@ -119,16 +120,17 @@ class Store:
 
     folder: Path | None
 
-    def direction(self, like: Sequence[Tensor]) -> Direction | None:
+    def direction(self, like: Sequence[Tensor], place: StatePlace = BESIDE) -> Direction | None:
         """The direction of an interrupted run.
 
         Args:
-            like: The student's parameters; the direction goes to their devices.
+            like: The student's parameters.
+            place: Where the state of their steps lies, and the direction too.
 
         Returns:
             The direction, or None where any process lacks it or it is damaged.
         """
-        found = None if self.folder is None else self._read(self.folder / FILE, like)
+        found = None if self.folder is None else self._read(self.folder / FILE, like, place)
         return found if _everywhere(found) else None
 
     def holds(self) -> bool:
@@ -136,7 +138,7 @@ class Store:
         path = None if self.folder is None else self.folder / FILE
         return _everywhere(path if path is not None and path.is_file() else None)
 
-    def _read(self, path: Path, like: Sequence[Tensor]) -> Direction | None:
+    def _read(self, path: Path, like: Sequence[Tensor], place: StatePlace) -> Direction | None:
         from safetensors import SafetensorError, safe_open
 
         if path.is_symlink() or not path.is_file():
@@ -144,7 +146,7 @@ class Store:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()["direction"])
-                update = [file.get_tensor(str(i)).to(p.device) for i, p in enumerate(like)]
+                update = [file.get_tensor(str(i)).to(place.sums(p)) for i, p in enumerate(like)]
             found = Direction(update, **facts["facts"]).named()
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s): the direction is computed again", path, error)
@@ -157,13 +159,21 @@ class Store:
             return None
         return found
 
-    def keep(self, direction: Direction) -> None:
-        """Write a direction, whole or not at all. A disk without room for it is only a warning."""
+    def keep(self, direction: Direction, *, seconds: float = math.inf) -> None:
+        """Write a direction, whole or not at all.
+
+        One that was made in less time than the disk needs is made again instead. A disk without
+        room for it is only a warning.
+
+        Args:
+            direction: The direction with its hash.
+            seconds: Time in which it was made.
+        """
         if self.folder is None or not distributed.is_main():
             return
-        from safetensors.torch import save
-
         size = sum(tensor.numel() * tensor.element_size() for tensor in direction.update)
+        if seconds < size / BYTES_PER_SECOND:
+            return
         try:
             free = shutil.disk_usage(
                 next(path for path in (self.folder, *self.folder.parents) if path.exists())
@@ -172,12 +182,7 @@ class Store:
                 raise DiagnosticsError(
                     f"It takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free."
                 )
-            tensors = {
-                str(i): tensor.detach().cpu().contiguous()
-                for i, tensor in enumerate(direction.update)
-            }
-            record = json.dumps({"facts": direction.facts(), "sha256": direction.sha256})
-            write_atomic(self.folder / FILE, save(tensors, metadata={"direction": record}))
+            write_atomic(self.folder / FILE, _file_parts(direction))
         except (DiagnosticsError, OSError) as error:
             log.warning(
                 "the step's direction cannot be kept, so that a killed run would start this stage"
@@ -220,6 +225,28 @@ class Store:
         """What an interrupted run measured along its direction; None where any process lacks it."""
         found = None if self.folder is None else _read_finished(self.folder)
         return found if _everywhere(found) else None
+
+
+def _file_parts(direction: Direction) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file with a direction, one tensor after the other, so that no
+    second copy of them is in memory.
+    """
+    record = json.dumps({"facts": direction.facts(), "sha256": direction.sha256})
+    header: dict[str, dict] = {"__metadata__": {"direction": record}}
+    place = 0
+    for number, tensor in enumerate(direction.update):
+        end = place + tensor.numel() * tensor.element_size()
+        header[str(number)] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at whole words
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in direction.update:
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_finished(folder: Path) -> Finished | None:

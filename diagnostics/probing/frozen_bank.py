@@ -1,17 +1,19 @@
 """Contexts with the teacher's states for them, scored again and again as the student changes.
 
-The teacher runs once, when the bank is set up. A bank may be divided into parts, such as folds of
-the prompts; every part has batches of its own.
+The teacher runs once, when the bank is set up, on the batches that `scores.score` makes of the same
+bank. What is measured of some contexts, such as those of a fold, runs on these batches without the
+other contexts.
 
 Axes: N positions of the bank, n of a batch, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diagnostics.core.progress import Shards
@@ -22,7 +24,9 @@ from diagnostics.probing import scores
 
 @dataclass
 class BankPart:
-    """This process's batches of a part of the bank, and the teacher's states [n, H] for each."""
+    """This process's batches of a bank or of a part of it, and the teacher's states [n, H] for
+    each.
+    """
 
     batches: list[scores.Batch]
     teacher: list[Tensor]
@@ -34,35 +38,46 @@ class BankPart:
         """The same batches and states, whose lists can be halved apart."""
         return BankPart(list(self.batches), list(self.teacher))
 
-    def _halve(self, error: BaseException) -> bool:
-        """Halve every batch of several contexts. Returns whether there was any."""
-        halves = [
-            batch.halves(error) if len(batch.ids_BT) > 1 else [batch] for batch in self.batches
-        ]
+    def contexts_of(self, wanted_N: np.ndarray) -> Iterator[tuple[scores.Batch, Tensor]]:
+        """The batches without the contexts in which no position is wanted.
+
+        Args:
+            wanted_N: Bool [N] over the whole bank.
+
+        Yields:
+            A batch with n positions, and the teacher's states [n, H] for it.
+        """
+        for batch, teacher_nH in self:
+            wanted_n = torch.from_numpy(wanted_N[batch.rows_n.numpy()])
+            if wanted_n.any():
+                yield batch.with_contexts_of(wanted_n, teacher_nH)
+
+    def halve(self, error: BaseException) -> None:
+        """Halve every batch of several contexts, after one did not fit in memory.
+
+        Args:
+            error: The out-of-memory error, which is named where every batch is one context already.
+
+        Raises:
+            DiagnosticsError: No batch can be halved.
+        """
+        largest = max(self.batches, key=lambda batch: (len(batch.ids_BT) > 1, batch.tokens))
+        largest.halves(error)  # says so, or refuses
+        self._halve(lambda batch: True)
+
+    def keep_to(self, tokens: int) -> None:
+        """Halve batches of more tokens than these, padding included, down to one context."""
+        while any(len(batch.ids_BT) > 1 and batch.tokens > tokens for batch in self.batches):
+            self._halve(lambda batch: batch.tokens > tokens)
+
+    def _halve(self, wanted: Callable[[scores.Batch], bool]) -> None:
+        parts = [batch.in_halves() if wanted(batch) else [batch] for batch in self.batches]
         self.teacher = [
             part
-            for two, states in zip(halves, self.teacher, strict=True)
-            for part in states.split([len(half.rows_n) for half in two])
+            for batches, states in zip(parts, self.teacher, strict=True)
+            for part in states.split([len(batch.rows_n) for batch in batches])
         ]
-        self.batches = [half for two in halves for half in two]
-        return any(len(two) > 1 for two in halves)
-
-
-def halve(parts: Sequence[BankPart], error: BaseException) -> None:
-    """Halve every batch of some parts after one of them did not fit in memory.
-
-    Args:
-        parts: Parts of a bank; their batches are replaced.
-        error: The out-of-memory error, which is named where every batch is one context already.
-
-    Raises:
-        DiagnosticsError: No batch can be halved.
-    """
-    halved = [part._halve(error) for part in parts]
-    if not any(halved):
-        max((batch for part in parts for batch in part.batches), key=lambda b: b.tokens).halves(
-            error
-        )
+        self.batches = [batch for batches in parts for batch in batches]
 
 
 class FrozenBank:
@@ -73,11 +88,8 @@ class FrozenBank:
     Args:
         pair: Student and teacher. The student may change between two calls, the teacher may not.
         bank: The frozen contexts, N response positions in all.
-        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`, and
-            where there are parts, so few that a gradient fits as well.
-        parts: Masks bool [N], each a part of the bank with its own batches, such as those that
-            carry a step; one part with every position by default. A position that no mask has is
-            not scored.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
+        on_host: Whether the teacher's states wait in main memory, in the teacher's own dtype.
 
     Raises:
         DiagnosticsError: The pair cannot score the bank (see `scores.check_bank`).
@@ -89,19 +101,13 @@ class FrozenBank:
         bank: Bank,
         *,
         batch_tokens: int | None = None,
-        parts: Sequence[np.ndarray] | None = None,
+        on_host: bool = False,
     ):
         bank = scores.check_bank(pair, bank)
         self.pair, self.bank = pair, bank
-        self.batch_tokens = scores.chosen_batch_tokens(
-            pair, batch_tokens, use="score" if parts is None else "gradient"
-        )
-        groups = [
-            scores.local_batches(scores.batches(bank, batch_tokens=self.batch_tokens, keep=keep))
-            for keep in ((None,) if parts is None else parts)
-        ]
-        states = iter(scores.teacher_states(pair, [batch for group in groups for batch in group]))
-        self.parts = [BankPart(group, [next(states) for _ in group]) for group in groups]
+        self.batch_tokens = scores.chosen_batch_tokens(pair, batch_tokens)
+        todo = scores.local_batches(scores.batches(bank, batch_tokens=self.batch_tokens))
+        self.whole = BankPart(todo, scores.teacher_states(pair, todo, on_host=on_host))
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -117,7 +123,7 @@ class FrozenBank:
         *,
         js: bool = False,
         shards: Shards | None = None,
-        parts: Sequence[int] | None = None,
+        wanted_N: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Measure both divergences at every position with the student as it is now.
 
@@ -125,17 +131,21 @@ class FrozenBank:
             description: What the progress bar says.
             js: Whether the Jensen-Shannon divergence is measured too.
             shards: Where finished batches are kept, and taken from.
-            parts: Numbers of the parts that are measured; None measures all.
+            wanted_N: Bool [N]; contexts in which no position is wanted are left out. None
+                measures all.
 
         Returns:
             KL(q||p) (teacher first), KL(p||q) and with `js` JS, each float64 [N] in nats; 0 at a
-            position that none of these parts has.
+            position that was not measured.
         """
-        chosen = self.parts if parts is None else [self.parts[part] for part in parts]
+        part = self.whole
+        if wanted_N is not None:
+            chosen = list(part.contexts_of(wanted_N))
+            part = BankPart([batch for batch, _ in chosen], [states for _, states in chosen])
         return scores.rescore(
             self.pair,
-            [batch for part in chosen for batch in part.batches],
-            [states for part in chosen for states in part.teacher],
+            part.batches,
+            part.teacher,
             positions=self.bank.positions,
             description=description,
             js=js,

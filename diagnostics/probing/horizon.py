@@ -121,6 +121,7 @@ def _written(bench: StepBench, seed: int) -> pd.DataFrame | None:
     contexts = [context for context in bench.bank if context.prompt_id in prompts]
     longest = max(len(context.response_ids) for context in bench.bank)
     new = FrozenBank(bench.pair, resample(bench.pair, contexts, max_new_tokens=longest, seed=seed))
+    bench.release_teacher()
     values = dict(zip(MEASURES, new.divergences(), strict=True))
     return pd.DataFrame({"prompt_id": new.prompt_ids, **values})
 

@@ -74,11 +74,11 @@ from diagnostics.probing.step import (
     PreparedStep,
     ProbeConfig,
     StepBench,
-    first_update,
+    bench_for,
     loss_weights,
     step_positions,
 )
-from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.tensor_lists import first_update_in_place, tensor_norm
 from diagnostics.probing.trajectory import (
     HORIZON,
     MINIBATCH,
@@ -197,7 +197,7 @@ def intervene(
     *,
     tokens: pd.DataFrame | None = None,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
@@ -217,7 +217,7 @@ def intervene(
             `split` of a single step) is used where it has one; otherwise prompts are divided as in
             `probe`.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         cache: Folder for finished cells; nothing is kept by default.
         shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe`, `config` and `analysis`.
@@ -253,7 +253,7 @@ def interventions(
     *,
     tokens: pd.DataFrame | None = None,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
@@ -270,7 +270,7 @@ def interventions(
             `split` of a single step) is used where it has one; otherwise prompts are divided as in
             `probe`.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         cache: Folder for finished cells; nothing is kept by default.
         shards: Where the steps on all positions are kept until the grid is done.
         settings: Fields of `probe` and `config`.
@@ -288,7 +288,7 @@ def interventions(
     # planned before the teacher runs: a grid that cannot be measured is refused at once
     planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
     course = config.trajectory(pair, probe)
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, probe, batch_tokens=batch_tokens)
     folder = None if cache is None else Path(cache)
     steps = FullSteps(bench, probe, config, folder, shards)
     effects: dict[InterventionCell, Effect] = {}
@@ -319,7 +319,7 @@ def help_measuring(
     tokens: pd.DataFrame,
     cache: Path,
     k: int = SUPPORT,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> None:
     """Measure the trajectories of a grid from its end on, while another process measures them from
     its beginning on; the cache is where they meet.
@@ -334,11 +334,11 @@ def help_measuring(
         tokens: The bank's token table.
         cache: Folder for finished cells.
         k: The K that the table was scored with.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
     """
     positions = step_positions(pair, bank, tokens, probe, batch_tokens=batch_tokens)
     planned = plan(positions.tokens, positions.folds, config, seed=probe.seed)
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, probe, batch_tokens=batch_tokens)
     for fold in reversed(step_folds(positions.tokens, positions.folds)):
         weights_N = bench.loss_weights(fold)
         # a trajectory needs neither the direction of the one step nor its size
@@ -446,6 +446,7 @@ def _identity(bench: StepBench) -> dict:
         "student": bench.origin_sha256,
         "teacher": bench.pair.facts.get("teacher"),
         "bank": hashlib.sha256(ids.encode()).hexdigest(),
+        "gradient_precision": bench.gradient_precision,
     }
 
 
@@ -765,7 +766,7 @@ class Grid:
         left = self._courses(planned, known)
         if not single and not left:
             return
-        before = np.stack(self.bench.rescore("before", js=True), axis=1)
+        before = np.stack(self.bench.before(js=True), axis=1)
         yield from self._one_steps(single, before)
         yield from self._trajectories(left, before)
 
@@ -808,7 +809,7 @@ class Grid:
         known = frozenset(key for key in keys if self._kept(key) is not None)
         left = self._courses(planned, known)
         if left:
-            before = np.stack(self.bench.rescore("before", js=True), axis=1)
+            before = np.stack(self.bench.before(js=True), axis=1)
             yield from self._trajectories(left[::-1], before)
 
     def _trajectory(
@@ -868,8 +869,8 @@ class Grid:
             full = self.full.direction
             update, norm, gradient_norm = full.update, full.norm, full.gradient_norm
         else:
-            update = first_update(gradient, self.probe.optimizer)
-            norm, gradient_norm = tensor_norm(update), tensor_norm(gradient)
+            gradient_norm, _ = first_update_in_place(gradient, self.probe.optimizer)
+            update, norm = gradient, tensor_norm(gradient)
         size = self._size(norm, gradient_norm)
         with self.bench.moved(update, size):
             after = self.bench.rescore(description, js=True)
@@ -952,7 +953,7 @@ def _add_gradients(
     here = [c for c, weights_N in enumerate(weights) if weights_N[batch.rows_n.numpy()].any()]
     if not here:
         return
-    student_nH = batch.states(bench.pair.student)
+    student_nH = bench.states(batch)
     for c in here:
         part = bench.batch_loss(batch, student_nH, teacher_nH, weights[c], loss=loss, beta=beta)
         for total, add in zip(

@@ -49,6 +49,7 @@ from diagnostics.probing.step import (
     PreparedStep,
     ProbeConfig,
     StepBench,
+    bench_for,
     kept_direction,
     step_positions,
 )
@@ -195,7 +196,7 @@ def probe(
     controls: ControlConfig = ControlConfig(),
     *,
     tokens: pd.DataFrame | None = None,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     shards: Callable[[str], Shards] = no_shards,
     **settings: Any,
 ) -> ProbeResult:
@@ -211,7 +212,7 @@ def probe(
         controls: What is measured beside them; its fields may be given as keywords instead.
         tokens: The bank's token table as `score` wrote it; None scores the bank first. Outcomes of
             an earlier probe are left out of the result.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         shards: Where each pass keeps its finished batches, by the name of the pass; nothing is
             kept by default. Batches of a moved student are only reused for the very same step.
         settings: Fields of `config` and `controls`.
@@ -238,8 +239,8 @@ def probe(
         batch_tokens=batch_tokens,
         keep_folds=False,  # the probe draws the folds that every later stage finds in the table
     )
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
-    before = bench.rescore("before", shards=shards("before"))
+    bench = bench_for(pair, bank, positions, config, batch_tokens=batch_tokens)
+    before = bench.before(shards=shards("before"))
     probing = _Probing(bench, config, controls, shards, before)
     for fold in range(bench.count):
         probing.measure(fold)
@@ -325,7 +326,6 @@ class _Probing:
         if fold == STEP_FOLD:
             placebos = placebo_gains(
                 step,
-                self.before[0],
                 directions=self.controls.placebos,
                 seed=self.config.seed,
                 shards=self.shards,

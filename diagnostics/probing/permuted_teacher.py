@@ -116,39 +116,32 @@ def _groups(step: pd.DataFrame, null: str) -> np.ndarray:
     return rank * min(DECILES, max(len(step) // 2, 1)) // max(len(step), 1)
 
 
-def graded_by_others(
-    parts: Sequence[BankPart], weights_N: np.ndarray, graded_by: np.ndarray
-) -> list[BankPart]:
-    """Parts of a bank in which every position has the teacher's states of another.
+def graded_by_others(part: BankPart, weights_N: np.ndarray, graded_by: np.ndarray) -> BankPart:
+    """A part of a bank in which every position has the teacher's states of another.
 
-    Only parts with loss are kept, so this adds the states of one fold to the memory.
+    Only contexts with loss are kept, so this adds the states of one fold to the memory.
 
     Args:
-        parts: This process's batches and the teacher's states for them.
+        part: This process's batches and the teacher's states for them.
         weights_N: Float [N], 0 where a position carries no loss; the same in every process.
         graded_by: Int [N], the row whose states each position gets, the same in every process.
-            Rows and their graders are in this process's parts or in another's.
+            Rows and their graders are in this process's part or in another's.
 
     Returns:
-        New parts with the same batches.
+        A new part with the batches' contexts that carry loss.
     """
-    held = [part.copy() for part in parts]
-    for part in held:
-        keep = [bool(weights_N[batch.rows_n.numpy()].any()) for batch in part.batches]
-        part.batches = [batch for batch, kept in zip(part.batches, keep, strict=True) if kept]
-        part.teacher = [states for states, kept in zip(part.teacher, keep, strict=True) if kept]
-    batches = [batch for part in held for batch in part.batches]
-    states = [teacher_nH for part in held for teacher_nH in part.teacher]
-    places = _Places([batch.rows_n for batch in batches], states, len(graded_by))
-    wanted = [torch.from_numpy(graded_by[batch.rows_n.numpy()]) for batch in batches]
-    found = [torch.zeros_like(teacher_nH) for teacher_nH in states]
+    places = _Places([batch.rows_n for batch in part.batches], part.teacher, len(graded_by))
+    chosen = [
+        (batch, torch.zeros_like(states)) for batch, states in part.contexts_of(weights_N != 0)
+    ]
+    wanted = [torch.from_numpy(graded_by[batch.rows_n.numpy()]) for batch, _ in chosen]
+    found = [states for _, states in chosen]
     if distributed.world() == 1:
         for rows_n, out_nH in zip(wanted, found, strict=True):
             places.fill(rows_n, out_nH)
     else:
         _exchange(places, wanted, found, np.flatnonzero(weights_N))
-    permuted = iter(found)
-    return [BankPart(part.batches, [next(permuted) for _ in part.batches]) for part in held]
+    return BankPart([batch for batch, _ in chosen], found)
 
 
 class _Places:

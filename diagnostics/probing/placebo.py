@@ -30,7 +30,6 @@ EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 
 def placebo_gains(
     step: PreparedStep,
-    before_N: np.ndarray,
     *,
     directions: int,
     seed: int,
@@ -40,7 +39,6 @@ def placebo_gains(
 
     Args:
         step: The step on `STEP_FOLD`, with the numbers of its update.
-        before_N: KL(q||p) before the step, float64 [N] in nats.
         directions: Number of random directions.
         seed: Seed of the signs.
         shards: Where each pass keeps its finished batches.
@@ -50,12 +48,17 @@ def placebo_gains(
     """
     bench, size = step.bench, step.step_size
     measured_N = bench.loss_weights(MEASURED_FOLD) > 0
+    if not directions:
+        return
+    folds = [MEASURED_FOLD]
+    # on the very batches of the passes after it, so that a step of size 0 gives exactly 0
+    before_N = bench.rescore("placebo", shards=shards("placebo-before"), folds=folds)[0]
     for number in range(directions):
         signs = int(np.random.SeedSequence([seed, 5, number]).generate_state(1)[0])
         for way in (1, -1):
             name = f"placebo-{step.direction.name(way * size)}-{signs}"
             with bench.moved(step.direction.update, way * size, placebo_seed=signs):
-                after_N = bench.rescore("placebo", shards=shards(name), folds=[MEASURED_FOLD])[0]
+                after_N = bench.rescore("placebo", shards=shards(name), folds=folds)[0]
             yield np.where(measured_N, before_N - after_N, np.nan)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from diagnostics.models.batch_size import BATCH_TOKENS
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
+from diagnostics.models.weights import weights_sha256
 
 log = logging.getLogger("diagnostics")
 PADDING = 0.25
@@ -73,6 +74,8 @@ class ScoreConfig:
         extras.check_extras(self.extra)
 
 
+SCORED = "scored"
+"""Attribute (`attrs`) of a token table: what `scored_with` gives."""
 MEASURED_AFTER = {
     "forward_kl": False,
     "reverse_kl": False,
@@ -155,7 +158,12 @@ class Batch:
                 " a larger device or shorter contexts."
             ) from error
         log.warning("%d tokens do not fit in memory at once: halved", self.ids_BT.numel())
-        return [self._part(0, contexts // 2), self._part(contexts // 2, contexts)]
+        return self.in_halves()
+
+    def in_halves(self) -> list[Batch]:
+        """The batch in two halves, or as it is where it is one context."""
+        half = len(self.ids_BT) // 2
+        return [self._part(0, half), self._part(half, len(self.ids_BT))] if half else [self]
 
     def with_contexts_of(self, wanted_n: Tensor, states_nH: Tensor) -> tuple[Batch, Tensor]:
         """The batch without the contexts in which no position is wanted, and its states.
@@ -310,8 +318,8 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
-    bank = _graded(pair, bank)
-    return _table(pair, bank, _columns(pair, bank, config, shards=shards))
+    bank, config = _graded(pair, bank), _decided(pair, config)
+    return _table(pair, bank, _columns(pair, bank, config, shards=shards), config)
 
 
 def score_after(
@@ -369,14 +377,14 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
-    bank = _graded(pair, bank)
+    bank, config = _graded(pair, bank), _decided(pair, config)
     columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
     lists = {
         name: columns.pop(name)
         for name in list(columns)
         if name.startswith(("student_top_", "teacher_top_"))
     }
-    tokens = _table(pair, bank, columns)
+    tokens = _table(pair, bank, columns, config)
     return tokens, pd.concat(
         [
             tokens[["context_id", "position"]],
@@ -386,11 +394,28 @@ def score_with_tops(
     )
 
 
-def _table(pair: Pair, bank: Bank, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+def _table(
+    pair: Pair, bank: Bank, columns: dict[str, np.ndarray], config: ScoreConfig
+) -> pd.DataFrame:
     _check_finite(columns["student_entropy"] + columns["teacher_entropy"], pair, bank)
-    return validate_tokens(
+    tokens = validate_tokens(
         pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1)
     )
+    assert config.batch_tokens is not None, "the size of the batches is decided before they run"
+    tokens.attrs[SCORED] = scored_with(weights_sha256(pair.student.model), config.batch_tokens)
+    return tokens
+
+
+def _decided(pair: Pair, config: ScoreConfig) -> ScoreConfig:
+    """The same configuration with the tokens in one forward pass."""
+    return replace(config, batch_tokens=chosen_batch_tokens(pair, config.batch_tokens))
+
+
+def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
+    """What the bits of a token table rest on, beside bank, teacher, code and device: the hash of
+    the student's weights, and the tokens in a forward pass, which decide the batches.
+    """
+    return {"student": student_sha256, "batch_tokens": batch_tokens}
 
 
 def _columns(
@@ -399,8 +424,8 @@ def _columns(
     """Every measurement [N] by name, float64, over all processes, of a checked bank."""
     shards = shards or Shards()
     columns: dict[str, np.ndarray] = {}
-    tokens = chosen_batch_tokens(pair, config.batch_tokens)
-    own = local_batches(batches(bank, batch_tokens=tokens))
+    assert config.batch_tokens is not None, "the size of the batches is decided before they run"
+    own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
     measure = _measure(pair, bank, config, tops=tops)
     todo = _forward(pair, _not_kept(own, shards, columns, bank.positions), "score")
     measured = ((batch, measure(batch, *states)) for batch, *states in todo)
@@ -682,7 +707,7 @@ def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
+def teacher_states(pair: Pair, todo: list[Batch], *, on_host: bool = False) -> list[Tensor]:
     """The teacher's states for each batch, from one forward pass.
 
     With `offload_teacher` the two models take turns on the device, and the states wait in main
@@ -691,13 +716,14 @@ def teacher_states(pair: Pair, todo: list[Batch]) -> list[Tensor]:
     Args:
         pair: Student and teacher.
         todo: This process's batches.
+        on_host: Whether the states wait in main memory although the models take no turns.
 
     Returns:
         One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
     """
     if not pair.offload_teacher:
         return [
-            teacher_nH
+            teacher_nH.cpu() if on_host else teacher_nH
             for teacher_nH, _ in zip(
                 _teacher_states_in_turn(pair, todo), _with_progress(todo, "teacher")
             )

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -35,18 +36,24 @@ from diagnostics.core.progress import Shards, worked
 from diagnostics.core.schema import require_columns
 from diagnostics.core.types import Bank
 from diagnostics.measure import losses
-from diagnostics.measure.divergences import to_float64
 from diagnostics.models import topk_teacher
-from diagnostics.models.pair import Pair, weights_sha256
+from diagnostics.models.pair import Pair
+from diagnostics.models.weights import checksum, weights_sha256
 from diagnostics.probing import scores
 from diagnostics.probing.directions import Direction, Store
 from diagnostics.probing.folds import assign_folds, folds_of
-from diagnostics.probing.frozen_bank import BankPart, FrozenBank, halve
+from diagnostics.probing.frozen_bank import BankPart, FrozenBank
+from diagnostics.probing.gradient_sums import GradientProduct, GradientSums, GradientTaker
 from diagnostics.probing.permuted_teacher import graded_by_others
-from diagnostics.probing.tensor_lists import inner_product, random_signs, same_bits, tensor_norm
+from diagnostics.probing.step_state import place_of
+from diagnostics.probing.tensor_lists import (
+    first_update_in_place,
+    row_pieces,
+    signs,
+    tensor_norm,
+)
 
 log = logging.getLogger("diagnostics")
-ADAM_EPS = 1e-8
 LINEAR_ENOUGH = 0.8
 FIRST_TRIAL_DROP = 0.02
 """Share of the loss that the first calibration trial is predicted to remove."""
@@ -61,6 +68,7 @@ RESCUE_TRIALS = 3
 FORWARD_AND_BACK = 3
 """Work of a forward and a backward pass, in forward passes, by which progress is counted."""
 OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("full", "bfloat16")
 CALIBRATION_LOSS = {"sampled": "reverse_kl"}
 
 
@@ -77,10 +85,13 @@ class ProbeConfig:
         folds: Number of folds, at least 2: one step is taken on the prompts of each, and all other
             prompts are held out for it.
         seed: Seed of the folds and of the controls.
+        gradient_precision: `full` takes gradients in the student's own dtype; `bfloat16` takes
+            those of its layers under autocast, which is faster on a GPU and another direction.
+            Divergences are always measured in the student's own dtype.
 
     Raises:
-        DiagnosticsError: The loss or the optimizer is unknown, or the step is no number of at
-            least 0.
+        DiagnosticsError: The loss, the optimizer or the precision is unknown, or the step is no
+            number of at least 0.
     """
 
     loss: str = field(
@@ -99,9 +110,21 @@ class ProbeConfig:
         metadata={"help": "folds of prompts: one step on each, all others held out for it"},
     )
     seed: int = field(default=0, metadata={"help": "seed of the folds and of the controls"})
+    gradient_precision: str = field(
+        default="full",
+        metadata={
+            "help": "full: gradients in the student's dtype; bfloat16: its layers under autocast",
+            "choices": PRECISIONS,
+        },
+    )
 
     def __post_init__(self):
         requested_step(self.loss, self.optimizer, self.step)
+        if self.gradient_precision not in PRECISIONS:
+            raise DiagnosticsError(
+                f"Unknown gradient precision {self.gradient_precision!r}. Known are"
+                f" {', '.join(PRECISIONS)}."
+            )
 
     @property
     def step_size(self) -> float | None:
@@ -159,7 +182,7 @@ def prepare_step(
     tokens: pd.DataFrame | None,
     config: ProbeConfig,
     *,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     keep_folds: bool = True,
     store: Store | None = None,
 ) -> PreparedStep:
@@ -170,7 +193,7 @@ def prepare_step(
         bank: The frozen contexts.
         tokens: The bank's token table; None scores the bank first.
         config: The step.
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         keep_folds: Whether the table's own column `fold` (or the `split` of a single step) is used
             where it has one.
         store: Where direction and calibration are kept, and taken from after an interruption.
@@ -185,8 +208,27 @@ def prepare_step(
     positions = step_positions(
         pair, bank, tokens, config, batch_tokens=batch_tokens, keep_folds=keep_folds
     )
-    bench = StepBench(pair, bank, positions.tokens, positions.folds, batch_tokens=batch_tokens)
+    bench = bench_for(pair, bank, positions, config, batch_tokens=batch_tokens)
     return kept_step(bench, 0, config, store or Store(None))
+
+
+def bench_for(
+    pair: Pair,
+    bank: Bank,
+    positions: StepPositions,
+    config: ProbeConfig,
+    *,
+    batch_tokens: int | None,
+) -> StepBench:
+    """The bench on which the steps of a configuration are taken."""
+    return StepBench(
+        pair,
+        bank,
+        positions.tokens,
+        positions.folds,
+        batch_tokens=batch_tokens,
+        gradient_precision=config.gradient_precision,
+    )
 
 
 def step_positions(
@@ -195,7 +237,7 @@ def step_positions(
     tokens: pd.DataFrame | None,
     config: ProbeConfig,
     *,
-    batch_tokens: int = scores.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     keep_folds: bool = True,
 ) -> StepPositions:
     """The first part of `prepare_step`, which runs no model where there is a token table."""
@@ -238,14 +280,14 @@ class FoldSteps:
     Args:
         bench: The student at theta0.
         config: The steps.
-        store: From a fold to where its direction and calibration are kept. Directions without a
-            folder wait in main memory until they are forgotten.
+        store: From a fold to where its direction and calibration are kept. Directions that are
+            not kept wait where the bench has its state, until they are forgotten.
     """
 
     def __init__(self, bench: StepBench, config: ProbeConfig, store: Callable[[int], Store]):
         self.bench, self.config, self.store = bench, config, store
         self._waiting: dict[int, Direction] = {}
-        self._made: set[int] = set()
+        self._made: dict[int, Direction] = {}
         self._tables: dict[int, pd.DataFrame] = {}
 
     @cached_property
@@ -278,7 +320,7 @@ class FoldSteps:
 
     def _keep(self, fold: int, table: pd.DataFrame) -> None:
         self._tables[fold] = table
-        self.store(fold).keep_calibration(self._direction(fold), table)
+        self.store(fold).keep_calibration(self._made[fold], table)
 
     def prepared(self, fold: int, *, size: float | None = None) -> PreparedStep:
         """The step on a fold, not taken yet.
@@ -301,13 +343,15 @@ class FoldSteps:
     def forget(self, fold: int) -> None:
         """Free the memory of a direction along which everything is measured."""
         self._waiting.pop(fold, None)
+        self.bench.place.tidy()
 
     def _direction(self, fold: int) -> Direction:
-        """The direction of a fold on the student's devices; made once."""
+        """The direction of a fold; made once."""
+        place = self.bench.place
         if fold in self._waiting:
-            return self._waiting[fold].on(self.bench.parameters)
+            return self._waiting[fold]
         if fold in self._made:
-            found = self.store(fold).direction(self.bench.parameters)
+            found = self.store(fold).direction(self.bench.parameters, place)
             if found is None:
                 raise DiagnosticsError(
                     f"{self.store(fold).folder} has lost the direction of fold {fold} while it was"
@@ -316,9 +360,10 @@ class FoldSteps:
             return found
         weights_N, store = self.bench.loss_weights(fold), self.store(fold)
         direction = kept_direction(self.bench, weights_N, self.config, store)
-        self._made.add(fold)
-        if not store.holds():
-            self._waiting[fold] = direction.parked()
+        self._made[fold] = direction.without_update()
+        if not store.holds() or place.has_room(direction.update):
+            direction = self._waiting[fold] = direction.waiting(place)
+        place.tidy()
         return direction
 
 
@@ -347,8 +392,9 @@ def kept_direction(
     Returns:
         The direction with its hash.
     """
-    direction = store.direction(bench.parameters)
+    direction = store.direction(bench.parameters, bench.place)
     if direction is None:
+        began = time.monotonic()
         direction = bench.direction(
             weights_N,
             loss=config.loss,
@@ -356,7 +402,7 @@ def kept_direction(
             optimizer=config.optimizer,
             graded_by=graded_by,
         ).named()
-        store.keep(direction)
+        store.keep(direction, seconds=time.monotonic() - began)
     else:
         log.info("%s: continuing along the direction of an interrupted run", store.folder)
     return direction
@@ -365,16 +411,17 @@ def kept_direction(
 class StepBench:
     """A frozen bank and a student that can be moved along a direction and put back.
 
-    The bank is divided into one part per fold, and one more for the contexts in which a measurement
-    is NaN, which carry no loss. Measurements always run on the same batches of these parts; losses
-    and gradients run on the same batches without the contexts that carry no weight.
+    Measurements run on the batches on which the bank was scored. Losses and gradients run on the
+    same batches without the contexts that carry no weight: those of other folds, and those in which
+    a measurement is NaN.
 
     Args:
         pair: Student (float32 or float64) and teacher.
         bank: The frozen contexts, N response positions in all.
         tokens: The bank's token table, one row per position in bank order.
         folds: Fold of each position, int [N].
-        batch_tokens: Tokens in one forward pass, padding included.
+        batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
+        gradient_precision: As in `ProbeConfig`.
 
     Raises:
         DiagnosticsError: The student's precision is too low for a small step, or the pair cannot
@@ -388,55 +435,67 @@ class StepBench:
         tokens: pd.DataFrame,
         folds: np.ndarray,
         *,
-        batch_tokens: int = scores.BATCH_TOKENS,
+        batch_tokens: int | None = None,
+        gradient_precision: str = ProbeConfig.gradient_precision,
     ):
         self.pair, self.tokens, self.folds = pair, tokens, folds
+        self.gradient_precision = gradient_precision
         self.count = int(folds.max()) + 1
         self.teacher = scores.teacher_of(pair)
         self.parameters: list[Tensor] = [
             p for p in pair.student.model.parameters() if p.is_floating_point()
         ]
         _require_precision(self.parameters)
-        apart = in_nonfinite_context(tokens)
-        masks = [(folds == fold) & ~apart for fold in range(self.count)]
-        self.frozen = FrozenBank(pair, bank, batch_tokens=batch_tokens, parts=[*masks, apart])
+        self.place = place_of(pair.step_state, self.parameters)
+        self.frozen = FrozenBank(
+            pair,
+            bank,
+            batch_tokens=batch_tokens,
+            on_host=not self.place.beside,
+        )
+        self.release_teacher()
         self.bank = self.frozen.bank
         # halved where a gradient runs out of memory, while measurements keep their batches
-        self._parts = [part.copy() for part in self.frozen.parts]
-        self.origin = [p.detach().clone() for p in self.parameters]
+        self._part = self.frozen.whole.copy()
+        # a gradient takes more memory, but runs on one fold's contexts, a share of a batch
+        limit = scores.chosen_batch_tokens(pair, batch_tokens, use="gradient")
+        self._part.keep_to(self.count * limit)
         self.origin_sha256 = weights_sha256(pair.student.model)
-        self.weight_norm = tensor_norm(self.origin)
-        self._sums: list[Tensor | None] = []
+        self._checksums = [checksum(p) for p in self.parameters]
+        self.weight_norm = tensor_norm(self.parameters)
+        self._origin: list[Tensor] | None = None
+        self._copy: list[Tensor] | None = None
+        self._before: dict[bool, tuple[np.ndarray, ...]] = {}
 
-    def part(self, fold: int) -> BankPart:
-        """This process's batches of the finite contexts of a fold."""
-        return self._parts[fold]
+    def release_teacher(self) -> None:
+        """Free the memory of the teacher's layers where memory may be short, once its states are
+        known. Whatever needs them later loads them again.
+        """
+        if not self.place.beside or self.pair.student.device.type == "cpu":
+            self.pair.release_teacher()
+        self.place.tidy()
+
+    @property
+    def origin(self) -> list[Tensor]:
+        """theta0, one tensor per parameter: the parameters themselves while nothing is moved."""
+        return self.parameters if self._origin is None else self._origin
 
     def loss_weights(self, fold: int) -> np.ndarray:
         """1.0 at the positions that carry loss in the step on a fold, else 0.0; float64 [N]."""
         return loss_weights(self.tokens, self.folds == fold)
 
-    def weighted(
-        self, weights_N: np.ndarray, *, parts: Sequence[BankPart] | None = None
-    ) -> Iterator[tuple[scores.Batch, Tensor]]:
+    def weighted(self, weights_N: np.ndarray) -> Iterator[tuple[scores.Batch, Tensor]]:
         """This process's batches without the contexts in which no position has a weight.
 
         Args:
             weights_N: Float [N] over the whole bank.
-            parts: Parts of the bank in place of the bench's own.
 
         Yields:
             A batch with n positions, and the teacher's states [n, H] for it.
         """
-        for part in self._parts if parts is None else parts:
-            for batch, teacher_nH in part:
-                wanted_n = torch.from_numpy(weights_N[batch.rows_n.numpy()] != 0)
-                if wanted_n.any():
-                    yield batch.with_contexts_of(wanted_n, teacher_nH)
+        return self._part.contexts_of(weights_N != 0)
 
-    def mean_loss(
-        self, weights_N: np.ndarray, *, loss: str, beta: float, backward: bool = False
-    ) -> float:
+    def mean_loss(self, weights_N: np.ndarray, *, loss: str, beta: float) -> float:
         """Weighted mean of the loss with the student as it is now.
 
         The denominator is the sum of all weights, so neither value nor gradient depends on the
@@ -446,28 +505,42 @@ class StepBench:
             weights_N: Float [N], 0 where a position carries no loss; positions of any fold.
             loss: One of `losses.LOSSES`.
             beta: The teacher's share in the mixture of `jsd`.
-            backward: Whether the gradient is collected too (see `gradient`).
 
         Returns:
             The mean in nats.
         """
-        return self._mean_loss(self._parts, weights_N, backward, loss=loss, beta=beta)
+        return self._mean_loss(self._part, weights_N, loss=loss, beta=beta)
 
     def _mean_loss(
-        self, parts: Sequence[BankPart], weights_N: np.ndarray, backward: bool, **options: Any
+        self,
+        part: BankPart,
+        weights_N: np.ndarray,
+        *,
+        after: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> float:
-        parts_N = np.zeros(len(self.tokens))
+        """The weighted mean of the loss; with `after` also a backward pass of every batch, after
+        which `after` is called with the batch's first row.
+        """
+        backward, parts_N = after is not None, np.zeros(len(self.tokens))
         with torch.set_grad_enabled(backward):
-            for batch, teacher_nH in self.weighted(weights_N, parts=parts):
-                student_nH = batch.states(self.pair.student)
-                part = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
-                parts_N[int(batch.rows_n[0])] = float(part.detach())
-                if backward:
-                    part.backward()
-                    self._collect_gradients()
+            for batch, teacher_nH in part.contexts_of(weights_N != 0):
+                student_nH = self.states(batch) if backward else batch.states(self.pair.student)
+                value = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
+                parts_N[int(batch.rows_n[0])] = float(value.detach())
+                if after is not None:
+                    value.backward()
+                    after(int(batch.rows_n[0]))
                 worked(len(batch.rows_n) * (FORWARD_AND_BACK if backward else 1))
         # rounded once, so that neither the order of the batches nor their process matters
         return math.fsum(distributed.sum_over_processes(parts_N))
+
+    def states(self, batch: scores.Batch) -> Tensor:
+        """The student's states [n, H] for a gradient, in the precision that gradients have."""
+        kind = self.pair.student.device.type
+        narrow = self.gradient_precision == "bfloat16"
+        with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
+            return batch.states(self.pair.student)
 
     def batch_loss(
         self,
@@ -540,20 +613,14 @@ class StepBench:
         Raises:
             DiagnosticsError: Loss or gradient is not finite, or one context does not fit in memory.
         """
-        parts, value = self._parts, None
-        if graded_by is not None:
-            parts = graded_by_others(self._parts, weights_N, graded_by)
-        while value is None:
-            self._sums = [None] * len(self.parameters)
-            # an attempt that ran out of memory leaves gradients behind
-            self.pair.student.model.zero_grad(set_to_none=True)
-            try:
-                value = self._mean_loss(
-                    parts, weights_N, True, loss=loss, beta=beta, own_teacher=graded_by is None
-                )
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                halve(parts, error)
-        gradient = self._summed_gradients()
+        sums: list[GradientSums] = []
+
+        def begin() -> tuple[GradientTaker, Callable[[int], None]]:
+            sums[:] = [GradientSums(self.parameters, self.place)]
+            return sums[0], lambda row: None
+
+        value = self._taken(begin, weights_N, graded_by, loss=loss, beta=beta)
+        gradient = sums[0].total()
         if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
             raise DiagnosticsError(
                 f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the"
@@ -561,33 +628,67 @@ class StepBench:
             )
         return value, gradient
 
-    @torch.no_grad()
-    def _collect_gradients(self) -> None:
-        for i, p in enumerate(self.parameters):
-            if p.grad is None:
-                continue
-            total = self._sums[i]
-            if total is None:  # the first batch's gradient is kept without a copy
-                self._sums[i] = p.grad
-            else:
-                total = to_float64(total)
-                total += p.grad.to(total.device)
-                self._sums[i] = total
-            p.grad = None
+    def slope(
+        self, weights_N: np.ndarray, direction: Sequence[Tensor], *, loss: str, beta: float
+    ) -> tuple[float, float]:
+        """Mean loss with the student as it is now, and its change along a direction.
 
-    def _summed_gradients(self) -> list[Tensor]:
-        """The gradient over all processes in the parameters' dtype; what was collected is
-        forgotten.
+        The gradient is not kept, so this takes no memory per parameter.
+
+        Args:
+            weights_N: Float [N], 0 where a position carries no loss.
+            direction: One tensor per parameter.
+            loss: One of `losses.LOSSES`.
+            beta: The teacher's share in the mixture of `jsd`.
+
+        Returns:
+            The mean in nats, and its derivative for a step of size 1 along the direction.
+
+        Raises:
+            DiagnosticsError: As `gradient`.
         """
-        sums = [
-            torch.zeros_like(p) if total is None else total
-            for p, total in zip(self.parameters, self._sums, strict=True)
-        ]
-        self._sums = []
-        if distributed.world() > 1:
-            sums = [to_float64(total) for total in sums]
-            distributed.sum_in_place(sums)
-        return [total.to(p) for p, total in zip(self.parameters, sums, strict=True)]
+        parts_N = np.zeros(len(self.tokens))
+
+        def begin() -> tuple[GradientTaker, Callable[[int], None]]:
+            parts_N[:] = 0.0
+            taker = GradientProduct(self.parameters, direction)
+            return taker, lambda row: parts_N.__setitem__(row, taker.of_batch())
+
+        value = self._taken(begin, weights_N, None, loss=loss, beta=beta)
+        slope = math.fsum(distributed.sum_over_processes(parts_N))
+        if not np.isfinite(value) or not np.isfinite(slope):
+            raise DiagnosticsError(
+                f"The {loss} loss is {value} with slope {slope} along the step. Check the models'"
+                " logits for NaN or inf, or use float32."
+            )
+        return value, slope
+
+    def _taken(
+        self,
+        begin: Callable[[], tuple[GradientTaker, Callable[[int], None]]],
+        weights_N: np.ndarray,
+        graded_by: np.ndarray | None,
+        **options: Any,
+    ) -> float:
+        """The mean loss, while what `begin` makes takes every batch's gradients.
+
+        Out of memory, every batch is halved, and all begins again.
+        """
+        part, value = self._part, None
+        if graded_by is not None:
+            part = graded_by_others(self._part, weights_N, graded_by)
+        while value is None:
+            taker, after = begin()
+            # an attempt that ran out of memory leaves gradients behind
+            self.pair.student.model.zero_grad(set_to_none=True)
+            try:
+                with taker.taking():
+                    value = self._mean_loss(
+                        part, weights_N, after=after, own_teacher=graded_by is None, **options
+                    )
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                part.halve(error)
+        return value
 
     def direction(
         self,
@@ -617,14 +718,28 @@ class StepBench:
         """
         advantage_N = self.tokens["advantage"].to_numpy()
         topk_teacher.require_loss(self.teacher, loss, advantage_N, weights_N)
-        value, gradient = self.gradient(weights_N, loss=loss, beta=beta, graded_by=graded_by)
-        norm = tensor_norm(gradient)
-        update = first_update(gradient, optimizer)
+        value, update = self.gradient(weights_N, loss=loss, beta=beta, graded_by=graded_by)
+        norm, slope = first_update_in_place(update, optimizer)
         calibration_loss = loss if graded_by is not None else CALIBRATION_LOSS.get(loss, loss)
         if calibration_loss != loss:
-            value, gradient = self.gradient(weights_N, loss=calibration_loss, beta=beta)
-        slope = inner_product(gradient, update)
+            value, slope = self.slope(weights_N, update, loss=calibration_loss, beta=beta)
+        if self.gradient_precision != "full" and graded_by is None:
+            # drops are measured in full, and so is what they drop from
+            value = self.mean_loss(weights_N, loss=calibration_loss, beta=beta)
         return Direction(update, calibration_loss, value, norm, slope, tensor_norm(update))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a copy of theta0 while the block moves the student, and put it back afterwards."""
+        assert self._origin is None, "the student is moved already"
+        self._origin = self._copy or self.place.copy(self.parameters)
+        if not self.place.beside:
+            self._copy = self._origin  # takes none of the student's memory, and is made once
+        try:
+            yield
+        finally:
+            self.restore()
+            self._origin = None
 
     @contextmanager
     def moved(
@@ -637,21 +752,22 @@ class StepBench:
             step_size: Factor of the direction; a negative one moves the other way.
             placebo_seed: Where given, every coordinate of the update gets a random sign.
         """
-        signs = random_signs(direction, placebo_seed)
-        try:
+        with self.held():
+            first = 0
             with torch.no_grad():
-                for p, o, d, sign in zip(self.parameters, self.origin, direction, signs):
-                    torch.mul(d, step_size, out=p)
-                    p.mul_(sign).add_(o)
+                for p, o, d in zip(self.parameters, self.origin, direction, strict=True):
+                    _move(p, o, d, step_size, placebo_seed, first)
+                    first += p.numel()
+            self.place.rest([*self.origin, *direction])
             yield
-        finally:
-            self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put theta0 back, bit for bit."""
-        for p, o in zip(self.parameters, self.origin, strict=True):
-            p.copy_(o)
+        """Put theta0 back, bit for bit, where the student was moved."""
+        if self._origin is not None:
+            for p, o in zip(self.parameters, self._origin, strict=True):
+                p.copy_(o)
+            self.place.rest(self._origin)
 
     def rescore(
         self,
@@ -667,19 +783,75 @@ class StepBench:
             description: What the progress bar says.
             js: Whether the Jensen-Shannon divergence is measured too.
             shards: Where finished batches are kept, and taken from.
-            folds: The folds whose finite contexts are measured; None measures the whole bank.
+            folds: The folds whose contexts are measured; None measures the whole bank.
 
         Returns:
             Float64 [N] in nats for each divergence; 0 at a position that was not measured.
         """
-        return self.frozen.rescore(description, js=js, shards=shards, parts=folds)
+        wanted_N = None if folds is None else np.isin(self.folds, list(folds))
+        return self.frozen.rescore(description, js=js, shards=shards, wanted_N=wanted_N)
+
+    def before(self, *, js: bool = False, shards: Shards | None = None) -> tuple[np.ndarray, ...]:
+        """The divergences at theta0, as `rescore` measures them; measured once.
+
+        They are those of the token table where it was scored with this student's weights and in
+        these batches, and one batch that is measured again has the table's values in every bit.
+        Otherwise a student that does not move would seem to.
+
+        Args:
+            js: Whether the Jensen-Shannon divergence is among them.
+            shards: Where finished batches are kept, and taken from.
+
+        Returns:
+            As `rescore`.
+        """
+        if js not in self._before:
+            found = self._scored(js)
+            if found is None:
+                found = self.rescore("before", js=js, shards=shards)
+            else:
+                worked(len(self.tokens))
+            self._before[js] = found
+        return self._before[js]
+
+    def _scored(self, js: bool) -> tuple[np.ndarray, ...] | None:
+        """The divergences of the token table, where they are those of this student and these
+        batches.
+        """
+        names = ["forward_kl", "reverse_kl", *(["js"] if js else [])]
+        mine = scores.scored_with(self.origin_sha256, self.frozen.batch_tokens)
+        if self.tokens.attrs.get(scores.SCORED) != mine:
+            return None
+        if not set(names) <= set(self.tokens):
+            return None
+        table = tuple(self.tokens[name].to_numpy(dtype=np.float64) for name in names)
+        rows_N, tried = self._trial(js)
+        if all(_same_bits(a[rows_N], b[rows_N]) for a, b in zip(table, tried, strict=True)):
+            return table
+        log.info("the scores have other bits than this device gives: theta0 is measured again")
+        return None
+
+    def _trial(self, js: bool) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Each process's last batch, measured: its rows, bool [N], and the divergences [N]."""
+        part, rows_N = self.frozen.whole, np.zeros(len(self.tokens))
+        for batch in part.batches[-1:]:
+            rows_N[batch.rows_n.numpy()] = 1.0
+        found = scores.rescore(
+            self.pair,
+            part.batches[-1:],
+            part.teacher[-1:],
+            positions=len(self.tokens),
+            description="trial",
+            js=js,
+        )
+        return distributed.sum_over_processes(rows_N) > 0, found
 
     def require_restored(self) -> None:
-        """Raise RuntimeError unless every bit of the student's weights is as at the start."""
+        """Raise RuntimeError unless the student's weights have the bits that they began with."""
         changed = [
             name
-            for name, p, o in zip(self.names, self.parameters, self.origin, strict=True)
-            if not same_bits(p, o)
+            for name, p, before in zip(self.names, self.parameters, self._checksums, strict=True)
+            if checksum(p) != before
         ]
         if changed:
             raise RuntimeError(
@@ -695,21 +867,30 @@ class StepBench:
         ]
 
 
-def first_update(gradient: list[Tensor], optimizer: str) -> list[Tensor]:
-    """The optimizer's first update from a gradient, for a step of size 1.
+def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two float64 arrays agree in every bit, where any NaN equals any other."""
+    same = left.view(np.int64) == right.view(np.int64)
+    return bool((same | (np.isnan(left) & np.isnan(right))).all())
 
-    Args:
-        gradient: One tensor per parameter.
-        optimizer: `adamw` gives -g/(|g| + eps) for each coordinate, `sgd` gives -g/|g|.
 
-    Returns:
-        One tensor per parameter.
+def _move(
+    parameter: Tensor,
+    origin: Tensor,
+    direction: Tensor,
+    size: float,
+    placebo_seed: int | None,
+    first: int,
+) -> None:
+    """parameter = origin + size * sign * direction, with no further memory than for some rows.
+
+    first: number of the parameter's first coordinate among those of all parameters.
     """
-    if optimizer == "adamw":
-        sizes = (g.abs().add_(ADAM_EPS) for g in gradient)
-        return [torch.div(g, size, out=size).neg_() for g, size in zip(gradient, sizes)]
-    scale = max(tensor_norm(gradient), torch.finfo(torch.float32).tiny)
-    return [-g / scale for g in gradient]
+    for p, o, d in row_pieces(parameter, origin, direction):
+        torch.mul(d.to(p.device), size, out=p)
+        if placebo_seed is not None:
+            p.mul_(signs(placebo_seed, first, p.numel(), p.device).view(p.shape))
+        p.add_(o.to(p.device))
+        first += p.numel()
 
 
 def calibrate(
@@ -772,7 +953,7 @@ def calibrate_together(
     size, rows, trials = step_size, [], []
     for trial in range(CALIBRATION_TRIALS + RESCUE_TRIALS if step_size is None else 1):
         if size is None:
-            size = _first_size([load() for load in directions])
+            size = _first_size(load() for load in directions)
         tried = [
             {"fold": fold, **_tried(bench, load(), weights_N, size, beta=beta)}
             for fold, (load, weights_N) in enumerate(zip(directions, weights, strict=True))
@@ -796,10 +977,14 @@ def calibrate_together(
     return table.assign(chosen=chosen).sort_values(["fold", "step_size"], ignore_index=True)
 
 
-def _first_size(directions: Sequence[Direction]) -> float:
-    """The size that is predicted to remove the share FIRST_TRIAL_DROP of the folds' losses."""
-    slope = sum(direction.slope for direction in directions)
-    value = sum(direction.value for direction in directions)
+def _first_size(directions: Iterable[Direction]) -> float:
+    """The size that is predicted to remove the share FIRST_TRIAL_DROP of the folds' losses.
+
+    One direction at a time is held.
+    """
+    slope = value = 0.0
+    for direction in map(Direction.without_update, directions):
+        slope, value = slope + direction.slope, value + direction.value
     return -FIRST_TRIAL_DROP * abs(value) / slope if slope < 0 else 0.0
 
 

@@ -1,6 +1,7 @@
-"""Norms, products and random signs of a model's weights: lists of tensors, one per parameter.
+"""Norms, products, first updates and random signs of weights: lists of tensors, one per parameter.
 
-Sums run in float64 over pieces of a tensor, whose copies stay in cache.
+Everything runs over pieces of a tensor, so that no list needs memory for a second one: sums in
+float64, whose copies of a piece stay in cache, and updates in place.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import torch
 from torch import Tensor
 
 from diagnostics.measure.divergences import to_float64
+from diagnostics.models.weights import splitmix64
 
+ADAM_EPS = 1e-8
 PIECE = 2**18
-"""Numbers of a tensor that are added up at a time."""
-
-
-@torch.no_grad()
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors agree in every bit: NaN equals NaN, and 0 differs from -0.
-
-    The tensors are compared on their own device.
-    """
-    return torch.equal(*(x.detach().reshape(-1).view(torch.uint8) for x in (left, right)))
+"""Numbers of a tensor that are worked on at a time."""
+ACCELERATORS_PIECE = 2**24
+"""The same on an accelerator, whose launches cost more than small sums."""
+BITS = 64
+"""Signs that one pseudo-random number gives."""
 
 
 def tensor_norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm over all tensors together."""
     return float(sum((to_float64(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
+
+
+def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Euclidean norm of the difference of two lists, on the devices of the left one."""
+    squares = ((to_float64(a - b.to(a.device)) ** 2).sum() for a, b in _pieces(left, right))
+    return float(sum(squares) ** 0.5)
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -38,16 +42,74 @@ def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding tensors of the lists, flattened and cut into pieces."""
     for tensors in zip(*lists):
-        yield from zip(*(t.detach().reshape(-1).split(PIECE) for t in tensors))
+        size = _piece_size(tensors[0])
+        yield from zip(*(t.detach().reshape(-1).split(size) for t in tensors))
 
 
-def random_signs(like: Sequence[Tensor], seed: int | None) -> Iterator[Tensor | int]:
-    """Random signs, int8, in the shapes of `like`; 1 without a seed."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for tensor in like:
-        if generator is None:
-            yield 1
-            continue
-        # drawn on the CPU, so that every device meets the same placebo
-        bits = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8)
-        yield bits.mul_(2).sub_(1).to(tensor.device)
+def _piece_size(tensor: Tensor) -> int:
+    return PIECE if tensor.device.type == "cpu" else ACCELERATORS_PIECE
+
+
+def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Corresponding rows of tensors of one shape, some rows at a time, as views."""
+    whole = [t.detach().view(1) if t.dim() == 0 else t.detach() for t in tensors]
+    width = max(1, whole[0].numel() // max(1, len(whole[0])))
+    yield from zip(*(t.split(max(1, _piece_size(whole[0]) // width)) for t in whole), strict=True)
+
+
+def first_update(gradient: Sequence[Tensor], optimizer: str) -> list[Tensor]:
+    """The optimizer's first update from a gradient, for a step of size 1.
+
+    Args:
+        gradient: One tensor per parameter.
+        optimizer: `adamw` gives -g/(|g| + eps) for each coordinate, `sgd` gives -g/|g|.
+
+    Returns:
+        One tensor per parameter.
+    """
+    update = [g.clone() for g in gradient]
+    first_update_in_place(update, optimizer)
+    return update
+
+
+@torch.no_grad()
+def first_update_in_place(gradient: Sequence[Tensor], optimizer: str) -> tuple[float, float]:
+    """Turn a gradient into `first_update` of it.
+
+    Args:
+        gradient: One tensor per parameter; the update afterwards.
+        optimizer: `adamw` or `sgd`.
+
+    Returns:
+        The gradient's norm, and its product with the update, which is the change of the loss for a
+        step of size 1, to first order.
+    """
+    norm = tensor_norm(gradient)
+    scale = max(norm, torch.finfo(torch.float32).tiny)
+    products = []
+    for (piece,) in (pieces for g in gradient for pieces in row_pieces(g)):
+        before = piece.clone()
+        piece.div_(before.abs().add_(ADAM_EPS) if optimizer == "adamw" else scale).neg_()
+        products.append((to_float64(before) * to_float64(piece)).sum())
+    return norm, float(sum(products))
+
+
+def signs(seed: int, first: int, count: int, device: torch.device | str) -> Tensor:
+    """Random signs of consecutive coordinates, each decided by the seed and its number alone.
+
+    Coordinate i has bit i % 64 of the splitmix64 number of counter i // 64, so the signs depend
+    neither on the device nor on how coordinates are divided among calls and processes.
+
+    Args:
+        seed: An integer of up to 64 bits.
+        first: Number of the first coordinate.
+        count: How many.
+        device: Where the signs are made.
+
+    Returns:
+        int8 [count] of -1 and 1.
+    """
+    begin, end = first // BITS, -(-(first + count) // BITS)
+    words = splitmix64(torch.arange(begin, end, device=device), seed)
+    bits = (words[:, None] >> torch.arange(BITS, device=device)).bitwise_and_(1).to(torch.int8)
+    return bits.reshape(-1)[first - BITS * begin :][:count].mul_(2).sub_(1)

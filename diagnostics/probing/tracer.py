@@ -28,7 +28,8 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import progress
 from diagnostics.measure import divergences, losses
 from diagnostics.probing import scores
-from diagnostics.probing.step import StepBench, first_update, loss_weights
+from diagnostics.probing.step import StepBench, loss_weights
+from diagnostics.probing.tensor_lists import first_update
 
 log = logging.getLogger("diagnostics")
 PARTS = ("self", "own_context", "own_prompt", "other_prompts")
@@ -108,7 +109,8 @@ class Tracer:
         self.loss, self.beta, self.step_size = loss, beta, step_size
         self.student, self.teacher = bench.pair.student, bench.teacher
         self.names = bench.names
-        _, gradient = bench.gradient(weights_N, loss=loss, beta=beta)
+        _, sums = bench.gradient(weights_N, loss=loss, beta=beta)
+        gradient = [g.to(p.device) for g, p in zip(sums, bench.parameters, strict=True)]
         self.update = first_update(gradient, optimizer)
         self.scale = [
             torch.where(g == 0, 0.0, -u / g) for g, u in zip(gradient, self.update, strict=True)
@@ -122,7 +124,7 @@ class Tracer:
         gain_N = np.zeros(len(self.bench.tokens))
         tangents = dict(zip(self.names, (self.step_size * u for u in self.update), strict=True))
         self._visit_all(
-            [(batch, states) for part in self.bench.frozen.parts for batch, states in part],
+            list(self.bench.frozen.whole),
             tangents,
             gain_N,
             "first order",

@@ -21,8 +21,8 @@ A warm start fills the optimizer's state before the first step: steps at a learn
 minibatches in another order, so that weights stay at theta0 and moments do not.
 
 Memory: AdamW's state takes twice the student's weights, beside the gradient and the copy of theta0
-that every step needs. It is released when a trajectory ends. Several processes divide each
-minibatch, add up its gradient, and take the same step.
+that every step needs; `step_state` says where they lie. It is released at the last horizon. Several
+processes divide each minibatch, add up its gradient, and take the same step.
 
 Reference: Loshchilov and Hutter 2019 (AdamW).
 
@@ -45,7 +45,7 @@ from diagnostics.models import topk_teacher
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER
 from diagnostics.probing import scores
 from diagnostics.probing.step import StepBench
-from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.tensor_lists import distance
 
 HORIZON = (1, 5, 20)
 """Optimizer steps after which a trajectory is measured where nothing else is asked for."""
@@ -166,6 +166,62 @@ def minibatches(
     return found
 
 
+class _Optimizer:
+    """AdamW on the bench's student, whose moments lie where the bench has the state of its steps.
+
+    In main memory beside a card it steps on a copy of the weights there, which the student then
+    gets.
+    """
+
+    def __init__(self, bench: StepBench, config: TrajectoryConfig):
+        self.bench, self.settings = bench, config.optimizer
+        apart = bench.place.sums(bench.parameters[0]) != bench.parameters[0].device
+        self.weights = (
+            [p.detach().to("cpu", copy=True) for p in bench.parameters]
+            if apart
+            else bench.parameters
+        )
+        self.adamw: torch.optim.AdamW | None = torch.optim.AdamW(
+            self.weights,
+            lr=config.rate,
+            betas=(self.settings["adam_beta1"], self.settings["adam_beta2"]),
+            eps=self.settings["adam_epsilon"],
+            weight_decay=self.settings["weight_decay"],
+            fused=all(w.device.type in FUSED_ON for w in self.weights),
+        )
+        if not bench.place.beside:
+            self._place_moments(self.adamw)
+
+    def _place_moments(self, adamw: torch.optim.AdamW) -> None:
+        """Moments of zero as AdamW itself would make them at its first step, but elsewhere."""
+        first, second = (self.bench.place.zeros(self.weights) for _ in range(2))
+        for w, one, two in zip(self.weights, first, second, strict=True):
+            adamw.state[w] = {"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": two}
+
+    def step(self, gradient: list[Tensor], *, rate: float) -> float:
+        """Clip the gradient, take a step of this rate, and return the norm before clipping."""
+        assert self.adamw is not None, "a trajectory goes on after its last horizon"
+        for w, g in zip(self.weights, gradient, strict=True):
+            w.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings["max_grad_norm"])
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for state in self.adamw.state.values():
+            self.bench.place.rest([state["exp_avg"], state["exp_avg_sq"]])
+        if self.weights is not self.bench.parameters:
+            with torch.no_grad():
+                for p, w in zip(self.bench.parameters, self.weights, strict=True):
+                    p.copy_(w)
+        return float(norm)
+
+    def forget(self) -> None:
+        """Free the memory of the moments, and of the weights' copy."""
+        self.adamw, self.weights = None, []
+        self.bench.place.tidy()
+
+
 class Trajectory:
     """Optimizer steps of the bench's student on given minibatches.
 
@@ -204,9 +260,7 @@ class Trajectory:
     @property
     def update_norm(self) -> float:
         """Norm of the student's present distance from theta0."""
-        bench = self.bench
-        with torch.no_grad():
-            return tensor_norm([p - o for p, o in zip(bench.parameters, bench.origin, strict=True)])
+        return distance(self.bench.parameters, self.bench.origin)
 
     def run(self, horizon: Sequence[int]) -> Iterator[int]:
         """Take the steps, and hand over wherever a horizon is reached.
@@ -226,53 +280,33 @@ class Trajectory:
             return
         assert max(horizon) <= len(self.steps), "a horizon beyond the planned steps"
         self._begin()
-        self.bench.restore()
-        try:
-            optimizer = self._optimizer()
+        with self.bench.held():
+            optimizer = _Optimizer(self.bench, self.config)
             for number, rows in enumerate(self.warm, 1):
                 self._step(optimizer, rows, -number, rate=0.0)
             for number, rows in enumerate(self.steps[: max(horizon)], 1):
                 norm = self._step(optimizer, rows, number, rate=self.config.rate)
                 if number == 1:
                     self.gradient_norm = norm
+                if number == max(horizon):
+                    optimizer.forget()  # what is done at the last horizon may need its memory
                 if number in horizon:
                     yield number
-        finally:
-            self.bench.restore()
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        settings = self.config.optimizer
-        parameters = self.bench.parameters
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.config.rate,
-            betas=(settings["adam_beta1"], settings["adam_beta2"]),
-            eps=settings["adam_epsilon"],
-            weight_decay=settings["weight_decay"],
-            fused=all(p.device.type in FUSED_ON for p in parameters),
-        )
-
-    def _step(self, optimizer: torch.optim.AdamW, rows: Rows, number: int, *, rate: float) -> float:
+    def _step(self, optimizer: _Optimizer, rows: Rows, number: int, *, rate: float) -> float:
         """One step; returns the norm of its gradient before it is clipped."""
-        parameters = self.bench.parameters
         weights_N = np.zeros(len(self.bench.tokens))
         weights_N[rows] = self.weigh(rows, number)
-        for p, g in zip(parameters, self._gradient(weights_N), strict=True):
-            p.grad = g
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer["max_grad_norm"])
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = optimizer.step(self._gradient(weights_N), rate=rate)
         if number > 0:
             self.carried_N |= weights_N > 0
             self.idle_steps += not weights_N.any()
-        return float(norm)
+        return norm
 
     def _gradient(self, weights_N: np.ndarray) -> list[Tensor]:
         bench, config = self.bench, self.config
         if not weights_N.any():
-            return [torch.zeros_like(p) for p in bench.parameters]
+            return [torch.zeros_like(p, device=bench.place.sums(p)) for p in bench.parameters]
         advantage_N = bench.tokens["advantage"].to_numpy()
         topk_teacher.require_loss(bench.teacher, config.loss, advantage_N, weights_N)
         return bench.gradient(weights_N, loss=config.loss, beta=config.beta)[1]

@@ -152,7 +152,9 @@ def setup(run: RunTables) -> str:
         step.get("optimizer"), "one step"
     )
     loss = f" of the {readable(step['loss'])} loss" if "loss" in step else ""
+    narrow = step.get("gradient_precision", "full") != "full"
     text = f"The student took {optimizer}{loss}"
+    text += f", whose gradient was taken in {step['gradient_precision']}" if narrow else ""
     if table is not None:
         text += _where_measured(table)
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():

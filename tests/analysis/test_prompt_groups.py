@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from diagnostics.analysis import correlations, prompt_groups, quadrants, selection, study
+from diagnostics.analysis import (
+    correlations,
+    prompt_groups,
+    quadrants,
+    rank_correlation,
+    selection,
+    study,
+)
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters, mean
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.rank_correlation import (
@@ -196,3 +203,15 @@ def test_few_prompts_and_few_positions_are_studied_whole(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(prompt_groups.read_studied(path, 0), tokens)
     monkeypatch.setattr(prompt_groups, "STUDIED", 10)
     assert prompt_groups.studied(tokens, 0) is tokens
+
+
+def test_no_prompt_is_left_out_where_that_would_take_minutes(monkeypatch):
+    tokens = made_tokens()
+    usual = correlations.associate(tokens, criteria=["divergence"], draws=20)
+    monkeypatch.setattr(rank_correlation, "LEFT_OUT", 0)
+    found = correlations.associate(tokens, criteria=["divergence"], draws=20)
+    for key, estimate in found.items():
+        assert (estimate.left_out is None) == (key[3] == "spearman")
+        assert usual[key].left_out is not None
+        assert estimate.value == usual[key].value
+        np.testing.assert_array_equal(estimate.draws, usual[key].draws)

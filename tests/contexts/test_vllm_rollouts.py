@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from diagnostics.contexts.rollouts import RolloutConfig, engine_facts, rollout
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards
-from diagnostics.core.types import Bank
+from diagnostics.core.types import Bank, read_bank
+from diagnostics.models.identity import Models
 from diagnostics.models.pair import assemble
+from diagnostics.pipeline.cli import main
 from diagnostics.probing.scores import score
 from tests.conftest import make_model, make_pair, make_prompts, make_tokenizer
 
@@ -123,6 +126,28 @@ def test_without_vllm_it_is_refused_and_nothing_else_samples():
         ),
     ):
         sampled(make_pair())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_a_command_without_vllm_ends_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    def loaded(self):
+        raise AssertionError("the models were loaded")
+
+    monkeypatch.setattr(Models, "pair", property(loaded))
+    command = ["rollout", "--pair", "embedded", "--contexts", "2", "--rollout-engine", "vllm"]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "needs the package vllm, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run/contexts.parquet").exists()
+
+
+def test_a_command_records_the_engine_and_what_it_reported(vllm, tmp_path):
+    command = ["rollout", "--pair", "embedded", "--contexts", "2", "--max-new-tokens", "4"]
+    out = ["--rollout-engine", "vllm", "--quiet", "--output-dir", str(tmp_path)]
+    assert main([*command, *out]) == 0
+    stage = json.loads((tmp_path / "manifest.json").read_text())["stages"]["rollout"]
+    assert stage["settings"]["rollout_engine"] == "vllm" and stage["facts"]["vllm"] == "0.0.stub"
+    for context in read_bank(tmp_path / "contexts.parquet"):
+        assert len(context.sampled_logprobs) == len(context.response_ids)
 
 
 def test_an_unknown_engine_is_refused():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from diagnostics.contexts.import_rollouts import read_rollouts
+from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.models.pair import assemble, load_pair, stop_tokens
@@ -27,6 +29,7 @@ from diagnostics.probing.intervention import interventions
 from diagnostics.probing.one_step import probe
 from diagnostics.training.trl_trainer import _check_pair
 from tests.conftest import WORDS, make_model, make_tokenizer
+from tests.contexts.factories import jsonl
 from tests.factories import message
 
 ORDINARY = WORDS[:56]
@@ -255,6 +258,32 @@ def test_a_pair_comes_from_folders_and_says_what_differs(tmp_path, caplog):
     table = stop_tokens(pair)
     assert tuple(table) == STOP_COLUMNS
     assert table["token_id"].tolist() == [1] and table["note"].tolist() == [""]
+
+
+def test_the_teacher_reads_prompts_of_its_own_in_its_own_tokens(tmp_path):
+    frame = "{{% for m in messages %}}{} {{{{ m.content }}}} {{% endfor %}}"
+    for name, seed, names in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
+        make_model(seed).save_pretrained(tmp_path / name)
+        tokenizer = with_specials(*names)
+        tokenizer.chat_template = frame.format(names[0])
+        tokenizer.save_pretrained(tmp_path / name)
+    pair = load_pair(
+        student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), device="cpu"
+    )
+    asked = [{"role": "user", "content": "w1 w2"}]
+    row = {"prompt": asked, "teacher_prompt": asked}
+    sampled = rollout(pair, [row], max_new_tokens=3)
+    frozen = read_rollouts(pair, jsonl(tmp_path / "r.jsonl", row | {"response": [ANSWER]}))
+    for bank in (sampled, frozen):
+        one = bank[0]
+        assert one.prompt.startswith("<|im_start|> w1") and one.prompt_ids == (60, 5, 6)
+        assert one.teacher_prompt.startswith("<|User|> w1")
+        assert one.teacher_prompt_ids == (60, 5, 6)
+    assert frozen[0].response_ids == (7,)
+    assert count_dropped(frozen, pair.dropped)["read_otherwise"] == 0
+
+
+ANSWER = {"role": "assistant", "content": "w3"}
 
 
 def test_counts_are_worked_by_hand():

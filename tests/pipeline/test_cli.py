@@ -15,19 +15,20 @@ NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
         "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
-        " criterion-module device draws dtype extra folds horizon json k learning-rate level"
-        " loss match max-new-tokens max-prompt-tokens minibatch no-chat no-offload-teacher"
-        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos primary"
-        " prompt-column prompts prompts-split quick quiet random-draws rollout-engine rollouts"
-        " rollouts-format samples-per-prompt scope seed shard-teacher step student"
-        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p turns verifier warm-steps"
+        " criterion-module device draws dtype extra folds gradient-precision horizon json k"
+        " learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
+        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
+        " placebos primary prompt-column prompts prompts-split quick quiet random-draws"
+        " rollout-engine rollouts rollouts-format samples-per-prompt scope seed shard-teacher"
+        " step step-state student student-revision sweep teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision temperature top-k top-p turns verifier warm-steps"
     ),
     "ask-teacher": (
         "accept-code api-key-env concurrency criterion-module device dialect dtype json"
         " no-offload-teacher no-shard-teacher offload-teacher output-dir pair quiet retries"
-        " served-model shard-teacher student student-revision teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs url"
+        " served-model shard-teacher step-state student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs"
+        " url"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
@@ -39,17 +40,18 @@ SURFACE = {
     ),
     "intervene": (
         "accept-code batch-tokens beta budgets criteria criterion-module device draws dtype"
-        " extra folds horizon json k learning-rate level loss match minibatch"
-        " no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir pair quiet"
-        " random-draws scope seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision warm-steps"
+        " extra folds gradient-precision horizon json k learning-rate level loss match"
+        " minibatch no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir"
+        " pair quiet random-draws scope seed shard-teacher step step-state student"
+        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
-        " full-kernel json k level loss no-full-kernel no-offload-teacher no-shard-teacher"
-        " offload-teacher optimizer output-dir pair quiet sample seed shard-teacher step"
-        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision"
+        " full-kernel gradient-precision json k level loss no-full-kernel no-offload-teacher"
+        " no-shard-teacher offload-teacher optimizer output-dir pair quiet sample seed"
+        " shard-teacher step step-state student student-revision sweep teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
@@ -57,8 +59,8 @@ SURFACE = {
         " eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens"
         " measure-every no-chat no-offload-teacher no-resume no-shard-teacher offload-teacher"
         " output-dir pair peft per-context-minimum probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seed shard-teacher steps"
-        " student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
+        " prompts-split quiet report-to resume save-every scope seed shard-teacher step-state"
+        " steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision ties trl verifier"
     ),
     "validate": (
@@ -68,25 +70,25 @@ SURFACE = {
         " max-prompt-tokens measure-every no-chat no-offload-teacher no-resume"
         " no-shard-teacher offline offload-teacher output-dir pair peft probe-every"
         " prompt-column prompts prompts-split quiet report-to resume save-every scope seeds"
-        " shard-teacher steps student student-revision teacher teacher-device teacher-dtype"
-        " teacher-logprobs teacher-revision ties trl verifier workers"
+        " shard-teacher step-state steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
     "paper": (
         "accept-code batch budgets criterion-module curve device draws dtype json"
         " learning-rate level masks no-offload-teacher no-shard-teacher no-train"
         " offload-teacher output-dir pair per-context-minimum quiet seed seeds shard-teacher"
-        " steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision tokenizer tokens tokens-after train workers"
+        " step-state steps student student-revision teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision tokenizer tokens tokens-after train workers"
     ),
     "teachers": (
         "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
-        " criterion-module device draws dtype extra folds horizon json k learning-rate level"
-        " loss max-new-tokens max-prompt-tokens minibatch names no-chat no-offload-teacher"
-        " no-shard-teacher nulls offload-teacher optimizer output-dir pair placebos probe"
-        " prompt-column prompts prompts-split quiet rollouts rollouts-format"
-        " samples-per-prompt seed shard-teacher step student student-revision sweep teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision temperature top-k"
-        " top-p turns warm-steps"
+        " criterion-module device draws dtype extra folds gradient-precision horizon json k"
+        " learning-rate level loss max-new-tokens max-prompt-tokens minibatch names no-chat"
+        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
+        " placebos probe prompt-column prompts prompts-split quiet rollout-engine rollouts"
+        " rollouts-format samples-per-prompt seed shard-teacher step step-state student"
+        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision temperature top-k top-p turns verifier warm-steps"
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",

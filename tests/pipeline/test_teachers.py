@@ -126,3 +126,21 @@ def test_a_comparison_is_repeated_by_its_runs(compared, tmp_path, capsys):
     command = ["rerun", str(compared / "manifest.json"), "--output-dir", str(tmp_path / "again")]
     assert main(command) == 2
     assert "Repeat those runs instead" in capsys.readouterr().err
+
+
+def test_a_teachers_run_knows_where_its_models_lie(compared):
+    """Later commands on it need no flag, as on any run."""
+    command = ["score", "--quiet", "--device", "cpu", "--output-dir", str(compared / "other")]
+    assert main(command) == 0
+
+
+def test_runs_at_other_k_are_refused(compared, models, tmp_path, capsys):
+    one = tmp_path / "other"
+    one.mkdir()
+    contexts = (compared / "other" / "contexts.parquet").read_bytes()
+    (one / "contexts.parquet").write_bytes(contexts)
+    run = ["--device", "cpu", "--quiet", "--output-dir", str(one)]
+    assert main(["score", *models[:2], *models[4:6], "--k", "8", *run]) == 0
+    command = ["teachers", "--against", str(compared / "teacher"), str(one)]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "scored at different K (teacher: 16, other: 8)" in capsys.readouterr().err

@@ -144,6 +144,7 @@ def test_a_failure_in_the_middle_restores_the_student(setting, monkeypatch):
 def test_unrestored_weights_are_noticed(setting):
     _pair, _bank, _tokens = setting
     bench = bench_of(setting)
+    kept = bench.parameters[0].detach().clone()
     with torch.no_grad():
         bench.parameters[0][0, 0] += 1
     with pytest.raises(
@@ -154,7 +155,8 @@ def test_unrestored_weights_are_noticed(setting):
         ),
     ):
         bench.require_restored()
-    bench.restore()
+    with torch.no_grad():
+        bench.parameters[0].copy_(kept)
     assert bench.require_restored() is None
 
 
@@ -247,11 +249,13 @@ def test_the_order_of_the_batches_changes_no_bit(setting):
     """
     bench = bench_of(setting, batch_tokens=20)
     weights = sum(bench.loss_weights(fold) for fold in range(4))
-    part = bench.part(1)
+    part = bench._part
     batches, teacher = part.batches, part.teacher
-    assert len(batches) >= 2 and sum(len(bench.part(fold).batches) for fold in range(4)) > 6
+    assert len(batches) > 4
     values, gradients = [], []
-    for order in itertools.permutations(range(len(batches))):
+    for order in itertools.islice(itertools.permutations(range(len(batches))), 0, None, 7):
+        if len(values) == 12:
+            break
         part.batches = [batches[i] for i in order]
         part.teacher = [teacher[i] for i in order]
         value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
@@ -408,7 +412,7 @@ def test_predictors_are_untouched_by_the_step(setting):
     result = probe(pair, bank, tokens=tokens)
     assert result.tokens[list(tokens.columns)].equals(tokens)
     assert dataclasses.asdict(result.step)["step_positions"] == (result.tokens.fold == 0).sum()
-    assert "gain" in result._repr_html_() and step_module.ADAM_EPS == 1e-8
+    assert "gain" in result._repr_html_() and tensor_lists.ADAM_EPS == 1e-8
 
 
 def test_nothing_of_an_earlier_probe_stays_in_the_table(setting):
@@ -450,13 +454,13 @@ def test_out_of_memory_in_the_gradient_starts_it_again(setting, monkeypatch, cap
         "model.layers.0.self_attn.q_proj.weight"
     ]
     hook = first_layer.register_hook(no_room) if late else None
-    measured = [len(batch.rows_n) for part in bench.frozen.parts for batch in part.batches]
+    measured = [len(batch.rows_n) for batch in bench.frozen.whole.batches]
     value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
     if hook:
         hook.remove()
     # what is measured before and after a step stays on the same batches
-    assert measured == [len(batch.rows_n) for part in bench.frozen.parts for batch in part.batches]
-    assert len(bench.part(0).batches) > len(bench.frozen.parts[0].batches)
+    assert measured == [len(batch.rows_n) for batch in bench.frozen.whole.batches]
+    assert len(bench._part.batches) > len(bench.frozen.whole.batches)
     assert "halved" in caplog.text and value == pytest.approx(reference[0], rel=1e-6)
     for a, b in zip(gradient, reference[1]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

@@ -17,7 +17,8 @@ from diagnostics.probing.frozen_bank import BankPart
 from diagnostics.probing.one_step import probe
 from diagnostics.probing.permuted_teacher import graded_by_others, graders, kept_own
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, first_update, tensor_norm
+from diagnostics.probing.step import StepBench
+from diagnostics.probing.tensor_lists import first_update, tensor_norm
 from tests.conftest import make_bank, make_model, make_tokenizer
 from tests.probing.test_attribution import gpt2
 
@@ -160,17 +161,13 @@ def test_processes_exchange_the_states(setting, monkeypatch):
     bench = bench_of(setting, batch_tokens=25)
     weights = bench.loss_weights(0) + bench.loss_weights(2)
     graded_by = graders(setting[2], weights, "global", seed=[1])
-    parts = [bench.part(fold) for fold in range(4)]
+    part = bench.frozen.whole
     whole = {
         row: state
-        for part in graded_by_others(parts, weights, graded_by)
-        for batch, states in part
+        for batch, states in graded_by_others(part, weights, graded_by)
         for row, state in zip(batch.rows_n.tolist(), states, strict=True)
     }
-    shares = [
-        [BankPart(part.batches[first::2], part.teacher[first::2]) for part in parts]
-        for first in (0, 1)
-    ]
+    shares = [BankPart(part.batches[first::2], part.teacher[first::2]) for first in (0, 1)]
     monkeypatch.setattr(permuted_teacher, "EXCHANGED_ROWS", 4)
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "total_lengths", lambda length: [length, 32])
@@ -190,12 +187,11 @@ def test_processes_exchange_the_states(setting, monkeypatch):
             if record:
                 continue
             seen = 0
-            for part in found:
-                for batch, states in part:
-                    for row, state in zip(batch.rows_n.tolist(), states, strict=True):
-                        if weights[row]:
-                            assert torch.equal(state, whole[row])
-                            seen += 1
+            for batch, states in found:
+                for row, state in zip(batch.rows_n.tolist(), states, strict=True):
+                    if weights[row]:
+                        assert torch.equal(state, whole[row])
+                        seen += 1
             assert 0 < seen < weights.astype(bool).sum()
     assert len(sent[0]) > 2
 
@@ -204,9 +200,10 @@ def test_only_a_fold_of_states_is_copied(setting):
     bench = bench_of(setting, batch_tokens=25)
     weights = bench.loss_weights(1)
     graded_by = graders(setting[2], weights, "global", seed=[0])
-    parts = graded_by_others([bench.part(fold) for fold in range(4)], weights, graded_by)
-    assert [len(part.batches) > 0 for part in parts] == [False, True, False, False]
-    assert sum(len(states) for part in parts for states in part.teacher) == weights.sum()
+    part = graded_by_others(bench.frozen.whole, weights, graded_by)
+    rows = torch.cat([batch.rows_n for batch in part.batches]).numpy()
+    assert sorted(rows) == np.flatnonzero(weights).tolist()
+    assert sum(len(states) for states in part.teacher) == weights.sum()
 
 
 # --- the step

@@ -11,6 +11,7 @@ from diagnostics.core.types import Bank, Context
 from diagnostics.measure.extras import COLUMNS
 from diagnostics.models.pair import assemble
 from diagnostics.probing import scores
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import batches, score
 from tests.conftest import make_bank, make_model, make_tokenizer
 
@@ -193,6 +194,21 @@ def test_a_table_is_of_a_bank_only_in_order(pair, bank):
     backwards = tokens.iloc[::-1]
     for wrong in (tokens[:-1], other, name, backwards, tokens[:0]):
         assert not scores.lists_positions(bank, wrong)
+
+
+def test_parts_that_carry_a_step_leave_memory_for_a_gradient(pair, bank, monkeypatch):
+    """Of the student's alone: the teacher gets none."""
+    asked = []
+
+    def choose(size, models, *, use):
+        asked.append((size, [model is pair.student.model for model in models], use))
+        return 8192
+
+    monkeypatch.setattr(scores.batch_size, "choose", choose)
+    half = np.arange(bank.positions) < bank.positions // 2
+    frozen = FrozenBank(pair, bank), FrozenBank(pair, bank, parts=[half], batch_tokens=None)
+    assert asked == [(None, [True, False], "score"), (None, [True], "gradient")]
+    assert [each.batch_tokens for each in frozen] == [8192, 8192]
 
 
 class OnCard:

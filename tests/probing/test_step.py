@@ -8,15 +8,18 @@ import torch
 
 from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.models.pair import weights_sha256
+from diagnostics.probing import scores
 from diagnostics.probing.attribution import AttributionConfig, attribute
 from diagnostics.probing.directions import FILE, Store
 from diagnostics.probing.folds import assign_folds
-from diagnostics.probing.frozen_bank import FrozenBank, halve
+from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.intervention import InterventionConfig, intervene, interventions
 from diagnostics.probing.one_step import ControlConfig, probe
 from diagnostics.probing.scores import ScoreConfig, score
 from diagnostics.probing.step import FoldSteps, ProbeConfig, StepBench, kept_step, prepare_step
+from diagnostics.probing.tensor_lists import inner_product, tensor_norm
 from tests.conftest import make_pair, make_prompts
 
 GRID = InterventionConfig(criteria=("entropy",), budgets=(0.5,), random_draws=1, horizon=(0,))
@@ -93,36 +96,34 @@ def test_preparing_moves_nothing(setting):
     assert step.step_size == step.calibration.step_size[step.calibration.chosen].item() > 0
 
 
-def test_parts_of_a_bank_have_batches_of_their_own(setting):
+def test_some_contexts_are_measured_on_the_banks_own_batches(setting):
     pair, bank, tokens = setting
     step = assign_folds(tokens, 2, seed=0) == 0
-    whole = FrozenBank(pair, bank, batch_tokens=60)
-    parts = FrozenBank(pair, bank, batch_tokens=60, parts=[step, ~step])
-    for part, mask in zip(parts.parts, (step, ~step), strict=True):
-        rows = torch.cat([batch.rows_n for batch in part.batches])
-        assert sorted(rows.tolist()) == np.flatnonzero(mask).tolist()
-    for one, other, name in zip(
-        whole.divergences(), parts.divergences(), ("forward_kl", "reverse_kl"), strict=True
-    ):
+    frozen = FrozenBank(pair, bank, batch_tokens=60)
+    assert len(frozen.whole.batches) > 2
+    whole = frozen.divergences()
+    for one, name in zip(whole, ("forward_kl", "reverse_kl"), strict=True):
         np.testing.assert_allclose(one, tokens[name], atol=1e-6)
-        np.testing.assert_allclose(one, other, atol=1e-6)
-    half = FrozenBank(pair, bank, parts=[step]).divergences()[0]
-    assert (half[~step] == 0).all() and (half[step] > 0).all()
-    for chosen, mask in (([0], step), ([1], ~step), ([0, 1], step | ~step)):
-        one = parts.rescore("some", parts=chosen)[0]
-        assert (one[mask] == parts.divergences()[0][mask]).all() and (one[~mask] == 0).all()
+    for wanted in (step, ~step):
+        some = list(frozen.whole.contexts_of(wanted))
+        rows = torch.cat([batch.rows_n for batch, _ in some])
+        assert sorted(rows.tolist()) == np.flatnonzero(wanted).tolist()
+        assert len(some) <= len(frozen.whole.batches)
+        for one, found in zip(whole, frozen.rescore("some", wanted_N=wanted), strict=True):
+            np.testing.assert_allclose(found[wanted], one[wanted], atol=1e-6)
+            assert (found[~wanted] == 0).all()
 
 
 def test_a_halved_part_holds_the_same_states(setting):
     pair, bank, _ = setting
-    (part,) = FrozenBank(pair, bank).parts
+    part = FrozenBank(pair, bank).whole
     before = {
         row: state
         for batch, states in part
         for row, state in zip(batch.rows_n.tolist(), states, strict=True)
     }
     count = len(part.batches)
-    halve([part], MemoryError("full"))
+    part.halve(MemoryError("full"))
     assert len(part.batches) == 2 * count
     for batch, states in part:
         for row, state in zip(batch.rows_n.tolist(), states, strict=True):
@@ -138,20 +139,37 @@ def test_a_pair_without_teacher_is_refused_before_any_work(setting):
 
 def test_batches_of_one_context_stay_while_others_can_be_halved(setting):
     pair, bank, _ = setting
-    lone = np.zeros(bank.positions, dtype=bool)
-    lone[: len(bank[0].response_ids)] = True
-    parts = FrozenBank(pair, bank, parts=[lone, ~lone]).parts
-    contexts = sum(len(batch.ids_BT) for batch in parts[1].batches)
-    while any(len(batch.ids_BT) > 1 for batch in parts[1].batches):
-        halve(parts, MemoryError("full"))
-    assert len(parts[1].batches) == contexts and len(parts[0].batches) == 1
+    part = FrozenBank(pair, bank, batch_tokens=26).whole
+    sizes = [len(batch.ids_BT) for batch in part.batches]
+    assert min(sizes) == 1 < max(sizes)
+    while any(len(batch.ids_BT) > 1 for batch in part.batches):
+        part.halve(MemoryError("full"))
+    assert len(part.batches) == sum(sizes)
     with pytest.raises(DiagnosticsError, match=r"^One context of \d+ tokens does not fit"):
-        halve(parts, MemoryError("full"))
+        part.halve(MemoryError("full"))
+
+
+def test_batches_that_are_too_large_for_a_gradient_are_halved_beforehand(setting, monkeypatch):
+    pair, bank, tokens = setting
+    part = FrozenBank(pair, bank).whole
+    rows = torch.cat([batch.rows_n for batch in part.batches])
+    part.keep_to(50)
+    assert all(batch.tokens <= 50 or len(batch.ids_BT) == 1 for batch in part.batches)
+    assert max(len(batch.ids_BT) for batch in part.batches) > 1
+    assert torch.cat([batch.rows_n for batch in part.batches]).equal(rows)
+    assert [len(batch.rows_n) for batch, _ in part] == [len(states) for _, states in part]
+    part.keep_to(1)
+    assert len(part.batches) == len(bank)
+    monkeypatch.setattr(
+        scores, "chosen_batch_tokens", lambda *args, use="score": 9999 if use == "score" else 20
+    )
+    bench = StepBench(pair, bank, tokens, assign_folds(tokens, 4, seed=0))
+    assert len(bench.frozen.whole.batches) == 1 < len(bench._part.batches)
 
 
 def test_a_batch_keeps_the_contexts_that_are_wanted(setting):
     pair, bank, _ = setting
-    (part,) = FrozenBank(pair, bank).parts
+    part = FrozenBank(pair, bank).whole
     batch, states = part.batches[0], part.teacher[0]
     wanted = torch.zeros(len(batch.rows_n), dtype=torch.bool)
     wanted[[0, 3, -1]] = True
@@ -191,3 +209,117 @@ def test_a_direction_that_vanishes_is_named(setting, tmp_path):
     (tmp_path / "1" / FILE).unlink()
     with pytest.raises(DiagnosticsError, match=r"1 has lost the direction of fold 1 while it was"):
         steps.prepared(1)
+
+
+# --- theta0's divergences from the scores
+
+
+def steps_passes(bench, monkeypatch):
+    """What the bench measures, by the name of each pass."""
+    passes, real = [], StepBench.rescore
+    monkeypatch.setattr(
+        StepBench,
+        "rescore",
+        lambda self, name, **options: (passes.append(name), real(self, name, **options))[1],
+    )
+    return passes
+
+
+@pytest.mark.parametrize("batch_tokens", [30, 60, 8192])
+def test_scores_of_the_same_student_and_batches_are_theta0s(setting, monkeypatch, batch_tokens):
+    pair, bank, _ = setting
+    tokens = score(pair, bank, batch_tokens=batch_tokens)
+    bench = StepBench(
+        pair, bank, tokens, assign_folds(tokens, 4, seed=0), batch_tokens=batch_tokens
+    )
+    measured, passes = bench.rescore("measured", js=True), steps_passes(bench, monkeypatch)
+    for found in (bench.before(), bench.before(js=True)):
+        for one, other in zip(found, measured):
+            np.testing.assert_array_equal(one.view(np.int64), other.view(np.int64))
+    assert passes == []
+    gains = probe(pair, bank, tokens=tokens, batch_tokens=batch_tokens, step=0, horizon=())
+    assert "before" not in passes and (gains.tokens.gain == 0).all()
+
+
+@pytest.mark.parametrize(
+    "why", ["another student", "other batches", "unknown", "other bits", "a file"]
+)
+def test_other_scores_are_measured_again(setting, monkeypatch, tmp_path, why):
+    pair, bank, tokens = setting
+    tokens = tokens.copy()
+    if why == "another student":
+        tokens = score(make_pair(student_seed=5), bank)
+    elif why == "unknown":
+        tokens.attrs.clear()
+    elif why == "other batches":
+        tokens = score(pair, bank, batch_tokens=30)
+    elif why == "other bits":  # such as those of another device
+        tokens["reverse_kl"] = np.nextafter(tokens["reverse_kl"], np.inf)
+    else:
+        tokens.to_parquet(tmp_path / "scores.parquet", index=False)
+        tokens = validate_tokens(read_parquet(tmp_path / "scores.parquet"))
+    bench = StepBench(pair, bank, tokens, assign_folds(tokens, 4, seed=0))
+    measured, passes = bench.rescore("measured"), steps_passes(bench, monkeypatch)
+    for _ in range(2):  # the second time from memory
+        assert all((a == b).all() for a, b in zip(bench.before(), measured, strict=True))
+    assert passes == ([] if why == "a file" else ["before"])
+
+
+def test_nan_measurements_of_the_scores_are_theta0s_too(setting, monkeypatch):
+    pair, bank, _ = setting
+    tokens = score(pair, bank)
+    bench = StepBench(pair, bank, tokens, assign_folds(tokens, 4, seed=0))
+    tokens.loc[0, ["forward_kl", "reverse_kl"]] = np.nan
+    real = scores.rescore
+
+    def rescore(*args, **options):
+        found = real(*args, **options)
+        for values in found:
+            values[0] = np.nan
+        return found
+
+    monkeypatch.setattr(scores, "rescore", rescore)
+    passes = steps_passes(bench, monkeypatch)
+    assert np.isnan(bench.before()[0][0]) and passes == []
+
+
+# --- gradients in bfloat16
+
+
+def test_gradients_under_autocast_are_nearly_the_same_and_measurements_stay(setting):
+    pair, bank, tokens = setting
+    folds = assign_folds(tokens, 2, seed=0)
+    full, narrow = (
+        StepBench(pair, bank, tokens, folds, gradient_precision=precision)
+        for precision in ("full", "bfloat16")
+    )
+    weights_N = full.loss_weights(0)
+    one, other = (
+        bench.gradient(weights_N, loss="reverse_kl", beta=0.5)[1] for bench in (full, narrow)
+    )
+    assert all(g.dtype == torch.float32 for g in other)
+    assert not torch.equal(one[0], other[0])
+    cosine = inner_product(one, other) / (tensor_norm(one) * tensor_norm(other))
+    assert 0.97 < cosine < 0.99999
+    assert all((a == b).all() for a, b in zip(full.rescore("x"), narrow.rescore("x"), strict=True))
+    direction = narrow.direction(weights_N, loss="reverse_kl", beta=0.5, optimizer="adamw")
+    # the loss that the calibration starts from is measured as the losses that it is compared with
+    assert direction.value == full.mean_loss(weights_N, loss="reverse_kl", beta=0.5)
+
+
+def test_the_precision_of_gradients_is_part_of_the_settings(setting):
+    pair, bank, tokens = setting
+    options = {"tokens": tokens, "nulls": (), "placebos": 0, "horizon": ()}
+    narrow = probe(pair, bank, gradient_precision="bfloat16", **options)
+    full = probe(pair, bank, **options)
+    assert not narrow.tokens.gain.equals(full.tokens.gain)
+    assert np.corrcoef(narrow.tokens.gain, full.tokens.gain)[0, 1] > 0.9
+    assert dataclasses.asdict(ProbeConfig())["gradient_precision"] == "full"
+    with pytest.raises(DiagnosticsError, match=r"^Unknown gradient precision 'float16'\. Known"):
+        ProbeConfig(gradient_precision="float16")
+    cells = {"tokens": tokens, **dataclasses.asdict(GRID)}
+    one, other = (
+        interventions(pair, bank, gradient_precision=precision, **cells).effects
+        for precision in ("full", "bfloat16")
+    )
+    assert not any(np.array_equal(a.reduction_N3, b.reduction_N3) for a, b in zip(one, other))

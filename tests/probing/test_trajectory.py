@@ -10,8 +10,8 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing.scores import score
-from diagnostics.probing.step import StepBench, first_update
-from diagnostics.probing.tensor_lists import tensor_norm
+from diagnostics.probing.step import StepBench
+from diagnostics.probing.tensor_lists import first_update, tensor_norm
 from diagnostics.probing.trajectory import (
     Trajectory,
     TrajectoryConfig,
