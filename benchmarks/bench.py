@@ -6,7 +6,8 @@ A row is a function under `@row`: it returns what was measured and the floor tha
 below, both in the row's unit. `--quick` shrinks the sizes and fails (exit code 1) only where a goal
 of memory or exactness is missed: its timings are for reading. Ratios compare parts that were timed
 in turn within one run, by their medians. Rows of memory run in a process of their own, so that
-nothing else has raised its peak.
+nothing else has raised its peak. A row whose yardstick this machine does not have is named at the
+end as not measured.
 
 Writes benchmarks/latest.json: a list of {name, value, unit, goal, floor}.
 """
@@ -29,6 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch
 import torch.nn.functional as F
+import yardsticks
 from torch import Tensor
 
 from diagnostics.core.schema import SCHEMA
@@ -139,6 +141,10 @@ class Heads:
         """The teacher's logits [n, V] of its states."""
         return F.linear(hidden_nH, self.teacher_VH)
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """States and weight of the student, then of the teacher."""
+        return self.student_NH, self.student_VH, self.teacher_NH, self.teacher_VH
+
     def states(self) -> tuple:
         """States and head of the student, then of the teacher."""
         return self.student_NH, self.student, self.teacher_NH, self.teacher
@@ -225,6 +231,57 @@ def loop_over_statistics(sizes: Sizes) -> Measured:
     )
     loop_position = loop / sizes.loop_positions
     return Measured(loop_position / (statistics / sizes.timed_positions), loop_position / passes)
+
+
+def best_rows(heads: Heads, sizes: Sizes, function: Callable, *per_row: Tensor, **others) -> int:
+    """Rows per block at which a plain function of rows is fastest."""
+    count = min(16, sizes.timed_positions)
+    few = [x[:count] for x in per_row]
+    choices = [4, 8, 16]
+    times = seconds_in_turn(
+        2,
+        *(lambda rows=rows: yardsticks.in_rows(function, rows, *few, **others) for rows in choices),
+    )
+    return choices[times.index(min(times))]
+
+
+def plain_over(sizes: Sizes, *, kls: bool = False, compiled: bool = False) -> Measured:
+    """Plain torch, in the blocks of rows that suit it best, over the same of this package. Floor:
+    over the passes alone.
+    """
+    heads = Heads(sizes, sizes.timed_positions)
+    logits = heads.student(heads.student_NH), heads.teacher(heads.teacher_NH)
+    function = yardsticks.plain_kls if kls else yardsticks.plain_statistics
+    per_row = logits if kls else (*logits, heads.sampled_N)
+    others = {} if kls else {"ks": (*SWEEP, K)}
+    if compiled:
+        function = yardsticks.compiled(function, "cpu")
+    rows = 16 if compiled else best_rows(heads, sizes, function, *per_row, **others)
+    plain, mine, passes = seconds_in_turn(
+        sizes.repeats,
+        lambda: yardsticks.in_rows(function, rows, *per_row, **others),
+        lambda: divergences.kl_pair(*logits) if kls else measure(*logits, heads.sampled_N),
+        transcendental_passes(sizes.vocabulary),
+    )
+    return Measured(plain / mine, plain / (sizes.timed_positions * passes))
+
+
+@row("plain_over_statistics", unit="times", at_least=True)
+def plain_over_statistics(sizes: Sizes) -> Measured:
+    """All statistics in plain vectorized torch, float32, over `measure` on the same logits."""
+    return plain_over(sizes)
+
+
+@row("compiled_over_statistics", unit="times", at_least=True)
+def compiled_over_statistics(sizes: Sizes) -> Measured:
+    """The same under torch.compile, 16 rows at a time."""
+    return plain_over(sizes, compiled=True)
+
+
+@row("plain_over_kl_pair", unit="times", at_least=True)
+def plain_over_kl_pair(sizes: Sizes) -> Measured:
+    """Both KLs in plain vectorized torch over `kl_pair`."""
+    return plain_over(sizes, kls=True)
 
 
 def reference_loop(
@@ -360,21 +417,8 @@ def ours(heads: Heads, loss: str) -> Tensor:
 
 
 def full_logits(heads: Heads, loss: str) -> Tensor:
-    """The plain implementation: both models' logits of every position, softmax and divergence
-    traced by autograd.
-    """
-    with torch.no_grad():
-        ln_q_NV = heads.teacher(heads.teacher_NH).log_softmax(-1)
-    ln_p_NV = heads.student(heads.student_NH).log_softmax(-1)
-    if loss == "forward_kl":
-        return F.kl_div(ln_p_NV, ln_q_NV, reduction="sum", log_target=True) / len(ln_p_NV)
-    if loss == "reverse_kl":
-        return F.kl_div(ln_q_NV, ln_p_NV, reduction="sum", log_target=True) / len(ln_p_NV)
-    ln_m_NV = torch.logsumexp(torch.stack([ln_p_NV, ln_q_NV]) - math.log(2), 0)
-    kls = [
-        F.kl_div(ln_m_NV, ln_NV, reduction="sum", log_target=True) for ln_NV in (ln_p_NV, ln_q_NV)
-    ]
-    return sum(kls) / 2 / len(ln_p_NV)
+    """The plain implementation: `yardsticks.full_logits`."""
+    return yardsticks.full_logits(*heads.weights(), loss)
 
 
 def loss_memory(sizes: Sizes, loss: str) -> Measured:
@@ -443,6 +487,35 @@ def loss_over_full_logits(sizes: Sizes) -> Measured:
 
     mine, full, floor = seconds_in_turn(sizes.repeats, step(ours), step(full_logits), products)
     return Measured(mine / full, floor / full)
+
+
+def other_over_loss(sizes: Sizes, other: Callable) -> Measured:
+    """Reverse KL and its backward of another library over this package's."""
+    heads = Heads(sizes, sizes.timed_positions, trainable=True)
+
+    def step(implementation: Callable) -> Callable[[], None]:
+        return lambda: torch.autograd.grad(
+            implementation(), [heads.student_NH, heads.student_VH], retain_graph=False
+        )
+
+    mine, theirs = seconds_in_turn(
+        sizes.repeats,
+        step(lambda: ours(heads, "reverse_kl")),
+        step(lambda: other(*heads.weights(), "reverse_kl")),
+    )
+    return Measured(theirs / mine)
+
+
+@row("trl_over_loss", unit="times", at_least=True)
+def trl_over_loss(sizes: Sizes) -> Measured:
+    """TRL's fused divergence, which has Triton kernels on a GPU and plain torch here."""
+    return other_over_loss(sizes, yardsticks.trl)
+
+
+@row("liger_over_loss", unit="times", at_least=True)
+def liger_over_loss(sizes: Sizes) -> Measured:
+    """Liger's fused linear JSD at its own chunk, not compiled."""
+    return other_over_loss(sizes, yardsticks.liger)
 
 
 @row("loss_selection_projected", unit="ratio", goal=1.0, kind="exact")
@@ -572,11 +645,15 @@ def main() -> int:
         print(json.dumps(asdict(ROWS[options.row].function(sizes))))
         return 0
     arguments = [*(["--quick"] if options.quick else []), "--threads", str(options.threads)]
-    results, broken = [], False
+    results, broken, missing = [], False, []
     if not options.json:
         print(f"{'row':<30}{'measured':>11} {'unit':<9}{'goal':>10}{'floor':>11}{'x floor':>9}")
     for entry in (ROWS[name] for name in options.only or ROWS):
-        results.append(run(entry, sizes, arguments=arguments))
+        try:
+            results.append(run(entry, sizes, arguments=arguments))
+        except yardsticks.Missing as reason:
+            missing.append(f"{entry.name} ({reason})")
+            continue
         judged = entry.kind != "time" or not options.quick
         broken |= judged and not entry.met(results[-1]["value"])
         if not options.json:
@@ -597,8 +674,14 @@ def main() -> int:
         broken |= judged and not entry.met(found["value"])
         if not options.json:
             print(line(found, entry, judged=judged), flush=True)
-    if not (options.only or options.json or torch.cuda.is_available()):
-        print("not measured: the rows of a GPU, there is none")
+    if not (options.only or torch.cuda.is_available()):
+        missing.append("the rows of a GPU, there is none: benchmarks/gpu.py prints them")
+    elif not (options.only or options.json):
+        import gpu
+
+        broken |= bool(gpu.main(["--kernels", *(["--small"] if options.quick else [])]))
+    for reason in missing if not options.json else ():
+        print(f"not measured: {reason}")
     written = json.dumps(
         [{k: None if v != v else v for k, v in result.items()} for result in results], indent=1
     )

@@ -38,9 +38,11 @@ Undefined values are NaN: a position with a NaN or +inf logit in either model is
 measurement. A logit of -inf is probability 0, and 0 ln 0 = 0; KL(q||p) is inf where q > 0 and
 p = 0.
 
-Cost: positions are projected one chunk at a time and measured a few rows at a time, so that the
-passes over the vocabulary stay in the processor's cache. Per row and model there is one exp2, and
-for the row one log2.
+Cost: positions are projected one chunk at a time. On the CPU they are measured a few rows at a
+time, so that the passes over the vocabulary stay in the processor's cache; per row and model there
+is one exp2, and for the row one log2. On CUDA a chunk is one launch of a kernel that holds a tile
+of each row (`fused`), and its top-K lists are two more. What the lists say is worked out for many
+chunks at once.
 
 Axes: N positions, n of a chunk, r of a row block, 2 student and teacher, H hidden size, V
 vocabulary, K support, G groups of ids, U entries of both lists."""
@@ -48,7 +50,7 @@ vocabulary, K support, G groups of ids, U entries of both lists."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from typing import Literal
 
@@ -58,6 +60,7 @@ from torch import Tensor
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.formulas import acceptance
 from diagnostics.core.schema import support_column
+from diagnostics.measure import fused
 
 Logits = Callable[[Tensor], Tensor]
 """Maps hidden states [n, H] to logits [n, V] over the shared vocabulary, in any dtype."""
@@ -73,7 +76,17 @@ hardly faster.
 BLOCK_BYTES = 16 * 2**20
 """Bytes of the buffers of one row block on the CPU, so that they fit its last-level cache."""
 ACCELERATOR_FACTOR = 8
-"""Factor on both sizes on an accelerator, where kernel launches cost more than cache misses."""
+"""Factor on CHUNK_BYTES on an accelerator, where kernel launches cost more than cache misses."""
+ACCELERATOR_BYTES = 240 * 2**20
+"""Bytes beyond the logits that any step on an accelerator may take: one row block's buffers, or the
+candidates of a top-K search.
+"""
+ACCELERATOR_CHUNK = 16_384
+"""Most positions of a chunk on an accelerator: over a small vocabulary, what is kept of a position
+outweighs its logits.
+"""
+LISTS_BYTES = 32 * 2**20
+"""Bytes of what is compared of the top-K lists at a time, on any device."""
 GROUP = 64
 """Ids per group; a group's largest logit stands for it in the top-K search."""
 RUNS = 64
@@ -113,32 +126,78 @@ def measure(
     Reference:
         arXiv 2605.26844 and its released scripts; see the head of this module.
     """
-    out, _ = _measure(student_logits_NV, teacher_logits_NV, sampled_N, k=k, sweep=sweep)
-    return out
+    part = _measure_logits(student_logits_NV, teacher_logits_NV, sampled_N, k=k, sweep=sweep)
+    return _with_supports([part], k=k, sweep=sweep)
 
 
-def _measure(
+@dataclass(frozen=True)
+class _Part:
+    """What a chunk's logits are needed for: everything else is worked out from this."""
+
+    columns: dict[str, Tensor]
+    lists: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Further columns, which are not made NaN where the others are."""
+
+    def __len__(self) -> int:
+        return len(self.columns["student_entropy"])
+
+
+def _measure_logits(
     student_NV: Tensor,
     teacher_NV: Tensor,
     sampled_N: Tensor,
     *,
     k: int,
     sweep: Sequence[int],
-    tops: int = 0,
-) -> tuple[dict, dict]:
-    """Measurements by name, and each model's log-normalizer [N]."""
+) -> _Part:
+    """Everything that reads the logits; each model's log-normalizer [N] with it."""
     _check(student_NV, teacher_NV, sampled_N, (k, *sweep))
     out = _rows(student_NV, teacher_NV)
     norms = {name: out.pop(f"{name}_norm") for name in ("student", "teacher")}
     student = _Model(student_NV, norms["student"], out.pop("student_maxima"))
     teacher = _Model(teacher_NV, norms["teacher"], out.pop("teacher_maxima"))
-    out |= _sampled(student, teacher, sampled_N) | _supports(
-        student, teacher, sampled_N, k=k, sweep=sweep, tops=tops
+    out |= _sampled(student, teacher, sampled_N)
+    largest = _longest(k, sweep, student_NV.shape[1])
+    return _Part(out, _lists(student, teacher, sampled_N, largest), norms)
+
+
+def _longest(k: int, sweep: Sequence[int], vocabulary: int) -> int:
+    """Ids of each model's list, which every K and SELECTKD_TOP take the front of."""
+    return min(max(k, SELECTKD_TOP, *sweep), vocabulary)
+
+
+def _with_supports(
+    parts: Sequence[_Part], *, k: int, sweep: Sequence[int], tops: int = 0
+) -> dict[str, Tensor]:
+    """All columns of several chunks; the lists are compared at most LISTS_BYTES at a time."""
+    columns, lists, beside = (
+        {name: torch.cat([one[name] for one in every]) for name in every[0]}
+        for every in zip(*((part.columns, part.lists, part.beside) for part in parts))
     )
-    undefined_N = out["student_entropy"].isnan()
+    step = lists_rows(lists["s"].shape[1])
+    pieces = [
+        _supports({name: values_NK[rows] for name, values_NK in lists.items()}, k, sweep, tops)
+        for rows in _rows_in_turn(len(lists["s"]), step)
+    ]
+    columns |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    undefined_N = columns["student_entropy"].isnan()
     return {
-        name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in out.items()
-    }, norms
+        name: values_N.masked_fill(undefined_N, float("nan")) for name, values_N in columns.items()
+    } | beside
+
+
+def lists_rows(largest: int) -> int:
+    """Positions whose lists of `largest` ids are compared at a time: LISTS_BYTES of float64 for
+    each pair of entries, and some twenty for each entry.
+    """
+    return max(1, LISTS_BYTES // (8 * largest * (2 * largest + 20)))
+
+
+def _rows_in_turn(count: int, step: int) -> list[slice]:
+    """Slices of at most `step` rows, one empty one where there are no rows."""
+    return [slice(start, start + step) for start in range(0, max(1, count), step)]
 
 
 @torch.no_grad()
@@ -219,30 +278,32 @@ def measure_hidden(
         DiagnosticsError: As `measure`, and for a chunk that is not positive.
     """
 
-    def part(rows: slice) -> dict[str, Tensor]:
+    def part(rows: slice) -> _Part:
         student_nV = student_logits(student_hidden_NH[rows])
         teacher_nV = teacher_logits(teacher_hidden_NH[rows]).to(student_nV.device)
-        out, norms = _measure(
-            student_nV,
-            teacher_nV,
-            sampled_N[rows].to(student_nV.device),
-            k=k,
-            sweep=sweep,
-            tops=tops,
+        found = _measure_logits(
+            student_nV, teacher_nV, sampled_N[rows].to(student_nV.device), k=k, sweep=sweep
         )
         if more is not None:
-            out |= more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device))
+            found.beside.update(more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device)))
         if student_dropped is not None:
-            out["student_dropped_mass"] = _mass_outside(
-                student_dropped(student_hidden_NH[rows]), norms["student"]
+            found.beside["student_dropped_mass"] = _mass_outside(
+                student_dropped(student_hidden_NH[rows]), found.norms["student"]
             )
         if teacher_dropped is not None:
-            out["teacher_dropped_mass"] = _mass_outside(
-                teacher_dropped(teacher_hidden_NH[rows]), norms["teacher"]
+            found.beside["teacher_dropped_mass"] = _mass_outside(
+                teacher_dropped(teacher_hidden_NH[rows]), found.norms["teacher"]
             )
-        return out
+        return found
 
-    parts = [part(rows) for rows in _slices(student_hidden_NH, student_logits, chunk)]
+    parts, waiting = [], []
+    for rows in _slices(student_hidden_NH, student_logits, chunk):
+        waiting.append(part(rows))
+        if sum(map(len, waiting)) >= lists_rows(waiting[0].lists["s"].shape[1]):
+            parts.append(_with_supports(waiting, k=k, sweep=sweep, tops=tops))
+            waiting = []
+    if waiting:
+        parts.append(_with_supports(waiting, k=k, sweep=sweep, tops=tops))
     return {name: torch.cat([measured[name] for measured in parts]) for name in parts[0]}
 
 
@@ -334,12 +395,35 @@ def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
 
     Beyond 16 it is a multiple of 16, which matrix products are fastest at.
     """
-    positions = _budget(CHUNK_BYTES, device) // (2 * torch.float32.itemsize * vocabulary)
+    on_cpu = torch.device(device).type == "cpu"
+    held = CHUNK_BYTES if on_cpu else ACCELERATOR_FACTOR * CHUNK_BYTES
+    positions = held // (2 * torch.float32.itemsize * vocabulary)
+    positions = positions if on_cpu else min(positions, ACCELERATOR_CHUNK)
     return max(1, positions - positions % 16 if positions > 16 else positions)
 
 
-def _budget(cpu_bytes: int, device: torch.device | str) -> int:
-    return cpu_bytes if torch.device(device).type == "cpu" else ACCELERATOR_FACTOR * cpu_bytes
+def peak_bytes(
+    rows: int, vocabulary: int, *, k: int = 16, sweep: Sequence[int] = (), tops: int = 0
+) -> int:
+    """Most bytes that measuring a chunk with the kernels takes beyond its logits.
+
+    Args:
+        rows: Positions of the chunk.
+        vocabulary: Number of ids.
+        k: Size of the supports, as in `measure`.
+        sweep: Further K, as in `measure`.
+        tops: As in `measure_hidden`.
+
+    Returns:
+        Bytes of: the kernels' results; the lists; what comparing LISTS_BYTES of them takes; and
+        the columns, twice where they are put together.
+    """
+    largest = _longest(k, sweep, vocabulary)
+    columns = 15 + 11 * len({k, *sweep}) + 4 * tops  # of the whole, and of each K
+    lists = rows * 8 * (6 * largest + 1)
+    found = fused.result_bytes(rows, vocabulary, k=largest, group=GROUP)
+    compared = min(rows, lists_rows(largest)) * 8 * largest * (2 * largest + 20)
+    return found + 2 * lists + compared + 2 * rows * 8 * columns
 
 
 def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]:
@@ -349,7 +433,7 @@ def _slices(hidden_NH: Tensor, logits: Logits, chunk: int | None) -> list[slice]
         )
     nothing_0V = logits(hidden_NH[:0])
     step = chunk or chunk_size(nothing_0V.shape[-1], nothing_0V.device)
-    return [slice(start, start + step) for start in range(0, max(1, len(hidden_NH)), step)]
+    return _rows_in_turn(len(hidden_NH), step)
 
 
 def _check(
@@ -394,22 +478,25 @@ class Block:
     buffers of earlier ones.
     """
 
-    def __init__(self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor):
+    def __init__(
+        self, student_rV: Tensor, teacher_rV: Tensor, buffers_3r2V: Tensor, *, grouped: bool
+    ):
         self.centred_r2V, self._weight_r2V, self.spare_r2V = buffers_3r2V
-        self._centre(student_rV, teacher_rV)
+        self._centre(student_rV, teacher_rV, grouped=grouped)
         self.total_r2 = sum_float64(torch.exp2(self.centred_r2V, out=self._weight_r2V))
 
-    def _centre(self, student_rV: Tensor, teacher_rV: Tensor) -> None:
-        """Logits in bits plus an offset that takes the row's largest close to 0; the maxima of
-        groups of ids on the way.
+    def _centre(self, student_rV: Tensor, teacher_rV: Tensor, *, grouped: bool) -> None:
+        """Logits in bits plus an offset that takes the row's largest close to 0; where grouped, the
+        maxima of groups of ids on the way.
         """
         self.maxima, largest, peaks = [], [], []
         for logits_rV, target_rV in zip((student_rV, teacher_rV), self.centred_r2V.unbind(1)):
             logits_rV = (
                 logits_rV if logits_rV.dtype == target_rV.dtype else target_rV.copy_(logits_rV)
             )
-            self.maxima.append(_group(logits_rV, GROUP, torch.amax))
-            largest_r1 = self.maxima[-1].amax(-1, keepdim=True)
+            maxima_rX = _group(logits_rV, GROUP, torch.amax) if grouped else logits_rV
+            self.maxima.append(maxima_rX)
+            largest_r1 = maxima_rX.amax(-1, keepdim=True)
             offset_r1 = largest_r1 / -LN2
             torch.add(
                 offset_r1, logits_rV, alpha=1 / LN2, out=target_rV
@@ -448,10 +535,13 @@ class Block:
         return self._weight_r2V.mul_((1 / self.total_r2)[:, :, None].to(self._weight_r2V))
 
 
-def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Block]]:
+def blocks(
+    student_NV: Tensor, teacher_NV: Tensor, *, grouped: bool = False
+) -> Iterator[tuple[slice, Block]]:
     """The rows in turn, as many at a time as stay in cache.
 
-    A block's buffers are used again for the next block.
+    A block's buffers are used again for the next block. grouped: whether `maxima` are those of
+    groups of ids, which only the top-K lists need.
     """
     count, vocabulary = student_NV.shape
     dtype = torch.promote_types(
@@ -463,7 +553,12 @@ def blocks(student_NV: Tensor, teacher_NV: Tensor) -> Iterator[tuple[slice, Bloc
         rows = slice(start, min(start + step, count))
         yield (
             rows,
-            Block(student_NV[rows], teacher_NV[rows], buffers_3r2V[:, : rows.stop - rows.start]),
+            Block(
+                student_NV[rows],
+                teacher_NV[rows],
+                buffers_3r2V[:, : rows.stop - rows.start],
+                grouped=grouped,
+            ),
         )
 
 
@@ -472,11 +567,19 @@ def _rows(
 ) -> dict[str, Tensor]:
     """Vocabulary-wide measurements of every row.
 
-    Rows that hold a logit of -inf, NaN or +inf are measured again by `_dense_with_absent`.
+    Rows that hold a logit of -inf, NaN or +inf are measured again by `_dense_with_absent`; of a
+    kernel's rows, those that float32 cannot hold.
     """
-    parts = [_dense(block, upto=upto) for _, block in blocks(student_NV, teacher_NV)]
-    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    for rows_r in not_finite(out["forward_kl"], student_NV.shape[1]):
+    if fused.applies(student_NV, teacher_NV):
+        out, again_N = fused.statistics(student_NV, teacher_NV, upto=upto, group=GROUP)
+    else:
+        parts = [
+            _dense(block, upto=upto)
+            for _, block in blocks(student_NV, teacher_NV, grouped=upto == "all")
+        ]
+        out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        again_N = ~out["forward_kl"].isfinite()
+    for rows_r in in_float64(again_N, student_NV.shape[1]):
         for name, value_r in _dense_with_absent(
             student_NV[rows_r], teacher_NV[rows_r], upto=upto
         ).items():
@@ -484,19 +587,22 @@ def _rows(
     return out
 
 
-def not_finite(values_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """Rows [r] whose value is not finite, as many at a time as one float64 block holds.
+def in_float64(again_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """The rows [r] that are to be measured again, as many at a time as one float64 block holds.
 
-    A vocabulary that is padded with -inf brings every row here.
+    A vocabulary that is padded with -inf brings every row here, where there is no kernel.
     """
-    rows_n = (~values_N.isfinite()).nonzero()[:, 0]
+    rows_n = again_N.nonzero()[:, 0]
     if len(rows_n):
-        yield from rows_n.split(_block_rows(vocabulary, torch.float64, values_N.device))
+        yield from rows_n.split(_block_rows(vocabulary, torch.float64, again_N.device))
 
 
 def _block_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose block fits BLOCK_BYTES: three buffers for both models."""
-    return max(1, _budget(BLOCK_BYTES, device) // (6 * dtype.itemsize * vocabulary))
+    """Rows whose block fits BLOCK_BYTES, or on an accelerator its memory: three buffers for both
+    models.
+    """
+    held = BLOCK_BYTES if device.type == "cpu" else ACCELERATOR_BYTES
+    return max(1, held // (6 * dtype.itemsize * vocabulary))
 
 
 def _dense(block: Block, *, upto: str) -> dict[str, Tensor]:
@@ -639,6 +745,22 @@ def top_ids(logits_NV: Tensor, k: int, *, maxima_NG: Tensor | None = None) -> Te
     vocabulary = logits_NV.shape[1]
     k = min(k, vocabulary)
     maxima_NG = _group(logits_NV, GROUP, torch.amax) if maxima_NG is None else maxima_NG
+    if k <= fused.LARGEST_K and fused.applies(logits_NV):
+        return fused.top_ids(logits_NV, k, maxima_NG.float(), group=GROUP)
+    step = logits_NV.shape[0]
+    if logits_NV.device.type != "cpu":  # 40 bytes for each candidate
+        step = max(1, ACCELERATOR_BYTES // (40 * GROUP * k))
+    return torch.cat(
+        [
+            _top_ids(logits_NV[rows], k, maxima_NG[rows])
+            for rows in _rows_in_turn(len(logits_NV), max(1, step))
+        ]
+    )
+
+
+def _top_ids(logits_NV: Tensor, k: int, maxima_NG: Tensor) -> Tensor:
+    """`top_ids` with torch, all rows at once."""
+    vocabulary = logits_NV.shape[1]
     groups_Nk = _largest(maxima_NG, min(k, maxima_NG.shape[1])).sort(-1).values
     ids_NC = (groups_Nk[:, :, None] * GROUP + torch.arange(GROUP, device=groups_Nk.device)).flatten(
         1
@@ -663,17 +785,10 @@ def _largest(values_NC: Tensor, k: int) -> Tensor:
     return keys_NC.topk(k, dim=-1).indices
 
 
-def _supports(
-    student: _Model,
-    teacher: _Model,
-    sampled_N: Tensor,
-    *,
-    k: int,
-    sweep: Sequence[int],
-    tops: int = 0,
-) -> dict[str, Tensor]:
-    """Measurements of the top-K lists, for k and for each other K in `sweep`."""
-    largest = min(max(k, SELECTKD_TOP, *sweep), student.logits_NV.shape[1])
+def _lists(student: _Model, teacher: _Model, sampled_N: Tensor, largest: int) -> dict[str, Tensor]:
+    """Each model's `largest` most likely ids `s` and `t` [N, K], both models' log-probabilities of
+    them, and the sampled ids [N], where the log-probabilities are.
+    """
     s_NK, t_NK = student.top(largest), teacher.top(largest)
     values = {
         "p_s": student.ln(s_NK),
@@ -681,7 +796,17 @@ def _supports(
         "p_t": student.ln(t_NK),
         "q_t": teacher.ln(t_NK),
     }
-    s_NK, t_NK, sampled_N = (ids.to(student.norm_N.device) for ids in (s_NK, t_NK, sampled_N))
+    ids = {"s": s_NK, "t": t_NK, "sampled": sampled_N}
+    return values | {name: ids_N.to(student.norm_N.device) for name, ids_N in ids.items()}
+
+
+def _supports(
+    lists: dict[str, Tensor], k: int, sweep: Sequence[int], tops: int
+) -> dict[str, Tensor]:
+    """Measurements of the top-K lists, for k and for each other K in `sweep`."""
+    values = dict(lists)
+    s_NK, t_NK, sampled_N = values.pop("s"), values.pop("t"), values.pop("sampled")
+    largest = s_NK.shape[1]
     top_p_N2 = values["p_s"][:, :2].exp()
     out = {
         "student_margin": top_p_N2[:, 0] - top_p_N2[:, 1:].sum(-1),

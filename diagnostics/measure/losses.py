@@ -20,10 +20,11 @@ Reference: arXiv 2306.13649 (generalized JSD), arXiv 2605.26844 (loss on the sam
 The reduction is the sum over positions of weight times value, over a denominator that the caller
 counts globally, so that accumulation and data parallelism leave the gradient unchanged.
 
-Departures: derivatives are written out, not traced, so a chunk of positions costs its logits once
-and its derivative once; `chunked_loss` takes them while the logits are in hand, where checkpointing
-would project twice. There is no second derivative. The values of both KLs are those of
-`divergences`, bit for bit.
+Departures: derivatives are written out, not traced, so a chunk of positions costs its logits once;
+`chunked_loss` takes the derivative while the logits are in hand, where checkpointing would project
+twice, and writes it over them where the head's last step does not need them. There is no second
+derivative. The values of both KLs are those of `divergences`, bit for bit; on CUDA, where a kernel
+takes value and derivative of a chunk in one launch (`fused`; topk_reverse has none), to rounding.
 
 Undefined is NaN, value and derivative: a NaN or +inf logit in either model. A token that both
 models exclude (-inf) contributes 0; one that only the second distribution of a KL excludes makes it
@@ -45,7 +46,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.measure import projection
+from diagnostics.measure import fused, projection
 from diagnostics.measure.divergences import (
     LN2,
     Block,
@@ -53,7 +54,7 @@ from diagnostics.measure.divergences import (
     blocks,
     chunk_size,
     has_mass_outside,
-    not_finite,
+    in_float64,
     replace_neg_inf,
     sum_float64,
     teacher_logits_for,
@@ -148,7 +149,7 @@ def chunked_loss(
     advantage_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The reduced objective, with the logits and their derivative of one chunk in memory.
+    """The reduced objective, with the logits of one chunk in memory.
 
     The result is differentiable once in `student_hidden_NH` and in the parameters that
     `student_logits` uses. The derivatives are taken during the forward pass; the backward pass only
@@ -156,7 +157,8 @@ def chunked_loss(
 
     Args:
         student_hidden_NH: [N, H] states of the student.
-        student_logits: Maps states [n, H] to logits [n, V].
+        student_logits: Maps states [n, H] to logits [n, V], made for this call: the derivative may
+            be written over them.
         teacher_hidden_NH: [N, H'] states of the teacher.
         teacher_logits: The same map of the teacher; no gradient flows into it.
         sampled_N: [N] ids of the sampled tokens.
@@ -179,8 +181,8 @@ def chunked_loss(
     nothing_0V = student_logits(student_hidden_NH[:0].detach())
     leaves = _leaves(nothing_0V)
     kept_n = weights_N.nonzero()[:, 0]
-    # Half of scoring's chunk, since memory also holds the logits' derivative and the head's
-    # gradient.
+    # Half of scoring's chunk, since memory also holds the head's gradient, and the logits'
+    # derivative where it cannot take their place.
     step = chunk or max(1, chunk_size(nothing_0V.shape[-1], nothing_0V.device) // 2)
     chunks = kept_n.split(step) if len(kept_n) else ()
 
@@ -198,7 +200,11 @@ def chunked_loss(
             student_nV = student_logits(hidden_nH)
         else:
             student_nV = gradients.trace(student_logits, hidden_nH)
-            slope_nV = torch.empty_like(student_nV, requires_grad=False)
+            slope_nV = (
+                student_nV.detach()
+                if _may_be_overwritten(student_nV)
+                else torch.empty_like(student_nV, requires_grad=False)
+            )
         with torch.no_grad():
             teacher_nV = teacher_logits_for(
                 student_nV.detach(), _at(teacher_hidden_NH, at_n), teacher_logits
@@ -214,6 +220,16 @@ def chunked_loss(
     if torch.is_grad_enabled() and (student_hidden_NH.requires_grad or leaves):
         return _Chunked.apply(chunk_value, chunks, student_hidden_NH, *leaves)
     return _sum((chunk_value(at_n, None) for at_n in chunks), student_hidden_NH.device)
+
+
+OVERWRITABLE = ("_Linear", "_Widened", "Mm", "Addmm", "Mul", "Div")
+"""Operations whose derivative does not need what they returned."""
+
+
+def _may_be_overwritten(logits_nV: Tensor) -> bool:
+    """Whether logits are a tensor of their own that no step of their graph has kept."""
+    made_by = type(logits_nV.grad_fn).__name__.removesuffix("0").removesuffix("Backward")
+    return made_by in OVERWRITABLE and logits_nV._base is None and logits_nV.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -268,30 +284,62 @@ def _evaluate(
 ) -> Tensor:
     """Values [N], float64; fills `slope_NV`, where given, with their derivative in the student's
     logits times the scale.
+
+    `slope_NV` may be the student's logits: no row is written before its value is known to be right,
+    since a value that is not finite is taken again from the logits, in float64.
     """
-
-    def fill(rows: slice | Tensor, block: Block, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:
-        value_r, derivative = _RULES[objective.loss](
-            objective, block, student_rV, teacher_rV, positions[rows]
+    if objective.loss in fused.LOSSES and fused.applies(student_NV, teacher_NV):
+        values_N, again_N = fused.objective(
+            student_NV,
+            teacher_NV,
+            loss=objective.loss,
+            beta=objective.beta,
+            sampled_N=positions.sampled_N,
+            advantage_N=positions.advantage_N,
+            scale_N=positions.scale_N,
+            slope_NV=slope_NV,
         )
-        if slope_NV is not None:
-            slope_NV[rows] = positions[rows].scaled(derivative()).to(slope_NV.dtype)
-        return value_r
-
-    values_N = torch.cat(
-        [
-            fill(rows, block, student_NV[rows], teacher_NV[rows])
-            for rows, block in blocks(student_NV, teacher_NV)
-        ]
-    )
-    for rows_r in not_finite(values_N, student_NV.shape[1]):  # -inf as logit, or truly not finite
+    else:
+        values_N = _evaluate_blocks(objective, student_NV, teacher_NV, positions, slope_NV)
+        again_N = ~values_N.isfinite()
+    for rows_r in in_float64(again_N, student_NV.shape[1]):  # -inf as logit, or truly not finite
         student_rV, teacher_rV = to_float64(student_NV[rows_r]), to_float64(teacher_NV[rows_r])
         ((_, block),) = blocks(replace_neg_inf(student_rV), replace_neg_inf(teacher_rV))
-        value_r = fill(rows_r, block, student_rV, teacher_rV)
+        value_r, derivative = _RULES[objective.loss](
+            objective, block, student_rV, teacher_rV, positions[rows_r]
+        )
+        if slope_NV is not None:
+            slope_NV[rows_r] = positions[rows_r].scaled(derivative()).to(slope_NV.dtype)
         values_N[rows_r] = torch.where(
             _infinite(objective, student_rV, teacher_rV) & ~value_r.isnan(), torch.inf, value_r
         )
     return values_N
+
+
+def _evaluate_blocks(
+    objective: _Objective,
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    positions: _Positions,
+    slope_NV: Tensor | None,
+) -> Tensor:
+    """Values [N], float64, a few rows at a time; fills the slope of rows with a finite value."""
+
+    def fill(rows: slice, block: Block) -> Tensor:
+        value_r, derivative = _RULES[objective.loss](
+            objective, block, student_NV[rows], teacher_NV[rows], positions[rows]
+        )
+        if slope_NV is None:
+            return value_r
+        slope_rV = positions[rows].scaled(derivative()).to(slope_NV.dtype)
+        right_r = value_r.isfinite()
+        if right_r.all():
+            slope_NV[rows] = slope_rV
+        else:
+            slope_NV[rows][right_r] = slope_rV[right_r]
+        return value_r
+
+    return torch.cat([fill(rows, block) for rows, block in blocks(student_NV, teacher_NV)])
 
 
 def _infinite(objective: _Objective, student_rV: Tensor, teacher_rV: Tensor) -> Tensor:

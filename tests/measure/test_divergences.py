@@ -419,7 +419,7 @@ def test_a_padded_vocabulary_takes_no_row_by_row_path(monkeypatch):
     monkeypatch.setattr(
         divergences.Block,
         "_centre",
-        lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)),
+        lambda self, *logits, **how: (made.append(len(logits[0])), centre(self, *logits, **how)),
     )
     measure(*padded(21, -INF))
     assert sum(made) == 90 + 89 and len(made) == 2

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.yardsticks import LOSSES as FUSED
+from benchmarks.yardsticks import allocated_on_the_cpu, full_logits
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import kl_pair, measure
@@ -293,7 +295,7 @@ def test_a_padded_vocabulary_costs_no_row_by_row_path_and_no_digit(
     monkeypatch.setattr(
         divergences.Block,
         "_centre",
-        lambda self, *logits: (made.append(len(logits[0])), centre(self, *logits)),
+        lambda self, *logits, **how: (made.append(len(logits[0])), centre(self, *logits, **how)),
     )
     whole_NV = student_NV.clone().requires_grad_()
     whole_N = per_position(whole_NV, teacher_NV, sampled_N, loss=loss, **options)
@@ -642,6 +644,107 @@ def test_peak_memory_is_a_quarter_of_the_full_logits():
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     for name in names:
         assert rows[name]["value"] <= rows[name]["goal"] == 0.25, name
+
+
+@pytest.mark.parametrize("loss", FUSED)
+def test_loss_and_backward_take_a_third_of_the_full_logits_at_most(loss):
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(4000, 24, generator=generator) for _ in range(2)]
+    states = [torch.randn(512, 24, generator=generator) for _ in range(2)]
+    heads[0].requires_grad_(), states[0].requires_grad_()
+
+    def ours() -> Tensor:
+        return chunked_loss(
+            states[0],
+            lambda h_nH: F.linear(h_nH, heads[0]),
+            states[1],
+            lambda h_nH: F.linear(h_nH, heads[1]),
+            torch.zeros(512, dtype=torch.long),
+            loss=loss,
+            weights_N=torch.ones(512),
+            denominator=512.0,
+            chunk=64,
+        )
+
+    def full() -> Tensor:
+        return full_logits(states[0], heads[0], states[1], heads[1], loss)
+
+    assert float(ours().detach()) == pytest.approx(float(full().detach()), rel=1e-5)
+    taken, whole = (
+        allocated_on_the_cpu(lambda f=f: torch.autograd.grad(f(), [states[0], heads[0]]))
+        for f in (ours, full)
+    )
+    assert taken <= whole / 3
+
+
+def chunk_gradients(head, student_NH: Tensor, teacher_NV: Tensor, loss: str, *, chunk=None):
+    """Value and derivative in the states of one chunked loss, weights 1."""
+    states_NH = student_NH.clone().requires_grad_()
+    value = chunked_loss(
+        states_NH,
+        head,
+        teacher_NV,
+        lambda logits_nV: logits_nV,
+        torch.zeros(len(states_NH), dtype=torch.long),
+        loss=loss,
+        weights_N=torch.ones(len(states_NH)),
+        denominator=float(len(states_NH)),
+        chunk=chunk,
+    )
+    return value.detach(), torch.autograd.grad(value, states_NH)[0]
+
+
+def test_a_chunk_holds_no_second_copy_of_its_logits(monkeypatch):
+    """Its derivative is written over them, so that a chunk takes both models' logits alone."""
+    monkeypatch.setattr(divergences, "BLOCK_BYTES", 2**16)
+    weight_VH, states_NH = torch.randn(5000, 4), torch.randn(200, 4)
+    teacher_NV = torch.randn(200, 5000)
+    one = teacher_NV.nbytes  # the teacher's part of the chunk is a copy
+    taken = allocated_on_the_cpu(
+        lambda: chunk_gradients(
+            lambda h_nH: F.linear(h_nH, weight_VH), states_NH, teacher_NV, "reverse_kl", chunk=200
+        )
+    )
+    assert 2 * one < taken < 2.5 * one
+
+
+@pytest.mark.parametrize("last", [torch.tanh, torch.exp, torch.sigmoid])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_that_their_own_derivative_needs_are_left_alone(last, loss):
+    weight_VH = torch.randn(40, 6, dtype=torch.float64) / 2
+    states_NH, teacher_NV = (torch.randn(5, n, dtype=torch.float64) for n in (6, 40))
+
+    def head(h_nH: Tensor) -> Tensor:
+        return last(F.linear(h_nH, weight_VH))
+
+    _, found_NH = chunk_gradients(head, states_NH, teacher_NV, loss, chunk=2)
+    leaf_NH = states_NH.clone().requires_grad_()
+    values_N = per_position(head(leaf_NH), teacher_NV, torch.zeros(5, dtype=torch.long), loss=loss)
+    (expected_NH,) = torch.autograd.grad(values_N.mean(), leaf_NH)
+    assert torch.allclose(found_NH, expected_NH, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd"])
+def test_rows_that_are_taken_again_still_have_their_logits(loss):
+    """A token that the teacher excludes sends rows 1 and 3 to float64, after the derivative of the
+    others has been written over the logits.
+    """
+    weight_VH, states_NH, teacher_NV = torch.randn(40, 6), torch.randn(5, 6), torch.randn(5, 40)
+    weight_VH[7] = torch.tensor([1e38, 0, 0, 0, 0, 0])
+    states_NH[:, 0] = torch.tensor([0.0, -1.5, 0.0, -2.0, 0.0])
+    teacher_NV[[1, 3], 7] = -INF
+
+    def head(h_nH: Tensor) -> Tensor:
+        return F.linear(h_nH, weight_VH.to(h_nH.dtype))
+
+    value, found_NH = chunk_gradients(head, states_NH, teacher_NV, loss)
+    leaf_NH = states_NH.double().requires_grad_()
+    values_N = per_position(
+        head(leaf_NH), teacher_NV.double(), torch.zeros(5, dtype=torch.long), loss=loss
+    )
+    (expected_NH,) = torch.autograd.grad(values_N.mean(), leaf_NH)
+    assert torch.allclose(value, values_N.mean(), rtol=1e-5)
+    assert torch.allclose(found_NH.double(), expected_NH, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- refusals
