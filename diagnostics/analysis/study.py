@@ -49,7 +49,7 @@ from diagnostics.analysis.strata import null_share, strata
 from diagnostics.core.folds import step_count
 from diagnostics.core.inputs import several, takes, token_table
 from diagnostics.core.progress import progress
-from diagnostics.core.schema import support_column
+from diagnostics.core.schema import column, support_column
 from diagnostics.core.settings import with_settings
 from diagnostics.core.shown import Tables
 
@@ -275,11 +275,17 @@ def _by_support(statistics: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _on_request(name: str) -> bool:
+    """Whether a column is measured only where it is asked for, so that nobody misses it."""
+    known = column(name)
+    return known is not None and bool(known.on_request)
+
+
 def _gaps(tokens: pd.DataFrame, base_k: int, losses, training) -> Iterator[tuple[str, str, str]]:
     """(table, part, reason) for each part that is left out of a table for want of columns."""
     for name in registry.names():
         missing = registry.missing_columns(tokens, name)
-        if missing:
+        if missing and not all(_on_request(each) for each in missing):
             yield "correlations", f"criterion {name}", f"no column {', '.join(missing)}"
     for outcome in STUDY_OUTCOMES:
         if outcome not in tokens:

@@ -132,6 +132,10 @@ def test_only_what_was_not_given_is_left_out_of_a_full_table(made):
     assert not [row for row in reasons if row[1] == "the whole table"]
 
 
+def test_nobody_misses_what_is_measured_on_request_alone(made):
+    assert not [row for row in left(made) if "ier" in row[2] or "top1_gap" in row[2]]
+
+
 @pytest.mark.parametrize(
     "missing, gone, why",
     [
