@@ -27,6 +27,8 @@ SMALLER = (
     (r"--contexts \d+", "--draws 20 --contexts 24"),
     (r"max([-_])new([-_])tokens([= ])\d+", r"max\1new\2tokens\g<3>16"),
     (r"draws=\d+", "draws=20"),
+    (r"--horizon 5", "--horizon 2"),
+    (r"horizon=\(1, 5\)", "horizon=(1, 2)"),
 )
 """What makes a notebook small; `make notebooks` runs them as they are."""
 
