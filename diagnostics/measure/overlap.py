@@ -25,6 +25,9 @@ from torch import Tensor
 
 from diagnostics.measure.divergences import to_float64, top_ids
 
+SMALL = 4096
+"""Ids up to which torch's own search, which takes all of them, is the faster one on a CPU."""
+
 
 @torch.no_grad()
 def measure_overlap(
@@ -44,8 +47,7 @@ def measure_overlap(
     Reference:
         See the head of this module.
     """
-    listed_NK = top_ids(teacher_logits_NV, k)
-    own_NK = top_ids(student_logits_NV, k)
+    listed_NK, own_NK = _listed(teacher_logits_NV, k), _listed(student_logits_NV, k)
     ln_p_NK, ln_q_NK = (
         _log_probabilities(logits_NV, listed_NK)
         for logits_NV in (student_logits_NV, teacher_logits_NV)
@@ -61,6 +63,22 @@ def measure_overlap(
     }
     bad_N = ln_p_NK.isnan().any(-1) | ln_q_NK.isnan().any(-1)
     return {name: values_N.masked_fill(bad_N, float("nan")) for name, values_N in found.items()}
+
+
+def _listed(logits_NV: Tensor, k: int) -> Tensor:
+    """The ids of `top_ids` [N, min(k, V)], in no order.
+
+    torch's search leaves open which of several equal logits at the list's end it takes, so those
+    rows are searched again.
+    """
+    if logits_NV.shape[1] > SMALL:
+        return top_ids(logits_NV, k)
+    found = logits_NV.topk(min(k, logits_NV.shape[1]), sorted=False)
+    least_N1 = found.values.amin(-1, keepdim=True)
+    crowded_N = (logits_NV >= least_N1).sum(-1) > found.indices.shape[1]
+    if crowded_N.any():
+        found.indices[crowded_N] = top_ids(logits_NV[crowded_N], k)
+    return found.indices
 
 
 def overlap_advantage(ln_p_NK: Tensor, ln_q_NK: Tensor, shared_NK: Tensor) -> Tensor:

@@ -218,9 +218,11 @@ def chosen_batch_tokens(pair: Pair, asked: int | None, *, use: batch_size.Use = 
         asked: A number, or None to choose one.
         use: Whether the passes are run for their results alone, or for a gradient.
     """
-    run = [model.model for model in (pair.student, pair.teacher) if isinstance(model, Readout)]
-    if use == "gradient":
-        run = run[:1]  # the student, which is the one that gets a gradient
+    if asked is not None:
+        return asked
+    # a teacher whose layers are released is not loaded again for a gradient, which is the student's
+    both = [pair.student] if use == "gradient" else [pair.student, pair.teacher]
+    run = [readout.model for readout in both if isinstance(readout, Readout)]
     return batch_size.choose(asked, run, use=use)
 
 

@@ -757,8 +757,8 @@ class StepBench:
             with torch.no_grad():
                 for p, o, d in zip(self.parameters, self.origin, direction, strict=True):
                     _move(p, o, d, step_size, placebo_seed, first)
+                    self.place.rest([o, d])
                     first += p.numel()
-            self.place.rest([*self.origin, *direction])
             yield
 
     @torch.no_grad()
@@ -767,7 +767,7 @@ class StepBench:
         if self._origin is not None:
             for p, o in zip(self.parameters, self._origin, strict=True):
                 p.copy_(o)
-            self.place.rest(self._origin)
+                self.place.rest([o])
 
     def rescore(
         self,

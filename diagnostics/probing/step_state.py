@@ -160,7 +160,9 @@ class StatePlace:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self.kind == "disk":
-            return _mapped(tensor).copy_(tensor)
+            copy = _mapped(tensor).copy_(tensor)
+            self.rest([copy])
+            return copy
         return tensor.to(self.sums(tensor), copy=True)
 
 

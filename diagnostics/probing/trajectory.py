@@ -170,46 +170,48 @@ class _Optimizer:
     """AdamW on the bench's student, whose moments lie where the bench has the state of its steps.
 
     In main memory beside a card it steps on a copy of the weights there, which the student then
-    gets.
+    gets. With moments in mapped files it goes from one weight to the next, so that only its own
+    moments are in memory.
     """
 
     def __init__(self, bench: StepBench, config: TrajectoryConfig):
-        self.bench, self.settings = bench, config.optimizer
-        apart = bench.place.sums(bench.parameters[0]) != bench.parameters[0].device
+        self.bench, self.settings, place = bench, config.optimizer, bench.place
+        apart = place.sums(bench.parameters[0]) != bench.parameters[0].device
         self.weights = (
             [p.detach().to("cpu", copy=True) for p in bench.parameters]
             if apart
             else bench.parameters
         )
-        self.adamw: torch.optim.AdamW | None = torch.optim.AdamW(
-            self.weights,
-            lr=config.rate,
+        groups = [[w] for w in self.weights] if place.kind == "disk" else [self.weights]
+        self.parts = [self._adamw(group, config.rate) for group in groups]
+
+    def _adamw(self, weights: list[Tensor], rate: float) -> torch.optim.AdamW:
+        made = torch.optim.AdamW(
+            weights,
+            lr=rate,
             betas=(self.settings["adam_beta1"], self.settings["adam_beta2"]),
             eps=self.settings["adam_epsilon"],
             weight_decay=self.settings["weight_decay"],
-            fused=all(w.device.type in FUSED_ON for w in self.weights),
+            fused=all(w.device.type in FUSED_ON for w in weights),
         )
-        if not bench.place.beside:
-            self._place_moments(self.adamw)
-
-    def _place_moments(self, adamw: torch.optim.AdamW) -> None:
-        """Moments of zero as AdamW itself would make them at its first step, but elsewhere."""
-        first, second = (self.bench.place.zeros(self.weights) for _ in range(2))
-        for w, one, two in zip(self.weights, first, second, strict=True):
-            adamw.state[w] = {"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": two}
+        place = self.bench.place
+        if place.kind == "disk":  # moments as AdamW itself would make them, but elsewhere
+            for w, one, two in zip(weights, place.zeros(weights), place.zeros(weights)):
+                made.state[w] = {"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": two}
+        return made
 
     def step(self, gradient: list[Tensor], *, rate: float) -> float:
         """Clip the gradient, take a step of this rate, and return the norm before clipping."""
-        assert self.adamw is not None, "a trajectory goes on after its last horizon"
+        assert self.parts, "a trajectory goes on after its last horizon"
         for w, g in zip(self.weights, gradient, strict=True):
             w.grad = g
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings["max_grad_norm"])
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        for state in self.adamw.state.values():
-            self.bench.place.rest([state["exp_avg"], state["exp_avg_sq"]])
+        for part in self.parts:
+            part.param_groups[0]["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+            for state in part.state.values():
+                self.bench.place.rest([state["exp_avg"], state["exp_avg_sq"]])
         if self.weights is not self.bench.parameters:
             with torch.no_grad():
                 for p, w in zip(self.bench.parameters, self.weights, strict=True):
@@ -218,7 +220,7 @@ class _Optimizer:
 
     def forget(self) -> None:
         """Free the memory of the moments, and of the weights' copy."""
-        self.adamw, self.weights = None, []
+        self.parts, self.weights = [], []
         self.bench.place.tidy()
 
 

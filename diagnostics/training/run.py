@@ -173,9 +173,8 @@ class EngineConfig:
         save_every: Steps between two checkpoints; 0 writes none.
         probe_every: Steps between two measurements of the frozen bank, which is also measured after
             the first and the last step; 0 never measures it.
-        measure_every: Steps between two measurements of the training batch under a criterion that
-            reads none, such as full and random; the steps between them log the loss and counts
-            alone.
+        measure_every: Steps between two measurements of the training batch that only the log needs
+            (`Selection.measure_every`); the steps between them log less.
         report_to: A tracker that gets the log and our tables as well (`training.trackers`).
         resume: Whether training continues from the last checkpoint in the output directory.
         trl: Further fields of TRL's DistillationConfig: a JSON file, or an object written out.
@@ -204,8 +203,8 @@ class EngineConfig:
         default=1,
         metadata={
             "help": (
-                "measure the training batch at every so many steps where the criterion reads no"
-                " measurement (full, random)"
+                "measure what only the log needs at every so many steps: all where the criterion"
+                " reads no measurement (full, random)"
             )
         },
     )

@@ -70,7 +70,8 @@ def measured(
     """What is logged of a measured step.
 
     Args:
-        tokens: The step's token table, one row per position.
+        tokens: The step's token table, one row per position; without the columns of
+            `measure.overlap` the metrics of others are left out.
         weights_N: The loss's weights [N]; 0 carries none.
         masks: Selections bool [N] of other criteria at the same budget.
 
@@ -83,7 +84,9 @@ def measured(
         values = tokens[name].to_numpy()
         found[f"{name}/all"] = np.nanmean(values)
         found[f"{name}/selected"] = np.average(values[selected_N], weights=weights_N[selected_N])
-    found |= kept(tokens, weights_N) | of_peers(tokens)
+    found |= kept(tokens, weights_N)
+    if "overlap_advantage" in tokens:
+        found |= of_peers(tokens)
     for name, mask in masks.items():
         found[f"jaccard/{name}"] = (mask & selected_N).sum() / (mask | selected_N).sum()
     return found

@@ -186,18 +186,22 @@ class Selection:
     per_context_minimum: int = 0
     """Number of best positions of every response that are kept first, within the budget."""
     measure_every: int = 1
-    """Steps between two measurements under a criterion that reads none, such as full and random;
-    the steps between them log counts alone. Under any other criterion every step is measured."""
+    """Steps between two measurements that only the log needs: all of them under a criterion that
+    reads none, such as full and random, and those of `measure.overlap` under any other."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether what only the log needs is measured at a step."""
+        return step % self.measure_every == 0
 
     def measures(self, step: int) -> bool:
         """Whether the positions of a step are measured: for the selection, or for the log."""
-        needs = set(criteria.find(self.criterion).needs) - set(KEYS)
-        return bool(needs) or step % self.measure_every == 0
+        return bool(set(criteria.find(self.criterion).needs) - set(KEYS)) or self.is_due(step)
 
-    @property
-    def more(self) -> divergences.More:
-        """Measures the columns that the log and the criterion read beside the usual ones."""
+    def more(self, step: int) -> divergences.More | None:
+        """Measures the columns that the criterion and the log read beside the usual ones."""
         own = extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+        if not self.is_due(step):
+            return own
 
         def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict:
             found = overlap.measure_overlap(student_NV, teacher_NV, sampled_N, k=self.k)
@@ -468,7 +472,7 @@ class SelectedDistillationTrainer(DistillationTrainer):
             self._teacher_logits(teacher_nH),
             inputs["completion_ids"][valid_BT],
             k=self.selection.k,
-            more=self.selection.more,
+            more=self.selection.more(self.state.global_step),
         )
 
     @torch.no_grad()

@@ -1,8 +1,10 @@
 """Tables as files: equal content gives equal bytes, and formulas of a spreadsheet are text."""
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
+from diagnostics.core import tables
 from diagnostics.core.tables import read_csv, write_csv, write_parquet
 
 TEXTS = ["=1+1", "+1", "-x", "@sum(a)", "\tx", "'=1", "''-", "'plain", "it's", "", "a=b", "−1"]
@@ -45,3 +47,11 @@ def test_equal_tables_give_equal_bytes(tmp_path):
             write_table(tmp_path / "2", frame.copy()).read_bytes(),
         )
         assert first == second
+
+
+def test_a_long_table_is_written_in_groups_of_rows_and_comes_back(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"a": range(7), "token": list("abcdefg")})
+    monkeypatch.setattr(tables, "ROWS_TOGETHER", 3)
+    path = write_parquet(tmp_path / "a.parquet", frame)
+    assert pq.read_metadata(path).num_row_groups == 3
+    pd.testing.assert_frame_equal(pd.read_parquet(path), frame)

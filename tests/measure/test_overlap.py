@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from diagnostics.measure import overlap
+from diagnostics.measure.divergences import top_ids
 from diagnostics.measure.overlap import measure_overlap
 
 P = [0.5, 0.25, 0.15, 0.1]
@@ -65,6 +67,17 @@ def test_a_slow_loop_agrees(k, dtype):
         for name, value in expected.items():
             assert float(found[name][row]) == pytest.approx(value, rel=1e-4, abs=1e-7, nan_ok=True)
     assert (found["overlap_advantage"].nan_to_num() <= 1e-12).all()
+
+
+@pytest.mark.parametrize("small", [0, 4096])
+def test_the_lists_are_those_of_the_supports(small, monkeypatch):
+    """Equal logits at the end of a list go to the lower id, by either search."""
+    monkeypatch.setattr(overlap, "SMALL", small)
+    logits = torch.randint(0, 6, (200, 40), generator=torch.Generator().manual_seed(1)).float()
+    logits[7] = 0.0
+    for k in (1, 5, 16, 60):
+        found = overlap._listed(logits, k).sort(-1).values
+        assert torch.equal(found, top_ids(logits, k).sort(-1).values)
 
 
 def test_impossible_and_undefined_tokens():

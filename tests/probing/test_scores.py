@@ -196,8 +196,8 @@ def test_a_table_is_of_a_bank_only_in_order(pair, bank):
         assert not scores.lists_positions(bank, wrong)
 
 
-def test_parts_that_carry_a_step_leave_memory_for_a_gradient(pair, bank, monkeypatch):
-    """Of the student's alone: the teacher gets none."""
+def test_a_gradient_is_sized_by_the_student_alone(pair, bank, monkeypatch):
+    """The teacher gets none."""
     asked = []
 
     def choose(size, models, *, use):
@@ -205,10 +205,9 @@ def test_parts_that_carry_a_step_leave_memory_for_a_gradient(pair, bank, monkeyp
         return 8192
 
     monkeypatch.setattr(scores.batch_size, "choose", choose)
-    half = np.arange(bank.positions) < bank.positions // 2
-    frozen = FrozenBank(pair, bank), FrozenBank(pair, bank, parts=[half], batch_tokens=None)
+    assert FrozenBank(pair, bank).batch_tokens == 8192
+    assert scores.chosen_batch_tokens(pair, None, use="gradient") == 8192
     assert asked == [(None, [True, False], "score"), (None, [True], "gradient")]
-    assert [each.batch_tokens for each in frozen] == [8192, 8192]
 
 
 class OnCard:

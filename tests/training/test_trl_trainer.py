@@ -701,10 +701,15 @@ def test_a_criterion_that_reads_nothing_is_measured_where_it_is_asked(
         assert ("forward_kl/all" in theirs) == ("overlap_ratio" in theirs) == (step != 1)
 
 
-def test_a_criterion_that_reads_measurements_has_every_step_measured():
+def test_a_criterion_that_reads_measurements_has_every_step_measured(tmp_path):
+    """What only the log needs is left out between the steps that are due."""
     assert not Selection("random", measure_every=3).measures(1)
     assert Selection("random", measure_every=3).measures(3)
     assert Selection("teachability", measure_every=3).measures(1)
+    chosen = Selection("teachability", 0.2, measure_every=2)
+    first, second = (logged(train(tmp_path, make_pair(), chosen, steps=2), step) for step in (0, 1))
+    assert "forward_kl/all" in first and "forward_kl/all" in second
+    assert "overlap_ratio" in first and "overlap_ratio" not in second
 
 
 def test_what_draws_noise_in_training_is_noticed():
