@@ -14,6 +14,7 @@ from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.lead import HERE, PROGRAM
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
+from diagnostics.report.summary import chosen_folds
 
 PARTS = {
     "decision": (
@@ -53,6 +54,7 @@ TOUCHED = {
     "no_null": "every claim with controls",
     "one_step": "every interval, which holds for this step batch alone",
     "exploratory": "all verdicts, none of which confirms",
+    "bent_step": "the gains after these steps, which no slope foretells",
     "dropped_mass": "all divergences, which leave that probability out",
     "listed_teacher": "all divergences, which are lower bounds",
 }
@@ -74,15 +76,33 @@ def causes(run: RunTables) -> list[tuple[str, str]]:
     return [(text, changed) for _, text, changed in _told(run)]
 
 
+HALF = 0.5
+"""Share of its first-order prediction below which a fold's step is warned of."""
+
+
+def _bent_steps(run: RunTables) -> list[tuple[str, str, str]]:
+    """A warning where the step of one fold of several realised less than half of its prediction."""
+    folds = chosen_folds(run)
+    bent = folds[folds["ratio"] < HALF] if len(folds) > 1 else folds.iloc[:0]
+    if bent.empty:
+        return []
+    named = ", ".join(f"fold {row.fold}: {row.ratio:.0%}" for row in bent.itertuples())
+    text = (
+        f"In {len(bent)} of {len(folds)} folds the step realised less than half of its first-order"
+        f" prediction ({named})."
+    )
+    return [("bent_step", text, "")]
+
+
 def _told(run: RunTables) -> list[tuple[str, str, str]]:
     """Code, text and changed verdicts of each warning, those that change one first."""
-    table = run.table("warnings")
+    table, bent = run.table("warnings"), _bent_steps(run)
     if table is None or "message" not in table:
-        return []
+        return bent
     empty = pd.Series("", table.index)
     columns = [table.get(name, empty) for name in ("code", "message", "changes_verdict")]
     texts = [column.astype(object).fillna("").astype(str) for column in columns]
-    return sorted(zip(*texts, strict=True), key=lambda warning: not warning[2])
+    return sorted([*zip(*texts, strict=True), *bent], key=lambda warning: not warning[2])
 
 
 def short_causes(run: RunTables) -> list[tuple[str, str, bool]]:

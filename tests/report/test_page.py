@@ -404,6 +404,22 @@ def test_warnings_of_earlier_versions_are_one_line_per_cause():
     ]
 
 
+def test_a_fold_that_realises_less_than_half_of_its_prediction_is_warned_of():
+    def told(ratios):
+        table = pd.DataFrame({"fold": range(len(ratios)), "ratio": ratios, "realised_drop": 0.1})
+        return provenance.short_causes(
+            run_results.RunResults({}, {"calibration": table.assign(chosen=True)})
+        )
+
+    ((text, touched, changed),) = told([1.3, 0.26, 1.2, 0.49])
+    assert text == (
+        "In 2 of 4 folds the step realised less than half of its first-order prediction (fold 1:"
+        " 26%, fold 3: 49%)."
+    )
+    assert touched.startswith("the gains after these steps") and not changed
+    assert told([1.3, 0.5]) == told([0.2]) == []
+
+
 def test_warnings_that_change_a_verdict_come_first_and_each_says_what_it_touches():
     table = made_tables.warnings()
     results = run_results.RunResults(
@@ -428,7 +444,7 @@ def test_every_code_of_a_warning_touches_a_conclusion():
     source = inspect.getsource(analysis_warnings)
     codes = set(re.findall(r'^ {12,20}"([a-z]+(?:_[a-z]+)*)",$', source, flags=re.MULTILINE))
     assert {"few_prompts", "unmatched", "collinear", "undefined_outcome"} <= codes
-    assert set(provenance.TOUCHED) <= codes | {"no_null"}
+    assert set(provenance.TOUCHED) <= codes | {"no_null", "bent_step"}
     assert codes - set(provenance.TOUCHED) <= {"compatibility", "teacher", "steps", "verdicts"}
 
 
