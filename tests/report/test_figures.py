@@ -3,6 +3,7 @@
 import functools
 import inspect
 import io
+import itertools
 
 import matplotlib
 import numpy as np
@@ -545,6 +546,33 @@ def test_selection_curves_show_the_mean_minus_randoms_and_no_share_that_is_undef
     assert len(figures.selection_curves(table).axes[:3]) == 3
     shown = [ax.get_ylabel() for ax in figures.selection_curves(table).axes if ax.get_visible()]
     assert shown == [drawn[place].get_ylabel() for place in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("width", [3.5, 7.1])
+def test_labels_of_many_budgets_keep_apart(width):
+    budgets = [0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    few = study_tables.selection_curves()
+    table = pd.concat([few[few.budget == 1].assign(budget=budget) for budget in budgets])
+    both = table.assign(minus_random=0.1, minus_random_low=0, minus_random_high=0.2)
+    figure = figures.selection_curves(both[both.outcome == "gain"], width=width)
+    rendered(figure)
+    renderer = figure.canvas.get_renderer()
+    for ax in figure.axes:
+        boxes = [label.get_window_extent(renderer) for label in ax.get_xticklabels()]
+        assert len(boxes) > 3
+        assert all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert ax.get_xticks()[-1] == 1.0
+
+
+def test_a_panel_of_shares_cuts_no_curve_and_says_where_it_cuts_a_band():
+    table = study_tables.selection_curves().assign(oracle=1.5)
+    table.loc[table.criterion == "teachability", "high"] = 3.1
+    figure = figures.selection_curves(table)
+    assert 3.1 < figure.axes[0].get_ylim()[1] < 3.3 and "cut off" not in figure.get_supxlabel()
+    table.loc[table.criterion == "teachability", "high"] = 31.0
+    figure = figures.selection_curves(table)
+    assert 1.5 < figure.axes[0].get_ylim()[1] < 1.6
+    assert "Bands that leave a panel are cut off." in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_panels_of_one_unit_share_a_scale_unless_it_would_press_one_together():
