@@ -519,13 +519,39 @@ def test_tables_of_earlier_versions_still_open(tmp_path):
     assert "Which criterion follows the gain?" in text
 
 
-def test_what_the_analysis_left_out_is_listed():
-    table = pd.DataFrame(
-        {"table": ["verdicts"], "what": ["claim C5"], "why": ["no training results were given"]}
-    )
-    assert "verdicts, claim C5: no training results were given." in provenance.missing(
-        run_results.RunResults({}, {"left_out": table}), {}
-    )
+def left_out_lines(*rows: tuple[str, str, str]) -> list[str]:
+    """What a page says of these parts, beside the lines on whole parts of the study."""
+    table = pd.DataFrame(rows, columns=["table", "what", "why"])
+    told = provenance.missing(run_results.RunResults({}, {"left_out": table}), {})
+    return told[len(provenance.missing(run_results.RunResults({}, {}), {})) :]
+
+
+def test_what_the_analysis_left_out_is_told_in_words_with_what_would_measure_it():
+    assert left_out_lines(
+        ("strata", "how linear the step was", "no column first_order_gain"),
+        ("correlations", "criterion tip", "no column student_entropy, forward_kl"),
+        ("correlations", "criterion mine", "no column my_column"),
+        ("all", "outcome context_gain", "no column context_gain"),
+        ("support_robustness", "K = 4", "no column compatibility_k4"),
+        ("verdicts", "claim C1", "of another kind."),
+    ) == [
+        "How linear the step was in each stratum of the divergence, for which every position's"
+        " first-order gain is needed: `opd-diagnostics attribute --output-dir DIR`, then `analyze`"
+        " and `report`.",
+        "Criterion TIP (table correlations): the run holds no student entropy, forward KL, which"
+        " `score` would measure.",
+        "Criterion mine (table correlations): the run holds no my column.",
+        "Outcome context gain: the run holds no context gain, which `probe` would measure.",
+        "K = 4 (table support_robustness): the run holds no compatibility k4, which `score --sweep`"
+        " would measure.",
+        "Claim C1 (table verdicts): of another kind.",
+    ]
+
+
+def test_what_nobody_asked_for_is_not_listed_as_left_out():
+    losses = "no token tables of steps with other losses were given"
+    assert left_out_lines(("gain_robustness", "other losses", losses)) == []
+    assert left_out_lines(("verdicts", "claim C5", "no training results were given")) == []
 
 
 def test_token_view_is_there_and_can_be_left_out(run, source):
