@@ -1115,6 +1115,13 @@ def test_in_a_browser(decided, tmp_path):
         assert driver.find_element(By.CSS_SELECTOR, "figure .narrow").is_displayed()
         assert not driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        for scrolled in (0, 120):  # the links may scroll, and the button stays in sight
+            right = driver.execute_script(
+                "document.querySelector('nav').scrollLeft = arguments[0];"
+                "return document.querySelector('nav .theme').getBoundingClientRect().right",
+                scrolled,
+            )
+            assert 300 < right <= 390
         assert driver.execute_script(nav) is not None
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []
