@@ -323,11 +323,17 @@ def find(name: str) -> Criterion:
     if entry is None:
         hint = did_you_mean(name, [*_REGISTRY, *_ALIASES])
         raise DiagnosticsError(
-            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_REGISTRY)}, and A_and_B or"
-            " A_or_B of two of them; register another with @diagnostics.criterion, on the command"
-            " line in a file that --criterion-module names."
+            f"Unknown criterion {name!r}.{hint} Known are {', '.join(_unnamed())}, others that"
+            " `diagnostics criteria` lists, and A_and_B or A_or_B of two of them; register another"
+            " with @diagnostics.criterion, on the command line in a file that --criterion-module"
+            " names."
         )
     return entry
+
+
+def _unnamed() -> list[str]:
+    """Names of the criteria that a comparison takes without being told."""
+    return [name for name, entry in _REGISTRY.items() if not entry.by_name]
 
 
 def _registered(name: str) -> Criterion | None:

@@ -153,7 +153,6 @@ def wait_for(directory, pattern, process):
     [
         ".partial/rollout-*/responses-*/*.parquet",
         ".partial/score-*/scores/*.parquet",
-        ".partial/probe-*/before/*.parquet",
         ".partial/probe-*/direction-global-fold1/*.parquet",
     ],
 )

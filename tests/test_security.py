@@ -175,6 +175,7 @@ def test_the_environment_is_asked_for_named_settings_only():
         "MASTER_ADDR",
         "MASTER_PORT",
         "OMP_NUM_THREADS",
+        "TRITON_INTERPRET",
         "XDG_STATE_HOME",
         "PYTHONPATH",
         "NO_COLOR",

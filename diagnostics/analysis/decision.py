@@ -377,8 +377,15 @@ def decision_sentence(table: pd.DataFrame) -> str:
     chosen = judged[judged["recommended"].astype(bool) & ~judged["criterion"].map(is_control)]
     if len(chosen):
         row = chosen.iloc[0].to_dict()
-        return " ".join([f"Train with {_gain(row)}.", *_beside(row)])
+        return " ".join([f"{_opening(row, judged)} {_gain(row)}.", *_beside(row, judged)])
     return _undecided(judged)
+
+
+def _opening(row: Mapping, judged: pd.DataFrame) -> str:
+    """The sentence's first words: a selection that is behind all positions is no first choice."""
+    if row["over_full_high"] < 0 and not (judged["over_full_low"] > 0).any():
+        return "All positions do best; where a selection is wanted, train with"
+    return "Train with"
 
 
 def _undecided(judged: pd.DataFrame) -> str:
@@ -452,13 +459,27 @@ def _gain(row: Mapping) -> str:
     )
 
 
-def _beside(row: Mapping) -> Iterator[str]:
-    """How the recommended cell stands against all positions and against fair rivals."""
-    full = row["over_full"]
-    if np.isfinite(full):
-        low, high = row["over_full_low"], row["over_full_high"]
-        side = "more than" if low > 0 else "less than" if high < 0 else "not told apart from"
-        yield f"That is {side} with all positions ({full:+.3g} [{low:.3g}, {high:.3g}])."
+def _beside(row: Mapping, judged: pd.DataFrame) -> Iterator[str]:
+    """How the recommended cell stands against all positions, other cells and fair rivals."""
+    full, low, high = (row[f"over_full{end}"] for end in ("", "_low", "_high"))
+    if high < 0:
+        yield f"All positions lower it by {-full:.3g} [{-high:.3g}, {-low:.3g}] more."
+    elif np.isfinite(full):
+        side = "more than" if low > 0 else "not told apart from"
+        yield f"That is {side} with all positions (difference {full:+.3g} [{low:.3g}, {high:.3g}])."
+    others = _as_good(row, judged)
+    if others:
+        lie = "lie" if len(others) > 1 else "lies"
+        yield f"Within its interval {lie} {' and '.join(others)}: which is best is not identified."
     level = [rival for rival in FAIR_RIVALS if row[f"over_{rival}_low"] <= 0]
     if level:
         yield f"It is not shown to be better than {' and '.join(level)}."
+
+
+def _as_good(row: Mapping, judged: pd.DataFrame) -> list[str]:
+    """The two best other cells, better than random and no controls, within a cell's interval."""
+    rest = judged[(judged["verdict"] == "better") & ~judged["criterion"].map(is_control)]
+    same = (rest["criterion"] == row["criterion"]) & (rest["budget"] == row["budget"])
+    rest = rest[~same & (rest["over_random"] >= row["over_random_low"])]
+    best = rest.sort_values("over_random", ascending=False, kind="stable").head(2)
+    return [f"{r['criterion']} at {100 * r['budget']:g} %" for r in best.to_dict("records")]

@@ -54,8 +54,9 @@ def answer(
 
     Returns:
         decision (a sentence), ranking (one entry per judged cell, best first; the fields of
-        RANKING), measure, strength (a sentence and its numbers), learning_rate (value and
-        chosen_by), next (a command) and, where there is one, report.
+        RANKING), looks (over which verdicts are corrected), measure, strength (a sentence and its
+        numbers), learning_rate (value and chosen_by), next (a command) and, where there is one,
+        report.
     """
     path = directory / "tables/decision.csv"
     if table is None and path.is_file():
@@ -70,11 +71,18 @@ def answer(
             "decision": decision_sentence(table),
             "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
             "ranking": [_entry(row) for row in judged.to_dict("records")],
+            "looks": _looks(judged),
             "strength": strength(judged) if len(judged) else None,
             "learning_rate": _rate(directory),
             "next": command(judged, shlex.quote(str(directory)), program, pair),
         }
     return found | ({"report": page} if page else {})
+
+
+def _looks(judged: pd.DataFrame) -> int | None:
+    """Over how many looks the verdicts are corrected; None where a table does not say."""
+    looks = pd.to_numeric(judged.get("looks", pd.Series(dtype=float)), errors="coerce").max()
+    return int(looks) if math.isfinite(looks) else None
 
 
 def _rate(directory: Path) -> dict[str, Any] | None:
@@ -99,7 +107,8 @@ def text(found: Mapping[str, Any]) -> str:
     lines = [found["decision"]]
     rows: Sequence[Mapping] = found["ranking"]
     if rows:
-        lines.append(f"over random, nats per position{_of_measure(found)}{_at_rate(found)}:")
+        unit = f"over random, nats per position{_of_measure(found)}{_at_rate(found)}"
+        lines.append(f"{unit}{_after_holm(found)}:")
         shown = [*rows[: SHOWN - 1], rows[-1]] if len(rows) > SHOWN else rows
         lines += [_line(row) for row in shown]
         if len(rows) > SHOWN:
@@ -128,6 +137,11 @@ def _at_rate(found: Mapping[str, Any]) -> str:
     return f", at rate {chosen['value']:g}" + (
         usual if chosen["chosen_by"] == "the default" else ""
     )
+
+
+def _after_holm(found: Mapping[str, Any]) -> str:
+    """That a verdict may be open although its interval excludes zero, and for how many looks."""
+    return f"; verdicts after Holm over {found['looks']:g} looks" if found.get("looks") else ""
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -65,6 +65,7 @@ TABLES = {
     ),
     "engine_causes": "What may explain that gap: what each cause takes away of it, over prompts.",
     "engine_worst": "The positions where engine and re-score differ most.",
+    "stop_tokens": "What ends a response: for the student, the teacher and the chat template.",
     "saturation": "Quantiles of every measurement and the share that is clipped.",
     "coverage": "Prompts, positions and what clustering leaves of them.",
     "calibration": "Every step size that was tried; drops in nats per position of the step's loss.",

@@ -27,6 +27,8 @@ from diagnostics.report.run_tables import RunTables
 PROGRAM = "opd-diagnostics"
 HERE = "DIR"
 """What stands in a command for the run's directory, since a page does not depend on its place."""
+SHORT_FILE = 128
+"""Prompts below which a file is divided by a flag: trainings hold its last 64 out by default."""
 UNDECIDED = (
     "Not answered: this run holds no steps on selected positions over a horizon; the correlations"
     " and captured shares below do not stand in for it."
@@ -69,7 +71,8 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
     """How sure the ranking of a decision is.
 
     A design is strong enough where it shows, with 80 % power, a difference of MARGIN of what random
-    positions do, which is the difference within which two criteria are called level.
+    positions do, which is the difference within which two criteria are called level. Both numbers
+    are those of the recommended cell, and the medians of the cells where none is recommended.
 
     Args:
         judged: The judged cells of a decision table.
@@ -84,7 +87,11 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
     if (judged["verdict"] == "not judged").all():
         few = f" ({FEWEST_PROMPTS} are needed)" if prompts < FEWEST_PROMPTS else ""
         return found | {"word": "not judged", "sentence": f"{basis}{few}: not judged"}
-    least, margin = judged["smallest_detectable"].median(), judged["margin"].median()
+    named = judged[judged["recommended"].isin(TRUE)] if "recommended" in judged else judged[:0]
+    least, margin = (
+        (named if len(named) else judged)[name].median()
+        for name in ("smallest_detectable", "margin")
+    )
     word = "sufficient" if least <= margin else "weak"
     shows = f"it shows differences from {least:.2g} nats on" if math.isfinite(least) else ""
     level = f"{100 * MARGIN:.0f} % of random's effect is {margin:.2g}" if margin > 0 else ""
@@ -169,13 +176,21 @@ def command(judged: pd.DataFrame, folder: str, program: str, pair: str) -> str:
     if len(chosen):
         row = chosen.iloc[0]
         return (
-            f"{program} validate --against {folder} --criteria {row['criterion']},random"
-            f" --budgets {row['budget']:g} --output-dir {folder}-training"
+            f"{program} validate --against {folder} --criteria {row['criterion']},random,full"
+            f" --budgets {row['budget']:g}{_held_out(judged, pair)} --output-dir {folder}-training"
         )
     more = _prompts_needed(judged)
     if not more:
         return f"{program} intervene --criteria NAMES --output-dir {folder}"
     return f"{program} run {pair} --contexts {more} --output-dir {folder}-{more}"
+
+
+def _held_out(judged: pd.DataFrame, pair: str) -> str:
+    """The flag that leaves prompts to train on, where a short file gives both kinds."""
+    prompts = int(judged["prompts"].max())
+    if "--pair" in pair or prompts >= SHORT_FILE:
+        return ""
+    return f" --eval-contexts {max(1, prompts // 4)}"
 
 
 def _prompts_needed(judged: pd.DataFrame) -> int:

@@ -168,11 +168,28 @@ def test_the_decision_is_the_best_lower_bound():
     assert (chosen["criterion"], chosen["budget"], chosen["horizon"]) == ("teachability", 0.05, 20)
     half = (chosen["over_random_high"] - chosen["over_random_low"]) / 2
     assert decision_sentence(table) == (
-        f"Train with teachability at 5 %: {chosen['over_random']:+.3g} ± {half:.2g} nats of reverse"
-        " KL per position over random after 20 steps (64 prompts, 4 step batches). That is less"
-        f" than with all positions ({chosen['over_full']:+.3g} [{chosen['over_full_low']:.3g},"
-        f" {chosen['over_full_high']:.3g}])."
+        "All positions do best; where a selection is wanted, train with teachability at 5 %:"
+        f" {chosen['over_random']:+.3g} ± {half:.2g} nats of reverse KL per position over random"
+        " after 20 steps (64 prompts, 4 step batches). All positions lower it by"
+        f" {-chosen['over_full']:.3g} [{-chosen['over_full_high']:.3g},"
+        f" {-chosen['over_full_low']:.3g}] more."
     )
+
+
+def test_a_cell_that_is_as_good_is_named_and_nothing_is_said_to_be_best():
+    truths = {**PLAIN, ("tip", 0.05): 0.13, ("entropy", 0.05): 0.129}
+    table = decide(made_interventions(truths, **QUIET), draws=100)
+    chosen = only_row(table, recommended=True)["criterion"]
+    other = {"tip": "entropy", "entropy": "tip"}[chosen]
+    text = decision_sentence(table)
+    assert f"Within its interval lies {other} at 5 %: which is best is not identified." in text
+
+
+def test_a_selection_that_beats_all_positions_is_the_first_choice():
+    truths = {**TRUTHS, ("full", 1.0): 0.05}
+    text = decision_sentence(decide(made_interventions(truths, **QUIET), draws=100))
+    assert text.startswith("Train with teachability at 5 %")
+    assert "That is more than with all positions (difference +0.0" in text
 
 
 def test_the_sentence_is_the_same_for_the_file(tmp_path):
@@ -185,10 +202,10 @@ def test_a_rival_that_is_as_good_is_named():
     truths = {**PLAIN, ("random_divergent", 0.05): 0.09, ("position_matched", 0.05): 0.07}
     table = decide(made_interventions(truths, **QUIET), draws=100)
     text = decision_sentence(table)
-    assert text.startswith("Train with tip at 5 %: +0.0") and "not shown to be better" not in text
+    assert "train with tip at 5 %: +0.0" in text and "not shown to be better" not in text
     low = table["over_random_divergent_low"].where(table["criterion"] != "tip", -0.001)
     text = decision_sentence(table.assign(over_random_divergent_low=low))
-    assert text.endswith("). It is not shown to be better than random_divergent.")
+    assert text.endswith(" more. It is not shown to be better than random_divergent.")
 
 
 def test_a_control_is_never_the_recommendation():

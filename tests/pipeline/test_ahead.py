@@ -13,7 +13,7 @@ def task(tmp_path):
     write_parquet(tmp_path / "tokens.parquet", tokens())
     return {
         "tokens": tmp_path / "tokens.parquet",
-        "options": {"criteria": ("entropy",), "budgets": (0.1,), "draws": 5},
+        "options": {"criteria": ("entropy",), "budgets": (0.1,), "draws": 5, "seed": 0},
     }
 
 

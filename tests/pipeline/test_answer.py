@@ -24,14 +24,16 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
     found, table = said(tmp_path, **CLEAR)
     lines = text(found).split("\n")
     assert len(lines) <= 10 and lines[0] == decision_sentence(table)
-    assert lines[0].startswith("Train with teachability at 5 %")
-    assert lines[1] == "over random, nats per position of reverse KL:"
+    assert "train with teachability at 5 %" in lines[0]
+    assert lines[1] == (
+        "over random, nats per position of reverse KL; verdicts after Holm over 12 looks:"
+    )
     assert lines[2].split()[:3] == ["teachability", "at", "5"] and lines[2].endswith(" better")
     assert "… 8 more in" in lines[5] and len(found["ranking"]) == 12
     assert lines[-3].startswith("strength: 8 folds, 128 prompts a side: ")
     assert lines[-2] == (
-        f"next: opd validate --against {tmp_path} --criteria teachability,random --budgets 0.05"
-        f" --output-dir {tmp_path}-training"
+        f"next: opd validate --against {tmp_path} --criteria teachability,random,full"
+        f" --budgets 0.05 --output-dir {tmp_path}-training"
     )
     assert lines[-1] == "report: r.html"
     json.dumps(found, allow_nan=False)
@@ -40,9 +42,24 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
 @pytest.mark.parametrize(
     "pair, asked, chosen, ends",
     [
-        ("custom", None, "the default", "set yours: --learning-rate):"),
-        ("custom", 1e-4, "asked for", "of reverse KL, at rate 1e-06:"),
-        ("embedded", None, "the pair’s", "of reverse KL, at rate 1e-06:"),
+        (
+            "custom",
+            None,
+            "the default",
+            "set yours: --learning-rate); verdicts after Holm over 12 looks:",
+        ),
+        (
+            "custom",
+            1e-4,
+            "asked for",
+            "of reverse KL, at rate 1e-06; verdicts after Holm over 12 looks:",
+        ),
+        (
+            "embedded",
+            None,
+            "the pair’s",
+            "of reverse KL, at rate 1e-06; verdicts after Holm over 12 looks:",
+        ),
     ],
 )
 def test_the_learning_rate_is_said_and_the_default_names_its_flag(
@@ -62,6 +79,20 @@ def test_the_learning_rate_is_said_and_the_default_names_its_flag(
     page = taken_at(RunTables({"stages": stages}))
     assert page.startswith("Steps at learning rate 1e-06")
     assert ("`--learning-rate`" in page) == (chosen == "the default")
+
+
+def test_a_short_file_of_prompts_is_divided_for_the_check_by_training(tmp_path):
+    table = decide(made_interventions(**(CLEAR | {"prompts": 32})), draws=50)
+    files = "--student S --teacher T --prompts MORE.jsonl"
+    assert " --eval-contexts 8 " in answer(tmp_path, "opd", pair=files, table=table)["next"]
+    assert "--eval-contexts" not in answer(tmp_path, "opd", pair=PAIR, table=table)["next"]
+
+
+def test_the_strength_is_that_of_the_recommended_cell(tmp_path):
+    found, table = said(tmp_path, **CLEAR)
+    row = table[table["recommended"]].iloc[0]
+    assert f"{row['smallest_detectable']:.2g} nats on" in found["strength"]["sentence"]
+    assert f"effect is {row['margin']:.2g}" in found["strength"]["sentence"]
 
 
 def test_the_ranking_is_by_the_lower_bound_and_ends_with_the_worst(tmp_path):

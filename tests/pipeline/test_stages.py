@@ -62,8 +62,9 @@ def test_the_manifest_hashes_every_file(finished):
 
 
 def test_the_same_command_again_changes_nothing(finished, folders):
-    before = hashes(finished)
+    before, record = hashes(finished), (finished / "manifest.json").read_text().splitlines()
     assert main(["run", *folders, "--output-dir", str(finished)]) == 0
+    assert (finished / "manifest.json").read_text().splitlines() == record
     assert hashes(finished) == before
 
 

@@ -69,7 +69,7 @@ def test_verdicts_of_both_kinds_and_decisions_stand_by_run(tmp_path):
     assert comparison.verdicts.loc[("C2", "paper", "gain")].tolist() == ["supported"] * 2
     text = comparison.html
     assert '<span class="verdict not-identified">not identified</span>' in text
-    assert text.count("Train with teachability at 5 %") == 2
+    assert text.count("train with teachability at 5 %") == 2
     assert "decision" in comparison.tables
 
 

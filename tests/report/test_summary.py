@@ -213,7 +213,7 @@ def test_the_decision_comes_first_and_its_absence_says_what_to_run():
     found = RunResults(study_tables.manifest(), {"decision": made_tables.decision()})
     first = list(summary.answer(found).items())
     assert first[0] == ("Which criterion to train with?", decision_sentence(made_tables.decision()))
-    assert first[0][1].startswith("Train with teachability at 5 %: +0.0396 ± 0.009 nats")
+    assert "wanted, train with teachability at 5 %: +0.0396 ± 0.009 nats" in first[0][1]
     assert first[1][0] == "What next?" and "--criteria teachability,random" in first[1][1]
     for name in ("correlations", "intervention"):
         without = summary.answer(RunResults({}, {name: getattr(study_tables, name)()}))

@@ -19,7 +19,7 @@ from diagnostics.report.figures.registry import figure
 VERDICTS = {
     "better": ("#8CC4E8", "▲", "better than random"),
     "worse": ("#F2A66B", "▼", "worse than random"),
-    "no difference shown": ("#C9CED4", "=", "level with random"),
+    "no difference shown": ("#C9CED4", "=", "no difference shown"),
     "cannot tell": ("none", "?", "cannot tell"),
     "not judged": ("none", "–", "not judged"),
 }
