@@ -421,12 +421,11 @@ def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tu
 
     found = over_steps(make, tokens, bootstrap)
     unsure = _unsure_totals(tokens, options["outcomes"], bootstrap)
-    for split, outcome in sorted(unsure):
+    if unsure:
         log.warning(
-            "the sum of %s over the %s positions is not told apart from 0: shares of it mean"
-            " nothing and are left undefined (NaN)",
-            outcome,
-            split,
+            "Shares of a sum that is not told apart from 0 mean nothing and are left undefined"
+            " (NaN): %s. Means stand, and no decision or verdict rests on such a share.",
+            _listed_sums(unsure),
         )
     return {
         key: _described(estimate, key[1:3] in unsure)
@@ -434,6 +433,15 @@ def _estimates(tokens: pd.DataFrame, bootstrap: Bootstrap, **options) -> dict[tu
         else estimate
         for key, estimate in found.items()
     }
+
+
+def _listed_sums(sums: set[tuple[str, str]]) -> str:
+    """`outcome (population, population); outcome (population)` from pairs of both."""
+    outcomes = sorted({outcome for _, outcome in sums})
+    where = [sorted(split for split, name in sums if name == outcome) for outcome in outcomes]
+    return "; ".join(
+        f"{outcome} ({', '.join(splits)})" for outcome, splits in zip(outcomes, where, strict=True)
+    )
 
 
 def _described(estimate: Estimate, undefined: bool) -> Estimate:
@@ -540,7 +548,8 @@ def _curves(
     for part in parts:
         found, bands = cells(part.candidates), part.random_bands(level)
         for (split, outcome), values in part.outcomes.items():
-            _warn_unless_positive(values, outcome, split)
+            if not outcome.startswith(UNSURE):  # of those `_estimates` says it
+                _warn_unless_positive(values, outcome, split)
             frame = _shared_columns(part, values, bands[split, outcome])
             key = {"outcome": outcome, "split": split}
             held = np.nan_to_num(values)[:, None]

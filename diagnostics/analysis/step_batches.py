@@ -1,4 +1,4 @@
-"""The step batches' part of an interval: a table's estimates, computed anew without each step."""
+"""The step batches: a table's estimates computed anew without each step, and their pooled drops."""
 
 from __future__ import annotations
 
@@ -65,3 +65,30 @@ def _of_table(
         )
         for key, estimate in found.items()
     }
+
+
+def pooled_drops(calibration: pd.DataFrame) -> pd.DataFrame:
+    """The drops of a calibration over all folds together, by which the size was chosen.
+
+    Args:
+        calibration: One row per step size and fold, with the columns step_size, predicted_drop,
+            realised_drop (nats per position of the step's loss), chosen and, where they are known,
+            fold and relative_norm.
+
+    Returns:
+        One row per size that every fold tried, ascending, with the columns step_size,
+        predicted_drop and realised_drop (means over the folds, nats), ratio (summed realised over
+        summed predicted drop, NaN where none is predicted), chosen, folds and relative_norm (mean).
+    """
+    folds = calibration["fold"].nunique() if "fold" in calibration else 1
+    by_size = calibration.groupby("step_size", sort=True)
+    means = ["predicted_drop", "realised_drop"]
+    means += ["relative_norm"] if "relative_norm" in calibration else []
+    pooled = by_size[means].mean()
+    predicted = pooled["predicted_drop"]
+    pooled = pooled.assign(
+        ratio=pooled["realised_drop"] / predicted.where(predicted != 0),
+        chosen=by_size["chosen"].max().astype(bool),
+        folds=folds,
+    )
+    return pooled[by_size.size() == folds].reset_index()

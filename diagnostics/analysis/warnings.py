@@ -107,6 +107,12 @@ def _listed(values: Iterable) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
+def _either(names: Iterable[str]) -> str:
+    """`a`, `a or b`, `a, b or c`, in words."""
+    *first, last = dict.fromkeys(str(name).replace("_", " ") for name in names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _grouped(names: Iterable[tuple[str, str]]) -> str:
     """`population: outcome, outcome; population: outcome` from pairs of outcome and population."""
     groups: dict[str, list[str]] = {}
@@ -147,7 +153,8 @@ def _undefined_outcomes(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
             where,
             float(share.max()),
             UNDEFINED_SHARE,
-            f"Up to {share.max():.0%} of the positions have no such outcome [{where}].",
+            f"Up to {share.max():.0%} of the positions have no"
+            f" {_either(many['outcome'])} [{where}].",
         )
 
 

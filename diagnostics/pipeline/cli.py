@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -312,12 +313,34 @@ def _log_to_stderr(*, quiet: bool) -> None:
 def _criteria() -> dict:
     from diagnostics.criteria import list_criteria
 
-    table = list_criteria()
-    shown = table.drop(columns=["mine"]).to_string()
+    entries = list_criteria().reset_index().to_dict("records")
+    width = shutil.get_terminal_size(fallback=(sys.maxsize, 24)).columns
     return {
-        "text": f"{shown}\n\nTwo by their ranks u and r: A_and_B is u*r, A_or_B is u + r - u*r.",
-        "criteria": table.reset_index().to_dict("records"),
+        "text": (
+            f"{_criteria_lines(entries, width)}\n\n"
+            "Two by their ranks u and r: A_and_B is u*r, A_or_B is u + r - u*r.\n"
+            "*: recommended; `run` intervenes on these. Budgets, sources, notes: --json."
+        ),
+        "criteria": entries,
     }
+
+
+def _criteria_lines(entries: Sequence[Mapping[str, Any]], width: int) -> str:
+    """A line per criterion in the given order, none wider than that many characters."""
+    heads = ("name", "kind", "needs", "formula")
+    rows = [("", *heads)]
+    for entry in entries:
+        name, kind, needs, formula = (str(entry[head]) for head in heads)
+        star = "*" if entry["recommended"] else ""
+        rows.append((star, name, kind, _cut(needs, width // 4), formula))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (" ".join(map(str.ljust, row, wide)).rstrip() for row in rows)
+    return "\n".join(_cut(line, width) for line in lines)
+
+
+def _cut(text: str, width: int) -> str:
+    """The text, the end of which gives way to an ellipsis where it is longer than the width."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
 def _coverage(parsed: argparse.Namespace) -> dict:

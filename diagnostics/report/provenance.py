@@ -10,10 +10,13 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.core.schema import column
 from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.lead import HERE, PROGRAM
+from diagnostics.report.naming import readable
 from diagnostics.report.run_results import RunResults
 from diagnostics.report.run_tables import RunTables
+from diagnostics.report.summary import chosen_folds
 
 PARTS = {
     "decision": (
@@ -53,6 +56,7 @@ TOUCHED = {
     "no_null": "every claim with controls",
     "one_step": "every interval, which holds for this step batch alone",
     "exploratory": "all verdicts, none of which confirms",
+    "bent_step": "the gains after these steps, which no slope foretells",
     "dropped_mass": "all divergences, which leave that probability out",
     "listed_teacher": "all divergences, which are lower bounds",
 }
@@ -74,15 +78,33 @@ def causes(run: RunTables) -> list[tuple[str, str]]:
     return [(text, changed) for _, text, changed in _told(run)]
 
 
+HALF = 0.5
+"""Share of its first-order prediction below which a fold's step is warned of."""
+
+
+def _bent_steps(run: RunTables) -> list[tuple[str, str, str]]:
+    """A warning where the step of one fold of several realised less than half of its prediction."""
+    folds = chosen_folds(run)
+    bent = folds[folds["ratio"] < HALF] if len(folds) > 1 else folds.iloc[:0]
+    if bent.empty:
+        return []
+    named = ", ".join(f"fold {row.fold}: {row.ratio:.0%}" for row in bent.itertuples())
+    text = (
+        f"In {len(bent)} of {len(folds)} folds the step realised less than half of its first-order"
+        f" prediction ({named})."
+    )
+    return [("bent_step", text, "")]
+
+
 def _told(run: RunTables) -> list[tuple[str, str, str]]:
     """Code, text and changed verdicts of each warning, those that change one first."""
-    table = run.table("warnings")
+    table, bent = run.table("warnings"), _bent_steps(run)
     if table is None or "message" not in table:
-        return []
+        return bent
     empty = pd.Series("", table.index)
     columns = [table.get(name, empty) for name in ("code", "message", "changes_verdict")]
     texts = [column.astype(object).fillna("").astype(str) for column in columns]
-    return sorted(zip(*texts, strict=True), key=lambda warning: not warning[2])
+    return sorted([*zip(*texts, strict=True), *bent], key=lambda warning: not warning[2])
 
 
 def short_causes(run: RunTables) -> list[tuple[str, str, bool]]:
@@ -147,6 +169,48 @@ def _how(command: str) -> str:
     return f"`{PROGRAM} {command} --output-dir {HERE}`, then `report`"
 
 
+UNASKED = ("claim C5", "other losses")
+"""Parts that the analysis leaves out and no line is spent on: `PARTS` has trainings already, and
+steps with other losses are studied only where somebody brings their tables.
+"""
+LINEARITY = "how linear the step was"
+MEASURED_BY = {"before": "score", "outcome": "probe", "after": "score --after CHECKPOINT"}
+"""The stage that measures a column, by what the column is for."""
+
+
+def _left_out(table: str, what: str, why: str) -> str:
+    """A sentence on a part that a table lacks, in words; empty where nobody asked for it."""
+    if what in UNASKED:
+        return ""
+    if what == LINEARITY:
+        return (
+            "How linear the step was in each stratum of the divergence, for which every position's"
+            f" first-order gain is needed: `{PROGRAM} attribute --output-dir {HERE}`, then"
+            " `analyze` and `report`."
+        )
+    words = readable(what)
+    named = f"{words[:1].upper()}{words[1:]}{'' if table == 'all' else f' (table {table})'}"
+    found = re.fullmatch(r"no columns? ([\w, ]+)", why)
+    if found is None:
+        return f"{named}: {why.rstrip('.')}."
+    names = found[1].split(", ")
+    by = dict.fromkeys(filter(None, map(_measured_by, names)))
+    how = f", which {' and '.join(f'`{stage}`' for stage in by)} would measure" if by else ""
+    return f"{named}: the run holds no {', '.join(map(readable, names))}{how}."
+
+
+def _measured_by(name: str) -> str:
+    """The stage that measures a column; empty where none does."""
+    known = column(name)
+    if known is None:
+        return ""
+    if known.on_request:
+        return f"score --extra {known.on_request}"
+    if known.name != name and known.by_support:
+        return "score --sweep"
+    return MEASURED_BY.get(known.stage, "")
+
+
 def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
     """Sentences on the parts of the study, of tables, and the figures that this run lacks.
 
@@ -164,7 +228,8 @@ def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
     ]
     table = run.table("left_out")
     if table is not None:
-        lines += [f"{row.table}, {row.what}: {row.why}." for row in table.itertuples()]
+        told = [_left_out(row.table, row.what, row.why) for row in table.itertuples()]
+        lines += [line for line in dict.fromkeys(told) if line]
     drawable = {
         spec.name: spec
         for spec in in_page_order()

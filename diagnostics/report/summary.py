@@ -17,6 +17,7 @@ import pandas as pd
 
 from diagnostics.analysis import claims as claim_tests
 from diagnostics.analysis.config import FEWEST_PROMPTS
+from diagnostics.analysis.step_batches import pooled_drops
 from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report import lead, sources
 from diagnostics.report.lead import population
@@ -157,18 +158,46 @@ def setup(run: RunTables) -> str:
     text += f", whose gradient was taken in {step['gradient_precision']}" if narrow else ""
     if table is not None:
         text += _where_measured(table)
+    together = _drop_of_folds(run)
+    if together:
+        return f"{text}; {together}"
     if {"loss_before", "realised_drop", "predicted_drop"} <= step.keys():
         before, drop = step["loss_before"], step["realised_drop"]
-        text += (
-            f"; its loss of {number(before, 3)} nats per position {'fell' if drop >= 0 else 'rose'}"
-            f" by {number(abs(drop))}"
-        )
+        text += f"; its loss of {number(before, 3)} nats per position {_fell(drop)}"
         text += (
             f", {drop / step['predicted_drop']:.0%} of the first-order prediction"
             if step["predicted_drop"]
             else ""
         )
     return text + "."
+
+
+def _fell(drop: float) -> str:
+    return f"{'fell' if drop >= 0 else 'rose'} by {number(abs(drop))}"
+
+
+def _drop_of_folds(run: RunTables) -> str:
+    """What the steps of several folds did to their losses together; empty where one was taken."""
+    folds = chosen_folds(run)
+    if len(folds) < 2:
+        return ""
+    row = pooled_drops(folds).iloc[0]
+    low, high = folds["ratio"].min(), folds["ratio"].max()
+    share = (
+        f", {row.ratio:.0%} of the first-order prediction (fold by fold {low:.0%} to {high:.0%})"
+        if np.isfinite(row.ratio)
+        else ""
+    )
+    mean = f"their losses {_fell(row.realised_drop)} nats per position in the mean of the folds"
+    return f"{mean}{share}."
+
+
+def chosen_folds(run: RunTables) -> pd.DataFrame:
+    """The calibration's rows at the chosen size, one per fold; empty without folds."""
+    table = run.table("calibration")
+    if table is None or not {"fold", "chosen", "ratio", "realised_drop"} <= set(table.columns):
+        return pd.DataFrame()
+    return table[table["chosen"].isin(TRUE)].reset_index(drop=True)
 
 
 def _trainings(run: RunTables) -> str:

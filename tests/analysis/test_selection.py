@@ -754,6 +754,17 @@ def test_a_criterion_that_is_undefined_everywhere_selects_nothing_and_has_no_mea
     assert own.selected == 0 and own[["mean", "mean_low", "mean_per_kept"]].isna().all()
 
 
+def test_one_line_says_which_shares_are_undefined(caplog):
+    tokens = whole(table())
+    sign = np.where(np.arange(len(tokens)) % 2 == 0, 1.0, -1.0)
+    tokens = tokens.assign(context_gain=0.001 + sign, relative_gain=sign - 0.5)
+    outcomes = ["context_gain", "relative_gain"]
+    selection_curves(tokens, criteria=["entropy"], outcomes=outcomes, budgets=[0.1], draws=20)
+    (line,) = [record.getMessage() for record in caplog.records if "undefined" in record.msg]
+    assert "(NaN): context_gain (all); relative_gain (all). " in line
+    assert "no decision or verdict rests on such a share" in line
+
+
 def test_no_share_of_a_context_gain_that_is_not_told_apart_from_zero():
     tokens = whole(table())
     sign = np.where(np.arange(len(tokens)) % 2 == 0, 1.0, -1.0)

@@ -9,7 +9,7 @@ from diagnostics.analysis import bootstrap
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.splits import splits
-from diagnostics.analysis.step_batches import over_steps
+from diagnostics.analysis.step_batches import over_steps, pooled_drops
 from diagnostics.core.folds import combine
 
 STEPS, PROMPTS, LENGTH = 4, 24, 5
@@ -97,3 +97,16 @@ def test_exact_draws_make_every_cut_anew():
     for draw, weights in zip(mean.draws, prompts.weights):
         rows = np.concatenate([np.repeat(values[ids == p], int(w)) for p, w in enumerate(weights)])
         assert draw == pytest.approx(rows[rows > np.median(rows)].mean(), rel=1e-12)
+
+
+def test_pooled_drops_are_sums_over_the_folds_and_not_a_mean_of_ratios():
+    rows = [(0, 1.0, 3.0, 3.0), (1, 1.0, 1.0, 0.5), (0, 2.0, 6.0, 6.0), (1, 2.0, 2.0, -2.0)]
+    table = pd.DataFrame(rows, columns=["fold", "step_size", "predicted_drop", "realised_drop"])
+    table["chosen"] = table.step_size == 1.0
+    pooled = pooled_drops(table.iloc[::-1])
+    assert pooled.step_size.tolist() == [1.0, 2.0] and pooled.chosen.tolist() == [True, False]
+    assert pooled.ratio.tolist() == [3.5 / 4, 4 / 8] and pooled.folds.tolist() == [2, 2]
+    assert pooled.realised_drop.tolist() == [1.75, 2.0]
+    assert pooled_drops(table.iloc[:3]).step_size.tolist() == [1.0]  # fold 1 lacks the other
+    flat = pooled_drops(table.assign(predicted_drop=0.0))
+    assert flat.ratio.isna().all()

@@ -63,7 +63,10 @@ def test_few_prompts_are_one_line_with_the_populations_in_brackets(tokens):
 def test_undefined_outcomes_are_one_line(tokens):
     table = warnings(tokens, {"coverage": covered(undefined=[0, 30, 50])})
     assert table.code.tolist() == ["undefined_outcome"] and table.value[0] == pytest.approx(1 / 3)
-    assert table.message[0].endswith("[held_out: context_gain; step: gain].")
+    assert table.message[0] == (
+        "Up to 33% of the positions have no context gain or gain [held_out: context_gain; step:"
+        " gain]."
+    )
 
 
 def test_constants_rare_quadrants_and_dropped_mass(tokens):

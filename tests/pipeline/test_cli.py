@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from diagnostics import __version__
+from diagnostics.criteria import list_criteria
 from diagnostics.pipeline.cli import build_parser, main
 from diagnostics.pipeline.registry import COMMANDS
 from tests import study_tables
@@ -306,6 +307,28 @@ def test_criteria_are_listed(capsys):
     assert main(["criteria", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["criteria"]
     assert {"name", "formula", "kind"} <= listed[0].keys()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_criteria_fit_the_terminal_and_the_recommended_stand_first(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["criteria"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert max(map(len, lines)) == width and any(line.endswith("…") for line in lines)
+    assert lines[0].split()[:2] == ["name", "kind"]
+    starred = [line.startswith("*") for line in lines[1:]]
+    assert starred[0] and starred == sorted(starred, reverse=True)
+    listed = list_criteria()
+    assert [line.split()[starred[at]] for at, line in enumerate(lines[1:])] == [*listed.index]
+    assert sum(starred) == listed.recommended.sum()
+
+
+def test_criteria_are_whole_where_nothing_cuts_them(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "__stdout__", None)  # no terminal, as in a pipe
+    assert main(["criteria"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and all(formula in shown for formula in list_criteria().formula)
 
 
 def test_help_names_the_exit_codes(capsys):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import io
+import itertools
 
 import matplotlib
 import numpy as np
@@ -358,16 +359,43 @@ def test_calibration_marks_the_chosen_step_and_the_one_after_which_the_loss_rose
     )
 
 
-def test_calibration_with_folds_shows_the_other_folds_at_the_chosen_size():
-    first = study_tables.calibration().assign(fold=0)
-    others = pd.concat([first.iloc[[2]].assign(fold=k, ratio=0.5 + 0.1 * k) for k in (1, 2, 3)])
-    figure = figures.calibration(pd.concat([first, others], ignore_index=True))
-    share = figure.axes[1]
-    np.testing.assert_allclose(share.lines[0].get_ydata(), first.ratio)
-    diamonds = next(line for line in share.lines if line.get_label() == "_other folds")
-    np.testing.assert_allclose(diamonds.get_ydata(), [0.6, 0.7, 0.8])
+def _bent_fold() -> pd.DataFrame:
+    """Fold 0 keeps 95% at the third size, where both folds together keep 75%."""
+    sizes, wide = [1e-5, 2e-5, 4e-5], [(1.0, 1.0), (1.2, 0.5), (0.95, 0.15)]
+    rows = []
+    for fold, predicted in enumerate((3e3, 1e3)):
+        for size, ratios in zip(sizes, wide, strict=True):
+            drop, ratio = predicted * size, ratios[fold]
+            rows.append((fold, size, 3 * size, drop, drop * ratio, ratio, size == 2e-5))
+    names = "fold step_size relative_norm predicted_drop realised_drop ratio chosen".split()
+    return pd.DataFrame(rows, columns=names)
+
+
+@pytest.mark.parametrize("width", [3.5, 7.1])
+def test_calibration_draws_what_the_size_was_chosen_by(width):
+    table = _bent_fold()
+    figure = figures.calibration(table.sample(frac=1, random_state=0), width=width)
+    drop, share = figure.axes
+    np.testing.assert_allclose(share.lines[0].get_ydata(), [1.0, 1.025, 0.75])
+    lines = {line.get_label(): line for line in (*drop.lines, *share.lines)}
+    np.testing.assert_allclose(lines["predicted (first order)"].get_ydata(), [0.02, 0.04, 0.08])
+    np.testing.assert_allclose(lines["realised"].get_ydata(), [0.02, 0.041, 0.06])
+    np.testing.assert_allclose(lines["_chosen"].get_ydata(), [1.025])
+    diamonds = lines["_folds"]
+    assert sorted(zip(*diamonds.get_data(), strict=True)) == sorted(
+        zip(table.step_size, table.ratio, strict=True)
+    )
     caption = figure.get_supxlabel().replace("\n", " ")
-    assert caption.endswith("Diamonds: the other folds at that size, 60% to 80%.")
+    assert "realises 102% of its first-order prediction, pooled over 2 folds." in caption
+    assert caption.endswith("Diamonds: the single folds, 50% to 120% at the ringed size.")
+
+
+def test_calibration_pools_no_size_that_a_fold_has_not_tried():
+    table = _bent_fold()
+    share = figures.calibration(table.drop(index=table.index[-1])).axes[1]
+    assert share.lines[0].get_xdata().tolist() == [1e-5, 2e-5]
+    diamonds = next(line for line in share.lines if line.get_label() == "_folds")
+    assert sorted(diamonds.get_xdata()) == [1e-5, 1e-5, 2e-5, 2e-5, 4e-5]
 
 
 def test_calibration_of_a_single_step():
@@ -518,6 +546,33 @@ def test_selection_curves_show_the_mean_minus_randoms_and_no_share_that_is_undef
     assert len(figures.selection_curves(table).axes[:3]) == 3
     shown = [ax.get_ylabel() for ax in figures.selection_curves(table).axes if ax.get_visible()]
     assert shown == [drawn[place].get_ylabel() for place in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("width", [3.5, 7.1])
+def test_labels_of_many_budgets_keep_apart(width):
+    budgets = [0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    few = study_tables.selection_curves()
+    table = pd.concat([few[few.budget == 1].assign(budget=budget) for budget in budgets])
+    both = table.assign(minus_random=0.1, minus_random_low=0, minus_random_high=0.2)
+    figure = figures.selection_curves(both[both.outcome == "gain"], width=width)
+    rendered(figure)
+    renderer = figure.canvas.get_renderer()
+    for ax in figure.axes:
+        boxes = [label.get_window_extent(renderer) for label in ax.get_xticklabels()]
+        assert len(boxes) > 3
+        assert all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert ax.get_xticks()[-1] == 1.0
+
+
+def test_a_panel_of_shares_cuts_no_curve_and_says_where_it_cuts_a_band():
+    table = study_tables.selection_curves().assign(oracle=1.5)
+    table.loc[table.criterion == "teachability", "high"] = 3.1
+    figure = figures.selection_curves(table)
+    assert 3.1 < figure.axes[0].get_ylim()[1] < 3.3 and "cut off" not in figure.get_supxlabel()
+    table.loc[table.criterion == "teachability", "high"] = 31.0
+    figure = figures.selection_curves(table)
+    assert 1.5 < figure.axes[0].get_ylim()[1] < 1.6
+    assert "Bands that leave a panel are cut off." in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_panels_of_one_unit_share_a_scale_unless_it_would_press_one_together():

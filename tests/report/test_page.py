@@ -404,6 +404,22 @@ def test_warnings_of_earlier_versions_are_one_line_per_cause():
     ]
 
 
+def test_a_fold_that_realises_less_than_half_of_its_prediction_is_warned_of():
+    def told(ratios):
+        table = pd.DataFrame({"fold": range(len(ratios)), "ratio": ratios, "realised_drop": 0.1})
+        return provenance.short_causes(
+            run_results.RunResults({}, {"calibration": table.assign(chosen=True)})
+        )
+
+    ((text, touched, changed),) = told([1.3, 0.26, 1.2, 0.49])
+    assert text == (
+        "In 2 of 4 folds the step realised less than half of its first-order prediction (fold 1:"
+        " 26%, fold 3: 49%)."
+    )
+    assert touched.startswith("the gains after these steps") and not changed
+    assert told([1.3, 0.5]) == told([0.2]) == []
+
+
 def test_warnings_that_change_a_verdict_come_first_and_each_says_what_it_touches():
     table = made_tables.warnings()
     results = run_results.RunResults(
@@ -428,7 +444,7 @@ def test_every_code_of_a_warning_touches_a_conclusion():
     source = inspect.getsource(analysis_warnings)
     codes = set(re.findall(r'^ {12,20}"([a-z]+(?:_[a-z]+)*)",$', source, flags=re.MULTILINE))
     assert {"few_prompts", "unmatched", "collinear", "undefined_outcome"} <= codes
-    assert set(provenance.TOUCHED) <= codes | {"no_null"}
+    assert set(provenance.TOUCHED) <= codes | {"no_null", "bent_step"}
     assert codes - set(provenance.TOUCHED) <= {"compatibility", "teacher", "steps", "verdicts"}
 
 
@@ -504,13 +520,39 @@ def test_tables_of_earlier_versions_still_open(tmp_path):
     assert "Which criterion follows the gain?" in text
 
 
-def test_what_the_analysis_left_out_is_listed():
-    table = pd.DataFrame(
-        {"table": ["verdicts"], "what": ["claim C5"], "why": ["no training results were given"]}
-    )
-    assert "verdicts, claim C5: no training results were given." in provenance.missing(
-        run_results.RunResults({}, {"left_out": table}), {}
-    )
+def left_out_lines(*rows: tuple[str, str, str]) -> list[str]:
+    """What a page says of these parts, beside the lines on whole parts of the study."""
+    table = pd.DataFrame(rows, columns=["table", "what", "why"])
+    told = provenance.missing(run_results.RunResults({}, {"left_out": table}), {})
+    return told[len(provenance.missing(run_results.RunResults({}, {}), {})) :]
+
+
+def test_what_the_analysis_left_out_is_told_in_words_with_what_would_measure_it():
+    assert left_out_lines(
+        ("strata", "how linear the step was", "no column first_order_gain"),
+        ("correlations", "criterion tip", "no column student_entropy, forward_kl"),
+        ("correlations", "criterion mine", "no column my_column"),
+        ("all", "outcome context_gain", "no column context_gain"),
+        ("support_robustness", "K = 4", "no column compatibility_k4"),
+        ("verdicts", "claim C1", "of another kind."),
+    ) == [
+        "How linear the step was in each stratum of the divergence, for which every position's"
+        " first-order gain is needed: `opd-diagnostics attribute --output-dir DIR`, then `analyze`"
+        " and `report`.",
+        "Criterion TIP (table correlations): the run holds no student entropy, forward KL, which"
+        " `score` would measure.",
+        "Criterion mine (table correlations): the run holds no my column.",
+        "Outcome context gain: the run holds no context gain, which `probe` would measure.",
+        "K = 4 (table support_robustness): the run holds no compatibility k4, which `score --sweep`"
+        " would measure.",
+        "Claim C1 (table verdicts): of another kind.",
+    ]
+
+
+def test_what_nobody_asked_for_is_not_listed_as_left_out():
+    losses = "no token tables of steps with other losses were given"
+    assert left_out_lines(("gain_robustness", "other losses", losses)) == []
+    assert left_out_lines(("verdicts", "claim C5", "no training results were given")) == []
 
 
 def test_token_view_is_there_and_can_be_left_out(run, source):
@@ -1083,6 +1125,13 @@ def test_in_a_browser(decided, tmp_path):
         assert driver.find_element(By.CSS_SELECTOR, "figure .narrow").is_displayed()
         assert not driver.find_element(By.CSS_SELECTOR, "figure .wide").is_displayed()
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        for scrolled in (0, 120):  # the links may scroll, and the button stays in sight
+            right = driver.execute_script(
+                "document.querySelector('nav').scrollLeft = arguments[0];"
+                "return document.querySelector('nav .theme').getBoundingClientRect().right",
+                scrolled,
+            )
+            assert 300 < right <= 390
         assert driver.execute_script(nav) is not None
         assert browser.complaints(driver) == []
         assert browser.outside_requests(driver) == []

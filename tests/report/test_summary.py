@@ -68,6 +68,27 @@ def test_setup_names_loss_optimiser_prompts_and_positions():
     )
 
 
+def _calibrated(ratios: list[float]) -> pd.DataFrame:
+    """Folds of one size, each predicted to lower its loss by 0.1, beside a size not taken."""
+    rows = [(fold, 1.0, 0.1, 0.1 * ratio, ratio, True) for fold, ratio in enumerate(ratios)]
+    rows += [(fold, 2.0, 0.2, -0.9, -4.5, False) for fold in range(len(ratios))]
+    names = "fold step_size predicted_drop realised_drop ratio chosen".split()
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_setup_says_what_all_folds_did_to_their_losses():
+    tables = {"calibration": _calibrated([1.3, 1.1, 0.4])}
+    text = summary.setup(RunResults(study_tables.manifest(), tables))
+    assert text.endswith(
+        "; their losses fell by 0.093 nats per position in the mean of the folds, 93% of the"
+        " first-order prediction (fold by fold 40% to 130%)."
+    )
+    rose = {"calibration": _calibrated([-1.3, 0.1])}
+    assert "losses rose by 0.060 nats" in summary.setup(RunResults(study_tables.manifest(), rose))
+    one = {"calibration": _calibrated([1.3])}
+    assert "its loss of 0.810 nats" in summary.setup(RunResults(study_tables.manifest(), one))
+
+
 def test_setup_names_the_folds():
     text = summary.setup(
         RunResults(study_tables.manifest(), {"correlations": made_tables.correlations()})

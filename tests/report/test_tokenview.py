@@ -552,6 +552,8 @@ def test_comparing_in_a_browser(bank, tokens, tmp_path, width):
             )
 
         assert one(".note").text.startswith("All 6 contexts.")
+        hint = one(".panel")  # as high as its hint until a token is pointed at
+        assert hint.text.startswith("Point at a token") and hint.size["height"] < 70
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
         # two criteria side by side, each with its own selection

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from diagnostics.core.errors import DiagnosticsError
@@ -172,18 +173,38 @@ def _series_marks(ax, series, key: str, names: list[str], outcome: str) -> None:
         style.lying(ax, y, rows, "estimate", label=label, zorder=3, **look)
 
 
-def budget_axis(ax, budgets: Sequence[float]) -> None:
-    """A logarithmic axis whose ticks are the budgets themselves; of many, the first of each
-    factor of 1.6, or of 2.1 where three panels or more stand side by side.
-    """
-    place = ax.get_subplotspec()
-    apart = 2.1 if place is not None and place.get_gridspec().ncols > 2 else 1.6
-    shown: list[float] = []
-    for budget in sorted({float(budget) for budget in budgets}, reverse=True):
-        if not shown or budget * apart < shown[-1]:
+class BudgetTicks(FixedLocator):
+    """Ticks at the budgets, from the largest down, as many as have room for their labels."""
+
+    GAP = 0.7
+    """Least distance of two labels, of the size of their text."""
+
+    def __call__(self):
+        """The budgets that have a tick at the present size of the panel."""
+        ax, pixels = self.axis.axes, self.axis.axes.get_figure().dpi / 72
+        low, high = sorted(self.axis.get_view_interval())
+        if not 0 < low < high:  # nothing is drawn yet
+            return np.array(self.locs)
+        decades = np.log10(high / low)
+        size = FontProperties(size=self.axis.get_tick_params()["labelsize"]).get_size_in_points()
+        shown: list[float] = []
+        for budget in sorted({float(each) for each in self.locs if each > 0}, reverse=True):
+            if shown:
+                away = np.log10(shown[-1] / budget) / decades * ax.bbox.width / pixels
+                halves = (
+                    style.text_width(style.percent(each), size) for each in (shown[-1], budget)
+                )
+                if away < sum(halves) / 2 + self.GAP * size:
+                    continue
             shown.append(budget)
+        return np.array(shown[::-1])
+
+
+def budget_axis(ax, budgets: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the budgets themselves, as far as they have room."""
+    shown = sorted({float(budget) for budget in budgets})
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(shown[::-1]))
+    ax.xaxis.set_major_locator(BudgetTicks(shown))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
     if len(shown) == 1:

@@ -36,8 +36,8 @@ from diagnostics.report.style import BLUE, CYCLE, DASHES
     reading=(
         "Share of the total gain in the best positions of each criterion. Above the grey band a "
         "criterion beats random selection at that budget; the dotted line is what choosing by the "
-        "gain itself would capture. Below, the mean gain of the selected positions minus that of "
-        "random ones: clear of zero, a criterion finds more gain than chance does."
+        "gain itself would capture. The other panels show the mean gain of the selected positions "
+        "minus that of random ones: clear of zero, a criterion finds more gain than chance does."
     ),
 )
 @on_page
@@ -106,7 +106,7 @@ def selection_curves(
     scales = one_scale(means, units)
     style.legend(figure, axes[0, 0], 4 if page["width"] > 5 else 2)
     bands = style.bars(page["level"], "Bands", table=table)
-    style.caption(figure, style.counts(table), scales, bands)
+    style.caption(figure, style.counts(table), scales, bands, _cut(table, shown, names))
     return figure
 
 
@@ -134,6 +134,30 @@ def _over_random(ax, table: pd.DataFrame, names: list[str]) -> None:
     ax.set_ylabel(f"mean {naming.with_unit(outcome)}\nminus random’s")
 
 
+WIDEST = 2.5
+"""Times the highest curve up to which a panel of shares makes room for the bands."""
+
+
+def _share_top(table: pd.DataFrame, names: list[str]) -> float:
+    """The top of a panel of shares: above every curve, and above every band unless one is so wide
+    that it would press the curves together.
+    """
+    rows = table[table.criterion.isin(names)]
+    curves = np.nanmax([1.0, rows.captured_share.max(), rows.oracle.max()])
+    bands = np.nanmax([curves, rows.high.max(), rows.random_high.max()])
+    return 1.03 * float(bands if bands <= WIDEST * curves else curves)
+
+
+def _cut(table: pd.DataFrame, shown: list[tuple[Callable, str]], names: list[str]) -> str:
+    """A sentence for the caption where a band goes beyond its panel of shares; else empty."""
+    for draw, outcome in shown:
+        rows = table[(table.outcome == outcome) & table.criterion.isin(names)]
+        highest = rows[["high", "random_high"]].max().max()
+        if draw is _budget_curves and highest > _share_top(rows, names):
+            return "Bands that leave a panel are cut off."
+    return ""
+
+
 def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     ax.set_xscale("log")
     common = table.drop_duplicates("budget")
@@ -154,7 +178,7 @@ def _budget_curves(ax, table: pd.DataFrame, names: list[str]) -> None:
     )
     style.zero(ax)
     ax.set_ylabel(f"share of total {naming.readable(str(table.outcome.iloc[0]))}")
-    top = max(1.02, float(table[table.criterion.isin(names)].captured_share.max()) * 1.03)
+    top = _share_top(table, names)
     ax.set_ylim(top=min(top, ax.get_ylim()[1]) if np.isfinite(top) else None)
     budget_axis(ax, table.budget)
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from diagnostics.analysis.step_batches import pooled_drops
 from diagnostics.core.schema import SCHEMA
 from diagnostics.report import naming, style
 from diagnostics.report.figures.common import mark, statistic_forest
@@ -22,10 +23,10 @@ from diagnostics.report.style import BLUE, DASHES, GREEN, ORANGE, PURPLE
     table="calibration",
     title="How linear the step was",
     reading=(
-        "Left the drop of the step's own loss, predicted by the slope and realised; right their "
-        "ratio. The chosen step is the largest tried that keeps at least four fifths of the "
-        "prediction. Far to the right the loss rises again, and gains measured there say nothing "
-        "about the signal."
+        "The drop of the step's own loss, predicted by the slope and realised, and their ratio. "
+        "Lines are all folds together, and the chosen step is the largest tried at which the drops "
+        "of all folds add up to at least four fifths of what was predicted: a single fold may keep "
+        "less. Where the loss rises, gains say nothing about the signal."
     ),
 )
 @on_page
@@ -42,8 +43,8 @@ def calibration(
     Args:
         table: One row per step size, with the columns step_size, predicted_drop, realised_drop
             (nats per position of the step's loss), ratio, chosen and, for the caption,
-            relative_norm; with a column fold, the sizes are those tried on the first fold, and the
-            others' ratios at the chosen size stand beside them.
+            relative_norm; with a column fold, one per size and fold. Lines are then the folds
+            together, as the size was chosen, and each fold's ratio stands beside them.
         ratio: The least share of the first-order prediction that a step may realize; drawn as a
             dashed line.
         **page: `width` and `dark`, as every figure takes them.
@@ -55,25 +56,21 @@ def calibration(
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     needs = ("step_size", "predicted_drop", "realised_drop", "ratio", "chosen")
-    table = style.keep(table, "figures.calibration", needs).sort_values(
-        "step_size", kind="stable", ignore_index=True
-    )
+    table = style.keep(table, "figures.calibration", needs)
     table = style.keep(table[table.step_size > 0], "figures.calibration", needs)
-    first = table.fold == table.fold.min() if "fold" in table else pd.Series(True, table.index)
-    table, others = table[first].reset_index(drop=True), table[~first]
+    pooled = style.keep(pooled_drops(table), "figures.calibration", needs)
     rows, columns = style.panels(2, page["width"])
     figure, axes = style.canvas(page["width"], 0.55 + 1.8 * rows, rows, columns, sharex=True)
     drop, share = axes.flat
-    _drops(drop, table)
-    share.plot(table.step_size, table.ratio, color=style.tone(BLUE), marker="o")
+    _drops(drop, pooled)
+    share.plot(pooled.step_size, pooled.ratio, color=style.tone(BLUE), marker="o")
     share.axhline(ratio, color=style.tone(ORANGE), linestyle=DASHES[1], linewidth=0.9)
-    _ring(share, table, "ratio")
-    hollow = {
-        "markerfacecolor": style.paper(),
-        "markeredgecolor": style.tone(PURPLE),
-        "linestyle": "none",
-    }
-    share.plot(others.step_size, others.ratio, marker="D", label="_other folds", **hollow)
+    _ring(share, pooled, "ratio")
+    apart = pooled.folds.iloc[0] > 1
+    if apart:
+        hollow = {"markerfacecolor": style.paper(), "markeredgecolor": style.tone(PURPLE)}
+        place = {"marker": "D", "markersize": 3.5, "linestyle": "none", "label": "_folds"}
+        share.plot(table.step_size, table.ratio, **hollow, **place)
     style.zero(share)
     share.set_ylim(top=max(1.08, share.get_ylim()[1]))
     share.set_ylabel("realised / predicted")
@@ -83,14 +80,22 @@ def calibration(
     style.legend(figure, drop, 4 if page["width"] > 5 else 2)
     style.caption(
         figure,
-        _calibration_words(table),
-        f"Dashed on the ratio: least accepted, {ratio:g}.",
-        f"Diamonds: the other folds at that size, {others.ratio.min():.0%} to"
-        f" {others.ratio.max():.0%}."
-        if len(others)
-        else "",
+        _calibration_words(pooled),
+        f"Dashed on the ratio: least accepted of the pooled ratio, {ratio:g}."
+        if apart
+        else f"Dashed on the ratio: least accepted, {ratio:g}.",
+        _fold_words(table),
     )
     return figure
+
+
+def _fold_words(table: pd.DataFrame) -> str:
+    """What the diamonds are; empty where there is one fold."""
+    if "fold" not in table or table.fold.nunique() < 2:
+        return ""
+    ringed = table.ratio[table.chosen.astype(bool)]
+    reach = f", {ringed.min():.0%} to {ringed.max():.0%} at the ringed size" if len(ringed) else ""
+    return f"Diamonds: the single folds{reach}."
 
 
 def _drops(ax, table: pd.DataFrame) -> None:
@@ -145,9 +150,10 @@ def _calibration_words(table: pd.DataFrame) -> str:
         return "No step was chosen."
     row = chosen.iloc[0]
     norm = f", relative update norm {row.relative_norm:.2g}" if "relative_norm" in table else ""
+    pooled = f", pooled over {row.folds} folds" if row.folds > 1 else ""
     return (
         f"Ringed: the chosen step, size {row.step_size:.2g}{norm}, realises {row.ratio:.0%} of its"
-        " first-order prediction."
+        f" first-order prediction{pooled}."
     )
 
 

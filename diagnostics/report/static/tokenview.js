@@ -220,6 +220,7 @@
     }
 
     function detail(i) {
+      panel.classList.toggle("empty", i < 0);
       if (i < 0) {
         panel.replaceChildren(make("p", { className: "hint" }, "Point at a token, or step with the arrow keys; n and p go by gain, / searches."));
         return;
