@@ -112,7 +112,9 @@ def _drops(ax, table: pd.DataFrame) -> None:
         label="predicted (first order)",
     )
     ax.plot(table.step_size, fell, color=style.tone(BLUE), marker="o", label="realised")
-    ax.set(xscale="log", yscale="log")
+    ax.set_xscale("log")
+    if fell.notna().any() or (table.predicted_drop > 0).any():  # a teacher that is the student
+        ax.set_yscale("log")  # moves nothing, and a logarithm has no place for 0
     _ring(ax, table, "realised_drop", label="chosen")
     rose = table.step_size[table.realised_drop <= 0]
     if len(rose):
