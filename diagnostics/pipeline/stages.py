@@ -302,10 +302,12 @@ def ask_stage(run: Run, models: Models, config: AskConfig) -> Path:
     Returns:
         The path of the file.
     """
-    from diagnostics.models.served.ask import ask_teacher
+    from diagnostics.models.served.ask import ask_teacher, require_server
     from diagnostics.models.topk_teacher import lists_of
 
     path = run.path(LISTS)
+    if "ask-teacher" not in run.manifest["stages"]:
+        require_server(config)  # before the manifest says that the stage has begun
 
     def work() -> dict:
         bank, tokenizer = read_bank(run.path("contexts.parquet")), models.tokenizer

@@ -467,8 +467,10 @@ def test_a_killed_command_asks_only_for_what_was_on_its_way(folders, finished, t
 
 def test_no_url_is_refused_and_nothing_is_loaded(finished, folders, capsys):
     command = ["ask-teacher", "--student", folders[1], "--output-dir", str(finished), "--quiet"]
+    record = (finished / "manifest.json").read_bytes()
     assert main(command) == 2
     assert "No server was named. Give its address: --url" in capsys.readouterr().err
+    assert (finished / "manifest.json").read_bytes() == record
 
 
 @pytest.mark.slow

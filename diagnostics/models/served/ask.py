@@ -202,6 +202,15 @@ class Texts:
             )
 
 
+def require_server(config: AskConfig) -> str:
+    """Return the server's address. Raises DiagnosticsError where none was named."""
+    if config.url is None:
+        raise DiagnosticsError(
+            "No server was named. Give its address: --url http://localhost:8000/v1."
+        )
+    return config.url
+
+
 def ask_teacher(
     bank: Bank,
     tokenizer: PreTrainedTokenizerBase,
@@ -231,13 +240,10 @@ def ask_teacher(
     """
     import pandas as pd
 
-    if config.url is None:
-        raise DiagnosticsError(
-            "No server was named. Give its address: --url http://localhost:8000/v1."
-        )
+    url = require_server(config)
     stop = threading.Event()
     server = Server(
-        read_address(config.url),
+        read_address(url),
         key=read_key(config.api_key_env),
         timeout=config.timeout,
         retries=config.retries,
