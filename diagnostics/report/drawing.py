@@ -25,6 +25,7 @@ import matplotlib
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.progress import progress
 from diagnostics.report import look, svg
 from diagnostics.report.canvas import OVERVIEW, NotebookFigure
 from diagnostics.report.figures.registry import FIGURES, FigureSpec, in_page_order
@@ -64,7 +65,10 @@ def draw_all(
     """
     specs = in_page_order()
     names = [spec.name for spec in sorted(specs, key=lambda spec: spec.table != "tokens")]
-    made = share_out(names, lambda name: _drawn(run, FIGURES[name], pdf), workers)
+    with progress(total=len(names), description="figures", unit=" figures") as bar:
+        made = share_out(
+            names, lambda name: _drawn(run, FIGURES[name], pdf), workers, tell=bar.update
+        )
     drawn = {spec.name: made[spec.name] for spec in specs if isinstance(made[spec.name], Drawing)}
     return drawn, {spec.name: made[spec.name] for spec in specs if spec.name not in drawn}
 
@@ -170,7 +174,11 @@ def may_fork() -> bool:
 
 
 def share_out(
-    names: Sequence[str], work: Callable[[str], Result], workers: int | None = None
+    names: Sequence[str],
+    work: Callable[[str], Result],
+    workers: int | None = None,
+    *,
+    tell: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Result]:
     """Do a piece of work for each name, in this process and in copies of it.
 
@@ -182,6 +190,7 @@ def share_out(
         work: Makes the result of one name; it can be pickled.
         workers: Number of processes; where None, as many as there are cores, up to `MOST`, where a
             copy is safe, otherwise one.
+        tell: Is told in this process how many names have been taken since it was told last.
 
     Returns:
         The result of every name.
@@ -196,7 +205,7 @@ def share_out(
     try:
         for _ in range(min(workers, len(names)) - 1):
             copies.append(_copy(queue, names, work))
-        done |= _take(queue, names, work)
+        done |= _take(queue, names, work, tell)
         for _, answers in copies:
             done |= _answers(answers)
     finally:
@@ -206,13 +215,20 @@ def share_out(
     return {name: done[name] if name in done else work(name) for name in names}
 
 
-def _take(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> dict[str, Result]:
+def _take(
+    queue: int,
+    names: Sequence[str],
+    work: Callable[[str], Result],
+    tell: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Result]:
     """Results of the names that this process takes from the queue until it is empty."""
-    done = {}
+    done, taken = {}, 0
     with _seldom_collected():
         while number := os.read(queue, 1):
-            name = names[number[0]]
+            tell(number[0] - taken)
+            taken, name = number[0], names[number[0]]
             done[name] = work(name)
+    tell(len(names) - taken)
     return done
 
 

@@ -59,3 +59,11 @@ def test_a_report_s_drawings_are_the_same_for_one_and_for_two_processes(tmp_path
     one, two = (drawing.draw_all(run, workers=workers) for workers in (1, 2))
     assert one == two and one[0]
     assert all(each.pdf is None for each in one[0].values())
+
+
+def test_what_is_taken_is_told_and_adds_up():
+    """The one who waits sees all names pass, whichever process draws them."""
+    for workers in (1, 2):
+        told = []
+        drawing.share_out(list("abcdef"), str.upper, workers, tell=told.append)
+        assert sum(told) == 6 and min(told) >= 0
