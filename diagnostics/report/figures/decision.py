@@ -96,7 +96,7 @@ def decision(
         figure,
         f"Drop of {naming.readable(measure)} over random, in {unit}, {naming.steps(horizon)}.",
         style.counts(table),
-        "± is half of an interval.",
+        "± is half of an interval; verdicts are after Holm.",
         style.bars(page["level"], "Verdicts", table=table),
         "†: overfitted." if style.flagged(table, "overfitted").any() else "",
     )
