@@ -153,6 +153,7 @@ def wait_for(directory, pattern, process):
     [
         ".partial/rollout-*/responses-*/*.parquet",
         ".partial/score-*/scores/*.parquet",
+        ".partial/probe-*/after-*/*.parquet",
         ".partial/probe-*/direction-global-fold1/*.parquet",
     ],
 )
