@@ -185,11 +185,13 @@ def finished(folders, tmp_path_factory):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that forgets what a test adds."""
+    """A registry that forgets what a test adds, and the files that it came from."""
     from diagnostics import criteria
 
     monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
     monkeypatch.setattr(criteria, "_ALIASES", dict(criteria._ALIASES))
+    monkeypatch.setattr(criteria, "_MODULES", {})
+    monkeypatch.setenv(criteria.MODULES_VARIABLE, "")
 
 
 @pytest.fixture

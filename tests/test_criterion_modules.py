@@ -29,10 +29,8 @@ def mine_alone(table):
 
 
 @pytest.fixture
-def module(tmp_path, registry, monkeypatch):
+def module(tmp_path, registry):
     """A file with one criterion; what it registers is forgotten after the test."""
-    monkeypatch.setattr(criteria, "_MODULES", {})
-    monkeypatch.setenv(criteria.MODULES_VARIABLE, "")
     path = tmp_path / "mine.py"
     path.write_text(MINE.format(weight=1.0))
     return path

@@ -90,7 +90,6 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     (own,) = (code for code in blocks("README.md", "python") if "@dx.criterion" in code)
     (tmp_path / "mine.py").write_text(own)
-    monkeypatch.setenv("OPD_DIAGNOSTICS_CRITERION_MODULES", "")
     for words in commands("README.md"):
         assert main([*small(words, tmp_path), "--quiet"]) == 0, words
     for folder in ("mine", "demo"):
