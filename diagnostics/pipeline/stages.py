@@ -46,19 +46,20 @@ from diagnostics.pipeline.run import Run
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig, PrimaryChoices
     from diagnostics.analysis.selection import ComparisonConfig
+    from diagnostics.contexts.config import RolloutConfig
     from diagnostics.contexts.import_rollouts import ImportConfig
     from diagnostics.contexts.prompts import PromptConfig
-    from diagnostics.contexts.rollouts import RolloutConfig
     from diagnostics.core.progress import Shards
     from diagnostics.models.pair import Pair
     from diagnostics.models.served.ask import AskConfig
-    from diagnostics.probing.attribution import AttributionConfig
-    from diagnostics.probing.intervention import InterventionConfig
-    from diagnostics.probing.one_step import ControlConfig, ProbeConfig
-    from diagnostics.probing.scores import ScoreConfig
+    from diagnostics.probing.config.attribution import AttributionConfig
+    from diagnostics.probing.config.controls import ControlConfig
+    from diagnostics.probing.config.intervention import InterventionConfig
+    from diagnostics.probing.config.scores import ScoreConfig
+    from diagnostics.probing.config.step import ProbeConfig
+    from diagnostics.training.config import EngineConfig, TrainConfig
     from diagnostics.training.evaluation import EvaluationConfig
     from diagnostics.training.grid import TrainingCell, ValidateConfig
-    from diagnostics.training.run import EngineConfig, TrainConfig
 
 log = logging.getLogger("diagnostics")
 LATER = ("prompts_split", "max_prompt_tokens", "teacher_logprobs")
@@ -381,8 +382,8 @@ def probe_stage(
 
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
+    from diagnostics.probing.config.trajectory import require_horizon
     from diagnostics.probing.one_step import probe
-    from diagnostics.probing.trajectory import require_horizon
 
     names = ["calibration", "placebo"]
     names += ["horizon"] if require_horizon(controls.horizon) else []
@@ -432,8 +433,8 @@ def _probe_work(
     positions: int, contexts: int, config: ProbeConfig, controls: ControlConfig
 ) -> float:
     """About how many positions the student's forward passes of a probe go over."""
+    from diagnostics.probing.config.trajectory import MINIBATCH, require_horizon
     from diagnostics.probing.step import CALIBRATION_TRIALS, FORWARD_AND_BACK
-    from diagnostics.probing.trajectory import MINIBATCH, require_horizon
 
     nulls, horizon = len(controls.nulls), require_horizon(controls.horizon)
     passes = 2 + CALIBRATION_TRIALS - 1 + (1 + nulls) * (FORWARD_AND_BACK + config.folds)
@@ -1125,9 +1126,9 @@ def intervene_stage(
         batch_tokens: The most tokens of a batch.
         drop: Whether criteria whose columns the scores lack are left out, and not refused.
     """
+    from diagnostics.probing.config.trajectory import require_horizon
     from diagnostics.probing.intervention import SUPPORT, interventions
     from diagnostics.probing.intervention_table import summarize
-    from diagnostics.probing.trajectory import require_horizon
 
     _require_probe_settings(run, probe, what="An intervention")
     config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop)
@@ -1205,9 +1206,9 @@ def _say_grid(
 ) -> None:
     """Say how many trajectories a grid has, and how much work that is."""
     from diagnostics import criteria as registry
+    from diagnostics.probing.config.trajectory import require_horizon
     from diagnostics.probing.intervention import RIVALS
     from diagnostics.probing.step import CALIBRATION_TRIALS, FORWARD_AND_BACK
-    from diagnostics.probing.trajectory import require_horizon
 
     names = {*RIVALS, *(registry.find(name).name for name in config.criteria)} - {"full"}
     draws = sum(config.random_draws if registry.is_seeded(name) else 1 for name in names)
@@ -1311,7 +1312,7 @@ def scored_supports(run: Run) -> tuple[int, tuple[int, ...]]:
     """The K of the run's scores and the other K that were measured beside it; the defaults where
     the manifest does not say.
     """
-    from diagnostics.probing.scores import ScoreConfig
+    from diagnostics.probing.config.scores import ScoreConfig
 
     settings = run.manifest["stages"].get("score", {}).get("settings", {})
     usual = ScoreConfig()
@@ -1486,7 +1487,7 @@ def validate_stage(
         engine: How TRL runs each training, except for what a grid decides itself.
     """
     from diagnostics.contexts.verifiers import recorded_verifier
-    from diagnostics.measure.losses import check_loss
+    from diagnostics.measure.loss_names import check_loss
     from diagnostics.training import grid
 
     check_loss(config.loss)
@@ -1571,7 +1572,7 @@ def _engine_of_cells(engine: EngineConfig | None) -> dict[str, Any]:
     Raises:
         DiagnosticsError: An option was given that a grid decides itself.
     """
-    from diagnostics.training.run import EngineConfig
+    from diagnostics.training.config import EngineConfig
 
     usual = dataclasses.asdict(EngineConfig())
     given = {
