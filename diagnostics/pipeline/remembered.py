@@ -21,15 +21,8 @@ from typing import Any
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.manifest import PATHS, read_manifest
-from diagnostics.pipeline.registry import (
-    BY_NAME,
-    PAIR,
-    PROBE,
-    PROMPTS,
-    SCORE,
-    flags_of,
-    load_configs,
-)
+from diagnostics.pipeline.registry import BY_NAME, flags_of, load_configs
+from diagnostics.pipeline.stage import PAIR, PROBE, PROMPTS, SCORE
 
 MEASURED = ("probe", "score", "rollout")
 """Stages whose settings of the pair, the step and the scores later stages share."""
