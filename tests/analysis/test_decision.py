@@ -23,7 +23,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.shown import by_uncertainty
 from diagnostics.core.tables import read_csv, write_csv
 from diagnostics.pipeline.run import open_run
-from diagnostics.pipeline.stages import compare_stage
+from diagnostics.pipeline.stages.compare import compare_stage
 from tests.effect_tables import TRUTHS, made_interventions, one_batch
 from tests.made_tokens import made_tokens, only_row
 

@@ -298,8 +298,8 @@ def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
     assert cards.count("<li") == 2
     assert (
         '<li class="card inconclusive"><h3>Teachability ranks better&nbsp;<span class="tag">C1'
-        '</span></h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain, <span'
-        ' class="verdict supported">supported</span> by relative gain</span></p>' in cards
+        '</span></h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain,'
+        ' <span class="verdict supported">supported</span> by relative gain</span></p>' in cards
     )
     assert '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
     assert '<li class="card supported"><h3>Compatible &lt;gains&gt; more' in cards
