@@ -174,11 +174,7 @@ def train(
     monitor = TrainingMonitor(
         pair, directory, config, engine, evaluation, held_out, bank, untouched
     )
-    with warnings.catch_warnings():
-        # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with _without_deprecations():
         with _explained(engine):
             trainer = _trainer(
                 pair, prompts, directory, config, engine, monitor, dict(options or {})
@@ -189,6 +185,16 @@ def train(
     return TrainResult(
         read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
     )
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """TRL 1.16 asks the model under a name that transformers 5.23 has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield
 
 
 def _keep_student(
