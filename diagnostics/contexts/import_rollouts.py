@@ -187,12 +187,9 @@ def freeze_rollouts(
     renderer = Renderer(pair.tokenizer, chat, chat_template_kwargs)
     freezer = Freezer(pair, renderer, prompts, turns=turns)
     kept, asked = _frozen_rows(frame, kind, freezer, path)
-    wanted = len(kept) if contexts is None else contexts
     counts = freezer.counted()
     require_same_tokenizer(freezer.counts, path)
-    if not kept or not 1 <= wanted <= len(kept):
-        log_counts(counts, path)
-        raise _too_few(path, len(kept), len(frame), contexts)
+    wanted = _wanted(contexts, len(kept), len(frame), counts, path)
     bank = Bank(tuple(number_contexts(list(kept.values())[:wanted], path)))
     rows = dict(zip((context.context_id for context in bank), kept, strict=False))
     bank, judged = judge_imported(
@@ -214,12 +211,17 @@ def freeze_rollouts(
     }
 
 
-def _too_few(path: Path, usable: int, rows: int, asked: int | None) -> DiagnosticsError:
-    return DiagnosticsError(
-        f"{path} holds {usable} usable contexts of {rows}"
-        + (f", and {asked} are asked for" if asked is not None else "")
-        + ". Name a larger file or lower --contexts."
-    )
+def _wanted(asked: int | None, usable: int, rows: int, counts: dict[str, int], path: Path) -> int:
+    """How many contexts are taken: as many as are asked for, or all that can be used."""
+    wanted = usable if asked is None else asked
+    if not 1 <= wanted <= usable:
+        log_counts(counts, path)
+        raise DiagnosticsError(
+            f"{path} holds {usable} usable contexts of {rows}"
+            + (f", and {asked} are asked for" if asked is not None else "")
+            + ". Name a larger file or lower --contexts."
+        )
+    return wanted
 
 
 def _frozen_rows(

@@ -182,9 +182,8 @@ def train(
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _keep_student(trainer, pair, prompts, config, directory)
-    return TrainResult(
-        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
-    )
+    metrics = read_lines(directory / "metrics.jsonl")
+    return TrainResult(metrics, monitor.summary(), directory / "student")
 
 
 @contextmanager
