@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -94,3 +96,13 @@ def test_other_parts_of_a_page_are_made_beside_the_figures_and_are_not_counted_a
         assert made == {"sum": 7, "word": "seven"} and list(made) == list(others)
         assert drawn and not set(others) & {*drawn, *left_out}
         assert sum(counted) == 0 and min(counted[1:]) >= 0
+
+
+def test_what_a_page_needs_is_loaded_without_a_model_library_or_the_parts_of_scipy():
+    code = (
+        "import sys, diagnostics.report.page;"
+        "print([name for name in ('torch', 'scipy.special', 'scipy.spatial', 'scipy.stats')"
+        " if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
