@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis import claim_statistics as statistics
 from diagnostics.analysis.bootstrap import Estimate, holm
@@ -592,7 +592,11 @@ def _c4(
 def _above(estimate: Estimate) -> float:
     """One-sided p value against an estimate's being at most 0."""
     error = estimate.standard_error
-    return float(special.stdtr(estimate.freedom, -estimate.value / error)) if error > 0 else np.nan
+    return (
+        float(scipy.special.stdtr(estimate.freedom, -estimate.value / error))
+        if error > 0
+        else np.nan
+    )
 
 
 def _equivalence(name: str, base: Estimate, other: Estimate, margin: float) -> Part:
