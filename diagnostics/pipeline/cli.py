@@ -29,6 +29,7 @@ from diagnostics.core.manifest import read_manifest
 from diagnostics.core.progress import clear_line, in_stages, set_quiet
 from diagnostics.criteria import find, load_module
 from diagnostics.pipeline import answer, remembered, stages
+from diagnostics.pipeline.by_correctness import hint
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
 from diagnostics.pipeline.registry import (
     BY_NAME,
@@ -214,7 +215,8 @@ def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
         table=table,
         page=result.get("report"),
     )
-    return {**found, "text": answer.text(found)}
+    apart = hint(directory, program()) if parsed.command == "run" else ""
+    return {**found, "text": "\n".join(filter(None, [answer.text(found), apart]))}
 
 
 def _pair_flags(parsed: argparse.Namespace) -> str:

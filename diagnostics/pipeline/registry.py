@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import in_stages
-from diagnostics.pipeline import ahead, paper_stage, stages
+from diagnostics.pipeline import ahead, by_correctness, paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
 
 if TYPE_CHECKING:
     from diagnostics.models.identity import Models
     from diagnostics.pipeline.run import Run
 
+log = logging.getLogger("diagnostics")
 PAIR = "models.pair.PairConfig"
 PROMPTS = "contexts.prompts.PromptConfig"
 ROLLOUT = "contexts.rollouts.RolloutConfig"
@@ -124,6 +126,12 @@ QUICK = flag(
     "quick",
     action="store_true",
     help="leave the interventions out: a page without an answer to which criterion to train with",
+)
+APART = flag(
+    "by-correctness",
+    action="store_true",
+    help="write the tables for right and for wrong responses alone too, which takes about as long"
+    " as the tables of all",
 )
 LEFT_OUT = ("intervene", "compare")
 """Stages that --quick leaves out: nothing is decided without the first."""
@@ -236,6 +244,14 @@ def _comparison(job: Job) -> Any:
     return stages.comparison_of(job.run, job.configs[INTERVENTION].criteria)
 
 
+def _by_correctness(job: Job) -> dict[str, Any] | None:
+    why = by_correctness.unjudged(job.run) if job.command == "run" else ""
+    if why:  # a run goes on to its page
+        log.warning("%s", why)
+        return None
+    return by_correctness.by_correctness_stage(job.run)
+
+
 def _report(job: Job) -> dict[str, str]:
     return {"report": str(stages.report_stage(job.run))}
 
@@ -286,8 +302,17 @@ STAGES = (
         configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, INTERVENTION, ANALYSIS),
         reads="two models and prompts",
         writes="everything that its stages write",
-        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY, QUICK),
-        parts=("rollout", "score", "probe", "intervene", "analyze", "compare", "report"),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY, QUICK, APART),
+        parts=(
+            "rollout",
+            "score",
+            "probe",
+            "intervene",
+            "analyze",
+            "compare",
+            "by-correctness",
+            "report",
+        ),
         modules=("pipeline.stages",),
     ),
     Stage(
@@ -510,6 +535,18 @@ STAGES = (
         run=_compare,
         parts=("import", "compare"),
         modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
+    ),
+    Stage(
+        name="by-correctness",
+        purpose=(
+            "Write the tables of analyze and compare again for right and for wrong responses alone."
+        ),
+        example=("by-correctness --output-dir reports/mine",),
+        reads="`tokens.parquet` of judged responses; `interventions.parquet` where there is one",
+        writes="`tables/right/*.csv`, `tables/wrong/*.csv`",
+        flags=(OUTPUT_DIR,),
+        run=_by_correctness,
+        modules=("pipeline.by_correctness", "analysis.responses", "analysis.correctness"),
     ),
     Stage(
         name="report",
@@ -782,11 +819,15 @@ def stages_of(job: Job) -> list[str]:
         name
         for name in names
         if not (quick and name in LEFT_OUT)
-        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
+        and (name == job.command or name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 
-UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+UNASKED = {
+    "import": ("tokens", "tokens_after", "tokenizer"),
+    "after": ("after",),
+    "by-correctness": ("by_correctness",),
+}
 """Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 

@@ -76,12 +76,13 @@ def _table_order(run: RunTables) -> list[str]:
     ]
 
 
-def table_block(name: str, table: pd.DataFrame) -> str:
+def table_block(name: str, table: pd.DataFrame, *, folder: str = "") -> str:
     """A folded table; the page's script filters and sorts it, and builds a long one when opened.
 
     Args:
         name: The table's name; its caption comes from the catalogue.
         table: The table, with at least one row.
+        folder: Folder below tables/ that holds it, where it lies in one.
 
     Returns:
         HTML of a details element. A table of up to `ROWS_WRITTEN` rows is written out; a longer one
@@ -94,10 +95,12 @@ def table_block(name: str, table: pd.DataFrame) -> str:
         rows = written_rows(shown)
     else:
         packed = f'<script type="application/json">{_packed(shown)}</script>'
+    place = html.escape(f"{folder}/{name}" if folder else name)
     return (
-        f'<details id="table-{html.escape(name)}" class="table"><summary><b>{html.escape(name)}</b>'
+        f'<details id="table-{place.replace("/", "-")}" class="table"><summary>'
+        f"<b>{html.escape(name)}</b>"
         f' {html.escape(caption(name))} <span class="quiet">{len(table):,} rows;'
-        f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
+        f' tables/{place}.csv</span></summary><div class="scroll"'
         f' tabindex="0"><table><thead><tr>{_heads(shown)}</tr></thead><tbody>\n{rows}</tbody>'
         f'</table></div><button type="button" class="copy">Copy as CSV</button>{packed}</details>'
     )
