@@ -10,9 +10,10 @@ import pytest
 import diagnostics as dx
 from diagnostics.core.manifest import read_manifest
 from diagnostics.core.tables import write_parquet
-from diagnostics.pipeline import ahead, by_correctness
+from diagnostics.pipeline import ahead
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.reproduce import Inputs, commands
+from diagnostics.pipeline.stages import by_correctness
 from diagnostics.report.page import page
 from tests.effect_tables import made_interventions
 from tests.factories import message

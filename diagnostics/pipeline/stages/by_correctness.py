@@ -31,14 +31,16 @@ from diagnostics.analysis.responses import SIDES, count_responses, too_few
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.tables import read_csv, write_csv
-from diagnostics.pipeline import stages
+from diagnostics.pipeline.stage import Job
+from diagnostics.pipeline.stages.analyze import table_k
+from diagnostics.pipeline.stages.compare import COMPARISON_CODE
 
 if TYPE_CHECKING:
     from diagnostics.pipeline.run import Run
 
 STAGE = "by-correctness"
 log = logging.getLogger("diagnostics")
-CODE = ("analysis.study", *stages.COMPARISON_CODE, "pipeline.by_correctness")
+CODE = ("analysis.study", *COMPARISON_CODE, "pipeline.stages.by_correctness")
 """Modules that decide the tables."""
 PLACEBO = "tables/placebo.csv"
 EFFECTS = "interventions.parquet"
@@ -57,6 +59,15 @@ OF_ALL = {
     "engine_causes": "it is about the engine, and is made of all responses",
 }
 """Tables of a run that no side has, and why."""
+
+
+def do(job: Job) -> dict[str, Any] | None:
+    """Do the stage of a command; a `run` whose responses nobody judged goes on to its page."""
+    why = unjudged(job.run) if job.command == "run" else ""
+    if why:
+        log.warning("%s", why)
+        return None
+    return by_correctness_stage(job.run)
 
 
 def by_correctness_stage(run: Run) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def _study(
     return study(
         tokens,
         responses=side,
-        base_k=stages.table_k(run, tokens, settings["k"]),
+        base_k=table_k(run, tokens, settings["k"]),
         choices=_choices(settings),
         **{name: settings[name] for name in ("draws", "level", "seed")},
     )
