@@ -452,7 +452,7 @@ STAGES = (
         reads="a student, two teachers or more and prompts; or scored runs of one bank",
         writes=(
             "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
-            " `teachers_best.csv`, `teachers_agreement.csv`"
+            " `teachers_best.csv`, `teachers_agreement.csv`; `teachers.html`, `figures/teachers*.png`"
         ),
         flags=(
             OUTPUT_DIR,
@@ -476,7 +476,7 @@ STAGES = (
             flag("probe", action="store_true", help="measure gains with each teacher too"),
         ),
         repeatable=False,
-        modules=("analysis.teachers", "pipeline.teachers"),
+        modules=("analysis.teachers", "pipeline.teachers", "report.teachers_page"),
     ),
     Stage(
         name="atlas",

@@ -105,24 +105,36 @@ def overview(run: RunResults) -> str:
 def _verdict_table(table: pd.DataFrame) -> str:
     names = [name for name in (ALL, *SIDES) if name in table]
     heads = "".join(f'<th class="plain" scope="col">{name}</th>' for name in names)
-    rows = "".join(_verdict_row(row, names) for row in table.to_dict("records"))
+    rows = "".join(
+        _claim_rows(str(claim), str(statement), part, names)
+        for (claim, statement), part in table.groupby(["claim", "statement"], sort=False)
+    )
     return (
         '<div class="scroll"><table class="facts"><thead><tr><th class="plain" scope="col">claim'
         f"</th>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>"
     )
 
 
+def _claim_rows(claim: str, statement: str, part: pd.DataFrame, names: list[str]) -> str:
+    """A claim in words over the whole width, and a row of verdicts per kind and outcome."""
+    words = html.escape(f"{claim}: {typeset(statement)}")
+    head = (
+        f'<th class="group" scope="rowgroup" colspan="{1 + len(names)}"><span>{words}</span></th>'
+    )
+    rows = "".join(_verdict_row(row, names) for row in part.to_dict("records"))
+    return f"<tr>{head}</tr>\n{rows}"
+
+
 def _verdict_row(row: Mapping, names: list[str]) -> str:
     outcome = naming.OUTCOMES.get(row["outcome"], naming.readable(str(row["outcome"])))
     kind = KIND_WORDS.get(row["kind"], str(row["kind"]))
-    where = f'<span class="unit">{html.escape(", ".join(filter(None, [kind, outcome])))}</span>'
-    claim = f"{html.escape(str(row['claim']))}: {html.escape(typeset(str(row['statement'])))}"
     cells = "".join(
         f'<td><span class="verdict {summary.verdict_class(row[name])}">{html.escape(row[name])}'
         "</span></td>"
         for name in names
     )
-    return f'<tr><th class="group" scope="row">{claim}{where}</th>{cells}</tr>\n'
+    words = html.escape(", ".join(filter(None, [kind, outcome])))
+    return f'<tr><th scope="row">{words}</th>{cells}</tr>\n'
 
 
 def tables(run: RunResults, side: str) -> str:
