@@ -452,7 +452,8 @@ STAGES = (
         reads="a student, two teachers or more and prompts; or scored runs of one bank",
         writes=(
             "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
-            " `teachers_best.csv`, `teachers_agreement.csv`; `teachers.html`, `figures/teachers*.png`"
+            " `teachers_best.csv`, `teachers_agreement.csv`; `teachers.html`,"
+            " `figures/teachers*.png`"
         ),
         flags=(
             OUTPUT_DIR,

@@ -123,11 +123,10 @@ class TeachersPage:
 
     def files(self) -> dict[str, bytes]:
         """The page and its figures, by file name."""
-        drawn = {
-            f"figures/{name}.png": svg.png(draw(figures.DOUBLE))
-            for name, _, draw in self.drawings()
-        }
-        return {"teachers.html": encoded(self.html), **drawn}
+        found = {"teachers.html": encoded(self.html)}
+        for name, _, draw in self.drawings():
+            found[f"figures/{name}.png"] = svg.png(draw(figures.DOUBLE))
+        return found
 
 
 def save_teachers(directory: str | Path) -> Path:
@@ -230,7 +229,9 @@ def where(rows: pd.DataFrame) -> str:
         for row in told
     ]
     left = len(apart) - len(told)
-    rest = f"{left} of {len(apart)} comparisons within groups are not told apart"
+    why = apart.loc[~apart["verdict"].isin(TOLD), "verdict"].value_counts()
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in why.items())
+    rest = f"{left} of {len(apart)} comparisons within groups are open ({reasons})"
     if not by:
         return f"Not identified: {rest}."
     return f"{'; '.join(by)}.{f' {rest[0].upper()}{rest[1:]}.' if left else ''}"

@@ -17,11 +17,15 @@ from diagnostics.report.figures.options import Intervals, Page, on_page
 MEASURES = ("compatible_divergence", "forward_kl", "teachability", "gain", "context_gain")
 """What is shown where nothing else is asked for, as far as the table has it."""
 MEASURE_WORDS = {
-    "compatible_divergence": "D·C: divergence within reach",
+    "compatible_divergence": "D·C",
     "forward_kl": "D = KL(q‖p)",
     "reverse_kl": "KL(p‖q)",
 }
 """Titles of panels that differ from the measure's readable name."""
+NAMES_WIDE = 2.6
+"""Inches beside the cells of the heat map: names of rows, and the color bar."""
+ACROSS = 3
+"""Panels that stand side by side."""
 NO_UNIT = ("teachability", "compatibility", "acceptance")
 DOMAINS = ("domain ", "no domain")
 """What the groups of a prompt column begin with."""
@@ -63,12 +67,14 @@ def teachers(
     shown = table[table["measure"].isin(measures) & table["group"].isin(groups)]
     shown = style.keep(shown, "figures.teachers", needs, {})
     names = list(dict.fromkeys(table["teacher"]))
-    down, across = style.panels(len(measures), page["width"], None)
+    down, across = style.panels(len(measures), page["width"], min(len(measures), ACROSS))
     height = (1.1 + (0.14 * len(names) + 0.1) * len(groups)) * down
     figure, axes = style.canvas(page["width"], height, down, across, sharey=True)
     for ax, measure in zip(axes.flat, measures, strict=False):
         _marks(ax, shown[shown["measure"] == measure], names, groups)
         ax.set_title(MEASURE_WORDS.get(measure, naming.readable(measure)))
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
         ax.set_xlabel("mean" if measure in NO_UNIT else "nats per position")
         ax.xaxis.set_major_locator(MaxNLocator(4 if page["width"] > 5 else 3))
     style.hide_rest(axes, len(measures))
@@ -108,7 +114,9 @@ WHAT_WORDS = {
 
 
 @on_page
-def teachers_agreement(table: pd.DataFrame, **page: Unpack[Page]) -> Figure:
+def teachers_agreement(
+    table: pd.DataFrame, *, measures: Sequence[str] | None = None, **page: Unpack[Page]
+) -> Figure:
     """How far teachers agree: a heat map of measures and selections by pairs of teachers.
 
     Example: `dx.plot.teachers_agreement(dx.compare_teachers(runs)["teachers_agreement"])`. A cell
@@ -117,6 +125,7 @@ def teachers_agreement(table: pd.DataFrame, **page: Unpack[Page]) -> Figure:
 
     Args:
         table: The table `teachers_agreement` of `dx.compare_teachers`.
+        measures: Measures whose rank correlations are shown; those of `teachers` where None.
         **page: `width` and `dark`, as every figure takes them.
 
     Returns:
@@ -126,6 +135,9 @@ def teachers_agreement(table: pd.DataFrame, **page: Unpack[Page]) -> Figure:
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     needs = ("teacher", "other", "what", "measure", "size", "value")
+    table = style.keep(table, "figures.teachers_agreement", needs, {})
+    ranked = table["what"] == "rank correlation"
+    table = table[~ranked | table["measure"].isin(measures or (*MEASURES, "compatibility"))]
     table = style.keep(table, "figures.teachers_agreement", needs, {})
     matrix = _agreement_matrix(table)
     figure, axes = style.canvas(page["width"], 1.3 + 0.26 * len(matrix))
@@ -157,7 +169,10 @@ def _cells(figure: Figure, ax, matrix: pd.DataFrame) -> None:
     values, colors = matrix.to_numpy(float), style.sequential()
     image = ax.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
     size = style.text_size(0.5)
-    ax.set_xticks(range(len(matrix.columns)), list(matrix.columns), fontsize=size)
+    pairs = list(matrix.columns)
+    room = 72 * (figure.get_figwidth() - NAMES_WIDE) / len(pairs)
+    upright = max(style.text_width(pair, size) for pair in pairs) < room
+    ax.set_xticks(range(len(pairs)), pairs, fontsize=size, rotation=0 if upright else 90)
     ax.set_yticks(range(len(matrix)), list(matrix.index), fontsize=size)
     ax.grid(visible=False)
     ax.tick_params(length=0)
