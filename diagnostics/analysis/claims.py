@@ -41,6 +41,7 @@ from diagnostics.analysis import claim_statistics as statistics
 from diagnostics.analysis.bootstrap import Estimate, holm
 from diagnostics.analysis.claim_statistics import Overlap, Statistic, Support
 from diagnostics.analysis.config import Bootstrap, PrimaryChoices
+from diagnostics.analysis.responses import ALL, NOT_REGISTERED
 from diagnostics.analysis.robustness import supports as supports_of
 from diagnostics.analysis.splits import Split, splits
 from diagnostics.core.folds import step_count
@@ -625,6 +626,7 @@ def claim_tables(
     bootstrap: Bootstrap = Bootstrap(),
     choices: PrimaryChoices = PrimaryChoices(),
     registered: str | None = None,
+    responses: str = ALL,
 ) -> dict[str, pd.DataFrame]:
     """C1 to C4 for the context gain and for the paper's gain on every population.
 
@@ -634,6 +636,7 @@ def claim_tables(
         bootstrap: How the intervals are made.
         choices: The primary choices.
         registered: Their hash as it was recorded before the probe; None where none was.
+        responses: Which responses the table is of; what was recorded is of `all`.
 
     Returns:
         Two tables. `verdicts`: the columns of `VERDICT_COLUMNS`. `claim_statistics`: population,
@@ -642,7 +645,7 @@ def claim_tables(
         measurement resembles C (C4), which have no interval.
     """
     found = look(tokens, base_k=base_k, bootstrap=bootstrap, choices=choices)
-    why = exploratory_because(found, bootstrap.level, choices, registered)
+    why = exploratory_because(found, bootstrap.level, choices, registered, responses)
     return {
         "verdicts": verdict_table(found, level=bootstrap.level, choices=choices, because=why),
         "claim_statistics": statistics_table(found, bootstrap.level, choices),
@@ -650,9 +653,15 @@ def claim_tables(
 
 
 def exploratory_because(
-    found: Found, level: float, choices: PrimaryChoices, registered: str | None
+    found: Found,
+    level: float,
+    choices: PrimaryChoices,
+    registered: str | None,
+    responses: str = ALL,
 ) -> str:
     """Why nothing in a table of verdicts confirms; empty where its primary rows do."""
+    if responses != ALL:
+        return NOT_REGISTERED.format(responses)
     if registered is None:
         return "no primary choices were recorded before the probe"
     if registered != choices.sha256():
