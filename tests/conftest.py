@@ -48,6 +48,17 @@ def notes_of_places_apart(tmp_path_factory):
         os.environ["XDG_STATE_HOME"] = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def pages_in_outline():
+    """Pages have their figures in outline, and a run has no second process, where no test asks for
+    more.
+    """
+    from tests import outlines
+
+    with outlines.instead({**outlines.OUTLINES, **outlines.ALONE}):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def only_warnings_are_logged():
     """A test begins with warnings alone being logged, whatever a command line before it asked
