@@ -61,6 +61,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, extras, losses, overlap
+from diagnostics.measure.extra_names import extras_of
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.readout import backbone as find_backbone
@@ -199,7 +200,7 @@ class Selection:
 
     def more(self, step: int) -> divergences.More | None:
         """Measures the columns that the criterion and the log read beside the usual ones."""
-        own = extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+        own = extras.asked(extras_of(criteria.find(self.criterion).needs), k=self.k)
         if not self.is_due(step):
             return own
 
