@@ -21,7 +21,7 @@ demo: $(VENV)/run ## which criterion to train with, on the embedded pair
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/ready ## the tests, but for those that start several programs of their own
+test: $(VENV)/ready ## the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/ready ## the whole test suite

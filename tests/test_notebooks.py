@@ -29,7 +29,7 @@ SMALLER = (
     (r"dx\.sums\(\d+", "dx.sums(24"),
     (r"--contexts \d+", "--draws 20 --contexts 24"),
     (r"max([-_])new([-_])tokens([= ])\d+", r"max\1new\2tokens\g<3>16"),
-    (r"draws=\d+", "draws=20"),
+    (r"\bdraws=\d+", "draws=20"),  # and not random_draws
     (r"--horizon 5", "--horizon 2"),
     (r"horizon=\(1, 5\)", "horizon=(1, 2)"),
 )
