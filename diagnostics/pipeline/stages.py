@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,22 @@ from diagnostics.contexts.choose_prompts import (
 )
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
 from diagnostics.core import files
-from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import code_version, fingerprint_files
+from diagnostics.core.joined_parts import joined_parts
 from diagnostics.core.manifest import recorded, unchanged
 from diagnostics.core.progress import expect, forecast
-from diagnostics.core.schema import AFTER, read_parquet, validate_tokens
+from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.settings import RETIRED
-from diagnostics.core.tables import read_csv, write_csv, write_json, write_parquet
-from diagnostics.core.types import SAMPLED, Bank, Prompt, read_bank
+from diagnostics.core.tables import (
+    read_csv,
+    write_csv,
+    write_json,
+    write_parquet,
+    write_parquet_parts,
+)
+from diagnostics.core.types import SAMPLED, Bank, Prompt, read_bank, write_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.ahead import Ahead
 from diagnostics.pipeline.run import Run
@@ -55,7 +61,7 @@ if TYPE_CHECKING:
     from diagnostics.probing.attribution import AttributionConfig
     from diagnostics.probing.intervention import InterventionConfig
     from diagnostics.probing.one_step import ControlConfig, ProbeConfig
-    from diagnostics.probing.scores import ScoreConfig
+    from diagnostics.probing.scores import MeasuredBank, ScoreConfig
     from diagnostics.training.evaluation import EvaluationConfig
     from diagnostics.training.grid import TrainingCell, ValidateConfig
     from diagnostics.training.run import EngineConfig, TrainConfig
@@ -135,7 +141,7 @@ def rollout_stage(
         chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
         bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
         bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
-        write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        write_bank(run.path("contexts.parquet"), bank)
         drawn = sampling_facts(
             pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
@@ -263,7 +269,7 @@ def freeze_stage(
             chat_template_kwargs=kwargs,
             verifier=verifier,
         )
-        write_parquet(run.path("contexts.parquet"), bank.to_frame())
+        write_bank(run.path("contexts.parquet"), bank)
         return {
             **models.pair.facts,
             "contexts": len(bank),
@@ -338,20 +344,20 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.models.pair import stop_tokens
     from diagnostics.models.special_tokens import count_dropped
-    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
+    from diagnostics.probing.scores import TOP_TYPES, TOPS, chosen_batch_tokens, measure_bank
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
         size = chosen_batch_tokens(models.pair, config.batch_tokens)
         settings = dataclasses.replace(config, batch_tokens=size)
-        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
-        write_parquet(run.path("scores.parquet"), tokens)
-        write_parquet(run.path("tops.parquet"), tops)
+        measured = measure_bank(models.pair, bank, settings, shards=run.shards("scores"), tops=TOPS)
+        write_parquet_parts(run.path("scores.parquet"), measured.tokens())
+        write_parquet_parts(run.path("tops.parquet"), measured.tops(), types=TOP_TYPES)
         write_csv(run.path(STOPS), stop_tokens(models.pair))
         dropped = models.pair.dropped
         return {
             **models.pair.facts,
-            "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "not_finite": measured.not_finite,
             "batch_tokens": size,
             **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
         }
@@ -381,17 +387,15 @@ def probe_stage(
 
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
-    from diagnostics.probing.one_step import probe
+    from diagnostics.probing.one_step import probe, read_scores
     from diagnostics.probing.trajectory import require_horizon
 
     names = ["calibration", "placebo"]
     names += ["horizon"] if require_horizon(controls.horizon) else []
 
     def work() -> dict:
-        bank, tokens = (
-            read_bank(run.path("contexts.parquet")),
-            validate_tokens(read_parquet(run.path("scores.parquet"))),
-        )
+        bank = read_bank(run.path("contexts.parquet"))
+        tokens = read_scores(run.path("scores.parquet"))
         expect(_probe_work(len(tokens), len(bank), config, controls))
         result = probe(
             models.pair,
@@ -532,17 +536,16 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         checkpoint: Folder or Hugging Face id of the trained student.
         config: Supports and batches, those of the scores.
     """
-    from diagnostics.probing.scores import score_after
+    from diagnostics.probing.scores import measure_bank
 
     def work() -> dict:
         pair = _trained_pair(models, checkpoint)
         bank = pair.graded(read_bank(run.path("contexts.parquet")))
-        after = score_after(pair, bank, config, shards=run.shards("after"))
+        measured = measure_bank(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
-        write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
+        write_parquet_parts(run.path("after.parquet"), _after_parts(measured, config, seen))
         seen_facts = {} if seen is None else {"seen_positions": int(seen.sum())}
-        not_finite = int(after[f"forward_kl{AFTER}"].isna().sum())
-        return {**pair.facts, "steps": 1, "not_finite": not_finite, **seen_facts}
+        return {**pair.facts, "steps": 1, "not_finite": measured.not_finite, **seen_facts}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
     run.stage(
@@ -555,6 +558,19 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
+
+
+def _after_parts(
+    measured: MeasuredBank, config: ScoreConfig, seen_N: np.ndarray | None
+) -> Iterator[pd.DataFrame]:
+    """The parts of after.parquet: a trained student's columns, and whether it saw the prompt."""
+    from diagnostics.probing.scores import as_after
+
+    first = 0
+    for part in measured.tokens():
+        after, last = as_after(part, config), first + len(part)
+        yield after if seen_N is None else after.assign(seen=seen_N[first:last])
+        first = last
 
 
 def _trained_pair(models: Models, checkpoint: str) -> Pair:
@@ -588,16 +604,20 @@ def _seen(checkpoint: str, bank: Bank) -> np.ndarray | None:
 
 def join_tokens(run: Run) -> None:
     """Join the files that hold its columns to tokens.parquet."""
-    tokens = read_parquet(run.require("scores.parquet"))
-    for name in ("gains.parquet", "first_order.parquet", "training_gains.parquet"):
-        if run.path(name).exists() and run.as_written(name):
-            added = read_parquet(run.path(name))
-            added = added.drop(columns=[column for column in added if column.endswith("_step_0")])
-            tokens = tokens.merge(added, on=list(GAIN_KEYS), how="left", validate="one_to_one")
-    if run.path("after.parquet").exists() and run.as_written("after.parquet"):
-        tokens = join_checkpoint(tokens, read_parquet(run.path("after.parquet")))
+    scores = run.require("scores.parquet")
+
+    def written(name: str) -> bool:
+        return run.path(name).exists() and run.as_written(name)
+
+    added = [run.path(name) for name in ADDED if written(name)]
+    after = run.path("after.parquet") if written("after.parquet") else None
     with run.joining("tokens.parquet"):
-        write_parquet(run.path("tokens.parquet"), validate_tokens(tokens))
+        parts = joined_parts(scores, added, after=after)
+        write_parquet_parts(run.path("tokens.parquet"), parts)
+
+
+ADDED = ("gains.parquet", "first_order.parquet", "training_gains.parquet")
+"""Files whose columns the token table has beside those of the scores."""
 
 
 def refuse_shards(models: Models) -> None:
@@ -624,7 +644,7 @@ def frozen_bank(
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
-    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    write_bank(run.path("contexts.parquet"), bank)
     return bank
 
 

@@ -23,16 +23,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.bounds import TAIL_COLUMN
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import NULLS, combine, null_suffix
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards
-from diagnostics.core.schema import column, validate_tokens
+from diagnostics.core.schema import (
+    KEYS,
+    column,
+    parquet_columns,
+    read_parquet,
+    validate_tokens,
+)
 from diagnostics.core.settings import with_settings
 from diagnostics.core.shown import sizes
 from diagnostics.core.token_identity import token_identity_gain
@@ -60,6 +68,18 @@ from diagnostics.probing.trajectory import (
     require_horizon,
 )
 
+READ = (
+    *KEYS,
+    "is_special",
+    "response_index",
+    TAIL_COLUMN,
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "student_entropy",
+    "advantage",
+)
+"""Columns of the scores that a probe reads: positions, divergences, folds, nulls, advantages."""
 PLACEBO = "placebo"
 """What the columns of the placebo's passes begin with; they never reach the token table."""
 
@@ -185,6 +205,16 @@ class ProbeResult:
         return (
             f"<p>Mean gain (nats) by fold</p>{gains.to_html(float_format='%.3g')}{step.to_html()}"
         )
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """Read what a probe needs of a `scores.parquet`: some ten of its seventy columns.
+
+    Raises:
+        DiagnosticsError: The file is missing or damaged, or holds no token table.
+    """
+    there = [name for name in READ if name in parquet_columns(path)]
+    return validate_tokens(read_parquet(path, columns=there))
 
 
 @takes(tokens=token_table)
