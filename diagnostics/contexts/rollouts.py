@@ -272,16 +272,21 @@ def _sample_ids(
     written: dict[int, tuple[int, ...]] = {}
     tokens = chosen_batch_tokens(pair, config)
     batches = list(_batches(requests, tokens, config.max_new_tokens))
-    todo = distributed.share(batches, len)
+    # a sharded student needs every process at every token, so all sample all responses
+    together = pair.student.sharded
+    todo = batches if together else distributed.share(batches, len)
     with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
         for batch in todo:
             found = shards.take(batch)
             if found is None:
                 found = {"ids": _responses(pair, [requests[i] for i in batch], config)}
-                shards.add(batch, found)
+                if not together or distributed.is_main():
+                    shards.add(batch, found)
             for i, ids in zip(batch, found["ids"]):
                 written[i] = shared_ids(ids)
             bar.update(len(batch))
+    if together:
+        return [written[i] for i in range(len(requests))]
     return _of_all_processes(written, len(requests), config.max_new_tokens)
 
 
@@ -453,6 +458,7 @@ def _responses(pair: Pair, requests: list[_Request], config: RolloutConfig) -> l
         sampler,
         end_ids=pair.end_ids,
         max_new_tokens=config.max_new_tokens,
+        halves=not pair.student.sharded,
     )
 
 

@@ -621,11 +621,22 @@ ADDED = ("gains.parquet", "first_order.parquet", "training_gains.parquet")
 
 
 def refuse_shards(models: Models) -> None:
-    """Refuse to train with a teacher that is sharded by hand."""
-    if models.config.shard_teacher:
+    """Refuse to train with models that are sharded by hand."""
+    if models.config.shard_teacher or models.config.shard_student:
+        flag = "--shard-teacher" if models.config.shard_teacher else "--shard-student"
         raise DiagnosticsError(
-            "Training shards its models by Accelerate's own configuration; leave --shard-teacher"
+            f"Training shards its models by Accelerate's own configuration; leave {flag}"
             " out and use `accelerate launch --config_file`."
+        )
+
+
+def refuse_sharded_student(models: Models, what: str) -> None:
+    """Refuse a sharded student where only whole ones can be stepped."""
+    if models.config.shard_student:
+        raise DiagnosticsError(
+            f"Got --shard-student, and {what} moves a student that every process holds whole."
+            " Leave it out, use a larger device or --step-state host; rollout, score and probe"
+            " take a sharded student."
         )
 
 
@@ -1149,6 +1160,7 @@ def intervene_stage(
     from diagnostics.probing.intervention_table import summarize
     from diagnostics.probing.trajectory import require_horizon
 
+    refuse_sharded_student(models, "an intervention")
     _require_probe_settings(run, probe, what="An intervention")
     config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop)
 
@@ -1364,6 +1376,7 @@ def attribute_stage(
     """
     from diagnostics.probing.attribution import attribute
 
+    refuse_sharded_student(models, "an attribution")
     _require_probe_settings(run, probe, what="An attribution")
     names = ("linearity", "kernel", "kernel_shares", "lift")
 

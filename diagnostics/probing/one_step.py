@@ -295,15 +295,16 @@ class _Probing:
     ):
         self.bench, self.config, self.controls = bench, config, controls
         self.shards, self.before = shards, before
-        self.ways = FoldSteps(
-            bench, config, lambda fold: Store(shards(f"direction-fold{fold}").folder)
-        )
+        self.ways = FoldSteps(bench, config, lambda fold: self._store(f"direction-fold{fold}"))
         self.columns: dict[str, np.ndarray] = {}
         self.placebos: list[np.ndarray] = []
         self.steps: list[PreparedStep] = []
         self.kept_own: list[dict[str, int]] = []
         self.horizon = require_horizon(controls.horizon)
         self.fresh: Fresh | None = None
+
+    def _store(self, name: str) -> Store:
+        return Store(self.shards(name).folder, directions=self.bench.spread.is_whole)
 
     def measure(self, fold: int) -> None:
         """Take the step on a fold, with its placebo where it has one, and its nulls."""
@@ -369,7 +370,7 @@ class _Probing:
         graded_by = graders(
             tokens, step.weights_N, null, seed=[self.config.seed, 4, fold, NULLS.index(null)]
         )
-        store = Store(self.shards(f"direction-{null}-fold{fold}").folder)
+        store = self._store(f"direction-{null}-fold{fold}")
         finished = store.finished()
         if finished is None or finished.size != _matched(step, finished.direction):
             direction = kept_direction(

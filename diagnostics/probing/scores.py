@@ -33,7 +33,7 @@ from diagnostics.measure import divergences, extras
 from diagnostics.models import batch_size, topk_teacher
 from diagnostics.models.batch_size import BATCH_TOKENS
 from diagnostics.models.pair import Pair
-from diagnostics.models.readout import Readout
+from diagnostics.models.readout import Readout, in_step
 from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 from diagnostics.models.weights import weights_sha256
 
@@ -152,10 +152,7 @@ class Batch:
             ]
         except (torch.OutOfMemoryError, MemoryError) as error:
             if model.sharded:
-                raise DiagnosticsError(
-                    f"{self.tokens} tokens do not fit beside a sharded teacher, whose processes"
-                    " cannot halve a batch one by one. Lower --batch-tokens."
-                ) from error
+                raise too_large(self.tokens) from error
             halves = self.halves(error)
         return torch.cat([half.states(model) for half in halves])
 
@@ -222,6 +219,14 @@ class Batch:
     def tokens(self) -> int:
         """Tokens in the forward pass, padding included."""
         return self.ids_BT.numel()
+
+
+def too_large(tokens: int) -> DiagnosticsError:
+    """The error for a batch that does not fit where a model is sharded."""
+    return DiagnosticsError(
+        f"{tokens} tokens do not fit beside a sharded model, whose processes cannot halve a batch"
+        " one by one. Lower --batch-tokens."
+    )
 
 
 def chosen_batch_tokens(pair: Pair, asked: int | None, *, use: batch_size.Use = "score") -> int:
@@ -483,7 +488,7 @@ class MeasuredBank:
         # what a whole table has or has not, whichever contexts a part is made of
         self._masked = bank.masked
         self._judged = any(context.correct is not None for context in bank)
-        self._scored = scored_with(weights_sha256(pair.student.model), config.batch_tokens)
+        self._scored = scored_with(student_sha256(pair), config.batch_tokens)
         lists = [name for name in store.names if name.startswith(TOP_COLUMNS)]
         self._lists, self._numbers = lists, [name for name in store.names if name not in lists]
         self.not_finite = self._check_finite()
@@ -542,6 +547,13 @@ class MeasuredBank:
 def _decided(pair: Pair, config: ScoreConfig) -> ScoreConfig:
     """The same configuration with the tokens in one forward pass."""
     return replace(config, batch_tokens=chosen_batch_tokens(pair, config.batch_tokens))
+
+
+def student_sha256(pair: Pair) -> str:
+    """The hash of the student's weights; that of the loaded ones where they are sharded now."""
+    if pair.student.sharded:
+        return str(pair.facts["student"]["weights_sha256"])
+    return weights_sha256(pair.student.model)
 
 
 def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
@@ -843,29 +855,19 @@ def _forward(
     pair: Pair, todo: Sequence[Batch], description: str
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     shown = _with_progress(todo, description)
-    graded = (
-        zip(shown, teacher_states(pair, todo))
-        if pair.offload_teacher
-        else _with_teacher(pair, shown, len(todo))
-    )
-    for batch, teacher_nH in graded:
+    if pair.offload_teacher:  # the student is whole then
+        for batch, teacher_nH in zip(shown, teacher_states(pair, todo)):
+            yield batch, batch.states(pair.student), teacher_nH
+        return
+    teacher = teacher_of(pair)
+    for batch in in_step(shown, len(todo), [*_models(teacher), pair.student]):
+        teacher_nH = batch.teacher_states(teacher)
         yield batch, batch.states(pair.student), teacher_nH
 
 
-def _with_teacher(pair: Pair, todo: Iterable[Batch], count: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Each of so many batches with the teacher's states [n, H] for it.
-
-    A sharded teacher needs every process at every pass, so those with fewer batches run it on one
-    token until all are through.
-    """
-    teacher, spare = teacher_of(pair), 0
-    if teacher.sharded:  # asked before the first pass, since the processes wait for each other here
-        spare = max(distributed.total_lengths(count)) - count
-    for batch in todo:
-        yield batch, batch.teacher_states(teacher)
-    for _ in range(spare):
-        assert isinstance(teacher, Readout), "a top-K teacher is never sharded"
-        teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
+def _models(teacher: Teacher) -> list[Readout]:
+    """The teacher, where it is a model that is run."""
+    return [teacher] if isinstance(teacher, Readout) else []
 
 
 def _with_progress(todo: Sequence[Batch], description: str) -> Iterator[Batch]:
@@ -893,16 +895,15 @@ def teacher_states(pair: Pair, todo: Sequence[Batch], *, on_host: bool = False) 
     Returns:
         One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
     """
+    teacher = teacher_of(pair)
     if not pair.offload_teacher:
         return [
-            teacher_nH.cpu() if on_host else teacher_nH
-            for _, teacher_nH in _with_teacher(pair, _with_progress(todo, "teacher"), len(todo))
+            states_nH.cpu() if on_host else states_nH
+            for batch in in_step(_with_progress(todo, "teacher"), len(todo), _models(teacher))
+            for states_nH in [batch.teacher_states(teacher)]
         ]
     with pair.teachers_turn():
-        return [
-            batch.teacher_states(teacher_of(pair)).cpu()
-            for batch in _with_progress(todo, "teacher")
-        ]
+        return [batch.teacher_states(teacher).cpu() for batch in _with_progress(todo, "teacher")]
 
 
 @torch.no_grad()
@@ -937,12 +938,13 @@ def rescore(
     left = {id(batch) for batch in _not_kept(todo, shards, columns, positions)}
 
     def measured() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
-            if id(batch) in left:
-                found = divergences.kl_pair_hidden(
-                    batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
-                )
-                yield batch, dict(zip(names, found))
+        shown = zip(_with_progress(todo, description), teacher)
+        here = (each for each in shown if id(each[0]) in left)
+        for batch, teacher_nH in in_step(here, len(left), [pair.student]):
+            found = divergences.kl_pair_hidden(
+                batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
+            )
+            yield batch, dict(zip(names, found))
 
     for batch, values in on_host(measured()):
         shards.add(batch.rows_n.tolist(), values)
