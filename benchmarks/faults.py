@@ -275,8 +275,11 @@ def main() -> int:
     import torch
 
     from diagnostics import load_pair, rollout, sums
-    from diagnostics.pipeline import stages  # noqa: F401  (children find them in memory)
+    from diagnostics.pipeline import registry
 
+    for stage in registry.STAGES:
+        if stage.run is not None:
+            stage.function()  # children find its module in memory
     torch.set_num_threads(1)  # a process with threads is not to be forked
     pair = load_pair("embedded", device="cpu")
     rollout(pair, sums(1, seed=0), max_new_tokens=1)  # what loads late has been loaded

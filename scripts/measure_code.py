@@ -1,5 +1,9 @@
 """Print the figures of the code as a table: sizes, line widths, docstrings, annotations, imports.
 
+    python scripts/measure_code.py            the table
+    python scripts/measure_code.py --long     functions over its limits of lines and parameters
+    python scripts/measure_code.py --missing  undocumented arguments of public functions
+
 `CONTRIBUTING.md` holds the table as it was last taken. Nothing is imported but the standard library
 and, for the arguments of public functions, the package's list of public names: files are parsed.
 """
@@ -7,9 +11,11 @@ and, for the arguments of public functions, the package's list of public names: 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import statistics
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +24,17 @@ sys.path.insert(0, str(ROOT))
 PACKAGE = ROOT / "diagnostics"
 WIDTH = 100
 """Columns that a line may have: ruff's setting."""
+LONG, MANY = 40, 7
+"""Lines of code and parameters beyond which a function needs a reason."""
+NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+"""Tokens that make no line a line of code."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -57,6 +74,43 @@ def arguments(function: Function) -> list[ast.arg]:
 def length(function: Function) -> int:
     """Lines of a function, its decorators left out and its docstring included."""
     return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of the lines that hold more than a comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {
+        line
+        for token in tokens
+        if token.type not in NO_CODE
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+
+
+def code_length(function: Function, lines: set[int]) -> int:
+    """Lines of code of a function, from its `def` on, without its docstring.
+
+    Args:
+        function: The function.
+        lines: The lines of code of its module.
+    """
+    own = lines & set(range(function.lineno, (function.end_lineno or function.lineno) + 1))
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        own -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(own)
+
+
+def long_functions() -> list[tuple[int, int, str]]:
+    """Lines of code, parameters and place of every function, the longest first."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        lines = code_lines(source)
+        for function in functions(ast.parse(source)):
+            place = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+            found.append((code_length(function, lines), len(arguments(function)), place))
+    return sorted(found, reverse=True)
 
 
 def share(part: int, whole: int) -> str:
@@ -148,11 +202,13 @@ def rows() -> dict[str, str]:
         "lines per function: median / 90 % / longest": (
             f"{statistics.median(lengths):.0f} / {_quantile(lengths, 0.9)} / {max(lengths)}"
         ),
-        "functions over 40 lines": str(sum(value > 40 for value in lengths)),
+        f"functions over {LONG} lines of code (docstring and comments not counted)": str(
+            sum(length > LONG for length, _, _ in long_functions())
+        ),
         "parameters per function: median / 90 % / most": (
             f"{statistics.median(counts):.0f} / {_quantile(counts, 0.9)} / {max(counts)}"
         ),
-        "functions over 7 parameters": str(sum(value > 7 for value in counts)),
+        f"functions over {MANY} parameters": str(sum(value > MANY for value in counts)),
         f"lines over {WIDTH} columns: package / tests": (
             f"{_wide(lines)} / {_wide(_lines(ROOT / 'tests'))}"
         ),
@@ -180,7 +236,16 @@ def _wide(lines: list[str]) -> int:
 
 
 def main() -> int:
-    """Print the table, or with `--missing` the undocumented arguments of public functions."""
+    """Print the table, or a list of what is beyond its limits."""
+    if "--long" in sys.argv:
+        rows_of = [row for row in long_functions() if row[0] > LONG or row[1] > MANY]
+        print(
+            "\n".join(
+                f"{length:4d} lines {count:3d} parameters  {place}"
+                for length, count, place in rows_of
+            )
+        )
+        return 0
     if "--missing" in sys.argv:
         print("\n".join(undocumented_arguments()))
         return 0

@@ -13,7 +13,9 @@ from diagnostics.analysis.foresight import offline_answers
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.pipeline.cli import main
 from diagnostics.pipeline.run import open_run
-from diagnostics.pipeline.stages import _claims_of, join_tokens, table_path
+from diagnostics.pipeline.stages.analyze import table_path
+from diagnostics.pipeline.stages.token_table import join_tokens
+from diagnostics.pipeline.stages.validate import _claims_of
 from diagnostics.report import compare_runs, page, run_results
 from tests import study_tables
 

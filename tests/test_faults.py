@@ -458,19 +458,20 @@ def measured_to_the_end(pair, bank, folder, *, report=False, folds=4, **options)
     take it; the tokens.
     """
     from diagnostics.analysis import config
-    from diagnostics.pipeline import stages
+    from diagnostics.pipeline.stages.analyze import analyze_stage
+    from diagnostics.pipeline.stages.probe import probe_stage
+    from diagnostics.pipeline.stages.report import report_stage
+    from diagnostics.pipeline.stages.score import score_stage
     from diagnostics.probing.one_step import ControlConfig, ProbeConfig
     from diagnostics.probing.scores import ScoreConfig
 
     models = type("Models", (), {"pair": pair, "settings": {}, "fingerprint": lambda self: {}})()
     with open_run(folder) as run:
         tables.write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        stages.score_stage(run, models, ScoreConfig(**options))
-        stages.probe_stage(
-            run, models, ProbeConfig(folds=folds), ControlConfig(), batch_tokens=8192
-        )
-        stages.analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
-        assert not report or stages.report_stage(run).stat().st_size > 10_000
+        score_stage(run, models, ScoreConfig(**options))
+        probe_stage(run, models, ProbeConfig(folds=folds), ControlConfig(), batch_tokens=8192)
+        analyze_stage(run, config.AnalysisConfig(draws=20), seed=0)
+        assert not report or report_stage(run).stat().st_size > 10_000
     return pd.read_parquet(folder / "tokens.parquet")
 
 

@@ -44,6 +44,7 @@ from diagnostics.analysis.config import Bootstrap, PrimaryChoices
 from diagnostics.analysis.power import needed, smallest_detectable
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.settings import with_settings
+from diagnostics.core.shown import by_uncertainty
 from diagnostics.criteria import AMBIGUOUS
 
 MARGIN = 0.25
@@ -381,6 +382,40 @@ def decision_sentence(table: pd.DataFrame) -> str:
     return _undecided(judged)
 
 
+OF_REGISTERED = {
+    "better": "better than random",
+    "worse": "worse than random",
+    "no difference shown": "no difference to random shown",
+    "cannot tell": "not told apart from random",
+}
+"""What a verdict says of the registered cell, after its number."""
+
+
+def registered_sentence(table: pd.DataFrame, criterion: str, budget: float) -> str:
+    """What the registered cell did, where the decision names another one or none.
+
+    Args:
+        table: As `decide` returns it, or read back from decision.csv.
+        criterion: The registered criterion.
+        budget: Its registered budget.
+
+    Returns:
+        One sentence with the unit of `decision_sentence`; empty where that sentence names the cell
+        already, or judges nothing.
+    """
+    judged = table[table["primary"].astype(bool) & ~table["criterion"].isin(["random", *NO_CELLS])]
+    name = named_cell({"criterion": criterion, "budget": budget})
+    said = decision_sentence(table)
+    if judged.empty or (judged["verdict"] == "not judged").all() or f"{name}:" in said:
+        return ""
+    same = (judged["criterion"] == criterion) & np.isclose(judged["budget"].astype(float), budget)
+    if not same.any():
+        return f"The registered choice, {name}, was not intervened on."
+    row = judged[same].iloc[0].to_dict()
+    verdict = OF_REGISTERED.get(row["verdict"], row["verdict"])
+    return f"The registered choice, {name}: {_over_random_words(row)}, {verdict}."
+
+
 def _opening(row: Mapping, judged: pd.DataFrame) -> str:
     """The sentence's first words: a selection that is behind all positions is no first choice."""
     if row["over_full_high"] < 0 and not (judged["over_full_low"] > 0).any():
@@ -423,7 +458,7 @@ def _no_better_than_a_control(better: pd.DataFrame) -> str:
     if control.all():
         return f"{text} {_gain(row)}."
     value, low, high = (row[f"over_{DIVERGENT}{end}"] for end in ("", "_low", "_high"))
-    return f"{text} {_gain(row)}, but {value:+.3g} [{low:.3g}, {high:.3g}] over {DIVERGENT}."
+    return f"{text} {_gain(row)}, but {_spanned(value, low, high, sign=True)} over {DIVERGENT}."
 
 
 def _cannot_tell(judged: pd.DataFrame) -> str:
@@ -449,12 +484,29 @@ def _more(row: Mapping) -> str:
     )
 
 
-def _gain(row: Mapping) -> str:
+def named_cell(row: Mapping) -> str:
+    """A criterion at a budget, as sentences name a cell."""
+    return f"{row['criterion']} at {100 * row['budget']:g} %"
+
+
+def _spanned(value: float, low: float, high: float, *, sign: bool = False) -> str:
+    """A difference with its interval, all three with the digits that half of it allows."""
+    half = (high - low) / 2
+    ends = f"[{by_uncertainty(low, half)}, {by_uncertainty(high, half)}]"
+    return f"{by_uncertainty(value, half, sign=sign)} {ends}"
+
+
+def _over_random_words(row: Mapping) -> str:
+    """The difference to random with half its interval."""
     half = (row["over_random_high"] - row["over_random_low"]) / 2
+    return f"{by_uncertainty(row['over_random'], half, sign=True)} ± {by_uncertainty(half, half)}"
+
+
+def _gain(row: Mapping) -> str:
     steps = f"{row['horizon']:g} step" + ("s" if row["horizon"] != 1 else "")
     return (
-        f"{row['criterion']} at {100 * row['budget']:g} %: {row['over_random']:+.3g} ± {half:.2g}"
-        f" nats of {MEASURE_WORDS[row['measure']]} per position over random after {steps}"
+        f"{named_cell(row)}: {_over_random_words(row)} nats of {MEASURE_WORDS[row['measure']]}"
+        f" per position over random after {steps}"
         f" ({row['prompts']:g} prompts, {row['steps']:g} step batches)"
     )
 
@@ -463,10 +515,11 @@ def _beside(row: Mapping, judged: pd.DataFrame) -> Iterator[str]:
     """How the recommended cell stands against all positions, other cells and fair rivals."""
     full, low, high = (row[f"over_full{end}"] for end in ("", "_low", "_high"))
     if high < 0:
-        yield f"All positions lower it by {-full:.3g} [{-high:.3g}, {-low:.3g}] more."
+        yield f"All positions lower it by {_spanned(-full, -high, -low)} more."
     elif np.isfinite(full):
         side = "more than" if low > 0 else "not told apart from"
-        yield f"That is {side} with all positions (difference {full:+.3g} [{low:.3g}, {high:.3g}])."
+        shown = _spanned(full, low, high, sign=True)
+        yield f"That is {side} with all positions (difference {shown})."
     others = _as_good(row, judged)
     if others:
         lie = "lie" if len(others) > 1 else "lies"
@@ -482,4 +535,4 @@ def _as_good(row: Mapping, judged: pd.DataFrame) -> list[str]:
     same = (rest["criterion"] == row["criterion"]) & (rest["budget"] == row["budget"])
     rest = rest[~same & (rest["over_random"] >= row["over_random_low"])]
     best = rest.sort_values("over_random", ascending=False, kind="stable").head(2)
-    return [f"{r['criterion']} at {100 * r['budget']:g} %" for r in best.to_dict("records")]
+    return [named_cell(r) for r in best.to_dict("records")]

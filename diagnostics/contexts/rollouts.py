@@ -15,17 +15,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diagnostics.contexts import generation, vllm_rollouts
+from diagnostics.contexts.config import ENGINES, RolloutConfig
 from diagnostics.contexts.encoding import encode_prompt
 from diagnostics.contexts.generation import StreamSampler, random_stream
 from diagnostics.contexts.generation_settings import positions_after_turn_end, warn_before_sampling
 from diagnostics.contexts.prompts import Given, as_prompts
-from diagnostics.contexts.verifiers import VERIFIER_FLAG, judge_rollouts
+from diagnostics.contexts.verifiers import judge_rollouts
 from diagnostics.contexts.vllm_rollouts import Sampled
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
@@ -35,35 +36,6 @@ from diagnostics.models import batch_size
 from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
-ENGINES = ("transformers", "vllm")
-"""What samples responses."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Settings of sampling responses."""
-
-    max_new_tokens: int = field(default=64, metadata={"help": "longest response, in tokens"})
-    temperature: float = field(
-        default=1.0, metadata={"help": "sampling temperature; the divergences keep temperature 1"}
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "nucleus mass; 1 keeps the whole vocabulary"}
-    )
-    top_k: int = field(
-        default=0, metadata={"help": "sample from this many most likely tokens; 0 keeps all"}
-    )
-    samples_per_prompt: int = field(default=1, metadata={"help": "responses per prompt"})
-    seed: int = field(default=0, metadata={"help": "seed of sampling"})
-    batch_tokens: int | None = field(default=None, metadata=batch_size.FLAG)
-    rollout_engine: str = field(
-        default="transformers",
-        metadata={
-            "help": "what samples; vllm must be installed, and forms its own batches",
-            "choices": ENGINES,
-        },
-    )
-    verifier: str = field(default="auto", metadata=VERIFIER_FLAG)
 
 
 def rollout(

@@ -26,7 +26,8 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,22 @@ def find_verifier(name: str, *, pair: str, prompts: Sequence[Prompt]) -> Verify 
     if found is None and name == "auto" and answered:
         log.warning(
             "%d held-out prompts have answers, and no verifier is available: accuracy is left out"
-            " (pip install math-verify)",
+            " (%s)",
             answered,
+            _remedy(prompt.answer for prompt in prompts),
         )
     return found
+
+
+def _remedy(answers: Iterable[str | None]) -> str:
+    """What would judge responses; for whole numbers, also the verifier of story sums."""
+    known = [answer for answer in answers if answer is not None]
+    sums = (
+        "; or --verifier sums, where a response ends in “makes N.” or “gives N.”, as the embedded"
+        " pair's do"
+    )
+    whole = all(re.fullmatch(r"\s*\d+\s*", answer) for answer in known)
+    return "pip install math-verify" + (sums if whole else "")
 
 
 def _find(name: str, pair: str, answered: int, *, of: str) -> Verify | None:
@@ -302,8 +315,9 @@ def _judged(
         if answered and verifier == "auto":
             log.info(
                 "%d responses have an answer, and no verifier is available: they are not judged"
-                " (pip install math-verify)",
+                " (%s)",
                 answered,
+                _remedy(answers.get(context.context_id) for context in left),
             )
         counts = _counts(bank) if any(c.correct is not None for c in bank) else {}
     else:

@@ -1,7 +1,9 @@
-"""What a result says of itself where Python prints it: its parts and their sizes, in short."""
+"""What a result says of itself where it is printed: its parts in short, and a number's digits."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,33 @@ if TYPE_CHECKING:
 
 LONGEST = 1400
 """Characters of what is printed. A shell shows the whole of it, so it has to stay short."""
+MOST_DECIMALS = 7
+"""Decimals from which a number is written with an exponent."""
+
+
+def by_uncertainty(value: float, half: float = math.nan, *, sign: bool = False) -> str:
+    """A number with as many digits as its interval allows.
+
+    Args:
+        value: The number.
+        half: Half the width of its interval, NaN where it has none.
+        sign: Whether a positive number gets a plus.
+
+    Returns:
+        Two significant digits of the half width decide the decimals; without one, three significant
+        digits of the number itself. An undefined value is an en dash, and zero has no sign.
+    """
+    if not math.isfinite(value):
+        return "–"
+    plus = "+" if sign else ""
+    if not (math.isfinite(half) and half > 0):
+        return f"{value:{plus}.3g}"
+    decimals = 1 - math.floor(math.log10(half))
+    if decimals > MOST_DECIMALS:
+        mantissa, power = f"{value:{plus}.1e}".split("e")
+        return f"{mantissa}e{int(power)}"
+    text = f"{value:{plus},.{max(decimals, 0)}f}"
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
 
 
 def sizes(title: str, parts: Mapping[str, Sized | None]) -> str:

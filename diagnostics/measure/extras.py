@@ -29,50 +29,21 @@ Axes: N positions, r of a row block, V vocabulary, K support, C = 2K + 1 candida
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.names import did_you_mean
-from diagnostics.core.schema import SCHEMA, column, support_column
+from diagnostics.core.schema import SCHEMA, support_column
 from diagnostics.measure.divergences import More, to_float64, top_ids
+from diagnostics.measure.extra_names import COLUMNS, check_extras
 
-COLUMNS = {
-    extra: tuple(name for name, entry in SCHEMA.items() if entry.on_request == extra)
-    for extra in dict.fromkeys(filter(None, (entry.on_request for entry in SCHEMA.values())))
-}
-"""By extra, the columns of the schema that it measures."""
 MISSING_LOGPROB = -12.0
 """ln of the probability that stands for one that is missing from a model's list."""
 LOG_RATIO_LIMIT = 30.0
 ROWS = 8
 """Positions whose whole distributions are held in float64 at once."""
-
-
-def check_extras(names: Iterable[str]) -> tuple[str, ...]:
-    """The names of extras, each once.
-
-    Raises:
-        DiagnosticsError: One is unknown.
-    """
-    names = tuple(dict.fromkeys(names))
-    for name in names:
-        if name not in COLUMNS:
-            raise DiagnosticsError(
-                f"Unknown extra measurement {name!r}.{did_you_mean(name, COLUMNS)} Known are"
-                f" {', '.join(COLUMNS)}."
-            )
-    return names
-
-
-def extras_of(columns: Iterable[str]) -> tuple[str, ...]:
-    """The extras that measure any of these columns, at whatever K."""
-    entries = [entry for name in columns if (entry := column(name)) is not None]
-    read = {entry.name for entry in entries}
-    return tuple(name for name, measured in COLUMNS.items() if read & set(measured))
 
 
 def asked(names: Sequence[str], *, k: int, sweep: Sequence[int] = ()) -> More | None:

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +60,8 @@ from diagnostics.measure.divergences import (
     to_float64,
     top_ids,
 )
-
-Loss = Literal["forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse"]
-LOSSES: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd", "sampled", "topk_reverse")
+from diagnostics.measure.loss_names import LOSSES as LOSSES  # named here too, beside the formulas
+from diagnostics.measure.loss_names import check_loss
 
 
 def per_position(
@@ -100,19 +98,6 @@ def per_position(
     objective = _objective(loss, beta=beta, k=k)
     positions = _Positions(sampled_N, advantage_N)
     return _PerPosition.apply(student_logits_NV, teacher_logits_NV.detach(), positions, objective)
-
-
-def check_loss(loss: str, *, beta: float = 0.5, k: int = 16) -> None:
-    """Raise DiagnosticsError for an unknown loss, beta outside [0, 1], or K below 1."""
-    if loss not in LOSSES:
-        raise DiagnosticsError(f"Unknown loss {loss!r}. Known are {', '.join(LOSSES)}.")
-    if not 0 <= beta <= 1:
-        raise DiagnosticsError(
-            f"beta is {beta}; it weighs two divergences and must lie in [0, 1]. 0 is forward KL, 1"
-            " reverse KL."
-        )
-    if k < 1:
-        raise DiagnosticsError(f"A support of K = {k} tokens was asked for; K must be at least 1.")
 
 
 def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:

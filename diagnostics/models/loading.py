@@ -30,19 +30,14 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.limits import check_weights, parse_json
+from diagnostics.models.dtypes import DTYPE_NAMES, QUANTIZED
 from diagnostics.models.weights import weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("diagnostics")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-QUANTIZED = ("int8", "nf4")
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 SOURCE_FACTS = "source_facts"
 """Attribute of a loaded model that says what is special about its source, for the manifest."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import torch
-
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.names import did_you_mean
-from diagnostics.models.readout import remove_layers
 
 log = logging.getLogger("diagnostics")
 
@@ -177,7 +174,10 @@ def _convert_smollm2(gguf: Path, teacher: Path, student: Path) -> None:
 
     The student comes last, since its file marks the conversion as done.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from diagnostics.models.readout import remove_layers
 
     log.info("converting %s once", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(

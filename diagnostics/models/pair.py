@@ -18,9 +18,8 @@ import pandas as pd
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank
 from diagnostics.models import topk_teacher
+from diagnostics.models.config import STEP_STATES, PairConfig
 from diagnostics.models.loading import (
-    DTYPES,
-    QUANTIZED,
     SOURCE_FACTS,
     load_model,
     load_tokenizer,
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("diagnostics")
-STEP_STATES = ("auto", "device", "host", "disk")
-"""Where a step can keep what it needs beside the student."""
 SMALLER = 0.9
 """A teacher below this share of the student's parameters is remarked upon. An adapter on the same
 base model adds a few percent, and is no reason to."""
@@ -189,79 +186,6 @@ def _warn_if_swapped(facts: dict) -> None:
             f"{teacher:,}",
             f"{student:,}",
         )
-
-
-@dataclass(frozen=True)
-class PairConfig:
-    """Which models, how stored and where."""
-
-    pair: str | None = field(
-        default=None, metadata={"help": f"a named pair: {' or '.join(NAMED_PAIRS)}"}
-    )
-    student: str | None = field(
-        default=None,
-        metadata={"help": "student: Hugging Face id, local folder, LoRA adapter or GGUF file"},
-    )
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "teacher: Hugging Face id, local folder, LoRA adapter or GGUF file"},
-    )
-    teacher_logprobs: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "file of a remote teacher's top-K log-probabilities on the run's contexts, in its"
-                " place"
-            )
-        },
-    )
-    student_revision: str | None = field(default=None, metadata={"help": "revision of the student"})
-    teacher_revision: str | None = field(default=None, metadata={"help": "revision of the teacher"})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "student's dtype; a probe needs float32 or float64",
-            "choices": tuple(DTYPES),
-        },
-    )
-    teacher_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "teacher's dtype, the student's where not given; int8 and nf4 are bitsandbytes' and"
-                " need CUDA"
-            ),
-            "choices": (*DTYPES, *QUANTIZED),
-        },
-    )
-    device: str = field(
-        default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps, for both models"}
-    )
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "another device for the teacher"}
-    )
-    shard_teacher: bool = field(
-        default=False, metadata={"help": "spread the teacher's layers over the processes (FSDP2)"}
-    )
-    shard_student: bool = field(
-        default=False,
-        metadata={
-            "help": "spread the student's layers, and a probe's state, over the processes (FSDP2)"
-        },
-    )
-    offload_teacher: bool = field(
-        default=False,
-        metadata={
-            "help": "models take turns on the device; the teacher's states wait in main memory"
-        },
-    )
-    step_state: str = field(
-        default="auto",
-        metadata={
-            "help": "where a step keeps theta0, directions and moments",
-            "choices": STEP_STATES,
-        },
-    )
 
 
 def load_pair(

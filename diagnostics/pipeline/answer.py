@@ -12,9 +12,11 @@ import pandas as pd
 
 from diagnostics.analysis.decision import MEASURE_WORDS, decision_sentence
 from diagnostics.core.manifest import read_manifest
+from diagnostics.core.shown import by_uncertainty
 from diagnostics.core.tables import read_csv
-from diagnostics.report.lead import command, judged_cells, rate, strength
+from diagnostics.report.lead import command, judged_cells, rate, registered_cell, strength
 from diagnostics.report.run_tables import RunTables
+from diagnostics.report.two_steps import in_short, two_steps
 
 SHOWN = 4
 """Cells of the ranking that the terminal shows, the best and the worst among them."""
@@ -26,6 +28,7 @@ RANKING = (
     "over_random_high",
     "verdict",
     "recommended",
+    "registered",
 )
 """Columns of the ranking."""
 QUICK = (
@@ -55,8 +58,8 @@ def answer(
     Returns:
         decision (a sentence), ranking (one entry per judged cell, best first; the fields of
         RANKING), looks (over which verdicts are corrected), measure, strength (a sentence and its
-        numbers), learning_rate (value and chosen_by), next (a command) and, where there is one,
-        report.
+        numbers), learning_rate (value and chosen_by), steps (the probe's and the decision's, as
+        `two_steps` has them, and a sentence), next (a command) and, where there is one, report.
     """
     path = directory / "tables/decision.csv"
     if table is None and path.is_file():
@@ -66,14 +69,16 @@ def answer(
     if table is None:
         found |= {"decision": QUICK, "ranking": [], "next": f"{program} run {where}"}
     else:
-        judged = judged_cells(table)
+        judged, run = judged_cells(table), _manifest_with(directory, table)
+        registered, chosen = registered_cell(run), _rate(run)
         found |= {
             "decision": decision_sentence(table),
             "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
-            "ranking": [_entry(row) for row in judged.to_dict("records")],
+            "ranking": [_entry(row, registered) for row in judged.to_dict("records")],
             "looks": _looks(judged),
             "strength": strength(judged) if len(judged) else None,
-            "learning_rate": _rate(directory),
+            "learning_rate": chosen,
+            "steps": _steps(run, chosen),
             "next": command(judged, shlex.quote(str(directory)), program, pair),
         }
     return found | ({"report": page} if page else {})
@@ -85,15 +90,31 @@ def _looks(judged: pd.DataFrame) -> int | None:
     return int(looks) if math.isfinite(looks) else None
 
 
-def _rate(directory: Path) -> dict[str, Any] | None:
-    """The learning rate of the steps, and what chose it; None where the run records none."""
+def _manifest_with(directory: Path, table: pd.DataFrame) -> RunTables:
+    """The run's manifest, empty where there is none, with the decision table."""
     path = directory / "manifest.json"
-    found = rate(RunTables(read_manifest(path))) if path.is_file() else None
+    return RunTables(read_manifest(path) if path.is_file() else {}, {"decision": table})
+
+
+def _rate(run: RunTables) -> dict[str, Any] | None:
+    """The learning rate of the steps, and what chose it; None where the run records none."""
+    found = rate(run)
     return None if found is None else {"value": found[0], "chosen_by": found[1]}
 
 
-def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
-    entry = {name: row[name] for name in RANKING}
+def _steps(run: RunTables, chosen: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The probe's step and the decision's, with a sentence; None where neither is recorded."""
+    table = two_steps(run)
+    if table.empty:
+        return None
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return {"sentence": in_short(table, chosen and chosen["chosen_by"]), "taken": rows}
+
+
+def _entry(row: Mapping[str, Any], registered: tuple[str, float] | None) -> dict[str, Any]:
+    same = registered is not None and row["criterion"] == registered[0]
+    same = same and math.isclose(row["budget"], registered[1])
+    entry = {name: row[name] for name in RANKING if name != "registered"} | {"registered": same}
     numbers = ("over_random", "over_random_low", "over_random_high")
     return entry | {
         "budget": float(row["budget"]),
@@ -107,14 +128,12 @@ def text(found: Mapping[str, Any]) -> str:
     lines = [found["decision"]]
     rows: Sequence[Mapping] = found["ranking"]
     if rows:
-        unit = f"over random, nats per position{_of_measure(found)}{_at_rate(found)}"
-        lines.append(f"{unit}{_after_holm(found)}:")
-        shown = [*rows[: SHOWN - 1], rows[-1]] if len(rows) > SHOWN else rows
+        unit = f"over random, nats per position{_of_measure(found)}"
+        shown = _shown(rows)
+        lines.append(f"{unit}{_after_holm(found)}{_more(found, len(rows) - len(shown))}:")
         lines += [_line(row) for row in shown]
-        if len(rows) > SHOWN:
-            lines.insert(
-                -1, f"  … {len(rows) - SHOWN} more in {found['output_dir']}/tables/decision.csv"
-            )
+    if found.get("steps"):
+        lines.append(f"steps: {found['steps']['sentence']}")
     if found.get("strength"):
         lines.append(f"strength: {found['strength']['sentence']}")
     lines.append(f"next: {found['next']}")
@@ -123,20 +142,18 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _shown(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The best cells, the registered one and the worst, in the order of the ranking."""
+    if len(rows) <= SHOWN:
+        return list(rows)
+    first, last = list(rows[: SHOWN - 1]), rows[-1]
+    others = [row for row in rows[SHOWN - 1 : -1] if row["registered"]]
+    return [*first[: len(first) - len(others)], *others, last]
+
+
 def _of_measure(found: Mapping[str, Any]) -> str:
     measure = found.get("measure")
     return f" of {MEASURE_WORDS[measure]}" if measure in MEASURE_WORDS else ""
-
-
-def _at_rate(found: Mapping[str, Any]) -> str:
-    """At which learning rate; of the default, that effects are small and which flag sets it."""
-    chosen = found.get("learning_rate")
-    if not chosen:
-        return ""
-    usual = " (training's default, small as its effects; set yours: --learning-rate)"
-    return f", at rate {chosen['value']:g}" + (
-        usual if chosen["chosen_by"] == "the default" else ""
-    )
 
 
 def _after_holm(found: Mapping[str, Any]) -> str:
@@ -144,13 +161,22 @@ def _after_holm(found: Mapping[str, Any]) -> str:
     return f"; verdicts after Holm over {found['looks']:g} looks" if found.get("looks") else ""
 
 
+def _more(found: Mapping[str, Any], hidden: int) -> str:
+    """How many cells are not shown, and where they are."""
+    return f"; {hidden} more in {found['output_dir']}/tables/decision.csv" if hidden else ""
+
+
 def _line(row: Mapping[str, Any]) -> str:
     low, high = row["over_random_low"], row["over_random_high"]
-    interval = "no interval" if None in (low, high) else f"[{low:+.2g}, {high:+.2g}]"
-    value = "–" if row["over_random"] is None else f"{row['over_random']:+.2g}"
+    half = math.nan if None in (low, high) else (high - low) / 2
+    ends = (by_uncertainty(end, half, sign=True) for end in (low, high) if end is not None)
+    interval = "no interval" if math.isnan(half) else f"[{', '.join(ends)}]"
+    own = math.nan if row["over_random"] is None else row["over_random"]
+    value = by_uncertainty(own, half, sign=True)
     numbers = f"{value:>8}  {interval:<20}".replace("-", "−")
     name = f"  {row['criterion']} at {100 * row['budget']:g} %"
-    return f"{name:<30}{numbers} {row['verdict']}"
+    mark = ", registered" if row["registered"] else ""
+    return f"{name:<30}{numbers} {row['verdict']}{mark}"
 
 
 def claims(directory: Path) -> list[dict[str, Any]]:

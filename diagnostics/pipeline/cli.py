@@ -27,20 +27,9 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import read_manifest
 from diagnostics.core.progress import clear_line, in_stages, set_quiet
-from diagnostics.criteria import find, load_module
-from diagnostics.pipeline import answer, remembered, stages
 from diagnostics.pipeline.flags import Parser, add_flags, read_flags
-from diagnostics.pipeline.registry import (
-    BY_NAME,
-    COMMANDS,
-    PAIR,
-    Job,
-    Stage,
-    do,
-    flags_of,
-    load_configs,
-)
-from diagnostics.pipeline.run import open_run
+from diagnostics.pipeline.registry import BY_NAME, COMMANDS, flags_of, load_configs
+from diagnostics.pipeline.stage import PAIR, Job, Stage
 
 log = logging.getLogger("diagnostics")
 EXIT_CODES = """\
@@ -153,8 +142,7 @@ def _command(arguments: list[str]) -> int:
         return 0
     parsed = build_parser(arguments[0]).parse_args(arguments)
     _log_to_stderr(quiet=parsed.quiet or parsed.json)
-    for path in parsed.criterion_module:
-        load_module(path)
+    _load_criteria(parsed.criterion_module)
     result = {
         "criteria": _criteria,
         "coverage": lambda: _coverage(parsed),
@@ -178,10 +166,21 @@ def _command(arguments: list[str]) -> int:
     return code
 
 
+def _load_criteria(paths: Sequence[str]) -> None:
+    """Register the criteria of the user's own files."""
+    if paths:
+        from diagnostics.criteria import load_module
+
+        for path in paths:
+            load_module(path)
+
+
 def _completed(
     parsed: argparse.Namespace, arguments: list[str]
 ) -> tuple[argparse.Namespace, frozenset[str]]:
     """The flags, filled in from the run's manifest where none is given, and names of the given."""
+    from diagnostics.pipeline import remembered
+
     given = build_parser(arguments[0]).given(arguments)
     flags = remembered.flags(parsed, given)
     whole = build_parser(arguments[0]).parse_args([arguments[0], *flags, *arguments[1:]])
@@ -197,6 +196,8 @@ def _completed(
 
 def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
     """Run a command on one run directory, and add what the run says now."""
+    from diagnostics.pipeline import answer
+
     result = _stage(parsed, given)
     directory = Path(parsed.output_dir)
     if parsed.command == "analyze":
@@ -206,7 +207,7 @@ def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
     if parsed.command not in ("run", "intervene", "compare"):
         return result
     manifest = read_manifest(directory / "manifest.json")
-    table = stages.decided_now(directory, manifest) if parsed.command == "intervene" else None
+    table = _decided_now(directory, manifest) if parsed.command == "intervene" else None
     found = answer.answer(
         directory,
         program(),
@@ -215,6 +216,13 @@ def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
         page=result.get("report"),
     )
     return {**found, "text": answer.text(found)}
+
+
+def _decided_now(directory: Path, manifest: Mapping[str, Any]) -> Any:
+    """The decision table of a run's interventions, before `compare` has written it."""
+    from diagnostics.pipeline.stages.compare import decided_now
+
+    return decided_now(directory, manifest)
 
 
 def _pair_flags(parsed: argparse.Namespace) -> str:
@@ -393,6 +401,9 @@ def _report(parsed: argparse.Namespace) -> dict:
         raise DiagnosticsError(
             "A report goes into one directory: name it as DIR, or with --output-dir."
         )
+    from diagnostics.pipeline.run import open_run
+    from diagnostics.pipeline.stages.report import report_stage
+
     directory = Path(parsed.directory or parsed.output_dir)
     if parsed.compare:
         from diagnostics.report.compare_runs import write
@@ -403,7 +414,7 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
-        page = stages.report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
+        page = report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
         return {"report": str(page)}
 
 
@@ -427,7 +438,11 @@ def _atlas(parsed: argparse.Namespace) -> dict:
 
 def _stage(parsed: argparse.Namespace, given: frozenset[str] = frozenset()) -> dict:
     """Run a command that works on one run directory."""
+    from diagnostics.criteria import find
     from diagnostics.models.identity import Models
+    from diagnostics.pipeline import remembered
+    from diagnostics.pipeline.jobs import do
+    from diagnostics.pipeline.run import open_run
 
     configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
     for criterion in dict.fromkeys(_criteria_of(configs)):

@@ -1,102 +1,34 @@
 """The one table of commands and stages: what each is for, takes, reads, writes and calls.
 
 The parser, the dispatcher, `rerun`, the pages of the documentation and the table of commands are
-made from `STAGES`, so a new stage is one new entry. Configurations are named rather than imported:
-a command without a model then never imports torch.
+made from `STAGES`, so a new stage is one new entry.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.progress import in_stages
-from diagnostics.pipeline import ahead, paper_stage, stages
 from diagnostics.pipeline.flags import Flag, flag
-
-if TYPE_CHECKING:
-    from diagnostics.models.identity import Models
-    from diagnostics.pipeline.run import Run
-
-PAIR = "models.pair.PairConfig"
-PROMPTS = "contexts.prompts.PromptConfig"
-ROLLOUT = "contexts.rollouts.RolloutConfig"
-BANK = "contexts.import_rollouts.ImportConfig"
-ASK = "models.served.ask.AskConfig"
-SCORE = "probing.scores.ScoreConfig"
-PROBE = "probing.one_step.ProbeConfig"
-CONTROLS = "probing.one_step.ControlConfig"
-INTERVENTION = "probing.intervention.InterventionConfig"
-ATTRIBUTION = "probing.attribution.AttributionConfig"
-ANALYSIS = "analysis.config.AnalysisConfig"
-COMPARISON = "analysis.selection.ComparisonConfig"
-TRAIN = "training.run.TrainConfig"
-ENGINE = "training.run.EngineConfig"
-EVALUATION = "training.evaluation.EvaluationConfig"
-VALIDATE = "training.grid.ValidateConfig"
-SELECTORS = "training.selectors.SelectorConfig"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command at work on one run directory."""
-
-    command: str
-    """The command's name."""
-    run: Run
-    """The open run directory."""
-    models: Models | None
-    """The pair, loaded when a stage first needs it; None for commands without a model."""
-    configs: Mapping[str, Any]
-    """The command's configurations by the names above."""
-    flags: argparse.Namespace
-    """The parsed flags, for settings that no configuration holds."""
-    given: frozenset[str] = frozenset()
-    """Names of the flags that the user gave."""
-
-    def flag(self, name: str) -> Any:
-        """The value of a flag, None where this command has no such flag."""
-        return getattr(self.flags, name, None)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command, or a part of one that the manifest records under a name of its own."""
-
-    name: str
-    """What the user types and the manifest records."""
-    purpose: str
-    """What it does, in one sentence."""
-    example: tuple[str, ...] = ()
-    """Arguments of commands to show, without the program's name."""
-    configs: tuple[str, ...] = ()
-    """Dataclasses whose fields are its flags, as `room.module.Class`."""
-    reads: str = ""
-    """Files and inputs that it reads, for the table of commands."""
-    writes: str = ""
-    """Files that it writes, for the table of commands."""
-    flags: tuple[Flag, ...] = ()
-    """Flags that no configuration holds; a command has those of its unnamed parts too."""
-    run: Callable[[Job], dict[str, str] | None] | None = None
-    """The work on a run directory; what it returns is the command's result. None for a command that
-    does not work on one run, which `cli` calls itself."""
-    parts: tuple[str, ...] = ()
-    """Stages that the command runs in turn, its own among them; itself alone where empty."""
-    command: str | None = None
-    """The command that runs it, where that has another name: the stage is no command then."""
-    recorded: bool = True
-    """Whether the manifest records it, so that `rerun` repeats it."""
-    repeatable: bool = True
-    """Whether `rerun` can repeat it; where not, its files are inputs of the repetition."""
-    modules: tuple[str, ...] = ()
-    """Modules whose docstrings its page of the documentation shows."""
-
+from diagnostics.pipeline.stage import (
+    ANALYSIS,
+    ASK,
+    ATTRIBUTION,
+    BANK,
+    COMPARISON,
+    CONTROLS,
+    ENGINE,
+    EVALUATION,
+    INTERVENTION,
+    PAIR,
+    PROBE,
+    PROMPTS,
+    ROLLOUT,
+    SCORE,
+    SELECTORS,
+    TRAIN,
+    VALIDATE,
+    Stage,
+)
 
 OUTPUT_DIR = flag("output-dir", required=True, help="directory of the run")
 ACCEPT_CODE = flag(
@@ -125,149 +57,6 @@ QUICK = flag(
     action="store_true",
     help="leave the interventions out: a page without an answer to which criterion to train with",
 )
-LEFT_OUT = ("intervene", "compare")
-"""Stages that --quick leaves out: nothing is decided without the first."""
-
-
-def _rollout(job: Job) -> None:
-    stages.rollout_stage(
-        job.run,
-        job.models,
-        job.configs[PROMPTS],
-        job.configs[ROLLOUT],
-        job.configs[BANK],
-        folds=job.configs[PROBE].folds if PROBE in job.configs else None,
-    )
-
-
-def _ask(job: Job) -> dict[str, str]:
-    file = stages.ask_stage(job.run, job.models, job.configs[ASK])
-    return {"output_dir": str(job.run.directory), "teacher_logprobs": str(file)}
-
-
-def _score(job: Job) -> None:
-    stages.score_stage(job.run, job.models, job.configs[SCORE])
-
-
-def _after(job: Job) -> None:
-    if job.flag("after"):
-        stages.after_stage(job.run, job.models, job.flag("after"), job.configs[SCORE])
-
-
-def _import(job: Job) -> None:
-    beside = [name for name in ("tokens_after", "tokenizer") if job.flag(name)]
-    if job.flag("tokens"):
-        after = job.flag("tokens_after")
-        stages.import_tokens(
-            job.run,
-            Path(job.flag("tokens")),
-            after=Path(after) if after else None,
-            tokenizer=job.flag("tokenizer"),
-        )
-    elif beside:
-        raise DiagnosticsError(
-            f"--{beside[0].replace('_', '-')} goes with an imported table, and there is none. Name"
-            " it with --tokens."
-        )
-
-
-def _probe(job: Job) -> None:
-    stages.probe_stage(
-        job.run,
-        job.models,
-        job.configs[PROBE],
-        job.configs[CONTROLS],
-        batch_tokens=job.configs[SCORE].batch_tokens,
-        primary=job.flag("primary"),
-    )
-
-
-def _attribute(job: Job) -> None:
-    stages.attribute_stage(
-        job.run,
-        job.models,
-        job.configs[PROBE],
-        job.configs[ATTRIBUTION],
-        job.configs[ANALYSIS],
-        batch_tokens=job.configs[SCORE].batch_tokens,
-    )
-
-
-def _intervene(job: Job) -> None:
-    stages.intervene_stage(job.run, *_grid(job), **_how(job))
-
-
-def _grid(job: Job) -> tuple[Any, ...]:
-    """The pair and the settings of an intervention."""
-    return job.models, *(job.configs[name] for name in (PROBE, INTERVENTION, ANALYSIS))
-
-
-def _how(job: Job) -> dict[str, Any]:
-    """How an intervention is measured."""
-    return {
-        "batch_tokens": job.configs[SCORE].batch_tokens,
-        "drop": "criteria" not in job.given,
-    }
-
-
-def _analyze(job: Job, made: ahead.Ahead | None = None) -> None:
-    stages.analyze_stage(
-        job.run,
-        job.configs[ANALYSIS],
-        seed=job.flag("seed"),
-        training=job.flag("training"),
-        # The --k of `run` is the K of its scores, which the manifest already knows.
-        k=job.flag("k") if job.command == "analyze" else None,
-        primary=job.flag("primary"),
-        made=made,
-    )
-
-
-def _compare(job: Job, made: ahead.Ahead | None = None) -> None:
-    stages.compare_stage(
-        job.run, _comparison(job), job.configs[ANALYSIS], seed=job.flag("seed"), made=made
-    )
-
-
-def _comparison(job: Job) -> Any:
-    """What is compared: what was asked for, or what the run intervenes on."""
-    if COMPARISON in job.configs:
-        return job.configs[COMPARISON]
-    return stages.comparison_of(job.run, job.configs[INTERVENTION].criteria)
-
-
-def _report(job: Job) -> dict[str, str]:
-    return {"report": str(stages.report_stage(job.run))}
-
-
-def _train(job: Job) -> None:
-    stages.train_stage(
-        job.run,
-        job.models,
-        *(job.configs[name] for name in (PROMPTS, TRAIN, ENGINE, EVALUATION)),
-    )
-
-
-def _validate(job: Job) -> None:
-    stages.validate_stage(
-        job.run,
-        job.models,
-        *(job.configs[name] for name in (PROMPTS, VALIDATE, EVALUATION)),
-        offline=job.flag("offline"),
-        analysis=job.configs[ANALYSIS],
-        engine=job.configs[ENGINE],
-    )
-
-
-def _paper(job: Job) -> dict[str, str]:
-    page = paper_stage.paper_stage(
-        job.run,
-        job.models,
-        job.configs[SELECTORS],
-        job.configs[ANALYSIS],
-        seed=job.flag("seed"),
-    )
-    return {"output_dir": str(job.run.directory), "paper": str(page)}
 
 
 STAGES = (
@@ -305,7 +94,7 @@ STAGES = (
         reads="prompts, or a file of rollouts",
         writes="`contexts.parquet`: what the student wrote, frozen",
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_rollout,
+        run="rollout:do",
         modules=(
             "contexts.prompts",
             "contexts.conversations",
@@ -330,7 +119,7 @@ STAGES = (
         reads="`contexts.parquet`, the student's tokenizer, and a server",
         writes="`teacher_logprobs.parquet`: the file that `--teacher-logprobs` reads",
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_ask,
+        run="ask_teacher:do",
         repeatable=False,
         modules=("models.served.ask", "models.served.dialects", "models.topk_teacher"),
     ),
@@ -349,7 +138,7 @@ STAGES = (
             " `tokens.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_score,
+        run="score:do",
         parts=("score", "after"),
         modules=("probing.scores", "measure.divergences", "measure.extras"),
     ),
@@ -378,7 +167,7 @@ STAGES = (
                 help="folder or id of the tokenizer that gives an imported table its texts",
             ),
         ),
-        run=_import,
+        run="import_tokens:do",
         command="analyze",
     ),
     Stage(
@@ -395,7 +184,7 @@ STAGES = (
             " `tables/horizon.csv`; `tokens.parquet`: scores and gains joined"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY),
-        run=_probe,
+        run="probe:do",
         modules=(
             "probing.one_step",
             "probing.folds",
@@ -418,7 +207,7 @@ STAGES = (
                 help="a trained student: add its columns after training and its gains to the table",
             ),
         ),
-        run=_after,
+        run="after:do",
         command="score",
     ),
     Stage(
@@ -432,7 +221,7 @@ STAGES = (
             " `tables/kernel_shares.csv`, `tables/lift.csv`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_attribute,
+        run="attribute:do",
         modules=("probing.attribution",),
     ),
     Stage(
@@ -451,7 +240,7 @@ STAGES = (
             " a wider grid or a longer horizon goes on from there"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_intervene,
+        run="intervene:do",
         modules=("probing.intervention", "analysis.rank_agreement"),
     ),
     Stage(
@@ -484,7 +273,7 @@ STAGES = (
             SEED,
             PRIMARY,
         ),
-        run=_analyze,
+        run="analyze:do",
         parts=("import", "analyze"),
         modules=(
             "analysis.study",
@@ -507,7 +296,7 @@ STAGES = (
             " responses were judged: `tables/by_correctness.csv`"
         ),
         flags=(OUTPUT_DIR, SEED),
-        run=_compare,
+        run="compare:do",
         parts=("import", "compare"),
         modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
@@ -541,7 +330,7 @@ STAGES = (
                 help="finished runs to set side by side, in compare.html of --output-dir",
             ),
         ),
-        run=_report,
+        run="report:do",
         recorded=False,
         modules=("report.page", "report.summary", "report.tokenview", "report.compare_runs"),
     ),
@@ -559,7 +348,7 @@ STAGES = (
             " `training_gains.parquet`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE),
-        run=_train,
+        run="train:do",
         modules=("training.run", "training.trl_trainer", "training.evaluation"),
     ),
     Stage(
@@ -589,7 +378,7 @@ STAGES = (
                 ),
             ),
         ),
-        run=_validate,
+        run="validate:do",
         modules=("training.grid", "analysis.training_outcomes", "analysis.foresight"),
     ),
     Stage(
@@ -613,7 +402,7 @@ STAGES = (
             "`tables/paper_*.csv`, `figures/paper_*`, `paper.html`; with `--train`: `paper/cells/`"
         ),
         flags=(OUTPUT_DIR, ACCEPT_CODE, SEED),
-        run=_paper,
+        run="paper:do",
         parts=("import", "paper"),
         modules=("training.selectors", "analysis.paper.tables", "analysis.paper.cells"),
     ),
@@ -772,50 +561,3 @@ def load_configs(command: str) -> dict[str, type]:
 def _imported(name: str) -> type:
     module, _, config = name.rpartition(".")
     return getattr(importlib.import_module(f"diagnostics.{module}"), config)
-
-
-def stages_of(job: Job) -> list[str]:
-    """The stages that a command does, in their order."""
-    names = BY_NAME[job.command].parts or (job.command,)
-    quick = job.flag("quick")
-    return [
-        name
-        for name in names
-        if not (quick and name in LEFT_OUT)
-        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
-    ]
-
-
-UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
-"""Stages that are done where one of these flags asks for them, and otherwise left out."""
-
-
-def do(job: Job) -> dict[str, Any]:
-    """Run a command's stages in turn on its run directory, and return what to print.
-
-    Where interventions come before the analysis, its tables are made meanwhile by another process.
-    """
-    result: dict[str, Any] = {"output_dir": str(job.run.directory)}
-    names = stages_of(job)
-    with ExitStack() as stack, in_stages(names) as shown:
-        made: ahead.Ahead | None = None
-        for name in names:
-            if name == "intervene" and "analyze" in names:
-                made = stack.enter_context(ahead.beside(_tasks(job)))
-            work: Callable[..., Any] | None = BY_NAME[name].run
-            assert work is not None, name
-            options = {"made": made} if made is not None and name in ahead.TABLES else {}
-            with shown.stage(name):
-                result = work(job, **options) or result
-    return result
-
-
-def _tasks(job: Job) -> dict[str, Any]:
-    """What another process can make during the interventions, without what is kept anyway."""
-    seed, config = job.flag("seed"), job.configs[ANALYSIS]
-    found = {
-        "analyze": stages.analysis_to_make(job.run, config, seed=seed, primary=job.flag("primary")),
-        "compare": stages.comparison_to_make(job.run, _comparison(job), config, seed=seed),
-        "intervene": stages.cells_to_measure(job.run, *_grid(job), **_how(job)),
-    }
-    return {name: task for name, task in found.items() if task is not None}

@@ -21,11 +21,12 @@ from typing import Any
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import write_atomic
 from diagnostics.core.manifest import PATHS, read_manifest
-from diagnostics.pipeline.registry import BY_NAME, PAIR, PROMPTS, SCORE, flags_of, load_configs
+from diagnostics.pipeline.registry import BY_NAME, flags_of, load_configs
+from diagnostics.pipeline.stage import PAIR, PROBE, PROMPTS, SCORE
 
 MEASURED = ("probe", "score", "rollout")
 """Stages whose settings of the pair, the step and the scores later stages share."""
-SHARED = (PAIR, SCORE, "probing.one_step.ProbeConfig")
+SHARED = (PAIR, SCORE, PROBE)
 """Configurations that those stages and the later ones have in common."""
 OF_OTHERS = {"validate": (PAIR, PROMPTS)}
 """Configurations that a command takes from the other run that it is given."""

@@ -275,8 +275,8 @@ def _changed(different: Sequence[str]) -> DiagnosticsError:
 
 def _require_same_pair(manifest: Mapping[str, Any]) -> None:
     """Refuse to spend hours on another named pair than the manifest's."""
+    from diagnostics.models.config import PairConfig
     from diagnostics.models.identity import Models
-    from diagnostics.models.pair import PairConfig
 
     different = []
     for name, record in manifest["stages"].items():

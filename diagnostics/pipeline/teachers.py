@@ -27,9 +27,12 @@ from diagnostics.core.manifest import read_manifest, unchanged
 from diagnostics.core.progress import in_stages
 from diagnostics.core.schema import read_parquet, read_tokens
 from diagnostics.core.tables import read_csv, write_csv, write_json
-from diagnostics.pipeline import registry, remembered, stages
+from diagnostics.pipeline import remembered, stage
 from diagnostics.pipeline.flags import read_flags
 from diagnostics.pipeline.run import Run, open_run
+from diagnostics.pipeline.stages.probe import probe_stage
+from diagnostics.pipeline.stages.rollout import rollout_stage
+from diagnostics.pipeline.stages.score import score_stage
 
 log = logging.getLogger("diagnostics")
 LISTS = (".jsonl", ".parquet")
@@ -133,28 +136,26 @@ def _score_one(
     configs = {name: read_flags(parsed, config) for name, config in parsed.configs.items()}
     listed = teacher.endswith(LISTS) and os.path.isfile(teacher)
     which = {"teacher_logprobs": teacher, "teacher": None} if listed else {"teacher": teacher}
-    pair = configs[registry.PAIR] = dataclasses.replace(configs[registry.PAIR], **which)
+    pair = configs[stage.PAIR] = dataclasses.replace(configs[stage.PAIR], **which)
     models = Models(pair)
-    probe, score = configs[registry.PROBE], configs[registry.SCORE]
+    probe, score = configs[stage.PROBE], configs[stage.SCORE]
     with open_run(directory, accept_code=parsed.accept_code) as run:
         with shown.stage(shown.names[0]):
             if bank is None:
-                how = [
-                    configs[each] for each in (registry.PROMPTS, registry.ROLLOUT, registry.BANK)
-                ]
+                how = [configs[each] for each in (stage.PROMPTS, stage.ROLLOUT, stage.BANK)]
                 folds = probe.folds if parsed.probe else None
-                stages.rollout_stage(run, models, *how, folds=folds)
+                rollout_stage(run, models, *how, folds=folds)
             else:
                 _take_over(run, bank)
         with shown.stage(shown.names[1]):
-            stages.score_stage(run, models, score)
+            score_stage(run, models, score)
         if parsed.probe:
             with shown.stage(shown.names[2]):
-                stages.probe_stage(
+                probe_stage(
                     run,
                     models,
                     probe,
-                    configs[registry.CONTROLS],
+                    configs[stage.CONTROLS],
                     batch_tokens=score.batch_tokens,
                 )
         remembered.note_inputs(run.manifest, configs.values())

@@ -38,7 +38,7 @@ Axes: N positions of the bank, n of a batch, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,34 +55,14 @@ from diagnostics.core.shown import sizes
 from diagnostics.core.types import Bank
 from diagnostics.models.pair import Pair
 from diagnostics.probing.attribution_tables import kernel_shares, lift_by_group, linearity
-from diagnostics.probing.step import ProbeConfig, StepBench, prepare_step
+from diagnostics.probing.config.attribution import AttributionConfig
+from diagnostics.probing.config.step import ProbeConfig
+from diagnostics.probing.step import StepBench, prepare_step
 from diagnostics.probing.tensor_lists import tensor_norm
 from diagnostics.probing.tracer import Tracer, plain_attention
 
 FRACTIONS = (0.1, 0.3, 1.0, 3.0)
 """Step sizes, in units of the calibrated one, at which predicted and realized gain are compared."""
-
-
-@dataclass(frozen=True)
-class AttributionConfig:
-    """Which kernel, on how many positions.
-
-    Attributes:
-        sample: Step positions whose gain is split by source, the same number from each quadrant.
-        full_kernel: Whether the gain is split by all parameters too, not the output layer alone.
-    """
-
-    sample: int = field(
-        default=256,
-        metadata={
-            "help": (
-                "step positions whose gain is split by source, the same number from each quadrant"
-            )
-        },
-    )
-    full_kernel: bool = field(
-        default=False, metadata={"help": "split by all parameters too, not the output layer alone"}
-    )
 
 
 @dataclass

@@ -36,9 +36,10 @@ from diagnostics.analysis.config import Bootstrap
 from diagnostics.analysis.decision import beyond_best
 from diagnostics.contexts.rollouts import resample
 from diagnostics.models.topk_teacher import TopKTeacher
+from diagnostics.probing.config.trajectory import TrajectoryConfig
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.step import StepBench
-from diagnostics.probing.trajectory import TrajectoryConfig, full_trajectory
+from diagnostics.probing.trajectory import full_trajectory
 
 log = logging.getLogger("diagnostics")
 STEP_FOLD, FRESH_FOLD = 0, 1

@@ -58,13 +58,16 @@ from diagnostics.core.fingerprints import code_version
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards, worked
 from diagnostics.core.schema import read_parquet
-from diagnostics.core.settings import as_written, with_settings
+from diagnostics.core.settings import with_settings
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank
-from diagnostics.measure.extras import extras_of
-from diagnostics.models.named_pairs import training_rate
+from diagnostics.measure.extra_names import extras_of
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
+from diagnostics.probing.config.intervention import InterventionConfig
+from diagnostics.probing.config.scores import ScoreConfig
+from diagnostics.probing.config.step import ProbeConfig
+from diagnostics.probing.config.trajectory import TrajectoryConfig, require_horizon
 from diagnostics.probing.directions import Direction, Store, read_record, write_record
 from diagnostics.probing.intervention_cells import Effect, InterventionCell, Interventions
 from diagnostics.probing.intervention_table import summarize
@@ -72,7 +75,6 @@ from diagnostics.probing.step import (
     FORWARD_AND_BACK,
     FoldSteps,
     PreparedStep,
-    ProbeConfig,
     StepBench,
     bench_for,
     loss_weights,
@@ -80,30 +82,19 @@ from diagnostics.probing.step import (
 )
 from diagnostics.probing.tensor_lists import first_update_in_place, tensor_norm
 from diagnostics.probing.trajectory import (
-    HORIZON,
-    MINIBATCH,
     Rows,
     Trajectory,
-    TrajectoryConfig,
     Weigh,
     every_position,
     planned_trajectory,
     remeasured,
-    require_horizon,
     require_support,
 )
 
 log = logging.getLogger("diagnostics")
-MATCHES = ("norm", "lr")
-SCOPES = ("batch", "context", "table")
-CRITERIA = tuple(
-    name for name in registry.names() if registry.find(name).recommended and name != "random"
-)
-"""The criteria to start with; random is always there."""
 RIVALS = ("random", "random_divergent", "position_matched")
 """Criteria that are always measured, as far as the token table has their columns."""
-BUDGETS = (0.05, 0.1, 0.3)
-SUPPORT = scores.ScoreConfig.k
+SUPPORT = ScoreConfig.k
 """K of the supports where no other is given."""
 UNMEASURED = {"position", "response_length", "token_identity_gain"}
 """Columns that stay as they are, wherever the student stands."""
@@ -111,79 +102,6 @@ NO_DIRECTION = Direction([], "", 0.0, 0.0, 0.0, 0.0)
 """In place of a step's direction where only trajectories are measured."""
 GRADIENT_BYTES = 2**30
 """Memory for the gradients of cells that share one student forward."""
-
-
-@dataclass(frozen=True)
-@as_written
-class InterventionConfig:
-    """The grid of cells.
-
-    Attributes:
-        criteria: Registered criteria; `full`, `random` and its fair variants are always present.
-        budgets: Shares of the positions, each in (0, 1].
-        match: What all cells of horizon 0 have in common: the `norm` of the update, or the learning
-            rate (`lr`).
-        random_draws: Selections per budget of each criterion that draws random numbers, at least 1.
-        horizon: Optimizer steps after which cells are measured; 0 alone leaves the one step.
-        scope: What a budget is a share of in a trajectory: each `batch` or each response
-            (`context`), measured anew, or the fold's `table` at theta0.
-        warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
-        minibatch: Contexts in an optimizer step.
-        learning_rate: Of the trajectories; None takes the training's.
-
-    Raises:
-        DiagnosticsError: `match`, `scope` or a horizon is unknown, or there is no random draw.
-    """
-
-    criteria: tuple[str, ...] = field(
-        default=CRITERIA, metadata={"help": "criteria; full, random and its variants are added"}
-    )
-    budgets: tuple[float, ...] = field(default=BUDGETS, metadata={"help": "shares of positions"})
-    match: str = field(
-        default="norm",
-        metadata={
-            "help": "what cells of one step have in common: norm of the update, or lr",
-            "choices": MATCHES,
-        },
-    )
-    random_draws: int = field(default=3, metadata={"help": "random selections a budget"})
-    horizon: tuple[int, ...] = field(
-        default=HORIZON,
-        metadata={"help": "optimizer steps after which cells are measured; 0: one step alone"},
-    )
-    scope: str = field(
-        default="batch",
-        metadata={
-            "help": "what a budget is a share of in a trajectory (table: chosen at theta0)",
-            "choices": SCOPES,
-        },
-    )
-    warm_steps: int = field(
-        default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state beforehand"}
-    )
-    minibatch: int = field(default=MINIBATCH, metadata={"help": "contexts in an optimizer step"})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "of the trajectories; the training's where not given"}
-    )
-
-    def __post_init__(self):
-        for name, value, known in (
-            ("match", self.match, MATCHES),
-            ("scope", self.scope, SCOPES),
-        ):
-            if value not in known:
-                raise DiagnosticsError(f"Unknown {name} {value!r}. Known are {', '.join(known)}.")
-        require_horizon(self.horizon)
-        if self.random_draws < 1:
-            raise DiagnosticsError(
-                f"random_draws is {self.random_draws}; a comparison with random needs at least 1,"
-                " and 2 to see its spread."
-            )
-
-    def trajectory(self, pair: Pair, probe: ProbeConfig) -> TrajectoryConfig:
-        """The optimizer's steps of a pair's trajectories."""
-        rate = training_rate(pair.name) if self.learning_rate is None else self.learning_rate
-        return TrajectoryConfig(rate, probe.loss, probe.beta, self.minibatch, self.warm_steps)
 
 
 @takes(tokens=token_table)

@@ -22,7 +22,7 @@ relative gain is undefined where D is under 1e-3 nats (`relative_gain_released` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,22 @@ from diagnostics.core.settings import with_settings
 from diagnostics.core.shown import sizes
 from diagnostics.core.token_identity import token_identity_gain
 from diagnostics.core.types import Bank
-from diagnostics.models.named_pairs import training_rate
 from diagnostics.models.pair import Pair
 from diagnostics.probing import scores
+from diagnostics.probing.config.controls import ControlConfig
+from diagnostics.probing.config.step import ProbeConfig
+from diagnostics.probing.config.trajectory import require_horizon
 from diagnostics.probing.directions import Direction, Finished, Store
 from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
-from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded, require_null
+from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded
 from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
 from diagnostics.probing.step import (
     FoldSteps,
     PreparedStep,
-    ProbeConfig,
     StepBench,
     bench_for,
     kept_direction,
     step_positions,
-)
-from diagnostics.probing.trajectory import (
-    HORIZON,
-    MINIBATCH,
-    TrajectoryConfig,
-    require_horizon,
 )
 
 READ = (
@@ -82,69 +77,6 @@ READ = (
 """Columns of the scores that a probe reads: positions, divergences, folds, nulls, advantages."""
 PLACEBO = "placebo"
 """What the columns of the placebo's passes begin with; they never reach the token table."""
-
-
-@dataclass(frozen=True)
-class ControlConfig:
-    """What is measured beside the steps.
-
-    Attributes:
-        nulls: Among which positions the teacher is permuted, names of `folds.NULLS`; without
-            `global` there is no context gain.
-        placebos: Random directions of the placebo, each taken both ways; 0 for none.
-        horizon: Numbers of optimizer steps after which a trajectory on fold 0 is measured; 0 or
-            nothing takes none.
-        warm_steps: Steps at a learning rate of 0 that fill the optimizer's state beforehand.
-        minibatch: Contexts in an optimizer step of the trajectory, as many as the training to be
-            foreseen has responses in a step; most of the trajectory's cost is in proportion to it.
-        learning_rate: Of the trajectory; None takes the training's.
-
-    Raises:
-        DiagnosticsError: A null is unknown, or a number of the trajectory is out of its range.
-    """
-
-    nulls: tuple[str, ...] = field(
-        default=("global",),
-        metadata={
-            "help": "permuted teachers: global, or within divergence (deciles) or token_type"
-        },
-    )
-    placebos: int = field(
-        default=4, metadata={"help": "random directions of the placebo, each both ways"}
-    )
-
-    horizon: tuple[int, ...] = field(
-        default=HORIZON,
-        metadata={
-            "help": "optimizer steps after which a trajectory on fold 0 is measured; 0: none"
-        },
-    )
-    warm_steps: int = field(
-        default=0, metadata={"help": "steps at rate 0 that fill the optimizer's state before"}
-    )
-    minibatch: int = field(
-        default=MINIBATCH, metadata={"help": "contexts in an optimizer step of the trajectory"}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "of the trajectory; the training's where not given"}
-    )
-
-    def rate(self, pair: str) -> float:
-        """The learning rate of the trajectory of a pair, given by name."""
-        return training_rate(pair) if self.learning_rate is None else self.learning_rate
-
-    def __post_init__(self):
-        for null in self.nulls:
-            require_null(null)
-        require_horizon(self.horizon)
-        # a trajectory comes last, and what it refuses should not cost the steps before it
-        self.trajectory(0.0 if self.learning_rate is None else self.learning_rate)
-
-    def trajectory(
-        self, rate: float, *, loss: str = ProbeConfig.loss, beta: float = ProbeConfig.beta
-    ) -> TrajectoryConfig:
-        """The optimizer's steps of the trajectory."""
-        return TrajectoryConfig(rate, loss, beta, self.minibatch, self.warm_steps)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from torch import Tensor
 from diagnostics.analysis.selection import token_type
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.folds import NULLS
 from diagnostics.models import topk_teacher
+from diagnostics.probing.config.controls import require_null
 from diagnostics.probing.frozen_bank import BankPart
 
 DECILES = 10
@@ -76,12 +76,6 @@ def graders(
 def kept_own(graded_by: np.ndarray, weights_N: np.ndarray) -> int:
     """Number of positions with loss that keep their own teacher, being alone in their group."""
     return int(((graded_by == np.arange(len(graded_by))) & (weights_N != 0)).sum())
-
-
-def require_null(null: str) -> None:
-    """Raise DiagnosticsError for a name that is no null."""
-    if null not in NULLS:
-        raise DiagnosticsError(f"Unknown null {null!r}. Known are {', '.join(NULLS)}.")
 
 
 def require_graded(teacher: object, loss: str) -> None:

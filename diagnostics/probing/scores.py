@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout, in_step
 from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 from diagnostics.models.weights import weights_sha256
+from diagnostics.probing.config.scores import ScoreConfig
 
 log = logging.getLogger("diagnostics")
 PADDING = 0.25
@@ -60,32 +61,6 @@ NOT_FINITE_LIMIT = 0.01
 """Share of positions that may be excluded for NaN or infinite logits before scoring stops."""
 NOT_FINITE_SHOWN = 64
 """Positions that are examined again to tell whose logits are not finite, where scoring stops."""
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """How contexts are scored.
-
-    Attributes:
-        k: Size of the top-K supports.
-        sweep: Other sizes K that are measured in the same pass.
-        batch_tokens: Tokens in one forward pass, padding included; None takes 8,192 on the CPU, and
-            on CUDA what the free memory holds (`models.batch_size`).
-        extra: Further measurements (`measure.extras.COLUMNS`).
-    """
-
-    k: int = field(default=16, metadata={"help": "size of the top-K supports"})
-    sweep: tuple[int, ...] = field(
-        default=(4, 8, 32), metadata={"help": "other K measured in the same pass"}
-    )
-    batch_tokens: int | None = field(default=None, metadata=batch_size.FLAG)
-    extra: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": f"measurements that few criteria read: {', '.join(extras.COLUMNS)}"},
-    )
-
-    def __post_init__(self) -> None:
-        extras.check_extras(self.extra)
 
 
 SCORED = "scored"

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.models.pair import STEP_STATES
+from diagnostics.models.config import STEP_STATES
 
 log = logging.getLogger("diagnostics")
 LARGE = 2**28

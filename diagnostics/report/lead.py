@@ -7,13 +7,19 @@ A run without a decision says what to run; it is not answered by correlations.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping
 
 import pandas as pd
 
 from diagnostics.analysis.config import FEWEST_PROMPTS
-from diagnostics.analysis.decision import MARGIN, NO_CELLS, decision_sentence
+from diagnostics.analysis.decision import (
+    MARGIN,
+    NO_CELLS,
+    decision_sentence,
+    registered_sentence,
+)
 from diagnostics.report.naming import (
     SPLITS,
     TRUE,
@@ -23,6 +29,7 @@ from diagnostics.report.naming import (
     steps_of,
 )
 from diagnostics.report.run_tables import RunTables
+from diagnostics.report.two_steps import DECISION, PROBE, rate_words, two_steps
 
 PROGRAM = "opd-diagnostics"
 HERE = "DIR"
@@ -46,15 +53,29 @@ def decided(run: RunTables) -> str:
             if "primary" in run.manifest and measured != run.horizon
             else ""
         )
-        return _in_words(decision_sentence(table), table) + other
+        said = " ".join(filter(None, [decision_sentence(table), _registered(run, table)]))
+        return _in_words(said, table) + other
     return UNDECIDED if _probed(run) else ""
+
+
+def registered_cell(run: RunTables) -> tuple[str, float] | None:
+    """Criterion and budget that were registered before the probe; None where none were."""
+    choices = (run.manifest.get("primary") or {}).get("choices", {})
+    named = isinstance(choices.get("criterion"), str) and "budget" in choices
+    return (choices["criterion"], float(choices["budget"])) if named else None
+
+
+def _registered(run: RunTables, table: pd.DataFrame) -> str:
+    """What the registered cell did, where the decision does not name it."""
+    cell = registered_cell(run)
+    return registered_sentence(table, *cell) if cell else ""
 
 
 def _in_words(sentence: str, table: pd.DataFrame) -> str:
     """The sentence with the criteria's readable names."""
-    for name in sorted(table["criterion"].astype(str).unique(), key=len, reverse=True):
-        sentence = sentence.replace(f"{name} at", f"{readable(name)} at")
-    return sentence
+    names = sorted(table["criterion"].astype(str).unique(), key=len, reverse=True)
+    known = "|".join(map(re.escape, names))
+    return re.sub(rf"\b({known})\b", lambda found: readable(found[0]), sentence)
 
 
 def _probed(run: RunTables) -> bool:
@@ -134,10 +155,19 @@ def taken_at(run: RunTables) -> str:
     if found is None:
         return ""
     value, whose = found
-    text = f"Steps at learning rate {value:g}"
+    text = f"Steps at learning rate {rate_words(value)}{_of_the_probe(run)}"
     if whose == "the default":
         return f"{text}, training's default: small, so effects are too; `--learning-rate` sets it."
     return f"{text}."
+
+
+def _of_the_probe(run: RunTables) -> str:
+    """The rate of the probe's step in brackets, where another one than the decision's is known."""
+    rows = {row["step"]: row for row in two_steps(run).to_dict("records")}
+    if set(rows) != {PROBE, DECISION}:
+        return ""
+    own, other = (rows[name]["learning_rate"] for name in (PROBE, DECISION))
+    return f" (the probe's: {rate_words(own)})" if math.isfinite(own) and own != other else ""
 
 
 def next_command(run: RunTables) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from diagnostics.report import provenance, summary
 from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.run_results import RunResults
+from diagnostics.report.two_steps import OF, in_words, meaning, two_steps
 
 
 def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str]) -> str:
@@ -24,6 +25,7 @@ def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str
     blocks = [
         f"# {_plain(summary.title(run))}",
         *(f"**{question}** {_plain(text)}" for question, text in summary.answer(run).items()),
+        *_step_rows(run),
         *_verdict_rows(run),
     ]
     blocks += [f"> {_plain(message)}" for message in provenance.warnings(run)]
@@ -49,6 +51,16 @@ def markdown(run: RunResults, drawn: Collection[str], left_out: Mapping[str, str
         ),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _step_rows(run: RunResults) -> list[str]:
+    """The probe's step and the decision's, side by side; nothing unless both are recorded."""
+    table = two_steps(run)
+    if len(table) < 2:
+        return []
+    rows = [f"| {' | '.join([name, *map(_plain, cells)])} |" for name, cells in in_words(table)]
+    head = f"| | {' | '.join(OF[step] for step in table['step'])} |"
+    return [_plain(meaning(table)), "\n".join([head, "|---|---|---|", *rows])]
 
 
 def _verdict_rows(run: RunResults) -> list[str]:

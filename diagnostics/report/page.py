@@ -28,6 +28,7 @@ from diagnostics.report.drawing import Drawing, draw_all
 from diagnostics.report.figures.registry import FigureSpec, in_page_order
 from diagnostics.report.run_results import RunResults, read_run
 from diagnostics.report.tokenview import show
+from diagnostics.report.two_steps import OF, in_words, meaning, two_steps
 from diagnostics.report.written_pages import encoded, write_pages
 
 STATIC = Path(__file__).parent / "static"
@@ -100,6 +101,7 @@ def page(
     if cards:
         answer.pop(summary.CLAIMS, None)  # the cards say it with each claim's sentence
     sections = [
+        ("steps", "Steps", steps_beside(run)),
         ("verdicts", "Claims", cards),
         ("warnings", "Warnings", warning_list(run)),
         ("not-run", "What was not run", not_run(run, left_out)),
@@ -154,12 +156,34 @@ def magnitudes(run: RunResults) -> str:
     table = run.table("placebo")
     if table is None:
         return ""
+    table = table.drop(columns=["low", "high"], errors="ignore").replace(
+        {"stratum": {r" to inf$": " and more"}}, regex=True
+    )
     return (
         '<section id="magnitude"><h3>How large is a change of this size in no direction?</h3><p'
         ' class="quiet">Gain in nats after steps of the same norm in random directions, with both'
         " signs, beside that of the step itself. It says how far weights that move so much change"
         " a position whatever the loss says; it is no null for a correlation.</p>"
-        f"{page_tables.small_table(table.drop(columns=['low', 'high'], errors='ignore'))}</section>"
+        f"{page_tables.small_table(table)}</section>"
+    )
+
+
+def steps_beside(run: RunResults) -> str:
+    """The probe's step and the decision's, side by side, with what rests on each; empty unless both
+    are recorded.
+    """
+    table = two_steps(run)
+    if len(table) < 2:
+        return ""
+    heads = "".join(f'<th class="plain" scope="col">{OF[step]}</th>' for step in table["step"])
+    rows = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        f"{''.join(f'<td>{with_code(text)}</td>' for text in cells)}</tr>\n"
+        for name, cells in in_words(table)
+    )
+    return glossary.linked(f"<p>{with_code(meaning(table))}</p>") + (
+        f'<div class="scroll"><table class="facts"><thead><tr><td></td>{heads}</tr></thead><tbody>'
+        f"\n{rows}</tbody></table></div>"
     )
 
 
@@ -210,6 +234,9 @@ def _over(run: RunResults) -> str:
     parts = [f"opd-diagnostics {version}".strip()] + [
         f"{role} {name}" for role, name in names.items() if name not in (role, "custom")
     ]
+    if summary.pair_in_words(run):  # pairs of one kind and size are told apart by their weights
+        digests = {role: summary.identity(run, role).get("weights_sha256") for role in names}
+        parts += [f"{role}’s weights {str(sha)[:8]}…" for role, sha in digests.items() if sha]
     return f'<p class="over">{html.escape(" · ".join(parts))}</p>'
 
 
@@ -249,7 +276,7 @@ def _card(claim: str, rows: list[dict]) -> str:
     parts = {kind: [row for row in rows if _words(row, "kind") == kind] for kind in kinds}
     brief = "".join(_brief(kinds[kind], part) for kind, part in parts.items())
     sides = "".join(_side(kinds[kind], part, statement) for kind, part in parts.items())
-    tag = f' <span class="tag">{html.escape(str(claim))}</span>' if statement else ""
+    tag = f'&nbsp;<span class="tag">{html.escape(str(claim))}</span>' if statement else ""
     heading = html.escape(_capital(_typeset(statement or str(claim))))
     return (
         f'<li class="card {_agreed(rows)}"><h3>{heading}{tag}</h3><p class="brief">{brief}</p>'

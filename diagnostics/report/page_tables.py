@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 
 from diagnostics.analysis.claims import p_words
 from diagnostics.core.schema import SCHEMA
+from diagnostics.core.shown import MOST_DECIMALS, by_uncertainty
 from diagnostics.report import naming, summary
 from diagnostics.report.catalogue import TABLES, caption
 from diagnostics.report.run_tables import RunTables
@@ -64,9 +66,48 @@ MOST_CHOICES = 80
 """Values of a column up to which it has a filter."""
 
 
+OF_DECISION = ("decision", "intervention")
+"""Tables that open on the rows on which the decision rests."""
+NOT_OPENED = ("verdicts",)
+"""Tables that open whole, because a reader compares their kinds and outcomes."""
+
+
 def all_tables(run: RunTables) -> str:
     """Every table of a run that has rows, in the catalogue's order."""
-    return "".join(table_block(name, run.tables[name]) for name in _table_order(run))
+    return "".join(
+        table_block(name, run.tables[name], opening=opening(run, name))
+        for name in _table_order(run)
+    )
+
+
+def opening(run: RunTables, name: str) -> dict[str, Any]:
+    """What a table's filters are set to when it opens, so that it shows what the page rests on.
+
+    Args:
+        run: The run's manifest and tables.
+        name: The table.
+
+    Returns:
+        Column -> value: divergence, horizon and kind of rollouts of the decision for its own
+        tables, and the registered outcome and population for the others. Empty where no row is so.
+    """
+    table, decided = run.tables[name], run.table("decision")
+    wanted: dict[str, Any] = {}
+    if name in OF_DECISION and decided is not None and {"measure", "horizon"} <= set(decided):
+        wanted = {
+            "measure": naming.decisive_measure(decided),
+            "horizon": naming.decisive_horizon(decided),
+            "rollouts": "all",
+        }
+    elif name not in (*OF_DECISION, *NOT_OPENED):
+        choices = (run.manifest.get("primary") or {}).get("choices", {})
+        population = choices.get("population")
+        wanted = {"outcome": choices.get("outcome"), "split": population, "population": population}
+    there = {column: value for column, value in wanted.items() if column in table}
+    rows = pd.Series(True, table.index)
+    for column, value in there.items():
+        rows &= table[column] == value
+    return there if rows.any() else {}
 
 
 def _table_order(run: RunTables) -> list[str]:
@@ -76,12 +117,13 @@ def _table_order(run: RunTables) -> list[str]:
     ]
 
 
-def table_block(name: str, table: pd.DataFrame) -> str:
+def table_block(name: str, table: pd.DataFrame, *, opening: Mapping[str, Any] | None = None) -> str:
     """A folded table; the page's script filters and sorts it, and builds a long one when opened.
 
     Args:
         name: The table's name; its caption comes from the catalogue.
         table: The table, with at least one row.
+        opening: Column -> value that its filters are set to when it opens.
 
     Returns:
         HTML of a details element. A table of up to `ROWS_WRITTEN` rows is written out; a longer one
@@ -96,11 +138,16 @@ def table_block(name: str, table: pd.DataFrame) -> str:
         packed = f'<script type="application/json">{_packed(shown)}</script>'
     return (
         f'<details id="table-{html.escape(name)}" class="table"><summary><b>{html.escape(name)}</b>'
-        f' {html.escape(caption(name))} <span class="quiet">{len(table):,} rows;'
+        f' {html.escape(caption(name))} <span class="quiet">{_rows(len(table))};'
         f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
-        f' tabindex="0"><table><thead><tr>{_heads(shown)}</tr></thead><tbody>\n{rows}</tbody>'
-        f'</table></div><button type="button" class="copy">Copy as CSV</button>{packed}</details>'
+        f' tabindex="0"><table><thead><tr>{_heads(shown, opening or {})}</tr></thead>'
+        f'<tbody>\n{rows}</tbody></table></div><button type="button" class="copy">Copy as CSV'
+        f"</button>{packed}</details>"
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
 
 
 def columns_in_order(table: pd.DataFrame) -> list[str]:
@@ -115,11 +162,11 @@ def columns_in_order(table: pd.DataFrame) -> list[str]:
 # --- heads ---
 
 
-def _heads(table: pd.DataFrame) -> str:
-    return "".join(_head(table, str(name)) for name in table.columns)
+def _heads(table: pd.DataFrame, opening: Mapping[str, Any]) -> str:
+    return "".join(_head(table, str(name), opening) for name in table.columns)
 
 
-def _head(table: pd.DataFrame, name: str) -> str:
+def _head(table: pd.DataFrame, name: str, opening: Mapping[str, Any]) -> str:
     """A column's head: its name and unit, and for the script how to sort, filter and round it."""
     ends = interval_of(table, name)
     columns = list(table.columns)
@@ -127,6 +174,7 @@ def _head(table: pd.DataFrame, name: str) -> str:
         "name": name,
         "half": ",".join(str(columns.index(end)) for end in ends) if ends else "",
         "filter": "yes" if _can_filter(table, name) else "",
+        "opens": str(opening.get(name, "")) if _can_filter(table, name) else "",
         "first": "up" if _rises(table, name) else "",
     }
     said = "".join(f' data-{key}="{html.escape(text)}"' for key, text in data.items() if text)
@@ -291,15 +339,9 @@ def shown(value: float, name: str = "", half: float = math.nan) -> str:
         return (
             f"{value:,.0f}".replace("-", "−") if value == int(value) else summary.number(value, 3)
         )
-    decimals = 1 - math.floor(math.log10(half))
-    if decimals > MOST_DECIMALS:
+    if 1 - math.floor(math.log10(half)) > MOST_DECIMALS:
         return summary.number(value, 2)
-    text = f"{value:,.{max(decimals, 0)}f}"
-    return (text if re.search("[1-9]", text) else text.lstrip("-")).replace("-", "−")
-
-
-MOST_DECIMALS = 7
-"""Decimals from which a number is written with an exponent."""
+    return by_uncertainty(value, half).replace("-", "−")
 
 
 def _packed(table: pd.DataFrame) -> str:

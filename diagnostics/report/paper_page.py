@@ -208,7 +208,8 @@ def title(run: RunResults) -> str:
     if names.get("pair") not in (None, "custom"):
         return f"The paper, one to one: the {names['pair']} pair"
     if {"student", "teacher"} <= set(names):
-        return f"The paper, one to one: {names['teacher']} → {names['student']}"
+        pair = summary.pair_in_words(run) or f"{names['teacher']} → {names['student']}"
+        return f"The paper, one to one: {pair}"
     return "The paper, one to one"
 
 

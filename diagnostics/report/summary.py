@@ -78,11 +78,49 @@ def title(run: RunTables) -> str:
     if names.get("pair") not in (None, "custom"):
         pair = f"The {names['pair']} pair: "
         return pair + ("what training gave" if trained else f"which of the teacher's {_ASKED}")
-    if "student" in names and "teacher" in names:
+    if pair := pair_in_words(run):
+        return f"{pair}: " + (
+            "what training gave" if trained else f"which of the teacher's {_ASKED}"
+        )
+    if "student" in names and "teacher" in names and not _only_roles(names):
         if trained:
             return f"{names['student']} trained with {names['teacher']} as its teacher"
         return f"Which of {names['teacher']}'s signals can {names['student']} learn from?"
     return "What training gave" if trained else f"Which of the teacher's {_ASKED}"
+
+
+def _only_roles(names: Mapping[str, str]) -> bool:
+    """Whether the names of student and teacher tell a pair from no other."""
+    told = {role: names.get(role) for role in ("student", "teacher")}
+    return told["student"] == told["teacher"] or all(told[role] == role for role in told)
+
+
+def pair_in_words(run: RunTables) -> str:
+    """Kind and size of both models, for a pair whose names say no more than their roles.
+
+    Empty for a named pair, where the names tell pairs apart, and where the manifest records no
+    kind.
+    """
+    names = models(run)
+    if names.get("pair") not in (None, "custom") or not _only_roles(names):
+        return ""
+    kinds = {role: _kind(identity(run, role)) for role in ("student", "teacher")}
+    return f"Student {kinds['student']}, teacher {kinds['teacher']}" if all(kinds.values()) else ""
+
+
+def identity(run: RunTables, role: str) -> Mapping:
+    """What the manifest records of a model; empty where it records a name alone."""
+    found = [run.stage(name).get(role) for name in ("rollout", "score", "validate", "train")]
+    return next((value for value in found if isinstance(value, Mapping)), {})
+
+
+def _kind(facts: Mapping) -> str:
+    """`Llama 1.0 M` of a model's architecture and number of parameters."""
+    size, kind = facts.get("parameters"), str(facts.get("architecture", ""))
+    if not kind or not isinstance(size, int) or size <= 0:
+        return ""
+    unit, letter = (1e9, "B") if size >= 1e9 else (1e6, "M")
+    return f"{kind.split('For')[0]} {number(size / unit)} {letter}"
 
 
 _ASKED = "signals can the student learn from?"

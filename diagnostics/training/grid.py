@@ -33,7 +33,6 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import criteria as registry
-from diagnostics.analysis.training_outcomes import FIRST_STEP
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import as_written
@@ -538,8 +537,8 @@ def fresh_pair(job: Job):
         )
         _held.clear()
     if _held.get("key") != key:
+        from diagnostics.models.config import PairConfig
         from diagnostics.models.identity import Models
-        from diagnostics.models.pair import PairConfig
 
         _held.clear()
         pair = Models(PairConfig(**job.pair)).pair
@@ -584,7 +583,7 @@ def _pair_and_prompts(job: Job, seed: int):
     from diagnostics.contexts import choose_prompts
     from diagnostics.contexts.prompts import PromptConfig
     from diagnostics.models import identity
-    from diagnostics.models.pair import PairConfig
+    from diagnostics.models.config import PairConfig
     from diagnostics.training.evaluation import EvaluationConfig
 
     models, evaluation = identity.Models(PairConfig(**job.pair)), EvaluationConfig(**job.evaluation)
@@ -644,7 +643,8 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
 
     from diagnostics.core.tables import write_parquet
     from diagnostics.core.types import read_bank
-    from diagnostics.training.run import EngineConfig, TrainConfig, train
+    from diagnostics.training.config import EngineConfig, TrainConfig
+    from diagnostics.training.run import train
 
     began, grid = time.perf_counter(), job.grid
     pair, data, held_out, evaluation = _pair_and_prompts(job, cell.seed)
@@ -688,6 +688,7 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
 
 def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:
     """Gain of the frozen positions after the first step, as rows of an evaluation."""
+    from diagnostics.analysis.training_outcomes import FIRST_STEP
     from diagnostics.training.evaluation import by_prompt
 
     prompt_ids = np.repeat(

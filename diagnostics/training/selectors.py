@@ -307,7 +307,8 @@ def train_cell(job: SelectorJob, cell: TrainingCell) -> str:
 
 def _trained(job: SelectorJob, cell: TrainingCell, pair: Pair, prompts: list[Prompt]):
     """Train the pair's student in place, and return the log of the training."""
-    from diagnostics.training.run import EngineConfig, TrainConfig, train
+    from diagnostics.training.config import EngineConfig, TrainConfig
+    from diagnostics.training.run import train
 
     names = ("steps", "batch", "learning_rate", "per_context_minimum", "k", "ties", "scope")
     with grid.scratch_folder(job, cell) as scratch:
@@ -323,7 +324,8 @@ def _trained(job: SelectorJob, cell: TrainingCell, pair: Pair, prompts: list[Pro
 
 def _after(job: SelectorJob, pair: Pair, bank: Bank) -> pd.DataFrame:
     """The frozen positions as the trained student has them."""
-    from diagnostics.probing.scores import ScoreConfig, score_after
+    from diagnostics.probing.config.scores import ScoreConfig
+    from diagnostics.probing.scores import score_after
 
     pair.student.model.eval()
     return score_after(pair, bank, ScoreConfig(k=job.grid["k"], sweep=tuple(job.grid["sweep"])))

@@ -62,6 +62,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import column
 from diagnostics.core.tables import write_json
 from diagnostics.measure import divergences, extras, losses, overlap
+from diagnostics.measure.extra_names import extras_of
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout
 from diagnostics.models.readout import backbone as find_backbone
@@ -200,7 +201,7 @@ class Selection:
 
     def more(self) -> divergences.More | None:
         """Measures the columns that the criterion reads beside the usual ones."""
-        return extras.asked(extras.extras_of(criteria.find(self.criterion).needs), k=self.k)
+        return extras.asked(extras_of(criteria.find(self.criterion).needs), k=self.k)
 
     def of_lists(self, step: int) -> divergences.OfLists | None:
         """Measures the columns that the log reads beside the usual ones."""

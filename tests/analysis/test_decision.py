@@ -10,13 +10,20 @@ from diagnostics.analysis import decision, rank_agreement
 from diagnostics.analysis.bootstrap import holm
 from diagnostics.analysis.cell_effects import CellEffects, CellEstimate, satterthwaite
 from diagnostics.analysis.config import AnalysisConfig
-from diagnostics.analysis.decision import COLUMNS, beyond_best, decide, decision_sentence
+from diagnostics.analysis.decision import (
+    COLUMNS,
+    beyond_best,
+    decide,
+    decision_sentence,
+    registered_sentence,
+)
 from diagnostics.analysis.power import LARGEST_DESIGN, needed, smallest_detectable
 from diagnostics.analysis.selection import ComparisonConfig
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.shown import by_uncertainty
 from diagnostics.core.tables import read_csv, write_csv
 from diagnostics.pipeline.run import open_run
-from diagnostics.pipeline.stages import compare_stage
+from diagnostics.pipeline.stages.compare import compare_stage
 from tests.effect_tables import TRUTHS, made_interventions, one_batch
 from tests.made_tokens import made_tokens, only_row
 
@@ -169,10 +176,10 @@ def test_the_decision_is_the_best_lower_bound():
     half = (chosen["over_random_high"] - chosen["over_random_low"]) / 2
     assert decision_sentence(table) == (
         "All positions do best; where a selection is wanted, train with teachability at 5 %:"
-        f" {chosen['over_random']:+.3g} ± {half:.2g} nats of reverse KL per position over random"
+        f" {chosen['over_random']:+.4f} ± {half:.4f} nats of reverse KL per position over random"
         " after 20 steps (64 prompts, 4 step batches). All positions lower it by"
-        f" {-chosen['over_full']:.3g} [{-chosen['over_full_high']:.3g},"
-        f" {-chosen['over_full_low']:.3g}] more."
+        f" {-chosen['over_full']:.4f} [{-chosen['over_full_high']:.4f},"
+        f" {-chosen['over_full_low']:.4f}] more."
     )
 
 
@@ -290,6 +297,25 @@ def test_too_little_data_says_how_much_more():
         " step batches, would show such a difference with 80 % power."
     )
     assert row["prompts_needed"] == 16 * row["steps_needed"]
+
+
+def test_the_registered_cell_is_said_beside_another_recommendation():
+    table = decide(made_interventions(**QUIET), draws=100)
+    chosen = only_row(table, recommended=True)
+    assert (chosen["criterion"], chosen["budget"]) == ("teachability", 0.05)
+    assert registered_sentence(table, "teachability", 0.05) == ""  # the decision names it
+    row = only_row(table, primary=True, criterion="divergence", budget=0.05)
+    half = (row["over_random_high"] - row["over_random_low"]) / 2
+    shown = f"{by_uncertainty(row['over_random'], half, sign=True)} ± {by_uncertainty(half, half)}"
+    verdict = {"better": "better than random", "worse": "worse than random"}[row["verdict"]]
+    assert registered_sentence(table, "divergence", 0.05) == (
+        f"The registered choice, divergence at 5 %: {shown}, {verdict}."
+    )
+    assert registered_sentence(table, "margin", 0.3) == (
+        "The registered choice, margin at 30 %, was not intervened on."
+    )
+    few = decide(made_interventions(**(QUIET | {"prompts": 12})), draws=50)
+    assert registered_sentence(few, "margin", 0.3) == ""
 
 
 def test_no_criterion_above_random():

@@ -19,7 +19,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Prompt
 from diagnostics.models import identity
 from diagnostics.models.pair import PairConfig, assemble
-from diagnostics.pipeline import stages
+from diagnostics.pipeline.stages.rollout import rollout_stage
 from diagnostics.training.evaluation import evaluate
 from diagnostics.training.run import EngineConfig, TrainConfig, _ids, train
 from tests.conftest import make_model
@@ -341,7 +341,7 @@ def _roll(directory, config, file):
     from diagnostics.pipeline.run import open_run
 
     with open_run(directory) as run:
-        stages.rollout_stage(
+        rollout_stage(
             run,
             identity.Models(config),
             PromptConfig(prompts=str(file)),
@@ -461,7 +461,7 @@ def test_no_room_for_a_response_names_window_and_flag(tmp_path, folders):
                 r" of --max-new-tokens 256\."
             ),
         ):
-            stages.rollout_stage(
+            rollout_stage(
                 run,
                 identity.Models(folders),
                 PromptConfig(prompts=str(file)),
@@ -474,7 +474,7 @@ def test_no_room_for_a_response_names_window_and_flag(tmp_path, folders):
                 r" prompts, lower --contexts or --max-new"
             ),
         ):
-            stages.rollout_stage(
+            rollout_stage(
                 run,
                 identity.Models(folders),
                 PromptConfig(prompts=str(file)),

@@ -147,6 +147,13 @@ def test_math_verify_is_used_where_it_is_installed_and_missed_in_words(monkeypat
         "1 responses have an answer, and no verifier is available: they are not judged (pip install"
         " math-verify)"
     ]
+    caplog.clear()
+    whole = [Prompt(bank[0].prompt_id, "w1", "42")]
+    judge_rollouts(bank, whole, "auto", pair="x")
+    assert caplog.messages[0].endswith(
+        "(pip install math-verify; or --verifier sums, where a response ends in “makes N.” or"
+        " “gives N.”, as the embedded pair's do)"
+    )
     with pytest.raises(DiagnosticsError, match="needs the package math-verify"):
         judge_rollouts(bank, prompts, "math", pair="x")
     monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: object())

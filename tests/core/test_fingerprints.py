@@ -169,3 +169,26 @@ def test_the_number_of_threads_is_that_which_was_asked_for(monkeypatch):
     for value in ("", "many", "0"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert fingerprints.threads(models=False) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        ("models.pair", "models.config"),
+        ("contexts.rollouts", "contexts.config"),
+        ("probing.scores", "probing.config.scores"),
+        ("probing.one_step", "probing.config.step"),
+        ("probing.one_step", "probing.config.controls"),
+        ("probing.intervention", "probing.config.intervention"),
+        ("probing.attribution", "probing.config.attribution"),
+        ("training.run", "training.config"),
+    ],
+)
+def test_settings_are_part_of_the_code_that_reads_them(module, settings):
+    assert settings in fingerprints._imported([module])
+
+
+def test_settings_of_an_intervention_are_no_part_of_what_scores():
+    """A new option of one stage does not make the finished files of another one old."""
+    configs = {name for name in fingerprints._imported(["probing.scores"]) if ".config" in name}
+    assert configs == {"models.config", "probing.config", "probing.config.scores"}

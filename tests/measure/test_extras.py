@@ -9,10 +9,9 @@ import torch
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import SCHEMA, column
 from diagnostics.measure.divergences import measure_hidden
+from diagnostics.measure.extra_names import COLUMNS, extras_of
 from diagnostics.measure.extras import (
-    COLUMNS,
     asked,
-    extras_of,
     measure_extras,
     signal_and_noise,
 )

@@ -26,10 +26,11 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
     assert len(lines) <= 10 and lines[0] == decision_sentence(table)
     assert "train with teachability at 5 %" in lines[0]
     assert lines[1] == (
-        "over random, nats per position of reverse KL; verdicts after Holm over 12 looks:"
+        "over random, nats per position of reverse KL; verdicts after Holm over 12 looks; 8 more in"
+        f" {tmp_path}/tables/decision.csv:"
     )
     assert lines[2].split()[:3] == ["teachability", "at", "5"] and lines[2].endswith(" better")
-    assert "… 8 more in" in lines[5] and len(found["ranking"]) == 12
+    assert len(lines) == 9 and len(found["ranking"]) == 12
     assert lines[-3].startswith("strength: 8 folds, 128 prompts a side: ")
     assert lines[-2] == (
         f"next: opd validate --against {tmp_path} --criteria teachability,random,full"
@@ -42,24 +43,9 @@ def test_a_decision_is_ten_lines_or_fewer(tmp_path):
 @pytest.mark.parametrize(
     "pair, asked, chosen, ends",
     [
-        (
-            "custom",
-            None,
-            "the default",
-            "set yours: --learning-rate); verdicts after Holm over 12 looks:",
-        ),
-        (
-            "custom",
-            1e-4,
-            "asked for",
-            "of reverse KL, at rate 1e-06; verdicts after Holm over 12 looks:",
-        ),
-        (
-            "embedded",
-            None,
-            "the pair’s",
-            "of reverse KL, at rate 1e-06; verdicts after Holm over 12 looks:",
-        ),
+        ("custom", None, "the default", "set yours: --learning-rate)"),
+        ("custom", 1e-4, "asked for", "at rate 1e-06"),
+        ("embedded", None, "the pair’s", "at rate 1e-06"),
     ],
 )
 def test_the_learning_rate_is_said_and_the_default_names_its_flag(
@@ -75,10 +61,30 @@ def test_the_learning_rate_is_said_and_the_default_names_its_flag(
     found, _ = said(tmp_path, **CLEAR)
     assert found["learning_rate"] == {"value": 1e-6, "chosen_by": chosen}
     lines = text(found).split("\n")
-    assert lines[1].endswith(ends) and len(lines) <= 10
+    (line,) = [line for line in lines if line.startswith("steps: the decision rests on 20 of Ad")]
+    assert line.endswith(ends) and len(lines) <= 10
+    assert found["steps"]["taken"][0]["learning_rate"] == 1e-6
+    json.dumps(found, allow_nan=False)
     page = taken_at(RunTables({"stages": stages}))
     assert page.startswith("Steps at learning rate 1e-06")
+    assert "probe's" not in page  # none is recorded
     assert ("`--learning-rate`" in page) == (chosen == "the default")
+
+
+def test_the_registered_cell_is_among_those_shown(tmp_path):
+    choices = {"criterion": "entropy", "budget": 0.3}
+    manifest = {"format": 1, "stages": {}, "primary": {"choices": choices}}
+    plain, _ = said(tmp_path, **CLEAR)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found, _ = said(tmp_path, **CLEAR)
+    marked = [row for row in found["ranking"] if row["registered"]]
+    (row,) = marked or [None]
+    assert not any(row["registered"] for row in plain["ranking"])
+    place = found["ranking"].index(row)
+    lines = text(found).split("\n")
+    shown = [line for line in lines if line.startswith("  entropy at 30 %")]
+    assert len(shown) == 1 and shown[0].endswith(f"{row['verdict']}, registered")
+    assert len(lines) <= 10 and 0 <= place < len(found["ranking"])
 
 
 def test_a_short_file_of_prompts_is_divided_for_the_check_by_training(tmp_path):

@@ -387,11 +387,11 @@ def test_listing_needs_no_torch():
 
 
 def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
-    from diagnostics.pipeline import stages
+    from diagnostics.pipeline.stages import rollout
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "rollout_stage", interrupted)
+    monkeypatch.setattr(rollout, "rollout_stage", interrupted)
     assert main(["rollout", "--pair", "embedded", "--output-dir", str(tmp_path / "x")]) == 130
     assert "what was finished is kept" in capsys.readouterr().err

@@ -9,18 +9,17 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.named_pairs import TRAINING_OPTIMIZER, training_rate
 from diagnostics.models.pair import assemble, weights_sha256
+from diagnostics.probing.config.trajectory import TrajectoryConfig, require_horizon
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench
 from diagnostics.probing.tensor_lists import first_update, tensor_norm
 from diagnostics.probing.trajectory import (
     Trajectory,
-    TrajectoryConfig,
     every_position,
     full_trajectory,
     minibatches,
     planned_trajectory,
     remeasured,
-    require_horizon,
     require_support,
 )
 from tests.conftest import make_model, make_pair, make_prompts

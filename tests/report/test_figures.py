@@ -6,6 +6,7 @@ import io
 import itertools
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -1046,6 +1047,34 @@ def test_horizon_is_dashed_and_hollow_where_the_bank_is_overfitted():
     assert "overfitted" not in figures.horizon(fit).get_supxlabel()
 
 
+def test_fresh_text_far_from_the_frozen_gets_a_panel_of_its_own():
+    table = made_tables.horizon()
+    assert len(figures.horizon(table).axes) == 1
+    wide = (table.population == "fresh").to_numpy()
+    table = table.assign(
+        low=table.low - np.where(wide, 4.0, 0.0), high=table.high + np.where(wide, 4.0, 0.0)
+    )
+    figure = figures.horizon(table)
+    first, second = figure.axes
+    assert max(np.abs(first.get_ylim())) < 1 and max(second.get_ylim()) > 4
+    assert "own" in second.get_title(loc="left")
+    assert not any("fresh" in name for name in errorbars(first))
+    whole, own = plt.subplots()
+    figures.horizon(table, ax=own)
+    assert len(whole.axes) == 1
+    plt.close(whole)
+
+
+def test_one_budget_shows_its_intervals_as_bars():
+    table = made_tables.intervention()
+    one = table[(table.criterion == "full") | np.isclose(table.budget, 0.05)]
+    figure = figures.intervention(one, measure="reverse_kl")
+    rows = one[(one.group == "held_out") & (one.measure == "reverse_kl") & (one.horizon == 0)]
+    row = rows[rows.criterion == "teachability"]
+    np.testing.assert_allclose(errorbars(figure.axes[0])["teachability"][2], row[["low", "high"]])
+    assert "Bars: " in figure.get_supxlabel().replace("\n", " ")
+
+
 def test_an_overfitted_curve_stays_overfitted_whatever_the_flag_says_later():
     table = made_tables.horizon()
     table["overfitted"] = table.horizon == 5
@@ -1120,11 +1149,11 @@ def test_decision_names_every_verdict_by_color_and_sign():
         "ties decide",
     ]
     caption = figure.get_supxlabel().replace("\n", " ")
-    assert caption.startswith("Drop of reverse KL over random, in nats, 20 steps.")
+    assert caption.startswith("Drop of reverse KL over random, in nats per position, 20 steps.")
     assert "95% intervals over prompts and 4 step batches" in caption
 
 
-def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_and_scales_small_cells():
+def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_in_one_unit():
     table = made_tables.decision()
     right = table.assign(rollouts="right", over_random=9.0)
     both = pd.concat([right, table], ignore_index=True)
@@ -1134,8 +1163,8 @@ def test_decision_takes_a_horizon_leaves_right_and_wrong_rollouts_apart_and_scal
     assert cells_of(figures.decision(judged)) == cells_of(figures.decision(table))
     assert "forward KL" in figures.decision(judged, measure="forward_kl").get_supxlabel()
     small = figures.decision(table[table.horizon == 5], horizon=5)
-    assert cells_of(small)["teachability 0.05"] == "▲ +9.9 ±9.0"
-    assert "thousandths of a nat, 5 steps." in small.get_supxlabel().replace("\n", " ")
+    assert cells_of(small)["teachability 0.05"] == "▲ +.0099 ±.0090"
+    assert "in nats per position, 5 steps." in small.get_supxlabel().replace("\n", " ")
     none = table.assign(over_random=np.nan, verdict="not judged", recommended=False)
     assert set(cells_of(figures.decision(none)).values()) == {"–"}
     rivals = table.assign(criterion="full")

@@ -297,9 +297,9 @@ def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
     cards = unlinked(page.verdict_cards(results))
     assert cards.count("<li") == 2
     assert (
-        '<li class="card inconclusive"><h3>Teachability ranks better <span class="tag">C1</span>'
-        '</h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain, <span'
-        ' class="verdict supported">supported</span> by relative gain</span></p>' in cards
+        '<li class="card inconclusive"><h3>Teachability ranks better&nbsp;<span class="tag">C1'
+        '</span></h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain,'
+        ' <span class="verdict supported">supported</span> by relative gain</span></p>' in cards
     )
     assert '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
     assert '<li class="card supported"><h3>Compatible &lt;gains&gt; more' in cards
@@ -931,6 +931,50 @@ def made_rows(count: int) -> pd.DataFrame:
     table.loc[table.index[5], ["estimate", "low", "high"]] = np.nan
     table.loc[table.index[6], "high"] = np.inf
     return table
+
+
+def test_a_table_opens_on_what_the_decision_rests_on():
+    decided = made_tables.decision()
+    other = decided.assign(measure="forward_kl", primary=False)
+    rows = pd.DataFrame({"outcome": ["gain", "context_gain"] * 2, "split": ["held_out", "all"] * 2})
+    choices = {"outcome": "context_gain", "population": "held_out"}
+    run = run_results.RunResults(
+        {"primary": {"choices": choices}},
+        {
+            "decision": pd.concat([other, decided]),
+            "positions": rows.assign(split="held_out"),
+            "strata": rows,
+            "verdicts": rows.assign(split="held_out"),
+        },
+    )
+    assert page_tables.opening(run, "decision")["measure"] == "reverse_kl"
+    assert page_tables.opening(run, "decision")["horizon"] == 20
+    assert page_tables.opening(run, "positions") == {"outcome": "context_gain", "split": "held_out"}
+    assert page_tables.opening(run, "strata") == {}  # no row has both
+    assert page_tables.opening(run, "verdicts") == {}
+    text = page_tables.all_tables(run)
+    assert 'data-name="measure" data-filter="yes" data-opens="reverse_kl"' in text
+    assert 'data-name="horizon" data-filter="yes" data-opens="20"' in text
+
+
+@browser.needed
+def test_a_table_shows_only_the_rows_that_it_opens_on_until_all_are_asked_for(tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    table = made_rows(300)
+    block = page_tables.table_block("long", table, opening={"outcome": "context_gain"})
+    path = tmp_path / "table.html"
+    path.write_text(page.shell("Table", "", "", [("tables", "Tables", block)]), encoding="utf-8")
+    with browser.chromium(tmp_path / "profile", width=500) as driver:
+        driver.get(path.as_uri())
+        driver.find_element(By.CSS_SELECTOR, "#table-long summary").click()
+        chosen = Select(driver.find_element(By.CSS_SELECTOR, "select[data-column=outcome]"))
+        count = driver.find_element(By.CSS_SELECTOR, ".count")
+        assert chosen.first_selected_option.text == "context_gain"
+        assert count.text == f"{(table.outcome == 'context_gain').sum()} of 300 rows"
+        chosen.select_by_value("")
+        assert count.text == "the first 200 of 300 rows"
 
 
 @browser.needed

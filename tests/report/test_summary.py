@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.analysis.decision import decision_sentence
-from diagnostics.report import summary
+from diagnostics.report import page, summary
 from diagnostics.report.run_results import RunResults
 from tests import study_tables
 from tests.report import made_tables
@@ -213,7 +213,7 @@ def test_the_decision_comes_first_and_its_absence_says_what_to_run():
     found = RunResults(study_tables.manifest(), {"decision": made_tables.decision()})
     first = list(summary.answer(found).items())
     assert first[0] == ("Which criterion to train with?", decision_sentence(made_tables.decision()))
-    assert "wanted, train with teachability at 5 %: +0.0396 ± 0.009 nats" in first[0][1]
+    assert "wanted, train with teachability at 5 %: +0.0396 ± 0.0090 nats" in first[0][1]
     assert first[1][0] == "What next?" and "--criteria teachability,random" in first[1][1]
     for name in ("correlations", "intervention"):
         without = summary.answer(RunResults({}, {name: getattr(study_tables, name)()}))
@@ -502,6 +502,27 @@ def test_title(pair, expected):
     manifest = study_tables.manifest()
     manifest["stages"]["rollout"]["facts"]["pair"] = pair
     assert summary.title(RunResults(manifest if pair else {})) == expected
+
+
+def test_folders_that_are_called_by_their_role_are_told_apart_by_kind_and_size():
+    manifest = study_tables.manifest()
+    facts = manifest["stages"]["rollout"]["facts"]
+    facts["student"] |= {"name": "student", "parameters": 483360, "weights_sha256": "b58f8dac" * 8}
+    facts["teacher"] |= {"name": "teacher", "parameters": 1_540_000_000}
+    run = RunResults(manifest, {})
+    assert summary.title(run) == (
+        "Student Llama 0.48 M, teacher Llama 1.5 B: which of the teacher's signals can the student"
+        " learn from?"
+    )
+    over = page._over(run)
+    assert "student’s weights b58f8dac…" in over and "teacher’s" not in over
+    stage = {"settings": {}, "facts": facts, "inputs": {}, "files": {}}
+    trained = RunResults({"stages": {"validate": stage}}, {})
+    assert summary.title(trained).endswith("teacher Llama 1.5 B: what training gave")
+    facts["pair"] = "embedded"
+    assert summary.title(run).startswith("The embedded pair: ") and "weights" not in page._over(run)
+    facts |= {"pair": "custom", "teacher": {"name": "teacher"}}
+    assert summary.title(run) == "Which of the teacher's signals can the student learn from?"
 
 
 def test_title_of_trainings_names_the_pair_and_the_first_screen_what_was_trained():

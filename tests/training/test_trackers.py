@@ -11,7 +11,7 @@ import pytest
 from trl.extras import profiling
 
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.pipeline.stages import _engine_of_cells
+from diagnostics.pipeline.stages.validate import _engine_of_cells
 from diagnostics.training import trackers
 from diagnostics.training.evaluation import EvaluationConfig
 from diagnostics.training.run import EngineConfig, TrainConfig, train

@@ -15,7 +15,7 @@ from diagnostics.contexts import generation, rollouts
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences, losses
-from diagnostics.measure.extras import extras_of
+from diagnostics.measure.extra_names import extras_of
 from diagnostics.models.pair import assemble
 from diagnostics.models.readout import Readout
 from diagnostics.probing import scores

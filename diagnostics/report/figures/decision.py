@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -12,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from diagnostics.analysis.config import PrimaryChoices
+from diagnostics.core.shown import by_uncertainty
 from diagnostics.report import naming, style
 from diagnostics.report.figures.options import Intervals, on_page
 from diagnostics.report.figures.registry import figure
@@ -26,8 +28,6 @@ VERDICTS = {
 """Color, sign and words of each verdict on a cell. The sign repeats the color."""
 ON_TINT = "#000000"
 """Ink on a tinted cell, the same on a light and on a dark page."""
-MILLI = 0.02
-"""Largest difference in nats up to which a grid is written in thousandths of a nat."""
 
 
 @figure(
@@ -87,14 +87,13 @@ def decision(
     table = style.keep(table[~table.criterion.isin(NO_ROW)], what, needs)
     names, budgets = _ordered(table), sorted(table.budget.unique())
     figure, axes = style.canvas(page["width"], 1.15 + 0.36 * len(names))
-    scale = 1000.0 if _largest(table) < MILLI else 1.0
-    _cells(axes[0, 0], table, names, budgets, scale)
+    _cells(axes[0, 0], table, names, budgets)
     _grid_axes(axes[0, 0], names, budgets)
     _key(figure, axes[0, 0], table, 4 if page["width"] > 5 else 2)
-    unit = "thousandths of a nat" if scale > 1 else "nats"
     style.caption(
         figure,
-        f"Drop of {naming.readable(measure)} over random, in {unit}, {naming.steps(horizon)}.",
+        f"Drop of {naming.readable(measure)} over random, in nats per position,"
+        f" {naming.steps(horizon)}.",
         style.counts(table),
         "± is half of an interval; verdicts are after Holm.",
         style.bars(page["level"], "Verdicts", table=table),
@@ -117,12 +116,7 @@ def _ordered(table: pd.DataFrame) -> list[str]:
     return style.present(table.criterion, ranked)
 
 
-def _largest(table: pd.DataFrame) -> float:
-    values = table.over_random.abs()
-    return float(values.max()) if values.notna().any() else 0.0
-
-
-def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float], scale: float) -> None:
+def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float]) -> None:
     """A tinted rectangle per cell with its sign and number; hatched where ties decide."""
     table = table.assign(tied=style.ambiguous(table))
     for flag in ("overfitted", "recommended"):
@@ -141,7 +135,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float], scal
         ax.text(
             x,
             y,
-            _cell_words(row, sign, scale, "\n" if narrow else " "),
+            _cell_words(row, sign, "\n" if narrow else " "),
             ha="center",
             va="center",
             fontsize=style.text_size(2 if narrow else 1),
@@ -155,22 +149,20 @@ def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float], scal
         )
 
 
-def _cell_words(row, sign: str, scale: float, between: str) -> str:
+def _cell_words(row, sign: str, between: str) -> str:
     """`▲ +.033 ±.012`; a sign alone where the difference is undefined."""
     if not np.isfinite(row.over_random):
         return sign
-    half = scale * (row.over_random_high - row.over_random_low) / 2
+    half = (row.over_random_high - row.over_random_low) / 2
     dagger = "†" if row.overfitted else ""
-    spread = f"{between}±{_short(half)}" if np.isfinite(half) else ""
-    return f"{sign} {_short(scale * row.over_random, signed=True)}{spread}{dagger}"
+    spread = f"{between}±{_short(half, half)}" if np.isfinite(half) else ""
+    return f"{sign} {_short(row.over_random, half, sign=True)}{spread}{dagger}"
 
 
-def _short(value: float, *, signed: bool = False) -> str:
-    """Three decimals below one, fewer above; no leading zero."""
-    text = f"{value:{'+' if signed else ''}.{3 if abs(value) < 1 else 1}f}"
-    return (
-        text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 1 else text.replace("-", "−")
-    )
+def _short(value: float, half: float, *, sign: bool = False) -> str:
+    """A number with the digits that its interval allows, without a leading zero."""
+    text = by_uncertainty(value, half, sign=sign)
+    return re.sub(r"^([+-]?)0\.", r"\1.", text).replace("-", "−")
 
 
 def _grid_axes(ax, names: list[str], budgets: list[float]) -> None:

@@ -65,16 +65,36 @@ def horizon(
     criterion = criterion or str(table.criterion.iloc[0])
     table = style.keep(table, what, NEEDS, {"measure": measure, "criterion": criterion})
     table = style.keep(table[table.horizon > 0], what, NEEDS)
-    figure, axes = style.canvas(page["width"], 2.9)
     shown = style.present(table.population, POPULATIONS)
+    alone = _off_scale(table)
+    down, across = style.panels(1 + len(alone), page["width"])
+    figure, axes = style.canvas(page["width"], 2.9 * down, down, across)
     for name, shift in zip(shown, style.offsets(len(shown), 0.05), strict=True):
         color, marker, words = _population(name)
         rows = table[table.population == name].sort_values("horizon")
-        _curve(axes[0, 0], rows, {"color": color, "marker": marker}, words, shift)
+        ax = axes.flat[1 + alone.index(name) if name in alone else 0]
+        _curve(ax, rows, {"color": color, "marker": marker}, words, shift)
     _axes(axes, table, measure)
     style.legend(figure, axes[0, 0], 3)
+    for ax, name in zip(axes.flat[1:], alone, strict=True):
+        ax.set_title(f"{_population(name)[2]} (a scale of its own)")
     style.caption(figure, *_words(table, page["level"]))
     return figure
+
+
+OFF_SCALE = 4.0
+"""How many times as far as the other lines a line may reach before it gets a panel of its own."""
+
+
+def _off_scale(table: pd.DataFrame) -> list[str]:
+    """Populations that would flatten the others to the axis: fresh text, whose interval carries the
+    sampling of both texts, beside a step that moved little.
+    """
+    reach = table[["reduction", "low", "high"]].abs().max(axis=1).groupby(table.population).max()
+    others = reach[reach.index != "fresh"].max()
+    own = style.sheet().axes
+    room = own is None or own.size > 1
+    return ["fresh"] if room and reach.get("fresh", 0.0) > OFF_SCALE * others > 0 else []
 
 
 @figure(
@@ -188,6 +208,8 @@ def _axes(axes: np.ndarray, table: pd.DataFrame, measure: str) -> None:
     for ax in axes.flat:
         style.zero(ax)
         ax.set_xscale("log")
+        if len(ticks) == 1:  # marks that stand aside belong to one horizon, not to a range
+            ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

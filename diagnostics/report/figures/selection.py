@@ -521,8 +521,10 @@ def intervention(
     names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
     rows, columns = style.panels(len(groups), page["width"])
     figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
+    one = table.budget[~table.criterion.isin(("full", "placebo"))].nunique() < 2
     for ax, group in zip(axes.flat, groups, strict=True):
-        reduction_curves(ax, table[table.group == group].sort_values("budget"), names)
+        part = table[table.group == group].sort_values("budget")
+        reduction_curves(ax, part, names, bars=one)  # a band over one budget has no width
         ax.set_title(
             {"held_out": "held-out positions", "step": "step positions"}.get(
                 group, naming.readable(group)
@@ -540,7 +542,7 @@ def intervention(
         style.counts(table.drop(columns="group")),
         style.tie_words(table),
         scales,
-        style.bars(page["level"], "Bands", table=table),
+        style.bars(page["level"], "Bars" if one else "Bands", table=table),
     )
     return figure
 

@@ -54,6 +54,7 @@
       number: head.classList.contains("number"),
       half: head.dataset.half ? head.dataset.half.split(",").map(Number) : null,
       filter: head.dataset.filter === "yes",
+      opens: head.dataset.opens ?? "",
       up: head.dataset.first === "up",
     }));
     const packed = details.querySelector('script[type="application/json"]');
@@ -145,6 +146,10 @@
     const select = make("select", {}, make("option", { value: "" }, "all"),
       ...values.map(([text, value]) => make("option", { value: text }, column.number ? shown(value, column.name, NaN) : text)));
     select.dataset.column = column.name;
+    if (column.opens) {
+      select.value = column.opens;
+      model.filters.set(j, column.opens);
+    }
     select.addEventListener("change", () => {
       select.value === "" ? model.filters.delete(j) : model.filters.set(j, select.value);
       model.all = false;

@@ -29,7 +29,9 @@ from diagnostics.core.fingerprints import code_version
 from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.tables import write_csv, write_json
 from diagnostics.core.types import read_bank
-from diagnostics.pipeline.stages import refuse_shards, scored_supports
+from diagnostics.pipeline.stage import ANALYSIS, SELECTORS, Job
+from diagnostics.pipeline.stages.settings import scored_supports
+from diagnostics.pipeline.stages.train import refuse_shards
 
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig
@@ -40,6 +42,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("diagnostics")
 SHORT = 1e-9
 """What rounding alone may take from a kept share."""
+
+
+def do(job: Job) -> dict[str, str]:
+    """Do the stage of a command, and name the page."""
+    page = paper_stage(
+        job.run,
+        job.models,
+        job.configs[SELECTORS],
+        job.configs[ANALYSIS],
+        seed=job.flag("seed"),
+    )
+    return {"output_dir": str(job.run.directory), "paper": str(page)}
 
 
 def paper_stage(

@@ -1,0 +1,1 @@
+"""Settings of the measurements, one module per reader, all readable without torch."""
