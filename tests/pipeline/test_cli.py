@@ -17,8 +17,8 @@ SURFACE = {
     "run": (
         "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
         " criterion-module device draws dtype extra folds gradient-precision horizon json k"
-        " learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat no-"
-        " offload-teacher no-shard-student no-shard-teacher nulls offload-teacher optimizer"
+        " learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
+        " no-offload-teacher no-shard-student no-shard-teacher nulls offload-teacher optimizer"
         " output-dir pair placebos primary prompt-column prompts prompts-split quick quiet"
         " random-draws rollout-engine rollouts rollouts-format samples-per-prompt scope seed"
         " shard-student shard-teacher step step-state student student-revision sweep teacher"
@@ -26,11 +26,11 @@ SURFACE = {
         " top-p turns verifier warm-steps"
     ),
     "ask-teacher": (
-        "accept-code api-key-env concurrency criterion-module device dialect dtype json no-"
-        " offload-teacher no-shard-student no-shard-teacher offload-teacher output-dir pair"
-        " quiet retries served-model shard-student shard-teacher step-state student student-"
-        " revision teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
-        " timeout top-logprobs url"
+        "accept-code api-key-env concurrency criterion-module device dialect dtype json"
+        " no-offload-teacher no-shard-student no-shard-teacher offload-teacher output-dir pair"
+        " quiet retries served-model shard-student shard-teacher step-state student"
+        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision timeout top-logprobs url"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
@@ -49,21 +49,21 @@ SURFACE = {
         " teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
-        "accept-code batch-tokens beta criterion-module device draws dtype extra folds full-"
-        " kernel gradient-precision json k level loss no-full-kernel no-offload-teacher no-"
-        " shard-student no-shard-teacher offload-teacher optimizer output-dir pair quiet sample"
-        " seed shard-student shard-teacher step step-state student student-revision sweep"
-        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
+        "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
+        " full-kernel gradient-precision json k level loss no-full-kernel no-offload-teacher"
+        " no-shard-student no-shard-teacher offload-teacher optimizer output-dir pair quiet"
+        " sample seed shard-student shard-teacher step step-state student student-revision"
+        " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
-        " criterion criterion-module device dtype eval-contexts eval-every eval-prompts eval-"
-        " samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens measure-"
-        " every no-chat no-offload-teacher no-resume no-shard-student no-shard-teacher offload-"
-        " teacher output-dir pair peft per-context-minimum probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seed shard-student shard-"
-        " teacher step-state steps student student-revision teacher teacher-device teacher-"
-        " dtype teacher-logprobs teacher-revision ties trl verifier"
+        " criterion criterion-module device dtype eval-contexts eval-every eval-prompts"
+        " eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens"
+        " measure-every no-chat no-offload-teacher no-resume no-shard-student no-shard-teacher"
+        " offload-teacher output-dir pair peft per-context-minimum probe-every prompt-column"
+        " prompts prompts-split quiet report-to resume save-every scope seed shard-student"
+        " shard-teacher step-state steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
         "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
@@ -71,27 +71,28 @@ SURFACE = {
         " eval-samples json learning-rate level lora-rank loss max-new-tokens max-prompt-tokens"
         " measure-every no-chat no-offload-teacher no-resume no-shard-student no-shard-teacher"
         " offline offload-teacher output-dir pair peft probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seeds shard-student shard-"
-        " teacher step-state steps student student-revision teacher teacher-device teacher-"
-        " dtype teacher-logprobs teacher-revision ties trl verifier workers"
+        " prompts-split quiet report-to resume save-every scope seeds shard-student"
+        " shard-teacher step-state steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
     ),
     "paper": (
-        "accept-code batch budgets criterion-module curve device draws dtype json learning-"
-        " rate level masks no-offload-teacher no-shard-student no-shard-teacher no-train"
-        " offload-teacher output-dir pair per-context-minimum quiet seed seeds shard-student"
-        " shard-teacher step-state steps student student-revision teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision tokenizer tokens tokens-after train"
-        " workers"
+        "accept-code batch budgets criterion-module curve device draws dtype json"
+        " learning-rate level masks no-offload-teacher no-shard-student no-shard-teacher"
+        " no-train offload-teacher output-dir pair per-context-minimum quiet seed seeds"
+        " shard-student shard-teacher step-state steps student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer tokens"
+        " tokens-after train workers"
     ),
     "teachers": (
-        "accept-code against batch-tokens beta chat chat-template-kwargs contexts criterion-"
-        " module device draws dtype extra folds gradient-precision horizon json k learning-rate"
-        " level loss max-new-tokens max-prompt-tokens minibatch names no-chat no-offload-"
-        " teacher no-shard-student no-shard-teacher nulls offload-teacher optimizer output-dir"
-        " pair placebos probe prompt-column prompts prompts-split quiet rollout-engine rollouts"
-        " rollouts-format samples-per-prompt seed shard-student shard-teacher step step-state"
-        " student student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p turns verifier warm-steps"
+        "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
+        " criterion-module device draws dtype extra folds gradient-precision horizon json k"
+        " learning-rate level loss max-new-tokens max-prompt-tokens minibatch names no-chat"
+        " no-offload-teacher no-shard-student no-shard-teacher nulls offload-teacher optimizer"
+        " output-dir pair placebos probe prompt-column prompts prompts-split quiet"
+        " rollout-engine rollouts rollouts-format samples-per-prompt seed shard-student"
+        " shard-teacher step step-state student student-revision sweep teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision temperature top-k top-p turns"
+        " verifier warm-steps"
     ),
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",

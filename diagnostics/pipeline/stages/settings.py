@@ -95,7 +95,7 @@ def refuse_sharded_student(models: Models, what: str) -> None:
         raise DiagnosticsError(
             f"Got --shard-student, and {what} moves a student that every process holds whole."
             " Leave it out, use a larger device or --step-state host; rollout, score and probe"
-            " take a sharded student."
+            " take a sharded student, and so does run --quick."
         )
 
 
