@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.dtypes import DTYPE_NAMES, QUANTIZED
 from diagnostics.models.named_pairs import NAMED_PAIRS
 
@@ -81,4 +82,13 @@ class PairConfig:
             "help": "where a step keeps theta0, directions and moments",
             "choices": STEP_STATES,
         },
+    )
+
+
+def needs_whole_student(what: str) -> DiagnosticsError:
+    """The error for a sharded student where only whole ones can be stepped."""
+    return DiagnosticsError(
+        f"Got --shard-student, and {what} moves a student that every process holds whole. Leave it"
+        " out, use a larger device or --step-state host; rollout, score and probe take a sharded"
+        " student, and so does run --quick."
     )

@@ -32,6 +32,7 @@ from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences, extras
 from diagnostics.models import batch_size, topk_teacher
 from diagnostics.models.batch_size import BATCH_TOKENS
+from diagnostics.models.config import needs_whole_student
 from diagnostics.models.pair import Pair
 from diagnostics.models.readout import Readout, in_step
 from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
@@ -648,7 +649,12 @@ def measure_again(
     Returns:
         By column name as in `score`, each [N] over all processes; 0 or False at a position that no
         batch has.
+
+    Raises:
+        DiagnosticsError: The student is sharded.
     """
+    if pair.student.sharded:
+        raise needs_whole_student("a selection that is measured anew")
     columns: dict[str, np.ndarray] = {}
     measure = _measure(pair, bank, config, tops=0)
     for batch, values in on_host(

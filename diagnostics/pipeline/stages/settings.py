@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import recorded
 from diagnostics.core.settings import RETIRED
+from diagnostics.models.config import needs_whole_student
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
@@ -92,11 +93,7 @@ def widened(
 def refuse_sharded_student(models: Models, what: str) -> None:
     """Refuse a sharded student where only whole ones can be stepped."""
     if models.config.shard_student:
-        raise DiagnosticsError(
-            f"Got --shard-student, and {what} moves a student that every process holds whole."
-            " Leave it out, use a larger device or --step-state host; rollout, score and probe"
-            " take a sharded student, and so does run --quick."
-        )
+        raise needs_whole_student(what)
 
 
 def require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:
