@@ -1,7 +1,7 @@
 """The atlas of several pairs: its page, its files and what it refuses."""
 
-import json
 import functools
+import json
 import re
 from pathlib import Path
 
