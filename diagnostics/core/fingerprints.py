@@ -82,7 +82,7 @@ def code_version(*modules: str) -> str:
     return f"{__version__} {digest.hexdigest()[:16]}"
 
 
-def _shape(node: Any, imports: list[ast.stmt]) -> Any:
+def _shape(node: object, imports: list[ast.stmt]) -> Any:
     """A syntax tree as nested tuples: no places, no docstrings or other free-standing constants, no
     field that says nothing. Its statements of import are added to `imports`.
 
