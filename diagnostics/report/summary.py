@@ -819,6 +819,11 @@ def _judgeable(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**columns)
 
 
+def verdict_class(verdict: str) -> str:
+    """The class of a verdict on a page; of one that is unknown, that of an inconclusive one."""
+    return (verdict if verdict in VERDICTS else "inconclusive").replace(" ", "-")
+
+
 def registered(run: RunTables) -> str:
     """The primary choices as they were registered before the probe; empty where none were."""
     choices = run.manifest.get("primary")
