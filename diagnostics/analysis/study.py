@@ -210,7 +210,7 @@ def _plan(
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
     drawn = {"bootstrap": bootstrap}
-    seeded = {"seed": bootstrap.seed}
+    seeded, of_k = {"seed": bootstrap.seed}, {"base_k": base_k}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
         return _Step((name,), needs, lambda: {name: function(tokens, **options)})
@@ -230,15 +230,8 @@ def _plan(
         one("null_share", (*_QUADRANT_COLUMNS, "gain", NULL_OUTCOME), null_share, **drawn),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
-        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
-        one(
-            "gain_robustness",
-            _CLAIM_COLUMNS,
-            gain_robustness,
-            losses=losses,
-            base_k=base_k,
-            **drawn,
-        ),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, **of_k, **primary, **drawn),
+        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **of_k, **drawn),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
     ]

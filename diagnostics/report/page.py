@@ -9,9 +9,10 @@ text that came from models, prompts or users is escaped. The figures are inline 
 
 from __future__ import annotations
 
+import functools
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diagnostics.report import (
@@ -25,7 +26,7 @@ from diagnostics.report import (
     themes,
     tokenview,
 )
-from diagnostics.report.drawing import Drawing, draw_all
+from diagnostics.report.drawing import Drawing, draw_beside
 from diagnostics.report.figures.registry import FigureSpec, in_page_order
 from diagnostics.report.run_results import RunResults, read_run
 from diagnostics.report.tokenview import show
@@ -70,11 +71,12 @@ def build(
     directory = Path(run_dir)
     run = read_run(directory, shown=contexts)
     pdf = pdf or any((directory / "figures").glob("*.pdf"))
-    drawn, left_out = draw_all(run, pdf=pdf, workers=workers)
+    long = {name: functools.partial(make, run, contexts) for name, make in LONG.items()}
+    drawn, left_out, made = draw_beside(run, long, pdf=pdf, workers=workers)
     pages = {f"figures/{name}.png": drawing.png for name, drawing in drawn.items()}
     pages |= {f"figures/{name}.pdf": each.pdf for name, each in drawn.items() if each.pdf}
     pages["report.md"] = encoded(markdown.markdown(run, drawn, left_out))
-    pages["report.html"] = encoded(page(run, drawn, left_out, contexts=contexts))
+    pages["report.html"] = encoded(page(run, drawn, left_out, contexts=contexts, made=made))
     write_pages(directory, pages)
     return directory / "report.html"
 
@@ -85,8 +87,12 @@ def page(
     left_out: Mapping[str, str],
     *,
     contexts: int = CONTEXTS,
+    made: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole page as one string of HTML, with the first `contexts` as tokens."""
+    """The whole page as one string of HTML, with the first `contexts` as tokens; `made` holds what
+    has been made of `LONG` already.
+    """
+    made = made or {name: make(run, contexts) for name, make in LONG.items()}
     answer = summary.answer(run)
     above = [key for key in summary.FIRST if key in answer] or list(answer)[:2]
     lead = _paragraphs(run, {key: answer.pop(key) for key in above})
@@ -109,8 +115,8 @@ def page(
         ("findings", "Findings", _paragraphs(run, answer)),
         ("figures", "Figures", "".join(figures) + magnitudes(run)),
         ("responses", "Right and wrong responses", by_correctness(run)),
-        ("tokens", "Tokens", token_view(run, contexts)),
-        ("tables", "Tables", page_tables.all_tables(run)),
+        ("tokens", "Tokens", made["tokens"]),
+        ("tables", "Tables", made["tables"]),
         ("methods", "Methods", glossary.glossary()),
         ("provenance", "Provenance", _folded("Versions, settings, hashes", run)),
     ]
@@ -429,6 +435,13 @@ def token_view(run: RunResults, contexts: int) -> str:
     color = "gain" if "gain" in run.tokens else "forward_kl"
     shown, note = tokenview.telling_contexts(run.bank, run.tokens, contexts)
     return show(run.bank, run.tokens, shown, color=color, tops=run.tops, note=note).fragment
+
+
+LONG: dict[str, Callable[[RunResults, int], str]] = {
+    "tables": lambda run, contexts: page_tables.all_tables(run),
+    "tokens": token_view,
+}
+"""Parts of a page that take as long as a figure, by the name of their section."""
 
 
 def _figure(spec: FigureSpec, drawn: Drawing) -> str:

@@ -104,7 +104,7 @@ def pair_in_words(run: RunTables) -> str:
     names = models(run)
     if names.get("pair") not in (None, "custom") or not _only_roles(names):
         return ""
-    kinds = {role: _kind(identity(run, role)) for role in ("student", "teacher")}
+    kinds = {role: kind(identity(run, role)) for role in ("student", "teacher")}
     return f"Student {kinds['student']}, teacher {kinds['teacher']}" if all(kinds.values()) else ""
 
 
@@ -114,7 +114,7 @@ def identity(run: RunTables, role: str) -> Mapping:
     return next((value for value in found if isinstance(value, Mapping)), {})
 
 
-def _kind(facts: Mapping) -> str:
+def kind(facts: Mapping) -> str:
     """`Llama 1.0 M` of a model's architecture and number of parameters."""
     size, kind = facts.get("parameters"), str(facts.get("architecture", ""))
     if not kind or not isinstance(size, int) or size <= 0:

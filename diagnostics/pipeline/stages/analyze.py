@@ -124,15 +124,7 @@ def _analysis(
         from diagnostics.analysis.prompt_groups import read_studied
 
         tokens = read_studied(run.path("tokens.parquet"), seed)
-        if "gain" not in tokens:
-            raise DiagnosticsError(
-                f"{run.path('tokens.parquet')} has no gains in nats."
-                + (
-                    " Give the scores of the trained student as well, with --tokens-after."
-                    if "import" in run.manifest["stages"]
-                    else " Run the probe stage first."
-                )
-            )
+        _require_gains(run, tokens)
         options = {
             **dataclasses.asdict(config),
             "seed": seed,
@@ -149,6 +141,19 @@ def _analysis(
         "code": ("analysis.study", *(["analysis.engine_check"] if _of_engine(run) else [])),
     }
     return stage, task
+
+
+def _require_gains(run: Run, tokens: pd.DataFrame) -> None:
+    """Refuse a token table without gains."""
+    if "gain" not in tokens:
+        raise DiagnosticsError(
+            f"{run.path('tokens.parquet')} has no gains in nats."
+            + (
+                " Give the scores of the trained student as well, with --tokens-after."
+                if "import" in run.manifest["stages"]
+                else " Run the probe stage first."
+            )
+        )
 
 
 def _of_engine(run: Run) -> list[str]:
