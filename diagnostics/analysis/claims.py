@@ -35,12 +35,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis import claim_statistics as statistics
 from diagnostics.analysis.bootstrap import Estimate, holm
 from diagnostics.analysis.claim_statistics import Overlap, Statistic, Support
 from diagnostics.analysis.config import Bootstrap, PrimaryChoices
+from diagnostics.analysis.responses import ALL, NOT_REGISTERED
 from diagnostics.analysis.robustness import supports as supports_of
 from diagnostics.analysis.splits import Split, splits
 from diagnostics.core.folds import step_count
@@ -592,7 +593,11 @@ def _c4(
 def _above(estimate: Estimate) -> float:
     """One-sided p value against an estimate's being at most 0."""
     error = estimate.standard_error
-    return float(special.stdtr(estimate.freedom, -estimate.value / error)) if error > 0 else np.nan
+    return (
+        float(scipy.special.stdtr(estimate.freedom, -estimate.value / error))
+        if error > 0
+        else np.nan
+    )
 
 
 def _equivalence(name: str, base: Estimate, other: Estimate, margin: float) -> Part:
@@ -621,6 +626,7 @@ def claim_tables(
     bootstrap: Bootstrap = Bootstrap(),
     choices: PrimaryChoices = PrimaryChoices(),
     registered: str | None = None,
+    responses: str = ALL,
 ) -> dict[str, pd.DataFrame]:
     """C1 to C4 for the context gain and for the paper's gain on every population.
 
@@ -630,6 +636,7 @@ def claim_tables(
         bootstrap: How the intervals are made.
         choices: The primary choices.
         registered: Their hash as it was recorded before the probe; None where none was.
+        responses: Which responses the table is of; what was recorded is of `all`.
 
     Returns:
         Two tables. `verdicts`: the columns of `VERDICT_COLUMNS`. `claim_statistics`: population,
@@ -638,7 +645,7 @@ def claim_tables(
         measurement resembles C (C4), which have no interval.
     """
     found = look(tokens, base_k=base_k, bootstrap=bootstrap, choices=choices)
-    why = exploratory_because(found, bootstrap.level, choices, registered)
+    why = exploratory_because(found, bootstrap.level, choices, registered, responses)
     return {
         "verdicts": verdict_table(found, level=bootstrap.level, choices=choices, because=why),
         "claim_statistics": statistics_table(found, bootstrap.level, choices),
@@ -646,9 +653,15 @@ def claim_tables(
 
 
 def exploratory_because(
-    found: Found, level: float, choices: PrimaryChoices, registered: str | None
+    found: Found,
+    level: float,
+    choices: PrimaryChoices,
+    registered: str | None,
+    responses: str = ALL,
 ) -> str:
     """Why nothing in a table of verdicts confirms; empty where its primary rows do."""
+    if responses != ALL:
+        return NOT_REGISTERED.format(responses)
     if registered is None:
         return "no primary choices were recorded before the probe"
     if registered != choices.sha256():

@@ -129,7 +129,7 @@ def _analysis(
             **dataclasses.asdict(config),
             "seed": seed,
             "training": read_csv(source) if source else None,
-            "base_k": _table_k(run, tokens, scored or k),
+            "base_k": table_k(run, tokens, k),
             "choices": choices,
             "registered": registered,
         }
@@ -195,7 +195,7 @@ def _engine_tables(
     return {**made, "warnings": known}
 
 
-def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
+def table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
     """Return the K of a token table's columns, as scoring, the table or `stated` says.
 
     Raises:
@@ -203,7 +203,7 @@ def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
     """
     from diagnostics.analysis.robustness import depends_on_k, known_k, shown_k
 
-    k = known_k(tokens, stated)
+    k = known_k(tokens, scored_k(run) or stated)
     shown = shown_k(tokens) if "import" in run.manifest["stages"] else None
     if shown is not None and k != shown:
         raise DiagnosticsError(

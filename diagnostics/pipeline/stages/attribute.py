@@ -9,7 +9,11 @@ from diagnostics.core.tables import write_csv, write_parquet
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ANALYSIS, ATTRIBUTION, PROBE, SCORE, Job
-from diagnostics.pipeline.stages.settings import merged, require_probe_settings
+from diagnostics.pipeline.stages.settings import (
+    merged,
+    refuse_sharded_student,
+    require_probe_settings,
+)
 from diagnostics.pipeline.stages.token_table import GAIN_KEYS, join_tokens, scored_bank
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ def attribute_stage(
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
     """
+    refuse_sharded_student(models, "an attribution")
     require_probe_settings(run, probe, what="An attribution")
     settings = merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(

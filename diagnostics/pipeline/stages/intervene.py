@@ -16,7 +16,13 @@ from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ANALYSIS, INTERVENTION, PROBE, SCORE, Job
-from diagnostics.pipeline.stages.settings import merged, require_probe_settings, scored_k, widened
+from diagnostics.pipeline.stages.settings import (
+    merged,
+    refuse_sharded_student,
+    require_probe_settings,
+    scored_k,
+    widened,
+)
 from diagnostics.pipeline.stages.token_table import GAIN_KEYS
 
 if TYPE_CHECKING:
@@ -78,6 +84,7 @@ def intervene_stage(
         batch_tokens: The most tokens of a batch.
         drop: Whether criteria whose columns the scores lack are left out, and not refused.
     """
+    refuse_sharded_student(models, "an intervention")
     require_probe_settings(run, probe, what="An intervention")
     config = _whole_grid(run, config, _others(models, probe, analysis, batch_tokens), drop=drop)
     run.stage(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.analysis.bounds import is_listed
 from diagnostics.core.progress import expect
 from diagnostics.core.tables import write_csv, write_parquet
+from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import CONTROLS, PROBE, SCORE, Job
 from diagnostics.pipeline.stages.primary import register_primary
 from diagnostics.pipeline.stages.settings import merged
-from diagnostics.pipeline.stages.token_table import GAIN_KEYS, join_tokens, scored_bank
+from diagnostics.pipeline.stages.token_table import GAIN_KEYS, join_tokens
 
 if TYPE_CHECKING:
     from diagnostics.probing.config.controls import ControlConfig
@@ -74,9 +75,10 @@ def _probed(
     tables: Sequence[str],
 ) -> dict[str, Any]:
     """Probe, write gains and tables, and return the facts for the manifest."""
-    from diagnostics.probing.one_step import probe
+    from diagnostics.probing.one_step import probe, read_scores
 
-    bank, tokens = scored_bank(run)
+    bank = read_bank(run.path("contexts.parquet"))
+    tokens = read_scores(run.path("scores.parquet"))
     expect(_probe_work(len(tokens), len(bank), config, controls))
     result = probe(
         models.pair,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.contexts.choose_prompts import choose_prompts, json_object, rendered_sha256
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.tables import write_parquet
+from diagnostics.core.types import write_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import BANK, PROBE, PROMPTS, ROLLOUT, Job
@@ -110,7 +110,7 @@ def _sampled(run: Run, pair: Pair, found: PromptSet, rollout: RolloutConfig) -> 
     chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
     bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
     bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
-    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    write_bank(run.path("contexts.parquet"), bank)
     drawn = sampling_facts(
         pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
@@ -237,7 +237,7 @@ def _frozen(
         chat_template_kwargs=kwargs,
         verifier=verifier,
     )
-    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    write_bank(run.path("contexts.parquet"), bank)
     return {
         **models.pair.facts,
         "contexts": len(bank),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.contexts.choose_prompts import rendered_sha256, training_prompts
 from diagnostics.contexts.trained_prompts import RECORD
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.tables import write_json, write_parquet
-from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.tables import write_json
+from diagnostics.core.types import Bank, Prompt, read_bank, write_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ENGINE, EVALUATION, PROMPTS, TRAIN, Job
@@ -32,10 +32,11 @@ def do(job: Job) -> None:
 
 
 def refuse_shards(models: Models) -> None:
-    """Refuse to train with a teacher that is sharded by hand."""
-    if models.config.shard_teacher:
+    """Refuse to train with models that are sharded by hand."""
+    if models.config.shard_teacher or models.config.shard_student:
+        flag = "--shard-teacher" if models.config.shard_teacher else "--shard-student"
         raise DiagnosticsError(
-            "Training shards its models by Accelerate's own configuration; leave --shard-teacher"
+            f"Training shards its models by Accelerate's own configuration; leave {flag}"
             " out and use `accelerate launch --config_file`."
         )
 
@@ -55,7 +56,7 @@ def frozen_bank(
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
-    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    write_bank(run.path("contexts.parquet"), bank)
     return bank
 
 
