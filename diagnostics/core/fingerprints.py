@@ -96,7 +96,7 @@ def _shape(node: Any, imports: list[ast.stmt]) -> Any:
                 if not (type(each) is ast.Expr and type(each.value) is ast.Constant)
             ]
         )
-    names = _fields(type(node))
+    names = _fields(node.__class__)
     if names is None:
         return repr(node)
     if isinstance(node, ast.Import | ast.ImportFrom):
