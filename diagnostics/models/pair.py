@@ -266,15 +266,10 @@ def load_pair(
         assembled = _without_teacher(name, model, own, teacher_logprobs)
     else:
         _require_both(student, teacher)
-        load_teacher = partial(
-            load_model,
-            teacher,
-            teacher_revision,
-            dtype=teacher_dtype or dtype,
-            device="cpu"
-            if shard_teacher
-            else teacher_device or ("cpu" if offload_teacher else device),
-        )
+        waiting = teacher_device or ("cpu" if offload_teacher else device)
+        place = "cpu" if shard_teacher else waiting  # its layers move likewise
+        dtype = teacher_dtype or dtype
+        load_teacher = partial(load_model, teacher, teacher_revision, dtype=dtype, device=place)
         named = ((student, student_revision), (teacher, teacher_revision))
         assembled = _with_teacher(name, _tokenizers(tokenizer, *named), load_student, load_teacher)
         assembled.offload_teacher = offload_teacher
