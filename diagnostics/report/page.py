@@ -21,6 +21,7 @@ from diagnostics.report import (
     naming,
     page_tables,
     provenance,
+    sides,
     summary,
     themes,
     tokenview,
@@ -113,6 +114,7 @@ def page(
         ("not-run", "What was not run", not_run(run, left_out)),
         ("findings", "Findings", _paragraphs(run, answer)),
         ("figures", "Figures", "".join(figures) + magnitudes(run)),
+        ("responses", "Right and wrong responses", by_correctness(run)),
         ("tokens", "Tokens", made["tokens"]),
         ("tables", "Tables", made["tables"]),
         ("methods", "Methods", glossary.glossary()),
@@ -136,6 +138,28 @@ def _paragraphs(run: RunResults, answer: Mapping[str, str]) -> str:
         f"<p><b>{question}</b> {with_code(text)}</p>" for question, text in answer.items()
     )
     return glossary.linked(_to_tables(run, text))
+
+
+def by_correctness(run: RunResults) -> str:
+    """Right and wrong responses side by side, and what is folded below for either; empty where
+    nobody asked for their tables.
+    """
+    if not sides.is_asked(run):
+        return ""
+    folded = ""
+    for side, part in sides.parts(run).items():
+        if part is run:
+            continue
+        said = "".join(
+            f"<p><b>{question}</b> {with_code(text)}</p>"
+            for question, text in sides.answers(part).items()
+        )
+        title = f"{side.capitalize()} responses alone: {sides.counted(run, side)}"
+        folded += (
+            f'<details id="responses-{side}"><summary>{html.escape(title)}</summary>'
+            f"{glossary.linked(said)}{sides.tables(run, side)}</details>"
+        )
+    return sides.overview(run) + folded
 
 
 def _to_tables(run: RunResults, text: str) -> str:
@@ -162,6 +186,8 @@ def magnitudes(run: RunResults) -> str:
     table = run.table("placebo")
     if table is None:
         return ""
+    if "rollouts" in table:
+        table = table[table["rollouts"] == "all"].drop(columns="rollouts")
     table = table.drop(columns=["low", "high"], errors="ignore").replace(
         {"stratum": {r" to inf$": " and more"}}, regex=True
     )
@@ -292,12 +318,13 @@ def _card(claim: str, rows: list[dict]) -> str:
 
 def _brief(title: str, rows: list[dict]) -> str:
     """The verdicts of one kind of statistic in a line."""
-    said = ", ".join(
-        f'<span class="verdict {_class(str(row["verdict"]))}">{html.escape(str(row["verdict"]))}'
-        f"</span>{_by(row, rows)}"
-        for row in rows
-    )
+    said = ", ".join(f"{_verdict(str(row['verdict']))}{_by(row, rows)}" for row in rows)
     return f"<span>{html.escape(title)}{': ' if title else ''}{said}</span>"
+
+
+def _verdict(verdict: str) -> str:
+    kind = summary.verdict_class(verdict)
+    return f'<span class="verdict {kind}">{html.escape(verdict)}</span>'
 
 
 def _by(row: dict, rows: list[dict]) -> str:
@@ -336,11 +363,7 @@ def _agreed(rows: list[dict]) -> str:
     controlled = [row for row in rows if row.get("kind") == "controlled"]
     verdicts = {str(row["verdict"]) for row in controlled or rows}
     only = verdicts.pop() if len(verdicts) == 1 else ""
-    return _class(only)
-
-
-def _class(verdict: str) -> str:
-    return (verdict if verdict in summary.VERDICTS else "inconclusive").replace(" ", "-")
+    return summary.verdict_class(only)
 
 
 def _claim_test(row: dict) -> str:
@@ -349,8 +372,8 @@ def _claim_test(row: dict) -> str:
     exploratory = row.get("exploratory") in naming.TRUE
     tag = f' <span class="tag">exploratory{html.escape(why)}</span>' if exploratory else ""
     return (
-        f'<p>{html.escape(named)}<span class="verdict {_class(verdict)}">{html.escape(verdict)}'
-        f'</span>{tag}</p><p class="quiet">{html.escape(found)}</p>'
+        f"<p>{html.escape(named)}{_verdict(verdict)}{tag}</p>"
+        f'<p class="quiet">{html.escape(found)}</p>'
     )
 
 

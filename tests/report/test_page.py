@@ -499,6 +499,7 @@ def test_nothing_rests_on_a_correlation_of_the_placebo(decided):
     assert "it is no null for a correlation" in words
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_figures_take_the_divergence_that_the_loss_lowers(decided):
     results = run_results.read_run(decided)
     assert figure_of(results, "horizon").axes[0].get_ylabel() == "drop of reverse KL (nats)"
@@ -509,6 +510,7 @@ def test_figures_take_the_divergence_that_the_loss_lowers(decided):
     assert "decision" in drawn and "decision" not in left_out
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_tables_of_earlier_versions_still_open(tmp_path):
     source = Path(__file__).parents[2] / "reports" / "embedded-probe"
     directory = tmp_path / "old"
@@ -655,6 +657,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_outline")
 def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     finished, folders, tmp_path
 ):
@@ -665,7 +668,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
         ["--criteria", "divergence,entropy", "--budgets", "0.3"],
     )
     assert (
-        main(["intervene", *models, *few, "--random-draws", "1", *where])
+        main(["intervene", *models, *few, "--random-draws", "1", "--horizon", "0,1,2", *where])
         == main(["attribute", *models, "--sample", "4", *where])
         == 0
     )
@@ -705,6 +708,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     }, left_out
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     directory = study_tables.write_run(tmp_path / "run")
     study_tables.tokens().drop(columns="compatibility").to_parquet(
@@ -740,6 +744,7 @@ def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
     assert run_results.training_tables(tmp_path / "nowhere") == {}
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_a_training_directory_has_a_report_too(tmp_path):
     (tmp_path / "manifest.json").write_text(
         json.dumps(
