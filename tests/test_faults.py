@@ -58,7 +58,7 @@ def measure(options, directory):
     stages = (
         ["rollout", *options[:10], *models[4:]],
         ["score", *models, *SMALL],
-        ["probe", *models, *SMALL],
+        ["probe", *models, *SMALL, "--folds", "2"],
     )
     return next((code for stage in stages if (code := main([*stage, *out]))), 0)
 

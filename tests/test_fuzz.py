@@ -1,9 +1,9 @@
 """Bad input of every kind, to every reader and to the command line: it ends in a result or in one
 DiagnosticsError, and touches no other file.
 
-CI draws a few thousand cases. `FUZZ_CASES=50000 pytest tests/test_fuzz.py` draws about that many in
-all; the counts of the last such campaign stand in docs/faults.md. A case that fails is printed,
-shrunk, with the code that repeats it."""
+The tests draw about a thousand cases. `FUZZ_CASES=50000 pytest tests/test_fuzz.py` draws about that
+many in all; the counts of the last such campaign stand in docs/faults.md. A case that fails is
+printed, shrunk, with the code that repeats it."""
 
 import contextlib
 import csv
@@ -41,7 +41,7 @@ from diagnostics.training import engine_options
 from tests import study_tables
 from tests.conftest import make_bank, make_pair, make_prompts, make_tokenizer
 
-ALL = int(os.environ.get("FUZZ_CASES", 2600))
+ALL = int(os.environ.get("FUZZ_CASES", 1000))
 COUNTS: dict[str, int] = {}
 
 

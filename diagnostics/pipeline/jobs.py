@@ -13,7 +13,11 @@ from diagnostics.pipeline.stages.settings import refuse_sharded_student
 
 LEFT_OUT = ("intervene", "compare")
 """Stages that --quick leaves out: nothing is decided without the first."""
-UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+UNASKED = {
+    "import": ("tokens", "tokens_after", "tokenizer"),
+    "after": ("after",),
+    "by-correctness": ("by_correctness",),
+}
 """Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 
@@ -45,7 +49,7 @@ def stages_of(job: Job) -> list[str]:
         name
         for name in names
         if not (quick and name in LEFT_OUT)
-        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
+        and (name == job.command or name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 

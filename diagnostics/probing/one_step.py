@@ -53,7 +53,7 @@ from diagnostics.probing.config.trajectory import require_horizon
 from diagnostics.probing.directions import Direction, Finished, Store
 from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
 from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded
-from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
+from diagnostics.probing.placebo import STEP_FOLD, placebo_by_rollouts, placebo_gains
 from diagnostics.probing.step import (
     FoldSteps,
     PreparedStep,
@@ -114,7 +114,7 @@ class ProbeResult:
     calibration: pd.DataFrame
     """The step sizes that were tried on every fold (see `step.calibrate_together`)."""
     placebo: pd.DataFrame
-    """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_table`)."""
+    """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_by_rollouts`)."""
     horizon: pd.DataFrame
     """Reductions along the trajectory (see `horizon.horizon_table`); empty without one."""
     steps: list[Step]
@@ -340,7 +340,7 @@ class _Probing:
         return ProbeResult(
             validate_tokens(tokens.assign(**identity)),
             pd.concat([step.calibration for step in self.steps], ignore_index=True),
-            placebo_table(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
+            placebo_by_rollouts(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
             horizon_table(
                 tokens,
                 self.fresh,

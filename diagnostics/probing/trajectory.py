@@ -317,7 +317,12 @@ def every_position(rows: Rows, number: int) -> np.ndarray:
 
 
 def remeasured(
-    bench: StepBench, rows: Rows, *, k: int, extra: tuple[str, ...] = ()
+    bench: StepBench,
+    rows: Rows,
+    *,
+    k: int,
+    extra: tuple[str, ...] = (),
+    of: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The token table of some contexts, measured with the student as it is now.
 
@@ -327,10 +332,12 @@ def remeasured(
         k: Size of the top-K supports; other sizes and what is no measurement of the two models
             keep the table's values.
         extra: Further measurements (`measure.extras`); those not named keep the table's values.
+        of: The bench's token table with the columns that are wanted; None takes all.
 
     Returns:
-        The token table of these rows.
+        The token table of these rows, with the columns of `of`.
     """
+    tokens = bench.tokens if of is None else of
     here_N = np.zeros(len(bench.tokens))
     here_N[rows] = 1.0
     found = scores.measure_again(
@@ -339,8 +346,8 @@ def remeasured(
         bench.weighted(here_N),
         scores.ScoreConfig(k=k, sweep=(), extra=extra),
     )
-    known = {name: values[rows] for name, values in found.items() if name in bench.tokens}
-    return bench.tokens.iloc[rows].assign(**known)
+    known = {name: values[rows] for name, values in found.items() if name in tokens}
+    return tokens.iloc[rows].assign(**known)
 
 
 def require_support(bench: StepBench, rows: Rows, *, k: int) -> None:

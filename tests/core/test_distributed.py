@@ -1,6 +1,6 @@
 """Several processes give the tables of one, refuse as one does, and go on after a kill."""
 
-import json
+import signal
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,10 @@ import pytest
 from diagnostics.core import distributed
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline.cli import main
-from tests.launch import torchrun
+from tests import launched_stages
+from tests.launch import forked, torchrun
+
+of_a_fork = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def stages(folders):
     return {
         "rollout": folders[:10] + models[4:],
         "score": small,
-        "probe": small,
+        "probe": [*small, "--folds", "2"],
         "intervene": [
             *small,
             "--criteria",
@@ -42,28 +45,21 @@ def stages(folders):
     }
 
 
-def launch(processes, stages, directory, *death):
-    return torchrun(
-        processes,
-        "-m",
-        "tests.launched_stages",
-        json.dumps(
-            [[stage, *options, "--output-dir", str(directory)] for stage, options in stages.items()]
-        ),
-        *death,
-    )
+def commands(stages, directory):
+    """The command lines of the stages."""
+    where = ["--output-dir", str(directory)]
+    return [[stage, *options, *where] for stage, options in stages.items()]
 
 
 @pytest.fixture(scope="module")
 def together(stages, tmp_path_factory):
     """Every stage in two processes."""
     directory = tmp_path_factory.mktemp("together") / "out"
-    done = launch(2, stages, directory)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert forked(2, launched_stages.do, commands(stages, directory)) == [0, 0]
     return directory
 
 
-@pytest.mark.slow
+@of_a_fork
 def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
     alone = tmp_path / "alone"
     for stage, options in stages.items():
@@ -84,21 +80,18 @@ def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
         )
 
 
-@pytest.mark.slow
+@of_a_fork
 @pytest.mark.parametrize(
-    "folder, killed, later", [("responses", "0", 2), ("scores", "0,1", 1), ("global-", "0", 2)]
+    "folder, killed, later", [("responses", "0", 2), ("scores", "01", 1), ("global-", "0", 2)]
 )
 def test_processes_killed_at_once_go_on_and_the_files_are_the_same(
     stages, together, tmp_path, folder, killed, later
 ):
-    measured, out = (
-        {stage: stages[stage] for stage in ("rollout", "score", "probe")},
-        tmp_path / "out",
-    )
-    assert "SIGKILL" in launch(2, measured, out, folder, killed).stderr
+    out = tmp_path / "out"
+    measured = commands({name: stages[name] for name in ("rollout", "score", "probe")}, out)
+    assert -signal.SIGKILL in forked(2, launched_stages.do, measured, folder, killed)
     assert any(out.glob(f".partial/*/{folder}*/*.parquet")) and not (out / "gains.parquet").exists()
-    done = launch(later, measured, out)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert not any(forked(later, launched_stages.do, measured))
     names = ("contexts.parquet", "scores.parquet", "gains.parquet", "tables/calibration.csv")
     names += ("tables/placebo.csv",)
     assert [sha256_file(out / name) for name in names] == [

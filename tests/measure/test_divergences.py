@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.yardsticks import allocated_on_the_cpu
 from diagnostics.core.schema import SCHEMA, support_column
 from diagnostics.measure import divergences
 from diagnostics.measure.divergences import (
@@ -618,6 +619,39 @@ def test_chunk_sizes():
     assert divergences.chunk_size(151_936, "cuda") > divergences.chunk_size(151_936)
 
 
+def peak_of_scoring(vocabulary: int, positions: int, **options) -> int:
+    """Most bytes that scoring holds at one time, beyond the models and states."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(width, vocabulary, generator=generator) for width in (8, 12)]
+    states = [torch.randn(positions, width, generator=generator) for width in (8, 12)]
+    sampled_N = torch.zeros(positions, dtype=torch.long)
+    return allocated_on_the_cpu(
+        lambda: measure_hidden(
+            states[0],
+            lambda h: h @ heads[0],
+            states[1],
+            lambda h: h @ heads[1],
+            sampled_N,
+            k=16,
+            sweep=(4, 8, 32),
+            **options,
+        )
+    )
+
+
+def test_what_scoring_allocates_is_bounded():
+    vocabulary = 30_000
+    positions = divergences.chunk_size(vocabulary) + 1
+    logits = 2 * 4 * vocabulary * (positions - 1)
+    assert logits < peak_of_scoring(vocabulary, positions) <= 300 * 2**20
+
+
+def test_what_scoring_allocates_does_not_grow_with_the_positions():
+    once, four_times = (peak_of_scoring(20_000, n, chunk=32) for n in (40, 160))
+    assert four_times <= 1.1 * once
+
+
+@pytest.mark.slow
 def test_peak_memory_is_bounded_and_flat():
     bench = Path(__file__).parents[2] / "benchmarks" / "bench.py"
     done = subprocess.run(

@@ -3,8 +3,8 @@ they compile for CUDA.
 
     TRITON_INTERPRET=1 python -m pytest tests/measure/test_fused.py     # the interpreted half alone
 
-The variable has to be there before Triton is imported, so `make test` runs that half in a process
-of its own.
+The variable has to be there before Triton is imported, so `make test-all` runs that half in a
+process of its own.
 """
 
 from __future__ import annotations

@@ -630,6 +630,7 @@ def test_a_second_backward_is_refused():
     )
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_quarter_of_the_full_logits():
     bench = Path(__file__).parents[2] / "benchmarks" / "bench.py"
     names = [

@@ -942,7 +942,7 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
     )
     remote_flags = [*student, "--teacher-logprobs", str(file), *where]
     assert main(["score", *remote_flags]) == 0
-    assert main(["probe", *remote_flags]) == 0
+    assert main(["probe", *remote_flags, "--folds", "2"]) == 0
     assert (
         main(
             [
@@ -954,6 +954,8 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
                 "0.3",
                 "--random-draws",
                 "1",
+                "--horizon",
+                "2",
                 "--draws",
                 "20",
             ]
@@ -989,7 +991,8 @@ def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys)
     )
     kept = sha256_file(out / "contexts.parquet")
     assert (
-        main(["run", "--quick", *remote_flags, *folders[4:10], "--draws", "20"]) == 0
+        main(["run", "--quick", *remote_flags, *folders[4:10], "--draws", "20", "--folds", "2"])
+        == 0
         and sha256_file(out / "contexts.parquet") == kept
     )
     assert "known only by lists of its most likely tokens" in (out / "report.html").read_text()

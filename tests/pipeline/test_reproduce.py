@@ -25,24 +25,24 @@ def done(folders, tmp_path_factory):
     models, out = [*folders[:4], "--device", "cpu", "--quiet"], ["--output-dir", str(directory)]
     assert main(["rollout", *folders[:10], *models[4:], *out]) == 0
     assert main(["score", *models, "--k", "8", "--sweep", "4", *out]) == 0
-    assert main(["probe", *models, "--loss", "forward_kl", "--batch-tokens", "60", *out]) == 0
+    how = ["--loss", "forward_kl", "--batch-tokens", "60"]
+    assert main(["probe", *models, *how, "--folds", "2", *out]) == 0
     assert (
         main(
             [
                 "intervene",
                 *models,
-                "--loss",
-                "forward_kl",
+                *how,
                 "--criteria",
                 "teachability",
                 "--budgets",
                 "0.5",
                 "--random-draws",
                 "1",
+                "--horizon",
+                "2",
                 "--draws",
                 "20",
-                "--batch-tokens",
-                "60",
                 *out,
             ]
         )

@@ -11,6 +11,7 @@ import pandas as pd
 from diagnostics.analysis.config import PrimaryChoices
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline.cli import main
+from tests import outlines
 
 FILES = (
     "contexts.parquet",
@@ -40,6 +41,18 @@ def test_the_main_job_leaves_its_files(finished):
     assert '"tops":{"student":' in (finished / "report.html").read_text(encoding="utf-8")
     assert not list((finished / "figures").glob("*.pdf"))
     assert len(list((finished / "figures").glob("*.png"))) >= 4
+
+
+def test_the_figures_of_a_run_are_drawn(finished, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    (directory / "report.html").unlink()
+    with outlines.instead(outlines.WHOLE):
+        assert main(["report", str(directory), "--contexts", "1", "--quiet"]) == 0
+    names = [path.name for path in sorted((directory / "figures").glob("*.png"))]
+    assert names == [path.name for path in sorted((finished / "figures").glob("*.png"))]
+    assert all((directory / "figures" / name).stat().st_size > 5000 for name in names)
+    assert (directory / "report.html").read_text(encoding="utf-8").count("<path") > 100
 
 
 def test_the_manifest_hashes_every_file(finished):

@@ -248,6 +248,8 @@ def test_the_main_job_with_hints(folders, tmp_path):
                 "6",
                 "--draws",
                 "20",
+                "--folds",
+                "2",
                 "--device",
                 "cpu",
                 "--quiet",

@@ -31,7 +31,7 @@ from diagnostics.report import (
     style,
     summary,
 )
-from diagnostics.report.drawing import figure_of
+from diagnostics.report.drawing import draw_all, figure_of
 from diagnostics.report.figures import registry
 from tests import browser, study_tables
 from tests.report import made_tables
@@ -499,16 +499,18 @@ def test_nothing_rests_on_a_correlation_of_the_placebo(decided):
     assert "it is no null for a correlation" in words
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_figures_take_the_divergence_that_the_loss_lowers(decided):
     results = run_results.read_run(decided)
     assert figure_of(results, "horizon").axes[0].get_ylabel() == "drop of reverse KL (nats)"
     manifest = json.loads(json.dumps(results.manifest).replace("reverse_kl", "forward_kl"))
     other = dataclasses.replace(results, manifest=manifest)
-    drawn, left_out = page.draw_all(other)
+    drawn, left_out = draw_all(other)
     assert figure_of(other, "horizon").axes[0].get_ylabel() == "drop of forward KL (nats)"
     assert "decision" in drawn and "decision" not in left_out
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_tables_of_earlier_versions_still_open(tmp_path):
     source = Path(__file__).parents[2] / "reports" / "embedded-probe"
     directory = tmp_path / "old"
@@ -655,6 +657,7 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_outline")
 def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     finished, folders, tmp_path
 ):
@@ -665,7 +668,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
         ["--criteria", "divergence,entropy", "--budgets", "0.3"],
     )
     assert (
-        main(["intervene", *models, *few, "--random-draws", "1", *where])
+        main(["intervene", *models, *few, "--random-draws", "1", "--horizon", "0,1,2", *where])
         == main(["attribute", *models, "--sample", "4", *where])
         == 0
     )
@@ -693,7 +696,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     assert set(foresight.tables(study_tables.grid_outcomes(), draws=20)) == {
         name for name in later if name.startswith("validation")
     }
-    _drawn, left_out = page.draw_all(run_results.read_run(directory))
+    _drawn, left_out = draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
         "agreement",  # of too few cells
         "evaluations",
@@ -705,6 +708,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     }, left_out
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
     directory = study_tables.write_run(tmp_path / "run")
     study_tables.tokens().drop(columns="compatibility").to_parquet(
@@ -714,7 +718,7 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
         directory / "tables" / "calibration.csv", index=False
     )
     study_tables.record(directory)
-    drawn, left_out = page.draw_all(run_results.read_run(directory))
+    drawn, left_out = draw_all(run_results.read_run(directory))
     assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
     assert left_out["calibration"] == "no table calibration"
@@ -740,6 +744,7 @@ def test_curves_of_a_grid_are_read_with_their_cells(tmp_path):
     assert run_results.training_tables(tmp_path / "nowhere") == {}
 
 
+@pytest.mark.usefixtures("in_outline")
 def test_a_training_directory_has_a_report_too(tmp_path):
     (tmp_path / "manifest.json").write_text(
         json.dumps(
