@@ -148,6 +148,12 @@ class Criterion:
         """
         return {need: self._read(tokens, need) for need in self.needs}
 
+    @property
+    def possible_columns(self) -> frozenset[str]:
+        """Every column that may be read, whichever table it is: needed ones and stand-ins."""
+        own = {*self.needs, *self.instead.values()}
+        return frozenset(own.union(*(part.possible_columns for part in self.parts)))
+
     def _read(self, tokens: pd.DataFrame, need: str) -> str:
         other = self.instead.get(need)
         if other is None or other not in tokens.columns:
@@ -798,6 +804,32 @@ def ambiguous_share(
         tokens, by, budget, per_context_minimum, seed, raw, ties=ties, scope=scope, batch=batch
     )
     return ranked.ambiguous(chosen)
+
+
+def selection(
+    tokens: pd.DataFrame, name: str, *, budget: float, seed: Seed = 0, scope: Scope = "table"
+) -> tuple[np.ndarray, float]:
+    """What `select` and `ambiguous_share` say of a criterion, from one scoring of the positions.
+
+    Args:
+        tokens: As `select`.
+        name: Name of the criterion.
+        budget: Share of positions in (0, 1].
+        seed: As `select`.
+        scope: `table` or `context`, as in `select`.
+
+    Returns:
+        bool [N], True where the position is selected; and the share of these that ties decide.
+
+    Raises:
+        DiagnosticsError: As `select`.
+    """
+    if find(name).kind == "all":
+        return np.ones(len(tokens), dtype=bool), 0.0
+    ranked, chosen = _choose(tokens, name, budget, 0, seed, None, scope=scope)
+    mask = np.zeros(len(tokens), dtype=bool)
+    mask[ranked.rows[chosen]] = True
+    return mask, ranked.ambiguous(chosen)
 
 
 def _choose(

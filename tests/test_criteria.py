@@ -1225,3 +1225,27 @@ def test_a_position_that_lacks_one_half_of_the_split_is_never_taken():
     tokens.loc[3, "compatibility"] = NAN
     assert np.isnan(score_criterion(tokens, "split_budget")[3])
     assert select(tokens, "split_budget", budget=1.0).sum() == len(tokens) - 1
+
+
+@pytest.mark.parametrize("scope", ["table", "context"])
+def test_one_scoring_gives_the_selection_and_what_ties_decide(scope):
+    tokens = table()
+    tokens["student_entropy"] = tokens["student_entropy"].round(0)  # with ties
+    shares = []
+    for name in C.available(tokens):
+        how = {"budget": 0.2, "seed": [3, 1], "scope": scope}
+        mask, share = C.selection(tokens, name, **how)
+        np.testing.assert_array_equal(mask, select(tokens, name, **how))
+        np.testing.assert_equal(share, C.ambiguous_share(tokens, name, **how))
+        shares.append(share)
+    assert max(shares) > 0
+
+
+def test_possible_columns_are_all_that_a_criterion_may_read_of_any_table():
+    tokens = table()
+    for name in C.available(tokens):
+        known = find(name).possible_columns
+        assert set(find(name).columns(tokens).values()) <= known
+        assert set(find(name).columns(tokens.drop(columns="union_forward_kl")).values()) <= known
+    assert {"union_forward_kl", "forward_kl"} <= find("teachability").possible_columns
+    assert find("entropy").possible_columns == {"student_entropy"}

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import special
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.settings import with_settings
@@ -237,7 +237,7 @@ class Estimate:
         Returns:
             Low and high end, in the statistic's unit.
         """
-        reach = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.standard_error
+        reach = float(scipy.special.stdtrit(self.freedom, (1 + level) / 2)) * self.standard_error
         middle = self._scale(self.value)
         low = middle - reach
         high = middle + reach
@@ -256,7 +256,8 @@ class Estimate:
         if not self.standard_error > 0:
             return np.nan
         return float(
-            2 * special.stdtr(self.freedom, -abs(self._scale(self.value)) / self.standard_error)
+            2
+            * scipy.special.stdtr(self.freedom, -abs(self._scale(self.value)) / self.standard_error)
         )
 
     def _scale(self, value):

@@ -225,7 +225,7 @@ class CellEffects:
         self.rollouts = rollouts
         self.measures = [name for name in EFFECT_MEASURES if name in effects]
         self.level = bootstrap.level
-        self.table = _of_rollouts(effects[effects["criterion"] != "placebo"], rollouts)
+        self.table = of_rollouts(effects[effects["criterion"] != "placebo"], rollouts)
         self.folds = sorted(set(self.table["fold"]))
         held = self.table.loc[self.table["held_out"].astype(bool), "prompt_id"].unique()
         if not len(held):
@@ -349,8 +349,19 @@ class CellEffects:
         return float(error), float(folds * (count - 1))
 
 
-def _of_rollouts(effects: pd.DataFrame, rollouts: str) -> pd.DataFrame:
-    """The rows of some rollouts, one per cell, draw, step batch, horizon and prompt."""
+def of_rollouts(effects: pd.DataFrame, rollouts: str) -> pd.DataFrame:
+    """The rows of some rollouts, one per cell, draw, step batch, horizon and prompt.
+
+    Args:
+        effects: The table of effects.
+        rollouts: One of ROLLOUTS; `right` and `wrong` need the column correct.
+
+    Returns:
+        The rows in their order; for `all` without the column correct, whose rows are summed.
+
+    Raises:
+        DiagnosticsError: The rollouts are unknown, or the table has no column correct.
+    """
     if rollouts not in ROLLOUTS:
         raise DiagnosticsError(f"Unknown rollouts {rollouts!r}. Known are {', '.join(ROLLOUTS)}.")
     if "correct" not in effects:

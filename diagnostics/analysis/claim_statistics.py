@@ -30,8 +30,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import special
-from scipy.spatial import cKDTree
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis.bootstrap import (
     EXACT_DRAWS,
@@ -189,7 +188,7 @@ def propensity(features: np.ndarray, treated: np.ndarray) -> np.ndarray:
     penalty = np.diag(np.r_[1e-12, np.full(kept.sum(), RIDGE)])
     beta = np.zeros(design.shape[1])
     for _ in range(ITERATIONS):
-        p = special.expit(design @ beta)
+        p = scipy.special.expit(design @ beta)
         slope = design.T @ (treated - p) - penalty @ beta
         curvature = (design * (p * (1 - p))[:, None]).T @ design + penalty
         step = np.linalg.solve(curvature, slope)
@@ -202,7 +201,7 @@ def propensity(features: np.ndarray, treated: np.ndarray) -> np.ndarray:
 
 def overlap_weights(logit: np.ndarray, top: np.ndarray) -> np.ndarray:
     """[n] weights 1 - e at the top, e elsewhere, for propensities e given by their logits."""
-    return special.expit(np.where(top, -logit, logit))
+    return scipy.special.expit(np.where(top, -logit, logit))
 
 
 def weighted_gap(y: np.ndarray, weight: np.ndarray, top: np.ndarray) -> float:
@@ -708,7 +707,7 @@ def _partners(space: np.ndarray, treated: np.ndarray) -> float:
     scale = np.array([CALIPER * _pooled(column, treated) for column in space.T])
     if treated.sum() * (~treated).sum() > PAIRS and scale.all():
         # The nearest in the larger of the two distances, in units of their calipers.
-        others = cKDTree(space[~treated] / scale)
+        others = scipy.spatial.cKDTree(space[~treated] / scale)
         nearest, _ = others.query(space[treated] / scale, p=np.inf, distance_upper_bound=1 + 1e-12)
         return float(np.isfinite(nearest).mean())
     near = np.ones((int(treated.sum()), int((~treated).sum())), dtype=bool)

@@ -31,16 +31,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis import claim_statistics as statistics
 from diagnostics.analysis.bootstrap import Estimate, holm
 from diagnostics.analysis.claim_statistics import Overlap, Statistic, Support
 from diagnostics.analysis.config import Bootstrap, PrimaryChoices
+from diagnostics.analysis.responses import ALL, NOT_REGISTERED
 from diagnostics.analysis.robustness import supports as supports_of
 from diagnostics.analysis.splits import Split, splits
 from diagnostics.core.folds import step_count
@@ -316,23 +317,12 @@ def look(
     lead = parts[names.index(primary)]
     others = _others(tokens, lead, base, base_k)
     kinds = {choices.outcome: ("paper", "controlled"), PAPER_OUTCOME: ("paper",)}
-    sizes = [each for each in others if each.proxy == base.proxy]
-    rivals = [each for each, rho in others.items() if np.isfinite(rho)]
-    wide = {
-        "paper": sizes + [each for each in rivals if each.proxy in PAPER_PROXIES],
-        "controlled": sizes
-        + [
-            replace(each, sign=-1) if others[each] < 0 else each
-            for each in rivals
-            if abs(others[each]) >= PROXY
-        ],
-    }
     return Found(
         statistics.estimates(
             tokens,
             {outcome: kind for outcome, kind in kinds.items() if outcome in tokens},
             base,
-            wide,
+            _compared_supports(others, base),
             widened=primary,
             bootstrap=bootstrap,
         ),
@@ -344,6 +334,26 @@ def look(
         step_count(tokens),
         {split.name: split.prompts.count for split in parts},
     )
+
+
+def _compared_supports(others: Mapping[Support, float], base: Support) -> dict[str, list[Support]]:
+    """By kind of claim, the supports that its robustness is judged on.
+
+    Args:
+        others: Their rank correlations with the base.
+        base: The compatibility that the claims are about.
+    """
+    sizes = [each for each in others if each.proxy == base.proxy]
+    rivals = [each for each, rho in others.items() if np.isfinite(rho)]
+    return {
+        "paper": sizes + [each for each in rivals if each.proxy in PAPER_PROXIES],
+        "controlled": sizes
+        + [
+            replace(each, sign=-1) if others[each] < 0 else each
+            for each in rivals
+            if abs(others[each]) >= PROXY
+        ],
+    }
 
 
 def _strata(
@@ -583,7 +593,11 @@ def _c4(
 def _above(estimate: Estimate) -> float:
     """One-sided p value against an estimate's being at most 0."""
     error = estimate.standard_error
-    return float(special.stdtr(estimate.freedom, -estimate.value / error)) if error > 0 else np.nan
+    return (
+        float(scipy.special.stdtr(estimate.freedom, -estimate.value / error))
+        if error > 0
+        else np.nan
+    )
 
 
 def _equivalence(name: str, base: Estimate, other: Estimate, margin: float) -> Part:
@@ -612,6 +626,7 @@ def claim_tables(
     bootstrap: Bootstrap = Bootstrap(),
     choices: PrimaryChoices = PrimaryChoices(),
     registered: str | None = None,
+    responses: str = ALL,
 ) -> dict[str, pd.DataFrame]:
     """C1 to C4 for the context gain and for the paper's gain on every population.
 
@@ -621,6 +636,7 @@ def claim_tables(
         bootstrap: How the intervals are made.
         choices: The primary choices.
         registered: Their hash as it was recorded before the probe; None where none was.
+        responses: Which responses the table is of; what was recorded is of `all`.
 
     Returns:
         Two tables. `verdicts`: the columns of `VERDICT_COLUMNS`. `claim_statistics`: population,
@@ -629,7 +645,7 @@ def claim_tables(
         measurement resembles C (C4), which have no interval.
     """
     found = look(tokens, base_k=base_k, bootstrap=bootstrap, choices=choices)
-    why = exploratory_because(found, bootstrap.level, choices, registered)
+    why = exploratory_because(found, bootstrap.level, choices, registered, responses)
     return {
         "verdicts": verdict_table(found, level=bootstrap.level, choices=choices, because=why),
         "claim_statistics": statistics_table(found, bootstrap.level, choices),
@@ -637,9 +653,15 @@ def claim_tables(
 
 
 def exploratory_because(
-    found: Found, level: float, choices: PrimaryChoices, registered: str | None
+    found: Found,
+    level: float,
+    choices: PrimaryChoices,
+    registered: str | None,
+    responses: str = ALL,
 ) -> str:
     """Why nothing in a table of verdicts confirms; empty where its primary rows do."""
+    if responses != ALL:
+        return NOT_REGISTERED.format(responses)
     if registered is None:
         return "no primary choices were recorded before the probe"
     if registered != choices.sha256():
@@ -678,7 +700,8 @@ def verdict_table(
         levels = _holm_levels(values, level)
         looks = int(np.isfinite(values).sum())
         for test, p, at in zip(family, holm(values), levels, strict=True):
-            rows.append(_row(found, test, p, at, looks, level, choices, because))
+            corrected = _Corrected(p, at, looks)
+            rows.append(_row(found, test, corrected, level, choices, because))
     table = pd.DataFrame(rows, columns=VERDICT_COLUMNS)
     return table.sort_values("primary", ascending=False, kind="stable", ignore_index=True)
 
@@ -737,25 +760,31 @@ def _interval(test: ClaimTest, at: float) -> tuple[float, float]:
     return part.estimate.interval(1 - alpha * (2 if part.one_sided else 1))
 
 
+class _Corrected(NamedTuple):
+    """A test among those that it was corrected with."""
+
+    p: float
+    """Its corrected p value."""
+    at: float
+    """The level of its corrected interval."""
+    looks: int
+    """How many they are."""
+
+
 def _row(
     found: Found,
     test: ClaimTest,
-    p: float,
-    at: float,
-    looks: int,
+    corrected: _Corrected,
     level: float,
     choices: PrimaryChoices,
     because: str,
 ) -> dict[str, Any]:
-    verdict, reason = test.verdict(p, level)
-    part, (low, high) = test.deciding, _interval(test, at)
+    verdict, reason = test.verdict(corrected.p, level)
+    part, (low, high) = test.deciding, _interval(test, corrected.at)
     estimate = part.estimate if part else NOTHING
     lead = choices.outcome if test.kind == "controlled" or found.measured(choices.outcome) else ""
     primary = test.population == found.primary and test.outcome == (lead or PAPER_OUTCOME)
-    if not because and not (primary and test.outcome == choices.outcome):
-        because = "not the primary population and outcome"
-    elif not because and test.kind == "paper":
-        because = "the controlled statistic confirms, not the paper's"
+    because = because or _exploratory(test, choices, primary=primary)
     row = {
         "claim": test.claim,
         "statement": STATEMENTS[test.claim, test.kind],
@@ -771,13 +800,20 @@ def _row(
         "low": low,
         "high": high,
         "p_value": test.p_value,
-        "p_corrected": p,
-        "looks": looks,
+        "p_corrected": corrected.p,
+        "looks": corrected.looks,
         "prompts": found.populations[test.population],
         "steps": found.steps,
         "positions": estimate.positions,
     }
     return row | {"sentence": _sentence(test, row, because, choices)}
+
+
+def _exploratory(test: ClaimTest, choices: PrimaryChoices, *, primary: bool) -> str:
+    """Why a row of a table that confirms is exploratory itself; empty where it is not."""
+    if not (primary and test.outcome == choices.outcome):
+        return "not the primary population and outcome"
+    return "the controlled statistic confirms, not the paper's" if test.kind == "paper" else ""
 
 
 def p_words(p: float) -> str:

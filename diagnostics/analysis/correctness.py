@@ -37,6 +37,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters, holm, mean, positive_ratio
 from diagnostics.analysis.config import FEWEST_PROMPTS, Bootstrap
 from diagnostics.analysis.rank_correlation import Variable, spearman
+from diagnostics.analysis.responses import SIDES
 from diagnostics.analysis.selection import ENRICHMENT_BUDGETS, candidates, cells
 from diagnostics.analysis.selection_draws import SELECTION_DRAWS, Candidates, Rules, selection_sums
 from diagnostics.analysis.splits import Split, row, scores, splits
@@ -47,8 +48,6 @@ from diagnostics.core.schema import require_columns
 from diagnostics.core.settings import with_settings
 from diagnostics.criteria import BATCH_CONTEXTS, Scope, Ties
 
-SIDES = {"right": 1.0, "wrong": 0.0}
-"""Value of the column `correct` by side."""
 MEASURES = ("gain", "context_gain", "advantage")
 """What is averaged over a selection, in nats."""
 CORRELATED = ("gain", "context_gain")

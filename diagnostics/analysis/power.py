@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+import scipy  # its parts are loaded where they are used: a page needs none
 
 from diagnostics.analysis.cell_effects import CellEstimate
 
@@ -85,7 +85,7 @@ def needed(estimate: CellEstimate, *, level: float, power: float = POWER) -> Nee
 
 
 def _quantiles(freedom, level: float, power: float):
-    return special.stdtrit(freedom, (1 + level) / 2) + special.stdtrit(freedom, power)
+    return scipy.special.stdtrit(freedom, (1 + level) / 2) + scipy.special.stdtrit(freedom, power)
 
 
 def _detectable(

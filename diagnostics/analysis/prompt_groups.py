@@ -51,12 +51,13 @@ STUDIED = 1_250_000
 drawn at random. Standard errors are then those of the prompts drawn, and the counts say so."""
 
 
-def read_studied(path: str | Path, seed: int) -> pd.DataFrame:
+def read_studied(path: str | Path, seed: int, *, correct: float | None = None) -> pd.DataFrame:
     """Read a token table, or only the sample of it that `studied` would take.
 
     Args:
         path: A `tokens.parquet`.
         seed: Seed of the sample.
+        correct: Only the rows with this value of the column `correct`; None takes all.
 
     Returns:
         What `studied` makes of the validated table; the rest of a large one is never in memory.
@@ -64,12 +65,18 @@ def read_studied(path: str | Path, seed: int) -> pd.DataFrame:
     Raises:
         DiagnosticsError: The file is missing or damaged, or holds no token table.
     """
-    rows = read_parquet(path, columns=["prompt_id"]) if is_long(path) else None
-    chosen = None if rows is None else _chosen(rows["prompt_id"], seed)
-    if rows is None or chosen is None:
-        return validate_tokens(read_parquet(path))
+    side = [] if correct is None else [("correct", "==", correct)]
+    ids = (
+        read_parquet(path, columns=["prompt_id"], filters=side or None)["prompt_id"]
+        if is_long(path)
+        else None
+    )
+    chosen = _chosen(ids, seed) if ids is not None and len(ids) > STUDIED else None
+    if chosen is None:
+        return validate_tokens(read_parquet(path, filters=side or None))
     names, told = chosen
-    return _told(validate_tokens(read_parquet(path, filters=[("prompt_id", "in", names)])), told)
+    of_prompts = [*side, ("prompt_id", "in", names)]
+    return _told(validate_tokens(read_parquet(path, filters=of_prompts)), told)
 
 
 def is_long(path: str | Path) -> bool:

@@ -437,11 +437,8 @@ def matching(
                     near = pairs.within(caliper)
                     for (split, outcome), values in drawn.values.items():
                         rows = near.treated[np.isfinite(near.differences(values))]
-                        found[outcome, split, score, caliper] = replace(
-                            next(estimates),
-                            positions=len(rows),
-                            prompts=cuts.different(drawn.prompt[rows]),
-                        )
+                        counts = (len(rows), cuts.different(drawn.prompt[rows]))
+                        found[outcome, split, score, caliper] = _counted(next(estimates), *counts)
         return found
 
     found = _in_order(over_steps(make, tokens, bootstrap), names)
@@ -451,6 +448,10 @@ def matching(
     }
     keys = ("outcome", "split", "score", "caliper")
     return table(found, keys, bootstrap.level, named="difference", tested=True, more=shares)
+
+
+def _counted(estimate: Estimate, positions: int, prompts: int) -> Estimate:
+    return replace(estimate, positions=positions, prompts=prompts)
 
 
 def _matched_shares(

@@ -17,7 +17,7 @@ Tenths, quadrants and sums are made anew in every draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -310,13 +310,16 @@ def null_share(
                             )
         return found
 
-    found = over_steps(make, tokens, bootstrap)
+    return _null_table(over_steps(make, tokens, bootstrap), bootstrap.level)
+
+
+def _null_table(found: Mapping[tuple, Estimate], level: float) -> pd.DataFrame:
+    """The table of `null_share`, from estimates by split, null, quadrant and statistic."""
     rows = []
     for split, null, quadrant in dict.fromkeys(key[:3] for key in found):
         estimates = {name: found[split, null, quadrant, name] for name in NULL_STATISTICS}
         key = {"split": split, "null": null, "quadrant": quadrant}
-        hidden = _unsure(estimates, bootstrap.level)
-        columns = _columns(estimates, bootstrap.level, hidden=hidden)
+        columns = _columns(estimates, level, hidden=_unsure(estimates, level))
         rows.append(key | columns | _counts(estimates["gain"]))
     return pd.DataFrame(rows)
 

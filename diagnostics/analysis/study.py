@@ -37,6 +37,7 @@ from diagnostics.analysis.quadrants import (
     quadrant_means,
 )
 from diagnostics.analysis.regressions import residual_curves
+from diagnostics.analysis.responses import ALL, of_responses
 from diagnostics.analysis.robustness import coverage, gain_robustness, saturation
 from diagnostics.analysis.splits import (
     NULL_OUTCOME,
@@ -98,6 +99,7 @@ def study(
     base_k: int | None = None,
     choices: PrimaryChoices = PrimaryChoices(),
     registered: str | None = None,
+    responses: str = ALL,
     **settings: Any,
 ) -> dict[str, pd.DataFrame]:
     """Make every table that the token table allows.
@@ -113,6 +115,8 @@ def study(
         choices: What is concluded from; anything else is exploratory.
         registered: The hash of the choices as it was recorded before the probe; None where none
             was, and then every verdict is exploratory.
+        responses: `all`, or the `right` or `wrong` ones alone, as the column `correct` says
+            (`responses`); every verdict on a side is exploratory.
         settings: Fields of `bootstrap`.
 
     Returns:
@@ -124,18 +128,21 @@ def study(
 
     Raises:
         DiagnosticsError: If the table holds no outcome, no row or no prompt_id, or `base_k`
-            contradicts its columns.
+            contradicts its columns; or it has no response of the kind that is asked for.
 
     Reference:
         arXiv 2605.26844 (the claims and the released analysis).
     """
     outcomes(tokens)
+    tokens = of_responses(tokens, responses)
+    losses = {name: of_responses(table, responses) for name, table in (losses or {}).items()}
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(studied(tokens, bootstrap.seed), base_k)
-    losses = {name: studied(table, bootstrap.seed) for name, table in (losses or {}).items()}
+    losses = {name: studied(table, bootstrap.seed) for name, table in losses.items()}
     made = {}
     left_out = list(_gaps(tokens, base_k, losses, training))
-    steps = _plan(tokens, criteria, bootstrap, losses, base_k, choices, registered)
+    primary = {"choices": choices, "registered": registered, "responses": responses}
+    steps = _plan(tokens, criteria, bootstrap, losses, base_k, primary)
     for step in progress(steps, total=len(steps), description="tables", unit=" tables"):
         missing = [name for name in step.needs if name not in tokens]
         for name, table in step.tables(missing).items():
@@ -198,14 +205,12 @@ def _plan(
     bootstrap: Bootstrap,
     losses,
     base_k: int,
-    choices: PrimaryChoices,
-    registered: str | None,
+    primary: Mapping[str, Any],
 ) -> list[_Step]:
     """The steps of the study in the order of its tables."""
     scored = {"criteria": criteria, "bootstrap": bootstrap}
     drawn = {"bootstrap": bootstrap}
-    seeded = {"seed": bootstrap.seed}
-    primary = {"choices": choices, "registered": registered}
+    seeded, of_k = {"seed": bootstrap.seed}, {"base_k": base_k}
 
     def one(name: str, needs: tuple[str, ...], function: Callable, **options) -> _Step:
         return _Step((name,), needs, lambda: {name: function(tokens, **options)})
@@ -225,15 +230,8 @@ def _plan(
         one("null_share", (*_QUADRANT_COLUMNS, "gain", NULL_OUTCOME), null_share, **drawn),
         several(_REGRESSION_TABLES, _CLAIM_COLUMNS, regressions.regressions, **drawn),
         one("residual_curves", _CLAIM_COLUMNS, residual_curves, **drawn),
-        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, base_k=base_k, **primary, **drawn),
-        one(
-            "gain_robustness",
-            _CLAIM_COLUMNS,
-            gain_robustness,
-            losses=losses,
-            base_k=base_k,
-            **drawn,
-        ),
+        several(_CLAIM_TABLES, _CLAIM_COLUMNS, _claims, **of_k, **primary, **drawn),
+        one("gain_robustness", _CLAIM_COLUMNS, gain_robustness, losses=losses, **of_k, **drawn),
         one("saturation", (), saturation),
         one("coverage", (), coverage, **drawn),
     ]
@@ -254,12 +252,9 @@ def _claims(
     *,
     base_k: int,
     bootstrap: Bootstrap,
-    choices: PrimaryChoices,
-    registered: str | None,
+    **primary: Any,
 ) -> dict[str, pd.DataFrame]:
-    made = claims.claim_tables(
-        tokens, base_k=base_k, bootstrap=bootstrap, choices=choices, registered=registered
-    )
+    made = claims.claim_tables(tokens, base_k=base_k, bootstrap=bootstrap, **primary)
     return made | {"support_robustness": _by_support(made["claim_statistics"])}
 
 

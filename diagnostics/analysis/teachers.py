@@ -283,6 +283,9 @@ def _means(
     return made.assign(exactness=exact, left_out=made["teacher"].map(left_out))
 
 
+OTHER_STEPS = "%s of %s and %s come from different numbers of steps and are not subtracted"
+
+
 def _differences(
     common: Mapping[str, pd.DataFrame],
     means: Mapping[str, Estimates],
@@ -298,12 +301,7 @@ def _differences(
             if any(measure not in table for table in pair):
                 continue
             if measure in GAINS and len({step_count(table) for table in pair}) > 1:
-                log.warning(
-                    "%s of %s and %s come from different numbers of steps and are not subtracted",
-                    measure,
-                    one,
-                    other,
-                )
+                log.warning(OTHER_STEPS, measure, one, other)
                 continue
             apart = (pair[0][measure] - pair[1][measure]).to_numpy(float)
             for group, where in groups.items():

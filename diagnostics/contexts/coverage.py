@@ -142,11 +142,7 @@ def tokenizer_coverage(
         DiagnosticsError: The bank is empty or has ids that the student's tokenizer lacks, the bytes
             of a tokenizer's tokens cannot be told, or a list is malformed.
     """
-    if not isinstance(chains, int) or chains < 1:
-        raise DiagnosticsError(
-            f"chains is the most teacher tokens that spell one of the student's, 1 or more; got"
-            f" {chains!r}."
-        )
+    _require_chains(chains)
     reader = _Reader(
         TokenBytes(student, "student's tokenizer"),
         TokenBytes(teacher, "teacher's tokenizer"),
@@ -159,22 +155,34 @@ def tokenizer_coverage(
     if models is not None:
         positions = positions.assign(**reader.bounds(bank, models, k))
     table = _table(positions, bootstrap)
-    shared = reader.vocabulary_share()
+    counts = {name: reader.counts[name] for name in COUNTED}
+    _say(counts, len(positions))
+    return Coverage(
+        pd.concat([table, _vocabulary_row(reader)], ignore_index=True)[table.columns],
+        positions,
+        counts,
+    )
+
+
+def _require_chains(chains: int) -> None:
+    if not isinstance(chains, int) or chains < 1:
+        raise DiagnosticsError(
+            f"chains is the most teacher tokens that spell one of the student's, 1 or more; got"
+            f" {chains!r}."
+        )
+
+
+def _vocabulary_row(reader: _Reader) -> pd.DataFrame:
+    """The share of the vocabulary that both tokenizers have, as a row of the table."""
     row = {
         "measure": VOCABULARY,
         "token_type": ALL,
         "exactness": "exact",
-        "estimate": shared,
+        "estimate": reader.vocabulary_share(),
         "prompts": 0,
         "positions": 0,
     }
-    counts = {name: reader.counts[name] for name in COUNTED}
-    _say(counts, len(positions))
-    return Coverage(
-        pd.concat([table, pd.DataFrame([row])], ignore_index=True)[table.columns],
-        positions,
-        counts,
-    )
+    return pd.DataFrame([row])
 
 
 def read_coverage(

@@ -58,6 +58,9 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.types import Bank, Prompt
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from diagnostics.core.types import Context
     from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
@@ -183,38 +186,18 @@ def freeze_rollouts(
     kind = find_format(frame, rollouts_format, path)
     renderer = Renderer(pair.tokenizer, chat, chat_template_kwargs)
     freezer = Freezer(pair, renderer, prompts, turns=turns)
-    asked: set[str] = set()
-    found, taken = [], []
-    for number, values in enumerate(frame.to_dict("records"), 1):
-        row = Row(values, f"{path}, row {number}", freezer.counts, asked)
-        found.append(freezer(read_row(FORMATS[kind], row), row.where))
-        taken += [number - 1] if found[-1] is not None else []
-        freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
-    kept = [context for context in found if context is not None]
-    wanted = len(kept) if contexts is None else contexts
+    kept, asked = _frozen_rows(frame, kind, freezer, path)
     counts = freezer.counted()
     require_same_tokenizer(freezer.counts, path)
-    if not kept or not 1 <= wanted <= len(kept):
-        log_counts(counts, path)
-        raise DiagnosticsError(
-            f"{path} holds {len(kept)} usable contexts of {len(frame)}"
-            + (f", and {wanted} are asked for" if contexts is not None else "")
-            + ". Name a larger file or lower --contexts."
-        )
-    bank = Bank(tuple(number_contexts(kept[:wanted], path)))
-    rows = dict(zip((context.context_id for context in bank), taken, strict=False))
+    wanted = _wanted(contexts, len(kept), len(frame), counts, path)
+    bank = Bank(tuple(number_contexts(list(kept.values())[:wanted], path)))
+    rows = dict(zip((context.context_id for context in bank), kept, strict=False))
     bank, judged = judge_imported(
         bank, frame, rows, prompts, verifier, pair=pair.name, where=str(path)
     )
     asked |= {judged.get("stated_by", ""), *(ANSWERS if "without_answer" in judged else ())}
-    log.info(
-        "%s (%s): %d contexts, %d positions of %d rows",
-        path,
-        kind,
-        len(bank),
-        bank.positions,
-        len(frame),
-    )
+    said = (path, kind, len(bank), bank.positions, len(frame))
+    log.info("%s (%s): %d contexts, %d positions of %d rows", *said)
     log_counts(counts, path)
     log_unused_columns(set(map(str, frame.columns)) - asked, path)
     return bank, {
@@ -226,3 +209,31 @@ def freeze_rollouts(
         "not_needed": len(kept) - wanted,
         **({"correct": judged} if judged else {}),
     }
+
+
+def _wanted(asked: int | None, usable: int, rows: int, counts: dict[str, int], path: Path) -> int:
+    """How many contexts are taken: as many as are asked for, or all that can be used."""
+    wanted = usable if asked is None else asked
+    if not 1 <= wanted <= usable:
+        log_counts(counts, path)
+        raise DiagnosticsError(
+            f"{path} holds {usable} usable contexts of {rows}"
+            + (f", and {asked} are asked for" if asked is not None else "")
+            + ". Name a larger file or lower --contexts."
+        )
+    return wanted
+
+
+def _frozen_rows(
+    frame: pd.DataFrame, kind: str, freezer: Freezer, path: Path
+) -> tuple[dict[int, Context], set[str]]:
+    """The usable contexts by the number of their row, from 0, and the columns that were read."""
+    asked: set[str] = set()
+    kept: dict[int, Context] = {}
+    for number, values in enumerate(frame.to_dict("records")):
+        row = Row(values, f"{path}, row {number + 1}", freezer.counts, asked)
+        context = freezer(read_row(FORMATS[kind], row), row.where)
+        if context is not None:
+            kept[number] = context
+        freezer.counts["prompts_beside"] += kind in ("plain", "trl") and holds_more(values, "")
+    return kept, asked

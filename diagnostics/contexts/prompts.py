@@ -283,8 +283,7 @@ def read_prompts(
     """
     frame, source = _rows_of(path, prompts_split)
     column = prompt_column_of(frame, prompt_column, source)
-    renderer = Renderer(tokenizer, chat, chat_template_kwargs or {})
-    teacher = renderer
+    renderer = teacher = Renderer(tokenizer, chat, chat_template_kwargs or {})
     if getattr(teacher_tokenizer, "chat_template", None):
         teacher = Renderer(teacher_tokenizer, chat, chat_template_kwargs or {})
     limit = max_prompt_tokens or getattr(tokenizer, "model_max_length", None)
@@ -299,12 +298,8 @@ def read_prompts(
             prompts[prompt.prompt_id] = prompt
     counts.update({name: renderer.counts[name] for name in NOTED})
     _say(counts, path, limit)
-    log_unused_columns(
-        set(frame.columns)
-        - {column, *OPTIONAL_COLUMNS}
-        - (set(CONTEXT_COLUMNS) if _is_frozen(frame) else set()),
-        source,
-    )
+    read = {column, *OPTIONAL_COLUMNS, *(CONTEXT_COLUMNS if _is_frozen(frame) else ())}
+    log_unused_columns(set(frame.columns) - read, source)
     chosen = first_prompts(
         list(prompts.values()), contexts, source, over_long=(counts["over_long"], limit)
     )

@@ -31,7 +31,7 @@ from diagnostics.contexts.vllm_rollouts import Sampled
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress
-from diagnostics.core.types import Bank, Context, Prompt
+from diagnostics.core.types import CONTEXTS_TOGETHER, Bank, Context, Prompt, shared_ids
 from diagnostics.models import batch_size
 from diagnostics.models.pair import Pair
 
@@ -239,24 +239,45 @@ def _sample_requests(
 
 def _sample_ids(
     pair: Pair, requests: list[_Request], config: RolloutConfig, shards: Shards
-) -> list[list[int]]:
+) -> list[tuple[int, ...]]:
     """Sample all requests, each process its share of the batches; the ids of every response."""
-    # Processes add up their rows, so a row holds id + 1, and 0 after the response's end.
-    written = np.zeros((len(requests), config.max_new_tokens))
+    written: dict[int, tuple[int, ...]] = {}
     tokens = chosen_batch_tokens(pair, config)
     batches = list(_batches(requests, tokens, config.max_new_tokens))
-    todo = distributed.share(batches, len)
+    # a sharded student needs every process at every token, so all sample all responses
+    together = pair.student.sharded
+    todo = batches if together else distributed.share(batches, len)
     with progress(total=sum(map(len, todo)), description="rollout", unit=" contexts") as bar:
         for batch in todo:
             found = shards.take(batch)
             if found is None:
                 found = {"ids": _responses(pair, [requests[i] for i in batch], config)}
-                shards.add(batch, found)
+                if not together or distributed.is_main():
+                    shards.add(batch, found)
             for i, ids in zip(batch, found["ids"]):
-                written[i, : len(ids)] = np.array(ids) + 1
+                written[i] = shared_ids(ids)
             bar.update(len(batch))
-    ids_NT = distributed.sum_over_processes(written).astype(int)
-    return [(row[row > 0] - 1).tolist() for row in ids_NT]
+    if together:
+        return [written[i] for i in range(len(requests))]
+    return _of_all_processes(written, len(requests), config.max_new_tokens)
+
+
+def _of_all_processes(
+    written: dict[int, tuple[int, ...]], count: int, longest: int
+) -> list[tuple[int, ...]]:
+    """The ids of every response, each of which one process has written."""
+    if distributed.world() == 1:
+        return [written[i] for i in range(count)]
+    whole: list[tuple[int, ...]] = []
+    for first in range(0, count, CONTEXTS_TOGETHER):
+        # processes add up their rows, so a row holds id + 1, and 0 after the response's end
+        ids_nT = np.zeros((min(CONTEXTS_TOGETHER, count - first), longest))
+        for i in range(first, first + len(ids_nT)):
+            own = written.get(i, ())
+            ids_nT[i - first, : len(own)] = np.array(own, dtype=float) + 1
+        ids_nT = distributed.sum_over_processes(ids_nT).astype(int)
+        whole += [shared_ids((row[row > 0] - 1).tolist()) for row in ids_nT]
+    return whole
 
 
 def chosen_batch_tokens(pair: Pair, config: RolloutConfig) -> int:
@@ -409,6 +430,7 @@ def _responses(pair: Pair, requests: list[_Request], config: RolloutConfig) -> l
         sampler,
         end_ids=pair.end_ids,
         max_new_tokens=config.max_new_tokens,
+        halves=not pair.student.sharded,
     )
 
 
@@ -452,7 +474,7 @@ def _freeze(pair: Pair, request: _Request, sampled: Sampled) -> Context:
         prompt=request.prompt.prompt,
         prompt_ids=request.prompt_ids,
         response=tokenizer.decode(ids, skip_special_tokens=True),
-        response_ids=tuple(ids),
+        response_ids=shared_ids(ids),
         finished=bool(ids) and ids[-1] in pair.end_ids,
         teacher_prompt=request.prompt.teacher_prompt,
         teacher_prompt_ids=_teacher_ids(pair, request.prompt),

@@ -44,7 +44,7 @@ batches of them, and keeps a few hundred running.
 class Sampled:
     """One response: its ids, the end token included."""
 
-    ids: list[int]
+    ids: Sequence[int]
     logprobs: list[float] | None = None
     """What the engine reports of each token; None where it reports nothing."""
 

@@ -82,27 +82,39 @@ def code_version(*modules: str) -> str:
     return f"{__version__} {digest.hexdigest()[:16]}"
 
 
-def _shape(node: Any) -> Any:
+def _shape(node: Any, imports: list[ast.stmt]) -> Any:
     """A syntax tree as nested tuples: no places, no docstrings or other free-standing constants, no
-    field that says nothing.
+    field that says nothing. Its statements of import are added to `imports`.
 
     Fields that are empty are left out, since versions of Python differ in which of them they have.
     """
-    if isinstance(node, list):
+    if type(node) is list:
         return tuple(
-            _shape(each)
-            for each in node
-            if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+            [
+                _shape(each, imports)
+                for each in node
+                if not (type(each) is ast.Expr and type(each.value) is ast.Constant)
+            ]
         )
-    if not isinstance(node, ast.AST):
+    names = _fields(type(node))
+    if names is None:
         return repr(node)
-    fields = [
-        (name, value)
-        for name, value in ast.iter_fields(node)
-        if name not in ("ctx", "kind", "type_comment")
-        and (value not in (None, []) or isinstance(node, ast.Constant))
-    ]
-    return (type(node).__name__, *((name, _shape(value)) for name, value in fields))
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        imports.append(node)
+    said: list[Any] = [type(node).__name__]
+    for name in names:
+        value = getattr(node, name, None)
+        if (value is not None and value != []) or type(node) is ast.Constant:
+            said.append((name, _shape(value, imports)))
+    return tuple(said)
+
+
+@cache
+def _fields(kind: type) -> tuple[str, ...] | None:
+    """The fields of a kind of node that say something; None for what is no node."""
+    if not issubclass(kind, ast.AST):
+        return None
+    return tuple(name for name in kind._fields if name not in ("ctx", "kind", "type_comment"))
 
 
 def _imported(modules: Iterable[str]) -> dict[str, str]:
@@ -147,8 +159,9 @@ def _told(source: bytes, place: str, name: str) -> tuple[str, tuple[str, ...]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise _unreadable(place, error) from error
-    package = place.endswith("__init__.py")
-    return str(_shape(tree)), tuple(_imports(tree, name, package=package))
+    imports: list[ast.stmt] = []
+    shape = str(_shape(tree, imports))
+    return shape, tuple(_imports(imports, name, package=place.endswith("__init__.py")))
 
 
 def _unreadable(place, error: Exception) -> DiagnosticsError:
@@ -158,12 +171,12 @@ def _unreadable(place, error: Exception) -> DiagnosticsError:
     )
 
 
-def _imports(tree: ast.Module, name: str, *, package: bool) -> Iterator[str]:
-    """Names inside the package that a module may import: modules, and what is imported from them,
-    which may be modules too.
+def _imports(found: Iterable[ast.stmt], name: str, *, package: bool) -> Iterator[str]:
+    """Names inside the package that a module's statements may import: modules, and what is imported
+    from them, which may be modules too.
     """
     parents = name.split(".") if package else name.split(".")[:-1]
-    for node in ast.walk(tree):
+    for node in found:
         if isinstance(node, ast.Import):
             yield from (
                 alias.name.removeprefix("diagnostics.")

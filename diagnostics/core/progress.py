@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from diagnostics.core import distributed, files
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 log = logging.getLogger("diagnostics")
@@ -34,6 +35,8 @@ SHARD_SECONDS = 10.0
 """Least work between two writes to DIR/.partial: with a write of some milliseconds, under a
 thousandth of the time.
 """
+SHARDS_OPEN = 4
+"""Shards that stay in memory after they were read: consecutive batches lie in the same ones."""
 LOG_SECONDS = 30.0
 """Time between two lines of progress in a log."""
 LINE_SECONDS = 0.2
@@ -326,26 +329,29 @@ class Shards:
 
     A shard is a parquet file with a column `row` and one column per measurement. Its name ends in
     the hash of its content, so that a damaged shard is recognized and left out. Every process
-    writes its own shards and reads all of them.
+    writes its own shards and reads all of them. What earlier runs kept stays on disk until it is
+    taken: of every row only the shard that holds it is in memory.
     """
 
     def __init__(self, folder: Path | None = None):
-        import pandas as pd
+        import numpy as np
 
         self.folder = folder
         self._pending: list[tuple[Sequence[int], dict[str, Sequence]]] = []
         self._since = time.monotonic()
-        whole = list(self._whole())
-        found = (
-            pd.concat(whole, ignore_index=True).drop_duplicates("row").set_index("row")
-            if whole
-            else pd.DataFrame()
-        )
-        self._found: pd.DataFrame = found
-        if whole:
-            log.info("%s: %d rows of an interrupted run are taken up", folder, len(found))
+        self._paths: list[Path] = []
+        self._open: dict[int, pd.DataFrame] = {}
+        held = list(self._held())
+        # of a row that several shards hold, the first one's measurements count
+        rows = np.concatenate(held) if held else np.zeros(0, np.int64)
+        self._rows, first = np.unique(rows, return_index=True)
+        sizes = [len(each) for each in held]
+        self._shard = np.repeat(np.arange(len(held), dtype=np.int32), sizes)[first]
+        if held:
+            log.info("%s: %d rows of an interrupted run are taken up", folder, len(self._rows))
 
-    def _whole(self) -> Iterator[pd.DataFrame]:
+    def _held(self) -> Iterator[np.ndarray]:
+        """The rows of every whole shard, whose path is then in `_paths`."""
         import pandas as pd
 
         for path in (
@@ -355,7 +361,8 @@ class Shards:
                 continue
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
-                yield pd.read_parquet(io.BytesIO(content))
+                self._paths.append(path)
+                yield pd.read_parquet(io.BytesIO(content), columns=["row"])["row"].to_numpy()
             else:
                 log.warning("%s is damaged and left out", path)
 
@@ -364,8 +371,30 @@ class Shards:
 
         Returns None where any of the rows is missing.
         """
-        places = self._found.index.get_indexer(rows)
-        return None if (places < 0).any() or not len(places) else self._found.iloc[places]
+        import numpy as np
+        import pandas as pd
+
+        asked = np.asarray(rows, dtype=np.int64)
+        places = np.searchsorted(self._rows, asked).clip(max=max(len(self._rows) - 1, 0))
+        if not len(asked) or not len(self._rows) or (self._rows[places] != asked).any():
+            return None
+        shards = self._shard[places]
+        parts = [
+            self._read(number).loc[asked[shards == number]] for number in np.unique(shards).tolist()
+        ]
+        return parts[0] if len(parts) == 1 else pd.concat(parts).loc[asked]
+
+    def _read(self, number: int) -> pd.DataFrame:
+        """A shard by its number; the last few that were read stay in memory."""
+        import pandas as pd
+
+        found = self._open.pop(number, None)
+        if found is None:
+            found = pd.read_parquet(self._paths[number]).drop_duplicates("row").set_index("row")
+        self._open[number] = found
+        while len(self._open) > SHARDS_OPEN:
+            del self._open[next(iter(self._open))]
+        return found
 
     def add(self, rows: Sequence[int], columns: dict[str, Sequence]) -> None:
         """Keep the measurements of these rows; they are on disk a few seconds later."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -572,13 +574,51 @@ def read_parquet(path: str | Path, **options) -> pd.DataFrame:
             (`core.limits`).
     """
     import pandas as pd
+
+    with _readable(path):
+        return pd.read_parquet(path, **options)
+
+
+def read_parquet_parts(path: str | Path) -> Iterator[pd.DataFrame]:
+    """Read one parquet file a row group at a time.
+
+    Args:
+        path: The file, as `tables.write_parquet_parts` or another writer made it.
+
+    Yields:
+        The table's rows in order. The table's attributes are on every part.
+
+    Raises:
+        DiagnosticsError: As `read_parquet`.
+    """
+    import pyarrow.parquet as pq
+
+    with _readable(path), pq.ParquetFile(path) as file:
+        attributes = (file.schema_arrow.metadata or {}).get(b"PANDAS_ATTRS")
+        for number in range(file.num_row_groups):
+            part = file.read_row_group(number).to_pandas()
+            part.attrs = json.loads(attributes) if attributes else {}
+            yield part
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a parquet file's columns. Raises DiagnosticsError as `read_parquet`."""
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        return pq.read_schema(path).names
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Surround the reading of a parquet file, which is looked at first."""
     import pyarrow as pa
 
     from diagnostics.core.limits import check_parquet
 
     try:
         check_parquet(path)
-        return pd.read_parquet(path, **options)
+        yield
     except (
         OSError,
         KeyError,

@@ -13,7 +13,8 @@ nats."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import require_as_written
 from diagnostics.core.rows import missing
-from diagnostics.core.schema import read_parquet, require_columns
+from diagnostics.core.schema import read_parquet_parts, require_columns
+from diagnostics.core.tables import write_parquet_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,6 +128,8 @@ SAMPLED = "sampled_logprobs"
 """Column of a context table that is there only where an engine reported what it drew."""
 PER_TOKEN = (SUPERVISED, SAMPLED)
 """Columns of a context table with one value per response token."""
+CONTEXTS_TOGETHER = 4096
+"""Contexts of a table that are in memory as one, and in a row group of its file."""
 OPTIONAL = (*OF_TEACHER, "correct", "domain", *PER_TOKEN)
 """Columns of a context table that may be absent."""
 
@@ -212,24 +216,24 @@ class Bank:
             the teacher's prompts, whether a response is right, `supervised` and `sampled_logprobs`
             only where any context has them.
         """
-        import pandas as pd
+        return _frame(self.contexts, self._columns())
 
-        hinted = any(context.teacher_prompt_ids is not None for context in self.contexts)
-        judged = any(context.correct is not None for context in self.contexts)
-        told = any(context.sampled_logprobs is not None for context in self.contexts)
+    def to_frames(self) -> Iterator[pd.DataFrame]:
+        """The table of `to_frame` in parts of CONTEXTS_TOGETHER contexts."""
+        columns = self._columns()
+        for first in range(0, len(self), CONTEXTS_TOGETHER):
+            yield _frame(self.contexts[first : first + CONTEXTS_TOGETHER], columns)
+
+    def _columns(self) -> list[str]:
+        """The columns of the bank's table."""
         there = {
-            **dict.fromkeys(OF_TEACHER, hinted),
-            "correct": judged,
+            **dict.fromkeys(OF_TEACHER, any(c.teacher_prompt_ids is not None for c in self)),
+            "correct": any(context.correct is not None for context in self),
             SUPERVISED: self.masked,
-            "domain": any(context.domain is not None for context in self.contexts),
-            SAMPLED: told,
+            "domain": any(context.domain is not None for context in self),
+            SAMPLED: any(context.sampled_logprobs is not None for context in self),
         }
-        columns = [name for name in Context.__dataclass_fields__ if there.get(name, True)]
-        rows = [[getattr(context, name) for name in columns] for context in self.contexts]
-        frame = pd.DataFrame(rows, columns=columns)
-        for name in (name for name in columns if name.endswith("_ids") or name in PER_TOKEN):
-            frame[name] = [None if values is None else list(values) for values in frame[name]]
-        return frame
+        return [name for name in Context.__dataclass_fields__ if there.get(name, True)]
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Bank:
@@ -242,18 +246,36 @@ class Bank:
             DiagnosticsError: A column is missing, a context id repeats, or a value has the wrong
                 kind.
         """
-        require_columns(
-            frame,
-            [name for name in Context.__dataclass_fields__ if name not in OPTIONAL],
-            what="a context table",
-        )
-        repeated = frame.context_id[frame.context_id.duplicated()]
-        if len(repeated):
-            raise DiagnosticsError(
-                f"context_id {repeated.iloc[0]!r} appears more than once. Give every context its"
-                " own id."
+        return cls.from_frames([frame])
+
+    @classmethod
+    def from_frames(cls, frames: Iterable[pd.DataFrame]) -> Bank:
+        """The bank that a table in parts holds; errors are those of `from_frame`."""
+        contexts: list[Context] = []
+        for frame in frames:
+            require_columns(
+                frame,
+                [name for name in Context.__dataclass_fields__ if name not in OPTIONAL],
+                what="a context table",
             )
-        return cls(tuple(_context(row) for row in frame.to_dict("records")))
+            contexts += map(_context, frame.to_dict("records"))
+        counts = Counter(context.context_id for context in contexts)
+        repeated = next((name for name, count in counts.items() if count > 1), None)
+        if repeated is not None:
+            raise DiagnosticsError(
+                f"context_id {repeated!r} appears more than once. Give every context its own id."
+            )
+        return cls(tuple(contexts))
+
+
+def _frame(contexts: Sequence[Context], columns: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [[getattr(context, name) for name in columns] for context in contexts]
+    frame = pd.DataFrame(rows, columns=columns)
+    for name in (name for name in columns if name.endswith("_ids") or name in PER_TOKEN):
+        frame[name] = [None if values is None else list(values) for values in frame[name]]
+    return frame
 
 
 def _context(row: dict) -> Context:
@@ -312,12 +334,41 @@ def _numbers(values) -> tuple[float, ...] | None:
 
 def _whole(ids) -> tuple[int, ...]:
     try:
-        return tuple(map(operator.index, ids))
+        return shared_ids(map(operator.index, ids))
     except TypeError as error:
         raise DiagnosticsError(
             f"A context's token ids are a list of whole numbers; found {str(ids)[:60]!r}. Fix the"
             " table, or read it with --rollouts."
         ) from error
+
+
+_ids: dict[int, int] = {}
+"""One object for every token id that was read or sampled: as many as a vocabulary has."""
+
+
+def shared_ids(ids: Iterable[int]) -> tuple[int, ...]:
+    """A tuple of token ids that takes eight bytes per id, since equal ids are one object."""
+    return tuple(_ids.setdefault(i, i) for i in map(int, ids))
+
+
+def write_bank(path: str | Path, bank: Bank) -> Path:
+    """Write a bank as `contexts.parquet`, atomically; some contexts at a time become its table.
+
+    Raises:
+        DiagnosticsError: The file cannot be written.
+    """
+    import pyarrow as pa
+
+    texts, ids = pa.large_string(), pa.list_(pa.int64())
+    types = {
+        **dict(zip(OF_TEACHER, (texts, ids), strict=True)),
+        "response_ids": ids,
+        "correct": pa.bool_(),
+        "domain": texts,
+        SUPERVISED: pa.list_(pa.bool_()),
+        SAMPLED: pa.list_(pa.float64()),
+    }
+    return write_parquet_parts(path, bank.to_frames(), types=types)
 
 
 def read_bank(path: str | Path) -> Bank:
@@ -334,4 +385,4 @@ def read_bank(path: str | Path) -> Bank:
             manifest beside it has it.
     """
     require_as_written(path)
-    return Bank.from_frame(read_parquet(path))
+    return Bank.from_frames(read_parquet_parts(path))

@@ -66,6 +66,8 @@ Logits = Callable[[Tensor], Tensor]
 """Maps hidden states [n, H] to logits [n, V] over the shared vocabulary, in any dtype."""
 More = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """From both models' logits [n, V] and the sampled ids [n] to further columns [n] by name."""
+OfLists = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""From both models' top-K lists (`_lists`) to further columns [n] by name."""
 
 RELEASED_FLOOR = 1e-12
 SELECTKD_TOP = 5
@@ -249,6 +251,7 @@ def measure_hidden(
     student_dropped: Logits | None = None,
     teacher_dropped: Logits | None = None,
     more: More | None = None,
+    of_lists: OfLists | None = None,
 ) -> dict[str, Tensor]:
     """Measure every position from hidden states, with the logits of one chunk in memory.
 
@@ -270,6 +273,7 @@ def measure_hidden(
             where there are any; then `student_dropped_mass` is measured too.
         teacher_dropped: The same of the teacher.
         more: Measures further columns from the same logits, such as `extras.asked`.
+        of_lists: Measures further columns from the top-K lists, such as `overlap.measure_overlap`.
 
     Returns:
         float64 tensors [N] by column name, as `measure`.
@@ -286,6 +290,8 @@ def measure_hidden(
         )
         if more is not None:
             found.beside.update(more(student_nV, teacher_nV, sampled_N[rows].to(student_nV.device)))
+        if of_lists is not None:
+            found.beside.update(of_lists(found.lists))
         if student_dropped is not None:
             found.beside["student_dropped_mass"] = _mass_outside(
                 student_dropped(student_hidden_NH[rows]), found.norms["student"]
@@ -786,8 +792,8 @@ def _largest(values_NC: Tensor, k: int) -> Tensor:
 
 
 def _lists(student: _Model, teacher: _Model, sampled_N: Tensor, largest: int) -> dict[str, Tensor]:
-    """Each model's `largest` most likely ids `s` and `t` [N, K], both models' log-probabilities of
-    them, and the sampled ids [N], where the log-probabilities are.
+    """Each model's `largest` most likely ids `s` and `t` [N, K], most likely first; both models'
+    log-probabilities of them, `p_s`, `q_s`, `p_t` and `q_t`, float64; and the ids `sampled` [N].
     """
     s_NK, t_NK = student.top(largest), teacher.top(largest)
     values = {

@@ -16,30 +16,27 @@ second and the masses.
 
 Departure: where no token is shared both are NaN, where verl's code has 0.
 
-Axes: N positions, V vocabulary, K support."""
+Axes: N positions, K support."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from diagnostics.measure.divergences import to_float64, top_ids
-
-SMALL = 4096
-"""Ids up to which torch's own search, which takes all of them, is the faster one on a CPU."""
-
 
 @torch.no_grad()
-def measure_overlap(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor, sampled_N: Tensor, *, k: int
-) -> dict[str, Tensor]:
-    """Measure the tokens that both models list, as `divergences.measure_hidden` takes it as `more`.
+def measure_overlap(lists: Mapping[str, Tensor], *, k: int) -> dict[str, Tensor]:
+    """Measure the tokens that both models list.
+
+    `divergences.measure_hidden` takes it as `of_lists`, so that the lists are those of the supports
+    and are searched once.
 
     Args:
-        student_logits_NV: [N, V], any floating dtype; -inf excludes a token.
-        teacher_logits_NV: [N, V] over the same ids.
-        sampled_N: [N] ids of the sampled tokens, which these measurements do not need.
-        k: Size of the lists, in tokens.
+        lists: `s` and `t`, ids [N, K] of each model's most likely tokens, most likely first, and
+            `p_t` and `q_t`, float64 [N, K], ln of both models' probabilities of the teacher's.
+        k: Size of the lists, in tokens; longer ones are cut.
 
     Returns:
         float64 tensors [N] by name; NaN where a logit is NaN or +inf.
@@ -47,11 +44,7 @@ def measure_overlap(
     Reference:
         See the head of this module.
     """
-    listed_NK, own_NK = _listed(teacher_logits_NV, k), _listed(student_logits_NV, k)
-    ln_p_NK, ln_q_NK = (
-        _log_probabilities(logits_NV, listed_NK)
-        for logits_NV in (student_logits_NV, teacher_logits_NV)
-    )
+    own_NK, listed_NK, ln_p_NK, ln_q_NK = (lists[name][:, :k] for name in ("s", "t", "p_t", "q_t"))
     shared_NK = (listed_NK[:, :, None] == own_NK[:, None, :]).any(2)
     found = {
         "listed_student_mass": ln_p_NK.exp().sum(-1),
@@ -63,22 +56,6 @@ def measure_overlap(
     }
     bad_N = ln_p_NK.isnan().any(-1) | ln_q_NK.isnan().any(-1)
     return {name: values_N.masked_fill(bad_N, float("nan")) for name, values_N in found.items()}
-
-
-def _listed(logits_NV: Tensor, k: int) -> Tensor:
-    """The ids of `top_ids` [N, min(k, V)], in no order.
-
-    torch's search leaves open which of several equal logits at the list's end it takes, so those
-    rows are searched again.
-    """
-    if logits_NV.shape[1] > SMALL:
-        return top_ids(logits_NV, k)
-    found = logits_NV.topk(min(k, logits_NV.shape[1]), sorted=False)
-    least_N1 = found.values.amin(-1, keepdim=True)
-    crowded_N = (logits_NV >= least_N1).sum(-1) > found.indices.shape[1]
-    if crowded_N.any():
-        found.indices[crowded_N] = top_ids(logits_NV[crowded_N], k)
-    return found.indices
 
 
 def overlap_advantage(ln_p_NK: Tensor, ln_q_NK: Tensor, shared_NK: Tensor) -> Tensor:
@@ -99,9 +76,3 @@ def _mean_shared(terms_NK: Tensor, weight_NK: Tensor, shared_NK: Tensor) -> Tens
     """Mean of the terms over the shared tokens; a term whose weight e^w is 0 is 0."""
     counted_NK = shared_NK & (weight_NK > -torch.inf)
     return torch.where(counted_NK, terms_NK, 0.0).sum(-1) / shared_NK.sum(-1)
-
-
-def _log_probabilities(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """ln of the probabilities of some ids, float64 [N, K]."""
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    return to_float64(wide_NV.gather(1, ids_NK)) - to_float64(wide_NV.logsumexp(-1, keepdim=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diagnostics.core.errors import DiagnosticsError
 from diagnostics.models.dtypes import DTYPE_NAMES, QUANTIZED
 from diagnostics.models.named_pairs import NAMED_PAIRS
 
@@ -63,6 +64,12 @@ class PairConfig:
     shard_teacher: bool = field(
         default=False, metadata={"help": "spread the teacher's layers over the processes (FSDP2)"}
     )
+    shard_student: bool = field(
+        default=False,
+        metadata={
+            "help": "spread the student's layers, and a probe's state, over the processes (FSDP2)"
+        },
+    )
     offload_teacher: bool = field(
         default=False,
         metadata={
@@ -75,4 +82,13 @@ class PairConfig:
             "help": "where a step keeps theta0, directions and moments",
             "choices": STEP_STATES,
         },
+    )
+
+
+def needs_whole_student(what: str) -> DiagnosticsError:
+    """The error for a sharded student where only whole ones can be stepped."""
+    return DiagnosticsError(
+        f"Got --shard-student, and {what} moves a student that every process holds whole. Leave it"
+        " out, use a larger device or --step-state host; rollout, score and probe take a sharded"
+        " student, and so does run --quick."
     )

@@ -13,7 +13,14 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file
 from diagnostics.core.fingerprints import fingerprint_files
 
-WHERE = ("device", "teacher_device", "offload_teacher", "shard_teacher", "step_state")
+WHERE = (
+    "device",
+    "teacher_device",
+    "offload_teacher",
+    "shard_teacher",
+    "shard_student",
+    "step_state",
+)
 
 
 class Models:

@@ -203,6 +203,7 @@ def load_pair(
     teacher_device: str | None = None,
     offload_teacher: bool = False,
     shard_teacher: bool = False,
+    shard_student: bool = False,
     step_state: str = PairConfig.step_state,
     alone: bool = False,
 ) -> Pair:
@@ -230,6 +231,8 @@ def load_pair(
         offload_teacher: Whether the models take turns on the device, and the waiting one lies in
             main memory.
         shard_teacher: Whether the teacher's layers are spread over the processes (FSDP2).
+        shard_student: The same of the student, with theta0, gradients, directions and moments of a
+            probe's steps.
         step_state: Where a step keeps what it needs beside the student: `auto`, `device`, `host` or
             `disk` (`probing.step_state`).
         alone: Whether a student without a teacher is enough, as for sampling responses.
@@ -241,8 +244,11 @@ def load_pair(
         DiagnosticsError: The name is unknown, arguments contradict each other, a model cannot be
             read, or the tokenizers map a token to different ids.
     """
+    sharded = [
+        f"--shard-{w}" for w, s in (("teacher", shard_teacher), ("student", shard_student)) if s
+    ]
     _refuse_conflicts(
-        pair, student, teacher, teacher_logprobs, twice=shard_teacher and offload_teacher
+        pair, student, teacher, teacher_logprobs, sharded=sharded if offload_teacher else []
     )
     if step_state not in STEP_STATES:
         raise DiagnosticsError(
@@ -252,8 +258,9 @@ def load_pair(
     if pair is not None:
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
+    student_place = "cpu" if shard_student else device  # its layers move when they are sharded
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
-        model = load_model(student, student_revision, dtype=dtype, device=device)
+        model = load_model(student, student_revision, dtype=dtype, device=student_place)
         assembled = _without_teacher(
             pair or "custom",
             model,
@@ -261,6 +268,8 @@ def load_pair(
             teacher_logprobs,
         )
         assembled.step_state = step_state
+        if shard_student:
+            assembled.student.shard(device, whose="student")
         return assembled
     if student is None or teacher is None:
         raise DiagnosticsError(
@@ -278,7 +287,10 @@ def load_pair(
     )
     # the larger one first: while a model is loaded, the pages of its file are in memory as well
     teacher_model = load_teacher()
-    models = (load_model(student, student_revision, dtype=dtype, device=device), teacher_model)
+    models = (
+        load_model(student, student_revision, dtype=dtype, device=student_place),
+        teacher_model,
+    )
     assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.stops = _stops(assembled, *tokenizers)
@@ -290,6 +302,8 @@ def load_pair(
         assembled.teacher.load_again = load_teacher
     if shard_teacher and isinstance(assembled.teacher, Readout):
         assembled.teacher.shard(teacher_device or device)
+    if shard_student:
+        assembled.student.shard(device, whose="student")
     return assembled
 
 
@@ -298,11 +312,15 @@ def _can_be_loaded_again(source, model: PreTrainedModel) -> bool:
     return isinstance(source, (str, Path)) and "quantised" not in getattr(model, SOURCE_FACTS, {})
 
 
-def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, twice: bool) -> None:
-    """Refuse arguments of `load_pair` of which only one can be followed."""
-    if twice:
+def _refuse_conflicts(pair, student, teacher, teacher_logprobs, *, sharded: list[str]) -> None:
+    """Refuse arguments of `load_pair` of which only one can be followed.
+
+    sharded: flags that keep a model on its devices, where the models are to take turns.
+    """
+    if sharded:
+        whose = sharded[0].removeprefix("--shard-")
         raise DiagnosticsError(
-            "Got --shard-teacher and --offload-teacher. A sharded teacher stays on its devices;"
+            f"Got {sharded[0]} and --offload-teacher. A sharded {whose} stays on its devices;"
             " give one or the other."
         )
     if pair is not None and (student is not None or teacher is not None):

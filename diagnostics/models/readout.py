@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("diagnostics")
+T = TypeVar("T")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Configuration fields that scale logits: Cohere's, Granite's, Falcon-H1's, Muse's."""
 RELEASED_FROM = 2**28
@@ -78,7 +79,7 @@ class Readout:
         self._released: _Released | None = None
         self.sharded = False
         """True where the layers are spread over the processes. All processes must then run the
-        model equally often and at the same time.
+        model equally often and at the same time (`in_step`).
         """
         self.apart = self._reproduces_logits(logit_scales(config))
         if not self.apart:
@@ -234,14 +235,16 @@ class Readout:
             module._parameters.update(source._parameters)
         self._spare_head, self._released = self._released.spare_head, None
 
-    def shard(self, device: str) -> None:
+    def shard(self, device: str, *, whose: str = "teacher") -> None:
         """Spread the decoder layers over the processes (FSDP2).
 
         Embeddings, norm and head stay whole in each process. A layer is gathered when it runs and
-        released afterwards, so that a process holds its share of the layers and one more layer.
+        released afterwards, so that a process holds its share of the layers and one more layer. A
+        layer's gradients are added up over the processes, each of which keeps its share.
 
         Args:
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            whose: `student` or `teacher`, for messages.
 
         Raises:
             DiagnosticsError: There is one process, or the model cannot be taken apart.
@@ -253,8 +256,8 @@ class Readout:
                 else f"{type(self.model).__name__} cannot be taken apart"
             )
             raise DiagnosticsError(
-                f"The teacher cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`,"
-                " or leave --shard-teacher out."
+                f"The {whose} cannot be sharded: {why}. Start under `torchrun --nproc-per-node N`,"
+                f" or leave --shard-{whose} out."
             )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -263,9 +266,21 @@ class Readout:
         place = resolve_device(distributed.local_device(device))
         mesh = init_device_mesh(place.type, (distributed.world(),))
         for layer in decoder_layers(self.backbone):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            _add_up_gradients(fully_shard(layer, mesh=mesh, reshard_after_forward=True))
         move(self.model, place)
         self.sharded = True
+        with torch.no_grad():
+            self.spare_pass()  # the first pass decides where the shards lie
+
+    def spare_pass(self) -> None:
+        """Run the model on one token, where another process has one batch more.
+
+        Where gradients are taken, the layers' gradients of that batch come with it.
+        """
+        one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
+        hidden_BTH = self.hidden(*one)
+        if hidden_BTH.requires_grad and torch.is_grad_enabled():
+            (hidden_BTH.sum() * 0).backward()
 
     @torch.no_grad()
     def _reproduces_logits(self, scales: Sequence[float]) -> bool:
@@ -287,6 +302,34 @@ class Readout:
             if whole.shape == halves.shape and bool((whole - halves).abs().max() <= tolerance):
                 return True
         return False
+
+
+def _add_up_gradients(layer: Any) -> None:
+    """Let the gradients of a sharded layer be sums over the processes; FSDP2 takes means."""
+    layer.set_gradient_divide_factor(1.0)
+    layer.set_force_sum_reduction_for_comms(True)  # a factor within the sum is NCCL's alone
+    if hasattr(layer, "set_reduce_scatter_unused_params"):  # experts that no token visits
+        layer.set_reduce_scatter_unused_params(True)
+
+
+def in_step(todo: Iterable[T], count: int, models: Sequence[Readout]) -> Iterator[T]:
+    """Hand out this process's passes, and run spare ones until every process is through.
+
+    A sharded model needs all processes at every pass, so those with fewer passes go through one
+    token in their place. Without a sharded model this hands out the passes alone.
+
+    Args:
+        todo: The passes, each of which runs the sharded ones of these models once, in their order.
+        count: How many they are.
+        models: The models.
+    """
+    sharded = [model for model in models if model.sharded]
+    # asked before the first pass, since the processes wait for each other here
+    spare = max(distributed.total_lengths(count)) - count if sharded else 0
+    yield from todo
+    for _ in range(spare):
+        for model in sharded:
+            model.spare_pass()
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

@@ -323,13 +323,7 @@ def lists_of(frame: pd.DataFrame, path: str | Path, *, vocabulary: int) -> TopKT
         ("context_id", "top_ids", "top_logprobs"),
         what=f"{path}, a file of teacher log-probabilities,",
     )
-    if frame["context_id"].isna().any():
-        raise DiagnosticsError(
-            f"{path} has {int(frame['context_id'].isna().sum())} rows without a context_id. Give"
-            " each row the id of the context that was scored."
-        )
-    for name in frame["context_id"]:
-        require_unicode(str(name))
+    _require_ids(frame["context_id"], path)
     frame = frame.assign(context_id=frame["context_id"].astype(str))
     rows = _by_position(frame, path) if "position" in frame else _by_context(frame, path)
     raw = {
@@ -357,14 +351,29 @@ def lists_of(frame: pd.DataFrame, path: str | Path, *, vocabulary: int) -> TopKT
     _warn_of_bounds(teacher)
     if teacher.absent:
         values = np.concatenate([raw[context][1][sign] for context, sign in signs.items()])
-        log.warning(
-            "%s: %d entries hold a value that stands for a token outside the list (%s) and are read"
-            " as absent",
-            path,
-            teacher.absent,
-            ", ".join(f"{value:.6g}" for value in np.unique(values)[:5]),
-        )
+        _say_absent(path, values)
     return teacher
+
+
+def _require_ids(names: pd.Series, path: str | Path) -> None:
+    """Refuse rows without the id of a context, or with one that is no text."""
+    if names.isna().any():
+        raise DiagnosticsError(
+            f"{path} has {int(names.isna().sum())} rows without a context_id. Give"
+            " each row the id of the context that was scored."
+        )
+    for name in names:
+        require_unicode(str(name))
+
+
+def _say_absent(path: str | Path, values: np.ndarray) -> None:
+    log.warning(
+        "%s: %d entries hold a value that stands for a token outside the list (%s) and are read"
+        " as absent",
+        path,
+        len(values),
+        ", ".join(f"{value:.6g}" for value in np.unique(values)[:5]),
+    )
 
 
 def _warn_of_bounds(teacher: TopKTeacher) -> None:

@@ -215,7 +215,8 @@ def _answered(parsed: argparse.Namespace, given: frozenset[str]) -> dict:
         table=table,
         page=result.get("report"),
     )
-    return {**found, "text": answer.text(found)}
+    apart = _apart(directory) if parsed.command == "run" else ""
+    return {**found, "text": "\n".join(filter(None, [answer.text(found), apart]))}
 
 
 def _decided_now(directory: Path, manifest: Mapping[str, Any]) -> Any:
@@ -223,6 +224,13 @@ def _decided_now(directory: Path, manifest: Mapping[str, Any]) -> Any:
     from diagnostics.pipeline.stages.compare import decided_now
 
     return decided_now(directory, manifest)
+
+
+def _apart(directory: Path) -> str:
+    """The command that makes the tables of right and of wrong responses; empty without use."""
+    from diagnostics.pipeline.stages.by_correctness import hint
+
+    return hint(directory, program())
 
 
 def _pair_flags(parsed: argparse.Namespace) -> str:

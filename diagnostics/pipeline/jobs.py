@@ -9,10 +9,15 @@ from diagnostics.core.progress import in_stages
 from diagnostics.pipeline import ahead
 from diagnostics.pipeline.registry import BY_NAME
 from diagnostics.pipeline.stage import Job
+from diagnostics.pipeline.stages.settings import refuse_sharded_student
 
 LEFT_OUT = ("intervene", "compare")
 """Stages that --quick leaves out: nothing is decided without the first."""
-UNASKED = {"import": ("tokens", "tokens_after", "tokenizer"), "after": ("after",)}
+UNASKED = {
+    "import": ("tokens", "tokens_after", "tokenizer"),
+    "after": ("after",),
+    "by-correctness": ("by_correctness",),
+}
 """Stages that are done where one of these flags asks for them, and otherwise left out."""
 
 
@@ -23,6 +28,8 @@ def do(job: Job) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"output_dir": str(job.run.directory)}
     names = stages_of(job)
+    if "intervene" in names:  # before anything else is done
+        refuse_sharded_student(job.models, "an intervention")
     with ExitStack() as stack, in_stages(names) as shown:
         made: ahead.Ahead | None = None
         for name in names:
@@ -42,7 +49,7 @@ def stages_of(job: Job) -> list[str]:
         name
         for name in names
         if not (quick and name in LEFT_OUT)
-        and (name not in UNASKED or any(map(job.flag, UNASKED[name])))
+        and (name == job.command or name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
 
 

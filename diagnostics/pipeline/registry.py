@@ -57,6 +57,12 @@ QUICK = flag(
     action="store_true",
     help="leave the interventions out: a page without an answer to which criterion to train with",
 )
+APART = flag(
+    "by-correctness",
+    action="store_true",
+    help="write the tables for right and for wrong responses alone too, which takes about as long"
+    " as the tables of all",
+)
 
 
 STAGES = (
@@ -75,8 +81,17 @@ STAGES = (
         configs=(PAIR, PROMPTS, ROLLOUT, BANK, SCORE, PROBE, CONTROLS, INTERVENTION, ANALYSIS),
         reads="two models and prompts",
         writes="everything that its stages write",
-        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY, QUICK),
-        parts=("rollout", "score", "probe", "intervene", "analyze", "compare", "report"),
+        flags=(OUTPUT_DIR, ACCEPT_CODE, PRIMARY, QUICK, APART),
+        parts=(
+            "rollout",
+            "score",
+            "probe",
+            "intervene",
+            "analyze",
+            "compare",
+            "by-correctness",
+            "report",
+        ),
         modules=("pipeline.stages",),
     ),
     Stage(
@@ -301,6 +316,22 @@ STAGES = (
         modules=("analysis.selection", "criteria", "analysis.correctness", "analysis.decision"),
     ),
     Stage(
+        name="by-correctness",
+        purpose=(
+            "Write the tables of analyze and compare again for right and for wrong responses alone."
+        ),
+        example=("by-correctness --output-dir reports/mine",),
+        reads="`tokens.parquet` of judged responses; `interventions.parquet` where there is one",
+        writes="`tables/right/*.csv`, `tables/wrong/*.csv`",
+        flags=(OUTPUT_DIR,),
+        run="by_correctness:do",
+        modules=(
+            "pipeline.stages.by_correctness",
+            "analysis.responses",
+            "analysis.correctness",
+        ),
+    ),
+    Stage(
         name="report",
         purpose=(
             "Draw the figures and write report.html from the run's files alone, or set several"
@@ -421,7 +452,8 @@ STAGES = (
         reads="a student, two teachers or more and prompts; or scored runs of one bank",
         writes=(
             "a run directory per teacher; `tables/teachers.csv`, `teachers_differences.csv`,"
-            " `teachers_best.csv`, `teachers_agreement.csv`"
+            " `teachers_best.csv`, `teachers_agreement.csv`; `teachers.html`,"
+            " `figures/teachers*.png`"
         ),
         flags=(
             OUTPUT_DIR,
@@ -445,7 +477,7 @@ STAGES = (
             flag("probe", action="store_true", help="measure gains with each teacher too"),
         ),
         repeatable=False,
-        modules=("analysis.teachers", "pipeline.teachers"),
+        modules=("analysis.teachers", "pipeline.teachers", "report.teachers_page"),
     ),
     Stage(
         name="atlas",

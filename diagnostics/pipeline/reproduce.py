@@ -327,6 +327,24 @@ def _lay_in(manifest: dict[str, Any], source: Path, output_dir: Path) -> None:
 
 def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn of other versions, numbers of threads, and prompts that were rendered otherwise."""
+    counts = [
+        f"{stage} {record.get('threads')} then, {now['stages'].get(stage, {}).get('threads')} now"
+        for stage, record in was["stages"].items()
+        if stage not in UNREPEATED
+        and record.get("threads") not in (None, now["stages"].get(stage, {}).get("threads"))
+    ]
+    if counts:
+        log.warning(
+            "other numbers of threads, which change the order of sums: %s", "; ".join(counts)
+        )
+    other = _other_versions(was, now)
+    if other:
+        log.warning("other versions: %s", "; ".join(other))
+    _warn_of_other_prompts(was, now)
+
+
+def _other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Libraries, and code of stages, that differ between two manifests."""
     other = [
         f"{name} {version} then, {now['versions'].get(name)} now"
         for name, version in was.get("versions", {}).items()
@@ -342,18 +360,10 @@ def _warn_of_differences(was: dict[str, Any], now: dict[str, Any]) -> None:
         other += (
             [f"code of {stage} {codes[0]} then, {codes[1]} now"] if codes[0] != codes[1] else []
         )
-    counts = [
-        f"{stage} {record.get('threads')} then, {now['stages'].get(stage, {}).get('threads')} now"
-        for stage, record in was["stages"].items()
-        if stage not in UNREPEATED
-        and record.get("threads") not in (None, now["stages"].get(stage, {}).get("threads"))
-    ]
-    if counts:
-        log.warning(
-            "other numbers of threads, which change the order of sums: %s", "; ".join(counts)
-        )
-    if other:
-        log.warning("other versions: %s", "; ".join(other))
+    return other
+
+
+def _warn_of_other_prompts(was: dict[str, Any], now: dict[str, Any]) -> None:
     for stage, record in was["stages"].items():
         hashes = [
             (each.get("facts") or {}).get("rendered_prompts_sha256")

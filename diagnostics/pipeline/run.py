@@ -55,7 +55,7 @@ TRAINED = (
     "training_gains.parquet",
 )
 """Files of a training, which compares its settings with its own train.json."""
-OF_CRITERIA = ("intervene", "analyze", "compare", "train", "validate", "paper")
+OF_CRITERIA = ("intervene", "analyze", "compare", "by-correctness", "train", "validate", "paper")
 """Stages whose numbers depend on what criteria there are."""
 KEPT = re.compile(
     rf"{SHARD.pattern}|direction\.safetensors|step\.json|measured\.parquet|finished\.json"

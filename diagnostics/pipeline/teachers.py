@@ -2,6 +2,7 @@
 
     DIR/NAME/              one run directory per teacher, with the same contexts and student
     DIR/tables/teachers*   what `analysis.teachers` makes of them
+    DIR/teachers.html      the answer, its figures and these tables
 
 The first teacher's run samples the responses, or takes those of `--rollouts`; every other run holds
 a copy of its `contexts.parquet`. Each of them is a run like any other: it can be probed, reported
@@ -52,6 +53,7 @@ def compare(parsed: argparse.Namespace) -> dict[str, Any]:
         DiagnosticsError: Fewer than two teachers are named, or they cannot be compared.
     """
     from diagnostics.analysis.teachers import teachers_sentences
+    from diagnostics.report.teachers_page import save_teachers
 
     named = parsed.against if parsed.against else parsed.teacher or []
     if parsed.against and parsed.teacher:
@@ -71,8 +73,14 @@ def compare(parsed: argparse.Namespace) -> dict[str, Any]:
         runs = score_each(parsed, dict(zip(names, parsed.teacher, strict=True)))
     tables = write_tables(parsed, runs)
     sentences = teachers_sentences(tables)
-    text = "\n".join([*sentences, f"output_dir: {parsed.output_dir}"])
-    return {"output_dir": parsed.output_dir, "teachers": sentences, "text": text}
+    path = str(save_teachers(parsed.output_dir))
+    text = "\n".join([*sentences, f"page: {path}", f"output_dir: {parsed.output_dir}"])
+    return {
+        "output_dir": parsed.output_dir,
+        "teachers": sentences,
+        "page": path,
+        "text": text,
+    }
 
 
 def teacher_names(named: Sequence[str], given: Sequence[str] | None) -> list[str]:

@@ -57,7 +57,7 @@ from diagnostics.models.pair import Pair
 from diagnostics.probing.attribution_tables import kernel_shares, lift_by_group, linearity
 from diagnostics.probing.config.attribution import AttributionConfig
 from diagnostics.probing.config.step import ProbeConfig
-from diagnostics.probing.step import StepBench, prepare_step
+from diagnostics.probing.step import PreparedStep, StepBench, prepare_step
 from diagnostics.probing.tensor_lists import tensor_norm
 from diagnostics.probing.tracer import Tracer, plain_attention
 
@@ -137,14 +137,7 @@ def attribute(
     step = prepare_step(pair, bank, tokens, probe, batch_tokens=batch_tokens)
     bench, size = step.bench, step.step_size
     with plain_attention(pair.student.model):
-        tracer = Tracer(
-            bench,
-            step.weights_N,
-            loss=probe.loss,
-            beta=probe.beta,
-            optimizer=probe.optimizer,
-            step_size=size,
-        )
+        tracer = _tracer(step, probe)
         first_order_N = tracer.first_order_gain
         tokens = validate_tokens(
             bench.tokens.drop(columns="split", errors="ignore").assign(
@@ -164,6 +157,17 @@ def attribute(
         kernel_shares(tokens, kernel, draws=draws, level=level, seed=seed),
         lift_by_group(tokens, draws=draws, level=level, seed=seed),
         step.calibration,
+    )
+
+
+def _tracer(step: PreparedStep, probe: ProbeConfig) -> Tracer:
+    return Tracer(
+        step.bench,
+        step.weights_N,
+        loss=probe.loss,
+        beta=probe.beta,
+        optimizer=probe.optimizer,
+        step_size=step.step_size,
     )
 
 

@@ -32,6 +32,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.files import sha256_file, write_atomic
 from diagnostics.core.tables import write_json, write_parquet
 from diagnostics.models.weights import checksum
+from diagnostics.probing.spread import Spread
 from diagnostics.probing.step_state import BESIDE, StatePlace
 
 log = logging.getLogger("diagnostics")
@@ -64,12 +65,17 @@ class Direction:
     sha256: str = ""
     """Hash of the update's checksums and of the numbers above; made by `named`."""
 
-    def named(self) -> Direction:
-        """The same direction with its hash, which costs one pass over the update."""
+    def named(self, spread: Spread | None = None) -> Direction:
+        """The same direction with its hash, which costs one pass over the update.
+
+        Args:
+            spread: How the update is divided among the processes, whose parts are then all hashed.
+        """
         digest = hashlib.sha256(json.dumps(self.facts()).encode())
         for tensor in self.update:
             digest.update(checksum(tensor).encode())
-        return dataclasses.replace(self, sha256=digest.hexdigest())
+        own = digest.hexdigest()
+        return dataclasses.replace(self, sha256=own if spread is None else spread.name(own))
 
     def waiting(self, place: StatePlace) -> Direction:
         """The same direction where it waits for its turn."""
@@ -119,6 +125,9 @@ class Store:
     """
 
     folder: Path | None
+    directions: bool = True
+    """Whether the direction itself is kept. A divided one is not: an interrupted stage makes it
+    again, and finds what was measured along it where its bits are the same."""
 
     def direction(self, like: Sequence[Tensor], place: StatePlace = BESIDE) -> Direction | None:
         """The direction of an interrupted run.
@@ -130,12 +139,17 @@ class Store:
         Returns:
             The direction, or None where any process lacks it or it is damaged.
         """
-        found = None if self.folder is None else self._read(self.folder / FILE, like, place)
+        path = self._path
+        found = None if path is None else self._read(path, like, place)
         return found if _everywhere(found) else None
+
+    @property
+    def _path(self) -> Path | None:
+        return self.folder / FILE if self.folder is not None and self.directions else None
 
     def holds(self) -> bool:
         """Whether a direction lies on disk, for every process to see."""
-        path = None if self.folder is None else self.folder / FILE
+        path = self._path
         return _everywhere(path if path is not None and path.is_file() else None)
 
     def _read(self, path: Path, like: Sequence[Tensor], place: StatePlace) -> Direction | None:
@@ -169,7 +183,7 @@ class Store:
             direction: The direction with its hash.
             seconds: Time in which it was made.
         """
-        if self.folder is None or not distributed.is_main():
+        if self.folder is None or not self.directions or not distributed.is_main():
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in direction.update)
         if seconds < size / BYTES_PER_SECOND:

@@ -52,6 +52,10 @@ class BankPart:
             if wanted_n.any():
                 yield batch.with_contexts_of(wanted_n, teacher_nH)
 
+    def count_of(self, wanted_N: np.ndarray) -> int:
+        """How many batches `contexts_of` gives."""
+        return sum(bool(wanted_N[batch.rows_n.numpy()].any()) for batch in self.batches)
+
     def halve(self, error: BaseException) -> None:
         """Halve every batch of several contexts, after one did not fit in memory.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diagnostics.core import distributed
 from diagnostics.measure.divergences import to_float64
+from diagnostics.probing.spread import is_divided, local
 from diagnostics.probing.step_state import StatePlace
 from diagnostics.probing.tensor_lists import inner_product
 
@@ -43,10 +44,12 @@ class GradientTaker:
     def _take(self, number: int, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
-            self.take(number, gradient)
+            self.take(number, local(gradient))
 
     def take(self, number: int, gradient: Tensor) -> None:
-        """One parameter's gradient of one batch."""
+        """One parameter's gradient of one batch; of a divided one, this process's part of the
+        gradient of all processes' batches.
+        """
         raise NotImplementedError
 
 
@@ -82,8 +85,9 @@ class GradientSums(GradientTaker):
     def _rounded(self, number: int, parameter: Tensor) -> Tensor:
         total, self._sums[number] = self._sums[number], None
         if total is None:
-            total = torch.zeros_like(parameter, device=self.place.sums(parameter))
-        if distributed.world() > 1:
+            own = local(parameter.detach())
+            total = torch.zeros_like(own, device=self.place.sums(own))
+        if distributed.world() > 1 and not is_divided(parameter):
             total = to_float64(total)
             distributed.sum_in_place([total])
         return total.to(parameter.dtype)

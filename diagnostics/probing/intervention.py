@@ -98,6 +98,8 @@ SUPPORT = ScoreConfig.k
 """K of the supports where no other is given."""
 UNMEASURED = {"position", "response_length", "token_identity_gain"}
 """Columns that stay as they are, wherever the student stands."""
+READ_BY_ALL = frozenset({"context_id", "position", "forward_kl", "reverse_kl"})
+"""Columns of the token table that the selection of a step reads, whatever the criterion."""
 NO_DIRECTION = Direction([], "", 0.0, 0.0, 0.0, 0.0)
 """In place of a step's direction where only trajectories are measured."""
 GRADIENT_BYTES = 2**30
@@ -488,15 +490,8 @@ def selected(
     Returns:
         bool [n], True where the position is selected; and the share.
     """
-    how: dict[str, Any] = {
-        "budget": budget,
-        "seed": seed,
-        "scope": "context" if by_context else "table",
-    }
-    return (
-        registry.select(tokens, criterion, **how),
-        registry.ambiguous_share(tokens, criterion, **how),
-    )
+    scope: registry.Scope = "context" if by_context else "table"
+    return registry.selection(tokens, criterion, budget=budget, seed=seed, scope=scope)
 
 
 @dataclass
@@ -543,8 +538,15 @@ class StepSelection:
         """
         read = set(registry.find(self.planned.cell.criterion).needs)
         if number <= 1 or read <= UNMEASURED:
-            return self.bench.tokens.iloc[rows]
-        return remeasured(self.bench, rows, k=self.k, extra=extras_of(read))
+            return self._read.iloc[rows]
+        return remeasured(self.bench, rows, k=self.k, extra=extras_of(read), of=self._read)
+
+    @cached_property
+    def _read(self) -> pd.DataFrame:
+        """The columns of the bench's table that a selection reads, which every step looks up."""
+        tokens = self.bench.tokens
+        wanted = registry.find(self.planned.cell.criterion).possible_columns | READ_BY_ALL
+        return tokens[[name for name in tokens if name in wanted]]
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.bounds import TAIL_COLUMN
 from diagnostics.analysis.config import Bootstrap
 from diagnostics.core.folds import NULLS, combine, null_suffix
 from diagnostics.core.inputs import takes, token_table
 from diagnostics.core.progress import Shards, no_shards
-from diagnostics.core.schema import column, validate_tokens
+from diagnostics.core.schema import (
+    KEYS,
+    column,
+    parquet_columns,
+    read_parquet,
+    validate_tokens,
+)
 from diagnostics.core.settings import with_settings
 from diagnostics.core.shown import sizes
 from diagnostics.core.token_identity import token_identity_gain
@@ -45,7 +53,7 @@ from diagnostics.probing.config.trajectory import require_horizon
 from diagnostics.probing.directions import Direction, Finished, Store
 from diagnostics.probing.horizon import Fresh, horizon_gains, horizon_table
 from diagnostics.probing.permuted_teacher import graders, kept_own, require_graded
-from diagnostics.probing.placebo import STEP_FOLD, placebo_gains, placebo_table
+from diagnostics.probing.placebo import STEP_FOLD, placebo_by_rollouts, placebo_gains
 from diagnostics.probing.step import (
     FoldSteps,
     PreparedStep,
@@ -55,6 +63,18 @@ from diagnostics.probing.step import (
     step_positions,
 )
 
+READ = (
+    *KEYS,
+    "is_special",
+    "response_index",
+    TAIL_COLUMN,
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "student_entropy",
+    "advantage",
+)
+"""Columns of the scores that a probe reads: positions, divergences, folds, nulls, advantages."""
 PLACEBO = "placebo"
 """What the columns of the placebo's passes begin with; they never reach the token table."""
 
@@ -94,7 +114,7 @@ class ProbeResult:
     calibration: pd.DataFrame
     """The step sizes that were tried on every fold (see `step.calibrate_together`)."""
     placebo: pd.DataFrame
-    """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_table`)."""
+    """Sizes of the placebo's gains by stratum of D (see `placebo.placebo_by_rollouts`)."""
     horizon: pd.DataFrame
     """Reductions along the trajectory (see `horizon.horizon_table`); empty without one."""
     steps: list[Step]
@@ -117,6 +137,16 @@ class ProbeResult:
         return (
             f"<p>Mean gain (nats) by fold</p>{gains.to_html(float_format='%.3g')}{step.to_html()}"
         )
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """Read what a probe needs of a `scores.parquet`: some ten of its seventy columns.
+
+    Raises:
+        DiagnosticsError: The file is missing or damaged, or holds no token table.
+    """
+    there = [name for name in READ if name in parquet_columns(path)]
+    return validate_tokens(read_parquet(path, columns=there))
 
 
 @takes(tokens=token_table)
@@ -197,15 +227,16 @@ class _Probing:
     ):
         self.bench, self.config, self.controls = bench, config, controls
         self.shards, self.before = shards, before
-        self.ways = FoldSteps(
-            bench, config, lambda fold: Store(shards(f"direction-fold{fold}").folder)
-        )
+        self.ways = FoldSteps(bench, config, lambda fold: self._store(f"direction-fold{fold}"))
         self.columns: dict[str, np.ndarray] = {}
         self.placebos: list[np.ndarray] = []
         self.steps: list[PreparedStep] = []
         self.kept_own: list[dict[str, int]] = []
         self.horizon = require_horizon(controls.horizon)
         self.fresh: Fresh | None = None
+
+    def _store(self, name: str) -> Store:
+        return Store(self.shards(name).folder, directions=self.bench.spread.is_whole)
 
     def measure(self, fold: int) -> None:
         """Take the step on a fold, with its placebo where it has one, and its nulls."""
@@ -271,7 +302,7 @@ class _Probing:
         graded_by = graders(
             tokens, step.weights_N, null, seed=[self.config.seed, 4, fold, NULLS.index(null)]
         )
-        store = Store(self.shards(f"direction-{null}-fold{fold}").folder)
+        store = self._store(f"direction-{null}-fold{fold}")
         finished = store.finished()
         if finished is None or finished.size != _matched(step, finished.direction):
             direction = kept_direction(
@@ -309,7 +340,7 @@ class _Probing:
         return ProbeResult(
             validate_tokens(tokens.assign(**identity)),
             pd.concat([step.calibration for step in self.steps], ignore_index=True),
-            placebo_table(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
+            placebo_by_rollouts(tokens, tokens[f"gain_fold{STEP_FOLD}"].to_numpy(), placebos),
             horizon_table(
                 tokens,
                 self.fresh,

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from diagnostics.analysis.responses import ALL, SIDES
 from diagnostics.core.progress import Shards
 from diagnostics.probing.step import PreparedStep
 
@@ -60,6 +61,32 @@ def placebo_gains(
             with bench.moved(step.direction.update, way * size, placebo_seed=signs):
                 after_N = bench.rescore("placebo", shards=shards(name), folds=folds)[0]
             yield np.where(measured_N, before_N - after_N, np.nan)
+
+
+def placebo_by_rollouts(
+    tokens: pd.DataFrame, step_gain_N: np.ndarray, gains: Sequence[np.ndarray]
+) -> pd.DataFrame:
+    """Size of the placebo's gains on all responses, and on right and on wrong ones alone.
+
+    Args:
+        tokens: Token table of N rows, as `placebo_table` takes it; with `correct` (1, 0 or NaN)
+            where any response was judged.
+        step_gain_N: Gain after the step itself, float64 [N] in nats.
+        gains: One float64 [N] for each direction and sign, NaN where it was not measured.
+
+    Returns:
+        The columns of `placebo_table`; where there are right and wrong responses, its rows for
+        either follow those for all, told apart by a column rollouts (all, right, wrong).
+    """
+    whole = placebo_table(tokens, step_gain_N, gains)
+    if not set(SIDES.values()) <= set(tokens.get("correct", ())):
+        return whole
+    parts = [whole.assign(rollouts=ALL)]
+    for side, value in SIDES.items():
+        mask_N = (tokens["correct"] == value).to_numpy()
+        own = placebo_table(tokens[mask_N], step_gain_N[mask_N], [each[mask_N] for each in gains])
+        parts.append(own.assign(rollouts=side))
+    return pd.concat(parts, ignore_index=True)
 
 
 def placebo_table(

@@ -18,20 +18,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import Shards, progress, worked
+from diagnostics.core.row_store import RowStore
 from diagnostics.core.schema import AFTER, column, support_column, validate_tokens
 from diagnostics.core.settings import with_settings
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure import divergences, extras
 from diagnostics.models import batch_size, topk_teacher
 from diagnostics.models.batch_size import BATCH_TOKENS
+from diagnostics.models.config import needs_whole_student
 from diagnostics.models.pair import Pair
-from diagnostics.models.readout import Readout
+from diagnostics.models.readout import Readout, in_step
 from diagnostics.models.special_tokens import count_dropped, log_dropped, special_ids
 from diagnostics.models.weights import weights_sha256
 from diagnostics.probing.config.scores import ScoreConfig
@@ -43,6 +46,18 @@ are filled whatever their padding is, since sorting by length alone keeps that s
 """
 TOPS = 5
 """Number of most likely tokens of each model that the token view shows."""
+TOP_COLUMNS = ("student_top_", "teacher_top_")
+"""What the columns of the most likely tokens begin with."""
+TOP_TYPES = {
+    f"{role}_{name}": pa.list_(kind)
+    for role in ("student", "teacher")
+    for name, kind in (("top", pa.string()), ("top_p", pa.float32()), ("top_ids", pa.int32()))
+}
+"""Types of the columns of lists, for a part of a table in which every list is empty."""
+POSITIONS_TOGETHER = 2**16
+"""Positions of a table that are in memory at a time, and in a row group of its file; a context is
+never divided.
+"""
 NOT_FINITE_LIMIT = 0.01
 """Share of positions that may be excluded for NaN or infinite logits before scoring stops."""
 NOT_FINITE_SHOWN = 64
@@ -113,10 +128,7 @@ class Batch:
             ]
         except (torch.OutOfMemoryError, MemoryError) as error:
             if model.sharded:
-                raise DiagnosticsError(
-                    f"{self.tokens} tokens do not fit beside a sharded teacher, whose processes"
-                    " cannot halve a batch one by one. Lower --batch-tokens."
-                ) from error
+                raise too_large(self.tokens) from error
             halves = self.halves(error)
         return torch.cat([half.states(model) for half in halves])
 
@@ -185,6 +197,14 @@ class Batch:
         return self.ids_BT.numel()
 
 
+def too_large(tokens: int) -> DiagnosticsError:
+    """The error for a batch that does not fit where a model is sharded."""
+    return DiagnosticsError(
+        f"{tokens} tokens do not fit beside a sharded model, whose processes cannot halve a batch"
+        " one by one. Lower --batch-tokens."
+    )
+
+
 def chosen_batch_tokens(pair: Pair, asked: int | None, *, use: batch_size.Use = "score") -> int:
     """Tokens in one forward pass of a pair's models: what was asked for, or what memory holds.
 
@@ -214,6 +234,13 @@ def batches(
     Returns:
         The batches, shortest contexts first.
     """
+    return list(plans(bank, batch_tokens=batch_tokens, keep=keep))
+
+
+def plans(
+    bank: Bank, *, batch_tokens: int = BATCH_TOKENS, keep: np.ndarray | None = None
+) -> BatchPlans:
+    """The batches of `batches`, each of which is made when it is asked for."""
     starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     lengths = [context.longest for context in bank]
     wanted = [
@@ -229,7 +256,46 @@ def batches(
             tokens = 0
         groups[-1].append(i)
         tokens += lengths[i]
-    return [_batch([bank[i] for i in group], [starts[i] for i in group], keep) for group in groups]
+    return BatchPlans(bank, starts, keep, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlans(Sequence[Batch]):
+    """Batches of a bank that take no memory until they are asked for."""
+
+    bank: Bank
+    starts: np.ndarray
+    """First row of each context."""
+    keep: np.ndarray | None
+    groups: list[list[int]]
+    """Numbers of the contexts of each batch."""
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number):
+        group = self.groups[number]
+        return _batch([self.bank[i] for i in group], [self.starts[i] for i in group], self.keep)
+
+    def of(self, numbers: Iterable[int]) -> BatchPlans:
+        """Some of the batches, by number."""
+        return replace(self, groups=[self.groups[number] for number in numbers])
+
+    def tokens(self, number: int) -> int:
+        """Tokens in a batch's forward pass, padding included."""
+        group = self.groups[number]
+        return len(group) * max(len(self.bank[i].ids) for i in group)
+
+    @property
+    def positions(self) -> int:
+        """Positions of all batches."""
+        return sum(len(self.rows(number)) for number in range(len(self)))
+
+    def rows(self, number: int) -> np.ndarray:
+        """Rows of the token table that a batch's contexts have."""
+        group = self.groups[number]
+        rows_n = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in group])
+        return rows_n if self.keep is None else rows_n[self.keep[rows_n]]
 
 
 def _is_full(contexts: int, longest: int, tokens: int, batch_tokens: int) -> bool:
@@ -295,8 +361,7 @@ def score(
         DiagnosticsError: The bank is empty, holds ids outside the vocabulary or a prompt without
             tokens, or more than 1 % of its positions have NaN or infinite logits.
     """
-    bank, config = _graded(pair, bank), _decided(pair, config)
-    return _table(pair, bank, _columns(pair, bank, config, shards=shards), config)
+    return _joined(measure_bank(pair, bank, config, shards=shards).tokens())
 
 
 def score_after(
@@ -317,7 +382,20 @@ def score_after(
     Raises:
         DiagnosticsError: As `score`.
     """
-    measured = score(pair, bank, config, shards=shards)
+    measured = measure_bank(pair, bank, config, shards=shards)
+    return _joined(as_after(part, config) for part in measured.tokens())
+
+
+def as_after(measured: pd.DataFrame, config: ScoreConfig) -> pd.DataFrame:
+    """The columns of a trained student, from a token table that was measured with it.
+
+    Args:
+        measured: The token table, or a part of it.
+        config: The supports of the measurement.
+
+    Returns:
+        The columns of `score_after`.
+    """
     columns = {
         support_column(f"{name}{AFTER}", k): measured[support_column(name, k)]
         for name, by_support in MEASURED_AFTER.items()
@@ -354,38 +432,104 @@ def score_with_tops(
     Raises:
         DiagnosticsError: As `score` does.
     """
-    bank, config = _graded(pair, bank), _decided(pair, config)
-    columns = _columns(pair, bank, config, shards=shards, tops=TOPS)
-    lists = {
-        name: columns.pop(name)
-        for name in list(columns)
-        if name.startswith(("student_top_", "teacher_top_"))
-    }
-    tokens = _table(pair, bank, columns, config)
-    return tokens, pd.concat(
-        [
-            tokens[["context_id", "position"]],
-            *(_lists(pair, lists, role) for role in ("student", "teacher")),
-        ],
-        axis=1,
-    )
+    measured = measure_bank(pair, bank, config, shards=shards, tops=TOPS)
+    return _joined(measured.tokens()), _joined(measured.tops())
 
 
-def _table(
-    pair: Pair, bank: Bank, columns: dict[str, np.ndarray], config: ScoreConfig
-) -> pd.DataFrame:
-    _check_finite(columns["student_entropy"] + columns["teacher_entropy"], pair, bank)
-    tokens = validate_tokens(
-        pd.concat([_keys(pair, bank), pd.DataFrame(_restore_flags(columns))], axis=1)
-    )
-    assert config.batch_tokens is not None, "the size of the batches is decided before they run"
-    tokens.attrs[SCORED] = scored_with(weights_sha256(pair.student.model), config.batch_tokens)
-    return tokens
+def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """One table of its parts, with the attributes of the first one."""
+    tables = list(parts)
+    if len(tables) == 1:
+        return tables[0]
+    whole = pd.concat(tables, ignore_index=True)
+    whole.attrs = tables[0].attrs
+    return whole
+
+
+class MeasuredBank:
+    """A bank that was measured, whose tables are made of some contexts at a time.
+
+    Under several processes all go through the parts together, and get the same.
+
+    Args:
+        pair: Student and teacher.
+        bank: The checked bank.
+        config: How it was measured, the tokens in a forward pass included.
+        store: The measurements of all rows.
+    """
+
+    def __init__(self, pair: Pair, bank: Bank, config: ScoreConfig, store: RowStore):
+        assert config.batch_tokens is not None, "the size of the batches is decided before they run"
+        self.pair, self.bank, self._store = pair, bank, store
+        # what a whole table has or has not, whichever contexts a part is made of
+        self._masked = bank.masked
+        self._judged = any(context.correct is not None for context in bank)
+        self._scored = scored_with(student_sha256(pair), config.batch_tokens)
+        lists = [name for name in store.names if name.startswith(TOP_COLUMNS)]
+        self._lists, self._numbers = lists, [name for name in store.names if name not in lists]
+        self.not_finite = self._check_finite()
+
+    def tokens(self) -> Iterator[pd.DataFrame]:
+        """The token table (`score`) in parts, in bank order."""
+        for part, first, last in self._parts():
+            columns = self._store.take(first, last, self._numbers)
+            keys = _keys(self.pair, part, masked=self._masked, judged=self._judged)
+            table = validate_tokens(
+                pd.concat([keys, pd.DataFrame(_restore_flags(columns))], axis=1)
+            )
+            table.attrs[SCORED] = self._scored
+            yield table
+
+    def tops(self) -> Iterator[pd.DataFrame]:
+        """The most likely tokens of both models (`score_with_tops`) in the same parts."""
+        for part, first, last in self._parts():
+            lists = self._store.take(first, last, self._lists)
+            yield pd.concat(
+                [
+                    _places(part),
+                    *(_lists(self.pair, lists, role) for role in ("student", "teacher")),
+                ],
+                axis=1,
+            )
+
+    def _parts(self) -> Iterator[tuple[Bank, int, int]]:
+        """Some consecutive contexts, their first row, and the row after their last one."""
+        chosen: list[Context] = []
+        first = last = 0
+        for context in self.bank:
+            count = len(context.sampled_ids)
+            if last > first and last - first + count > POSITIONS_TOGETHER:
+                yield Bank(tuple(chosen)), first, last
+                chosen, first = [], last
+            chosen.append(context)
+            last += count
+        if last > first:
+            yield Bank(tuple(chosen)), first, last
+
+    def _check_finite(self) -> int:
+        """Refuse a bank with too many logits that are not finite, or warn of some.
+
+        Returns the number of positions without a divergence.
+        """
+        names, bad, undefined = ("student_entropy", "teacher_entropy", "forward_kl"), [], 0
+        for first, last in self._store.parts(POSITIONS_TOGETHER):
+            student_n, teacher_n, divergence_n = self._store.take(first, last, names).values()
+            bad.append(first + np.flatnonzero(~np.isfinite(student_n + teacher_n)))
+            undefined += int(np.isnan(divergence_n).sum())
+        _report_not_finite(np.concatenate(bad), self.pair, self.bank)
+        return undefined
 
 
 def _decided(pair: Pair, config: ScoreConfig) -> ScoreConfig:
     """The same configuration with the tokens in one forward pass."""
     return replace(config, batch_tokens=chosen_batch_tokens(pair, config.batch_tokens))
+
+
+def student_sha256(pair: Pair) -> str:
+    """The hash of the student's weights; that of the loaded ones where they are sharded now."""
+    if pair.student.sharded:
+        return str(pair.facts["student"]["weights_sha256"])
+    return weights_sha256(pair.student.model)
 
 
 def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
@@ -395,21 +539,56 @@ def scored_with(student_sha256: str, batch_tokens: int) -> dict[str, str | int]:
     return {"student": student_sha256, "batch_tokens": batch_tokens}
 
 
-def _columns(
-    pair: Pair, bank: Bank, config: ScoreConfig, *, shards: Shards | None, tops: int = 0
-) -> dict[str, np.ndarray]:
-    """Every measurement [N] by name, float64, over all processes, of a checked bank."""
-    shards = shards or Shards()
-    columns: dict[str, np.ndarray] = {}
+def measure_bank(
+    pair: Pair,
+    bank: Bank,
+    config: ScoreConfig = ScoreConfig(),
+    *,
+    shards: Shards | None = None,
+    tops: int = 0,
+) -> MeasuredBank:
+    """Measure every response position, for tables that are made of some contexts at a time.
+
+    In a run directory the measurements wait in a file, so that the memory that this takes grows
+    with the contexts themselves and with nothing that is measured of them.
+
+    Args:
+        pair: Student and teacher.
+        bank: The frozen contexts, N response positions in all.
+        config: Supports and batches.
+        shards: Where finished batches are kept, and taken from; nothing is kept by default.
+        tops: Number of each model's most likely tokens to list.
+
+    Returns:
+        The measured bank.
+
+    Raises:
+        DiagnosticsError: As `score` does.
+    """
+    bank, config = _graded(pair, bank), _decided(pair, config)
     assert config.batch_tokens is not None, "the size of the batches is decided before they run"
-    own = local_batches(batches(bank, batch_tokens=config.batch_tokens))
+    shards = shards or Shards()
+    store = RowStore(bank.positions, shards.folder)
+    planned = plans(bank, batch_tokens=config.batch_tokens)
+    own = distributed.share(range(len(planned)), planned.tokens)
+    todo = planned.of(number for number in own if not _taken_up(shards, planned, number, store))
     measure = _measure(pair, bank, config, tops=tops)
-    todo = _forward(pair, _not_kept(own, shards, columns, bank.positions), "score")
-    measured = ((batch, measure(batch, *states)) for batch, *states in todo)
+    measured = (
+        (batch, measure(batch, *states)) for batch, *states in _forward(pair, todo, "score")
+    )
     for batch, values in on_host(measured):
         shards.add(batch.rows_n.tolist(), values)
-        _fill(columns, batch, values, bank.positions)
-    return _gathered(columns, bank.positions)
+        store.put(batch.rows_n.numpy(), values)
+    return MeasuredBank(pair, bank, config, store)
+
+
+def _taken_up(shards: Shards, planned: BatchPlans, number: int, store: RowStore) -> bool:
+    """Whether an interrupted run kept a batch, whose measurements are then in the store."""
+    rows_n = planned.rows(number)
+    found = shards.take(rows_n.tolist())
+    if found is not None:
+        store.put(rows_n, {str(name): found[name].to_numpy() for name in found})
+    return found is not None
 
 
 def on_host(
@@ -470,7 +649,12 @@ def measure_again(
     Returns:
         By column name as in `score`, each [N] over all processes; 0 or False at a position that no
         batch has.
+
+    Raises:
+        DiagnosticsError: The student is sharded.
     """
+    if pair.student.sharded:
+        raise needs_whole_student("a selection that is measured anew")
     columns: dict[str, np.ndarray] = {}
     measure = _measure(pair, bank, config, tops=0)
     for batch, values in on_host(
@@ -649,42 +833,36 @@ def _graded(pair: Pair, bank: Bank) -> Bank:
 
 @torch.no_grad()
 def _forward(
-    pair: Pair, todo: list[Batch], description: str
+    pair: Pair, todo: Sequence[Batch], description: str
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    of_teacher = (
-        iter(teacher_states(pair, todo))
-        if pair.offload_teacher
-        else _teacher_states_in_turn(pair, todo)
-    )
-    for teacher_nH, batch in zip(of_teacher, _with_progress(todo, description)):
+    shown = _with_progress(todo, description)
+    if pair.offload_teacher:  # the student is whole then
+        for batch, teacher_nH in zip(shown, teacher_states(pair, todo)):
+            yield batch, batch.states(pair.student), teacher_nH
+        return
+    teacher = teacher_of(pair)
+    for batch in in_step(shown, len(todo), [*_models(teacher), pair.student]):
+        teacher_nH = batch.teacher_states(teacher)
         yield batch, batch.states(pair.student), teacher_nH
 
 
-def _teacher_states_in_turn(pair: Pair, todo: list[Batch]) -> Iterator[Tensor]:
-    """The teacher's states [n, H] for each batch.
-
-    A sharded teacher needs every process at every pass, so those with fewer batches run it on one
-    token until all are through.
-    """
-    teacher, spare = teacher_of(pair), 0
-    if teacher.sharded:  # asked before the first pass, since the processes wait for each other here
-        spare = max(distributed.total_lengths(len(todo))) - len(todo)
-    for batch in todo:
-        yield batch.teacher_states(teacher)
-    for _ in range(spare):
-        assert isinstance(teacher, Readout), "a top-K teacher is never sharded"
-        teacher.hidden(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
+def _models(teacher: Teacher) -> list[Readout]:
+    """The teacher, where it is a model that is run."""
+    return [teacher] if isinstance(teacher, Readout) else []
 
 
-def _with_progress(todo: list[Batch], description: str) -> Iterator[Batch]:
-    with progress(total=sum(len(batch.rows_n) for batch in todo), description=description) as bar:
+def _with_progress(todo: Sequence[Batch], description: str) -> Iterator[Batch]:
+    total = (
+        todo.positions if isinstance(todo, BatchPlans) else sum(len(batch.rows_n) for batch in todo)
+    )
+    with progress(total=total, description=description) as bar:
         for batch in todo:
             yield batch
             bar.update(len(batch.rows_n))
 
 
 @torch.no_grad()
-def teacher_states(pair: Pair, todo: list[Batch], *, on_host: bool = False) -> list[Tensor]:
+def teacher_states(pair: Pair, todo: Sequence[Batch], *, on_host: bool = False) -> list[Tensor]:
     """The teacher's states for each batch, from one forward pass.
 
     With `offload_teacher` the two models take turns on the device, and the states wait in main
@@ -698,18 +876,15 @@ def teacher_states(pair: Pair, todo: list[Batch], *, on_host: bool = False) -> l
     Returns:
         One tensor [n, H] per batch; for a top-K teacher its packed lists [n, 2K].
     """
+    teacher = teacher_of(pair)
     if not pair.offload_teacher:
         return [
-            teacher_nH.cpu() if on_host else teacher_nH
-            for teacher_nH, _ in zip(
-                _teacher_states_in_turn(pair, todo), _with_progress(todo, "teacher")
-            )
+            states_nH.cpu() if on_host else states_nH
+            for batch in in_step(_with_progress(todo, "teacher"), len(todo), _models(teacher))
+            for states_nH in [batch.teacher_states(teacher)]
         ]
     with pair.teachers_turn():
-        return [
-            batch.teacher_states(teacher_of(pair)).cpu()
-            for batch in _with_progress(todo, "teacher")
-        ]
+        return [batch.teacher_states(teacher).cpu() for batch in _with_progress(todo, "teacher")]
 
 
 @torch.no_grad()
@@ -744,12 +919,13 @@ def rescore(
     left = {id(batch) for batch in _not_kept(todo, shards, columns, positions)}
 
     def measured() -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        for batch, teacher_nH in zip(_with_progress(todo, description), teacher):
-            if id(batch) in left:
-                found = divergences.kl_pair_hidden(
-                    batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
-                )
-                yield batch, dict(zip(names, found))
+        shown = zip(_with_progress(todo, description), teacher)
+        here = (each for each in shown if id(each[0]) in left)
+        for batch, teacher_nH in in_step(here, len(left), [pair.student]):
+            found = divergences.kl_pair_hidden(
+                batch.states(pair.student), pair.student.logits, teacher_nH, logits, js=js
+            )
+            yield batch, dict(zip(names, found))
 
     for batch, values in on_host(measured()):
         shards.add(batch.rows_n.tolist(), values)
@@ -762,7 +938,12 @@ def _dropped(model: Readout) -> divergences.Logits | None:
     return model.dropped_logits if model.drops else None
 
 
-def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
+def _keys(pair: Pair, bank: Bank, *, masked: bool, judged: bool) -> pd.DataFrame:
+    """The columns of a token table that need no model.
+
+    masked, judged: whether the table tells which response tokens are positions, and which responses
+    are right, although no context of this bank may need it.
+    """
     counts = np.array([len(context.sampled_ids) for context in bank])
     context_N = np.repeat(np.arange(len(bank)), counts)
     token_N = sampled_tokens(bank)
@@ -785,11 +966,24 @@ def _keys(pair: Pair, bank: Bank) -> pd.DataFrame:
             "response_length": counts[context_N],
             "token_id": token_N,
             "is_special": of_tokens([token in special for token in known]),
-            **({"response_index": response_indices(bank.contexts)} if bank.masked else {}),
+            **({"response_index": response_indices(bank.contexts)} if masked else {}),
             "token": of_tokens([tokenizer.decode([token]) for token in known]),
-            **_verdicts(bank, context_N),
+            **(_verdicts(bank, context_N) if judged else {}),
         }
     )
+
+
+def _places(bank: Bank) -> pd.DataFrame:
+    """The context and the position of every row, as a token table has them."""
+    counts = np.array([len(context.sampled_ids) for context in bank])
+    names = pd.Series([context.context_id for context in bank])
+    kinds = {name: kind.dtype for name in ("position",) if (kind := column(name)) is not None}
+    return pd.DataFrame(
+        {
+            "context_id": names.repeat(counts).reset_index(drop=True),
+            "position": _counted(counts),
+        }
+    ).astype({"context_id": "str", **kinds})
 
 
 def _counted(counts: np.ndarray) -> np.ndarray:
@@ -798,10 +992,9 @@ def _counted(counts: np.ndarray) -> np.ndarray:
 
 
 def _verdicts(bank: Bank, context_N: np.ndarray) -> dict[str, np.ndarray]:
-    """The column `correct` [N], where any context of the bank was judged."""
+    """The column `correct` [N], NaN where a context was not judged."""
     verdicts = [np.nan if context.correct is None else context.correct for context in bank]
-    judged = any(context.correct is not None for context in bank)
-    return {"correct": np.array(verdicts, dtype=float)[context_N]} if judged else {}
+    return {"correct": np.array(verdicts, dtype=float)[context_N]}
 
 
 def sampled_tokens(contexts: Iterable[Context]) -> np.ndarray:
@@ -848,13 +1041,13 @@ def _restore_flags(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
+def _report_not_finite(bad: np.ndarray, pair: Pair, bank: Bank) -> None:
+    """Warn of these rows, or refuse a bank where they are too many."""
     if not len(bad):
         return
     starts = np.cumsum([0] + [len(context.sampled_ids) for context in bank])
     context = int(np.searchsorted(starts, bad[0], side="right")) - 1
-    stops = len(bad) > NOT_FINITE_LIMIT * len(values)
+    stops = len(bad) > NOT_FINITE_LIMIT * bank.positions
     of_student = _not_finite_of_student(pair, bank, bad[:NOT_FINITE_SHOWN] if stops else bad)
     where = (
         f"the first at position {bad[0] - starts[context]} of context {bank[context].context_id!r},"
@@ -864,13 +1057,13 @@ def _check_finite(values: np.ndarray, pair: Pair, bank: Bank) -> None:
     )
     if stops:
         raise DiagnosticsError(
-            f"{len(bad)} of {len(values)} positions have NaN or infinite logits ({where}). Load the"
-            " models in float32, or check their weights."
+            f"{len(bad)} of {bank.positions} positions have NaN or infinite logits ({where}). Load"
+            " the models in float32, or check their weights."
         )
     log.warning(
         "%d of %d positions have NaN or infinite logits and are excluded (%s)",
         len(bad),
-        len(values),
+        bank.positions,
         where,
     )
 

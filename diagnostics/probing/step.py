@@ -38,7 +38,8 @@ from diagnostics.core.types import Bank
 from diagnostics.measure import losses
 from diagnostics.models import topk_teacher
 from diagnostics.models.pair import Pair
-from diagnostics.models.weights import checksum, weights_sha256
+from diagnostics.models.readout import in_step
+from diagnostics.models.weights import checksum
 from diagnostics.probing import scores
 from diagnostics.probing.config.step import ProbeConfig
 from diagnostics.probing.directions import Direction, Store
@@ -46,6 +47,7 @@ from diagnostics.probing.folds import assign_folds, folds_of
 from diagnostics.probing.frozen_bank import BankPart, FrozenBank
 from diagnostics.probing.gradient_sums import GradientProduct, GradientSums, GradientTaker
 from diagnostics.probing.permuted_teacher import graded_by_others
+from diagnostics.probing.spread import is_divided, local, of_weights
 from diagnostics.probing.step_state import place_of
 from diagnostics.probing.tensor_lists import (
     first_update_in_place,
@@ -340,7 +342,7 @@ def kept_direction(
             beta=config.beta,
             optimizer=config.optimizer,
             graded_by=graded_by,
-        ).named()
+        ).named(bench.spread)
         store.keep(direction, seconds=time.monotonic() - began)
     else:
         log.info("%s: continuing along the direction of an interrupted run", store.folder)
@@ -381,8 +383,13 @@ class StepBench:
         self.gradient_precision = gradient_precision
         self.count = int(folds.max()) + 1
         self.teacher = scores.teacher_of(pair)
-        self.parameters: list[Tensor] = [
+        self.own_weights: list[Tensor] = [
             p for p in pair.student.model.parameters() if p.is_floating_point()
+        ]
+        self.spread = of_weights(self.own_weights)
+        # of a sharded student, what this process holds of each weight
+        self.parameters: list[Tensor] = [
+            local(p).detach() if is_divided(p) else p for p in self.own_weights
         ]
         _require_precision(self.parameters)
         self.place = place_of(pair.step_state, self.parameters)
@@ -399,12 +406,16 @@ class StepBench:
         # a gradient takes more memory, but runs on one fold's contexts, a share of a batch
         limit = scores.chosen_batch_tokens(pair, batch_tokens, use="gradient")
         self._part.keep_to(self.count * limit)
-        self.origin_sha256 = weights_sha256(pair.student.model)
+        self.origin_sha256 = scores.student_sha256(pair)
         self._checksums = [checksum(p) for p in self.parameters]
-        self.weight_norm = tensor_norm(self.parameters)
+        self.weight_norm = self.norm(self.parameters)
         self._origin: list[Tensor] | None = None
         self._copy: list[Tensor] | None = None
         self._before: dict[bool, tuple[np.ndarray, ...]] = {}
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Euclidean norm of a list of tensors, one per parameter, over all processes' parts."""
+        return tensor_norm(tensors, self.spread)
 
     def release_teacher(self) -> None:
         """Free the memory of the teacher's layers where memory may be short, once its states are
@@ -463,7 +474,8 @@ class StepBench:
         """
         backward, parts_N = after is not None, np.zeros(len(self.tokens))
         with torch.set_grad_enabled(backward):
-            for batch, teacher_nH in part.contexts_of(weights_N != 0):
+            todo = part.contexts_of(weights_N != 0), part.count_of(weights_N != 0)
+            for batch, teacher_nH in in_step(*todo, [self.pair.student]):
                 student_nH = self.states(batch) if backward else batch.states(self.pair.student)
                 value = self.batch_loss(batch, student_nH, teacher_nH, weights_N, **options)
                 parts_N[int(batch.rows_n[0])] = float(value.detach())
@@ -555,15 +567,16 @@ class StepBench:
         sums: list[GradientSums] = []
 
         def begin() -> tuple[GradientTaker, Callable[[int], None]]:
-            sums[:] = [GradientSums(self.parameters, self.place)]
+            sums[:] = [GradientSums(self.own_weights, self.place)]
             return sums[0], lambda row: None
 
         value = self._taken(begin, weights_N, graded_by, loss=loss, beta=beta)
         gradient = sums[0].total()
-        if not np.isfinite(value) or not np.isfinite(tensor_norm(gradient)):
+        norm = self.norm(gradient)
+        if not np.isfinite(value) or not np.isfinite(norm):
             raise DiagnosticsError(
-                f"The {loss} loss is {value} with gradient norm {tensor_norm(gradient)}. Check the"
-                " models' logits for NaN or inf, or use float32."
+                f"The {loss} loss is {value} with gradient norm {norm}. Check the models' logits"
+                " for NaN or inf, or use float32."
             )
         return value, gradient
 
@@ -586,14 +599,17 @@ class StepBench:
         Raises:
             DiagnosticsError: As `gradient`.
         """
-        parts_N = np.zeros(len(self.tokens))
+        parts_N = np.zeros(len(self.tokens) + distributed.world())
+        takers: list[GradientProduct] = []
 
         def begin() -> tuple[GradientTaker, Callable[[int], None]]:
             parts_N[:] = 0.0
-            taker = GradientProduct(self.parameters, direction)
-            return taker, lambda row: parts_N.__setitem__(row, taker.of_batch())
+            takers[:] = [GradientProduct(self.own_weights, direction)]
+            return takers[0], lambda row: parts_N.__setitem__(row, takers[0].of_batch())
 
         value = self._taken(begin, weights_N, None, loss=loss, beta=beta)
+        # what came with spare passes: this process's part of the layers of other processes' batches
+        parts_N[len(self.tokens) + distributed.rank()] = takers[0].of_batch()
         slope = math.fsum(distributed.sum_over_processes(parts_N))
         if not np.isfinite(value) or not np.isfinite(slope):
             raise DiagnosticsError(
@@ -626,6 +642,8 @@ class StepBench:
                         part, weights_N, after=after, own_teacher=graded_by is None, **options
                     )
             except (torch.OutOfMemoryError, MemoryError) as error:
+                if not self.spread.is_whole:
+                    raise scores.too_large(max(each.tokens for each in part.batches)) from error
                 part.halve(error)
         return value
 
@@ -658,14 +676,14 @@ class StepBench:
         advantage_N = self.tokens["advantage"].to_numpy()
         topk_teacher.require_loss(self.teacher, loss, advantage_N, weights_N)
         value, update = self.gradient(weights_N, loss=loss, beta=beta, graded_by=graded_by)
-        norm, slope = first_update_in_place(update, optimizer)
+        norm, slope = first_update_in_place(update, optimizer, self.spread)
         calibration_loss = loss if graded_by is not None else CALIBRATION_LOSS.get(loss, loss)
         if calibration_loss != loss:
             value, slope = self.slope(weights_N, update, loss=calibration_loss, beta=beta)
         if self.gradient_precision != "full" and graded_by is None:
             # drops are measured in full, and so is what they drop from
             value = self.mean_loss(weights_N, loss=calibration_loss, beta=beta)
-        return Direction(update, calibration_loss, value, norm, slope, tensor_norm(update))
+        return Direction(update, calibration_loss, value, norm, slope, self.norm(update))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -692,12 +710,13 @@ class StepBench:
             placebo_seed: Where given, every coordinate of the update gets a random sign.
         """
         with self.held():
-            first = 0
+            firsts = self.spread.firsts
             with torch.no_grad():
-                for p, o, d in zip(self.parameters, self.origin, direction, strict=True):
+                for p, o, d, first in zip(
+                    self.parameters, self.origin, direction, firsts, strict=True
+                ):
                     _move(p, o, d, step_size, placebo_seed, first)
                     self.place.rest([o, d])
-                    first += p.numel()
             yield
 
     @torch.no_grad()

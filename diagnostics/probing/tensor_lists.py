@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diagnostics.measure.divergences import to_float64
 from diagnostics.models.weights import splitmix64
+from diagnostics.probing.spread import Spread
 
 ADAM_EPS = 1e-8
 PIECE = 2**18
@@ -23,15 +24,28 @@ BITS = 64
 """Signs that one pseudo-random number gives."""
 
 
-def tensor_norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm over all tensors together."""
-    return float(sum((to_float64(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
+def tensor_norm(tensors: Sequence[Tensor], spread: Spread | None = None) -> float:
+    """Euclidean norm over all tensors together.
+
+    Args:
+        tensors: The tensors, or what this process holds of each.
+        spread: How they are divided among the processes; None where each process has all of them.
+    """
+    if spread is None or spread.is_whole:
+        return float(sum((to_float64(t) ** 2).sum() for (t,) in _pieces(tensors)) ** 0.5)
+    return spread.total(tensor_norm([t]) ** 2 for t in tensors) ** 0.5
 
 
-def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Euclidean norm of the difference of two lists, on the devices of the left one."""
-    squares = ((to_float64(a - b.to(a.device)) ** 2).sum() for a, b in _pieces(left, right))
-    return float(sum(squares) ** 0.5)
+def distance(
+    left: Sequence[Tensor], right: Sequence[Tensor], spread: Spread | None = None
+) -> float:
+    """Euclidean norm of the difference of two lists, on the devices of the left one; `spread` as
+    in `tensor_norm`.
+    """
+    if spread is None or spread.is_whole:
+        squares = ((to_float64(a - b.to(a.device)) ** 2).sum() for a, b in _pieces(left, right))
+        return float(sum(squares) ** 0.5)
+    return spread.total(distance([a], [b]) ** 2 for a, b in zip(left, right, strict=True)) ** 0.5
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -73,25 +87,33 @@ def first_update(gradient: Sequence[Tensor], optimizer: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def first_update_in_place(gradient: Sequence[Tensor], optimizer: str) -> tuple[float, float]:
+def first_update_in_place(
+    gradient: Sequence[Tensor], optimizer: str, spread: Spread | None = None
+) -> tuple[float, float]:
     """Turn a gradient into `first_update` of it.
 
     Args:
         gradient: One tensor per parameter; the update afterwards.
         optimizer: `adamw` or `sgd`.
+        spread: As in `tensor_norm`.
 
     Returns:
         The gradient's norm, and its product with the update, which is the change of the loss for a
         step of size 1, to first order.
     """
-    norm = tensor_norm(gradient)
+    norm = tensor_norm(gradient, spread)
     scale = max(norm, torch.finfo(torch.float32).tiny)
-    products = []
+    if spread is None or spread.is_whole:
+        return norm, float(sum(_updated(gradient, optimizer, scale)))
+    return norm, spread.total(float(sum(_updated([g], optimizer, scale))) for g in gradient)
+
+
+def _updated(gradient: Sequence[Tensor], optimizer: str, scale: float) -> Iterator[Tensor]:
+    """Turn gradients into updates, piece by piece; gives each piece's product of the two."""
     for (piece,) in (pieces for g in gradient for pieces in row_pieces(g)):
         before = piece.clone()
         piece.div_(before.abs().add_(ADAM_EPS) if optimizer == "adamw" else scale).neg_()
-        products.append((to_float64(before) * to_float64(piece)).sum())
-    return norm, float(sum(products))
+        yield (to_float64(before) * to_float64(piece)).sum()
 
 
 def signs(seed: int, first: int, count: int, device: torch.device | str) -> Tensor:

@@ -27,6 +27,7 @@ from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.progress import progress
 from diagnostics.measure import divergences, losses
+from diagnostics.models.config import needs_whole_student
 from diagnostics.probing import scores
 from diagnostics.probing.step import StepBench, loss_weights
 from diagnostics.probing.tensor_lists import first_update
@@ -105,6 +106,8 @@ class Tracer:
         optimizer: str,
         step_size: float,
     ):
+        if not bench.spread.is_whole:
+            raise needs_whole_student("an attribution")
         self.bench, self.weights_N = bench, weights_N
         self.loss, self.beta, self.step_size = loss, beta, step_size
         self.student, self.teacher = bench.pair.student, bench.teacher

@@ -48,6 +48,8 @@ from diagnostics.probing.tensor_lists import distance
 FUSED_ON = ("cpu", "cuda")
 """Devices whose AdamW torch has as one kernel, which training uses and which needs no further
 memory."""
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it."""
 SAME_COMPATIBILITY = 1e-3
 """Other batches change a compatibility by rounding alone; another K by far more than this."""
 Rows = np.ndarray
@@ -141,7 +143,7 @@ class _Optimizer:
         assert self.parts, "a trajectory goes on after its last horizon"
         for w, g in zip(self.weights, gradient, strict=True):
             w.grad = g
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings["max_grad_norm"])
+        norm = self._clip()
         for part in self.parts:
             part.param_groups[0]["lr"] = rate
             part.step()
@@ -152,7 +154,18 @@ class _Optimizer:
             with torch.no_grad():
                 for p, w in zip(self.bench.parameters, self.weights, strict=True):
                     p.copy_(w)
-        return float(norm)
+        return norm
+
+    def _clip(self) -> float:
+        """Bound the gradient's norm, and return what it was."""
+        most = self.settings["max_grad_norm"]
+        if self.bench.spread.is_whole:
+            return float(torch.nn.utils.clip_grad_norm_(self.weights, most))
+        gradient = [w.grad for w in self.weights if w.grad is not None]
+        norm = self.bench.norm(gradient)
+        for g in gradient:  # as torch does it with the norm of whole weights
+            g.mul_(min(1.0, most / (norm + CLIP_EPS)))
+        return norm
 
     def forget(self) -> None:
         """Free the memory of the moments, and of the weights' copy."""
@@ -198,7 +211,7 @@ class Trajectory:
     @property
     def update_norm(self) -> float:
         """Norm of the student's present distance from theta0."""
-        return distance(self.bench.parameters, self.bench.origin)
+        return distance(self.bench.parameters, self.bench.origin, self.bench.spread)
 
     def run(self, horizon: Sequence[int]) -> Iterator[int]:
         """Take the steps, and hand over wherever a horizon is reached.
@@ -304,7 +317,12 @@ def every_position(rows: Rows, number: int) -> np.ndarray:
 
 
 def remeasured(
-    bench: StepBench, rows: Rows, *, k: int, extra: tuple[str, ...] = ()
+    bench: StepBench,
+    rows: Rows,
+    *,
+    k: int,
+    extra: tuple[str, ...] = (),
+    of: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The token table of some contexts, measured with the student as it is now.
 
@@ -314,10 +332,12 @@ def remeasured(
         k: Size of the top-K supports; other sizes and what is no measurement of the two models
             keep the table's values.
         extra: Further measurements (`measure.extras`); those not named keep the table's values.
+        of: The bench's token table with the columns that are wanted; None takes all.
 
     Returns:
-        The token table of these rows.
+        The token table of these rows, with the columns of `of`.
     """
+    tokens = bench.tokens if of is None else of
     here_N = np.zeros(len(bench.tokens))
     here_N[rows] = 1.0
     found = scores.measure_again(
@@ -326,8 +346,8 @@ def remeasured(
         bench.weighted(here_N),
         scores.ScoreConfig(k=k, sweep=(), extra=extra),
     )
-    known = {name: values[rows] for name, values in found.items() if name in bench.tokens}
-    return bench.tokens.iloc[rows].assign(**known)
+    known = {name: values[rows] for name, values in found.items() if name in tokens}
+    return tokens.iloc[rows].assign(**known)
 
 
 def require_support(bench: StepBench, rows: Rows, *, k: int) -> None:

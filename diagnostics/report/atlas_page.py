@@ -20,12 +20,13 @@ from pathlib import Path
 import pandas as pd
 
 from diagnostics.analysis.across_pairs import CLAIMS, PairTables, effects, pooled
+from diagnostics.analysis.claims import p_words
 from diagnostics.analysis.decision import RIVALS
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.inputs import several
 from diagnostics.core.run_lock import hold
-from diagnostics.core.shown import sizes
-from diagnostics.report import figures, naming, page, run_results, summary, svg
+from diagnostics.core.shown import by_uncertainty, sizes
+from diagnostics.report import figures, glossary, naming, page, run_results, summary, svg
 from diagnostics.report.compare_runs import folder_names
 from diagnostics.report.page_tables import table_block
 from diagnostics.report.run_results import RunResults
@@ -173,23 +174,33 @@ def _facts(name: str, run: RunResults) -> dict[str, object]:
     prompts = positions = None
     if table is not None and "prompts" in table:
         prompts, positions = int(table["prompts"].max()), int(table["positions"].max())
-    models = summary.models(run)
     return {
         "pair": name,
-        "student": models.get("student", "–"),
-        "teacher": models.get("teacher", "–"),
+        **{role: _model(run, role) for role in ("student", "teacher")},
         "prompts": prompts,
         "positions": positions,
         "interventions": "yes" if decision is not None else "no",
     }
 
 
-def _number(value: float, *, signed: bool = True) -> str:
-    return f"{value:{'+' if signed else ''}.2g}".replace("-", "−")
+def _model(run: RunResults, role: str) -> str:
+    """A model's name, or its kind and size where the name says its role alone."""
+    name = summary.models(run).get(role, role)
+    kind = summary.kind(summary.identity(run, role))
+    return name if name != role else kind or "–"
 
 
 def _span(row: Mapping, low: str = "low", high: str = "high") -> str:
-    return f"[{_number(row[low])}, {_number(row[high])}]"
+    """An interval with the digits that half of it allows."""
+    half = (row[high] - row[low]) / 2
+    ends = (by_uncertainty(row[end], half, sign=True) for end in (low, high))
+    return f"[{', '.join(ends)}]".replace("-", "−")
+
+
+def _mean(row: Mapping) -> str:
+    """A mean over pairs with its interval."""
+    half = (row["high"] - row["low"]) / 2
+    return f"{by_uncertainty(row['mean'], half, sign=True)} {_span(row)}".replace("-", "−")
 
 
 def _of_pairs(row: Mapping) -> str:
@@ -232,7 +243,7 @@ def _by_budget(pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str) -> 
         for row in sure.head(MOST_NAMED if side == "above" else 1).to_dict("records"):
             found.append(
                 f"At {budget:.0%}, {naming.readable(row['conclusion'])} {verb} random positions by"
-                f" {_number(row['mean'])} {_span(row)} of what all positions give"
+                f" {_mean(row)} of what all positions give"
                 f" ({row['verdict']}; {_of_pairs(row)}){_divergent(pool, row)}."
             )
     return found
@@ -246,10 +257,7 @@ def _divergent(pool: pd.DataFrame, row: Mapping) -> str:
     if same.empty or row["mean"] < 0:
         return ""
     other = same.iloc[0].to_dict()
-    return (
-        f"; over random divergent positions {_number(other['mean'])} {_span(other)}"
-        f" ({other['verdict']})"
-    )
+    return f"; over random divergent positions {_mean(other)} ({other['verdict']})"
 
 
 def _claim_sentences(pool: pd.DataFrame, kind: str) -> list[str]:
@@ -267,8 +275,8 @@ def _claim_sentences(pool: pd.DataFrame, kind: str) -> list[str]:
 def _claim(row: Mapping) -> str:
     name, words = str(row["conclusion"]).split(":")[0], SENTENCES[str(row["conclusion"])]
     return (
-        f"{name}, {words}: {row['verdict']} (mean {_number(row['mean'])} {_span(row)};"
-        f" {_of_pairs(row)}; p {row['p_holm']:.2g} after Holm)."
+        f"{name}, {words}: {row['verdict']} (mean {_mean(row)};"
+        f" {_of_pairs(row)}; {p_words(row['p_holm'])} after Holm)."
     )
 
 
@@ -295,9 +303,9 @@ def _list(sentences: Sequence[str]) -> str:
 
 def _page(found: Atlas) -> str:
     sentences = found.sentences()
-    lead = "".join(
-        f"<h2>{html.escape(question)}</h2>{_list(texts)}" for question, texts in sentences.items()
-    )
+    lists = {question: _list(texts) for question, texts in sentences.items()}
+    linked = iter(glossary.linked("\0".join(lists.values())).split("\0"))
+    lead = "".join(f"<h2>{html.escape(question)}</h2>{next(linked)}" for question in lists)
     drawn = "".join(_figure(found, *drawing) for drawing in found.drawings())
     tables = {"atlas_pooled": found.pooled, "atlas_effects": found.effects}
     sections = [
@@ -305,6 +313,7 @@ def _page(found: Atlas) -> str:
         ("figures", "Figures", drawn),
         ("method", "How pairs are pooled", f"<p>{html.escape(METHOD)}</p>"),
         ("tables", "Tables", "".join(table_block(*item) for item in tables.items())),
+        ("methods", "Methods", glossary.glossary()),
     ]
     return page.shell(f"What holds on {len(found.runs)} pairs", "", lead, sections)
 
@@ -323,13 +332,19 @@ METHOD = (
 def _pairs_table(table: pd.DataFrame) -> str:
     buffer = io.StringIO()
     for row in table.astype(object).where(table.notna(), "–").to_dict("records"):
-        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in list(row.values())[1:])
+        cells = "".join(map(_cell, list(row.values())[1:]))
         buffer.write(f'<tr><th scope="row">{html.escape(str(row["pair"]))}</th>{cells}</tr>\n')
     heads = "".join(f'<th class="plain" scope="col">{html.escape(name)}</th>' for name in table)
     return (
         f'<div class="scroll"><table class="facts"><thead><tr>{heads}</tr></thead>'
         f"<tbody>\n{buffer.getvalue()}</tbody></table></div>"
     )
+
+
+def _cell(value: object) -> str:
+    if pd.api.types.is_number(value):
+        return f'<td class="number">{value:,.0f}</td>'
+    return f"<td>{html.escape(str(value))}</td>"
 
 
 def _figure(found: Atlas, name: str, caption: str, options: Mapping) -> str:

@@ -14,21 +14,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, fontManager, get_font
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import LayoutEngine
 from matplotlib.legend import Legend
+from matplotlib.spines import Spine
 from matplotlib.textpath import text_to_path
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report.look import ALWAYS, FONTS, SAVING, WIDE, changed, label_color, quiet
+from diagnostics.report.measured_once import MeasuredOnce, XAxisOnce, YAxisOnce, ticks_once
 
 # --- what was asked for ---
 
@@ -93,6 +95,7 @@ class Panel(Axes):
             "color": rc["text.color" if rc["axes.titlecolor"] == "auto" else "axes.titlecolor"],
             "pad": rc["axes.titlepad"],
         }
+        self.xaxis.__class__, self.yaxis.__class__ = XAxisOnce, YAxisOnce
 
     def set_title(self, label, fontdict=None, loc=None, **options):
         """`Axes.set_title` with the left as its usual place."""
@@ -171,19 +174,44 @@ class Settled(LayoutEngine):
         usual[0, :columns] += np.array(USUAL[0]) * figure.dpi
         usual[1, :rows] += np.array(USUAL[1]) * figure.dpi
         _arrange(figure, panels, usual, top, bottom)
-        before, over = usual, pads
+        before, over, said = usual, pads, None
         for number in range(3):
             over = pads.copy() if number < 2 else over  # ticks that come and go get room for both
-            for ax in panels:
-                if ax.get_visible():
-                    column, row = _cell(ax)
-                    across, up = _overhang(ax, renderer)
-                    over[0, column] = np.maximum(over[0, column], across + pads[0, column])
-                    over[1, row] = np.maximum(over[1, row], up + pads[1, row])
+            with ticks_once(panels):
+                if said is not None and said == _ticks_of(panels):
+                    break
+                free = _make_room(panels, renderer, over, pads)
+                said = None if free else _ticks_of(panels)
             _arrange(figure, panels, over, top, bottom)
             if np.abs(over - before).max() < 0.005 * figure.dpi:
                 break
             before = over
+
+
+def _make_room(panels: Sequence[Axes], renderer, over: np.ndarray, pads: np.ndarray) -> bool:
+    """Widen `over` to what hangs over the panels with its distance; whether anything does whose
+    place depends on their size: what is neither a title nor of an axis.
+    """
+    free = False
+    for ax in panels:
+        if ax.get_visible():
+            column, row = _cell(ax)
+            across, up, of_axes = _overhang(ax, renderer)
+            over[0, column] = np.maximum(over[0, column], across + pads[0, column])
+            over[1, row] = np.maximum(over[1, row], up + pads[1, row])
+            free |= not of_axes
+    return free
+
+
+def _ticks_of(panels: Sequence[Axes]) -> list[tuple[float, str]]:
+    """Places and labels of all ticks that the panels and what is inset in them show."""
+    return [
+        (float(tick.get_loc()), tick.label1.get_text())
+        for panel in panels
+        for ax in (panel, *panel.child_axes)
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in axis._update_ticks()
+    ]
 
 
 USUAL = ((0.5, 0.05), (0.2, 0.35))
@@ -214,15 +242,28 @@ def _arrange(
         ax.set_in_layout(True)
 
 
-def _overhang(ax: Axes, renderer) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels by which labels and titles stand out of an axes: left, right; above, below."""
-    around = ax.get_tightbbox(renderer, for_layout_only=True)
+def _overhang(ax: Axes, renderer) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Pixels by which labels and titles stand out of an axes: left, right; above, below. And
+    whether that is all that stands out.
+    """
     own = ax.get_window_extent(renderer)
-    if around is None:
-        return np.zeros(2), np.zeros(2)
+    around = ax.get_tightbbox(renderer, for_layout_only=True, bbox_extra_artists=[])
+    boxes = [own if around is None else around]
+    of_axes = True
+    for artist in ax.get_default_bbox_extra_artists():
+        box = artist.get_tightbbox(renderer)
+        if box is not None and np.isfinite(box.extents).all() and (box.width or box.height):
+            boxes.append(box)
+            of_axes &= isinstance(artist, Spine) or not _sticks_out(box, own)
+    around = Bbox.union(boxes)
     across = np.array([own.x0 - around.x0, around.x1 - own.x1])
     up = np.array([around.y1 - own.y1, own.y0 - around.y0])
-    return np.clip(across, 0, None), np.clip(up, 0, None)
+    return np.clip(across, 0, None), np.clip(up, 0, None), of_axes
+
+
+def _sticks_out(box: Bbox, own: Bbox) -> bool:
+    """Whether a box reaches beyond another one."""
+    return box.x0 < own.x0 or box.x1 > own.x1 or box.y0 < own.y0 or box.y1 > own.y1
 
 
 class Above(Legend):
@@ -241,51 +282,6 @@ def _texts_of(figure: Figure) -> tuple:
         for axis in (ax.xaxis, ax.yaxis)
     )
     return (*figure.get_size_inches(), len(figure.legends), words, places)
-
-
-class MeasuredOnce:
-    """A renderer that measures each text once in a process: names and ticks recur in every figure.
-
-    Measuring takes a quarter of the time of a report.
-    """
-
-    _sizes: ClassVar[dict[tuple, tuple[float, float, float]]] = {}
-
-    def get_text_width_height_descent(self, s, prop, ismath):
-        """Width, height and descent of a text, as the renderer measures it."""
-        rc = matplotlib.rcParams
-        fonts = (*(tuple(rc[name]) for name in FONTS), rc["text.hinting"])
-        key = (type(self), self.points_to_pixels(72), s, hash(prop), ismath, fonts)
-        if key not in self._sizes:
-            if len(self._sizes) > 20_000:
-                self._sizes.clear()
-            self._sizes[key] = super().get_text_width_height_descent(s, prop, ismath)
-        return self._sizes[key]
-
-    def _get_font_height_metrics(self, prop):
-        """Ascent, descent and gap between lines in pixels, which matplotlib would read from the
-        font's file for each text; None three times where the font does not have them.
-        """
-        height = prop.get_size_in_points() * self.points_to_pixels(72) / 72
-        try:
-            fonts = fontManager._find_fonts_by_props(prop)
-            return tuple(share * height for share in _heights(tuple(fonts)))
-        except (AttributeError, TypeError, KeyError):
-            return None, None, None
-
-
-@functools.cache
-def _heights(fonts: tuple) -> tuple[float, float, float]:
-    """Ascent, descent and gap of the first of some fonts, as shares of its size."""
-    font = get_font(fonts)
-    named = {"OS/2": ("sTypoAscender", "sTypoDescender", "sTypoLineGap")}
-    named["hhea"] = ("ascent", "descent", "lineGap")
-    for table, names in named.items():
-        if (held := font.get_sfnt_table(table)) is not None:
-            em = font.get_sfnt_table("head")["unitsPerEm"]
-            up, down, gap = (held[name] / em for name in names)
-            return up, -down, gap
-    raise KeyError("no table of heights")
 
 
 class _Agg(MeasuredOnce, RendererAgg):
@@ -332,7 +328,8 @@ class NotebookFigure(Figure):
         with matplotlib.rc_context(ALWAYS):
             self.set_layout_engine(None)
         try:
-            yield
+            with ticks_once(self.axes):
+                yield
         finally:
             self.set_layout_engine(engine)
 

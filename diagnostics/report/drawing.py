@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
@@ -63,23 +63,57 @@ def draw_all(
         The figures by name, in the page's order, and for each one that could not be drawn the
         reason.
     """
+    drawn, left_out, _ = draw_beside(run, {}, pdf=pdf, workers=workers)
+    return drawn, left_out
+
+
+def draw_beside(
+    run: RunResults,
+    others: Mapping[str, Callable[[], Any]],
+    *,
+    pdf: bool = False,
+    workers: int | None = None,
+) -> tuple[dict[str, Drawing], dict[str, str], dict[str, Any]]:
+    """Draw every figure of the report at both widths, and make other parts of a page with the same
+    processes.
+
+    Args:
+        run: As `draw_all`.
+        others: What makes each of the other parts; it can be pickled.
+        pdf: As `draw_all`.
+        workers: As `draw_all`.
+
+    Returns:
+        As `draw_all`, and the other parts by name.
+    """
     specs = in_page_order()
     names = [spec.name for spec in sorted(specs, key=lambda spec: spec.table != "tokens")]
+
+    def work(name: str) -> Any:
+        return others[name]() if name in others else _drawn(run, FIGURES[name], pdf)
+
     with progress(total=len(names), description="figures", unit=" figures") as bar:
-        made = share_out(
-            names, lambda name: _drawn(run, FIGURES[name], pdf), workers, tell=bar.update
-        )
+        uncounted = len(others)
+
+        def tell(count: int) -> None:
+            nonlocal uncounted
+            first = min(count, uncounted)
+            uncounted -= first
+            bar.update(count - first)
+
+        made = share_out([*others, *names], work, workers, tell=tell)
     drawn = {spec.name: made[spec.name] for spec in specs if isinstance(made[spec.name], Drawing)}
-    return drawn, {spec.name: made[spec.name] for spec in specs if spec.name not in drawn}
+    left_out = {spec.name: made[spec.name] for spec in specs if spec.name not in drawn}
+    return drawn, left_out, {name: made[name] for name in others}
 
 
 def _drawn(run: RunResults, spec: FigureSpec, pdf: bool) -> Drawing | str:
     """A figure in every form; the reason where it cannot be drawn."""
-    try:
-        wide, narrow = (figure_of(run, spec.name, width) for width in (DOUBLE, SINGLE))
-    except DiagnosticsError as error:
-        return str(error)
     with look.untouched():
+        try:
+            wide, narrow = (figure_of(run, spec.name, width) for width in (DOUBLE, SINGLE))
+        except DiagnosticsError as error:
+            return str(error)
         return Drawing(
             svg.inline_svg(wide, f"{spec.name}-wide"),
             svg.inline_svg(narrow, f"{spec.name}-narrow"),

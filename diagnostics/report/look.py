@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -177,10 +178,23 @@ def colors(dark: bool) -> dict[str, str]:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """A context in which no setting is the user's, for files that must not depend on them."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    """A context in which no setting is the user's, for files that must not depend on them.
+
+    Within another one it changes nothing.
+    """
+    if _UNTOUCHED.get():
         yield
+        return
+    token = _UNTOUCHED.set(True)
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            yield
+    finally:
+        _UNTOUCHED.reset(token)
+
+
+_UNTOUCHED: ContextVar[bool] = ContextVar("untouched", default=False)
 
 
 def ink() -> str:

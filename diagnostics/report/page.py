@@ -9,9 +9,10 @@ text that came from models, prompts or users is escaped. The figures are inline 
 
 from __future__ import annotations
 
+import functools
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diagnostics.report import (
@@ -20,11 +21,12 @@ from diagnostics.report import (
     naming,
     page_tables,
     provenance,
+    sides,
     summary,
     themes,
     tokenview,
 )
-from diagnostics.report.drawing import Drawing, draw_all
+from diagnostics.report.drawing import Drawing, draw_beside
 from diagnostics.report.figures.registry import FigureSpec, in_page_order
 from diagnostics.report.run_results import RunResults, read_run
 from diagnostics.report.tokenview import show
@@ -69,11 +71,12 @@ def build(
     directory = Path(run_dir)
     run = read_run(directory, shown=contexts)
     pdf = pdf or any((directory / "figures").glob("*.pdf"))
-    drawn, left_out = draw_all(run, pdf=pdf, workers=workers)
+    long = {name: functools.partial(make, run, contexts) for name, make in LONG.items()}
+    drawn, left_out, made = draw_beside(run, long, pdf=pdf, workers=workers)
     pages = {f"figures/{name}.png": drawing.png for name, drawing in drawn.items()}
     pages |= {f"figures/{name}.pdf": each.pdf for name, each in drawn.items() if each.pdf}
     pages["report.md"] = encoded(markdown.markdown(run, drawn, left_out))
-    pages["report.html"] = encoded(page(run, drawn, left_out, contexts=contexts))
+    pages["report.html"] = encoded(page(run, drawn, left_out, contexts=contexts, made=made))
     write_pages(directory, pages)
     return directory / "report.html"
 
@@ -84,8 +87,12 @@ def page(
     left_out: Mapping[str, str],
     *,
     contexts: int = CONTEXTS,
+    made: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole page as one string of HTML, with the first `contexts` as tokens."""
+    """The whole page as one string of HTML, with the first `contexts` as tokens; `made` holds what
+    has been made of `LONG` already.
+    """
+    made = made or {name: make(run, contexts) for name, make in LONG.items()}
     answer = summary.answer(run)
     above = [key for key in summary.FIRST if key in answer] or list(answer)[:2]
     lead = _paragraphs(run, {key: answer.pop(key) for key in above})
@@ -107,8 +114,9 @@ def page(
         ("not-run", "What was not run", not_run(run, left_out)),
         ("findings", "Findings", _paragraphs(run, answer)),
         ("figures", "Figures", "".join(figures) + magnitudes(run)),
-        ("tokens", "Tokens", token_view(run, contexts)),
-        ("tables", "Tables", page_tables.all_tables(run)),
+        ("responses", "Right and wrong responses", by_correctness(run)),
+        ("tokens", "Tokens", made["tokens"]),
+        ("tables", "Tables", made["tables"]),
         ("methods", "Methods", glossary.glossary()),
         ("provenance", "Provenance", _folded("Versions, settings, hashes", run)),
     ]
@@ -130,6 +138,28 @@ def _paragraphs(run: RunResults, answer: Mapping[str, str]) -> str:
         f"<p><b>{question}</b> {with_code(text)}</p>" for question, text in answer.items()
     )
     return glossary.linked(_to_tables(run, text))
+
+
+def by_correctness(run: RunResults) -> str:
+    """Right and wrong responses side by side, and what is folded below for either; empty where
+    nobody asked for their tables.
+    """
+    if not sides.is_asked(run):
+        return ""
+    folded = ""
+    for side, part in sides.parts(run).items():
+        if part is run:
+            continue
+        said = "".join(
+            f"<p><b>{question}</b> {with_code(text)}</p>"
+            for question, text in sides.answers(part).items()
+        )
+        title = f"{side.capitalize()} responses alone: {sides.counted(run, side)}"
+        folded += (
+            f'<details id="responses-{side}"><summary>{html.escape(title)}</summary>'
+            f"{glossary.linked(said)}{sides.tables(run, side)}</details>"
+        )
+    return sides.overview(run) + folded
 
 
 def _to_tables(run: RunResults, text: str) -> str:
@@ -156,6 +186,8 @@ def magnitudes(run: RunResults) -> str:
     table = run.table("placebo")
     if table is None:
         return ""
+    if "rollouts" in table:
+        table = table[table["rollouts"] == "all"].drop(columns="rollouts")
     table = table.drop(columns=["low", "high"], errors="ignore").replace(
         {"stratum": {r" to inf$": " and more"}}, regex=True
     )
@@ -286,12 +318,13 @@ def _card(claim: str, rows: list[dict]) -> str:
 
 def _brief(title: str, rows: list[dict]) -> str:
     """The verdicts of one kind of statistic in a line."""
-    said = ", ".join(
-        f'<span class="verdict {_class(str(row["verdict"]))}">{html.escape(str(row["verdict"]))}'
-        f"</span>{_by(row, rows)}"
-        for row in rows
-    )
+    said = ", ".join(f"{_verdict(str(row['verdict']))}{_by(row, rows)}" for row in rows)
     return f"<span>{html.escape(title)}{': ' if title else ''}{said}</span>"
+
+
+def _verdict(verdict: str) -> str:
+    kind = summary.verdict_class(verdict)
+    return f'<span class="verdict {kind}">{html.escape(verdict)}</span>'
 
 
 def _by(row: dict, rows: list[dict]) -> str:
@@ -330,11 +363,7 @@ def _agreed(rows: list[dict]) -> str:
     controlled = [row for row in rows if row.get("kind") == "controlled"]
     verdicts = {str(row["verdict"]) for row in controlled or rows}
     only = verdicts.pop() if len(verdicts) == 1 else ""
-    return _class(only)
-
-
-def _class(verdict: str) -> str:
-    return (verdict if verdict in summary.VERDICTS else "inconclusive").replace(" ", "-")
+    return summary.verdict_class(only)
 
 
 def _claim_test(row: dict) -> str:
@@ -343,8 +372,8 @@ def _claim_test(row: dict) -> str:
     exploratory = row.get("exploratory") in naming.TRUE
     tag = f' <span class="tag">exploratory{html.escape(why)}</span>' if exploratory else ""
     return (
-        f'<p>{html.escape(named)}<span class="verdict {_class(verdict)}">{html.escape(verdict)}'
-        f'</span>{tag}</p><p class="quiet">{html.escape(found)}</p>'
+        f"<p>{html.escape(named)}{_verdict(verdict)}{tag}</p>"
+        f'<p class="quiet">{html.escape(found)}</p>'
     )
 
 
@@ -406,6 +435,13 @@ def token_view(run: RunResults, contexts: int) -> str:
     color = "gain" if "gain" in run.tokens else "forward_kl"
     shown, note = tokenview.telling_contexts(run.bank, run.tokens, contexts)
     return show(run.bank, run.tokens, shown, color=color, tops=run.tops, note=note).fragment
+
+
+LONG: dict[str, Callable[[RunResults, int], str]] = {
+    "tables": lambda run, contexts: page_tables.all_tables(run),
+    "tokens": token_view,
+}
+"""Parts of a page that take as long as a figure, by the name of their section."""
 
 
 def _figure(spec: FigureSpec, drawn: Drawing) -> str:

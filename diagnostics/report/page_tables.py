@@ -117,13 +117,20 @@ def _table_order(run: RunTables) -> list[str]:
     ]
 
 
-def table_block(name: str, table: pd.DataFrame, *, opening: Mapping[str, Any] | None = None) -> str:
+def table_block(
+    name: str,
+    table: pd.DataFrame,
+    *,
+    opening: Mapping[str, Any] | None = None,
+    folder: str = "",
+) -> str:
     """A folded table; the page's script filters and sorts it, and builds a long one when opened.
 
     Args:
         name: The table's name; its caption comes from the catalogue.
         table: The table, with at least one row.
         opening: Column -> value that its filters are set to when it opens.
+        folder: Folder below tables/ that holds it, where it lies in one.
 
     Returns:
         HTML of a details element. A table of up to `ROWS_WRITTEN` rows is written out; a longer one
@@ -136,10 +143,12 @@ def table_block(name: str, table: pd.DataFrame, *, opening: Mapping[str, Any] | 
         rows = written_rows(shown)
     else:
         packed = f'<script type="application/json">{_packed(shown)}</script>'
+    place = html.escape(f"{folder}/{name}" if folder else name)
     return (
-        f'<details id="table-{html.escape(name)}" class="table"><summary><b>{html.escape(name)}</b>'
+        f'<details id="table-{place.replace("/", "-")}" class="table"><summary>'
+        f"<b>{html.escape(name)}</b>"
         f' {html.escape(caption(name))} <span class="quiet">{_rows(len(table))};'
-        f' tables/{html.escape(name)}.csv</span></summary><div class="scroll"'
+        f' tables/{place}.csv</span></summary><div class="scroll"'
         f' tabindex="0"><table><thead><tr>{_heads(shown, opening or {})}</tr></thead>'
         f'<tbody>\n{rows}</tbody></table></div><button type="button" class="copy">Copy as CSV'
         f"</button>{packed}</details>"

@@ -14,7 +14,7 @@ from diagnostics.core.schema import column
 from diagnostics.report.figures.registry import in_page_order
 from diagnostics.report.lead import HERE, PROGRAM
 from diagnostics.report.naming import readable
-from diagnostics.report.run_results import RunResults
+from diagnostics.report.run_results import OF_SIDES, RunResults
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.summary import chosen_folds
 
@@ -226,6 +226,8 @@ def missing(run: RunTables, left_out: Mapping[str, str]) -> list[str]:
         for name, (text, command) in PARTS.items()
         if run.table(name) is None
     ]
+    if run.table("by_correctness") is not None and OF_SIDES not in run.manifest.get("stages", {}):
+        lines.append(f"The tables for right and for wrong responses alone: {_how(OF_SIDES)}.")
     table = run.table("left_out")
     if table is not None:
         told = [_left_out(row.table, row.what, row.why) for row in table.itertuples()]

@@ -6,13 +6,14 @@ import html
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from diagnostics.analysis.prompt_groups import is_long, read_studied
+from diagnostics.analysis.responses import ALL, SIDES, of_responses, require_known
 from diagnostics.core import files
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import hashes_read, read_manifest
@@ -38,6 +39,49 @@ class RunResults(RunTables):
     """Both models' most likely tokens at each position, as `score_with_tops` returns them."""
     reading_notes: tuple[str, ...] = ()
     """Sentences on files that were left out, or that the manifest does not record."""
+    sides: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
+    """Tables of right and of wrong responses alone, where `by-correctness` made them."""
+
+    def responses(self, which: str) -> RunResults:
+        """The run as it is for one kind of responses: tables, token table, contexts.
+
+        Args:
+            which: `right` or `wrong`; `all` is the run itself.
+
+        Returns:
+            The results of the positions of those responses alone, after steps on all.
+
+        Raises:
+            DiagnosticsError: The kind is unknown, or there are no tables of it: nobody asked for
+                them, nothing was judged, or too few prompts have such a response.
+        """
+        require_known(which)
+        if which == ALL:
+            return self
+        if which not in self.sides:
+            raise DiagnosticsError(self.why_no(which))
+        tokens, bank, tops = self.tokens, self.bank, self.tops
+        if tokens is not None:
+            tokens = of_responses(tokens, which)
+        if bank is not None:
+            kept = [one for one in bank if one.correct is not None]
+            bank = Bank(tuple(one for one in kept if one.correct == bool(SIDES[which])))
+        if tops is not None and bank is not None:
+            names = [one.context_id for one in bank]
+            tops = tops[tops["context_id"].isin(names)].reset_index(drop=True)
+        return replace(
+            self, tables=self.sides[which], tokens=tokens, bank=bank, tops=tops, sides={}
+        )
+
+    def why_no(self, side: str) -> str:
+        """Why the run has no tables of right or of wrong responses alone; how to make them."""
+        facts = self.stage(OF_SIDES).get(side)
+        if isinstance(facts, Mapping) and facts.get("left_out"):
+            return str(facts["left_out"])
+        return (
+            f"The run holds no tables of {side} responses alone. Make them: `python -m diagnostics"
+            f" {OF_SIDES} --output-dir DIR`, of a run whose responses were judged."
+        )
 
     def __repr__(self) -> str:
         return cut(f"<Run {summary.title(self)}: {self._contents()}>")
@@ -64,7 +108,13 @@ class RunResults(RunTables):
         return "; ".join([*filter(None, kept), f"tables (rows): {names}"])
 
 
-def read_run(directory: str | Path, *, shown: int | None = None) -> RunResults:
+OF_SIDES = "by-correctness"
+"""The stage that makes the tables of right and of wrong responses alone."""
+
+
+def read_run(
+    directory: str | Path, *, shown: int | None = None, responses: str = ALL
+) -> RunResults:
     """Read the files of a finished run, for a notebook or the report.
 
     Needs neither torch nor a model. In a notebook `run = dx.read_run("reports/demo")` shows the
@@ -77,6 +127,8 @@ def read_run(directory: str | Path, *, shown: int | None = None) -> RunResults:
         shown: Number of contexts that a page is to show token by token. A token table that is too
             large to be studied whole is then read as the study's sample, with the contexts of its
             prompts, and the likeliest tokens of those that are shown alone.
+        responses: `right` or `wrong` for the tables and positions of those responses alone, which
+            `by-correctness` makes; the same as `read_run(directory).responses("right")`.
 
     Returns:
         The manifest, the tables by name, the token table, the bank of contexts and the most likely
@@ -84,8 +136,10 @@ def read_run(directory: str | Path, *, shown: int | None = None) -> RunResults:
 
     Raises:
         DiagnosticsError: The manifest or every table is missing, a file is damaged, or a link
-            stands where this program keeps a file of its own.
+            stands where this program keeps a file of its own; or there are no tables of the
+            responses that are asked for.
     """
+    require_known(responses)
     directory = Path(directory)
     manifest = _read_manifest(directory)
     reading = _Reading(directory, manifest)
@@ -102,7 +156,25 @@ def read_run(directory: str | Path, *, shown: int | None = None) -> RunResults:
         reading.read("contexts.parquet", read_bank),
         reading.read("tops.parquet", read_parquet),
     )
-    return RunResults(manifest, tables, tokens, bank, tops, tuple(reading.notes))
+    sides = _side_tables(manifest, reading)
+    whole = RunResults(manifest, tables, tokens, bank, tops, tuple(reading.notes), sides)
+    return whole.responses(responses)
+
+
+def _side_tables(
+    manifest: Mapping[str, Any], reading: _Reading
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """The recorded tables of right and of wrong responses alone, by side and name."""
+    recorded = manifest["stages"].get(OF_SIDES, {}).get("files", {})
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for side in SIDES:
+        for name in recorded:
+            if not name.startswith(f"tables/{side}/"):
+                continue
+            table = reading.read(name, _read_csv)
+            if table is not None:
+                found.setdefault(side, {})[Path(name).stem] = table
+    return found
 
 
 def _read_shown(

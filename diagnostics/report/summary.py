@@ -104,7 +104,7 @@ def pair_in_words(run: RunTables) -> str:
     names = models(run)
     if names.get("pair") not in (None, "custom") or not _only_roles(names):
         return ""
-    kinds = {role: _kind(identity(run, role)) for role in ("student", "teacher")}
+    kinds = {role: kind(identity(run, role)) for role in ("student", "teacher")}
     return f"Student {kinds['student']}, teacher {kinds['teacher']}" if all(kinds.values()) else ""
 
 
@@ -114,7 +114,7 @@ def identity(run: RunTables, role: str) -> Mapping:
     return next((value for value in found if isinstance(value, Mapping)), {})
 
 
-def _kind(facts: Mapping) -> str:
+def kind(facts: Mapping) -> str:
     """`Llama 1.0 M` of a model's architecture and number of parameters."""
     size, kind = facts.get("parameters"), str(facts.get("architecture", ""))
     if not kind or not isinstance(size, int) or size <= 0:
@@ -817,6 +817,11 @@ def _judgeable(table: pd.DataFrame) -> pd.DataFrame:
     text = {"verdict": "not judged", "reason": why, "sentence": ""}
     columns = {name: table[name].astype(object).mask(few, words) for name, words in text.items()}
     return table.assign(**columns)
+
+
+def verdict_class(verdict: str) -> str:
+    """The class of a verdict on a page; of one that is unknown, that of an inconclusive one."""
+    return (verdict if verdict in VERDICTS else "inconclusive").replace(" ", "-")
 
 
 def registered(run: RunTables) -> str:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diagnostics.report import style
-from diagnostics.report.canvas import MeasuredOnce, NotebookFigure
+from diagnostics.report.canvas import NotebookFigure
+from diagnostics.report.measured_once import MeasuredOnce
 
 DPI = 300
 """Dots per inch of an image file."""

@@ -207,12 +207,14 @@ def show(
             f"No measurement or criterion to color by is named {color!r}. This table can show"
             f" {', '.join(known)}."
         )
-    title = (
-        f"Tokens of {contexts[0].context_id}"
-        if len(contexts) == 1
-        else f"Tokens of {len(contexts)} contexts"
-    )
-    return TokenView(_fragment(payload), title, _printed(payload, measures[known.index(color)]))
+    printed = _printed(payload, measures[known.index(color)])
+    return TokenView(_fragment(payload), _title(contexts), printed)
+
+
+def _title(contexts: Sequence[Context]) -> str:
+    if len(contexts) == 1:
+        return f"Tokens of {contexts[0].context_id}"
+    return f"Tokens of {len(contexts)} contexts"
 
 
 def _printed(payload: dict[str, Any], measure: dict[str, Any]) -> Printed:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,9 @@ from diagnostics import criteria as registry
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.schema import read_parquet
 from diagnostics.core.settings import as_written
+
+if TYPE_CHECKING:
+    from diagnostics.training.config import EngineConfig, TrainConfig
 
 log = logging.getLogger("diagnostics")
 
@@ -258,60 +261,63 @@ class Job:
         return rules | {"ties": self.rules["ties"]} if same else rules
 
     def _require_same(self, name: str, record: dict) -> None:
-        path, engine = (
-            self.folder / f"{name}.json",
-            ({} if name == "untouched" else self.engine_identity),
-        )
-        compared = [
-            (
-                record["settings"],
-                self.identity,
-                [key for key in self.identity if key not in EARLIER_RULES],
-            ),
-            (record.get("engine", {}), engine, sorted(record.get("engine", {}).keys() | engine)),
-            (
-                record.get("sources", {}),
-                self.sources,
-                [
-                    key
-                    for key in record.get("sources", {})
-                    if key not in ("trl_sha256", "peft_sha256")
-                ],
-            ),
-        ]
-        different = [
-            f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
-            for was, now, keys in compared
-            for key in keys
-            if was.get(key) != now.get(key)
-        ]
+        path = self.folder / f"{name}.json"
+        different = self._differences(name, record)
         if different:
             raise DiagnosticsError(
                 f"{path} was trained with other settings ({'; '.join(different)}). Choose another"
                 " --output-dir."
             )
-        was, now = self._selected_by(name, record), self.rules
+        self._require_rules(path, self._selected_by(name, record))
+        self._require_code(path, record)
+
+    def _differences(self, name: str, record: dict) -> list[str]:
+        """Settings, engine options and sources that a finished cell does not share."""
+        engine = {} if name == "untouched" else self.engine_identity
+        theirs, sources = record.get("engine", {}), record.get("sources", {})
+        named = [key for key in sources if key not in ("trl_sha256", "peft_sha256")]
+        own = [key for key in self.identity if key not in EARLIER_RULES]
+        compared = [
+            (record["settings"], self.identity, own),
+            (theirs, engine, sorted(theirs.keys() | engine)),
+            (sources, self.sources, named),
+        ]
+        return [
+            f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
+            for was, now, keys in compared
+            for key in keys
+            if was.get(key) != now.get(key)
+        ]
+
+    def _require_rules(self, path: Path, was: dict[str, str]) -> None:
+        """Refuse a cell that selected otherwise, unless another version's cells are kept."""
+        now = self.rules
         rules = [f"{key} was {was[key]!r}, now {now[key]!r}" for key in was if was[key] != now[key]]
-        if rules:
-            if not self.accept_code:
-                raise DiagnosticsError(
-                    f"{path} selected its positions by other rules ({'; '.join(rules)}). Choose"
-                    " another --output-dir, those rules, or --accept-code to keep what it measured."
-                )
-            log.warning("%s: kept, though it selected by other rules (%s)", path, "; ".join(rules))
-        if self.code is not None and record.get("code", self.code) != self.code:
-            if not self.accept_code:
-                raise DiagnosticsError(
-                    f"{path} was trained by another version of this program (was {record['code']},"
-                    f" now {self.code}). Choose another --output-dir, that version, or"
-                    " --accept-code to keep what it measured."
-                )
-            log.warning(
-                "%s: kept, though another version of this program measured it (was %s, now %s)",
-                path,
-                record["code"],
-                self.code,
+        if not rules:
+            return
+        if not self.accept_code:
+            raise DiagnosticsError(
+                f"{path} selected its positions by other rules ({'; '.join(rules)}). Choose"
+                " another --output-dir, those rules, or --accept-code to keep what it measured."
             )
+        log.warning("%s: kept, though it selected by other rules (%s)", path, "; ".join(rules))
+
+    def _require_code(self, path: Path, record: dict) -> None:
+        """Refuse a cell of another version, unless such cells are kept."""
+        if self.code is None or record.get("code", self.code) == self.code:
+            return
+        if not self.accept_code:
+            raise DiagnosticsError(
+                f"{path} was trained by another version of this program (was {record['code']},"
+                f" now {self.code}). Choose another --output-dir, that version, or"
+                " --accept-code to keep what it measured."
+            )
+        log.warning(
+            "%s: kept, though another version of this program measured it (was %s, now %s)",
+            path,
+            record["code"],
+            self.code,
+        )
 
     def _require_whole(self, name: str, record: dict) -> None:
         for file in self.files(name):
@@ -643,20 +649,11 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
 
     from diagnostics.core.tables import write_parquet
     from diagnostics.core.types import read_bank
-    from diagnostics.training.config import EngineConfig, TrainConfig
     from diagnostics.training.run import train
 
-    began, grid = time.perf_counter(), job.grid
+    began = time.perf_counter()
     pair, data, held_out, evaluation = _pair_and_prompts(job, cell.seed)
-    config = TrainConfig(
-        criterion=cell.criterion,
-        budget=cell.budget,
-        seed=cell.seed,
-        **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss", "ties", "scope")},
-    )
-    engine = EngineConfig(
-        **job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"]
-    )
+    config, engine = _configs_of(job, cell)
     untouched = read_parquet(job.folder / "untouched.parquet")
     bank = read_bank(job.folder / BANK)
     with scratch_folder(job, cell) as scratch:
@@ -684,6 +681,23 @@ def run_cell(job: Job, cell: TrainingCell) -> str:
         threads=torch.get_num_threads(),
     )
     return f"{cell.name}: {seconds:.0f} s"
+
+
+def _configs_of(job: Job, cell: TrainingCell) -> tuple[TrainConfig, EngineConfig]:
+    """What a cell trains, and how TRL runs it."""
+    from diagnostics.training.config import EngineConfig, TrainConfig
+
+    grid = job.grid
+    config = TrainConfig(
+        criterion=cell.criterion,
+        budget=cell.budget,
+        seed=cell.seed,
+        **{key: grid[key] for key in ("steps", "batch", "learning_rate", "loss", "ties", "scope")},
+    )
+    engine = EngineConfig(
+        **job.engine, max_new_tokens=grid["max_new_tokens"], save_every=0, probe_every=grid["steps"]
+    )
+    return config, engine
 
 
 def _first_gains(gains: pd.DataFrame, bank) -> pd.DataFrame:

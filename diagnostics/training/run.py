@@ -174,11 +174,7 @@ def train(
     monitor = TrainingMonitor(
         pair, directory, config, engine, evaluation, held_out, bank, untouched
     )
-    with warnings.catch_warnings():
-        # TRL 1.16 asks the model under a name that transformers 5.23 has deprecated
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with _without_deprecations():
         with _explained(engine):
             trainer = _trainer(
                 pair, prompts, directory, config, engine, monitor, dict(options or {})
@@ -186,9 +182,18 @@ def train(
         with _machine_named(directory), _explained(engine, begun=lambda: trainer.begun):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _keep_student(trainer, pair, prompts, config, directory)
-    return TrainResult(
-        read_lines(directory / "metrics.jsonl"), monitor.summary(), directory / "student"
-    )
+    metrics = read_lines(directory / "metrics.jsonl")
+    return TrainResult(metrics, monitor.summary(), directory / "student")
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """TRL 1.16 asks the model under a name that transformers 5.23 has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield
 
 
 def _keep_student(

@@ -42,6 +42,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -198,17 +199,13 @@ class Selection:
         """Whether the positions of a step are measured: for the selection, or for the log."""
         return bool(set(criteria.find(self.criterion).needs) - set(KEYS)) or self.is_due(step)
 
-    def more(self, step: int) -> divergences.More | None:
-        """Measures the columns that the criterion and the log read beside the usual ones."""
-        own = extras.asked(extras_of(criteria.find(self.criterion).needs), k=self.k)
-        if not self.is_due(step):
-            return own
+    def more(self) -> divergences.More | None:
+        """Measures the columns that the criterion reads beside the usual ones."""
+        return extras.asked(extras_of(criteria.find(self.criterion).needs), k=self.k)
 
-        def measure(student_NV: Tensor, teacher_NV: Tensor, sampled_N: Tensor) -> dict:
-            found = overlap.measure_overlap(student_NV, teacher_NV, sampled_N, k=self.k)
-            return found if own is None else found | own(student_NV, teacher_NV, sampled_N)
-
-        return measure
+    def of_lists(self, step: int) -> divergences.OfLists | None:
+        """Measures the columns that the log reads beside the usual ones."""
+        return partial(overlap.measure_overlap, k=self.k) if self.is_due(step) else None
 
     def _rules(self) -> dict[str, Any]:
         return {
@@ -473,7 +470,8 @@ class SelectedDistillationTrainer(DistillationTrainer):
             self._teacher_logits(teacher_nH),
             inputs["completion_ids"][valid_BT],
             k=self.selection.k,
-            more=self.selection.more(self.state.global_step),
+            more=self.selection.more(),
+            of_lists=self.selection.of_lists(self.state.global_step),
         )
 
     @torch.no_grad()

@@ -2,14 +2,19 @@
 
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 import diagnostics
+from diagnostics.core import types
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.types import Bank, Context, read_bank
+from diagnostics.core.tables import write_parquet
+from diagnostics.core.types import Bank, Context, read_bank, write_bank
 from tests.conftest import make_bank
 
 
@@ -33,6 +38,28 @@ def test_bank_survives_parquet(tmp_path):
     bank = make_bank([3, 1])
     bank.to_frame().to_parquet(tmp_path / "contexts.parquet", index=False)
     assert read_bank(tmp_path / "contexts.parquet") == bank
+
+
+def test_a_bank_in_parts_is_the_bank_whatever_its_first_contexts_lack(tmp_path, monkeypatch):
+    plain = make_bank([2, 1, 3, 2])
+    known = {"correct": True, "domain": "code", "sampled_logprobs": (-0.5, float("nan"), -1.0)}
+    hinted = {"teacher_prompt": "hint", "teacher_prompt_ids": (1, 2)}
+    told = replace(plain[2], supervised=(True, False, True), **known, **hinted)
+    for bank in (plain, Bank((*plain.contexts[:2], told, plain[3]))):
+        whole = write_bank(tmp_path / "whole.parquet", bank).read_bytes()
+        assert whole == write_parquet(tmp_path / "one.parquet", bank.to_frame()).read_bytes()
+        monkeypatch.setattr(types, "CONTEXTS_TOGETHER", 2)
+        path = write_bank(tmp_path / "parts.parquet", bank)
+        monkeypatch.undo()
+        assert pq.read_metadata(path).num_row_groups == 2
+        assert repr(read_bank(path).contexts) == repr(bank.contexts)
+        assert str([vars(c) for c in read_bank(path)]) == str([vars(c) for c in bank])
+
+
+def test_equal_token_ids_are_one_object():
+    bank = Bank.from_frame(make_bank([40, 40]).to_frame().map(deepcopy))
+    large = [i for context in bank for i in context.ids]
+    assert len({id(i) for i in large}) == len(set(large)) and set(map(type, large)) == {int}
 
 
 @pytest.mark.parametrize("value", [np.array([]), [True], "False", None, float("nan"), pd.NA, 2])

@@ -1,22 +1,44 @@
 """What the tokens that both models list say, by hand and against a loop over tokens."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from diagnostics.measure import overlap
-from diagnostics.measure.divergences import top_ids
+from diagnostics.measure import divergences
 from diagnostics.measure.overlap import measure_overlap
+
+COLUMNS = (
+    "listed_student_mass",
+    "listed_teacher_mass",
+    "overlap_advantage",
+    "overlap_advantage_teacher",
+)
 
 P = [0.5, 0.25, 0.15, 0.1]
 Q = [0.1, 0.4, 0.3, 0.2]
 
 
+def of_logits(student_NV, teacher_NV, k, **options):
+    """The columns of `measure_overlap` beside those of the statistics."""
+    found = divergences.measure_hidden(
+        student_NV,
+        lambda logits: logits,
+        teacher_NV,
+        lambda logits: logits,
+        torch.zeros(len(student_NV), dtype=torch.long),
+        k=k,
+        of_lists=partial(measure_overlap, k=k),
+        **options,
+    )
+    return {name: found[name] for name in COLUMNS}
+
+
 def measured(p, q, k):
     logits = (torch.log(torch.tensor([row], dtype=torch.float64)) for row in (p, q))
-    found = measure_overlap(*logits, torch.zeros(1, dtype=torch.long), k=k)
+    found = of_logits(*logits, k)
     return {name: float(values) for name, values in found.items()}
 
 
@@ -50,7 +72,7 @@ def test_equal_models_disagree_nowhere():
 def test_a_slow_loop_agrees(k, dtype):
     draws = torch.Generator().manual_seed(0)
     logits = [(3 * torch.randn(12, 40, generator=draws)).to(dtype) for _ in range(2)]
-    found = measure_overlap(*logits, torch.zeros(12, dtype=torch.long), k=k)
+    found = of_logits(*logits, k, chunk=5)
     for row in range(12):
         p, q = (np.exp(x[row].double().log_softmax(-1).numpy()) for x in logits)
         best = [sorted(range(40), key=lambda i, x=x: (-float(x[row, i]), i))[:k] for x in logits]
@@ -69,22 +91,21 @@ def test_a_slow_loop_agrees(k, dtype):
     assert (found["overlap_advantage"].nan_to_num() <= 1e-12).all()
 
 
-@pytest.mark.parametrize("small", [0, 4096])
-def test_the_lists_are_those_of_the_supports(small, monkeypatch):
-    """Equal logits at the end of a list go to the lower id, by either search."""
-    monkeypatch.setattr(overlap, "SMALL", small)
-    logits = torch.randint(0, 6, (200, 40), generator=torch.Generator().manual_seed(1)).float()
-    logits[7] = 0.0
-    for k in (1, 5, 16, 60):
-        found = overlap._listed(logits, k).sort(-1).values
-        assert torch.equal(found, top_ids(logits, k).sort(-1).values)
+def test_no_list_is_searched_a_second_time(monkeypatch):
+    """Two searches for a chunk, one per model, whatever is measured of the lists."""
+    searched, search = [], divergences.top_ids
+    monkeypatch.setattr(
+        divergences, "top_ids", lambda *one, **more: searched.append(one) or search(*one, **more)
+    )
+    of_logits(*torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(2)), 16, chunk=6)
+    assert len(searched) == 2
 
 
 def test_impossible_and_undefined_tokens():
     """A token of probability 0 adds nothing of its own; a NaN leaves the position undefined."""
     student = torch.tensor([[0.0, 0.0, -torch.inf], [torch.nan, 0.0, 0.0]])
     teacher = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, 0.0]])
-    found = measure_overlap(student, teacher, torch.zeros(2, dtype=torch.long), k=3)
+    found = of_logits(student, teacher, 3)
     for role in ("student", "teacher"):
         assert float(found[f"listed_{role}_mass"][0]) == pytest.approx(1)
     assert found["overlap_advantage_teacher"][0] == pytest.approx(math.log(0.5) / 3)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diagnostics.models.readout import Readout, remove_layers
+from diagnostics.core import distributed
+from diagnostics.models.readout import Readout, in_step, remove_layers
 from tests.conftest import make_model
 
 
@@ -100,3 +101,27 @@ def test_pruned_layers_are_gone():
         ).shape[1]
         > 2
     )
+
+
+class Counted:
+    """A model that counts its spare passes."""
+
+    def __init__(self, name, sharded, passes):
+        self.name, self.sharded, self.passes = name, sharded, passes
+
+    def spare_pass(self):
+        self.passes.append(self.name)
+
+
+def test_a_process_with_fewer_passes_runs_spare_ones_of_the_sharded_models(monkeypatch):
+    monkeypatch.setattr(distributed, "total_lengths", lambda count: [count, 4])
+    passes = []
+    models = [Counted("teacher", True, passes), Counted("whole", False, passes)]
+    models.append(Counted("student", True, passes))
+    assert list(in_step("ab", 2, models)) == ["a", "b"]
+    assert passes == ["teacher", "student"] * 2
+
+
+def test_whole_models_ask_no_other_process(monkeypatch):
+    monkeypatch.setattr(distributed, "total_lengths", None)
+    assert list(in_step(iter([1, 2]), 2, [Counted("whole", False, [])])) == [1, 2]

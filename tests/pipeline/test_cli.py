@@ -15,9 +15,9 @@ from tests import study_tables
 NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
-        "accept-code batch-tokens beta budgets chat chat-template-kwargs contexts criteria"
-        " criterion-module device draws dtype extra folds gradient-precision horizon json k"
-        " learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
+        "accept-code batch-tokens beta budgets by-correctness chat chat-template-kwargs contexts"
+        " criteria criterion-module device draws dtype extra folds gradient-precision horizon json"
+        " k learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
         " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
         " placebos primary prompt-column prompts prompts-split quick quiet random-draws"
         " rollout-engine rollouts rollouts-format samples-per-prompt scope seed shard-teacher"
@@ -91,6 +91,7 @@ SURFACE = {
         " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
         " teacher-revision temperature top-k top-p turns verifier warm-steps"
     ),
+    "by-correctness": "criterion-module json output-dir quiet",
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
     "rerun": "criterion-module device inputs json output-dir quiet",
     "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",

@@ -57,6 +57,18 @@ def test_the_tables_are_those_of_the_function_with_domains(compared):
     assert set(agreement["what"]) == {"rank correlation", "overlap", "Jaccard"}
 
 
+def test_the_page_is_made_of_the_tables_and_the_manifest(compared):
+    page = (compared / "teachers.html").read_text()
+    assert "2 teachers of one student: teacher, other" in page
+    assert 'id="table-teachers_differences"' in page and "teacher_sha256" in page
+    assert (compared / "figures" / "teachers.png").is_file()
+    assert set(json.loads((compared / "pages.json").read_text())) == {
+        "teachers.html",
+        "figures/teachers.png",
+        "figures/teachers_agreement.png",
+    }
+
+
 def test_a_second_call_keeps_everything_and_says_the_same(models, compared, capsys):
     before = {p: p.read_bytes() for p in compared.rglob("*.parquet")}
     made = (compared / "other" / "scores.parquet").stat().st_mtime_ns

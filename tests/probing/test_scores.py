@@ -1,12 +1,18 @@
 """The token table against whole-model forwards, and the batches that it is measured in."""
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from diagnostics.core import progress, types
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.progress import Shards
 from diagnostics.core.schema import SCHEMA
+from diagnostics.core.tables import write_parquet_parts
 from diagnostics.core.types import Bank, Context
 from diagnostics.measure.extras import COLUMNS
 from diagnostics.models.pair import assemble
@@ -258,10 +264,10 @@ def test_on_the_cpu_a_batch_is_handed_out_at_once():
 
 def test_the_size_of_a_batch_is_8192_on_the_cpu(pair, bank, monkeypatch):
     """The table of a run without the setting is that of the number, in every bit."""
-    asked, original = [], scores.batches
+    asked, original = [], scores.plans
     monkeypatch.setattr(
         scores,
-        "batches",
+        "plans",
         lambda bank, **options: asked.append(options) or original(bank, **options),
     )
     pd.testing.assert_frame_equal(
@@ -443,3 +449,65 @@ def test_a_position_that_was_not_scored_has_no_likeliest_tokens():
     )
     for name in ("student_top", "student_top_p", "teacher_top", "teacher_top_p"):
         assert [len(cell) for cell in tops[name]] == [scores.TOPS] * 320 + [0] * 3
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Few positions and contexts in memory at a time, and every batch on disk at once."""
+    monkeypatch.setattr(scores, "POSITIONS_TOGETHER", 16)
+    monkeypatch.setattr(types, "CONTEXTS_TOGETHER", 4)
+    monkeypatch.setattr(progress, "SHARD_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "on disk"])
+def test_tables_in_parts_are_the_whole_ones_bit_for_bit(pair, in_parts, tmp_path, kept):
+    judged = make_bank([5, 9, 1, 7, 30, 4, 3])
+    judged = Bank((*judged.contexts[:5], replace(judged[5], correct=True), judged[6]))
+    config = scores.ScoreConfig(batch_tokens=40)
+    shards = Shards(tmp_path / "shards") if kept else None
+    measured = scores.measure_bank(pair, judged, config, shards=shards, tops=3)
+    tokens, tops = list(measured.tokens()), list(measured.tops())
+    assert [len(part) for part in tokens] == [len(part) for part in tops] == [15, 7, 30, 7]
+    for name, parts in (("tokens", tokens), ("tops", tops)):
+        write_parquet_parts(tmp_path / f"{name}.parquet", parts, types=scores.TOP_TYPES)
+    whole = score(pair, judged, config)
+    assert pd.concat(tokens, ignore_index=True).equals(whole)
+    assert pd.read_parquet(tmp_path / "tokens.parquet").equals(whole)
+    assert {part.attrs["scored"]["batch_tokens"] for part in tokens} == {40}
+    again = scores.measure_bank(pair, judged, config, shards=Shards(tmp_path / "shards"), tops=3)
+    assert pd.concat(again.tokens(), ignore_index=True).equals(whole)
+
+
+def test_a_bank_is_scored_in_memory_that_does_not_grow_with_what_is_measured(
+    pair, in_parts, tmp_path, monkeypatch
+):
+    """Per position 200 bytes, of the contexts themselves; the two tables have over 1,000."""
+
+    monkeypatch.setattr(scores, "POSITIONS_TOGETHER", 256)
+
+    def peak(contexts):
+        folder = tmp_path / str(contexts)
+        types.write_bank(folder / "contexts.parquet", make_bank([50] * contexts))
+        tracemalloc.start()
+        try:
+            bank = types.read_bank(folder / "contexts.parquet")
+            measured = scores.measure_bank(
+                pair,
+                bank,
+                scores.ScoreConfig(batch_tokens=1000),
+                shards=Shards(folder / "shards"),
+                tops=scores.TOPS,
+            )
+            write_parquet_parts(folder / "scores.parquet", measured.tokens())
+            write_parquet_parts(folder / "tops.parquet", measured.tops(), types=scores.TOP_TYPES)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(20)  # what is made once
+    small, large = peak(40), peak(120)
+    whole = sum(
+        pd.read_parquet(tmp_path / "120" / f"{name}.parquet").memory_usage(deep=True).sum()
+        for name in ("scores", "tops")
+    )
+    assert (large - small) / (50 * 80) < 200 < 1000 < whole / (50 * 120)

@@ -286,6 +286,9 @@ def test_a_minibatch_is_measured_anew_with_the_student_of_its_step(setting):
     assert np.abs(table[names].to_numpy() - bench.tokens[names].iloc[rows].to_numpy()).max() > 1e-2
     assert list(table.columns) == list(bench.tokens.columns)
     assert (table.dtypes == bench.tokens.dtypes).all()
+    some = ["context_id", "position", "forward_kl", "compatibility"]
+    narrow = remeasured(bench, rows, k=16, of=bench.tokens[some])
+    pd.testing.assert_frame_equal(narrow, remeasured(bench, rows, k=16)[some])
 
 
 MEASURED = (

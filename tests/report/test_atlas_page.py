@@ -1,5 +1,6 @@
 """The atlas of several pairs: its page, its files and what it refuses."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.shown import by_uncertainty
 from diagnostics.pipeline.cli import main
 from diagnostics.report.atlas_page import atlas
 
@@ -27,7 +29,9 @@ def test_each_sentence_is_made_from_a_row(found):
         if not (named := re.match(r"(C\d), ", text)):
             continue
         row = rows.loc[[name for name in rows.index if name.startswith(named[1] + ":")]]
-        numbers = {f"{value:+.2g}".replace("-", "−") for value in row["mean"]}
+        halves = (row["high"] - row["low"]) / 2
+        shown = map(functools.partial(by_uncertainty, sign=True), row["mean"], halves)
+        numbers = {text.replace("-", "−") for text in shown}
         assert any(number in text for number in numbers), text
 
 

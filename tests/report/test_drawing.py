@@ -1,7 +1,10 @@
 """Figures of a report: the same bytes for any number of processes, and nothing lost with one."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +70,39 @@ def test_what_is_taken_is_told_and_adds_up():
         told = []
         drawing.share_out(list("abcdef"), str.upper, workers, tell=told.append)
         assert sum(told) == 6 and min(told) >= 0
+
+
+def test_other_parts_of_a_page_are_made_beside_the_figures_and_are_not_counted_as_such(
+    tmp_path, monkeypatch
+):
+    counted = []
+
+    class Bar:
+        def update(self, count):
+            counted.append(count)
+
+    @contextlib.contextmanager
+    def seen(total, description, unit):
+        counted.append(-total)
+        yield Bar()
+
+    monkeypatch.setattr(drawing, "progress", seen)
+    directory = study_tables.write_run(tmp_path / "run", verdicts=study_tables.verdicts())
+    run = read_run(directory)
+    others = {"sum": lambda: 3 + 4, "word": lambda: "seven"}
+    for workers in (1, 2):
+        del counted[:]
+        drawn, left_out, made = drawing.draw_beside(run, others, workers=workers)
+        assert made == {"sum": 7, "word": "seven"} and list(made) == list(others)
+        assert drawn and not set(others) & {*drawn, *left_out}
+        assert sum(counted) == 0 and min(counted[1:]) >= 0
+
+
+def test_what_a_page_needs_is_loaded_without_a_model_library_or_the_parts_of_scipy():
+    code = (
+        "import sys, diagnostics.report.page;"
+        "print([name for name in ('torch', 'scipy.special', 'scipy.spatial', 'scipy.stats')"
+        " if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

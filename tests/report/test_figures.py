@@ -1248,8 +1248,8 @@ def test_agreement_takes_a_divergence_and_prints_the_permutation_p():
 # --- options and registry ---
 
 FIGURES = [name for name in figures.__all__ if name not in ("SINGLE", "DOUBLE", "style")]
-OF_TWO_TABLES = {"atlas"}
-"""Figures of two tables; tests/report/test_atlas_page.py draws them."""
+OF_TWO_TABLES = {"atlas", "teachers", "teachers_agreement"}
+"""Figures that no run's page has; the tests of their own pages draw them."""
 
 
 def test_completion_shows_figures_and_the_two_widths_alone():

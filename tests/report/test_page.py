@@ -31,7 +31,7 @@ from diagnostics.report import (
     style,
     summary,
 )
-from diagnostics.report.drawing import figure_of
+from diagnostics.report.drawing import draw_all, figure_of
 from diagnostics.report.figures import registry
 from tests import browser, study_tables
 from tests.report import made_tables
@@ -298,8 +298,8 @@ def test_verdicts_of_earlier_versions_become_cards_with_both_gains():
     assert cards.count("<li") == 2
     assert (
         '<li class="card inconclusive"><h3>Teachability ranks better&nbsp;<span class="tag">C1'
-        '</span></h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain, <span'
-        ' class="verdict supported">supported</span> by relative gain</span></p>' in cards
+        '</span></h3><p class="brief"><span><span class="verdict refuted">refuted</span> by gain,'
+        ' <span class="verdict supported">supported</span> by relative gain</span></p>' in cards
     )
     assert '<div><p>gain: <span class="verdict refuted">refuted</span></p>' in cards
     assert '<li class="card supported"><h3>Compatible &lt;gains&gt; more' in cards
@@ -505,7 +505,7 @@ def test_figures_take_the_divergence_that_the_loss_lowers(decided):
     assert figure_of(results, "horizon").axes[0].get_ylabel() == "drop of reverse KL (nats)"
     manifest = json.loads(json.dumps(results.manifest).replace("reverse_kl", "forward_kl"))
     other = dataclasses.replace(results, manifest=manifest)
-    drawn, left_out = page.draw_all(other)
+    drawn, left_out = draw_all(other)
     assert figure_of(other, "horizon").axes[0].get_ylabel() == "drop of forward KL (nats)"
     assert "decision" in drawn and "decision" not in left_out
 
@@ -696,7 +696,7 @@ def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     assert set(foresight.tables(study_tables.grid_outcomes(), draws=20)) == {
         name for name in later if name.startswith("validation")
     }
-    _drawn, left_out = page.draw_all(run_results.read_run(directory))
+    _drawn, left_out = draw_all(run_results.read_run(directory))
     assert {name for name in left_out if not name.startswith("validation")} == {
         "agreement",  # of too few cells
         "evaluations",
@@ -718,7 +718,7 @@ def test_a_figure_without_its_columns_is_named_not_drawn(tmp_path):
         directory / "tables" / "calibration.csv", index=False
     )
     study_tables.record(directory)
-    drawn, left_out = page.draw_all(run_results.read_run(directory))
+    drawn, left_out = draw_all(run_results.read_run(directory))
     assert set(drawn) == {"correlations", "distributions", "q3_contrast", "q3_gain"}
     assert left_out["entropy_divergence"] == "no column compatibility in the tokens table"
     assert left_out["calibration"] == "no table calibration"

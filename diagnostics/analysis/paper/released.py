@@ -93,17 +93,9 @@ PLANE = ["figure", "x_bin", "y_bin", "x_low", "x_high", "y_low", "y_high", "posi
 BINS = 10
 
 
-def _row(
-    row: str,
-    quantity: str,
-    estimate: float,
-    n: float,
-    *,
-    low: float = np.nan,
-    high: float = np.nan,
-    k: float = np.nan,
-    budget: float = np.nan,
-) -> dict:
+def _row(row: str, quantity: str, estimate: float, n: float, **given: float) -> dict:
+    """A row of `LONG`; `given` are k, budget, low and high, as far as they are known."""
+    k, budget, low, high = (given.get(name, np.nan) for name in ("k", "budget", "low", "high"))
     return dict(zip(LONG, (row, quantity, float(k), float(budget), estimate, low, high, n)))
 
 

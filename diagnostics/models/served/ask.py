@@ -15,7 +15,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -238,18 +238,7 @@ def ask_teacher(
         DiagnosticsError: There is no URL or no such server, it refuses or fails again and again,
             its tokenizer is not the student's, or an answer does not fit its context.
     """
-    import pandas as pd
-
-    url = require_server(config)
-    stop = threading.Event()
-    server = Server(
-        read_address(url),
-        key=read_key(config.api_key_env),
-        timeout=config.timeout,
-        retries=config.retries,
-        stop=stop,
-        wait=wait,
-    )
+    server = _server_of(config, wait)
     served = find_served(server, config)
     log.info("%s at %s, asked as %s", served.model, server.address.shown, served.dialect)
     kept = shards(_name_of(served))
@@ -258,25 +247,13 @@ def ask_teacher(
     found = {i: _kept(kept, i) for i in asked}
     left = [i for i in asked if found[i] is None]
     try:
-        with progress(total=len(left), description="asking", unit=" contexts") as bar:
-            for answers in _answers(server, served, bank, left, config, texts.spelling):
-                for i, answer in answers:
-                    texts.check(answer)
-                    found[i] = (answer.ids, answer.logprobs)
-                    kept.add([i], {"top_ids": [answer.ids], "top_logprobs": [answer.logprobs]})
-                    bar.update(1)
-                kept.flush()
+        found |= _new_answers(server, served, bank, left, config, texts, kept)
     finally:
-        stop.set()
+        server.stop.set()
         kept.flush()
     if left:
         texts.warn()
-    rows = [
-        (bank[i].context_id, list(bank[i].response_ids), *lists)
-        for i, lists in found.items()
-        if lists is not None
-    ]
-    frame = pd.DataFrame(rows, columns=["context_id", "response_ids", "top_ids", "top_logprobs"])
+    frame = _lists(bank, found)
     _say_shorter(frame, config, len(tokenizer))
     return frame, {
         "served_model": _last_name(served.model),
@@ -288,6 +265,50 @@ def ask_teacher(
         "texts_different": texts.differing,
         "requests_repeated": server.repeated,
     }
+
+
+def _server_of(config: AskConfig, wait: Callable[[float], Any] | None) -> Server:
+    return Server(
+        read_address(require_server(config)),
+        key=read_key(config.api_key_env),
+        timeout=config.timeout,
+        retries=config.retries,
+        wait=wait,
+    )
+
+
+def _new_answers(
+    server: Server,
+    served: Served,
+    bank: Bank,
+    left: Sequence[int],
+    config: AskConfig,
+    texts: Texts,
+    kept: Shards,
+) -> dict[int, tuple[list, list]]:
+    """The lists of the contexts that are left, each checked and kept before the next is taken."""
+    found: dict[int, tuple[list, list]] = {}
+    with progress(total=len(left), description="asking", unit=" contexts") as bar:
+        for answers in _answers(server, served, bank, left, config, texts.spelling):
+            for i, answer in answers:
+                texts.check(answer)
+                found[i] = (answer.ids, answer.logprobs)
+                kept.add([i], {"top_ids": [answer.ids], "top_logprobs": [answer.logprobs]})
+                bar.update(1)
+            kept.flush()
+    return found
+
+
+def _lists(bank: Bank, found: Mapping[int, tuple[list, list] | None]) -> pd.DataFrame:
+    """The table of `ask_teacher`, from the lists by the number of their context."""
+    import pandas as pd
+
+    rows = [
+        (bank[i].context_id, list(bank[i].response_ids), *lists)
+        for i, lists in found.items()
+        if lists is not None
+    ]
+    return pd.DataFrame(rows, columns=["context_id", "response_ids", "top_ids", "top_logprobs"])
 
 
 def _last_name(model: str) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.contexts.trained_prompts import RECORD, read_trained_prompts, seen_contexts
 from diagnostics.core.fingerprints import fingerprint_files
-from diagnostics.core.schema import AFTER
-from diagnostics.core.tables import write_parquet
+from diagnostics.core.tables import write_parquet_parts
 from diagnostics.core.types import Bank, read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
@@ -22,6 +23,7 @@ from diagnostics.pipeline.stages.token_table import join_tokens
 if TYPE_CHECKING:
     from diagnostics.models.pair import Pair
     from diagnostics.probing.config.scores import ScoreConfig
+    from diagnostics.probing.scores import MeasuredBank
 
 log = logging.getLogger("diagnostics")
 
@@ -46,17 +48,16 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         checkpoint: Folder or Hugging Face id of the trained student.
         config: Supports and batches, those of the scores.
     """
-    from diagnostics.probing.scores import score_after
+    from diagnostics.probing.scores import measure_bank
 
     def work() -> dict:
         pair = _trained_pair(models, checkpoint)
         bank = pair.graded(read_bank(run.path("contexts.parquet")))
-        after = score_after(pair, bank, config, shards=run.shards("after"))
+        measured = measure_bank(pair, bank, config, shards=run.shards("after"))
         seen = _seen(checkpoint, bank)
-        write_parquet(run.path("after.parquet"), after if seen is None else after.assign(seen=seen))
+        write_parquet_parts(run.path("after.parquet"), _after_parts(measured, config, seen))
         seen_facts = {} if seen is None else {"seen_positions": int(seen.sum())}
-        not_finite = int(after[f"forward_kl{AFTER}"].isna().sum())
-        return {**pair.facts, "steps": 1, "not_finite": not_finite, **seen_facts}
+        return {**pair.facts, "steps": 1, "not_finite": measured.not_finite, **seen_facts}
 
     trained = {"after": fingerprint_files(Path(checkpoint))} if Path(checkpoint).exists() else {}
     run.stage(
@@ -69,6 +70,19 @@ def after_stage(run: Run, models: Models, checkpoint: str, config: ScoreConfig) 
         models=lambda: models.fingerprint() | trained,
     )
     join_tokens(run)
+
+
+def _after_parts(
+    measured: MeasuredBank, config: ScoreConfig, seen_N: np.ndarray | None
+) -> Iterator[pd.DataFrame]:
+    """The parts of after.parquet: a trained student's columns, and whether it saw the prompt."""
+    from diagnostics.probing.scores import as_after
+
+    first = 0
+    for part in measured.tokens():
+        after, last = as_after(part, config), first + len(part)
+        yield after if seen_N is None else after.assign(seen=seen_N[first:last])
+        first = last
 
 
 def _trained_pair(models: Models, checkpoint: str) -> Pair:

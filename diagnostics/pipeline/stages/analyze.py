@@ -124,20 +124,12 @@ def _analysis(
         from diagnostics.analysis.prompt_groups import read_studied
 
         tokens = read_studied(run.path("tokens.parquet"), seed)
-        if "gain" not in tokens:
-            raise DiagnosticsError(
-                f"{run.path('tokens.parquet')} has no gains in nats."
-                + (
-                    " Give the scores of the trained student as well, with --tokens-after."
-                    if "import" in run.manifest["stages"]
-                    else " Run the probe stage first."
-                )
-            )
+        _require_gains(run, tokens)
         options = {
             **dataclasses.asdict(config),
             "seed": seed,
             "training": read_csv(source) if source else None,
-            "base_k": _table_k(run, tokens, scored or k),
+            "base_k": table_k(run, tokens, k),
             "choices": choices,
             "registered": registered,
         }
@@ -149,6 +141,19 @@ def _analysis(
         "code": ("analysis.study", *(["analysis.engine_check"] if _of_engine(run) else [])),
     }
     return stage, task
+
+
+def _require_gains(run: Run, tokens: pd.DataFrame) -> None:
+    """Refuse a token table without gains."""
+    if "gain" not in tokens:
+        raise DiagnosticsError(
+            f"{run.path('tokens.parquet')} has no gains in nats."
+            + (
+                " Give the scores of the trained student as well, with --tokens-after."
+                if "import" in run.manifest["stages"]
+                else " Run the probe stage first."
+            )
+        )
 
 
 def _of_engine(run: Run) -> list[str]:
@@ -190,7 +195,7 @@ def _engine_tables(
     return {**made, "warnings": known}
 
 
-def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
+def table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
     """Return the K of a token table's columns, as scoring, the table or `stated` says.
 
     Raises:
@@ -198,7 +203,7 @@ def _table_k(run: Run, tokens: pd.DataFrame, stated: int | None) -> int | None:
     """
     from diagnostics.analysis.robustness import depends_on_k, known_k, shown_k
 
-    k = known_k(tokens, stated)
+    k = known_k(tokens, scored_k(run) or stated)
     shown = shown_k(tokens) if "import" in run.manifest["stages"] else None
     if shown is not None and k != shown:
         raise DiagnosticsError(

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diagnostics.analysis.bounds import marked
-from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.tables import write_csv, write_parquet
-from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ANALYSIS, ATTRIBUTION, PROBE, SCORE, Job
-from diagnostics.pipeline.stages.settings import merged, require_probe_settings
-from diagnostics.pipeline.stages.token_table import GAIN_KEYS, join_tokens
+from diagnostics.pipeline.stages.settings import (
+    merged,
+    refuse_sharded_student,
+    require_probe_settings,
+)
+from diagnostics.pipeline.stages.token_table import GAIN_KEYS, join_tokens, scored_bank
 
 if TYPE_CHECKING:
     from diagnostics.analysis.config import AnalysisConfig
     from diagnostics.probing.config.attribution import AttributionConfig
     from diagnostics.probing.config.step import ProbeConfig
+TABLES = ("linearity", "kernel", "kernel_shares", "lift")
+"""The tables that it writes."""
 
 
 def do(job: Job) -> None:
@@ -51,43 +55,48 @@ def attribute_stage(
         analysis: Draws and level of the intervals.
         batch_tokens: The most tokens of a batch.
     """
-    from diagnostics.probing.attribution import attribute
-
+    refuse_sharded_student(models, "an attribution")
     require_probe_settings(run, probe, what="An attribution")
-    names = ("linearity", "kernel", "kernel_shares", "lift")
-
-    def work() -> None:
-        bank, tokens = (
-            read_bank(run.path("contexts.parquet")),
-            validate_tokens(read_parquet(run.path("scores.parquet"))),
-        )
-        result = attribute(
-            models.pair,
-            bank,
-            probe,
-            config,
-            analysis,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-        )
-        write_parquet(
-            run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]
-        )
-        made = dict(
-            zip(names, (result.linearity, result.kernel, result.shares, result.lift), strict=True)
-        )
-        for name, table in marked(made, tokens, otherwise="change of a bound").items():
-            write_csv(run.path(f"tables/{name}.csv"), table)
-
     settings = merged(models.settings, probe, config, analysis, {"batch_tokens": batch_tokens})
     run.stage(
         "attribute",
         settings=settings,
         inputs=["contexts.parquet", "scores.parquet", "gains.parquet"],
-        outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in names)],
-        work=work,
+        outputs=["first_order.parquet", *(f"tables/{name}.csv" for name in TABLES)],
+        work=lambda: _attributed(run, models, probe, config, analysis, batch_tokens),
         derived=True,
         code=("probing.attribution",),
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def _attributed(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: AttributionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+) -> None:
+    """Attribute, and write columns and tables."""
+    from diagnostics.probing.attribution import attribute
+
+    bank, tokens = scored_bank(run)
+    result = attribute(
+        models.pair,
+        bank,
+        probe,
+        config,
+        analysis,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+    )
+    write_parquet(
+        run.path("first_order.parquet"), result.tokens[[*GAIN_KEYS, "first_order_gain", "lift"]]
+    )
+    made = dict(
+        zip(TABLES, (result.linearity, result.kernel, result.shares, result.lift), strict=True)
+    )
+    for name, table in marked(made, tokens, otherwise="change of a bound").items():
+        write_csv(run.path(f"tables/{name}.csv"), table)

@@ -74,14 +74,9 @@ def compare_stage(
         seed: Seed of the bootstrap.
         made: Where another process makes the tables of the gains, from `comparison_to_make`.
     """
-    from diagnostics.analysis.decision import decide
-    from diagnostics.analysis.rank_agreement import agreement, answers
-
     config = widened(run, "compare", config, analysis, {"seed": seed}, everything="criteria")
     tables: dict[str, pd.DataFrame] = {}
     effects = next(iter(_compared(run)[1:]), None)
-    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
-    loss = step.get("loss", "reverse_kl")
     options = {**dataclasses.asdict(analysis), "seed": seed}
 
     def work() -> None:
@@ -94,11 +89,7 @@ def compare_stage(
         tables.update((made or Ahead({})).take("compare", _comparison_task(run, config, options)))
         if effects:
             sums = read_parquet(run.path(effects))
-            tables.update(
-                offline_agreement=agreement(tokens, sums, rules=config.rules, **options),
-                offline_answers=answers(tokens, sums, rules=config.rules),
-                decision=decide(sums, loss=loss, choices=primary_choices(run, None)[0], **options),
-            )
+            tables.update(_with_interventions(run, config, tokens, sums, options))
         tables.update(marked(tables, tokens, otherwise="change of a bound"))
         for name, table in tables.items():
             write_csv(run.path(f"tables/{name}.csv"), table)
@@ -112,6 +103,26 @@ def compare_stage(
         derived=True,
         code=COMPARISON_CODE,
     )
+
+
+def _with_interventions(
+    run: Run,
+    config: ComparisonConfig,
+    tokens: pd.DataFrame,
+    sums: pd.DataFrame,
+    options: Mapping[str, Any],
+) -> dict[str, pd.DataFrame]:
+    """The tables that set the interventions, as sums per prompt, beside the gains."""
+    from diagnostics.analysis.decision import decide
+    from diagnostics.analysis.rank_agreement import agreement, answers
+
+    step = run.manifest["stages"].get("intervene", {}).get("settings", {})
+    loss, choices = step.get("loss", "reverse_kl"), primary_choices(run, None)[0]
+    return {
+        "offline_agreement": agreement(tokens, sums, rules=config.rules, **options),
+        "offline_answers": answers(tokens, sums, rules=config.rules),
+        "decision": decide(sums, loss=loss, choices=choices, **options),
+    }
 
 
 def _compared(run: Run) -> list[str]:

@@ -16,7 +16,13 @@ from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ANALYSIS, INTERVENTION, PROBE, SCORE, Job
-from diagnostics.pipeline.stages.settings import merged, require_probe_settings, scored_k, widened
+from diagnostics.pipeline.stages.settings import (
+    merged,
+    refuse_sharded_student,
+    require_probe_settings,
+    scored_k,
+    widened,
+)
 from diagnostics.pipeline.stages.token_table import GAIN_KEYS
 
 if TYPE_CHECKING:
@@ -78,51 +84,58 @@ def intervene_stage(
         batch_tokens: The most tokens of a batch.
         drop: Whether criteria whose columns the scores lack are left out, and not refused.
     """
-    from diagnostics.probing.config.trajectory import require_horizon
-    from diagnostics.probing.intervention import SUPPORT, interventions
-    from diagnostics.probing.intervention_table import summarize
-
+    refuse_sharded_student(models, "an intervention")
     require_probe_settings(run, probe, what="An intervention")
-    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop)
-
-    def work() -> dict:
-        bank, tokens = read_bank(run.path("contexts.parquet")), _before_intervening(run)
-        _say_grid(len(tokens), len(bank), probe, config)
-        result = interventions(
-            models.pair,
-            bank,
-            probe,
-            config,
-            tokens=tokens,
-            k=scored_k(run) or SUPPORT,
-            batch_tokens=batch_tokens,
-            cache=run.path("cells"),
-            shards=run.shards,
-        )
-        write_parquet(run.path("interventions.parquet"), result.by_prompt())
-        table = marked(
-            {"intervention": summarize(result, **dataclasses.asdict(analysis), seed=probe.seed)},
-            tokens,
-        )["intervention"]
-        write_csv(run.path("tables/intervention.csv"), table)
-        chosen = result.calibration[result.calibration["chosen"]].iloc[0]
-        return {
-            "cells": len(result.cells),
-            "steps": result.steps,
-            "step_size": float(chosen.step_size),
-            "relative_norm": float(chosen.relative_norm),
-            "horizon": list(require_horizon(config.horizon)),
-            "horizon_rate": config.trajectory(models.pair, probe).rate,
-        }
-
+    config = _whole_grid(run, config, _others(models, probe, analysis, batch_tokens), drop=drop)
     run.stage(
         "intervene",
         **_intervention(run, models, probe, config, analysis, batch_tokens),
         outputs=["interventions.parquet", "tables/intervention.csv"],
-        work=work,
+        work=lambda: _intervened(run, models, probe, config, analysis, batch_tokens),
         derived=True,
         models=models.fingerprint,
     )
+
+
+def _intervened(
+    run: Run,
+    models: Models,
+    probe: ProbeConfig,
+    config: InterventionConfig,
+    analysis: AnalysisConfig,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """Measure the grid, write its files, and return the facts for the manifest."""
+    from diagnostics.probing.config.trajectory import require_horizon
+    from diagnostics.probing.intervention import SUPPORT, interventions
+    from diagnostics.probing.intervention_table import summarize
+
+    bank, tokens = read_bank(run.path("contexts.parquet")), _before_intervening(run)
+    _say_grid(len(tokens), len(bank), probe, config)
+    result = interventions(
+        models.pair,
+        bank,
+        probe,
+        config,
+        tokens=tokens,
+        k=scored_k(run) or SUPPORT,
+        batch_tokens=batch_tokens,
+        cache=run.path("cells"),
+        shards=run.shards,
+    )
+    write_parquet(run.path("interventions.parquet"), result.by_prompt())
+    table = summarize(result, **dataclasses.asdict(analysis), seed=probe.seed)
+    shown = marked({"intervention": table}, tokens)["intervention"]
+    write_csv(run.path("tables/intervention.csv"), shown)
+    chosen = result.calibration[result.calibration["chosen"]].iloc[0]
+    return {
+        "cells": len(result.cells),
+        "steps": result.steps,
+        "step_size": float(chosen.step_size),
+        "relative_norm": float(chosen.relative_norm),
+        "horizon": list(require_horizon(config.horizon)),
+        "horizon_rate": config.trajectory(models.pair, probe).rate,
+    }
 
 
 def _intervention(
@@ -180,13 +193,17 @@ def _say_grid(
     )
 
 
+def _others(
+    models: Models, probe: ProbeConfig, analysis: AnalysisConfig, batch_tokens: int
+) -> tuple[Any, ...]:
+    """Settings of the stage beside those of its grid."""
+    return models.settings, probe, analysis, {"batch_tokens": batch_tokens}
+
+
 def _whole_grid(
     run: Run,
-    models: Models,
-    probe: ProbeConfig,
     config: InterventionConfig,
-    analysis: AnalysisConfig,
-    batch_tokens: int,
+    others: tuple[Any, ...],
     *,
     drop: bool,
     say: bool = True,
@@ -194,7 +211,6 @@ def _whole_grid(
     """The grid that is measured: what is asked for and can be, with what is there already."""
     if drop:
         config = _with_columns(run, config, say=say)
-    others = (models.settings, probe, analysis, {"batch_tokens": batch_tokens})
     names = ("criteria", "budgets", "horizon")
     return widened(run, "intervene", config, *others, names=names, say=say)
 
@@ -230,7 +246,8 @@ def cells_to_measure(
     from diagnostics.pipeline.ahead import cores
     from diagnostics.probing.intervention import SUPPORT
 
-    config = _whole_grid(run, models, probe, config, analysis, batch_tokens, drop=drop, say=False)
+    others = _others(models, probe, analysis, batch_tokens)
+    config = _whole_grid(run, config, others, drop=drop, say=False)
     asked = _intervention(run, models, probe, config, analysis, batch_tokens)
     threads = torch.get_num_threads()
     if (

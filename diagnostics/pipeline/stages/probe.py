@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.analysis.bounds import is_listed
 from diagnostics.core.progress import expect
-from diagnostics.core.schema import read_parquet, validate_tokens
 from diagnostics.core.tables import write_csv, write_parquet
 from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
@@ -48,37 +48,9 @@ def probe_stage(
     What will be concluded from (`primary`, as `PrimaryChoices.parse` reads it) is recorded first.
     """
     from diagnostics.probing.config.trajectory import require_horizon
-    from diagnostics.probing.one_step import probe
 
     names = ["calibration", "placebo"]
     names += ["horizon"] if require_horizon(controls.horizon) else []
-
-    def work() -> dict:
-        bank, tokens = (
-            read_bank(run.path("contexts.parquet")),
-            validate_tokens(read_parquet(run.path("scores.parquet"))),
-        )
-        expect(_probe_work(len(tokens), len(bank), config, controls))
-        result = probe(
-            models.pair,
-            bank,
-            config,
-            controls,
-            tokens=tokens,
-            batch_tokens=batch_tokens,
-            shards=run.shards,
-        )
-        added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
-        write_parquet(run.path("gains.parquet"), result.tokens[added])
-        listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
-        for name in names:
-            write_csv(run.path(f"tables/{name}.csv"), getattr(result, name).assign(**listed))
-        return {
-            **dataclasses.asdict(result.step),
-            "folds": len(result.steps),
-            "horizon_rate": controls.rate(models.pair.name),
-        }
-
     choices = register_primary(run, primary)
     run.stage(
         "probe",
@@ -87,11 +59,46 @@ def probe_stage(
         ),
         inputs=["contexts.parquet", "scores.parquet"],
         outputs=["gains.parquet", *(f"tables/{name}.csv" for name in names)],
-        work=work,
+        work=lambda: _probed(run, models, config, controls, batch_tokens, names),
         code=("probing.one_step",),
         models=models.fingerprint,
     )
     join_tokens(run)
+
+
+def _probed(
+    run: Run,
+    models: Models,
+    config: ProbeConfig,
+    controls: ControlConfig,
+    batch_tokens: int,
+    tables: Sequence[str],
+) -> dict[str, Any]:
+    """Probe, write gains and tables, and return the facts for the manifest."""
+    from diagnostics.probing.one_step import probe, read_scores
+
+    bank = read_bank(run.path("contexts.parquet"))
+    tokens = read_scores(run.path("scores.parquet"))
+    expect(_probe_work(len(tokens), len(bank), config, controls))
+    result = probe(
+        models.pair,
+        bank,
+        config,
+        controls,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        shards=run.shards,
+    )
+    added = [name for name in result.tokens if name not in tokens or name in GAIN_KEYS]
+    write_parquet(run.path("gains.parquet"), result.tokens[added])
+    listed = {"exactness": "change of a bound"} if is_listed(tokens) else {}
+    for name in tables:
+        write_csv(run.path(f"tables/{name}.csv"), getattr(result, name).assign(**listed))
+    return {
+        **dataclasses.asdict(result.step),
+        "folds": len(result.steps),
+        "horizon_rate": controls.rate(models.pair.name),
+    }
 
 
 def _probe_work(

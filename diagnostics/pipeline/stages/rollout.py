@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.contexts.choose_prompts import choose_prompts, json_object, rendered_sha256
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.tables import write_parquet
+from diagnostics.core.types import write_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import BANK, PROBE, PROMPTS, ROLLOUT, Job
@@ -17,8 +17,9 @@ from diagnostics.pipeline.stages.settings import merged
 if TYPE_CHECKING:
     from diagnostics.contexts.config import RolloutConfig
     from diagnostics.contexts.import_rollouts import ImportConfig
-    from diagnostics.contexts.prompts import PromptConfig
+    from diagnostics.contexts.prompts import PromptConfig, PromptSet
     from diagnostics.core.progress import Shards
+    from diagnostics.models.pair import Pair
 
 log = logging.getLogger("diagnostics")
 
@@ -55,54 +56,28 @@ def rollout_stage(
             sampled.
         folds: Folds of a probe that comes next, which too few prompts are refused for.
     """
-    from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
-    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
-    from diagnostics.contexts.verifiers import judge_rollouts, recorded_verifier
-    from diagnostics.contexts.vllm_rollouts import require_vllm
+    from diagnostics.contexts.verifiers import recorded_verifier
 
     if elsewhere is not None and elsewhere.rollouts is not None:
         freeze_stage(run, models, prompts, elsewhere, verifier=rollout.verifier)
         return
-    path = prompts.prompts
-    settings = merged(models.writer_settings, prompts, rollout, file_hash("prompts", path))
-    settings |= recorded_verifier(rollout.verifier)
+    named = (file_hash("prompts", prompts.prompts), recorded_verifier(rollout.verifier))
     bound: int | None = None
     if folds is not None and "rollout" not in run.manifest["stages"]:
         bound = at_most(prompts)
         _require_enough(bound, folds)
 
-    def work() -> dict:
-        if rollout.rollout_engine == "vllm":
-            require_vllm()  # before the models are loaded
+    def work() -> dict[str, Any]:
+        _require_engine(rollout)  # before the models are loaded
         pair = models.pair
         found = choose_prompts(models, prompts, room=rollout.max_new_tokens)
         if folds is not None and len(found.prompts) != bound:
             _require_enough(len(found.prompts), folds)
-        rendered = rendered_sha256(found.prompts)
-        chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
-        bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
-        bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
-        write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        drawn = sampling_facts(
-            pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-        )
-        behind = positions_after_turn_end(pair, bank)
-        return {
-            **pair.facts,
-            "contexts": len(bank),
-            "positions": bank.positions,
-            "prompts": found.counts,
-            **drawn,
-            **engine_facts(chosen),
-            "first_prompt": found.prompts[0].prompt,
-            "rendered_prompts_sha256": rendered,
-            **({"behind_turn_end": behind} if behind else {}),
-            **({"correct": judged} if judged else {}),
-        }
+        return _sampled(run, pair, found, rollout)
 
     run.stage(
         "rollout",
-        settings=settings,
+        settings=merged(models.writer_settings, prompts, rollout, *named),
         outputs=["contexts.parquet"],
         work=work,
         code=(
@@ -115,6 +90,43 @@ def rollout_stage(
         ),
         models=models.fingerprint,
     )
+
+
+def _require_engine(rollout: RolloutConfig) -> None:
+    """Refuse vLLM where it is not installed."""
+    from diagnostics.contexts.vllm_rollouts import require_vllm
+
+    if rollout.rollout_engine == "vllm":
+        require_vllm()
+
+
+def _sampled(run: Run, pair: Pair, found: PromptSet, rollout: RolloutConfig) -> dict[str, Any]:
+    """Sample, judge and write the contexts, and return the facts for the manifest."""
+    from diagnostics.contexts.generation_settings import positions_after_turn_end, sampling_facts
+    from diagnostics.contexts.rollouts import chosen_batch_tokens, engine_facts, sampled
+    from diagnostics.contexts.verifiers import judge_rollouts
+
+    rendered = rendered_sha256(found.prompts)
+    chosen = dataclasses.replace(rollout, batch_tokens=chosen_batch_tokens(pair, rollout))
+    bank = sampled(pair, found.prompts, chosen, shards=_responses_so_far(run, rendered))
+    bank, judged = judge_rollouts(bank, found.prompts, rollout.verifier, pair=pair.name)
+    write_bank(run.path("contexts.parquet"), bank)
+    drawn = sampling_facts(
+        pair, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+    )
+    behind = positions_after_turn_end(pair, bank)
+    return {
+        **pair.facts,
+        "contexts": len(bank),
+        "positions": bank.positions,
+        "prompts": found.counts,
+        **drawn,
+        **engine_facts(chosen),
+        "first_prompt": found.prompts[0].prompt,
+        "rendered_prompts_sha256": rendered,
+        **({"behind_turn_end": behind} if behind else {}),
+        **({"correct": judged} if judged else {}),
+    }
 
 
 def at_most(prompts: PromptConfig) -> int | None:
@@ -187,45 +199,49 @@ def freeze_stage(
     verifier: str = "auto",
 ) -> None:
     """Freeze a file of rollouts as the run's contexts; `prompts` says which prompts they answer."""
-    from diagnostics.contexts.import_rollouts import freeze_rollouts
     from diagnostics.contexts.verifiers import recorded_verifier
 
     files = {**file_hash("rollouts", elsewhere.rollouts), **file_hash("prompts", prompts.prompts)}
-
-    def work() -> dict:
-        originals = (
-            choose_prompts(models, dataclasses.replace(prompts, contexts=None)).prompts
-            if prompts.prompts
-            else []
-        )
-        kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
-        bank, counts = freeze_rollouts(
-            models.pair,
-            elsewhere.rollouts,
-            rollouts_format=elsewhere.rollouts_format,
-            turns=elsewhere.turns,
-            prompts=originals,
-            contexts=prompts.contexts,
-            chat=prompts.chat,
-            chat_template_kwargs=kwargs,
-            verifier=verifier,
-        )
-        write_parquet(run.path("contexts.parquet"), bank.to_frame())
-        return {
-            **models.pair.facts,
-            "contexts": len(bank),
-            "positions": bank.positions,
-            "rollouts": counts,
-            "first_prompt": bank[0].prompt,
-        }
-
     run.stage(
         "rollout",
         settings=merged(
             models.writer_settings, prompts, elsewhere, files, recorded_verifier(verifier)
         ),
         outputs=["contexts.parquet"],
-        work=work,
+        work=lambda: _frozen(run, models, prompts, elsewhere, verifier),
         code=("contexts.import_rollouts", "contexts.prompts", "models.pair"),
         models=models.fingerprint,
     )
+
+
+def _frozen(
+    run: Run, models: Models, prompts: PromptConfig, elsewhere: ImportConfig, verifier: str
+) -> dict[str, Any]:
+    """Freeze the file and write the contexts, and return the facts for the manifest."""
+    from diagnostics.contexts.import_rollouts import freeze_rollouts
+
+    originals = (
+        choose_prompts(models, dataclasses.replace(prompts, contexts=None)).prompts
+        if prompts.prompts
+        else []
+    )
+    kwargs = json_object(prompts.chat_template_kwargs, "--chat-template-kwargs")
+    bank, counts = freeze_rollouts(
+        models.pair,
+        elsewhere.rollouts,
+        rollouts_format=elsewhere.rollouts_format,
+        turns=elsewhere.turns,
+        prompts=originals,
+        contexts=prompts.contexts,
+        chat=prompts.chat,
+        chat_template_kwargs=kwargs,
+        verifier=verifier,
+    )
+    write_bank(run.path("contexts.parquet"), bank)
+    return {
+        **models.pair.facts,
+        "contexts": len(bank),
+        "positions": bank.positions,
+        "rollouts": counts,
+        "first_prompt": bank[0].prompt,
+    }

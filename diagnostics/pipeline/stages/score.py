@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from diagnostics.core.tables import write_csv, write_parquet
+from diagnostics.core.tables import write_csv, write_parquet_parts
 from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
 from diagnostics.pipeline.run import Run
@@ -28,20 +28,20 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
     """Measure every response position, and keep the most likely tokens of both models there."""
     from diagnostics.models.pair import stop_tokens
     from diagnostics.models.special_tokens import count_dropped
-    from diagnostics.probing.scores import chosen_batch_tokens, score_with_tops
+    from diagnostics.probing.scores import TOP_TYPES, TOPS, chosen_batch_tokens, measure_bank
 
     def work() -> dict:
         bank = read_bank(run.path("contexts.parquet"))
         size = chosen_batch_tokens(models.pair, config.batch_tokens)
         settings = dataclasses.replace(config, batch_tokens=size)
-        tokens, tops = score_with_tops(models.pair, bank, settings, shards=run.shards("scores"))
-        write_parquet(run.path("scores.parquet"), tokens)
-        write_parquet(run.path("tops.parquet"), tops)
+        measured = measure_bank(models.pair, bank, settings, shards=run.shards("scores"), tops=TOPS)
+        write_parquet_parts(run.path("scores.parquet"), measured.tokens())
+        write_parquet_parts(run.path("tops.parquet"), measured.tops(), types=TOP_TYPES)
         write_csv(run.path(STOPS), stop_tokens(models.pair))
         dropped = models.pair.dropped
         return {
             **models.pair.facts,
-            "not_finite": int(tokens["forward_kl"].isna().sum()),
+            "not_finite": measured.not_finite,
             "batch_tokens": size,
             **({"dropped_tokens": count_dropped(bank, dropped)} if dropped else {}),
         }

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.manifest import recorded
 from diagnostics.core.settings import RETIRED
+from diagnostics.models.config import needs_whole_student
 from diagnostics.pipeline.run import Run
 
 if TYPE_CHECKING:
+    from diagnostics.models.identity import Models
     from diagnostics.probing.config.step import ProbeConfig
 
 log = logging.getLogger("diagnostics")
@@ -86,6 +88,12 @@ def widened(
     if kept and say:
         log.info("%s: kept beside what is asked for: %s", stage, ", ".join(kept))
     return dataclasses.replace(config, **joined)
+
+
+def refuse_sharded_student(models: Models, what: str) -> None:
+    """Refuse a sharded student where only whole ones can be stepped."""
+    if models.config.shard_student:
+        raise needs_whole_student(what)
 
 
 def require_probe_settings(run: Run, probe: ProbeConfig, *, what: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.contexts.choose_prompts import rendered_sha256, training_prompts
 from diagnostics.contexts.trained_prompts import RECORD
 from diagnostics.core.errors import DiagnosticsError
-from diagnostics.core.tables import write_json, write_parquet
-from diagnostics.core.types import Bank, Prompt, read_bank
+from diagnostics.core.tables import write_json
+from diagnostics.core.types import Bank, Prompt, read_bank, write_bank
 from diagnostics.models.identity import Models, file_hash
 from diagnostics.pipeline.run import Run
 from diagnostics.pipeline.stage import ENGINE, EVALUATION, PROMPTS, TRAIN, Job
@@ -32,10 +32,11 @@ def do(job: Job) -> None:
 
 
 def refuse_shards(models: Models) -> None:
-    """Refuse to train with a teacher that is sharded by hand."""
-    if models.config.shard_teacher:
+    """Refuse to train with models that are sharded by hand."""
+    if models.config.shard_teacher or models.config.shard_student:
+        flag = "--shard-teacher" if models.config.shard_teacher else "--shard-student"
         raise DiagnosticsError(
-            "Training shards its models by Accelerate's own configuration; leave --shard-teacher"
+            f"Training shards its models by Accelerate's own configuration; leave {flag}"
             " out and use `accelerate launch --config_file`."
         )
 
@@ -55,7 +56,7 @@ def frozen_bank(
     if not held_out:
         return None
     bank = rollout(pair, held_out, max_new_tokens=max_new_tokens)
-    write_parquet(run.path("contexts.parquet"), bank.to_frame())
+    write_bank(run.path("contexts.parquet"), bank)
     return bank
 
 
@@ -90,66 +91,13 @@ def train_stage(
         engine: How TRL runs the training.
         evaluation: What is measured on held-out prompts, and how often.
     """
-    from diagnostics.contexts.generation_settings import sampling_facts
-    from diagnostics.contexts.verifiers import recorded_verifier
-    from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
-    from diagnostics.training.run import train
-    from diagnostics.training.trackers import require_tracker
-
     refuse_shards(models)
-    # Options that cannot be used are refused before anything is recorded or loaded.
-    require_installed(engine.trl)
-    require_tracker(engine.report_to, trl_fields(engine.trl))
-    lora_config(engine.lora_rank, engine.peft)
-    hashes = [
-        file_hash("prompts", prompts.prompts),
-        file_hash("eval_prompts", evaluation.eval_prompts),
-        file_hash("trl", engine.trl),
-        file_hash("peft", engine.peft),
-    ]
-    settings = merged(models.settings, prompts, config, engine, evaluation, *hashes)
-    settings |= recorded_verifier(evaluation.verifier)
-    for name in ("resume", "save_every", "report_to"):  # they do not change what is trained
-        del settings[name]
-
-    def work() -> dict:
-        write_json(run.manifest_path, run.manifest)
-        data, held_out = training_prompts(
-            models,
-            prompts,
-            evaluation,
-            needed=config.steps * config.batch,
-            seed=config.seed,
-            room=engine.max_new_tokens,
-        )
-        bank = None
-        if held_out or engine.probe_every:
-            bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
-        train(
-            models.pair,
-            data,
-            output_dir=run.directory,
-            config=config,
-            engine=engine,
-            evaluation=evaluation,
-            held_out=held_out,
-            bank=bank,
-        )
-        given = trl_fields(engine.trl)
-        narrowed = {name: given[name] for name in ("top_p", "top_k") if name in given}
-        return {
-            **models.pair.facts,
-            "prompts": len(data),
-            "held_out": len(held_out),
-            **sampling_facts(models.pair, **narrowed),
-            "rendered_prompts_sha256": rendered_sha256([*data, *held_out]),
-        }
-
+    _refuse_options(engine)  # before anything is recorded or loaded
     run.stage(
         "train",
-        settings=settings,
+        settings=_settings(models, prompts, config, engine, evaluation),
         outputs=lambda: _trained_files(run),
-        work=work,
+        work=lambda: _trained(run, models, prompts, config, engine, evaluation),
         code=(
             "training.run",
             "training.trl_trainer",
@@ -160,3 +108,89 @@ def train_stage(
     )
     if run.path("scores.parquet").exists():
         join_tokens(run)
+
+
+def _refuse_options(engine: EngineConfig) -> None:
+    """Refuse options of TRL, peft or a tracker that cannot be used."""
+    from diagnostics.training.engine_options import lora_config, require_installed, trl_fields
+    from diagnostics.training.trackers import require_tracker
+
+    require_installed(engine.trl)
+    require_tracker(engine.report_to, trl_fields(engine.trl))
+    lora_config(engine.lora_rank, engine.peft)
+
+
+def _settings(
+    models: Models,
+    prompts: PromptConfig,
+    config: TrainConfig,
+    engine: EngineConfig,
+    evaluation: EvaluationConfig,
+) -> dict[str, Any]:
+    """The settings that the manifest records, with the hashes of the files that they name."""
+    from diagnostics.contexts.verifiers import recorded_verifier
+
+    hashes = [
+        file_hash("prompts", prompts.prompts),
+        file_hash("eval_prompts", evaluation.eval_prompts),
+        file_hash("trl", engine.trl),
+        file_hash("peft", engine.peft),
+    ]
+    settings = merged(models.settings, prompts, config, engine, evaluation, *hashes)
+    settings |= recorded_verifier(evaluation.verifier)
+    for name in ("resume", "save_every", "report_to"):  # they do not change what is trained
+        del settings[name]
+    return settings
+
+
+def _trained(
+    run: Run,
+    models: Models,
+    prompts: PromptConfig,
+    config: TrainConfig,
+    engine: EngineConfig,
+    evaluation: EvaluationConfig,
+) -> dict[str, Any]:
+    """Train, and return the facts for the manifest."""
+    from diagnostics.training.run import train
+
+    write_json(run.manifest_path, run.manifest)
+    data, held_out = training_prompts(
+        models,
+        prompts,
+        evaluation,
+        needed=config.steps * config.batch,
+        seed=config.seed,
+        room=engine.max_new_tokens,
+    )
+    bank = None
+    if held_out or engine.probe_every:
+        bank = frozen_bank(run, models.pair, held_out, max_new_tokens=engine.max_new_tokens)
+    train(
+        models.pair,
+        data,
+        output_dir=run.directory,
+        config=config,
+        engine=engine,
+        evaluation=evaluation,
+        held_out=held_out,
+        bank=bank,
+    )
+    return {
+        **models.pair.facts,
+        "prompts": len(data),
+        "held_out": len(held_out),
+        **_drawn(models.pair, engine),
+        "rendered_prompts_sha256": rendered_sha256([*data, *held_out]),
+    }
+
+
+def _drawn(pair: Pair, engine: EngineConfig) -> dict[str, Any]:
+    """What the training's responses were drawn from."""
+    from diagnostics.contexts.generation_settings import sampling_facts
+    from diagnostics.training.engine_options import trl_fields
+
+    given = trl_fields(engine.trl)
+    return sampling_facts(
+        pair, **{name: given[name] for name in ("top_p", "top_k") if name in given}
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diagnostics.contexts.prompts import PromptConfig
     from diagnostics.training.config import EngineConfig
     from diagnostics.training.evaluation import EvaluationConfig
+    from diagnostics.training.grid import Job as GridJob
     from diagnostics.training.grid import TrainingCell, ValidateConfig
 
 log = logging.getLogger("diagnostics")
@@ -34,14 +35,41 @@ cells of earlier grids keep their names; None is what those grids did."""
 
 
 def do(job: Job) -> None:
-    """Do the stage of a command."""
-    validate_stage(
-        job.run,
-        job.models,
-        *(job.configs[name] for name in (PROMPTS, VALIDATE, EVALUATION)),
-        offline=job.flag("offline"),
-        analysis=job.configs[ANALYSIS],
-        engine=job.configs[ENGINE],
+    """Train the grid, cell by cell, and write its tables.
+
+    Finished cells are kept, and a wider grid adds to them.
+    """
+    from diagnostics.contexts.verifiers import recorded_verifier
+    from diagnostics.measure.loss_names import check_loss
+    from diagnostics.training import grid
+
+    run, models, offline = job.run, job.models, job.flag("offline")
+    names = (PROMPTS, EVALUATION, VALIDATE, ANALYSIS)
+    prompts, evaluation, config, analysis = (job.configs[name] for name in names)
+    check_loss(config.loss)
+    refuse_shards(models)
+    options = _engine_of_cells(job.configs[ENGINE])
+    judged_by = recorded_verifier(evaluation.verifier)
+    cell_job = _grid_job(run, models, (prompts, evaluation, config), options, judged_by)
+    cells, made = grid.grid(config), {}
+    write_json(run.manifest_path, run.manifest)
+    grid.run_grid(cell_job, cells, workers=config.workers)
+
+    def work() -> None:
+        made.update(_validation_tables(cell_job.folder, cells, offline, analysis))
+        for name, table in made.items():
+            write_csv(run.path(f"tables/{name}.csv"), table)
+
+    parts = (_settings(prompts), config, evaluation, analysis, {"offline": offline}, options)
+    run.stage(
+        "validate",
+        settings=merged(models.settings, *parts, judged_by),
+        inputs=_cell_files(cells),
+        outputs=lambda: [f"tables/{name}.csv" for name in made],
+        work=work,
+        derived=True,
+        code=("training.grid", "training.run"),
+        models=models.fingerprint,
     )
 
 
@@ -56,40 +84,17 @@ def _settings(config: Any) -> dict[str, Any]:
     }
 
 
-def validate_stage(
+def _grid_job(
     run: Run,
     models: Models,
-    prompts: PromptConfig,
-    config: ValidateConfig,
-    evaluation: EvaluationConfig,
-    *,
-    offline: str | None,
-    analysis: AnalysisConfig,
-    engine: EngineConfig | None = None,
-) -> None:
-    """Train the grid, cell by cell, and write its tables.
-
-    Finished cells are kept, and a wider grid adds to them.
-
-    Args:
-        run: The open run directory.
-        models: The pair.
-        prompts: The prompts that are trained on.
-        config: Criteria, budgets and seeds of the grid, and the length of each training.
-        evaluation: What is measured on held-out prompts.
-        offline: Directory of a finished main job, whose answers are compared with the trainings.
-        analysis: Draws and level of the intervals.
-        engine: How TRL runs each training, except for what a grid decides itself.
-    """
-    from diagnostics.contexts.verifiers import recorded_verifier
-    from diagnostics.measure.loss_names import check_loss
+    configs: tuple[PromptConfig, EvaluationConfig, ValidateConfig],
+    options: dict[str, Any],
+    judged_by: Mapping[str, str],
+) -> GridJob:
+    """What the processes that train the cells are told, and what names a finished cell."""
     from diagnostics.training import grid
 
-    check_loss(config.loss)
-    refuse_shards(models)
-    folder = run.path("cells")
-    options = _engine_of_cells(engine)
-    judged_by = recorded_verifier(evaluation.verifier)
+    prompts, evaluation, _ = configs
     sources = {
         **models.fingerprint(),
         **file_hash("prompts", prompts.prompts),
@@ -99,46 +104,23 @@ def validate_stage(
         **{name: judged_by[name] for name in ("verifier_sha256",) if name in judged_by},
     }
     earlier = run.manifest["stages"].get("validate", {}).get("inputs", {})
-    job = grid.Job(
-        folder,
-        *map(_settings, (models.config, prompts, evaluation, config)),
+    return grid.Job(
+        run.path("cells"),
+        *map(_settings, (models.config, *configs)),
         options,
         sources,
         code_version("training.run", "training.trl_trainer", "training.evaluation"),
         run.accept_code,
         {file.removeprefix("cells/"): digest for file, digest in earlier.items()},
     )
-    cells, made = grid.grid(config), {}
-    write_json(run.manifest_path, run.manifest)
-    grid.run_grid(job, cells, workers=config.workers)
 
-    def work() -> None:
-        made.update(_validation_tables(folder, cells, offline, analysis))
-        for name, table in made.items():
-            write_csv(run.path(f"tables/{name}.csv"), table)
 
-    settings = merged(
-        models.settings,
-        _settings(prompts),
-        config,
-        evaluation,
-        analysis,
-        {"offline": offline},
-        options,
-        judged_by,
-    )
+def _cell_files(cells: Sequence[TrainingCell]) -> list[str]:
+    """The files of the trainings, as the manifest records them."""
     names = ["untouched", *(cell.name for cell in cells)]
-    run.stage(
-        "validate",
-        settings=settings,
-        inputs=[f"cells/{name}.{kind}" for name in names for kind in ("parquet", "json")]
-        + [f"cells/{cell.name}.curve.parquet" for cell in cells],
-        outputs=lambda: [f"tables/{name}.csv" for name in made],
-        work=work,
-        derived=True,
-        code=("training.grid", "training.run"),
-        models=models.fingerprint,
-    )
+    return [f"cells/{name}.{kind}" for name in names for kind in ("parquet", "json")] + [
+        f"cells/{cell.name}.curve.parquet" for cell in cells
+    ]
 
 
 def _validation_tables(

@@ -72,6 +72,7 @@ from diagnostics.report.figures.selection import (
 )
 from diagnostics.report.figures.step import calibration, distributions, runs
 from diagnostics.report.figures.strata import strata
+from diagnostics.report.figures.teachers import teachers, teachers_agreement
 from diagnostics.report.figures.training import (
     evaluations,
     training_curves,
@@ -129,6 +130,8 @@ __all__ = [
     "strata",
     "style",
     "support_robustness",
+    "teachers",
+    "teachers_agreement",
     "training_curves",
     "training_positions",
     "validation",

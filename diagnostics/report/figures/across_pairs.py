@@ -15,8 +15,8 @@ from diagnostics.report.figures.common import mark
 from diagnostics.report.figures.options import Intervals, on_page
 
 SIDES = {
-    "over_random": "over random, as a share of what all positions give",
-    "over_random_divergent": "over random divergent, as a share of what all positions give",
+    "over_random": "over random (full = 1)",
+    "over_random_divergent": "over random divergent (full = 1)",
     "correlation": "Spearman ρ",
     "claim": "the statistic’s own unit",
 }
@@ -77,6 +77,7 @@ def atlas(
         figure,
         _said(where),
         f"{len(pairs)} pairs; open marks are not pooled.",
+        "Full: what loss on all positions gives." if kind in SIDES else "",
         style.bars(page["level"]),
     )
     return figure

@@ -142,18 +142,7 @@ def kernel_shares(
     figure, axes = style.canvas(page["width"], 1.1 + 0.3 * len(names))
     ax = axes[0, 0]
     style.zero(ax, "x")
-    for index, part in enumerate(parts):
-        rows = interval_of(table[table.part == part], "share").set_index("group").reindex(names)
-        place = np.arange(len(names)) + style.offsets(len(parts), 0.18)[index]
-        style.lying(
-            ax,
-            place,
-            rows,
-            "share",
-            label=naming.labelled(part, SOURCES[part]),
-            **style.series_style(part, index),
-            zorder=3,
-        )
+    _parts(ax, table, parts, names)
     ax.set_xlabel("share of the first-order gain")
     ax.xaxis.set_major_locator(MaxNLocator(7 if page["width"] > 5 else 4))
     ax.xaxis.set_major_formatter(FuncFormatter(style.percent))
@@ -167,6 +156,22 @@ def kernel_shares(
         style.bars(page["level"], table=table),
     )
     return figure
+
+
+def _parts(ax, table: pd.DataFrame, parts: Sequence[str], groups: Sequence[str]) -> None:
+    """The share of every part, one row of marks per group of positions."""
+    for index, part in enumerate(parts):
+        rows = interval_of(table[table.part == part], "share").set_index("group").reindex(groups)
+        place = np.arange(len(groups)) + style.offsets(len(parts), 0.18)[index]
+        style.lying(
+            ax,
+            place,
+            rows,
+            "share",
+            label=naming.labelled(part, SOURCES[part]),
+            **style.series_style(part, index),
+            zorder=3,
+        )
 
 
 @figure(

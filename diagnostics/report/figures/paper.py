@@ -316,10 +316,7 @@ def _plane(
         if signed:
             _minus_signs(ax, table, side)
         else:
-            ax.add_patch(
-                Rectangle((0, 0.5), 0.5, 0.5, fill=False, edgecolor=style.ink(), gid="Q3", zorder=4)
-            )
-            ax.text(0.03, 0.94, "Q3", va="top", weight="bold", bbox=_haze())
+            _frame_q3(ax)
         ax.set_xlabel(labels[0])
         ax.set_ylabel(labels[1])
     for ax in axes.flat:
@@ -336,6 +333,13 @@ def _plane(
         _printed(printed),
     )
     return figure
+
+
+def _frame_q3(ax) -> None:
+    ax.add_patch(
+        Rectangle((0, 0.5), 0.5, 0.5, fill=False, edgecolor=style.ink(), gid="Q3", zorder=4)
+    )
+    ax.text(0.03, 0.94, "Q3", va="top", weight="bold", bbox=_haze())
 
 
 def _minus_signs(ax, table: pd.DataFrame, side: str) -> None:

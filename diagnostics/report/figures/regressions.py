@@ -266,10 +266,7 @@ def residual_curves(
         rows = table[(table.outcome == outcome) & (table.score == score)]
         _residuals(ax, rows.sort_values(across).assign(at=lambda rows: rows[across]))
         ax.set_xlabel(f"{naming.readable(score)} {'(rank)' if across == 'rank' else 'score'}")
-        if j == 0 or page["width"] < 5:
-            ax.set_ylabel(f"residual\n{naming.with_unit(outcome)}" if page["width"] > 5 else "")
-        if page["width"] < 5:
-            ax.set_title(naming.with_unit(outcome) if i == 0 else "")
+        _name_panel(ax, naming.with_unit(outcome), (i, j), page["width"])
     style.caption(
         figure,
         style.counts(table),
@@ -279,6 +276,15 @@ def residual_curves(
         style.bars(page["level"], "Bars and band", table=table),
     )
     return figure
+
+
+def _name_panel(ax, outcome: str, place: tuple[int, int], width: float) -> None:
+    """Name a panel's outcome: beside the first of a row, above the first of a narrow column."""
+    row, column = place
+    if column == 0 or width < 5:
+        ax.set_ylabel(f"residual\n{outcome}" if width > 5 else "")
+    if width < 5:
+        ax.set_title(outcome if row == 0 else "")
 
 
 def _common_scale(axes: np.ndarray, outcomes: Sequence[str], width: float) -> str:

@@ -29,6 +29,32 @@ from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import CORE, figure
 from diagnostics.report.style import BLUE, CYCLE, DASHES
 
+CURVE_COLUMNS = (
+    "outcome",
+    "criterion",
+    "split",
+    "budget",
+    "captured_share",
+    "low",
+    "high",
+    "random_low",
+    "random_high",
+    "oracle",
+)
+"""Columns that the curves of a selection need."""
+SUMMARY_COLUMNS = (
+    "outcome",
+    "criterion",
+    "split",
+    "statistic",
+    "budget",
+    "estimate",
+    "low",
+    "high",
+    "baseline",
+)
+"""Columns that the areas under them, and the enrichment, need."""
+
 
 @figure(
     table="selection_curves",
@@ -76,22 +102,9 @@ def selection_curves(
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     outcomes = naming.shown_outcomes(table, outcomes)
-    needs = (
-        "outcome",
-        "criterion",
-        "split",
-        "budget",
-        "captured_share",
-        "low",
-        "high",
-        "random_low",
-        "random_high",
-        "oracle",
-    )
-    table = style.keep(table, "figures.selection_curves", needs, {"outcome": outcomes})
-    table = style.keep(
-        table, "figures.selection_curves", needs, {"split": split or naming.preferred_split(table)}
-    )
+    table = style.keep(table, "figures.selection_curves", CURVE_COLUMNS, {"outcome": outcomes})
+    where = {"split": split or naming.preferred_split(table)}
+    table = style.keep(table, "figures.selection_curves", CURVE_COLUMNS, where)
     names, outcomes = shown_criteria(table, criteria), style.present(table.outcome, outcomes)
     shown = _curve_panels(table, outcomes, names)
     across = {1: 1, 3: 3}.get(len(shown), 2) if page["width"] > 5 else 1
@@ -228,22 +241,14 @@ def selection_summary(
         DiagnosticsError: A column is missing, or no row remains to be shown.
     """
     outcomes = naming.shown_outcomes(table, outcomes)
-    needs = (
-        "outcome",
-        "criterion",
-        "split",
-        "statistic",
-        "budget",
-        "estimate",
-        "low",
-        "high",
-        "baseline",
-    )
     where = {"outcome": outcomes, "statistic": "area" if budget is None else "enrichment"}
     where |= ({} if budget is None else {"budget": budget}) | (
         {} if criteria is None else {"criterion": criteria}
     )
-    whole, table = table, style.halves(style.keep(table, "figures.selection_summary", needs, where))
+    whole, table = (
+        table,
+        style.halves(style.keep(table, "figures.selection_summary", SUMMARY_COLUMNS, where)),
+    )
     style.leaves_out(whole, table)
     outcomes, splits = (
         style.present(table.outcome, outcomes),
@@ -424,19 +429,23 @@ def selection_profile(
     for ax, (title, measures) in zip(axes.flat, groups.items(), strict=True):
         _stacks(ax, table[table.measure.isin(measures)], measures, names)
         ax.set_title(title)
-        if style.sheet().legend:
-            ax.legend(
-                loc="upper left",
-                bbox_to_anchor=(0, 0),
-                ncols=4 if page["width"] > 5 else 2,
-                handlelength=0.9,
-                columnspacing=0.8,
-            )
+        _legend_below(ax, 4 if page["width"] > 5 else 2)
     style.names_down(axes[0, 0], [*names, "all positions"])
     style.caption(
         figure, style.counts(table), f"Shares of the selection at a budget of {budget:.0%}."
     )
     return figure
+
+
+def _legend_below(ax, columns: int) -> None:
+    if style.sheet().legend:
+        ax.legend(
+            loc="upper left",
+            bbox_to_anchor=(0, 0),
+            ncols=columns,
+            handlelength=0.9,
+            columnspacing=0.8,
+        )
 
 
 HATCHES = ("", "////", "\\\\\\\\", "xxxx")
@@ -514,10 +523,7 @@ def intervention(
     """
     needs = ("criterion", "budget", "group", "measure", "reduction", "low", "high")
     table = style.keep(table, "figures.intervention", needs, {"measure": measure, "group": groups})
-    steps = None
-    if "horizon" in table:
-        steps = horizon if (table.horizon == horizon).any() else table.horizon.min()
-        table = table[table.horizon == steps].reset_index(drop=True)
+    table, steps = _at_horizon(table, horizon)
     names, groups = shown_criteria(table, criteria), style.present(table.group, groups)
     rows, columns = style.panels(len(groups), page["width"])
     figure, axes = style.canvas(page["width"], 0.8 + 2.1 * rows, rows, columns, sharex=True)
@@ -545,6 +551,14 @@ def intervention(
         style.bars(page["level"], "Bars" if one else "Bands", table=table),
     )
     return figure
+
+
+def _at_horizon(table: pd.DataFrame, horizon: int) -> tuple[pd.DataFrame, int | None]:
+    """The rows after so many steps, or after the fewest; None where the table has one step."""
+    if "horizon" not in table:
+        return table, None
+    steps = horizon if (table.horizon == horizon).any() else table.horizon.min()
+    return table[table.horizon == steps].reset_index(drop=True), steps
 
 
 FEW_CELLS = 6
@@ -602,18 +616,7 @@ def agreement(
     """
     needs = ("scope", "x", "y", "kendall", "low", "high")
     table = style.keep(table, "figures.agreement", needs, {"scope": scope})
-    other = re.sub(r"(forward_kl|reverse_kl|js)$", measure or r"\1", answer)
-    answer = other if other in {*table.x, *table.y} else answer
-    sides = [
-        table[table.y == answer].rename(columns={"x": "other"}),
-        table[table.x == answer].rename(columns={"y": "other"}),
-    ]
-    rows = style.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
-    if "cells" in rows and rows.cells.max() < FEW_CELLS:
-        raise DiagnosticsError(
-            f"The rank agreement of {int(rows.cells.max())} cells takes too few values to be drawn;"
-            f" it takes {FEW_CELLS}. Compare more criteria or budgets."
-        )
+    rows, answer = _with_answer(table, answer, measure)
     figure, axes = style.canvas(page["width"], 0.85 + 0.2 * len(rows))
     style.zero(axes[0, 0], "x")
     style.lying(
@@ -638,6 +641,23 @@ def agreement(
     )
     style.caption(figure, cells, style.bars(page["level"], table=table))
     return figure
+
+
+def _with_answer(table: pd.DataFrame, answer: str, measure: str | None) -> tuple[pd.DataFrame, str]:
+    """The rows that compare an answer with another, which `other` names, and the answer's name."""
+    same = re.sub(r"(forward_kl|reverse_kl|js)$", measure or r"\1", answer)
+    answer = same if same in {*table.x, *table.y} else answer
+    sides = [
+        table[table.y == answer].rename(columns={"x": "other"}),
+        table[table.x == answer].rename(columns={"y": "other"}),
+    ]
+    rows = style.keep(pd.concat(sides, ignore_index=True), "figures.agreement", ("other",))
+    if "cells" in rows and rows.cells.max() < FEW_CELLS:
+        raise DiagnosticsError(
+            f"The rank agreement of {int(rows.cells.max())} cells takes too few values to be drawn;"
+            f" it takes {FEW_CELLS}. Compare more criteria or budgets."
+        )
+    return rows, answer
 
 
 def _p_values(ax, values: pd.Series) -> None:

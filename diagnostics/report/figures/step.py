@@ -266,25 +266,28 @@ def distributions(
         label = naming.readable(name) + (f" ({unit})" if unit else "")
         ax.set_xlabel(label if page["width"] > 5 or len(label) < 26 else label.replace(" (", "\n("))
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        if len(values):
-            ax.hist(
-                values,
-                bins=bins,
-                histtype="stepfilled",
-                color=style.tone(BLUE),
-                linewidth=0,
-                log=True,
-            )
-            style.powers(ax.yaxis)
-            ax.set_ylabel("positions" if ax in list(axes[:, 0]) else "")
-        else:
-            ax.text(
-                0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes
-            )
-            ax.set_yticks([])
+        _histogram(ax, values, bins, "positions" if ax in list(axes[:, 0]) else "")
     style.hide_rest(axes, len(names))
     style.caption(
         figure,
         f"Number of positions. {tokens.prompt_id.nunique():,} prompts, {len(tokens):,} positions.",
     )
     return figure
+
+
+def _histogram(ax, values: np.ndarray, bins: int, label: str) -> None:
+    """The histogram of finite values, or a word where there are none."""
+    if len(values):
+        ax.hist(
+            values,
+            bins=bins,
+            histtype="stepfilled",
+            color=style.tone(BLUE),
+            linewidth=0,
+            log=True,
+        )
+        style.powers(ax.yaxis)
+        ax.set_ylabel(label)
+    else:
+        ax.text(0.5, 0.5, "undefined everywhere", ha="center", va="center", transform=ax.transAxes)
+        ax.set_yticks([])
