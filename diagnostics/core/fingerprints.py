@@ -96,12 +96,13 @@ def _shape(node: Any, imports: list[ast.stmt]) -> Any:
                 if not (type(each) is ast.Expr and type(each.value) is ast.Constant)
             ]
         )
-    names = _fields(type(node))
+    kind: Any = type(node)
+    names = _fields(kind)
     if names is None:
         return repr(node)
     if isinstance(node, ast.Import | ast.ImportFrom):
         imports.append(node)
-    said: list[Any] = [type(node).__name__]
+    said: list[Any] = [kind.__name__]
     for name in names:
         value = getattr(node, name, None)
         if (value is not None and value != []) or type(node) is ast.Constant:

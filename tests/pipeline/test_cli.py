@@ -15,21 +15,22 @@ from tests import study_tables
 NAMES = [stage.name for stage in COMMANDS]
 SURFACE = {
     "run": (
-        "accept-code batch-tokens beta budgets by-correctness chat chat-template-kwargs contexts"
-        " criteria criterion-module device draws dtype extra folds gradient-precision horizon json"
-        " k learning-rate level loss match max-new-tokens max-prompt-tokens minibatch no-chat"
-        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
-        " placebos primary prompt-column prompts prompts-split quick quiet random-draws"
-        " rollout-engine rollouts rollouts-format samples-per-prompt scope seed shard-teacher"
-        " step step-state student student-revision sweep teacher teacher-device teacher-dtype"
-        " teacher-logprobs teacher-revision temperature top-k top-p turns verifier warm-steps"
+        "accept-code batch-tokens beta budgets by-correctness chat chat-template-kwargs"
+        " contexts criteria criterion-module device draws dtype extra folds gradient-precision"
+        " horizon json k learning-rate level loss match max-new-tokens max-prompt-tokens"
+        " minibatch no-chat no-offload-teacher no-shard-student no-shard-teacher nulls"
+        " offload-teacher optimizer output-dir pair placebos primary prompt-column prompts"
+        " prompts-split quick quiet random-draws rollout-engine rollouts rollouts-format"
+        " samples-per-prompt scope seed shard-student shard-teacher step step-state student"
+        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision temperature top-k top-p turns verifier warm-steps"
     ),
     "ask-teacher": (
         "accept-code api-key-env concurrency criterion-module device dialect dtype json"
-        " no-offload-teacher no-shard-teacher offload-teacher output-dir pair quiet retries"
-        " served-model shard-teacher step-state student student-revision teacher"
-        " teacher-device teacher-dtype teacher-logprobs teacher-revision timeout top-logprobs"
-        " url"
+        " no-offload-teacher no-shard-student no-shard-teacher offload-teacher output-dir pair"
+        " quiet retries served-model shard-student shard-teacher step-state student"
+        " student-revision teacher teacher-device teacher-dtype teacher-logprobs"
+        " teacher-revision timeout top-logprobs url"
     ),
     "analyze": (
         "against criterion-module draws json k level output-dir primary quiet seed tokenizer"
@@ -42,54 +43,57 @@ SURFACE = {
     "intervene": (
         "accept-code batch-tokens beta budgets criteria criterion-module device draws dtype"
         " extra folds gradient-precision horizon json k learning-rate level loss match"
-        " minibatch no-offload-teacher no-shard-teacher offload-teacher optimizer output-dir"
-        " pair quiet random-draws scope seed shard-teacher step step-state student"
-        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision warm-steps"
+        " minibatch no-offload-teacher no-shard-student no-shard-teacher offload-teacher"
+        " optimizer output-dir pair quiet random-draws scope seed shard-student shard-teacher"
+        " step step-state student student-revision sweep teacher teacher-device teacher-dtype"
+        " teacher-logprobs teacher-revision warm-steps"
     ),
     "attribute": (
         "accept-code batch-tokens beta criterion-module device draws dtype extra folds"
         " full-kernel gradient-precision json k level loss no-full-kernel no-offload-teacher"
-        " no-shard-teacher offload-teacher optimizer output-dir pair quiet sample seed"
-        " shard-teacher step step-state student student-revision sweep teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision"
+        " no-shard-student no-shard-teacher offload-teacher optimizer output-dir pair quiet"
+        " sample seed shard-student shard-teacher step step-state student student-revision"
+        " sweep teacher teacher-device teacher-dtype teacher-logprobs teacher-revision"
     ),
     "train": (
         "accept-code accumulation batch beta budget chat chat-template-kwargs contexts"
         " criterion criterion-module device dtype eval-contexts eval-every eval-prompts"
         " eval-samples json k learning-rate lora-rank loss max-new-tokens max-prompt-tokens"
-        " measure-every no-chat no-offload-teacher no-resume no-shard-teacher offload-teacher"
-        " output-dir pair peft per-context-minimum probe-every prompt-column prompts"
-        " prompts-split quiet report-to resume save-every scope seed shard-teacher step-state"
-        " steps student student-revision teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision ties trl verifier"
+        " measure-every no-chat no-offload-teacher no-resume no-shard-student no-shard-teacher"
+        " offload-teacher output-dir pair peft per-context-minimum probe-every prompt-column"
+        " prompts prompts-split quiet report-to resume save-every scope seed shard-student"
+        " shard-teacher step-state steps student student-revision teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier"
     ),
     "validate": (
         "accept-code accumulation against batch budgets chat chat-template-kwargs contexts"
         " criteria criterion-module device draws dtype eval-contexts eval-every eval-prompts"
         " eval-samples json learning-rate level lora-rank loss max-new-tokens"
         " max-prompt-tokens measure-every no-chat no-offload-teacher no-resume"
-        " no-shard-teacher offline offload-teacher output-dir pair peft probe-every"
-        " prompt-column prompts prompts-split quiet report-to resume save-every scope seeds"
-        " shard-teacher step-state steps student student-revision teacher teacher-device"
-        " teacher-dtype teacher-logprobs teacher-revision ties trl verifier workers"
+        " no-shard-student no-shard-teacher offline offload-teacher output-dir pair peft"
+        " probe-every prompt-column prompts prompts-split quiet report-to resume save-every"
+        " scope seeds shard-student shard-teacher step-state steps student student-revision"
+        " teacher teacher-device teacher-dtype teacher-logprobs teacher-revision ties trl"
+        " verifier workers"
     ),
     "paper": (
         "accept-code batch budgets criterion-module curve device draws dtype json"
-        " learning-rate level masks no-offload-teacher no-shard-teacher no-train"
-        " offload-teacher output-dir pair per-context-minimum quiet seed seeds shard-teacher"
-        " step-state steps student student-revision teacher teacher-device teacher-dtype"
-        " teacher-logprobs teacher-revision tokenizer tokens tokens-after train workers"
+        " learning-rate level masks no-offload-teacher no-shard-student no-shard-teacher"
+        " no-train offload-teacher output-dir pair per-context-minimum quiet seed seeds"
+        " shard-student shard-teacher step-state steps student student-revision teacher"
+        " teacher-device teacher-dtype teacher-logprobs teacher-revision tokenizer tokens"
+        " tokens-after train workers"
     ),
     "teachers": (
         "accept-code against batch-tokens beta chat chat-template-kwargs contexts"
         " criterion-module device draws dtype extra folds gradient-precision horizon json k"
         " learning-rate level loss max-new-tokens max-prompt-tokens minibatch names no-chat"
-        " no-offload-teacher no-shard-teacher nulls offload-teacher optimizer output-dir pair"
-        " placebos probe prompt-column prompts prompts-split quiet rollout-engine rollouts"
-        " rollouts-format samples-per-prompt seed shard-teacher step step-state student"
-        " student-revision sweep teacher teacher-device teacher-dtype teacher-logprobs"
-        " teacher-revision temperature top-k top-p turns verifier warm-steps"
+        " no-offload-teacher no-shard-student no-shard-teacher nulls offload-teacher optimizer"
+        " output-dir pair placebos probe prompt-column prompts prompts-split quiet"
+        " rollout-engine rollouts rollouts-format samples-per-prompt seed shard-student"
+        " shard-teacher step step-state student student-revision sweep teacher teacher-device"
+        " teacher-dtype teacher-logprobs teacher-revision temperature top-k top-p turns"
+        " verifier warm-steps"
     ),
     "by-correctness": "criterion-module json output-dir quiet",
     "report": "against compare contexts criterion-module json output-dir pdf quiet",
