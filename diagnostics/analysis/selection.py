@@ -352,8 +352,8 @@ def candidates(
     compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
     if names and not compared:
         raise DiagnosticsError(
-            f"{', '.join(dict.fromkeys(names))} alone cannot be compared: they are what criteria are"
-            " compared with, and stand beside them in any case. Name at least one criterion."
+            f"{', '.join(dict.fromkeys(names))} alone cannot be compared: criteria are compared"
+            " with them, and they stand beside them in any case. Name at least one criterion."
         )
     return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
 
