@@ -1126,9 +1126,9 @@ def test_decision_names_every_verdict_by_color_and_sign():
     ]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1%", "5%", "30%"]
     cells = cells_of(figure)
-    assert cells["teachability 0.05"] == "▲ +.040 ±.009"
-    assert cells["tip 0.3"] == "= +.001 ±.009" and cells["tip 0.05"][0] == "?"
-    assert cells["divergence 0.3"] == "▼ −.043 ±.009†"
+    assert cells["teachability 0.05"] == "▲ +.0396 ±.0090"
+    assert cells["tip 0.3"] == "= +.0014 ±.0090" and cells["tip 0.05"][0] == "?"
+    assert cells["divergence 0.3"] == "▼ −.0434 ±.0090†"
     boxes = [patch for patch in ax.patches if patch.get_facecolor()[3] > 0 or patch.get_hatch()]
     tints = {
         matplotlib.colors.to_hex(patch.get_facecolor()).upper()

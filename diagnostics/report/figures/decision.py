@@ -121,7 +121,7 @@ def _cells(ax, table: pd.DataFrame, names: list[str], budgets: list[float]) -> N
     table = table.assign(tied=style.ambiguous(table))
     for flag in ("overfitted", "recommended"):
         table[flag] = style.flagged(table, flag)
-    narrow = not style.is_wide(ax) and len(budgets) > 3
+    narrow = not style.is_wide(ax) and len(budgets) > 2
     for row in table.itertuples():
         x, y = budgets.index(row.budget), names.index(row.criterion)
         tint, sign, _ = VERDICTS.get(row.verdict, VERDICTS["cannot tell"])
