@@ -53,7 +53,8 @@ _HOMES = {
     "analysis.rank_agreement": ("agreement",),
     "probing.intervention": ("intervene", "interventions"),
     "probing.attribution": ("attribute",),
-    "training.run": ("EngineConfig", "TrainConfig", "train"),
+    "training.config": ("EngineConfig", "TrainConfig"),
+    "training.run": ("train",),
     "training.evaluation": (
         "EvaluationConfig",
         "evaluate",

@@ -44,8 +44,9 @@ from diagnostics.report.atlas_page import atlas
 from diagnostics.report.compare_runs import compare_runs
 from diagnostics.report.page import read_run
 from diagnostics.report.tokenview import show
+from diagnostics.training.config import EngineConfig, TrainConfig
 from diagnostics.training.evaluation import EvaluationConfig, evaluate, summarize_evaluation
-from diagnostics.training.run import EngineConfig, TrainConfig, train
+from diagnostics.training.run import train
 
 __version__: str
 __all__ = [

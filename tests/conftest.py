@@ -192,6 +192,8 @@ def folders(tmp_path_factory):
         "10",
         "--draws",
         "50",
+        "--folds",
+        "2",
         "--device",
         "cpu",
         "--quiet",

@@ -44,7 +44,7 @@ PROBES = {
     "adamw": [{}, {"horizon": [1, 3], "warm_steps": 1, "minibatch": 3}],
     "sampled": [
         {"shard_teacher": True, "step_state": "disk"},
-        {"loss": "sampled", "optimizer": "sgd", "horizon": [2], "minibatch": 2},
+        {"loss": "sampled", "optimizer": "sgd", "step": "0.05", "horizon": [2], "minibatch": 2},
     ],
     "float32": [{"dtype": "float32"}, {"horizon": [0]}],
 }

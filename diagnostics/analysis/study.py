@@ -148,20 +148,17 @@ def study(
         for name, table in step.tables(missing).items():
             if table is not None and len(table):
                 made[name] = table
-            else:
-                why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
-                left_out.append((name, "the whole table", why))
+                continue
+            why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
+            left_out.append((name, "the whole table", why))
     if training is not None:
-        made["verdicts"] = pd.concat(
-            [*([made["verdicts"]] if "verdicts" in made else []), claims.of_training(training)],
-            ignore_index=True,
-        )
+        verdicts = [made["verdicts"]] if "verdicts" in made else []
+        verdicts.append(claims.of_training(training))
+        made["verdicts"] = pd.concat(verdicts, ignore_index=True)
     made["warnings"] = study_warnings.warnings(tokens, made)
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
-    return Tables(
-        bounds.marked(made, tokens)
-        | ({"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {})
-    )
+    exact = {"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {}
+    return Tables(bounds.marked(made, tokens) | exact)
 
 
 def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:

@@ -39,6 +39,8 @@ class Rollout:
     teacher_prompt_ids: tuple[int, ...] | None = None
     reply: Any = None
     """The response as chat messages, in place of its text."""
+    exact: bool = False
+    """Whether the ids are a frozen context's, to the last one: nothing of them is padding."""
     domain: str | None = None
     """What kind of question the prompt is."""
     logprobs: Any = None
@@ -226,6 +228,7 @@ def _read_contexts(row: Row) -> Rollout:
         own=row.mask("supervised"),
         teacher_prompt=row.text("teacher_prompt"),
         teacher_prompt_ids=row.ids("teacher_prompt_ids"),
+        exact=True,
     )
 
 

@@ -94,10 +94,14 @@ class Freezer:
                 f"{where} holds token id {outside[0]}, and the shared vocabulary has"
                 f" {self.vocabulary}. Another tokenizer wrote it; give the text alone."
             )
-        part, own = self._students_part(given_ids, rollout.own)
-        prompt_ids, response_ids, teacher_ids = self._without_padding(
-            prompt_ids, part, rollout.teacher_prompt_ids, whole=own is not None
-        )
+        if rollout.exact and self.turns != "first":
+            own, response_ids, teacher_ids = rollout.own, given_ids, rollout.teacher_prompt_ids
+            own = None if own is None or all(own) else own
+        else:
+            part, own = self._students_part(given_ids, rollout.own)
+            prompt_ids, response_ids, teacher_ids = self._without_padding(
+                prompt_ids, part, rollout.teacher_prompt_ids, whole=own is not None
+            )
         self.counts["turns"] += own is not None
         rollout = replace(rollout, teacher_prompt_ids=teacher_ids)
         usable = self._usable(max(prompt_ids, teacher_ids or (), key=len), response_ids)

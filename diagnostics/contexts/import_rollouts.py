@@ -14,7 +14,8 @@
 Ids are taken as they are. Text is encoded by the pair's tokenizer, prompt and response together, so
 that the response begins where its first token would have begun. The prompt goes through the chat
 template, like those of a prompt file, unless it is rendered already or the format stores rendered
-text. A response ends with its first end token, and padding before or after it is removed.
+text. A response ends with its first end token, and padding before or after it is removed. Contexts
+of this project are frozen already: of their ids nothing is padding, and all stay.
 
 A reply of several turns, with what a tool or a user says between them, is kept whole where the
 student's own tokens are told: by a loss mask, or by a chat template with `{% generation %}` marks.

@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -151,17 +152,85 @@ def _unknown(name: str) -> DiagnosticsError:
     )
 
 
-def verify_math(response: str, answer: str) -> bool:
+def verify_math(response: str, answer: str) -> bool | None:
     """Whether math-verify finds the response's last expression equal to the answer.
 
+    A response that is the answer, letter by letter, is right, although it may be no expression. One
+    in which it finds no expression is wrong. What is no fault of the student's is no
+    verdict: an answer that it cannot read gives None, as does one of words, which it reads as a
+    product of letters in any order; a comparison that fails or takes too long raises.
+
     Args:
-        response: The student's text.
-        answer: The expected expression, plain or LaTeX.
+        response: The student's text; the minus sign of print counts as a minus.
+        answer: The expected expression, plain or LaTeX, with or without dollars around it.
+
+    Returns:
+        True or False; None where the answer itself cannot be read, or is words.
+
+    Raises:
+        RuntimeError: It failed, took too long, or is not called in the main thread, where alone its
+            limit of time works.
     """
     from math_verify import parse, verify
 
-    gold = answer if "$" in answer or "\\" in answer else f"${answer}$"
-    return bool(verify(parse(gold), parse(response)))
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "math-verify limits its time by a signal, which works in the main thread alone: judge"
+            " responses there, or by --verifier FILE.py:function"
+        )
+    response, answer = (text.replace(PRINTED_MINUS, "-").strip() for text in (response, answer))
+    if answer and response == answer:
+        return True
+    if IN_WORDS.fullmatch(answer):
+        return None
+    gold = parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
+    gold = gold or parse(f"${answer}$")  # LaTeX that nothing marks as such
+    found = parse(response)
+    if gold and found and verify(gold, found):
+        return True
+    if all(isinstance(each, str) for each in gold):  # no expression, or nothing at all
+        return None
+    if found:
+        _unless_failed(lambda: verify(gold, found, raise_on_error=True))
+    else:
+        _unless_late(lambda: parse(response, raise_on_error=True))
+    return False
+
+
+IN_WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+([\s'.,-]+[^\W\d_]+)*\.?")
+"""An answer of words alone, at least one of three letters or more."""
+PRINTED_MINUS = "\u2212"
+"""The minus sign, which math-verify does not read."""
+
+
+def _unless_late(read: Callable[[], Any]) -> None:
+    """Raise where an empty reading of a response came of the limit of time; what cannot be read for
+    another reason is the student's.
+    """
+    try:
+        read()
+    except Exception:  # a text that is no expression
+        return
+    except BaseException as error:
+        raise _late(error) from error
+
+
+def _unless_failed(compare: Callable[[], Any]) -> None:
+    """Raise where a "no" is no comparison, but an error or the limit of time."""
+    try:
+        compare()
+    except Exception as error:
+        raise RuntimeError(f"math-verify failed ({type(error).__name__}: {error})") from error
+    except BaseException as error:
+        raise _late(error) from error
+
+
+def _late(error: BaseException) -> BaseException:
+    """What is raised for math-verify's own error for its limit of time, which derives from
+    BaseException; any other such error stays as it is.
+    """
+    is_own = type(error).__name__ == "TimeoutException"
+    return RuntimeError("math-verify took too long") if is_own else error
 
 
 # --- a function of one's own

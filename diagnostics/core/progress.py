@@ -350,6 +350,11 @@ class Shards:
         if held:
             log.info("%s: %d rows of an interrupted run are taken up", folder, len(self._rows))
 
+    @property
+    def rows(self) -> int:
+        """Number of rows that an earlier run kept."""
+        return len(self._rows)
+
     def _held(self) -> Iterator[np.ndarray]:
         """The rows of every whole shard, whose path is then in `_paths`."""
         import pandas as pd

@@ -254,56 +254,62 @@ def load_pair(
         raise DiagnosticsError(
             f"Unknown step state {step_state!r}. Known are {', '.join(STEP_STATES)}."
         )
-    teacher_dtype = teacher_dtype or dtype
     if pair is not None:
         student, teacher = named_pair(pair).folders()
         teacher = None if teacher_logprobs else teacher
     student_place = "cpu" if shard_student else device  # its layers move when they are sharded
+    load_student = partial(load_model, student, student_revision, dtype=dtype, device=student_place)
+    name = pair or "custom"
     if student is not None and teacher is None and (teacher_logprobs is not None or alone):
-        model = load_model(student, student_revision, dtype=dtype, device=student_place)
-        assembled = _without_teacher(
-            pair or "custom",
-            model,
-            tokenizer or load_tokenizer(student, student_revision),
-            teacher_logprobs,
-        )
-        assembled.step_state = step_state
-        if shard_student:
-            assembled.student.shard(device, whose="student")
-        return assembled
+        model = load_student()
+        own = tokenizer or load_tokenizer(student, student_revision)
+        assembled = _without_teacher(name, model, own, teacher_logprobs)
+    else:
+        _require_both(student, teacher)
+        waiting = teacher_device or ("cpu" if offload_teacher else device)
+        place = "cpu" if shard_teacher else waiting  # its layers move likewise
+        dtype = teacher_dtype or dtype
+        load_teacher = partial(load_model, teacher, teacher_revision, dtype=dtype, device=place)
+        named = ((student, student_revision), (teacher, teacher_revision))
+        assembled = _with_teacher(name, _tokenizers(tokenizer, *named), load_student, load_teacher)
+        assembled.offload_teacher = offload_teacher
+        if shard_teacher and isinstance(assembled.teacher, Readout):
+            assembled.teacher.shard(teacher_device or device)
+    assembled.step_state = step_state
+    if shard_student:
+        assembled.student.shard(device, whose="student")
+    return assembled
+
+
+def _require_both(student: object, teacher: object) -> None:
+    """Refuse a pair without one of its models."""
     if student is None or teacher is None:
         raise DiagnosticsError(
             f"A pair needs both models; got student={student!r}, teacher={teacher!r}. Give both, or"
             f" one of {', '.join(NAMED_PAIRS)}."
         )
-    tokenizers = _tokenizers(tokenizer, (student, student_revision), (teacher, teacher_revision))
+
+
+def _with_teacher(
+    name: str,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    load_student: partial[PreTrainedModel],
+    load_teacher: partial[PreTrainedModel],
+) -> Pair:
+    """Load both models, and say in the pair's facts what differs between their tokenizers."""
     dropped = differing_special_ids(*tokenizers)
     template = shared_template(*tokenizers)
-    teacher_place = teacher_device or ("cpu" if offload_teacher else device)
-    if shard_teacher:
-        teacher_place = "cpu"  # its layers move to the devices when they are sharded
-    load_teacher = partial(
-        load_model, teacher, teacher_revision, dtype=teacher_dtype, device=teacher_place
-    )
     # the larger one first: while a model is loaded, the pages of its file are in memory as well
     teacher_model = load_teacher()
-    models = (
-        load_model(student, student_revision, dtype=dtype, device=student_place),
-        teacher_model,
-    )
-    assembled = assemble(pair or "custom", *models, tokenizers[0], dropped=dropped)
+    assembled = assemble(name, load_student(), teacher_model, tokenizers[0], dropped=dropped)
     assembled.facts |= {"chat_template": template} if template else {}
     assembled.stops = _stops(assembled, *tokenizers)
     different = warn_of_dropped(tokenizers[0], tokenizers[1], dropped)
     assembled.facts |= {"special_tokens": different} if different else {}
     assembled.teacher_reads = tokenizers[1] if dropped else None
-    assembled.offload_teacher, assembled.step_state = offload_teacher, step_state
-    if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(teacher, models[1]):
+    source = load_teacher.args[0]
+    if isinstance(assembled.teacher, Readout) and _can_be_loaded_again(source, teacher_model):
         assembled.teacher.load_again = load_teacher
-    if shard_teacher and isinstance(assembled.teacher, Readout):
-        assembled.teacher.shard(teacher_device or device)
-    if shard_student:
-        assembled.student.shard(device, whose="student")
     return assembled
 
 

@@ -723,7 +723,7 @@ def measure_hidden(
         parts.append(
             _measured(
                 student_nV,
-                *lists,
+                lists,
                 sampled_N[rows].to(student_nV.device),
                 depth=depth,
                 k=k,
@@ -740,8 +740,7 @@ def measure_hidden(
 
 def _measured(
     student_nV: Tensor,
-    ids_nK: Tensor,
-    ln_q_nK: Tensor,
+    lists_nK: tuple[Tensor, Tensor],
     sampled_n: Tensor,
     *,
     depth: int,
@@ -750,6 +749,7 @@ def _measured(
     tops: int,
 ) -> dict[str, Tensor]:
     """Divergences from the completed teacher, everything else from the lists and their mass."""
+    ids_nK, ln_q_nK = lists_nK
     whole = divergences.measure(student_nV, completed(student_nV, ids_nK, ln_q_nK), sampled_n, k=1)
     out = divergences.measure_hidden(
         student_nV,

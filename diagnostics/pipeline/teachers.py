@@ -172,7 +172,7 @@ def _score_one(
 def _take_over(run: Run, bank: Path) -> None:
     """Copy the first teacher's contexts into the run of another, byte by byte.
 
-    They are not frozen anew: an import may cut what it takes for padding.
+    They are not frozen anew: the runs then hold one bank, byte by byte.
     """
     content, file = read_inside(bank.parent, bank.name), run.path("contexts.parquet")
     there = hash_inside(run.directory, file.name)

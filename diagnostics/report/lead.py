@@ -100,7 +100,7 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
 
     Returns:
         folds, prompts (held out), word (not judged, weak, sufficient), sentence and, where it was
-        judged, smallest_detectable (nats; None where unknown).
+        judged, detail (what the word rests on).
     """
     folds, prompts = (int(judged[name].max()) for name in ("steps", "prompts"))
     found: dict[str, object] = {"folds": folds, "prompts": prompts}
@@ -120,6 +120,7 @@ def strength(judged: pd.DataFrame) -> dict[str, object]:
     return found | {
         "word": word,
         "sentence": f"{basis}: {word}" + (f" ({detail})" if detail else ""),
+        "detail": detail,
     }
 
 
@@ -129,7 +130,10 @@ def sure(run: RunTables) -> str:
     needs = {"primary", "prompts", "steps", "smallest_detectable", "margin", "verdict"}
     if table is None or not needs <= set(table.columns) or judged_cells(table).empty:
         return ""
-    sentence = str(strength(judged_cells(table))["sentence"])
+    found = strength(judged_cells(table))
+    sentence = str(found["sentence"])
+    if found.get("detail") and f"{found['prompts']} prompts, " in decision_sentence(table):
+        sentence = f"{found['word']}: {found['detail']}"  # the decision names prompts and folds
     return " ".join(filter(None, [sentence[:1].upper() + sentence[1:] + ".", taken_at(run)]))
 
 
@@ -155,7 +159,7 @@ def taken_at(run: RunTables) -> str:
     if found is None:
         return ""
     value, whose = found
-    text = f"Steps at learning rate {rate_words(value)}{_of_the_probe(run)}"
+    text = f"Learning rate {rate_words(value)}{_of_the_probe(run)}"
     if whose == "the default":
         return f"{text}, training's default: small, so effects are too; `--learning-rate` sets it."
     return f"{text}."

@@ -137,7 +137,7 @@ def _paragraphs(run: RunResults, answer: Mapping[str, str]) -> str:
     text = "".join(
         f"<p><b>{question}</b> {with_code(text)}</p>" for question, text in answer.items()
     )
-    return glossary.linked(_to_tables(run, text))
+    return glossary.linked(_to_tables(run, re.sub(r"(?<=\d) %", "\u00a0%", text)))
 
 
 def by_correctness(run: RunResults) -> str:

@@ -50,7 +50,6 @@ FIRST = {
     DECISION: (lead.decided,),
     "How sure?": (lead.sure,),
     "What next?": (lead.next_command,),
-    "On what?": (lead.where,),
 }
 """The questions that the page answers before its first figure."""
 REFERENCE = "teachability"
@@ -137,6 +136,7 @@ def answer(run: RunTables) -> dict[str, str]:
     """
     parts = {
         **FIRST,
+        "On what?": (lead.where,),
         "What was done?": (setup,),
         "Which criterion follows the gain?": (signals,),
         "What would a selection capture?": (budget,),

@@ -835,3 +835,54 @@ def test_special_tokens_are_told_by_their_flag(chatty, tmp_path):
         ]
         == 1
     )
+
+
+# --- contexts of another run
+
+
+def test_contexts_of_another_run_stay_to_the_last_token(pair, tmp_path, caplog):
+    """Padding and end tokens that the student sampled are positions like any other."""
+    written = (
+        ("final padding", (0, 5), (6, 7, 2, 2)),
+        ("first padding", (0, 5), (2, 6, 7)),
+        ("nothing but padding", (0, 5), (2, 2)),
+        ("an end within", (0, 5), (6, 1, 7)),
+        ("two ends", (0, 5), (6, 1, 1)),
+        ("a prompt with both", (0, 2, 5, 1, 1), (6, 1)),
+    )
+    bank = Bank(
+        tuple(
+            Context(
+                name,
+                f"p{i}",
+                "w1",
+                prompt_ids,
+                pair.tokenizer.decode(ids, skip_special_tokens=True),
+                ids,
+                ids[-1] in pair.end_ids,
+                domain="math",
+                correct=bool(i % 2),
+                sampled_logprobs=tuple(-float(t + 1) for t in range(len(ids))),
+            )
+            for i, (name, prompt_ids, ids) in enumerate(written)
+        )
+    )
+    bank.to_frame().to_parquet(tmp_path / "contexts.parquet")
+    found, counts = freeze_rollouts(pair, tmp_path / "contexts.parquet")
+    assert found == bank
+    assert (counts["padded"], counts["after_end"], counts["cut"]) == (0, 0, 0)
+    assert counts["positions"] == sum(len(ids) for *_, ids in written)
+
+
+def test_contexts_with_masks_and_padding_at_their_end_stay_too(pair, tmp_path):
+    ids, own = (2, 6, 20, 7, 2), (True, True, False, True, True)
+    bank = Bank((Context("a", "p", "w1", (0, 5), "w2\nw3", ids, False, supervised=own),))
+    bank.to_frame().to_parquet(tmp_path / "contexts.parquet")
+    again = read_rollouts(pair, tmp_path / "contexts.parquet")[0]
+    assert (again.response_ids, again.supervised) == (ids, own)
+
+
+def test_padding_of_another_program_s_ids_is_still_removed(pair, tmp_path):
+    row = {"prompt": "w1", "prompt_ids": [0, 5], "response_ids": [6, 7, 2, 2]}
+    found, counts = freeze_rollouts(pair, jsonl(tmp_path / "plain.jsonl", row))
+    assert found[0].response_ids == (6, 7) and counts["padded"] == 1

@@ -1,7 +1,10 @@
 """What judges a response, what a file says of it, and what of either is counted."""
 
 import hashlib
+import importlib.util
 import sys
+import threading
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -159,6 +162,118 @@ def test_math_verify_is_used_where_it_is_installed_and_missed_in_words(monkeypat
     monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(verifiers, "verify_math", lambda response, answer: answer == "$\\frac12$")
     assert judge_rollouts(bank, prompts, "auto", pair="x")[0][0].correct is True
+
+
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
+)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    "response, answer, expected",
+    [
+        ("The answer is 42.", "42", True),
+        ("so $\\boxed{\\frac{1}{2}}$", "0.5", True),
+        ("\\boxed{1/2}", "\\frac{1}{2}", True),
+        ("$\\sqrt{2}$", "\\sqrt2", True),  # LaTeX without dollars
+        ("it is $\\pi$", "\\pi", True),
+        ("\\boxed{x^2+2x+1}", "(x+1)^2", True),
+        ("the answer is \u22123", "-3", True),
+        ("1,234 of them", "1234", True),
+        ("4 + 14 = 18", "She has 4+14.\n#### 18", True),
+        ("The answer is 41.", "42", False),
+        ("no idea", "4", False),
+        ("", "4", False),
+        ("\\frac{{{", "4", False),
+        ("\\text{Paris}", "\\text{Paris}", True),
+        ("(1, 2)", "(1, 2)", True),
+    ],
+)
+def test_the_real_math_verify(response, answer, expected):
+    assert verifiers.verify_math(response, answer) is expected
+
+
+@needs_math_verify
+def test_the_real_math_verify_judges_a_bank(caplog):
+    bank = make_bank([1, 1, 1])
+    answers = {bank[0].context_id: bank[0].response, bank[1].context_id: "???"}
+    found, counts = verifiers.judge(bank, answers, verifiers.verify_math)
+    assert (counts["undecided"], counts["without_answer"], counts["failed"]) == (1, 1, 0)
+    assert found[1].correct is None and found[2].correct is None
+
+
+def _stand_in(monkeypatch, *, found=("x",), equal=False, error=None):
+    """A math-verify that gives these readings of a response, and fails where it is asked to say."""
+
+    def say(value, raising):
+        if raising and error is not None:
+            raise error
+        return value
+
+    def parse(text, raise_on_error=False):
+        return [4] if text == "$4$" else say(list(found), raise_on_error)
+
+    def verify(gold, target, raise_on_error=False):
+        return say(equal, raise_on_error)
+
+    stub = types.SimpleNamespace(parse=parse, verify=verify)
+    monkeypatch.setitem(sys.modules, "math_verify", stub)
+
+
+class TimeoutException(BaseException):
+    """As math-verify's own is called and derived."""
+
+
+def test_what_takes_too_long_is_no_verdict(monkeypatch):
+    for found in (("x",), ()):
+        _stand_in(monkeypatch, found=found, error=TimeoutException())
+        with pytest.raises(RuntimeError, match="took too long"):
+            verifiers.verify_math("long", "4")
+
+
+def test_a_comparison_that_fails_is_no_verdict_and_a_text_that_is_none_is_wrong(monkeypatch):
+    _stand_in(monkeypatch, error=TypeError("no order"))
+    with pytest.raises(RuntimeError, match=r"math-verify failed \(TypeError: no order"):
+        verifiers.verify_math("x", "4")
+    _stand_in(monkeypatch, found=(), error=TypeError("no number"))
+    assert verifiers.verify_math("x", "4") is False
+    _stand_in(monkeypatch, equal=True, error=TypeError("of another form"))
+    assert verifiers.verify_math("x", "4") is True
+
+
+@pytest.mark.parametrize("answer", ["Paris", "New York", "Evelyn.", "yes"])
+def test_an_answer_of_words_is_not_judged_as_a_product_of_its_letters(monkeypatch, answer):
+    _stand_in(monkeypatch, equal=True)
+    assert verifiers.verify_math(answer[::-1], answer) is None
+    assert verifiers.verify_math(answer, answer) is True
+
+
+@pytest.mark.parametrize("answer", ["x+y", "xy", "3 apples", r"\sin x", "12", "B"])
+def test_an_answer_that_is_more_than_words_goes_to_math_verify(monkeypatch, answer):
+    _stand_in(monkeypatch, equal=True)
+    assert verifiers.verify_math("another text", answer) is True
+
+
+def test_an_interrupt_is_never_taken_for_its_limit_of_time(monkeypatch):
+    _stand_in(monkeypatch, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        verifiers.verify_math("x", "4")
+
+
+def test_in_another_thread_nothing_is_judged_and_it_says_why(monkeypatch, caplog):
+    _stand_in(monkeypatch, equal=True)
+    bank, answers = make_bank([1]), {}
+    answers[bank[0].context_id] = "4"
+    found = []
+    work = threading.Thread(
+        target=lambda: found.append(verifiers.judge(bank, answers, verifiers.verify_math))
+    )
+    work.start()
+    work.join()
+    (judged, counts) = found[0]
+    assert judged[0].correct is None and counts["failed"] == 1
+    assert "main thread alone" in counts["first_failure"]
 
 
 # --- a function of one's own

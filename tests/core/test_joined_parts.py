@@ -8,6 +8,7 @@ from diagnostics.core.checkpoint import join_checkpoint
 from diagnostics.core.joined_parts import joined_parts
 from diagnostics.core.schema import validate_tokens
 from diagnostics.core.tables import write_parquet_parts
+from tests.counted_memory import counted_memory
 
 KEYS = ["context_id", "position"]
 
@@ -75,3 +76,21 @@ def test_columns_of_an_untrained_student_are_left_out(tmp_path):
     first = written(tmp_path / "scores.parquet", scores, 11)
     (joined,) = joined_parts(first, [written(tmp_path / "gains.parquet", gains, 11)])
     assert "gain_step_2" in joined and "gain_step_0" not in joined
+
+
+def test_joining_takes_memory_for_one_part_however_many_there_are(tmp_path):
+    """Per further row 20 bytes, of the parts' notes in the file; a row has over 100."""
+
+    def peak(rows):
+        scores, folder = table(rows), tmp_path / str(rows)
+        gains = scores[KEYS].assign(**{f"gain_fold{f}": np.arange(rows) / 7 for f in range(9)})
+        first = written(folder / "scores.parquet", scores, 2000)
+        other = written(folder / "gains.parquet", gains, 2000)
+        del scores, gains
+        with counted_memory() as counted:
+            write_parquet_parts(folder / "tokens.parquet", joined_parts(first, [other]))
+        return counted.bytes, pd.read_parquet(folder / "tokens.parquet").memory_usage().sum() / rows
+
+    peak(2000)  # what is made once
+    (small, _), (large, per_row) = peak(8000), peak(24000)
+    assert (large - small) / 16000 < 20 < 100 < per_row

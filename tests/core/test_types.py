@@ -16,6 +16,7 @@ from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.tables import write_parquet
 from diagnostics.core.types import Bank, Context, read_bank, write_bank
 from tests.conftest import make_bank
+from tests.counted_memory import counted_memory
 
 
 def test_bank_survives_the_table():
@@ -54,6 +55,22 @@ def test_a_bank_in_parts_is_the_bank_whatever_its_first_contexts_lack(tmp_path, 
         assert pq.read_metadata(path).num_row_groups == 2
         assert repr(read_bank(path).contexts) == repr(bank.contexts)
         assert str([vars(c) for c in read_bank(path)]) == str([vars(c) for c in bank])
+
+
+def test_a_bank_is_written_and_read_a_part_at_a_time(tmp_path, monkeypatch):
+    """Per further token of a response 30 bytes; in one part a bank takes 50."""
+    monkeypatch.setattr(types, "CONTEXTS_TOGETHER", 50)
+
+    def peak(contexts):
+        path, bank = tmp_path / f"{contexts}.parquet", make_bank([60] * contexts)
+        with counted_memory() as counted:
+            write_bank(path, bank)
+            assert read_bank(path) == bank
+        return counted.bytes
+
+    peak(50)  # what is made once
+    small, large = peak(200), peak(600)
+    assert (large - small) / (400 * 60) < 30
 
 
 def test_equal_token_ids_are_one_object():

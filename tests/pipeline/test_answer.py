@@ -66,7 +66,7 @@ def test_the_learning_rate_is_said_and_the_default_names_its_flag(
     assert found["steps"]["taken"][0]["learning_rate"] == 1e-6
     json.dumps(found, allow_nan=False)
     page = taken_at(RunTables({"stages": stages}))
-    assert page.startswith("Steps at learning rate 1e-06")
+    assert page.startswith("Learning rate 1e-06")
     assert "probe's" not in page  # none is recorded
     assert ("`--learning-rate`" in page) == (chosen == "the default")
 

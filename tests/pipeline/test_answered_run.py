@@ -14,7 +14,7 @@ from diagnostics.pipeline.cli import main
 from tests import outlines
 
 GRID = ["--criteria", "teachability", "--budgets", "30%", "--random-draws", "2", "--horizon", "2"]
-SIZE = ["--contexts", "20", "--max-new-tokens", "6", "--draws", "20", "--sweep", "8"]
+SIZE = "--contexts 20 --max-new-tokens 6 --draws 20 --sweep 8 --folds 2".split()
 MADE = ("interventions.parquet", "tables/decision.csv", "tables/verdicts.csv")
 
 
@@ -59,7 +59,7 @@ def test_a_run_ends_with_the_decision(answered):
         "random_divergent",
         "position_matched",
     }
-    assert said["strength"]["prompts"] == 20 and said["strength"]["folds"] == 4
+    assert said["strength"]["prompts"] == 20 and said["strength"]["folds"] == 2
     assert said["report"] == str(directory / "report.html") and said["decision"] and said["next"]
 
 

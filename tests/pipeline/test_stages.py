@@ -89,7 +89,7 @@ def test_stages_one_by_one_elsewhere_give_the_same_bytes(finished, folders, tmp_
         == 0
     )
     assert main(["score", *models, "--output-dir", directory]) == 0
-    assert main(["probe", *models, "--output-dir", directory]) == 0
+    assert main(["probe", *models, "--folds", "2", "--output-dir", directory]) == 0
     assert main(["analyze", "--draws", "50", "--quiet", "--output-dir", directory]) == 0
     assert main(["report", "--quiet", "--output-dir", directory]) == 0
     assert hashes(tmp_path / "steps") == hashes(finished)
@@ -101,10 +101,8 @@ def test_a_lost_file_is_made_again(finished, folders, tmp_path):
     before = hashes(directory)
     (directory / "gains.parquet").unlink()
     (directory / "tables/calibration.csv").write_text("broken")
-    assert (
-        main(["probe", *folders[:4], "--device", "cpu", "--quiet", "--output-dir", str(directory)])
-        == 0
-    )
+    probe = ["probe", *folders[:4], "--folds", "2", "--device", "cpu", "--quiet"]
+    assert main([*probe, "--output-dir", str(directory)]) == 0
     assert hashes(directory) == before
 
 
@@ -222,6 +220,6 @@ def test_a_probe_keeps_the_choices_it_was_begun_with(finished, capsys):
     manifest = json.loads((finished / "manifest.json").read_text())
     settings = manifest["stages"]["probe"]["settings"]
     assert settings["primary"] == PrimaryChoices().as_text()
-    pair = ["--student", settings["student"], "--teacher", settings["teacher"]]
+    pair = ["--student", settings["student"], "--teacher", settings["teacher"], "--folds", "2"]
     assert main(["probe", *pair, "--output-dir", str(finished), "--primary", "budget=0.1"]) == 2
     assert before == sha256_file(finished / "manifest.json")

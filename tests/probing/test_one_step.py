@@ -11,12 +11,13 @@ from diagnostics.contexts.rollouts import rollout
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import NULLS, combine
 from diagnostics.core.formulas import gains
+from diagnostics.core.tables import write_parquet
 from diagnostics.models.pair import assemble, weights_sha256
 from diagnostics.probing import step as step_module
 from diagnostics.probing import tensor_lists
 from diagnostics.probing.directions import Direction
 from diagnostics.probing.folds import assign_folds
-from diagnostics.probing.one_step import probe
+from diagnostics.probing.one_step import READ, probe, read_scores
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import StepBench, calibrate, calibrate_together, loss_weights
 from tests.conftest import make_bank, make_model, make_pair, make_prompts, make_tokenizer
@@ -184,6 +185,20 @@ def test_a_teacher_that_is_the_student_teaches_nothing(loss):
         "gain_h2",
     ):
         np.testing.assert_allclose(result.tokens[name].dropna(), 0, atol=1e-6)
+
+
+def test_a_probe_of_the_columns_that_it_reads_is_that_of_the_whole_table(setting, tmp_path):
+    pair, bank, tokens = setting
+    read = read_scores(write_parquet(tmp_path / "scores.parquet", tokens))
+    assert set(read) == set(tokens) & set(READ) and len(read.columns) < len(tokens.columns) / 3
+    assert read.equals(tokens[list(read)]) and read.attrs == tokens.attrs
+    options = {"nulls": NULLS, "placebos": 1, "horizon": (1,), "folds": 3}
+    some, whole = (probe(pair, bank, tokens=given, **options) for given in (read, tokens))
+    made = [name for name in whole.tokens if name not in tokens]
+    assert [name for name in some.tokens if name not in read] == made and len(made) > 20
+    assert some.tokens[made].equals(whole.tokens[made])
+    for name in ("calibration", "placebo", "horizon"):
+        assert getattr(some, name).equals(getattr(whole, name))
 
 
 def test_same_seed_same_result(setting):

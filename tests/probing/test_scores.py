@@ -1,6 +1,5 @@
 """The token table against whole-model forwards, and the batches that it is measured in."""
 
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from diagnostics.probing import scores
 from diagnostics.probing.frozen_bank import FrozenBank
 from diagnostics.probing.scores import batches, score
 from tests.conftest import make_bank, make_model, make_tokenizer
+from tests.counted_memory import counted_memory
 
 
 def reference_logprobs(model, context):
@@ -488,8 +488,7 @@ def test_a_bank_is_scored_in_memory_that_does_not_grow_with_what_is_measured(
     def peak(contexts):
         folder = tmp_path / str(contexts)
         types.write_bank(folder / "contexts.parquet", make_bank([50] * contexts))
-        tracemalloc.start()
-        try:
+        with counted_memory() as counted:
             bank = types.read_bank(folder / "contexts.parquet")
             measured = scores.measure_bank(
                 pair,
@@ -500,9 +499,7 @@ def test_a_bank_is_scored_in_memory_that_does_not_grow_with_what_is_measured(
             )
             write_parquet_parts(folder / "scores.parquet", measured.tokens())
             write_parquet_parts(folder / "tops.parquet", measured.tops(), types=scores.TOP_TYPES)
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        return counted.bytes
 
     peak(20)  # what is made once
     small, large = peak(40), peak(120)

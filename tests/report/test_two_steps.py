@@ -78,7 +78,7 @@ def test_what_is_not_recorded_is_left_out_or_said_to_be():
 
 def test_page_and_markdown_and_terminal_have_both_rates():
     run = run_of()
-    assert lead.taken_at(run).startswith("Steps at learning rate 1e-06 (the probe's: 9e-04), ")
+    assert lead.taken_at(run).startswith("Learning rate 1e-06 (the probe's: 9e-04), ")
     shown = page.page(run, {}, {})
     assert "<td>9e−4</td><td>1e−6</td>" in shown and ">the decision’s steps</th>" in shown
     assert "| learning rate | 9e−4 | 1e−6 |" in markdown(run, {}, {})
