@@ -7,7 +7,7 @@ import torch
 
 from diagnostics.core.progress import no_shards
 from diagnostics.probing.one_step import probe
-from diagnostics.probing.placebo import placebo_gains, placebo_table
+from diagnostics.probing.placebo import placebo_by_rollouts, placebo_gains, placebo_table
 from diagnostics.probing.scores import score
 from diagnostics.probing.step import ProbeConfig, prepare_step
 from tests.conftest import make_bank, make_pair
@@ -83,3 +83,30 @@ def test_the_probe_tabulates_it_against_its_own_step(setting):
     assert whole.positions == here.sum() and whole.directions == 1
     assert whole.mean_abs_gain == pytest.approx(np.mean([np.abs(g[here]).mean() for g in gains]))
     assert whole.step_mean_gain == pytest.approx(result.tokens.gain_fold0[here].mean())
+
+
+def test_right_and_wrong_responses_have_rows_of_their_own():
+    """A side's rows are the table of its positions alone; a position that is not judged counts in
+    the rows of all.
+    """
+    rng = np.random.default_rng(0)
+    correct = np.array([1, 1, 0, 0, 0, np.nan] * 4)
+    tokens = pd.DataFrame(
+        {
+            "forward_kl": rng.gamma(0.5, size=24),
+            "prompt_id": np.repeat(list("abcd"), 6),
+            "correct": correct,
+        }
+    )
+    step_N, gains = rng.normal(size=24), [rng.normal(size=24) for _ in range(4)]
+    found = placebo_by_rollouts(tokens, step_N, gains)
+    assert list(found["rollouts"].unique()) == ["all", "right", "wrong"]
+    whole = found[found["rollouts"] == "all"].drop(columns="rollouts")
+    pd.testing.assert_frame_equal(whole, placebo_table(tokens, step_N, gains))
+    assert whole["positions"].iloc[0] == 24
+    mask_N = correct == 0
+    alone = placebo_table(tokens[mask_N], step_N[mask_N], [each[mask_N] for each in gains])
+    own = found[found["rollouts"] == "wrong"].drop(columns="rollouts").reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, alone)
+    unjudged = placebo_by_rollouts(tokens.drop(columns="correct"), step_N, gains)
+    pd.testing.assert_frame_equal(unjudged, placebo_table(tokens, step_N, gains))

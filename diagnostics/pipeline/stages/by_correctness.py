@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,6 +285,7 @@ def hint(directory: str | Path, program: str) -> str:
     if STAGE in run.manifest["stages"] or not judged_sides(run):
         return ""
     return (
-        f"right and wrong responses apart: {program} {STAGE} --output-dir {directory} (takes about"
+        f"right and wrong responses apart: {program} {STAGE} --output-dir"
+        f" {shlex.quote(str(directory))} (takes about"
         " as long as analyze and compare did)"
     )
