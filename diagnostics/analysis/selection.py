@@ -350,6 +350,11 @@ def candidates(
     require_columns(tokens, COMPARED_COLUMNS, what="The comparison")
     names = list(criteria or []) or registry.usual(tokens)
     compared = tuple(name for name in dict.fromkeys(names) if not is_baseline(name))
+    if names and not compared:
+        raise DiagnosticsError(
+            f"{', '.join(dict.fromkeys(names))} alone cannot be compared: criteria are compared"
+            " with them, and they stand beside them in any case. Name at least one criterion."
+        )
     return Candidates(tokens, mask, prompts, compared, tuple(sorted(set(budgets))), rules, seed)
 
 

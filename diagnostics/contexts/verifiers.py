@@ -157,15 +157,15 @@ def verify_math(response: str, answer: str) -> bool | None:
 
     A response that is the answer, letter by letter, is right, although it may be no expression. One
     in which it finds no expression is wrong. What is no fault of the student's is no
-    verdict: an answer that it cannot read gives None, and a comparison that fails or takes too long
-    raises.
+    verdict: an answer that it cannot read gives None, as does one of words, which it reads as a
+    product of letters in any order; a comparison that fails or takes too long raises.
 
     Args:
         response: The student's text; the minus sign of print counts as a minus.
         answer: The expected expression, plain or LaTeX, with or without dollars around it.
 
     Returns:
-        True or False; None where the answer itself cannot be read.
+        True or False; None where the answer itself cannot be read, or is words.
 
     Raises:
         RuntimeError: It failed, took too long, or is not called in the main thread, where alone its
@@ -181,6 +181,8 @@ def verify_math(response: str, answer: str) -> bool | None:
     response, answer = (text.replace(PRINTED_MINUS, "-").strip() for text in (response, answer))
     if answer and response == answer:
         return True
+    if IN_WORDS.fullmatch(answer):
+        return None
     gold = parse(answer if "$" in answer or "\\" in answer else f"${answer}$")
     gold = gold or parse(f"${answer}$")  # LaTeX that nothing marks as such
     found = parse(response)
@@ -195,6 +197,8 @@ def verify_math(response: str, answer: str) -> bool | None:
     return False
 
 
+IN_WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_]+([\s'.,-]+[^\W\d_]+)*\.?")
+"""An answer of words alone, at least one of three letters or more."""
 PRINTED_MINUS = "\u2212"
 """The minus sign, which math-verify does not read."""
 

@@ -143,7 +143,10 @@ def read_run(
     directory = Path(directory)
     manifest = _read_manifest(directory)
     reading = _Reading(directory, manifest)
-    tables = _analysis_tables(directory, reading) | training_tables(directory, reading)
+    # a page's texts are Python's own: those of some hundred rows are compared in half the time so
+    storage = pd.get_option("mode.string_storage") if shown is None else "python"
+    with pd.option_context("mode.string_storage", storage):
+        tables = _analysis_tables(directory, reading) | training_tables(directory, reading)
     if not tables:
         notes = f" ({' '.join(reading.notes)})" if reading.notes else ""
         raise DiagnosticsError(
@@ -383,14 +386,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """A table; one without columns where the file is empty.
-
-    Texts are kept as Python has them: in tables of some hundred rows they are compared and gone
-    through in half the time.
-    """
+    """A table; one without columns where the file is empty."""
     try:
-        with pd.option_context("mode.string_storage", "python"):
-            return read_csv(path)
+        return read_csv(path)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (OSError, ValueError) as error:

@@ -370,6 +370,12 @@ def test_invariants():
     assert ranked.estimate.between(-1, 1).all() and (area.behind_best <= 0).all()
 
 
+def test_baselines_alone_are_no_comparison():
+    tokens = table()
+    with pytest.raises(DiagnosticsError, match="random, full alone cannot be compared"):
+        selection_summary(tokens, criteria=["random", "full"], budgets=[0.1])
+
+
 def test_the_outcome_itself_is_the_oracle():
     tokens = whole(table())
     tokens["acceptance"] = tokens.gain.rank()

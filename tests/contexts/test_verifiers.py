@@ -242,6 +242,19 @@ def test_a_comparison_that_fails_is_no_verdict_and_a_text_that_is_none_is_wrong(
     assert verifiers.verify_math("x", "4") is True
 
 
+@pytest.mark.parametrize("answer", ["Paris", "New York", "Evelyn.", "yes"])
+def test_an_answer_of_words_is_not_judged_as_a_product_of_its_letters(monkeypatch, answer):
+    _stand_in(monkeypatch, equal=True)
+    assert verifiers.verify_math(answer[::-1], answer) is None
+    assert verifiers.verify_math(answer, answer) is True
+
+
+@pytest.mark.parametrize("answer", ["x+y", "xy", "3 apples", r"\sin x", "12", "B"])
+def test_an_answer_that_is_more_than_words_goes_to_math_verify(monkeypatch, answer):
+    _stand_in(monkeypatch, equal=True)
+    assert verifiers.verify_math("another text", answer) is True
+
+
 def test_an_interrupt_is_never_taken_for_its_limit_of_time(monkeypatch):
     _stand_in(monkeypatch, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
