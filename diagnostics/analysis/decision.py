@@ -413,6 +413,10 @@ def registered_sentence(table: pd.DataFrame, criterion: str, budget: float) -> s
         return f"The registered choice, {name}, was not intervened on."
     row = judged[same].iloc[0].to_dict()
     verdict = OF_REGISTERED.get(row["verdict"], row["verdict"])
+    if row["verdict"] == "cannot tell" and (
+        row["over_random_low"] > 0 or row["over_random_high"] < 0
+    ):
+        verdict += f" after Holm's correction for {row['looks']:g} looks"
     return f"The registered choice, {name}: {_over_random_words(row)}, {verdict}."
 
 

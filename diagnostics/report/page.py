@@ -94,6 +94,9 @@ def page(
     """
     made = made or {name: make(run, contexts) for name, make in LONG.items()}
     answer = summary.answer(run)
+    cards = verdict_cards(run)
+    if cards:
+        answer.pop(summary.CLAIMS, None)  # the cards say it with each claim's sentence
     above = [key for key in summary.FIRST if key in answer] or list(answer)[:2]
     lead = _paragraphs(run, {key: answer.pop(key) for key in above})
     first = next((spec for spec in in_page_order() if spec.name == FIRST), None)
@@ -104,9 +107,6 @@ def page(
         for spec in in_page_order()
         if spec.name in drawn and spec.name != FIRST
     )
-    cards = verdict_cards(run)
-    if cards:
-        answer.pop(summary.CLAIMS, None)  # the cards say it with each claim's sentence
     sections = [
         ("steps", "Steps", steps_beside(run)),
         ("verdicts", "Claims", cards),

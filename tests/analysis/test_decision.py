@@ -314,6 +314,11 @@ def test_the_registered_cell_is_said_beside_another_recommendation():
     assert registered_sentence(table, "margin", 0.3) == (
         "The registered choice, margin at 30 %, was not intervened on."
     )
+    corrected = table.copy()
+    corrected.loc[row.name, "verdict"] = "cannot tell"
+    assert registered_sentence(corrected, "divergence", 0.05).endswith(
+        f"{shown}, not told apart from random after Holm's correction for {row['looks']:g} looks."
+    )
     few = decide(made_interventions(**(QUIET | {"prompts": 12})), draws=50)
     assert registered_sentence(few, "margin", 0.3) == ""
 

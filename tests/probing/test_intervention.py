@@ -778,7 +778,7 @@ def run_directory(tmp_path_factory):
         )
         == 0
     )
-    assert main(["score", *models]) == 0 and main(["probe", *models]) == 0
+    assert main(["score", *models]) == 0 and main(["probe", *models, "--folds", "3"]) == 0
     return base / "out", models
 
 
@@ -848,10 +848,10 @@ def test_the_three_commands_leave_their_tables(run_directory):
     )
     table = pd.read_csv(directory / "tables/intervention.csv")
     assert (
-        "tip" in set(table.criterion) and set(table.horizon) == {0, 2} and set(table.steps) == {4}
+        "tip" in set(table.criterion) and set(table.horizon) == {0, 2} and set(table.steps) == {3}
     )
     effects = pd.read_parquet(directory / "interventions.parquet")
-    assert set(effects.fold) == set(tokens.fold) == {0, 1, 2, 3}
+    assert set(effects.fold) == set(tokens.fold) == {0, 1, 2}
     place = tokens.drop_duplicates("prompt_id").set_index("prompt_id").fold
     assert (effects.held_out == (effects.prompt_id.map(place) != effects.fold)).all()
     assert main(["intervene", *models, *grid, "--criteria", "token_identity"]) == 0

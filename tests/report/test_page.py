@@ -656,7 +656,6 @@ def test_every_table_of_the_study_has_its_figure(tmp_path, monkeypatch):
         drawing.figure_of(run_results.read_run(directory), "validation_scatter")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("in_outline")
 def test_every_table_of_a_whole_run_has_its_line_and_every_line_its_table(
     finished, folders, tmp_path
