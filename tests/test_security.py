@@ -160,7 +160,7 @@ def test_only_the_command_that_is_given_a_url_reaches_the_module_that_connects()
         if (node.module or "").startswith("diagnostics.models.served"):
             users.setdefault(node.module.rpartition(".")[2], set()).add(path.name)
     assert users["connection"] == {"ask.py", "dialects.py"}
-    assert users["ask"] == {"stages.py"}
+    assert users["ask"] == {"ask_teacher.py"}
 
 
 def test_the_environment_is_asked_for_named_settings_only():

@@ -120,8 +120,14 @@ class Ahead:
         try:
             self.folder = tempfile.TemporaryDirectory(prefix="opd-ahead-")
             return subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), self.folder.name]
-                + ["early"] * early,
+                [
+                    sys.executable,
+                    "-m",
+                    __name__,
+                    str(os.getpid()),
+                    self.folder.name,
+                    *(["early"] if early else []),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
