@@ -242,11 +242,16 @@ def _by_budget(pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str) -> 
         sure = sure.sort_values("mean", ascending=side == "below", kind="stable")
         for row in sure.head(MOST_NAMED if side == "above" else 1).to_dict("records"):
             found.append(
-                f"At {budget:.0%}, {naming.readable(row['conclusion'])} {verb} random positions by"
-                f" {_mean(row)} of what all positions give"
+                f"At {budget:.0%}, {naming.readable(row['conclusion'])} {verb} random positions"
+                f"{_where(row)} by {_mean(row)} of what all positions give"
                 f" ({row['verdict']}; {_of_pairs(row)}){_divergent(pool, row)}."
             )
     return found
+
+
+def _where(row: Mapping) -> str:
+    """What a verdict of the pairs, rather than of their mean, rests on."""
+    return " on every pair, in the mean" if row["verdict"].endswith("on every pair") else ""
 
 
 def _divergent(pool: pd.DataFrame, row: Mapping) -> str:
