@@ -9,6 +9,7 @@ or ends early, the stages do everything themselves.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import pickle
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,38 +78,57 @@ MAKERS = {**TABLES, "intervene": cells}
 """What does a stage's part."""
 
 
+LOADED = ("models.pair", "probing.intervention", "analysis.study", "analysis.selection")
+"""Modules of this package that a process loads which begins before there is a task for it."""
+
+
 class Ahead:
     """What another process has made of some stages; without one, what is made when asked for.
 
     Args:
-        tasks: What to make, by stage, in the order in which it is made.
+        tasks: What to make, by stage, in the order in which it is made. Where None, the process
+            begins without, loads what it will need, and waits for `give`.
     """
 
-    def __init__(self, tasks: Mapping[str, Task]):
-        self.tasks, self.left = dict(tasks), list(tasks)
+    def __init__(self, tasks: Mapping[str, Task] | None):
+        self.tasks: dict[str, Task] = {}
+        self.left: list[str] = []
         self.folder: tempfile.TemporaryDirectory | None = None
-        self.process = self._begun() if tasks and cores() > 1 else None
+        self.process = self._begun(tasks is None) if tasks != {} and cores() > 1 else None
+        if tasks:
+            self.give(tasks)
 
-    def _begun(self) -> subprocess.Popen | None:
+    def give(self, tasks: Mapping[str, Task]) -> None:
+        """Hand the tasks to the process, once, or end it where there are none."""
+        self.tasks, self.left = dict(tasks), list(tasks)
+        if self.process is None or self.process.stdin is None:
+            return
+        if not tasks:
+            self.end()
+            return
+        try:
+            pickle.dump(list(self.tasks.items()), self.process.stdin)
+            self.process.stdin.close()
+        except OSError:  # it ended, and its work is done here
+            self.end()
+
+    def _begun(self, early: bool) -> subprocess.Popen | None:
         if distributed.world() > 1:
             return None
         home = str(Path(__file__).parents[2])
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             self.folder = tempfile.TemporaryDirectory(prefix="opd-ahead-")
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), self.folder.name],
+            return subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid()), self.folder.name]
+                + ["early"] * early,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
-            assert process.stdin is not None
-            pickle.dump(list(self.tasks.items()), process.stdin)
-            process.stdin.close()
         except OSError:
             return None
-        return process
 
     def take(self, stage: str, task: Task) -> Tables:
         """The tables of a stage, where they are those of this very task; else made here."""
@@ -135,6 +155,7 @@ class Ahead:
 
     def end(self) -> None:
         """End the process, whatever it does."""
+        self.left = []
         if self.process is not None:
             self.process.terminate()
             try:
@@ -142,18 +163,20 @@ class Ahead:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):  # what it never read
+                    if pipe is not None:
+                        pipe.close()
         if self.folder is not None:
             self.folder.cleanup()
 
 
 @contextmanager
-def beside(tasks: Mapping[str, Task]) -> Iterator[Ahead]:
+def beside(tasks: Mapping[str, Task] | None = None) -> Iterator[Ahead]:
     """Let another process work on tasks while the block runs, where a core is free for it.
 
     Args:
-        tasks: What to make, by stage.
+        tasks: What to make, by stage; None where they are given later.
 
     Yields:
         Where the stages take their tables from.
@@ -183,7 +206,7 @@ class _Kept(logging.Handler):
         self.records.append((record.levelno, record.getMessage()))
 
 
-def _serve(parent: int, folder: Path) -> None:
+def _serve(parent: int, folder: Path, *, early: bool) -> None:
     """Do the tasks that standard input names, and say which is done; an error ends it."""
     from diagnostics.training.workers import end_with
 
@@ -195,6 +218,8 @@ def _serve(parent: int, folder: Path) -> None:
     signal.signal(signal.SIGTERM, stop)
     kept = _Kept()
     logging.getLogger().addHandler(kept)
+    for name in LOADED if early else ():
+        importlib.import_module(f"diagnostics.{name}")
     for stage, task in pickle.load(sys.stdin.buffer):
         with open(folder / stage, "wb") as file:
             pickle.dump((MAKERS[stage](task), kept.records), file)
@@ -203,4 +228,4 @@ def _serve(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), Path(sys.argv[2]))
+    _serve(int(sys.argv[1]), Path(sys.argv[2]), early="early" in sys.argv[3:])

@@ -32,9 +32,14 @@ def do(job: Job) -> dict[str, Any]:
         refuse_sharded_student(job.models, "an intervention")
     with ExitStack() as stack, in_stages(names) as shown:
         made: ahead.Ahead | None = None
+        if _will_wait(job, names):
+            made = stack.enter_context(ahead.beside())
         for name in names:
             if name == "intervene" and "analyze" in names:
-                made = stack.enter_context(ahead.beside(_tasks(job)))
+                if made is None:
+                    made = stack.enter_context(ahead.beside(_tasks(job)))
+                else:
+                    made.give(_tasks(job))
             options = {"made": made} if made is not None and name in ahead.TABLES else {}
             with shown.stage(name):
                 result = BY_NAME[name].function()(job, **options) or result
@@ -51,6 +56,12 @@ def stages_of(job: Job) -> list[str]:
         if not (quick and name in LEFT_OUT)
         and (name == job.command or name not in UNASKED or any(map(job.flag, UNASKED[name])))
     ]
+
+
+def _will_wait(job: Job, names: list[str]) -> bool:
+    """Whether another process can load what it needs while models sample, score or step."""
+    to_probe = "probe" in names and "probe" not in job.run.manifest["stages"]
+    return to_probe and {"intervene", "analyze"} <= set(names)
 
 
 def _tasks(job: Job) -> dict[str, Any]:

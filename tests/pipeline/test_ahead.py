@@ -47,3 +47,32 @@ def test_it_ends_with_the_block(task, monkeypatch):
     with pytest.raises(KeyboardInterrupt), ahead.beside({"compare": task}) as made:
         raise KeyboardInterrupt
     assert made.process.returncode is not None
+
+
+def test_it_begins_before_its_tasks_and_makes_what_it_is_given(task, monkeypatch):
+    monkeypatch.setattr(ahead, "cores", lambda: 2)
+    here = ahead.comparison_tables(task)
+    with ahead.beside() as made:
+        assert made.process.poll() is None and made.tasks == {}
+        made.give({"compare": task})
+        there = made.take("compare", task)
+        assert made.left == []
+    assert here.keys() == there.keys() and all(here[name].equals(there[name]) for name in here)
+    assert made.process.returncode is not None
+
+
+def test_it_ends_where_nothing_is_given(task, monkeypatch):
+    monkeypatch.setattr(ahead, "cores", lambda: 2)
+    with ahead.beside() as made:
+        made.give({})
+        assert made.process.returncode is not None
+        assert set(made.take("compare", task)["selection_curves"].budget) == {0.1}
+
+
+def test_what_ended_before_its_tasks_is_made_here(task, monkeypatch):
+    monkeypatch.setattr(ahead, "cores", lambda: 2)
+    with ahead.beside() as made:
+        made.process.kill()
+        made.process.wait()
+        made.give({"compare": task})
+        assert set(made.take("compare", task)["selection_curves"].budget) == {0.1}
