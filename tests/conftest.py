@@ -31,6 +31,8 @@ LONG = (
     "test_selectors.py",
     "test_paper_page.py",
     "test_distributed.py",
+    "test_memory.py",
+    "test_directions.py",
     "test_trl_trainer.py",
     "test_page.py",
     "test_topk_teacher.py",
