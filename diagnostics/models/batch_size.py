@@ -1,18 +1,19 @@
 """How many tokens go into one forward pass, where nobody says.
 
-On the CPU, and wherever free memory is not known, it is `BATCH_TOKENS`. On CUDA it is what the free
-memory holds, by an estimate of the bytes that a token needs, with M layers, H the hidden size, I
-the width of the feed-forward part, K the key-value width (heads times their size) and V the
-vocabulary, in elements of the model's dtype unless bytes are named:
+On the CPU, and wherever free memory is not known, it is `BATCH_TOKENS`; in a pass with a gradient,
+at most what `GRADIENT_BYTES` hold, since a process that outgrows main memory is ended. On CUDA it
+is what the free memory holds. Both go by an estimate of the bytes that a token needs, with M
+layers, H the hidden size, I the width of the feed-forward part, K the key-value width (heads times
+their size) and V the vocabulary, in elements of the model's dtype unless bytes are named:
 
     score       8 H + 4 I                           the widest layer; no other is kept
     sample      2 K M + 8 H + 4 I + 40 V/L bytes    the cache, and a row's distribution in float64
                                                     over the L tokens of a row
     gradient    M (12 H + 5 I)                      what the backward pass needs of every layer
 
-Half of the free memory is planned for, and the number is rounded down to a power of two, so that a
-few megabytes more or less in use do not change the batches. An estimate that was too high is no
-error: a batch that does not fit is halved where it is run.
+Half of a card's free memory is planned for, and the number is rounded down to a power of two, so
+that a few megabytes more or less in use do not change the batches. An estimate that was too high is
+no error: a batch that does not fit is halved where it is run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ BATCH_TOKENS = 8192
 """Tokens of a pass on the CPU, where larger batches lose more to padding and to the cache than they
 save in passes.
 """
+GRADIENT_BYTES = 2 << 30
+"""Bytes that the layers of a pass with a gradient may keep on the CPU, by the estimate."""
 LEAST, MOST = 1024, 131_072
 """Bounds of a number that was chosen: below it passes are too small to fill a card, and above it
 they do not become faster.
@@ -40,8 +43,8 @@ scaled, as probabilities, summed up and sorted in float64.
 """
 FLAG = {
     "help": (
-        "tokens in one forward pass, padding included; 8192 on the CPU and what memory holds on a"
-        " GPU where not given"
+        "tokens in one forward pass, padding included; 8192 on the CPU (fewer for the gradient of a"
+        " large student) and what memory holds on a GPU where not given"
     )
 }
 """Metadata of a setting `batch_tokens`."""
@@ -71,9 +74,11 @@ def choose(
         return asked
     models = list(models)
     free = min((_free(model) for model in models), default=None, key=_or_infinite)
-    if free is None:
+    if free is None and (use != "gradient" or not models):
         return BATCH_TOKENS
     needed = max(token_bytes(model, use=use, row_tokens=row_tokens) for model in models)
+    if free is None:
+        return min(BATCH_TOKENS, _power_of_two(GRADIENT_BYTES / needed))
     tokens = fitting(free, needed)
     log.info(
         "batches of %d tokens: %.1f GB are free, and a token needs about %.0f kB",
@@ -91,8 +96,12 @@ def fitting(free: int, needed: float) -> int:
         free: Free bytes.
         needed: Bytes per token.
     """
-    held = max(1, int(PLANNED * free / needed))
-    return min(MOST, max(LEAST, 1 << (held.bit_length() - 1)))
+    return min(MOST, max(LEAST, _power_of_two(PLANNED * free / needed)))
+
+
+def _power_of_two(number: float) -> int:
+    """The largest power of two that is not above a number; 1 where that is below 1."""
+    return 1 << (max(1, int(number)).bit_length() - 1)
 
 
 def token_bytes(model: Any, *, use: Use, row_tokens: int = 1) -> float:

@@ -15,8 +15,9 @@ class ScoreConfig:
     Attributes:
         k: Size of the top-K supports.
         sweep: Other sizes K that are measured in the same pass.
-        batch_tokens: Tokens in one forward pass, padding included; None takes 8,192 on the CPU, and
-            on CUDA what the free memory holds (`models.batch_size`).
+        batch_tokens: Tokens in one forward pass, padding included; None takes 8,192 on the CPU,
+            fewer for the gradient of a large student, and on CUDA what the free memory holds
+            (`models.batch_size`).
         extra: Further measurements (`measure.extra_names.COLUMNS`).
     """
 
