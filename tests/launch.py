@@ -8,6 +8,9 @@ import sys
 from multiprocessing import connection
 from pathlib import Path
 
+SECONDS = 300
+"""Longest wait for a process to end."""
+
 
 def free_port() -> int:
     """A port that nobody listens on."""
@@ -33,10 +36,13 @@ def forked(processes, work, *arguments):
     for each in copies:
         each.start()
     while running := [each for each in copies if each.exitcode is None]:
-        connection.wait([each.sentinel for each in running])
-        if any(each.exitcode for each in copies):
+        if any(each.exitcode for each in copies):  # also one that failed before the first wait
             for each in running:
                 each.kill()
+        if not connection.wait([each.sentinel for each in running], timeout=SECONDS):
+            for each in running:
+                each.kill()
+            raise TimeoutError(f"{len(running)} of {processes} copies did not end in {SECONDS} s")
     return [each.exitcode for each in copies]
 
 
@@ -58,5 +64,5 @@ def torchrun(processes, *arguments):
         text=True,
         env=environment,
         cwd=Path(__file__).parents[1],
-        timeout=300,
+        timeout=SECONDS,
     )

@@ -1,6 +1,8 @@
 """Several processes give the tables of one, refuse as one does, and go on after a kill."""
 
+import os
 import signal
+import time
 
 import numpy as np
 import pandas as pd
@@ -49,6 +51,19 @@ def commands(stages, directory):
     """The command lines of the stages."""
     where = ["--output-dir", str(directory)]
     return [[stage, *options, *where] for stage, options in stages.items()]
+
+
+def fail_first():
+    """The first copy fails at once, and the other waits for it."""
+    if os.environ["RANK"] == "0":
+        os._exit(3)
+    time.sleep(60)
+
+
+@of_a_fork
+@pytest.mark.parametrize("_", range(5))
+def test_a_copy_that_fails_ends_the_others(_):
+    assert forked(2, fail_first) == [3, -signal.SIGKILL]
 
 
 @pytest.fixture(scope="module")
