@@ -46,8 +46,11 @@ def forked(processes, work, *arguments):
     return [each.exitcode for each in copies]
 
 
-def torchrun(processes, *arguments):
-    """Run a module in several processes of this repository, and return what they said."""
+def torchrun(processes, *arguments, seconds=SECONDS):
+    """Run a module in several processes of this repository, and return what they said.
+
+    A process that is aborted says where each of its threads was.
+    """
     port = free_port()
     command = [
         sys.executable,
@@ -57,12 +60,19 @@ def torchrun(processes, *arguments):
         f"--master-port={port}",
         *arguments,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
         env=environment,
         cwd=Path(__file__).parents[1],
-        timeout=SECONDS,
+        timeout=seconds,
     )
+
+
+def require_success(done):
+    """Fail with what the processes said first: torchrun's own account comes after it."""
+    said = done.stderr
+    short = said if len(said) < 12_000 else f"{said[:9_000]}\n[…]\n{said[-3_000:]}"
+    assert done.returncode == 0, short

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from diagnostics.core import distributed
 from diagnostics.models.readout import Readout
 from diagnostics.training import run as training_run
 from diagnostics.training.evaluation import EvaluationConfig
@@ -102,3 +103,5 @@ if __name__ == "__main__":
         run(Path(sys.argv[1]) / name, **CASES[name])
         AcceleratorState._reset_state()
         PartialState._reset_state()
+    distributed.barrier()  # nobody leaves while another still speaks to it
+    distributed.leave()

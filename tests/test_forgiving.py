@@ -314,6 +314,7 @@ def test_a_smaller_teacher_is_remarked_upon(caplog):
 # What a result says of itself
 
 
+@pytest.mark.slow
 def test_results_are_short_where_they_are_printed(tokens, pair):
     bank = make_bank([5] * 400)
     study = dx.study(tokens, draws=DRAWS)

@@ -1,10 +1,5 @@
 """Training under FSDP2 on two CPU processes, against one process."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +8,7 @@ from safetensors.torch import load_file
 
 from diagnostics.training.run import read_lines
 from tests import launched_fsdp
+from tests.launch import require_success, torchrun
 
 LAYOUT = ("entropy", "num_tokens", "epoch")
 """Metrics of TRL's own: the first is a mean over micro-batches, which two processes cut
@@ -30,27 +26,8 @@ def close(ours, theirs, atol):
 def sharded(tmp_path_factory):
     """All cases under FSDP2, in one launch."""
     folder = tmp_path_factory.mktemp("fsdp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={port}",
-        launched_fsdp.__file__,
-        str(folder),
-        *launched_fsdp.CASES,
-    ]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(2, launched_fsdp.__file__, str(folder), *launched_fsdp.CASES, seconds=600)
+    require_success(done)
     return folder
 
 

@@ -52,6 +52,7 @@ def command(words, **_):
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_from_top_to_bottom(path, monkeypatch, registry):

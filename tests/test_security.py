@@ -199,6 +199,7 @@ def test_the_environment_is_asked_for_named_settings_only():
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_local_models_needs_no_network_and_its_files_tell_nothing_of_the_machine(
     folders, tmp_path, monkeypatch
 ):

@@ -16,7 +16,7 @@ from diagnostics.models.pair import load_pair
 from diagnostics.pipeline.cli import main
 from tests import launched_shards
 from tests.conftest import make_bank, make_model, make_tokenizer
-from tests.launch import torchrun
+from tests.launch import require_success, torchrun
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_a_sharded_teacher_scores_and_probes_as_a_whole_one(folders, tmp_path):
         for stage in ("score", "probe")
     ]
     done = torchrun(2, "-m", "tests.launched_stages", json.dumps(stages))
-    assert done.returncode == 0, done.stderr[-2000:]
+    require_success(done)
     one, two = (pd.read_parquet(folder / "tokens.parquet") for folder in (whole, sharded))
     pd.testing.assert_frame_equal(one, two, rtol=1e-6, atol=1e-6)
     assert one.gain.abs().max() > 1e-4
@@ -75,7 +75,7 @@ def sharded_probes(odd):
         for name, (loading, options) in PROBES.items()
     ]
     done = torchrun(2, "-m", "tests.launched_shards", str(odd), json.dumps(runs))
-    assert done.returncode == 0, done.stderr[-3000:]
+    require_success(done)
     return odd
 
 
@@ -133,7 +133,7 @@ def test_a_sharded_student_samples_scores_and_is_probed_as_a_whole_one(folders, 
         for stage, options in {**stages, "probe": [*small, "--horizon", "1"]}.items()
     ]
     done = torchrun(2, "-m", "tests.launched_stages", json.dumps(commands))
-    assert done.returncode == 0, done.stderr[-2000:]
+    require_success(done)
     for name in ("contexts", "scores"):
         one, two = (pd.read_parquet(folder / f"{name}.parquet") for folder in (whole, sharded))
         pd.testing.assert_frame_equal(one, two, rtol=1e-6, atol=1e-6)

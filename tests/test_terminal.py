@@ -160,6 +160,7 @@ def on_a_terminal(*command, size, folder):
     return said.decode(), process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(0, 0), (24, 50)])
 def test_a_terminal_of_any_size_shows_the_stage_and_its_time(size, tmp_path, folders):
     flags = [*folders[:6], "--contexts", "8", "--max-new-tokens", "4", "--device", "cpu"]

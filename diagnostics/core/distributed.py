@@ -58,7 +58,11 @@ def is_main() -> bool:
 
 @cache
 def group():
-    """torch.distributed, its default process group set up. Only where `world()` > 1."""
+    """torch.distributed, its default process group set up. Only where `world()` > 1.
+
+    It ends with the process, also where Accelerate set it up: the threads of a group that outlives
+    the interpreter may abort it.
+    """
     import torch
     from torch import distributed
 
@@ -66,8 +70,16 @@ def group():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         )
-        atexit.register(distributed.destroy_process_group)
+    atexit.register(leave)
     return distributed
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def local_device(name: str) -> str:

@@ -17,7 +17,7 @@ from diagnostics.core import distributed
 from diagnostics.measure.divergences import to_float64
 from diagnostics.probing.spread import is_divided, local
 from diagnostics.probing.step_state import StatePlace
-from diagnostics.probing.tensor_lists import inner_product
+from diagnostics.probing.tensor_lists import add_in_float64, inner_product
 
 
 class GradientTaker:
@@ -72,9 +72,7 @@ class GradientSums(GradientTaker):
         if total is None:
             self._sums[number] = gradient.to(self.place.sums(gradient))
         else:
-            total = to_float64(total)
-            total += gradient.to(total.device)
-            self._sums[number] = total
+            self._sums[number] = add_in_float64(total, gradient)
 
     def total(self) -> list[Tensor]:
         """The sums over all processes in the parameters' dtype. They can be had once: each sum is

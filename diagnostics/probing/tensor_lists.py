@@ -53,6 +53,17 @@ def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float(sum((to_float64(a) * to_float64(b)).sum() for a, b in _pieces(left, right)))
 
 
+def add_in_float64(total: Tensor, addend: Tensor) -> Tensor:
+    """The sum of two tensors of one shape, added into the first where that is float64 already.
+
+    PyTorch alone would first cast the whole addend, which for a large embedding is a gigabyte.
+    """
+    total = to_float64(total).contiguous()
+    for into, part in _pieces([total], [addend.to(total.device)]):
+        into += part
+    return total
+
+
 def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding tensors of the lists, flattened and cut into pieces."""
     for tensors in zip(*lists):

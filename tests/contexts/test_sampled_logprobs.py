@@ -113,6 +113,7 @@ def test_a_table_keeps_them_and_a_bank_without_has_no_column(pair, tmp_path):
         Bank.from_frame(frame.assign(sampled_logprobs=[[-1.0], [-1.0]]))
 
 
+@pytest.mark.slow
 def test_a_run_of_such_a_bank_has_the_engine_check(pair, folders, finished, tmp_path):
     """The engine sampled at temperature 0.7 here, by construction from the student's own logits."""
     import torch

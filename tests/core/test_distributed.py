@@ -74,6 +74,7 @@ def together(stages, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @of_a_fork
 def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
     alone = tmp_path / "alone"
@@ -95,6 +96,7 @@ def test_two_processes_give_one_process_s_tables(stages, together, tmp_path):
         )
 
 
+@pytest.mark.slow
 @of_a_fork
 @pytest.mark.parametrize(
     "folder, killed, later", [("responses", "0", 2), ("scores", "01", 1), ("global-", "0", 2)]

@@ -929,6 +929,7 @@ def test_a_pair_takes_a_file_in_the_teachers_place(folders, tmp_path):
         score(alone, bank)
 
 
+@pytest.mark.slow
 def test_from_rollout_to_report_with_a_remote_teacher(folders, tmp_path, capsys):
     """The student writes, the teacher's lists come in a file, and every table says what its numbers
     are worth.

@@ -63,6 +63,7 @@ def test_a_run_ends_with_the_decision(answered):
     assert said["report"] == str(directory / "report.html") and said["decision"] and said["next"]
 
 
+@pytest.mark.slow
 def test_one_process_makes_the_same_bytes_as_two(answered, small, tmp_path):
     assert ahead.cores() == 1
     assert told("run", *small, "--output-dir", str(tmp_path / "alone"))[0] == 0
@@ -138,6 +139,7 @@ def test_models_that_nobody_knows_the_place_of_are_asked_for(
     assert "Name it: --student PATH/TO/student." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quick_leaves_the_interventions_out_and_says_so(finished, folders, capsys):
     assert main(["run", *folders, "--json", "--output-dir", str(finished)]) == 0
     said = json.loads(capsys.readouterr().out)

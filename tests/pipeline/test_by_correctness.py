@@ -83,6 +83,7 @@ def test_the_manifest_has_counts_hashes_and_settings(made):
     assert sides == {"right", "wrong"}
 
 
+@pytest.mark.slow
 def test_a_second_call_keeps_it_and_a_damaged_table_is_made_again(made):
     folder, _ = made
     path = folder / "run/tables/right/strata.csv"

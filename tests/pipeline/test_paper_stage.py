@@ -35,6 +35,7 @@ def stage_of(directory):
     return json.loads((directory / "manifest.json").read_text())["stages"]["paper"]
 
 
+@pytest.mark.slow
 def test_without_a_trained_student_the_command_says_what_to_type(finished, tmp_path, capsys):
     directory = tmp_path / "out"
     shutil.copytree(finished, directory)
@@ -55,6 +56,7 @@ def test_without_a_trained_student_the_command_says_what_to_type(finished, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_the_tables_the_page_and_the_record_are_there(laid_out):
     record = stage_of(laid_out)
     assert record["facts"]["checkpoint"] == {"criterion": "teachability", "budget": 0.05, "seed": 0}
@@ -69,6 +71,7 @@ def test_the_tables_the_page_and_the_record_are_there(laid_out):
     assert "seen" not in pd.read_parquet(laid_out / "tokens.parquet")
 
 
+@pytest.mark.slow
 def test_a_mask_that_kept_less_than_its_budget_is_named(laid_out, folders, capsys, tmp_path):
     _, kept = read_cells(laid_out / "paper/cells")
     short = kept[(kept["criterion"] == "q3") & (kept["budget"] == 0.9)]
@@ -82,6 +85,7 @@ def test_a_mask_that_kept_less_than_its_budget_is_named(laid_out, folders, capsy
     assert "q3 at a budget of 0.9 kept 0." in said and "divergence at" not in said
 
 
+@pytest.mark.slow
 def test_the_command_without_train_lays_out_what_was_trained(
     laid_out, folders, tmp_path, monkeypatch, capsys
 ):
@@ -98,6 +102,7 @@ def test_the_command_without_train_lays_out_what_was_trained(
     assert stage_of(directory)["files"] == stage_of(laid_out)["files"]
 
 
+@pytest.mark.slow
 def test_a_run_with_its_own_checkpoint_needs_no_training(finished, folders, tmp_path):
     directory = tmp_path / "out"
     shutil.copytree(finished, directory)
@@ -110,6 +115,7 @@ def test_a_run_with_its_own_checkpoint_needs_no_training(finished, folders, tmp_
     assert record["settings"]["train"] is False and not (directory / "paper").exists()
 
 
+@pytest.mark.slow
 def test_trainings_of_a_command_that_did_not_end_are_left_out_and_counted(
     laid_out, folders, tmp_path, capsys
 ):
@@ -126,6 +132,7 @@ def test_trainings_of_a_command_that_did_not_end_are_left_out_and_counted(
     assert "has no trained student" in said
 
 
+@pytest.mark.slow
 def test_the_manifest_repeats_the_trainings(laid_out, folders, tmp_path):
     again = tmp_path / "again"
     inputs = [folders[1], folders[3], folders[5]]
@@ -134,6 +141,7 @@ def test_the_manifest_repeats_the_trainings(laid_out, folders, tmp_path):
     assert stage_of(again)["files"] == stage_of(laid_out)["files"]
 
 
+@pytest.mark.slow
 def test_the_stage_is_a_command_of_its_own_that_rerun_repeats():
     stage = BY_NAME["paper"]
     assert stage.command is None and stage.recorded and stage.run is not None

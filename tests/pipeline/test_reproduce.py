@@ -88,6 +88,7 @@ def named(folders):
     return [folders[1], folders[3], folders[5], str(ROOT / "reports/embedded-validation")]
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_manifest_file_by_file(done, folders, tmp_path, capsys):
     again = [
         "rerun",

@@ -782,6 +782,7 @@ def run_directory(tmp_path_factory):
     return base / "out", models
 
 
+@pytest.mark.slow
 def test_the_three_commands_leave_their_tables(run_directory):
     directory, models = run_directory
     grid = [

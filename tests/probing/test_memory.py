@@ -62,6 +62,7 @@ def per_parameter(setting, monkeypatch, kind, **options):
     return counted.peak / sum(p.numel() for p in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["reverse_kl", "sampled"])
 @pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a run directory"])
 def test_a_probe_with_folds_horizon_and_permuted_teacher(
@@ -74,6 +75,7 @@ def test_a_probe_with_folds_horizon_and_permuted_teacher(
     assert 12 < per_parameter(setting, monkeypatch, "disk", **options) <= BYTES
 
 
+@pytest.mark.slow
 def test_beside_the_student_it_takes_more(setting, monkeypatch):
     """So that the count above would notice a copy: directions wait, and AdamW has its moments."""
     assert per_parameter(setting, monkeypatch, "device", horizon=(1, 2)) > BYTES + 8

@@ -91,3 +91,15 @@ def test_a_distance_is_the_norm_of_the_difference():
         tensor_norm([a - b for a, b in zip(left, right)]), rel=1e-14
     )
     assert distance(left, left) == 0
+
+
+@pytest.mark.parametrize("total", [torch.float32, torch.float64])
+def test_sums_in_float64_are_those_of_whole_tensors(monkeypatch, total):
+    monkeypatch.setattr(tensor_lists, "PIECE", 7)
+    start, addend = torch.randn(5, 6).to(total), torch.randn(6, 5).t()
+    expected = start.double() + addend.double()
+    summed = tensor_lists.add_in_float64(start.clone(), addend)
+    assert summed.dtype == torch.float64 and torch.equal(summed, expected)
+    turned = tensor_lists.add_in_float64(start.clone().t(), addend.t())
+    assert torch.equal(turned, expected.t())
+    assert tensor_lists.add_in_float64(summed, addend).data_ptr() == summed.data_ptr()

@@ -70,6 +70,7 @@ def test_files_of_every_figure_are_written_in_three_formats_and_recorded(run):
     assert all((run / name).stat().st_size for name in wanted)
 
 
+@pytest.mark.slow
 def test_equal_tables_give_equal_bytes(run, tmp_path):
     again = made_paper.write_run(tmp_path / "again")
     paper_page.build(again)

@@ -249,6 +249,7 @@ def command(folders, directory, *more):
     ]
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_goes_on_where_it_was(folders, tmp_path, monkeypatch, capsys):
     trained, original = [], grid_module.run_cell
 
@@ -667,6 +668,7 @@ def test_options_that_a_grid_decides_are_refused(folders, tmp_path, capsys, opti
     assert f"A grid of trainings takes no {option.partition('=')[0]}: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_models_are_loaded_once_and_each_training_begins_with_them(
     folders, tmp_path, monkeypatch, capsys
 ):

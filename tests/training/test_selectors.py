@@ -154,6 +154,7 @@ def trained(scored, folders, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_cells_hold_every_position_after_every_training(trained, scored):
     cells, kept = read_cells(trained)
     tokens = pd.read_parquet(scored / "scores.parquet")
@@ -211,6 +212,7 @@ def test_a_cell_is_the_training_that_its_settings_say(trained, scored, tmp_path)
     assert np.abs(one["forward_kl_after"].to_numpy() - tokens["forward_kl"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_equal_bytes(
     trained, scored, folders, tmp_path, monkeypatch
 ):

@@ -99,6 +99,7 @@ def test_a_worker_looks_for_its_parent_where_the_system_does_not_tell(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_whoever_stops_listening_ends_the_workers(tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
