@@ -10,7 +10,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ from diagnostics.analysis.splits import (
 from diagnostics.analysis.strata import null_share, strata
 from diagnostics.core.folds import step_count
 from diagnostics.core.inputs import several, takes, token_table
+from diagnostics.core.processes import share_out
 from diagnostics.core.progress import progress
 from diagnostics.core.schema import column, support_column
 from diagnostics.core.settings import with_settings
@@ -83,6 +84,10 @@ _CORRELATION_TABLES = ("correlations", "differences")
 _Q3_TABLES = ("q3_contrast", "q3_groups")
 _REGRESSION_TABLES = ("regressions", "decomposition")
 _CLAIM_TABLES = ("verdicts", "claim_statistics", "support_robustness")
+LONGEST = ("verdicts", "gain_robustness", "correlations", "regressions")
+"""First tables of the steps that take most of the time."""
+SHARED = 1_000
+"""Positions from which on a study is shared out among processes."""
 SUPPORT_STATISTICS = ("q3_gap", "overlap_contrast", "interaction")
 """Statistics of the claims that are computed for other K and other measurements too."""
 
@@ -143,9 +148,10 @@ def study(
     left_out = list(_gaps(tokens, base_k, losses, training))
     primary = {"choices": choices, "registered": registered, "responses": responses}
     steps = _plan(tokens, criteria, bootstrap, losses, base_k, primary)
-    for step in progress(steps, total=len(steps), description="tables", unit=" tables"):
+    found = _made(steps, tokens, None if len(tokens) >= SHARED else 1)
+    for step in steps:
         missing = [name for name in step.needs if name not in tokens]
-        for name, table in step.tables(missing).items():
+        for name, table in found[step.names[0]].items():
             if table is not None and len(table):
                 made[name] = table
                 continue
@@ -159,6 +165,20 @@ def study(
     made["left_out"] = pd.DataFrame(left_out, columns=["table", "what", "why"])
     exact = {"exactness": bounds.exactness_table(tokens)} if bounds.is_listed(tokens) else {}
     return Tables(bounds.marked(made, tokens) | exact)
+
+
+def _made(
+    steps: Sequence[_Step], tokens: pd.DataFrame, workers: int | None
+) -> dict[str, Mapping[str, pd.DataFrame | None]]:
+    """The tables of every step by its first table, made in several processes, longest first."""
+    known = {step.names[0]: step for step in steps}
+    names = sorted(known, key=lambda name: (*LONGEST, name).index(name))
+
+    def work(name: str) -> Mapping[str, pd.DataFrame | None]:
+        return known[name].tables([each for each in known[name].needs if each not in tokens])
+
+    with progress(total=len(names), description="tables", unit=" tables") as bar:
+        return share_out(names, work, workers, tell=bar.update)
 
 
 def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:

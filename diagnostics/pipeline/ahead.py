@@ -214,12 +214,13 @@ class _Kept(logging.Handler):
 
 def _serve(parent: int, folder: Path, *, early: bool) -> None:
     """Do the tasks that standard input names, and say which is done; an error ends it."""
-    from diagnostics.training.workers import end_with
+    from diagnostics.core.processes import end_with, leave_cores_to_others
 
     def stop(*_: object) -> None:
         raise SystemExit  # so that a file that is being written is removed
 
     end_with(parent)
+    leave_cores_to_others()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, stop)
     kept = _Kept()

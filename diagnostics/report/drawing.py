@@ -11,20 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import os
-import pickle
-import signal
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.processes import share_out
 from diagnostics.core.progress import progress
 from diagnostics.report import look, svg
 from diagnostics.report.canvas import OVERVIEW, NotebookFigure
@@ -32,10 +26,6 @@ from diagnostics.report.figures.registry import FIGURES, FigureSpec, in_page_ord
 from diagnostics.report.look import DOUBLE, SINGLE
 from diagnostics.report.palette import GREY, KNOWN
 from diagnostics.report.run_results import RunResults
-
-MOST = 4
-"""Processes that a report uses at most; more wait for the last figure."""
-Result = TypeVar("Result")
 
 
 class Drawing(NamedTuple):
@@ -101,7 +91,8 @@ def draw_beside(
             uncounted -= first
             bar.update(count - first)
 
-        made = share_out([*others, *names], work, workers, tell=tell)
+        with _seldom_collected():
+            made = share_out([*others, *names], work, workers, tell=tell)
     drawn = {spec.name: made[spec.name] for spec in specs if isinstance(made[spec.name], Drawing)}
     left_out = {spec.name: made[spec.name] for spec in specs if spec.name not in drawn}
     return drawn, left_out, {name: made[name] for name in others}
@@ -192,80 +183,6 @@ def _not_drawn(run: RunResults, spec: FigureSpec, table: pd.DataFrame | None) ->
     return f"no column {absent[0]} in the {spec.table} table" if absent else ""
 
 
-# --- processes ---
-
-
-def may_fork() -> bool:
-    """Whether a copy of this process can draw: on Linux, with no thread beside it but such as show
-    progress, and with no GPU in use. A copy has no use for the streams that those write to.
-    """
-    torch = sys.modules.get("torch")
-    on_gpu = torch is not None and torch.cuda.is_initialized()
-    main = threading.main_thread()
-    alone = all(thread is main or thread.daemon for thread in threading.enumerate())
-    here = threading.current_thread() is main
-    return sys.platform == "linux" and here and alone and not on_gpu
-
-
-def share_out(
-    names: Sequence[str],
-    work: Callable[[str], Result],
-    workers: int | None = None,
-    *,
-    tell: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Result]:
-    """Do a piece of work for each name, in this process and in copies of it.
-
-    Every process takes the next name as soon as it is free. What a copy did not finish, because it
-    was killed or failed, this process does itself, so nothing is lost and an error is raised here.
-
-    Args:
-        names: At most 255 names.
-        work: Makes the result of one name; it can be pickled.
-        workers: Number of processes; where None, as many as there are cores, up to `MOST`, where a
-            copy is safe, otherwise one.
-        tell: Is told in this process how many names have been taken since it was told last.
-
-    Returns:
-        The result of every name.
-    """
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), MOST) if may_fork() else 1
-    queue, end = os.pipe()
-    os.write(end, bytes(range(len(names))))
-    os.close(end)
-    copies: list[tuple[int, int]] = []
-    done: dict[str, Result] = {}
-    try:
-        for _ in range(min(workers, len(names)) - 1):
-            copies.append(_copy(queue, names, work))
-        done |= _take(queue, names, work, tell)
-        for _, answers in copies:
-            done |= _answers(answers)
-    finally:
-        os.close(queue)
-        for process, _ in copies:
-            _end(process)
-    return {name: done[name] if name in done else work(name) for name in names}
-
-
-def _take(
-    queue: int,
-    names: Sequence[str],
-    work: Callable[[str], Result],
-    tell: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Result]:
-    """Results of the names that this process takes from the queue until it is empty."""
-    done, taken = {}, 0
-    with _seldom_collected():
-        while number := os.read(queue, 1):
-            tell(number[0] - taken)
-            taken, name = number[0], names[number[0]]
-            done[name] = work(name)
-    tell(len(names) - taken)
-    return done
-
-
 OBJECTS = 100_000
 """New objects after which garbage is looked for while figures are drawn. They are made of so many
 that the usual number takes a tenth of the time."""
@@ -280,41 +197,3 @@ def _seldom_collected() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-def _copy(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> tuple[int, int]:
-    """A copy of this process at work: its number and the pipe that its results come through."""
-    answers, end = os.pipe()
-    gc.freeze()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # idle threads of numpy's BLAS
-        process = os.fork()
-    if process:
-        gc.unfreeze()
-        os.close(end)
-        return process, answers
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        logging.disable()
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        with os.fdopen(end, "wb") as pipe:
-            pickle.dump(_take(queue, names, work), pipe, pickle.HIGHEST_PROTOCOL)
-    finally:
-        os._exit(0)
-
-
-def _answers(pipe: int) -> dict[str, Any]:
-    """The results of a copy; none where it did not finish."""
-    with os.fdopen(pipe, "rb") as answers:
-        content = answers.read()
-    try:
-        return pickle.loads(content)
-    except (EOFError, pickle.UnpicklingError):
-        return {}
-
-
-def _end(process: int) -> None:
-    """Wait for a copy; one that is still at work is of no use any more."""
-    if os.waitpid(process, os.WNOHANG) == (0, 0):
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)

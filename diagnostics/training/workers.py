@@ -1,9 +1,8 @@
 """Processes that share long tasks, and end with the process that started them.
 
-However the first process ends, by Ctrl-C, SIGTERM or kill -9, no worker outlives it: Linux kills
-workers with their parent (PR_SET_PDEATHSIG). On other systems a thread of each worker checks once
-per second whether the parent still exists, and a worker that waits for a task reads the end of its
-pipe. Workers ignore Ctrl-C; the first process ends them.
+However the first process ends, by Ctrl-C, SIGTERM or kill -9, no worker outlives it
+(`processes.end_with`), and a worker that waits for a task reads the end of its pipe. Workers ignore
+Ctrl-C; the first process ends them.
 
 Tasks and results are passed as plain data, errors as their kind and their text.
 """
@@ -14,20 +13,15 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diagnostics.core.errors import DiagnosticsError
+from diagnostics.core.processes import end_with
 
-PARENT_SECONDS = 1.0
-"""Time between two checks for the parent: the most that an orphan computes in vain."""
 END_SECONDS = 10.0
 """Longest wait for a killed worker, which only has to release its memory."""
-PR_SET_PDEATHSIG = 1
-"""Option of Linux' prctl: send this process a signal when its parent dies."""
 
 
 def share_out(
@@ -178,18 +172,3 @@ def serve(
             answer = _described(error)
         with contextlib.suppress(OSError):
             connection.send(answer)
-
-
-def end_with(parent: int) -> None:
-    """Let this process die with the process `parent`, which started it."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)

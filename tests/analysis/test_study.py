@@ -10,6 +10,7 @@ import pytest
 from diagnostics.analysis import correlations, study
 from diagnostics.analysis.splits import STATED_GAIN, STUDY_OUTCOMES
 from diagnostics.contexts.import_tokens import read_tokens
+from diagnostics.core import processes
 from diagnostics.core.errors import DiagnosticsError
 from diagnostics.core.folds import combine
 from diagnostics.criteria import criterion
@@ -309,3 +310,21 @@ def test_neither_torch_nor_transformers_is_imported():
         ).stdout.strip()
         == "[]"
     )
+
+
+def test_a_study_of_two_processes_is_that_of_one(monkeypatch):
+    tokens = made_tokens()
+    taken = []
+
+    def usable():
+        taken.append(2)
+        return 2
+
+    monkeypatch.setattr(processes, "usable", usable)
+    alone = study.study(tokens, draws=20)
+    assert not taken and len(tokens) < study.SHARED
+    monkeypatch.setattr(study, "SHARED", len(tokens))
+    shared = study.study(tokens, draws=20)
+    assert taken and list(shared) == list(alone)
+    for name, table in alone.items():
+        pd.testing.assert_frame_equal(shared[name], table, check_exact=True)

@@ -1,59 +1,12 @@
 """Figures of a report: the same bytes for any number of processes, and nothing lost with one."""
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 
-import pytest
-
-from diagnostics.core.errors import DiagnosticsError
 from diagnostics.report import drawing
 from diagnostics.report.run_results import read_run
 from tests import study_tables
-
-NAMES = [f"name {number}" for number in range(9)]
-
-
-def test_every_name_is_done_once_whatever_the_number_of_processes():
-    for workers in (1, 2, 3, 20):
-        done = drawing.share_out(NAMES, str.upper, workers)
-        assert done == {name: name.upper() for name in NAMES} and list(done) == NAMES
-    assert drawing.share_out([], str.upper, 2) == {}
-
-
-def test_what_a_killed_copy_took_is_done_here():
-    here = os.getpid()
-
-    def work(name):
-        if os.getpid() != here:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return name
-
-    assert drawing.share_out(NAMES, work, 3) == {name: name for name in NAMES}
-
-
-def test_an_error_in_a_copy_is_raised_here_and_no_process_is_left(monkeypatch):
-    fork, copies = os.fork, []
-
-    def forked():
-        copies.append(fork())
-        return copies[-1]
-
-    monkeypatch.setattr(os, "fork", forked)
-
-    def work(name):
-        if name == NAMES[-1]:
-            raise DiagnosticsError("said")
-        return name
-
-    with pytest.raises(DiagnosticsError, match=r"^said$"):
-        drawing.share_out(NAMES, work, 2)
-    assert copies
-    for copy in copies:
-        with pytest.raises(ChildProcessError):
-            os.waitpid(copy, os.WNOHANG)
 
 
 def test_a_report_s_drawings_are_the_same_for_one_and_for_two_processes(tmp_path):
@@ -62,14 +15,6 @@ def test_a_report_s_drawings_are_the_same_for_one_and_for_two_processes(tmp_path
     one, two = (drawing.draw_all(run, workers=workers) for workers in (1, 2))
     assert one == two and one[0]
     assert all(each.pdf is None for each in one[0].values())
-
-
-def test_what_is_taken_is_told_and_adds_up():
-    """The one who waits sees all names pass, whichever process draws them."""
-    for workers in (1, 2):
-        told = []
-        drawing.share_out(list("abcdef"), str.upper, workers, tell=told.append)
-        assert sum(told) == 6 and min(told) >= 0
 
 
 def test_other_parts_of_a_page_are_made_beside_the_figures_and_are_not_counted_as_such(
