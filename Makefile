@@ -11,9 +11,9 @@ UV := uv==0.13.9
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
-# A grid that two cores measure in some 70 seconds: two of the recommended criteria at one budget, 64
+# A grid that two cores measure in less than a minute: two of the recommended criteria at one budget, 64
 # prompts, steps of 8 contexts. Without these flags `run` takes its full grid, as on a pair of yours.
-DEMO := --contexts 64 --criteria divergence,teachability --budgets 10% --random-draws 2 --horizon 20 \
+DEMO := --contexts 64 --criteria divergence,teachability --budgets 10% --random-draws 2 --horizon 10 \
 	--minibatch 8
 
 demo: $(VENV)/run ## which criterion to train with, on the embedded pair

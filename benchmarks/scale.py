@@ -3,9 +3,9 @@
     python benchmarks/scale.py [--positions 100000 1000000 5000000] [--keep DIR]
 
 Makes run directories of 250 positions per prompt (5 million positions have 20,000 prompts) with
-made-up values in every column that the three commands read, then runs each command as a process of
-its own. Prints seconds, processor seconds, peak memory and seconds per million positions. Needs
-Linux; no model is loaded.
+made-up values in every column that the three commands read, then runs each command by itself.
+Prints seconds, processor seconds, peak memory of the command and its copies (what they share counts
+once) and seconds per million positions. Needs Linux; no model is loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +39,8 @@ LENGTH = 250
 PROMPTS_AT_ONCE = 200
 """Prompts that are made, and written as a row group, together."""
 WORDS = tuple(f" word{i}" for i in range(800)) + tuple(map(str, range(100))) + tuple(".,;:!?-()'")
+SECONDS = 0.5
+"""Time between two looks at the memory."""
 STAGES = ("analyze", "compare", "report")
 
 
@@ -111,23 +115,44 @@ def manifest(directory: Path) -> dict:
 
 
 def measured(stage: str, directory: Path) -> dict[str, float]:
-    """Seconds, processor seconds and peak memory of a command in a process of its own."""
+    """Seconds, processor seconds and peak memory of a command and its copies."""
     command = [sys.executable, "-m", "diagnostics", stage, "--output-dir", str(directory)]
-    begin = time.perf_counter()
-    process = os.posix_spawn(
-        sys.executable,
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(
         [*command, "--quiet"],
-        {**os.environ, "PYTHONPATH": str(ROOT)},
-        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
     )
-    _, status, used = os.wait4(process, 0)
-    if status:
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(own_memory, family(process.pid))))
+        time.sleep(SECONDS)
+    if process.returncode:
         raise SystemExit(f"{stage} failed in {directory}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": time.perf_counter() - begin,
-        "processor": used.ru_utime + used.ru_stime,
-        "GiB": used.ru_maxrss * 1024 / 2**30,
+        "processor": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+        "GiB": peak / 2**30,
     }
+
+
+def family(process: int) -> list[int]:
+    """A process and its children, theirs, and so on."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [process, *(each for child in children for each in family(int(child)))]
+
+
+def own_memory(process: int) -> int:
+    """Bytes of a process; of what it shares with others, its share."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def main() -> None:

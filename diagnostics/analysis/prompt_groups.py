@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diagnostics.analysis.bootstrap import ENOUGH_DRAWS, Estimate
+from diagnostics.core.processes import share_out
 from diagnostics.core.schema import read_parquet, validate_tokens
 
 log = logging.getLogger("diagnostics")
@@ -40,13 +41,14 @@ LEAST_PROMPTS = 2000
 LEAST_POSITIONS = 50_000
 """Positions of a table from which on it is divided, so that a group has 1,000."""
 Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 
 
 _divided: list[tuple[weakref.ref, int, list[pd.DataFrame]]] = []
 """The table that was divided last, so that all tables of a study share its groups."""
 
 
-STUDIED = 1_250_000
+STUDIED = 1_000_000
 """Positions that a study of a table with many prompts is made from; of more, whole prompts are
 drawn at random. Standard errors are then those of the prompts drawn, and the counts say so."""
 
@@ -199,9 +201,14 @@ def over_groups(
         The means over groups by key, with their intervals, the positions and prompts of all groups,
         and `without_step` as the mean of the groups' own.
     """
-    made = [make(group) for group in groups]
+    made = of_each(make, groups)
     keys = dict.fromkeys(key for part in made for key in part)
     return {key: _mean([part.get(key) for part in made]) for key in keys}
+
+
+def of_each(make: Callable[[pd.DataFrame], Made], groups: Sequence[pd.DataFrame]) -> list[Made]:
+    """What is made of each group, in as many processes as are `processes.usable`."""
+    return list(share_out(range(len(groups)), lambda number: make(groups[number])).values())
 
 
 def _mean(found: Sequence[Estimate | None]) -> Estimate:

@@ -49,7 +49,7 @@ from diagnostics import criteria as registry
 from diagnostics.analysis import rank_correlation
 from diagnostics.analysis.bootstrap import Estimate, PromptClusters, mean, positive_ratio
 from diagnostics.analysis.config import Bootstrap
-from diagnostics.analysis.prompt_groups import groups_of, over_groups, studied
+from diagnostics.analysis.prompt_groups import groups_of, of_each, over_groups, studied
 from diagnostics.analysis.rank_correlation import Variable
 from diagnostics.analysis.selection_draws import (
     RANDOM_SELECTIONS,
@@ -857,13 +857,14 @@ def _table_sums(chosen: Candidates, measures: dict, *, overlaps: bool) -> Sums:
 def _sums_of_groups(chosen: Candidates, groups: list[pd.DataFrame], *, overlaps: bool) -> Sums:
     """`_table_sums` in each group of a divided table."""
     still = Bootstrap(draws=0, seed=chosen.seed)
-    parts = []
-    for group in groups:
+
+    def sums(group: pd.DataFrame) -> Sums:
         inside = whole_table(
             group, chosen.names, chosen.budgets, rules=chosen.rules, bootstrap=still
         )
-        parts.append(_table_sums(inside, profile_measures(group), overlaps=overlaps))
-    return Sums.of_groups(parts)
+        return _table_sums(inside, profile_measures(group), overlaps=overlaps)
+
+    return Sums.of_groups(of_each(sums, groups))
 
 
 def _overlap(

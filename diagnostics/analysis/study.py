@@ -26,7 +26,7 @@ from diagnostics.analysis.correlations import (
     partial_correlations,
     within_prompt_correlations,
 )
-from diagnostics.analysis.prompt_groups import studied
+from diagnostics.analysis.prompt_groups import groups_of, studied
 from diagnostics.analysis.quadrants import (
     balance,
     matching,
@@ -148,6 +148,7 @@ def study(
     left_out = list(_gaps(tokens, base_k, losses, training))
     primary = {"choices": choices, "registered": registered, "responses": responses}
     steps = _plan(tokens, criteria, bootstrap, losses, base_k, primary)
+    groups_of(tokens, bootstrap.seed)  # once, so that the copies of this process share them
     found = _made(steps, tokens, None if len(tokens) >= SHARED else 1)
     for step in steps:
         missing = [name for name in step.needs if name not in tokens]

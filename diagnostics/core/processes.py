@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+Name = TypeVar("Name", bound=Hashable)
 _most = 4  # more processes wait for the last piece
+_sharing = False
 PARENT_SECONDS = 1.0
 """Time between two checks for the parent: the most that an orphan computes in vain."""
 PR_SET_PDEATHSIG = 1
@@ -61,9 +63,9 @@ def may_fork() -> bool:
 
 def usable() -> int:
     """Processes that work can be shared out among: as many as this one may use cores, up to four,
-    where a copy is safe, otherwise one.
+    where a copy is safe, otherwise one. While work is shared out already, that is one as well.
     """
-    return min(len(os.sched_getaffinity(0)), _most) if may_fork() else 1
+    return min(len(os.sched_getaffinity(0)), _most) if may_fork() and not _sharing else 1
 
 
 def leave_cores_to_others() -> None:
@@ -73,12 +75,12 @@ def leave_cores_to_others() -> None:
 
 
 def share_out(
-    names: Sequence[str],
-    work: Callable[[str], Result],
+    names: Sequence[Name],
+    work: Callable[[Name], Result],
     workers: int | None = None,
     *,
     tell: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Result]:
+) -> dict[Name, Result]:
     """Do a piece of work for each name, in this process and in copies of it.
 
     Every process takes the next name as soon as it is free. What a copy did not finish, because it
@@ -93,12 +95,14 @@ def share_out(
     Returns:
         The result of every name.
     """
+    global _sharing
     workers = workers or usable()
     queue, end = os.pipe()
     os.write(end, bytes(range(len(names))))
     os.close(end)
     copies: list[tuple[int, int]] = []
-    done: dict[str, Result] = {}
+    done: dict[Name, Result] = {}
+    before, _sharing = _sharing, _sharing or workers > 1
     try:
         for _ in range(min(workers, len(names)) - 1):
             copies.append(_copy(queue, names, work))
@@ -106,6 +110,7 @@ def share_out(
         for _, answers in copies:
             done |= _answers(answers)
     finally:
+        _sharing = before
         os.close(queue)
         for process, _ in copies:
             _end(process)
@@ -114,10 +119,10 @@ def share_out(
 
 def _take(
     queue: int,
-    names: Sequence[str],
-    work: Callable[[str], Result],
+    names: Sequence[Name],
+    work: Callable[[Name], Result],
     tell: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Result]:
+) -> dict[Name, Result]:
     """Results of the names that this process takes from the queue until it is empty."""
     done, taken = {}, 0
     while number := os.read(queue, 1):
@@ -128,7 +133,7 @@ def _take(
     return done
 
 
-def _copy(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> tuple[int, int]:
+def _copy(queue: int, names: Sequence[Name], work: Callable[[Name], Result]) -> tuple[int, int]:
     """A copy of this process at work: its number and the pipe that its results come through."""
     answers, end = os.pipe()
     gc.freeze()
@@ -150,7 +155,7 @@ def _copy(queue: int, names: Sequence[str], work: Callable[[str], Result]) -> tu
         os._exit(0)
 
 
-def _answers(pipe: int) -> dict[str, Any]:
+def _answers(pipe: int) -> dict[Any, Any]:
     """The results of a copy; none where it did not finish."""
     with os.fdopen(pipe, "rb") as answers:
         content = answers.read()

@@ -26,6 +26,7 @@ from diagnostics.analysis.rank_correlation import (
     values_of_pairs,
 )
 from diagnostics.analysis.step_batches import over_steps
+from diagnostics.core import processes
 from diagnostics.core.tables import write_parquet
 from tests.made_tokens import made_tokens
 
@@ -158,6 +159,17 @@ def test_every_table_of_a_divided_study_and_comparison_is_there(small_limits):
         keys = [each for each in usual[name] if usual[name][each].dtype.kind not in "fiu"]
         assert set(map(tuple, made[name][keys].values)) == set(map(tuple, usual[name][keys].values))
     assert made["positions"]["positions"].sum() == usual["positions"]["positions"].sum()
+
+
+def test_two_processes_make_of_the_groups_what_one_makes(small_limits, monkeypatch):
+    made = []
+    for workers in (1, 2):
+        monkeypatch.setattr(processes, "usable", lambda workers=workers: workers)
+        made.append(selection.compare(made_tokens(), budgets=[0.1], draws=8))
+    one, two = made
+    assert list(one) == list(two)
+    for name, table in one.items():
+        pd.testing.assert_frame_equal(two[name], table, check_exact=True)
 
 
 def test_the_mean_of_a_divided_table_is_near_that_of_the_whole(small_limits):

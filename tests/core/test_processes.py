@@ -71,6 +71,13 @@ def test_this_process_makes_no_copies_where_others_use_the_cores(monkeypatch):
     assert processes.usable() == 1
 
 
+def test_what_is_shared_out_already_is_not_shared_out_again(monkeypatch):
+    monkeypatch.setattr(processes, "may_fork", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: range(2))
+    assert set(processes.share_out(NAMES, lambda name: processes.usable()).values()) == {1}
+    assert set(processes.share_out(NAMES, lambda name: processes.usable(), 1).values()) == {2}
+
+
 KILLED = """
 import os, time
 from diagnostics.core.processes import share_out
