@@ -25,7 +25,7 @@ SOURCES = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
-OWN_PROCESSES = ("ahead.py", "drawing.py")
+OWN_PROCESSES = ("ahead.py", "processes.py")
 """Modules that exchange objects with a process which they have started themselves, over its pipes
 and in a folder that only its user can read; they open no file that comes from elsewhere."""
 UNPICKLERS = {
