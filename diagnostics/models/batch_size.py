@@ -27,7 +27,7 @@ BATCH_TOKENS = 8192
 """Tokens of a pass on the CPU, where larger batches lose more to padding and to the cache than they
 save in passes.
 """
-GRADIENT_BYTES = 2 << 30
+GRADIENT_BYTES = 1 << 30
 """Bytes that the layers of a pass with a gradient may keep on the CPU, by the estimate."""
 LEAST, MOST = 1024, 131_072
 """Bounds of a number that was chosen: below it passes are too small to fill a card, and above it
