@@ -76,7 +76,7 @@ def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
             raise _no_manifest(path, remedy, f"stage {name!r} has no settings, inputs and files")
     if not all(
         isinstance(manifest.get(part, {}), dict)
-        for part in ("versions", "joined", "begun", "primary")
+        for part in ("versions", "joined", "begun", "primary", "names")
     ):
         raise _no_manifest(path, remedy, "versions are no object")
     if not all(

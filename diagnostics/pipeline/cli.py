@@ -422,6 +422,7 @@ def _report(parsed: argparse.Namespace) -> dict:
             f"{directory} holds no manifest.json. Name the --output-dir of an earlier run."
         )
     with open_run(directory) as run, in_stages(["report"]) as shown, shown.stage("report"):
+        run.name_models(student=parsed.student_name, teacher=parsed.teacher_name)
         page = report_stage(run, contexts=parsed.contexts, pdf=parsed.pdf)
         return {"report": str(page)}
 

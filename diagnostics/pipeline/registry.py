@@ -353,6 +353,14 @@ STAGES = (
                 help="contexts shown token by token, 0 for none (default: 24)",
             ),
             flag("pdf", action="store_true", help="write every figure as PDF too"),
+            *(
+                flag(
+                    f"{role}-name",
+                    metavar="NAME",
+                    help=f"what pages call the {role}, where its folder's name does not say it",
+                )
+                for role in ("student", "teacher")
+            ),
             flag(
                 "against",
                 formerly="compare",

@@ -62,6 +62,8 @@ KEPT = re.compile(
 )
 PARTIAL = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
 """Names of a kept batch, of all that a stage under way keeps (`directions`), and of its folder."""
+NAME_LETTERS = 80
+"""Letters of a model's name on pages."""
 
 
 class Run:
@@ -231,6 +233,26 @@ class Run:
             "registered_at": stage,
         }
         if distributed.is_main():
+            write_json(self.manifest_path, self.manifest)
+
+    def name_models(self, **names: str | None) -> None:
+        """Keep what pages call the models by role; None leaves a name as it was.
+
+        Raises:
+            DiagnosticsError: A name is empty, too long, or not one printable line.
+        """
+        for role, name in names.items():
+            if name is not None and not (
+                name.strip().isprintable() and 0 < len(name.strip()) <= NAME_LETTERS
+            ):
+                raise DiagnosticsError(
+                    f"A name is one line of at most {NAME_LETTERS} letters; got {name!r} for the"
+                    f" {role}."
+                )
+        given = {role: name.strip() for role, name in names.items() if name is not None}
+        known = self.manifest.get("names", {})
+        if known | given != known:
+            self.manifest["names"] = known | given
             write_json(self.manifest_path, self.manifest)
 
     def shards(self, name: str) -> Shards:

@@ -57,7 +57,9 @@ REFERENCE = "teachability"
 
 
 def models(run: RunTables) -> dict[str, str]:
-    """Names of the pair, the student and the teacher, as far as the manifest has them."""
+    """Names of the pair, the student and the teacher, as far as the manifest has them: what pages
+    are to call a model, or else the last part of its path.
+    """
     facts: dict = {}
     for name in ("validate", "train", "probe", "score", "rollout"):
         facts |= {key: value for key, value in run.stage(name).items() if value is not None}
@@ -65,6 +67,7 @@ def models(run: RunTables) -> dict[str, str]:
     for role in ("pair", "student", "teacher"):
         value = facts.get(role)
         value = value.get("name") if isinstance(value, dict) else value
+        value = run.manifest.get("names", {}).get(role, value)
         if value:
             names[role] = str(value)
     return names

@@ -96,7 +96,10 @@ SURFACE = {
         " verifier warm-steps"
     ),
     "by-correctness": "criterion-module json output-dir quiet",
-    "report": "against compare contexts criterion-module json output-dir pdf quiet",
+    "report": (
+        "against compare contexts criterion-module json output-dir pdf quiet student-name"
+        " teacher-name"
+    ),
     "rerun": "criterion-module device inputs json output-dir quiet",
     "coverage": "chains contexts criterion-module device dtype json k quiet student teacher",
     "criteria": "criterion-module json quiet",

@@ -55,6 +55,24 @@ def test_the_figures_of_a_run_are_drawn(finished, tmp_path):
     assert (directory / "report.html").read_text(encoding="utf-8").count("<path") > 100
 
 
+def test_pages_call_the_models_what_they_are_told_to(finished, tmp_path, capsys):
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    report = ["report", str(directory), "--contexts", "0", "--quiet"]
+    named = ["--student-name", "An org/<b>Small</b>", "--teacher-name", " A teacher "]
+    for options in (named, []):  # kept for later reports
+        assert main([*report, *options]) == 0
+        page = (directory / "report.html").read_text(encoding="utf-8")
+        title = "Which of A teacher&#x27;s signals can An org/&lt;b&gt;Small&lt;/b&gt; learn from?"
+        assert f"<title>{title}</title>" in page and "<b>Small" not in page
+    stages = [json.loads((each / "manifest.json").read_text()) for each in (finished, directory)]
+    assert stages[0]["stages"] == stages[1]["stages"]
+    for name in ("", " ", "two\nlines", "x" * 81):
+        capsys.readouterr()
+        assert main([*report, "--student-name", name]) == 2
+        assert capsys.readouterr().err.startswith("error: A name is one line of at most 80 letters")
+
+
 def test_the_manifest_hashes_every_file(finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert {"rollout", "score", "probe", "analyze"} <= manifest["stages"].keys()
