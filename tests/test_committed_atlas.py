@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize, stats
 
 REPORTS = Path(__file__).parents[1] / "reports"
-PAIRS = ("embedded-probe", "second-pair", "smollm2")
+PAIRS = ("embedded-probe", "second-pair", "smollm2", "qwen2.5-coder")
 
 
 def table(pair, name):
