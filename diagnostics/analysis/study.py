@@ -144,20 +144,11 @@ def study(
     criteria = None if criteria is None else list(criteria)
     tokens, base_k = _with_k(studied(tokens, bootstrap.seed), base_k)
     losses = {name: studied(table, bootstrap.seed) for name, table in losses.items()}
-    made = {}
-    left_out = list(_gaps(tokens, base_k, losses, training))
     primary = {"choices": choices, "registered": registered, "responses": responses}
     steps = _plan(tokens, criteria, bootstrap, losses, base_k, primary)
     groups_of(tokens, bootstrap.seed)  # once, so that the copies of this process share them
-    found = _made(steps, tokens, None if len(tokens) >= SHARED else 1)
-    for step in steps:
-        missing = [name for name in step.needs if name not in tokens]
-        for name, table in found[step.names[0]].items():
-            if table is not None and len(table):
-                made[name] = table
-                continue
-            why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
-            left_out.append((name, "the whole table", why))
+    made, absent = _made(steps, tokens, None if len(tokens) >= SHARED else 1)
+    left_out = [*_gaps(tokens, base_k, losses, training), *absent]
     if training is not None:
         verdicts = [made["verdicts"]] if "verdicts" in made else []
         verdicts.append(claims.of_training(training))
@@ -170,16 +161,25 @@ def study(
 
 def _made(
     steps: Sequence[_Step], tokens: pd.DataFrame, workers: int | None
-) -> dict[str, Mapping[str, pd.DataFrame | None]]:
-    """The tables of every step by its first table, made in several processes, longest first."""
+) -> tuple[dict[str, pd.DataFrame], list[tuple[str, str, str]]]:
+    """The tables of the steps in their order, and (table, part, reason) for each that is left out.
+
+    They are made in several processes, longest first.
+    """
     known = {step.names[0]: step for step in steps}
     names = sorted(known, key=lambda name: (*LONGEST, name).index(name))
-
-    def work(name: str) -> Mapping[str, pd.DataFrame | None]:
-        return known[name].tables([each for each in known[name].needs if each not in tokens])
-
     with progress(total=len(names), description="tables", unit=" tables") as bar:
-        return share_out(names, work, workers, tell=bar.update)
+        found = share_out(names, lambda name: known[name].tables(tokens), workers, tell=bar.update)
+    made, left_out = {}, []
+    for step in steps:
+        missing = step.missing(tokens)
+        for name, table in found[step.names[0]].items():
+            if table is not None and len(table):
+                made[name] = table
+                continue
+            why = f"no column {', '.join(missing)}" if missing else "nothing in it is defined"
+            left_out.append((name, "the whole table", why))
+    return made, left_out
 
 
 def _with_k(tokens: pd.DataFrame, stated: int | None) -> tuple[pd.DataFrame, int]:
@@ -212,9 +212,13 @@ class _Step:
     needs: tuple[str, ...]
     make: Callable[[], dict[str, pd.DataFrame]]
 
-    def tables(self, missing: list[str]) -> Mapping[str, pd.DataFrame | None]:
+    def missing(self, tokens: pd.DataFrame) -> list[str]:
+        """The columns that the table lacks."""
+        return [name for name in self.needs if name not in tokens]
+
+    def tables(self, tokens: pd.DataFrame) -> Mapping[str, pd.DataFrame | None]:
         """The tables by name; None for each where columns are missing."""
-        return dict.fromkeys(self.names) if missing else self.make()
+        return dict.fromkeys(self.names) if self.missing(tokens) else self.make()
 
 
 def _plan(
