@@ -1199,6 +1199,15 @@ def test_strata_show_gain_null_share_and_linearity_and_shade_what_is_not_linear(
     wide = figures.strata(table.assign(null_share_high=40.0, null_share_low=-40.0))
     assert wide.axes[1].get_ylim() == SHARES
     assert "Intervals of the share end with its axis." in wide.get_supxlabel().replace("\n", " ")
+    assert "Hollow" not in wide.get_supxlabel()
+    assert not [each for each in wide.axes[1].lines if each.get_gid() and len(each.get_xdata())]
+    first, last = rows.stratum.min(), rows.stratum.max()
+    shares = table.null_share.mask(table.stratum == first, -3.0).mask(table.stratum == last, 9.0)
+    far = figures.strata(table.assign(null_share=shares))
+    assert "Hollow triangles lie beyond it." in far.get_supxlabel().replace("\n", " ")
+    marks = [each for each in far.axes[1].lines if each.get_gid() == "beyond the axis"]
+    assert [each.get_xdata().tolist() for each in marks] == [[first], [last]]
+    assert [each.get_ydata().tolist() for each in marks] == [[SHARES[0]], [SHARES[1]]]
     unknown = figures.strata(table.assign(linear=np.nan, linearity=np.nan))
     assert len(unknown.axes) == 2 and not unknown.axes[0].patches
     plain = rows.drop(columns=["null_share", "linearity", "linear"])

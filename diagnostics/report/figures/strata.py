@@ -76,11 +76,27 @@ def strata(
         ax.set_xlabel("stratum of D (1 lowest)")
     style.legend(figure, axes[0, 0], 3 if wide else 1)
     shaded = "Grey: strata in which the step was not linear." if _bent(table).any() else ""
-    known = table[[name for name in ("null_share_low", "null_share_high") if name in table]]
-    beyond = ((known < SHARES[0]) | (known > SHARES[1])).to_numpy().any()
-    cut = "Intervals of the share end with its axis." if beyond else ""
-    style.caption(figure, style.counts(table), shaded, cut, style.bars(page["level"], table=table))
+    style.caption(
+        figure, style.counts(table), shaded, _cut(table), style.bars(page["level"], table=table)
+    )
     return figure
+
+
+def _beyond(table: pd.DataFrame, *names: str) -> bool:
+    """Whether one of the columns has values beyond the axis of the shares."""
+    known = table[[name for name in names if name in table]]
+    return bool(((known < SHARES[0]) | (known > SHARES[1])).to_numpy().any())
+
+
+def _cut(table: pd.DataFrame) -> str:
+    """What a caption says of shares beyond their axis."""
+    ends = _beyond(table, "null_share_low", "null_share_high")
+    return " ".join(
+        [
+            *(["Intervals of the share end with its axis."] if ends else []),
+            *(["Hollow triangles lie beyond it."] if _beyond(table, "null_share") else []),
+        ]
+    )
 
 
 def _known(table: pd.DataFrame, name: str) -> bool:
@@ -115,6 +131,13 @@ def _shares(ax, table: pd.DataFrame) -> None:
     style.zero(ax, at=1.0)
     low, high = ax.get_ylim()
     ax.set_ylim(max(min(low, -0.05), SHARES[0]), min(high, SHARES[1]))
+    look = {"color": style.tone(PURPLE), "markerfacecolor": style.paper(), "linestyle": "none"}
+    for edge, marker, side in ((SHARES[0], "v", -1), (SHARES[1], "^", 1)):
+        at = table.stratum[side * (table["null_share"] - edge) > 0]
+        if len(at):
+            ax.plot(
+                at, np.full(len(at), edge), marker, gid="beyond the axis", clip_on=False, **look
+            )
     ax.set_ylabel("null's share of the gain")
     ax.yaxis.set_major_formatter(FuncFormatter(style.percent))
 
