@@ -176,6 +176,7 @@ def interventions(
     batch_tokens: int | None = None,
     cache: str | Path | None = None,
     shards: Callable[[str], Shards] = no_shards,
+    size: float | None = None,
     **settings: Any,
 ) -> Interventions:
     """Measure every cell of criteria x budgets x folds x horizons, with full and random.
@@ -193,6 +194,7 @@ def interventions(
         batch_tokens: Tokens in one forward pass, padding included; None as in `ScoreConfig`.
         cache: Folder for finished cells; nothing is kept by default.
         shards: Where the steps on all positions are kept until the grid is done.
+        size: The size that a probe with the same settings calibrated; None calibrates it.
         settings: Fields of `probe` and `config`.
 
     Returns:
@@ -210,7 +212,7 @@ def interventions(
     course = config.trajectory(pair, probe)
     bench = bench_for(pair, bank, positions, probe, batch_tokens=batch_tokens)
     folder = None if cache is None else Path(cache)
-    steps = FullSteps(bench, probe, config, folder, shards)
+    steps = FullSteps(bench, probe, config, folder, shards, size)
     effects: dict[InterventionCell, Effect] = {}
     calibrations: list[pd.DataFrame] = []
     for fold in step_folds(positions.tokens, positions.folds):
@@ -291,6 +293,7 @@ class FullSteps:
         config: The grid of cells.
         cache: Folder for finished cells, or None.
         shards: Where directions are kept until the grid is done.
+        size: The size of the steps where it is known.
     """
 
     def __init__(
@@ -300,8 +303,10 @@ class FullSteps:
         config: InterventionConfig,
         cache: Path | None,
         shards: Callable[[str], Shards],
+        size: float | None,
     ):
         self.bench, self.probe, self.config, self.cache = bench, probe, config, cache
+        self.size = size
         self.made = FoldSteps(
             bench, probe, lambda fold: Store(shards(f"direction-fold{fold}").folder)
         )
@@ -312,7 +317,7 @@ class FullSteps:
         if known is not None and not self._grid(known).needs_direction(planned):
             return known
         if self.cache is None:
-            return self.made.prepared(fold)
+            return self.made.prepared(fold, size=self.size)
         full = self.made.prepared(fold, size=self._known_size)
         write_record(self._record(fold), full.direction, full.calibration)
         return full
@@ -323,9 +328,9 @@ class FullSteps:
 
     @cached_property
     def _known_size(self) -> float | None:
-        """The size of an earlier grid's steps; None where there is none."""
+        """The size of an earlier grid's steps, or of the probe's; None where there is none."""
         found = [known for fold in range(self.bench.count) if (known := self._known(fold))]
-        return found[0].step_size if found else None
+        return found[0].step_size if found else self.size
 
     def _known(self, fold: int) -> PreparedStep | None:
         """The step of an earlier grid, without its update."""

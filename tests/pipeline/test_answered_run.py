@@ -11,6 +11,7 @@ import pytest
 from diagnostics.core.files import sha256_file
 from diagnostics.pipeline import ahead
 from diagnostics.pipeline.cli import main
+from diagnostics.probing import step
 from tests import outlines
 
 GRID = ["--criteria", "teachability", "--budgets", "30%", "--random-draws", "2", "--horizon", "2"]
@@ -103,6 +104,24 @@ def test_a_budget_is_added_to_the_grid_and_nothing_is_lost(answered, tmp_path):
         "settings"
     ]
     assert settings["budgets"] == [0.3, 0.5] and settings["horizon"] == [2]
+
+
+def test_interventions_take_the_size_of_the_probes_steps(answered, small, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(answered[0], directory)
+    shutil.rmtree(directory / "cells")
+    stages = json.loads((directory / "manifest.json").read_text())["stages"]
+    sizes = {stages[name]["facts"]["step_size"] for name in ("probe", "intervene")}
+    assert len(sizes) == 1
+    calibrations = []
+
+    def calibrated(*given, **named):
+        calibrations.append(given)
+        raise AssertionError
+
+    with outlines.instead({(step.FoldSteps, "_calibrated"): calibrated}):
+        code, _ = told("intervene", *GRID[:-1], "1", "--output-dir", str(directory))
+    assert code == 0 and not calibrations
 
 
 def test_a_narrower_comparison_keeps_the_tables(answered):

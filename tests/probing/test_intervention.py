@@ -65,6 +65,16 @@ def effect_of(result, criterion, budget, draw=0, fold=0, horizon=0):
     return result.effects[result.cells.index(cell)]
 
 
+def test_a_known_size_is_taken_and_not_calibrated_again(setting, result):
+    pair, bank, tokens = setting
+    size = float(result.calibration["step_size"][result.calibration["chosen"]].iloc[0])
+    again = interventions(pair, bank, tokens=tokens, size=size, **PLAN)
+    assert again.calibration["step_size"].tolist() == [size, size]
+    assert again.calibration["chosen"].all() and again.cells == result.cells
+    for first, second in zip(result.effects, again.effects, strict=True):
+        np.testing.assert_array_equal(first.reduction_N3, second.reduction_N3)
+
+
 def test_full_is_the_probes_step_on_every_fold(setting, result):
     pair, bank, tokens = setting
     probed = probe(pair, bank, tokens=tokens, folds=2, placebos=0, nulls=())

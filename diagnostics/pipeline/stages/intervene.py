@@ -122,6 +122,7 @@ def _intervened(
         batch_tokens=batch_tokens,
         cache=run.path("cells"),
         shards=run.shards,
+        size=_size_of_probe(run, models),
     )
     write_parquet(run.path("interventions.parquet"), result.by_prompt())
     table = summarize(result, **dataclasses.asdict(analysis), seed=probe.seed)
@@ -136,6 +137,13 @@ def _intervened(
         "horizon": list(require_horizon(config.horizon)),
         "horizon_rate": config.trajectory(models.pair, probe).rate,
     }
+
+
+def _size_of_probe(run: Run, models: Models) -> float | None:
+    """The size of the probe's steps; None where the run has no probe of this pair."""
+    probe = run.manifest["stages"].get("probe", {})
+    known = probe.get("models") == models.fingerprint()
+    return probe.get("facts", {}).get("step_size") if known else None
 
 
 def _intervention(
