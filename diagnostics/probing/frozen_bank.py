@@ -56,6 +56,32 @@ class BankPart:
         """How many batches `contexts_of` gives."""
         return sum(bool(wanted_N[batch.rows_n.numpy()].any()) for batch in self.batches)
 
+    def joined(self, wanted_N: np.ndarray, most: int) -> BankPart:
+        """The contexts with a wanted position in few batches.
+
+        The contexts of an optimizer step lie in many batches of a bank, a context or two in each;
+        as they are, each would take a pass, and each gradient a sum.
+
+        Args:
+            wanted_N: Bool [N] over the whole bank.
+            most: Tokens, padding included, up to which batches are joined.
+
+        Returns:
+            The batches in their order, joined where neighbours fit into one.
+        """
+        groups: list[list[tuple[scores.Batch, Tensor]]] = []
+        contexts, width = 0, 0
+        for batch, teacher_nH in self.contexts_of(wanted_N):
+            contexts, width = contexts + len(batch.ids_BT), max(width, batch.ids_BT.shape[1])
+            if not groups or contexts * width > most:
+                contexts, width = batch.ids_BT.shape
+                groups.append([])
+            groups[-1].append((batch, teacher_nH))
+        return BankPart(
+            [scores.Batch.joined([batch for batch, _ in group]) for group in groups],
+            [torch.cat([teacher_nH for _, teacher_nH in group]) for group in groups],
+        )
+
     def halve(self, error: BaseException) -> None:
         """Halve every batch of several contexts, after one did not fit in memory.
 

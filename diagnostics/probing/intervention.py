@@ -660,6 +660,7 @@ class Grid:
             weigh,
             steps=max(self.horizon, default=0),
             seed=self.probe.seed,
+            few_passes=True,
         )
 
     @cached_property

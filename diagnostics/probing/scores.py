@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diagnostics.core import distributed
 from diagnostics.core.errors import DiagnosticsError
@@ -177,6 +178,29 @@ class Batch:
             tuple(context for context, stays in zip(self.contexts, stays_B.tolist()) if stays),
         )
         return batch, states_nH[kept_n.to(states_nH.device)]
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """The contexts of several batches, one batch after the other, as one batch."""
+        if len(batches) == 1:
+            return batches[0]
+        width = max(batch.ids_BT.shape[1] for batch in batches)
+        first = np.cumsum([0] + [len(batch.ids_BT) for batch in batches]).tolist()
+
+        def wide(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([pad(t_BT, (0, width - t_BT.shape[1])) for t_BT in tensors])
+
+        return Batch(
+            wide(batch.ids_BT for batch in batches),
+            wide(batch.mask_BT for batch in batches),
+            (
+                torch.cat([batch.at_n[0] + start for batch, start in zip(batches, first)]),
+                torch.cat([batch.at_n[1] for batch in batches]),
+            ),
+            torch.cat([batch.sampled_n for batch in batches]),
+            torch.cat([batch.rows_n for batch in batches]),
+            tuple(context for batch in batches for context in batch.contexts),
+        )
 
     def _part(self, first: int, last: int) -> Batch:
         mine_n = (self.at_n[0] >= first) & (self.at_n[0] < last)

@@ -404,8 +404,8 @@ class StepBench:
         # halved where a gradient runs out of memory, while measurements keep their batches
         self._part = self.frozen.whole.copy()
         # a gradient takes more memory, but runs on one fold's contexts, a share of a batch
-        limit = scores.chosen_batch_tokens(pair, batch_tokens, use="gradient")
-        self._part.keep_to(self.count * limit)
+        self._limit = scores.chosen_batch_tokens(pair, batch_tokens, use="gradient")
+        self._part.keep_to(self.count * self._limit)
         self.origin_sha256 = scores.student_sha256(pair)
         self._checksums = [checksum(p) for p in self.parameters]
         self.weight_norm = self.norm(self.parameters)
@@ -444,6 +444,12 @@ class StepBench:
             A batch with n positions, and the teacher's states [n, H] for it.
         """
         return self._part.contexts_of(weights_N != 0)
+
+    def weighted_in_few_passes(
+        self, weights_N: np.ndarray
+    ) -> Iterator[tuple[scores.Batch, Tensor]]:
+        """As `weighted`, with the contexts of many batches joined into few."""
+        return iter(self.frozen.whole.joined(weights_N != 0, self.frozen.batch_tokens))
 
     def mean_loss(self, weights_N: np.ndarray, *, loss: str, beta: float) -> float:
         """Weighted mean of the loss with the student as it is now.
@@ -544,6 +550,7 @@ class StepBench:
         loss: str,
         beta: float,
         graded_by: np.ndarray | None = None,
+        few_passes: bool = False,
     ) -> tuple[float, list[Tensor]]:
         """Mean loss with the student as it is now, and its gradient.
 
@@ -557,6 +564,9 @@ class StepBench:
             beta: The teacher's share in the mixture of `jsd`.
             graded_by: Int [N], the row whose teacher grades each position; None leaves every
                 position its own. `sampled` then takes the advantage of that teacher.
+            few_passes: Whether contexts of several of the bank's batches share a pass, as suits a
+                few contexts. How they are divided, and so the last digits, then depends on the
+                number of processes.
 
         Returns:
             The mean in nats, and one tensor per parameter in the parameter's dtype.
@@ -570,7 +580,9 @@ class StepBench:
             sums[:] = [GradientSums(self.own_weights, self.place)]
             return sums[0], lambda row: None
 
-        value = self._taken(begin, weights_N, graded_by, loss=loss, beta=beta)
+        value = self._taken(
+            begin, weights_N, graded_by, few_passes=few_passes, loss=loss, beta=beta
+        )
         gradient = sums[0].total()
         norm = self.norm(gradient)
         if not np.isfinite(value) or not np.isfinite(norm):
@@ -623,6 +635,8 @@ class StepBench:
         begin: Callable[[], tuple[GradientTaker, Callable[[int], None]]],
         weights_N: np.ndarray,
         graded_by: np.ndarray | None,
+        *,
+        few_passes: bool = False,
         **options: Any,
     ) -> float:
         """The mean loss, while what `begin` makes takes every batch's gradients.
@@ -632,6 +646,8 @@ class StepBench:
         part, value = self._part, None
         if graded_by is not None:
             part = graded_by_others(self._part, weights_N, graded_by)
+        if few_passes:
+            part = part.joined(weights_N != 0, self._limit)
         while value is None:
             taker, after = begin()
             # an attempt that ran out of memory leaves gradients behind
@@ -645,6 +661,9 @@ class StepBench:
                 if not self.spread.is_whole:
                     raise scores.too_large(max(each.tokens for each in part.batches)) from error
                 part.halve(error)
+                if few_passes:  # the next step begins with passes that fit
+                    self._limit = max(batch.tokens for batch in part.batches)
+                    self._part.keep_to(self._limit)
         return value
 
     def direction(

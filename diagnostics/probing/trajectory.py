@@ -185,6 +185,7 @@ class Trajectory:
             [n] of at least 0. A step without any weight has no gradient: the optimizer's momentum
             alone moves the student, and `idle_steps` counts it.
         warm: Rows of the minibatch of each warm step.
+        few_passes: Whether a step's contexts share passes, as in `StepBench.gradient`.
 
     Attributes:
         gradient_norm: Norm of the first step's gradient, taken at theta0, before it is clipped.
@@ -199,9 +200,11 @@ class Trajectory:
         steps: Sequence[Rows],
         weigh: Weigh,
         warm: Sequence[Rows] = (),
+        *,
+        few_passes: bool = False,
     ):
         self.bench, self.config, self.weigh = bench, config, weigh
-        self.steps, self.warm = list(steps), list(warm)
+        self.steps, self.warm, self.few_passes = list(steps), list(warm), few_passes
         self._begin()
 
     def _begin(self) -> None:
@@ -260,11 +263,20 @@ class Trajectory:
             return [torch.zeros_like(p, device=bench.place.sums(p)) for p in bench.parameters]
         advantage_N = bench.tokens["advantage"].to_numpy()
         topk_teacher.require_loss(bench.teacher, config.loss, advantage_N, weights_N)
-        return bench.gradient(weights_N, loss=config.loss, beta=config.beta)[1]
+        return bench.gradient(
+            weights_N, loss=config.loss, beta=config.beta, few_passes=self.few_passes
+        )[1]
 
 
 def planned_trajectory(
-    bench: StepBench, fold: int, config: TrajectoryConfig, weigh: Weigh, *, steps: int, seed: int
+    bench: StepBench,
+    fold: int,
+    config: TrajectoryConfig,
+    weigh: Weigh,
+    *,
+    steps: int,
+    seed: int,
+    few_passes: bool = False,
 ) -> Trajectory:
     """A trajectory on minibatches of the contexts of a fold.
 
@@ -275,6 +287,7 @@ def planned_trajectory(
         weigh: As in `Trajectory`.
         steps: Number of steps.
         seed: Seed of the minibatches' order.
+        few_passes: As in `Trajectory`.
 
     Returns:
         The trajectory; nothing is moved yet.
@@ -290,7 +303,7 @@ def planned_trajectory(
         )
         for number, count in enumerate((steps, config.warm_steps))
     )
-    return Trajectory(bench, config, way, weigh, warm)
+    return Trajectory(bench, config, way, weigh, warm, few_passes=few_passes)
 
 
 def full_trajectory(
@@ -343,7 +356,7 @@ def remeasured(
     found = scores.measure_again(
         bench.pair,
         bench.bank,
-        bench.weighted(here_N),
+        bench.weighted_in_few_passes(here_N),
         scores.ScoreConfig(k=k, sweep=(), extra=extra),
     )
     known = {name: values[rows] for name, values in found.items() if name in tokens}

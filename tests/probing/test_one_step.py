@@ -444,6 +444,43 @@ def test_two_folds_have_no_spread_and_no_token_baseline(setting):
     assert (table.gain == np.where(table.fold == 0, table.gain_fold1, table.gain_fold0)).all()
 
 
+def test_a_gradient_in_few_passes_is_that_of_the_banks_batches(setting, monkeypatch):
+    pair, bank, tokens = setting
+    weights = np.zeros(len(tokens))
+    weights[::5] = 1.0
+    folds = np.zeros(len(tokens), dtype=int)
+    bench, passes = StepBench(pair, bank, tokens, folds, batch_tokens=60), []
+    real = StepBench.states
+    monkeypatch.setattr(StepBench, "states", lambda *given: passes.append(1) or real(*given))
+    bench._limit = 9999
+    value, gradient = bench.gradient(weights, loss="reverse_kl", beta=0.5)
+    many, passes[:] = len(passes), []
+    joined = bench.gradient(weights, loss="reverse_kl", beta=0.5, few_passes=True)
+    assert len(passes) == 1 < many and joined[0] == pytest.approx(value, rel=1e-6)
+    for a, b in zip(joined[1], gradient, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_few_passes_that_run_out_of_memory_become_more(setting, monkeypatch):
+    _, _, tokens = setting
+    weights = loss_weights(tokens, np.ones(len(tokens), dtype=bool))
+    bench, real, sizes = bench_of(setting), StepBench.states, []
+    reference = bench.gradient(weights, loss="reverse_kl", beta=0.5, few_passes=True)
+
+    def crowded(self, batch):
+        sizes.append(batch.tokens)
+        if batch.tokens > 30:
+            raise torch.OutOfMemoryError("injected")
+        return real(self, batch)
+
+    monkeypatch.setattr(StepBench, "states", crowded)
+    found = bench.gradient(weights, loss="reverse_kl", beta=0.5, few_passes=True)
+    assert found[0] == pytest.approx(reference[0], rel=1e-6) and max(sizes) > 30
+    sizes.clear()
+    bench.gradient(weights, loss="reverse_kl", beta=0.5, few_passes=True)
+    assert max(sizes) <= 30  # the next step begins with passes that fit
+
+
 @pytest.mark.parametrize(
     "late", [False, True], ids=["in the loss", "when the last layers have their gradient"]
 )

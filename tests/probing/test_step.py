@@ -184,6 +184,30 @@ def test_a_batch_keeps_the_contexts_that_are_wanted(setting):
     assert batch.with_contexts_of(torch.ones_like(wanted), states)[0] is batch
 
 
+def test_the_contexts_of_a_step_are_joined_into_few_batches(setting):
+    pair, bank, _ = setting
+    whole = FrozenBank(pair, bank, batch_tokens=40).whole
+    wanted = np.zeros(bank.positions, dtype=bool)
+    wanted[[int(batch.rows_n[0]) for batch in whole.batches]] = True  # one context of each
+    apart, part = list(whole.contexts_of(wanted)), whole.joined(wanted, 10_000)
+    assert len(apart) > 3 and len(part.batches) == 1
+    (batch, states), rows = next(iter(part)), torch.cat([one.rows_n for one, _ in apart])
+    assert batch.rows_n.equal(rows) and states.equal(torch.cat([some for _, some in apart]))
+    assert [c for one, _ in apart for c in one.contexts] == list(batch.contexts)
+    assert batch.sampled_n.equal(batch.ids_BT[batch.at_n[0], batch.at_n[1] + 1])
+    torch.testing.assert_close(
+        batch.states(pair.student), torch.cat([one.states(pair.student) for one, _ in apart])
+    )
+    some = whole.joined(wanted, 30)
+    assert 1 < len(some.batches) < len(apart)
+    assert all(one.tokens <= 30 for one in some.batches)
+    assert torch.cat([one.rows_n for one in some.batches]).equal(rows)
+    none = whole.joined(wanted, 1)  # what does not fit stays as it is
+    assert [one.rows_n.tolist() for one in none.batches] == [
+        one.rows_n.tolist() for one, _ in apart
+    ]
+
+
 def test_directions_without_a_folder_wait_in_memory_and_are_made_once(setting, monkeypatch):
     pair, bank, tokens = setting
     bench, made = StepBench(pair, bank, tokens, assign_folds(tokens, 3, seed=0)), []
