@@ -692,6 +692,7 @@ class Grid:
         left = self._courses(planned, known)
         if not single and not left:
             return
+        self._require_support(left)  # before anything that takes long
         before = np.stack(self.bench.before(js=True), axis=1)
         yield from self._one_steps(single, before)
         yield from self._trajectories(left, before)
@@ -717,8 +718,6 @@ class Grid:
         self, left: Sequence[tuple[Planned, list[int]]], before: np.ndarray
     ) -> Iterator[tuple[str, Effect]]:
         """The effects of trajectories; one that another process has measured by now is taken."""
-        if any(one.cell.criterion != "full" for one, _ in left):
-            require_support(self.bench, self._course(every_position).steps[0], k=self.k)
         for number, (one, wanted) in enumerate(left, 1):
             by_now = {key: self._kept(key) for key in (self.key(one, k) for k in wanted)}
             made = {key: effect for key, effect in by_now.items() if effect is not None}
@@ -735,8 +734,14 @@ class Grid:
         known = frozenset(key for key in keys if self._kept(key) is not None)
         left = self._courses(planned, known)
         if left:
+            self._require_support(left)
             before = np.stack(self.bench.before(js=True), axis=1)
             yield from self._trajectories(left[::-1], before)
+
+    def _require_support(self, left: Sequence[tuple[Planned, list[int]]]) -> None:
+        """Check the size of the supports where trajectories measure criteria anew."""
+        if any(one.cell.criterion != "full" for one, _ in left):
+            require_support(self.bench, self._course(every_position).steps[0], k=self.k)
 
     def _trajectory(
         self, one: Planned, wanted: Sequence[int], before: np.ndarray, description: str

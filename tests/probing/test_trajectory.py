@@ -307,3 +307,17 @@ def test_another_k_than_the_tables_is_refused(setting):
     require_support(bench, rows, k=16)
     with pytest.raises(DiagnosticsError, match=r"^With K = 2 the compatibility at theta0 differs"):
         require_support(bench, rows, k=2)
+
+
+def test_a_narrow_teachers_rounding_is_not_taken_for_another_k(setting):
+    _, _, bench = setting
+    rows = np.flatnonzero(bench.loss_weights(0))
+    exact = bench.tokens["compatibility"].copy()
+    noise = np.random.default_rng(0).normal(scale=4e-3, size=len(exact))
+    try:
+        bench.tokens["compatibility"] = exact + noise
+        require_support(bench, rows, k=16)
+        with pytest.raises(DiagnosticsError, match=r"^With K = 8 the compatibility"):
+            require_support(bench, rows, k=8)
+    finally:
+        bench.tokens["compatibility"] = exact
