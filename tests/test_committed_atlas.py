@@ -42,9 +42,9 @@ def over(rival, budget):
     shared = {"horizon": "20", "measure": "reverse_kl", "rollouts": "all"}
     for pair in PAIRS:
         rows = table(pair, "decision")
-        if not rows:
-            continue
         cell = one(rows, criterion="teachability", budget=budget, **shared)
+        if cell is None:
+            continue
         full = float(one(rows, criterion="full", **shared)["effect"])
         yield tuple(float(cell[f"over_{rival}{end}"]) / full for end in ("", "_low", "_high"))
 

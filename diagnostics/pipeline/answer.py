@@ -15,6 +15,7 @@ from diagnostics.core.manifest import read_manifest
 from diagnostics.core.shown import by_uncertainty
 from diagnostics.core.tables import read_csv
 from diagnostics.report.lead import command, judged_cells, rate, registered_cell, strength
+from diagnostics.report.other_measures import other_measures
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.two_steps import in_short, two_steps
 
@@ -57,7 +58,8 @@ def answer(
 
     Returns:
         decision (a sentence), ranking (one entry per judged cell, best first; the fields of
-        RANKING), looks (over which verdicts are corrected), measure, strength (a sentence and its
+        RANKING), looks (over which verdicts are corrected), measure, other_measures (a sentence:
+        what the recommended or registered cell does by them), strength (a sentence and its
         numbers), learning_rate (value and chosen_by), steps (the probe's and the decision's, as
         `two_steps` has them, and a sentence), next (a command) and, where there is one, report.
     """
@@ -76,6 +78,7 @@ def answer(
             "measure": str(judged["measure"].iloc[0]) if len(judged) else None,
             "ranking": [_entry(row, registered) for row in judged.to_dict("records")],
             "looks": _looks(judged),
+            "other_measures": other_measures(table, registered) or None,
             "strength": strength(judged) if len(judged) else None,
             "learning_rate": chosen,
             "steps": _steps(run, chosen),
@@ -135,7 +138,8 @@ def text(found: Mapping[str, Any]) -> str:
     if found.get("steps"):
         lines.append(f"steps: {found['steps']['sentence']}")
     if found.get("strength"):
-        lines.append(f"strength: {found['strength']['sentence']}")
+        beside = f"; {found['other_measures']}" if found.get("other_measures") else ""
+        lines.append(f"strength: {found['strength']['sentence']}{beside}")
     lines.append(f"next: {found['next']}")
     if "report" in found:
         lines.append(f"report: {found['report']}")

@@ -239,7 +239,8 @@ def _by_budget(pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str) -> 
     for budget, group in rows.groupby("budget"):
         sure = group[group["verdict"].str.startswith(side)]
         sure = sure[~sure["conclusion"].isin(RIVALS)]
-        sure = sure.sort_values("mean", ascending=side == "below", kind="stable")
+        order = [False, side == "below"]  # what most pairs say, then the largest difference
+        sure = sure.sort_values(["pairs", "mean"], ascending=order, kind="stable")
         for row in sure.head(MOST_NAMED if side == "above" else 1).to_dict("records"):
             found.append(
                 f"At {budget:.0%}, {naming.readable(row['conclusion'])} {verb} random positions"

@@ -28,6 +28,7 @@ from diagnostics.report.naming import (
     readable,
     steps_of,
 )
+from diagnostics.report.other_measures import other_measures
 from diagnostics.report.run_tables import RunTables
 from diagnostics.report.two_steps import DECISION, PROBE, rate_words, two_steps
 
@@ -134,7 +135,16 @@ def sure(run: RunTables) -> str:
     sentence = str(found["sentence"])
     if found.get("detail") and f"{found['prompts']} prompts, " in decision_sentence(table):
         sentence = f"{found['word']}: {found['detail']}"  # the decision names prompts and folds
-    return " ".join(filter(None, [sentence[:1].upper() + sentence[1:] + ".", taken_at(run)]))
+    parts = [sentence[:1].upper() + sentence[1:] + ".", by_other_measures(run), taken_at(run)]
+    return " ".join(filter(None, parts))
+
+
+def by_other_measures(run: RunTables) -> str:
+    """Whether the cell that a reader looks for does the same by other divergences; or nothing."""
+    table = run.table("decision")
+    if table is None or not {"primary", "measure", "verdict"} <= set(table.columns):
+        return ""
+    return _in_words(other_measures(table, registered_cell(run)), table)
 
 
 def rate(run: RunTables) -> tuple[float, str] | None:

@@ -34,9 +34,9 @@ def two_steps(run: RunTables) -> pd.DataFrame:
     Returns:
         At most two rows, the probe's first, with the columns step (whose), rests_on_it, optimizer,
         learning_rate, steps (the probe takes one per fold), contexts (that carry loss in a step),
-        update_norm and relative_norm (of the whole update; in weights, and as a share of the
-        weights' norm; NaN where it was not recorded). A row that the manifest does not record is
-        left out.
+        update_norm and relative_norm (of the whole update, all steps together, for the decision
+        in the mean of the selections; in weights, and as a share of the weights' norm; NaN where
+        it was not recorded). A row that the manifest does not record is left out.
     """
     rows = [row for row in (_probe(run), _decision(run)) if row]
     columns = ["step", "rests_on_it", "optimizer", "learning_rate", "steps", "contexts"]
@@ -78,11 +78,26 @@ def _decision(run: RunTables) -> dict[str, Any]:
     horizon = decisive_horizon(table)
     if horizon == 0:
         return _probe(run) | _row(DECISION, facts)
-    return _row(DECISION, {"optimizer": "adamw"}) | {
-        "learning_rate": facts.get("horizon_rate", math.nan),
-        "steps": horizon,
-        "contexts": facts.get("minibatch", math.nan),
-    }
+    return (
+        _row(DECISION, {"optimizer": "adamw"})
+        | {
+            "learning_rate": facts.get("horizon_rate", math.nan),
+            "steps": horizon,
+            "contexts": facts.get("minibatch", math.nan),
+        }
+        | _norms(run, horizon)
+    )
+
+
+def _norms(run: RunTables, horizon: int) -> dict[str, float]:
+    """How far the decision's steps led, in weights and as a share of the norm of the weights."""
+    table = run.table("intervention")
+    if table is None or not {"horizon", "update_norm"} <= set(table.columns):
+        return {}
+    norm = float(table.loc[table["horizon"] == horizon, "update_norm"].mean())
+    probe = run.stage("probe")
+    share = probe.get("relative_norm", math.nan) / (probe.get("update_norm") or math.nan)
+    return {"update_norm": norm, "relative_norm": norm * share}
 
 
 def _row(step: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +199,11 @@ def _size(row: Mapping[str, Any]) -> str:
     """The norm of the update, also as a share of that of the weights."""
     if math.isnan(row["update_norm"]):
         return "not recorded"
+    several = row["step"] == DECISION and row["steps"] > 1
+    of_all = " in the mean of the selections" if several else ""
     share = f" ({100 * row['relative_norm']:.2g} % of the weights’)"
-    return f"{row['update_norm']:.2g}" + ("" if math.isnan(row["relative_norm"]) else share)
+    known = "" if math.isnan(row["relative_norm"]) else share
+    return f"{row['update_norm']:.2g}{known}{of_all}"
 
 
 PROPERTIES = {

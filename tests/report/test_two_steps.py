@@ -1,6 +1,7 @@
 """The probe's step beside the decision's steps."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from diagnostics.report import lead, page, two_steps
@@ -19,7 +20,7 @@ PROBE = {
 INTERVENE = {"optimizer": "adamw", "horizon_rate": 1e-6, "minibatch": 16}
 
 
-def run_of(probe=PROBE, intervene=INTERVENE, table=None):
+def run_of(probe=PROBE, intervene=INTERVENE, table=None, **tables):
     facts = {"rollout": {"contexts": 192, "pair": "custom"}, "probe": probe, "intervene": intervene}
     stages = {
         name: {"settings": {}, "facts": found, "inputs": {}, "files": {}}
@@ -27,7 +28,7 @@ def run_of(probe=PROBE, intervene=INTERVENE, table=None):
         if found is not None
     }
     table = made_tables.decision() if table is None else table
-    return RunResults({"format": 1, "stages": stages}, {"decision": table})
+    return RunResults({"format": 1, "stages": stages}, {"decision": table} | tables)
 
 
 def test_both_steps_are_read_from_the_manifest():
@@ -36,6 +37,19 @@ def test_both_steps_are_read_from_the_manifest():
     assert (probe["optimizer"], probe["steps"], probe["contexts"]) == ("AdamW", 1, 32)
     assert (decision["learning_rate"], decision["steps"], decision["contexts"]) == (1e-6, 20, 16)
     assert np.isnan(decision["update_norm"])
+
+
+def test_the_norm_of_the_decisions_steps_is_the_mean_of_the_selections_at_their_horizon():
+    taken = pd.DataFrame({"horizon": [0, 20, 20], "update_norm": [9.0, 0.04, 0.12]})
+    run = run_of(intervention=taken)
+    _, decision = two_steps.two_steps(run).to_dict("records")
+    assert decision["update_norm"] == pytest.approx(0.08)
+    assert decision["relative_norm"] == pytest.approx(0.08 * 0.00058 / 0.026)
+    said = dict(two_steps.in_words(two_steps.two_steps(run)))["norm of the update"]
+    assert said == [
+        "0.026 (0.058 % of the weights’)",
+        "0.08 (0.18 % of the weights’) in the mean of the selections",
+    ]
 
 
 def test_the_sentence_says_what_rests_on_which_and_how_far_apart_the_rates_are():
