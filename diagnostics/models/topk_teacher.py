@@ -77,6 +77,10 @@ FLOOR, SELDOM, FEWEST, ROUNDED = -9.0, 0.01, 3, 0.9
 """The same number to the last bit, at or below the first, in this share of different lists and in
 as many at least, is a floor of the server's; unless the last share of all values is rounded (three
 digits, 16 bits), so that they meet by chance."""
+ENDS = 0.9
+"""Nothing lies below a floor: it is the least of this share of the lists that hold it. Where a
+teacher in 16 bits is sure, its lists share values too, with others below them.
+"""
 FURTHEST, SHIFT_Z, SHIFT_SHARE = 3, 3.0, 0.2
 """Places by which lists are tried against the response; the z and the share of positions beyond
 which they belong elsewhere.
@@ -530,10 +534,23 @@ def _floors(raw: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     values = np.concatenate(lists) if lists else np.empty(0)
     if not len(values) or _are_rounded(values[values > LEAST]):
         return np.empty(0)
-    low, counts = np.unique(
-        np.concatenate([np.unique(part[part <= FLOOR]) for part in lists]), return_counts=True
+    parts = [np.unique(part[part > LEAST]) for part in lists]  # ascending
+    counts = _counted(np.concatenate([part[part <= FLOOR] for part in parts]))
+    as_least = _counted(np.concatenate([part[:1][part[:1] <= FLOOR] for part in parts]))
+    enough = max(FEWEST, SELDOM * len(lists))
+    floors = [
+        value
+        for value, ends in as_least.items()
+        if counts[value] >= enough and ends >= ENDS * counts[value]
+    ]
+    return np.array(floors)
+
+
+def _counted(values: np.ndarray) -> dict[float, int]:
+    """How often each value occurs."""
+    return dict(
+        zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True)
     )
-    return low[counts >= max(FEWEST, SELDOM * len(lists))]
 
 
 def _are_rounded(values: np.ndarray) -> bool:

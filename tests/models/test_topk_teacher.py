@@ -614,6 +614,24 @@ def test_true_log_probabilities_are_no_signs(kind):
         ].any()
 
 
+def test_a_value_that_sure_lists_of_a_16_bit_teacher_share_is_no_floor():
+    """Beside one likely token the sum of the others rounds away, so that the values are the logits'
+    own steps; a floor is told from them by nothing lying below it.
+    """
+    logits = 8 + 3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    logits[:60, 0] += 30
+    values = logits.bfloat16().float().log_softmax(-1).double()
+    values_TK = values.sort(descending=True).values.numpy()
+    shared, often = np.unique(values_TK[values_TK <= -20], return_counts=True)
+    assert often.max() > 10, "many lists share a value"
+    (absent,) = topk_teacher.absent_entries([(np.zeros((200, 64)), values_TK)])
+    assert not absent.any()
+    floor = shared[often.argmax()]
+    floored = np.maximum(values_TK, floor)
+    (absent,) = topk_teacher.absent_entries([(np.zeros((200, 64)), floored)])
+    assert absent.sum() == (floored == floor).sum() > 100
+
+
 def shifted(rows, by):
     """Each list `by` places too early (positive: the list that predicts the next token stands at
     this one).
