@@ -40,7 +40,7 @@ import scipy  # its parts are loaded where they are used: a page needs none
 from diagnostics.analysis import claim_statistics as statistics
 from diagnostics.analysis.bootstrap import Estimate, holm
 from diagnostics.analysis.claim_statistics import Overlap, Statistic, Support
-from diagnostics.analysis.config import Bootstrap, PrimaryChoices
+from diagnostics.analysis.config import SIGNAL, Bootstrap, PrimaryChoices
 from diagnostics.analysis.responses import ALL, NOT_REGISTERED
 from diagnostics.analysis.robustness import supports as supports_of
 from diagnostics.analysis.splits import Split, splits
@@ -106,6 +106,7 @@ FEWEST_EFFECTIVE = 20.0
 REASONS = {
     "no_null": "no permuted-teacher step in this table",
     "few_prompts": "fewer than",
+    "no_signal": "nothing to learn",
     "no_overlap": "no overlap",
     "unbalanced": "the groups stay apart",
     "no_width": "its interval has no width",
@@ -257,6 +258,7 @@ class Found:
         primary: The population that verdicts lead with.
         steps: Number of steps of the table.
         populations: Number of prompts of each population.
+        divergence: Mean forward KL of all positions, KL(q||p) in nats.
     """
 
     estimates: Mapping[Statistic, Estimate]
@@ -267,6 +269,7 @@ class Found:
     primary: str
     steps: int
     populations: Mapping[str, int]
+    divergence: float
 
     def of(self, population: str, outcome: str, name: str, support: Support) -> Estimate | None:
         """An estimate; None where it was not made."""
@@ -333,6 +336,7 @@ def look(
         primary,
         step_count(tokens),
         {split.name: split.prompts.count for split in parts},
+        float(tokens["forward_kl"].mean()),
     )
 
 
@@ -446,6 +450,8 @@ def _bar(
         return REASONS["no_null"]
     if found.populations[population] < choices.minimum_prompts:
         return f"{REASONS['few_prompts']} {choices.minimum_prompts} prompts"
+    if found.divergence < SIGNAL:
+        return f"{REASONS['no_signal']}: the models differ by their rounding alone"
     if not np.isfinite(estimate.value):
         return f"{REASONS['undefined']} (a measurement or the outcome does not vary)"
     if estimate.standard_error == 0:

@@ -40,6 +40,10 @@ class Bootstrap(AnalysisConfig):
 
 CONTROLLED_OUTCOMES = ("context_gain", "context_gain_divergence", "context_gain_token_type")
 """Outcomes that a verdict may rest on: each has a null that it could have failed against."""
+SIGNAL = 1e-6
+"""Mean forward KL in nats per position below which two models differ by float32's rounding alone:
+there is nothing to learn, and what a step changes is of that size as well.
+"""
 FEWEST_PROMPTS = 20
 """Number of prompts below which intervals were not calibrated (`benchmarks/CALIBRATION.md`)."""
 

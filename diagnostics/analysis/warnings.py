@@ -16,7 +16,7 @@ import pandas as pd
 from diagnostics.analysis import claims
 from diagnostics.analysis.bounds import is_listed
 from diagnostics.analysis.claims import IMBALANCE_LIMIT
-from diagnostics.analysis.config import FEWEST_PROMPTS
+from diagnostics.analysis.config import FEWEST_PROMPTS, SIGNAL
 from diagnostics.core.folds import step_count
 from diagnostics.criteria import quadrants
 
@@ -36,6 +36,10 @@ EXPLAINED = {
     "few_prompts": (
         f"There are fewer than {FEWEST_PROMPTS} prompts, for which no interval was calibrated."
         " Measure more prompts"
+    ),
+    "no_signal": (
+        "Teacher and student give the same probabilities up to rounding, so that there is nothing"
+        " to learn. Are --student and --teacher the same model?"
     ),
     "no_overlap": (
         "Inside Q3 compatible and incompatible positions differ so much in divergence that they"
@@ -313,6 +317,23 @@ def _listed_teacher(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
         )
 
 
+def _no_signal(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
+    if "forward_kl" not in tokens:
+        return
+    mean = float(tokens["forward_kl"].mean())
+    if mean < SIGNAL:
+        yield (
+            "no_signal",
+            "forward_kl",
+            mean,
+            SIGNAL,
+            (
+                f"{EXPLAINED['no_signal']} The mean forward KL is {mean:.1e} nats per position, and"
+                " what a step changes is rounding as well."
+            ),
+        )
+
+
 def _from_reader(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
     for code, subject, message in tokens.attrs.get("warnings", ()):
         yield code, subject, np.nan, np.nan, message
@@ -320,6 +341,7 @@ def _from_reader(tokens: pd.DataFrame, tables: dict) -> Iterator[tuple]:
 
 RULES: tuple[Callable, ...] = (
     _from_reader,
+    _no_signal,
     _no_null,
     _one_step,
     _unregistered,

@@ -226,7 +226,7 @@ def _drop_of_folds(run: RunTables) -> str:
     low, high = folds["ratio"].min(), folds["ratio"].max()
     share = (
         f", {row.ratio:.0%} of the first-order prediction (fold by fold {low:.0%} to {high:.0%})"
-        if np.isfinite(row.ratio)
+        if np.isfinite(row.ratio) and not no_signal(run)
         else ""
     )
     mean = f"their losses {_fell(row.realised_drop)} nats per position in the mean of the folds"
@@ -304,6 +304,11 @@ def signals(run: RunTables) -> str:
     table = run.table("correlations")
     if table is None:
         return ""
+    if no_signal(run):
+        return (
+            "Not judged: teacher and student give the same probabilities up to rounding, so that"
+            " there is nothing to learn, and gains are rounding too. Are both the same model?"
+        )
     outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     tables = {name: rows for name in outcomes if not (rows := ranked(run, name)).empty}
     if not tables:
@@ -321,6 +326,12 @@ def signals(run: RunTables) -> str:
             " signal about the position."
         )
     return " ".join(part for part in parts if part)
+
+
+def no_signal(run: RunTables) -> bool:
+    """Whether the models differ by rounding alone, as the table of warnings has it."""
+    table = run.table("warnings")
+    return table is not None and "code" in table and bool((table["code"] == "no_signal").any())
 
 
 def _too_few(rows: pd.DataFrame) -> str:
@@ -448,7 +459,7 @@ def budget(run: RunTables, share: float = 0.05) -> str:
     random and the oracle for comparison.
     """
     table = run.table("selection_curves")
-    if table is None:
+    if table is None or no_signal(run):
         return ""
     outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     rows = table[
@@ -516,7 +527,7 @@ def q3(run: RunTables) -> str:
     wrong.
     """
     table = run.table("q3_contrast")
-    if table is None:
+    if table is None or no_signal(run):
         return ""
     outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     rows = table[

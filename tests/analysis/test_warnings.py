@@ -44,6 +44,16 @@ def test_saturated_compatibility_at_three_quarters(tokens):
     )
 
 
+def test_models_that_differ_by_their_rounding_are_named(tokens):
+    same = warnings(tokens.assign(forward_kl=2e-8), {})
+    assert same.code[0] == "no_signal" and same.value[0] == pytest.approx(2e-8)
+    assert (
+        "Are --student and --teacher the same model? The mean forward KL is 2.0e-08 nats"
+        in (same.message[0])
+    )
+    assert "no_signal" not in dict(codes(tokens.assign(forward_kl=2e-6)))
+
+
 def covered(**columns):
     rows = {"outcome": ["gain", "context_gain", "gain"], "split": ["held_out", "held_out", "step"]}
     usual = {"undefined": 0, "positions": 100, "prompts": 50, "effective_prompts": 40.0}

@@ -241,3 +241,15 @@ def test_a_probe_keeps_the_choices_it_was_begun_with(finished, capsys):
     pair = ["--student", settings["student"], "--teacher", settings["teacher"], "--folds", "2"]
     assert main(["probe", *pair, "--output-dir", str(finished), "--primary", "budget=0.1"]) == 2
     assert before == sha256_file(finished / "manifest.json")
+
+
+def test_a_model_as_its_own_teacher_is_named_before_the_probe(folders, tmp_path, capsys):
+    flags = dict(zip(folders[::2], folders[1::2], strict=False))
+    same = ["--student", flags["--student"], "--teacher", flags["--student"]]
+    where = ["--output-dir", str(tmp_path)]
+    prompts = ["--prompts", flags["--prompts"], "--contexts", "4", "--max-new-tokens", "4"]
+    assert main(["rollout", *same, *prompts, *where]) == 0
+    assert main(["score", *same, *where]) == 0
+    assert "Are --student and --teacher the same model? Mean forward KL: 0.0e+00 nats" in (
+        capsys.readouterr().err
+    )

@@ -110,6 +110,14 @@ def test_signals_name_the_leader_its_interval_and_teachability():
     )
 
 
+def test_of_models_that_differ_by_their_rounding_no_ranking_is_said():
+    rows = [row("tip", 0.5), row("teachability", 0.1)]
+    same = pd.DataFrame({"code": ["no_signal"], "message": [""], "changes_verdict": [""]})
+    run = results(*rows, warnings=same)
+    assert summary.signals(run).startswith("Not judged: teacher and student give the same")
+    assert summary.budget(run) == summary.q3(run) == ""
+
+
 def test_signals_put_the_context_gain_first_and_the_null_beside_the_gain():
     rows = [
         row(name, estimate, outcome=outcome)

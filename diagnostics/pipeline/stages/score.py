@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
+from diagnostics.analysis.config import SIGNAL
+from diagnostics.analysis.warnings import EXPLAINED
 from diagnostics.core.tables import write_csv, write_parquet_parts
 from diagnostics.core.types import read_bank
 from diagnostics.models.identity import Models
@@ -15,6 +20,7 @@ from diagnostics.pipeline.stages.token_table import join_tokens
 if TYPE_CHECKING:
     from diagnostics.probing.config.scores import ScoreConfig
 
+log = logging.getLogger("diagnostics")
 STOPS = "tables/stop_tokens.csv"
 """The tokens that end a response for either model."""
 
@@ -55,4 +61,13 @@ def score_stage(run: Run, models: Models, config: ScoreConfig) -> None:
         code=("probing.scores", "models.special_tokens"),
         models=models.fingerprint,
     )
+    _warn_of_equal_models(run)
     join_tokens(run)
+
+
+def _warn_of_equal_models(run: Run) -> None:
+    """Say before the expensive stages that there is nothing to learn."""
+    found = pd.read_parquet(run.path("scores.parquet"), columns=["forward_kl"])
+    mean = float(found["forward_kl"].mean())
+    if mean < SIGNAL:
+        log.warning("%s Mean forward KL: %.1e nats per position.", EXPLAINED["no_signal"], mean)
