@@ -51,7 +51,7 @@ KEYS = ["context_id", "position"]
 SAME_STUDENT = 1e-3
 """Nats by which ln p(y) may differ between two scores of one student: batches round otherwise."""
 LEARNABLE = "compatible_divergence"
-GAINS = ("gain", "context_gain")
+GAINS = ("reverse_gain", "gain", "context_gain")
 MEASURES = (
     "forward_kl",
     "reverse_kl",

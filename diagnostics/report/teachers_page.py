@@ -248,7 +248,7 @@ def gained(differences: pd.DataFrame, names: list[str]) -> str:
     if not held:
         return ""
     rows = differences[(differences["measure"] == held[0]) & (differences["group"] == "all")]
-    word = {"context_gain": "context gain", "gain": "gain"}[held[0]]
+    word = held[0].replace("_", " ")
     said = [
         f"{word} of {row['teacher']} minus {row['other']} {number(row['difference'], 2)} nats"
         f" ({number(row['low'])} to {number(row['high'])}): {row['verdict']}"

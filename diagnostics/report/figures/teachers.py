@@ -14,7 +14,14 @@ from diagnostics.report import naming, style
 from diagnostics.report.figures.common import mark, thin_color_bar
 from diagnostics.report.figures.options import Intervals, Page, on_page
 
-MEASURES = ("compatible_divergence", "forward_kl", "teachability", "gain", "context_gain")
+MEASURES = (
+    "compatible_divergence",
+    "forward_kl",
+    "teachability",
+    "reverse_gain",
+    "gain",
+    "context_gain",
+)
 """What is shown where nothing else is asked for, as far as the table has it."""
 MEASURE_WORDS = {
     "compatible_divergence": "D·C",
