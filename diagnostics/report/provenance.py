@@ -53,6 +53,7 @@ TOUCHED = {
     "rare_quadrant": "contrasts within these quadrants (C2)",
     "collinear": "single coefficients of these terms (C3); their sum stands",
     "unmatched": "the matched contrast, a check of C2",
+    "no_signal": "every number that rests on a step",
     "no_null": "every claim with controls",
     "one_step": "every interval, which holds for this step batch alone",
     "exploratory": "all verdicts, none of which confirms",

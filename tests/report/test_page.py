@@ -445,7 +445,13 @@ def test_every_code_of_a_warning_touches_a_conclusion():
     codes = set(re.findall(r'^ {12,20}"([a-z]+(?:_[a-z]+)*)",$', source, flags=re.MULTILINE))
     assert {"few_prompts", "unmatched", "collinear", "undefined_outcome"} <= codes
     assert set(provenance.TOUCHED) <= codes | {"no_null", "bent_step"}
-    assert codes - set(provenance.TOUCHED) <= {"compatibility", "teacher", "steps", "verdicts"}
+    assert codes - set(provenance.TOUCHED) <= {
+        "compatibility",
+        "forward_kl",
+        "teacher",
+        "steps",
+        "verdicts",
+    }
 
 
 @pytest.fixture(scope="module")
