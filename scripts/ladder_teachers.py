@@ -1,11 +1,12 @@
 """The two changed teachers of reports/teacher-ladder, made from a teacher's folder.
 
     python scripts/ladder_teachers.py without-layers TEACHER 20,22 FOLDER
-    python scripts/ladder_teachers.py foreign-template RUN TEACHER LISTS.parquet
+    python scripts/ladder_teachers.py foreign-template RUN TEACHER TEMPLATE.txt LISTS.parquet
 
 The first leaves decoder layers out (counted from 0). The second lets the teacher grade a run's
-responses after the prompts in another model's template, and keeps its 256 likeliest tokens: a
-teacher whose chat template does not fit, as `--teacher-logprobs` reads it."""
+responses after the prompts in another model's template, in which {} stands for the question, and
+keeps its 256 likeliest tokens: a teacher whose chat template does not fit, as `--teacher-logprobs`
+reads it."""
 
 from __future__ import annotations
 
@@ -20,11 +21,6 @@ from diagnostics.models.readout import remove_layers
 
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 """What stands around the question in a prompt of the Qwen family."""
-FOREIGN = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes"
-    " the request.\n\n### Instruction:\n{}\n\n### Response:\n"
-)
-"""A template that the teacher was not trained with (that of the Alpaca data)."""
 LISTED = 256
 
 
@@ -52,13 +48,13 @@ def question(prompt: str) -> str:
 
 
 @torch.inference_mode()
-def under_foreign_template(run: Path, teacher: Path) -> pd.DataFrame:
+def under_foreign_template(run: Path, teacher: Path, template: str) -> pd.DataFrame:
     """The lists of the teacher for each context of a run, one row per context."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).eval()
     rows = []
     for context in pd.read_parquet(run / "contexts.parquet").itertuples():
-        text = FOREIGN.format(question(context.prompt))
+        text = template.replace("{}", question(context.prompt))
         before = tokenizer(text, add_special_tokens=False)["input_ids"]
         response = [int(token) for token in context.response_ids]
         logits = model(torch.tensor([before + response])).logits[0, len(before) - 1 : -1]
@@ -80,6 +76,7 @@ if __name__ == "__main__":
         layers = tuple(int(layer) for layer in given[1].split(","))
         without_layers(Path(given[0]), layers, Path(given[2]))
     elif what == "foreign-template":
-        under_foreign_template(Path(given[0]), Path(given[1])).to_parquet(given[2])
+        run, teacher, template = map(Path, given[:3])
+        under_foreign_template(run, teacher, template.read_text()).to_parquet(given[3])
     else:
         sys.exit(f"What to make is without-layers or foreign-template; got {what!r}.")
