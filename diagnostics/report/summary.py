@@ -18,6 +18,7 @@ import pandas as pd
 from diagnostics.analysis import claims as claim_tests
 from diagnostics.analysis.config import FEWEST_PROMPTS
 from diagnostics.analysis.step_batches import pooled_drops
+from diagnostics.analysis.warnings import EXPLAINED
 from diagnostics.criteria import AMBIGUOUS
 from diagnostics.report import lead, sources
 from diagnostics.report.lead import population
@@ -305,10 +306,7 @@ def signals(run: RunTables) -> str:
     if table is None:
         return ""
     if no_signal(run):
-        return (
-            "Not judged: teacher and student give the same probabilities up to rounding, so that"
-            " there is nothing to learn, and gains are rounding too. Are both the same model?"
-        )
+        return f"Not judged. {EXPLAINED['no_signal']}"
     outcomes = sorted(shown_outcomes(table), key=list(WORDS).index)
     tables = {name: rows for name in outcomes if not (rows := ranked(run, name)).empty}
     if not tables:

@@ -89,12 +89,16 @@ def _decision(run: RunTables) -> dict[str, Any]:
     )
 
 
+NORM_COLUMNS = {"criterion", "budget", "horizon", "update_norm"}
+
+
 def _norms(run: RunTables, horizon: int) -> dict[str, float]:
     """How far the decision's steps led, in weights and as a share of the norm of the weights."""
     table = run.table("intervention")
-    if table is None or not {"horizon", "update_norm"} <= set(table.columns):
+    if table is None or not set(table.columns) >= NORM_COLUMNS:
         return {}
-    norm = float(table.loc[table["horizon"] == horizon, "update_norm"].mean())
+    taken = table[table["horizon"] == horizon].drop_duplicates(["criterion", "budget"])
+    norm = float(taken["update_norm"].mean())
     probe = run.stage("probe")
     share = probe.get("relative_norm", math.nan) / (probe.get("update_norm") or math.nan)
     return {"update_norm": norm, "relative_norm": norm * share}

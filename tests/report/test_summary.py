@@ -114,7 +114,7 @@ def test_of_models_that_differ_by_their_rounding_no_ranking_is_said():
     rows = [row("tip", 0.5), row("teachability", 0.1)]
     same = pd.DataFrame({"code": ["no_signal"], "message": [""], "changes_verdict": [""]})
     run = results(*rows, warnings=same)
-    assert summary.signals(run).startswith("Not judged: teacher and student give the same")
+    assert summary.signals(run).startswith("Not judged. Teacher and student give the same")
     assert summary.budget(run) == summary.q3(run) == ""
 
 

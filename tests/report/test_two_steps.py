@@ -40,7 +40,9 @@ def test_both_steps_are_read_from_the_manifest():
 
 
 def test_the_norm_of_the_decisions_steps_is_the_mean_of_the_selections_at_their_horizon():
-    taken = pd.DataFrame({"horizon": [0, 20, 20], "update_norm": [9.0, 0.04, 0.12]})
+    cells = {"criterion": ["full", "full", "tip", "tip"], "budget": [1.0, 1.0, 0.05, 0.05]}
+    norms = {"horizon": [0, 20, 20, 20], "update_norm": [9.0, 0.04, 0.12, 0.12]}
+    taken = pd.DataFrame(cells | norms)  # a selection has a row for each group and measure
     run = run_of(intervention=taken)
     _, decision = two_steps.two_steps(run).to_dict("records")
     assert decision["update_norm"] == pytest.approx(0.08)
