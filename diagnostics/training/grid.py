@@ -276,7 +276,11 @@ class Job:
         engine = {} if name == "untouched" else self.engine_identity
         theirs, sources = record.get("engine", {}), record.get("sources", {})
         named = [key for key in sources if key not in ("trl_sha256", "peft_sha256")]
-        own = [key for key in self.identity if key not in EARLIER_RULES]
+        own = [
+            key
+            for key in self.identity
+            if key not in EARLIER_RULES and not _known_by_content(key, sources)
+        ]
         compared = [
             (record["settings"], self.identity, own),
             (theirs, engine, sorted(theirs.keys() | engine)),
@@ -583,6 +587,15 @@ def _checksum(pair) -> list[int]:
                 total = (31 * total + int((piece.long() * places).sum())) % 2**64
         sums.append(total)
     return sums
+
+
+def _known_by_content(key: str, sources: Mapping[str, Any]) -> bool:
+    """Whether a setting is the place of an input whose content a record names by its hash.
+
+    Such an input may lie elsewhere: a grid that was begun on one machine goes on on another.
+    """
+    name = key.removesuffix("_place")
+    return name != key and (name in sources or f"{name}_sha256" in sources)
 
 
 def _pair_and_prompts(job: Job, seed: int):

@@ -510,6 +510,27 @@ def test_a_cell_of_other_settings_models_or_engine_is_refused(tmp_path, changes,
         made_job(tmp_path / "cells", **changes).finished(TIP.name)
 
 
+def inputs_in(place):
+    return {"pair": {"student": f"/{place}/student"}, "prompts": {"prompts": f"/{place}/prompts"}}
+
+
+def test_a_grid_that_was_moved_goes_on_where_its_inputs_have_the_same_content(tmp_path):
+    known = {"student": "1", "prompts_sha256": "2"}
+    finished_job_of(tmp_path / "cells", **inputs_in("here"), sources=known)
+    assert made_job(tmp_path / "cells", **inputs_in("there"), sources=known).finished(TIP.name)
+    other = known | {"prompts_sha256": "3"}
+    with pytest.raises(DiagnosticsError, match=r"settings \(prompts_sha256: was '2', now '3'\)"):
+        made_job(tmp_path / "cells", **inputs_in("there"), sources=other).finished(TIP.name)
+
+
+def test_inputs_without_a_hash_are_known_by_their_place(tmp_path):
+    finished_job_of(tmp_path / "cells", **inputs_in("here"), sources={"student": "1"})
+    with pytest.raises(DiagnosticsError, match=r"settings \(prompts_place: was '"):
+        made_job(tmp_path / "cells", **inputs_in("there"), sources={"student": "1"}).finished(
+            TIP.name
+        )
+
+
 def test_engine_options_of_a_cell(tmp_path):
     job = finished_job_of(
         tmp_path / "cells",
