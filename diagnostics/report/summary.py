@@ -648,10 +648,54 @@ def trained(run: RunTables, share: float = 0.05) -> str:
         return ""
     rows, length = table[table.criterion != "untouched"], run.stage("validate").get("steps")
     length = f"{length} steps with" if length else "Trainings with"
-    return (
+    fresh = (
         f"{length} {int(rows.seeds.max())} seeds, judged on {int(rows.prompts.max()):,} held-out"
         f" prompts, gained over the untouched student {'; '.join(parts)}."
     )
+    return " ".join(text for text in (fresh, _over_random_on_the_bank(table, own, share)) if text)
+
+
+def _over_random_on_the_bank(table: pd.DataFrame, own: str, share: float) -> str:
+    """The best criterion and teachability over random positions, on text that all students share.
+
+    Their own new responses differ from student to student, and so compare them less sharply.
+    """
+    if "minus_random" not in table:
+        return ""
+    share, parts = _budget_nearest(table, share), []
+    for measure in dict.fromkeys((own, "reverse_kl", "forward_kl")):
+        rows = table[(table.measure == f"bank_{measure}") & np.isclose(table.budget, share)]
+        ranked = rows.dropna(subset=["minus_random"]).sort_values(
+            "minus_random", ascending=False, kind="stable"
+        )
+        shown = pd.concat([ranked.head(1), ranked[ranked.criterion == REFERENCE]])
+        each = [
+            f"{readable(row.criterion)} {_signed_over_random(row)}"
+            for row in shown.drop_duplicates("criterion").itertuples()
+        ]
+        parts += [f"{MEASURES[measure]} {' and '.join(each)}"] if each else []
+    return (
+        "On the untouched student's responses, which compare students more sharply than what each"
+        f" now writes, over random positions at {share:.0%} (the best and {REFERENCE}): in"
+        f" {'; in '.join(parts)}."
+        if parts
+        else ""
+    )
+
+
+def _signed_over_random(row) -> str:
+    values = row.minus_random, row.minus_random_low, row.minus_random_high
+    return between(*values, show=_with_sign) if np.isfinite(values[1]) else _with_sign(values[0])
+
+
+def _with_sign(value: float) -> str:
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def _budget_nearest(rows: pd.DataFrame, share: float) -> float:
+    """The budget of teachability's trainings that is nearest to a share."""
+    budgets = rows.budget[rows.criterion == REFERENCE]
+    return min(budgets, key=lambda budget: abs(budget - share), default=share)
 
 
 def _gains(rows: pd.DataFrame, share: float) -> str:
@@ -661,11 +705,7 @@ def _gains(rows: pd.DataFrame, share: float) -> str:
     shown = [
         f"{_gain(row)} on all positions" for row in rows[rows.criterion == "full"].itertuples()
     ]
-    share = min(
-        rows.budget[rows.criterion == REFERENCE],
-        key=lambda budget: abs(budget - share),
-        default=share,
-    )
+    share = _budget_nearest(rows, share)
     there = rows[
         np.isclose(rows.budget, share) & ~rows.criterion.isin(("full", "untouched"))
     ].dropna(subset=["gain"])

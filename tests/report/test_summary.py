@@ -337,6 +337,23 @@ def test_the_most_is_more_than_random_only_by_its_interval():
     assert "by teachability (the most there, and more than random)" in text
 
 
+def test_trainings_are_set_over_random_on_the_text_that_all_students_share():
+    fresh = study_tables.validation_outcomes()
+    bank = fresh[fresh.measure == "forward_kl"].assign(measure="bank_forward_kl")
+    other = bank[bank.criterion == "teachability"].assign(criterion="entropy")
+    bank = pd.concat([bank, other], ignore_index=True)
+    over = bank.criterion.map({"teachability": -0.01, "entropy": 0.02})
+    bank = bank.assign(minus_random=over, minus_random_low=over - 0.03, minus_random_high=0.05)
+    tables = {"validation_outcomes": pd.concat([fresh, bank], ignore_index=True)}
+    text = summary.trained(RunResults({}, tables))
+    assert text.endswith(
+        "more sharply than what each now writes, over random positions at 5% (the best and"
+        " teachability): in forward KL entropy +0.020 (−0.010 to +0.050) and teachability −0.010"
+        " (−0.040 to +0.050)."
+    )
+    assert "sharply" not in summary.trained(RunResults({}, {"validation_outcomes": fresh}))
+
+
 def test_agreement_is_in_the_loss_s_own_divergence_with_its_permutation_p():
     table = study_tables.validation_agreement().assign(p_permutation=[0.004, 0.3] * 2)
     reverse = table.assign(
