@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize, stats
 
 REPORTS = Path(__file__).parents[1] / "reports"
-PAIRS = ("embedded-probe", "second-pair", "smollm2", "qwen2.5-coder")
+PAIRS = ("embedded-256", "second-pair-256", "smollm2", "qwen2.5-coder")
 
 
 def table(pair, name):

@@ -53,9 +53,12 @@ class Atlas:
     def sentences(self) -> dict[str, list[str]]:
         """What follows, under the page's four questions; each sentence is a row, or a count."""
         return {
-            "What to do": _advice(self.pooled),
+            "What to do": _advice(self.pooled, len(self.runs)),
             "What the paper got right": _claim_sentences(self.pooled, "right"),
-            "What does not hold": _claim_sentences(self.pooled, "wrong"),
+            "What does not hold": [
+                *_claim_sentences(self.pooled, "wrong"),
+                *_turning(self.pooled),
+            ],
             "What nobody can tell yet": _open_questions(self.pooled, len(self.runs)),
         }
 
@@ -223,18 +226,20 @@ def _decisive(pool: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["horizon"] == max(usual.index[usual == usual.max()])]
 
 
-def _advice(pool: pd.DataFrame) -> list[str]:
+def _advice(pool: pd.DataFrame, pairs: int) -> list[str]:
     """Which criterion to train with, and which to leave, by budget."""
     rows = _decisive(pool)
     if rows.empty:
         return ["Fewer than two pairs have interventions, so that no criterion can be named."]
     return [
-        *_by_budget(pool, rows, "above", "beats"),
-        *_by_budget(pool, rows, "below", "falls behind"),
-    ]
+        *_by_budget(pool, rows, "above", "beats", pairs),
+        *_by_budget(pool, rows, "below", "falls behind", pairs),
+    ] or ["No criterion is on one side of random positions on the pairs that have it."]
 
 
-def _by_budget(pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str) -> list[str]:
+def _by_budget(
+    pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str, pairs: int
+) -> list[str]:
     found = []
     for budget, group in rows.groupby("budget"):
         sure = group[group["verdict"].str.startswith(side)]
@@ -244,15 +249,39 @@ def _by_budget(pool: pd.DataFrame, rows: pd.DataFrame, side: str, verb: str) -> 
         for row in sure.head(MOST_NAMED if side == "above" else 1).to_dict("records"):
             found.append(
                 f"At {budget:.0%}, {naming.readable(row['conclusion'])} {verb} random positions"
-                f"{_where(row)} by {_mean(row)} of what all positions give"
-                f" ({row['verdict']}; {_of_pairs(row)}){_divergent(pool, row)}."
+                f"{_where(row, pairs)} by {_mean(row)} of what all positions give ({_said(row)})"
+                f"{_divergent(pool, row)}."
             )
     return found
 
 
-def _where(row: Mapping) -> str:
-    """What a verdict of the pairs, rather than of their mean, rests on."""
-    return " on every pair, in the mean" if row["verdict"].endswith("on every pair") else ""
+def _where(row: Mapping, pairs: int) -> str:
+    """Which pairs a verdict rests on that is of the pairs rather than of their mean."""
+    if not row["verdict"].endswith("on every pair"):
+        return ""
+    having = f"{row['pairs']:.0f} of {pairs} pairs, the ones that have it"
+    return f" on {'every pair' if row['pairs'] == pairs else having}, in the mean"
+
+
+def _said(row: Mapping) -> str:
+    """Verdict, counts and p; counts and p alone where the sentence says the verdict."""
+    each = row["verdict"].endswith("on every pair")
+    counts = "each settles its own sign" if each else f"{row['verdict']}; {_of_pairs(row)}"
+    return f"{counts}; of the mean, {p_words(row['p_holm'])} after Holm"
+
+
+def _turning(pool: pd.DataFrame) -> list[str]:
+    """Criteria that are above random positions on one pair and below them on another."""
+    rows = _decisive(pool)
+    if rows.empty:
+        return []
+    rows = rows[(rows["verdict"] == "turns with the pair") & ~rows["conclusion"].isin(RIVALS)]
+    return [
+        f"{naming.readable(row['conclusion']).capitalize()} at {row['budget']:.0%} over random"
+        f" positions: turns with the pair (mean {_mean(row)} of what all positions give;"
+        f" {_of_pairs(row)})."
+        for row in rows.sort_values(["budget", "conclusion"]).to_dict("records")
+    ]
 
 
 def _divergent(pool: pd.DataFrame, row: Mapping) -> str:
@@ -273,9 +302,8 @@ def _claim_sentences(pool: pd.DataFrame, kind: str) -> list[str]:
         "wrong": rows["verdict"].str.startswith("below")
         | rows["verdict"].eq("turns with the pair"),
     }[kind]
-    return [_claim(row) for row in rows[wanted].to_dict("records")] or [
-        "None of the controlled claims."
-    ]
+    said = [_claim(row) for row in rows[wanted].to_dict("records")]
+    return said or ["None of the controlled claims."]
 
 
 def _claim(row: Mapping) -> str:

@@ -40,6 +40,21 @@ def test_no_rival_is_advised(found):
         assert not re.match(r"At \d+%, (random|position matched)", text), text
 
 
+def test_advice_says_on_how_many_pairs_it_rests_and_what_turns(found):
+    said = found.sentences()
+    on_pairs = [text for text in said["What to do"] if " random positions on " in text]
+    assert on_pairs and all(
+        "on 2 of 3 pairs, the ones that have it, in the mean" in text
+        or "on every pair, in the mean" in text
+        for text in on_pairs
+    )
+    turning = found.pooled.query("kind == 'over_random' and conclusion == 'teachability'")
+    turning = turning.query("budget == 0.1 and horizon == 20 and rollouts == 'all'").verdict
+    assert turning.tolist() == ["turns with the pair"]
+    named = "Teachability at 10% over random positions: turns with the pair (mean "
+    assert sum(text.startswith(named) for text in said["What does not hold"]) == 1
+
+
 def test_the_page_is_whole_and_offline(found):
     page = found.html
     for section in ("pairs", "figures", "method", "tables"):
