@@ -88,7 +88,9 @@ ACCELERATOR_CHUNK = 16_384
 outweighs its logits.
 """
 LISTS_BYTES = 32 * 2**20
-"""Bytes of what is compared of the top-K lists at a time, on any device."""
+"""Bytes of what is compared of the top-K lists at a time on the CPU."""
+ACCELERATOR_LISTS_BYTES = 96 * 2**20
+"""The same on an accelerator, where some 200 launches a piece cost more than its arithmetic."""
 GROUP = 64
 """Ids per group; a group's largest logit stands for it in the top-K search."""
 RUNS = 64
@@ -178,7 +180,7 @@ def _with_supports(
         {name: torch.cat([one[name] for one in every]) for name in every[0]}
         for every in zip(*((part.columns, part.lists, part.beside) for part in parts))
     )
-    step = lists_rows(lists["s"].shape[1])
+    step = lists_rows(lists["s"].shape[1], lists["s"].device)
     pieces = [
         _supports({name: values_NK[rows] for name, values_NK in lists.items()}, k, sweep, tops)
         for rows in _rows_in_turn(len(lists["s"]), step)
@@ -190,11 +192,13 @@ def _with_supports(
     } | beside
 
 
-def lists_rows(largest: int) -> int:
-    """Positions whose lists of `largest` ids are compared at a time: LISTS_BYTES of float64 for
-    each pair of entries, and some twenty for each entry.
+def lists_rows(largest: int, device: torch.device | str) -> int:
+    """Positions whose lists of `largest` ids are compared at a time on a device: so many bytes of
+    float64 for each pair of entries, and some twenty for each entry.
     """
-    return max(1, LISTS_BYTES // (8 * largest * (2 * largest + 20)))
+    on_cpu = torch.device(device).type == "cpu"
+    held = LISTS_BYTES if on_cpu else ACCELERATOR_LISTS_BYTES
+    return max(1, held // (8 * largest * (2 * largest + 20)))
 
 
 def _rows_in_turn(count: int, step: int) -> list[slice]:
@@ -305,7 +309,8 @@ def measure_hidden(
     parts, waiting = [], []
     for rows in _slices(student_hidden_NH, student_logits, chunk):
         waiting.append(part(rows))
-        if sum(map(len, waiting)) >= lists_rows(waiting[0].lists["s"].shape[1]):
+        lists_NK = waiting[0].lists["s"]
+        if sum(map(len, waiting)) >= lists_rows(lists_NK.shape[1], lists_NK.device):
             parts.append(_with_supports(waiting, k=k, sweep=sweep, tops=tops))
             waiting = []
     if waiting:
@@ -409,7 +414,13 @@ def chunk_size(vocabulary: int, device: torch.device | str = "cpu") -> int:
 
 
 def peak_bytes(
-    rows: int, vocabulary: int, *, k: int = 16, sweep: Sequence[int] = (), tops: int = 0
+    rows: int,
+    vocabulary: int,
+    *,
+    k: int = 16,
+    sweep: Sequence[int] = (),
+    tops: int = 0,
+    device: torch.device | str = "cuda",
 ) -> int:
     """Most bytes that measuring a chunk with the kernels takes beyond its logits.
 
@@ -419,16 +430,17 @@ def peak_bytes(
         k: Size of the supports, as in `measure`.
         sweep: Further K, as in `measure`.
         tops: As in `measure_hidden`.
+        device: Where the kernels run; on the CPU, in their interpreter.
 
     Returns:
-        Bytes of: the kernels' results; the lists; what comparing LISTS_BYTES of them takes; and
+        Bytes of: the kernels' results; the lists; what comparing `lists_rows` of them takes; and
         the columns, twice where they are put together.
     """
     largest = _longest(k, sweep, vocabulary)
     columns = 15 + 11 * len({k, *sweep}) + 4 * tops  # of the whole, and of each K
     lists = rows * 8 * (6 * largest + 1)
     found = fused.result_bytes(rows, vocabulary, k=largest, group=GROUP)
-    compared = min(rows, lists_rows(largest)) * 8 * largest * (2 * largest + 20)
+    compared = min(rows, lists_rows(largest, device)) * 8 * largest * (2 * largest + 20)
     return found + 2 * lists + compared + 2 * rows * 8 * columns
 
 

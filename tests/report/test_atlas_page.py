@@ -93,5 +93,7 @@ def test_open_marks_are_pairs_that_are_not_pooled(found):
     rows = (effects["kind"] == "claim") & (effects["pair"] == effects["pair"].iloc[0])
     effects.loc[rows, "judged"] = False
     figure = figures.atlas(effects, found.pooled, kind="claim")
+    said = figure.get_supxlabel().replace("\n", " ")
+    assert "intervals over prompts and step batches; those of a mean, pairs." in said
     marks = [c for c in figure.axes[0].containers if c.get_label() == "_open"]
     assert sum(len(mark.lines[0].get_xdata()) for mark in marks) == rows.sum()

@@ -78,7 +78,9 @@ def atlas(
         _said(where),
         f"{len(pairs)} pairs; open marks are not pooled.",
         "Full: what loss on all positions gives." if kind in SIDES else "",
-        style.bars(page["level"]),
+        style.bars(
+            page["level"], "Bars of a pair", over="prompts and step batches; those of a mean, pairs"
+        ),
     )
     return figure
 
