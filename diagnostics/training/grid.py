@@ -635,13 +635,14 @@ def run_untouched(job: Job) -> None:
     from diagnostics.training.evaluation import evaluate, find_verifier
 
     pair, _, held_out, evaluation = _pair_and_prompts(job, 0)
+    verify = find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out)
     bank = rollout(pair, held_out, max_new_tokens=job.grid["max_new_tokens"])
     write_parquet(job.folder / BANK, bank.to_frame())
     rows = evaluate(
         pair,
         held_out,
         bank=FrozenBank(pair, bank),
-        verify=find_verifier(evaluation.verifier, pair=pair.name, prompts=held_out),
+        verify=verify,
         samples=evaluation.eval_samples,
         max_new_tokens=job.grid["max_new_tokens"],
     )

@@ -314,6 +314,14 @@ def test_equal_seeds_meet_equal_prompts_and_random_numbers(folders, tmp_path):
     )
 
 
+def test_a_verifier_without_answers_is_refused_before_anything_is_sampled(
+    folders, tmp_path, capsys
+):
+    assert main(command(folders, tmp_path, "--verifier", "sums")) == 2
+    assert "no held-out prompt has an answer" in capsys.readouterr().err
+    assert not (tmp_path / "cells" / "contexts.parquet").exists()
+
+
 @pytest.mark.slow
 def test_workers_give_the_same_cells(folders, tmp_path):
     for workers in ("1", "2"):
