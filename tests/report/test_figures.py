@@ -822,6 +822,18 @@ def test_validation_shows_gains_with_full_as_level():
     )
 
 
+def test_validation_has_a_panel_for_the_text_that_all_students_share():
+    table = study_tables.validation_outcomes()
+    shared = table[table.measure == "forward_kl"].assign(measure="bank_forward_kl")
+    shared = shared.assign(gain=shared.gain / 2)
+    figure = figures.validation(pd.concat([table, shared], ignore_index=True))
+    labels = [ax.get_ylabel() for ax in figure.axes if ax.get_visible()]
+    place = labels.index("gain in forward KL, shared text (nats)")
+    assert labels[0] == "gain in forward KL (nats)" and labels.count(labels[place]) == 1
+    rows = shared[shared.criterion == "teachability"]
+    np.testing.assert_allclose(errorbars(figure.axes[place])["teachability"][1], rows.gain)
+
+
 def test_figures_of_one_budget_take_the_nearest_to_five_percent():
     budgets = pd.DataFrame({"budget": [0.001, 0.01, 0.04, 0.3]})
     assert (

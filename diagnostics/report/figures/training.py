@@ -21,7 +21,19 @@ from diagnostics.report.figures.options import Intervals, Page, on_page
 from diagnostics.report.figures.registry import figure
 from diagnostics.report.style import BLUE, DASHES
 
-TRAINED = ("forward_kl", "reverse_kl", "accuracy", "accuracy_greedy")
+TRAINED = (
+    "forward_kl",
+    "reverse_kl",
+    "bank_forward_kl",
+    "bank_reverse_kl",
+    "accuracy",
+    "accuracy_greedy",
+)
+SHARED = {
+    "bank_forward_kl": "forward KL, shared text",
+    "bank_reverse_kl": "reverse KL, shared text",
+}
+"""Measures on the untouched student's responses, which every trained student is scored on."""
 MEASURE_UNITS = {
     "accuracy": "share",
     "accuracy_greedy": "share",
@@ -32,7 +44,7 @@ MEASURE_UNITS = {
 
 def _measured(name: str) -> str:
     """A measure of an evaluation with its unit."""
-    return f"{naming.readable(name)} ({MEASURE_UNITS.get(name, 'nats')})"
+    return f"{SHARED.get(name, naming.readable(name))} ({MEASURE_UNITS.get(name, 'nats')})"
 
 
 MANY_CELLS = 6
@@ -325,8 +337,9 @@ def evaluations(
     title="What training gained",
     reading=(
         "Gain over the untouched student on held-out prompts, by budget. Full OPD is the level"
-        " line. Bars cross seeds with prompts; where they overlap, read the paired differences in"
-        " the table instead."
+        " line. Shared text is what the untouched student wrote, on which students compare more"
+        " sharply than on what each writes now. Bars cross seeds with prompts; where they overlap,"
+        " read the paired differences in the table instead."
     ),
 )
 @on_page
