@@ -217,8 +217,13 @@ def test_accumulation_changes_neither_masks_nor_weights(tmp_path):
         )
     for step in (0, 1):
         assert logged(whole, step)["loss"] == pytest.approx(logged(parts, step)["loss"], rel=1e-6)
-    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+    # A gradient of the size of its rounding has another AdamW step with every order of its sums.
+    made, other, start = (
+        torch.nn.utils.parameters_to_vector(model.parameters())
+        for model in (whole.model, parts.model, make_pair().student.model)
+    )
+    assert (made - other).norm() <= 1e-4 * (made - start).norm()
+    assert ((made - other).abs() > 2e-6).float().mean() <= 1e-3
 
 
 def test_gradient_is_that_of_the_selected_mean(tmp_path):
