@@ -103,14 +103,14 @@ def test_some_contexts_are_measured_on_the_banks_own_batches(setting):
     assert len(frozen.whole.batches) > 2
     whole = frozen.divergences()
     for one, name in zip(whole, ("forward_kl", "reverse_kl"), strict=True):
-        np.testing.assert_allclose(one, tokens[name], atol=1e-6)
+        np.testing.assert_allclose(one, tokens[name], rtol=1e-6, atol=1e-6)
     for wanted in (step, ~step):
         some = list(frozen.whole.contexts_of(wanted))
         rows = torch.cat([batch.rows_n for batch, _ in some])
         assert sorted(rows.tolist()) == np.flatnonzero(wanted).tolist()
         assert len(some) <= len(frozen.whole.batches)
         for one, found in zip(whole, frozen.rescore("some", wanted_N=wanted), strict=True):
-            np.testing.assert_allclose(found[wanted], one[wanted], atol=1e-6)
+            np.testing.assert_allclose(found[wanted], one[wanted], rtol=1e-6, atol=1e-6)
             assert (found[~wanted] == 0).all()
 
 
